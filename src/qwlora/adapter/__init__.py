@@ -1,0 +1,1 @@
+"""Step 2: attach LoRA adapters to a frozen base, train them, save them with the base's fingerprint."""

@@ -1,0 +1,101 @@
+"""Where a float model comes from.
+
+    ./a/folder                 a Hugging Face checkpoint
+    ./a/model.gguf             a GGUF file (dequantized while loading)
+    package:NAME/PATH          a file or folder inside an installed Python package, found without importing the package
+    owner/name                 a Hugging Face hub id
+
+`locate` is free of torch: it is how a recipe learns early that its model is not there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Location:
+    """Arguments for `from_pretrained`: a folder or hub id, and the GGUF file inside it if it is one."""
+
+    pretrained: str
+    gguf_file: str | None
+    files: tuple[Path, ...]
+
+    def arguments(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def locate(source: str) -> Location:
+    """Find `source` without loading it.
+
+    Raises:
+        SourceError: nothing is there, or what is there is not a model.
+    """
+    if source.startswith("package:"):
+        path = _inside_package(source)
+    else:
+        path = Path(source).expanduser()
+        hub_like = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+        if not path.exists() and hub_like and not source.startswith((".", "/")):
+            return Location(source, None, ())
+    if not path.exists():
+        raise SourceError(
+            f"model {source!r} does not exist. Give a folder with config.json, a .gguf file, package:NAME/PATH for a file inside an installed package, "
+            "or a hub id like owner/name"
+        )
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise SourceError(f"model folder {source!r} has no config.json; name the .gguf file itself if it holds one")
+        return Location(str(path), None, tuple(sorted(p for p in path.iterdir() if p.is_file())))
+    if path.suffix != ".gguf":
+        raise SourceError(f"model file {source!r} is not a .gguf file; for a Hugging Face checkpoint give its folder")
+    return Location(str(path.parent), path.name, (path,))
+
+
+def _inside_package(source: str) -> Path:
+    package, _, rest = source.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if re.fullmatch(r"\w+", package) else None
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError(f"model {source!r}: the Python package {package!r} is not installed; install it (pip install {package.replace('_', '-')})")
+    return Path(next(iter(spec.submodule_search_locations))) / rest
+
+
+def load_model(source: str) -> PreTrainedModel:
+    """The float32 model.
+
+    Raises:
+        SourceError: `transformers` cannot load it; its own message is kept.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    location = locate(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(location.pretrained, dtype=torch.float32, **location.arguments())
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise SourceError(f"model {source!r} cannot be loaded: {error}") from error
+    return model.eval()
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        SourceError: there is none, or `transformers` cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    location = locate(source)
+    try:
+        return AutoTokenizer.from_pretrained(location.pretrained, **location.arguments())
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as error:
+        raise SourceError(f"the tokenizer of model {source!r} cannot be loaded: {error}") from error

@@ -1,0 +1,126 @@
+"""Text to equal sequences of tokens.
+
+A source is a list of documents:
+
+    ./file.txt                 one document
+    ./folder                   one document for each .txt and .md file below it
+    python:MODULE:ATTRIBUTE    strings in an installed Python module (a mapping's values, a sequence, or one string)
+
+Documents are shuffled with the recipe's seed and split: no document is both trained on and evaluated on. A source with a single document is split by position
+instead, at a paragraph's end. Within each part the documents are joined, each followed by the tokenizer's end-of-sequence token, and cut into sequences of
+equal length; what is left over at the end is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwlora.errors import SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+SUFFIXES = (".txt", ".md")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The text of both parts."""
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of all text, in order."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.held_out):
+            for document in part:
+                digest.update(document.encode() + b"\0")
+            digest.update(b"\1")
+        return digest.hexdigest()
+
+
+def load_documents(source: str, held_out: float, seed: int) -> Documents:
+    """Read and split `source`; the share `held_out` of its characters (at least one document) is kept from training.
+
+    Raises:
+        SourceError: nothing is there, it is not text, or it is empty.
+    """
+    documents = [d for d in _read(source) if d.strip()]
+    if not documents:
+        raise SourceError(f"data source {source!r} holds no text: every document in it is empty")
+    if len(documents) == 1:
+        text = documents[0]
+        cut = text.rfind("\n\n", 0, int(len(text) * (1 - held_out))) + 2
+        cut = cut if cut > 2 else int(len(text) * (1 - held_out))
+        return Documents((text[:cut],), (text[cut:],))
+    random.Random(seed).shuffle(documents)
+    wanted, count = held_out * sum(map(len, documents)), 1
+    while sum(map(len, documents[:count])) < wanted and count < len(documents) - 1:
+        count += 1
+    return Documents(tuple(documents[count:]), tuple(documents[:count]))
+
+
+def _read(source: str) -> list[str]:
+    if source.startswith("python:"):
+        return _read_attribute(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if not files:
+            raise SourceError(f"data folder {source!r} holds no {' or '.join(SUFFIXES)} file")
+        return [_read_file(file) for file in files]
+    return [_read_file(path)]
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SourceError(f"data source {str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"data source {str(path)!r} is not UTF-8 text: byte {error.start} cannot be decoded") from error
+
+
+def _read_attribute(source: str) -> list[str]:
+    module_name, _, attribute = source.removeprefix("python:").partition(":")
+    try:
+        value = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SourceError(f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module: {error}") from error
+    if isinstance(value, str):
+        return [value]
+    documents = list(value.values()) if isinstance(value, Mapping) else list(value) if isinstance(value, Sequence) else None
+    if documents is None or not all(isinstance(d, str) for d in documents):
+        raise SourceError(f"data source {source!r} is a {type(value).__name__}, not a string or a mapping or sequence of strings")
+    return documents
+
+
+def sequences(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, sequence_tokens: int, part: str) -> Tensor:
+    """Token ids [count, sequence_tokens], int64.
+
+    Args:
+        part: what the documents are for, as an error should call it.
+
+    Raises:
+        SourceError: the documents are shorter than one sequence.
+    """
+    import torch
+
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    ids = [i for document in documents for i in [*tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], *end]]
+    count = len(ids) // sequence_tokens
+    if not count:
+        raise SourceError(
+            f"the {part} text has {len(ids)} tokens, but one sequence needs {sequence_tokens}: give more text, lower data.sequence_tokens, "
+            "or change data.held_out"
+        )
+    return torch.tensor(ids[: count * sequence_tokens], dtype=torch.int64).view(count, sequence_tokens)

@@ -1,0 +1,83 @@
+"""Every error that QWLoRA raises on purpose.
+
+    QwloraError
+     ├── RecipeError        (ValueError)    the recipe asks for something that cannot be done
+     ├── SourceError        (ValueError)    a model or text source is missing or unusable
+     ├── GridError          (ValueError)    a scheme, an encoding or codes that do not fit a tensor
+     ├── FingerprintError   (ValueError)    an adapter or artifact belongs to another base
+     ├── DirectoryError     (OSError)       the output directory cannot be used
+     ├── MergeError         (RuntimeError)  merging an adapter into packed integers
+     ├── TrainingError      (RuntimeError)  training something other than the adapter, or a diverged loss
+     ├── CaptureError       (RuntimeError)  the captured graph does not compute what the model computes
+     ├── CalibrationError   (ValueError)    a tensor cannot be calibrated from the data it saw
+     ├── ExportError        (RuntimeError)  a target format cannot hold what was asked
+     ├── VerificationError  (RuntimeError)  an exported file does not compute what was simulated
+     └── MissingExtraError  (ImportError)   an optional package is not installed
+
+Each class is also the builtin that it refines, so callers may catch either. A message says what was found, where, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class QwloraError(Exception):
+    """Base of every error below."""
+
+
+class RecipeError(QwloraError, ValueError):
+    """The recipe cannot be followed; `problems` holds every finding, so that one edit mends them all."""
+
+    def __init__(self, source: str, problems: Sequence[str]):
+        self.source = source
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{source}: {count} in the recipe", *(f"  - {p}" for p in self.problems)]))
+
+
+class SourceError(QwloraError, ValueError):
+    """A model or text source is missing, empty or of an unknown kind."""
+
+
+class GridError(QwloraError, ValueError):
+    """A scheme or encoding does not fit the tensor it is applied to."""
+
+
+class FingerprintError(QwloraError, ValueError):
+    """Two things that must share one base carry different fingerprints."""
+
+
+class DirectoryError(QwloraError, OSError):
+    """The output directory belongs to something else, or cannot be written."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class MergeError(QwloraError, RuntimeError):
+    """An adapter was about to be merged into packed integers, which would lose it without a word."""
+
+
+class TrainingError(QwloraError, RuntimeError):
+    """Training would touch the base, or the loss is no longer a number."""
+
+
+class CaptureError(QwloraError, RuntimeError):
+    """The graph from torch.export does not compute what the module computes."""
+
+
+class CalibrationError(QwloraError, ValueError):
+    """A tensor saw no data, or values that no grid can hold."""
+
+
+class ExportError(QwloraError, RuntimeError):
+    """The target format cannot express what was simulated."""
+
+
+class VerificationError(QwloraError, RuntimeError):
+    """A runtime's numbers are further from the simulation than the recipe allows."""
+
+
+class MissingExtraError(QwloraError, ImportError):
+    """An optional dependency is needed; the message names the extra to install."""

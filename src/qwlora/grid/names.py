@@ -1,0 +1,34 @@
+"""One name for a tensor, whatever wraps its module.
+
+PEFT wraps a model (`base_model.model.`) and its layers (`.base_layer`), and puts the adapter's name behind `lora_A`. Encodings, fingerprints and exported files
+use the name without all that:
+
+    base_model.model.model.layers.0.mlp.up_proj.base_layer.weight     -> model.layers.0.mlp.up_proj.weight
+    base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight  -> model.layers.0.mlp.up_proj.lora_A.weight
+"""
+
+from __future__ import annotations
+
+_WRAPPERS = ("base_layer", "original_module")
+
+
+def canonical_name(path: str) -> str:
+    """Name of a module or tensor with the adapter library's wrappers taken out."""
+    parts = path.split(".")
+    while parts[:2] == ["base_model", "model"]:
+        parts = parts[2:]
+    kept: list[str] = []
+    behind_adapter = False
+    for part in parts:
+        if behind_adapter:
+            behind_adapter = False
+            continue
+        if part not in _WRAPPERS:
+            kept.append(part)
+        behind_adapter = part.startswith("lora_")
+    return ".".join(kept)
+
+
+def is_adapter_name(path: str) -> bool:
+    """Whether a module or tensor of this path belongs to an adapter, not to the base."""
+    return any(part.startswith("lora_") or part == "modules_to_save" for part in path.split("."))

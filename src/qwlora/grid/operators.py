@@ -1,0 +1,62 @@
+"""Two operators that a captured graph carries, in the namespace `qwlora`.
+
+    dequantize(packed, scale, offset, count, bitwidth, axis, block_size)    float32 [rows, count], the values of packed codes
+    quantized(x, name)                                                      x itself; says "this value has the encoding `name`"
+
+`dequantize` keeps a frozen weight one node from torch.export to the exported file. `quantized` marks a value for a writer; it computes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwlora.grid.encoding import aligned, grouped
+from qwlora.grid.packing import unpack
+from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+
+
+def granularity_arguments(granularity: Granularity) -> tuple[int | None, int | None]:
+    """(channel axis, block size), as an operator's schema can carry a granularity."""
+    match granularity:
+        case PerTensor():
+            return None, None
+        case PerChannel(axis):
+            return axis, None
+        case PerBlock(size):
+            return None, size
+
+
+def granularity_of(axis: int | None, block_size: int | None) -> Granularity:
+    """Undo `granularity_arguments`."""
+    if block_size is not None:
+        return PerBlock(block_size)
+    return PerTensor() if axis is None else PerChannel(axis)
+
+
+@torch.library.custom_op("qwlora::dequantize", mutates_args=())
+def dequantize(
+    packed: Tensor, scale: Tensor, offset: Tensor | None, count: int, bitwidth: int, axis: int | None, block_size: int | None
+) -> Tensor:
+    """`(q + offset) * scale` for codes packed along the last axis."""
+    codes = unpack(packed, bitwidth, count)
+    granularity = granularity_of(axis, block_size)
+    shift = Scheme(bitwidth).symmetric_offset if offset is None else aligned(offset, granularity, codes.ndim)
+    values = grouped(codes, granularity).to(scale.dtype).add_(shift).mul_(aligned(scale, granularity, codes.ndim))
+    return values.view(codes.shape)
+
+
+@dequantize.register_fake
+def _(packed: Tensor, scale: Tensor, offset: Tensor | None, count: int, bitwidth: int, axis: int | None, block_size: int | None) -> Tensor:
+    return scale.new_empty((*packed.shape[:-1], count))
+
+
+@torch.library.custom_op("qwlora::quantized", mutates_args=())
+def quantized(x: Tensor, name: str) -> Tensor:
+    """`x`, marked as the tensor of the encoding `name`."""
+    return x.clone()
+
+
+@quantized.register_fake
+def _(x: Tensor, name: str) -> Tensor:
+    return torch.empty_like(x)

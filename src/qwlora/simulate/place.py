@@ -1,0 +1,178 @@
+"""Placement: which values of a captured graph get a quantizer, by rules on (operator, module class).
+
+Quantizing every operator's output destroys a transformer: the inside of a normalization squares values that a grid for the rest cannot hold. So a value is
+
+    float     when it is not data at all: integers, masks, what is computed from integers alone
+    float     inside a module whose class says that it is one operation (norms, activations, rotary tables): only what leaves it is quantized
+    shared    when the operator only moves data: its input's grid already holds it
+    quantized otherwise
+
+Rules are tried in order and the first that fits decides. `explain` lists every value with the rule that decided.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from qwlora.grid.graph import Kind, Mark
+from qwlora.grid.names import canonical_name, is_adapter_name
+
+
+class Decision(StrEnum):
+    QUANTIZE = "quantize"
+    SHARE = "share"
+    FLOAT = "float"
+
+
+MOVES_DATA = frozenset(
+    "view reshape _unsafe_view transpose permute t expand expand_as slice select unsqueeze squeeze split split_with_sizes chunk unbind getitem flatten unflatten "
+    "clone index index_select gather repeat narrow roll flip movedim to _to_copy".split()
+)
+MASKS = frozenset({"add", "where", "masked_fill", "mul"})
+# One operation to a runtime, several to torch: class name patterns of modules whose inside stays float.
+ONE_OPERATION = re.compile(r"Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One value and what was decided about it."""
+
+    node: str
+    operator: str
+    module: str
+    module_class: str
+    decision: Decision
+    reason: str
+
+
+@dataclass
+class Placement:
+    """The marks of a graph, and the reason for every value that has or has not got one."""
+
+    marks: list[Mark] = field(default_factory=list)
+    explanation: list[Placed] = field(default_factory=list)
+
+
+def place(program: ExportedProgram) -> Placement:
+    """Decide about every floating point value of `program`."""
+    placement = Placement()
+    taken: dict[str, int] = {}
+    parameters = _parameters(program)
+    origins = _integer_origins(program)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        if node.op == "placeholder":
+            if mark := _mark_input(node, parameters.get(node.name), program):
+                placement.marks.append(mark)
+            continue
+        if node.op != "call_function":
+            continue
+        operator = _operator(node)
+        path, module_class = _module(node)
+        if operator == "dequantize":
+            placement.marks.append(Mark(node.name, f"{canonical_name(path)}.weight", Kind.BASE))
+            continue
+        decision, reason = _decide(node, operator, origins)
+        placement.explanation.append(Placed(node.name, operator, canonical_name(path), module_class, decision, reason))
+        if decision is Decision.QUANTIZE:
+            placement.marks.append(Mark(node.name, _unique(f"{canonical_name(path)}.{operator}", taken), Kind.ACTIVATION))
+    return placement
+
+
+def _decide(node: Node, operator: str, integer_origin: set[str]) -> tuple[Decision, str]:
+    value = node.meta["val"]
+    if value.dtype == torch.float64:
+        return Decision.FLOAT, "float64 is index arithmetic"
+    if node.name in integer_origin:
+        return Decision.FLOAT, "computed from integers alone"
+    if operator in MASKS and any(isinstance(a, Node) and a.name in integer_origin and _is_tensor(a) for a in node.all_input_nodes):
+        return Decision.FLOAT, "combined with a mask"
+    owner = _one_operation_module(node)
+    if owner:
+        leaves = any(owner[0] not in _stack(user) for user in node.users)
+        if not leaves:
+            return Decision.FLOAT, f"inside {owner[1]}, which is one operation"
+        return Decision.QUANTIZE, f"output of {owner[1]}"
+    if operator in MOVES_DATA:
+        return Decision.SHARE, "moves data; its input's encoding holds it"
+    return Decision.QUANTIZE, "makes new values"
+
+
+def _mark_input(node: Node, parameter: str | None, program: ExportedProgram) -> Mark | None:
+    """A parameter has an encoding; so has a floating point input of the user. Buffers that are not parameters are constants of the code, and stay."""
+    if parameter is not None:
+        kind = Kind.ADAPTER if is_adapter_name(parameter) else Kind.PARAMETER
+        return Mark(node.name, canonical_name(parameter), kind) if node.users else None
+    return Mark(node.name, node.name, Kind.ACTIVATION) if node.name in program.graph_signature.user_inputs else None
+
+
+def _parameters(program: ExportedProgram) -> dict[str, str]:
+    """Parameter path by placeholder name; the capture wrapper's own prefix is dropped."""
+    return {
+        spec.arg.name: str(spec.target).removeprefix("model.")
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.PARAMETER
+    }
+
+
+def _integer_origins(program: ExportedProgram) -> set[str]:
+    """Names of nodes that no floating point input, parameter or buffer flows into."""
+    found: set[str] = set()
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                found.add(node.name)
+        elif node.op == "call_function" and _operator(node) != "embedding" and all(n.name in found for n in node.all_input_nodes):
+            found.add(node.name)
+    return found
+
+
+def _stack(node: Node) -> dict[str, tuple[str, str]]:
+    return {key: entry for key, entry in (node.meta.get("nn_module_stack") or {}).items() if isinstance(entry, tuple)}
+
+
+def _module(node: Node) -> tuple[str, str]:
+    """(path, class name) of the innermost module that ran this node."""
+    entries = list(_stack(node).values())
+    path, kind = entries[-1] if entries else ("", "")
+    return path.removeprefix("model").removeprefix("."), _class_name(kind)
+
+
+def _one_operation_module(node: Node) -> tuple[str, str] | None:
+    """(stack key, class name) of the outermost enclosing module that counts as one operation."""
+    for key, (_, kind) in _stack(node).items():
+        if ONE_OPERATION.search(_class_name(kind)):
+            return key, _class_name(kind)
+    return None
+
+
+def _class_name(kind: object) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+
+
+def _operator(node: Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.partition("::")[2] if schema is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor) and node.meta["val"].ndim > 0
+
+
+def _unique(name: str, taken: dict[str, int]) -> str:
+    """`name`, `name_1`, `name_2`, ... in order of the graph."""
+    name = name.removeprefix(".")
+    count = taken.get(name, 0)
+    taken[name] = count + 1
+    return f"{name}_{count}" if count else name

@@ -1,0 +1,251 @@
+"""The simulation: the captured graph with a quantizer at every placed value.
+
+    sim = simulate(model, example_inputs)      # capture, place, give the weights their encodings
+    sim.calibrate(batches)                     # one pass: activation ranges
+    sim(input_ids, attention_mask)             # what integer hardware would compute
+
+Base weights are packed integers in the graph already, and never move. LoRA weights and what step 1 left float get encodings from their own values, at once;
+activations from data, in one pass over float activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from qwlora.errors import CalibrationError
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.graph import Kind, Mark, QuantizedGraph
+from qwlora.grid.names import canonical_name
+from qwlora.grid.observer import measure
+from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
+from qwlora.progress import Track, untracked
+from qwlora.simulate.capture import capture
+from qwlora.simulate.place import Decision, Placed, place
+from qwlora.simulate.quantizer import Mode, Quantizer
+
+
+@dataclass(frozen=True)
+class SimulationSchemes:
+    """Grids of what step 1 did not fix. Vectors (norm weights, biases) are always quantized per tensor."""
+
+    activations: Scheme = Scheme(16, symmetric=False)
+    adapter_weights: Scheme = Scheme(8, granularity=PerChannel(0))
+    parameters: Scheme = Scheme(16, granularity=PerChannel(0))
+
+
+class Simulation(nn.Module):
+    """See the module's text. Call it like the captured model: tensors in the order of `inputs`; returns logits."""
+
+    def __init__(self, program: ExportedProgram, inputs: tuple[str, ...], schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding]):
+        super().__init__()
+        placement = place(program)
+        self.inputs = inputs
+        self.marks: list[Mark] = placement.marks
+        self.explanation: list[Placed] = placement.explanation
+        self._program = program
+        self._base_encodings = {m.name: base_encodings[m.name] for m in self.marks if m.kind is Kind.BASE}
+        self._weight_encodings: dict[str, Encoding] = {}
+        self._frozen: dict[int, _FrozenWeight] = {}  # by storage, so that a tied weight is kept once
+        self._quantizers: dict[str, Quantizer] = {}
+        self.graph_module: GraphModule = program.module()  # type: ignore[assignment]
+        self._insert(schemes)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        logits: Tensor = self.graph_module(*tensors)
+        return logits
+
+    def calibrate(self, batches: Iterable[Mapping[str, Tensor]], track: Track = untracked) -> None:
+        """Observe the activations of all `batches` (each a mapping with the inputs' names), then fix their encodings.
+
+        Values that only a mask can hold (beyond 1e30) lose their quantizer, and `explanation` says so.
+
+        Raises:
+            CalibrationError: there was no batch, or an activation is not finite; the message names it.
+        """
+        self._set_mode(Mode.OBSERVE)
+        count = 0
+        with torch.no_grad():
+            for batch in track(batches, "calibrating", len(batches) if hasattr(batches, "__len__") else None):
+                self(*(batch[name] for name in self.inputs))
+                count += 1
+        if not count:
+            raise CalibrationError("calibration needs at least one batch")
+        for name, quantizer in list(self._quantizers.items()):
+            if quantizer.is_mask:
+                self._drop(name, "a mask: values beyond 1e30")
+            else:
+                quantizer.freeze()
+        self._set_mode(Mode.SIMULATE)
+
+    @property
+    def encodings(self) -> dict[str, Encoding]:
+        """All encodings by name, in order of the graph.
+
+        Raises:
+            CalibrationError: before `calibrate`.
+        """
+        activations = {name: q.encoding for name, q in self._quantizers.items()}
+        if missing := [name for name, encoding in activations.items() if encoding is None]:
+            raise CalibrationError(f"{len(missing)} activations have no encoding yet, {missing[0]} first; call calibrate")
+        known = {**self._base_encodings, **self._weight_encodings, **activations}
+        return {mark.name: encoding for mark in self.marks if (encoding := known[mark.name]) is not None}
+
+    def restore(self, encodings: Mapping[str, Encoding]) -> None:
+        """Take activation encodings that were calibrated earlier; a value without one has been found to be a mask.
+
+        Raises:
+            CalibrationError: an encoding names no value of this graph, or a weight's encoding is not the one its values give.
+        """
+        known = {mark.name for mark in self.marks}
+        if strangers := [name for name in encodings if name not in known]:
+            raise CalibrationError(f"encodings name values that the graph does not have: {', '.join(strangers[:3])}; calibrate again")
+        for name, encoding in {**self._base_encodings, **self._weight_encodings}.items():
+            if name not in encodings or not torch.equal(encodings[name].scale, encoding.scale):
+                raise CalibrationError(f"the encoding of {name} is not the one that its values give; calibrate again")
+        for name, quantizer in list(self._quantizers.items()):
+            if name in encodings:
+                quantizer.encoding = encodings[name]
+            else:
+                self._drop(name, "a mask: values beyond 1e30")
+        self._set_mode(Mode.SIMULATE)
+
+    def graph(self) -> QuantizedGraph:
+        """What a writer needs."""
+        return QuantizedGraph(self._program, self.inputs, tuple(self.marks), self.encodings)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [batch, tokens, vocabulary] of full sequences, simulated."""
+        with torch.no_grad():
+            return self(*_inputs_for(self.inputs, ids))
+
+    def perturbed_logits(self, ids: Tensor) -> Tensor:
+        """`logits` with `x * (1 / scale)` for `x / scale`: how far two right simulations of this model lie apart."""
+        self._set_mode(Mode.RECIPROCAL)
+        try:
+            return self.logits(ids)
+        finally:
+            self._set_mode(Mode.SIMULATE)
+
+    def values(self, ids: Tensor) -> dict[str, Tensor]:
+        """Every quantized activation of one simulated forward, by name."""
+        for quantizer in self._quantizers.values():
+            quantizer.keep = True
+        try:
+            self.logits(ids)
+            return {name: q.seen for name, q in self._quantizers.items() if q.seen is not None}
+        finally:
+            for quantizer in self._quantizers.values():
+                quantizer.keep, quantizer.seen = False, None
+
+    def _insert(self, schemes: SimulationSchemes) -> None:
+        nodes = {node.name: node for node in self.graph_module.graph.nodes}
+        placeholders = _node_of_placeholder(self._program, self.graph_module)
+        for mark in self.marks:
+            if mark.kind is Kind.BASE:
+                continue
+            node = placeholders.get(mark.node) or nodes[mark.node]
+            if mark.kind is Kind.ACTIVATION:
+                quantizer: nn.Module = Quantizer(mark.name, schemes.activations)
+                self._quantizers[mark.name] = quantizer  # type: ignore[assignment]
+            else:
+                quantizer = self._weight_quantizer(mark, node, schemes.adapter_weights if mark.kind is Kind.ADAPTER else schemes.parameters)
+            target = f"quantizer_{mark.node}"
+            self.graph_module.add_submodule(target, quantizer)
+            insert_after(node, lambda n, target=target: self.graph_module.graph.call_module(target, (n,)))
+        self.graph_module.recompile()
+
+    def _weight_quantizer(self, mark: Mark, node: Node, scheme: Scheme) -> nn.Module:
+        weight = _attribute(self.graph_module, str(node.target)).detach()
+        frozen = self._frozen.get(weight.data_ptr())
+        if frozen is not None and frozen.value.shape == weight.shape:
+            self._weight_encodings[mark.name] = frozen.encoding
+            return frozen
+        if weight.ndim < 2:
+            scheme = Scheme(scheme.bitwidth, scheme.symmetric, PerTensor())
+        try:
+            encoding = measure(weight, scheme)
+        except CalibrationError as error:
+            raise CalibrationError(f"{mark.name}: {error}") from error
+        self._weight_encodings[mark.name] = encoding
+        self._frozen[weight.data_ptr()] = frozen = _FrozenWeight(weight, encoding)
+        return frozen
+
+    def _drop(self, name: str, reason: str) -> None:
+        del self._quantizers[name]
+        (mark,) = (m for m in self.marks if m.name == name)
+        self.marks.remove(mark)
+        node = next(n for n in self.graph_module.graph.nodes if n.op == "call_module" and n.target == f"quantizer_{mark.node}")
+        node.replace_all_uses_with(node.args[0])
+        self.graph_module.graph.erase_node(node)
+        self.graph_module.delete_submodule(str(node.target))
+        self.graph_module.recompile()
+        self.explanation = [Placed(p.node, p.operator, p.module, p.module_class, Decision.FLOAT, reason) if p.node == mark.node else p for p in self.explanation]
+
+    def _set_mode(self, mode: Mode) -> None:
+        for quantizer in self._quantizers.values():
+            quantizer.mode = mode
+
+
+class _FrozenWeight(nn.Module):
+    """A weight on its grid, computed once: it no longer moves, and doing it anew in each forward costs more than the layer."""
+
+    def __init__(self, weight: Tensor, encoding: Encoding):
+        super().__init__()
+        self.encoding = encoding
+        self.value: Tensor
+        self.register_buffer("value", encoding.fake_quantize(weight), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value
+
+
+def simulate(
+    model: nn.Module, example_inputs: Mapping[str, Tensor], schemes: SimulationSchemes | None = None
+) -> Simulation:
+    """Capture `model` (a frozen base, with or without an adapter) and place quantizers; see `capture` for the errors.
+
+    Args:
+        example_inputs: any inputs of the model's, by name, at least 2 x 2.
+    """
+    base_encodings = {
+        f"{canonical_name(path)}.weight": encoding
+        for path, module in model.named_modules()
+        if isinstance(encoding := getattr(module, "encoding", None), Encoding)
+    }
+    return Simulation(capture(model, example_inputs), tuple(example_inputs), schemes or SimulationSchemes(), base_encodings)
+
+
+def insert_after(node: Node, make: Callable[[Node], Node]) -> Node:
+    """Put a new node behind `node` and let all earlier users read the new one."""
+    with node.graph.inserting_after(node):
+        inserted = make(node)
+    inserted.meta = dict(node.meta)
+    node.replace_all_uses_with(inserted, delete_user_cb=lambda user: user is not inserted)
+    return inserted
+
+
+def _node_of_placeholder(program: ExportedProgram, module: GraphModule) -> dict[str, Node]:
+    """In the module, parameters are attributes; find the attribute node of each placeholder of the program."""
+    by_target = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    specs = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None}
+    found = {name: by_target[target] for name, target in specs.items() if target in by_target}
+    return found | dict(zip(program.graph_signature.user_inputs, inputs, strict=True))
+
+
+def _attribute(module: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), name)
+    return tensor
+
+
+def _inputs_for(names: tuple[str, ...], ids: Tensor) -> tuple[Tensor, ...]:
+    """Inputs of a causal language model for full sequences: every position is attended to."""
+    known = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return tuple(known[name] for name in names)

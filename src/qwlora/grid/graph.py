@@ -1,12 +1,14 @@
-"""What a simulation hands to a writer: one captured graph, and which of its values have which encodings."""
+"""What a simulation hands to a writer: one captured graph, and which of its values have which encodings; and how both edit such a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
 
 from qwlora.grid.encoding import Encoding
 
@@ -42,3 +44,32 @@ class QuantizedGraph:
     inputs: tuple[str, ...]
     marks: tuple[Mark, ...]
     encodings: Mapping[str, Encoding]
+
+
+def insert_after(node: Node, make: Callable[[Node], Node], place: Node | None = None) -> Node:
+    """Put `make(node)` behind `node` (or behind `place`, if given) and let all earlier users of `node` read the new one."""
+    with node.graph.inserting_after(place or node):
+        inserted = make(node)
+    inserted.meta = dict(node.meta)
+    node.replace_all_uses_with(inserted, delete_user_cb=lambda user: user is not inserted)
+    return inserted
+
+
+def with_graph(program: ExportedProgram, graph: Graph) -> ExportedProgram:
+    """`program` with another graph over the same placeholders; output names are taken from the graph, tensors are shared."""
+    signature = copy.deepcopy(program.graph_signature)
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    for spec, node in zip(signature.output_specs, output.args[0], strict=True):
+        spec.arg.name = node.name
+    graph.lint()
+    return ExportedProgram(
+        GraphModule(program.graph_module, graph),
+        graph,
+        signature,
+        program.state_dict,
+        program.range_constraints,
+        program.module_call_graph,
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
+    )

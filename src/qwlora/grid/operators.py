@@ -15,6 +15,8 @@ from qwlora.grid.encoding import aligned, grouped
 from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 
+NAMESPACE = "qwlora"
+
 
 def granularity_arguments(granularity: Granularity) -> tuple[int | None, int | None]:
     """(channel axis, block size), as an operator's schema can carry a granularity."""

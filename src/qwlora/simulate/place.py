@@ -3,6 +3,7 @@
 Quantizing every operator's output destroys a transformer: the inside of a normalization squares values that a grid for the rest cannot hold. So a value is
 
     float     when it is not data at all: integers, masks, what is computed from integers alone
+    float     a residual addition, unless asked otherwise: see `is_residual_add`
     float     inside a module whose class says that it is one operation (norms, activations, rotary tables): only what leaves it is quantized
     shared    when the operator only moves data: its input's grid already holds it
     quantized otherwise
@@ -61,12 +62,18 @@ class Placement:
     explanation: list[Placed] = field(default_factory=list)
 
 
-def place(program: ExportedProgram) -> Placement:
-    """Decide about every floating point value of `program`."""
+def place(program: ExportedProgram, quantize_residual_adds: bool = False) -> Placement:
+    """Decide about every floating point value of `program`.
+
+    Args:
+        quantize_residual_adds: give the residual stream encodings too. An NPU without float needs it; where a few channels of the stream are thousands of
+            times larger than the rest, as in most language models, 16 bits then leave a few steps for everything else.
+    """
     placement = Placement()
     taken: dict[str, int] = {}
     parameters = _parameters(program)
     origins = _integer_origins(program)
+    residual = set() if quantize_residual_adds else residual_adds(program)
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -82,14 +89,14 @@ def place(program: ExportedProgram) -> Placement:
         if operator == "dequantize":
             placement.marks.append(Mark(node.name, f"{canonical_name(path)}.weight", Kind.BASE))
             continue
-        decision, reason = _decide(node, operator, origins)
+        decision, reason = _decide(node, operator, origins, residual)
         placement.explanation.append(Placed(node.name, operator, canonical_name(path), module_class, decision, reason))
         if decision is Decision.QUANTIZE:
             placement.marks.append(Mark(node.name, _unique(f"{canonical_name(path)}.{operator}", taken), Kind.ACTIVATION))
     return placement
 
 
-def _decide(node: Node, operator: str, integer_origin: set[str]) -> tuple[Decision, str]:
+def _decide(node: Node, operator: str, integer_origin: set[str], residual: set[str]) -> tuple[Decision, str]:
     value = node.meta["val"]
     if value.dtype == torch.float64:
         return Decision.FLOAT, "float64 is index arithmetic"
@@ -103,9 +110,36 @@ def _decide(node: Node, operator: str, integer_origin: set[str]) -> tuple[Decisi
         if not leaves:
             return Decision.FLOAT, f"inside {owner[1]}, which is one operation"
         return Decision.QUANTIZE, f"output of {owner[1]}"
+    if node.name in residual:
+        return Decision.FLOAT, "a residual addition"
     if operator in MOVES_DATA:
         return Decision.SHARE, "moves data; its input's encoding holds it"
     return Decision.QUANTIZE, "makes new values"
+
+
+def residual_adds(program: ExportedProgram) -> set[str]:
+    """Names of the nodes that compute `x + f(x)`: additions of two tensors, one of which the other was computed from."""
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    found = set()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and _operator(node) == "add":
+            operands = sorted((a for a in node.all_input_nodes if _is_tensor(a)), key=order.__getitem__)
+            if len(operands) == 2 and operands[0].op == "call_function" and _flows_into(operands[0], operands[1], order):
+                found.add(node.name)
+    return found
+
+
+def _flows_into(source: Node, target: Node, order: dict[Node, int]) -> bool:
+    """Whether `target` was computed from `source`; nodes before `source` cannot lie between."""
+    waiting, seen = [target], {target}
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            if node is source:
+                return True
+            if order[node] > order[source] and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return False
 
 
 def _mark_input(node: Node, parameter: str | None, program: ExportedProgram) -> Mark | None:

@@ -10,17 +10,18 @@ activations from data, in one pass over float activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.graph import Kind, Mark, QuantizedGraph
+from qwlora.grid.graph import Kind, Mark, QuantizedGraph, insert_after
 from qwlora.grid.names import canonical_name
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
@@ -32,11 +33,12 @@ from qwlora.simulate.quantizer import Mode, Quantizer
 
 @dataclass(frozen=True)
 class SimulationSchemes:
-    """Grids of what step 1 did not fix. Vectors (norm weights, biases) are always quantized per tensor."""
+    """Grids of what step 1 did not fix. Vectors (norm weights, biases) are always quantized per tensor; for residual additions see `place`."""
 
     activations: Scheme = Scheme(16, symmetric=False)
     adapter_weights: Scheme = Scheme(8, granularity=PerChannel(0))
     parameters: Scheme = Scheme(16, granularity=PerChannel(0))
+    quantize_residual_adds: bool = False
 
 
 class Simulation(nn.Module):
@@ -44,7 +46,7 @@ class Simulation(nn.Module):
 
     def __init__(self, program: ExportedProgram, inputs: tuple[str, ...], schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding]):
         super().__init__()
-        placement = place(program)
+        placement = place(program, schemes.quantize_residual_adds)
         self.inputs = inputs
         self.marks: list[Mark] = placement.marks
         self.explanation: list[Placed] = placement.explanation
@@ -53,7 +55,7 @@ class Simulation(nn.Module):
         self._weight_encodings: dict[str, Encoding] = {}
         self._frozen: dict[int, _FrozenWeight] = {}  # by storage, so that a tied weight is kept once
         self._quantizers: dict[str, Quantizer] = {}
-        self.graph_module: GraphModule = program.module()  # type: ignore[assignment]
+        self.graph_module: GraphModule = program.module(check_guards=False)  # type: ignore[assignment]
         self._insert(schemes)
 
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -125,10 +127,15 @@ class Simulation(nn.Module):
             return self(*_inputs_for(self.inputs, ids))
 
     def perturbed_logits(self, ids: Tensor) -> Tensor:
-        """`logits` with `x * (1 / scale)` for `x / scale`: how far two right simulations of this model lie apart."""
+        """`logits` by an equally right computation: `x * (1 / scale)` for `x / scale`, and each matrix product summed in two halves.
+
+        float32 leaves both open, and runtimes choose differently; how far this lies from `logits` is how far two right files may lie apart.
+        """
         self._set_mode(Mode.RECIPROCAL)
         try:
-            return self.logits(ids)
+            with torch.no_grad():
+                logits: Tensor = _SumInHalves(self.graph_module).run(*_inputs_for(self.inputs, ids))
+                return logits
         finally:
             self._set_mode(Mode.SIMULATE)
 
@@ -205,6 +212,22 @@ class _FrozenWeight(nn.Module):
         return self.value
 
 
+class _SumInHalves(Interpreter):
+    """Runs a graph with every matrix product `sum_k a_k b_k` computed as the sum over the first half of k plus the sum over the second."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.aten.linear.default:
+            x, weight, *bias = args
+            half = x.shape[-1] // 2
+            first = nn.functional.linear(x[..., :half], weight[:, :half], *bias)
+            return first + nn.functional.linear(x[..., half:], weight[:, half:])
+        if target is torch.ops.aten.matmul.default:
+            a, b = args
+            half = a.shape[-1] // 2
+            return a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]
+        return super().call_function(target, args, kwargs)
+
+
 def simulate(
     model: nn.Module, example_inputs: Mapping[str, Tensor], schemes: SimulationSchemes | None = None
 ) -> Simulation:
@@ -219,15 +242,6 @@ def simulate(
         if isinstance(encoding := getattr(module, "encoding", None), Encoding)
     }
     return Simulation(capture(model, example_inputs), tuple(example_inputs), schemes or SimulationSchemes(), base_encodings)
-
-
-def insert_after(node: Node, make: Callable[[Node], Node]) -> Node:
-    """Put a new node behind `node` and let all earlier users read the new one."""
-    with node.graph.inserting_after(node):
-        inserted = make(node)
-    inserted.meta = dict(node.meta)
-    node.replace_all_uses_with(inserted, delete_user_cb=lambda user: user is not inserted)
-    return inserted
 
 
 def _node_of_placeholder(program: ExportedProgram, module: GraphModule) -> dict[str, Node]:

@@ -1,0 +1,1 @@
+"""Write a simulation for real runtimes, and run what was written."""

@@ -1,0 +1,98 @@
+"""The captured graph as an ONNX graph, with markers where encodings belong.
+
+Each mark becomes a `qwlora::quantized` node in a copy of the captured program; `torch.onnx.export` carries the markers and the packed `qwlora::dequantize`
+nodes through as custom operators, with torch's own names and nothing optimized away. `onnx_model.py` rewrites both into standard ONNX.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from qwlora.errors import ExportError
+from qwlora.export.extras import require
+from qwlora.grid.graph import QuantizedGraph, insert_after, with_graph
+from qwlora.grid.operators import NAMESPACE
+
+MARKER, DEQUANTIZE = "Quantized", "Dequantize"
+
+
+def marked_program(graph: QuantizedGraph) -> ExportedProgram:
+    """A copy of the program in which every mark is a node; tensors are shared."""
+    copied = copy.deepcopy(graph.program.graph)
+    nodes = {node.name: node for node in copied.nodes}
+    last_input = [node for node in copied.nodes if node.op == "placeholder"][-1]
+    for mark in reversed(graph.marks):
+        node = nodes[mark.node]
+        insert_after(node, partial(_marker, name=mark.name), place=last_input if node.op == "placeholder" else node)
+    return with_graph(graph.program, copied)
+
+
+def _marker(node: Node, name: str) -> Node:
+    return node.graph.call_function(torch.ops.qwlora.quantized.default, (node, name))
+
+
+def to_onnx(graph: QuantizedGraph, opset: int) -> Any:
+    """The `onnx_ir.Model` of `graph`, markers included.
+
+    Raises:
+        ExportError: torch has no ONNX translation for an operator.
+        MissingExtraError: the `onnx` extra is not installed.
+    """
+    require("onnx", "onnx")
+    require("onnxscript", "onnx")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about its own deprecations here
+            exported = torch.onnx.export(
+                marked_program(graph),
+                dynamo=True,
+                custom_translation_table=_translations(),
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                input_names=list(graph.inputs),
+                output_names=["logits"],
+            )
+    except Exception as error:  # torch.onnx wraps what it meets in several private kinds
+        raise ExportError(f"torch.onnx cannot translate the graph: {error}") from error
+    if exported is None:
+        raise ExportError("torch.onnx returned no program")
+    return exported.model
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Custom operators for torch's two: they exist in this model only until they are rewritten."""
+    from onnx.defs import OpSchema
+    from onnxscript import values
+
+    opset = values.Opset(NAMESPACE, 1)
+    attribute = OpSchema.Attribute("name", OpSchema.AttrType.STRING, "the encoding's name", required=True)
+    marker = OpSchema(MARKER, NAMESPACE, 1, inputs=[_formal("x")], outputs=[_formal("y")], attributes=[attribute])
+    inputs = [_formal("packed", "tensor(uint8)"), _formal("scale"), OpSchema.FormalParameter("offset", "tensor(int32)", param_option=OpSchema.FormalParameterOption.Optional)]
+    unpacker = OpSchema(DEQUANTIZE, NAMESPACE, 1, inputs=inputs, outputs=[_formal("y")])
+    marker_op, unpacker_op = values.Op(opset, MARKER, marker), values.Op(opset, DEQUANTIZE, unpacker)
+
+    def translate_quantized(x: Any, name: str) -> Any:
+        return marker_op(x, name=name)
+
+    def translate_dequantize(packed: Any, scale: Any, offset: Any, count: int, bitwidth: int, axis: int | None = None, block_size: int | None = None) -> Any:
+        return unpacker_op(packed, scale, offset)
+
+    return {
+        torch.ops.qwlora.quantized.default: translate_quantized,
+        torch.ops.qwlora.dequantize.default: translate_dequantize,
+    }
+
+
+def _formal(name: str, kind: str = "tensor(float)") -> Any:
+    from onnx.defs import OpSchema
+
+    return OpSchema.FormalParameter(name, kind)

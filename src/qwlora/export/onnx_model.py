@@ -1,0 +1,193 @@
+"""Markers into standard ONNX: integers in the file, QuantizeLinear and DequantizeLinear around them, encoding names as tensor names.
+
+    activation `n`     QuantizeLinear -> `n.codes` -> DequantizeLinear -> `n`
+    weight `n`         initializer `n.codes` (int4, int8, int16; unsigned if asymmetric) -> DequantizeLinear -> `n`
+
+The weight of a Linear layer is stored as the right operand of its MatMul, [in, out], which is the form that ONNX Runtime fuses into MatMulNBits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwlora.errors import ExportError
+from qwlora.export.onnx_graph import DEQUANTIZE, MARKER, to_onnx
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.graph import Kind, QuantizedGraph
+from qwlora.grid.operators import NAMESPACE
+from qwlora.grid.packing import unpack
+from qwlora.grid.scheme import PerBlock, PerChannel
+
+OPSET = 21  # the first with int4, 16-bit and blocked DequantizeLinear
+MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+
+
+def write_onnx(graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str]) -> None:
+    """Write `model.onnx` with its external data into `folder`.
+
+    Raises:
+        ExportError: an operator has no translation, or two tensors would carry one name.
+        MissingExtraError: the `onnx` extra is not installed.
+    """
+    model = to_onnx(graph, OPSET)
+    _Rewriter(model, graph).run()
+    _name_dimensions(model)
+    model.producer_name = "qwlora"
+    model.metadata_props.update(metadata)
+    ir = _ir()
+    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
+
+
+def _ir() -> Any:
+    import onnx_ir
+
+    return onnx_ir
+
+
+@dataclass
+class _Rewriter:
+    model: Any
+    graph: QuantizedGraph
+
+    def run(self) -> None:
+        kinds = {mark.name: mark.kind for mark in self.graph.marks}
+        self.initializers: dict[tuple[int, bool], tuple[Any, Any, Any]] = {}
+        for node in [n for n in self.model.graph if n.domain == NAMESPACE and n.op_type == MARKER]:
+            name = node.attributes["name"].value
+            encoding = self.graph.encodings[name]
+            if kinds[name] is Kind.ACTIVATION:
+                self._activation(node, name, encoding)
+            else:
+                self._weight(node, name, encoding, right_operand=kinds[name] is not Kind.PARAMETER)
+        from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+        RemoveUnusedNodesPass()(self.model)
+        self.model.graph.opset_imports.pop(NAMESPACE, None)
+        self._check()
+
+    def _activation(self, node: Any, name: str, encoding: Encoding) -> None:
+        ir = _ir()
+        bits = 8 if encoding.scheme.bitwidth <= 8 else 16
+        if encoding.scheme.bitwidth not in (8, 16):
+            raise ExportError(f"{name}: ONNX has no {encoding.scheme.bitwidth}-bit QuantizeLinear for activations; use 8 or 16 bits")
+        scale = self._initializer(f"{name}.scale", encoding.scale.numpy())
+        zero_point = self._initializer(f"{name}.zero_point", (-encoding.offset).numpy().astype(f"uint{bits}"))
+        codes = ir.node("QuantizeLinear", [node.inputs[0], scale, zero_point], name=f"{name}/quantize")
+        codes.outputs[0].name = f"{name}.codes"
+        values = ir.node("DequantizeLinear", [codes.outputs[0], scale, zero_point], name=f"{name}/dequantize")
+        self._replace(node, [codes, values], name)
+
+    def _weight(self, node: Any, name: str, encoding: Encoding, right_operand: bool) -> None:
+        ir = _ir()
+        transposes = [user for user, _ in node.outputs[0].uses()]
+        transposed = right_operand and bool(transposes) and all(_is_matrix_transpose(user) for user in transposes)
+        inputs, attributes = self._weight_initializers(node.inputs[0], name, encoding, transposed)
+        values = ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize")
+        self._replace(node, [values], name)
+        if transposed:
+            for user in transposes:
+                ir.convenience.replace_all_uses_with(user.outputs[0], values.outputs[0])
+                self.model.graph.remove(user, safe=True)
+
+    def _weight_initializers(self, value: Any, name: str, encoding: Encoding, transposed: bool) -> tuple[list[Any], dict[str, Any]]:
+        """Codes, scale and, for asymmetric grids, zero point; shared among weights that are one tensor in the model."""
+        attributes = _axis_attributes(encoding, transposed)
+        key = (id(value), transposed)
+        if key not in self.initializers:
+            turn = (lambda t: t.T) if transposed else (lambda t: t)
+            codes = turn(self._codes(value, encoding))
+            scale = encoding.scale if encoding.scale.ndim < 2 else turn(encoding.scale)
+            offset = encoding.offset if encoding.offset.ndim < 2 else turn(encoding.offset)
+            kind = _container(encoding)
+            shift = encoding.scheme.symmetric_offset if encoding.scheme.symmetric else 0
+            made = [
+                self._initializer(f"{name}.codes", (codes.to(torch.int32) + shift).contiguous().numpy().astype(kind)),
+                self._initializer(f"{name}.scale", scale.contiguous().numpy()),
+            ]
+            if not encoding.scheme.symmetric:
+                made.append(self._initializer(f"{name}.zero_point", (-offset).contiguous().numpy().astype(kind)))
+            self.initializers[key] = tuple(made)  # type: ignore[assignment]
+        return list(self.initializers[key]), attributes
+
+    def _codes(self, value: Any, encoding: Encoding) -> torch.Tensor:
+        producer = value.producer()
+        if producer is not None and producer.domain == NAMESPACE and producer.op_type == DEQUANTIZE:
+            packed = torch.from_numpy(np.array(producer.inputs[0].const_value.numpy()))
+            return unpack(packed, encoding.scheme.bitwidth, value.shape[-1])
+        return encoding.quantize(torch.from_numpy(np.array(value.const_value.numpy())))
+
+    def _initializer(self, name: str, array: np.ndarray[Any, Any]) -> Any:
+        ir = _ir()
+        value = ir.val(name, const_value=ir.tensor(array, name=name))
+        self.model.graph.register_initializer(value)
+        return value
+
+    def _replace(self, node: Any, new: list[Any], name: str) -> None:
+        """Put `new` in the place of a marker; the last one's output carries `name`. A graph output keeps its own name behind an Identity."""
+        ir = _ir()
+        old, value = node.outputs[0], new[-1].outputs[0]
+        value.name, value.type, value.shape = name, old.type, old.shape
+        self.model.graph.insert_before(node, new)
+        if old.is_graph_output():
+            identity = ir.node("Identity", [value])
+            identity.outputs[0].type, identity.outputs[0].shape = old.type, old.shape
+            index = list(self.model.graph.outputs).index(old)
+            output_name = old.name
+            old.name = f"{output_name}.marker"
+            identity.outputs[0].name = output_name
+            self.model.graph.insert_before(node, identity)
+            self.model.graph.outputs[index] = identity.outputs[0]
+        ir.convenience.replace_all_uses_with(old, value)
+        self.model.graph.remove(node, safe=True)
+
+    def _check(self) -> None:
+        seen: set[str] = set()
+        values = [*self.model.graph.inputs, *self.model.graph.initializers.values(), *(o for n in self.model.graph for o in n.outputs)]
+        for value in values:
+            if value.name in seen:
+                raise ExportError(f"two tensors of the exported graph would carry the name {value.name}")
+            seen.add(value.name)
+        if missing := [name for name in self.graph.encodings if name not in seen]:
+            raise ExportError(f"encodings without a tensor in the exported graph: {', '.join(missing[:3])}")
+
+
+def _is_matrix_transpose(node: Any) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes["perm"].value) == [1, 0]
+
+
+def _axis_attributes(encoding: Encoding, transposed: bool) -> dict[str, Any]:
+    match encoding.scheme.granularity:
+        case PerChannel(axis):
+            return {"axis": 1 - axis if transposed else axis}
+        case PerBlock(size):
+            return {"axis": 0 if transposed else 1, "block_size": size}
+        case _:
+            return {}
+
+
+def _container(encoding: Encoding) -> Any:
+    """The narrowest ONNX integer that holds the codes."""
+    import ml_dtypes
+
+    bits, signed = encoding.scheme.bitwidth, encoding.scheme.symmetric
+    if bits <= 4:
+        return ml_dtypes.int4 if signed else ml_dtypes.uint4
+    return np.dtype(f"{'int' if signed else 'uint'}{8 if bits <= 8 else 16}")
+
+
+def _name_dimensions(model: Any) -> None:
+    """Call the dynamic axes of inputs and outputs batch and tokens."""
+    ir = _ir()
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None:
+            value.shape = ir.Shape([*("batch", "tokens")[: len(value.shape)], *list(value.shape)[2:]])
+    for node in model.graph:
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.shape = None  # torch's private symbols; a runtime infers its own

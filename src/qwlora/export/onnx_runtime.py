@@ -1,0 +1,106 @@
+"""Run an exported ONNX file, whole or layer by layer.
+
+ONNX Runtime by default multiplies 4-bit weights with activations that it quantizes to 8 bits by itself. `SESSION_OPTIONS` turn that off; they are written beside
+the file and into its metadata, because without them the file does not compute what was trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwlora.errors import ExportError
+from qwlora.export.extras import require
+from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE
+
+SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+OPTIONS_FILE = "session_options.json"
+LAYERS_FILE = "layers.onnx"
+
+
+def write_session_options(folder: Path) -> None:
+    """Write the options that a faithful session needs, as `add_session_config_entry` takes them."""
+    (folder / OPTIONS_FILE).write_text(json.dumps(SESSION_OPTIONS, indent=1) + "\n")
+
+
+def open_session(path: Path) -> Any:
+    """An ONNX Runtime session on the CPU with `SESSION_OPTIONS`.
+
+    Raises:
+        ExportError: ONNX Runtime refuses the file; its own message is kept.
+        MissingExtraError: the `onnx` extra is not installed.
+    """
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    for key, value in SESSION_OPTIONS.items():
+        options.add_session_config_entry(key, value)
+    try:
+        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        raise ExportError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error
+
+
+class OnnxLanguageModel:
+    """Logits of an exported causal language model."""
+
+    def __init__(self, folder: Path):
+        self.session = open_session(folder / MODEL_FILE)
+        self.inputs = [i.name for i in self.session.get_inputs()]
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits of full sequences, [batch, tokens, vocabulary]."""
+        return torch.from_numpy(self.session.run(None, full_sequence_inputs(self.inputs, ids))[0])
+
+
+class OnnxLayers:
+    """Every layer of an exported model, each fed from outside: the value behind one quantizer depends on no other layer's output.
+
+    The exported graph is cut at each quantized activation: what reads it reads a graph input instead, and its own value becomes a graph output.
+    """
+
+    def __init__(self, folder: Path, activations: list[str], scratch: Path):
+        self.activations = activations
+        _cut_at(folder, activations, scratch / LAYERS_FILE)
+        self.session = open_session(scratch / LAYERS_FILE)
+        self.wanted = {i.name for i in self.session.get_inputs()}
+
+    def run(self, values: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+        """Each layer's own output, given the simulation's `values` at every layer's input."""
+        feeds: dict[str, np.ndarray[Any, Any]] = {n: v.numpy() for n, v in values.items() if n in self.wanted}
+        feeds |= full_sequence_inputs([n for n in self.wanted if n not in feeds], ids)
+        outputs = self.session.run([f"{n}.out" for n in self.activations], feeds)
+        return {name: torch.from_numpy(o) for name, o in zip(self.activations, outputs, strict=True)}
+
+
+def full_sequence_inputs(names: list[str], ids: Tensor) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs of a causal language model in which every position is attended to."""
+    known = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    return {name: known[name] for name in names}
+
+
+def _cut_at(folder: Path, activations: list[str], path: Path) -> None:
+    import onnx_ir as ir
+
+    model = ir.load(folder / MODEL_FILE)
+    values = {o.name: o for node in model.graph for o in node.outputs}
+    model.graph.outputs.clear()
+    for name in activations:
+        value = values[name]
+        value.name = f"{name}.out"
+        outside = ir.Value(name=name, type=value.type, shape=value.shape)
+        ir.convenience.replace_all_uses_with(value, outside)
+        if outside.uses():
+            model.graph.inputs.append(outside)
+        model.graph.outputs.append(value)
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
+    ir.save(model, path, external_data=DATA_FILE)

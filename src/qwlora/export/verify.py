@@ -1,0 +1,150 @@
+"""The proof: what the exported file computes, compared with the simulation, on text that was not trained on.
+
+    end to end     logits, the likeliest token, perplexity of both
+    floor          the same between two simulations that differ only in `x * (1 / scale)` for `x / scale`. A deep model on a coarse grid turns the last bit of one
+                   layer into a whole step of a later one; nobody's file can agree with a simulation better than simulations agree with each other
+    layer by layer each layer gets the simulation's own input, so nothing accumulates: the difference is in steps of that layer's output grid
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from qwlora.errors import VerificationError
+from qwlora.export.onnx_runtime import OnnxLanguageModel, OnnxLayers
+from qwlora.grid.graph import Kind, QuantizedGraph
+from qwlora.progress import Track, untracked
+
+
+class Reference(Protocol):
+    """What a file is compared with; `qwlora.simulate` makes one."""
+
+    def logits(self, ids: Tensor) -> Tensor: ...
+    def perturbed_logits(self, ids: Tensor) -> Tensor: ...
+    def values(self, ids: Tensor) -> dict[str, Tensor]: ...
+    def graph(self) -> QuantizedGraph: ...
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a file is from the simulation. Differences of logits are absolute; steps are of the layer's own output grid."""
+
+    max_abs_logit_difference: float
+    mean_abs_logit_difference: float
+    top1_agreement: float
+    floor_top1_agreement: float
+    floor_max_abs_logit_difference: float
+    perplexity: float
+    simulated_perplexity: float
+    worst_layer: str
+    worst_layer_steps: float
+    worst_layer_mean_steps: float
+    layers: int
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a proof must keep to."""
+
+    perplexity_difference: float = 0.003
+    layer_steps: float = 2.0
+    layer_mean_steps: float = 0.05
+
+
+@dataclass
+class _Comparison:
+    """Running differences between logits of two computations."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    count: int = 0
+    agreeing: int = 0
+    tokens: int = 0
+
+    def update(self, found: Tensor, expected: Tensor) -> None:
+        difference = (found - expected).abs()
+        self.largest = max(self.largest, float(difference.max()))
+        self.total += float(difference.double().sum())
+        self.count += difference.numel()
+        self.agreeing += int((found.argmax(-1) == expected.argmax(-1)).sum())
+        self.tokens += found.shape[0] * found.shape[1]
+
+
+def verify_onnx(folder: Path, reference: Reference, sequences: Int64[Tensor, "count tokens"], layer_tokens: int, track: Track = untracked) -> Parity:
+    """Run the exported file in `folder` on `sequences` and compare; the layers on the first `layer_tokens` tokens of the first sequence."""
+    layer, steps, mean_steps, layers = _compare_layers(folder, reference, sequences[:1, :layer_tokens])
+    runtime = OnnxLanguageModel(folder)
+    file, floor = _Comparison(), _Comparison()
+    nll = {"file": 0.0, "simulation": 0.0}
+    for ids in track(sequences, "verifying in ONNX Runtime", len(sequences)):
+        expected = reference.logits(ids[None])
+        found = runtime.logits(ids[None])
+        file.update(found, expected)
+        floor.update(reference.perturbed_logits(ids[None]), expected)
+        nll["file"] += _nll(found, ids)
+        nll["simulation"] += _nll(expected, ids)
+    predicted = sequences.shape[0] * (sequences.shape[1] - 1)
+    return Parity(
+        max_abs_logit_difference=file.largest,
+        mean_abs_logit_difference=file.total / file.count,
+        top1_agreement=file.agreeing / file.tokens,
+        floor_top1_agreement=floor.agreeing / floor.tokens,
+        floor_max_abs_logit_difference=floor.largest,
+        perplexity=math.exp(nll["file"] / predicted),
+        simulated_perplexity=math.exp(nll["simulation"] / predicted),
+        worst_layer=layer,
+        worst_layer_steps=steps,
+        worst_layer_mean_steps=mean_steps,
+        layers=layers,
+        tokens=file.tokens,
+    )
+
+
+def check_parity(parity: Parity, limits: Limits, name: str) -> None:
+    """Hold a proof to its limits.
+
+    Raises:
+        VerificationError: it does not keep to them; every limit that is broken is named.
+    """
+    broken = []
+    drift = abs(parity.perplexity / parity.simulated_perplexity - 1)
+    if not drift <= limits.perplexity_difference:
+        broken.append(f"perplexity {parity.perplexity:.4f} is {drift:.2%} from the simulation's {parity.simulated_perplexity:.4f} (limit {limits.perplexity_difference:.2%})")
+    if not parity.worst_layer_steps <= limits.layer_steps:
+        broken.append(f"layer {parity.worst_layer} is {parity.worst_layer_steps:.2f} steps off (limit {limits.layer_steps:g})")
+    if not parity.worst_layer_mean_steps <= limits.layer_mean_steps:
+        broken.append(f"one layer is {parity.worst_layer_mean_steps:.4f} steps off on average (limit {limits.layer_mean_steps:g})")
+    if broken:
+        raise VerificationError(f"{name}: the exported file does not compute what was simulated\n  " + "\n  ".join(broken))
+
+
+def _compare_layers(folder: Path, reference: Reference, ids: Tensor) -> tuple[str, float, float, int]:
+    """(worst layer, its largest difference, the largest mean difference of any layer, number of layers), in steps."""
+    graph = reference.graph()
+    values = reference.values(ids)
+    activations = [mark.name for mark in graph.marks if mark.kind is Kind.ACTIVATION]
+    with tempfile.TemporaryDirectory() as scratch:
+        outputs = OnnxLayers(folder, activations, Path(scratch)).run(values, ids)
+    worst, largest, largest_mean = "", -1.0, 0.0
+    for name in activations:
+        steps = (outputs[name] - values[name]).abs() / graph.encodings[name].scale
+        if float(steps.max()) > largest:
+            worst, largest = name, float(steps.max())
+        largest_mean = max(largest_mean, float(steps.mean()))
+    return worst, largest, largest_mean, len(activations)
+
+
+def _nll(logits: Tensor, ids: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[1:], reduction="sum"))

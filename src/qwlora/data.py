@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,24 @@ def load_documents(source: str, held_out: float, seed: int) -> Documents:
     while sum(map(len, documents[:count])) < wanted and count < len(documents) - 1:
         count += 1
     return Documents(tuple(documents[count:]), tuple(documents[:count]))
+
+
+def locate_documents(source: str) -> None:
+    """See that `source` exists, without reading it.
+
+    Raises:
+        SourceError: it does not.
+    """
+    if source.startswith("python:"):
+        module_name, _, attribute = source.removeprefix("python:").partition(":")
+        try:
+            found = bool(attribute) and importlib.util.find_spec(module_name) is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            raise SourceError(f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module")
+    elif not Path(source).expanduser().exists():
+        raise SourceError(f"data source {source!r} does not exist. Give a text file, a folder of text files, or python:MODULE:ATTRIBUTE")
 
 
 def _read(source: str) -> list[str]:

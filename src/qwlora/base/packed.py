@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qwlora.errors import MergeError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.operators import dequantize, granularity_arguments
+from qwlora.grid.operators import dequantize
 from qwlora.grid.packing import pack, packed_row_bytes, unpack
 from qwlora.grid.scheme import Scheme
 
@@ -77,8 +77,8 @@ class PackedLinear(nn.Linear):
         return _PackedLinearFunction.apply(x, self.bias, self)
 
     def _dequantize(self, dtype: torch.dtype) -> Tensor:
-        axis, size = granularity_arguments(self.scheme.granularity)
-        return dequantize(self.packed, self.scale, self.offset, self.in_features, self.scheme.bitwidth, axis, size).to(dtype)
+        layout = self.scheme.to_json()
+        return dequantize(self.packed, self.scale, self.offset, self.in_features, self.scheme.bitwidth, layout["axis"], layout["block_size"]).to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         scale = self.scale

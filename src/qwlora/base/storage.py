@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from qwlora.base.fingerprint import base_tensors, fingerprint
 from qwlora.base.packed import PackedLinear
 from qwlora.errors import FingerprintError, SourceError
-from qwlora.grid.operators import granularity_arguments, granularity_of
 from qwlora.grid.scheme import Scheme
 
 FORMAT = 1
@@ -32,7 +31,7 @@ FORMAT = 1
 def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, source: str) -> str:
     """Write the base into `folder`, which must exist; returns its fingerprint."""
     identity = fingerprint(model)
-    schemes = {name: _scheme_to_json(layer.scheme) for name, layer in _packed_layers(model).items()}
+    schemes = {name: layer.scheme.to_json() for name, layer in _packed_layers(model).items()}
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
@@ -57,7 +56,7 @@ def load_base(folder: str | Path) -> PreTrainedModel:
     for name, scheme in record["layers"].items():
         float_layer = model.get_submodule(name)
         out_features, in_features = float_layer.weight.shape if isinstance(float_layer, nn.Linear) else float_layer.weight.shape[::-1]
-        model.set_submodule(name, PackedLinear(in_features, out_features, _scheme_from_json(scheme), float_layer.bias, device="meta"))
+        model.set_submodule(name, PackedLinear(in_features, out_features, Scheme.from_json(scheme), float_layer.bias, device="meta"))
     model.tie_weights()
     try:
         tensors = load_file(folder / "model.safetensors")
@@ -71,6 +70,7 @@ def load_base(folder: str | Path) -> PreTrainedModel:
     found = fingerprint(model)
     if found != record["fingerprint"]:
         raise FingerprintError(f"base {str(folder)!r} has fingerprint {found}, but base.json says {record['fingerprint']}: the file was changed; quantize again")
+    model.name_or_path = record["source"]
     return model.requires_grad_(False).eval()
 
 
@@ -92,11 +92,3 @@ def read_record(folder: Path) -> dict[str, Any]:
 def _packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
-
-def _scheme_to_json(scheme: Scheme) -> dict[str, Any]:
-    axis, block_size = granularity_arguments(scheme.granularity)
-    return {"bitwidth": scheme.bitwidth, "symmetric": scheme.symmetric, "axis": axis, "block_size": block_size}
-
-
-def _scheme_from_json(record: dict[str, Any]) -> Scheme:
-    return Scheme(record["bitwidth"], record["symmetric"], granularity_of(record["axis"], record["block_size"]))

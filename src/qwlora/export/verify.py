@@ -1,9 +1,10 @@
 """The proof: what the exported file computes, compared with the simulation, on text that was not trained on.
 
-    end to end     logits, the likeliest token, perplexity of both
-    floor          the same between two simulations that differ only in `x * (1 / scale)` for `x / scale`. A deep model on a coarse grid turns the last bit of one
-                   layer into a whole step of a later one; nobody's file can agree with a simulation better than simulations agree with each other
-    layer by layer each layer gets the simulation's own input, so nothing accumulates: the difference is in steps of that layer's output grid
+    end to end       logits, the likeliest token, perplexity of both
+    floor            the same between two simulations that differ only in what float32 leaves open (`Reference.perturbed_logits`). A deep model on a grid turns
+                     the last bit of one layer into a whole step of a later one, so no file can agree with a simulation better than simulations agree with
+                     each other. The share of agreeing tokens is a sample; the floor is the lower end of its 95 % interval
+    layer by layer   each layer gets the simulation's own input, so nothing accumulates: the difference is in steps of that layer's output grid
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class Parity:
     max_abs_logit_difference: float
     mean_abs_logit_difference: float
     top1_agreement: float
+    perturbed_top1_agreement: float
     floor_top1_agreement: float
-    floor_max_abs_logit_difference: float
+    perturbed_max_abs_logit_difference: float
     perplexity: float
     simulated_perplexity: float
     worst_layer: str
@@ -81,6 +83,16 @@ class _Comparison:
         self.agreeing += int((found.argmax(-1) == expected.argmax(-1)).sum())
         self.tokens += found.shape[0] * found.shape[1]
 
+    @property
+    def agreement(self) -> float:
+        return self.agreeing / self.tokens
+
+    @property
+    def lowest_agreement(self) -> float:
+        """Lower end of the 95 % (Wilson) interval of `agreement`."""
+        n, share, z = self.tokens, self.agreement, 1.96
+        return (share + z * z / (2 * n) - z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))) / (1 + z * z / n)
+
 
 def verify_onnx(folder: Path, reference: Reference, sequences: Int64[Tensor, "count tokens"], layer_tokens: int, track: Track = untracked) -> Parity:
     """Run the exported file in `folder` on `sequences` and compare; the layers on the first `layer_tokens` tokens of the first sequence."""
@@ -99,9 +111,10 @@ def verify_onnx(folder: Path, reference: Reference, sequences: Int64[Tensor, "co
     return Parity(
         max_abs_logit_difference=file.largest,
         mean_abs_logit_difference=file.total / file.count,
-        top1_agreement=file.agreeing / file.tokens,
-        floor_top1_agreement=floor.agreeing / floor.tokens,
-        floor_max_abs_logit_difference=floor.largest,
+        top1_agreement=file.agreement,
+        perturbed_top1_agreement=floor.agreement,
+        floor_top1_agreement=floor.lowest_agreement,
+        perturbed_max_abs_logit_difference=floor.largest,
         perplexity=math.exp(nll["file"] / predicted),
         simulated_perplexity=math.exp(nll["simulation"] / predicted),
         worst_layer=layer,
@@ -122,6 +135,8 @@ def check_parity(parity: Parity, limits: Limits, name: str) -> None:
     drift = abs(parity.perplexity / parity.simulated_perplexity - 1)
     if not drift <= limits.perplexity_difference:
         broken.append(f"perplexity {parity.perplexity:.4f} is {drift:.2%} from the simulation's {parity.simulated_perplexity:.4f} (limit {limits.perplexity_difference:.2%})")
+    if not parity.top1_agreement >= parity.floor_top1_agreement:
+        broken.append(f"the likeliest token agrees in {parity.top1_agreement:.2%} of cases, below the floor of {parity.floor_top1_agreement:.2%}")
     if not parity.worst_layer_steps <= limits.layer_steps:
         broken.append(f"layer {parity.worst_layer} is {parity.worst_layer_steps:.2f} steps off (limit {limits.layer_steps:g})")
     if not parity.worst_layer_mean_steps <= limits.layer_mean_steps:

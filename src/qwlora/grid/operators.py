@@ -13,27 +13,9 @@ from torch import Tensor
 
 from qwlora.grid.encoding import aligned, grouped
 from qwlora.grid.packing import unpack
-from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Scheme, granularity_of
 
 NAMESPACE = "qwlora"
-
-
-def granularity_arguments(granularity: Granularity) -> tuple[int | None, int | None]:
-    """(channel axis, block size), as an operator's schema can carry a granularity."""
-    match granularity:
-        case PerTensor():
-            return None, None
-        case PerChannel(axis):
-            return axis, None
-        case PerBlock(size):
-            return None, size
-
-
-def granularity_of(axis: int | None, block_size: int | None) -> Granularity:
-    """Undo `granularity_arguments`."""
-    if block_size is not None:
-        return PerBlock(block_size)
-    return PerTensor() if axis is None else PerChannel(axis)
 
 
 @torch.library.custom_op("qwlora::dequantize", mutates_args=())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from qwlora.errors import GridError
 
@@ -42,6 +43,13 @@ class PerBlock:
 
 
 Granularity = PerTensor | PerChannel | PerBlock
+
+
+def granularity_of(axis: int | None, block_size: int | None) -> Granularity:
+    """The granularity with this channel axis, or this block size, or neither."""
+    if block_size is not None:
+        return PerBlock(block_size)
+    return PerTensor() if axis is None else PerChannel(axis)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,17 @@ class Scheme:
                 if not shape or shape[-1] % size:
                     raise GridError(f"blocks of {size} do not divide the last axis of a tensor of shape {list(shape)}")
                 return (*shape[:-1], shape[-1] // size)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: `{bitwidth, symmetric, axis, block_size}`, with `axis` per channel and `block_size` per block only."""
+        axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else None
+        block_size = self.granularity.size if isinstance(self.granularity, PerBlock) else None
+        return {"bitwidth": self.bitwidth, "symmetric": self.symmetric, "axis": axis, "block_size": block_size}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Scheme:
+        """Undo `to_json`."""
+        return cls(record["bitwidth"], record["symmetric"], granularity_of(record["axis"], record["block_size"]))
 
     def __str__(self) -> str:
         where = {PerTensor: "tensor", PerChannel: "channel"}.get(type(self.granularity))

@@ -1,0 +1,198 @@
+"""The output directory of one job.
+
+    DIR/recipe.yaml            the recipe, resolved
+    DIR/base/                  the frozen base
+    DIR/adapters/NAME/         a PEFT adapter
+    DIR/simulation/NAME/       encodings and placement
+    DIR/export/TARGET/NAME/    files for a runtime
+    DIR/results.json           what was measured (see docs/results.md)
+    DIR/.qwlora/               the stages' records, checkpoints, the lock
+
+An artifact is made in a scratch folder and renamed into place, so that what is there is whole. A stage's record is written after its artifact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwlora.errors import DirectoryError
+from qwlora.recipe import Recipe
+
+RESULTS_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished stage leaves behind: the key of its inputs, what it measured, and the files of its artifact with their sizes."""
+
+    key: str
+    seconds: float
+    results: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+
+
+class Directory:
+    """One job's directory; use `open`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.private = path / ".qwlora"
+        self.records: dict[str, Record] = {}
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path, recipe: Recipe) -> Iterator[Directory]:
+        """Claim `path` for `recipe`; made if it is not there, and removed again if nothing was finished in it.
+
+        Raises:
+            DirectoryError: it belongs to another recipe or to something else, is in use, or cannot be written.
+        """
+        directory = cls(path)
+        directory.check_owner(recipe)
+        existed = path.exists()
+        with _explained(path):
+            directory.private.mkdir(parents=True, exist_ok=True)
+            lock = (directory.private / "lock").open("w")
+        try:
+            _lock(lock, path)
+            with _explained(path):
+                directory._read_records()
+                write_text(path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=150))
+                yield directory
+        finally:
+            lock.close()
+            if not existed and not directory.records and not directory._has_work():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def check_owner(self, recipe: Recipe) -> None:
+        """See that the directory is free, or belongs to this job: a recipe of the same name and model.
+
+        Raises:
+            DirectoryError: it belongs to another recipe, or holds something else.
+        """
+        with _explained(self.path):
+            if not self.path.exists():
+                parent = next(p for p in self.path.absolute().parents if p.exists())
+                if not os.access(parent, os.W_OK):
+                    raise DirectoryError(f"{str(self.path)!r} cannot be made: {str(parent)!r} is not writable")
+                return
+            if not self.path.is_dir():
+                raise DirectoryError(f"{str(self.path)!r} is a file; --out names a directory")
+            if not os.access(self.path, os.W_OK):
+                raise DirectoryError(f"{str(self.path)!r} is not writable; choose another --out")
+            inside = [p for p in self.path.iterdir() if p != self.private]
+            if not inside:
+                return
+            try:
+                owner = yaml.safe_load((self.path / "recipe.yaml").read_text())
+                name, source = owner["name"], owner["model"]["source"]
+            except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+                raise DirectoryError(f"{str(self.path)!r} is not empty and was not made by qwlora; choose another --out") from error
+        if (name, source) != (recipe.name, recipe.model.source):
+            raise DirectoryError(
+                f"{str(self.path)!r} was made by another recipe ({name!r} on {source}), not by {recipe.name!r} on {recipe.model.source}; "
+                "choose another --out, or delete it"
+            )
+
+    def is_current(self, stage: str, key: str) -> bool:
+        """Whether `stage` is finished with these inputs and its files are all there."""
+        record = self.records.get(stage)
+        return record is not None and record.key == key and all(_size(self.path / file) == size for file, size in record.files.items())
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty folder, gone afterwards unless it was committed."""
+        folder = self.private / "scratch"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def commit(self, stage: str, record: Record, scratch: Path, artifact: str | None) -> None:
+        """Put the scratch folder in the artifact's place and record the stage."""
+        self.records.pop(stage, None)
+        self._write_records()
+        files = {}
+        if artifact is not None:
+            target = self.path / artifact
+            files = {str(Path(artifact) / p.relative_to(scratch)): p.stat().st_size for p in sorted(scratch.rglob("*")) if p.is_file()}
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch.rename(target)
+        self.records[stage] = Record(record.key, record.seconds, record.results, files)
+        self._write_records()
+
+    def work(self, stage: str, key: str) -> Path:
+        """Folder for what a stage must find again after an interruption; one for each key."""
+        return self.private / "work" / f"{stage.replace('/', '-')}-{key[:16]}"
+
+    def drop_work(self, stage: str) -> None:
+        """Delete the work folders of `stage`, whatever their key."""
+        for folder in (self.private / "work").glob(f"{stage.replace('/', '-')}-{'?' * 16}"):
+            shutil.rmtree(folder)
+
+    def _has_work(self) -> bool:
+        return any((self.private / "work").glob("*/checkpoint-*"))
+
+    def _read_records(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            content = json.loads((self.private / "stages.json").read_text())
+            self.records = {stage: Record(**record) for stage, record in content.items()}
+
+    def _write_records(self) -> None:
+        write_text(self.private / "stages.json", json.dumps({s: asdict(r) for s, r in self.records.items()}, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        scratch.write_text(text)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _lock(file: Any, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DirectoryError(f"{str(path)!r} is in use by another qwlora process; wait for it, or choose another --out") from error
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's and the writers' ways to say "cannot be written" into one error."""
+    try:
+        yield
+    except DirectoryError:
+        raise
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+            sign in str(error) for sign in ("No space left", "os error 28", "PytorchStreamWriter failed writing")
+        )
+        if full:
+            raise DirectoryError(f"{str(path)!r}: no space left on the disk. Nothing half-written was kept; free some space and run again") from error
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(error, "errno", None) == errno.EROFS:
+            raise DirectoryError(f"{str(path)!r} cannot be written: {error}") from error  # type: ignore[str-bytes-safe]
+        raise
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

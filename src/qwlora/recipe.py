@@ -1,0 +1,245 @@
+"""The recipe: what a user asks for, in one YAML file, validated whole before torch is imported.
+
+Each field's default and description are written once, here; `qwlora init` and the recipe reference print them. Validation gathers every problem: unknown keys
+(with the nearest valid one), wrong types, values out of range, combinations that cannot work, and sources that are not there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qwlora.errors import RecipeError, SourceError
+from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Count = Annotated[int, Field(ge=1)]
+DEFAULT_BLOCK_SIZE = 32
+
+
+class Section(BaseModel):
+    """A part of the recipe; keys that it does not know are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Weights(Section):
+    """A grid for the base's weights."""
+
+    bitwidth: Literal[2, 3, 4, 5, 6, 7, 8] = Field(4, description="integer bits")
+    symmetric: bool = Field(True, description="fix the offset at the middle code; false gives each scale an offset of its own")
+    granularity: Literal["tensor", "channel", "block"] = Field("block", description="what one scale covers: the tensor, an output channel, or a block of inputs")
+    block_size: Count | None = Field(None, description=f"inputs in a block, {DEFAULT_BLOCK_SIZE} unless given (granularity block only)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _block_size_where_there_are_blocks(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("granularity", "block") == "block" and given.get("block_size") is None:
+            return {**given, "block_size": DEFAULT_BLOCK_SIZE}
+        return given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Weights:
+        if self.granularity != "block" and self.block_size is not None:
+            raise ValueError(f"block_size goes with granularity block, not {self.granularity}; remove one")
+        return self
+
+    def scheme(self) -> Scheme:
+        granularity: Granularity = PerTensor()
+        if self.granularity == "channel":
+            granularity = PerChannel(0)
+        elif self.block_size is not None:
+            granularity = PerBlock(self.block_size)
+        return Scheme(self.bitwidth, self.symmetric, granularity)
+
+
+class AdapterWeights(Section):
+    """A grid for lora_A and lora_B. No blocks: they seldom divide a rank."""
+
+    bitwidth: Literal[4, 5, 6, 7, 8, 16] = Field(8, description="integer bits")
+    symmetric: bool = Field(True, description="fix the offset at the middle code")
+    granularity: Literal["tensor", "channel"] = Field("channel", description="what one scale covers: the tensor, or a row")
+
+    def scheme(self) -> Scheme:
+        return Scheme(self.bitwidth, self.symmetric, PerChannel(0) if self.granularity == "channel" else PerTensor())
+
+
+class Model(Section):
+    source: str = Field(description="a checkpoint folder, a .gguf file, package:NAME/PATH inside an installed package, or a hub id")
+
+
+class Data(Section):
+    source: str = Field(description="a text file, a folder of .txt and .md files, or python:MODULE:ATTRIBUTE")
+    sequence_tokens: Annotated[int, Field(ge=8)] = Field(512, description="tokens in a sequence, for training and evaluation alike")
+    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="share of the text kept from training, split by document")
+    evaluation_sequences: Count = Field(16, description="held-out sequences that perplexity is measured on, at most")
+    calibration_sequences: Count = Field(8, description="training sequences that activation ranges are measured on, at most")
+
+
+class Base(Section):
+    solver: Literal["rtn", "search"] = Field("search", description="rtn: min-max range; search: the range with the least squared error")
+    weights: Weights = Field(Weights(block_size=DEFAULT_BLOCK_SIZE), description="the grid of every Linear weight")
+
+
+class Adapter(Section):
+    name: Name = Field(description="also the name of its folder")
+    rank: Count = Field(16, description="inner dimension of lora_B lora_A")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the branch is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before lora_A while training")
+    target_modules: str | list[str] = Field("all-linear", description="which layers get an adapter, as PEFT understands it")
+    steps: Count = Field(60, description="optimizer steps")
+    batch_sequences: Count = Field(1, description="sequences in a step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak learning rate of AdamW")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("cosine", description="how the learning rate moves")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="steps from zero to the peak learning rate")
+    checkpoint_steps: Count = Field(10, description="steps between checkpoints; an interrupted run goes on from the last")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Adapter:
+        if self.warmup_steps >= self.steps and self.schedule != "constant":
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})")
+        return self
+
+
+class SimulationSection(Section):
+    activation_bitwidth: Literal[8, 16] = Field(16, description="bits of every activation, asymmetric per tensor, min-max range")
+    residual_adds: Literal["float", "quantize"] = Field("float", description="whether x + f(x) gets an encoding; an NPU without float needs quantize")
+    adapter_weights: AdapterWeights = Field(AdapterWeights(), description="the grid of lora_A and lora_B")
+
+
+class Export(Section):
+    targets: list[Literal["onnx"]] = Field(["onnx"], description="formats to write")
+
+
+class Verify(Section):
+    sequences: Count = Field(8, description="held-out sequences to run through each exported file, at most")
+    layer_tokens: Annotated[int, Field(ge=2)] = Field(128, description="tokens for the layer by layer comparison")
+    perplexity_difference: Annotated[float, Field(gt=0)] = Field(0.003, description="largest allowed relative difference from the simulation's perplexity")
+    layer_steps: Annotated[float, Field(gt=0)] = Field(2.0, description="largest allowed difference of a layer's output, in its quantization steps")
+    layer_mean_steps: Annotated[float, Field(gt=0)] = Field(0.05, description="the same for a layer's average difference")
+
+
+class Recipe(Section):
+    name: Name = Field("qwlora", description="what this job is called; an output directory belongs to one job")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the data split, the adapters' start and the order of training")
+    model: Model
+    data: Data
+    base: Base = Base()
+    adapters: list[Adapter] = Field(min_length=1, description="one base, many adapters")
+    simulation: SimulationSection = SimulationSection()
+    export: Export = Export()
+    verify: Verify = Verify()
+
+    @field_validator("adapters")
+    @classmethod
+    def _distinct(cls, adapters: list[Adapter]) -> list[Adapter]:
+        names = [a.name for a in adapters]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"two adapters are named {', '.join(twice)}; names are folders and must differ")
+        return adapters
+
+
+def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
+    """Read, change and validate a recipe.
+
+    Args:
+        changes: `section.key=value`, the value in YAML; `adapters.0.steps=5` reaches into a list.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    source = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(source, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]) from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(source, [f"is not YAML: {error}"]) from error
+    if not isinstance(content, dict):
+        raise RecipeError(source, ["is not a mapping of sections; `qwlora init` writes one to start from"])
+    problems = [p for change in changes if (p := _change(content, change))]
+    problems += _missing_sources(content)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(source, [*problems, *_describe(error)]) from error
+    if problems:
+        raise RecipeError(source, problems)
+    return recipe
+
+
+def _change(content: dict[str, Any], change: str) -> str | None:
+    """Apply one `a.b.c=value`; returns what is wrong with it, if anything."""
+    path, equals, value = change.partition("=")
+    if not equals or not path:
+        return f"--set {change}: write it like base.weights.bitwidth=3"
+    *parents, last = path.split(".")
+    node: Any = content
+    try:
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        if isinstance(node, list):
+            node[int(last)] = yaml.safe_load(value)
+        elif isinstance(node, dict):
+            node[last] = yaml.safe_load(value)
+        else:
+            return f"--set {change}: {'.'.join(parents)} is a value, not a section"
+    except (ValueError, IndexError, AttributeError):
+        return f"--set {change}: nothing is at {path}"
+    except yaml.YAMLError:
+        return f"--set {change}: {value} is not YAML"
+    return None
+
+
+def _describe(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        where = ".".join(str(p) for p in item["loc"])
+        if item["type"] == "extra_forbidden":
+            valid = _keys_at(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
+            yield f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(valid)}")
+        elif item["type"] == "missing":
+            yield f"{where}: required and not given"
+        else:
+            yield f"{where or 'recipe'}: {item['msg'].removeprefix('Value error, ')}" + _given(item)
+
+
+def _given(item: Any) -> str:
+    value = item.get("input")
+    return "" if isinstance(value, dict | list | BaseModel) or item["type"] == "value_error" else f" (given: {value!r})"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """Valid keys of the section at `location`."""
+    kind: Any = Recipe
+    for key in location:
+        if isinstance(key, str):
+            kind = kind.model_fields[key].annotation
+        found = re.findall(r"recipe\.(\w+)", str(kind)) or [getattr(kind, "__name__", "")]
+        kind = globals().get(found[0], Recipe)
+    return list(kind.model_fields)
+
+
+def _missing_sources(content: dict[str, Any]) -> list[str]:
+    """Model and data that are not where the recipe says, as far as can be seen without loading them."""
+    from qwlora.base.source import locate
+    from qwlora.data import locate_documents
+
+    problems = []
+    for section, look in (("model", locate), ("data", locate_documents)):
+        part = content.get(section)
+        source = part.get("source") if isinstance(part, dict) else None
+        if isinstance(source, str):
+            try:
+                look(source)
+            except SourceError as error:
+                problems.append(f"{section}.source: {error}")
+    return problems

@@ -1,0 +1,50 @@
+"""A simulation on disk: every encoding, and why each value has or has not got one.
+
+    simulation/NAME/encodings.safetensors     NAME.scale (float32) and NAME.offset (int32) of each encoding
+    simulation/NAME/simulation.json           the grids, the placement with its reasons
+
+The graph itself is not stored: it is captured again from base and adapter in seconds, and is theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from qwlora.errors import CalibrationError
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.scheme import Scheme
+from qwlora.simulate.simulation import Simulation
+
+FORMAT = 1
+
+
+def save_simulation(simulation: Simulation, folder: Path) -> None:
+    """Write the encodings and the placement into `folder`."""
+    encodings = simulation.encodings
+    tensors = {f"{name}.{part}": getattr(e, part).contiguous() for name, e in encodings.items() for part in ("scale", "offset")}
+    save_file(tensors, folder / "encodings.safetensors")
+    schemes = {name: encoding.scheme.to_json() for name, encoding in encodings.items()}
+    record = {"format": FORMAT, "schemes": schemes, "placement": [asdict(p) for p in simulation.explanation]}
+    (folder / "simulation.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def load_encodings(folder: Path) -> Mapping[str, Encoding]:
+    """The encodings that `save_simulation` wrote.
+
+    Raises:
+        CalibrationError: the folder does not hold them.
+    """
+    try:
+        record = json.loads((folder / "simulation.json").read_text())
+        tensors = load_file(folder / "encodings.safetensors")
+        return {
+            name: Encoding(Scheme.from_json(scheme), tensors[f"{name}.scale"], tensors[f"{name}.offset"])
+            for name, scheme in record["schemes"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(f"{str(folder)!r} holds no simulation that can be read ({error}); calibrate again") from error

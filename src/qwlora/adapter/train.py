@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_utils import get_last_checkpoint
 
 from qwlora.errors import TrainingError
+from qwlora.progress import Track, untracked
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,27 @@ class _Sequences(Dataset[dict[str, Tensor]]):
 class _Watch(TrainerCallback):
     """Times the steps, keeps the losses, reports progress, and turns Ctrl-C into "finish this step, write a checkpoint, stop"."""
 
-    def __init__(self, on_step: Callable[[int], None]):
-        self.on_step, self.losses, self.step_seconds = on_step, [], []
+    def __init__(self, track: Track):
+        self.track = track
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
         self.interrupted = False
         self._began = 0.0
+        self._bar: Iterator[int] = iter(())
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._bar = self.track(range(state.global_step, args.max_steps), "training", args.max_steps - state.global_step)
+        next(self._bar, None)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        next(self._bar, None)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.step_seconds.append(time.perf_counter() - self._began)
-        self.on_step(state.global_step)
+        next(self._bar, None)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -134,7 +145,7 @@ def train_adapter(
     ids: Int64[Tensor, "count tokens"],
     settings: TrainingSettings,
     work: Path,
-    on_step: Callable[[int], None] = lambda step: None,
+    track: Track = untracked,
 ) -> TrainingReport:
     """Train the active adapter of `model` on `ids`; checkpoints go to `work`, and the last one there is where it goes on from.
 
@@ -143,7 +154,7 @@ def train_adapter(
         Interrupted: Ctrl-C; a checkpoint of the last finished step is in `work`.
     """
     trainable = check_trainable(model)
-    watch = _Watch(on_step)
+    watch = _Watch(track)
     trainer = Trainer(model=model, args=_arguments(settings, work), train_dataset=_Sequences(ids), callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
     last = get_last_checkpoint(str(work)) if work.is_dir() else None

@@ -61,12 +61,12 @@ class Directory:
         directory = cls(path)
         directory.check_owner(recipe)
         existed = path.exists()
-        with _explained(path):
+        with explained(path):
             directory.private.mkdir(parents=True, exist_ok=True)
             lock = (directory.private / "lock").open("w")
         try:
             _lock(lock, path)
-            with _explained(path):
+            with explained(path):
                 directory._read_records()
                 write_text(path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=150))
                 yield directory
@@ -81,7 +81,7 @@ class Directory:
         Raises:
             DirectoryError: it belongs to another recipe, or holds something else.
         """
-        with _explained(self.path):
+        with explained(self.path):
             if not self.path.exists():
                 parent = next(p for p in self.path.absolute().parents if p.exists())
                 if not os.access(parent, os.W_OK):
@@ -109,6 +109,18 @@ class Directory:
         """Whether `stage` is finished with these inputs and its files are all there."""
         record = self.records.get(stage)
         return record is not None and record.key == key and all(_size(self.path / file) == size for file, size in record.files.items())
+
+    @classmethod
+    def peek(cls, path: Path, recipe: Recipe) -> Directory:
+        """Look at the records of `path` without claiming it; see `check_owner` for the errors."""
+        directory = cls(path)
+        directory.check_owner(recipe)
+        directory._read_records()
+        return directory
+
+    def forget(self, keep: set[str]) -> None:
+        """Drop the records of stages that the recipe no longer has; their files stay."""
+        self.records = {stage: record for stage, record in self.records.items() if stage in keep}
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -148,7 +160,7 @@ class Directory:
         return any((self.private / "work").glob("*/checkpoint-*"))
 
     def _read_records(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             content = json.loads((self.private / "stages.json").read_text())
             self.records = {stage: Record(**record) for stage, record in content.items()}
 
@@ -174,7 +186,7 @@ def _lock(file: Any, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn the operating system's and the writers' ways to say "cannot be written" into one error."""
     try:
         yield

@@ -1,0 +1,77 @@
+"""Which stages a recipe has, in which order, and the key of each: a hash of everything that its result depends on.
+
+Free of torch, so that a run in which nothing changed ends at once. A stage's key covers its section of the recipe, its text or model, and the keys of the
+stages that it reads; so a change reruns that stage and what follows from it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from qwlora.base.source import locate
+from qwlora.data import Documents
+from qwlora.recipe import Recipe
+
+VERBS = ("quantize", "train", "calibrate", "export", "verify", "evaluate")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the plan.
+
+    Args:
+        name: `verb` or `verb/what`, unique.
+        adapter: the adapter it works on, if it works on one.
+        artifact: the folder it makes, relative to the directory.
+        needs: names of the stages whose results it reads.
+    """
+
+    name: str
+    key: str
+    adapter: str | None = None
+    artifact: str | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def verb(self) -> str:
+        return self.name.partition("/")[0]
+
+
+def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
+    """All stages in the order of a full run: an adapter's simulation is made once and used while it is in memory."""
+    plan: dict[str, Stage] = {}
+
+    def add(name: str, inputs: Any, needs: tuple[str, ...] = (), adapter: str | None = None, artifact: str | None = None) -> None:
+        plan[name] = Stage(name, _hash([name, inputs, [plan[n].key for n in needs]]), adapter, artifact, needs)
+
+    model = [recipe.model.source, *_stamps(recipe.model.source)]
+    text = [documents.digest, recipe.data.sequence_tokens]
+    held_out = [*text, recipe.data.evaluation_sequences]
+    add("evaluate/float", [model, held_out])
+    add("quantize", [model, recipe.base.model_dump()], artifact="base")
+    add("evaluate/base", held_out, ("quantize",))
+    for adapter in recipe.adapters:
+        trains = adapter.model_dump(exclude={"checkpoint_steps"})
+        add(f"train/{adapter.name}", [trains, text, recipe.seed], ("quantize",), adapter.name, f"adapters/{adapter.name}")
+    for adapter in recipe.adapters:
+        n = adapter.name
+        ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]
+        add(f"evaluate/adapted/{n}", held_out, (f"train/{n}",), n)
+        add(f"calibrate/{n}", ranges, (f"train/{n}",), n, f"simulation/{n}")
+        add(f"evaluate/simulated/{n}", held_out, (f"calibrate/{n}",), n)
+        for target in recipe.export.targets:
+            add(f"export/{target}/{n}", [], (f"calibrate/{n}",), n, f"export/{target}/{n}")
+            add(f"verify/{target}/{n}", [recipe.verify.model_dump(), text], (f"export/{target}/{n}",), n)
+    return list(plan.values())
+
+
+def _stamps(source: str) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file of the model."""
+    return [(p.name, s.st_size, s.st_mtime_ns) for p in locate(source).files for s in [p.stat()]]
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,114 @@
+"""Run a recipe: skip what is current, do the rest in order, keep `results.json` true after every stage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from qwlora.data import load_documents
+from qwlora.errors import DirectoryError
+from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained, write_text
+from qwlora.pipeline.plan import VERBS, Stage, make_plan
+from qwlora.progress import Track, untracked
+from qwlora.recipe import Recipe
+
+Say = Callable[[str], None]
+
+
+def run(recipe: Recipe, out: Path, verbs: Collection[str] = VERBS, track: Track = untracked, say: Say = lambda line: None) -> dict[str, Any]:
+    """Run the stages of `recipe` whose verb is in `verbs`, over the directory `out`.
+
+    Args:
+        say: told, in a line each, what is skipped and what is done.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        SourceError, GridError: something is wrong with model or text; nothing was written.
+        DirectoryError: `out` cannot be used, or a stage that is needed first is not current.
+        QwloraError: a stage's own errors; what was finished before it stays.
+    """
+    documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed)
+    plan = make_plan(recipe, documents)
+    peek = Directory.peek(out, recipe)
+    waiting = [s for s in plan if s.verb in verbs and not peek.is_current(s.name, s.key)]
+    _check_needs(plan, waiting, verbs, peek)
+    if waiting:
+        session = _start_session(recipe, documents, out, track, {s.verb for s in waiting})
+    with Directory.open(out, recipe) as directory:
+        directory.forget(keep={s.name for s in plan})
+        for stage in (s for s in plan if s.verb in verbs):
+            if directory.is_current(stage.name, stage.key):
+                say(f"{stage.name}: skipped, nothing that it depends on has changed")
+                continue
+            say(f"{stage.name} ...")
+            seconds = _do(directory, session, stage)
+            say(f"{stage.name}: done in {seconds:.1f} s")
+            _write_results(directory, recipe, plan)
+        return _write_results(directory, recipe, plan)
+
+
+def _do(directory: Directory, session: Any, stage: Stage) -> float:
+    from qwlora.pipeline.stages import STAGES
+
+    began = time.perf_counter()
+    with explained(directory.path), directory.scratch() as scratch:
+        results = STAGES[stage.verb](session, stage, scratch, directory.work(stage.name, stage.key))
+        seconds = time.perf_counter() - began
+        directory.commit(stage.name, Record(stage.key, seconds, results), scratch, stage.artifact)
+        directory.drop_work(stage.name)
+    return seconds
+
+
+def _start_session(recipe: Recipe, documents: Any, out: Path, track: Track, verbs: set[str]) -> Any:
+    """Import torch and its friends, and find what is wrong before anything is written."""
+    _quiet_libraries()
+    from qwlora.pipeline.session import Session
+    from qwlora.pipeline.stages import preflight
+
+    session = Session(recipe, documents, out, track)
+    preflight(session, verbs)
+    return session
+
+
+def _check_needs(plan: list[Stage], waiting: list[Stage], verbs: Collection[str], directory: Directory) -> None:
+    by_name = {s.name: s for s in plan}
+    for stage in waiting:
+        for need in (by_name[n] for n in stage.needs):
+            if need.verb not in verbs and not directory.is_current(need.name, need.key):
+                raise DirectoryError(f"{stage.verb} needs {need.name}, which is missing or out of date in {str(directory.path)!r}: run `qwlora {need.verb}` first")
+
+
+def _write_results(directory: Directory, recipe: Recipe, plan: list[Stage]) -> dict[str, Any]:
+    results: dict[str, Any] = {"format": RESULTS_FORMAT, "recipe": recipe.name, "stages": {}}
+    for stage in plan:
+        if (record := directory.records.get(stage.name)) and record.key == stage.key:
+            _merge(results, record.results)
+            entry = results["stages"].setdefault(stage.verb, {"seconds": 0.0})
+            entry["seconds"] += record.seconds
+    with explained(directory.path):
+        write_text(directory.path / "results.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _merge(into: dict[str, Any], part: dict[str, Any]) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _quiet_libraries() -> None:
+    """Libraries draw no bars and print no notices of their own; what matters comes as an error."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)

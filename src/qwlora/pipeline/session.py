@@ -1,0 +1,102 @@
+"""What stages share within one process: text, models and the simulation, each loaded when first asked for and let go when it is in the way."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qwlora.adapter.provenance import load_adapter
+from qwlora.base.source import load_model, load_tokenizer
+from qwlora.base.storage import load_base, read_record
+from qwlora.data import Documents, sequences
+from qwlora.grid.scheme import Scheme
+from qwlora.progress import Track
+from qwlora.recipe import Adapter, Recipe
+from qwlora.simulate.simulation import Simulation, SimulationSchemes, simulate
+from qwlora.simulate.storage import load_encodings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Session:
+    """Lazily loaded inputs of the stages of one directory."""
+
+    def __init__(self, recipe: Recipe, documents: Documents, path: Path, track: Track):
+        self.recipe, self.documents, self.path, self.track = recipe, documents, path, track
+        self._float_model: PreTrainedModel | None = None
+        self._simulation: tuple[str, Simulation] | None = None
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.recipe.model.source)
+
+    @cached_property
+    def training_ids(self) -> Tensor:
+        return sequences(self.documents.train, self.tokenizer, self.recipe.data.sequence_tokens, "training")
+
+    @cached_property
+    def held_out_ids(self) -> Tensor:
+        return sequences(self.documents.held_out, self.tokenizer, self.recipe.data.sequence_tokens, "held-out")
+
+    @property
+    def evaluation_ids(self) -> Tensor:
+        return self.held_out_ids[: self.recipe.data.evaluation_sequences]
+
+    @property
+    def calibration_ids(self) -> Tensor:
+        return self.training_ids[: self.recipe.data.calibration_sequences]
+
+    def adapter(self, name: str) -> Adapter:
+        return next(a for a in self.recipe.adapters if a.name == name)
+
+    def float_model(self) -> PreTrainedModel:
+        """The model before step 1; stays until `take_float_model`."""
+        if self._float_model is None:
+            self._float_model = load_model(self.recipe.model.source)
+        return self._float_model
+
+    def take_float_model(self) -> PreTrainedModel:
+        """Hand the float model over to whoever changes it."""
+        model, self._float_model = self.float_model(), None
+        return model
+
+    @property
+    def base_fingerprint(self) -> str:
+        fingerprint: str = read_record(self.path / "base")["fingerprint"]
+        return fingerprint
+
+    def base(self) -> PreTrainedModel:
+        """A fresh copy of the frozen base."""
+        self._float_model = None
+        return load_base(self.path / "base")
+
+    def adapted(self, name: str) -> PeftModel:
+        """A fresh copy of the base with the trained adapter."""
+        return load_adapter(self.base(), self.path / "adapters" / name, self.base_fingerprint).eval()
+
+    def new_simulation(self, name: str) -> Simulation:
+        """Capture base and adapter; nothing is calibrated yet. Only one simulation is kept."""
+        self._simulation = None
+        section = self.recipe.simulation
+        schemes = SimulationSchemes(
+            activations=Scheme(section.activation_bitwidth, symmetric=False),
+            adapter_weights=section.adapter_weights.scheme(),
+            quantize_residual_adds=section.residual_adds == "quantize",
+        )
+        example = self.training_ids[:1, :16].repeat(2, 1)
+        simulation = simulate(self.adapted(name), {"input_ids": example, "attention_mask": torch.ones_like(example)}, schemes)
+        self._simulation = (name, simulation)
+        return simulation
+
+    def simulation(self, name: str) -> Simulation:
+        """The calibrated simulation, captured again if it is not in memory."""
+        if self._simulation is None or self._simulation[0] != name:
+            self.new_simulation(name).restore(load_encodings(self.path / "simulation" / name))
+        assert self._simulation is not None
+        return self._simulation[1]

@@ -1,0 +1,141 @@
+"""What each stage does: read from the session, write into a scratch folder, say what was measured.
+
+The returned mapping is the stage's part of `results.json`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qwlora.adapter.provenance import save_adapter
+from qwlora.adapter.train import TrainingSettings, attach, train_adapter
+from qwlora.base.fingerprint import fingerprint
+from qwlora.base.quantize import base_size, check_fit, find_layers, quantize_
+from qwlora.base.storage import save_base
+from qwlora.errors import FingerprintError
+from qwlora.evaluate import perplexity
+from qwlora.export.aimet import write_encodings
+from qwlora.export.onnx_model import write_onnx
+from qwlora.export.onnx_runtime import write_session_options
+from qwlora.export.verify import Limits, check_parity, verify_onnx
+from qwlora.pipeline.memory import peak_rss_bytes, reset_peak_rss
+from qwlora.pipeline.plan import Stage
+from qwlora.pipeline.session import Session
+from qwlora.simulate.storage import save_simulation
+
+Results = dict[str, Any]
+StageFunction = Callable[[Session, Stage, Path, Path], Results]
+
+
+def preflight(session: Session, verbs: set[str]) -> None:
+    """Whatever can be wrong with text and model is found here, before the directory is touched.
+
+    Raises:
+        SourceError: the text is too short, or the model cannot be loaded.
+        GridError: the base's grid does not fit the model.
+    """
+    _ = session.training_ids, session.held_out_ids
+    if "quantize" in verbs:
+        check_fit(find_layers(session.float_model()), session.recipe.base.weights.scheme())
+
+
+def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
+    """Step 1: the packed base."""
+    model = session.take_float_model()
+    quantize_(model, session.recipe.base.weights.scheme(), session.recipe.base.solver, session.track)
+    size = base_size(model)
+    identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)
+    return {"base": {"bytes": size.bytes, "bits_per_weight": size.bits_per_weight, "fingerprint": identity}}
+
+
+def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
+    """Step 2: one adapter on the frozen base, whose fingerprint is the same afterwards."""
+    adapter = session.adapter(str(stage.adapter))
+    ids, base_identity = session.training_ids, session.base_fingerprint
+    reset_peak_rss()
+    base = session.base()
+    model = attach(base, adapter.rank, adapter.alpha, adapter.dropout, adapter.target_modules, session.recipe.seed)
+    settings = TrainingSettings(
+        steps=adapter.steps,
+        learning_rate=adapter.learning_rate,
+        batch_sequences=adapter.batch_sequences,
+        warmup_steps=adapter.warmup_steps,
+        schedule=adapter.schedule,
+        checkpoint_steps=adapter.checkpoint_steps,
+        seed=session.recipe.seed,
+    )
+    report = train_adapter(model, ids, settings, work, session.track)
+    if (after := fingerprint(model)) != base_identity:
+        raise FingerprintError(f"training adapter {adapter.name} changed the base: its fingerprint was {base_identity} and is {after}")
+    save_adapter(model, scratch, base_identity)
+    measured = {
+        "steps": report.steps,
+        "step_seconds": report.step_seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "trainable_parameters": report.trainable_parameters,
+        "resumed_from_step": report.resumed_from_step,
+        "losses": list(report.losses),
+    }
+    return {"train": {adapter.name: measured}}
+
+
+def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
+    """Step 3: encodings of activations and adapter."""
+    name = str(stage.adapter)
+    simulation = session.new_simulation(name)
+    ids = session.calibration_ids
+    simulation.calibrate([{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids], session.track)
+    save_simulation(simulation, scratch)
+    return {"simulation": {name: {"encodings": len(simulation.encodings), "calibration_tokens": ids.numel()}}}
+
+
+def export(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
+    """Files for a runtime, and the adapter beside them."""
+    name = str(stage.adapter)
+    graph = session.simulation(name).graph()
+    write_onnx(graph, scratch, {"qwlora.base_fingerprint": session.base_fingerprint, "qwlora.adapter": name})
+    write_encodings(graph, scratch / "model.encodings")
+    write_session_options(scratch)
+    shutil.copytree(session.path / "adapters" / name, scratch / "adapter")
+    return {"export": {"onnx": {name: {"bytes": sum(p.stat().st_size for p in scratch.glob("model.onnx*"))}}}}
+
+
+def verify(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
+    """Run the exported file on held-out text and hold it to the recipe's limits."""
+    name, section = str(stage.adapter), session.recipe.verify
+    folder = session.path / "export" / "onnx" / name
+    parity = verify_onnx(folder, session.simulation(name), session.held_out_ids[: section.sequences], section.layer_tokens, session.track)
+    check_parity(parity, Limits(section.perplexity_difference, section.layer_steps, section.layer_mean_steps), f"export/onnx/{name}")
+    return {"parity": {"onnx": {name: parity.to_json()}}}
+
+
+def evaluate(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
+    """Perplexity of one state of the model on the held-out text."""
+    _, kind, *_ = stage.name.split("/")
+    name = stage.adapter
+    if kind == "simulated":
+        logits = session.simulation(str(name)).logits
+    else:
+        model = session.float_model() if kind == "float" else session.base() if kind == "base" else session.adapted(str(name))
+
+        def logits(ids: Tensor) -> Tensor:
+            result: Tensor = model(ids, use_cache=False).logits
+            return result
+
+    value = perplexity(logits, session.evaluation_ids, f"perplexity, {kind}", session.track)
+    return {"perplexity": {kind: value if name is None else {name: value}}}
+
+
+STAGES: dict[str, StageFunction] = {
+    "quantize": quantize,
+    "train": train,
+    "calibrate": calibrate,
+    "export": export,
+    "verify": verify,
+    "evaluate": evaluate,
+}

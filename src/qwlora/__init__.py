@@ -1,0 +1,78 @@
+"""QWLoRA: LoRA on a quantized base.
+
+    quantize_        step 1: freeze a model's weights to packed integers, in place
+    save_adapter     step 2 is PEFT's and your own loop or Trainer; adapters carry the base's fingerprint
+    simulate         step 3: one captured graph with activation and adapter encodings
+    export_onnx      files for a runtime
+    verify_onnx      run them, and compare
+
+Names are loaded when first used: importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwlora.adapter.provenance import load_adapter, save_adapter
+    from qwlora.base.packed import PackedLinear
+    from qwlora.base.quantize import quantize_
+    from qwlora.base.storage import load_base, save_base
+    from qwlora.errors import QwloraError
+    from qwlora.export.bundle import export_onnx
+    from qwlora.export.verify import verify_onnx
+    from qwlora.grid.encoding import Encoding
+    from qwlora.grid.fingerprint import fingerprint
+    from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+    from qwlora.simulate.simulation import Simulation, SimulationSchemes, simulate
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load_adapter": "adapter.provenance",
+    "save_adapter": "adapter.provenance",
+    "PackedLinear": "base.packed",
+    "quantize_": "base.quantize",
+    "load_base": "base.storage",
+    "save_base": "base.storage",
+    "QwloraError": "errors",
+    "export_onnx": "export.bundle",
+    "verify_onnx": "export.verify",
+    "Encoding": "grid.encoding",
+    "fingerprint": "grid.fingerprint",
+    "PerBlock": "grid.scheme",
+    "PerChannel": "grid.scheme",
+    "PerTensor": "grid.scheme",
+    "Scheme": "grid.scheme",
+    "Simulation": "simulate.simulation",
+    "SimulationSchemes": "simulate.simulation",
+    "simulate": "simulate.simulation",
+}
+
+__all__ = [
+    "Encoding",
+    "PackedLinear",
+    "PerBlock",
+    "PerChannel",
+    "PerTensor",
+    "QwloraError",
+    "Scheme",
+    "Simulation",
+    "SimulationSchemes",
+    "export_onnx",
+    "fingerprint",
+    "load_adapter",
+    "load_base",
+    "quantize_",
+    "save_adapter",
+    "save_base",
+    "simulate",
+    "verify_onnx",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qwlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"qwlora.{_HOME[name]}"), name)

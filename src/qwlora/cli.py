@@ -109,7 +109,7 @@ def _run(recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool,
     else:
         from qwlora.pipeline.summary import print_summary
 
-        print_summary(results, Console())
+        print_summary(results, Console(width=None if sys.stdout.isatty() else 120))
 
 
 def _bars(console: Console) -> Callable[..., Iterator[Any]]:

@@ -34,7 +34,9 @@ class Weights(Section):
 
     bitwidth: Literal[2, 3, 4, 5, 6, 7, 8] = Field(4, description="integer bits")
     symmetric: bool = Field(True, description="fix the offset at the middle code; false gives each scale an offset of its own")
-    granularity: Literal["tensor", "channel", "block"] = Field("block", description="what one scale covers: the tensor, an output channel, or a block of inputs")
+    granularity: Literal["tensor", "channel", "block"] = Field(
+        "block", description="what one scale covers: the tensor, an output channel, or a block of inputs"
+    )
     block_size: Count | None = Field(None, description=f"inputs in a block, {DEFAULT_BLOCK_SIZE} unless given (granularity block only)")
 
     @model_validator(mode="before")
@@ -71,10 +73,14 @@ class AdapterWeights(Section):
 
 
 class Model(Section):
+    """Where the float model comes from."""
+
     source: str = Field(description="a checkpoint folder, a .gguf file, package:NAME/PATH inside an installed package, or a hub id")
 
 
 class Data(Section):
+    """The text, and how it is cut."""
+
     source: str = Field(description="a text file, a folder of .txt and .md files, or python:MODULE:ATTRIBUTE")
     sequence_tokens: Annotated[int, Field(ge=8)] = Field(512, description="tokens in a sequence, for training and evaluation alike")
     held_out: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="share of the text kept from training, split by document")
@@ -83,11 +89,15 @@ class Data(Section):
 
 
 class Base(Section):
+    """Step 1."""
+
     solver: Literal["rtn", "search"] = Field("search", description="rtn: min-max range; search: the range with the least squared error")
     weights: Weights = Field(Weights(block_size=DEFAULT_BLOCK_SIZE), description="the grid of every Linear weight")
 
 
 class Adapter(Section):
+    """Step 2, for one adapter."""
+
     name: Name = Field(description="also the name of its folder")
     rank: Count = Field(16, description="inner dimension of lora_B lora_A")
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the branch is scaled by alpha / rank")
@@ -108,16 +118,22 @@ class Adapter(Section):
 
 
 class SimulationSection(Section):
+    """Step 3."""
+
     activation_bitwidth: Literal[8, 16] = Field(16, description="bits of every activation, asymmetric per tensor, min-max range")
     residual_adds: Literal["float", "quantize"] = Field("float", description="whether x + f(x) gets an encoding; an NPU without float needs quantize")
     adapter_weights: AdapterWeights = Field(AdapterWeights(), description="the grid of lora_A and lora_B")
 
 
 class Export(Section):
+    """Which files to write."""
+
     targets: list[Literal["onnx"]] = Field(["onnx"], description="formats to write")
 
 
 class Verify(Section):
+    """How the files are proved, and what the proof must keep to."""
+
     sequences: Count = Field(8, description="held-out sequences to run through each exported file, at most")
     layer_tokens: Annotated[int, Field(ge=2)] = Field(128, description="tokens for the layer by layer comparison")
     perplexity_difference: Annotated[float, Field(gt=0)] = Field(0.003, description="largest allowed relative difference from the simulation's perplexity")
@@ -126,6 +142,8 @@ class Verify(Section):
 
 
 class Recipe(Section):
+    """The whole file."""
+
     name: Name = Field("qwlora", description="what this job is called; an output directory belongs to one job")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of the data split, the adapters' start and the order of training")
     model: Model
@@ -160,7 +178,7 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(source, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]) from error
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(source, [f"is not YAML: {error}"]) from error
     if not isinstance(content, dict):
@@ -176,6 +194,13 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
     return recipe
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 5e-4 for a string; everybody else for a number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
 def _change(content: dict[str, Any], change: str) -> str | None:
     """Apply one `a.b.c=value`; returns what is wrong with it, if anything."""
     path, equals, value = change.partition("=")
@@ -187,9 +212,9 @@ def _change(content: dict[str, Any], change: str) -> str | None:
         for key in parents:
             node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
         if isinstance(node, list):
-            node[int(last)] = yaml.safe_load(value)
+            node[int(last)] = yaml.load(value, Loader=_Loader)
         elif isinstance(node, dict):
-            node[last] = yaml.safe_load(value)
+            node[last] = yaml.load(value, Loader=_Loader)
         else:
             return f"--set {change}: {'.'.join(parents)} is a value, not a section"
     except (ValueError, IndexError, AttributeError):

@@ -12,20 +12,21 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qwlora.errors import FingerprintError, SourceError
+from qwlora.grid.fingerprint import fingerprint
 
 FORMAT = 1
 FILE = "qwlora.json"
 
 
-def save_adapter(model: PeftModel, folder: str | Path, base_fingerprint: str) -> None:
-    """Write the active adapter of `model` into `folder`."""
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write the adapters of `model` into `folder`, as PEFT does, with the fingerprint of the base under them."""
     folder = Path(folder)
-    model.save_pretrained(folder)
-    record = {"format": FORMAT, "base_fingerprint": base_fingerprint}
+    model.save_pretrained(str(folder))
+    record = {"format": FORMAT, "base_fingerprint": fingerprint(model)}
     (folder / FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, base_fingerprint: str, is_trainable: bool = False) -> PeftModel:
+def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> PeftModel:
     """Attach the adapter in `folder` to the base `model`.
 
     Raises:
@@ -33,7 +34,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, base_fingerprint: s
         FingerprintError: it was trained on another base.
     """
     folder = Path(folder)
-    check_adapter(folder, base_fingerprint)
+    check_adapter(folder, fingerprint(model))
     return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
 
 

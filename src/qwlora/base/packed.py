@@ -99,7 +99,7 @@ class _PackedLinearFunction(torch.autograd.Function):
         return nn.functional.linear(x, layer._dequantize(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_x = gradient @ ctx.layer._dequantize(gradient.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
@@ -117,4 +117,3 @@ class _Unpacked(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
-

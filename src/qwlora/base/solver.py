@@ -1,7 +1,7 @@
 """Solvers: from a float weight to an encoding and codes.
 
-    rtn      min-max range, round to nearest
-    search   the range with the least squared error in each group, then round to nearest
+rtn      min-max range, round to nearest
+search   the range with the least squared error in each group, then round to nearest
 """
 
 from __future__ import annotations

@@ -14,15 +14,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qwlora.base.fingerprint import base_tensors, fingerprint
 from qwlora.base.packed import PackedLinear
 from qwlora.errors import FingerprintError, SourceError
+from qwlora.grid.fingerprint import base_tensors, fingerprint
 from qwlora.grid.scheme import Scheme
 
 FORMAT = 1
@@ -56,7 +57,7 @@ def load_base(folder: str | Path) -> PreTrainedModel:
     for name, scheme in record["layers"].items():
         float_layer = model.get_submodule(name)
         out_features, in_features = float_layer.weight.shape if isinstance(float_layer, nn.Linear) else float_layer.weight.shape[::-1]
-        model.set_submodule(name, PackedLinear(in_features, out_features, Scheme.from_json(scheme), float_layer.bias, device="meta"))
+        model.set_submodule(name, PackedLinear(in_features, out_features, Scheme.from_json(scheme), float_layer.bias, device=torch.device("meta")))
     model.tie_weights()
     try:
         tensors = load_file(folder / "model.safetensors")
@@ -69,8 +70,10 @@ def load_base(folder: str | Path) -> PreTrainedModel:
     model.tie_weights()
     found = fingerprint(model)
     if found != record["fingerprint"]:
-        raise FingerprintError(f"base {str(folder)!r} has fingerprint {found}, but base.json says {record['fingerprint']}: the file was changed; quantize again")
-    model.name_or_path = record["source"]
+        raise FingerprintError(
+            f"base {str(folder)!r} has fingerprint {found}, but base.json says {record['fingerprint']}: the file was changed; quantize again"
+        )
+    model.name_or_path = record["source"] if Path(record["source"]).is_dir() else ""  # what PEFT writes into an adapter as its base
     return model.requires_grad_(False).eval()
 
 
@@ -91,4 +94,3 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def _packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-

@@ -76,7 +76,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     opset = values.Opset(NAMESPACE, 1)
     attribute = OpSchema.Attribute("name", OpSchema.AttrType.STRING, "the encoding's name", required=True)
     marker = OpSchema(MARKER, NAMESPACE, 1, inputs=[_formal("x")], outputs=[_formal("y")], attributes=[attribute])
-    inputs = [_formal("packed", "tensor(uint8)"), _formal("scale"), OpSchema.FormalParameter("offset", "tensor(int32)", param_option=OpSchema.FormalParameterOption.Optional)]
+    inputs = [
+        _formal("packed", "tensor(uint8)"),
+        _formal("scale"),
+        OpSchema.FormalParameter("offset", "tensor(int32)", param_option=OpSchema.FormalParameterOption.Optional),
+    ]
     unpacker = OpSchema(DEQUANTIZE, NAMESPACE, 1, inputs=inputs, outputs=[_formal("y")])
     marker_op, unpacker_op = values.Op(opset, MARKER, marker), values.Op(opset, DEQUANTIZE, unpacker)
 

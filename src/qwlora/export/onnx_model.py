@@ -112,7 +112,7 @@ class _Rewriter:
             ]
             if not encoding.scheme.symmetric:
                 made.append(self._initializer(f"{name}.zero_point", (-offset).contiguous().numpy().astype(kind)))
-            self.initializers[key] = tuple(made)  # type: ignore[assignment]
+            self.initializers[key] = tuple(made)
         return list(self.initializers[key]), attributes
 
     def _codes(self, value: Any, encoding: Encoding) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Run an exported ONNX file, whole or layer by layer.
 
-ONNX Runtime by default multiplies 4-bit weights with activations that it quantizes to 8 bits by itself. `SESSION_OPTIONS` turn that off; they are written beside
+By default ONNX Runtime quantizes to 8 bits, by itself, the activations that meet 4-bit weights. `SESSION_OPTIONS` turn that off; they are written beside
 the file and into its metadata, because without them the file does not compute what was trained.
 """
 

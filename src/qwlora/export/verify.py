@@ -1,10 +1,10 @@
 """The proof: what the exported file computes, compared with the simulation, on text that was not trained on.
 
-    end to end       logits, the likeliest token, perplexity of both
-    floor            the same between two simulations that differ only in what float32 leaves open (`Reference.perturbed_logits`). A deep model on a grid turns
-                     the last bit of one layer into a whole step of a later one, so no file can agree with a simulation better than simulations agree with
-                     each other. The share of agreeing tokens is a sample; the floor is the lower end of its 95 % interval
-    layer by layer   each layer gets the simulation's own input, so nothing accumulates: the difference is in steps of that layer's output grid
+end to end       logits, the likeliest token, perplexity of both
+floor            the same between two simulations that differ only in what float32 leaves open (`Reference.perturbed_logits`). A deep model on a grid turns
+                 the last bit of one layer into a whole step of a later one, so no file can agree with a simulation better than simulations agree with
+                 each other. The share of agreeing tokens is a sample; the floor is the lower end of its 95 % interval
+layer by layer   each layer gets the simulation's own input, so nothing accumulates: the difference is in steps of that layer's output grid
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def check_parity(parity: Parity, limits: Limits, name: str) -> None:
     broken = []
     drift = abs(parity.perplexity / parity.simulated_perplexity - 1)
     if not drift <= limits.perplexity_difference:
-        broken.append(f"perplexity {parity.perplexity:.4f} is {drift:.2%} from the simulation's {parity.simulated_perplexity:.4f} (limit {limits.perplexity_difference:.2%})")
+        simulated = f"the simulation's {parity.simulated_perplexity:.4f}"
+        broken.append(f"perplexity {parity.perplexity:.4f} is {drift:.2%} from {simulated} (limit {limits.perplexity_difference:.2%})")
     if not parity.top1_agreement >= parity.floor_top1_agreement:
         broken.append(f"the likeliest token agrees in {parity.top1_agreement:.2%} of cases, below the floor of {parity.floor_top1_agreement:.2%}")
     if not parity.worst_layer_steps <= limits.layer_steps:

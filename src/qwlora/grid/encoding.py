@@ -69,7 +69,7 @@ class Encoding:
         if tuple(self.scale.shape) != expected:
             raise GridError(f"a tensor of shape {list(x.shape)} needs scales of shape {list(expected)}, not {list(self.scale.shape)}")
         granularity = self.scheme.granularity
-        return (grouped(x, granularity), *(aligned(p, granularity, x.ndim) for p in (self.scale, self.offset)))
+        return grouped(x, granularity), aligned(self.scale, granularity, x.ndim), aligned(self.offset, granularity, x.ndim)
 
 
 def grouped(x: Tensor, granularity: Granularity) -> Tensor:
@@ -105,6 +105,6 @@ class _FakeQuantize(torch.autograd.Function):
             ctx.save_for_backward((steps >= low) & (steps <= high))
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (inside,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return gradient * inside, None, None, None

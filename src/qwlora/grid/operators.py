@@ -19,9 +19,7 @@ NAMESPACE = "qwlora"
 
 
 @torch.library.custom_op("qwlora::dequantize", mutates_args=())
-def dequantize(
-    packed: Tensor, scale: Tensor, offset: Tensor | None, count: int, bitwidth: int, axis: int | None, block_size: int | None
-) -> Tensor:
+def dequantize(packed: Tensor, scale: Tensor, offset: Tensor | None, count: int, bitwidth: int, axis: int | None, block_size: int | None) -> Tensor:
     """`(q + offset) * scale` for codes packed along the last axis."""
     codes = unpack(packed, bitwidth, count)
     granularity = granularity_of(axis, block_size)

@@ -199,7 +199,7 @@ def explained(path: Path) -> Iterator[None]:
         if full:
             raise DirectoryError(f"{str(path)!r}: no space left on the disk. Nothing half-written was kept; free some space and run again") from error
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(error, "errno", None) == errno.EROFS:
-            raise DirectoryError(f"{str(path)!r} cannot be written: {error}") from error  # type: ignore[str-bytes-safe]
+            raise DirectoryError(f"{str(path)!r} cannot be written: {error}") from error
         raise
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,9 @@ def _check_needs(plan: list[Stage], waiting: list[Stage], verbs: Collection[str]
     for stage in waiting:
         for need in (by_name[n] for n in stage.needs):
             if need.verb not in verbs and not directory.is_current(need.name, need.key):
-                raise DirectoryError(f"{stage.verb} needs {need.name}, which is missing or out of date in {str(directory.path)!r}: run `qwlora {need.verb}` first")
+                raise DirectoryError(
+                    f"{stage.verb} needs {need.name}, which is missing or out of date in {str(directory.path)!r}: run `qwlora {need.verb}` first"
+                )
 
 
 def _write_results(directory: Directory, recipe: Recipe, plan: list[Stage]) -> dict[str, Any]:
@@ -106,6 +110,9 @@ def _merge(into: dict[str, Any], part: dict[str, Any]) -> None:
 
 def _quiet_libraries() -> None:
     """Libraries draw no bars and print no notices of their own; what matters comes as an error."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -78,7 +78,7 @@ class Session:
 
     def adapted(self, name: str) -> PeftModel:
         """A fresh copy of the base with the trained adapter."""
-        return load_adapter(self.base(), self.path / "adapters" / name, self.base_fingerprint).eval()
+        return load_adapter(self.base(), self.path / "adapters" / name).eval()
 
     def new_simulation(self, name: str) -> Simulation:
         """Capture base and adapter; nothing is calibrated yet. Only one simulation is kept."""

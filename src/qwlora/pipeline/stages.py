@@ -14,15 +14,13 @@ from torch import Tensor
 
 from qwlora.adapter.provenance import save_adapter
 from qwlora.adapter.train import TrainingSettings, attach, train_adapter
-from qwlora.base.fingerprint import fingerprint
 from qwlora.base.quantize import base_size, check_fit, find_layers, quantize_
 from qwlora.base.storage import save_base
 from qwlora.errors import FingerprintError
 from qwlora.evaluate import perplexity
-from qwlora.export.aimet import write_encodings
-from qwlora.export.onnx_model import write_onnx
-from qwlora.export.onnx_runtime import write_session_options
+from qwlora.export.bundle import export_onnx
 from qwlora.export.verify import Limits, check_parity, verify_onnx
+from qwlora.grid.fingerprint import fingerprint
 from qwlora.pipeline.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.pipeline.plan import Stage
 from qwlora.pipeline.session import Session
@@ -72,7 +70,7 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     report = train_adapter(model, ids, settings, work, session.track)
     if (after := fingerprint(model)) != base_identity:
         raise FingerprintError(f"training adapter {adapter.name} changed the base: its fingerprint was {base_identity} and is {after}")
-    save_adapter(model, scratch, base_identity)
+    save_adapter(model, scratch)
     measured = {
         "steps": report.steps,
         "step_seconds": report.step_seconds,
@@ -97,10 +95,8 @@ def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resu
 def export(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Files for a runtime, and the adapter beside them."""
     name = str(stage.adapter)
-    graph = session.simulation(name).graph()
-    write_onnx(graph, scratch, {"qwlora.base_fingerprint": session.base_fingerprint, "qwlora.adapter": name})
-    write_encodings(graph, scratch / "model.encodings")
-    write_session_options(scratch)
+    metadata = {"qwlora.base_fingerprint": session.base_fingerprint, "qwlora.adapter": name}
+    export_onnx(session.simulation(name).graph(), scratch, metadata)
     shutil.copytree(session.path / "adapters" / name, scratch / "adapter")
     return {"export": {"onnx": {name: {"bytes": sum(p.stat().st_size for p in scratch.glob("model.onnx*"))}}}}
 

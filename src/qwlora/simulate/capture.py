@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> ExportedP
         raise CaptureError("the model is in training mode; call model.eval() first, the graph is made for one mode")
     wrapper = ForwardLogits(model, names).eval()
     if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation("eager")  # the only implementation whose inner values are nodes
-    shapes = {"tensors": tuple({axis: Dim.DYNAMIC for axis in range(min(2, t.ndim))} for t in tensors)}
+        cast(Any, model).set_attn_implementation("eager")  # the only implementation whose inner values are nodes
+    shapes = {"tensors": tuple(dict.fromkeys(range(min(2, t.ndim)), Dim.DYNAMIC) for t in tensors)}
     try:
         with torch.no_grad():
             program = torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)

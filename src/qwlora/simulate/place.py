@@ -28,14 +28,46 @@ from qwlora.grid.names import canonical_name, is_adapter_name
 
 
 class Decision(StrEnum):
+    """What becomes of a value."""
+
     QUANTIZE = "quantize"
     SHARE = "share"
     FLOAT = "float"
 
 
 MOVES_DATA = frozenset(
-    "view reshape _unsafe_view transpose permute t expand expand_as slice select unsqueeze squeeze split split_with_sizes chunk unbind getitem flatten unflatten "
-    "clone index index_select gather repeat narrow roll flip movedim to _to_copy".split()
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "transpose",
+        "permute",
+        "t",
+        "expand",
+        "expand_as",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "getitem",
+        "flatten",
+        "unflatten",
+        "clone",
+        "index",
+        "index_select",
+        "gather",
+        "repeat",
+        "narrow",
+        "roll",
+        "flip",
+        "movedim",
+        "to",
+        "_to_copy",
+    ]
 )
 MASKS = frozenset({"add", "where", "masked_fill", "mul"})
 # One operation to a runtime, several to torch: class name patterns of modules whose inside stays float.
@@ -152,11 +184,7 @@ def _mark_input(node: Node, parameter: str | None, program: ExportedProgram) -> 
 
 def _parameters(program: ExportedProgram) -> dict[str, str]:
     """Parameter path by placeholder name; the capture wrapper's own prefix is dropped."""
-    return {
-        spec.arg.name: str(spec.target).removeprefix("model.")
-        for spec in program.graph_signature.input_specs
-        if spec.kind is InputKind.PARAMETER
-    }
+    return {spec.arg.name: str(spec.target).removeprefix("model.") for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER}
 
 
 def _integer_origins(program: ExportedProgram) -> set[str]:

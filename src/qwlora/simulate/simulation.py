@@ -10,8 +10,9 @@ activations from data, in one pass over float activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,14 +56,14 @@ class Simulation(nn.Module):
         self._weight_encodings: dict[str, Encoding] = {}
         self._frozen: dict[int, _FrozenWeight] = {}  # by storage, so that a tied weight is kept once
         self._quantizers: dict[str, Quantizer] = {}
-        self.graph_module: GraphModule = program.module(check_guards=False)  # type: ignore[assignment]
+        self.graph_module: GraphModule = program.module(check_guards=False)
         self._insert(schemes)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         logits: Tensor = self.graph_module(*tensors)
         return logits
 
-    def calibrate(self, batches: Iterable[Mapping[str, Tensor]], track: Track = untracked) -> None:
+    def calibrate(self, batches: Collection[Mapping[str, Tensor]], track: Track = untracked) -> None:
         """Observe the activations of all `batches` (each a mapping with the inputs' names), then fix their encodings.
 
         Values that only a mask can hold (beyond 1e30) lose their quantizer, and `explanation` says so.
@@ -73,7 +74,7 @@ class Simulation(nn.Module):
         self._set_mode(Mode.OBSERVE)
         count = 0
         with torch.no_grad():
-            for batch in track(batches, "calibrating", len(batches) if hasattr(batches, "__len__") else None):
+            for batch in track(batches, "calibrating", len(batches)):
                 self(*(batch[name] for name in self.inputs))
                 count += 1
         if not count:
@@ -164,7 +165,7 @@ class Simulation(nn.Module):
                 quantizer = self._weight_quantizer(mark, node, schemes.adapter_weights if mark.kind is Kind.ADAPTER else schemes.parameters)
             target = f"quantizer_{mark.node}"
             self.graph_module.add_submodule(target, quantizer)
-            insert_after(node, lambda n, target=target: self.graph_module.graph.call_module(target, (n,)))
+            insert_after(node, partial(_call_module, target=target))
         self.graph_module.recompile()
 
     def _weight_quantizer(self, mark: Mark, node: Node, scheme: Scheme) -> nn.Module:
@@ -192,7 +193,9 @@ class Simulation(nn.Module):
         self.graph_module.graph.erase_node(node)
         self.graph_module.delete_submodule(str(node.target))
         self.graph_module.recompile()
-        self.explanation = [Placed(p.node, p.operator, p.module, p.module_class, Decision.FLOAT, reason) if p.node == mark.node else p for p in self.explanation]
+        self.explanation = [
+            Placed(p.node, p.operator, p.module, p.module_class, Decision.FLOAT, reason) if p.node == mark.node else p for p in self.explanation
+        ]
 
     def _set_mode(self, mode: Mode) -> None:
         for quantizer in self._quantizers.values():
@@ -212,6 +215,10 @@ class _FrozenWeight(nn.Module):
         return self.value
 
 
+def _call_module(node: Node, target: str) -> Node:
+    return node.graph.call_module(target, (node,))
+
+
 class _SumInHalves(Interpreter):
     """Runs a graph with every matrix product `sum_k a_k b_k` computed as the sum over the first half of k plus the sum over the second."""
 
@@ -228,9 +235,7 @@ class _SumInHalves(Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-def simulate(
-    model: nn.Module, example_inputs: Mapping[str, Tensor], schemes: SimulationSchemes | None = None
-) -> Simulation:
+def simulate(model: nn.Module, example_inputs: Mapping[str, Tensor], schemes: SimulationSchemes | None = None) -> Simulation:
     """Capture `model` (a frozen base, with or without an adapter) and place quantizers; see `capture` for the errors.
 
     Args:

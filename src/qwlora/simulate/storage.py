@@ -42,9 +42,6 @@ def load_encodings(folder: Path) -> Mapping[str, Encoding]:
     try:
         record = json.loads((folder / "simulation.json").read_text())
         tensors = load_file(folder / "encodings.safetensors")
-        return {
-            name: Encoding(Scheme.from_json(scheme), tensors[f"{name}.scale"], tensors[f"{name}.offset"])
-            for name, scheme in record["schemes"].items()
-        }
+        return {name: Encoding(Scheme.from_json(scheme), tensors[f"{name}.scale"], tensors[f"{name}.offset"]) for name, scheme in record["schemes"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"{str(folder)!r} holds no simulation that can be read ({error}); calibrate again") from error

@@ -12,8 +12,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from qwlora.base.packed import PackedLinear
 from qwlora.grid.names import canonical_name, is_adapter_name
+from qwlora.grid.scheme import Scheme
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -30,7 +30,8 @@ def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     found: dict[str, tuple[str, Tensor]] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
-        layout = str(module.scheme) if isinstance(module, PackedLinear) else ""
+        scheme = getattr(module, "scheme", None)
+        layout = str(scheme) if isinstance(scheme, Scheme) else ""
         own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}
         for key, tensor in own.items():
             name = f"{path}.{key}" if path else key

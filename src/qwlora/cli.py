@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -97,13 +97,16 @@ def _run(recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool,
 
     recipe = load_recipe(recipe_path, tuple(changes or ()))
     console = Console(stderr=True)
-    results = run(
-        recipe,
-        out,
-        tuple(verbs),
-        track=_bars(console) if console.is_terminal and not as_json else untracked,
-        say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
-    )
+    try:
+        results = run(
+            recipe,
+            out,
+            tuple(verbs),
+            track=_bars(console) if console.is_terminal and not as_json else untracked,
+            say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
+        )
+    except KeyboardInterrupt as error:  # here, since typer would turn it into a bare exit code
+        _fail(f"interrupted{f', {error}' if str(error) else ''}. The same command goes on from here", 130)
     if as_json:
         print(json.dumps(results, indent=1))
     else:
@@ -124,15 +127,11 @@ def _bars(console: Console) -> Callable[..., Iterator[Any]]:
 def main() -> None:
     """Entry point: QWLoRA's own errors become one message and an exit code."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))
     except VerificationError as error:
         _fail(str(error), 1)
     except QwloraError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt as error:
-        _fail(f"interrupted{f': {error}' if str(error) else ''}. The same command goes on from here", 130)
-    except typer.Abort:
-        _fail("interrupted. The same command goes on from here", 130)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # a wrong command line, in whichever click typer carries
         if usage is None:
@@ -140,6 +139,6 @@ def main() -> None:
         _fail(usage(), 2)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"qwlora: {message}", file=sys.stderr)
     sys.exit(code)

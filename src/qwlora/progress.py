@@ -7,11 +7,12 @@ passes a `rich` bar with the time left (see `cli.py`), so no step knows about te
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Track(Protocol):
     """`for item in track(items, "what is going on", total): ...`"""
 

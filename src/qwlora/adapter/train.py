@@ -165,7 +165,7 @@ def train_adapter(
     finally:
         if previous is not None:
             signal.signal(signal.SIGINT, previous)
-    if watch.interrupted and trainer.state.global_step < settings.steps:
+    if watch.interrupted:
         raise Interrupted(trainer.state.global_step)
     timed = watch.step_seconds[1:] or watch.step_seconds or [0.0]
     return TrainingReport(settings.steps, sum(timed) / len(timed), resumed, trainable, tuple(watch.losses))

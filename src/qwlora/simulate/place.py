@@ -183,8 +183,21 @@ def _mark_input(node: Node, parameter: str | None, program: ExportedProgram) -> 
 
 
 def _parameters(program: ExportedProgram) -> dict[str, str]:
-    """Parameter path by placeholder name; the capture wrapper's own prefix is dropped."""
-    return {spec.arg.name: str(spec.target).removeprefix("model.") for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER}
+    """Parameter path by placeholder name; the capture wrapper's own prefix is dropped.
+
+    Of a tied weight, export lets all readers use one placeholder, whichever; it goes by the name under which the model has it first.
+    """
+    used = {n.name: bool(n.users) for n in program.graph.nodes if n.op == "placeholder"}
+    specs = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER]
+    names: dict[str, str] = {}
+    idle: dict[int, str] = {}
+    for spec in specs:
+        if not used[spec.arg.name]:
+            idle.setdefault(program.state_dict[spec.target].data_ptr(), spec.target)
+    for spec in specs:
+        target = idle.get(program.state_dict[spec.target].data_ptr(), spec.target) if used[spec.arg.name] else spec.target
+        names[spec.arg.name] = str(target).removeprefix("model.")
+    return names
 
 
 def _integer_origins(program: ExportedProgram) -> set[str]:

@@ -1,0 +1,113 @@
+"""Tiny random models of several architectures, with a tokenizer of their own: nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from jaxtyping import install_import_hook
+
+SHAPES_CHECKED = [f"qwlora.{m}" for m in ("grid.encoding", "grid.observer", "grid.packing", "base.packed", "evaluate")]
+with install_import_hook(SHAPES_CHECKED, "beartype.beartype"):
+    import qwlora.base.quantize
+    import qwlora.evaluate  # noqa: F401 (imported here so that their signatures' shapes are checked)
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 260
+ARCHITECTURES = ("llama", "gpt2", "opt", "qwen3")
+WORDS = "the integer grid holds a weight in four bits and a scale so that what was trained is what a device computes".split()
+
+
+def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
+    """Two layers of width 64, random weights that are large enough to matter."""
+    torch.manual_seed(seed)
+    ids = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
+    llama = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, **ids}
+    model: PreTrainedModel
+    match architecture:
+        case "llama":
+            model = LlamaForCausalLM(LlamaConfig(**llama, tie_word_embeddings=True, max_position_embeddings=128))
+        case "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**llama, head_dim=16, tie_word_embeddings=False, max_position_embeddings=128))
+        case "gpt2":
+            model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **ids))
+        case "opt":
+            model = OPTForCausalLM(
+                OPTConfig(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=64, **ids)
+            )
+        case _:
+            raise AssertionError(architecture)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model.eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and an end-of-text token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>")
+
+
+def text(seed: int, words: int) -> str:
+    """Words in a seeded order."""
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (words,), generator=generator).tolist())
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Hugging Face checkpoint folder of each architecture."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for architecture in ARCHITECTURES:
+        tiny_model(architecture).save_pretrained(folder / architecture)
+        byte_tokenizer().save_pretrained(folder / architecture)
+    return {architecture: folder / architecture for architecture in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of ten short documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(text(i, 60))
+    return folder
+
+
+@pytest.fixture
+def recipe_for(tmp_path: Path, corpus: Path, checkpoints: dict[str, Path]) -> Any:
+    """Write a small recipe; keyword arguments replace whole sections."""
+
+    def write(architecture: str = "llama", **sections: Any) -> Path:
+        content = {
+            "name": "tiny",
+            "model": {"source": str(checkpoints[architecture])},
+            "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequences": 4},
+            "adapters": [{"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "checkpoint_steps": 2}],
+            "verify": {"sequences": 2, "layer_tokens": 16},
+            **sections,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write

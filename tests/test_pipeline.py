@@ -1,0 +1,229 @@
+"""The whole job on tiny models: every architecture, what is skipped, what is run again, what survives an interruption."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from qwlora.errors import DirectoryError, FingerprintError
+from qwlora.pipeline.run import run
+from qwlora.recipe import load_recipe
+from transformers import AutoModelForCausalLM
+
+from conftest import ARCHITECTURES
+
+
+def run_recipe(path: Path, out: Path, *changes: str, **options: Any) -> tuple[dict[str, Any], list[str]]:
+    said: list[str] = []
+    return run(load_recipe(path, changes), out, say=said.append, **options), said
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints: dict[str, Path]) -> dict[str, Path]:
+    """A finished run of each architecture."""
+    outs = {}
+    for architecture in ARCHITECTURES:
+        out = tmp_path_factory.mktemp("runs") / architecture
+        recipe = {
+            "name": "tiny",
+            "model": {"source": str(checkpoints[architecture])},
+            "data": {"source": str(corpus), "sequence_tokens": 32},
+            "adapters": [{"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "learning_rate": 5e-3}],
+            "verify": {"sequences": 4, "layer_tokens": 16},
+        }
+        (out.parent / f"{architecture}.yaml").write_text(yaml.safe_dump(recipe))
+        run(load_recipe(out.parent / f"{architecture}.yaml"), out)
+        outs[architecture] = out
+    return outs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_results_hold_the_contract(finished: dict[str, Path], architecture: str) -> None:
+    results = json.loads((finished[architecture] / "results.json").read_text())
+    perplexity = results["perplexity"]
+    assert perplexity["adapted"]["first"] < perplexity["base"]
+    assert perplexity["simulated"]["first"] == pytest.approx(perplexity["adapted"]["first"], rel=0.01)
+    parity = results["parity"]["onnx"]["first"]
+    assert parity["perplexity"] == pytest.approx(parity["simulated_perplexity"], rel=0.003)
+    assert parity["top1_agreement"] >= parity["floor_top1_agreement"]
+    assert parity["worst_layer_steps"] <= 2
+    assert parity["worst_layer_mean_steps"] <= 0.05
+    assert {"max_abs_logit_difference", "mean_abs_logit_difference"} <= parity.keys()
+    assert results["base"]["bits_per_weight"] == 5.0
+    assert len(results["base"]["fingerprint"]) == 64
+    assert results["train"]["first"]["steps"] == 6
+    assert results["train"]["first"]["trainable_parameters"] > 0
+    assert results["train"]["first"]["peak_rss_bytes"] > 0
+    assert set(results["stages"]) == {"quantize", "train", "calibrate", "export", "verify", "evaluate"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_exported_names_and_encodings_agree(finished: dict[str, Path], architecture: str) -> None:
+    folder = finished[architecture] / "export" / "onnx" / "first"
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    graph = onnx.load(folder / "model.onnx").graph
+    tensors = {o for node in graph.node for o in node.output} | {i.name for i in graph.initializer}
+    encodings = json.loads((folder / "model.encodings").read_text())
+    names = [e["name"] for part in ("activation_encodings", "param_encodings") for e in encodings[part]]
+    assert encodings["version"] == "1.0.0"
+    assert len(names) == len(set(names))
+    assert set(names) <= tensors
+    # nothing of the model's weights is left float in the file: what is float there is scales and constants of the code
+    floats = {i.name for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT}
+    assert all(n.endswith(".scale") or "inv_freq" in n or not np.prod(i.dims) > 1 for n in floats for i in graph.initializer if i.name == n)
+    parameters = dict(AutoModelForCausalLM.from_pretrained(json.loads((finished[architecture] / "base" / "base.json").read_text())["source"]).named_parameters())
+    assert set(parameters) <= set(names)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_exported_integers_are_the_trained_integers(finished: dict[str, Path], architecture: str) -> None:
+    import qwlora
+
+    base = qwlora.load_base(finished[architecture] / "base")
+    exported = {i.name: i for i in onnx.load(finished[architecture] / "export" / "onnx" / "first" / "model.onnx").graph.initializer}
+    layers = {name: m for name, m in base.named_modules() if isinstance(m, qwlora.PackedLinear)}
+    assert layers
+    for name, layer in layers.items():
+        codes = onnx.numpy_helper.to_array(exported[f"{name}.weight.codes"]).astype(np.int32)
+        assert exported[f"{name}.weight.codes"].data_type == onnx.TensorProto.INT4
+        np.testing.assert_array_equal(codes.T, layer.codes.numpy().astype(np.int32) - 8)
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(exported[f"{name}.weight.scale"]).T, layer.scale.numpy())
+
+
+def test_session_options_beside_the_file_make_it_faithful(finished: dict[str, Path]) -> None:
+    folder = finished["llama"] / "export" / "onnx" / "first"
+    options = onnxruntime.SessionOptions()
+    for key, value in json.loads((folder / "session_options.json").read_text()).items():
+        options.add_session_config_entry(key, value)
+    ids = torch.randint(0, 256, (3, 20))
+    feeds = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    faithful = onnxruntime.InferenceSession(folder / "model.onnx", options).run(None, feeds)[0]
+    default = onnxruntime.InferenceSession(folder / "model.onnx").run(None, feeds)[0]
+    plain = onnxruntime.SessionOptions()
+    plain.add_session_config_entry("session.disable_quant_qdq", "1")
+    node_by_node = onnxruntime.InferenceSession(folder / "model.onnx", plain).run(None, feeds)[0]
+    assert np.abs(faithful - node_by_node).mean() * 5 < np.abs(default - node_by_node).mean()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_peft_alone_loads_the_adapter_on_the_float_model(finished: dict[str, Path], checkpoints: dict[str, Path], architecture: str) -> None:
+    folder = finished[architecture] / "adapters" / "first"
+    model = AutoModelForCausalLM.from_pretrained(checkpoints[architecture])
+    ids = torch.arange(20)[None]
+    before = model(ids).logits
+    adapted = PeftModel.from_pretrained(model, folder).eval()
+    assert not torch.equal(before, adapted(ids).logits)
+    assert all("lora" in n for n, p in adapted.named_parameters() if "lora" in n or p.requires_grad)
+
+
+def test_second_run_skips_everything_and_says_so(finished: dict[str, Path]) -> None:
+    out = finished["llama"]
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and ".qwlora" not in p.parts and p.name not in ("results.json", "recipe.yaml")}
+    results, said = run_recipe(out / "recipe.yaml", out)
+    assert all("skipped" in line for line in said)
+    assert len(said) == 9
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+    assert results == json.loads((out / "results.json").read_text())
+
+
+def test_changed_section_reruns_it_and_what_follows(recipe_for: Any, tmp_path: Path) -> None:
+    path, out = recipe_for(), tmp_path / "out"
+    run_recipe(path, out)
+    _, said = run_recipe(path, out, "simulation.activation_bitwidth=8", "verify.layer_tokens=12")
+    skipped = {line.split(":")[0] for line in said if "skipped" in line}
+    assert skipped == {"evaluate/float", "quantize", "evaluate/base", "train/first", "evaluate/adapted/first"}
+    results, said = run_recipe(path, out, "base.weights.bitwidth=3")
+    assert {line.split(":")[0] for line in said if "skipped" in line} == {"evaluate/float"}
+    assert results["base"]["bits_per_weight"] == 4.0
+
+
+def test_damaged_artifact_is_made_again(recipe_for: Any, tmp_path: Path) -> None:
+    path, out = recipe_for(), tmp_path / "out"
+    run_recipe(path, out)
+    (out / "export" / "onnx" / "first" / "model.encodings").unlink()
+    _, said = run_recipe(path, out)
+    assert {line.split(":")[0] for line in said if "done" in line} == {"export/onnx/first"}
+    (out / "base" / "model.safetensors").write_bytes(b"")
+    _, said = run_recipe(path, out)
+    assert "quantize: done" in " ".join(said)
+
+
+def test_two_adapters_share_one_base(recipe_for: Any, tmp_path: Path) -> None:
+    adapters = [{"name": n, "rank": r, "steps": 2, "warmup_steps": 0} for n, r in (("a", 2), ("b", 4))]
+    out = tmp_path / "out"
+    results, _ = run_recipe(recipe_for(adapters=adapters), out)
+    assert set(results["perplexity"]["adapted"]) == set(results["parity"]["onnx"]) == {"a", "b"}
+    identities = {json.loads((out / "adapters" / n / "qwlora.json").read_text())["base_fingerprint"] for n in "ab"}
+    assert identities == {results["base"]["fingerprint"]}
+
+
+def test_verbs_do_their_stage_only_and_name_what_is_missing(recipe_for: Any, tmp_path: Path) -> None:
+    path, out = recipe_for(), tmp_path / "out"
+    with pytest.raises(DirectoryError, match=r"train needs quantize, which is missing .* run `qwlora quantize` first"):
+        run_recipe(path, out, verbs=("train",))
+    assert not out.exists()
+    for verb in ("quantize", "train", "calibrate", "export", "verify", "evaluate"):
+        _, said = run_recipe(path, out, verbs=(verb,))
+        assert said
+        assert all(line.startswith(verb) for line in said)
+    _, said = run_recipe(path, out)
+    assert all("skipped" in line for line in said)
+
+
+def test_directory_of_another_recipe_is_refused(recipe_for: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_recipe(recipe_for(), out, verbs=("quantize",))
+    with pytest.raises(DirectoryError, match="was made by another recipe"):
+        run_recipe(recipe_for("gpt2"), out)
+    with pytest.raises(DirectoryError, match="was made by another recipe"):
+        run_recipe(recipe_for(), out, "name=other")
+
+
+def test_adapter_of_another_base_is_refused_with_both_fingerprints(recipe_for: Any, tmp_path: Path) -> None:
+    import qwlora
+
+    for bitwidth, out in ((4, tmp_path / "four"), (3, tmp_path / "three")):
+        run_recipe(recipe_for(), out, f"base.weights.bitwidth={bitwidth}", verbs=("quantize", "train"))
+    base = qwlora.load_base(tmp_path / "three" / "base")
+    with pytest.raises(FingerprintError) as caught:
+        qwlora.load_adapter(base, tmp_path / "four" / "adapters" / "first")
+    four = json.loads((tmp_path / "four" / "base" / "base.json").read_text())["fingerprint"]
+    assert four in str(caught.value)
+    assert qwlora.fingerprint(base) in str(caught.value)
+    qwlora.load_adapter(base, tmp_path / "three" / "adapters" / "first")
+
+
+def test_interrupted_training_goes_on_to_the_same_adapter(recipe_for: Any, tmp_path: Path) -> None:
+    adapters = [{"name": "first", "rank": 4, "steps": 60, "warmup_steps": 1, "checkpoint_steps": 5}]
+    path = recipe_for(adapters=adapters)
+    command = [sys.executable, "-m", "qwlora", "run", str(path), "--out"]
+    interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
+    process = subprocess.Popen([*command, str(interrupted)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((interrupted / ".qwlora" / "work").glob("*/checkpoint-*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "The same command goes on from here" in errors
+    assert not (interrupted / "adapters").exists()
+    results, _ = run_recipe(path, interrupted)
+    assert results["train"]["first"]["resumed_from_step"] > 0
+    assert not list((interrupted / ".qwlora" / "work").glob("*"))
+    run_recipe(path, whole, verbs=("quantize", "train"))
+    a, b = (d / "adapters" / "first" / "adapter_model.safetensors" for d in (interrupted, whole))
+    assert a.read_bytes() == b.read_bytes()

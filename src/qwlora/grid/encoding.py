@@ -6,7 +6,8 @@ An encoding holds one `scale` (float32, > 0) and one `offset` (integer, AIMET's 
     dequantize      x_hat = (q + offset) * scale
     fake_quantize   dequantize(quantize(x)), with the straight-through gradient: 1 where x is inside the grid, 0 where it was clamped
 
-The division is a division and the rounding is to even, as ONNX QuantizeLinear defines them; multiplying by a reciprocal differs in the last code.
+The division is a division and the rounding is to even, as ONNX QuantizeLinear defines them; multiplying by a reciprocal differs in the last code. Values of a
+narrower type than float32 are computed in float32 and only the result is narrowed.
 """
 
 from __future__ import annotations
@@ -41,15 +42,24 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.scale.shape != self.offset.shape:
             raise GridError(f"scale has shape {list(self.scale.shape)} but offset {list(self.offset.shape)}")
-        if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
-            raise GridError("a scale is not a finite positive number")
+        usable = torch.isfinite(self.scale) & (self.scale > 0)
+        if not bool(usable.all()):
+            raise GridError(
+                f"a scale is a finite positive number, but {int((~usable).sum())} of {usable.numel()} are not, {float(self.scale[~usable][0])} the first"
+            )
         if self.offset.numel() and not -self.scheme.steps <= int(self.offset.min()) <= int(self.offset.max()) <= 0:
             raise GridError(f"an offset is outside [-{self.scheme.steps}, 0]")
 
     def quantize(self, x: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
-        """Codes of `x`: uint8 up to 8 bits, int32 above."""
+        """Codes of `x`: uint8 up to 8 bits, int32 above; infinity gets the last code of its side.
+
+        Raises:
+            GridError: `x` holds nan, or its shape does not fit the scheme.
+        """
         x_grouped, scale, offset = self._grouped(x)
-        codes = torch.div(x_grouped, scale).round_().sub_(offset).clamp_(0, self.scheme.steps)
+        codes = torch.div(_wide(x_grouped), scale).round_().sub_(offset).clamp_(0, self.scheme.steps)
+        if bool(codes.isnan().any()):
+            raise GridError(f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; look for what computed them")
         return codes.to(torch.uint8 if self.scheme.bitwidth <= 8 else torch.int32).view(x.shape)
 
     def dequantize(self, codes: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -60,8 +70,9 @@ class Encoding:
     def fake_quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The nearest values of the grid, in one pass, differentiable in `x`."""
         x_grouped, scale, offset = self._grouped(x)
-        low, high = offset.to(x.dtype), (offset + self.scheme.steps).to(x.dtype)
-        return _FakeQuantize.apply(x_grouped, scale, low, high).view(x.shape)
+        wide = _wide(x_grouped)
+        low, high = offset.to(wide.dtype), (offset + self.scheme.steps).to(wide.dtype)
+        return _FakeQuantize.apply(wide, scale, low, high).to(x.dtype).view(x.shape)
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x`, scale and offset in shapes that broadcast against each other."""
@@ -88,6 +99,11 @@ def aligned(parameter: Tensor, granularity: Granularity, ndim: int) -> Tensor:
             return parameter.view(shape)
         case PerBlock():
             return parameter.unsqueeze(-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in float32 if its type is narrower: the grid's arithmetic has 24 bits, an int8 code times a bfloat16 scale would not find its way back."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _FakeQuantize(torch.autograd.Function):

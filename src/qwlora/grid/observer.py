@@ -26,10 +26,12 @@ def encoding_from_range(low: Float[Tensor, "*groups"], high: Float[Tensor, "*gro
     """The encoding of an observed range, one scale per entry of `low` and `high`.
 
     Raises:
-        CalibrationError: a bound is nan or infinite.
+        CalibrationError: a bound is nan or infinite, or the two are further apart than float32 can say.
     """
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise CalibrationError("the observed range is not finite (nan or infinity in the data)")
+    if not bool(torch.isfinite(high.float() - low.float()).all()):
+        raise CalibrationError("the observed range is wider than float32 can hold; look for values that are masks or an overflow")
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     steps = scheme.steps
     smallest = min(torch.finfo(torch.float32).eps, 0.01 / steps)
@@ -72,7 +74,7 @@ class MinMaxObserver:
     """Running lowest and highest value per group; one pass, a constant amount of memory, mergeable.
 
     Raises:
-        CalibrationError: `encoding()` before any data, or after data with nan or infinity.
+        CalibrationError: `encoding()` before any data, or after data with nan or infinity; `update` with another number of groups than before.
     """
 
     def __init__(self, scheme: Scheme):
@@ -83,11 +85,19 @@ class MinMaxObserver:
     def update(self, x: Float[Tensor, "*shape"]) -> None:
         """Take in the values of `x`."""
         low, high = group_range(x.detach(), self.scheme)
+        if self.low is not None and low.shape != self.low.shape:
+            raise CalibrationError(f"{list(low.shape)} ranges were observed where there were {list(self.low.shape)} before; one observer sees one tensor")
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
 
     def merge(self, other: MinMaxObserver) -> None:
-        """Take in what `other` saw; equal to having seen both streams."""
+        """Take in what `other` saw; equal to having seen both streams.
+
+        Raises:
+            CalibrationError: the other observer has another scheme.
+        """
+        if other.scheme != self.scheme:
+            raise CalibrationError(f"an observer of {other.scheme} cannot be merged into one of {self.scheme}")
         if other.low is not None and other.high is not None:
             self.low = other.low if self.low is None else torch.minimum(self.low, other.low)
             self.high = other.high if self.high is None else torch.maximum(self.high, other.high)
@@ -109,6 +119,7 @@ def search(x: Float[Tensor, "*shape"], scheme: Scheme, candidates: int = 40, nar
 
     The fractions run evenly from `narrowest` to 1, and 1 is among them, so no group ends worse than with `measure`.
     """
+    x = x.float()
     low, high = group_range(x, scheme)
     best_error = torch.full_like(low, torch.inf)
     best_low, best_high = low.clone(), high.clone()

@@ -1,8 +1,8 @@
 """Bit-packing of codes, dense.
 
-A row's codes form one little-endian bit stream: code `i` takes the bits `[i * bitwidth, (i + 1) * bitwidth)`, bit `k` of the stream is bit `k % 8` of byte
-`k // 8`. Two and four bits so come out in the order that ONNX gives INT2 and INT4 (first code in the low bits); three bits put eight codes in three bytes. A row
-is padded with zero bits to a whole number of groups, a group being the fewest codes that fill whole bytes.
+A row's codes form one little-endian bit stream: code `i` takes the bits `[i * bitwidth, (i + 1) * bitwidth)`, and bit `k` of the stream is bit `k % 8` of
+byte `k // 8`. Two and four bits so come out in the order that ONNX gives INT2 and INT4 (first code in the low bits); three bits put eight codes in three bytes.
+A row is padded with zero bits to a whole number of groups, a group being the fewest codes that fill whole bytes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Properties and golden values of `qwlora.grid`."""

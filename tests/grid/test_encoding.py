@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import math
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from qwlora.errors import GridError
+from qwlora.grid.encoding import Encoding, aligned, grouped
+from qwlora.grid.observer import measure
+from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+
+from .strategies import brief, cases, matrices, schemes_for, thorough
+
+
+def per_value(parameter: torch.Tensor, scheme: Scheme, x: torch.Tensor) -> torch.Tensor:
+    """A scale or offset for each value of `x`."""
+    shape = grouped(x, scheme.granularity).shape
+    return aligned(parameter, scheme.granularity, x.ndim).expand(shape).reshape(x.shape)
+
+
+@thorough
+@given(cases())
+def test_error_is_at_most_half_a_step_inside_the_grid(case):
+    x, scheme = case
+    encoding = measure(x, scheme)
+    scale, offset = (per_value(p, scheme, x).double() for p in (encoding.scale, encoding.offset))
+    inside = torch.minimum(torch.maximum(x.double(), offset * scale), (offset + scheme.steps) * scale).float()
+    error = (encoding.fake_quantize(inside).double() - inside).abs()
+    assert (error <= scale / 2 + 2**-22 * inside.abs()).all()
+
+
+@thorough
+@given(cases(bitwidths=(3, 4, 5, 6, 7, 8, 16)))
+def test_measured_grid_reaches_both_ends(case):
+    x, scheme = case
+    encoding = measure(x, scheme)
+    reach = 0.5 if scheme.symmetric else 1.0  # an asymmetric grid is shifted by up to half a step so that zero is exact
+    error = (encoding.fake_quantize(x) - x).abs()
+    assert (error <= reach * per_value(encoding.scale, scheme, x) * 1.00001 + 2**-22 * x.abs()).all()
+
+
+@thorough
+@given(cases(), st.sampled_from([torch.float32, torch.float64]))
+def test_fake_quantize_twice_is_once_bit_for_bit(case, dtype):
+    x, scheme = case
+    encoding = measure(x, scheme)
+    once = encoding.fake_quantize(x.to(dtype))
+    assert once.dtype == dtype
+    assert torch.equal(encoding.fake_quantize(once), once)
+
+
+@thorough
+@given(cases())
+def test_fake_quantize_is_dequantize_of_quantize_bit_for_bit(case):
+    x, scheme = case
+    encoding = measure(x, scheme)
+    codes = encoding.quantize(x)
+    assert codes.dtype == (torch.int32 if scheme.bitwidth == 16 else torch.uint8)
+    assert codes.shape == x.shape
+    assert torch.equal(encoding.dequantize(codes), encoding.fake_quantize(x))
+    assert torch.equal(encoding.quantize(encoding.dequantize(codes)), codes)
+
+
+@thorough
+@given(cases(), st.sampled_from([0.01, 1.0, 3.0]))
+def test_codes_are_in_range_and_follow_the_equation(case, stretch):
+    x, scheme = case
+    encoding = measure(x, scheme)
+    scale, offset = per_value(encoding.scale, scheme, x), per_value(encoding.offset, scheme, x)
+    codes = encoding.quantize(x * stretch)
+    assert codes.min() >= 0
+    assert codes.max() <= 2**scheme.bitwidth - 1
+    for value, code, s, o in zip((x * stretch).flatten(), codes.flatten(), scale.flatten(), offset.flatten(), strict=True):
+        assert int(code) == min(max(round(float(value / s)) - int(o), 0), scheme.steps)  # Python rounds half to even too
+
+
+@thorough
+@given(cases())
+def test_zero_is_exact(case):
+    x, scheme = case
+    encoding = measure(x, scheme)
+    assert (encoding.fake_quantize(torch.zeros_like(x)) == 0).all()
+
+
+@thorough
+@given(st.data())
+def test_fake_quantize_is_monotone(data):
+    x = data.draw(matrices())
+    scheme = data.draw(schemes_for(tuple(x.shape)))
+    encoding = measure(x, scheme)
+    step = data.draw(st.floats(0, 1e3))
+    assert (encoding.fake_quantize(x + step) >= encoding.fake_quantize(x)).all()
+
+
+@brief
+@given(matrices(), st.sampled_from([2, 3, 4, 8]), st.booleans())
+def test_a_block_that_is_the_row_equals_per_channel(x, bitwidth, symmetric):
+    channel = measure(x, Scheme(bitwidth, symmetric, PerChannel(0)))
+    block = measure(x, Scheme(bitwidth, symmetric, PerBlock(x.shape[1])))
+    assert torch.equal(block.scale.flatten(), channel.scale)
+    assert torch.equal(block.offset.flatten(), channel.offset)
+    assert torch.equal(block.quantize(x), channel.quantize(x))
+    assert torch.equal(block.fake_quantize(x), channel.fake_quantize(x))
+
+
+@brief
+@given(matrices(rows=1), st.sampled_from([2, 3, 4, 8, 16]), st.booleans())
+def test_a_block_that_is_the_tensor_equals_per_tensor(x, bitwidth, symmetric):
+    tensor = measure(x, Scheme(bitwidth, symmetric, PerTensor()))
+    block = measure(x, Scheme(bitwidth, symmetric, PerBlock(x.numel())))
+    assert torch.equal(block.scale.flatten(), tensor.scale.flatten())
+    assert torch.equal(block.offset.flatten(), tensor.offset.flatten())
+    assert torch.equal(block.fake_quantize(x), tensor.fake_quantize(x))
+
+
+@thorough
+@given(cases(), st.sampled_from([0.5, 1.0, 1.5]))
+def test_gradient_is_one_inside_and_zero_outside(case, stretch):
+    x, scheme = case
+    encoding = measure(x, scheme)
+    scale, offset = per_value(encoding.scale, scheme, x), per_value(encoding.offset, scheme, x)
+    leaf = (x * stretch).requires_grad_()
+    steps = torch.round(leaf.detach() / scale)
+    inside = (steps >= offset) & (steps <= offset + scheme.steps)
+    (gradient,) = torch.autograd.grad(encoding.fake_quantize(leaf).sum(), leaf)
+    assert torch.equal(gradient, inside.float())
+
+
+def test_gradient_stops_exactly_where_the_clamp_starts():
+    encoding = Encoding(Scheme(2), torch.tensor(1.0), torch.tensor(-2, dtype=torch.int32))
+    x = torch.tensor([-2.6, -2.5, -2.0, 0.3, 1.0, 1.49, 1.51], requires_grad=True)
+    values = encoding.fake_quantize(x)
+    values.backward(torch.arange(1.0, 8.0))
+    assert values.tolist() == [-2, -2, -2, 0, 1, 1, 1]
+    assert x.grad.tolist() == [0, 2, 3, 4, 5, 6, 0]
+
+
+def test_no_gradient_is_kept_when_none_is_asked_for():
+    encoding = measure(torch.randn(4, 4), Scheme(4))
+    assert encoding.fake_quantize(torch.randn(4, 4)).grad_fn is None
+
+
+def test_division_rounds_half_to_even():
+    encoding = Encoding(Scheme(4), torch.tensor(0.5), torch.tensor(-8, dtype=torch.int32))
+    assert encoding.quantize(torch.tensor([0.25, 0.75, 1.25, -0.25, -0.75])).tolist() == [8, 10, 10, 8, 6]
+
+
+def test_division_is_not_multiplication_by_the_reciprocal():
+    scale = torch.tensor(0.0437)
+    x = (torch.arange(-127, 127) + 0.5) * scale
+    assert not torch.equal(torch.round(x / scale), torch.round(x * (1 / scale))), "this data must tell the two apart"
+    encoding = Encoding(Scheme(8), scale, torch.tensor(-128, dtype=torch.int32))
+    assert torch.equal(encoding.quantize(x).int() - 128, torch.round(x / scale).int())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(4)])
+def test_half_precision_is_computed_in_float32_and_returned_as_it_came(dtype, granularity):
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    encoding = measure(x, Scheme(8, granularity=granularity))
+    assert encoding.scale.dtype == torch.float32
+    assert torch.equal(encoding.quantize(x), encoding.quantize(x.float()))
+    values = encoding.fake_quantize(x)
+    assert values.dtype == dtype
+    assert torch.equal(values, encoding.fake_quantize(x.float()).to(dtype))
+
+
+def test_fake_quantize_leaves_its_input_alone():
+    x = torch.randn(4, 8)
+    before = x.clone()
+    for scheme in (Scheme(4), Scheme(4, granularity=PerBlock(4))):
+        measure(x, scheme).fake_quantize(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(1), PerBlock(2)])
+def test_a_strided_tensor_is_quantized_like_its_copy(granularity):
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).t()
+    encoding = measure(x, Scheme(4, False, granularity))
+    assert torch.equal(encoding.fake_quantize(x), encoding.fake_quantize(x.contiguous()))
+    assert torch.equal(encoding.quantize(x), encoding.quantize(x.contiguous()))
+
+
+def test_infinity_gets_the_last_code_and_nan_is_refused():
+    encoding = measure(torch.tensor([-1.0, 1.0]), Scheme(4))
+    assert encoding.quantize(torch.tensor([math.inf, -math.inf])).tolist() == [15, 0]
+    assert encoding.fake_quantize(torch.tensor([math.nan])).isnan().all(), "a nan stays visible in a simulation"
+    with pytest.raises(GridError, match="1 of 2 values are nan, which has no code"):
+        encoding.quantize(torch.tensor([math.nan, 0.0]))
+
+
+def test_an_empty_tensor_has_no_codes():
+    encoding = measure(torch.tensor([-1.0, 1.0]), Scheme(4))
+    assert encoding.quantize(torch.empty(0, 3)).shape == (0, 3)
+    assert encoding.fake_quantize(torch.empty(0, 3)).shape == (0, 3)
+
+
+@brief
+@given(cases())
+def test_a_tensor_of_another_shape_is_refused(case):
+    x, scheme = case
+    assume(not isinstance(scheme.granularity, PerTensor))
+    encoding = measure(x, scheme)
+    other = torch.zeros(5, 5, 7, 2 * x.shape[-1]) if isinstance(scheme.granularity, PerBlock) else torch.zeros([n + 1 for n in x.shape])
+    for act in (encoding.fake_quantize, encoding.quantize):
+        with pytest.raises(GridError, match="needs scales of shape"):
+            act(other)
+
+
+def test_impossible_encodings_are_refused(monkeypatch):
+    zero = torch.tensor(0, dtype=torch.int32)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in a user's process, where signatures are not checked
+    with pytest.raises(GridError, match=r"scale has shape \[2\] but offset \[\]"):
+        Encoding(Scheme(4), torch.ones(2), zero)
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(GridError, match=rf"a scale is a finite positive number, but 1 of 2 are not, {bad} the first"):
+            Encoding(Scheme(4), torch.tensor([1.0, bad]), zero.expand(2))
+    for bad in (1, -16):
+        with pytest.raises(GridError, match=r"an offset is outside \[-15, 0\]"):
+            Encoding(Scheme(4, symmetric=False), torch.tensor(1.0), torch.tensor(bad, dtype=torch.int32))

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.fingerprint import base_tensors, fingerprint
+from qwlora.grid.observer import measure
+from qwlora.grid.packing import pack
+from qwlora.grid.scheme import PerBlock, Scheme
+
+
+class Packed(nn.Linear):
+    """A layer of packed codes, with the buffers that a base's layers have; itself a Linear, so that PEFT wraps it."""
+
+    def __init__(self, encoding: Encoding, codes: torch.Tensor):
+        super().__init__(codes.shape[1], codes.shape[0])
+        del self.weight
+        self.scheme = encoding.scheme
+        self.register_buffer("packed", pack(codes, encoding.scheme.bitwidth))
+        self.register_buffer("scale", encoding.scale)
+        self.register_buffer("offset", encoding.offset)
+        self.register_buffer("cache", torch.zeros(3), persistent=False)
+
+    @property
+    def weight(self):
+        return self.packed
+
+    def forward(self, x):
+        return x
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        weight = torch.randn(8, 16)
+        encoding = measure(weight, Scheme(4, False, PerBlock(8)))
+        self.fc = Packed(encoding, encoding.quantize(weight))
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 4, bias=False)
+        self.tied = nn.Linear(16, 4, bias=False)
+        self.tied.weight = self.head.weight
+
+    def forward(self, x):
+        return self.head(self.norm(x))
+
+
+@pytest.fixture
+def model():
+    return Model().eval()
+
+
+def test_it_is_a_sha256_and_repeatable(model):
+    assert fingerprint(model) == fingerprint(Model()) == fingerprint(copy.deepcopy(model))
+    assert len(bytes.fromhex(fingerprint(model))) == 32
+
+
+def flip_code(model):
+    model.fc.packed[3, 2] ^= 1
+
+
+def nudge_scale(model):
+    model.fc.scale[0, 0] = torch.nextafter(model.fc.scale[0, 0], torch.tensor(torch.inf))
+
+
+def move_offset(model):
+    model.fc.offset[-1, -1] += 1
+
+
+def nudge_float_remainder(model):
+    model.norm.weight.data[5] += 2**-23
+
+
+def negate_zero(model):
+    model.norm.bias.data[0] = -0.0
+
+
+def change_layout(model):
+    model.fc.scheme = Scheme(4, True, PerBlock(8))
+
+
+def rename(model):
+    model.dense = model.fc
+    del model.fc
+
+
+def change_type(model):
+    model.head.half()
+    model.tied.weight = model.head.weight
+
+
+def reshape(model):
+    model.norm.weight = nn.Parameter(model.norm.weight.data.view(4, 4))
+
+
+def swap_two_tensors_of_one_shape(model):
+    model.norm.weight, model.norm.bias = model.norm.bias, model.norm.weight
+
+
+CHANGES = [
+    flip_code,
+    nudge_scale,
+    move_offset,
+    nudge_float_remainder,
+    negate_zero,
+    change_layout,
+    rename,
+    change_type,
+    reshape,
+    swap_two_tensors_of_one_shape,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_any_change_of_the_base_changes_it(model, change):
+    before = fingerprint(model)
+    change(model)
+    assert fingerprint(model) != before
+
+
+def test_what_a_forward_pass_does_not_keep_leaves_it_alone(model):
+    before = fingerprint(model)
+    model.fc.cache.add_(1)
+    model.train()
+    model.norm.weight.requires_grad_(False)
+    assert fingerprint(model) == before
+
+
+def test_an_adapter_leaves_it_alone(model):
+    peft = pytest.importorskip("peft")
+    before = fingerprint(model)
+    names = set(base_tensors(model))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["head", "norm"][:1], init_lora_weights=False))
+    assert any("lora_A" in name for name, _ in wrapped.named_parameters()), "the adapter must be there"
+    assert fingerprint(wrapped) == fingerprint(wrapped.base_model.model) == before
+    assert set(base_tensors(wrapped)) == names
+    wrapped.base_model.model.norm.bias.data[0] += 1
+    assert fingerprint(wrapped) != before
+
+
+def test_tied_tensors_are_listed_once(model):
+    names = set(base_tensors(model))
+    assert names == {"fc.packed", "fc.scale", "fc.offset", "fc.bias", "norm.weight", "norm.bias", "head.weight"}
+    assert base_tensors(model)["fc.packed"][0] == "int4 asymmetric per block 8"
+    assert base_tensors(model)["fc.bias"][0] == ""

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from qwlora.grid.names import canonical_name, is_adapter_name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("", ""),
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight", "model.layers.0.mlp.up_proj.lora_A.weight"),
+        ("base_model.model.model.embed_tokens.lora_embedding_B.default", "model.embed_tokens.lora_embedding_B"),
+        ("base_model.model.base_model.model.fc.base_layer.base_layer.bias", "fc.bias"),
+        ("base_model.model.lm_head.original_module.weight", "lm_head.weight"),
+        ("fc.lora_B.lora_A.weight", "fc.lora_B.weight"),
+        ("base_model.encoder.weight", "base_model.encoder.weight"),
+    ],
+)
+def test_wrappers_are_taken_out(path, name):
+    assert canonical_name(path) == name
+    assert canonical_name(canonical_name(path) if "lora_" not in path else path) == name
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("fc.lora_A.default.weight", True),
+        ("fc.lora_magnitude_vector.default", True),
+        ("lm_head.modules_to_save.default.weight", True),
+        ("fc.base_layer.weight", False),
+        ("lm_head.original_module.weight", False),
+        ("explora.weight", False),
+    ],
+)
+def test_adapter_names(path, expected):
+    assert is_adapter_name(path) is expected

@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwlora.errors import CalibrationError, GridError
+from qwlora.grid.encoding import grouped
+from qwlora.grid.observer import MinMaxObserver, encoding_from_range, group_range, measure, search
+from qwlora.grid.scheme import BITWIDTHS, PerBlock, PerChannel, PerTensor, Scheme
+
+from .strategies import brief, cases, matrices, thorough
+
+EVERY = [PerTensor(), PerChannel(0), PerChannel(-1), PerBlock(2)]
+
+
+def equal(a, b) -> bool:
+    return a.scheme == b.scheme and torch.equal(a.scale, b.scale) and torch.equal(a.offset, b.offset)
+
+
+def squared_error(encoding, x):
+    """Sum in each group, in float64."""
+    granularity = encoding.scheme.granularity
+    error = (encoding.fake_quantize(x).double() - x.double()).square()
+    match granularity:
+        case PerTensor():
+            return error.sum()
+        case PerChannel(axis):
+            return error.movedim(axis, 0).flatten(1).sum(1)
+        case PerBlock():
+            return grouped(error, granularity).sum(-1)
+
+
+@thorough
+@given(cases())
+def test_range_holds_every_value_and_no_more(case):
+    x, scheme = case
+    low, high = group_range(x, scheme)
+    assert low.shape == high.shape == scheme.scale_shape(tuple(x.shape))
+    assert low.min() == x.min()
+    assert high.max() == x.max()
+
+
+@pytest.mark.parametrize("bitwidth", BITWIDTHS)
+def test_scale_by_hand(bitwidth):
+    x, steps = torch.tensor([-3.0, 5.0]), 2**bitwidth - 1
+    symmetric, asymmetric = measure(x, Scheme(bitwidth)), measure(x, Scheme(bitwidth, symmetric=False))
+    divisor = 2 if bitwidth == 2 else 2 ** (bitwidth - 1) - 1
+    assert float(symmetric.scale) == pytest.approx(max(5 / divisor, 3 / 2 ** (bitwidth - 1)), rel=3e-7)
+    assert int(symmetric.offset) == -(2 ** (bitwidth - 1))
+    assert float(asymmetric.scale) == pytest.approx(8 / steps, rel=3e-7)
+    assert int(asymmetric.offset) == round(-3 / (8 / steps))
+
+
+def test_the_negative_end_has_one_code_more():
+    assert float(measure(torch.tensor([-8.0, 7.0]), Scheme(4)).scale) == 1.0
+    assert measure(torch.tensor([-8.0, 7.0]), Scheme(4)).fake_quantize(torch.tensor([-8.0, 7.0])).tolist() == [-8, 7]
+
+
+@thorough
+@given(cases(), st.integers(0, 4))
+def test_merge_of_two_streams_is_the_whole(case, shift):
+    x, scheme = case
+    first, second, whole = MinMaxObserver(scheme), MinMaxObserver(scheme), MinMaxObserver(scheme)
+    batches = [x, -x * shift, x.roll(1, -1) + shift]
+    for batch in batches:
+        whole.update(batch)
+    first.update(batches[0])
+    for batch in batches[1:]:
+        second.update(batch)
+    first.merge(second)
+    assert equal(first.encoding(), whole.encoding())
+
+
+@brief
+@given(matrices(rows=6), st.integers(1, 5))
+def test_a_tensor_seen_in_two_parts_is_the_tensor(x, at):
+    for scheme in (Scheme(8, False), Scheme(4, True, PerChannel(1))):
+        observer = MinMaxObserver(scheme)
+        observer.update(x[:at])
+        observer.update(x[at:])
+        assert equal(observer.encoding(), measure(x, scheme))
+
+
+def test_merging_with_an_observer_that_saw_nothing():
+    x, scheme = torch.tensor([-1.0, 3.0]), Scheme(8)
+    full, empty = MinMaxObserver(scheme), MinMaxObserver(scheme)
+    full.update(x)
+    full.merge(empty)
+    assert equal(full.encoding(), measure(x, scheme))
+    empty.merge(full)
+    assert equal(empty.encoding(), measure(x, scheme))
+
+
+def test_an_observer_does_not_keep_the_graph():
+    x = torch.randn(4, requires_grad=True)
+    observer = MinMaxObserver(Scheme(8))
+    observer.update(x * 2)
+    assert not observer.low.requires_grad
+
+
+@thorough
+@given(cases(bitwidths=(2, 3, 4, 8)))
+def test_search_is_never_worse_than_measure_in_any_group(case):
+    x, scheme = case
+    measured, searched = squared_error(measure(x, scheme), x), squared_error(search(x, scheme), x)
+    assert (searched <= measured * 1.00001).all()
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(64)])
+def test_search_is_better_on_a_gaussian(granularity):
+    x = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    scheme = Scheme(3, granularity=granularity)
+    assert squared_error(search(x, scheme), x).sum() < 0.8 * squared_error(measure(x, scheme), x).sum()
+
+
+@pytest.mark.parametrize("granularity", EVERY)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bitwidth", BITWIDTHS)
+@pytest.mark.parametrize("find", [measure, search])
+def test_all_zero_is_exact_and_has_the_smallest_scale(find, bitwidth, symmetric, granularity):
+    x = torch.zeros(3, 4)
+    encoding = find(x, Scheme(bitwidth, symmetric, granularity))
+    smallest = min(torch.finfo(torch.float32).eps, 0.01 / (2**bitwidth - 1))
+    assert encoding.scale.flatten().tolist() == pytest.approx([smallest] * encoding.scale.numel(), rel=1e-5)
+    assert torch.equal(encoding.fake_quantize(x), x)
+
+
+@pytest.mark.parametrize("granularity", EVERY)
+@pytest.mark.parametrize("value", [2.5, -2.5, 1e-20, -1e30])
+def test_one_value_is_represented_within_half_a_step(value, granularity):
+    x = torch.full((3, 4), value)
+    for symmetric in (True, False):
+        encoding = measure(x, Scheme(8, symmetric, granularity))
+        assert ((encoding.fake_quantize(x) - x).abs().flatten() <= 0.5001 * encoding.scale.max()).all()
+
+
+@pytest.mark.parametrize("granularity", EVERY)
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("find", [measure, search])
+def test_values_that_are_not_finite_are_refused(find, bad, granularity):
+    x = torch.ones(3, 4)
+    x[1, 2] = bad
+    with pytest.raises(CalibrationError, match="the observed range is not finite"):
+        find(x, Scheme(8, granularity=granularity))
+
+
+def test_nan_is_not_forgotten_by_later_data():
+    observer = MinMaxObserver(Scheme(8))
+    for value in (1.0, math.nan, 2.0):
+        observer.update(torch.tensor([value]))
+    with pytest.raises(CalibrationError, match="the observed range is not finite"):
+        observer.encoding()
+
+
+def test_a_range_too_wide_for_float32_is_refused():
+    with pytest.raises(CalibrationError, match="the observed range is wider than float32 can hold"):
+        measure(torch.tensor([-3e38, 3e38]), Scheme(8))
+
+
+def test_no_data_is_refused():
+    with pytest.raises(CalibrationError, match="no data was observed"):
+        MinMaxObserver(Scheme(8)).encoding()
+    with pytest.raises(CalibrationError, match=r"a tensor of shape \[0, 4\] holds no values to measure"):
+        measure(torch.empty(0, 4), Scheme(8))
+    with pytest.raises(CalibrationError, match=r"a tensor of shape \[0, 4\] holds no values to measure"):
+        MinMaxObserver(Scheme(8)).update(torch.empty(0, 4))
+
+
+def test_another_number_of_groups_is_refused():
+    observer = MinMaxObserver(Scheme(8, granularity=PerChannel(0)))
+    observer.update(torch.ones(3, 4))
+    with pytest.raises(CalibrationError, match=r"\[1\] ranges were observed where there were \[3\] before"):
+        observer.update(torch.ones(1, 4))
+
+
+def test_observers_of_two_schemes_do_not_merge():
+    with pytest.raises(CalibrationError, match="an observer of int4 symmetric per tensor cannot be merged into one of int8 symmetric per tensor"):
+        MinMaxObserver(Scheme(8)).merge(MinMaxObserver(Scheme(4)))
+
+
+def test_a_granularity_that_does_not_fit_is_refused():
+    for act in (measure, search, group_range):
+        with pytest.raises(GridError, match="blocks of 3 do not divide the last axis"):
+            act(torch.ones(2, 4), Scheme(4, granularity=PerBlock(3)))
+
+
+@brief
+@given(st.floats(0.0625, 1e6), st.floats(0.0625, 1e6))
+def test_a_range_on_one_side_of_zero_still_holds_zero(near, width):
+    low, high = torch.tensor(near), torch.tensor(near + width)
+    above = encoding_from_range(low, high, Scheme(8, symmetric=False))
+    assert int(above.offset) == 0
+    below = encoding_from_range(-high, -low, Scheme(8, symmetric=False))
+    assert int(below.offset) == -255
+    assert torch.equal(above.scale, below.scale)
+
+
+def test_half_precision_data_is_measured_in_float32():
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).half()
+    for find in (measure, search):
+        assert equal(find(x, Scheme(8, False)), find(x.float(), Scheme(8, False)))

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from qwlora.errors import GridError
+from qwlora.grid.packing import pack, packed_row_bytes, unpack
+
+from .strategies import thorough
+
+onnx = pytest.importorskip("onnx")
+import ml_dtypes  # noqa: E402  (comes with onnx)
+
+
+@st.composite
+def codes(draw):
+    bitwidth = draw(st.integers(1, 8))
+    shape = draw(hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=19))
+    return bitwidth, torch.from_numpy(draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 2**bitwidth - 1))))
+
+
+@thorough
+@given(codes())
+def test_round_trip(case):
+    bitwidth, q = case
+    packed = pack(q, bitwidth)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (*q.shape[:-1], packed_row_bytes(q.shape[-1], bitwidth))
+    assert torch.equal(unpack(packed, bitwidth, q.shape[-1]), q)
+
+
+@thorough
+@given(codes())
+def test_a_row_is_one_little_endian_bit_stream(case):
+    bitwidth, q = case
+    stream = sum(int(code) << (bitwidth * i) for i, code in enumerate(q.flatten()))
+    packed = pack(q.flatten(), bitwidth)
+    assert int.from_bytes(bytes(packed.tolist()), "little") == stream
+
+
+@pytest.mark.parametrize("bitwidth", range(1, 9))
+def test_dense(bitwidth):
+    assert packed_row_bytes(64, bitwidth) == 8 * bitwidth
+    assert packed_row_bytes(0, bitwidth) == 0
+
+
+@pytest.mark.parametrize(("bitwidth", "kind"), [(2, "uint2"), (2, "int2"), (4, "uint4"), (4, "int4")])
+def test_order_is_that_of_onnx(bitwidth, kind):
+    rng = np.random.default_rng(0)
+    q = rng.integers(0, 2**bitwidth, (5, 16))
+    values = q - 2 ** (bitwidth - 1) if kind.startswith("int") else q
+    golden = onnx.numpy_helper.from_array(values.astype(getattr(ml_dtypes, kind))).raw_data
+    stored = torch.from_numpy((values & (2**bitwidth - 1)).astype(np.uint8))
+    assert bytes(pack(stored, bitwidth).flatten().tolist()) == golden
+
+
+@pytest.mark.parametrize("bitwidth", [1, 2, 3, 4, 5, 6, 7])
+def test_a_code_that_does_not_fit_is_refused(bitwidth):
+    with pytest.raises(GridError, match=f"code {2**bitwidth} does not fit in {bitwidth} bits"):
+        pack(torch.tensor([0, 2**bitwidth], dtype=torch.uint8), bitwidth)
+
+
+@pytest.mark.parametrize("bitwidth", [0, 9, 16])
+def test_other_widths_are_refused(bitwidth):
+    message = f"codes of {bitwidth} bits are not packed; 1 to 8 bits are"
+    with pytest.raises(GridError, match=message):
+        pack(torch.zeros(8, dtype=torch.uint8), bitwidth)
+    with pytest.raises(GridError, match=message):
+        unpack(torch.zeros(8, dtype=torch.uint8), bitwidth, 8)
+
+
+def test_empty_rows():
+    for bitwidth in range(1, 9):
+        packed = pack(torch.zeros(3, 0, dtype=torch.uint8), bitwidth)
+        assert packed.shape == (3, 0)
+        assert unpack(packed, bitwidth, 0).shape == (3, 0)

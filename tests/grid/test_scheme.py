@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwlora.errors import GridError
+from qwlora.grid.scheme import BITWIDTHS, PerBlock, PerChannel, PerTensor, Scheme, granularity_of, parse_scheme
+
+from .strategies import brief
+
+granularities = st.one_of(st.just(PerTensor()), st.builds(PerChannel, st.integers(-4, 3)), st.builds(PerBlock, st.integers(1, 256)))
+schemes = st.builds(Scheme, st.sampled_from(BITWIDTHS), st.booleans(), granularities)
+
+
+@brief
+@given(schemes)
+def test_json_round_trip(scheme):
+    assert Scheme.from_json(scheme.to_json()) == scheme
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape", "expected"),
+    [
+        (PerTensor(), (64, 32), ()),
+        (PerTensor(), (), ()),
+        (PerChannel(0), (64, 32), (64,)),
+        (PerChannel(-1), (2, 3, 5), (5,)),
+        (PerBlock(8), (64, 32), (64, 4)),
+        (PerBlock(32), (32,), (1,)),
+    ],
+)
+def test_scale_shape(granularity, shape, expected):
+    assert Scheme(4, granularity=granularity).scale_shape(shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape", "message"),
+    [
+        (PerChannel(2), (4, 4), r"channel axis 2 is outside a tensor of shape \[4, 4\]"),
+        (PerChannel(-3), (4, 4), r"channel axis -3 is outside"),
+        (PerBlock(3), (4, 4), r"blocks of 3 do not divide the last axis of a tensor of shape \[4, 4\]"),
+        (PerBlock(1), (), r"blocks of 1 do not divide the last axis of a tensor of shape \[\]"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused(granularity, shape, message):
+    with pytest.raises(GridError, match=message):
+        Scheme(4, granularity=granularity).scale_shape(shape)
+
+
+@pytest.mark.parametrize("bitwidth", BITWIDTHS)
+def test_steps_and_symmetric_offset(bitwidth):
+    scheme = Scheme(bitwidth)
+    assert scheme.steps == 2**bitwidth - 1
+    assert scheme.symmetric_offset == -(2**bitwidth) // 2
+
+
+@pytest.mark.parametrize("bitwidth", [0, 1, 9, 32, -4])
+def test_other_bitwidths_are_refused(bitwidth):
+    with pytest.raises(GridError, match=f"bitwidth {bitwidth} is not one of 2, 3, 4, 5, 6, 7, 8, 16"):
+        Scheme(bitwidth)
+
+
+def test_an_empty_block_is_refused():
+    with pytest.raises(GridError, match="a block holds at least one value, not 0"):
+        PerBlock(0)
+
+
+def test_granularity_of():
+    assert granularity_of(None, None) == PerTensor()
+    assert granularity_of(0, None) == PerChannel(0)
+    assert granularity_of(None, 32) == PerBlock(32)
+
+
+@pytest.mark.parametrize(
+    ("text", "scheme"),
+    [
+        ("w4-block32", Scheme(4, granularity=PerBlock(32))),
+        ("w8-channel", Scheme(8, granularity=PerChannel(0))),
+        ("w8-tensor", Scheme(8)),
+        ("w3-block64-asymmetric", Scheme(3, False, PerBlock(64))),
+    ],
+)
+def test_short_names(text, scheme):
+    assert parse_scheme(text) == scheme
+
+
+@pytest.mark.parametrize("text", ["", "w4", "int4-channel", "w4-block", "w4-block32-symmetric", "w4-channel ", "W4-channel"])
+def test_a_short_name_that_is_not_one_is_refused(text):
+    with pytest.raises(GridError, match="is not understood; write it like w4-block32"):
+        parse_scheme(text)
+
+
+def test_a_short_name_with_an_impossible_bitwidth_is_refused():
+    with pytest.raises(GridError, match="bitwidth 9 is not one of"):
+        parse_scheme("w9-channel")
+
+
+def test_schemes_read_well():
+    assert str(Scheme(4, granularity=PerBlock(32))) == "int4 symmetric per block 32"
+    assert str(Scheme(8, False)) == "int8 asymmetric per tensor"
+    assert str(Scheme(8, granularity=PerChannel(0))) == "int8 symmetric per channel"
+
+
+def test_schemes_do_not_need_torch():
+    script = "import sys, qwlora.grid.scheme; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -36,8 +36,11 @@ def schemes_for(draw: st.DrawFn, shape: tuple[int, ...], bitwidths: tuple[int, .
 
 @st.composite
 def cases(draw: st.DrawFn, bitwidths: tuple[int, ...] = BITWIDTHS) -> tuple[Tensor, Scheme]:
-    """A matrix, or a stack of matrices, and a scheme that fits it."""
+    """A vector, a matrix or a stack of matrices, and a scheme that fits it."""
     x = draw(matrices())
-    if draw(st.booleans()):
-        x = torch.stack([x, -0.5 * x, x.flip(-1)])
+    match draw(st.integers(1, 3)):
+        case 1:
+            x = x[0]
+        case 3:
+            x = torch.stack([x, -0.5 * x, x.flip(-1)])
     return x, draw(schemes_for(tuple(x.shape), bitwidths))

@@ -29,7 +29,7 @@ def squared_error(encoding, x):
         case PerTensor():
             return error.sum()
         case PerChannel(axis):
-            return error.movedim(axis, 0).flatten(1).sum(1)
+            return error.movedim(axis, 0).reshape(error.shape[axis], -1).sum(1)
         case PerBlock():
             return grouped(error, granularity).sum(-1)
 

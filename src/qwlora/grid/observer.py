@@ -64,7 +64,7 @@ def group_range(x: Float[Tensor, "*shape"], scheme: Scheme) -> tuple[Float[Tenso
         case PerTensor():
             low, high = torch.aminmax(x)
         case PerChannel(axis):
-            low, high = torch.aminmax(x.movedim(axis, 0).flatten(1), dim=1)
+            low, high = torch.aminmax(x.movedim(axis, 0).reshape(x.shape[axis], -1), dim=1)
         case PerBlock(size):
             low, high = torch.aminmax(x.unflatten(-1, (-1, size)), dim=-1)
     return low, high
@@ -138,6 +138,6 @@ def _group_sum(x: Tensor, scheme: Scheme) -> Tensor:
         case PerTensor():
             return x.sum()
         case PerChannel(axis):
-            return x.movedim(axis, 0).flatten(1).sum(1)
+            return x.movedim(axis, 0).reshape(x.shape[axis], -1).sum(1)
         case PerBlock(size):
             return x.unflatten(-1, (-1, size)).sum(-1)

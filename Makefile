@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-aimet check format
+.PHONY: demo test test-slow test-aimet static check format
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -25,11 +25,12 @@ test-slow: .venv/ready test-aimet
 	.venv-aimet/bin/pip install --quiet 'aimet-torch>=2.42,<2.43' pytest
 	touch $@
 
-check: .venv/ready
+static: .venv/ready
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+
+check: static test
 
 format: .venv/ready
 	$(BIN)/ruff format src tests benchmarks

@@ -6,7 +6,9 @@ untouched is checked by whoever holds its fingerprint (see `pipeline`).
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -21,7 +23,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from qwlora.errors import TrainingError
 from qwlora.progress import Track, untracked
@@ -157,11 +158,11 @@ def train_adapter(
     watch = _Watch(track)
     trainer = Trainer(model=model, args=_arguments(settings, work), train_dataset=_Sequences(ids), callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(work)) if work.is_dir() else None
-    resumed = int(last.rpartition("-")[2]) if last else 0
+    last = last_checkpoint(work)
+    resumed = int(last.name.rpartition("-")[2]) if last else 0
     previous = signal.signal(signal.SIGINT, watch.interrupt) if _in_main_thread() else None
     try:
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
         if previous is not None:
             signal.signal(signal.SIGINT, previous)
@@ -169,6 +170,19 @@ def train_adapter(
         raise Interrupted(trainer.state.global_step)
     timed = watch.step_seconds[1:] or watch.step_seconds or [0.0]
     return TrainingReport(settings.steps, sum(timed) / len(timed), resumed, trainable, tuple(watch.losses))
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; half-written ones are deleted. The Trainer writes `trainer_state.json` last."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+        else:
+            return checkpoint
+    return None
 
 
 def _arguments(settings: TrainingSettings, work: Path) -> TrainingArguments:

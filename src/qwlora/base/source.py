@@ -76,12 +76,13 @@ def load_model(source: str) -> PreTrainedModel:
         SourceError: `transformers` cannot load it; its own message is kept.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     location = locate(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(location.pretrained, dtype=torch.float32, **location.arguments())
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
         raise SourceError(f"model {source!r} cannot be loaded: {error}") from error
     return model.eval()
 

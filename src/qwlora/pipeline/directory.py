@@ -30,6 +30,7 @@ from qwlora.errors import DirectoryError
 from qwlora.recipe import Recipe
 
 RESULTS_FORMAT = 1
+_FULL_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -193,14 +194,16 @@ def explained(path: Path) -> Iterator[None]:
     except DirectoryError:
         raise
     except Exception as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-            sign in str(error) for sign in ("No space left", "os error 28", "PytorchStreamWriter failed writing")
-        )
-        if full:
+        # writers in other languages report a full disk in words of their own, so the disk is asked too
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or _free_bytes(path) < _FULL_BYTES:
             raise DirectoryError(f"{str(path)!r}: no space left on the disk. Nothing half-written was kept; free some space and run again") from error
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(error, "errno", None) == errno.EROFS:
             raise DirectoryError(f"{str(path)!r} cannot be written: {error}") from error
         raise
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 
 
 def _size(path: Path) -> int | None:

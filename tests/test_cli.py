@@ -1,0 +1,152 @@
+"""The command line with wrong inputs: one clear message, the right exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import qwlora
+from qwlora.cli import main
+
+
+def run_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["qwlora", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    return lambda *arguments: run_cli(capsys, monkeypatch, *arguments)
+
+
+def refused(call: Any, recipe: Path, out: Path, *arguments: str) -> str:
+    """The message of a refused run; the directory is as it was."""
+    before = sorted(out.rglob("*")) if out.exists() else None
+    code, _, errors = call("run", recipe, "--out", out, *arguments)
+    assert code == 2
+    assert errors.startswith("qwlora: ")
+    assert "Traceback" not in errors
+    assert (sorted(out.rglob("*")) if out.exists() else None) == before
+    return str(errors)
+
+
+def test_missing_model_path(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    assert "model '/not/there' does not exist" in refused(call, recipe_for(model={"source": "/not/there"}), tmp_path / "out")
+
+
+def test_unknown_key(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    assert "did you mean solver?" in refused(call, recipe_for(base={"solvr": "rtn"}), tmp_path / "out")
+
+
+def test_block_size_that_does_not_divide(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    message = refused(call, recipe_for(), tmp_path / "out", "--set", "base.weights.block_size=48")
+    assert "int4 symmetric per block 48 does not fit 14 of 14 layers; choose a block size that divides their input" in message
+    assert "model.layers.0.self_attn.q_proj: blocks of 48 do not divide the last axis of a tensor of shape [64, 64]" in message
+
+
+def test_empty_text(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert "holds no text" in refused(call, recipe_for(data={"source": str(tmp_path / "empty.txt")}), tmp_path / "out")
+
+
+def test_text_shorter_than_one_sequence(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a few words only")
+    message = refused(call, recipe_for(data={"source": str(tmp_path / "short.txt"), "sequence_tokens": 32}), tmp_path / "out")
+    assert "the training text has 13 tokens, but one sequence needs 32" in message
+
+
+def test_text_that_is_not_text(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert "is not UTF-8 text: byte 0" in refused(call, recipe_for(data={"source": str(tmp_path / "binary.txt")}), tmp_path / "out")
+
+
+def test_damaged_model(call: Any, recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoints["llama"].iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
+    assert "cannot be loaded" in refused(call, recipe_for(model={"source": str(broken)}), tmp_path / "out")
+
+
+def test_directory_of_something_else(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("x")
+    assert "is not empty and was not made by qwlora" in refused(call, recipe_for(), tmp_path / "out")
+
+
+def test_out_is_a_file(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    assert "is a file; --out names a directory" in refused(call, recipe_for(), tmp_path / "out")
+
+
+def test_unwritable_parent(call: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: False if Path(path) == tmp_path else access(path, mode))  # tests may run as root
+    assert "is not writable" in refused(call, recipe_for(), tmp_path / "out")
+
+
+@pytest.fixture(params=["100k", "300k"])
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+    """A file system without room for the base, and one that is full once training begins."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", folder], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_full_disk(call: Any, recipe_for: Any, small_disk: Path) -> None:
+    code, _, errors = call("run", recipe_for(), "--out", small_disk / "out")
+    assert code == 2
+    assert "no space left on the disk" in errors
+    if (small_disk / "out").exists():
+        qwlora.load_base(small_disk / "out" / "base")  # what was finished is whole
+    assert not (small_disk / "out" / "adapters").exists()
+    assert not (small_disk / "out" / ".qwlora" / "scratch").exists()
+
+
+def test_json_is_the_only_output(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    code, out, errors = call("run", recipe_for(), "--out", tmp_path / "out", "--json")
+    assert code == 0
+    assert errors == ""
+    assert json.loads(out) == json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_failed_proof_exits_with_one_and_names_the_limit(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    code, _, errors = call("run", recipe_for("gpt2"), "--out", tmp_path / "out", "--set", "verify.perplexity_difference=1e-14")
+    assert code == 1
+    assert "export/onnx/first: the exported file does not compute what was simulated" in errors
+    assert "from the simulation's" in errors
+    assert not (tmp_path / "out" / "results.json").read_text().count("parity")
+
+
+def test_init_check_and_wrong_command_lines(call: Any, tmp_path: Path) -> None:
+    path = tmp_path / "new.yaml"
+    code, out, _ = call("init", path)
+    assert (code, path.exists()) == (0, True)
+    assert "set model.source and data.source" in out
+    code, _, errors = call("init", path)
+    assert code == 2
+    assert "is there already" in errors
+    code, _, errors = call("check", path)
+    assert code == 2
+    assert "model.source" in errors
+    assert "data.source" in errors
+    assert call("run", path)[0] == 2
+    assert call("no-such-verb")[0] == 2
+
+
+def test_check_prints_every_default(call: Any, recipe_for: Any) -> None:
+    code, out, _ = call("check", recipe_for())
+    assert code == 0
+    assert "learning_rate: 0.0005" in out
+    assert "block_size: 32" in out

@@ -1,0 +1,49 @@
+"""The README is true: its Python runs, its tree and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tiny_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_example_runs_and_proves_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    first = torch.randint(0, 256, (1, 32)).repeat(2, 1)
+    names = {"model": model, "batches": [first] * 8}
+    before = float(model(input_ids=first, labels=first).loss)
+    exec(compile(code, "README.md", "exec"), names)
+    with torch.no_grad():
+        assert float(names["model"](input_ids=first, labels=first).loss) < before  # type: ignore[operator]
+    printed = capsys.readouterr().out
+    assert float(re.search(r"worst_layer_steps=([\d.]+)", printed)[1]) <= 2  # type: ignore[index]
+    assert (tmp_path / "adapter" / "qwlora.json").exists()
+    assert (tmp_path / "bundle" / "session_options.json").exists()
+
+
+def test_every_path_in_the_tree_exists() -> None:
+    paths = re.findall(r"^    ((?:src|benchmarks|docs)\S*)", README, re.MULTILINE)
+    assert len(paths) > 8
+    assert [p for p in paths if not (ROOT / p).exists()] == []
+    listed = {Path(p) for p in paths}
+    folders = {p.relative_to(ROOT) for p in (ROOT / "src" / "qwlora").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders <= listed
+
+
+def test_links_lead_somewhere() -> None:
+    assert [target for target in re.findall(r"\]\(([^)#]+)\)", README) if not (ROOT / target).exists()] == []
+
+
+def test_make_targets_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"make ([\w-]+)", README)) <= set(targets)

@@ -1,0 +1,115 @@
+"""What the recipe refuses, and how it says so."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from qwlora.errors import RecipeError
+from qwlora.recipe import Recipe, load_recipe
+from qwlora.starter import starter_recipe
+
+
+def problems(path: Path, *changes: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, changes)
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.sequence_tokns=5", "data.sequence_tokns: unknown key; did you mean sequence_tokens?"),
+        ("bse.solver=rtn", "bse: unknown key; did you mean base?"),
+        ("base.weights.bitwith=3", "base.weights.bitwith: unknown key; did you mean bitwidth?"),
+        ("adapters.0.rnk=3", "adapters.0.rnk: unknown key; did you mean rank?"),
+        ("base.weights.bitwidth=9", "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 9)"),
+        ("base.weights.bitwidth=four", "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 'four')"),
+        ("base.weights={granularity: channel, block_size: 32}", "base.weights: block_size goes with granularity block, not channel; remove one"),
+        ("adapters.0.warmup_steps=6", "adapters.0: warmup_steps (6) must be fewer than steps (6)"),
+        ("adapters.0.name=../x", "adapters.0.name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9_-]*$' (given: '../x')"),
+        ("adapters=[]", "adapters: List should have at least 1 item after validation, not 0"),
+        ("adapters=[{name: a}, {name: a}]", "adapters: two adapters are named a; names are folders and must differ"),
+        ("data.held_out=1.5", "data.held_out: Input should be less than 1 (given: 1.5)"),
+        ("model={}", "model.source: required and not given"),
+        ("seed", "--set seed: write it like base.weights.bitwidth=3"),
+        ("adapters.7.rank=3", "--set adapters.7.rank=3: nothing is at adapters.7.rank"),
+        ("name.x=3", "--set name.x=3: name is a value, not a section"),
+    ],
+)
+def test_each_mistake_is_named(recipe_for: Any, change: str, message: str) -> None:
+    assert problems(recipe_for(), change) == [message]
+
+
+def test_all_mistakes_are_shown_together(recipe_for: Any) -> None:
+    path = recipe_for(model={"source": "/not/there"}, data={"source": "/not/there.txt", "sequence_tokens": "x"}, sead=1)
+    found = problems(path, "base.weights.bitwidth=1")
+    assert [p.split(":")[0] for p in found] == ["model.source", "data.source", "data.sequence_tokens", "base.weights.bitwidth", "sead"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/not/there", "does not exist. Give a folder with config.json, a .gguf file"),
+        ("package:not_installed_here/model.gguf", "the Python package 'not_installed_here' is not installed; install it"),
+        ("{tmp}", "has no config.json"),
+        ("{tmp}/notes.txt", "is not a .gguf file; for a Hugging Face checkpoint give its folder"),
+    ],
+)
+def test_missing_models_are_found_early(recipe_for: Any, tmp_path: Path, source: str, message: str) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    (found,) = problems(recipe_for(model={"source": source.format(tmp=tmp_path)}))
+    assert found.startswith("model.source: ")
+    assert message in found
+
+
+def test_unreadable_recipes(tmp_path: Path) -> None:
+    assert problems(tmp_path / "no.yaml") == ["cannot be read: No such file or directory"]
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert "is not a mapping of sections" in problems(tmp_path / "list.yaml")[0]
+    (tmp_path / "bad.yaml").write_text("a: [")
+    assert "is not YAML" in problems(tmp_path / "bad.yaml")[0]
+
+
+def test_exponents_are_numbers(recipe_for: Any) -> None:
+    assert load_recipe(recipe_for(), ("adapters.0.learning_rate=5e-4",)).adapters[0].learning_rate == 5e-4
+
+
+def test_setting_one_value_keeps_the_other_defaults(recipe_for: Any) -> None:
+    recipe = load_recipe(recipe_for(), ("base.weights.bitwidth=3",))
+    assert str(recipe.base.weights.scheme()) == "int3 symmetric per block 32"
+    channel = load_recipe(recipe_for(), ("base.weights.granularity=channel",))
+    assert str(channel.base.weights.scheme()) == "int4 symmetric per channel"
+
+
+def test_the_resolved_recipe_reads_back_as_itself(recipe_for: Any, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_for(), ("base.weights.granularity=channel",))
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_starter_recipe_is_valid_as_it_is_and_with_every_default_taken_out_of_its_comment(recipe_for: Any) -> None:
+    given = yaml.safe_load(recipe_for().read_text())
+    assert set(yaml.safe_load(starter_recipe())) == {"model", "data", "adapters"}
+    uncommented = "\n".join(re.sub(r"^( *)# ", r"\1", line) for line in starter_recipe().split("\n")[2:])
+    content = yaml.safe_load(uncommented)
+    assert set(content) == set(Recipe.model_fields)
+    content |= {"model": given["model"], "data": {**content["data"], "source": given["data"]["source"]}}
+    given["data"] = {"source": given["data"]["source"]}
+    assert Recipe.model_validate(content) == Recipe.model_validate({"model": given["model"], "data": given["data"], "adapters": [{"name": "first"}]})
+
+
+def test_validation_and_help_need_no_torch(recipe_for: Any) -> None:
+    code = (
+        "import sys; from pathlib import Path; import qwlora.cli, qwlora.starter; from qwlora.recipe import load_recipe; "
+        f"load_recipe(Path({str(recipe_for())!r})); "
+        "sys.argv = ['qwlora', '--help']\ntry:\n qwlora.cli.main()\nexcept SystemExit: pass\n"
+        "print('heavy:', [m for m in ('torch', 'transformers', 'peft', 'onnx') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("heavy: []\n")

@@ -11,6 +11,8 @@
      ├── CaptureError       (RuntimeError)  the captured graph does not compute what the model computes
      ├── CalibrationError   (ValueError)    a tensor cannot be calibrated from the data it saw
      ├── ExportError        (RuntimeError)  a target format cannot hold what was asked
+     ├── EncodingsFileError (ValueError)    an encodings file is not what its version asks for
+     ├── ConversionError    (ValueError)    another version of an encodings file cannot hold what this one says
      ├── VerificationError  (RuntimeError)  an exported file does not compute what was simulated
      └── MissingExtraError  (ImportError)   an optional package is not installed
 
@@ -73,6 +75,36 @@ class CalibrationError(QwloraError, ValueError):
 
 class ExportError(QwloraError, RuntimeError):
     """The target format cannot express what was simulated."""
+
+
+class EncodingsFileError(QwloraError, ValueError):
+    """An encodings file cannot be read or written; `problems` holds every finding."""
+
+    def __init__(self, source: str, problems: Sequence[str]):
+        self.source = source
+        self.problems = tuple(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"{source}: {count}", *_listed(self.problems)]))
+
+
+class ConversionError(QwloraError, ValueError):
+    """A conversion would lose what `lost` lists, or needs what `lacking` lists and the file does not say."""
+
+    def __init__(self, what: str, lost: Sequence[str], lacking: Sequence[str]):
+        self.lost = tuple(lost)
+        self.lacking = tuple(lacking)
+        lines = [what]
+        if self.lacking:
+            lines += ["needed, and not in this file:", *_listed(self.lacking)]
+        if self.lost:
+            lines += ["would be lost (--lossy, or lossy=True, accepts that):", *_listed(self.lost)]
+        super().__init__("\n".join(lines))
+
+
+def _listed(items: Sequence[str], most: int = 50) -> list[str]:
+    """The first of `items`, one a line; a message of a million lines helps nobody."""
+    lines = [f"  - {item}" for item in items[:most]]
+    return [*lines, f"  ... and {len(items) - most} more"] if len(items) > most else lines
 
 
 class VerificationError(QwloraError, RuntimeError):

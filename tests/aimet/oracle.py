@@ -8,11 +8,11 @@ from torch import Tensor
 
 pytest.importorskip("aimet_torch", reason="runs in an environment with aimet-torch: make test-aimet")
 
-from aimet_torch.quantization.affine import QuantizeDequantize
+from aimet_torch.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize
 from aimet_torch.quantization.encoding_analyzer import EncodingAnalyzer, MinMaxEncodingAnalyzer
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
 from .table import Comparison
 
@@ -33,6 +33,18 @@ def aimet_quantizer(x: Tensor, scheme: Scheme, analyzer: type[EncodingAnalyzer] 
     """A calibrated AIMET quantizer."""
     shape, block_size = aimet_shape(scheme, tuple(x.shape))
     quantizer = QuantizeDequantize(shape, scheme.bitwidth, scheme.symmetric, analyzer(shape, block_size=block_size, **options), block_size)
+    with torch.no_grad(), quantizer.compute_encodings():
+        quantizer(x)
+    return quantizer
+
+
+def aimet_low_power_quantizer(x: Tensor, scheme: Scheme) -> GroupedBlockQuantizeDequantize:
+    """A calibrated AIMET quantizer whose blocks share one float scale a row."""
+    assert isinstance(scheme.granularity, LowPowerBlock)
+    shape, block_size = aimet_shape(scheme, tuple(x.shape))
+    bitwidth = scheme.bitwidth + scheme.granularity.scale_bitwidth
+    analyzer = MinMaxEncodingAnalyzer(shape, block_size=block_size)
+    quantizer = GroupedBlockQuantizeDequantize(shape, scheme.bitwidth, True, bitwidth, analyzer, block_size, block_grouping=(1, -1))
     with torch.no_grad(), quantizer.compute_encodings():
         quantizer(x)
     return quantizer

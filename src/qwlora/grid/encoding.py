@@ -12,14 +12,17 @@ narrower type than float32 are computed in float32 and only the result is narrow
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from qwlora.errors import GridError
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+
+Bound = Tensor | int
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +35,13 @@ class Encoding:
         offset: int32, the same shape; in `[-(2^bitwidth - 1), 0]`.
 
     Raises:
-        GridError: shapes of scale and offset differ, a scale is not finite and positive, or an offset is out of range.
+        GridError: shapes of scale and offset differ, a scale is not finite and positive, an offset is out of range, or the scheme asks for float offsets.
     """
 
     scheme: Scheme
     scale: Float[Tensor, "*groups"]
     offset: Int[Tensor, "*groups"]
+    uniform_offset: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.offset.shape:
@@ -47,8 +51,15 @@ class Encoding:
             raise GridError(
                 f"a scale is a finite positive number, but {int((~usable).sum())} of {usable.numel()} are not, {float(self.scale[~usable][0])} the first"
             )
-        if self.offset.numel() and not -self.scheme.steps <= int(self.offset.min()) <= int(self.offset.max()) <= 0:
+        if self.scheme.float_offset:
+            raise GridError(f"{self.scheme}: this grid has float offsets and so no integer encoding; FloatOffsetEncoding holds it")
+        if not self.offset.numel():
+            return
+        lowest, highest = int(self.offset.min()), int(self.offset.max())
+        if not -self.scheme.steps <= lowest <= highest <= 0:
             raise GridError(f"an offset is outside [-{self.scheme.steps}, 0]")
+        if lowest == highest:  # clamping between two numbers costs half of clamping between two tensors
+            object.__setattr__(self, "uniform_offset", lowest)
 
     def quantize(self, x: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
         """Codes of `x`: uint8 up to 8 bits, int32 above; infinity gets the last code of its side.
@@ -68,10 +79,15 @@ class Encoding:
         return x_grouped.to(torch.float32).add_(offset).mul_(scale).view(codes.shape)
 
     def fake_quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The nearest values of the grid, in one pass, differentiable in `x`."""
+        """The nearest values of the grid, in one pass, differentiable in `x`, and in the scale if it asks for a gradient.
+
+        The scale's gradient is that of LSQ (Esser et al. 2020, https://arxiv.org/abs/1902.08153), without their factor for the step size:
+        `round(x / scale) - x / scale` where x is inside the grid, and the number of steps of the end it was clamped to elsewhere.
+        """
         x_grouped, scale, offset = self._grouped(x)
         wide = _wide(x_grouped)
-        low, high = offset.to(wide.dtype), (offset + self.scheme.steps).to(wide.dtype)
+        low: Bound = offset.to(wide.dtype) if self.uniform_offset is None else self.uniform_offset
+        high = low + self.scheme.steps
         return _FakeQuantize.apply(wide, scale, low, high).to(x.dtype).view(x.shape)
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,20 +123,26 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """clamp(round(x / scale), low, high) * scale; saves one bit of truth per value for backward, and only if backward will come."""
+    """clamp(round(x / scale), low, high) * scale.
+
+    Saves one bit of truth per value for the gradient of `x`; `x` itself and the steps only if the scale learns.
+    """
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return torch.div(x, scale).round_().clamp_(low, high).mul_(scale)
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
+        steps = torch.div(x, scale).round_()
+        x_learns, scale_learns, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        inside = (steps >= low) & (steps <= high) if x_learns or scale_learns else None
+        steps.clamp_(low, high)  # type: ignore[arg-type]
+        ctx.save_for_backward(inside, scale, *((x, steps.clone()) if scale_learns else ()))  # type: ignore[arg-type]
+        return steps.mul_(scale)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x, scale, low, high = inputs
-        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            steps = torch.div(x, scale).round_()
-            ctx.save_for_backward((steps >= low) & (steps <= high))
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (inside,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return gradient * inside, None, None, None
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        inside, scale, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
+        for_x = gradient * inside if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
+        if not kept:
+            return for_x, None, None, None
+        x, steps = kept
+        per_value = steps - torch.where(inside, x / scale, 0)
+        return for_x, (gradient * per_value).sum_to_size(scale.shape), None, None

@@ -12,6 +12,7 @@ clipping. A range narrower than float32 can tell apart from zero gets the smalle
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.low_power import to_integer_scales
+from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
 
 def encoding_from_range(low: Float[Tensor, "*groups"], high: Float[Tensor, "*groups"], scheme: Scheme) -> Encoding:
@@ -47,7 +49,10 @@ def encoding_from_range(low: Float[Tensor, "*groups"], high: Float[Tensor, "*gro
         high = high + steps * narrow
         scale = (high - low) / steps
         offset = torch.round(low / scale.clamp(min=smallest)).clamp(-steps, 0)
-    return Encoding(scheme, scale.clamp(min=smallest), offset.to(torch.int32))
+    scale = scale.clamp(min=smallest)
+    if isinstance(scheme.granularity, LowPowerBlock):
+        scale = to_integer_scales(scale, scheme)
+    return Encoding(scheme, scale, offset.to(torch.int32))
 
 
 def group_range(x: Float[Tensor, "*shape"], scheme: Scheme) -> tuple[Float[Tensor, "*groups"], Float[Tensor, "*groups"]]:
@@ -117,20 +122,29 @@ def measure(x: Float[Tensor, "*shape"], scheme: Scheme) -> Encoding:
 def search(x: Float[Tensor, "*shape"], scheme: Scheme, candidates: int = 40, narrowest: float = 0.4) -> Encoding:
     """The range, out of `candidates` fractions of the min-max range, with the least squared error `sum (x - x_hat)^2` in each group.
 
-    The fractions run evenly from `narrowest` to 1, and 1 is among them, so no group ends worse than with `measure`.
+    The fractions run evenly from `narrowest` to 1, and 1 is among them, so no group ends worse than with `measure`. Blocks with integer scales are searched
+    without that bond; a row whose scales are then worse for it than the min-max ones takes those.
     """
     x = x.float()
+    unbound = scheme
+    if isinstance(scheme.granularity, LowPowerBlock):
+        unbound = replace(scheme, granularity=PerBlock(scheme.granularity.size))
     low, high = group_range(x, scheme)
     best_error = torch.full_like(low, torch.inf)
     best_low, best_high = low.clone(), high.clone()
     for fraction in torch.linspace(1.0, narrowest, candidates).tolist():
-        encoding = encoding_from_range(low * fraction, high * fraction, scheme)
+        encoding = encoding_from_range(low * fraction, high * fraction, unbound)
         error = _group_sum((encoding.fake_quantize(x) - x).square_(), scheme)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_low = torch.where(better, low * fraction, best_low)
         best_high = torch.where(better, high * fraction, best_high)
-    return encoding_from_range(best_low, best_high, scheme)
+    found = encoding_from_range(best_low, best_high, scheme)
+    if not isinstance(scheme.granularity, LowPowerBlock):
+        return found
+    measured = encoding_from_range(low, high, scheme)
+    errors = [_group_sum((e.fake_quantize(x) - x).square_(), scheme).sum(-1, keepdim=True) for e in (found, measured)]
+    return Encoding(scheme, torch.where(errors[0] <= errors[1], found.scale, measured.scale), found.offset)
 
 
 def _group_sum(x: Tensor, scheme: Scheme) -> Tensor:

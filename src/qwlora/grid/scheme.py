@@ -6,6 +6,7 @@ offsets a tensor has is its granularity:
     weight [A, B], PerTensor()           -> scale []
     weight [A, B], PerChannel(axis=0)    -> scale [A]
     weight [A, B], PerBlock(size=32)     -> scale [A, B / 32]      blocks run along the last axis, a Linear's input
+    weight [A, B], LowPowerBlock(32)     -> scale [A, B / 32]      the same, each scale an integer times its row's float scale
 """
 
 from __future__ import annotations
@@ -42,13 +43,30 @@ class PerBlock:
             raise GridError(f"a block holds at least one value, not {self.size}")
 
 
+@dataclass(frozen=True)
+class LowPowerBlock(PerBlock):
+    """Blocks whose scales are integers in `[1, 2^scale_bitwidth]` times one float scale for each row (AIMET's LPBQ).
+
+    weight [A, B] -> scale [A, B / size] = integers [A, B / size] * row scale [A, 1]
+
+    It is a `PerBlock` whose scales satisfy more; see `low_power.py` for the two factors. AIMET's "decompressed bitwidth" is `bitwidth + scale_bitwidth`.
+    """
+
+    scale_bitwidth: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.scale_bitwidth <= 8:
+            raise GridError(f"a block's integer scale has 1 to 8 bits, not {self.scale_bitwidth}")
+
+
 Granularity = PerTensor | PerChannel | PerBlock
 
 
-def granularity_of(axis: int | None, block_size: int | None) -> Granularity:
+def granularity_of(axis: int | None, block_size: int | None, scale_bitwidth: int | None = None) -> Granularity:
     """The granularity with this channel axis, or this block size, or neither."""
     if block_size is not None:
-        return PerBlock(block_size)
+        return PerBlock(block_size) if scale_bitwidth is None else LowPowerBlock(block_size, scale_bitwidth)
     return PerTensor() if axis is None else PerChannel(axis)
 
 
@@ -60,16 +78,23 @@ class Scheme:
         bitwidth: integer bits of a code, one of `BITWIDTHS`.
         symmetric: the offset is fixed at `-2^(bitwidth - 1)`, so that zero is the middle code.
         granularity: how the tensor is divided among scales.
+        float_offset: the grid is `q * scale + minimum` with a float minimum (GGUF's Q4_1, Q4_K ...), so zero need not be exact. `Encoding`, whose offsets are
+            integers, refuses such a scheme, and so does every writer of one; see `float_offset.py`.
 
     Raises:
-        GridError: the bitwidth is not one of `BITWIDTHS`.
+        GridError: the bitwidth is not one of `BITWIDTHS`, or the parts contradict each other.
     """
 
     bitwidth: int
     symmetric: bool = True
     granularity: Granularity = field(default_factory=PerTensor)
+    float_offset: bool = False
 
     def __post_init__(self) -> None:
+        if self.symmetric and self.float_offset:
+            raise GridError("a symmetric grid has no float offset; say symmetric=False")
+        if isinstance(self.granularity, LowPowerBlock) and not self.symmetric:
+            raise GridError("blocks with integer scales (LPBQ) are symmetric; say symmetric=True, or use PerBlock")
         if self.bitwidth not in BITWIDTHS:
             raise GridError(f"bitwidth {self.bitwidth} is not one of {', '.join(map(str, BITWIDTHS))}")
 
@@ -102,31 +127,50 @@ class Scheme:
                 return (*shape[:-1], shape[-1] // size)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: `{bitwidth, symmetric, axis, block_size}`, with `axis` per channel and `block_size` per block only."""
-        axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else None
-        block_size = self.granularity.size if isinstance(self.granularity, PerBlock) else None
-        return {"bitwidth": self.bitwidth, "symmetric": self.symmetric, "axis": axis, "block_size": block_size}
+        """Plain values: `{bitwidth, symmetric, axis, block_size}`, with `axis` per channel and `block_size` per block only.
+
+        `scale_bitwidth` is added for blocks with integer scales, and `float_offset` where it is true.
+        """
+        granularity = self.granularity
+        axis = granularity.axis if isinstance(granularity, PerChannel) else None
+        block_size = granularity.size if isinstance(granularity, PerBlock) else None
+        record: dict[str, Any] = {"bitwidth": self.bitwidth, "symmetric": self.symmetric, "axis": axis, "block_size": block_size}
+        if isinstance(granularity, LowPowerBlock):
+            record["scale_bitwidth"] = granularity.scale_bitwidth
+        if self.float_offset:
+            record["float_offset"] = True
+        return record
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Scheme:
         """Undo `to_json`."""
-        return cls(record["bitwidth"], record["symmetric"], granularity_of(record["axis"], record["block_size"]))
+        granularity = granularity_of(record["axis"], record["block_size"], record.get("scale_bitwidth"))
+        return cls(record["bitwidth"], record["symmetric"], granularity, record.get("float_offset", False))
 
     def __str__(self) -> str:
-        where = {PerTensor: "tensor", PerChannel: "channel"}.get(type(self.granularity))
-        where = where or f"block {self.granularity.size}"  # type: ignore[union-attr]
-        return f"int{self.bitwidth} {'symmetric' if self.symmetric else 'asymmetric'} per {where}"
+        match self.granularity:
+            case LowPowerBlock(size=size, scale_bitwidth=bits):
+                where = f"block {size} with int{bits} scales"
+            case PerBlock(size):
+                where = f"block {size}"
+            case PerChannel():
+                where = "channel"
+            case _:
+                where = "tensor"
+        kind = "symmetric" if self.symmetric else "float-offset" if self.float_offset else "asymmetric"
+        return f"int{self.bitwidth} {kind} per {where}"
 
 
 def parse_scheme(text: str) -> Scheme:
-    """Read a short name: `w4-block32`, `w8-channel`, `w4-tensor`, with `-asymmetric` behind it where wanted.
+    """Read a short name: `w4-block32`, `w8-channel`, `w4-tensor`, with `-asymmetric` behind it where wanted; `w4-lpbq64` for blocks with integer scales.
 
     Raises:
         GridError: the name does not follow the pattern.
     """
-    match = re.fullmatch(r"w(\d+)-(?:block(\d+)|(channel)|(tensor))(-asymmetric)?", text)
+    match = re.fullmatch(r"w(\d+)-(?:(block|lpbq)(\d+)|(channel)|(tensor))(-asymmetric)?", text)
     if not match:
         raise GridError(f"scheme {text!r} is not understood; write it like w4-block32, w8-channel or w3-block64-asymmetric")
-    bitwidth, block, channel, _, asymmetric = match.groups()
-    granularity: Granularity = PerBlock(int(block)) if block else PerChannel(0) if channel else PerTensor()
+    bitwidth, block, size, channel, _, asymmetric = match.groups()
+    blocks = {"block": PerBlock, "lpbq": LowPowerBlock}
+    granularity: Granularity = blocks[block](int(size)) if block else PerChannel(0) if channel else PerTensor()
     return Scheme(int(bitwidth), symmetric=not asymmetric, granularity=granularity)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwlora.errors import CalibrationError, GridError
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding, measure_float_offset
+from qwlora.grid.observer import measure
+from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+
+from .strategies import brief, matrices
+
+SCHEME = Scheme(4, False, PerBlock(32), float_offset=True)
+
+
+@brief
+@given(matrices(columns=8), st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([PerTensor(), PerChannel(0), PerBlock(4)]))
+def test_every_value_is_within_half_a_step_and_the_lowest_is_exact(x, bitwidth, granularity):
+    encoding = measure_float_offset(x, Scheme(bitwidth, False, granularity, float_offset=True))
+    error = (encoding.fake_quantize(x) - x).abs()
+    assert (error <= 0.5001 * encoding.scale.max() + 2**-21 * x.abs().max()).all()
+    assert encoding.fake_quantize(x).min() == x.min()
+    codes = encoding.quantize(x)
+    assert codes.max() <= 2**bitwidth - 1
+    assert torch.equal(encoding.dequantize(codes), encoding.fake_quantize(x))
+
+
+def test_values_are_those_of_ggufs_q4_1():
+    gguf = pytest.importorskip("gguf")
+    x = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q4_1
+    stored = gguf.quantize(x, kind).reshape(6, 2, 20)  # a block: float16 scale and minimum, then code j low and code j + 16 high in byte j
+    scale, minimum = (torch.from_numpy(stored[..., i : i + 2].copy().view(np.float16)[..., 0].astype(np.float32)) for i in (0, 2))
+    low, high = stored[..., 4:] & 0xF, stored[..., 4:] >> 4
+    codes = torch.from_numpy(np.concatenate([low, high], axis=-1).reshape(6, 64))
+    ours = FloatOffsetEncoding(SCHEME, scale, minimum).dequantize(codes)
+    assert torch.equal(ours, torch.from_numpy(gguf.dequantize(gguf.quantize(x, kind), kind)))
+
+
+def test_an_encoding_with_integer_offsets_refuses_it():
+    with pytest.raises(GridError, match="int4 float-offset per block 32: this grid has float offsets and so no integer encoding"):
+        measure(torch.ones(2, 32), SCHEME)
+    with pytest.raises(GridError, match="FloatOffsetEncoding holds it"):
+        Encoding(SCHEME, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32))
+
+
+def test_whoever_asks_for_its_offset_is_refused():
+    encoding = measure_float_offset(torch.randn(2, 32), SCHEME)
+    assert not isinstance(encoding, Encoding)
+    with pytest.raises(GridError, match=r"the grid is scale \* q \+ minimum with a float minimum, which has no integer offset"):
+        _ = encoding.offset
+
+
+def test_impossible_ones_are_refused(monkeypatch):
+    one = torch.ones(1)
+    with pytest.raises(GridError, match="a symmetric grid has no float offset; say symmetric=False"):
+        Scheme(4, float_offset=True)
+    with pytest.raises(GridError, match="int4 asymmetric per tensor: this grid has integer offsets; Encoding holds it"):
+        FloatOffsetEncoding(Scheme(4, False), one, one)
+    for scale, minimum in ((0.0, 0.0), (math.nan, 0.0), (1.0, math.inf)):
+        with pytest.raises(GridError, match="a scale is not a finite positive number, or a minimum is not finite"):
+            FloatOffsetEncoding(SCHEME, one * scale, one * minimum)
+    with pytest.raises(GridError, match="needs scales of shape"):
+        FloatOffsetEncoding(SCHEME, one, one).quantize(torch.ones(2, 32))
+    with pytest.raises(GridError, match="1 of 32 values are nan, which has no code"):
+        FloatOffsetEncoding(SCHEME, one, one).quantize(torch.tensor([math.nan] + [0.0] * 31))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(GridError, match=r"scale has shape \[1\] but minimum \[2\]"):
+        FloatOffsetEncoding(SCHEME, one, torch.ones(2))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_data_that_is_not_finite_is_refused(bad):
+    with pytest.raises(CalibrationError, match="the observed range is not finite"):
+        measure_float_offset(torch.tensor([bad] + [0.0] * 31), SCHEME)
+
+
+def test_one_value_is_exact():
+    x = torch.full((2, 32), -3.25)
+    assert torch.equal(measure_float_offset(x, SCHEME).fake_quantize(x), x)
+
+
+def test_json():
+    assert SCHEME.to_json() == {"bitwidth": 4, "symmetric": False, "axis": None, "block_size": 32, "float_offset": True}
+    assert Scheme.from_json(SCHEME.to_json()) == SCHEME

@@ -89,29 +89,36 @@ class MinMaxObserver:
 
     def update(self, x: Float[Tensor, "*shape"]) -> None:
         """Take in the values of `x`."""
-        low, high = group_range(x.detach(), self.scheme)
-        if self.low is not None and low.shape != self.low.shape:
-            raise CalibrationError(f"{list(low.shape)} ranges were observed where there were {list(self.low.shape)} before; one observer sees one tensor")
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
+        self._extend(*group_range(x.detach(), self.scheme))
 
     def merge(self, other: MinMaxObserver) -> None:
         """Take in what `other` saw; equal to having seen both streams.
 
         Raises:
-            CalibrationError: the other observer has another scheme.
+            CalibrationError: the other observer has another scheme, or saw a tensor of another shape.
         """
-        if other.scheme != self.scheme:
-            raise CalibrationError(f"an observer of {other.scheme} cannot be merged into one of {self.scheme}")
+        self._check_scheme(other)
         if other.low is not None and other.high is not None:
-            self.low = other.low if self.low is None else torch.minimum(self.low, other.low)
-            self.high = other.high if self.high is None else torch.maximum(self.high, other.high)
+            self._extend(other.low, other.high)
 
     def encoding(self) -> Encoding:
         """The encoding of everything seen so far."""
         if self.low is None or self.high is None:
             raise CalibrationError("no data was observed")
         return encoding_from_range(self.low, self.high, self.scheme)
+
+    def _extend(self, low: Tensor, high: Tensor) -> None:
+        self._check_groups(low)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+    def _check_groups(self, low: Tensor) -> None:
+        if self.low is not None and low.shape != self.low.shape:
+            raise CalibrationError(f"{list(low.shape)} ranges were observed where there were {list(self.low.shape)} before; one observer sees one tensor")
+
+    def _check_scheme(self, other: MinMaxObserver) -> None:
+        if other.scheme != self.scheme:
+            raise CalibrationError(f"an observer of {other.scheme} cannot be merged into one of {self.scheme}")
 
 
 def measure(x: Float[Tensor, "*shape"], scheme: Scheme) -> Encoding:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from qwlora.encodings.convert import convert
-from qwlora.encodings.fields import FieldError, Finding, Record, shown, text_of
+from qwlora.encodings.fields import FieldError, Finding, Record, found, shown, text_of
 from qwlora.encodings.list_versions import build_2, parse_2
 from qwlora.encodings.model import VERSIONS, Encoding, EncodingsFile
 from qwlora.encodings.split_versions import build_0_6_1, build_1_0_0, parse_0_6_1, parse_1_0_0
@@ -171,7 +171,7 @@ def _parse_entries_2(section: Any, key: str, version: str, findings: list[Findin
 
 def _parse_list(section: Any, key: str, findings: list[Finding], parse_entry: Callable[[Record], Encoding | None]) -> list[Encoding]:
     if not isinstance(section, list):
-        findings.append(Finding("error", key, "", f"is {shown(section)}; a list of entries is needed"))
+        findings.append(Finding("error", key, "", f"is {found(section)}; a list of entries is needed"))
         return []
     parsed = []
     for i, entry in enumerate(section):
@@ -206,14 +206,14 @@ def _producer(value: Any) -> dict[str, str]:
 
 def _names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise FieldError(f"is {shown(value)}; a list of names is needed")
+        raise FieldError(f"is {found(value)}; a list of names is needed")
     return tuple(text_of(name) for name in value)
 
 
 def _plain_values(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise FieldError(f"is {shown(value)}; an object is needed")
+        raise FieldError(f"is {found(value)}; an object is needed")
     for key, v in value.items():
         if not isinstance(v, str | bool | int | float) or (isinstance(v, float) and not np.isfinite(v)):
-            raise FieldError(f"has {shown(v)} under {shown(key)!r}; a text, a finite number, true or false is needed")
+            raise FieldError(f"has {found(v)} under {shown(key)!r}; a text, a finite number, true or false is needed")
     return value

@@ -39,10 +39,17 @@ class FieldError(Exception):
     """A value is not what it should be; the text says what was found and what is asked. Never leaves this package."""
 
 
-def shown(text: Any, most: int = 120) -> str:
-    """Untrusted text or another small value on one line, control signs escaped, cut where it is long."""
-    line = text if isinstance(text, str) and text.isprintable() else repr(text) if not isinstance(text, list | dict) else _kind(text)
+def shown(text: str, most: int = 120) -> str:
+    """Untrusted text on one line, control signs escaped, cut where it is long."""
+    line = text if text.isprintable() else repr(text)
     return line if len(line) <= most else f"{line[:most]}..."
+
+
+def found(value: Any) -> str:
+    """An untrusted JSON value on one short line."""
+    if isinstance(value, list | dict):
+        return _kind(value)
+    return number_shown(value) if type(value) is int else shown(repr(value))
 
 
 @dataclass
@@ -128,16 +135,16 @@ class Record:
 def text_of(value: Any, allowed: Collection[str] = ()) -> str:
     """A non-empty string, one of `allowed` where that is given."""
     if not isinstance(value, str) or not value:
-        raise FieldError(f"is {shown(value)}; a non-empty string is needed")
+        raise FieldError(f"is {found(value)}; a non-empty string is needed")
     if allowed and value not in allowed:
-        raise FieldError(f"is {shown(value)!r}; one of {', '.join(allowed)} is needed")
+        raise FieldError(f"is {found(value)}; one of {', '.join(allowed)} is needed")
     return value
 
 
 def integer_of(value: Any, low: int, high: int = MAX_INTEGER) -> int:
     """An integer in `[low, high]`."""
     if type(value) is not int:
-        raise FieldError(f"is {shown(value)}; an integer is needed")
+        raise FieldError(f"is {found(value)}; an integer is needed")
     if not low <= value <= high:
         raise FieldError(f"is {number_shown(value)}; an integer from {low} to {high} is needed")
     return value
@@ -146,7 +153,7 @@ def integer_of(value: Any, low: int, high: int = MAX_INTEGER) -> int:
 def boolean_of(value: Any) -> bool:
     """True or false."""
     if type(value) is not bool:
-        raise FieldError(f"is {shown(value)}; true or false is needed")
+        raise FieldError(f"is {found(value)}; true or false is needed")
     return value
 
 
@@ -178,7 +185,7 @@ def integers_of(value: Any, low: int = -MAX_INTEGER) -> Integers:
     """Integers not below `low`."""
     items, shape = _rectangle(value)
     if set(map(type, items)) != {int}:
-        raise FieldError(f"holds {shown(next(i for i in items if type(i) is not int))}; integers are needed")
+        raise FieldError(f"holds {found(next(i for i in items if type(i) is not int))}; integers are needed")
     for extreme in (min(items), max(items)):
         integer_of(extreme, low)
     return np.array(items, dtype=np.int64).reshape(shape)

@@ -1,0 +1,248 @@
+"""All sixteen pairs of versions. The rules of what a version holds are written again here, apart from the code, and the two must agree."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from random_files import DECOMPRESSED_BITWIDTH, FILES, encodings, files
+
+from qwlora.encodings import (
+    VERSIONS,
+    Encoding,
+    EncodingsFile,
+    FloatEncoding,
+    IntegerEncoding,
+    LpbqEncoding,
+    TensorFacts,
+    convert,
+    read,
+    read_graph,
+)
+from qwlora.encodings.document import parse, to_document
+from qwlora.errors import ConversionError
+
+PAIRS = [(a, b) for a in VERSIONS for b in VERSIONS]
+
+
+def through_json(file: EncodingsFile) -> EncodingsFile:
+    again, findings = parse(to_document(file))
+    assert again is not None, findings
+    return again
+
+
+def is_held(e: Encoding, source: str, target: str) -> bool:
+    """Whether `target` holds all that `source` says of one encoding, the graph and the decompressed bitwidth being known."""
+    to_split, from_split = target < "2", source < "2"
+    if isinstance(e, FloatEncoding):
+        return to_split == from_split
+    if isinstance(e, LpbqEncoding):
+        return target != "0.6.1" and (to_split or not from_split or e.decompressed_bitwidth == DECOMPRESSED_BITWIDTH)
+    if target == "0.6.1" and (e.block_size is not None or e.scale.shape == (1,)):
+        return False
+    if to_split:
+        return from_split or e.signed == e.symmetric
+    return not from_split or e.symmetric == bool((e.offset == -(2 ** (e.bitwidth - 1))).all())
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+@given(st.data())
+def test_an_encoding_comes_back_exactly_or_its_loss_is_listed(source: str, target: str, data: st.DataObject) -> None:
+    encoding, facts = data.draw(encodings(source))
+    graph = {"w": facts}
+    parameters = frozenset({"w"} if facts.parameter else ()) if source < "2" else None
+    file = EncodingsFile(source, (encoding,), parameters)
+    known = {"graph": graph, "decompressed_bitwidth": DECOMPRESSED_BITWIDTH}
+    if is_held(encoding, source, target):
+        there = through_json(convert(file, target, **known))
+        assert there.version == target
+        back = through_json(convert(there, source, **known))
+        if getattr(encoding, "axis", None) == -2:
+            file = file.replace(encodings=(encoding.replace(axis=0),))
+        assert back == file
+    else:
+        with pytest.raises(ConversionError) as caught:
+            convert(file, target, **known)
+        assert caught.value.lost
+        assert not caught.value.lacking
+        assert all(line.startswith("w: ") for line in caught.value.lost)
+        kept = through_json(convert(file, target, lossy=True, **known))
+        assert len(kept.encodings) == (0 if any("whole encoding" in line for line in caught.value.lost) else 1)
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+@given(st.data())
+def test_a_file_comes_back_exactly_or_its_loss_is_listed(source: str, target: str, data: st.DataObject) -> None:
+    file, graph = data.draw(files(source))
+    known = {"graph": graph, "decompressed_bitwidth": DECOMPRESSED_BITWIDTH}
+    told = source < "2" <= target and (file.excluded_layers is not None or file.quantizer_args is not None)
+    if told or not all(is_held(e, source, target) for e in file.encodings):
+        with pytest.raises(ConversionError) as caught:
+            convert(file, target, **known)
+        assert caught.value.lost
+        assert not caught.value.lacking
+        kept = through_json(convert(file, target, lossy=True, **known))
+        assert convert(kept, target, **known) == kept
+        assert all(kept.by_name[e.name] for e in file.encodings if is_held(e, source, target))
+    else:
+        there = through_json(convert(file, target, **known))
+        positive = tuple(e.replace(axis=0) if getattr(e, "axis", None) == -2 else e for e in file.encodings)
+        assert through_json(convert(there, source, **known)) == file.replace(encodings=positive)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@given(st.data())
+def test_a_version_holds_what_it_says(version: str, data: st.DataObject) -> None:
+    file, _ = data.draw(files(version))
+    assert convert(file, version) == file
+    assert through_json(file) == file
+
+
+@given(st.data())
+def test_reals_are_the_same_in_every_version(data: st.DataObject) -> None:
+    """`(q + offset) * scale` of 1.0.0 and `(q - y_zero_point) * y_scale` of 2.0.0, from the JSON alone."""
+    encoding, facts = data.draw(encodings("1.0.0").filter(lambda pair: isinstance(pair[0], IntegerEncoding) and pair[0].granularity == "channel"))
+    assert isinstance(encoding, IntegerEncoding)
+    file = EncodingsFile("1.0.0", (encoding,), frozenset({"w"}))
+    old = to_document(file)["param_encodings"][0]
+    new = to_document(convert(file, "2.0.0", lossy=True, graph={"w": facts}))["encodings"][0]
+    signed = new["output_dtype"].startswith("int")
+    for code in (0, 1, 2 ** old["bw"] - 1):
+        stored = code - 2 ** (old["bw"] - 1) if signed else code
+        for i, scale in enumerate(old["scale"]):
+            shift = old.get("zero_point_shift", [0] * len(old["scale"]))[i]
+            zero_point = new.get("y_zero_point", [0] * len(old["scale"]))[i]
+            assert (code + old["offset"][i] + shift) * scale == (stored - zero_point) * new["y_scale"][i]
+
+
+CONV = {"w": TensorFacts(True, (2, 6), 0, 1)}
+CHANNEL = IntegerEncoding("w", 4, [0.1, 0.2], [-8, -8], True)
+BLOCK = IntegerEncoding("w", 4, [0.1, 0.2, 0.3, 0.4], [-8] * 4, True, block_size=3)
+LPBQ = LpbqEncoding("w", 4, 3, [1, 2, 3, 4], [0.1, 0.2], 8)
+
+
+def one(version: str, encoding: Encoding, **fields: object) -> EncodingsFile:
+    return EncodingsFile(version, (encoding,), frozenset({"w"}) if version < "2" else None, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "target", "lost"),
+    [
+        (BLOCK, "0.6.1", ["w: granularity block"]),
+        (LPBQ, "0.6.1", ["w: the whole encoding, LPBQ of 4 bits"]),
+        (LPBQ, "2.1.0", ["w: decompressed_bitwidth 8"]),
+        (FloatEncoding("w", 16), "2.0.0", ["w: the whole encoding, floats of 16 bits"]),
+        (IntegerEncoding("w", 8, 0.1, -128, False), "2.0.0", ["w: symmetric False"]),
+        (IntegerEncoding("w", 8, 0.1, 0, True), "2.0.0", ["w: symmetric True"]),
+        (IntegerEncoding("w", 8, [0.1], [-128], True), "0.6.1", ["w: granularity channel"]),
+    ],
+)
+def test_what_is_lost_from_1_0_0_is_named_and_nothing_else(encoding: Encoding, target: str, lost: list[str]) -> None:
+    with pytest.raises(ConversionError) as caught:
+        convert(one("1.0.0", encoding), target, graph=CONV)
+    assert list(caught.value.lost) == lost
+    assert caught.value.lacking == ()
+    assert "--lossy" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "lost"),
+    [
+        (IntegerEncoding("w", 8, [0.1, 0.2], [-128, -128], True, True, axis=0), []),
+        (IntegerEncoding("w", 8, [0.1, 0.2], [-128, -128], True, True, axis=-2), []),
+        (IntegerEncoding("w", 8, [0.1] * 6, [-128] * 6, True, True, axis=1), ["w: axis 1"]),
+        (IntegerEncoding("w", 8, 0.1, -128, True, False), ["w: signed False"]),
+        (IntegerEncoding("w", 8, 0.1, -100, False, True), ["w: signed True"]),
+        (FloatEncoding("w", 8, "float8e5m2", 1.0), ["w: the whole encoding, floats of 8 bits (float8e5m2)"]),
+    ],
+)
+def test_what_is_lost_from_2_0_0_is_named_and_nothing_else(encoding: Encoding, lost: list[str]) -> None:
+    file = one("2.0.0", encoding)
+    if not lost:
+        assert convert(file, "1.0.0", graph=CONV).parameters == {"w"}
+        return
+    with pytest.raises(ConversionError) as caught:
+        convert(file, "1.0.0", graph=CONV)
+    assert list(caught.value.lost) == lost
+
+
+def test_without_a_graph_the_sections_and_file_fields_are_lost_to_2_x() -> None:
+    file = one("1.0.0", IntegerEncoding("w", 8, 0.1, -128, True), excluded_layers=(), quantizer_args={})
+    with pytest.raises(ConversionError) as caught:
+        convert(file, "2.0.0")
+    assert list(caught.value.lost) == [
+        "file: which of 1 encodings are parameters and which activations (w)",
+        "file: excluded_layers",
+        "file: quantizer_args",
+    ]
+    kept = convert(file, "2.0.0", lossy=True)
+    assert (kept.parameters, kept.excluded_layers, kept.quantizer_args) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("file", "target", "graph", "lacking"),
+    [
+        (one("1.0.0", CHANNEL), "2.0.0", {}, "w: its channel axis; give the model's graph"),
+        (one("1.0.0", BLOCK), "2.0.0", {}, "w: its block axis and the shape"),
+        (one("1.0.0", BLOCK), "2.0.0", {"w": TensorFacts(True, (6, 2), 1, 0)}, "w: the order of its scales"),
+        (one("1.0.0", BLOCK), "2.0.0", {"w": TensorFacts(True, (2, 9), 0, 1)}, "blocks of 3 on a tensor of \\[2, 9\\] are not 4"),
+        (one("1.0.0", CHANNEL), "2.0.0", {"w": TensorFacts(True, (3, 2), 0, 1)}, "there are 2 scales, but axis 0 has 3"),
+        (one("1.0.0", LPBQ), "2.1.0", {}, "w: its block axis"),
+        (
+            one("2.0.0", LPBQ.replace(block_scale=[[1, 2]], channel_scale=[[0.1]], axis=1, channel_axis=0, decompressed_bitwidth=None)),
+            "1.0.0",
+            CONV,
+            "decompressed bitwidth",
+        ),
+        (one("2.0.0", IntegerEncoding("w", 8, 0.1, -128, True, True)), "1.0.0", {}, "whether it is a parameter"),
+        (
+            one("2.0.0", LPBQ.replace(block_scale=[[[1]]], channel_scale=[[[0.1]]], axis=1, decompressed_bitwidth=None)),
+            "2.1.0",
+            {},
+            "channel axis, which its shapes leave open",
+        ),
+    ],
+)
+@pytest.mark.parametrize("lossy", [False, True])
+def test_what_is_lacking_is_never_invented(file: EncodingsFile, target: str, graph: dict[str, TensorFacts], lacking: str, lossy: bool) -> None:
+    with pytest.raises(ConversionError, match=lacking):
+        convert(file, target, lossy, graph=graph)
+
+
+def test_blocks_take_their_shape_from_the_graph() -> None:
+    converted = convert(one("1.0.0", BLOCK), "2.0.0", graph=CONV).encodings[0]
+    assert isinstance(converted, IntegerEncoding)
+    assert (converted.scale.tolist(), converted.axis, converted.signed) == ([[0.1, 0.2], [0.3, 0.4]], 1, True)
+
+
+def test_a_channel_scale_of_two_axes_is_lost_to_2_1_0() -> None:
+    encoding = LpbqEncoding("w", 4, 2, [[1, 2, 3, 4]] * 2, [[0.1, 0.2], [0.3, 0.4]], axis=1)
+    with pytest.raises(ConversionError) as caught:
+        convert(EncodingsFile("2.0.0", (encoding,)), "2.1.0")
+    assert list(caught.value.lost) == ["w: the whole encoding, LPBQ of 4 bits"]
+
+
+def test_an_unknown_version_is_refused() -> None:
+    with pytest.raises(ConversionError, match=r"version '3' is not one of 0\.6\.1"):
+        convert(one("1.0.0", CHANNEL), "3")
+
+
+def test_aimets_2_0_0_and_2_1_0_are_the_same_file() -> None:
+    old, new = read(FILES / "aimet-2.0.0.encodings"), read(FILES / "aimet-2.1.0.encodings")
+    assert convert(old, "2.1.0") == new
+    assert convert(new, "2.0.0") == old
+
+
+def test_aimets_1_0_0_becomes_its_2_0_0_where_the_graph_decides() -> None:
+    """Our conversion against AIMET's own writing of the same simulation: equal, but for what the two simulations differ in (float8, biases)."""
+    pytest.importorskip("onnx")
+    graph = read_graph(FILES / "model.onnx")
+    old, new = read(FILES / "aimet-1.0.0.encodings"), read(FILES / "aimet-2.0.0.encodings").by_name
+    open_order = {"block.weight_0", "lpbq.weight_0"}
+    with pytest.raises(ConversionError) as caught:
+        convert(old, "2.0.0", lossy=True, graph=graph)
+    assert {line.split(":")[0] for line in caught.value.lacking} == open_order
+    some = tuple(e for e in old.encodings if e.name not in open_order)
+    assert old.parameters is not None
+    converted = convert(old.replace(encodings=some, parameters=old.parameters - open_order), "2.0.0", lossy=True, graph=graph).by_name
+    assert [name for name, e in converted.items() if e != new.get(name)] == ["y", "float8.weight_0"]

@@ -1,0 +1,82 @@
+"""Comparing files: in one version, across versions, within a tolerance."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from random_files import FILES, files
+
+from qwlora.encodings import VERSIONS, Difference, Encoding, EncodingsFile, FloatEncoding, IntegerEncoding, LpbqEncoding, diff, read
+
+
+def one(encoding: Encoding, version: str = "2.0.0", parameter: bool | None = None) -> EncodingsFile:
+    return EncodingsFile(version, (encoding,), None if parameter is None else frozenset({encoding.name} if parameter else ()))
+
+
+A = IntegerEncoding("w", 8, [1.0, 2.0], [-128, -128], True, True, axis=0)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@given(st.data())
+def test_a_file_differs_from_itself_in_nothing(version: str, data: st.DataObject) -> None:
+    file, _ = data.draw(files(version))
+    assert diff(file, file) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (A.replace(scale=[1.0, 2.5]), Difference("w", "scale", "2.0 at 1", "2.5", 0.2)),
+        (A.replace(scale=[2.0, 4.0]), Difference("w", "scale", "1.0 at 0, and 1 more", "2.0", 0.5)),
+        (A.replace(offset=[-128, -127]), Difference("w", "offset", "-128 at 1", "-127")),
+        (A.replace(bitwidth=4), Difference("w", "bitwidth", "8", "4")),
+        (A.replace(symmetric=False), Difference("w", "symmetric", "True", "False")),
+        (A.replace(signed=False), Difference("w", "signed", "True", "False")),
+        (A.replace(axis=1), Difference("w", "axis", "0", "1")),
+        (A.replace(zero_point_shift=0.5), Difference("w", "zero_point_shift", "0.0", "0.5")),
+        (A.replace(block_size=2), Difference("w", "granularity", "channel", "block")),
+        (FloatEncoding("w", 8, "float8e5m2", [1.0, 2.0], 0), Difference("w", "kind", "Integer", "Float")),
+    ],
+)
+def test_each_field_is_compared(other: Encoding, difference: Difference) -> None:
+    found = diff(one(A), one(other))
+    assert [(d.name, d.field, d.first, d.second) for d in found] == [(difference.name, difference.field, difference.first, difference.second)]
+    assert found[0].relative == pytest.approx(difference.relative)
+
+
+def test_the_tolerance_is_relative_and_of_scales_alone() -> None:
+    other = one(A.replace(scale=[1.01, 2.0]))
+    assert diff(one(A), other, 0.01) == []
+    assert [d.field for d in diff(one(A), other, 0.0099)] == ["scale"]
+    assert [d.field for d in diff(one(A), one(A.replace(offset=[-127, -128])), 1.0)] == ["offset"]
+    for wrong in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match="the tolerance is a number, 0 or more"):
+            diff(one(A), other, wrong)
+
+
+def test_names_in_one_file_only_are_told_apart() -> None:
+    found = diff(one(A), one(A.replace(name="v")))
+    assert [str(d) for d in found] == ["w: only in the first", "v: only in the second"]
+
+
+def test_what_a_version_does_not_say_is_no_difference() -> None:
+    flat = A.replace(signed=None, axis=None)
+    assert diff(one(flat, "1.0.0", True), one(A)) == []
+    nested = LpbqEncoding("w", 4, 2, [[1, 2]], [[0.5]], None, 1, 0)
+    assert diff(one(LpbqEncoding("w", 4, 2, [1, 2], [0.5], 8), "1.0.0", True), one(nested)) == []
+    assert [d.field for d in diff(one(LpbqEncoding("w", 4, 2, [1, 3], [0.5], 8), "1.0.0", True), one(nested))] == ["block_scale"]
+    assert [d.field for d in diff(one(A), one(A.replace(scale=[1.0], offset=[-128])))] == ["scale", "offset"]
+
+
+def test_sections_and_file_fields_are_compared() -> None:
+    found = diff(one(A, "1.0.0", True), one(A, "1.0.0", False))
+    assert [str(d) for d in found] == ["w, section: a parameter | an activation"]
+    first, second = (EncodingsFile("1.0.0", (), frozenset(), layers, {"bits": bits}) for layers, bits in (((), 8), (("norm",), 4)))
+    assert [d.field for d in diff(first, second)] == ["excluded_layers", "quantizer_args"]
+
+
+def test_aimets_files_differ_where_its_simulations_do() -> None:
+    found = diff(read(FILES / "aimet-1.0.0.encodings"), read(FILES / "aimet-2.0.0.encodings"))
+    assert [(d.name, d.field) for d in found] == [("y", "scale"), ("y", "offset"), ("float8.weight_0", "kind"), ("channel.bias", "only in the second")]
+    assert str(found[0]) == "y, scale: 6.240290531422943e-05 | 6.211872096173465e-05 (relative difference 0.00455)"

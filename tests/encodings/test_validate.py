@@ -1,0 +1,196 @@
+"""Findings in a file, and beside a model."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from random_files import FILES
+
+from qwlora.encodings import Encoding, EncodingsFile, IntegerEncoding, LpbqEncoding, TensorFacts, read, read_graph, validate
+from qwlora.errors import EncodingsFileError, MissingExtraError
+
+onnx = pytest.importorskip("onnx")
+MODEL = FILES / "model.onnx"
+
+
+def model_file(path: Path) -> Path:
+    """x [2, 3, 8, 8] -> Conv, ConvTranspose, Gemm twice, MatMul, with one weight that two ops read along different axes."""
+    from onnx import TensorProto, helper
+
+    def weight(name: str, *dims: int, kind: int = TensorProto.FLOAT) -> Any:
+        count = 1
+        for dim in dims:
+            count *= dim
+        return helper.make_tensor(name, kind, dims, [1] * count)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "conv", "bias"], ["a"]),
+        helper.make_node("ConvTranspose", ["a", "deconv"], ["b"]),
+        helper.make_node("Gemm", ["m", "gemm_t"], ["c"], transB=1),
+        helper.make_node("Gemm", ["m", "gemm"], ["d"]),
+        helper.make_node("MatMul", ["m", "matmul"], ["e"]),
+        helper.make_node("Gemm", ["m", "both"], ["f"], transB=1),
+        helper.make_node("MatMul", ["m", "both"], ["g"]),
+        helper.make_node("Gather", ["table", "ids"], ["h"]),
+        helper.make_node("Constant", [], ["constant"], value=weight("", 2, 2)),
+        helper.make_node("Add", ["constant", "constant"], ["y"]),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8]), helper.make_tensor_value_info("m", TensorProto.FLOAT, [2, 8])]
+    inputs.append(helper.make_tensor_value_info("ids", TensorProto.INT64, [2]))
+    stored = [weight("conv", 4, 3, 1, 1), weight("bias", 4), weight("deconv", 4, 5, 1, 1), weight("gemm_t", 6, 8), weight("gemm", 8, 6), weight("matmul", 8, 7)]
+    stored += [weight("both", 8, 8), weight("table", 9, 4)]
+    gone = [helper.make_tensor_value_info("gone", TensorProto.FLOAT, [1])]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 2])], stored, value_info=gone)
+    onnx.save(helper.make_model(graph), str(path))
+    return path
+
+
+def test_axes_come_from_the_op_that_reads_the_tensor(tmp_path: Path) -> None:
+    graph = read_graph(model_file(tmp_path / "m.onnx"))
+    axes = {name: (facts.channel_axis, facts.block_axis) for name, facts in graph.items() if facts.parameter}
+    assert axes == {
+        "conv": (0, 1),
+        "bias": (0, None),
+        "deconv": (1, 0),
+        "gemm_t": (0, 1),
+        "gemm": (1, 0),
+        "matmul": (1, 0),
+        "both": (None, None),
+        "table": (None, None),
+        "constant": (None, None),
+    }
+    assert graph["x"] == TensorFacts(False)
+    assert graph["m"] == TensorFacts(False, (2, 8))
+    assert graph["y"] == TensorFacts(False, (2, 2))
+    assert graph["conv"].shape == (4, 3, 1, 1)
+    assert not graph["ids"].floating
+    assert "gone" not in graph
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0", "2.1.0"])
+def test_aimets_files_fit_aimets_model(version: str) -> None:
+    findings = validate(FILES / f"aimet-{version}.encodings", MODEL)
+    assert [f for f in findings if f.severity == "error"] == []
+    unnamed = {f.where for f in findings if "without an encoding" in f.message}
+    assert unnamed == {"/channel/Conv_output_0", "onnx::MatMul_111"} | ({"channel.bias"} if version == "1.0.0" else set())
+    assert all(f.severity == "warning" for f in findings)
+
+
+def test_blocks_that_0_6_1_lists_as_channels_are_found_beside_the_model() -> None:
+    assert validate(FILES / "aimet-0.6.1.encodings") == []
+    errors = [str(f) for f in validate(FILES / "aimet-0.6.1.encodings", MODEL) if f.severity == "error"]
+    assert errors == [
+        "block.weight_0, scale: has 12 values, but axis 1 of a tensor of shape [8, 6] has 6",
+        "lpbq.weight_0, scale: has 24 values, but axis 1 of a tensor of shape [6, 8] has 8",
+    ]
+
+
+def errors_of(tmp_path: Path, version: str, encoding: Encoding, parameter: bool = True) -> list[str]:
+    file = EncodingsFile(version, (encoding,), frozenset({encoding.name} if parameter else ()) if version < "2" else None)
+    return [str(f) for f in validate(file, model_file(tmp_path / "m.onnx")) if f.severity == "error"]
+
+
+def integers(name: str, scale: Any, axis: int | None = None, block_size: int | None = None) -> IntegerEncoding:
+    import numpy as np
+
+    return IntegerEncoding(name, 4, scale, np.full(np.shape(scale), -8), True, None if axis is None else True, axis, block_size)
+
+
+@pytest.mark.parametrize(
+    ("version", "encoding", "error"),
+    [
+        ("1.0.0", integers("nobody", 1.0), "nobody, name: is not the name of a tensor in the graph"),
+        ("1.0.0", integers("m", 1.0), "m, section: says a parameter, but it is an activation of the graph"),
+        ("1.0.0", integers("gemm", [1.0] * 8), "gemm, scale: has 8 values, but axis 1 of a tensor of shape [8, 6] has 6"),
+        ("1.0.0", integers("table", [1.0] * 5), "table, scale: has 5 values, but no axis of a tensor of shape [9, 4] is as long"),
+        ("1.0.0", integers("gemm", [1.0] * 8, block_size=4), "gemm, scale: has 8 values, which blocks of 4 on a tensor of shape [8, 6] do not give"),
+        ("1.0.0", integers("gemm", [1.0] * 16, block_size=3), "gemm, scale: has 16 values, which blocks of 3 on a tensor of shape [8, 6] do not give"),
+        ("2.0.0", integers("gemm", [1.0] * 6, axis=2), "gemm, axis: is 2, outside a tensor of shape [8, 6]"),
+        ("2.0.0", integers("gemm", [1.0] * 6, axis=0), "gemm, scale: has 6 values, but axis 0 of a tensor of shape [8, 6] has 8"),
+        (
+            "2.0.0",
+            integers("gemm", [[1.0] * 6] * 4, axis=0, block_size=4),
+            "gemm, scale: has shape [4, 6], which blocks of 4 on axis 0 of a tensor of shape [8, 6] do not give",
+        ),
+        (
+            "2.0.0",
+            integers("gemm", [[1.0] * 5] * 2, axis=0, block_size=4),
+            "gemm, scale: has shape [2, 5], which blocks of 4 on axis 0 of a tensor of shape [8, 6] do not give",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_an_error(tmp_path: Path, version: str, encoding: Encoding, error: str) -> None:
+    assert errors_of(tmp_path, version, encoding) == [error]
+
+
+@pytest.mark.parametrize(
+    ("version", "encoding"),
+    [
+        ("1.0.0", integers("gemm", [1.0] * 6)),
+        ("1.0.0", integers("gemm", [1.0] * 12, block_size=4)),
+        ("1.0.0", integers("both", [1.0] * 16, block_size=4)),
+        ("1.0.0", integers("table", [1.0] * 9)),
+        ("2.0.0", integers("gemm", [1.0] * 6, axis=-1)),
+        ("2.0.0", integers("gemm", [[1.0] * 6] * 2, axis=0, block_size=4)),
+        ("2.0.0", integers("gemm", [[1.0]] * 2, axis=0, block_size=4)),
+        ("1.0.0", LpbqEncoding("gemm", 4, 4, [1] * 12, [1.0] * 6, 8)),
+    ],
+)
+def test_what_fits_the_model_is_none(tmp_path: Path, version: str, encoding: Encoding) -> None:
+    assert errors_of(tmp_path, version, encoding) == []
+
+
+def test_an_activation_that_is_stored_in_the_model_is_an_error(tmp_path: Path) -> None:
+    assert errors_of(tmp_path, "1.0.0", integers("gemm", 1.0), parameter=False) == ["gemm, section: says an activation, but it is a parameter of the graph"]
+
+
+def test_an_offset_outside_its_codes_is_an_error_and_an_odd_one_a_warning() -> None:
+    some = [("fine", 0, False), ("lowest", -255, False), ("positive", 1, False), ("low", -256, False), ("odd", -100, True)]
+    file = EncodingsFile("1.0.0", tuple(IntegerEncoding(name, 8, [1.0, 1.0], [-128, offset], symmetric) for name, offset, symmetric in some), frozenset())
+    assert [(f.severity, f.where, f.field) for f in validate(file)] == [("error", "positive", "offset"), ("error", "low", "offset"), ("warning", "odd", "offset")]
+    assert validate(file)[0].message == "is 1, outside [-255, 0], in 1 of 2 grids: zero is not on the grid"
+
+
+def test_what_is_wrong_inside_the_json_are_findings(tmp_path: Path) -> None:
+    path = tmp_path / "bad.encodings"
+    path.write_text(json.dumps({"version": "1.0.0", "param_encodings": [{"name": "w"}], "activation_encodings": 5}))
+    found = [str(f) for f in validate(path)]
+    assert "activation_encodings: is 5; a list of entries is needed" in found
+    assert "w, bw: is missing" in found
+    path.write_text("{")
+    with pytest.raises(EncodingsFileError, match="is not JSON"):
+        validate(path)
+
+
+def test_a_value_that_its_version_cannot_hold_is_found_before_it_is_written() -> None:
+    file = EncodingsFile("1.0.0", (IntegerEncoding("w", 8, 1.0, 0, False, signed=True),), frozenset())
+    assert [f.message for f in validate(file)] == ["1.0.0 cannot hold, or needs: w: signed True"]
+    negative = EncodingsFile("1.0.0", (IntegerEncoding("w", 8, -1.0, 0, False),), frozenset())
+    assert "w, scale: must be above 0" in validate(negative)[0].message
+
+
+def test_a_model_that_is_none_says_so(tmp_path: Path) -> None:
+    for content in (b"", b"\xff\xff\xff", b"{}"):
+        (tmp_path / "m.onnx").write_bytes(content)
+        with pytest.raises(EncodingsFileError, match="is not an ONNX model"):
+            read_graph(tmp_path / "m.onnx")
+    with pytest.raises(EncodingsFileError, match="cannot be read: No such file"):
+        read_graph(tmp_path / "none.onnx")
+
+
+def test_without_onnx_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name == "onnx":
+            raise ImportError(name)
+        return whole(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingExtraError, match=r"pip install 'qwlora\[onnx\]'"):
+        read_graph(MODEL)
+    assert read(FILES / "aimet-1.0.0.encodings").version == "1.0.0"

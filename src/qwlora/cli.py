@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qwlora.cli_encodings import app as encodings_app
 from qwlora.errors import QwloraError, RecipeError, VerificationError
 from qwlora.pipeline.plan import VERBS
 from qwlora.progress import untracked
@@ -122,6 +123,9 @@ def _bars(console: Console) -> Callable[..., Iterator[Any]]:
             yield from progress.track(items, total=total, description=description)
 
     return track
+
+
+app.add_typer(encodings_app, name="encodings")
 
 
 def main() -> None:

@@ -151,7 +151,11 @@ def test_an_activation_that_is_stored_in_the_model_is_an_error(tmp_path: Path) -
 def test_an_offset_outside_its_codes_is_an_error_and_an_odd_one_a_warning() -> None:
     some = [("fine", 0, False), ("lowest", -255, False), ("positive", 1, False), ("low", -256, False), ("odd", -100, True)]
     file = EncodingsFile("1.0.0", tuple(IntegerEncoding(name, 8, [1.0, 1.0], [-128, offset], symmetric) for name, offset, symmetric in some), frozenset())
-    assert [(f.severity, f.where, f.field) for f in validate(file)] == [("error", "positive", "offset"), ("error", "low", "offset"), ("warning", "odd", "offset")]
+    assert [(f.severity, f.where, f.field) for f in validate(file)] == [
+        ("error", "positive", "offset"),
+        ("error", "low", "offset"),
+        ("warning", "odd", "offset"),
+    ]
     assert validate(file)[0].message == "is 1, outside [-255, 0], in 1 of 2 grids: zero is not on the grid"
 
 

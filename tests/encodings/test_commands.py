@@ -1,0 +1,152 @@
+"""`qwlora encodings`: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from random_files import FILES
+
+import qwlora.cli
+from qwlora.encodings import convert, read
+
+NEW, OLD, LEGACY = (str(FILES / f"aimet-{version}.encodings") for version in ("2.0.0", "1.0.0", "0.6.1"))
+MODEL = str(FILES / "model.onnx")
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line as a shell does: exit code, output, errors."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qwlora", "encodings", *arguments])
+        code = 0
+        try:
+            qwlora.cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_show_lists_every_encoding(run: Run) -> None:
+    code, out, _ = run("show", NEW)
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == "version 2.0.0, by aimet-torch 2.42.0, 14 encodings"
+    assert lines[1].split() == ["name", "section", "type", "granularity", "scale", "offset"]
+    assert "block.weight_0            -        int4 symmetric   block axis 0 of 4  0.0261785 .. 0.0502113      -8" in lines
+    assert any(line.startswith("channel.bias ") and line.endswith("-2147483648") for line in lines)
+    assert len(lines) == 16
+    assert "block.weight_0            parameter   int4 symmetric  block of 4 " in run("show", OLD)[1]
+
+
+def test_show_json_is_alike_for_all_versions(run: Run) -> None:
+    code, out, _ = run("show", OLD, "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert (record["version"], len(record["encodings"]), "x" in record["parameters"]) == ("1.0.0", 13, False)
+    entry = next(e for e in record["encodings"] if e["name"] == "x")
+    assert entry == {
+        "granularity": "tensor",
+        "name": "x",
+        "bitwidth": 8,
+        "scale": 0.014587393961846828,
+        "offset": -149,
+        "symmetric": False,
+        "signed": None,
+        "axis": None,
+        "block_size": None,
+        "zero_point_shift": 0.0,
+    }
+
+
+def test_validate_exits_1_on_errors_alone(run: Run) -> None:
+    code, out, _ = run("validate", OLD)
+    assert (code, out) == (0, f"{OLD}: no findings\n")
+    pytest.importorskip("onnx")
+    code, out, _ = run("validate", OLD, "--onnx", MODEL)
+    assert code == 0
+    assert out.endswith("3 warnings\n")
+    code, out, _ = run("validate", LEGACY, "--onnx", MODEL)
+    assert code == 1
+    assert out.startswith("error: block.weight_0, scale: has 12 values")
+    assert out.endswith("2 errors, 3 warnings\n")
+
+
+def test_convert_prints_or_writes(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("convert", NEW, "--to", "2.1.0")
+    assert code == 0
+    (tmp_path / "printed").write_text(out)
+    assert read(tmp_path / "printed") == convert(read(NEW), "2.1.0")
+    code, out, _ = run("convert", NEW, "--to", "2.1.0", "--out", str(tmp_path / "written"))
+    assert (code, out) == (0, f"wrote {tmp_path / 'written'}, version 2.1.0, 14 encodings\n")
+    assert read(tmp_path / "written") == read(tmp_path / "printed")
+
+
+def test_convert_refuses_a_loss_until_it_is_accepted(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "out.encodings"
+    code, out, err = run("convert", OLD, "--to", "0.6.1", "--out", str(target))
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "qwlora: encodings 1.0.0 -> 0.6.1",
+        "would be lost (--lossy, or lossy=True, accepts that):",
+        "  - block.weight_0: granularity block",
+        "  - lpbq.weight_0: the whole encoding, LPBQ of 4 bits",
+    ]
+    assert not target.exists()
+    assert run("convert", OLD, "--to", "0.6.1", "--out", str(target), "--lossy")[0] == 0
+    assert len(read(target).encodings) == 12
+
+
+def test_convert_takes_what_is_lacking_from_the_model_and_the_options(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    target = str(tmp_path / "out.encodings")
+    code, _, err = run("convert", NEW, "--to", "1.0.0", "--lossy", "--onnx", MODEL)
+    assert code == 2
+    assert "lpbq.weight_0: its decompressed bitwidth (--decompressed-bitwidth)" in err
+    assert run("convert", NEW, "--to", "1.0.0", "--lossy", "--onnx", MODEL, "--decompressed-bitwidth", "8", "--out", target)[0] == 0
+    assert read(target).by_name["lpbq.weight_0"] == read(OLD).by_name["lpbq.weight_0"]
+
+
+def test_diff_exits_1_when_files_differ(run: Run) -> None:
+    assert run("diff", OLD, OLD)[:2] == (0, "no differences\n")
+    code, out, _ = run("diff", OLD, NEW)
+    assert code == 1
+    assert out.endswith("4 differences\n")
+    code, out, _ = run("diff", OLD, NEW, "--tolerance", "0.01")
+    assert code == 1
+    assert "y, scale" not in out
+    assert out.endswith("3 differences\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "none.encodings"], "none.encodings: 1 problem"),
+        (["validate", MODEL], "is not"),
+        (["validate", OLD, "--onnx", OLD], "is not an ONNX model"),
+        (["convert", OLD, "--to", "3"], "'3' is not one of 0.6.1, 1.0.0, 2.0.0, 2.1.0"),
+        (["diff", OLD, OLD, "--tolerance", "-1"], "tolerance"),
+        (["diff", OLD, OLD, "--tolerance", "nan"], "tolerance"),
+        (["convert", OLD], "--to"),
+    ],
+)
+def test_bad_input_exits_2(run: Run, arguments: list[str], message: str) -> None:
+    if "--onnx" in arguments:
+        pytest.importorskip("onnx")
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_the_command_line_answers_without_torch() -> None:
+    program = "import sys; from qwlora import cli_encodings; print(sorted({'torch', 'onnx', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

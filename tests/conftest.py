@@ -15,8 +15,8 @@ with install_import_hook(SHAPES_CHECKED, "beartype.beartype"):
     import qwlora.base.quantize
     import qwlora.evaluate  # noqa: F401 (imported here so that their signatures' shapes are checked)
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402 (after the import hook)
+from transformers import (  # noqa: E402
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -31,7 +31,7 @@ from transformers import (
 
 VOCABULARY = 260
 ARCHITECTURES = ("llama", "gpt2", "opt", "qwen3")
-WORDS = "the integer grid holds a weight in four bits and a scale so that what was trained is what a device computes".split()
+WORDS = ["the", "integer", "grid", "holds", "a", "weight", "in", "four", "bits", "and", "scale", "so", "that", "what", "was", "trained", "is", "computed"]
 
 
 def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:

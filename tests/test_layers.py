@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "qwlora"
-STEPS = ("adapter", "base", "data", "evaluate", "export", "report", "simulate")
+STEPS = ("adapter", "base", "data", "evaluate", "export", "report", "simulation")
 RANK = {
     "errors": 0,
     "progress": 0,
@@ -27,7 +27,7 @@ RANK = {
 
 def room(module: str) -> str:
     """The folder or file directly below the package: `qwlora.grid.scheme` -> `grid`."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -61,7 +61,7 @@ def test_imports_go_one_way() -> None:
     ("file", "line"),
     [
         ("grid/planted.py", "from qwlora.base.packed import PackedLinear"),
-        ("simulate/planted.py", "import qwlora.export.verify"),
+        ("simulation/planted.py", "import qwlora.export.verify"),
         ("base/planted.py", "from qwlora.adapter import train"),
         ("export/planted.py", "from qwlora import pipeline"),
         ("errors.py", "from qwlora.grid import scheme"),

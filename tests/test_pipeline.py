@@ -17,12 +17,12 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from qwlora.errors import DirectoryError, FingerprintError
-from qwlora.pipeline.run import run
-from qwlora.recipe import load_recipe
 from transformers import AutoModelForCausalLM
 
 from conftest import ARCHITECTURES
+from qwlora.errors import DirectoryError, FingerprintError
+from qwlora.pipeline.run import run
+from qwlora.recipe import load_recipe
 
 
 def run_recipe(path: Path, out: Path, *changes: str, **options: Any) -> tuple[dict[str, Any], list[str]]:

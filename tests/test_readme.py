@@ -21,7 +21,7 @@ def test_python_example_runs_and_proves_its_file(tmp_path: Path, monkeypatch: py
     model = tiny_model("llama")
     first = torch.randint(0, 256, (1, 32)).repeat(2, 1)
     names = {"model": model, "batches": [first] * 8}
-    before = float(model(input_ids=first, labels=first).loss)
+    before = model(input_ids=first, labels=first).loss.item()
     exec(compile(code, "README.md", "exec"), names)
     with torch.no_grad():
         assert float(names["model"](input_ids=first, labels=first).loss) < before  # type: ignore[operator]

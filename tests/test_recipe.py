@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from qwlora.errors import RecipeError
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.starter import starter_recipe

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qwlora.grid.encoding import Encoding
     from qwlora.grid.fingerprint import fingerprint
     from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
-    from qwlora.simulate.simulation import Simulation, SimulationSchemes, simulate
+    from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
 
 __version__ = "0.1.0"
 
@@ -45,9 +45,9 @@ _HOME = {
     "PerChannel": "grid.scheme",
     "PerTensor": "grid.scheme",
     "Scheme": "grid.scheme",
-    "Simulation": "simulate.simulation",
-    "SimulationSchemes": "simulate.simulation",
-    "simulate": "simulate.simulation",
+    "Simulation": "simulation.simulation",
+    "SimulationSchemes": "simulation.simulation",
+    "simulate": "simulation.simulation",
 }
 
 __all__ = [

@@ -197,6 +197,7 @@ def _arguments(settings: TrainingSettings, work: Path) -> TrainingArguments:
         save_steps=settings.checkpoint_steps,
         save_total_limit=1,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is nan must be seen
         seed=settings.seed,
         report_to=[],
         disable_tqdm=True,

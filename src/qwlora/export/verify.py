@@ -94,8 +94,9 @@ class _Comparison:
         return (share + z * z / (2 * n) - z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))) / (1 + z * z / n)
 
 
-def verify_onnx(folder: Path, reference: Reference, sequences: Int64[Tensor, "count tokens"], layer_tokens: int, track: Track = untracked) -> Parity:
+def verify_onnx(folder: str | Path, reference: Reference, sequences: Int64[Tensor, "count tokens"], layer_tokens: int, track: Track = untracked) -> Parity:
     """Run the exported file in `folder` on `sequences` and compare; the layers on the first `layer_tokens` tokens of the first sequence."""
+    folder = Path(folder)
     layer, steps, mean_steps, layers = _compare_layers(folder, reference, sequences[:1, :layer_tokens])
     runtime = OnnxLanguageModel(folder)
     file, floor = _Comparison(), _Comparison()

@@ -16,8 +16,8 @@ from qwlora.data import Documents, sequences
 from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
-from qwlora.simulate.simulation import Simulation, SimulationSchemes, simulate
-from qwlora.simulate.storage import load_encodings
+from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
+from qwlora.simulation.storage import load_encodings
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -24,7 +24,7 @@ from qwlora.grid.fingerprint import fingerprint
 from qwlora.pipeline.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.pipeline.plan import Stage
 from qwlora.pipeline.session import Session
-from qwlora.simulate.storage import save_simulation
+from qwlora.simulation.storage import save_simulation
 
 Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]

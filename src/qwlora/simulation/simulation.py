@@ -27,9 +27,9 @@ from qwlora.grid.names import canonical_name
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.progress import Track, untracked
-from qwlora.simulate.capture import capture
-from qwlora.simulate.place import Decision, Placed, place
-from qwlora.simulate.quantizer import Mode, Quantizer
+from qwlora.simulation.capture import capture
+from qwlora.simulation.place import Decision, Placed, place
+from qwlora.simulation.quantizer import Mode, Quantizer
 
 
 @dataclass(frozen=True)

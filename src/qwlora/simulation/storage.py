@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Scheme
-from qwlora.simulate.simulation import Simulation
+from qwlora.simulation.simulation import Simulation
 
 FORMAT = 1
 

@@ -1,0 +1,196 @@
+"""Packed layers, quantizing a model, the base on disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
+from qwlora import PackedLinear, PerChannel, Scheme, fingerprint, load_base, quantize_, save_base
+from qwlora.base.quantize import base_size, find_layers
+from qwlora.errors import CalibrationError, FingerprintError, GridError, MergeError, SourceError
+from qwlora.grid.observer import measure
+from qwlora.grid.scheme import parse_scheme
+
+SCHEMES = ["w4-block32", "w3-block16", "w2-block32-asymmetric", "w8-channel", "w4-tensor", "w5-channel-asymmetric", "w6-block8", "w7-tensor-asymmetric"]
+
+
+def packed(scheme: str, bias: bool = True) -> tuple[PackedLinear, torch.Tensor]:
+    """A layer of 96 -> 40, and the weight that its codes stand for."""
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40, bias=bias)
+    encoding = measure(linear.weight.detach(), parse_scheme(scheme))
+    codes = encoding.quantize(linear.weight.detach())
+    return PackedLinear.from_codes(codes, encoding, linear.bias), encoding.dequantize(codes)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_layer_computes_with_exactly_its_integers(scheme: str) -> None:
+    layer, weight = packed(scheme)
+    x = torch.randn(3, 7, 96)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, layer.bias), rtol=0, atol=0)
+    assert torch.equal(torch.Tensor(layer.weight), weight)
+    assert torch.equal(layer.encoding.dequantize(layer.codes), weight)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gradient_is_that_of_the_float_layer_and_no_float_weight_is_saved(scheme: str) -> None:
+    layer, weight = packed(scheme)
+    x = torch.randn(5, 96, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = layer(x)
+    assert saved == []
+    (found,) = torch.autograd.grad(out.square().sum(), x)
+    (expected,) = torch.autograd.grad(nn.functional.linear(x, weight, layer.bias).square().sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_bias_gets_a_gradient_if_it_wants_one() -> None:
+    layer, weight = packed("w4-block32")
+    x = torch.randn(2, 3, 96)
+    layer(x).square().sum().backward()
+    expected = nn.Parameter(layer.bias.detach().clone())
+    nn.functional.linear(x, weight, expected).square().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, expected.grad)
+
+
+def test_casting_the_model_does_not_move_the_grid() -> None:
+    layer, weight = packed("w4-block32")
+    layer.to(torch.bfloat16)
+    assert layer.scale.dtype == torch.float32
+    assert torch.equal(torch.Tensor(layer.weight), weight)
+    assert layer(torch.randn(2, 96, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_copies_and_state_dicts_hold_the_same_integers() -> None:
+    layer, weight = packed("w4-block32-asymmetric")
+    assert set(layer.state_dict()) == {"packed", "scale", "offset", "bias"}
+    other = copy.deepcopy(layer)
+    other.packed.zero_()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(torch.Tensor(other.weight), weight)
+
+
+def test_sizes_are_dense() -> None:
+    for bitwidth in (2, 3, 4, 5, 6, 7, 8):
+        layer, _ = packed(f"w{bitwidth}-block32")
+        assert layer.packed.numel() == 40 * 96 * bitwidth // 8
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_quantizing_takes_every_linear_and_leaves_tied_heads(architecture: str) -> None:
+    model = tiny_model(architecture)
+    float_layers = find_layers(model)
+    quantize_(model, "w4-block32", solver="rtn")
+    kinds = {name: type(model.get_submodule(name)) for name in float_layers}
+    assert set(kinds.values()) == {PackedLinear}
+    assert find_layers(model) == {}
+    assert ("lm_head" in float_layers) is (not model.config.tie_word_embeddings)
+    assert base_size(model).bits_per_weight == 5.0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_quantized_model_computes_what_its_dequantized_twin_computes(architecture: str) -> None:
+    """The twin is a plain float model that holds the dequantized weights; Conv1D keeps its own layout there."""
+    model, twin = tiny_model(architecture), tiny_model(architecture)
+    layers = find_layers(twin)
+    quantize_(model, "w4-block32")
+    for name, layer in layers.items():
+        weight = torch.Tensor(model.get_submodule(name).weight)
+        layer.weight.data.copy_(weight if isinstance(layer, nn.Linear) else weight.T)
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_attaching_first_and_quantizing_after_gives_the_same_base() -> None:
+    first, second = tiny_model("llama"), tiny_model("llama")
+    quantize_(first, "w4-block32")
+    wrapped = get_peft_model(second, LoraConfig(r=2, target_modules="all-linear"))
+    quantize_(wrapped, "w4-block32")
+    assert fingerprint(wrapped) == fingerprint(first)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped.eval()(ids).logits, first(ids).logits)
+
+
+def test_merging_is_refused_and_changes_nothing() -> None:
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32")
+    before = fingerprint(model)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    for merge in (wrapped.merge_adapter, lambda: wrapped.merge_adapter(safe_merge=True)):
+        with pytest.raises(MergeError, match="Keep the adapter separate"):
+            merge()
+    assert fingerprint(wrapped) == before
+
+
+def test_better_solver_has_less_error() -> None:
+    errors = {}
+    for solver in ("rtn", "search"):
+        model = tiny_model("llama")
+        weights = {n: m.weight.detach().clone() for n, m in find_layers(model).items()}
+        quantize_(model, "w3-block32", solver=solver)
+        errors[solver] = {n: float((torch.Tensor(model.get_submodule(n).weight) - w).square().sum()) for n, w in weights.items()}
+    assert all(errors["search"][n] < errors["rtn"][n] for n in errors["rtn"])
+
+
+def test_what_cannot_be_quantized_is_named() -> None:
+    with pytest.raises(GridError, match=r"block 48 does not fit 14 of 14 layers.*\n.*q_proj: blocks of 48 do not divide .*\[64, 64\]"):
+        quantize_(tiny_model("llama"), "w4-block48")
+    with pytest.raises(GridError, match="scheme 'int4' is not understood"):
+        quantize_(tiny_model("llama"), "int4")
+    with pytest.raises(GridError, match="solver 'magic' is not one of rtn, search"):
+        quantize_(tiny_model("llama"), "w4-block32", solver="magic")
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    with pytest.raises(CalibrationError, match=r"model.layers.1.mlp.up_proj.weight: the observed range is not finite"):
+        quantize_(model, "w4-block32")
+    with pytest.raises(GridError, match="no Linear layer left"):
+        quantize_(nn.ReLU(), "w4-block32")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("scheme", [parse_scheme("w4-block32"), Scheme(3, symmetric=False, granularity=PerChannel(0))], ids=str)
+def test_base_on_disk_is_the_same_base(tmp_path: Path, architecture: str, scheme: Scheme) -> None:
+    model = tiny_model(architecture)
+    quantize_(model, scheme)
+    identity = save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    loaded = load_base(tmp_path)
+    assert fingerprint(loaded) == fingerprint(model) == identity
+    assert not any(p.requires_grad for p in loaded.parameters())
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_changed_or_damaged_base_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32")
+    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    tensors = tmp_path / "model.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(FingerprintError, match="the file was changed; quantize again"):
+        load_base(tmp_path)
+    tensors.write_bytes(whole[:1000])
+    with pytest.raises(SourceError, match=r"model.safetensors cannot be read .*; quantize again"):
+        load_base(tmp_path)
+    tensors.write_bytes(whole)
+    record = json.loads((tmp_path / "base.json").read_text())
+    record["layers"].pop("model.layers.0.mlp.up_proj")
+    (tmp_path / "base.json").write_text(json.dumps(record))
+    with pytest.raises(SourceError, match=r"disagree about model.layers.0.mlp.up_proj.packed"):
+        load_base(tmp_path)
+    (tmp_path / "base.json").write_text(json.dumps(record | {"format": 99}))
+    with pytest.raises(SourceError, match="has format 99; this version reads format 1"):
+        load_base(tmp_path)
+    with pytest.raises(SourceError, match="is not a QWLoRA base"):
+        load_base(tmp_path / "nowhere")

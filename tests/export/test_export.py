@@ -1,0 +1,113 @@
+"""What the files hold, and that the proof can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from conftest import tiny_model
+from qwlora import Scheme, Simulation, SimulationSchemes, export_onnx, quantize_, simulate, verify_onnx
+from qwlora.errors import ExportError, MissingExtraError, VerificationError
+from qwlora.export import extras
+from qwlora.export.verify import Limits, Parity, check_parity
+from qwlora.grid.graph import Kind
+
+IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))
+
+
+def made(scheme: str, folder: Path, schemes: SimulationSchemes | None = None) -> Simulation:
+    model = tiny_model("llama")
+    quantize_(model, scheme)
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    simulation = simulate(adapted, batch, schemes)
+    simulation.calibrate([batch])
+    export_onnx(simulation.graph(), folder, {"qwlora.note": "test"})
+    return simulation
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Simulation]:
+    folder = tmp_path_factory.mktemp("bundle")
+    return folder, made("w4-block32", folder)
+
+
+@pytest.mark.parametrize("scheme", ["w3-channel", "w2-block32-asymmetric", "w8-tensor", "w6-block16-asymmetric"])
+def test_every_grid_is_exported_exactly(tmp_path: Path, scheme: str) -> None:
+    parity = verify_onnx(tmp_path, made(scheme, tmp_path), IDS, layer_tokens=16)
+    check_parity(parity, Limits(), scheme)
+    assert parity.top1_agreement == pytest.approx(1, abs=0.03)
+
+
+def test_eight_bit_activations(tmp_path: Path) -> None:
+    simulation = made("w4-block32", tmp_path, SimulationSchemes(activations=Scheme(8, symmetric=False)))
+    check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), Limits(), "a8")
+    kinds = {i.data_type for i in onnx.load(tmp_path / "model.onnx").graph.initializer if i.name.endswith(".zero_point")}
+    assert kinds == {onnx.TensorProto.UINT8}
+
+
+def test_bits_without_an_onnx_type_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="ONNX has no 6-bit QuantizeLinear for activations; use 8 or 16 bits"):
+        made("w4-block32", tmp_path, SimulationSchemes(activations=Scheme(6, symmetric=False)))
+
+
+def test_aimet_entries_say_what_the_grid_says(bundle: tuple[Path, Simulation]) -> None:
+    folder, simulation = bundle
+    record = json.loads((folder / "model.encodings").read_text())
+    parameters = {e["name"]: e for e in record["param_encodings"]}
+    weight = parameters["model.layers.0.mlp.up_proj.weight"]
+    encoding = simulation.encodings["model.layers.0.mlp.up_proj.weight"]
+    assert weight["enc_type"] == "PER_BLOCK"
+    assert (weight["bw"], weight["block_size"], weight["is_sym"], set(weight["offset"])) == (4, 32, True, {-8})
+    np.testing.assert_array_equal(np.float32(weight["scale"]), encoding.scale.flatten().numpy())
+    lora = parameters["model.layers.0.mlp.up_proj.lora_A.weight"]
+    assert (lora["enc_type"], lora["bw"], len(lora["scale"]), set(lora["offset"])) == ("PER_CHANNEL", 8, 4, {-128})
+    assert all(e["bw"] == 16 and e["enc_type"] == "PER_TENSOR" and not e["is_sym"] for e in record["activation_encodings"])
+    assert len(parameters) == sum(m.kind is not Kind.ACTIVATION for m in simulation.marks)
+
+
+def test_file_carries_its_metadata_and_axis_names(bundle: tuple[Path, Simulation]) -> None:
+    model = onnx.load(bundle[0] / "model.onnx")
+    assert {p.key: p.value for p in model.metadata_props}["qwlora.note"] == "test"
+    assert [[d.dim_param for d in i.type.tensor_type.shape.dim] for i in model.graph.input] == [["batch", "tokens"]] * 2
+    assert {n.domain for n in model.graph.node} == {""}
+
+
+def test_a_wrong_file_fails_the_proof(bundle: tuple[Path, Simulation], tmp_path: Path) -> None:
+    folder, simulation = bundle
+    model = onnx.load(folder / "model.onnx")
+    scale = next(i for i in model.graph.initializer if i.name == "model.layers.1.mlp.up_proj.weight.scale")
+    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(1.01), scale.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    parity = verify_onnx(tmp_path, simulation, IDS, layer_tokens=16)
+    assert parity.worst_layer == "model.layers.1.mlp.up_proj.linear"
+    with pytest.raises(VerificationError, match=r"layer model.layers.1.mlp.up_proj.linear is [\d.]+ steps off \(limit 2\)"):
+        check_parity(parity, Limits(), "it")
+
+
+def test_each_limit_is_held(bundle: tuple[Path, Simulation]) -> None:
+    good = verify_onnx(bundle[0], bundle[1], IDS, layer_tokens=16)
+    for change, message in (
+        ({"perplexity": good.simulated_perplexity * 1.01}, "perplexity .* is 1.00% from the simulation's"),
+        ({"perplexity": float("nan")}, "perplexity nan"),
+        ({"top1_agreement": 0.5}, "below the floor"),
+        ({"worst_layer_steps": 2.5}, "is 2.50 steps off"),
+        ({"worst_layer_mean_steps": 0.06}, "0.0600 steps off on average"),
+    ):
+        with pytest.raises(VerificationError, match=message):
+            check_parity(Parity(**{**good.to_json(), **change}), Limits(), "it")
+
+
+def test_unreadable_file_and_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: tuple[Path, Simulation]) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no")
+    with pytest.raises(Exception, match=r"model.onnx|onnx"):
+        verify_onnx(tmp_path, bundle[1], IDS, layer_tokens=16)
+    with pytest.raises(MissingExtraError, match=r"not_there is needed here and is not installed: pip install 'qwlora\[onnx\]'"):
+        extras.require("not_there", "onnx")

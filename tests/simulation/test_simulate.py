@@ -1,0 +1,184 @@
+"""Capture, placement, calibration, simulation."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from conftest import ARCHITECTURES, tiny_model
+from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
+from qwlora.errors import CalibrationError, CaptureError
+from qwlora.grid.graph import Kind
+from qwlora.simulation.capture import capture
+from qwlora.simulation.place import Decision
+from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.storage import load_encodings, save_simulation
+
+
+def inputs(batch: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 256, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def adapted(architecture: str) -> PeftModel:
+    model = tiny_model(architecture)
+    quantize_(model, "w4-block32")
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+
+
+@pytest.fixture(scope="module")
+def simulations() -> dict[str, tuple[PeftModel, Simulation]]:
+    made = {}
+    for architecture in ARCHITECTURES:
+        model = adapted(architecture)
+        simulation = simulate(model, inputs())
+        simulation.calibrate([inputs(seed=s) for s in range(4)])
+        made[architecture] = (model, simulation)
+    return made
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_captured_graph_computes_what_the_model_computes_with_padding_too(architecture: str) -> None:
+    model = adapted(architecture)
+    graph = capture(model, inputs()).module(check_guards=False)
+    padded = inputs(3, 24, seed=5)
+    padded["attention_mask"][0, :10] = 0
+    with torch.no_grad():
+        assert torch.equal(graph(*padded.values()), model(**padded, use_cache=False).logits)
+
+
+def test_captured_graph_shares_storage_with_the_model() -> None:
+    model = adapted("llama")
+    graph = capture(model, inputs()).module(check_guards=False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+        expected = model(**inputs(), use_cache=False).logits
+        assert torch.equal(graph(*inputs().values()), expected)
+
+
+def test_capture_refuses_what_it_cannot_prove() -> None:
+    with pytest.raises(CaptureError, match="at least two rows and two tokens"):
+        capture(adapted("llama"), inputs(batch=1))
+    with pytest.raises(CaptureError, match="the model is in training mode"):
+        capture(adapted("llama").train(), inputs())
+    model = adapted("llama")
+    forward = model.forward
+    model.forward = lambda **kw: forward(**kw) if kw["input_ids"].sum() > 0 else None
+    with pytest.raises(CaptureError, match="cannot capture PeftModel"):
+        capture(model, inputs())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_value_is_decided_about_and_every_weight_has_an_encoding(simulations: dict[str, tuple[PeftModel, Simulation]], architecture: str) -> None:
+    model, simulation = simulations[architecture]
+    graph = simulation.graph()
+    decided = {p.node for p in simulation.explanation}
+    floats = {
+        n.name
+        for n in graph.program.graph.nodes
+        if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].is_floating_point()
+    }
+    bases = {m.node for m in graph.marks if m.kind is Kind.BASE}
+    assert decided == floats - bases
+    kinds = Counter(m.kind for m in graph.marks)
+    packed = sum(hasattr(m, "packed") for m in model.modules())
+    assert kinds[Kind.BASE] == packed
+    assert kinds[Kind.ADAPTER] == sum("lora_" in n for n, _ in model.named_parameters())
+    assert set(graph.encodings) == {m.name for m in graph.marks}
+    assert len({m.name for m in graph.marks}) == len(graph.marks)
+
+
+def test_decisions_by_operator_and_module_class(simulations: dict[str, tuple[PeftModel, Simulation]]) -> None:
+    decisions = {(p.module, p.operator): (p.decision, p.reason) for p in simulations["llama"][1].explanation}
+    layer = "model.layers.0"
+    assert decisions[f"{layer}.input_layernorm", "rsqrt"] == (Decision.FLOAT, "inside LlamaRMSNorm, which is one operation")
+    assert decisions[f"{layer}.input_layernorm", "mul"] == (Decision.QUANTIZE, "output of LlamaRMSNorm")
+    assert decisions[f"{layer}.self_attn", "softmax"][0] is Decision.QUANTIZE
+    assert decisions[f"{layer}.self_attn", "add"] == (Decision.FLOAT, "combined with a mask")
+    assert decisions[layer, "add"] == (Decision.FLOAT, "a residual addition")
+    assert decisions[f"{layer}.self_attn", "transpose"][0] is Decision.SHARE
+    assert decisions["model.rotary_emb", "cos"][0] is Decision.FLOAT
+    for part in ("lora_A", "lora_B"):
+        assert decisions[f"{layer}.mlp.up_proj.{part}", "linear"][0] is Decision.QUANTIZE
+
+
+def test_residual_additions_get_encodings_when_asked() -> None:
+    model = adapted("llama")
+    simulation = simulate(model, inputs(), SimulationSchemes(quantize_residual_adds=True))
+    names = {m.name for m in simulation.marks}
+    assert {f"model.layers.{i}.add" for i in range(2)} | {f"model.layers.{i}.add_1" for i in range(2)} <= names
+    assert not any(p.reason == "a residual addition" for p in simulation.explanation)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_simulation_is_close_at_16_bits_and_not_the_same(simulations: dict[str, tuple[PeftModel, Simulation]], architecture: str) -> None:
+    model, _ = simulations[architecture]
+    batch = inputs(seed=0)  # one of those that set the ranges: beyond them values are clipped, at any bitwidth
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits
+    errors = {}
+    for bitwidth in (8, 16):
+        fine_adapter = Scheme(16, granularity=PerChannel(0))
+        simulation = simulate(model, inputs(), SimulationSchemes(Scheme(bitwidth, symmetric=False), adapter_weights=fine_adapter))
+        simulation.calibrate([inputs(seed=s) for s in range(4)])
+        errors[bitwidth] = float((simulation.logits(batch["input_ids"]) - expected).abs().max() / expected.abs().max())
+    assert 0 < errors[16] < 0.01
+    assert errors[8] > 3 * errors[16]
+
+
+def test_simulated_values_lie_on_their_grids(simulations: dict[str, tuple[PeftModel, Simulation]]) -> None:
+    simulation = simulations["llama"][1]
+    encodings = simulation.encodings
+    values = simulation.values(inputs()["input_ids"])
+    assert set(values) == {m.name for m in simulation.marks if m.kind is Kind.ACTIVATION}
+    for name, value in values.items():
+        assert torch.equal(encodings[name].fake_quantize(value), value)
+        assert len(value.unique()) <= 2**16
+
+
+def test_base_encodings_are_those_of_the_packed_layers(simulations: dict[str, tuple[PeftModel, Simulation]]) -> None:
+    model, simulation = simulations["gpt2"]
+    packed = model.get_submodule("base_model.model.transformer.h.0.attn.c_attn.base_layer")
+    assert torch.equal(simulation.encodings["transformer.h.0.attn.c_attn.weight"].scale, packed.scale)
+
+
+def test_perturbed_logits_differ_a_little(simulations: dict[str, tuple[PeftModel, Simulation]]) -> None:
+    simulation, ids = simulations["llama"][1], inputs()["input_ids"]
+    before = simulation.logits(ids)
+    perturbed = simulation.perturbed_logits(ids)
+    assert 0 < (perturbed - before).abs().max() < 0.01 * before.abs().max()
+    assert torch.equal(simulation.logits(ids), before)
+
+
+def test_simulation_comes_back_from_disk(simulations: dict[str, tuple[PeftModel, Simulation]], tmp_path: Path) -> None:
+    model, simulation = simulations["qwen3"]
+    save_simulation(simulation, tmp_path)
+    again = simulate(model, inputs())
+    again.restore(load_encodings(tmp_path))
+    assert torch.equal(again.logits(inputs()["input_ids"]), simulation.logits(inputs()["input_ids"]))
+    other = simulate(adapted("llama"), inputs())
+    with pytest.raises(CalibrationError, match="encodings name values that the graph does not have"):
+        other.restore(load_encodings(tmp_path))
+    (tmp_path / "simulation.json").write_text("{}")
+    with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
+        load_encodings(tmp_path)
+
+
+def test_calibration_says_what_is_missing() -> None:
+    simulation = simulate(adapted("llama"), inputs())
+    with pytest.raises(CalibrationError, match=r"activations have no encoding yet, .* first; call calibrate"):
+        simulation.graph()
+    with pytest.raises(CalibrationError, match="at least one batch"):
+        simulation.calibrate([])
+    model = adapted("llama")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(torch.nan)
+    with pytest.raises(CalibrationError, match=r"model.layers.0.self_attn.q_proj.lora_A.weight: the observed range is not finite"):
+        simulate(model, inputs())

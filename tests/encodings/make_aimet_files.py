@@ -14,6 +14,7 @@ from pathlib import Path
 
 import aimet_torch
 import torch
+from aimet_torch.common import quantsim
 from aimet_torch.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize
 from aimet_torch.quantization.float import FloatQuantizeDequantize
 from aimet_torch.quantsim import QuantizationSimModel
@@ -65,6 +66,11 @@ def main() -> None:
                 print(file)
                 target = FILES / (f"aimet-{version}.encodings" if file.suffix == ".encodings" else f"{file.name}")
                 target.write_bytes(file.read_bytes())
+    quantsim.encoding_version = "1.0.0"
+    sim, x = simulation(float8=False)
+    with tempfile.TemporaryDirectory() as directory:
+        sim.export(directory, "model", x)  # the older exporter: other names, blocks in another order, float16 entries
+        (FILES / "aimet-export-1.0.0.encodings").write_bytes((Path(directory) / "model.encodings").read_bytes())
 
 
 if __name__ == "__main__":

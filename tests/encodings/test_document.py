@@ -72,6 +72,20 @@ def test_lpbq_of_aimet_reads_alike_in_three_versions() -> None:
     np.testing.assert_allclose(legacy.scale, expanded, rtol=1e-6)
 
 
+def test_aimets_two_exporters_list_blocks_in_two_orders() -> None:
+    """Why 1.0.0 blocks of a MatMul's weight [in, out] are not converted without a word: `sim.export` lists them by output channel, `sim.onnx.export` as
+    they lie."""
+    lying, older = read(FILES / "aimet-1.0.0.encodings"), read(FILES / "aimet-export-1.0.0.encodings")
+    assert to_document(older) == json.loads((FILES / "aimet-export-1.0.0.encodings").read_text())
+    assert older.by_name["float16.weight"] == FloatEncoding("float16.weight", 16)
+    for name in ("block", "lpbq"):
+        one, other = lying.by_name[f"{name}.weight_0"], older.by_name[f"{name}.weight"]
+        a, b = (e.block_scale if isinstance(e, LpbqEncoding) else e.scale for e in (one, other) if not isinstance(e, FloatEncoding))
+        outputs = 6 if name == "block" else 8
+        assert a.tolist() != b.tolist()
+        assert a.reshape(-1, outputs).T.reshape(-1).tolist() == b.tolist()
+
+
 def test_what_the_exporter_writes_is_an_entry() -> None:
     torch = pytest.importorskip("torch")
     from qwlora.grid.encoding import Encoding

@@ -57,6 +57,10 @@ class Histogram:
         bins = torch.arange(1 - _HALF, _HALF, device=self.counts.device)
         return (bins + 0.5 * bins.sign()) / self._per_width().unsqueeze(1)
 
+    def widths(self) -> Float[Tensor, " groups"]:
+        """The width of each group's bins; bin 0 is twice as wide."""
+        return 1 / self._per_width()
+
     def edges(self, bins: Int64[Tensor, " groups"]) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
         """(lower, upper) edge of one column for each group."""
         place = bins - (_HALF - 1)

@@ -1,6 +1,6 @@
 """The range with the least weighted squared error, found on a histogram.
 
-    error(scale, offset) = sum over bins of  count * (centre - fake_quantize(centre))^2 * (gamma if the centre is clipped else 1)
+    error(scale, offset) = sum over bins of  count * (centre - fake_quantize(centre))^2 * (gamma if any of the bin is clipped else 1)
 
 First on a coarse net of grids: every hundredth of the symmetric scale; sixteenths of the asymmetric one with twenty places of zero, each cut to the observed
 range (AIMET's net, and so never worse than its choice on the same counts). Then in two finer nets around the best.
@@ -22,13 +22,13 @@ def least_error_range(
     histogram: Histogram, low: Float[Tensor, " groups"], high: Float[Tensor, " groups"], scheme: Scheme, gamma: float
 ) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
     """(low, high) for `encoding_from_range`, of each group on its own."""
-    centres = histogram.centres()
-    found = [_search(histogram.counts[g], centres[g], float(low[g]), float(high[g]), scheme, gamma) for g in range(len(low))]
+    centres, widths = histogram.centres(), histogram.widths().tolist()
+    found = [_search(histogram.counts[g], centres[g], widths[g], float(low[g]), float(high[g]), scheme, gamma) for g in range(len(low))]
     lows, highs = zip(*found, strict=True)
     return torch.tensor(lows, device=low.device), torch.tensor(highs, device=low.device)
 
 
-def _search(counts: Tensor, centres: Tensor, low: float, high: float, scheme: Scheme, gamma: float) -> tuple[float, float]:
+def _search(counts: Tensor, centres: Tensor, width: float, low: float, high: float, scheme: Scheme, gamma: float) -> tuple[float, float]:
     low, high = min(low, 0.0), max(high, 0.0)
     smallest = min(torch.finfo(torch.float32).eps, 0.01 / scheme.steps)
     if high - low < smallest * scheme.steps:
@@ -37,12 +37,14 @@ def _search(counts: Tensor, centres: Tensor, low: float, high: float, scheme: Sc
     low, high = low / unit, high / unit
     kept = counts > 0
     # the outermost bins reach past the data; what is in them is not past the ends
-    counts, centres = counts[kept].float(), (centres[kept] / unit).clamp(low, high)
+    counts, centres = counts[kept].float(), centres[kept] / unit
+    outer = (centres + centres.sign() * (width / unit / 2)).clamp(low, high)
+    centres = centres.clamp(low, high)
     scale, offset = _symmetric_net(low, high, scheme, centres) if scheme.symmetric else _asymmetric_net(low, high, scheme, centres)
     spread = 0.01 if scheme.symmetric else 1 / 16
     for finer in (1.0, 0.1, None):
         scale = scale.clamp(min=smallest / unit)
-        best = int(_errors(counts, centres, scale, offset, scheme.steps, gamma).argmin())
+        best = int(_errors(counts, centres, outer, scale, offset, scheme.steps, gamma).argmin())
         if finer is None:
             break
         scale, offset = _around(scale[best], offset[best], spread * finer, scheme)
@@ -79,14 +81,14 @@ def _around(scale: Tensor, offset: Tensor, spread: float, scheme: Scheme) -> tup
     return grid[:, 0], grid[:, 1]
 
 
-def _errors(counts: Tensor, centres: Tensor, scale: Tensor, offset: Tensor, steps: int, gamma: float) -> Tensor:
+def _errors(counts: Tensor, centres: Tensor, outer: Tensor, scale: Tensor, offset: Tensor, steps: int, gamma: float) -> Tensor:
     at_once = max(1, _CELLS_AT_ONCE // max(1, len(centres)))
     found = []
     for s, o in zip(scale.unsqueeze(1).split(at_once), offset.unsqueeze(1).split(at_once), strict=True):
-        rounded = torch.div(centres, s).round_()
-        nearest = torch.minimum(torch.maximum(rounded, o), o + steps)
+        nearest = torch.minimum(torch.maximum(torch.div(centres, s).round_(), o), o + steps)
         error = (nearest * s).sub_(centres).square_()
         if gamma != 1:
-            error = torch.where(nearest == rounded, error, gamma * error)
+            outermost = torch.div(outer, s).round_()
+            error = torch.where((outermost < o) | (outermost > o + steps), gamma * error, error)
         found.append(error @ counts)
     return torch.cat(found)

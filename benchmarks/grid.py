@@ -1,0 +1,116 @@
+"""The grid against torch's own quantizers, as ratios of the best time of each in one run.
+
+    python benchmarks/grid.py            prints a table and writes benchmarks/results/grid.json
+
+Below 1 we are faster. Both sides run on the same tensors, in turn, in the same process: a 1 x 512 x 4096 activation and a 4096 x 4096 weight.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.ao.quantization import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
+
+from qwlora.grid import estimators, observer
+from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+
+RESULT = Path(__file__).parent / "results" / "grid.json"
+REPEATS = 15
+Case = tuple[str, str, Callable[[], object], Callable[[], object]]
+
+
+def fake_quantize_cases(name: str, x: Tensor) -> list[Case]:
+    """Per tensor (symmetric and not), per channel, and per block against per channel, which is the nearest that torch has."""
+    cases: list[Case] = []
+    for scheme in (Scheme(8), Scheme(8, False), Scheme(4, True, PerChannel(0)), Scheme(4, False, PerChannel(0)), Scheme(4, True, PerBlock(32))):
+        rows = x.view(-1, x.shape[-1])
+        encoding = observer.measure(rows, scheme)
+        if isinstance(scheme.granularity, PerTensor):
+            scale, zero_point = float(encoding.scale), int(-encoding.offset)
+            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: torch.fake_quantize_per_tensor_affine(rows, s, z, 0, q)  # noqa: E731
+            against = "torch.fake_quantize_per_tensor_affine"
+        else:
+            channel = observer.measure(rows, Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0)))
+            scale, zero_point = channel.scale, -channel.offset
+            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: torch.fake_quantize_per_channel_affine(rows, s, z, 0, 0, q)  # noqa: E731
+            against = "torch.fake_quantize_per_channel_affine"
+        cases.append((f"fake_quantize, {name}, {scheme}", against, lambda rows=rows, e=encoding: e.fake_quantize(rows), theirs))
+    return cases
+
+
+def observer_cases(name: str, x: Tensor) -> list[Case]:
+    """One update each. HistogramObserver is timed with a range that stays, its best case, and with one that grows."""
+    scheme, channel = Scheme(8, False), Scheme(8, True, PerChannel(0))
+    rows = x.view(-1, x.shape[-1])
+    minmax = (observer.MinMaxObserver(scheme), MinMaxObserver())
+    per_channel = (observer.MinMaxObserver(channel), PerChannelMinMaxObserver(ch_axis=0))
+    histogram = (estimators.SqnrObserver(scheme), HistogramObserver())
+
+    def grow(make: Callable[[], object], update: Callable[[object, Tensor], object]) -> Callable[[], object]:
+        larger = 1.1 * rows
+
+        def run() -> None:
+            fresh = make()
+            update(fresh, rows)
+            update(fresh, larger)
+
+        return run
+
+    return [
+        (f"min-max, {name}, per tensor", "MinMaxObserver", lambda: minmax[0].update(rows), lambda: minmax[1](rows)),
+        (f"min-max, {name}, per channel", "PerChannelMinMaxObserver", lambda: per_channel[0].update(rows), lambda: per_channel[1](rows)),
+        (f"histogram (percentile, squared error, SQNR), {name}", "HistogramObserver", lambda: histogram[0].update(rows), lambda: histogram[1](rows)),
+        (
+            f"histogram, {name}, two batches, the second wider",
+            "HistogramObserver",
+            grow(lambda: estimators.SqnrObserver(scheme), lambda o, v: o.update(v)),  # type: ignore[attr-defined]
+            grow(HistogramObserver, lambda o, v: o(v)),  # type: ignore[operator]
+        ),
+        (f"SQNR's encoding from its histogram, {name}", "HistogramObserver.calculate_qparams", histogram[0].encoding, histogram[1].calculate_qparams),
+    ]
+
+
+def best_milliseconds(functions: list[Callable[[], object]], repeats: int) -> list[float]:
+    """The shortest time of each, measured in turn."""
+    best = [float("inf")] * len(functions)
+    for repeat in range(repeats + 1):
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            if repeat:  # the first turn warms up
+                best[i] = min(best[i], 1000 * (time.perf_counter() - start))
+    return best
+
+
+def machine() -> str:
+    """Processor and versions, in one line."""
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+    return f"{model}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def main() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"1x512x4096 activation": torch.randn(1, 512, 4096, generator=generator), "4096x4096 weight": torch.randn(4096, 4096, generator=generator)}
+    rows = []
+    print(machine())
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for name, x in tensors.items():
+            for what, against, ours, theirs in fake_quantize_cases(name, x) + observer_cases(name, x):
+                our_ms, their_ms = best_milliseconds([ours, theirs], 5 if "encoding" in what else REPEATS)
+                row = {"what": what, "against": against, "threads": threads, "ours_ms": round(our_ms, 3), "theirs_ms": round(their_ms, 3)}
+                rows.append({**row, "ratio": round(our_ms / their_ms, 3)})
+                print(f"{our_ms / their_ms:7.3f}  {our_ms:9.3f} ms  {their_ms:9.3f} ms  {threads} thread(s)  {what}  |  {against}")
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps({"machine": machine(), "unit": "ratio of best times, ours over torch's", "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from qwlora import encodings
-from qwlora.encodings.document import to_document
+from qwlora.encodings.document import to_text
 from qwlora.encodings.fields import shown
 from qwlora.encodings.validate import summary
 
@@ -62,7 +62,7 @@ def convert(
     graph = encodings.read_graph(onnx) if onnx is not None else None
     converted = encodings.convert(encodings.read(file), version, lossy, graph=graph, decompressed_bitwidth=decompressed_bitwidth)
     if out is None:
-        print(json.dumps(to_document(converted), indent=1))
+        print(to_text(converted), end="")
     else:
         encodings.write(converted, out)
         print(f"wrote {out}, version {version}, {len(converted.encodings)} encodings")

@@ -237,6 +237,7 @@ BAD_FIELDS = [
     ("2.0.0", "encodings", "x", {"output_dtype": "int33"}, "output_dtype: is 'int33'"),
     ("2.0.0", "encodings", "x", {"output_dtype": "float16"}, "output_dtype: is 'float16'"),
     ("2.0.0", "encodings", "x", {"y_zero_point": 0.25}, "y_zero_point: must hold integers"),
+    ("2.0.0", "encodings", "channel.weight", {"y_zero_point": [-0.5, 0, 0, 0]}, "y_zero_point: must hold integers within"),
     ("2.0.0", "encodings", "x", {"y_zero_point": [149]}, "y_zero_point: has shape \\[1\\], but y_scale \\[\\]"),
     ("2.0.0", "encodings", "x", {"y_zero_point": 1e300}, "y_zero_point: must hold integers within"),
     ("2.0.0", "encodings", "x", {"axis": 0}, "y_scale: is one number; with an axis"),
@@ -301,6 +302,9 @@ def test_a_written_file_reads_back(tmp_path: Path, version: str) -> None:
     write(file, tmp_path / "out.encodings")
     assert read(tmp_path / "out.encodings") == file
     assert [p.name for p in tmp_path.iterdir()] == ["out.encodings"]
+    lines = (tmp_path / "out.encodings").read_text().splitlines()
+    assert all(any(json.dumps(name) in line for line in lines) for name in file.by_name)
+    assert len(lines) == len(file.encodings) + {"0.6.1": 10, "1.0.0": 10}.get(version, 6)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:

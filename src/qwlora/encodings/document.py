@@ -49,7 +49,7 @@ def write(file: EncodingsFile, path: Path | str) -> None:
         EncodingsFileError: a number is out of its range, or the path cannot be written.
     """
     path = Path(path)
-    text = json.dumps(to_document(file), allow_nan=False, indent=1) + "\n"
+    text = to_text(file)
     scratch = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
     try:
         scratch.write_text(text, encoding="utf-8")
@@ -61,8 +61,26 @@ def write(file: EncodingsFile, path: Path | str) -> None:
             scratch.unlink(missing_ok=True)
 
 
+def to_text(file: EncodingsFile) -> str:
+    """What `write` writes: JSON with one encoding a line.
+
+    Raises:
+        ConversionError, EncodingsFileError: as `write`.
+    """
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {_lines(value)}" for key, value in to_document(file).items()) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    """JSON; a list of objects, or an object of lists, with each on a line of its own."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n  " + ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n ]"
+    if isinstance(value, dict) and any(isinstance(entry, list) for entry in value.values()):
+        return "{\n  " + ",\n  ".join(f"{json.dumps(name)}: {json.dumps(entry, allow_nan=False)}" for name, entry in value.items()) + "\n }"
+    return json.dumps(value, allow_nan=False)
+
+
 def to_document(file: EncodingsFile) -> dict[str, Any]:
-    """What `write` writes, as plain values.
+    """The same, as plain values.
 
     Raises:
         ConversionError, EncodingsFileError: as `write`.

@@ -329,6 +329,10 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 def test_values_refuse_what_cannot_be() -> None:
     with pytest.raises(EncodingsFileError, match=r"'w'.*\n.*scale has shape \[2\] but offset \[1\]"):
         IntegerEncoding("w", 8, [0.1, 0.2], [0], False)
+    with pytest.raises(EncodingsFileError, match=r"offset holds -0\.5; integers are needed"):
+        IntegerEncoding("w", 8, [0.1, 0.1], [-1, -0.5], False)
+    with pytest.raises(EncodingsFileError, match="offset holds inf; integers are needed"):
+        IntegerEncoding("w", 8, 0.1, float("inf"), False)
     with pytest.raises(EncodingsFileError, match="'w': encodings have distinct names"):
         EncodingsFile("2.0.0", (FloatEncoding("w", 16), FloatEncoding("w", 16)))
     with pytest.raises(EncodingsFileError, match="'v': is named as a parameter, but has no encoding"):

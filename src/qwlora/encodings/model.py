@@ -70,7 +70,7 @@ class IntegerEncoding(_Value):
         zero_point_shift: 0 or 0.5, in steps.
 
     Raises:
-        EncodingsFileError: scale and offset differ in shape.
+        EncodingsFileError: scale and offset differ in shape, or an offset is not an integer.
     """
 
     name: str
@@ -216,6 +216,10 @@ def _repeated(names: Any) -> list[str]:
 
 def _freeze(value: Any, **dtypes: Any) -> None:
     for name, dtype in dtypes.items():
-        array = np.array(getattr(value, name), dtype=dtype)
+        given = np.asarray(getattr(value, name))
+        with np.errstate(invalid="ignore"):
+            array = given.astype(dtype)
+        if dtype is np.int64 and (array != given).any():
+            raise EncodingsFileError(repr(value.name), [f"{name} holds {given[array != given][0]}; integers are needed"])
         array.flags.writeable = False
         object.__setattr__(value, name, array)

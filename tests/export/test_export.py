@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from qwlora import Scheme, Simulation, SimulationSchemes, export_onnx, quantize_, simulate, verify_onnx
+from qwlora.encodings import validate
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
 from qwlora.export import extras
 from qwlora.export.verify import Limits, Parity, check_parity
@@ -66,11 +67,24 @@ def test_aimet_entries_say_what_the_grid_says(bundle: tuple[Path, Simulation]) -
     encoding = simulation.encodings["model.layers.0.mlp.up_proj.weight"]
     assert weight["enc_type"] == "PER_BLOCK"
     assert (weight["bw"], weight["block_size"], weight["is_sym"], set(weight["offset"])) == (4, 32, True, {-8})
-    np.testing.assert_array_equal(np.float32(weight["scale"]), encoding.scale.flatten().numpy())
+    np.testing.assert_array_equal(np.float32(weight["scale"]), encoding.scale.T.flatten().numpy())
+    stored = next(i for i in onnx.load(folder / "model.onnx").graph.initializer if i.name == "model.layers.0.mlp.up_proj.weight.scale")
+    np.testing.assert_array_equal(np.float32(weight["scale"]), onnx.numpy_helper.to_array(stored).flatten())
     lora = parameters["model.layers.0.mlp.up_proj.lora_A.weight"]
     assert (lora["enc_type"], lora["bw"], len(lora["scale"]), set(lora["offset"])) == ("PER_CHANNEL", 8, 4, {-128})
     assert all(e["bw"] == 16 and e["enc_type"] == "PER_TENSOR" and not e["is_sym"] for e in record["activation_encodings"])
     assert len(parameters) == sum(m.kind is not Kind.ACTIVATION for m in simulation.marks)
+
+
+def test_the_validator_finds_nothing_wrong_with_the_bundle(bundle: tuple[Path, Simulation]) -> None:
+    folder = bundle[0]
+    findings = validate(folder / "model.encodings", folder / "model.onnx")
+    assert [f for f in findings if f.severity == "error"] == []
+    record = json.loads((folder / "model.encodings").read_text())
+    record["param_encodings"][0]["scale"][0] = -1.0
+    record["activation_encodings"][3]["name"] = "no.such.tensor"
+    (folder / "wrong.encodings").write_text(json.dumps(record))
+    assert len([f for f in validate(folder / "wrong.encodings", folder / "model.onnx") if f.severity == "error"]) >= 1
 
 
 def test_file_carries_its_metadata_and_axis_names(bundle: tuple[Path, Simulation]) -> None:

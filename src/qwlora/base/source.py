@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.errors import SourceError
+from qwlora.errors import MissingExtraError, SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,6 +69,14 @@ def _inside_package(source: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / rest
 
 
+def _readable(source: str) -> Location:
+    """`locate`, and see that what reads it is installed."""
+    location = locate(source)
+    if location.gguf_file and importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(f"gguf is needed to read {source!r} and is not installed: pip install 'qwlora[gguf]'")
+    return location
+
+
 def load_model(source: str) -> PreTrainedModel:
     """The float32 model.
 
@@ -79,7 +87,7 @@ def load_model(source: str) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    location = locate(source)
+    location = _readable(source)
     try:
         model = AutoModelForCausalLM.from_pretrained(location.pretrained, dtype=torch.float32, **location.arguments())
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
@@ -95,7 +103,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    location = locate(source)
+    location = _readable(source)
     try:
         return AutoTokenizer.from_pretrained(location.pretrained, **location.arguments())
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as error:

@@ -64,25 +64,46 @@ def read_graph(path: Path | str) -> dict[str, TensorFacts]:
 def _facts(graph: Any, float_types: set[int]) -> dict[str, TensorFacts]:
     constants = {node.output[0]: a.t for node in graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"}
     stored = {t.name: t for t in graph.initializer} | constants
+    shapes = {name: tuple(t.dims) for name, t in stored.items()}
+    # in a file with QDQ nodes, the parameter is what DequantizeLinear makes of stored integers
+    shapes |= {node.output[0]: shapes[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored}
+    inside = _inside_quantizers(graph)
+    known = _activations(graph, float_types, inside)
     axes: dict[str, set[tuple[int | None, int | None]]] = {}
     for node in graph.node:
         for position, name in enumerate(node.input):
-            if name in stored:
-                axes.setdefault(name, set()).add(_axes(node, position, len(stored[name].dims)))
+            if name in shapes:
+                axes.setdefault(name, set()).add(_axes(node, position, len(shapes[name])))
+    for name, shape in shapes.items():
+        found = axes.get(name, set())
+        channel, block = found.pop() if len(found) == 1 else (None, None)
+        floating = name not in inside and (name not in stored or stored[name].data_type in float_types)
+        known[name] = TensorFacts(True, shape, channel, block, floating)
+    return known
+
+
+def _activations(graph: Any, float_types: set[int], inside: set[str]) -> dict[str, TensorFacts]:
+    """Facts about what the graph is given and what its nodes make."""
     there = {value.name for value in graph.input} | {output for node in graph.node for output in node.output if output}
-    known = {name: TensorFacts(False) for name in sorted(there)}
+    known = {name: TensorFacts(False, floating=name not in inside) for name in sorted(there)}
     for value in (*graph.input, *graph.output, *graph.value_info):
         if value.name not in there:  # exporters leave value_info of tensors that they removed
             continue
         tensor = value.type.tensor_type
         dims = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
         shape = dims if tensor.HasField("shape") and -1 not in dims else None
-        known[value.name] = TensorFacts(False, shape, floating=tensor.elem_type in float_types or not tensor.elem_type)
-    for name, tensor in stored.items():
-        found = axes.get(name, set())
-        channel, block = found.pop() if len(found) == 1 else (None, None)
-        known[name] = TensorFacts(True, tuple(tensor.dims), channel, block, tensor.data_type in float_types)
+        floating = value.name not in inside and (tensor.elem_type in float_types or not tensor.elem_type)
+        known[value.name] = TensorFacts(False, shape, floating=floating)
     return known
+
+
+def _inside_quantizers(graph: Any) -> set[str]:
+    """Tensors that only QuantizeLinear and DequantizeLinear read: values on their way to a grid, codes, and the grid's own numbers."""
+    readers: dict[str, set[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    return {name for name, kinds in readers.items() if kinds <= {"QuantizeLinear", "DequantizeLinear"}}
 
 
 def _axes(node: Any, position: int, rank: int) -> tuple[int | None, int | None]:

@@ -5,13 +5,14 @@ Top level: `version`, `activation_encodings`, `param_encodings` (lists), `exclud
     {name, dtype: "INT", bw, is_sym, enc_type: PER_TENSOR | PER_CHANNEL | PER_BLOCK, scale: [...], offset: [...][, block_size]}
 
 Codes are unsigned there: `real = (q + offset) * scale`, so a symmetric grid has `offset = -2^(bw - 1)`, which is this project's convention too. Scales of a
-block-wise weight are listed row by row of the layer's `weight [out, in / block]`.
+block-wise weight are listed as the ONNX tensor of that name lies ([in / block, out] for the weight of a MatMul), as AIMET's own ONNX export does; the version
+has no field that says so.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,30 @@ from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor
 VERSION = "1.0.0"
 
 
-def write_encodings(graph: QuantizedGraph, path: Path) -> None:
-    """Write every encoding of `graph`, under the names that the ONNX file's tensors carry."""
+def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[str] = ()) -> None:
+    """Write every encoding of `graph`, under the names that the ONNX file's tensors carry.
+
+    Args:
+        transposed: names of the weights that the ONNX file stores as [in, out].
+    """
     activations = [m.name for m in graph.marks if m.kind is Kind.ACTIVATION]
     parameters = [m.name for m in graph.marks if m.kind is not Kind.ACTIVATION]
     record = {
         "version": VERSION,
         "producer": {"package": "qwlora", "version": VERSION},
-        "activation_encodings": _entries(activations, graph),
-        "param_encodings": _entries(parameters, graph),
+        "activation_encodings": [encoding_to_entry(name, graph.encodings[name]) for name in activations],
+        "param_encodings": [encoding_to_entry(name, graph.encodings[name], name in transposed) for name in parameters],
         "excluded_layers": [],
         "quantizer_args": _quantizer_args(graph),
     }
     path.write_text(json.dumps(record) + "\n")
 
 
-def encoding_to_entry(name: str, encoding: Encoding) -> dict[str, Any]:
+def encoding_to_entry(name: str, encoding: Encoding, transposed: bool = False) -> dict[str, Any]:
     """One entry of the file."""
-    scheme = encoding.scheme
+    scheme, scale, offset = encoding.scheme, encoding.scale, encoding.offset
+    if transposed and scale.ndim == 2:
+        scale, offset = scale.T, offset.T
     entry: dict[str, Any] = {"name": name, "dtype": "INT", "bw": scheme.bitwidth, "is_sym": scheme.symmetric}
     match scheme.granularity:
         case PerTensor():
@@ -48,13 +55,9 @@ def encoding_to_entry(name: str, encoding: Encoding) -> dict[str, Any]:
             entry["enc_type"] = "PER_CHANNEL"
         case PerBlock(size):
             entry |= {"enc_type": "PER_BLOCK", "block_size": size}
-    entry["scale"] = encoding.scale.flatten().tolist()
-    entry["offset"] = encoding.offset.flatten().tolist()
+    entry["scale"] = scale.flatten().tolist()
+    entry["offset"] = offset.flatten().tolist()
     return entry
-
-
-def _entries(names: Iterable[str], graph: QuantizedGraph) -> list[dict[str, Any]]:
-    return [encoding_to_entry(name, graph.encodings[name]) for name in names]
 
 
 def _quantizer_args(graph: QuantizedGraph) -> dict[str, Any]:

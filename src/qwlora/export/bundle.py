@@ -25,6 +25,6 @@ def export_onnx(graph: QuantizedGraph, folder: str | Path, metadata: Mapping[str
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_onnx(graph, folder, metadata or {})
-    write_encodings(graph, folder / ENCODINGS_FILE)
+    transposed = write_onnx(graph, folder, metadata or {})
+    write_encodings(graph, folder / ENCODINGS_FILE, transposed)
     write_session_options(folder)

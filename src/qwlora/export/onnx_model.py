@@ -9,7 +9,7 @@ The weight of a Linear layer is stored as the right operand of its MatMul, [in, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,22 @@ OPSET = 21  # the first with int4, 16-bit and blocked DequantizeLinear
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
 
-def write_onnx(graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str]) -> None:
-    """Write `model.onnx` with its external data into `folder`.
+def write_onnx(graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str]) -> set[str]:
+    """Write `model.onnx` with its external data into `folder`; returns the names of the weights that it stores as [in, out].
 
     Raises:
         ExportError: an operator has no translation, or two tensors would carry one name.
         MissingExtraError: the `onnx` extra is not installed.
     """
     model = to_onnx(graph, OPSET)
-    _Rewriter(model, graph).run()
+    rewriter = _Rewriter(model, graph)
+    rewriter.run()
     _name_dimensions(model)
     model.producer_name = "qwlora"
     model.metadata_props.update(metadata)
     ir = _ir()
     ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
+    return rewriter.transposed
 
 
 def _ir() -> Any:
@@ -54,6 +56,7 @@ def _ir() -> Any:
 class _Rewriter:
     model: Any
     graph: QuantizedGraph
+    transposed: set[str] = field(default_factory=set)
 
     def run(self) -> None:
         kinds = {mark.name: mark.kind for mark in self.graph.marks}
@@ -91,6 +94,7 @@ class _Rewriter:
         values = ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize")
         self._replace(node, [values], name)
         if transposed:
+            self.transposed.add(name)
             for user in transposes:
                 ir.convenience.replace_all_uses_with(user.outputs[0], values.outputs[0])
                 self.model.graph.remove(user, safe=True)

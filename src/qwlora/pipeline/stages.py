@@ -19,6 +19,7 @@ from qwlora.base.storage import save_base
 from qwlora.errors import FingerprintError
 from qwlora.evaluate import perplexity
 from qwlora.export.bundle import export_onnx
+from qwlora.export.extras import require
 from qwlora.export.verify import Limits, check_parity, verify_onnx
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.pipeline.memory import peak_rss_bytes, reset_peak_rss
@@ -36,7 +37,11 @@ def preflight(session: Session, verbs: set[str]) -> None:
     Raises:
         SourceError: the text is too short, or the model cannot be loaded.
         GridError: the base's grid does not fit the model.
+        MissingExtraError: a package that a later stage needs is not installed.
     """
+    if verbs & {"export", "verify"}:
+        for module in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
+            require(module, "onnx")
     _ = session.training_ids, session.held_out_ids
     if "quantize" in verbs:
         check_fit(find_layers(session.float_model()), session.recipe.base.weights.scheme())

@@ -166,10 +166,22 @@ def test_damaged_artifact_is_made_again(recipe_for: Any, tmp_path: Path) -> None
     run_recipe(path, out)
     (out / "export" / "onnx" / "first" / "model.encodings").unlink()
     _, said = run_recipe(path, out)
-    assert {line.split(":")[0] for line in said if "done" in line} == {"export/onnx/first"}
+    assert {line.split(":")[0] for line in said if "done" in line} == {"export/onnx/first", "verify/onnx/first"}
     (out / "base" / "model.safetensors").write_bytes(b"")
     _, said = run_recipe(path, out)
     assert "quantize: done" in " ".join(said)
+
+
+def test_another_adapter_in_the_place_of_the_trained_one_is_noticed(recipe_for: Any, tmp_path: Path) -> None:
+    path, out = recipe_for(), tmp_path / "out"
+    run_recipe(path, out)
+    weights = out / "adapters" / "first" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # the same size
+    _, said = run_recipe(path, out)
+    done = {line.split(":")[0] for line in said if "done" in line}
+    assert done == {"train/first", "evaluate/adapted/first", "calibrate/first", "evaluate/simulated/first", "export/onnx/first", "verify/onnx/first"}
+    assert weights.read_bytes() == content
 
 
 def test_two_adapters_share_one_base(recipe_for: Any, tmp_path: Path) -> None:

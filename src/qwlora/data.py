@@ -6,9 +6,10 @@ A source is a list of documents:
     ./folder                   one document for each .txt and .md file below it
     python:MODULE:ATTRIBUTE    strings in an installed Python module (a mapping's values, a sequence, or one string)
 
-Documents are shuffled with the recipe's seed and split: no document is both trained on and evaluated on. A source with a single document is split by position
-instead, at a paragraph's end. Within each part the documents are joined, each followed by the tokenizer's end-of-sequence token, and cut into sequences of
-equal length; what is left over at the end is dropped.
+Documents are shuffled with the recipe's seed and split: no document is both trained on and evaluated on, and paragraphs of the held-out part that stand in a
+training document too are taken out of that document. A source with a single document is split by position instead, at a paragraph's end if one is near. Within
+each part the documents are joined, each followed by the tokenizer's end-of-sequence token, and cut into sequences of equal length, each beginning with what the
+tokenizer puts before a text (a BOS token, or nothing); what is left over at the end is dropped.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".txt", ".md")
+_LINE = 80
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,26 @@ def load_documents(source: str, held_out: float, seed: int) -> Documents:
         raise SourceError(f"data source {source!r} holds no text: every document in it is empty")
     if len(documents) == 1:
         text = documents[0]
-        cut = text.rfind("\n\n", 0, int(len(text) * (1 - held_out))) + 2
-        cut = cut if cut > 2 else int(len(text) * (1 - held_out))
-        return Documents((text[:cut],), (text[cut:],))
+        wanted_cut = int(len(text) * (1 - held_out))
+        near = text.rfind("\n\n", wanted_cut - len(text) // 20, wanted_cut)
+        cut = near + 2 if near >= 0 else wanted_cut
+        return _without_overlap((text[:cut],), (text[cut:],))
     random.Random(seed).shuffle(documents)
     wanted, count = held_out * sum(map(len, documents)), 1
     while sum(map(len, documents[:count])) < wanted and count < len(documents) - 1:
         count += 1
-    return Documents(tuple(documents[count:]), tuple(documents[:count]))
+    return _without_overlap(tuple(documents[count:]), tuple(documents[:count]))
+
+
+def _without_overlap(train: tuple[str, ...], held_out: tuple[str, ...]) -> Documents:
+    """Take out of `train` each paragraph of more than a line that stands in `held_out`; spacing does not count."""
+    kept_back = {p for document in held_out for p in map(_normal, document.split("\n\n")) if len(p) > _LINE}
+    cleaned = ("\n\n".join(p for p in document.split("\n\n") if _normal(p) not in kept_back) for document in train)
+    return Documents(tuple(d for d in cleaned if d.strip()), held_out)
+
+
+def _normal(paragraph: str) -> str:
+    return " ".join(paragraph.split())
 
 
 def locate_documents(source: str) -> None:
@@ -136,10 +150,22 @@ def sequences(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, sequ
 
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids = [i for document in documents for i in [*tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], *end]]
-    count = len(ids) // sequence_tokens
+    start = _start_tokens(tokenizer)
+    fresh = sequence_tokens - len(start)
+    count = len(ids) // fresh
     if not count:
         raise SourceError(
-            f"the {part} text has {len(ids)} tokens, but one sequence needs {sequence_tokens}: give more text, lower data.sequence_tokens, "
-            "or change data.held_out"
+            f"the {part} text has {len(ids)} tokens, but one sequence needs {fresh}: give more text, lower data.sequence_tokens, or change data.held_out"
         )
-    return torch.tensor(ids[: count * sequence_tokens], dtype=torch.int64).view(count, sequence_tokens)
+    rows = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, len(start)), rows], dim=1)
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text of its own accord."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a")["input_ids"]
+    for at in range(len(full) - len(bare) + 1):
+        if full[at : at + len(bare)] == bare:
+            return full[:at]
+    return []

@@ -142,6 +142,16 @@ def test_better_solver_has_less_error() -> None:
     assert all(errors["search"][n] < errors["rtn"][n] for n in errors["rtn"])
 
 
+def test_presets_and_integer_block_scales_are_packed_too(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    quantize_(model, "w3g64")
+    assert {str(m.scheme) for m in model.modules() if isinstance(m, PackedLinear)} == {"int3 symmetric per block 64"}
+    model = tiny_model("llama")
+    quantize_(model, "w4-lpbq16", solver="rtn")
+    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    assert {str(m.scheme) for m in load_base(tmp_path).modules() if isinstance(m, PackedLinear)} == {"int4 symmetric per block 16 with int4 scales"}
+
+
 def test_what_cannot_be_quantized_is_named() -> None:
     with pytest.raises(GridError, match=r"block 48 does not fit 14 of 14 layers.*\n.*q_proj: blocks of 48 do not divide .*\[64, 64\]"):
         quantize_(tiny_model("llama"), "w4-block48")

@@ -21,9 +21,12 @@ FILE = "qwlora.json"
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """Write the adapters of `model` into `folder`, as PEFT does, with the fingerprint of the base under them."""
     folder = Path(folder)
+    for old in folder.rglob(FILE):
+        old.unlink()  # never an old statement beside new weights
     model.save_pretrained(str(folder))
     record = {"format": FORMAT, "base_fingerprint": fingerprint(model)}
-    (folder / FILE).write_text(json.dumps(record, indent=1) + "\n")
+    for config in folder.rglob("adapter_config.json"):  # PEFT gives each named adapter a folder of its own
+        (config.parent / FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False) -> PeftModel:

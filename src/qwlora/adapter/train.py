@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -155,11 +156,13 @@ def train_adapter(
         Interrupted: Ctrl-C; a checkpoint of the last finished step is in `work`.
     """
     trainable = check_trainable(model)
+    if (last := last_checkpoint(work)) and _step(last) >= settings.steps:  # stopped between the last step and the artifact
+        set_peft_model_state_dict(model, load_file(last / "adapter_model.safetensors"))
+        return TrainingReport(settings.steps, 0.0, settings.steps, trainable, ())
     watch = _Watch(track)
     trainer = Trainer(model=model, args=_arguments(settings, work), train_dataset=_Sequences(ids), callbacks=[watch])
     trainer.remove_callback(PrinterCallback)
-    last = last_checkpoint(work)
-    resumed = int(last.name.rpartition("-")[2]) if last else 0
+    resumed = _step(last) if last else 0
     previous = signal.signal(signal.SIGINT, watch.interrupt) if _in_main_thread() else None
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -174,7 +177,7 @@ def train_adapter(
 
 def last_checkpoint(work: Path) -> Path | None:
     """The newest checkpoint that was written to its end; half-written ones are deleted. The Trainer writes `trainer_state.json` last."""
-    found = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
+    found = sorted(work.glob("checkpoint-*"), key=_step, reverse=True)
     for checkpoint in found:
         try:
             json.loads((checkpoint / "trainer_state.json").read_text())
@@ -183,6 +186,10 @@ def last_checkpoint(work: Path) -> Path | None:
         else:
             return checkpoint
     return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _arguments(settings: TrainingSettings, work: Path) -> TrainingArguments:

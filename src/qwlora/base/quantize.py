@@ -17,16 +17,18 @@ from qwlora.base.packed import PackedLinear
 from qwlora.base.solver import solve
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.names import canonical_name, is_adapter_name
-from qwlora.grid.scheme import Scheme, parse_scheme
+from qwlora.grid.presets import weight_scheme
+from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track, untracked
 
 
 @dataclass(frozen=True)
 class BaseSize:
-    """What the packed layers weigh: codes, scales and offsets."""
+    """What the packed layers weigh (codes, scales and offsets), and how many weights the model holds beside them, as floats."""
 
     bytes: int
     weights: int
+    float_weights: int
 
     @property
     def bits_per_weight(self) -> float:
@@ -37,7 +39,7 @@ def quantize_(model: nn.Module, scheme: Scheme | str, solver: str = "search", tr
     """Quantize the Linear layers of `model` in place.
 
     Args:
-        scheme: the grid of every weight, or its short name (`w4-block32`, see `parse_scheme`).
+        scheme: the grid of every weight, or its short name (`w4-block32`, `w4a16`, see `weight_scheme`).
         solver: `rtn` or `search` (see `solver.py`).
 
     Returns:
@@ -46,7 +48,7 @@ def quantize_(model: nn.Module, scheme: Scheme | str, solver: str = "search", tr
     Raises:
         GridError: the scheme does not fit a layer (all such layers are named), or there is nothing to quantize.
     """
-    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
     layers = find_layers(model)
     if not layers:
         raise GridError("the model has no Linear layer left to quantize")
@@ -57,7 +59,7 @@ def quantize_(model: nn.Module, scheme: Scheme | str, solver: str = "search", tr
             codes, encoding = solve(_weight_out_in(layer), scheme, solver)
         except CalibrationError as error:
             raise CalibrationError(f"{canonical_name(name)}.weight: {error}") from error
-        model.set_submodule(name, PackedLinear.from_codes(codes, encoding, layer.bias))
+        model.set_submodule(name, PackedLinear.from_codes(codes, encoding, layer.bias).train(layer.training))
     return base_size(model)
 
 
@@ -92,7 +94,8 @@ def base_size(model: nn.Module) -> BaseSize:
     """Bytes and count of all packed weights in `model`."""
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     tensors = [t for layer in packed for t in (layer.packed, layer.scale, layer.offset) if t is not None]
-    return BaseSize(sum(t.nbytes for t in tensors), sum(layer.in_features * layer.out_features for layer in packed))
+    floats = sum(p.numel() for name, p in model.named_parameters() if not is_adapter_name(name))
+    return BaseSize(sum(t.nbytes for t in tensors), sum(layer.in_features * layer.out_features for layer in packed), floats)
 
 
 def _weight_out_in(layer: nn.Linear | Conv1D) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[st
     parameters = [m.name for m in graph.marks if m.kind is not Kind.ACTIVATION]
     record = {
         "version": VERSION,
-        "producer": {"package": "qwlora", "version": VERSION},
+        "producer": {"package": "qwlora", "version": version("qwlora")},
         "activation_encodings": [encoding_to_entry(name, graph.encodings[name]) for name in activations],
         "param_encodings": [encoding_to_entry(name, graph.encodings[name], name in transposed) for name in parameters],
         "excluded_layers": [],
@@ -61,7 +62,7 @@ def encoding_to_entry(name: str, encoding: Encoding, transposed: bool = False) -
 
 
 def _quantizer_args(graph: QuantizedGraph) -> dict[str, Any]:
-    """AIMET's summary of the whole model: its most common activation and base weight grids."""
+    """AIMET's summary of the whole model: its first activation and base weight grids."""
     by_kind = {m.kind: graph.encodings[m.name].scheme for m in reversed(graph.marks)}
     activation = by_kind.get(Kind.ACTIVATION)
     weight = by_kind.get(Kind.BASE, by_kind.get(Kind.PARAMETER))

@@ -3,7 +3,8 @@
 end to end       logits, the likeliest token, perplexity of both
 floor            the same between two simulations that differ only in what float32 leaves open (`Reference.perturbed_logits`). A deep model on a grid turns
                  the last bit of one layer into a whole step of a later one, so no file can agree with a simulation better than simulations agree with
-                 each other. The share of agreeing tokens is a sample; the floor is the lower end of its 95 % interval
+                 each other. The share of agreeing tokens is a sample, and so is the file's; the floor is the lower end of the 95 % interval of
+                     their difference
 layer by layer   each layer gets the simulation's own input, so nothing accumulates: the difference is in steps of that layer's output grid
 """
 
@@ -89,8 +90,8 @@ class _Comparison:
 
     @property
     def lowest_agreement(self) -> float:
-        """Lower end of the 95 % (Wilson) interval of `agreement`."""
-        n, share, z = self.tokens, self.agreement, 1.96
+        """Lower end of the 95 % (Wilson) interval for another sample of the same size: the variance of a difference of two is that of half as many tokens."""
+        n, share, z = self.tokens / 2, self.agreement, 1.96
         return (share + z * z / (2 * n) - z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))) / (1 + z * z / n)
 
 

@@ -1,4 +1,4 @@
-"""The fingerprint of a base: SHA-256 over everything that a forward pass reads and training must not change.
+"""The fingerprint of a base: SHA-256 over every parameter and persistent buffer, which training must not change.
 
 For each tensor of the base in order of name: its name (without what an adapter library wraps around it), the layout of its grid if it is packed, its type and
 shape, its bytes. So two bases have one fingerprint exactly if they hold the same codes, scales, offsets and float remainders under the same names; attaching

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwlora.errors import GridError
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, Scheme, parse_scheme
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,12 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise GridError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def weight_scheme(name: str) -> Scheme:
+    """The weight's scheme of a preset (`w4a16`), or the scheme that a short name spells (`w4-block32`, see `parse_scheme`).
+
+    Raises:
+        GridError: the name is neither.
+    """
+    return PRESETS[name].weight if name in PRESETS else parse_scheme(name)

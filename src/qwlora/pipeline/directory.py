@@ -16,10 +16,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,12 @@ _FULL_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished stage leaves behind: the key of its inputs, what it measured, and the files of its artifact with their sizes."""
+    """What a finished stage leaves behind: the key of its inputs, what it measured, and the files of its artifact with their SHA-256."""
 
     key: str
     seconds: float
     results: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 class Directory:
@@ -107,9 +108,9 @@ class Directory:
             )
 
     def is_current(self, stage: str, key: str) -> bool:
-        """Whether `stage` is finished with these inputs and its files are all there."""
+        """Whether `stage` is finished with these inputs and its files are as it left them."""
         record = self.records.get(stage)
-        return record is not None and record.key == key and all(_size(self.path / file) == size for file, size in record.files.items())
+        return record is not None and record.key == key and all(_digest(self.path / file) == digest for file, digest in record.files.items())
 
     @classmethod
     def peek(cls, path: Path, recipe: Recipe) -> Directory:
@@ -134,14 +135,15 @@ class Directory:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def commit(self, stage: str, record: Record, scratch: Path, artifact: str | None) -> None:
-        """Put the scratch folder in the artifact's place and record the stage."""
-        self.records.pop(stage, None)
+    def commit(self, stage: str, record: Record, scratch: Path, artifact: str | None, dependents: Collection[str]) -> None:
+        """Put the scratch folder in the artifact's place and record the stage; `dependents` were made from its old result, and are forgotten."""
+        for name in (stage, *dependents):
+            self.records.pop(name, None)
         self._write_records()
         files = {}
         if artifact is not None:
             target = self.path / artifact
-            files = {str(Path(artifact) / p.relative_to(scratch)): p.stat().st_size for p in sorted(scratch.rglob("*")) if p.is_file()}
+            files = {str(Path(artifact) / p.relative_to(scratch)): _digest(p) or "" for p in sorted(scratch.rglob("*")) if p.is_file()}
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             scratch.rename(target)
@@ -206,8 +208,9 @@ def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
 
 
-def _size(path: Path) -> int | None:
+def _digest(path: Path) -> str | None:
     try:
-        return path.stat().st_size
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None

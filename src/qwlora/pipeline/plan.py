@@ -1,7 +1,7 @@
-"""Which stages a recipe has, in which order, and the key of each: a hash of everything that its result depends on.
+"""Which stages a recipe has, in which order, and the key of each: a hash of what its result depends on.
 
-Free of torch, so that a run in which nothing changed ends at once. A stage's key covers its section of the recipe, its text or model, and the keys of the
-stages that it reads; so a change reruns that stage and what follows from it, and nothing else.
+Free of torch, so that a run in which nothing changed ends at once. A stage's key covers its section of the recipe, its text or model, the version of this
+package, and the keys of the stages that it reads; so a change reruns that stage and what follows from it, and nothing else.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from qwlora.base.source import locate
@@ -47,7 +48,7 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     def add(name: str, inputs: Any, needs: tuple[str, ...] = (), adapter: str | None = None, artifact: str | None = None) -> None:
         plan[name] = Stage(name, _hash([name, inputs, [plan[n].key for n in needs]]), adapter, artifact, needs)
 
-    model = [recipe.model.source, *_stamps(recipe.model.source)]
+    model = [version("qwlora"), recipe.model.source, *_stamps(recipe.model.source)]
     text = [documents.digest, recipe.data.sequence_tokens]
     held_out = [*text, recipe.data.evaluation_sequences]
     add("evaluate/float", [model, held_out])
@@ -66,6 +67,15 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
             add(f"export/{target}/{n}", [], (f"calibrate/{n}",), n, f"export/{target}/{n}")
             add(f"verify/{target}/{n}", [recipe.verify.model_dump(), text], (f"export/{target}/{n}",), n)
     return list(plan.values())
+
+
+def dependents(plan: list[Stage], name: str) -> list[str]:
+    """Names of the stages that read the result of `name`, or of one that does."""
+    found = {name}
+    for stage in plan:  # a stage comes after those that it needs
+        if found & set(stage.needs):
+            found.add(stage.name)
+    return [stage.name for stage in plan if stage.name in found - {name}]
 
 
 def _stamps(source: str) -> list[tuple[str, int, int]]:

@@ -14,7 +14,7 @@ from typing import Any
 from qwlora.data import load_documents
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained, write_text
-from qwlora.pipeline.plan import VERBS, Stage, make_plan
+from qwlora.pipeline.plan import VERBS, Stage, dependents, make_plan
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 
@@ -39,6 +39,8 @@ def run(recipe: Recipe, out: Path, verbs: Collection[str] = VERBS, track: Track 
     plan = make_plan(recipe, documents)
     peek = Directory.peek(out, recipe)
     waiting = [s for s in plan if s.verb in verbs and not peek.is_current(s.name, s.key)]
+    behind = {name for stage in waiting for name in dependents(plan, stage.name)}
+    waiting = [s for s in plan if s.verb in verbs and (s in waiting or s.name in behind)]
     _check_needs(plan, waiting, verbs, peek)
     if waiting:
         session = _start_session(recipe, documents, out, track, {s.verb for s in waiting})
@@ -49,20 +51,20 @@ def run(recipe: Recipe, out: Path, verbs: Collection[str] = VERBS, track: Track 
                 say(f"{stage.name}: skipped, nothing that it depends on has changed")
                 continue
             say(f"{stage.name} ...")
-            seconds = _do(directory, session, stage)
+            seconds = _do(directory, session, stage, dependents(plan, stage.name))
             say(f"{stage.name}: done in {seconds:.1f} s")
             _write_results(directory, recipe, plan)
         return _write_results(directory, recipe, plan)
 
 
-def _do(directory: Directory, session: Any, stage: Stage) -> float:
+def _do(directory: Directory, session: Any, stage: Stage, follows: Collection[str]) -> float:
     from qwlora.pipeline.stages import STAGES
 
     began = time.perf_counter()
     with explained(directory.path), directory.scratch() as scratch:
         results = STAGES[stage.verb](session, stage, scratch, directory.work(stage.name, stage.key))
         seconds = time.perf_counter() - began
-        directory.commit(stage.name, Record(stage.key, seconds, results), scratch, stage.artifact)
+        directory.commit(stage.name, Record(stage.key, seconds, results), scratch, stage.artifact, follows)
         directory.drop_work(stage.name)
     return seconds
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
     quantize_(model, session.recipe.base.weights.scheme(), session.recipe.base.solver, session.track)
     size = base_size(model)
     identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)
-    return {"base": {"bytes": size.bytes, "bits_per_weight": size.bits_per_weight, "fingerprint": identity}}
+    return {"base": {**asdict(size), "bits_per_weight": size.bits_per_weight, "fingerprint": identity}}
 
 
 def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:

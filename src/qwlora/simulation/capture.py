@@ -1,6 +1,6 @@
 """Capture: one graph of base plus adapter by `torch.export`, cleaned, and proved to compute what the module computes.
 
-No tracing and no registration. The graph shares the module's storage: training that goes on is seen by it. Batch and sequence are dynamic. What carries no
+No tracing and no registration. The graph shares the module's storage. Batch and sequence are dynamic. What carries no
 arithmetic in this graph is taken out (assertions, casts to the same type, dropout at rest, copies for layout), so that a value has one node.
 """
 

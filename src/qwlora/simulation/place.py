@@ -72,6 +72,10 @@ MOVES_DATA = frozenset(
 MASKS = frozenset({"add", "where", "masked_fill", "mul"})
 # One operation to a runtime, several to torch: class name patterns of modules whose inside stays float.
 ONE_OPERATION = re.compile(r"Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation", re.IGNORECASE)
+# A module that multiplies matrices or attends is more than one operation, whatever its name.
+SEVERAL_OPERATIONS = frozenset(
+    "linear matmul bmm addmm baddbmm dequantize einsum softmax scaled_dot_product_attention convolution conv1d conv2d conv3d".split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ def place(program: ExportedProgram, quantize_residual_adds: bool = False) -> Pla
     taken: dict[str, int] = {}
     parameters = _parameters(program)
     origins = _integer_origins(program)
+    compound = {key for n in program.graph.nodes if n.op == "call_function" and _operator(n) in SEVERAL_OPERATIONS for key in _stack(n)}
     residual = set() if quantize_residual_adds else residual_adds(program)
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -121,14 +126,14 @@ def place(program: ExportedProgram, quantize_residual_adds: bool = False) -> Pla
         if operator == "dequantize":
             placement.marks.append(Mark(node.name, f"{canonical_name(path)}.weight", Kind.BASE))
             continue
-        decision, reason = _decide(node, operator, origins, residual)
+        decision, reason = _decide(node, operator, origins, residual, compound)
         placement.explanation.append(Placed(node.name, operator, canonical_name(path), module_class, decision, reason))
         if decision is Decision.QUANTIZE:
             placement.marks.append(Mark(node.name, _unique(f"{canonical_name(path)}.{operator}", taken), Kind.ACTIVATION))
     return placement
 
 
-def _decide(node: Node, operator: str, integer_origin: set[str], residual: set[str]) -> tuple[Decision, str]:
+def _decide(node: Node, operator: str, integer_origin: set[str], residual: set[str], compound: set[str]) -> tuple[Decision, str]:
     value = node.meta["val"]
     if value.dtype == torch.float64:
         return Decision.FLOAT, "float64 is index arithmetic"
@@ -136,7 +141,7 @@ def _decide(node: Node, operator: str, integer_origin: set[str], residual: set[s
         return Decision.FLOAT, "computed from integers alone"
     if operator in MASKS and any(isinstance(a, Node) and a.name in integer_origin and _is_tensor(a) for a in node.all_input_nodes):
         return Decision.FLOAT, "combined with a mask"
-    owner = _one_operation_module(node)
+    owner = _one_operation_module(node, compound)
     if owner:
         leaves = any(owner[0] not in _stack(user) for user in node.users)
         if not leaves:
@@ -224,10 +229,10 @@ def _module(node: Node) -> tuple[str, str]:
     return path.removeprefix("model").removeprefix("."), _class_name(kind)
 
 
-def _one_operation_module(node: Node) -> tuple[str, str] | None:
+def _one_operation_module(node: Node, compound: set[str]) -> tuple[str, str] | None:
     """(stack key, class name) of the outermost enclosing module that counts as one operation."""
     for key, (_, kind) in _stack(node).items():
-        if ONE_OPERATION.search(_class_name(kind)):
+        if key not in compound and ONE_OPERATION.search(_class_name(kind)):
             return key, _class_name(kind)
     return None
 
@@ -247,7 +252,8 @@ def _is_tensor(node: Node) -> bool:
 
 def _unique(name: str, taken: dict[str, int]) -> str:
     """`name`, `name_1`, `name_2`, ... in order of the graph."""
-    name = name.removeprefix(".")
+    if name.startswith("."):  # computed in the outermost module, whose path is empty
+        name = f"output{name}"
     count = taken.get(name, 0)
     taken[name] = count + 1
     return f"{name}_{count}" if count else name

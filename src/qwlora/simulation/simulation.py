@@ -10,6 +10,7 @@ activations from data, in one pass over float activations.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
-from qwlora.errors import CalibrationError
+from qwlora.errors import CalibrationError, CaptureError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.graph import Kind, Mark, QuantizedGraph, insert_after
 from qwlora.grid.names import canonical_name
@@ -28,7 +29,7 @@ from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.progress import Track, untracked
 from qwlora.simulation.capture import capture
-from qwlora.simulation.place import Decision, Placed, place
+from qwlora.simulation.place import MASKS, Decision, Placed, place
 from qwlora.simulation.quantizer import Mode, Quantizer
 
 
@@ -51,6 +52,8 @@ class Simulation(nn.Module):
         self.inputs = inputs
         self.marks: list[Mark] = placement.marks
         self.explanation: list[Placed] = placement.explanation
+        if twice := [name for name, count in Counter(m.name for m in self.marks).items() if count > 1]:
+            raise CaptureError(f"two values would carry the name {twice[0]}; activate one adapter at a time")
         self._program = program
         self._base_encodings = {m.name: base_encodings[m.name] for m in self.marks if m.kind is Kind.BASE}
         self._weight_encodings: dict[str, Encoding] = {}
@@ -79,8 +82,10 @@ class Simulation(nn.Module):
                 count += 1
         if not count:
             raise CalibrationError("calibration needs at least one batch")
+        operators = {p.node: p.operator for p in self.explanation}
+        nodes = {mark.name: mark.node for mark in self.marks}
         for name, quantizer in list(self._quantizers.items()):
-            if quantizer.is_mask:
+            if quantizer.is_mask and operators.get(nodes[name]) in MASKS:
                 self._drop(name, "a mask: values beyond 1e30")
             else:
                 quantizer.freeze()

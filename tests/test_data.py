@@ -1,0 +1,74 @@
+"""Documents: where they come from, how they are split, how they become sequences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import processors
+
+from conftest import byte_tokenizer
+from qwlora.data import load_documents, locate_documents, sequences
+from qwlora.errors import SourceError
+
+
+def paragraphs(name: str, count: int) -> str:
+    return "\n\n".join(f"Paragraph {i} of document {name}: " + "words that fill the line and the next one too " * 3 for i in range(count))
+
+
+def test_no_document_and_no_paragraph_is_on_both_sides(tmp_path: Path) -> None:
+    shared = "This paragraph stands in every one of the documents, and it is longer than a line, so it would teach the held-out text."
+    for i in range(10):
+        (tmp_path / f"{i}.md").write_text(f"{paragraphs(str(i), 4)}\n\n{shared.replace(' ', chr(10) if i % 2 else ' ', 3)}\n\nshort")
+    documents = load_documents(str(tmp_path), 0.3, seed=1)
+    assert len(documents.held_out) == 3
+    assert len(documents.train) == 7
+    assert not any(shared in " ".join(d.split()) for d in documents.train)
+    assert all("short" in d for d in documents.train)
+    assert load_documents(str(tmp_path), 0.3, seed=1).digest == documents.digest != load_documents(str(tmp_path), 0.3, seed=2).digest
+
+
+@pytest.mark.parametrize("text", [paragraphs("one", 40), "title\n\n" + "no paragraphs here " * 500])
+def test_one_document_is_split_near_the_wanted_share(tmp_path: Path, text: str) -> None:
+    (tmp_path / "one.txt").write_text(text)
+    documents = load_documents(str(tmp_path / "one.txt"), 0.2, seed=0)
+    assert documents.train[0] + documents.held_out[0] == text
+    assert 0.2 <= len(documents.held_out[0]) / len(text) <= 0.25
+
+
+def test_sequences_are_equal_and_documents_are_ended() -> None:
+    ids = sequences(["ab", "cdefg"], byte_tokenizer(), 4, "training")
+    tokenizer = byte_tokenizer()
+    assert "".join(tokenizer.convert_ids_to_tokens(ids.flatten())) == "ab<end>cdefg"
+    assert ids.shape == (2, 4)
+
+
+def test_each_sequence_begins_as_the_tokenizer_begins_a_text() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", begin)])
+    ids = sequences(["abcdefgh"], tokenizer, 4, "training")
+    assert (ids[:, 0] == begin).all()
+    assert "".join(tokenizer.convert_ids_to_tokens(ids[:, 1:].flatten())) == "abcdefgh<end>"
+
+
+def test_sources_in_python_modules() -> None:
+    assert load_documents("python:pydoc_data.topics:topics", 0.2, 0).train
+    for source, message in (
+        ("python:no_such_module_here:x", "is not python:MODULE:ATTRIBUTE of an installed module"),
+        ("python:pydoc_data.topics", "is not python:MODULE:ATTRIBUTE"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            locate_documents(source)
+    with pytest.raises(SourceError, match="is a dict, not a string"):
+        load_documents("python:sys:modules", 0.2, 0)
+
+
+def test_what_is_no_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds no \.txt or \.md file"):
+        load_documents(str(tmp_path), 0.2, 0)
+    with pytest.raises(SourceError, match="cannot be read: No such file or directory"):
+        load_documents(str(tmp_path / "no.txt"), 0.2, 0)
+    with pytest.raises(SourceError, match="the held-out text has 3 tokens, but one sequence needs 64"):
+        sequences(["ab"], byte_tokenizer(), 64, "held-out")

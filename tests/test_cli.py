@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import qwlora
+from conftest import byte_tokenizer
 from qwlora.cli import main
 
 
@@ -74,6 +76,15 @@ def test_damaged_model(call: Any, recipe_for: Any, tmp_path: Path, checkpoints: 
     for file in checkpoints["llama"].iterdir():
         (broken / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
     assert "cannot be loaded" in refused(call, recipe_for(model={"source": str(broken)}), tmp_path / "out")
+
+
+def test_tokenizer_of_another_model(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    small = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4))
+    small.save_pretrained(tmp_path / "small")
+    assert "tokenizer" in refused(call, recipe_for(model={"source": str(tmp_path / "small")}), tmp_path / "out")
+    byte_tokenizer().save_pretrained(tmp_path / "small")
+    message = refused(call, recipe_for(model={"source": str(tmp_path / "small")}), tmp_path / "out")
+    assert "but the model knows 50 tokens: they do not belong together" in message
 
 
 def test_directory_of_something_else(call: Any, recipe_for: Any, tmp_path: Path) -> None:

@@ -156,8 +156,11 @@ def test_changed_section_reruns_it_and_what_follows(recipe_for: Any, tmp_path: P
     _, said = run_recipe(path, out, "simulation.activation_bitwidth=8", "verify.layer_tokens=12")
     skipped = {line.split(":")[0] for line in said if "skipped" in line}
     assert skipped == {"evaluate/float", "quantize", "evaluate/base", "train/first", "evaluate/adapted/first"}
+    partial, _ = run_recipe(path, out, "base.weights.bitwidth=3", verbs=("quantize",))
+    assert set(partial["perplexity"]) == {"float"}  # nothing of the other base is shown
+    assert "train" not in partial
     results, said = run_recipe(path, out, "base.weights.bitwidth=3")
-    assert {line.split(":")[0] for line in said if "skipped" in line} == {"evaluate/float"}
+    assert {line.split(":")[0] for line in said if "skipped" in line} == {"evaluate/float", "quantize"}
     assert results["base"]["bits_per_weight"] == 4.0
 
 
@@ -213,6 +216,14 @@ def test_directory_of_another_recipe_is_refused(recipe_for: Any, tmp_path: Path)
         run_recipe(recipe_for("gpt2"), out)
     with pytest.raises(DirectoryError, match="was made by another recipe"):
         run_recipe(recipe_for(), out, "name=other")
+
+
+def test_directory_works_from_anywhere(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+    monkeypatch.chdir(corpus.parent)
+    run_recipe(recipe_for(), tmp_path / "out", f"data.source={corpus.name}", verbs=("quantize",))
+    monkeypatch.chdir(tmp_path)
+    _, said = run_recipe(Path("out/recipe.yaml"), Path("out"), verbs=("quantize",))
+    assert said == ["quantize: skipped, nothing that it depends on has changed"]
 
 
 def test_adapter_of_another_base_is_refused_with_both_fingerprints(recipe_for: Any, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
         raise RecipeError(source, ["is not a mapping of sections; `qwlora init` writes one to start from"])
     problems = [p for change in changes if (p := _change(content, change))]
     problems += _missing_sources(content)
+    _make_paths_absolute(content)
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
@@ -251,6 +252,13 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
         found = re.findall(r"recipe\.(\w+)", str(kind)) or [getattr(kind, "__name__", "")]
         kind = globals().get(found[0], Recipe)
     return list(kind.model_fields)
+
+
+def _make_paths_absolute(content: dict[str, Any]) -> None:
+    """Sources that are paths are relative to the current directory; the resolved recipe must not be."""
+    for part in (content.get("model"), content.get("data")):
+        if isinstance(part, dict) and isinstance(source := part.get("source"), str) and Path(source).expanduser().exists():
+            part["source"] = str(Path(source).expanduser().absolute())
 
 
 def _missing_sources(content: dict[str, Any]) -> list[str]:

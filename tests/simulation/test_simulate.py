@@ -52,6 +52,14 @@ def test_captured_graph_computes_what_the_model_computes_with_padding_too(archit
         assert torch.equal(graph(*padded.values()), model(**padded, use_cache=False).logits)
 
 
+def test_one_row_is_enough_to_capture_from() -> None:
+    model = adapted("llama")
+    graph = capture(model, inputs(batch=1)).module(check_guards=False)
+    batch = inputs(3, 20)
+    with torch.no_grad():
+        assert torch.equal(graph(*batch.values()), model(**batch, use_cache=False).logits)
+
+
 def test_captured_graph_shares_storage_with_the_model() -> None:
     model = adapted("llama")
     graph = capture(model, inputs()).module(check_guards=False)
@@ -64,8 +72,8 @@ def test_captured_graph_shares_storage_with_the_model() -> None:
 
 
 def test_capture_refuses_what_it_cannot_prove() -> None:
-    with pytest.raises(CaptureError, match="at least two rows and two tokens"):
-        capture(adapted("llama"), inputs(batch=1))
+    with pytest.raises(CaptureError, match="at least two tokens"):
+        capture(adapted("llama"), inputs(tokens=1))
     with pytest.raises(CaptureError, match="the model is in training mode"):
         capture(adapted("llama").train(), inputs())
     model = adapted("llama")

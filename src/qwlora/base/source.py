@@ -105,6 +105,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
     location = _readable(source)
     try:
-        return AutoTokenizer.from_pretrained(location.pretrained, **location.arguments())
+        tokenizer = AutoTokenizer.from_pretrained(location.pretrained, **location.arguments())
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as error:
         raise SourceError(f"the tokenizer of model {source!r} cannot be loaded: {error}") from error
+    if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
+        raise SourceError(f"model {source!r} has no tokenizer: its files (tokenizer.json and the like) belong beside the weights")
+    return tokenizer

@@ -204,8 +204,9 @@ def explained(path: Path) -> Iterator[None]:
         raise
 
 
-def _free_bytes(path: Path) -> int:
-    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+def _free_bytes(path: Path) -> float:
+    usage = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists()))
+    return usage.free if usage.total else float("inf")  # /proc and its like have no size
 
 
 def _digest(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -107,7 +108,7 @@ def _merge(into: dict[str, Any], part: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
-            into[key] = value
+            into[key] = copy.deepcopy(value)  # records stay as their stages wrote them
 
 
 def _quiet_libraries() -> None:

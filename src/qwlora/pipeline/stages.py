@@ -17,7 +17,7 @@ from qwlora.adapter.provenance import save_adapter
 from qwlora.adapter.train import TrainingSettings, attach, train_adapter
 from qwlora.base.quantize import base_size, check_fit, find_layers, quantize_
 from qwlora.base.storage import save_base
-from qwlora.errors import FingerprintError
+from qwlora.errors import FingerprintError, SourceError
 from qwlora.evaluate import perplexity
 from qwlora.export.bundle import export_onnx
 from qwlora.export.extras import require
@@ -45,7 +45,13 @@ def preflight(session: Session, verbs: set[str]) -> None:
             require(module, "onnx")
     _ = session.training_ids, session.held_out_ids
     if "quantize" in verbs:
-        check_fit(find_layers(session.float_model()), session.recipe.base.weights.scheme())
+        model = session.float_model()
+        check_fit(find_layers(model), session.recipe.base.weights.scheme())
+        known, largest = model.get_input_embeddings().weight.shape[0], int(max(session.training_ids.max(), session.held_out_ids.max()))
+        if largest >= known:
+            raise SourceError(
+                f"the tokenizer of {session.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"
+            )
 
 
 def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:

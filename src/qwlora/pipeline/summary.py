@@ -26,7 +26,8 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         rows += [(f"perplexity, {what} {name}", f"{value:.3f}") for name, value in perplexity.get(kind, {}).items()]
     if base := results.get("base"):
         rows.append(("base", f"{base['bytes'] / 1e6:.1f} MB packed, {base['bits_per_weight']:.2f} bits a weight, fingerprint {base['fingerprint'][:16]}"))
-        rows.append(("", f"{base['weights']:,} weights packed, {base['float_weights']:,} left float (embeddings, norms, biases)"))
+        if "float_weights" in base:
+            rows.append(("", f"{base['weights']:,} weights packed, {base['float_weights']:,} left float (embeddings, norms, biases)"))
     for name, train in results.get("train", {}).items():
         cost = f"{train['step_seconds']:.2f} s a step, peak {train['peak_rss_bytes'] / 1e6:.0f} MB"
         rows.append((f"training {name}", f"{train['steps']} steps, {cost}, {train['trainable_parameters']:,} parameters"))

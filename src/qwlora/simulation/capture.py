@@ -39,15 +39,15 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Tensor]) -> ExportedP
     """The graph of `model(**example_inputs).logits`; the first two axes of each input are dynamic.
 
     Args:
-        example_inputs: at least 2 x 2, since a size of 1 would be taken for a constant.
+        example_inputs: at least two tokens, since a size of 1 would be taken for a constant; a single row is captured twice.
 
     Raises:
         CaptureError: `torch.export` refuses the model, or the graph's result differs from the module's in any bit, at the example's shape or another.
     """
     names = tuple(example_inputs)
-    tensors = tuple(t.contiguous() for t in example_inputs.values())
+    tensors = tuple((t.repeat(2, *[1] * (t.ndim - 1)) if t.shape[0] == 1 else t).contiguous() for t in example_inputs.values())
     if any(size < 2 for t in tensors for size in t.shape[:2]):
-        raise CaptureError("example inputs need at least two rows and two tokens, so that neither size is taken for a constant")
+        raise CaptureError("example inputs need at least two tokens, so that their number is not taken for a constant")
     if any(module.training for module in model.modules()):
         raise CaptureError("the model is in training mode; call model.eval() first, the graph is made for one mode")
     wrapper = ForwardLogits(model, names).eval()

@@ -28,6 +28,9 @@ from transformers import (  # noqa: E402
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+transformers_logging.disable_progress_bar()
 
 VOCABULARY = 260
 ARCHITECTURES = ("llama", "gpt2", "opt", "qwen3")

@@ -47,7 +47,8 @@ def preflight(session: Session, verbs: set[str]) -> None:
     if "quantize" in verbs:
         model = session.float_model()
         check_fit(find_layers(model), session.recipe.base.weights.scheme())
-        known, largest = model.get_input_embeddings().weight.shape[0], int(max(session.training_ids.max(), session.held_out_ids.max()))
+        embedding: Any = model.get_input_embeddings()
+        known, largest = embedding.weight.shape[0], int(max(session.training_ids.max(), session.held_out_ids.max()))
         if largest >= known:
             raise SourceError(
                 f"the tokenizer of {session.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"

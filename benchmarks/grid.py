@@ -8,7 +8,6 @@ Below 1 we are faster. Both sides run on the same tensors, in turn, in the same 
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.ao.quantization import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 
+from machine import machine_line
 from qwlora.grid import estimators, observer
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
@@ -88,17 +88,11 @@ def best_milliseconds(functions: list[Callable[[], object]], repeats: int) -> li
     return best
 
 
-def machine() -> str:
-    """Processor and versions, in one line."""
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
-    return f"{model}, Python {platform.python_version()}, torch {torch.__version__}"
-
-
 def main() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = {"1x512x4096 activation": torch.randn(1, 512, 4096, generator=generator), "4096x4096 weight": torch.randn(4096, 4096, generator=generator)}
     rows = []
-    print(machine())
+    print(machine_line())
     for threads in (1,):  # with more, the ratios say mostly what else the machine was doing
         torch.set_num_threads(threads)
         for name, x in tensors.items():
@@ -108,7 +102,7 @@ def main() -> None:
                 rows.append({**row, "ratio": round(our_ms / their_ms, 3)})
                 print(f"{our_ms / their_ms:7.3f}  {our_ms:9.3f} ms  {their_ms:9.3f} ms  {threads} thread(s)  {what}  |  {against}")
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps({"machine": machine(), "unit": "ratio of best times, ours over torch's", "rows": rows}, indent=1) + "\n")
+    RESULT.write_text(json.dumps({"machine": machine_line(), "unit": "ratio of best times, ours over torch's", "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,37 @@
+"""A tensor as integers: codes and the encoding that gives them their values. What solvers and readers make, and packed layers take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from qwlora.errors import GridError
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """Codes with their encoding.
+
+    Args:
+        codes: uint8, `[out, in]` for a matrix (whatever way round its layer stores it), `[experts, out, in]` for fused experts; blocks run along the last axis.
+        encoding: integer or float offsets.
+
+    Raises:
+        GridError: the encoding's scales do not fit the codes.
+    """
+
+    codes: Integer[Tensor, "*shape"]
+    encoding: Encoding | FloatOffsetEncoding
+
+    def __post_init__(self) -> None:
+        expected = self.encoding.scheme.scale_shape(tuple(self.codes.shape))
+        if tuple(self.encoding.scale.shape) != expected:
+            raise GridError(f"codes of shape {list(self.codes.shape)} need scales of shape {list(expected)}, not {list(self.encoding.scale.shape)}")
+
+    def dequantize(self) -> Float[Tensor, "*shape"]:
+        """The values, float32."""
+        return self.encoding.dequantize(self.codes)

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.fingerprint import base_tensors, fingerprint
+from qwlora.grid.fingerprint import base_tensors, fingerprint, keep_fingerprint_
 from qwlora.grid.observer import measure
 from qwlora.grid.packing import pack
-from qwlora.grid.scheme import PerBlock, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 
 
 class Packed(nn.Linear):
@@ -146,3 +146,88 @@ def test_tied_tensors_are_listed_once(model):
     assert names == {"fc.packed", "fc.scale", "fc.offset", "fc.bias", "norm.weight", "norm.bias", "head.weight"}
     assert base_tensors(model)["fc.packed"][0] == "int4 asymmetric per block 8"
     assert base_tensors(model)["fc.bias"][0] == ""
+
+
+def tiny_llama(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes | {"pad_token_id": 0} | changes)).eval()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
+        {"rms_norm_eps": 1e-5},
+        {"hidden_act": "gelu"},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+    ],
+    ids=str,
+)
+def test_what_the_configuration_says_of_the_computation_changes_it_though_no_tensor_does(changes):
+    plain, changed = tiny_llama(), tiny_llama(**changes)
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), changed.state_dict().values(), strict=True)), "a test of the configuration"
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert not torch.equal(plain(ids).logits, changed(ids).logits)
+    assert fingerprint(plain) != fingerprint(changed)
+
+
+def test_what_the_configuration_says_besides_leaves_it_alone():
+    model = tiny_llama()
+    before = fingerprint(model)
+    model.config.update({"_name_or_path": "elsewhere", "use_cache": False, "pad_token_id": 3, "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"})
+    model.config.transformers_version = "5.24.9"
+    assert fingerprint(model) == before
+    model.config.rms_norm_eps = 1e-3
+    assert fingerprint(model) != before
+
+
+def test_a_key_that_a_newer_library_adds_with_its_default_leaves_it_alone():
+    from dataclasses import dataclass
+
+    from transformers import LlamaConfig
+
+    @dataclass(repr=False)
+    class Newer(LlamaConfig):
+        sink_scale: float = 1.0
+        other: int | None = None
+
+    model = tiny_llama()
+    before = fingerprint(model)
+    newer = Newer(**model.config.to_dict())
+    assert newer.to_dict()["sink_scale"] == 1.0
+    model.config = newer
+    assert fingerprint(model) == before
+    model.config.sink_scale = 2.0
+    assert fingerprint(model) != before
+
+
+def test_a_value_is_the_same_in_a_wider_type():
+    model = tiny_llama().bfloat16()
+    before = fingerprint(model)
+    assert fingerprint(model.float()) == before
+    model.model.norm.weight.data[3] += 2**-20
+    assert fingerprint(model) != before
+
+
+def test_a_kept_fingerprint_ends_with_the_first_change():
+    model = tiny_llama()
+    identity = fingerprint(model)
+    model.bfloat16()
+    assert fingerprint(model) != identity, "these weights do not fit bfloat16"
+    keep_fingerprint_(model, identity)
+    assert fingerprint(model) == fingerprint(copy.deepcopy(model)) == identity
+    model.model.norm.weight.data[0] += 1
+    assert fingerprint(model) != identity
+
+
+def test_the_axis_of_the_channels_is_part_of_the_layout(model):
+    before = fingerprint(model)
+    model.fc.scheme = Scheme(4, False, PerChannel(0))
+    rows = fingerprint(model)
+    model.fc.scheme = Scheme(4, False, PerChannel(1))
+    assert len({before, rows, fingerprint(model)}) == 3

@@ -1,0 +1,185 @@
+"""The chunked loss against each model's own loss and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from conftest import ARCHITECTURES, VOCABULARY, tiny_model
+from qwlora import quantize_
+from qwlora.adapter.loss import chunk_loss_
+from qwlora.errors import TrainingError
+
+IDS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, **IDS}
+WITH_A_STEP_BETWEEN_HEAD_AND_LOSS: dict[str, Callable[[], PreTrainedModel]] = {
+    "soft cap": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0, tie_word_embeddings=False)),
+    "divided": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=3.0)),
+    "multiplied": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.3)),
+}
+OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "router": lambda: MixtralForCausalLM(
+        MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5)
+    ),
+    "projected": lambda: OPTForCausalLM(OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16, **IDS)),
+    "head by another name": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, attn_implementation="eager")),
+}
+
+
+def built(name: str) -> PreTrainedModel:
+    if name in ARCHITECTURES:
+        return tiny_model(name)
+    torch.manual_seed(0)
+    return {**WITH_A_STEP_BETWEEN_HEAD_AND_LOSS, **OTHERS}[name]().eval()
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(0, 256, (3, 21), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, :9] = labels[2, 15:] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def loss_and_gradients(model: torch.nn.Module, **more: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**batch(), **more).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model: torch.nn.Module, chunk_tokens: int = 7, **more: Any) -> None:
+    loss, gradients = loss_and_gradients(model, **more)
+    chunked = chunk_loss_(model, chunk_tokens)
+    chunked_loss, chunked_gradients = loss_and_gradients(model, **more)
+    chunked.remove()
+    torch.testing.assert_close(chunked_loss, loss, rtol=1e-6, atol=0)
+    assert chunked_gradients.keys() == gradients.keys()
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(chunked_gradients[name], gradient, rtol=1e-5, atol=2e-6 * largest, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *WITH_A_STEP_BETWEEN_HEAD_AND_LOSS, *OTHERS])
+def test_loss_and_every_gradient_are_the_models_own(name: str) -> None:
+    model = built(name)
+    assert_same(model)
+    assert_same(model, num_items_in_batch=torch.tensor(77))
+    assert model(**batch()).logits.shape == (3, 21, VOCABULARY)  # it has its own forward again
+
+
+@pytest.mark.parametrize("name", ["qwen3", "soft cap"])
+def test_an_adapter_on_the_head_gets_its_gradients(name: str) -> None:
+    model = get_peft_model(built(name), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)).eval()
+    assert_same(model)
+    assert any("lm_head.lora_A" in n for n in loss_and_gradients(model)[1])
+
+
+def test_packed_base_and_packed_head() -> None:
+    model = tiny_model("qwen3")  # its head is not tied, so it is packed too
+    quantize_(model, "w4-block32")
+    assert_same(get_peft_model(model.requires_grad_(False), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval())
+
+
+def test_shifted_labels_and_a_batch_that_fits_one_chunk() -> None:
+    model = tiny_model("llama")
+    shifted = torch.nn.functional.pad(batch()["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    assert_same(model, chunk_tokens=1000, shift_labels=shifted)
+
+
+class _Largest(TorchDispatchMode):
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (VOCABULARY,) and len(tensor) not in (32, 64):  # the head's weight, transposed
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", ["llama", "soft cap"])
+def test_logits_of_the_whole_batch_never_exist(name: str) -> None:
+    model = built(name).requires_grad_(False)
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    chunk_loss_(peft, 5)
+    with _Largest() as largest:
+        output = peft(**batch())
+        output.loss.backward()
+    assert largest.numbers == 5 * VOCABULARY
+    assert output.logits is None
+
+
+def test_without_gradients_and_without_labels() -> None:
+    model = tiny_model("llama")
+    own = model(**batch()).loss
+    chunk_loss_(model, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch()).loss, own, rtol=1e-6, atol=0)
+    inputs = {k: v for k, v in batch().items() if k != "labels"}
+    assert model(**inputs).logits.shape == (3, 21, VOCABULARY)
+    assert model.generate(**{k: v[:1] for k, v in inputs.items()}, max_new_tokens=2, do_sample=False).shape == (1, 23)
+
+
+def test_bfloat16_autocast_is_close() -> None:
+    model = tiny_model("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        own, gradients = loss_and_gradients(model)
+        chunk_loss_(model, 7)
+        loss, chunked = loss_and_gradients(model)
+    torch.testing.assert_close(loss, own, rtol=1e-2, atol=0)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.nn.functional.cosine_similarity(chunked[name].flatten(), gradients[name].flatten(), dim=0) > 0.999
+
+
+def smoothed(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+    return ForCausalLMLoss(logits, labels, vocab_size) - 0.1 * logits.float().log_softmax(-1).mean()
+
+
+def test_what_is_not_this_loss_is_refused_by_name() -> None:
+    model = tiny_model("llama")
+    model.loss_function = smoothed
+    with pytest.raises(TrainingError, match=r"LlamaForCausalLM cannot be trained with the chunked loss: on a small batch its own loss is .*`loss: whole`"):
+        chunk_loss_(model)
+    with pytest.raises(TrainingError, match="LlamaModel cannot be trained with the chunked loss: it has no output head"):
+        chunk_loss_(LlamaModel(tiny_model("llama").config))
+    with pytest.raises(TrainingError, match="Linear is not a model of transformers"):
+        chunk_loss_(torch.nn.Linear(2, 2))
+
+
+def test_a_loss_that_needs_the_logits_is_refused() -> None:
+    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=32, d_ff=32, d_kv=16, num_layers=1, num_heads=2, decoder_start_token_id=0))
+    with pytest.raises(TrainingError, match="T5ForConditionalGeneration cannot be trained with the chunked loss"):
+        chunk_loss_(model)
+
+
+def test_a_batch_without_a_target_is_named() -> None:
+    model = tiny_model("llama")
+    chunk_loss_(model)
+    ids = batch()["input_ids"]
+    with pytest.raises(TrainingError, match="a batch has no token to learn from"):
+        model(input_ids=ids, labels=torch.full_like(ids, -100))

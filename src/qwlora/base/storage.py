@@ -1,96 +1,187 @@
 """A base on disk.
 
     base/
-      model.safetensors      packed codes, scales, offsets, and the float remainder, by module path
-      base.json              format version, fingerprint, source, and the scheme of each packed layer
+      model.safetensors      packed codes, scales, offsets, and the float remainder, by module path; in shards if it is large
+      base.json              format, fingerprint, source, the grid of each packed layer, the digest of each tensor; written last: a folder without it is no base
       config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
 
-Loading builds the model without weights, puts packed layers in their places, maps the file and checks the fingerprint.
+Loading builds the model without data, puts packed layers in their places, checks every header against them, and maps the files: a tensor's bytes are read
+once, for its digest, and stay the system's to drop. So the time depends on the bytes of the files alone, and is that of hashing them.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qwlora.base.assembly import Place, empty_model, listed, put_, tensor_at, tensor_places
 from qwlora.base.packed import PackedLinear
-from qwlora.errors import FingerprintError, SourceError
-from qwlora.grid.fingerprint import base_tensors, fingerprint
+from qwlora.base.readers.folder import read_config
+from qwlora.base.readers.safetensors_files import SafetensorsFiles, read_json
+from qwlora.base.shards import SHARD_BYTES, ShardWriter
+from qwlora.errors import FingerprintError, GridError, SourceError
+from qwlora.grid.fingerprint import base_tensors, combined, config_numbers, keep_fingerprint_, tensor_digest
+from qwlora.grid.names import canonical_name
 from qwlora.grid.scheme import Scheme
 
-FORMAT = 1
+FORMAT = 2
+RECORD = "base.json"
+_FLOATS = ("F32", "BF16", "F16")
+_TYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL", torch.float64: "F64"}
 
 
-def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, source: str) -> str:
-    """Write the base into `folder`, which must exist; returns its fingerprint."""
-    identity = fingerprint(model)
-    schemes = {name: layer.scheme.to_json() for name, layer in _packed_layers(model).items()}
-    model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    save_file({name: t.detach().contiguous() for name, (_, t) in base_tensors(model).items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    record = {"format": FORMAT, "fingerprint": identity, "source": source, "layers": schemes}
-    (folder / "base.json").write_text(json.dumps(record, indent=1) + "\n")
-    return identity
+def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, source: str) -> str:
+    """Write the base inside `model` into `folder`, which must exist; returns its fingerprint."""
+    writer = BaseWriter(Path(folder))
+    writer.add(model)
+    return writer.finish(model, tokenizer, source)
 
 
-def load_base(folder: str | Path) -> PreTrainedModel:
+class BaseWriter:
+    """Writes a base part by part; see `save_base` for a whole model."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+        self.folder = folder
+        (folder / RECORD).unlink(missing_ok=True)
+        self._shards = ShardWriter(folder, shard_bytes)
+        self._digests: dict[str, str] = {}
+        self._layers: dict[str, Any] = {}
+
+    def add(self, module: nn.Module, path: str = "") -> None:
+        """Take the base's tensors in `module`, which is at `path` of the model. They must not change until `finish`."""
+        for name, (layout, tensor) in base_tensors(module).items():
+            full = f"{path}.{name}" if path else name
+            self._digests[full] = tensor_digest(full, layout, tensor)
+            self._shards.add(full, tensor)
+        for below, layer in module.named_modules(prefix=path):
+            if isinstance(layer, PackedLinear):
+                self._layers[canonical_name(below)] = layer.scheme.to_json()
+
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+        """Write what remains; `model` gives the configuration. Returns the fingerprint."""
+        self._shards.finish()
+        model.config.save_pretrained(self.folder)
+        tokenizer.save_pretrained(self.folder)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(self.folder)
+        identity = combined(self._digests, config_numbers(model))
+        record = {"format": FORMAT, "fingerprint": identity, "source": source, "layers": self._layers, "tensors": self._digests}
+        part = self.folder / f".{RECORD}.part"
+        part.write_text(json.dumps(record, indent=1) + "\n")
+        part.replace(self.folder / RECORD)
+        return identity
+
+
+def load_base(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> PreTrainedModel:
     """Load a base that `save_base` wrote.
 
+    Args:
+        dtype: of the float remainder; grids stay as they are. The fingerprint stays the file's, whatever the type.
+
     Raises:
-        SourceError: the folder holds no base, its format is newer, or tensors are missing or unknown (all named).
-        FingerprintError: the tensors are not the ones that were saved.
+        SourceError: the folder holds no base, its format is another, or what the files, base.json and config.json say of a tensor differs (all are named).
+        GridError: a layer's grid is impossible.
+        FingerprintError: tensors or configuration are not those that were saved.
     """
     folder = Path(folder)
     record = read_record(folder)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    for name, scheme in record["layers"].items():
-        float_layer = model.get_submodule(name)
-        out_features, in_features = float_layer.weight.shape if isinstance(float_layer, nn.Linear) else float_layer.weight.shape[::-1]
-        model.set_submodule(name, PackedLinear(in_features, out_features, Scheme.from_json(scheme), float_layer.bias, device=torch.device("meta")))
+    files = SafetensorsFiles(folder)
+    model = empty_model(read_config(folder), len(files.names()))
+    where = f"base {str(folder)!r}"
+    for name, layer in record["layers"].items():
+        _place_packed_(model, name, layer, where)
     model.tie_weights()
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise SourceError(f"base {str(folder)!r}: model.safetensors cannot be read ({error}); quantize again") from error
-    expected = set(base_tensors(model))
-    if wrong := sorted(expected ^ set(tensors)):
-        raise SourceError(f"base {str(folder)!r}: model.safetensors and config.json disagree about {', '.join(wrong[:5])}; quantize again")
-    model.load_state_dict(tensors, strict=False, assign=True)  # tied names are absent from the file; all others were compared above
-    model.tie_weights()
-    found = fingerprint(model)
-    if found != record["fingerprint"]:
-        raise FingerprintError(
-            f"base {str(folder)!r} has fingerprint {found}, but base.json says {record['fingerprint']}: the file was changed; quantize again"
-        )
+    places = tensor_places(model)
+    _check_headers(model, files, places, where)
+    now = _read_(model, files, places, record, dtype, where)
+    _check_grids(model, where)
+    if now != record["fingerprint"]:
+        keep_fingerprint_(model, now, record["fingerprint"])
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.name_or_path = record["source"] if Path(record["source"]).is_dir() else ""  # what PEFT writes into an adapter as its base
-    return model.requires_grad_(False).eval()
+    model.to(device)  # type: ignore[arg-type] # transformers hides the signature of Module.to
+    return model
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The contents of `base.json`.
 
     Raises:
-        SourceError: it is missing, unreadable, or of a newer format.
+        SourceError: it is missing, unreadable, or of another format.
     """
-    try:
-        record: dict[str, Any] = json.loads((folder / "base.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise SourceError(f"{str(folder)!r} is not a QWLoRA base: base.json cannot be read ({error})") from error
-    if record.get("format") != FORMAT:
-        raise SourceError(f"base {str(folder)!r} has format {record.get('format')}; this version reads format {FORMAT}")
+    if not (folder / RECORD).is_file():
+        raise SourceError(f"{str(folder)!r} is not a QWLoRA base: it has no {RECORD}")
+    record = read_json(folder / RECORD)
+    found = record.get("format")
+    if found != FORMAT:
+        remedy = "update qwlora" if isinstance(found, int) and found > FORMAT else "quantize again"
+        raise SourceError(f"base {str(folder)!r} has format {found!r}, but this version reads format {FORMAT}; {remedy}")
+    kinds = {"fingerprint": str, "source": str, "layers": dict, "tensors": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]:
+        raise SourceError(f"base {str(folder)!r}: {RECORD} does not say {' and '.join(wrong)} as it should; quantize again")
     return record
 
 
-def _packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+def _place_packed_(model: PreTrainedModel, name: str, layer: Any, where: str) -> None:
+    try:
+        float_layer: Any = model.get_submodule(name)
+        out_features, in_features = float_layer.weight.shape if isinstance(float_layer, nn.Linear) else float_layer.weight.shape[::-1]
+        model.set_submodule(name, PackedLinear(in_features, out_features, Scheme.from_json(layer), float_layer.bias, device=torch.device("meta")))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise GridError(f"{where}: {RECORD} describes layer {name!r} in a way that its model cannot have ({error}); quantize again") from error
+
+
+def _check_headers(model: PreTrainedModel, files: SafetensorsFiles, places: Mapping[str, list[Place]], where: str) -> None:
+    """Names, shapes and types of all tensors, before any is read."""
+    wrong = [f"{name} is missing" for name in sorted(places.keys() - set(files.names()))]
+    wrong += [f"{name} is not part of the model" for name in sorted(set(files.names()) - places.keys())]
+    for name in places.keys() & set(files.names()):
+        expected = tensor_at(model, places[name][0])
+        assert expected is not None
+        kinds = _FLOATS if expected.is_floating_point() else (_TYPES[expected.dtype],)
+        if files.shape(name) != tuple(expected.shape) or files.dtype(name) not in kinds:
+            found, wanted = (f"{list(shape)} of {kind}" for shape, kind in ((files.shape(name), files.dtype(name)), (expected.shape, " or ".join(kinds))))
+            wrong.append(f"{name} is {found}, not {wanted}")
+    if wrong:
+        shown = "\n  ".join(wrong[:5] + ([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []))
+        raise SourceError(f"{where}: its tensors are not those that {RECORD} and config.json describe; quantize again\n  {shown}")
+
+
+def _read_(
+    model: PreTrainedModel, files: SafetensorsFiles, places: Mapping[str, list[Place]], record: Mapping[str, Any], dtype: torch.dtype, where: str
+) -> str:
+    """Map every tensor, check its digest, put it in its places; returns the fingerprint of the model as it is then."""
+    layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}
+    saved, now = {}, {}
+    for name in files.names():
+        tensor = files.read(name)
+        saved[name] = now[name] = tensor_digest(name, layouts[name], tensor)
+        if tensor.is_floating_point() and not layouts[name] and tensor.dtype != dtype:
+            tensor = tensor.to(dtype)
+            now[name] = tensor_digest(name, layouts[name], tensor)
+        put_(model, places[name], tensor)
+    changed = [name for name, digest in saved.items() if record["tensors"].get(name) != digest]
+    identity = combined(saved, config_numbers(model))
+    if changed or identity != record["fingerprint"]:
+        what = listed(changed) if changed else "config.json or its fingerprint"
+        raise FingerprintError(
+            f"{where} has fingerprint {identity}, but {RECORD} says {record['fingerprint']}: {what} changed after saving. Copy it again, or quantize again"
+        )
+    return combined(now, config_numbers(model))
+
+
+def _check_grids(model: PreTrainedModel, where: str) -> None:
+    """Scales are positive and offsets within range: the packed codes alone could be any."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear):
+            try:
+                _ = layer.encoding
+            except GridError as error:
+                raise GridError(f"{where}: layer {name}: {error}; quantize again") from error

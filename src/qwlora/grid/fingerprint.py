@@ -49,10 +49,9 @@ def fingerprint(model: nn.Module) -> str:
     return kept[1] if kept is not None and kept[0] == found else found
 
 
-def keep_fingerprint_(model: nn.Module, identity: str) -> None:
-    """Let `model`, as it is now, go by `identity`: the fingerprint that it had before its float remainder was cast. Any later change ends that."""
-    model.__dict__.pop(_KEPT, None)
-    model.__dict__[_KEPT] = (fingerprint(model), identity)
+def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
+    """Let `model`, whose tensors now hash to `now`, go by `identity`: its fingerprint before its float remainder was cast. Any later change ends that."""
+    model.__dict__[_KEPT] = (now, identity)
 
 
 def combined(digests: Mapping[str, str], numbers: Mapping[str, Any]) -> str:

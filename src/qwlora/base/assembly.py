@@ -1,0 +1,101 @@
+"""A model without data, and the places that its tensors have in it.
+
+The model is what the configuration builds, on the meta device; only buffers that no file holds (rotary frequencies, masks) are real. A tied tensor is one
+tensor with several places. Whatever fills the model (a checkpoint, a base on disk) puts each tensor at all of its places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from qwlora.errors import SourceError
+
+Place = tuple[str, str]
+"""Path of a module, and the key of its parameter or buffer."""
+
+
+def empty_model(config: PretrainedConfig, tensors: int) -> PreTrainedModel:
+    """The causal language model of `config`, without data.
+
+    Args:
+        tensors: how many the files hold. A configuration that asks for many times more is refused before it is built.
+
+    Raises:
+        SourceError: the configuration builds no causal language model.
+    """
+    try:
+        with _at_most(2 * tensors + 64), init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except SourceError:
+        raise
+    except Exception as error:  # a configuration from a file reaches any line of any model's code
+        raise SourceError(f"config.json ({type(config).__name__}) builds no causal language model: {error or type(error).__name__}") from error
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+def tensor_places(model: nn.Module) -> dict[str, list[Place]]:
+    """Places of each parameter and saved buffer, by the name of the first."""
+    places: dict[int, list[Place]] = {}
+    for path, module in model.named_modules():
+        saved = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        for key, tensor in (module._parameters | saved).items():
+            if tensor is not None:
+                places.setdefault(id(tensor), []).append((path, key))
+    return {place_name(found[0]): found for found in places.values()}
+
+
+def place_name(place: Place) -> str:
+    """The name of the tensor at this place."""
+    return ".".join(filter(None, place))
+
+
+def tensor_at(model: nn.Module, place: Place) -> Tensor | None:
+    """What is at a place; None if the module there is another by now."""
+    path, key = place
+    module = model.get_submodule(path)
+    found = module._parameters.get(key)
+    return found if found is not None else module._buffers.get(key)
+
+
+def put_(model: nn.Module, places: Iterable[Place], tensor: Tensor) -> None:
+    """Put one tensor at all of its places, as a frozen parameter where there is a parameter."""
+    parameter: nn.Parameter | None = None
+    for path, key in places:
+        module = model.get_submodule(path)
+        if key in module._parameters:
+            parameter = nn.Parameter(tensor, requires_grad=False) if parameter is None else parameter
+            module._parameters[key] = parameter
+        else:
+            module._buffers[key] = tensor
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first of `names`, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Refuse to register more parameters than this."""
+    seen = 0
+
+    def registered(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > count:
+            raise SourceError(f"config.json asks for more than {count} parameters, many times what the files hold; it belongs to another model")
+
+    hook = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        hook.remove()

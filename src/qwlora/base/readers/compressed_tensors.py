@@ -1,0 +1,267 @@
+"""compressed-tensors checkpoints (llm-compressor, vLLM): integer weights in a Hugging Face folder.
+
+For a layer [out, in] whose weights have `b` bits:
+
+    pack-quantized   weight_packed int32 [out, words], codes along the input, biased by `2^(b - 1)`; weight_shape [out, in]
+                     weight_zero_point int32 [words, groups], packed along the output (per group and channel; one int8 per tensor)
+    int-quantized    weight int8 [out, in]; weight_zero_point int8 like the scale        ("naive-quantized" is the same)
+    both             weight_scale float: tensor [1], channel [out, 1], group [out, in / g], block [out / r, in / c]
+
+    W = (code - zero) * scale, code signed; zero is 0 where it is not stored
+
+A word of the newer files is part of a bit stream without gaps; older ones keep 32 // b codes in each word. They differ for 3, 5, 6 and 7 bits, and then the
+number of words tells which it is. What a file says about activations (w8a8, the cache) is no part of a base's weights and is left out. Computed in float32 from
+the stored scales; the library's own numbers are these when its scales are float32.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwlora.base.readers.folder import FolderCheckpoint
+from qwlora.base.readers.safetensors_files import SafetensorsFiles
+from qwlora.base.readers.words import blocks, quantized, unpack_words
+from qwlora.errors import SourceError
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.scheme import Granularity, PerTensor
+
+FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "dense", "mixed-precision")
+STRATEGIES = ("tensor", "channel", "group", "block")
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+ACTIVATIONS = re.compile(r"\.(input|output|[qkv])_(scale|zero_point)$")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The `weights` of one config group."""
+
+    bitwidth: int
+    strategy: str
+    group_size: int | None
+    block: tuple[int, int] | None
+
+
+class CompressedTensorsCheckpoint(FolderCheckpoint):
+    """A folder that compressed-tensors wrote.
+
+    Args:
+        folder: config.json and safetensors files.
+        settings: the `quantization_config`.
+
+    Raises:
+        SourceError: as `FolderCheckpoint`; or the settings ask for a format whose weights are no integers on a grid.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
+        super().__init__(folder, lambda files: CompressedTensors(files, settings))
+
+
+class CompressedTensors:
+    """Tensors of `files` under the float model's names."""
+
+    def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
+        self.files = files
+        self._where_settings = f"{str(files.folder)!r}, quantization_config"
+        self._groups = _config_groups(settings, self._where_settings)
+        held = files.names()
+        packed = {name.removesuffix("_packed"): True for name in held if name.endswith(".weight_packed")}
+        plain = {name.removesuffix("_scale"): False for name in held if name.endswith(".weight_scale")}
+        self._packed = plain | packed
+
+    def names(self) -> list[str]:
+        """Names of the float model's tensors."""
+        inner = {f"{name.removesuffix('weight')}{part}" for name in self._packed for part in PARTS}
+        return [*self._packed, *(n for n in self.files.names() if n not in inner and n not in self._packed and not ACTIVATIONS.search(n))]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """`[out, in]` of a quantized layer."""
+        if not self._packed.get(name, False):
+            return self.files.shape(name)
+        shape = self.files.read(self._part(name, "weight_shape")).flatten().tolist()
+        words = self.files.shape(f"{name}_packed")
+        if len(shape) != 2 or len(words) != 2 or shape[0] != words[0] or not 0 <= shape[1] <= 32 * words[1]:
+            raise SourceError(f"{self._where(name)}: weight_shape {shape} and weight_packed {list(words)} do not belong together")
+        return int(shape[0]), int(shape[1])
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        """One tensor.
+
+        Raises:
+            SourceError: the layer's tensors do not fit each other, or a number is impossible.
+        """
+        if name not in self._packed:
+            return self.files.read(name)
+        where = self._where(name)
+        weights = self._weights(name)
+        shape = self.shape(name)
+        if len(shape) != 2:
+            raise SourceError(f"{where}: the weight has shape {list(shape)}; matrices are read")
+        scale = self.files.read(self._part(name, "weight_scale")).to(torch.float32)
+        granularity, expected = _layout(weights, shape, where)
+        self._check_order(name, weights, shape[1])
+        if scale.numel() != math.prod(expected):
+            raise SourceError(f"{where}: there are scales of shape {list(scale.shape)}, but {weights.strategy} on {list(shape)} needs {list(expected)}")
+        half = 2 ** (weights.bitwidth - 1)
+        codes = self._codes(name, weights.bitwidth, shape)
+        offset = -self._zeros(name, weights, expected) - half
+        scale, offset = (_spread(t.reshape(expected), weights, shape) for t in (scale, offset))
+        return quantized(codes, weights.bitwidth, granularity, scale, offset, where)
+
+    def _where(self, name: str) -> str:
+        return f"{str(self.files.folder)!r}: tensor {name!r} (compressed-tensors)"
+
+    def _part(self, name: str, part: str) -> str:
+        full = f"{name.removesuffix('weight')}{part}"
+        if full not in self.files:
+            raise SourceError(f"{self._where(name)}: {full!r} is missing; download the model again")
+        return full
+
+    def _weights(self, name: str) -> Weights:
+        """The config group of a layer: by its name, by a pattern, or the one that targets a class."""
+        layer = name.removesuffix(".weight")
+        if len(self._groups) == 1:
+            return self._groups[0][1]
+        for targets, weights in self._groups:
+            if layer in targets or any(_matches(target, layer) for target in targets):
+                return weights
+        by_class = [weights for targets, weights in self._groups if any(re.fullmatch(r"\w+", target) for target in targets)]
+        if len(by_class) != 1:
+            raise SourceError(f"{self._where(name)}: {len(by_class)} config groups may be meant for this layer; name it in the targets of one")
+        return by_class[0]
+
+    def _check_order(self, name: str, weights: Weights, in_features: int) -> None:
+        order = f"{name.removesuffix('weight')}weight_g_idx"
+        if order not in self.files:
+            return
+        index = self.files.read(order).long().flatten()
+        in_order = torch.arange(in_features) // (weights.group_size or in_features)
+        if not torch.equal(index, in_order) and not bool((index == -1).all()):  # the library's word for "not ordered"
+            raise SourceError(
+                f"{self._where(name)} was quantized in activation order with scattered groups (actorder: group), which blocks cannot express. "
+                "Quantize the float model again with actorder: weight, or without"
+            )
+
+    def _codes(self, name: str, bitwidth: int, shape: tuple[int, ...]) -> Tensor:
+        """Unsigned codes."""
+        half = 2 ** (bitwidth - 1)
+        if self._packed[name]:
+            return self._unpack(name, self.files.read(f"{name}_packed"), bitwidth, shape[1])
+        codes = self.files.read(name)
+        if codes.dtype != torch.int8:
+            raise SourceError(f"{self._where(name)} is stored as {self.files.dtype(name)}; integers of 8 bits are read")
+        if codes.numel() and not -half <= int(codes.min()) <= int(codes.max()) < half:
+            raise SourceError(f"{self._where(name)} holds {int(codes.min())} to {int(codes.max())}, outside {bitwidth} bits")
+        return (codes.to(torch.int16) + half).to(torch.uint8)
+
+    def _unpack(self, name: str, words: Tensor, bitwidth: int, count: int) -> Tensor:
+        """Rows of `count` codes; see the module for the two layouts."""
+        if words.dtype != torch.int32 or words.ndim != 2:
+            raise SourceError(f"{self._where(name)}: packed integers are {words.dtype} of shape {list(words.shape)}; a matrix of int32 is needed")
+        per_word = 32 // bitwidth
+        dense, padded = math.ceil(count * bitwidth / 32), math.ceil(count / per_word)
+        if words.shape[1] == dense and (dense != padded or count <= per_word or per_word * bitwidth == 32):
+            return unpack_words(words, bitwidth, count)
+        if words.shape[1] == padded != dense:
+            return unpack_words(words.reshape(-1, 1), bitwidth, per_word).view(len(words), -1)[:, :count]
+        raise SourceError(
+            f"{self._where(name)}: {words.shape[1]} words a row do not hold {count} codes of {bitwidth} bits in one way only ({dense} or {padded} would)"
+        )
+
+    def _zeros(self, name: str, weights: Weights, expected: tuple[int, ...]) -> Tensor:
+        """Signed zero points, int32, in the shape of the scales."""
+        stored = f"{name.removesuffix('weight')}weight_zero_point"
+        if stored not in self.files:
+            return torch.zeros(expected, dtype=torch.int32)
+        zeros = self.files.read(stored)
+        if zeros.dtype == torch.int32 and self._packed[name] and weights.strategy in ("group", "channel"):
+            rows, columns = expected
+            if zeros.ndim != 2 or zeros.shape[1] != columns:
+                raise SourceError(f"{self._where(name)}: packed zero points have shape {list(zeros.shape)}, but there are {columns} groups")
+            zeros = self._unpack(name, zeros.t().contiguous(), weights.bitwidth, rows).t().to(torch.int32) - 2 ** (weights.bitwidth - 1)
+        if zeros.numel() != math.prod(expected) or zeros.is_floating_point():
+            raise SourceError(f"{self._where(name)}: zero points are {zeros.dtype} of shape {list(zeros.shape)}; integers {list(expected)} are needed")
+        return zeros.to(torch.int32).reshape(expected)
+
+
+def _layout(weights: Weights, shape: tuple[int, ...], where: str) -> tuple[Granularity, tuple[int, ...]]:
+    """The grid's granularity, and the shape of the stored scales."""
+    out_features, in_features = shape
+    match weights.strategy:
+        case "tensor":
+            return PerTensor(), ()
+        case "channel":
+            return blocks(in_features, 1, where), (out_features, 1)
+        case "group":
+            size = weights.group_size or 0
+            if size < 1 or in_features % size:
+                raise SourceError(f"{where}: groups of {size} do not divide rows of {in_features} evenly, and blocks of the grid have one size")
+            return blocks(in_features, in_features // size, where), (out_features, in_features // size)
+        case _:
+            rows, columns = weights.block or (0, 0)
+            if columns < 1 or rows < 1 or in_features % columns:
+                raise SourceError(f"{where}: blocks of {rows} x {columns} do not divide rows of {in_features} evenly, and blocks of the grid have one size")
+            return blocks(in_features, in_features // columns, where), (math.ceil(out_features / rows), in_features // columns)
+
+
+def _spread(values: Tensor, weights: Weights, shape: tuple[int, ...]) -> Tensor:
+    """One value for each block of each row, where blocks span rows."""
+    if weights.strategy != "block" or weights.block is None:
+        return values
+    return values.repeat_interleave(weights.block[0], dim=0)[: shape[0]]
+
+
+def _matches(target: str, layer: str) -> bool:
+    return target.startswith("re:") and re.match(target.removeprefix("re:"), layer) is not None
+
+
+def _config_groups(settings: Mapping[str, Any], where: str) -> list[tuple[list[str], Weights]]:
+    """(targets, weights) of each config group that quantizes weights.
+
+    Raises:
+        SourceError: a format, strategy or type that has no integers on a grid, or a malformed group.
+    """
+    sparsity = settings.get("sparsity_config") or {}
+    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+        raise SourceError(f"{where}: sparse weights ({sparsity.get('format')!r}) are not read; save the model dense")
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        raise SourceError(f"{where}: the model is rotated as it runs (transform_config), which its weights alone do not say; use one without transforms")
+    found = []
+    groups = settings.get("config_groups") or {}
+    for label, group in groups.items() if isinstance(groups, Mapping) else ():
+        if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list) or not all(isinstance(t, str) for t in group["targets"]):
+            raise SourceError(f"{where}: config group {label!r} has no list of targets")
+        layout = group.get("format") or settings.get("format") or "pack-quantized"
+        if layout not in FORMATS:
+            raise SourceError(f"{where}: format {layout!r} holds no integers on a grid, or in another layout; {', '.join(FORMATS[:3])} are read")
+        if group.get("weights"):
+            found.append((group["targets"], _weights(group["weights"], f"{where}, config group {label!r}")))
+    if not found:
+        raise SourceError(f"{where}: no config group quantizes weights, so there are no integers to read")
+    return found
+
+
+def _weights(record: Mapping[str, Any], where: str) -> Weights:
+    bitwidth, kind = record.get("num_bits"), record.get("type", "int")
+    if kind != "int":
+        raise SourceError(f"{where}: weights are {kind}{bitwidth}; a grid holds integers. Quantize the float model instead")
+    if type(bitwidth) is not int or not 2 <= bitwidth <= 8:
+        raise SourceError(f"{where}: num_bits is {bitwidth!r}; 2 to 8 are read")
+    group_size, block = record.get("group_size"), record.get("block_structure")
+    strategy = record.get("strategy") or ("tensor" if group_size is None else "channel" if group_size == -1 else "group")
+    if strategy not in STRATEGIES:
+        raise SourceError(f"{where}: strategy {strategy!r} is not read; {', '.join(STRATEGIES)} are")
+    if isinstance(block, str) and re.fullmatch(r"\d+x\d+", block):
+        block = [int(size) for size in block.split("x")]
+    if strategy == "group" and type(group_size) is not int:
+        raise SourceError(f"{where}: group_size is {group_size!r}; an integer is needed")
+    if strategy == "block" and not (isinstance(block, list) and len(block) == 2 and all(type(size) is int for size in block)):
+        raise SourceError(f"{where}: block_structure is {block!r}; [rows, columns] is needed")
+    return Weights(bitwidth, strategy, group_size, (block[0], block[1]) if strategy == "block" else None)  # type: ignore[index]

@@ -1,0 +1,80 @@
+"""One door to all readers: a folder, a .gguf file, or a float folder with an encodings file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwlora.base.checkpoint import Checkpoint
+from qwlora.base.readers.aimet import AimetCheckpoint
+from qwlora.base.readers.aimet_grids import BlockOrder
+from qwlora.base.readers.awq import AwqCheckpoint
+from qwlora.base.readers.compressed_tensors import CompressedTensorsCheckpoint
+from qwlora.base.readers.folder import FloatCheckpoint
+from qwlora.base.readers.gptq import GptqCheckpoint
+from qwlora.base.readers.safetensors_files import read_json
+from qwlora.errors import SourceError
+
+METHODS = {"gptq": GptqCheckpoint, "awq": AwqCheckpoint, "compressed-tensors": CompressedTensorsCheckpoint}
+OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # beside a config.json that says nothing
+
+
+def open_checkpoint(
+    path: str | Path, encodings: str | Path | None = None, *, keep_float: Sequence[str] = (), block_order: BlockOrder | None = None
+) -> Checkpoint:
+    """The reader for what lies at `path`.
+
+    Args:
+        path: a folder with config.json and safetensors files, or a .gguf file.
+        encodings: an AIMET encodings file for a folder of floats.
+        keep_float: with `encodings`, globs of what stays float.
+        block_order: with `encodings`, how version 1.0.0 lists blocks where that cannot be known.
+
+    Raises:
+        SourceError: nothing is there, the quantization is of a kind that is not read (named), or encodings are given for what is quantized already.
+        EncodingsFileError: the encodings do not fit the model.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        if encodings is not None:
+            raise SourceError(f"{str(path)!r} holds integers already; encodings belong to a folder of floats")
+        from qwlora.base.readers.gguf import GgufCheckpoint
+
+        return GgufCheckpoint(path)
+    if not path.is_dir():
+        raise SourceError(f"{str(path)!r} is neither a folder nor a .gguf file")
+    method, settings = quantization_of(path)
+    if method is None:
+        return FloatCheckpoint(path) if encodings is None else AimetCheckpoint(path, encodings, keep_float, block_order)
+    if encodings is not None:
+        raise SourceError(f"{str(path)!r} is quantized already ({method}); encodings belong to a folder of floats")
+    if method not in METHODS:
+        raise SourceError(
+            f"{str(path)!r}: quant_method {method!r} is not read; {', '.join(METHODS)}, GGUF files and floats with AIMET encodings are. Quantize the float model instead"
+        )
+    return METHODS[method](path, settings)
+
+
+def quantization_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """The quantization method of a folder, None if it holds floats, and its settings.
+
+    Raises:
+        SourceError: config.json cannot be read, or says in no known way how it is quantized.
+    """
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    places = [config, text if isinstance(text, dict) else {}]
+    settings = next((part[key] for part in places for key in ("quantization_config", "compression_config") if part.get(key)), None)
+    if settings is None:
+        for file, method in OLD_FILES.items():
+            if (folder / file).is_file():
+                return method, read_json(folder / file)
+        return None, {}
+    if not isinstance(settings, dict):
+        raise SourceError(f"{str(folder / 'config.json')!r}: quantization_config is {json.dumps(settings)[:80]}; an object is needed")
+    method = settings.get("quant_method")
+    if method is None and "config_groups" in settings:
+        method = "compressed-tensors"
+    return str(method), settings

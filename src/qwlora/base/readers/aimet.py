@@ -194,9 +194,8 @@ def _equal(a: Encoding | None, b: Encoding | None) -> bool:
 
 
 def _near(name: str, among: Sequence[str]) -> str:
-    """The names most like `name`, in words; the last parts count, since what differs is most often a prefix."""
-    short = {other: other for other in among if other.rpartition(".")[0].rpartition(".")[2] == name.rpartition(".")[0].rpartition(".")[2]} or dict.fromkeys(
-        among
-    )
-    near = difflib.get_close_matches(name, list(short)[:200], n=3, cutoff=0.5)
+    """The names most like `name`, in words, out of those of the same layer's name if there are any: what differs is most often a prefix."""
+    layer = name.split(".")[-2:-1]
+    alike = [other for other in among if other.split(".")[-2:-1] == layer] or among
+    near = difflib.get_close_matches(name, alike[:200], n=3, cutoff=0.5)
     return f" (near: {', '.join(near)})" if near else ""

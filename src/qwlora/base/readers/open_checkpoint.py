@@ -52,7 +52,8 @@ def open_checkpoint(
         raise SourceError(f"{str(path)!r} is quantized already ({method}); encodings belong to a folder of floats")
     if method not in METHODS:
         raise SourceError(
-            f"{str(path)!r}: quant_method {method!r} is not read; {', '.join(METHODS)}, GGUF files and floats with AIMET encodings are. Quantize the float model instead"
+            f"{str(path)!r}: quant_method {method!r} is not read; {', '.join(METHODS)}, GGUF files and floats with AIMET encodings are. "
+            "Quantize the float model instead"
         )
     return METHODS[method](path, settings)
 
@@ -66,7 +67,7 @@ def quantization_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
     config = read_json(folder / "config.json")
     text = config.get("text_config")
     places = [config, text if isinstance(text, dict) else {}]
-    settings = next((part[key] for part in places for key in ("quantization_config", "compression_config") if part.get(key)), None)
+    settings: Any = next((part[key] for part in places for key in ("quantization_config", "compression_config") if part.get(key)), None)
     if settings is None:
         for file, method in OLD_FILES.items():
             if (folder / file).is_file():

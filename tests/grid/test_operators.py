@@ -5,10 +5,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwlora.grid.observer import measure
-from qwlora.grid.operators import dequantize, quantized
-from qwlora.grid.packing import pack
+from qwlora.grid.operators import dequantize, gather, layout_of, linear, quantized
+from qwlora.grid.packed_tensor import PackedTensor
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.scheme import PerBlock, Scheme
 
 from .strategies import brief, matrices, schemes_for
+
+
+def arguments(packed: PackedTensor) -> tuple:
+    return *packed.parts, packed.count, layout_of(packed.scheme)
+
+
+def example(scheme: Scheme) -> PackedTensor:
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    encoding = measure(x, scheme)
+    return PackedTensor.from_quantized(QuantizedTensor(encoding.quantize(x), encoding))
 
 
 @brief
@@ -18,18 +30,29 @@ def test_dequantize_is_the_encodings_own_bit_for_bit(data):
     scheme = data.draw(schemes_for(tuple(x.shape), bitwidths=(2, 3, 4, 5, 6, 7, 8)))
     encoding = measure(x, scheme)
     codes = encoding.quantize(x)
-    layout = scheme.to_json()
-    offset = None if scheme.symmetric else encoding.offset
-    values = dequantize(pack(codes, scheme.bitwidth), encoding.scale, offset, x.shape[-1], scheme.bitwidth, layout["axis"], layout["block_size"])
+    values = dequantize(*arguments(PackedTensor.from_quantized(QuantizedTensor(codes, encoding))))
     assert torch.equal(values, encoding.dequantize(codes))
 
 
 def test_operators_survive_torchs_own_checks():
-    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(quantized, (x, "x"), test_utils=tests)
-    packed = pack(torch.randint(0, 8, (4, 8), dtype=torch.uint8), 3)
-    torch.library.opcheck(dequantize, (packed, torch.rand(4, 2) + 0.1, None, 8, 3, None, 4), test_utils=tests)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    for scheme in (Scheme(3, granularity=PerBlock(4)), Scheme(2, False, PerBlock(4)), Scheme(8)):
+        parts = arguments(example(scheme))
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(quantized, (x, "x"), test_utils=tests)
+        torch.library.opcheck(dequantize, parts, test_utils=tests)
+        torch.library.opcheck(gather, (torch.tensor([[2, 0], [1, 1]]), *parts), test_utils=tests)
+        torch.library.opcheck(linear, (x.clone().requires_grad_(), *parts))
+
+
+def test_gradient_of_linear_is_that_of_the_floats():
+    packed = example(Scheme(4, False, PerBlock(4)))
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    expected = torch.nn.functional.linear(x, packed.dequantize())
+    found = linear(x, *arguments(packed))
+    assert torch.equal(found, expected)
+    seed = torch.randn_like(found)
+    torch.testing.assert_close(torch.autograd.grad(found, x, seed), torch.autograd.grad(expected, x, seed))
 
 
 def test_quantized_marks_and_changes_nothing():

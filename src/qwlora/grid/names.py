@@ -32,3 +32,17 @@ def canonical_name(path: str) -> str:
 def is_adapter_name(path: str) -> bool:
     """Whether a module or tensor of this path belongs to an adapter, not to the base."""
     return any(part.startswith("lora_") or part == "modules_to_save" for part in path.split("."))
+
+
+FOLDER = "packed_parameters"  # a module's packed 3-D parameters lie in a submodule of this name
+
+
+def parameter_name(path: str) -> str:
+    """Name of the float tensor that a packed layer at module path `path` stands for.
+
+    model.layers.0.mlp.up_proj                               -> model.layers.0.mlp.up_proj.weight
+    model.layers.0.mlp.experts.packed_parameters.down_proj   -> model.layers.0.mlp.experts.down_proj
+    """
+    name = canonical_name(path)
+    owner, folder, last = name.rpartition(f".{FOLDER}.")
+    return f"{owner}.{last}" if folder else f"{name}.weight"

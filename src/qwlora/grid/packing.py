@@ -48,19 +48,62 @@ def pack(codes: UInt8[Tensor, "*rows count"], bitwidth: int) -> UInt8[Tensor, "*
 
 
 def unpack(packed: UInt8[Tensor, "*rows bytes"], bitwidth: int, count: int) -> UInt8[Tensor, "*rows count"]:
-    """Undo `pack` for rows of `count` codes."""
-    per_group, width = _group(bitwidth)
+    """Undo `pack` for rows of `count` codes.
+
+    Four codes at a time lie in one 32-bit word, `4 * bitwidth` bits of it. Two steps of shift, or and mask move them to its four bytes, which are the codes:
+    no pass is wider than 32 bits, and each handles four codes an element.
+    """
+    _group(bitwidth)
     if bitwidth == 8:
         return packed
-    if bitwidth == 4:  # the common case, without wide integers
-        return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)[..., :count]
-    mask = 2**bitwidth - 1
-    if width == 1:
-        shifts = bitwidth * torch.arange(per_group, dtype=torch.uint8, device=packed.device)
-        return ((packed.unsqueeze(-1) >> shifts) & mask).flatten(-2)[..., :count]
-    word_type = torch.int32 if width <= 3 else torch.int64
-    groups = packed.unflatten(-1, (-1, width)).to(word_type)
-    places = torch.arange(max(per_group, width), dtype=word_type, device=packed.device)
-    words = (groups << (8 * places[:width])).sum(-1, keepdim=True, dtype=word_type)
-    codes = (words >> (bitwidth * places[:per_group])) & mask
-    return codes.to(torch.uint8).flatten(-2)[..., :count]
+    if bitwidth == 4:  # half a word does, and the bytes are read as they lie
+        words = _widened(packed, torch.int16)
+        words = words.bitwise_or_(words << 4).bitwise_and_(0x0F0F)
+    else:
+        words = _four_code_words(packed, bitwidth)
+        words = _spread(words, 2 * bitwidth, 16, 1)
+        words = _spread(words, bitwidth, 8, 0x10001)
+    codes_per_word = words.element_size()
+    codes = words.view(-1).view(torch.uint8)  # little-endian machines, as is every one that torch is built for
+    return codes.view(*words.shape[:-1], words.shape[-1] * codes_per_word)[..., :count]
+
+
+def _spread(words: Tensor, width: int, place: int, repeat: int) -> Tensor:
+    """Move the second `width` bits of each field up to bit `place` of it; `repeat` has a one at the foot of every field."""
+    low = (2**width - 1) * repeat
+    if 2 * width <= place:  # what the shift copies lands where the mask clears it
+        return words.bitwise_or_(words << (place - width)).bitwise_and_(low | low << place)
+    high = (words & (low << width)).bitwise_left_shift_(place - width)
+    return words.bitwise_and_(low).bitwise_or_(high)
+
+
+def _four_code_words(packed: Tensor, bitwidth: int) -> Tensor:
+    """int32 [*rows, words]: word `i` holds the codes `4 i` to `4 i + 3` in its low `4 * bitwidth` bits."""
+    if bitwidth == 2:
+        return _widened(packed, torch.int32)
+    whole = bitwidth // 2
+    if bitwidth % 2 == 0:
+        return _joined(packed.unflatten(-1, (-1, whole)))
+    groups = packed.unflatten(-1, (-1, bitwidth))  # eight codes; the middle byte belongs half to either word
+    middle = groups[..., whole].to(torch.int32)
+    words = torch.empty((*groups.shape[:-1], 2), dtype=torch.int32, device=packed.device)
+    first, second = words.unbind(-1)
+    first.copy_(middle & 0xF)
+    second.copy_(middle >> 4)
+    if whole:
+        first.bitwise_left_shift_(8 * whole).bitwise_or_(_joined(groups[..., :whole]))
+        second.bitwise_or_(_joined(groups[..., whole + 1 :]) << 4)
+    return words.flatten(-2)
+
+
+def _joined(groups: Tensor) -> Tensor:
+    """int32: the bytes of the last axis, lowest first."""
+    words = _widened(groups[..., 0], torch.int32)
+    for place in range(1, groups.shape[-1]):
+        words.bitwise_or_(groups[..., place].to(torch.int32) << 8 * place)
+    return words
+
+
+def _widened(narrow: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy that lies densely; `to` would keep odd strides of axes of size one, which no view of another type allows."""
+    return torch.empty(narrow.shape, dtype=dtype, device=narrow.device).copy_(narrow)

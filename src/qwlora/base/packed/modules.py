@@ -1,0 +1,95 @@
+"""The packed layers of torch's own classes.
+
+    PackedLinear       y = x W_hat^T + b
+    PackedEmbedding    the rows that are looked up, and no others, unpacked
+    PackedConv1d, 2d   the weight as [out, in * kernel], blocks along that row
+
+`packed_class` makes the class for a subclass of any of these, with the subclass first: its own forward stands, and where it calls its parent's, it calls these.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from qwlora.base.packed.layer import PackedLayer, traced
+from qwlora.base.packed.look import Look
+from qwlora.base.packed.product import Product
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.operators import dequantize, gather, linear
+from qwlora.grid.packed_tensor import PackedTensor
+from qwlora.grid.quantized import QuantizedTensor
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    """Linear layer on packed codes [out, in]."""
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, encoding: Encoding | FloatOffsetEncoding, bias: nn.Parameter | None) -> PackedLinear:
+        """Pack `codes` [out, in] with their encoding."""
+        return cls.build(PackedTensor.from_quantized(QuantizedTensor(codes, encoding)), None, bias, torch.float32 if bias is None else bias.dtype)
+
+    @classmethod
+    def build(cls, tensor: PackedTensor | None, owner: PackedLayer | None, bias: nn.Parameter | None, dtype: torch.dtype) -> PackedLinear:
+        """A layer on `tensor`, or tied to `owner`."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)  # not Linear's: no float weight is ever made
+        shape = (tensor or owner.tensor).shape  # type: ignore[union-attr]
+        layer.out_features, layer.in_features = shape
+        layer.register_parameter("bias", bias)
+        return layer._take(tensor, owner, shape, dtype)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if torch.compiler.is_exporting():
+            return nn.functional.linear(x, dequantize(*self.operands).to(x.dtype), self.bias)
+        if traced():
+            y = linear(x, *self.operands)
+            return y if self.bias is None else y + self.bias
+        return Product.apply(x, self.bias, Look(self))
+
+
+class PackedEmbedding(PackedLayer, nn.Embedding):
+    """Embedding on packed codes [rows, width]."""
+
+    def forward(self, index: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
+        if torch.compiler.is_exporting():
+            return nn.functional.embedding(index, dequantize(*self.operands).to(self.compute_dtype), self.padding_idx)
+        if traced():
+            return gather(index, *self.operands).to(self.compute_dtype)
+        return self.tensor.dequantize(self.compute_dtype, index)
+
+
+class PackedConv1d(PackedLayer, nn.Conv1d):
+    """Convolution on packed codes [out, in / groups * kernel]."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return nn.Conv1d(*args, **kwargs) if args or kwargs else super().__new__(cls)  # PEFT builds a LoRA's convolutions by `type(base_layer)(...)`
+
+
+class PackedConv2d(PackedLayer, nn.Conv2d):
+    """Convolution on packed codes [out, in / groups * height * width]."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+
+KINDS: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: PackedLinear,
+    nn.Embedding: PackedEmbedding,
+    nn.Conv1d: PackedConv1d,
+    nn.Conv2d: PackedConv2d,
+}
+
+
+@cache
+def packed_class(kind: type[nn.Module]) -> type[PackedLayer] | None:
+    """The packed class of modules of class `kind`; None if there is none."""
+    if kind in KINDS:
+        return KINDS[kind]
+    parent = next((packed for plain, packed in KINDS.items() if issubclass(kind, plain)), None)
+    return None if parent is None else type(f"Packed{kind.__name__}", (kind, parent), {})

@@ -1,0 +1,79 @@
+"""Products with a packed weight. Autograd keeps the layer, whose codes are there anyway; the weight is unpacked again for backward.
+
+Product           y = x W^T + b                      dL/dx = dL/dy W
+Convolution       y = conv(x, W) + b
+GroupedProduct    y[s_e : s_e+1] = x[s_e : s_e+1] W_e    one expert unpacked at a time, those without rows not at all
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from qwlora.base.packed.look import Look
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """In which to compute: autocast's type where it is on, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
+class Product(torch.autograd.Function):
+    """`F.linear`, the weight a look [out, in]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Look) -> Tensor:
+        ctx.weight, ctx.dtype = weight, _dtype(x)
+        return F.linear(x, weight.values(ctx.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x = gradient @ ctx.weight.values(gradient.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None
+
+
+class Convolution(torch.autograd.Function):
+    """`F.conv1d` or `F.conv2d`, the weight a look [out, in / groups, *kernel]; padding in numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Look, function: Callable[..., Tensor], options: tuple[Any, ...]) -> Tensor:
+        ctx.weight, ctx.shape, ctx.function, ctx.options = weight, x.shape, function, options
+        return function(x, weight.values(_dtype(x)), bias, *options)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            input_gradient = torch.nn.grad.conv1d_input if ctx.function is F.conv1d else torch.nn.grad.conv2d_input
+            grad_x = input_gradient(ctx.shape, ctx.weight.values(gradient.dtype), gradient, *ctx.options)
+        spatial = ctx.weight.ndim - 2
+        channels = [axis for axis in range(gradient.ndim) if axis != gradient.ndim - 1 - spatial]
+        return grad_x, gradient.sum(channels) if ctx.needs_input_grad[1] else None, None, None, None
+
+
+class GroupedProduct(torch.autograd.Function):
+    """`F.grouped_mm`: rows up to `offs[e]` (from `offs[e - 1]`) of `x` belong to expert `e`, whose weight is [in, out]; rows past the last get zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offs: Tensor, weight: Look) -> Tensor:
+        ctx.weight, ctx.ends, ctx.dtype = weight, offs.tolist(), _dtype(x)
+        return _by_group(x.to(ctx.dtype), ctx.ends, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _by_group(gradient, ctx.ends, ctx.weight.turn()), None, None
+
+
+def _by_group(x: Tensor, ends: list[int], weight: Look) -> Tensor:
+    y = x.new_zeros((len(x), weight.shape[-1]))
+    for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        if end > start:
+            torch.mm(x[start:end], weight[expert].values(x.dtype), out=y[start:end])  # type: ignore[attr-defined]
+    return y

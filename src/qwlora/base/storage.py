@@ -21,7 +21,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.base.assembly import Place, empty_model, listed, put_, tensor_at, tensor_places
-from qwlora.base.packed import PackedLinear
+from qwlora.base.packed import PackedLayer, is_packed, place_empty_, tie_weights_
 from qwlora.base.readers.folder import read_config
 from qwlora.base.readers.safetensors_files import SafetensorsFiles, read_json
 from qwlora.base.shards import SHARD_BYTES, ShardWriter
@@ -60,8 +60,8 @@ class BaseWriter:
             self._digests[full] = tensor_digest(full, layout, tensor)
             self._shards.add(full, tensor)
         for below, layer in module.named_modules(prefix=path):
-            if isinstance(layer, PackedLinear):
-                self._layers[canonical_name(below)] = layer.scheme.to_json()
+            if isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied:
+                self._layers[canonical_name(below)] = {"shape": list(layer.tensor.shape), **layer.scheme.to_json()}
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
         """Write what remains; `model` gives the configuration. Returns the fingerprint."""
@@ -94,9 +94,7 @@ def load_base(folder: str | Path, dtype: torch.dtype = torch.float32, device: st
     files = SafetensorsFiles(folder)
     model = empty_model(read_config(folder), len(files.names()))
     where = f"base {str(folder)!r}"
-    for name, layer in record["layers"].items():
-        _place_packed_(model, name, layer, where)
-    model.tie_weights()
+    _place_packed_(model, record["layers"], where)
     places = tensor_places(model)
     _check_headers(model, files, places, where)
     now = _read_(model, files, places, record, dtype, where)
@@ -129,13 +127,23 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _place_packed_(model: PreTrainedModel, name: str, layer: Any, where: str) -> None:
-    try:
-        float_layer: Any = model.get_submodule(name)
-        out_features, in_features = float_layer.weight.shape if isinstance(float_layer, nn.Linear) else float_layer.weight.shape[::-1]
-        model.set_submodule(name, PackedLinear(in_features, out_features, Scheme.from_json(layer), float_layer.bias, device=torch.device("meta")))
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise GridError(f"{where}: {RECORD} describes layer {name!r} in a way that its model cannot have ({error}); quantize again") from error
+def _place_packed_(model: PreTrainedModel, layers: Mapping[str, Any], where: str) -> None:
+    """Packed layers without contents, where base.json says; what the model ties to one reads its codes."""
+    for name, layer in layers.items():
+        try:
+            place_empty_(model, name, _scheme(layer))
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise GridError(f"{where}: {RECORD} describes layer {name!r} in a way that its model cannot have ({error}); quantize again") from error
+    tie_weights_(model)
+
+
+def _scheme(record: dict[str, Any]) -> Scheme:
+    """The scheme of a record whose values have the types that they should have: what is counted with is an int, never 4.0 or true."""
+    natural = ("bitwidth", *(key for key in ("axis", "block_size", "scale_bitwidth") if record.get(key) is not None))
+    flags = ("symmetric", *(key for key in ("float_offset",) if key in record))
+    if wrong := [key for key in natural if type(record[key]) is not int] + [key for key in flags if type(record[key]) is not bool]:
+        raise GridError(f"{wrong[0]} is {record[wrong[0]]!r}")
+    return Scheme.from_json(record)
 
 
 def _check_headers(model: PreTrainedModel, files: SafetensorsFiles, places: Mapping[str, list[Place]], where: str) -> None:
@@ -167,6 +175,9 @@ def _read_(
             tensor = tensor.to(dtype)
             now[name] = tensor_digest(name, layouts[name], tensor)
         put_(model, places[name], tensor)
+    for layer in model.modules():
+        if isinstance(layer, PackedLayer):
+            layer.compute_dtype = dtype
     changed = [name for name, digest in saved.items() if record["tensors"].get(name) != digest]
     identity = combined(saved, config_numbers(model))
     if changed or identity != record["fingerprint"]:
@@ -180,7 +191,7 @@ def _read_(
 def _check_grids(model: PreTrainedModel, where: str) -> None:
     """Scales are positive and offsets within range: the packed codes alone could be any."""
     for name, layer in model.named_modules():
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied:
             try:
                 _ = layer.encoding
             except GridError as error:

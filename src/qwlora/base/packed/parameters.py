@@ -52,10 +52,9 @@ class _WithPackedParameters(nn.Module):
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
-        if not recurse:  # who asks for a module's own parameters wants to know what it has, as PEFT does; a model's parameters are floats
-            for name, parameter in self._modules[FOLDER]._modules.items():  # type: ignore[union-attr]
-                if name in self._buffers:
-                    yield f"{prefix}.{name}" if prefix else name, parameter.weight  # type: ignore[misc, union-attr]
+        for name, parameter in self._modules[FOLDER]._modules.items():  # type: ignore[union-attr]
+            if name in self._buffers:  # who asks this module itself, as PEFT does, wants to know what it has; a model lists its floats alone
+                yield f"{prefix}.{name}" if prefix else name, parameter.weight  # type: ignore[misc, union-attr]
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if isinstance(tensor, Look):  # torch puts back a parameter that was parametrized for one forward
@@ -124,6 +123,8 @@ def _class_with(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
 
 def _reader(name: str) -> property:
     def read(module: nn.Module) -> Tensor:
+        if name not in module._buffers:  # it is being parametrized, and torch makes sure that nothing of the name is left
+            raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
         return module._modules[FOLDER]._modules[name].weight  # type: ignore[union-attr, return-value]
 
     return property(read)

@@ -13,7 +13,7 @@ grid does not depend on how it is stored. A block of 32 with a float16 scale cos
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -181,7 +181,8 @@ class PackedTensor:
         """Scale, offset and minimum in float32, those of the indexed rows only where each row has its own blocks."""
         chosen = self
         if index is not None and isinstance(self.scheme.granularity, PerBlock):
-            chosen = PackedTensor(self.scheme, self.count, Parts(*(None if part is None else part[index] for part in self.parts)))
+            parts: Any = (None if part is None else part[index] for part in self.parts)
+            chosen = PackedTensor(self.scheme, self.count, Parts(*parts))
         zero_point, minimum = chosen.zero_point, self.parts.minimum if chosen is self else chosen.parts.minimum
         return chosen.scale, None if zero_point is None else -zero_point.float(), None if minimum is None else minimum.float()
 
@@ -201,7 +202,8 @@ class PackedTensor:
         return part.expand(*shape[:-1], part.shape[-1]).reshape(-1, part.shape[-1])
 
 
-def _of(part: Tensor, rows: slice) -> Tensor:
+def _of(part: Tensor | None, rows: slice) -> Tensor:
+    assert part is not None
     return part[rows] if part.ndim and len(part) > 1 else part
 
 

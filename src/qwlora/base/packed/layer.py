@@ -39,13 +39,14 @@ class PackedLayer(nn.Module):
     compute_dtype: torch.dtype  # the type that the float weight had, changed by `to`; products are computed in the type of their input
     weight_shape: tuple[int, ...]  # of the float weight, as the layer's class has it
     count: int
+    layout: str  # the scheme, as operators take it
     _owner: tuple[PackedLayer] | None  # in a tuple, so that it is no submodule
 
     def _take(self, tensor: PackedTensor | None, owner: PackedLayer | None, weight_shape: tuple[int, ...], dtype: torch.dtype) -> Self:
         """Become a packed layer: on `tensor`, or tied to `owner`."""
         source = tensor or cast(PackedLayer, owner).tensor
         self.scheme, self.count = source.scheme, source.count
-        self.weight_shape, self.compute_dtype = weight_shape, dtype
+        self.weight_shape, self.compute_dtype, self.layout = weight_shape, dtype, layout_of(source.scheme)
         self._owner = (owner,) if owner is not None else None
         for name, part in zip(Parts._fields, tensor.parts if tensor else (), strict=False):
             self.register_buffer(name, part)
@@ -98,7 +99,7 @@ class PackedLayer(nn.Module):
     def operands(self) -> tuple[Any, ...]:
         """The weight as the operators of `grid/operators.py` take it."""
         tensor = self.tensor
-        return *tensor.parts, tensor.count, layout_of(tensor.scheme)
+        return *tensor.parts, tensor.count, self.layout
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and is_packed(self):

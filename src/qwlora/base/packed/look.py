@@ -38,35 +38,35 @@ class Look(Tensor):
 
     Args:
         owner: the packed layer.
-        index: which of the first axis; all if None.
+        which: index into the first axis; all of it if None.
         turned: whether the last two axes are those of the codes the other way round.
     """
 
     owner: PackedLayer
-    index: Tensor | int | None
+    which: Tensor | int | None
     turned: bool
 
     @staticmethod
-    def __new__(cls, owner: PackedLayer, index: Tensor | int | None = None, turned: bool = False, shape: tuple[int, ...] | None = None) -> Look:
+    def __new__(cls, owner: PackedLayer, which: Tensor | int | None = None, turned: bool = False, shape: tuple[int, ...] | None = None) -> Look:
         shape = owner.weight_shape if shape is None else shape
         device = owner.tensor.parts.packed.device
-        look: Look = Tensor._make_wrapper_subclass(cls, shape, dtype=owner.compute_dtype, device=device, requires_grad=False)  # type: ignore[attr-defined]
-        look.owner, look.index, look.turned = owner, index, turned
+        look: Look = Tensor._make_wrapper_subclass(cls, shape, dtype=owner.compute_dtype, device=device, requires_grad=False)
+        look.owner, look.which, look.turned = owner, which, turned
         return look
 
-    def values(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def unpacked(self, dtype: torch.dtype | None = None) -> Tensor:
         """The unpacked values, in the type of the look or another."""
-        values = self.owner.tensor.dequantize(dtype or self.owner.compute_dtype, self.index)
+        values = self.owner.tensor.dequantize(dtype or self.owner.compute_dtype, self.which)
         return values.mT if self.turned else values.view(self.shape)
 
     def turn(self) -> Look:
         """The last two axes exchanged."""
-        return Look(self.owner, self.index, not self.turned, (*self.shape[:-2], self.shape[-1], self.shape[-2]))
+        return Look(self.owner, self.which, not self.turned, (*self.shape[:-2], self.shape[-1], self.shape[-2]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Look:
         import copy
 
-        return Look(copy.deepcopy(self.owner, memo), self.index, self.turned, tuple(self.shape))
+        return Look(copy.deepcopy(self.owner, memo), self.which, self.turned, tuple(self.shape))
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Look({list(self.shape)}, {self.owner.scheme})"
@@ -83,12 +83,14 @@ class Look(Tensor):
         if _is_about(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        args, kwargs = tree_map_only(Look, Look.values, (args, kwargs))
+        args, kwargs = tree_map_only(Look, Look.unpacked, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        args, kwargs = tree_map_only(Look, Look.values, (args, kwargs or {}))
+    def __torch_dispatch__(  # type: ignore[override] # torch declares it as a method of instances
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(Look, Look.unpacked, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -127,7 +129,7 @@ def _matmul(x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
 
 
 def _embedding(index: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: float | None = None, *_: Any, **__: Any) -> Tensor:
-    if not isinstance(weight, Look) or weight.turned or weight.index is not None or max_norm is not None:
+    if not isinstance(weight, Look) or weight.turned or weight.which is not None or max_norm is not None:
         return NotImplemented
     return weight.owner.tensor.dequantize(weight.dtype, index)
 
@@ -140,7 +142,7 @@ def _grouped(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, bias: Ten
         or bias is not None
         or offs is None
         or weight.ndim != 3
-        or weight.index is not None
+        or weight.which is not None
         or x.ndim != 2
     ):
         return NotImplemented
@@ -169,7 +171,7 @@ def _padded(x: Tensor, weight: Tensor, padding: str, dilation: Any) -> Tensor:
 
 
 def _select(look: Tensor, index: Any) -> Tensor:
-    if not isinstance(look, Look) or look.index is not None or isinstance(index, Look):
+    if not isinstance(look, Look) or look.which is not None or isinstance(index, Look):
         return NotImplemented
     whole = isinstance(index, int) and not isinstance(index, bool)
     if look.ndim == 3 and (whole or (isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point() and index.dtype != torch.bool)):

@@ -26,7 +26,7 @@ from qwlora.grid.packed_tensor import PackedTensor
 from qwlora.grid.quantized import QuantizedTensor
 
 
-class PackedLinear(PackedLayer, nn.Linear):
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # a look is all that there is of the weight
     """Linear layer on packed codes [out, in]."""
 
     @classmethod
@@ -53,7 +53,7 @@ class PackedLinear(PackedLayer, nn.Linear):
         return Product.apply(x, self.bias, Look(self))
 
 
-class PackedEmbedding(PackedLayer, nn.Embedding):
+class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # a look is all that there is of the weight
     """Embedding on packed codes [rows, width]."""
 
     def forward(self, index: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
@@ -64,14 +64,14 @@ class PackedEmbedding(PackedLayer, nn.Embedding):
         return self.tensor.dequantize(self.compute_dtype, index)
 
 
-class PackedConv1d(PackedLayer, nn.Conv1d):
+class PackedConv1d(PackedLayer, nn.Conv1d):  # type: ignore[override] # a look is all that there is of the weight
     """Convolution on packed codes [out, in / groups * kernel]."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return nn.Conv1d(*args, **kwargs) if args or kwargs else super().__new__(cls)  # PEFT builds a LoRA's convolutions by `type(base_layer)(...)`
 
 
-class PackedConv2d(PackedLayer, nn.Conv2d):
+class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # a look is all that there is of the weight
     """Convolution on packed codes [out, in / groups * height * width]."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -87,9 +87,14 @@ KINDS: dict[type[nn.Module], type[PackedLayer]] = {
 
 
 @cache
+def _made(kind: Any, parent: Any) -> type[PackedLayer]:
+    return type(f"Packed{kind.__name__}", (kind, parent), {})
+
+
 def packed_class(kind: type[nn.Module]) -> type[PackedLayer] | None:
     """The packed class of modules of class `kind`; None if there is none."""
     if kind in KINDS:
         return KINDS[kind]
     parent = next((packed for plain, packed in KINDS.items() if issubclass(kind, plain)), None)
-    return None if parent is None else type(f"Packed{kind.__name__}", (kind, parent), {})
+    made: Any = _made  # mypy takes classes for unhashable
+    return None if parent is None else made(kind, parent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -32,7 +34,7 @@ def weight_out_in(module: nn.Module) -> Tensor:
         return module.tensor.dequantize()
     if not is_packable(module):
         raise GridError(f"{type(module).__name__} has no weight that can be packed; Linear, Conv1D, Embedding, Conv1d and Conv2d have")
-    weight: Tensor = module.weight
+    weight: Any = module.weight
     return weight.T if isinstance(module, Conv1D) else weight.flatten(1)
 
 

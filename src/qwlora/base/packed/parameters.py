@@ -111,13 +111,13 @@ def _put(module: nn.Module, name: str, tensor: PackedTensor) -> PackedParameter:
     del module._parameters[name]
     module._buffers[name] = None
     names = tuple(module._modules[FOLDER]._modules)  # type: ignore[union-attr]
-    plain = next(kind for kind in type(module).__mro__ if not issubclass(kind, _WithPackedParameters))
+    plain: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, _WithPackedParameters))
     module.__class__ = _class_with(plain, names)
     return packed
 
 
 @cache
-def _class_with(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _class_with(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
     return type(f"Packed{kind.__name__}", (_WithPackedParameters, kind), {name: _reader(name) for name in names})
 
 

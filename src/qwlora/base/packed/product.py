@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_input, conv2d_input
 
 if TYPE_CHECKING:
     from qwlora.base.packed.look import Look
@@ -30,11 +31,11 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Look) -> Tensor:
         ctx.weight, ctx.dtype = weight, _dtype(x)
-        return F.linear(x, weight.values(ctx.dtype), bias)
+        return F.linear(x, weight.unpacked(ctx.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_x = gradient @ ctx.weight.values(gradient.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = gradient @ ctx.weight.unpacked(gradient.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
 
@@ -45,14 +46,14 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Look, function: Callable[..., Tensor], options: tuple[Any, ...]) -> Tensor:
         ctx.weight, ctx.shape, ctx.function, ctx.options = weight, x.shape, function, options
-        return function(x, weight.values(_dtype(x)), bias, *options)
+        return function(x, weight.unpacked(_dtype(x)), bias, *options)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_x = None
         if ctx.needs_input_grad[0]:
-            input_gradient = torch.nn.grad.conv1d_input if ctx.function is F.conv1d else torch.nn.grad.conv2d_input
-            grad_x = input_gradient(ctx.shape, ctx.weight.values(gradient.dtype), gradient, *ctx.options)
+            input_gradient = conv1d_input if ctx.function is F.conv1d else conv2d_input
+            grad_x = input_gradient(ctx.shape, ctx.weight.unpacked(gradient.dtype), gradient, *ctx.options)
         spatial = ctx.weight.ndim - 2
         channels = [axis for axis in range(gradient.ndim) if axis != gradient.ndim - 1 - spatial]
         return grad_x, gradient.sum(channels) if ctx.needs_input_grad[1] else None, None, None, None
@@ -72,8 +73,9 @@ class GroupedProduct(torch.autograd.Function):
 
 
 def _by_group(x: Tensor, ends: list[int], weight: Look) -> Tensor:
+    weights: Any = weight
     y = x.new_zeros((len(x), weight.shape[-1]))
     for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if end > start:
-            torch.mm(x[start:end], weight[expert].values(x.dtype), out=y[start:end])  # type: ignore[attr-defined]
+            torch.mm(x[start:end], weights[expert].unpacked(x.dtype), out=y[start:end])
     return y

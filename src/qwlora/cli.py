@@ -108,6 +108,8 @@ def _run(recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool,
         )
     except KeyboardInterrupt as error:  # here, since typer would turn it into a bare exit code
         _fail(f"interrupted{f', {error}' if str(error) else ''}. The same command goes on from here", 130)
+    if not results:  # not the first of several processes
+        return
     if as_json:
         print(json.dumps(results, indent=1))
     else:

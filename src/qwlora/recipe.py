@@ -99,21 +99,46 @@ class Adapter(Section):
     """Step 2, for one adapter."""
 
     name: Name = Field(description="also the name of its folder")
+    start: str | None = Field(None, description="an existing PEFT adapter to go on from, a folder or a hub id; its shape is its own")
+    unknown_base: Literal["refuse", "accept"] = Field("refuse", description="a start that does not say which base it was trained on, as PEFT saves them")
     rank: Count = Field(16, description="inner dimension of lora_B lora_A")
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the branch is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before lora_A while training")
     target_modules: str | list[str] = Field("all-linear", description="which layers get an adapter, as PEFT understands it")
-    steps: Count = Field(60, description="optimizer steps")
-    batch_sequences: Count = Field(1, description="sequences in a step")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    dora: bool = Field(False, description="DoRA: learn the norm of each output of a layer besides")
+    rank_pattern: dict[str, Count] = Field({}, description="other ranks, by the end of a module's name or a regular expression")
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="other alphas, likewise")
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="numbers of the transformer layers that get an adapter; all unless given")
+    steps: Annotated[int, Field(ge=0)] = Field(60, description="optimizer steps, at most; 0 with start uses that adapter as it is")
+    batch_sequences: Count = Field(1, description="sequences in a forward pass, over all processes")
+    accumulation_steps: Count = Field(1, description="forward passes in a step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak learning rate of AdamW")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of AdamW")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("cosine", description="how the learning rate moves")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="steps from zero to the peak learning rate")
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest norm of a step's gradient; 0 does not clip")
+    compute: Literal["float32", "bfloat16"] = Field("float32", description="precision of the forward and backward pass; weights and optimizer stay float32")
+    gradient_checkpointing: bool = Field(False, description="compute each layer again in the backward pass instead of keeping what is inside it")
+    loss: Literal["chunked", "whole"] = Field("chunked", description="whole: the model's own loss, which makes the logits of the whole batch")
+    evaluation_steps: Count | None = Field(None, description="steps between evaluations on held-out text; the best adapter is kept. None unless given")
+    patience: Count | None = Field(None, description="evaluations without a better one after which training stops; needs evaluation_steps")
+    report_to: list[str] = Field([], description="loggers, by their names in transformers: tensorboard, wandb, mlflow ...")
     checkpoint_steps: Count = Field(10, description="steps between checkpoints; an interrupted run goes on from the last")
 
     @model_validator(mode="after")
     def _consistent(self) -> Adapter:
-        if self.warmup_steps >= self.steps and self.schedule != "constant":
+        shape = {"rank", "alpha", "dropout", "target_modules", "rslora", "dora", "rank_pattern", "alpha_pattern", "layers"}
+        if self.start is not None and (given := sorted(n for n in shape & self.model_fields_set if getattr(self, n) != Adapter.model_fields[n].default)):
+            raise ValueError(f"{', '.join(given)}: an adapter that goes on from start has the shape of that one; remove them")
+        if self.start is None and self.unknown_base == "accept":
+            raise ValueError("unknown_base goes with start; remove it")
+        if self.start is None and self.steps == 0:
+            raise ValueError("steps is 0, so nothing would be learnt; give start to use an adapter as it is")
+        if self.steps and self.warmup_steps >= self.steps and self.schedule != "constant":
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})")
+        if self.patience is not None and self.evaluation_steps is None:
+            raise ValueError("patience counts evaluations, and there are none: give evaluation_steps")
         return self
 
 
@@ -259,6 +284,14 @@ def _make_paths_absolute(content: dict[str, Any]) -> None:
     for part in (content.get("model"), content.get("data")):
         if isinstance(part, dict) and isinstance(source := part.get("source"), str) and Path(source).expanduser().exists():
             part["source"] = str(Path(source).expanduser().absolute())
+    for adapter in _adapters(content):
+        if isinstance(start := adapter.get("start"), str) and Path(start).expanduser().exists():
+            adapter["start"] = str(Path(start).expanduser().absolute())
+
+
+def _adapters(content: dict[str, Any]) -> list[dict[str, Any]]:
+    adapters = content.get("adapters")
+    return [a for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []
 
 
 def _missing_sources(content: dict[str, Any]) -> list[str]:
@@ -275,4 +308,8 @@ def _missing_sources(content: dict[str, Any]) -> list[str]:
                 look(source)
             except SourceError as error:
                 problems.append(f"{section}.source: {error}")
+    for i, adapter in enumerate(_adapters(content)):
+        start = adapter.get("start")
+        if isinstance(start, str) and not Path(start).expanduser().exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start):
+            problems.append(f"adapters.{i}.start: adapter {start!r} does not exist. Give a folder with adapter_config.json, or a hub id like owner/name")
     return problems

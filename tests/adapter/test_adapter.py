@@ -1,83 +1,270 @@
-"""Training touches the adapter and nothing else; an adapter knows its base."""
+"""An adapter knows its base; PEFT alone can load it; a user's own loop and a user's own base will do."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from conftest import tiny_model
 from qwlora import fingerprint, load_adapter, quantize_, save_adapter
-from qwlora.adapter.train import TrainingSettings, attach, check_trainable, last_checkpoint, train_adapter
-from qwlora.errors import SourceError, TrainingError
+from qwlora.adapter.attach import LoraShape, attach, attach_existing, check_shape, check_trainable
+from qwlora.errors import FingerprintError, SourceError, TrainingError
 
-SETTINGS = TrainingSettings(steps=6, learning_rate=5e-3, batch_sequences=2, warmup_steps=1, schedule="constant", checkpoint_steps=2, seed=0)
+IDS = torch.arange(20)[None]
 
 
-def base() -> PreTrainedModel:
-    model = tiny_model("llama")
+def base(architecture: str = "llama") -> PreTrainedModel:
+    model = tiny_model(architecture)
     quantize_(model, "w4-block32")
     return model.requires_grad_(False)
 
 
-def test_training_moves_the_adapter_only(tmp_path: Path) -> None:
-    model = attach(base(), rank=4, alpha=8, dropout=0.0, target_modules="all-linear", seed=0)
-    before, identity = {n: p.detach().clone() for n, p in model.named_parameters()}, fingerprint(model)
-    report = train_adapter(model, torch.arange(256).view(8, 32), SETTINGS, tmp_path)
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == {n for n in before if ".lora_A." in n or ".lora_B." in n}
-    assert fingerprint(model) == identity
-    assert report.losses[-1] < report.losses[0]
-    assert len(report.losses) == report.steps == 6
-    assert report.trainable_parameters == sum(before[n].numel() for n in moved)
+def drawn(model: Any) -> Any:
+    """Every adapter weight moved away from where it began, so that all of it counts."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
 
 
 def test_training_anything_else_is_refused() -> None:
-    model = attach(base(), 4, 8, 0.0, "all-linear", 0)
+    model = attach(base(), LoraShape(4, 8), seed=0)
     model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(TrainingError, match=r"training would move .*embed_tokens.weight; only lora_A and lora_B"):
         check_trainable(model)
     with pytest.raises(TrainingError, match="no trainable parameter"):
         check_trainable(base())
-    with pytest.raises(TrainingError, match="LoRA cannot be attached to target_modules"):
-        attach(base(), 4, 8, 0.0, ["no_such_layer"], 0)
 
 
-def test_loss_that_is_no_number_stops_with_the_step(tmp_path: Path) -> None:
-    model = attach(base(), 4, 8, 0.0, "all-linear", 0)
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"target_modules": ["no_such_layer"]}, r"LoRA cannot be attached to target_modules \['no_such_layer'\]"),
+        ({"target_modules": ["q_proj", "w_proj"]}, r"does not have: target_modules 'w_proj'\. Its layers are, for example, q_proj, k_proj"),
+        ({"rank_pattern": {"q_prj": 2}}, "rank_pattern 'q_prj'"),
+        ({"alpha_pattern": {"q_prj": 2}}, "alpha_pattern 'q_prj'"),
+        ({"layers": [1, 5], "target_modules": ["q_proj"]}, "layer 5"),
+        ({"target_modules": ["mlp"]}, "cannot be attached"),
+    ],
+)
+def test_what_the_model_does_not_have_is_named_without_its_weights(shape: dict[str, Any], message: str) -> None:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights():
+        skeleton = AutoModelForCausalLM.from_config(tiny_model("llama").config)
+    with pytest.raises(TrainingError, match=message):
+        check_shape(skeleton, LoraShape(4, 8, **shape))
+    with pytest.raises(TrainingError, match=message):
+        attach(base(), LoraShape(4, 8, **shape), seed=0)
+
+
+KINDS: dict[str, LoraShape] = {
+    "plain": LoraShape(4, 8),
+    "rslora": LoraShape(4, 8, rslora=True),
+    "dora": LoraShape(4, 8, dora=True),
+    "patterns": LoraShape(4, 8, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8}, alpha_pattern={"q_proj": 3}),
+    "layers": LoraShape(4, 8, target_modules=["q_proj", "down_proj"], layers=[1]),
+    "embedding": LoraShape(4, 8, target_modules=["embed_tokens", "q_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_saved_plain_and_comes_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    model = drawn(attach(base("qwen3"), KINDS[kind], seed=0))
+    save_adapter(model, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "qwlora.json"]
     with torch.no_grad():
-        next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(torch.inf)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 1; lower the learning rate"):
-        train_adapter(model, torch.arange(256).view(8, 32), SETTINGS, tmp_path)
+        assert torch.equal(load_adapter(base("qwen3"), tmp_path).eval()(IDS).logits, model(IDS).logits)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["use_rslora"], config["use_dora"]) == (kind == "rslora", kind == "dora")
+    assert check_trainable(attach_existing(base("qwen3"), str(tmp_path))) == check_trainable(attach(base("qwen3"), KINDS[kind], seed=0))
 
 
-def test_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
-    for step, state in ((2, '{"global_step": 2}'), (4, '{"global'), (6, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
-    assert last_checkpoint(tmp_path / "nowhere") is None
+def test_shape_is_as_asked() -> None:
+    weights = dict(attach(base(), KINDS["patterns"], seed=0).named_parameters())
+    prefix = "base_model.model.model.layers"
+    assert weights[f"{prefix}.0.self_attn.q_proj.lora_A.default.weight"].shape == (2, 64)
+    assert weights[f"{prefix}.1.mlp.up_proj.lora_A.default.weight"].shape == (8, 64)
+    assert weights[f"{prefix}.0.mlp.up_proj.lora_A.default.weight"].shape == (4, 64)
+    layered = attach(base(), KINDS["layers"], seed=0).targeted_module_names
+    assert sorted(layered) == ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_convolution_gets_an_adapter(tmp_path: Path) -> None:
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    def convolutional() -> PreTrainedModel:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+        ids = {"vocab_size": 260, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
+        return Lfm2ForCausalLM(Lfm2Config(**sizes, **ids, layer_types=["conv", "full_attention"])).requires_grad_(False).eval()
+
+    model = drawn(attach(convolutional(), LoraShape(4, 8, target_modules=["conv.conv", "q_proj"], rank_pattern={"conv": 16}), seed=0))
+    convolutions = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv1d) and "lora_A" in n]
+    assert len(convolutions) == 1
+    save_adapter(model, tmp_path)
+    with torch.no_grad():
+        logits = model(IDS).logits
+        assert torch.equal(load_adapter(convolutional(), tmp_path).eval()(IDS).logits, logits)
+        assert not torch.equal(convolutional()(IDS).logits, logits)
+
+
+ALONE = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+checkpoint, *adapters = sys.argv[1:]
+for folder in adapters:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        after = PeftModel.from_pretrained(model, folder).eval()(ids).logits
+    assert not torch.equal(before, after), folder
+    torch.save(after, folder + "/logits.pt")
+assert not [m for m in sys.modules if m.split(".")[0] == "qwlora"]
+"""
+
+
+def test_peft_alone_loads_every_kind_onto_the_float_model(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    expected = {}
+    for kind, shape in KINDS.items():
+        model = drawn(attach(tiny_model("qwen3").requires_grad_(False), shape, seed=0))
+        save_adapter(model, tmp_path / kind)
+        with torch.no_grad():
+            expected[kind] = model(IDS).logits
+    folders = [str(tmp_path / kind) for kind in KINDS]
+    subprocess.run([sys.executable, "-c", ALONE, str(checkpoints["qwen3"]), *folders], check=True, capture_output=True)
+    for kind, logits in expected.items():
+        torch.testing.assert_close(torch.load(tmp_path / kind / "logits.pt"), logits)
+
+
+def test_adapter_that_peft_saved_needs_a_word(tmp_path: Path) -> None:
+    model = drawn(get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear")))
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(SourceError, match=r"does not say which base it belongs to.*say so: unknown_base accept"):
+        load_adapter(base(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_adapter(base(), tmp_path, unknown_base="accept").eval()(IDS).logits, model(IDS).logits)
+        assert torch.equal(attach_existing(base(), str(tmp_path), "accept").eval()(IDS).logits, model(IDS).logits)
+    with pytest.raises(SourceError, match="unknown_base is refuse or accept, not 'maybe'"):
+        load_adapter(base(), tmp_path, unknown_base="maybe")
+    save_adapter(model, tmp_path)
+    other = tiny_model("llama", seed=1)
+    quantize_(other, "w4-block32")
+    with pytest.raises(FingerprintError, match=fingerprint(base())):
+        attach_existing(other, str(tmp_path), "accept")  # what it says counts, if it says something
+
+
+def test_what_is_no_lora_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="is neither a folder nor a hub id"):
+        attach_existing(base(), str(tmp_path / "nothing" / "here"))
+    with pytest.raises(SourceError, match=r"holds no PEFT adapter: adapter_config.json cannot be read"):
+        attach_existing(base(), str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(SourceError, match="is of PEFT's type IA3, and only LORA"):
+        attach_existing(base(), str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"has no adapter_model.safetensors; older formats run code"):
+        attach_existing(base(), str(tmp_path))
+
+
+def test_adapter_of_another_shape_of_model_is_refused(tmp_path: Path) -> None:
+    save_adapter(get_peft_model(base("qwen3"), LoraConfig(r=2, target_modules=["k_proj", "o_proj"])), tmp_path)
+    (tmp_path / "qwlora.json").unlink()
+    with pytest.raises(SourceError, match="does not fit GPT2LMHeadModel"):
+        attach_existing(base("gpt2"), str(tmp_path), "accept")
 
 
 def test_adapter_without_a_fingerprint_is_refused(tmp_path: Path) -> None:
     model = get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear"))
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / "qwlora.json").read_text())["base_fingerprint"] == fingerprint(model)
-    (tmp_path / "qwlora.json").unlink()
-    with pytest.raises(SourceError, match=r"does not say which base it belongs to.*Save it with qwlora.save_adapter"):
-        load_adapter(base(), tmp_path)
+    for content in ("", "[]", '{"base_fingerprint": 3}'):
+        (tmp_path / "qwlora.json").write_text(content)
+        with pytest.raises(SourceError):
+            load_adapter(base(), tmp_path)
 
 
-def test_saved_adapter_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    model = get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+def own_loop(model: Any, steps: int = 8) -> list[float]:
+    """The seed's guide: a plain loop over any dataloader."""
+    batches = torch.utils.data.DataLoader(torch.arange(256).view(8, 32), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    while len(losses) < steps:
+        for ids in batches:
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_your_own_loop_over_our_base(chunked: bool, tmp_path: Path) -> None:
+    from qwlora.adapter.loss import chunk_loss_
+
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32")
+    identity = fingerprint(model)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    if chunked:
+        chunk_loss_(peft)
+    losses = own_loop(peft)
+    assert losses[-1] < losses[0]
+    assert fingerprint(peft) == identity
+    save_adapter(peft, tmp_path)
+    assert isinstance(load_adapter(base(), tmp_path), PeftModel)
+
+
+class Rounded(torch.nn.Module):
+    """A user's own frozen layer: a weight on a grid of the user's making, no parameter in sight."""
+
+    def __init__(self, layer: torch.nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        step = layer.weight.detach().abs().max() / 7
+        self.register_buffer("weight", (layer.weight.detach() / step).round() * step)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("by", ["parametrization", "rounding"])
+def test_a_base_that_your_own_code_froze(by: str, tmp_path: Path) -> None:
+    def frozen() -> PreTrainedModel:
+        model = tiny_model("llama").requires_grad_(False)
+        for _, layer in list(model.named_modules()):
+            if isinstance(layer, torch.nn.Linear) and layer is not model.lm_head:
+                rounded = Rounded(layer).weight
+                if by == "rounding":
+                    layer.weight.copy_(rounded)
+                else:
+                    layer.weight = torch.nn.Parameter(rounded, requires_grad=False)
+        return model
+
+    model = get_peft_model(frozen(), LoraConfig(r=4, target_modules="all-linear"))
+    identity = fingerprint(model)
+    assert check_trainable(model) > 0
+    losses = own_loop(model)
+    assert losses[-1] < losses[0]
+    assert fingerprint(model) == identity
     save_adapter(model, tmp_path)
-    loaded = load_adapter(base(), tmp_path).eval()
-    ids = torch.arange(20)[None]
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert torch.equal(load_adapter(frozen(), tmp_path).eval()(IDS).logits, model.eval()(IDS).logits)
+    with pytest.raises(FingerprintError):
+        load_adapter(base(), tmp_path)

@@ -106,7 +106,7 @@ class ChunkedLoss:
             raise TrainingError("a batch has no token to learn from: every label in it is -100. Leave such sequences out of the training data")
         if count < len(targets):
             hidden, targets = hidden[kept], targets[kept]
-        tokens = self._chunk_tokens or max(1, CHUNK_LOGITS // _rows(self._model))
+        tokens = self._chunk_tokens or max(1, CHUNK_LOGITS // vocabulary_size(self._model))
         trained = [p for p in self._head.parameters() if p.requires_grad]
         total = chunked_cross_entropy(hidden, targets, self._head_path, trained, tokens)
         return total / (count if items is None else items.to(total.device) if isinstance(items, Tensor) else items)
@@ -144,7 +144,7 @@ class ChunkedLoss:
             self._model.train(training)
 
     def _batch(self) -> dict[str, Tensor]:
-        ids = torch.randint(0, _rows(self._model), (2, _PROBE_TOKENS)).to(self._head_device())
+        ids = torch.randint(0, vocabulary_size(self._model), (2, _PROBE_TOKENS)).to(self._head_device())
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _find_postprocessing(self) -> None:
@@ -222,7 +222,7 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def _rows(model: PreTrainedModel) -> int:
+def vocabulary_size(model: PreTrainedModel) -> int:
     """Entries of the vocabulary, as the embedding counts them."""
     return int(getattr(model.get_input_embeddings(), "num_embeddings", None) or model.config.get_text_config().vocab_size)
 

@@ -1,37 +1,46 @@
-"""Train one adapter on a frozen base with `transformers.Trainer`.
+"""Train the adapter of a frozen base with `transformers.Trainer`.
 
-What must hold and is checked: only lora_A and lora_B receive gradients (by name, before the first step), and the loss stays a number. That the base is
-untouched is checked by whoever holds its fingerprint (see `pipeline`).
+Why the Trainer and not TRL's SFTTrainer: what SFTTrainer adds is tokenizing, packing and masking, which the data step does before anything trains, and losses
+that save memory for the models it knows, where ours is for any (`loss.py`). The loop, the schedules, resuming, bf16, several processes and the loggers are
+the Trainer's in both.
+
+What must hold and is checked: only the adapter receives gradients (by name, before the first step), and the loss stays a number that has not diverged
+(`watch.py`). That the base is untouched is checked by whoever holds its fingerprint (see `pipeline`).
+
+A run that was killed goes on from its last checkpoint (adapter, optimizer, schedule, random numbers, order of the data) and ends with the same bits.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
+import contextlib
+import os
 import signal
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
 
-from qwlora.errors import TrainingError
+from qwlora.adapter.attach import check_trainable
+from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of
+from qwlora.adapter.loss import causal_model, chunk_loss_, vocabulary_size
+from qwlora.adapter.provenance import WEIGHTS, write_adapter
+from qwlora.adapter.shard import gather_, is_sharded, prepare_sharding_
+from qwlora.adapter.watch import Watch, first_gradient_not_finite, first_output_not_finite, losses_of
+from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.progress import Track, untracked
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long and how fast; the recipe documents each field."""
+    """How long, how fast and in what precision; the recipe documents each field."""
 
     steps: int
     learning_rate: float
@@ -40,17 +49,28 @@ class TrainingSettings:
     schedule: str
     checkpoint_steps: int
     seed: int
+    accumulation_steps: int = 1
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    compute: str = "float32"
+    gradient_checkpointing: bool = False
+    loss: str = "chunked"
+    evaluation_steps: int | None = None
+    patience: int | None = None
+    report_to: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training run says of itself."""
+    """What a training run says of itself. `losses` are those of all steps, before an interruption too; `evaluations` are (step, loss) on held-out text."""
 
     steps: int
     step_seconds: float
     resumed_from_step: int
     trainable_parameters: int
     losses: tuple[float, ...]
+    evaluations: tuple[tuple[int, float], ...] = ()
+    best_step: int | None = None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,36 +81,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"stopped after step {step}")
 
 
-def attach(model: PreTrainedModel, rank: int, alpha: float, dropout: float, target_modules: str | list[str], seed: int) -> PeftModel:
-    """A fresh LoRA adapter on `model`, seeded.
+class IdSequences(Dataset[dict[str, Tensor]]):
+    """Sequences of token ids [count, tokens], every token of which is learnt."""
 
-    Raises:
-        TrainingError: no layer matches `target_modules`.
-    """
-    torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM")
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise TrainingError(f"LoRA cannot be attached to target_modules {target_modules!r}: {error}") from error
-
-
-def check_trainable(model: torch.nn.Module) -> int:
-    """Number of trainable parameters, all of them in lora_A or lora_B.
-
-    Raises:
-        TrainingError: something else would be trained, or nothing would.
-    """
-    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    strangers = [name for name in trainable if not any(part in ("lora_A", "lora_B") for part in name.split("."))]
-    if strangers:
-        raise TrainingError(f"training would move {', '.join(strangers[:3])}; only lora_A and lora_B may be trained on a frozen base")
-    if not trainable:
-        raise TrainingError("the model has no trainable parameter: attach a LoRA adapter first")
-    return sum(trainable.values())
-
-
-class _Sequences(Dataset[dict[str, Tensor]]):
     def __init__(self, ids: Tensor):
         self.ids = ids
 
@@ -101,116 +94,197 @@ class _Sequences(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
-class _Watch(TrainerCallback):
-    """Times the steps, keeps the losses, reports progress, and turns Ctrl-C into "finish this step, write a checkpoint, stop"."""
+class _Trainer(Trainer):
+    """Looks at every loss and gradient before the step is taken, and writes checkpoints as plain adapters."""
 
-    def __init__(self, track: Track):
-        self.track = track
-        self.losses: list[float] = []
-        self.step_seconds: list[float] = []
-        self.interrupted = False
-        self._began = 0.0
-        self._bar: Iterator[int] = iter(())
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        sharded = is_sharded(self)
+        if not bool(loss.isfinite()):
+            name = None if sharded else self._first_output(inputs)
+            where = f"the output of {name} was the first that is not finite" if name else "every layer's output was finite" if not sharded else ""
+            self._stop(f"the loss is {float(loss)}", where)
+        if not sharded and (name := first_gradient_not_finite(self.accelerator.unwrap_model(self.model))):
+            self._stop("a gradient is not finite", f"from the top of the model, that of {name} was the first")
+        return loss
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._bar = self.track(range(state.global_step, args.max_steps), "training", args.max_steps - state.global_step)
-        next(self._bar, None)
+    def _first_output(self, inputs: dict[str, Any]) -> str | None:
+        model = self.accelerator.unwrap_model(self.model)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        next(self._bar, None)
+        def forward() -> None:
+            with self.compute_loss_context_manager():
+                model(**self._prepare_inputs(inputs))
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._began = time.perf_counter()
+        return first_output_not_finite(model, forward)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.step_seconds.append(time.perf_counter() - self._began)
-        next(self._bar, None)
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
+    def _stop(self, what: str, where: str) -> None:
+        raise TrainingError(
+            f"{what} at step {self.state.global_step + 1}{f'; {where}' if where else ''}; {last_good(Path(str(self.args.output_dir)))}. "
+            f"Lower the learning rate (now {self.args.learning_rate:g}), raise warmup_steps, or look at what is trained on"
+        )
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is None:
-            return
-        self.losses.append(loss)
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {state.global_step}; lower the learning rate (now {args.learning_rate:g}) or raise warmup_steps")
-
-    def interrupt(self, *_: Any) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            write_adapter(self.accelerator.unwrap_model(self.model), Path(str(output_dir or self.args.output_dir)), state_dict)
 
 
 def train_adapter(
     model: PeftModel,
-    ids: Int64[Tensor, "count tokens"],
+    sequences: Dataset[dict[str, Tensor]] | Tensor,
     settings: TrainingSettings,
     work: Path,
     track: Track = untracked,
+    held_out: Dataset[dict[str, Tensor]] | Tensor | None = None,
+    logs: Path | None = None,
 ) -> TrainingReport:
-    """Train the active adapter of `model` on `ids`; checkpoints go to `work`, and the last one there is where it goes on from.
+    """Train the active adapter of `model`; checkpoints go to `work`, and the last one there is where it goes on from.
+
+    Args:
+        sequences: items with `input_ids` and `labels` (-100 where nothing is learnt), and what else the model's forward takes; or ids [count, tokens].
+        held_out: what `evaluation_steps` are evaluated on; the adapter of the best evaluation is kept.
+        logs: folder for TensorBoard's files.
 
     Raises:
-        TrainingError: see `check_trainable`; or the loss became nan or infinite.
+        TrainingError: see `check_trainable` and `ChunkedLoss`; the batch cannot be divided among the processes; or the loss is no number, or diverged.
         Interrupted: Ctrl-C; a checkpoint of the last finished step is in `work`.
     """
     trainable = check_trainable(model)
-    if (last := last_checkpoint(work)) and _step(last) >= settings.steps:  # stopped between the last step and the artifact
-        set_peft_model_state_dict(model, load_file(last / "adapter_model.safetensors"))
-        return TrainingReport(settings.steps, 0.0, settings.steps, trainable, ())
-    watch = _Watch(track)
-    trainer = Trainer(model=model, args=_arguments(settings, work), train_dataset=_Sequences(ids), callbacks=[watch])
-    trainer.remove_callback(PrinterCallback)
-    resumed = _step(last) if last else 0
-    previous = signal.signal(signal.SIGINT, watch.interrupt) if _in_main_thread() else None
-    try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGINT, previous)
+    if settings.evaluation_steps and held_out is None:
+        raise TrainingError("evaluation_steps asks for evaluation, but there is no held-out text")
+    last = last_checkpoint(work)
+    if last and (
+        final := final_checkpoint(last, settings.steps, settings.patience, settings.evaluation_steps is not None)
+    ):  # stopped between the last step and the artifact
+        return _restore(model, last, final, settings, trainable)
+    arguments = _arguments(settings, work, _world_size())
+    chunked = chunk_loss_(model) if settings.loss == "chunked" else None
+    watch = Watch(track, settings.checkpoint_steps, vocabulary_size(causal_model(model)), lambda: last_good(work))
+    early = [EarlyStoppingCallback(settings.patience)] if settings.patience else []
+    with _logging_to(logs, settings.report_to):
+        trainer = _Trainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])
+        trainer.remove_callback(PrinterCallback)
+        trainer._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has
+        prepare_sharding_(trainer)
+        try:
+            with _interruptible(watch):
+                trainer.train(resume_from_checkpoint=str(last) if last else None)
+        finally:
+            if chunked:
+                chunked.remove()
     if watch.interrupted:
         raise Interrupted(trainer.state.global_step)
+    gather_(trainer)
     timed = watch.step_seconds[1:] or watch.step_seconds or [0.0]
-    return TrainingReport(settings.steps, sum(timed) / len(timed), resumed, trainable, tuple(watch.losses))
+    state = trainer.state
+    return TrainingReport(
+        steps=state.global_step,
+        step_seconds=sum(timed) / len(timed),
+        resumed_from_step=step_of(last) if last else 0,
+        trainable_parameters=trainable,
+        losses=tuple(losses_of(state)),
+        evaluations=_evaluations(state.log_history),
+        best_step=state.best_global_step if settings.evaluation_steps else None,
+    )
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; half-written ones are deleted. The Trainer writes `trainer_state.json` last."""
-    found = sorted(work.glob("checkpoint-*"), key=_step, reverse=True)
-    for checkpoint in found:
+def check_loggers(report_to: Sequence[str]) -> None:
+    """See that every logger is one that the Trainer knows and that its package is installed.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    for name in report_to:
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            shutil.rmtree(checkpoint)
-        else:
-            return checkpoint
-    return None
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise MissingExtraError(f"report_to {name!r}: {error}") from error
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _restore(model: PeftModel, last: Path, final: Path, settings: TrainingSettings, trainable: int) -> TrainingReport:
+    set_peft_model_state_dict(model, load_file(final / WEIGHTS))
+    state = read_state(last)
+    losses = tuple(float(e["loss"]) for e in state["log_history"] if "loss" in e)
+    best = state.get("best_global_step") if settings.evaluation_steps else None
+    return TrainingReport(state["global_step"], 0.0, state["global_step"], trainable, losses, _evaluations(state["log_history"]), best)
 
 
-def _arguments(settings: TrainingSettings, work: Path) -> TrainingArguments:
+def _evaluations(history: list[dict[str, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((int(e["step"]), float(e["eval_loss"])) for e in history if "eval_loss" in e)
+
+
+def _dataset(sequences: Dataset[dict[str, Tensor]] | Tensor | None) -> Dataset[dict[str, Tensor]] | None:
+    return IdSequences(sequences) if isinstance(sequences, Tensor) else sequences
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _arguments(settings: TrainingSettings, work: Path, processes: int) -> TrainingArguments:
+    if settings.batch_sequences % processes:
+        raise TrainingError(f"batch_sequences ({settings.batch_sequences}) cannot be divided among {processes} processes; give a multiple")
+    evaluates = settings.evaluation_steps is not None
     return TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup_steps,
-        per_device_train_batch_size=settings.batch_sequences,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip,
+        per_device_train_batch_size=settings.batch_sequences // processes,
+        per_device_eval_batch_size=settings.batch_sequences // processes,
+        gradient_accumulation_steps=settings.accumulation_steps,
+        bf16=settings.compute == "bfloat16",
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=settings.evaluation_steps,
+        prediction_loss_only=True,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model="loss" if evaluates else None,
+        greater_is_better=False if evaluates else None,
         save_strategy="steps",
-        save_steps=settings.checkpoint_steps,
+        save_steps=settings.evaluation_steps or settings.checkpoint_steps,
         save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a loss that is nan must be seen
         seed=settings.seed,
-        report_to=[],
+        report_to=list(settings.report_to),
+        label_names=["labels"],
+        remove_unused_columns=False,
         disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False if processes > 1 else None,
     )
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+@contextlib.contextmanager
+def _interruptible(watch: Watch) -> Iterator[None]:
+    """Ctrl-C finishes the step and writes a checkpoint, where signals can be handled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, watch.interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def _logging_to(logs: Path | None, report_to: Sequence[str]) -> Iterator[None]:
+    """TensorBoard's callback takes its folder from the environment."""
+    key = "TENSORBOARD_LOGGING_DIR"
+    if logs is None or "tensorboard" not in report_to or key in os.environ:
+        yield
+        return
+    os.environ[key] = str(logs)
+    try:
+        yield
+    finally:
+        del os.environ[key]

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from qwlora.base.source import locate
@@ -55,8 +56,9 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     add("quantize", [model, recipe.base.model_dump()], artifact="base")
     add("evaluate/base", held_out, ("quantize",))
     for adapter in recipe.adapters:
-        trains = adapter.model_dump(exclude={"checkpoint_steps"})
-        add(f"train/{adapter.name}", [trains, text, recipe.seed], ("quantize",), adapter.name, f"adapters/{adapter.name}")
+        trains = adapter.model_dump(exclude={"checkpoint_steps", "report_to"})  # neither changes the adapter
+        learns = [text, held_out if adapter.evaluation_steps else None, _start_stamps(adapter.start)]
+        add(f"train/{adapter.name}", [trains, learns, recipe.seed], ("quantize",), adapter.name, f"adapters/{adapter.name}")
     for adapter in recipe.adapters:
         n = adapter.name
         ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]
@@ -81,6 +83,12 @@ def dependents(plan: list[Stage], name: str) -> list[str]:
 def _stamps(source: str) -> list[tuple[str, int, int]]:
     """Name, size and time of change of each file of the model."""
     return [(p.name, s.st_size, s.st_mtime_ns) for p in locate(source).files for s in [p.stat()]]
+
+
+def _start_stamps(start: str | None) -> list[tuple[str, int, int]]:
+    """The same of an adapter to start from; one on the hub is known by its name."""
+    folder = Path(start) if start else None
+    return [(p.name, s.st_size, s.st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file() for s in [p.stat()]] if folder and folder.is_dir() else []
 
 
 def _hash(content: Any) -> str:

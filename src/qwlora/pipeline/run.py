@@ -16,6 +16,7 @@ from qwlora.data import load_documents
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained, write_text
 from qwlora.pipeline.plan import VERBS, Stage, dependents, make_plan
+from qwlora.pipeline.workers import done, follow, is_first_process, tell
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 
@@ -38,6 +39,15 @@ def run(recipe: Recipe, out: Path, verbs: Collection[str] = VERBS, track: Track 
     """
     documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed)
     plan = make_plan(recipe, documents)
+    if not is_first_process():
+        return follow(_new_session(recipe, documents, out, untracked), plan)
+    try:
+        return _run(recipe, out, verbs, documents, plan, track, say)
+    finally:
+        tell(None)
+
+
+def _run(recipe: Recipe, out: Path, verbs: Collection[str], documents: Any, plan: list[Stage], track: Track, say: Say) -> dict[str, Any]:
     peek = Directory.peek(out, recipe)
     waiting = [s for s in plan if s.verb in verbs and not peek.is_current(s.name, s.key)]
     behind = {name for stage in waiting for name in dependents(plan, stage.name)}
@@ -63,7 +73,10 @@ def _do(directory: Directory, session: Any, stage: Stage, follows: Collection[st
 
     began = time.perf_counter()
     with explained(directory.path), directory.scratch() as scratch:
+        if stage.verb == "train":
+            tell(stage.name)
         results = STAGES[stage.verb](session, stage, scratch, directory.work(stage.name, stage.key))
+        done()
         seconds = time.perf_counter() - began
         directory.commit(stage.name, Record(stage.key, seconds, results), scratch, stage.artifact, follows)
         directory.drop_work(stage.name)
@@ -71,14 +84,20 @@ def _do(directory: Directory, session: Any, stage: Stage, follows: Collection[st
 
 
 def _start_session(recipe: Recipe, documents: Any, out: Path, track: Track, verbs: set[str]) -> Any:
-    """Import torch and its friends, and find what is wrong before anything is written."""
-    _quiet_libraries()
-    from qwlora.pipeline.session import Session
+    """Find what is wrong before anything is written."""
+    session = _new_session(recipe, documents, out, track)
     from qwlora.pipeline.stages import preflight
 
-    session = Session(recipe, documents, out, track)
     preflight(session, verbs)
     return session
+
+
+def _new_session(recipe: Recipe, documents: Any, out: Path, track: Track) -> Any:
+    """Import torch and its friends."""
+    _quiet_libraries()
+    from qwlora.pipeline.session import Session
+
+    return Session(recipe, documents, out, track)
 
 
 def _check_needs(plan: list[Stage], waiting: list[Stage], verbs: Collection[str], directory: Directory) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwlora.adapter.provenance import load_adapter
-from qwlora.base.source import load_model, load_tokenizer
+from qwlora.base.source import load_model, load_tokenizer, locate
 from qwlora.base.storage import load_base, read_record
 from qwlora.data import Documents, sequences
 from qwlora.grid.scheme import Scheme
@@ -21,7 +23,7 @@ from qwlora.simulation.storage import load_encodings
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Session:
@@ -60,6 +62,16 @@ class Session:
         if self._float_model is None:
             self._float_model = load_model(self.recipe.model.source)
         return self._float_model
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights, on the meta device: to see whether an adapter fits it."""
+        config = self._float_model.config if self._float_model is not None else self._config()
+        with init_empty_weights():
+            return AutoModelForCausalLM.from_config(config)
+
+    def _config(self) -> PreTrainedConfig:
+        location = locate(self.recipe.model.source)
+        return AutoConfig.from_pretrained(location.pretrained, **location.arguments())
 
     def take_float_model(self) -> PreTrainedModel:
         """Hand the float model over to whoever changes it."""

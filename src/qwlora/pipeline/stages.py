@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from qwlora.adapter.attach import LoraShape, attach, attach_existing, check_shape, check_start, check_trainable
 from qwlora.adapter.provenance import save_adapter
-from qwlora.adapter.train import TrainingSettings, attach, train_adapter
+from qwlora.adapter.train import TrainingReport, TrainingSettings, check_loggers, train_adapter
 from qwlora.base.quantize import base_size, check_fit, find_layers, quantize_
 from qwlora.base.storage import save_base
-from qwlora.errors import FingerprintError, SourceError
+from qwlora.errors import FingerprintError, SourceError, TrainingError
 from qwlora.evaluate import perplexity
 from qwlora.export.bundle import export_onnx
 from qwlora.export.extras import require
@@ -26,6 +27,8 @@ from qwlora.grid.fingerprint import fingerprint
 from qwlora.pipeline.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.pipeline.plan import Stage
 from qwlora.pipeline.session import Session
+from qwlora.pipeline.workers import is_first_process
+from qwlora.recipe import Adapter
 from qwlora.simulation.storage import save_simulation
 
 Results = dict[str, Any]
@@ -44,6 +47,8 @@ def preflight(session: Session, verbs: set[str]) -> None:
         for module in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
             require(module, "onnx")
     _ = session.training_ids, session.held_out_ids
+    if "train" in verbs:
+        _check_adapters(session)
     if "quantize" in verbs:
         model = session.float_model()
         check_fit(find_layers(model), session.recipe.base.weights.scheme())
@@ -67,23 +72,20 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
 def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 2: one adapter on the frozen base, whose fingerprint is the same afterwards."""
     adapter = session.adapter(str(stage.adapter))
-    ids, base_identity = session.training_ids, session.base_fingerprint
+    base_identity, seed = session.base_fingerprint, session.recipe.seed
     reset_peak_rss()
     base = session.base()
-    model = attach(base, adapter.rank, adapter.alpha, adapter.dropout, adapter.target_modules, session.recipe.seed)
-    settings = TrainingSettings(
-        steps=adapter.steps,
-        learning_rate=adapter.learning_rate,
-        batch_sequences=adapter.batch_sequences,
-        warmup_steps=adapter.warmup_steps,
-        schedule=adapter.schedule,
-        checkpoint_steps=adapter.checkpoint_steps,
-        seed=session.recipe.seed,
-    )
-    report = train_adapter(model, ids, settings, work, session.track)
+    model = attach(base, _shape(adapter), seed) if adapter.start is None else attach_existing(base, adapter.start, adapter.unknown_base, seed)
+    if adapter.steps:
+        held_out = session.evaluation_ids if adapter.evaluation_steps else None
+        logs = session.path / "logs" / adapter.name
+        report = train_adapter(model, session.training_ids, _settings(adapter, seed), work, session.track, held_out, logs)
+    else:
+        report = TrainingReport(0, 0.0, 0, check_trainable(model), ())
     if (after := fingerprint(model)) != base_identity:
         raise FingerprintError(f"training adapter {adapter.name} changed the base: its fingerprint was {base_identity} and is {after}")
-    save_adapter(model, scratch)
+    if is_first_process():
+        save_adapter(model, scratch, base_identity)
     measured = {
         "steps": report.steps,
         "step_seconds": report.step_seconds,
@@ -92,7 +94,31 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
         "resumed_from_step": report.resumed_from_step,
         "losses": list(report.losses),
     }
+    if adapter.evaluation_steps:
+        measured |= {"evaluations": [list(e) for e in report.evaluations], "best_step": report.best_step}
     return {"train": {adapter.name: measured}}
+
+
+def _check_adapters(session: Session) -> None:
+    """Each adapter that the recipe asks for fits the model, and its loggers are installed."""
+    for adapter in session.recipe.adapters:
+        check_loggers(adapter.report_to)
+        try:
+            if adapter.start is None:
+                check_shape(session.skeleton(), _shape(adapter))
+            else:
+                check_start(adapter.start)
+        except (TrainingError, SourceError) as error:
+            raise type(error)(f"adapter {adapter.name}: {error}") from error
+
+
+def _shape(adapter: Adapter) -> LoraShape:
+    return LoraShape(**{f.name: getattr(adapter, f.name) for f in fields(LoraShape)})
+
+
+def _settings(adapter: Adapter, seed: int) -> TrainingSettings:
+    given = {f.name: getattr(adapter, f.name) for f in fields(TrainingSettings) if f.name not in ("seed", "report_to")}
+    return TrainingSettings(**given, seed=seed, report_to=tuple(adapter.report_to))
 
 
 def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:

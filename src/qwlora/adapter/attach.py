@@ -1,0 +1,178 @@
+"""Attach a LoRA adapter to a frozen base, fresh or from one that exists, and see that nothing but the adapter would be trained.
+
+    y = base_layer(x) + scaling * lora_B(lora_A(x)),    scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA
+
+The adapter is PEFT's; what is added here is refusal. PEFT takes a list of target modules of which one matches nothing, a pattern that no layer has, or a layer
+number that the model lacks, without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from qwlora.adapter.provenance import WEIGHTS, check_adapter
+from qwlora.errors import SourceError, TrainingError
+from qwlora.grid.fingerprint import fingerprint
+from qwlora.grid.names import canonical_name, is_adapter_name
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """Which layers get an adapter, and of what size; each field is PEFT's, by the names of the recipe.
+
+    Args:
+        target_modules: `all-linear`, a regular expression, or names of modules (Linear, Conv1D, Conv1d to Conv3d, Embedding).
+        rank_pattern, alpha_pattern: other ranks and alphas for modules whose name ends in the key (or matches it, a regular expression).
+        layers: numbers of the transformer layers that get an adapter; all unless given.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers: list[int] | None = None
+
+    def config(self) -> LoraConfig:
+        """PEFT's configuration."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            rank_pattern=dict(self.rank_pattern),
+            alpha_pattern=dict(self.alpha_pattern),
+            layers_to_transform=self.layers,
+            task_type="CAUSAL_LM",
+        )
+
+
+def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
+    """A fresh LoRA adapter on `model`, seeded; the base below it is frozen.
+
+    Raises:
+        TrainingError: no layer matches the target modules; or a name, pattern or layer number in `shape` matches none.
+    """
+    torch.manual_seed(seed)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")  # an error below
+            adapted = get_peft_model(model, shape.config())
+    except (ValueError, TypeError) as error:
+        raise TrainingError(f"LoRA cannot be attached to target_modules {shape.target_modules!r}: {error}") from error
+    if lost := list(_unmatched(adapted, shape)):
+        raise TrainingError(f"the adapter asks for what the model does not have: {'; '.join(lost)}. Its layers are, for example, {_examples(adapted)}")
+    return adapted
+
+
+def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> None:
+    """What `attach` would refuse, found on a model without weights (on the meta device), which is changed by it."""
+    with torch.device("meta"):
+        attach(skeleton, shape, seed=0)
+
+
+def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "refuse", seed: int = 0) -> PeftModel:
+    """The adapter at `source`, a PEFT folder or a hub id, on `model`, to go on from or to use as it is.
+
+    Args:
+        unknown_base: `accept` takes an adapter that does not say which base it was trained on, as those that PEFT saved; `refuse` does not.
+
+    Raises:
+        SourceError: there is no LoRA adapter at `source`, it does not fit the model, or does not say which base it belongs to.
+        FingerprintError: it says that it belongs to another base.
+    """
+    torch.manual_seed(seed)  # dropout
+    folder = adapter_folder(source)
+    check_start(source)
+    check_adapter(folder, fingerprint(model), unknown_base)
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise SourceError(f"adapter {source!r} does not fit {type(model).__name__}: {error}") from error
+
+
+def check_start(source: str) -> None:
+    """See that `source` holds a LoRA adapter, without loading it.
+
+    Raises:
+        SourceError: it does not, or its weights are a pickle.
+    """
+    folder = adapter_folder(source)
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{source!r} holds no PEFT adapter: adapter_config.json cannot be read ({error})") from error
+    if kind != "LORA":
+        raise SourceError(f"adapter {source!r} is of PEFT's type {kind}, and only LORA can be trained and exported here")
+    if not (folder / WEIGHTS).exists():
+        raise SourceError(f"adapter {source!r} has no {WEIGHTS}; older formats run code when they are read: load it with PEFT and save it again")
+
+
+def adapter_folder(source: str) -> Path:
+    """The local folder of `source`; a hub id is downloaded (configuration, weights and fingerprint, nothing else).
+
+    Raises:
+        SourceError: it is neither a folder nor a hub id that can be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise SourceError(f"adapter {source!r} is neither a folder nor a hub id like owner/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["adapter_config.json", WEIGHTS, "qwlora.json"]))
+    except Exception as error:  # offline, not found, private: the hub's client has a dozen classes for them
+        raise SourceError(f"adapter {source!r} is no local folder, and cannot be had from the hub: {error}") from error
+
+
+def check_trainable(model: nn.Module) -> int:
+    """Number of trainable parameters, all of them the adapter's (LoRA's matrices, DoRA's magnitudes, PEFT's modules_to_save).
+
+    Raises:
+        TrainingError: something else would be trained, or nothing would.
+    """
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    strangers = [name for name in trainable if not is_adapter_name(name)]
+    if strangers:
+        raise TrainingError(f"training would move {', '.join(strangers[:3])}; only lora_A and lora_B and what else the adapter adds may be trained")
+    if not trainable:
+        raise TrainingError("the model has no trainable parameter: attach a LoRA adapter first")
+    return sum(trainable.values())
+
+
+def _unmatched(model: PeftModel, shape: LoraShape) -> list[str]:
+    names: list[str] = model.targeted_module_names
+    lost = []
+    if isinstance(shape.target_modules, list):
+        lost += [f"target_modules {t!r}" for t in shape.target_modules if not any(n == t or n.endswith(f".{t}") for n in _all_names(model, shape, names))]
+    for what, pattern in (("rank_pattern", shape.rank_pattern), ("alpha_pattern", shape.alpha_pattern)):
+        lost += [f"{what} {key!r}" for key in pattern if not any(re.match(rf"(.*\.)?({key})$", n) for n in names)]
+    numbers = {int(part) for n in names for part in n.split(".") if part.isdigit()}
+    lost += [f"layer {number}" for number in shape.layers or () if number not in numbers]
+    return lost
+
+
+def _all_names(model: PeftModel, shape: LoraShape, targeted: list[str]) -> list[str]:
+    """Where a target may be found: with chosen layers, a module outside them is no mistake of the target's."""
+    return targeted if shape.layers is None else [n for n, _ in model.get_base_model().named_modules()]
+
+
+def _examples(model: PeftModel) -> str:
+    layers = (canonical_name(n) for n, m in model.get_base_model().named_modules() if isinstance(m, nn.Linear) and not is_adapter_name(n))
+    return ", ".join(list(dict.fromkeys(n.rpartition(".")[2] for n in layers))[:8]) or ", ".join(model.targeted_module_names[:4])

@@ -1,0 +1,58 @@
+"""Checkpoints of a training run: the newest whole one, whether it is the end, and where it lies.
+
+The Trainer writes `trainer_state.json` last, so a folder without a readable one was interrupted, and is not gone on from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qwlora.adapter.provenance import WEIGHTS
+
+STATE = "trainer_state.json"
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest checkpoint that was written to its end. Half-written ones are deleted, by the first process."""
+    found = sorted(work.glob("checkpoint-*"), key=step_of, reverse=True)
+    for checkpoint in found:
+        try:
+            read_state(checkpoint)
+        except (OSError, ValueError):
+            if int(os.environ.get("RANK", "0")) == 0:
+                shutil.rmtree(checkpoint)
+        else:
+            return checkpoint
+    return None
+
+
+def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: bool) -> Path | None:
+    """The checkpoint with the final adapter, if training had ended at `last`: all steps done, or `patience` evaluations without a better one."""
+    state = read_state(last)
+    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
+    waited = stopping["attributes"]["early_stopping_patience_counter"] if isinstance(stopping, dict) else 0
+    if state["global_step"] < steps and not (patience and waited >= patience):
+        return None
+    chosen = last.with_name(f"checkpoint-{state['best_global_step']}") if keeps_best and state.get("best_global_step") else last
+    return chosen if (chosen / WEIGHTS).exists() else None
+
+
+def last_good(work: Path) -> str:
+    """Where the newest whole checkpoint is, for a message."""
+    whole = [c for c in work.glob("checkpoint-*") if (c / STATE).exists()]
+    return f"the last good checkpoint is {max(whole, key=step_of)}" if whole else "no checkpoint was written yet"
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The Trainer's state at `checkpoint`."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    return state
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which it was written."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,269 @@
+"""Training: what moves, what is watched, what survives being killed, what is the same in every way of asking for it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from conftest import tiny_model
+from qwlora import fingerprint, quantize_
+from qwlora.adapter.attach import LoraShape, attach
+from qwlora.adapter.checkpoints import last_checkpoint
+from qwlora.adapter.train import TrainingSettings, check_loggers, train_adapter
+from qwlora.adapter.watch import divergence_limit
+from qwlora.errors import MissingExtraError, TrainingError
+
+SHAPE = LoraShape(rank=4, alpha=8)
+SETTINGS = TrainingSettings(steps=6, learning_rate=5e-3, batch_sequences=2, warmup_steps=1, schedule="constant", checkpoint_steps=2, seed=0)
+IDS = torch.arange(256).view(8, 32)
+
+
+def adapted(architecture: str = "llama", **shape: Any) -> PeftModel:
+    model = tiny_model(architecture)
+    quantize_(model, "w4-block32")
+    return attach(model.requires_grad_(False), replace(SHAPE, **shape), seed=0)
+
+
+def weights(model: PeftModel) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def trained(work: Path, architecture: str = "llama", **settings: Any) -> dict[str, Tensor]:
+    model = adapted(architecture)
+    train_adapter(model, IDS, replace(SETTINGS, **settings), work)
+    return weights(model)
+
+
+@pytest.mark.parametrize("shape", [{}, {"dora": True, "target_modules": ["q_proj", "up_proj"]}])
+def test_training_moves_the_adapter_only(tmp_path: Path, shape: dict[str, Any]) -> None:
+    model = adapted(**shape)
+    before, identity = {n: p.detach().clone() for n, p in model.named_parameters()}, fingerprint(model)
+    report = train_adapter(model, IDS, SETTINGS, tmp_path)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if ".lora_" in n}
+    assert fingerprint(model) == identity
+    assert report.losses[-1] < report.losses[0]
+    assert len(report.losses) == report.steps == 6
+    assert report.trainable_parameters == sum(before[n].numel() for n in moved)
+    assert "forward" not in model.get_base_model().__dict__  # the model has its own loss again
+
+
+def test_chunked_and_whole_loss_train_the_same(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", loss="whole")
+    for name, weight in trained(tmp_path / "chunked").items():
+        torch.testing.assert_close(weight, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    plain = trained(tmp_path / "plain")
+    for name, weight in trained(tmp_path / "checkpointed", gradient_checkpointing=True).items():
+        assert torch.equal(weight, plain[name])
+
+
+class Uneven(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Few targets in one sequence, many in the next: a mean of means would be wrong."""
+
+    def __len__(self) -> int:
+        return len(IDS)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        labels = IDS[index].clone()
+        labels[: 28 if index % 2 else 2] = -100
+        return {"input_ids": IDS[index], "labels": labels}
+
+
+@pytest.mark.parametrize("loss", ["chunked", "whole"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_accumulation_is_one_large_batch(tmp_path: Path, loss: str, architecture: str) -> None:
+    results = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        model = adapted(architecture)
+        settings = replace(SETTINGS, batch_sequences=batch, accumulation_steps=accumulation, loss=loss, steps=2)
+        report = train_adapter(model, Uneven(), settings, tmp_path / f"{batch}")
+        results.append((report.losses, weights(model)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    for name, weight in results[0][1].items():
+        torch.testing.assert_close(weight, results[1][1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_trains_near_float32(tmp_path: Path) -> None:
+    model = adapted()
+    report = train_adapter(model, IDS, replace(SETTINGS, compute="bfloat16"), tmp_path / "half")
+    assert all(w.dtype == torch.float32 for w in weights(model).values())
+    exact = train_adapter(adapted(), IDS, SETTINGS, tmp_path / "full")
+    assert report.losses != exact.losses
+    assert report.losses == pytest.approx(exact.losses, rel=0.02)
+
+
+def test_the_best_evaluation_is_kept_and_waiting_ends(tmp_path: Path) -> None:
+    other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3))  # gets worse as IDS is learnt
+    settings = replace(SETTINGS, steps=40, learning_rate=2e-2, evaluation_steps=1, patience=3, checkpoint_steps=100)
+    model = adapted()
+    report = train_adapter(model, IDS, settings, tmp_path, held_out=other)
+    losses = dict(report.evaluations)
+    assert report.best_step == min(losses, key=losses.__getitem__)
+    assert report.steps == report.best_step + 3 < 40
+    with torch.no_grad():
+        assert float(model.eval()(input_ids=other, labels=other).loss) == pytest.approx(losses[report.best_step], rel=1e-5)
+    again = adapted()  # killed after the last step: the same adapter, from the checkpoints
+    restored = train_adapter(again, IDS, settings, tmp_path, held_out=other)
+    assert (restored.best_step, restored.steps, restored.losses) == (report.best_step, report.steps, report.losses)
+    assert all(torch.equal(w, weights(model)[n]) for n, w in weights(again).items())
+
+
+def test_evaluation_needs_text(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="there is no held-out text"):
+        train_adapter(adapted(), IDS, replace(SETTINGS, evaluation_steps=2), tmp_path)
+
+
+def test_loss_that_is_no_number_stops_with_step_layer_and_checkpoint(tmp_path: Path) -> None:
+    train_adapter(adapted(), IDS, SETTINGS, tmp_path)
+    model = adapted()
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    layer.register_forward_hook(lambda module, inputs, output: output * (torch.nan if len(calls) > 3 else 1))
+    calls: list[int] = []
+    model.get_base_model().model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    message = (
+        r"the loss is nan at step \d+; the output of model.layers.1.mlp.up_proj was the first that is not finite; "
+        r"the last good checkpoint is .*checkpoint-6\. Lower the learning rate \(now 0.005\)"
+    )
+    with pytest.raises(TrainingError, match=message):
+        train_adapter(model, IDS, replace(SETTINGS, steps=20), tmp_path)
+    assert "lora_A" not in str(calls)
+
+
+def test_gradient_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "layers.0.mlp.up_proj.lora_A" in name:
+            parameter.register_hook(lambda g: g * torch.inf)
+    before = weights(model)
+    with pytest.raises(TrainingError, match=r"a gradient is not finite at step 1; from the top .* model.layers.0.mlp.up_proj.lora_A.weight was the first"):
+        train_adapter(model, IDS, SETTINGS, tmp_path)
+    assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
+
+
+def test_divergence_with_finite_numbers_stops(tmp_path: Path) -> None:
+    message = r"training diverged: the loss is \d+\.\d+ at step \d+, and has been above .* for 5 steps .*checkpoint"
+    with pytest.raises(TrainingError, match=message):
+        train_adapter(adapted("qwen3", target_modules=["lm_head"]), IDS, replace(SETTINGS, steps=60, learning_rate=10.0, clip=0.0), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([3.0] * 10, False),
+        ([3.0, 2.5, 2.2, 2.1, 2.0, 4.0, 4.0, 4.0, 4.0, 9.0], False),  # below twice the lowest mean, 2.36, for most of the five
+        ([3.0, 2.5, 2.2, 2.1, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0], True),
+        ([0.01] * 5 + [0.2] * 5, False),  # twenty times, but less than a nat
+        ([3.0, 8.0, 9.0, 9.0, 9.0, 9.0], True),  # from the beginning: worse than chance, and than the first step
+        ([9.0, 9.0, 9.0, 9.0, 9.0, 9.0], False),  # a bad base is not a diverged run
+        ([3.0, 9.0, 9.0], False),
+    ],
+)
+def test_rule_of_divergence(losses: list[float], diverged: bool) -> None:
+    assert (divergence_limit(losses, vocabulary=260) is not None) == diverged
+    if diverged:
+        assert divergence_limit(losses, 260) <= max(losses[0] + 1, math.log(260) + 1)
+
+
+def test_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    for step, state in ((2, '{"global_step": 2}'), (4, '{"global'), (6, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_unknown_logger_is_found_before_anything() -> None:
+    check_loggers([])
+    with pytest.raises(MissingExtraError, match="report_to 'blackboard': blackboard is not supported"):
+        check_loggers(["blackboard"])
+
+
+def test_loggers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    told: list[dict[str, float]] = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            told.append(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Recorder)
+    train_adapter(adapted(), IDS, replace(SETTINGS, report_to=("tensorboard",)), tmp_path, logs=tmp_path / "logs")
+    assert len([t for t in told if "loss" in t and "grad_norm" in t]) == 6
+
+
+RUN = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_train import IDS, KILLED, adapted
+from qwlora import save_adapter
+from qwlora.adapter.train import train_adapter
+model = adapted(dropout=0.1)
+print("begins", flush=True)
+train_adapter(model, IDS, KILLED, Path(sys.argv[2]) / "work", held_out=IDS[:2] + 1)
+save_adapter(model, Path(sys.argv[2]) / "adapter")
+"""
+KILLED = replace(SETTINGS, steps=24, accumulation_steps=2, schedule="cosine", checkpoint_steps=2, evaluation_steps=6, patience=3)
+
+
+def run_to_the_end(folder: Path, kill_after: tuple[float, ...] = ()) -> bytes:
+    """The adapter of a run that is killed so many seconds after it began to train, each time anew, and begun again."""
+    command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(folder)]
+    environment = {"PYTHONPATH": ":".join([str(Path(__file__).parent.parent), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    for seconds in kill_after:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begins\n"
+            time.sleep(seconds)
+            process.send_signal(signal.SIGKILL)
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def steps_survived(folder: Path) -> int:
+    found = last_checkpoint(folder / "work")
+    return int(json.loads((found / "trainer_state.json").read_text())["global_step"]) if found else 0
+
+
+def killed_moments(folder: Path, count: int, whole_seconds: float) -> bytes:
+    generator = random.Random(folder.name)
+    return run_to_the_end(folder, tuple(generator.uniform(0.1, whole_seconds) / 2 for _ in range(count)))
+
+
+def test_killed_twice_ends_with_the_same_bits(tmp_path: Path) -> None:
+    began = time.monotonic()
+    whole = run_to_the_end(tmp_path / "whole")
+    seconds = time.monotonic() - began
+    assert killed_moments(tmp_path / "killed", 2, seconds / 2) == whole
+    assert steps_survived(tmp_path / "killed") > 0
+    moved = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
+    assert any(bool(t.abs().max() > 0) for n, t in moved.items() if "lora_B" in n)
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole = run_to_the_end(tmp_path / "whole")
+    for moment in range(10):
+        assert killed_moments(tmp_path / f"killed-{moment}", 2, 8.0) == whole

@@ -23,8 +23,8 @@ def test_no_document_and_no_paragraph_is_on_both_sides(tmp_path: Path) -> None:
     documents = load_documents(str(tmp_path), 0.3, seed=1)
     assert len(documents.held_out) == 3
     assert len(documents.train) == 7
-    assert not any(shared in " ".join(d.split()) for d in documents.train)
-    assert all("short" in d for d in documents.train)
+    assert not any(shared in " ".join(d.text.split()) for d in documents.train)
+    assert all("short" in d.text for d in documents.train)
     assert load_documents(str(tmp_path), 0.3, seed=1).digest == documents.digest != load_documents(str(tmp_path), 0.3, seed=2).digest
 
 
@@ -32,8 +32,8 @@ def test_no_document_and_no_paragraph_is_on_both_sides(tmp_path: Path) -> None:
 def test_one_document_is_split_near_the_wanted_share(tmp_path: Path, text: str) -> None:
     (tmp_path / "one.txt").write_text(text)
     documents = load_documents(str(tmp_path / "one.txt"), 0.2, seed=0)
-    assert documents.train[0] + documents.held_out[0] == text
-    assert 0.2 <= len(documents.held_out[0]) / len(text) <= 0.25
+    assert documents.train[0].text + documents.held_out[0].text == text
+    assert 0.2 <= len(documents.held_out[0].text) / len(text) <= 0.25
 
 
 def test_sequences_are_equal_and_documents_are_ended() -> None:

@@ -1,0 +1,123 @@
+"""A conversation to tokens, with the assistant's marked.
+
+The text is what the tokenizer's own chat template renders. Which of its tokens are the assistant's:
+
+    the template has {% generation %} markers    what is between them, as transformers finds it
+    it has none                                  for the assistant's message i, what `render(messages[:i + 1])` adds to
+                                                 `render(messages[:i], add_generation_prompt=True)`
+
+The second holds if each of these renderings is the beginning of the whole one. That is checked for every message. A template that renders a past message
+otherwise than a present one (some leave the reasoning of earlier turns out) is refused: with `turns: apart` each turn is rendered as the last, as it is at
+inference. A template that takes no notice of `add_generation_prompt` writes its header into that difference; then the message begins where its content does.
+
+White space after the special token that ends a turn is not learnt: generation stops before it. A token belongs to the message in which its first character is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwlora.data.document import ASSISTANT, Conversation
+from qwlora.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = Sequence[Mapping[str, Any]]
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, last_only: bool = False) -> tuple[list[int], list[bool]]:
+    """(ids, whether each is learnt), both [tokens].
+
+    Args:
+        last_only: learn the assistant's last message only.
+
+    Raises:
+        SourceError: there is no chat template, it refuses the conversation, or it does not show which tokens are the assistant's.
+    """
+    if not tokenizer.chat_template:
+        raise SourceError(
+            "the model's tokenizer has no chat template, so messages cannot be rendered: name a file with one in data.chat_template, "
+            "or give prompt and completion"
+        )
+    if not tokenizer.is_fast:
+        raise SourceError(f"the tokenizer ({type(tokenizer).__name__}) does not say where its tokens stand in a text; conversations need a fast tokenizer")
+    if _GENERATION.search(tokenizer.get_chat_template()):
+        ids, learnt = _encode_marked(conversation, tokenizer)
+        if last_only:
+            end = max((i for i, flag in enumerate(learnt) if flag), default=-1) + 1
+            start = next((i + 1 for i in range(end - 1, -1, -1) if not learnt[i]), 0)
+            learnt = [flag and start <= i for i, flag in enumerate(learnt)]
+    else:
+        text = _render(conversation.messages, conversation, tokenizer)
+        spans = _assistant_spans(conversation, text, tokenizer)[-1 if last_only else 0 :]
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        learnt = [any(start <= first < end for start, end in spans) for first, _ in offsets]
+    if not any(learnt):
+        raise SourceError(f"{conversation.where}: the chat template leaves nothing of what the {ASSISTANT} says to learn from")
+    return ids, learnt
+
+
+def turns_apart(conversation: Conversation) -> list[Conversation]:
+    """The conversation up to each of the assistant's messages."""
+    ends = [i + 1 for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
+    return [Conversation(conversation.messages[:end], conversation.where) for end in ends]
+
+
+def _encode_marked(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            [dict(m) for m in conversation.messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+        )
+    except Exception as error:  # Jinja's errors, and whatever a template raises
+        raise _refused(conversation, error) from error
+    return encoded["input_ids"], [bool(flag) for flag in encoded["assistant_masks"]]
+
+
+def _render(messages: Messages, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
+    try:
+        rendered: Any = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:  # Jinja's errors, and whatever a template raises
+        raise _refused(conversation, error) from error
+    return str(rendered)
+
+
+def _refused(conversation: Conversation, error: Exception) -> SourceError:
+    roles = ", ".join(m["role"] for m in conversation.messages)
+    return SourceError(f"{conversation.where}: the model's chat template refuses these messages ({roles}): {error}")
+
+
+def _assistant_spans(conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    """(start, end) in characters of `text` of each message of the assistant."""
+    endings = tuple({*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)})
+    spans = []
+    for i, message in enumerate(conversation.messages):
+        if message["role"] != ASSISTANT:
+            continue
+        where = f"{conversation.where}: message {i + 1}"
+        before = _render(conversation.messages[:i], conversation, tokenizer, prompt=True)
+        after = _render(conversation.messages[: i + 1], conversation, tokenizer)
+        if not (text.startswith(after) and after.startswith(before)):
+            raise SourceError(
+                f"{where}: the chat template renders this message otherwise when another follows or before it is answered, so which tokens are the "
+                f"{ASSISTANT}'s cannot be told. Use data.turns: apart, or a template with {{% generation %}} markers (data.chat_template)"
+            )
+        start, end = len(before), len(after)
+        if before == _render(conversation.messages[:i], conversation, tokenizer):
+            start = _content_start(message, after, start, where)
+        spoken = after[start:end].rstrip()
+        spans.append((start, start + len(spoken) if spoken.endswith(endings) else end))
+    return spans
+
+
+def _content_start(message: Mapping[str, Any], text: str, start: int, where: str) -> int:
+    """Where the content begins, for a template whose generation prompt is empty."""
+    content = (message.get("content") or "").strip()
+    found = text.find(content, start) if content else -1
+    if found < 0:
+        raise SourceError(f"{where}: the chat template has no generation prompt and changes the content, so which tokens are the {ASSISTANT}'s cannot be told")
+    return found

@@ -1,0 +1,166 @@
+"""A source to the list of its documents.
+
+    ./file.txt, .md, or any other   one document, running text
+    ./file.jsonl, .ndjson           a document for each line
+    ./file.csv, .tsv                a document for each row
+    ./file.parquet, .arrow, .feather
+    ./folder                        what `datasets.save_to_disk` wrote, or the files of the kinds above below it (.txt and .md for running text)
+    python:MODULE:ATTRIBUTE         strings in an installed Python module (a mapping's values, a sequence, or one string)
+    owner/name                      a dataset on the Hugging Face hub
+
+All documents of a source are of one kind.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwlora.data import tables
+from qwlora.data.document import Document, Text
+from qwlora.data.records import Columns, EmptyRecordError, Fields, choose_fields, make_document
+from qwlora.data.text import read_attribute, read_file, read_json_lines
+from qwlora.errors import SourceError
+
+TEXT_SUFFIXES = (".txt", ".md")
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".feather")
+_SUFFIXES = (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, *TABLE_SUFFIXES)
+_NOT_READ = {".json": "write one object a line and call it .jsonl", ".gz": "unpack it first", ".zip": "unpack it first", ".zst": "unpack it first"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the recipe says about a source besides its name.
+
+    Args:
+        split, subset: of a dataset that has several.
+        skip_empty: leave records out that are empty, instead of refusing them.
+    """
+
+    columns: Columns = Columns()
+    split: str | None = None
+    subset: str | None = None
+    skip_empty: bool = False
+
+
+def locate_documents(source: str) -> None:
+    """See that `source` exists, without reading it.
+
+    Raises:
+        SourceError: it does not.
+    """
+    if source.startswith("python:"):
+        module_name, _, attribute = source.removeprefix("python:").partition(":")
+        try:
+            found = bool(attribute) and importlib.util.find_spec(module_name) is not None
+        except (ImportError, ValueError):
+            found = False
+        if not found:
+            raise SourceError(f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module")
+    elif not Path(source).expanduser().exists() and not _is_hub_id(source):
+        raise SourceError(
+            f"data source {source!r} does not exist. Give a file (text, {', '.join((*JSON_LINES_SUFFIXES, *TABLE_SUFFIXES))}), a folder of such files "
+            "or of datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a dataset's hub id like owner/name"
+        )
+
+
+def _is_hub_id(source: str) -> bool:
+    """`owner/name`, and not what is more likely a path with a mistake in it."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not source.startswith(".") and Path(source).suffix not in _SUFFIXES
+
+
+@dataclass
+class _Reader:
+    """Collects documents; the first record decides which fields all have."""
+
+    reading: Reading
+    documents: list[Document] = field(default_factory=list)
+    skipped: int = 0
+    fields: Fields | None = None
+
+    def records(self, rows: Iterable[tuple[str, Any]]) -> None:
+        for where, record in rows:
+            try:
+                if self.fields is None and isinstance(record, dict) and record:
+                    self.fields = choose_fields(record, self.reading.columns, where)
+                self.documents.append(make_document(record, self.fields or Fields("text", {"text": "text"}), where))
+            except EmptyRecordError as error:
+                if not self.reading.skip_empty:
+                    raise SourceError(f"{error}. Take the record out, or set data.empty_records: skip") from error
+                self.skipped += 1
+
+    def file(self, path: Path) -> None:
+        if path.suffix in JSON_LINES_SUFFIXES:
+            self.records(read_json_lines(path))
+        elif path.suffix in (".csv", ".tsv"):
+            names, rows = tables.read_csv(path)
+            self.use(names, str(path))
+            self.records(rows)
+        elif path.suffix == ".parquet":
+            self.table(*tables.read_parquet(path), str(path))
+        elif path.suffix in (".arrow", ".feather"):
+            self.table(*tables.read_arrow(path), str(path))
+        elif path.suffix in _NOT_READ:
+            raise SourceError(f"data source {str(path)!r}: {path.suffix} files are not read: {_NOT_READ[path.suffix]}")
+        else:
+            self._no_columns(f"data source {str(path)!r}")
+            self.documents.append(Text(read_file(path), str(path)))
+
+    def use(self, names: list[str], where: str) -> Fields:
+        """Fix the fields by the columns of a table."""
+        found = choose_fields(names, self.reading.columns, where)
+        if self.fields is not None and found != self.fields:
+            raise SourceError(
+                f"{where}: this table has {'+'.join(found.columns)}, what was read before it {'+'.join(self.fields.columns)}; a source holds one kind"
+            )
+        self.fields = found
+        return found
+
+    def table(self, names: list[str], rows: Any, where: str) -> None:
+        self.records(rows(self.use(names, where).columns))
+
+    def folder(self, path: Path) -> None:
+        if tables.is_saved_dataset(path):
+            self.table(*tables.read_saved_dataset(path, self.reading.split), str(path))
+            return
+        files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+        if not files:
+            raise SourceError(f"data folder {str(path)!r} holds no {' or '.join(TEXT_SUFFIXES)} file, and no {', '.join(_SUFFIXES[2:])} either")
+        texts = [p for p in files if p.suffix in TEXT_SUFFIXES]
+        if texts and len(texts) < len(files):
+            record_file = next(p for p in files if p.suffix not in TEXT_SUFFIXES)
+            raise SourceError(f"data folder {str(path)!r} holds running text ({texts[0].name}) and records ({record_file.name}); a source holds one kind")
+        for file in files:
+            self.file(file)
+
+    def _no_columns(self, where: str) -> None:
+        if asked := self.reading.columns.asked:
+            raise SourceError(f"{where} is running text and has no columns; take data.{next(iter(asked))}_column out of the recipe")
+
+
+def read_documents(source: str, reading: Reading) -> tuple[list[Document], int]:
+    """All documents of `source`, and how many empty records were left out.
+
+    Raises:
+        SourceError: something is wrong with it; a bad record is named with file and line.
+        MissingExtraError: what reads it is not installed.
+    """
+    reader, path = _Reader(reading), Path(source).expanduser()
+    if source.startswith("python:"):
+        reader._no_columns(f"data source {source!r}")
+        reader.documents.extend(read_attribute(source))
+    elif path.is_dir():
+        reader.folder(path)
+    elif path.exists() or not _is_hub_id(source):
+        reader.file(path)
+    else:
+        reader.table(*tables.read_hub(source, reading.split, reading.subset), source)
+    documents = [d for d in reader.documents if not isinstance(d, Text) or d.text.strip()]
+    if not documents:
+        raise SourceError(f"data source {source!r} holds no text: {'every document in it is empty' if reader.documents else 'no record is in it'}")
+    return documents, reader.skipped

@@ -1,0 +1,61 @@
+"""Token sequences with what is to be learnt from them: what the data hands to training, evaluation and verification.
+
+    loss = mean over t of -log p(labels[t] | input_ids[:t]),    over the t >= 1 with labels[t] != IGNORED
+
+`labels[t]` is `input_ids[t]` where the token is learnt and IGNORED elsewhere (transformers' convention; the shift by one is the model's). `position_ids`,
+where they are given, begin again at 0 with each document of a sequence: transformers' mask makers read from that which tokens may see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sequences(Dataset[dict[str, Tensor]]):
+    """Sequences of equal length; item i holds the model's arguments for sequence i, each [tokens].
+
+    Args:
+        input_ids: int64 [count, tokens].
+        labels: int64 [count, tokens], IGNORED where nothing is learnt.
+        position_ids: int64 [count, tokens], if several documents share a sequence and must not see each other.
+    """
+
+    input_ids: Int64[Tensor, "count tokens"]
+    labels: Int64[Tensor, "count tokens"]
+    position_ids: Int64[Tensor, "count tokens"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def first(self, count: int) -> Sequences:
+        """The first `count` sequences, or as many as there are."""
+        return Sequences(self.input_ids[:count], self.labels[:count], None if self.position_ids is None else self.position_ids[:count])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tensors = {"input_ids": self.input_ids, "labels": self.labels, "position_ids": self.position_ids}
+        return {name: tensor[index] for name, tensor in tensors.items() if tensor is not None}
+
+    def rows(self) -> Iterator[tuple[Int64[Tensor, " tokens"], Int64[Tensor, " tokens"]]]:
+        """(ids, labels) of each sequence, up to its last learnt token: what comes after it changes no loss of a causal model."""
+        assert self.position_ids is None, "documents that share a sequence need their positions; rows() leaves them out"
+        for ids, labels in zip(self.input_ids, self.labels, strict=True):
+            end = int((labels != IGNORED).nonzero().max()) + 1
+            yield ids[:end], labels[:end]
+
+    @property
+    def learnt_tokens(self) -> int:
+        """Tokens that the loss is a mean over."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+
+def as_sequences(sequences: Sequences | Int64[Tensor, "count tokens"]) -> Sequences:
+    """Plain ids [count, tokens] as sequences of which every token is learnt."""
+    return sequences if isinstance(sequences, Sequences) else Sequences(sequences, sequences)

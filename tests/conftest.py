@@ -10,7 +10,7 @@ import torch
 import yaml
 from jaxtyping import install_import_hook
 
-SHAPES_CHECKED = [f"qwlora.{m}" for m in ("grid.encoding", "grid.observer", "grid.packing", "base.packed", "evaluate")]
+SHAPES_CHECKED = [f"qwlora.{m}" for m in ("grid.encoding", "grid.observer", "grid.packing", "evaluate")]
 with install_import_hook(SHAPES_CHECKED, "beartype.beartype"):
     import qwlora.base.quantize
     import qwlora.evaluate  # noqa: F401 (imported here so that their signatures' shapes are checked)

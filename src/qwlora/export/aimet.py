@@ -7,6 +7,8 @@ Top level: `version`, `activation_encodings`, `param_encodings` (lists), `exclud
 Codes are unsigned there: `real = (q + offset) * scale`, so a symmetric grid has `offset = -2^(bw - 1)`, which is this project's convention too. Scales of a
 block-wise weight are listed as the ONNX tensor of that name lies ([in / block, out] for the weight of a MatMul), as AIMET's own ONNX export does; the version
 has no field that says so.
+
+A weight with float offsets has no encoding in any AIMET file; its layer is listed in `excluded_layers`.
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[st
         transposed: names of the weights that the ONNX file stores as [in, out].
     """
     activations = [m.name for m in graph.marks if m.kind is Kind.ACTIVATION]
-    parameters = [m.name for m in graph.marks if m.kind is not Kind.ACTIVATION]
+    weights = [m.name for m in graph.marks if m.kind is not Kind.ACTIVATION]
+    parameters = [name for name in weights if isinstance(graph.encodings[name], Encoding)]
     record = {
         "version": VERSION,
         "producer": {"package": "qwlora", "version": version("qwlora")},
-        "activation_encodings": [encoding_to_entry(name, graph.encodings[name]) for name in activations],
-        "param_encodings": [encoding_to_entry(name, graph.encodings[name], name in transposed) for name in parameters],
-        "excluded_layers": [],
+        "activation_encodings": [encoding_to_entry(name, _integer(graph, name)) for name in activations],
+        "param_encodings": [encoding_to_entry(name, _integer(graph, name), name in transposed) for name in parameters],
+        "excluded_layers": [name.removesuffix(".weight") for name in weights if name not in parameters],
         "quantizer_args": _quantizer_args(graph),
     }
     path.write_text(json.dumps(record) + "\n")
@@ -59,6 +62,12 @@ def encoding_to_entry(name: str, encoding: Encoding, transposed: bool = False) -
     entry["scale"] = scale.flatten().tolist()
     entry["offset"] = offset.flatten().tolist()
     return entry
+
+
+def _integer(graph: QuantizedGraph, name: str) -> Encoding:
+    encoding = graph.encodings[name]
+    assert isinstance(encoding, Encoding)
+    return encoding
 
 
 def _quantizer_args(graph: QuantizedGraph) -> dict[str, Any]:

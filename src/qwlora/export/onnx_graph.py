@@ -76,19 +76,14 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     opset = values.Opset(NAMESPACE, 1)
     attribute = OpSchema.Attribute("name", OpSchema.AttrType.STRING, "the encoding's name", required=True)
     marker = OpSchema(MARKER, NAMESPACE, 1, inputs=[_formal("x")], outputs=[_formal("y")], attributes=[attribute])
-    inputs = [
-        _formal("packed", "tensor(uint8)"),
-        _formal("scale"),
-        OpSchema.FormalParameter("offset", "tensor(int32)", param_option=OpSchema.FormalParameterOption.Optional),
-    ]
-    unpacker = OpSchema(DEQUANTIZE, NAMESPACE, 1, inputs=inputs, outputs=[_formal("y")])
+    unpacker = OpSchema(DEQUANTIZE, NAMESPACE, 1, inputs=[_formal("packed", "tensor(uint8)")], outputs=[_formal("y")])
     marker_op, unpacker_op = values.Op(opset, MARKER, marker), values.Op(opset, DEQUANTIZE, unpacker)
 
     def translate_quantized(x: Any, name: str) -> Any:
         return marker_op(x, name=name)
 
-    def translate_dequantize(packed: Any, scale: Any, offset: Any, count: int, bitwidth: int, axis: int | None = None, block_size: int | None = None) -> Any:
-        return unpacker_op(packed, scale, offset)
+    def translate_dequantize(packed: Any, scale: Any, block_scale: Any, zero_point: Any, minimum: Any, count: int, layout: str) -> Any:
+        return unpacker_op(packed)  # the other numbers are written from the weight's encoding
 
     return {
         torch.ops.qwlora.quantized.default: translate_quantized,

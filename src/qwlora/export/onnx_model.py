@@ -2,6 +2,7 @@
 
     activation `n`     QuantizeLinear -> `n.codes` -> DequantizeLinear -> `n`
     weight `n`         initializer `n.codes` (int4, int8, int16; unsigned if asymmetric) -> DequantizeLinear -> `n`
+                       float offsets: -> DequantizeLinear without zero point -> `n.scaled` -> Add `n.minimum`, block by block -> `n`
 
 The weight of a Linear layer is stored as the right operand of its MatMul, [in, out], which is the form that ONNX Runtime fuses into MatMulNBits.
 """
@@ -18,7 +19,8 @@ import torch
 
 from qwlora.errors import ExportError
 from qwlora.export.onnx_graph import DEQUANTIZE, MARKER, to_onnx
-from qwlora.grid.encoding import Encoding
+from qwlora.grid.encoding import Encoding, aligned
+from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.graph import Kind, QuantizedGraph
 from qwlora.grid.operators import NAMESPACE
 from qwlora.grid.packing import unpack
@@ -65,6 +67,7 @@ class _Rewriter:
             name = node.attributes["name"].value
             encoding = self.graph.encodings[name]
             if kinds[name] is Kind.ACTIVATION:
+                assert isinstance(encoding, Encoding)
                 self._activation(node, name, encoding)
             else:
                 self._weight(node, name, encoding, right_operand=kinds[name] is not Kind.PARAMETER)
@@ -86,20 +89,42 @@ class _Rewriter:
         values = ir.node("DequantizeLinear", [codes.outputs[0], scale, zero_point], name=f"{name}/dequantize")
         self._replace(node, [codes, values], name)
 
-    def _weight(self, node: Any, name: str, encoding: Encoding, right_operand: bool) -> None:
+    def _weight(self, node: Any, name: str, encoding: Encoding | FloatOffsetEncoding, right_operand: bool) -> None:
         ir = _ir()
         transposes = [user for user, _ in node.outputs[0].uses()]
         transposed = right_operand and bool(transposes) and all(_is_matrix_transpose(user) for user in transposes)
         inputs, attributes = self._weight_initializers(node.inputs[0], name, encoding, transposed)
         values = ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize")
-        self._replace(node, [values], name)
+        nodes = [values]
+        if isinstance(encoding, FloatOffsetEncoding):
+            values.outputs[0].name = f"{name}.scaled"
+            nodes += self._add_minimum(values.outputs[0], name, encoding, transposed, tuple(node.inputs[0].shape))
+        self._replace(node, nodes, name)
         if transposed:
             self.transposed.add(name)
             for user in transposes:
-                ir.convenience.replace_all_uses_with(user.outputs[0], values.outputs[0])
+                ir.convenience.replace_all_uses_with(user.outputs[0], nodes[-1].outputs[0])
                 self.model.graph.remove(user, safe=True)
 
-    def _weight_initializers(self, value: Any, name: str, encoding: Encoding, transposed: bool) -> tuple[list[Any], dict[str, Any]]:
+    def _add_minimum(self, scaled: Any, name: str, encoding: FloatOffsetEncoding, transposed: bool, shape: tuple[int, ...]) -> list[Any]:
+        """Nodes that add each group's minimum to a weight of `shape`; blocks get an axis of their own for it."""
+        ir = _ir()
+        granularity = encoding.scheme.granularity
+        minimum = aligned(encoding.minimum, granularity, len(shape))
+        if not isinstance(granularity, PerBlock):
+            turned = minimum.mT if transposed and minimum.ndim else minimum
+            return [ir.node("Add", [scaled, self._initializer(f"{name}.minimum", turned.contiguous().numpy())], name=f"{name}/add")]
+        rows, columns = shape
+        split, whole = [rows, columns // granularity.size, granularity.size], [rows, columns]
+        if transposed:
+            minimum, split, whole = minimum.permute(1, 2, 0), [*split[1:], rows], [columns, rows]
+        apart = ir.node("Reshape", [scaled, self._initializer(f"{name}.blocks", np.array(split))], name=f"{name}/split")
+        added = ir.node("Add", [apart.outputs[0], self._initializer(f"{name}.minimum", minimum.contiguous().numpy())], name=f"{name}/add")
+        joined = ir.node("Reshape", [added.outputs[0], self._initializer(f"{name}.whole", np.array(whole))], name=f"{name}/join")
+        apart.outputs[0].name, added.outputs[0].name = f"{name}.apart", f"{name}.added"
+        return [apart, added, joined]
+
+    def _weight_initializers(self, value: Any, name: str, encoding: Encoding | FloatOffsetEncoding, transposed: bool) -> tuple[list[Any], dict[str, Any]]:
         """Codes, scale and, for asymmetric grids, zero point; shared among weights that are one tensor in the model."""
         attributes = _axis_attributes(encoding, transposed)
         key = (id(value), transposed)
@@ -107,19 +132,19 @@ class _Rewriter:
             turn = (lambda t: t.T) if transposed else (lambda t: t)
             codes = turn(self._codes(value, encoding))
             scale = encoding.scale if encoding.scale.ndim < 2 else turn(encoding.scale)
-            offset = encoding.offset if encoding.offset.ndim < 2 else turn(encoding.offset)
             kind = _container(encoding)
             shift = encoding.scheme.symmetric_offset if encoding.scheme.symmetric else 0
             made = [
                 self._initializer(f"{name}.codes", (codes.to(torch.int32) + shift).contiguous().numpy().astype(kind)),
                 self._initializer(f"{name}.scale", scale.contiguous().numpy()),
             ]
-            if not encoding.scheme.symmetric:
+            if isinstance(encoding, Encoding) and not encoding.scheme.symmetric:
+                offset = encoding.offset if encoding.offset.ndim < 2 else turn(encoding.offset)
                 made.append(self._initializer(f"{name}.zero_point", (-offset).contiguous().numpy().astype(kind)))
             self.initializers[key] = tuple(made)
         return list(self.initializers[key]), attributes
 
-    def _codes(self, value: Any, encoding: Encoding) -> torch.Tensor:
+    def _codes(self, value: Any, encoding: Encoding | FloatOffsetEncoding) -> torch.Tensor:
         producer = value.producer()
         if producer is not None and producer.domain == NAMESPACE and producer.op_type == DEQUANTIZE:
             packed = torch.from_numpy(np.array(producer.inputs[0].const_value.numpy()))
@@ -165,7 +190,7 @@ def _is_matrix_transpose(node: Any) -> bool:
     return node.op_type == "Transpose" and list(node.attributes["perm"].value) == [1, 0]
 
 
-def _axis_attributes(encoding: Encoding, transposed: bool) -> dict[str, Any]:
+def _axis_attributes(encoding: Encoding | FloatOffsetEncoding, transposed: bool) -> dict[str, Any]:
     match encoding.scheme.granularity:
         case PerChannel(axis):
             return {"axis": 1 - axis if transposed else axis}
@@ -175,7 +200,7 @@ def _axis_attributes(encoding: Encoding, transposed: bool) -> dict[str, Any]:
             return {}
 
 
-def _container(encoding: Encoding) -> Any:
+def _container(encoding: Encoding | FloatOffsetEncoding) -> Any:
     """The narrowest ONNX integer that holds the codes."""
     import ml_dtypes
 

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
 
 
 class Kind(StrEnum):
@@ -38,12 +39,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class QuantizedGraph:
-    """A captured program in which every mark has an encoding."""
+    """A captured program in which every mark has an encoding; that of a base weight may have float offsets."""
 
     program: ExportedProgram
     inputs: tuple[str, ...]
     marks: tuple[Mark, ...]
-    encodings: Mapping[str, Encoding]
+    encodings: Mapping[str, Encoding | FloatOffsetEncoding]
 
 
 def insert_after(node: Node, make: Callable[[Node], Node], place: Node | None = None) -> Node:

@@ -24,7 +24,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from qwlora.grid.graph import Kind, Mark
-from qwlora.grid.names import canonical_name, is_adapter_name
+from qwlora.grid.names import canonical_name, is_adapter_name, parameter_name
 
 
 class Decision(StrEnum):
@@ -108,6 +108,8 @@ def place(program: ExportedProgram, quantize_residual_adds: bool = False) -> Pla
     placement = Placement()
     taken: dict[str, int] = {}
     parameters = _parameters(program)
+    buffers = {s.arg.name: str(s.target).removeprefix("model.") for s in program.graph_signature.input_specs if s.kind is InputKind.BUFFER}
+    weights: set[str] = set()
     origins = _integer_origins(program)
     compound = {key for n in program.graph.nodes if n.op == "call_function" and _operator(n) in SEVERAL_OPERATIONS for key in _stack(n)}
     residual = set() if quantize_residual_adds else residual_adds(program)
@@ -124,7 +126,10 @@ def place(program: ExportedProgram, quantize_residual_adds: bool = False) -> Pla
         operator = _operator(node)
         path, module_class = _module(node)
         if operator == "dequantize":
-            placement.marks.append(Mark(node.name, f"{canonical_name(path)}.weight", Kind.BASE))
+            stored = parameter_name(buffers[node.args[0].name].removesuffix(".packed"))
+            name = stored if stored not in weights else parameter_name(path)  # a tied layer reads the codes of another
+            weights.add(stored)
+            placement.marks.append(Mark(node.name, name, Kind.BASE))
             continue
         decision, reason = _decide(node, operator, origins, residual, compound)
         placement.explanation.append(Placed(node.name, operator, canonical_name(path), module_class, decision, reason))

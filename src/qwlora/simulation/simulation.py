@@ -23,8 +23,9 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.graph import Kind, Mark, QuantizedGraph, insert_after
-from qwlora.grid.names import canonical_name
+from qwlora.grid.names import parameter_name
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.progress import Track, untracked
@@ -46,7 +47,9 @@ class SimulationSchemes:
 class Simulation(nn.Module):
     """See the module's text. Call it like the captured model: tensors in the order of `inputs`; returns logits."""
 
-    def __init__(self, program: ExportedProgram, inputs: tuple[str, ...], schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding]):
+    def __init__(
+        self, program: ExportedProgram, inputs: tuple[str, ...], schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding | FloatOffsetEncoding]
+    ):
         super().__init__()
         placement = place(program, schemes.quantize_residual_adds)
         self.inputs = inputs
@@ -92,7 +95,7 @@ class Simulation(nn.Module):
         self._set_mode(Mode.SIMULATE)
 
     @property
-    def encodings(self) -> dict[str, Encoding]:
+    def encodings(self) -> dict[str, Encoding | FloatOffsetEncoding]:
         """All encodings by name, in order of the graph.
 
         Raises:
@@ -104,7 +107,7 @@ class Simulation(nn.Module):
         known = {**self._base_encodings, **self._weight_encodings, **activations}
         return {mark.name: encoding for mark in self.marks if (encoding := known[mark.name]) is not None}
 
-    def restore(self, encodings: Mapping[str, Encoding]) -> None:
+    def restore(self, encodings: Mapping[str, Encoding | FloatOffsetEncoding]) -> None:
         """Take activation encodings that were calibrated earlier; a value without one has been found to be a mask.
 
         Raises:
@@ -114,11 +117,11 @@ class Simulation(nn.Module):
         if strangers := [name for name in encodings if name not in known]:
             raise CalibrationError(f"encodings name values that the graph does not have: {', '.join(strangers[:3])}; calibrate again")
         for name, encoding in {**self._base_encodings, **self._weight_encodings}.items():
-            if name not in encodings or not torch.equal(encodings[name].scale, encoding.scale):
+            if name not in encodings or not _same(encodings[name], encoding):
                 raise CalibrationError(f"the encoding of {name} is not the one that its values give; calibrate again")
         for name, quantizer in list(self._quantizers.items()):
-            if name in encodings:
-                quantizer.encoding = encodings[name]
+            if isinstance(found := encodings.get(name), Encoding):
+                quantizer.encoding = found
             else:
                 self._drop(name, "a mask: values beyond 1e30")
         self._set_mode(Mode.SIMULATE)
@@ -247,11 +250,16 @@ def simulate(model: nn.Module, example_inputs: Mapping[str, Tensor], schemes: Si
         example_inputs: any inputs of the model's, by name, at least 2 x 2.
     """
     base_encodings = {
-        f"{canonical_name(path)}.weight": encoding
+        parameter_name(path): encoding
         for path, module in model.named_modules()
-        if isinstance(encoding := getattr(module, "encoding", None), Encoding)
+        if isinstance(encoding := getattr(module, "encoding", None), Encoding | FloatOffsetEncoding)
     }
     return Simulation(capture(model, example_inputs), tuple(example_inputs), schemes or SimulationSchemes(), base_encodings)
+
+
+def _same(a: Encoding | FloatOffsetEncoding, b: Encoding | FloatOffsetEncoding) -> bool:
+    both = [e.minimum if isinstance(e, FloatOffsetEncoding) else e.offset for e in (a, b)]
+    return a.scheme == b.scheme and torch.equal(a.scale, b.scale) and torch.equal(*both)
 
 
 def _node_of_placeholder(program: ExportedProgram, module: GraphModule) -> dict[str, Node]:

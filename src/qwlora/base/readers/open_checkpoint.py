@@ -69,9 +69,9 @@ def quantization_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
     places = [config, text if isinstance(text, dict) else {}]
     settings: Any = next((part[key] for part in places for key in ("quantization_config", "compression_config") if part.get(key)), None)
     if settings is None:
-        for file, method in OLD_FILES.items():
+        for file, old_method in OLD_FILES.items():
             if (folder / file).is_file():
-                return method, read_json(folder / file)
+                return old_method, read_json(folder / file)
         return None, {}
     if not isinstance(settings, dict):
         raise SourceError(f"{str(folder / 'config.json')!r}: quantization_config is {json.dumps(settings)[:80]}; an object is needed")

@@ -1,4 +1,4 @@
-"""Perplexity: `exp` of the mean negative log-likelihood of each token given those before it, over equal sequences."""
+"""Perplexity: `exp` of the mean negative log-likelihood of each learnt token given those before it, over sequences."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from qwlora.grid.sequences import IGNORED, Sequences, as_sequences
 from qwlora.progress import Track, untracked
 
 Logits = Callable[[Tensor], Tensor]
 
 
-def negative_log_likelihood(logits: Float[Tensor, "batch tokens vocabulary"], ids: Int64[Tensor, "batch tokens"]) -> float:
-    """Sum over all tokens but each sequence's first, in nats."""
-    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"))
+def negative_log_likelihood(logits: Float[Tensor, "batch tokens vocabulary"], labels: Int64[Tensor, "batch tokens"]) -> float:
+    """Sum over the tokens with a label (plain ids are labels too) but each sequence's first, in nats."""
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"))
 
 
 @torch.no_grad()
-def perplexity(logits: Logits, sequences: Int64[Tensor, "count tokens"], description: str, track: Track = untracked) -> float:
-    """Perplexity of `logits(ids)` on `sequences`, one sequence at a time."""
-    total = sum(negative_log_likelihood(logits(ids[None]), ids[None]) for ids in track(sequences, description, len(sequences)))
-    return math.exp(total / (sequences.shape[0] * (sequences.shape[1] - 1)))
+def perplexity(logits: Logits, sequences: Sequences | Int64[Tensor, "count tokens"], description: str, track: Track = untracked) -> float:
+    """Perplexity of `logits(ids)` on the learnt tokens of `sequences` (all, if they are plain ids), one sequence at a time."""
+    data = as_sequences(sequences)
+    total = sum(negative_log_likelihood(logits(ids[None]), labels[None]) for ids, labels in track(data.rows(), description, len(data)))
+    return math.exp(total / data.learnt_tokens)

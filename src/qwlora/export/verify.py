@@ -23,6 +23,7 @@ from torch import Tensor
 from qwlora.errors import VerificationError
 from qwlora.export.onnx_runtime import OnnxLanguageModel, OnnxLayers
 from qwlora.grid.graph import Kind, QuantizedGraph
+from qwlora.grid.sequences import IGNORED, Sequences, as_sequences
 from qwlora.progress import Track, untracked
 
 
@@ -95,21 +96,28 @@ class _Comparison:
         return (share + z * z / (2 * n) - z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))) / (1 + z * z / n)
 
 
-def verify_onnx(folder: str | Path, reference: Reference, sequences: Int64[Tensor, "count tokens"], layer_tokens: int, track: Track = untracked) -> Parity:
-    """Run the exported file in `folder` on `sequences` and compare; the layers on the first `layer_tokens` tokens of the first sequence."""
-    folder = Path(folder)
-    layer, steps, mean_steps, layers = _compare_layers(folder, reference, sequences[:1, :layer_tokens])
+def verify_onnx(
+    folder: str | Path, reference: Reference, sequences: Sequences | Int64[Tensor, "count tokens"], layer_tokens: int, track: Track = untracked
+) -> Parity:
+    """Run the exported file in `folder` on `sequences` and compare; the layers on the first `layer_tokens` tokens of the first sequence.
+
+    Where only some tokens are learnt (see `Sequences`), the logits that predict those are compared.
+    """
+    folder, data = Path(folder), as_sequences(sequences)
+    layer, steps, mean_steps, layers = _compare_layers(folder, reference, next(data.rows())[0][None, :layer_tokens])
     runtime = OnnxLanguageModel(folder)
     file, floor = _Comparison(), _Comparison()
     nll = {"file": 0.0, "simulation": 0.0}
-    for ids in track(sequences, "verifying in ONNX Runtime", len(sequences)):
+    for ids, labels in track(data.rows(), "verifying in ONNX Runtime", len(data)):
         expected = reference.logits(ids[None])
         found = runtime.logits(ids[None])
-        file.update(found, expected)
-        floor.update(reference.perturbed_logits(ids[None]), expected)
-        nll["file"] += _nll(found, ids)
-        nll["simulation"] += _nll(expected, ids)
-    predicted = sequences.shape[0] * (sequences.shape[1] - 1)
+        predicting = (labels != IGNORED).roll(-1)
+        predicting[-1] = labels[-1] != IGNORED  # nothing follows the last token of a sequence; its logits are compared with it
+        file.update(found[:, predicting], expected[:, predicting])
+        floor.update(reference.perturbed_logits(ids[None])[:, predicting], expected[:, predicting])
+        nll["file"] += _nll(found, labels)
+        nll["simulation"] += _nll(expected, labels)
+    predicted = data.learnt_tokens
     return Parity(
         max_abs_logit_difference=file.largest,
         mean_abs_logit_difference=file.total / file.count,
@@ -164,5 +172,5 @@ def _compare_layers(folder: Path, reference: Reference, ids: Tensor) -> tuple[st
     return worst, largest, largest_mean, len(activations)
 
 
-def _nll(logits: Tensor, ids: Tensor) -> float:
-    return float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[1:], reduction="sum"))
+def _nll(logits: Tensor, labels: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[0, :-1], labels[1:], ignore_index=IGNORED, reduction="sum"))

@@ -50,7 +50,8 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
         plan[name] = Stage(name, _hash([name, inputs, [plan[n].key for n in needs]]), adapter, artifact, needs)
 
     model = [version("qwlora"), recipe.model.source, *_stamps(recipe.model.source)]
-    text = [documents.digest, recipe.data.sequence_tokens]
+    template = Path(recipe.data.chat_template).read_text() if recipe.data.chat_template else None
+    text = [documents.digest, recipe.data.sequence_tokens, recipe.data.cutting().packing_of(documents.kind), recipe.data.turns, template]
     held_out = [*text, recipe.data.evaluation_sequences]
     add("evaluate/float", [model, held_out])
     add("quantize", [model, recipe.base.model_dump()], artifact="base")

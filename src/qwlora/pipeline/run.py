@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.data import load_documents
+from qwlora.data.prepare import describe, summary
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained, write_text
 from qwlora.pipeline.plan import VERBS, Stage, dependents, make_plan
@@ -37,7 +38,7 @@ def run(recipe: Recipe, out: Path, verbs: Collection[str] = VERBS, track: Track 
         DirectoryError: `out` cannot be used, or a stage that is needed first is not current.
         QwloraError: a stage's own errors; what was finished before it stays.
     """
-    documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed)
+    documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
     plan = make_plan(recipe, documents)
     if not is_first_process():
         return follow(_new_session(recipe, documents, out, untracked), plan)
@@ -55,6 +56,7 @@ def _run(recipe: Recipe, out: Path, verbs: Collection[str], documents: Any, plan
     _check_needs(plan, waiting, verbs, peek)
     if waiting:
         session = _start_session(recipe, documents, out, track, {s.verb for s in waiting})
+        say(summary(describe(documents, session.data)))
     with Directory.open(out, recipe) as directory:
         directory.forget(keep={s.name for s in plan})
         for stage in (s for s in plan if s.verb in verbs):

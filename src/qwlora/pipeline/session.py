@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwlora.adapter.provenance import load_adapter
 from qwlora.base.source import load_model, load_tokenizer, locate
 from qwlora.base.storage import load_base, read_record
-from qwlora.data import Documents, sequences
+from qwlora.data import Documents, Prepared, prepare
 from qwlora.grid.scheme import Scheme
+from qwlora.grid.sequences import Sequences
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
@@ -36,23 +37,24 @@ class Session:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.recipe.model.source)
+        tokenizer = load_tokenizer(self.recipe.model.source)
+        if self.recipe.data.chat_template is not None:
+            tokenizer.chat_template = Path(self.recipe.data.chat_template).read_text()
+        return tokenizer
 
     @cached_property
-    def training_ids(self) -> Tensor:
-        return sequences(self.documents.train, self.tokenizer, self.recipe.data.sequence_tokens, "training")
-
-    @cached_property
-    def held_out_ids(self) -> Tensor:
-        return sequences(self.documents.held_out, self.tokenizer, self.recipe.data.sequence_tokens, "held-out")
+    def data(self) -> Prepared:
+        return prepare(self.documents, self.tokenizer, self.recipe.data.cutting())
 
     @property
-    def evaluation_ids(self) -> Tensor:
-        return self.held_out_ids[: self.recipe.data.evaluation_sequences]
+    def evaluation(self) -> Sequences:
+        """What perplexity is measured on."""
+        return self.data.held_out.first(self.recipe.data.evaluation_sequences)
 
     @property
     def calibration_ids(self) -> Tensor:
-        return self.training_ids[: self.recipe.data.calibration_sequences]
+        """What ranges and statistics of activations are measured on: int64 [count, tokens], without padding."""
+        return self.data.calibration_ids[: self.recipe.data.calibration_sequences]
 
     def adapter(self, name: str) -> Adapter:
         return next(a for a in self.recipe.adapters if a.name == name)
@@ -101,7 +103,7 @@ class Session:
             adapter_weights=section.adapter_weights.scheme(),
             quantize_residual_adds=section.residual_adds == "quantize",
         )
-        example = self.training_ids[:1, :16].repeat(2, 1)
+        example = self.data.calibration_ids[:1, :16].repeat(2, 1)
         simulation = simulate(self.adapted(name), {"input_ids": example, "attention_mask": torch.ones_like(example)}, schemes)
         self._simulation = (name, simulation)
         return simulation

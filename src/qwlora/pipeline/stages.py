@@ -18,6 +18,8 @@ from qwlora.adapter.provenance import save_adapter
 from qwlora.adapter.train import TrainingReport, TrainingSettings, check_loggers, train_adapter
 from qwlora.base.quantize import base_size, check_fit, find_layers, quantize_
 from qwlora.base.storage import save_base
+from qwlora.data.isolation import check_isolation
+from qwlora.data.prepare import describe
 from qwlora.errors import FingerprintError, SourceError, TrainingError
 from qwlora.evaluate import perplexity
 from qwlora.export.bundle import export_onnx
@@ -39,25 +41,27 @@ def preflight(session: Session, verbs: set[str]) -> None:
     """Whatever can be wrong with text and model is found here, before the directory is touched.
 
     Raises:
-        SourceError: the text is too short, or the model cannot be loaded.
+        SourceError: the text is too short, the model cannot be loaded, or it cannot keep documents in one sequence apart.
         GridError: the base's grid does not fit the model.
         MissingExtraError: a package that a later stage needs is not installed.
     """
     if verbs & {"export", "verify"}:
         for module in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
             require(module, "onnx")
-    _ = session.training_ids, session.held_out_ids
+    largest = session.data.largest_id()
     if "train" in verbs:
         _check_adapters(session)
     if "quantize" in verbs:
         model = session.float_model()
         check_fit(find_layers(model), session.recipe.base.weights.scheme())
         embedding: Any = model.get_input_embeddings()
-        known, largest = embedding.weight.shape[0], int(max(session.training_ids.max(), session.held_out_ids.max()))
+        known = embedding.weight.shape[0]
         if largest >= known:
             raise SourceError(
                 f"the tokenizer of {session.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"
             )
+        if session.data.train.position_ids is not None:
+            check_isolation(model)
 
 
 def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
@@ -77,9 +81,11 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     base = session.base()
     model = attach(base, _shape(adapter), seed) if adapter.start is None else attach_existing(base, adapter.start, adapter.unknown_base, seed)
     if adapter.steps:
-        held_out = session.evaluation_ids if adapter.evaluation_steps else None
+        if session.data.train.position_ids is not None:
+            check_isolation(model)
+        held_out = session.evaluation if adapter.evaluation_steps else None
         logs = session.path / "logs" / adapter.name
-        report = train_adapter(model, session.training_ids, _settings(adapter, seed), work, session.track, held_out, logs)
+        report = train_adapter(model, session.data.train, _settings(adapter, seed), work, session.track, held_out, logs)
     else:
         report = TrainingReport(0, 0.0, 0, check_trainable(model), ())
     if (after := fingerprint(model)) != base_identity:
@@ -96,7 +102,7 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     }
     if adapter.evaluation_steps:
         measured |= {"evaluations": [list(e) for e in report.evaluations], "best_step": report.best_step}
-    return {"train": {adapter.name: measured}}
+    return {"train": {adapter.name: measured}, "data": describe(session.documents, session.data)}
 
 
 def _check_adapters(session: Session) -> None:
@@ -144,7 +150,7 @@ def verify(session: Session, stage: Stage, scratch: Path, work: Path) -> Results
     """Run the exported file on held-out text and hold it to the recipe's limits."""
     name, section = str(stage.adapter), session.recipe.verify
     folder = session.path / "export" / "onnx" / name
-    parity = verify_onnx(folder, session.simulation(name), session.held_out_ids[: section.sequences], section.layer_tokens, session.track)
+    parity = verify_onnx(folder, session.simulation(name), session.data.held_out.first(section.sequences), section.layer_tokens, session.track)
     check_parity(parity, Limits(section.perplexity_difference, section.layer_steps, section.layer_mean_steps), f"export/onnx/{name}")
     return {"parity": {"onnx": {name: parity.to_json()}}}
 
@@ -162,8 +168,8 @@ def evaluate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
             result: Tensor = model(ids, use_cache=False).logits
             return result
 
-    value = perplexity(logits, session.evaluation_ids, f"perplexity, {kind}", session.track)
-    return {"perplexity": {kind: value if name is None else {name: value}}}
+    value = perplexity(logits, session.evaluation, f"perplexity, {kind}", session.track)
+    return {"perplexity": {kind: value if name is None else {name: value}}, "data": describe(session.documents, session.data)}
 
 
 STAGES: dict[str, StageFunction] = {

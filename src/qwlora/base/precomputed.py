@@ -59,7 +59,7 @@ class LazyModel:
         """
         names = [name for name in self.stored if any(_is_below(place, path) for place in self._waiting(name))]
         for name in track(names, "reading", len(names)):
-            self._load_(name)
+            self.load_(name)
         return self.model.get_submodule(path)
 
     def release_(self, path: str = "") -> None:
@@ -76,8 +76,11 @@ class LazyModel:
         found = ((place, tensor_at(self.model, place)) for place in self.places[name])
         return [place for place, tensor in found if tensor is not None and tensor.is_meta]
 
-    def _load_(self, name: str) -> None:
+    def load_(self, name: str) -> None:
+        """Load one tensor, by its parameter's name, if it has no data yet; see `materialize_`."""
         places = self._waiting(name)
+        if not places:
+            return
         value = self.checkpoint.read(self.stored[name])
         if isinstance(value, QuantizedTensor):
             self._pack_(name, value)

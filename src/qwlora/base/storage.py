@@ -1,7 +1,7 @@
 """A base on disk.
 
     base/
-      model.safetensors      packed codes, scales, offsets, and the float remainder, by module path; in shards if it is large
+      model.safetensors      packed codes and their grids, the float remainder in the narrowest type that holds it; in shards if it is large
       base.json              format, fingerprint, source, the grid of each packed layer, the digest of each tensor; written last: a folder without it is no base
       config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
 
@@ -28,6 +28,7 @@ from qwlora.base.shards import SHARD_BYTES, ShardWriter
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.grid.fingerprint import base_tensors, combined, config_numbers, keep_fingerprint_, tensor_digest
 from qwlora.grid.names import canonical_name
+from qwlora.grid.packed_tensor import narrowest
 from qwlora.grid.scheme import Scheme
 
 FORMAT = 2
@@ -54,13 +55,15 @@ class BaseWriter:
         self._layers: dict[str, Any] = {}
 
     def add(self, module: nn.Module, path: str = "") -> None:
-        """Take the base's tensors in `module`, which is at `path` of the model. They must not change until `finish`."""
+        """Take the base's tensors in `module`, which is at `path` of the model, but for those without data. They must not change until `finish`."""
         for name, (layout, tensor) in base_tensors(module).items():
+            if tensor.is_meta:
+                continue
             full = f"{path}.{name}" if path else name
             self._digests[full] = tensor_digest(full, layout, tensor)
-            self._shards.add(full, tensor)
+            self._shards.add(full, narrowest(tensor) if tensor.dtype == torch.float32 else tensor)
         for below, layer in module.named_modules(prefix=path):
-            if isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied:
+            if isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied and not layer.tensor.parts.packed.is_meta:
                 self._layers[canonical_name(below)] = {"shape": list(layer.tensor.shape), **layer.scheme.to_json()}
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> str:

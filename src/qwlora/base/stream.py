@@ -1,0 +1,93 @@
+"""A checkpoint becomes a base on disk without ever being a model in memory.
+
+For each module in the order of the files: its tensors are read, its weight is solved and packed if the rules say so, the result goes into the shard that
+is being written, and the module is let go. The peak is one module as floats (a linear layer, an embedding, a layer's fused experts), what its solver
+needs, and one shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qwlora.base.assembly import put_, tensor_at
+from qwlora.base.calibrated import solve_tensor, tensor_out_in
+from qwlora.base.checkpoint import Checkpoint
+from qwlora.base.packed import pack_at_, tie_weights_
+from qwlora.base.precomputed import LazyModel
+from qwlora.base.quantize import plan_layers
+from qwlora.base.rules import Assignment, Rule
+from qwlora.base.shards import SHARD_BYTES
+from qwlora.base.solver import CALIBRATED
+from qwlora.base.storage import BaseWriter
+from qwlora.errors import GridError, SourceError
+from qwlora.grid.presets import weight_scheme
+from qwlora.grid.scheme import Scheme
+from qwlora.progress import Track, untracked
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    source: str,
+    scheme: Scheme | str | None,
+    solver: str = "search",
+    *,
+    rules: Sequence[Rule] = (),
+    shard_bytes: int = SHARD_BYTES,
+    track: Track = untracked,
+) -> str:
+    """Write the base of `checkpoint` into `folder`, which must exist; returns its fingerprint, which is that of `quantize_` and `save_base`.
+
+    Args:
+        scheme: as for `quantize_`; None keeps the integers of a checkpoint that has them, and quantizes nothing.
+        solver: one that looks at weights alone.
+        shard_bytes: at which a file is full; as much is held in memory.
+
+    Raises:
+        GridError: as `quantize_`; or the solver needs calibration data.
+        SourceError: a tensor cannot be read, or a layer that a scheme is asked for is integers already.
+        CalibrationError: a weight holds nan or infinity.
+    """
+    lazy = LazyModel(checkpoint)
+    scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
+    plan = {} if scheme is None else plan_layers(lazy.model, scheme, solver, rules)
+    if calibrated := sorted({a.solver for a in plan.values()} & set(CALIBRATED)):
+        raise GridError(f"solver {calibrated[0]} follows the inputs of a layer, which takes the model in memory: quantize_ with calibration data does that")
+    writer = BaseWriter(Path(folder), shard_bytes)
+    modules: dict[str, list[str]] = {}
+    for name in lazy.stored:
+        modules.setdefault(lazy.places[name][0][0], []).append(name)
+    for path in track(list(modules), "quantizing", len(modules)):
+        for name in modules[path]:
+            lazy.load_(name)
+            if name in plan:
+                _quantize_(lazy, name, plan[name])
+        writer.add(lazy.model.get_submodule(path), path)
+        for name in modules[path]:
+            _let_go_(lazy, name)
+    return writer.finish(lazy.model, tokenizer, source)
+
+
+def _quantize_(lazy: LazyModel, name: str, todo: Assignment) -> None:
+    """Pack the tensor `name`, everywhere that it is read."""
+    (path, key), *others = lazy.places[name]
+    if key not in lazy.model.get_submodule(path)._parameters:
+        raise SourceError(f"{name} is integers already in the files; leave the scheme out to keep them, or start from a float checkpoint")
+    quantized, _ = solve_tensor(name, tensor_out_in(lazy.model, name), todo)
+    pack_at_(lazy.model, name, quantized)
+    if others:
+        tie_weights_(lazy.model)
+
+
+def _let_go_(lazy: LazyModel, name: str) -> None:
+    """Only shapes stay of a tensor that was written, packed or not."""
+    places = lazy.places[name]
+    tensor = tensor_at(lazy.model, places[0])
+    if tensor is None:
+        lazy.model.get_submodule(places[0][0]).to("meta")
+    else:
+        put_(lazy.model, places, tensor.to("meta"))

@@ -1,0 +1,246 @@
+"""Assembly from a checkpoint, loading and letting go of parts, and quantizing without a model in memory.
+
+The outside numbers are those of a plain transformers model that holds the same values as floats.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, MixtralConfig, MixtralForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
+from qwlora import fingerprint, load_base, quantize_, save_base
+from qwlora.base.packed import is_packable, is_packed, packed_weights, parameter_out_in, weight_out_in
+from qwlora.base.precomputed import LazyModel, load_precomputed
+from qwlora.base.rules import Rule
+from qwlora.base.stream import quantize_checkpoint
+from qwlora.errors import CalibrationError, GridError, SourceError
+from qwlora.grid.observer import measure
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.scheme import Scheme, parse_scheme
+
+IDS = torch.arange(40).view(2, 20)
+KINDS = (*ARCHITECTURES, "mixtral")
+
+
+def model_of(kind: str) -> PreTrainedModel:
+    if kind != "mixtral":
+        return tiny_model(kind)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260}
+    return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, pad_token_id=0)).eval()
+
+
+class Held:
+    """A checkpoint in memory: the values of `model`, those that can be packed as integers if a scheme is given."""
+
+    def __init__(self, model: PreTrainedModel, scheme: Scheme | None = None):
+        self.model, self.config, self.scheme = model, model.config, scheme
+        first: dict[int, str] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            first.setdefault(id(tensor), name)
+        self.order = list(first.values())
+        self.given: list[weakref.ref[Tensor]] = []
+        self.most_alive = 0
+
+    def names(self) -> list[str]:
+        return self.order
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        path, _, key = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        value = self.model.state_dict()[name]
+        if self.scheme is None or not (is_packable(module) or value.ndim == 3):
+            copy = value.clone()
+            self.given.append(weakref.ref(copy))
+            self.most_alive = max(self.most_alive, sum(t().nbytes for t in self.given if t() is not None))  # type: ignore[union-attr]
+            return copy
+        if key != "weight":
+            return quantized(parameter_out_in(module, key), self.scheme) if value.ndim == 3 else value.clone()
+        return quantized(weight_out_in(module), self.scheme)
+
+
+def quantized(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
+    encoding = measure(weight.detach(), scheme)
+    return QuantizedTensor(encoding.quantize(weight.detach()), encoding)
+
+
+def float_twin(checkpoint: Held) -> PreTrainedModel:
+    """The same model with the dequantized values, in transformers' own layers."""
+    twin = type(checkpoint.model)(checkpoint.config).eval()
+    twin.load_state_dict(checkpoint.model.state_dict())
+    for name in checkpoint.names():
+        value = checkpoint.read(name)
+        if isinstance(value, QuantizedTensor):
+            parameter, weight = twin.get_parameter(name), value.dequantize()
+            parameter.data.copy_(weight.T if isinstance(twin.get_submodule(name.rpartition(".")[0]), Conv1D) else weight.view(parameter.shape))
+    return twin
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", ["w4-block32", "w3-block16-asymmetric", "w8-channel"])
+def test_an_assembled_model_computes_what_its_float_twin_computes(kind: str, scheme: str, tmp_path: Path) -> None:
+    checkpoint = Held(model_of(kind), parse_scheme(scheme))
+    model = load_precomputed(checkpoint)
+    with torch.no_grad():
+        logits = model(IDS).logits
+        torch.testing.assert_close(logits, float_twin(checkpoint)(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert not any(t.is_meta for t in model.state_dict().values())
+    assert not any(p.requires_grad for p in model.parameters())
+    for name, layer in packed_weights(model).items():
+        if not layer.is_tied:
+            value = checkpoint.read(name)
+            assert isinstance(value, QuantizedTensor)
+            assert torch.equal(layer.codes, value.codes)
+    identity = save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    loaded = load_base(tmp_path)
+    assert fingerprint(loaded) == fingerprint(load_precomputed(checkpoint)) == identity
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, logits)
+
+
+def test_a_tied_tensor_is_read_once_and_its_codes_are_held_once() -> None:
+    checkpoint = Held(tiny_model("llama"), parse_scheme("w4-block32"))
+    assert "lm_head.weight" not in checkpoint.names()
+    model: Any = load_precomputed(checkpoint)
+    assert is_packed(model.lm_head)
+    assert model.lm_head.tensor.parts.packed is model.model.embed_tokens.packed
+    floats: Any = load_precomputed(Held(tiny_model("llama")))
+    assert floats.lm_head.weight is floats.model.embed_tokens.weight
+
+
+def test_a_tied_tensor_may_be_stored_under_its_other_name() -> None:
+    checkpoint = Held(tiny_model("llama"))
+    checkpoint.order = ["lm_head.weight" if n == "model.embed_tokens.weight" else n for n in checkpoint.order]
+    model = load_precomputed(checkpoint)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, tiny_model("llama")(IDS).logits)
+
+
+def test_narrow_floats_become_float32() -> None:
+    model, narrow = load_precomputed(Held(tiny_model("llama").bfloat16())), tiny_model("llama").bfloat16()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(torch.equal(p, narrow.get_parameter(n).float()) for n, p in model.named_parameters())
+
+
+def test_all_wrong_names_are_told_together() -> None:
+    checkpoint = Held(tiny_model("llama"))
+    checkpoint.order = [n for n in checkpoint.order if "q_proj" not in n] + ["model.layers.9.mlp.up_proj.weight"]
+    with pytest.raises(SourceError, match=r"missing: .*0.self_attn.q_proj.weight, .*1.self_attn.q_proj.weight; unknown to the model: .*9.mlp.up_proj.weight"):
+        load_precomputed(checkpoint)
+
+
+class Changed(Held):
+    """A checkpoint of which one tensor is another."""
+
+    def __init__(self, name: str, change: Callable[[Any], Any], scheme: Scheme | None = None):
+        super().__init__(tiny_model("llama"), scheme)
+        self.name, self.change = name, change
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        value = super().read(name)
+        return self.change(value) if name == self.name else value
+
+
+def test_a_tensor_of_another_shape_is_named() -> None:
+    up = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(SourceError, match=rf"{up} has shape \[64, 128\] in the files, but \[128, 64\] in the model"):
+        load_precomputed(Changed(up, lambda t: t.T))
+    with pytest.raises(SourceError, match=rf"{up} is int4 symmetric per block 32 in the files, and cannot be packed: .*\[64, 128\]"):
+        load_precomputed(Changed(up, lambda q: quantized(torch.randn(64, 128), q.encoding.scheme), parse_scheme("w4-block32")))
+    norm = "model.norm.weight"
+    with pytest.raises(SourceError, match=rf"{norm} is int8 symmetric per tensor in the files, and cannot be packed"):
+        load_precomputed(Changed(norm, lambda t: quantized(t, parse_scheme("w8-tensor"))))
+
+
+def test_a_configuration_of_no_language_model_is_refused() -> None:
+    checkpoint = Held(tiny_model("llama"))
+    checkpoint.config = PretrainedConfig()
+    with pytest.raises(SourceError, match="builds no causal language model"):
+        load_precomputed(checkpoint)
+    checkpoint.config = GPT2Config(n_layer=200_000, n_embd=8, n_head=1, vocab_size=9)
+    with pytest.raises(SourceError, match=r"asks for more than .* parameters, many times what the files hold"):
+        load_precomputed(checkpoint)
+
+
+def test_parts_are_loaded_and_let_go() -> None:
+    checkpoint = Held(tiny_model("llama"))
+    lazy = LazyModel(checkpoint)
+    assert all(p.is_meta for p in lazy.model.parameters())
+    block: Any = lazy.materialize_("model.layers.1")
+    assert not any(p.is_meta for p in block.parameters())
+    assert sum(not p.is_meta for p in lazy.model.parameters()) == len(list(block.parameters()))
+    block.mlp.up_proj.weight.data.zero_()
+    lazy.materialize_("model.layers.1")
+    assert not block.mlp.up_proj.weight.any(), "what has data is not loaded again"
+    lazy.release_("model.layers.1")
+    assert all(p.is_meta for p in lazy.model.parameters())
+    gc.collect()
+    assert all(t() is None for t in checkpoint.given), "nothing holds the floats"
+    lazy.materialize_("model.layers.1")
+    assert bool(block.mlp.up_proj.weight.any())
+    with torch.no_grad():
+        lazy.materialize_()
+        assert torch.equal(lazy.model(IDS).logits, tiny_model("llama")(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streaming_writes_the_base_that_quantizing_in_memory_writes(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "streamed").mkdir()
+    rules = [Rule("*.down_proj", parse_scheme("w8-channel")), Rule("*.k_proj", None), Rule("*embed_tokens", parse_scheme("w4-block16"))]
+    rules = rules if kind in ("llama", "qwen3") else []
+    identity = quantize_checkpoint(Held(model_of(kind)), byte_tokenizer(), tmp_path / "streamed", "x", "w4-block32", "rtn", rules=rules, shard_bytes=30_000)
+    model = model_of(kind)
+    quantize_(model, "w4-block32", "rtn", rules=rules)
+    assert identity == fingerprint(model)
+    loaded = load_base(tmp_path / "streamed")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_streaming_holds_one_module_and_a_shard(tmp_path: Path) -> None:
+    checkpoint = Held(tiny_model("qwen3"))
+    sizes = [p.nbytes for p in checkpoint.model.parameters()]
+    quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn", shard_bytes=10_000)
+    assert checkpoint.most_alive <= 2 * max(sizes) + 10_000
+    assert checkpoint.most_alive < sum(sizes) / 2, "a model of more than one block"
+
+
+def test_streaming_keeps_the_integers_of_a_checkpoint(tmp_path: Path) -> None:
+    checkpoint = Held(tiny_model("llama"), parse_scheme("w4-block32"))
+    identity = quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", None)
+    assert identity == fingerprint(load_precomputed(checkpoint)) == fingerprint(load_base(tmp_path))
+    with pytest.raises(SourceError, match=r"q_proj.weight is integers already in the files; leave the scheme out"):
+        quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn")
+
+
+def test_an_interrupted_stream_leaves_no_base(tmp_path: Path) -> None:
+    up = "model.layers.1.mlp.up_proj.weight"
+    quantize_checkpoint(Held(tiny_model("llama")), byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn")
+    with pytest.raises(CalibrationError, match=f"{up}: "):
+        quantize_checkpoint(Changed(up, lambda t: t * torch.nan), byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn")
+    with pytest.raises(SourceError, match="is not a QWLoRA base"):
+        load_base(tmp_path)
+
+
+def test_what_cannot_be_streamed_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    class Unread(Held):
+        def read(self, name: str) -> Tensor | QuantizedTensor:
+            raise AssertionError
+
+    checkpoint = Unread(tiny_model("llama"))
+    with pytest.raises(GridError, match="gptq follows the inputs of a layer"):
+        quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "gptq")
+    with pytest.raises(GridError, match="block 48"):
+        quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block48", "rtn")
+    with pytest.raises(GridError, match=r"'\*.nowhere' matches no layer"):
+        quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn", rules=[Rule("*.nowhere", None)])

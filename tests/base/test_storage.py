@@ -1,0 +1,267 @@
+"""The base on disk: it is the same base, in shards too, in any type; and whatever is wrong with its files is named."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
+from qwlora import PerChannel, Scheme, fingerprint, load_base, quantize_, save_base
+from qwlora.base.storage import BaseWriter
+from qwlora.errors import FingerprintError, GridError, SourceError
+from qwlora.grid.fingerprint import combined, config_numbers
+from qwlora.grid.scheme import parse_scheme
+
+IDS = torch.arange(40).view(2, 20)
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32", "rtn")
+    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    return tmp_path
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("scheme", [parse_scheme("w4-block32"), Scheme(3, symmetric=False, granularity=PerChannel(0)), parse_scheme("w4-lpbq16")], ids=str)
+def test_base_on_disk_is_the_same_base(tmp_path: Path, architecture: str, scheme: Scheme) -> None:
+    model = tiny_model(architecture)
+    quantize_(model, scheme, "rtn")
+    identity = save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    loaded = load_base(tmp_path)
+    assert fingerprint(loaded) == fingerprint(model) == identity
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert set(loaded.state_dict()) == set(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_a_large_base_lies_in_shards_and_is_the_same(base: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    model, folder = load_base(base), tmp_path_factory.mktemp("shards")
+    writer = BaseWriter(folder, shard_bytes=20_000)
+    writer.add(model)
+    assert writer.finish(model, byte_tokenizer(), "somewhere") == fingerprint(model)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    largest = max(t.nbytes for t in model.state_dict().values())
+    assert all(sum(t.nbytes for t in load_file(s).values()) <= max(20_000, largest) for s in shards)
+    with torch.no_grad():
+        assert torch.equal(load_base(folder)(IDS).logits, model(IDS).logits)
+    save_base(model, byte_tokenizer(), folder, "somewhere")
+    assert [p.name for p in folder.glob("model*")] == ["model.safetensors"], "nothing of the older, larger base remains"
+    assert fingerprint(load_base(folder)) == fingerprint(model)
+
+
+def test_a_narrower_type_keeps_grid_frequencies_and_fingerprint(base: Path) -> None:
+    model, narrow = load_base(base), load_base(base, dtype=torch.bfloat16)
+    assert narrow.dtype == narrow(IDS).logits.dtype == torch.bfloat16
+    assert fingerprint(narrow) == fingerprint(model)
+    assert torch.equal(narrow.get_submodule(LAYER).encoding.scale, model.get_submodule(LAYER).encoding.scale)
+    assert torch.equal(narrow.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    wrapped = get_peft_model(narrow, LoraConfig(r=2, target_modules="all-linear"))
+    assert fingerprint(wrapped) == fingerprint(model)
+    narrow.model.norm.weight.data[0] += 1
+    assert fingerprint(wrapped) != fingerprint(model)
+
+
+def test_the_files_are_mapped_not_copied(base: Path) -> None:
+    layer = load_base(base).get_submodule(LAYER)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(base / "model.safetensors"))]
+    spans = [[int(edge, 16) for edge in line.split()[0].split("-")] for line in mapped]
+    assert any(low <= layer.packed.data_ptr() < high for low, high in spans)
+
+
+def edit_record(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    record = json.loads((folder / "base.json").read_text())
+    change(record)
+    (folder / "base.json").write_text(json.dumps(record))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], sign: bool = False) -> None:
+    """Rewrite the tensors; `sign` makes base.json agree, as somebody would who means harm."""
+    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if sign:
+        with pytest.raises(FingerprintError) as caught:
+            load_base(folder)
+        edit_record(folder, lambda r: r.update(fingerprint=str(caught.value).split("has fingerprint ")[1][:64]))
+
+
+def test_a_changed_tensor_or_configuration_is_named(base: Path) -> None:
+    path = base / "model.safetensors"
+    whole = path.read_bytes()
+    edit_tensors(base, lambda t: t[f"{LAYER}.packed"][0].bitwise_xor_(1))
+    with pytest.raises(FingerprintError, match=rf"base.json says .*: {LAYER}.packed changed after saving. Copy it again, or quantize again"):
+        load_base(base)
+    path.write_bytes(whole)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(FingerprintError, match=r"config.json or its fingerprint changed after saving"):
+        load_base(base)
+
+
+def test_truncated_files_are_refused(base: Path) -> None:
+    path = base / "model.safetensors"
+    whole = path.read_bytes()
+    for length in (0, 4, 1000, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(SourceError, match=r"truncated|bytes"):
+            load_base(base)
+
+
+def reshape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{LAYER}.packed"] = tensors[f"{LAYER}.packed"].flatten()
+
+
+def drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.norm.weight"]
+
+
+def add(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["../../outside"] = torch.zeros(2)
+
+
+def retype(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{LAYER}.packed"] = tensors[f"{LAYER}.packed"].to(torch.int16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (reshape, rf"{LAYER}.packed is \[8192\] of U8, not \[128, 32\] of U8"),
+        (retype, rf"{LAYER}.packed is \[128, 32\] of I16, not \[128, 32\] of U8"),
+        (drop, "model.norm.weight is missing"),
+        (add, "../../outside is not part of the model"),
+    ],
+)
+def test_tensors_of_another_kind_are_named_before_any_is_read(base: Path, change: Any, message: str) -> None:
+    edit_tensors(base, change)
+    with pytest.raises(SourceError, match=message.replace("8192", "4096")):
+        load_base(base)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_scales_are_named_though_fingerprints_agree(base: Path, scale: float) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{LAYER}.scale"].view(-1)[3] = scale
+
+    edit_tensors(base, change)
+    resign(base)
+    with pytest.raises(GridError, match=rf"layer {LAYER}: a scale is a finite positive number, but 1 of .*quantize again"):
+        load_base(base)
+
+
+def resign(folder: Path) -> None:
+    """Make base.json agree with the tensors there are."""
+    from qwlora.base.assembly import empty_model
+    from qwlora.base.readers.folder import read_config
+    from qwlora.grid.fingerprint import tensor_digest
+
+    record = json.loads((folder / "base.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    kinds = {name: next((str(parse(layer)) for path, layer in record["layers"].items() if name.startswith(path + ".")), "") for name in tensors}
+    digests = {name: tensor_digest(name, kinds[name], t) for name, t in tensors.items()}
+    numbers = config_numbers(empty_model(read_config(folder), len(tensors)))
+    edit_record(folder, lambda r: r.update(fingerprint=combined(digests, numbers), tensors=digests))
+
+
+def parse(layer: dict[str, Any]) -> Scheme:
+    return Scheme.from_json(layer.get("scheme", layer))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("../../../etc/passwd", {}),
+        ("", {}),
+        ("model.layers.7.mlp.up_proj", {}),
+        ("model.norm", {}),
+        (LAYER, {"bitwidth": 999}),
+        (LAYER, {"bitwidth": 4.0}),
+        (LAYER, {"bitwidth": "4"}),
+        (LAYER, {"bitwidth": 16}),
+        (LAYER, {"block_size": 10**12}),
+        (LAYER, {"block_size": 0}),
+        (LAYER, {"block_size": -32}),
+        (LAYER, {"block_size": None, "axis": 5}),
+        (LAYER, {"symmetric": "no"}),
+        (LAYER, {"scale_bitwidth": 10**9}),
+        (LAYER, 7),
+        (LAYER, []),
+    ],
+    ids=str,
+)
+def test_absurd_layers_are_refused_by_name(base: Path, name: str, layer: Any) -> None:
+    def change(record: dict[str, Any]) -> None:
+        layers = record["layers"]
+        known = layers[LAYER]
+        absurd = {**known, **layer, "scheme": {**known.get("scheme", {}), **layer}} if isinstance(layer, dict) else layer
+        layers[name] = absurd
+
+    edit_record(base, change)
+    with pytest.raises((GridError, SourceError), match=rf"describes layer '{name}' in a way that its model cannot have .*; quantize again|the offset"):
+        load_base(base)
+
+
+def test_base_json_itself(base: Path) -> None:
+    good = (base / "base.json").read_text()
+    for text, message in {
+        json.dumps(json.loads(good) | {"format": 1}): "has format 1, but this version reads format 2; quantize again",
+        json.dumps(json.loads(good) | {"format": 99}): "has format 99, but this version reads format 2; update qwlora",
+        json.dumps(json.loads(good) | {"format": None}): "has format None",
+        json.dumps(json.loads(good) | {"layers": [], "source": 3}): "does not say source and layers as it should",
+        "[]": "holds no JSON object",
+        "{": "cannot be read",
+        "[" * 100_000: "cannot be read",
+    }.items():
+        (base / "base.json").write_text(text)
+        with pytest.raises(SourceError, match=message):
+            load_base(base)
+    (base / "base.json").unlink()
+    with pytest.raises(SourceError, match="is not a QWLoRA base"):
+        load_base(base)
+
+
+def test_an_index_cannot_point_outside(base: Path) -> None:
+    (base / "model.safetensors").rename(base.parent / "elsewhere.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}))
+    with pytest.raises(SourceError, match=r"'../elsewhere.safetensors', which is no .safetensors file of this folder"):
+        load_base(base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**7},
+        {"model_type": "nothing"},
+        {"hidden_size": -1},
+        {"num_attention_heads": 0},
+        {"hidden_act": "explode"},
+        {"vocab_size": "many"},
+    ],
+    ids=str,
+)
+def test_an_absurd_configuration_costs_nothing(base: Path, change: dict[str, Any]) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(SourceError, match=r"config.json"):
+        load_base(base)
+
+
+def test_a_header_that_claims_more_than_the_file_is_refused(base: Path) -> None:
+    path = base / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**40) + path.read_bytes()[8:])
+    with pytest.raises(SourceError, match="header claims 1099511627776"):
+        load_base(base)

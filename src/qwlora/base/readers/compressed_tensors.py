@@ -162,17 +162,33 @@ class CompressedTensors:
         return (codes.to(torch.int16) + half).to(torch.uint8)
 
     def _unpack(self, name: str, words: Tensor, bitwidth: int, count: int) -> Tensor:
-        """Rows of `count` codes; see the module for the two layouts."""
+        """Rows of `count` codes."""
         if words.dtype != torch.int32 or words.ndim != 2:
             raise SourceError(f"{self._where(name)}: packed integers are {words.dtype} of shape {list(words.shape)}; a matrix of int32 is needed")
-        per_word = 32 // bitwidth
-        dense, padded = math.ceil(count * bitwidth / 32), math.ceil(count / per_word)
-        if words.shape[1] == dense and (dense != padded or count <= per_word or per_word * bitwidth == 32):
+        dense, gapped = _words(count, bitwidth)
+        is_dense = self._is_dense(name, bitwidth)
+        if words.shape[1] != (dense if is_dense else gapped):
+            raise SourceError(f"{self._where(name)}: {words.shape[1]} words a row do not hold {count} codes of {bitwidth} bits ({dense} or {gapped} would)")
+        if is_dense:
             return unpack_words(words, bitwidth, count)
-        if words.shape[1] == padded != dense:
-            return unpack_words(words.reshape(-1, 1), bitwidth, per_word).view(len(words), -1)[:, :count]
+        return unpack_words(words.reshape(-1, 1), bitwidth, 32 // bitwidth).reshape(len(words), -1)[:, :count]
+
+    def _is_dense(self, name: str, bitwidth: int) -> bool:
+        """Whether codes run on from word to word; see the module."""
+        if 32 % bitwidth == 0:
+            return True
+        out_features, in_features = self.shape(name)
+        zeros = f"{name.removesuffix('weight')}weight_zero_point"
+        counted = [(self.files.shape(f"{name}_packed")[1], in_features)]
+        counted += [(self.files.shape(zeros)[0], out_features)] if zeros in self.files and self.files.dtype(zeros) == "I32" else []
+        for words, count in counted:
+            dense, gapped = _words(count, bitwidth)
+            if dense != gapped:
+                return words != gapped
+        if max(in_features, out_features) <= 32 // bitwidth:  # one word, which is the same in both
+            return True
         raise SourceError(
-            f"{self._where(name)}: {words.shape[1]} words a row do not hold {count} codes of {bitwidth} bits in one way only ({dense} or {padded} would)"
+            f"{self._where(name)}: is so narrow that its words do not tell whether codes of {bitwidth} bits run on from word to word; quantize again"
         )
 
     def _zeros(self, name: str, weights: Weights, expected: tuple[int, ...]) -> Tensor:
@@ -209,6 +225,11 @@ def _layout(weights: Weights, shape: tuple[int, ...], where: str) -> tuple[Granu
             if columns < 1 or rows < 1 or in_features % columns:
                 raise SourceError(f"{where}: blocks of {rows} x {columns} do not divide rows of {in_features} evenly, and blocks of the grid have one size")
             return blocks(in_features, in_features // columns, where), (math.ceil(out_features / rows), in_features // columns)
+
+
+def _words(count: int, bitwidth: int) -> tuple[int, int]:
+    """int32 words of a row of codes without gaps, and with whole codes in each word."""
+    return math.ceil(count * bitwidth / 32), math.ceil(count / (32 // bitwidth))
 
 
 def _spread(values: Tensor, weights: Weights, shape: tuple[int, ...]) -> Tensor:

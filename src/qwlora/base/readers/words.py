@@ -19,8 +19,10 @@ from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, Scheme
 
 def unpack_words(words: Int[Tensor, "rows words"], bitwidth: int, count: int) -> UInt8[Tensor, "rows count"]:
     """The first `count` codes of each row of int32 words."""
-    stream = words.contiguous().view(torch.uint8)[..., : packed_row_bytes(count, bitwidth)]
-    return unpack(stream.contiguous(), bitwidth, count)
+    stream, row_bytes = words.contiguous().view(torch.uint8), packed_row_bytes(count, bitwidth)
+    if stream.shape[-1] < row_bytes:  # a row of `pack` ends with a whole group of codes, one of words need not
+        stream = torch.nn.functional.pad(stream, (0, row_bytes - stream.shape[-1]))
+    return unpack(stream[..., :row_bytes].contiguous(), bitwidth, count)
 
 
 def blocks(in_features: int, count: int, where: str) -> Granularity:

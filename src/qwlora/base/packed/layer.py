@@ -58,7 +58,11 @@ class PackedLayer(nn.Module):
         """The packed tensor: the layer's own, or that of the layer it is tied to."""
         if self._owner is not None:
             return self._owner[0].tensor
-        return PackedTensor(self.scheme, self.count, Parts(*(self._buffers.get(name) for name in Parts._fields)))  # type: ignore[arg-type]
+        return PackedTensor(self.scheme, self.count, Parts(*(self._part(name) for name in Parts._fields)))  # type: ignore[arg-type]
+
+    def _part(self, name: str) -> Tensor | None:
+        """A part of the tensor: a buffer, or a parameter that is not trained while FSDP2 shards the layer."""
+        return self._parameters[name] if name in self._parameters else self._buffers.get(name)
 
     @property
     def encoding(self) -> Encoding | FloatOffsetEncoding:

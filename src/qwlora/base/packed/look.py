@@ -134,19 +134,10 @@ def _embedding(index: Tensor, weight: Tensor, padding_idx: Any = None, max_norm:
     return weight.owner.tensor.dequantize(weight.dtype, index)
 
 
-def _grouped(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
-    if (
-        not isinstance(weight, Look)
-        or isinstance(x, Look)
-        or kwargs
-        or bias is not None
-        or offs is None
-        or weight.ndim != 3
-        or weight.which is not None
-        or x.ndim != 2
-    ):
+def _grouped(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+    if not isinstance(weight, Look) or isinstance(x, Look) or weight.ndim != 3 or weight.which is not None or x.ndim != 2 or offs is None:
         return NotImplemented
-    return GroupedProduct.apply(x, offs, weight)
+    return GroupedProduct.apply(x, offs, weight) if bias is None and out_dtype is None else NotImplemented
 
 
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -207,7 +198,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
     F.embedding: _embedding,
-    F.grouped_mm: _grouped,
+    torch._grouped_mm: _grouped,  # what F.grouped_mm calls, and the one of the two that a tensor may answer for itself
     F.conv1d: _convolution(F.conv1d),
     F.conv2d: _convolution(F.conv2d),
     Tensor.__getitem__: _select,

@@ -1,0 +1,265 @@
+"""Packed layers by themselves: values, gradients, what autograd keeps, copies, types, files."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from base.packing import quantized
+from qwlora import PackedLinear
+from qwlora.base.packed import PackedEmbedding, PackedLayer, empty_packed, is_packable, is_packed, pack_module, pack_tied, weight_out_in
+from qwlora.errors import GridError, MergeError
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+
+SCHEMES = [
+    *(Scheme(bits, granularity=PerBlock(16)) for bits in range(2, 9)),
+    *(Scheme(bits, False, PerBlock(16)) for bits in (2, 3, 5)),
+    *(Scheme(4, False, granularity) for granularity in (PerTensor(), PerChannel(0), PerChannel(1))),
+    *(Scheme(bits, granularity=LowPowerBlock(16)) for bits in (2, 4)),
+    *(Scheme(4, False, granularity, float_offset=True) for granularity in (PerTensor(), PerChannel(0), PerBlock(16))),
+]
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As models have it that multiply what they look up."""
+
+    def __init__(self, rows: int, width: int, padding_idx: int, embed_scale: float):
+        super().__init__(rows, width, padding_idx)
+        self.register_buffer("embed_scale", torch.tensor(embed_scale), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * self.embed_scale.to(self.weight.dtype)
+
+
+class OwnProduct(nn.Linear):
+    """A Linear whose forward is its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + 1
+
+
+def cases() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    torch.manual_seed(0)
+    conv1d = Conv1D(40, 96)
+    return {
+        "linear": (nn.Linear(96, 40), torch.randn(3, 7, 96)),
+        "no bias": (nn.Linear(96, 40, bias=False), torch.randn(3, 96)),
+        "Conv1D": (conv1d, torch.randn(3, 7, 96)),
+        "own product": (OwnProduct(32, 40, bias=False), torch.randn(3, 32)),
+        "embedding": (nn.Embedding(40, 48, padding_idx=3), torch.randint(0, 40, (3, 5))),
+        "scaled embedding": (ScaledEmbedding(40, 48, 3, 7.0), torch.randint(0, 40, (3, 5))),
+        "conv1d": (nn.Conv1d(4, 8, 4, padding="same", dilation=3), torch.randn(2, 4, 20)),
+        "conv1d stride": (nn.Conv1d(4, 8, 8, stride=3, padding=2), torch.randn(2, 4, 20)),
+        "conv2d": (nn.Conv2d(8, 6, (4, 2), padding=(1, 0), groups=2), torch.randn(2, 8, 7, 9)),
+        "conv2d reflect": (nn.Conv2d(4, 6, 4, padding="same", padding_mode="reflect"), torch.randn(2, 4, 7, 9)),
+    }
+
+
+def pair(name: str, scheme: Scheme | str = "w4-block16") -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """A packed layer, its float twin, an input."""
+    module, x = cases()[name]
+    found = quantized(weight_out_in(module), scheme)
+    layer = pack_module(module, found)
+    twin = copy.deepcopy(module)
+    values = found.dequantize()
+    twin.weight.data = values.T.contiguous() if isinstance(module, Conv1D) else values.view(module.weight.shape)
+    return layer, twin, x
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_linear_computes_with_exactly_its_integers(scheme: Scheme) -> None:
+    layer, twin, x = pair("linear", scheme)
+    assert torch.equal(layer(x), twin(x))
+    assert torch.equal(layer.weight + 0, twin.weight)
+    assert torch.equal(layer.encoding.dequantize(layer.codes), twin.weight)
+    assert torch.equal(layer.quantized.dequantize(), twin.weight)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("name", ["embedding", "scaled embedding"])
+def test_embedding_gives_the_rows_of_its_integers(scheme: Scheme, name: str) -> None:
+    layer, twin, ids = pair(name, scheme)
+    assert torch.equal(layer(ids), twin(ids))
+    assert isinstance(layer, PackedEmbedding)
+    assert layer.padding_idx == 3
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch, about the twin
+@pytest.mark.parametrize("name", cases())
+def test_every_kind_computes_what_its_twin_computes_and_keeps_codes_only(name: str) -> None:
+    layer, twin, x = pair(name)
+    assert is_packed(layer)
+    assert isinstance(layer, nn.Linear if isinstance(twin, Conv1D) else type(twin))
+    x = x.requires_grad_(x.is_floating_point())
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = layer(x)
+    assert not any(t.numel() == twin.weight.numel() for t in kept)
+    expected = twin(x)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    leaves = [[t for t in (x, getattr(m, "bias", None)) if t is not None and t.requires_grad] for m in (layer, twin)]
+    if leaves[0]:
+        seed = torch.randn_like(expected)
+        torch.testing.assert_close(torch.autograd.grad(found, leaves[0], seed), torch.autograd.grad(expected, leaves[1], seed))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casting_the_model_changes_the_computation_and_not_the_grid(name: str, dtype: torch.dtype) -> None:
+    layer, twin, x = pair(name)
+    before = layer.quantized
+    layer.to(dtype)
+    twin.weight.data = twin.weight.data.to(dtype)  # the float32 product, rounded once
+    assert layer.weight.dtype == dtype
+    x = x.to(dtype) if x.is_floating_point() else x
+    found = layer(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, twin.to(dtype)(x))
+    after = layer.quantized
+    assert torch.equal(after.codes, before.codes)
+    assert torch.equal(after.encoding.scale, before.encoding.scale)
+    assert layer.to(torch.float32)(cases()[name][1]).dtype == torch.float32
+
+
+def test_autocast_is_followed() -> None:
+    layer, twin, x = pair("linear")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = layer(x), twin(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+
+
+def test_state_dict_goes_round_and_numbers_are_not_rounded_on_the_way() -> None:
+    layer, twin, x = pair("linear", "w4-block16-asymmetric")
+    assert set(layer.state_dict()) == {"packed", "scale", "zero_point", "bias"}
+    for assign in (False, True):
+        other = empty_packed(nn.Linear(96, 40), layer.scheme, device="cpu")
+        assert isinstance(other, PackedLinear)
+        assert other.scale.dtype == torch.float16
+        other.load_state_dict(layer.state_dict(), assign=assign)
+        assert torch.equal(other(x), twin(x))
+    hollow = empty_packed(nn.Linear(96, 40, device="meta"), layer.scheme)
+    assert all(buffer.is_meta for buffer in hollow.buffers())
+    assert hollow.to_empty(device="cpu").packed.device.type == "cpu"
+
+
+def test_copies_are_independent() -> None:
+    layer, twin, x = pair("linear")
+    other = copy.deepcopy(layer)
+    layer.packed.zero_()
+    assert torch.equal(other(x), twin(x))
+
+
+def test_scales_that_halves_hold_stay_halves() -> None:
+    found = quantized(torch.randn(40, 96), "w4-block16")
+    layer = PackedLinear.from_codes(found.codes, Encoding(found.encoding.scheme, found.encoding.scale.half().float(), found.encoding.offset), None)
+    for move in (layer.float, layer.double, layer.bfloat16, layer.half):
+        assert move().scale.dtype == torch.float16
+
+
+@pytest.fixture
+def tied() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(40, 48), nn.Linear(48, 40, bias=False)
+    embedding = pack_module(embedding, quantized(embedding.weight, "w4-block16"))
+    return nn.ModuleDict({"embedding": embedding, "head": pack_tied(head, embedding)})
+
+
+def test_a_tied_head_shares_one_storage_through_everything(tied: nn.ModuleDict) -> None:
+    def check(model: nn.ModuleDict) -> None:
+        head, embedding = model["head"], model["embedding"]
+        assert head.tensor.parts.packed is embedding.packed
+        assert head.is_tied
+        assert head.own_bytes == 0
+        x = torch.randn(3, 48, dtype=head.compute_dtype)
+        torch.testing.assert_close(head(x), F.linear(x, embedding.weight + 0))
+
+    check(tied)
+    check(copy.deepcopy(tied))
+    assert set(tied.state_dict()) == {"embedding.packed", "embedding.scale"}
+    check(copy.deepcopy(tied).to(torch.bfloat16))
+    other = copy.deepcopy(tied)
+    other["embedding"].packed.zero_()
+    other.load_state_dict(tied.state_dict(), assign=True)
+    check(other)
+    assert torch.equal(other["head"].codes, tied["embedding"].codes)
+    tied["head"].weight = tied["embedding"].weight  # what a model's tie_weights does
+    check(tied)
+
+
+def test_a_look_at_a_weight_answers_without_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _, _ = pair("linear")
+    monkeypatch.setattr("qwlora.grid.packed_tensor.PackedTensor.dequantize", lambda *_: pytest.fail("unpacked"))
+    weight = layer.weight
+    assert (weight.shape, weight.ndim, weight.dtype, weight.device.type, weight.numel()) == ((40, 96), 2, torch.float32, "cpu", 3840)
+    assert not weight.requires_grad
+    assert weight.T.shape == (96, 40)
+    assert weight.data is not None
+
+
+def test_a_look_gives_its_values_to_any_operation() -> None:
+    layer, twin, _ = pair("linear")
+    weight = layer.weight
+    torch.testing.assert_close(torch.linalg.norm(weight, dim=1), torch.linalg.norm(twin.weight, dim=1))
+    assert torch.equal(weight[3:5], twin.weight[3:5])
+    assert torch.equal(weight.T @ torch.eye(40), twin.weight.T)
+    assert torch.equal(torch.cat([weight, weight]), torch.cat([twin.weight, twin.weight]))
+    assert torch.equal(weight.to(torch.bfloat16), twin.weight.to(torch.bfloat16))
+    assert torch.equal(weight.clone(), twin.weight)
+    assert weight.numpy(force=True).tolist() == twin.weight.tolist()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.add_(1),
+        lambda w: w.mul_(2),
+        lambda w: w.__setitem__(0, 0.0),
+        lambda w: setattr(w, "data", torch.zeros(40, 96)),
+        lambda w: torch.add(w, 1, out=w),
+        lambda w: nn.init.zeros_(w),
+    ],
+)
+def test_writing_to_a_weight_is_refused(write) -> None:
+    layer, _, _ = pair("linear")
+    with pytest.raises(MergeError, match=r"packed integers: .*qwlora merge-check.*Keep the adapter separate"):
+        write(layer.weight)
+    with pytest.raises(MergeError):
+        layer.weight = nn.Parameter(torch.zeros(40, 96))
+    with pytest.raises(MergeError):
+        layer.weight += 1
+
+
+def test_everything_about_the_module_is_kept() -> None:
+    module = nn.Linear(96, 40).eval()
+    module.register_forward_hook(lambda *_: torch.tensor(5.0))
+    module.note = "kept"
+    layer = pack_module(module, quantized(module.weight, "w4-channel"))
+    assert isinstance(layer, PackedLayer)
+    assert layer.bias is module.bias
+    assert not layer.training
+    assert layer.note == "kept"
+    assert layer(torch.randn(1, 96)) == 5.0
+    assert "weight" in dict(module.named_parameters())  # the float module is as it was
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    module = nn.Linear(96, 40)
+    with pytest.raises(GridError, match=r"codes of shape \[40, 64\] do not stand for the weight of Linear.*\[40, 96\]"):
+        pack_module(module, quantized(torch.randn(40, 64), "w4-block16"))
+    with pytest.raises(GridError, match="LayerNorm has no weight that can be packed"):
+        pack_module(nn.LayerNorm(4), quantized(torch.randn(40, 64), "w4-block16"))
+    with pytest.raises(GridError, match="Embedding is not packed, so no layer can share its codes"):
+        pack_tied(module, nn.Embedding(40, 96))
+    assert not is_packable(nn.Embedding(4, 4, max_norm=1.0))
+    assert not is_packable(pack_module(module, quantized(module.weight, "w4-channel")))
+    module.scale = 3
+    with pytest.raises(GridError, match="Linear has an attribute 'scale' of its own"):
+        pack_module(module, quantized(module.weight, "w4-channel"))

@@ -1,0 +1,250 @@
+"""Packed layers in models: PEFT's own LoRA, experts, torch.compile, checkpointing, generation. The twin is a float model that holds the same values."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from base.packing import packed_and_twin
+from conftest import ARCHITECTURES, tiny_model
+from qwlora import fingerprint
+from qwlora.base.packed import PackedLayer, is_packed, packed_weights
+from qwlora.errors import MergeError
+
+IDS = torch.randint(0, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+class Mixed(nn.Module):
+    """One layer of each kind that PEFT has a LoRA for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(32, 16), nn.Linear(16, 32)
+        self.conv1d, self.conv2d = nn.Conv1d(4, 8, 4, padding=1), nn.Conv2d(4, 8, (2, 2))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.linear(self.embedding(ids)).view(ids.shape[0], 4, -1)
+        return self.conv1d(hidden).square().sum() + self.conv2d(hidden.unsqueeze(-1).expand(-1, -1, -1, 4)).square().sum()
+
+
+def mixed(**options: Any) -> tuple[nn.Module, nn.Module, LoraConfig]:
+    torch.manual_seed(0)
+    targets = ["embedding", "linear", "conv1d", "conv2d"]
+    return *packed_and_twin(Mixed(), "w4-block16"), LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **options)
+
+
+def adapted(model: nn.Module, config: LoraConfig, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return get_peft_model(model, copy.deepcopy(config))
+
+
+def same_step(ours: nn.Module, twin: nn.Module, call: Any, **close: float) -> int:
+    """One loss and its gradients are equal; returns how many adapter tensors had one."""
+    losses = [call(model) for model in (ours, twin)]
+    torch.testing.assert_close(*losses, **close)
+    gradients = []
+    for model, loss in zip((ours, twin), losses, strict=True):
+        model.zero_grad()
+        loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients, **close)
+    return len(gradients[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.0, "use_dora": True, "use_rslora": True}], ids=str)
+def test_pefts_lora_learns_as_on_the_float_twin(options: dict[str, Any]) -> None:
+    model, twin, config = mixed(**options)
+    ours, theirs = adapted(model, config), adapted(twin, config)
+    ids = IDS[:, :8] % 32
+    assert same_step(ours, theirs, lambda m: m(ids), rtol=1e-4, atol=1e-4) == (12 if options.get("use_dora") else 8)
+
+
+def test_adapters_switch_rest_and_add_up() -> None:
+    model, twin, config = mixed()
+    bare = model(IDS[:, :8] % 32)
+    results = []
+    for m in (model, twin):
+        peft = adapted(m, config)
+        torch.manual_seed(2)
+        peft.add_adapter("second", copy.deepcopy(config))
+        ids, found = IDS[:, :8] % 32, []
+        for name in ("default", "second"):
+            peft.set_adapter(name)
+            found.append(peft(ids))
+        with peft.disable_adapter():
+            found.append(peft(ids))
+        linear = LoraConfig(r=2, target_modules=["linear"], init_lora_weights=False)
+        torch.manual_seed(3)
+        peft.add_adapter("third", linear)
+        torch.manual_seed(4)
+        peft.add_adapter("fourth", copy.deepcopy(linear))
+        peft.add_weighted_adapter(["third", "fourth"], [0.3, 0.7], "sum", combination_type="linear")
+        peft.set_adapter("sum")
+        results.append(torch.stack([*found, peft(ids)]))
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[0][2], bare)
+    assert len(results[0].unique()) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("safe", [False, True])
+def test_no_merge_gets_through_and_nothing_changes(options: dict[str, Any], safe: bool) -> None:
+    model, _, config = mixed(**options)
+    peft = adapted(model, config)
+    before, result = fingerprint(peft), peft(IDS[:, :8] % 32)
+    merges = [lambda: peft.merge_adapter(safe_merge=safe), lambda: peft.merge_and_unload(safe_merge=safe)]
+    merges += [lambda layer=layer: layer.merge(safe_merge=safe) for layer in peft.modules() if hasattr(layer, "merge") and hasattr(layer, "base_layer")]
+    assert len(merges) == 6
+    for merge in merges:
+        with pytest.raises(MergeError, match="qwlora merge-check"):
+            merge()
+    assert fingerprint(peft) == before
+    torch.testing.assert_close(peft(IDS[:, :8] % 32), result)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_that_change_the_base_are_refused(start: str) -> None:
+    model, _, config = mixed()
+    config.init_lora_weights, config.target_modules = start, {"linear"}
+    with pytest.raises(MergeError, match="Starts that change the base's weights"):
+        get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_whole_models_with_embeddings_and_tied_heads(architecture: str) -> None:
+    model, twin = packed_and_twin(tiny_model(architecture), "w4-block32")
+    packed = packed_weights(model)
+    assert all(is_packed(m) for n, m in model.named_modules() if n == "lm_head" or isinstance(m, nn.Linear | nn.Embedding))
+    head = packed["lm_head.weight"]
+    assert head.is_tied is model.config.tie_word_embeddings
+    model.tie_weights()
+    assert {p.dtype for p in model.state_dict().values()} <= {torch.float32, torch.float16, torch.uint8}
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, twin(IDS).logits, rtol=1e-5, atol=1e-4)
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict(), assign=True)
+    moved = packed_weights(again)["lm_head.weight"]
+    assert (moved.tensor.parts.packed is again.get_input_embeddings().packed) is model.config.tie_word_embeddings
+    assert fingerprint(again) == fingerprint(model)
+
+
+def experts(kind: str, implementation: str | None = None) -> PreTrainedModel:
+    torch.manual_seed(0)
+    size = {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    counts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model: PreTrainedModel
+    match kind:
+        case "mixtral":
+            model = MixtralForCausalLM(MixtralConfig(**size, **counts))
+        case "qwen3":
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48))
+        case _:
+            model = GptOssForCausalLM(GptOssConfig(**size, **counts))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    if implementation:
+        model.config._experts_implementation = implementation
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])
+@pytest.mark.parametrize("implementation", [None, "eager", "batched_mm"])
+def test_experts_compute_and_learn_as_their_floats_do(kind: str, implementation: str | None) -> None:
+    model, twin = packed_and_twin(experts(kind, implementation), "w4-block16-asymmetric")
+    assert sum(name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in packed_weights(model)) == 4
+    attention = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    count = same_step(adapted(model, attention), adapted(twin, attention), lambda m: m(input_ids=IDS, labels=IDS).loss, rtol=1e-3, atol=1e-4)
+    assert count == 8
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+def test_frozen_experts_keep_no_floats(kind: str) -> None:
+    model, _ = packed_and_twin(experts(kind), "w4-block16")
+    sizes = {layer.tensor.shape[1] * layer.tensor.shape[2] for layer in packed_weights(model).values() if len(layer.tensor.shape) == 3}
+    kept: list[torch.Tensor] = []
+    hidden = torch.randn(1, 3, 32, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model.model.layers[0].mlp(hidden)
+    assert sizes
+    assert not {t.numel() for t in kept} & {size * n for size in sizes for n in range(1, 5)}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])
+def test_pefts_target_parameters_adapt_packed_experts(kind: str) -> None:
+    model, twin = packed_and_twin(experts(kind), "w4-block16")
+    config = LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS, init_lora_weights=False)
+    bare = model(IDS).logits
+    ours, theirs = adapted(model, config), adapted(twin, config)
+    call = lambda m: m(input_ids=IDS, labels=IDS).loss  # noqa: E731
+    assert same_step(ours, theirs, call, rtol=1e-3, atol=1e-4) == 8
+    with ours.disable_adapter():
+        torch.testing.assert_close(ours(IDS).logits, bare)
+    for merge in (ours.merge_adapter, lambda: ours.merge_adapter(safe_merge=True)):
+        with pytest.raises(MergeError):
+            merge()
+    assert not any("original" in name or "delta" in name for name in ours.state_dict())
+    again = copy.deepcopy(ours).to(torch.bfloat16)
+    assert again(IDS).logits.dtype == torch.bfloat16
+    assert same_step(ours, theirs, call, rtol=1e-3, atol=1e-4) == 8
+
+
+def test_experts_survive_state_dicts_and_refuse_writes() -> None:
+    model, _ = packed_and_twin(experts("mixtral"), "w4-block16")
+    other, _ = packed_and_twin(experts("mixtral"), "w4-block16-asymmetric")
+    names = {name for name in model.state_dict() if "experts" in name}
+    assert "model.layers.0.mlp.experts.packed_parameters.gate_up_proj.packed" in names
+    block = model.model.layers[0].mlp.experts
+    with pytest.raises(MergeError):
+        block.down_proj = nn.Parameter(torch.zeros(4, 32, 64))
+    assert block.down_proj.shape == (4, 32, 64)
+    assert torch.equal(block.down_proj[2] + 0, block.packed_parameters.down_proj.tensor.dequantize()[2])
+    with pytest.raises(RuntimeError, match="zero_point"):
+        model.load_state_dict(other.state_dict())
+    twin = copy.deepcopy(model)
+    twin.model.layers[0].mlp.experts.packed_parameters.down_proj.packed.zero_()
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_training_step_is_one_graph_that_keeps_codes(backend: str) -> None:
+    model, twin = packed_and_twin(tiny_model("llama"), "w4-block32-asymmetric")
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ours, theirs = adapted(model, config), adapted(twin, config)
+    compiled = torch.compile(ours, backend=backend, fullgraph=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        compiled(input_ids=IDS, labels=IDS)
+    floats = {tuple(layer.weight_shape) for layer in model.modules() if isinstance(layer, PackedLayer)}
+    assert not {tuple(t.shape) for t in kept if t.is_floating_point()} & (floats | {shape[::-1] for shape in floats})
+    same_step(ours, theirs, lambda m: (compiled if m is ours else m)(input_ids=IDS, labels=IDS).loss, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+def test_gradient_checkpointing_and_generation() -> None:
+    model, twin = packed_and_twin(tiny_model("llama"), "w3-block32")
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ours, theirs = adapted(model, config).train(), adapted(twin, config).train()
+    ours.gradient_checkpointing_enable()
+    ours.enable_input_require_grads()
+    same_step(ours, theirs, lambda m: m(input_ids=IDS, labels=IDS, use_cache=False).loss, rtol=1e-4, atol=1e-5)
+    ours.gradient_checkpointing_disable()
+    options = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(ours.eval().generate(**options), theirs.eval().generate(**options))

@@ -97,7 +97,7 @@ def load_base(folder: str | Path, dtype: torch.dtype = torch.float32, device: st
     files = SafetensorsFiles(folder)
     model = empty_model(read_config(folder), len(files.names()))
     where = f"base {str(folder)!r}"
-    _place_packed_(model, record["layers"], where)
+    _place_packed_(model, read_layers(record, where), where)
     places = tensor_places(model)
     _check_headers(model, files, places, where)
     now = _read_(model, files, places, record, dtype, where)
@@ -130,14 +130,24 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _place_packed_(model: PreTrainedModel, layers: Mapping[str, Any], where: str) -> None:
-    """Packed layers without contents, where base.json says; what the model ties to one reads its codes."""
-    for name, layer in layers.items():
+def read_layers(record: Mapping[str, Any], where: str) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
+    """Grid and shape of each packed layer of a `base.json`, by module path.
+
+    Raises:
+        GridError: one is not described as it should be.
+    """
+    layers = {}
+    for name, layer in record["layers"].items():
         try:
-            place_empty_(model, name, _scheme(layer))
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise GridError(f"{where}: {RECORD} describes layer {name!r} in a way that its model cannot have ({error}); quantize again") from error
-    tie_weights_(model)
+            layers[name] = _scheme(layer), tuple(layer["shape"])
+            layers[name][0].scale_shape(layers[name][1])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise GridError(_impossible(name, error, where)) from error
+    return layers
+
+
+def _impossible(name: str, error: Exception, where: str) -> str:
+    return f"{where}: {RECORD} describes layer {name!r} in a way that its model cannot have ({error or type(error).__name__}); quantize again"
 
 
 def _scheme(record: dict[str, Any]) -> Scheme:
@@ -146,7 +156,21 @@ def _scheme(record: dict[str, Any]) -> Scheme:
     flags = ("symmetric", *(key for key in ("float_offset",) if key in record))
     if wrong := [key for key in natural if type(record[key]) is not int] + [key for key in flags if type(record[key]) is not bool]:
         raise GridError(f"{wrong[0]} is {record[wrong[0]]!r}")
+    if not (isinstance(record["shape"], list) and all(type(length) is int and length > 0 for length in record["shape"])):
+        raise GridError(f"its shape is {record['shape']!r}")
     return Scheme.from_json(record)
+
+
+def _place_packed_(model: PreTrainedModel, layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], where: str) -> None:
+    """Packed layers without contents, where base.json says; what the model ties to one reads its codes."""
+    for name, (scheme, shape) in layers.items():
+        try:
+            layer = place_empty_(model, name, scheme)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise GridError(_impossible(name, error, where)) from error
+        if layer.tensor.shape != shape:
+            raise GridError(_impossible(name, GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}"), where))
+    tie_weights_(model)
 
 
 def _check_headers(model: PreTrainedModel, files: SafetensorsFiles, places: Mapping[str, list[Place]], where: str) -> None:

@@ -51,7 +51,7 @@ class FolderCheckpoint:
 
     def __init__(self, folder: str | Path, stored: Callable[[SafetensorsFiles], Stored]):
         self.folder = Path(folder)
-        self.files = SafetensorsFiles(self.folder)
+        self.files = SafetensorsFiles(self.folder, mapped=False)  # tensors are unpacked or widened anyway, and most are asked for once
         self.stored = stored(self.files)
         self.config = read_config(self.folder)
         self._check_depth()
@@ -76,6 +76,10 @@ class FolderCheckpoint:
                 f"{self._where}: config.json ties {aliases}, but the files hold different values for them; set tie_word_embeddings to false in config.json"
             )
         return first
+
+    def stored_names(self, name: str) -> list[str]:
+        """What the files hold for one parameter: stored names, several where parts (experts, projections) were saved one by one."""
+        return [stored for _, origin in self._origins[name] for stored, _ in origin.sources]
 
     @cached_property
     def model(self) -> PreTrainedModel:

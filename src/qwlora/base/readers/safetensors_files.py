@@ -1,8 +1,8 @@
-"""The tensors of a Hugging Face folder, mapped: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+"""The tensors of a Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
 
-Opening reads headers only; `read` gives a view of the mapped file, whose pages the system loads when they are touched. `safetensors` maps and reads; what is
-here is the folder's layout, and a check of each header that names the tensor that is wrong. Neither time nor memory exceeds a small multiple of the headers'
-bytes, whatever they claim.
+Opening reads headers only. `read` gives a view of the mapped file, whose pages the system loads when they are touched; or, unmapped, a copy, so that a file
+larger than memory leaves nothing behind. `safetensors` maps and reads; what is here is the folder's layout, and a check of each header that names the tensor
+that is wrong. Neither time nor memory exceeds a small multiple of the headers' bytes, whatever they claim.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class SafetensorsFiles:
             is truncated or malformed.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, mapped: bool = True):
+        self.folder, self._backend = Path(folder), "mmap" if mapped else "pread"
         self._handles: dict[Path, Any] = {}
         self._entries = self._read_entries()
 
@@ -62,7 +62,7 @@ class SafetensorsFiles:
         return self._entry(name).dtype
 
     def read(self, name: str) -> Tensor:
-        """The tensor, a view of the mapped file.
+        """The tensor, a view of the mapped file or a copy.
 
         Raises:
             SourceError: there is no such tensor, or its type is none of torch's.
@@ -70,7 +70,7 @@ class SafetensorsFiles:
         file = self._entry(name).file
         try:
             if file not in self._handles:
-                self._handles[file] = safe_open(file, framework="pt")
+                self._handles[file] = safe_open(file, framework="pt", backend=self._backend)
             return self._handles[file].get_tensor(name)
         except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{str(file)!r}: tensor {name!r} cannot be read: {error}") from error

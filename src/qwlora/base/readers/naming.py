@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     Split,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     dot_natural_key,
     rename_source_key,
 )
@@ -60,19 +61,22 @@ def _given(tensor: Tensor) -> Callable[[], Tensor]:
     return lambda: tensor
 
 
-def origins(model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]], where: str) -> tuple[dict[str, Origin], list[str]]:
+def origins(
+    model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]], where: str, transforms: Sequence[WeightTransform] | None = None
+) -> tuple[dict[str, Origin], list[str]]:
     """What makes each parameter of `model` (on the meta device), and the stored names that no parameter has and that transformers does not expect either.
 
     Args:
         model: on the meta device.
         stored: shapes of the stored tensors, under their names.
         where: the checkpoint, for messages.
+        transforms: from a format's names; without, those that transformers has for the model's own older names.
 
     Raises:
         SourceError: two stored tensors are the same parameter, or a conversion does not fit the stored shapes.
     """
     meta = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model) if transforms is None else transforms
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

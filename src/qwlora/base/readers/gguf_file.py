@@ -1,0 +1,222 @@
+"""A GGUF file, mapped: its header, checked against the file's size before anything else reads it, and the bytes of each tensor.
+
+    "GGUF"  u32 version (2 or 3)  u64 tensors  u64 pairs
+    pairs    string key, u32 type, value        a string is u64 length and UTF-8; an array is u32 type, u64 count, values
+    tensors  string name, u32 axes, u64 axis lengths (the fastest first), u32 type, u64 offset into the data
+    padding to `general.alignment` (32 if not given), then the data
+
+All little-endian. Every length and count is compared with the bytes that are left, so neither time nor memory exceeds a small multiple of the header's own size,
+whatever it claims. transformers reads the same header again for the configuration; what it would take on trust is refused here. Source: `docs/gguf.md` of ggml.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from jaxtyping import UInt8
+from torch import Tensor
+
+from qwlora.errors import SourceError
+
+VERSIONS = (2, 3)
+MOST_AXES, MOST_NAME_BYTES = 4, 64  # ggml's own
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+UNBOUNDED = ("context", "window", "vocab_size")
+"""Parts of keys of numbers that are no length of any tensor."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of the file: its type's name (`Q4_K`), its shape in torch's order, and where its bytes are."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    size_bytes: int
+
+
+class GgufFile:
+    """A file's numbers and tensors.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        metadata: scalars and strings by key; of an array, its length.
+        tensors: by name, in the file's order.
+
+    Raises:
+        SourceError: the file is no GGUF file, is truncated, or its header contradicts itself.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise SourceError(f"{str(path)!r} is no file")
+        if self.path.stat().st_size < 24:
+            raise self.error("it is too short for a GGUF file")
+        self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")  # copy on write: torch wants writable memory, the file stays as it is
+        reader = _Reader(self)
+        self.metadata, table = reader.pairs(), []
+        for _ in range(reader.tensor_count):
+            table.append(reader.tensor())
+        self.tensors = self._placed(table, reader.position)
+        self._check_numbers()
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`."""
+        return str(self.metadata["general.architecture"])
+
+    def raw(self, name: str) -> UInt8[Tensor, "*rows bytes"]:
+        """The bytes of one tensor, rows as the file has them; a view of the mapped file."""
+        tensor = self.tensors[name]
+        part = torch.from_numpy(self._bytes[tensor.start : tensor.start + tensor.size_bytes])
+        return part.view(*tensor.shape[:-1], -1)
+
+    def error(self, what: str) -> SourceError:
+        """An error that names the file."""
+        return SourceError(f"{str(self.path)!r}: {what}")
+
+    def _placed(self, table: list[tuple[str, int, tuple[int, ...], int]], end: int) -> dict[str, StoredTensor]:
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
+            raise self.error(f"general.alignment is {alignment!r}, not a power of two from 8 on")
+        first, tensors = math.ceil(end / alignment) * alignment, {}
+        for name, number, shape, offset in table:
+            try:
+                kind = GGMLQuantizationType(number)
+            except ValueError:
+                raise self.error(
+                    f"tensor {name!r} is of type {number}, which the installed gguf package does not know; update it, or fetch the file again"
+                ) from None
+            values, size_bytes = GGML_QUANT_SIZES[kind]
+            if shape[-1] % values:
+                raise self.error(f"tensor {name!r} has rows of {shape[-1]} values, which blocks of {values} ({kind.name}) do not divide")
+            length = math.prod(shape) // values * size_bytes
+            if offset % alignment or first + offset + length > len(self._bytes):
+                raise self.error(
+                    f"tensor {name!r} ({kind.name}, shape {list(shape)}) would lie at byte {first + offset} and end at {first + offset + length}, but the file has "
+                    f"{len(self._bytes)} bytes and its tensors start at multiples of {alignment}; it is truncated or damaged, fetch it again"
+                )
+            if name in tensors:
+                raise self.error(f"tensor {name!r} is there twice")
+            tensors[name] = StoredTensor(name, kind.name, shape, first + offset, length)
+        return tensors
+
+    def _check_numbers(self) -> None:
+        """Refuse sizes that a model is built with and that no tensor of the file has, and what the file is a part of only."""
+        if not isinstance(self.metadata.get("general.architecture"), str):
+            raise self.error("general.architecture does not name the model; this is not the GGUF file of a language model")
+        parts = self.metadata.get("split.count", 1)
+        if parts != 1:
+            raise self.error(f"this is one of {parts} files that make the model; join them first (llama-gguf-split --merge)")
+        longest = max([2**20, *(length for tensor in self.tensors.values() for length in tensor.shape)])
+        for key, value in self.metadata.items():
+            if not key.startswith(self.architecture + ".") or isinstance(value, str) or any(part in key for part in UNBOUNDED):
+                continue
+            limit = math.inf if isinstance(value, float) else len(self.tensors) if key.endswith(".block_count") else longest
+            if not -limit <= value <= limit or value in (math.inf, -math.inf):  # the first is true for nan
+                raise self.error(
+                    f"{key} is {value}, but the file has {len(self.tensors)} tensors, none longer than {longest} along an axis; it is damaged, fetch it again"
+                )
+
+
+class _Reader:
+    """Reads on from `position`."""
+
+    def __init__(self, file: GgufFile):
+        self.file, self.data, self.position = file, memoryview(file._bytes), 0
+        magic, version = self.take("4sI")
+        if magic != b"GGUF":
+            raise file.error(f"it begins with {magic!r} where a GGUF file says 'GGUF'")
+        if version not in VERSIONS:
+            swapped = "; the file is big-endian, convert it with gguf_convert_endian.py" if version & 0xFFFF == 0 else ""
+            raise file.error(f"GGUF version {version} is not read, {' and '.join(map(str, VERSIONS))} are{swapped}")
+        self.tensor_count, self.pair_count = self.take("QQ")
+        for count, smallest, what in ((self.tensor_count, 33, "tensors"), (self.pair_count, 14, "metadata pairs")):
+            if count * smallest > len(self.data):
+                raise file.error(f"its header claims {count} {what}, more than its {len(self.data)} bytes can hold; it is damaged, fetch it again")
+
+    def take(self, layout: str) -> tuple[Any, ...]:
+        """Values of a `struct` layout."""
+        size = struct.calcsize("<" + layout)
+        self.need(size)
+        values = struct.unpack_from("<" + layout, self.data, self.position)
+        self.position += size
+        return values
+
+    def need(self, size: int) -> None:
+        if size > len(self.data) - self.position:
+            raise self.file.error(
+                f"byte {self.position} of its header asks for {size} more bytes, but the file has {len(self.data)}; it is truncated or damaged, fetch it again"
+            )
+
+    def skip(self, size: int) -> None:
+        self.need(size)
+        self.position += size
+
+    def string(self, what: str, most: int | None = None) -> str:
+        (length,) = self.take("Q")
+        if most is not None and length > most:
+            raise self.file.error(f"a {what} of {length} bytes at byte {self.position}; at most {most} are allowed")
+        self.need(length)
+        text = bytes(self.data[self.position : self.position + length])
+        self.position += length
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            raise self.file.error(f"a {what} at byte {self.position - length} is not UTF-8: {text[:40]!r}") from None
+
+    def pairs(self) -> dict[str, Any]:
+        metadata: dict[str, Any] = {}
+        for _ in range(self.pair_count):
+            key = self.string("key", 2**16 - 1)
+            if key in metadata:
+                raise self.file.error(f"metadata key {key[:80]!r} is there twice")
+            (kind,) = self.take("I")
+            metadata[key] = self.value(key, kind)
+        return metadata
+
+    def value(self, key: str, kind: int) -> Any:
+        if kind == STRING:
+            return self.string(f"value of {key!r}")
+        if kind == ARRAY:
+            return self.array(key)
+        if kind not in SCALARS:
+            raise self.file.error(f"the value of {key!r} is of type {kind}, which GGUF does not have")
+        return self.take(SCALARS[kind])[0]
+
+    def array(self, key: str) -> int:
+        kind, count = self.take("IQ")
+        if kind in SCALARS:
+            self.skip(count * struct.calcsize("<" + SCALARS[kind]))
+        elif kind == STRING:
+            self.need(count * 8)
+            for _ in range(count):
+                self.string(f"string in {key!r}")
+        else:
+            raise self.file.error(f"the array {key!r} holds values of type {kind}; numbers and strings are read")
+        return count
+
+    def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
+        name = self.string("tensor name", MOST_NAME_BYTES)
+        if not name.isprintable() or set(name) & set("/\\ ") or not name:
+            raise self.file.error(f"{name!r} is no tensor's name: it holds separators of paths, spaces or unprintable characters, or nothing")
+        (axes,) = self.take("I")
+        if not 1 <= axes <= MOST_AXES:
+            raise self.file.error(f"tensor {name!r} has {axes} axes; 1 to {MOST_AXES} are allowed")
+        lengths = self.take(f"{axes}Q")
+        kind, offset = self.take("IQ")
+        if 0 in lengths or math.prod(lengths) >= 2**63:
+            raise self.file.error(f"tensor {name!r} has the shape {list(reversed(lengths))}, which no tensor has")
+        return name, kind, tuple(reversed(lengths)), offset

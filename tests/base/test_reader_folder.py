@@ -1,0 +1,297 @@
+"""Safetensors folders: mapped, checked, and under the names that transformers gives the model's parameters."""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from qwlora.base.readers.folder import FloatCheckpoint, FolderCheckpoint
+from qwlora.base.readers.open_checkpoint import open_checkpoint
+from qwlora.base.readers.safetensors_files import SafetensorsFiles
+from qwlora.errors import SourceError
+from qwlora.grid.observer import measure
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def llama(**more: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **more))
+
+
+def mixtral() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3))
+
+
+def gpt2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32))
+
+
+def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.data for name, tensor in model.named_parameters()}
+
+
+def same(checkpoint: FolderCheckpoint, model: PreTrainedModel) -> bool:
+    expected = parameters(model)
+    return list(checkpoint.names()) == list(expected) and all(torch.equal(checkpoint.read(name), value) for name, value in expected.items())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [llama, mixtral, gpt2])
+def test_what_transformers_saves_is_read_back(tmp_path: Path, model: Any) -> None:
+    model().save_pretrained(tmp_path)
+    assert same(FloatCheckpoint(tmp_path), model())
+
+
+def test_experts_are_stored_apart_and_read_as_one(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path)
+    checkpoint = FloatCheckpoint(tmp_path)
+    assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in checkpoint.files
+    assert checkpoint.read("model.layers.0.mlp.experts.gate_up_proj").shape == (3, 128, 32)  # type: ignore[union-attr]
+
+
+def test_shards_and_a_missing_prefix(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert same(FloatCheckpoint(tmp_path / "shards"), llama())
+    gpt2().transformer.save_pretrained(tmp_path / "headless")
+    assert "h.0.ln_1.weight" in FloatCheckpoint(tmp_path / "headless").files
+    assert same(FloatCheckpoint(tmp_path / "headless"), gpt2())
+
+
+def test_tied_weights_count_once_under_either_name(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    table = tensors.pop("model.embed_tokens.weight")
+    for stored in ({"lm_head.weight": table}, {"lm_head.weight": table, "model.embed_tokens.weight": table.clone()}):
+        save_file({**tensors, **stored}, tmp_path / "model.safetensors")
+        assert same(FloatCheckpoint(tmp_path), model)
+    save_file({**tensors, "lm_head.weight": table, "model.embed_tokens.weight": table + 1}, tmp_path / "model.safetensors")
+    checkpoint = FloatCheckpoint(tmp_path)
+    with pytest.raises(SourceError, match=r"config.json ties 'model.embed_tokens.weight' and 'lm_head.weight', but the files hold different values"):
+        checkpoint.read("model.embed_tokens.weight")
+    with pytest.raises(SourceError, match=r"'lm_head.weight' is no parameter of LlamaForCausalLM"):
+        checkpoint.read("lm_head.weight")
+
+
+def test_old_buffers_are_left_out(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, tmp_path / "model.safetensors")
+    assert same(FloatCheckpoint(tmp_path), llama())
+
+
+class Quantized:
+    """Stored tensors of which every expert is integers on one scheme."""
+
+    def __init__(self, files: SafetensorsFiles, scheme: Scheme, only: str = "experts"):
+        self.files, self.scheme, self.only = files, scheme, only
+        self.names, self.shape = files.names, files.shape
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        value = self.files.read(name)
+        if self.only not in name:
+            return value
+        encoding = measure(value, self.scheme)
+        return QuantizedTensor(encoding.quantize(value), encoding)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(16)], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_quantized_experts_become_one_quantized_tensor(tmp_path: Path, granularity: Granularity, symmetric: bool) -> None:
+    """The values are those of each expert, quantized alone, joined as transformers joins floats."""
+    mixtral().save_pretrained(tmp_path)
+    scheme = Scheme(4, symmetric, granularity)
+    checkpoint = FolderCheckpoint(tmp_path, lambda files: Quantized(files, scheme))
+    floats = load_file(tmp_path / "model.safetensors")
+
+    def expert(layer: int, index: int, part: str) -> Tensor:
+        value = floats[f"model.layers.{layer}.block_sparse_moe.experts.{index}.{part}.weight"]
+        return measure(value, scheme).fake_quantize(value)
+
+    for layer in range(2):
+        fused = checkpoint.read(f"model.layers.{layer}.mlp.experts.gate_up_proj")
+        down = checkpoint.read(f"model.layers.{layer}.mlp.experts.down_proj")
+        assert isinstance(fused, QuantizedTensor)
+        assert isinstance(down, QuantizedTensor)
+        assert fused.codes.shape == (3, 128, 32)
+        for i in range(3):
+            assert torch.equal(fused.dequantize()[i], torch.cat([expert(layer, i, "w1"), expert(layer, i, "w3")]))
+            assert torch.equal(down.dequantize()[i], expert(layer, i, "w2"))
+
+
+def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path)
+    checkpoint = FolderCheckpoint(tmp_path, lambda files: Quantized(files, Scheme(4), only="experts.1"))
+    with pytest.raises(SourceError, match=r"'model.layers.0.mlp.experts.down_proj' is made of both \(.*experts.0.w2.weight is float and .*experts.1.w2.weight"):
+        checkpoint.read("model.layers.0.mlp.experts.down_proj")
+
+    class Mixed(Quantized):
+        def read(self, name: str) -> Tensor | QuantizedTensor:
+            self.scheme = Scheme(8 if ".1." in name else 4)
+            return super().read(name)
+
+    mixed = FolderCheckpoint(tmp_path, lambda files: Mixed(files, Scheme(4), only="experts"))
+    with pytest.raises(SourceError, match=r"the parts of parameter 'model.layers.0.mlp.experts.down_proj' have different grids"):
+        mixed.read("model.layers.0.mlp.experts.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, c: t.pop("model.norm.weight"), "'model.norm.weight' is missing from the files"),
+        (lambda t, c: t.update({"model.extra.weight": torch.ones(2)}), "'model.extra.weight' is in the files, but no parameter of LlamaForCausalLM"),
+        (lambda t, c: t.update({"model.norm.weight": torch.ones(33)}), r"'model.norm.weight' has shape \[33\] in the files, but \[32\] in config.json's model"),
+        (lambda t, c: c.update(num_hidden_layers=10**9), "config.json asks for 1000000000 layers, but the files hold 21 tensors"),
+        (lambda t, c: c.update(model_type="nonesuch"), "config.json cannot be read"),
+        (lambda t, c: c.update(vocab_size=-3), "config.json builds no causal language model"),
+        (
+            lambda t, c: c.update(quantization_config={"quant_method": "hqq"}),
+            "quant_method 'hqq' is not read; gptq, awq, compressed-tensors, GGUF files and floats with",
+        ),
+        (lambda t, c: c.update(quantization_config="gptq"), 'quantization_config is "gptq"; an object is needed'),
+    ],
+)
+def test_folders_that_do_not_fit_their_configuration(tmp_path: Path, change: Any, message: str) -> None:
+    llama().save_pretrained(tmp_path)
+    tensors, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"is neither a folder nor a .gguf file"):
+        open_checkpoint(tmp_path / "absent")
+    with pytest.raises(SourceError, match=r"config.json' cannot be read"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(SourceError, match="holds integers already; encodings belong to a folder of floats"):
+        open_checkpoint(tmp_path / "model.gguf", encodings="x")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
+    with pytest.raises(SourceError, match=r"is quantized already \(awq\)"):
+        open_checkpoint(tmp_path, encodings="x")
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(SourceError, match="holds no JSON object"):
+        open_checkpoint(tmp_path)
+
+
+# Files
+
+
+def header(content: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is 0 bytes long, but its header claims None: it is truncated"),
+        (header(b"{}", length=10**12), "its header claims 1000000000000"),
+        (header({"a": entry()}, b"\0" * 4), "tensor 'a' ends at byte 8, but the file has 4 bytes of data: it is truncated"),
+        (
+            header({"a": entry(shape=[2**40, 2**40])}, b"\0" * 8),
+            r"tensor 'a' has shape \[1099511627776, 1099511627776\] of F32, which does not fill the 8 bytes",
+        ),
+        (header({"a": entry(shape=[10**300])}, b"\0" * 8), "which does not fill the 8 bytes"),
+        (header({"a": entry(shape=[-2])}, b"\0" * 8), "lists of integers that are not negative"),
+        (header({"a": entry(shape="x")}, b"\0" * 8), "tensor 'a' has shape 'x'"),
+        (header({"a": entry(offsets=[8, 0])}, b"\0" * 8), "does not fill the -8 bytes"),
+        (header({"a": entry(offsets=[0])}, b"\0" * 8), "lists of integers"),
+        (header({"a": entry(dtype="Q9")}, b"\0" * 8), "tensor 'a' has type 'Q9'"),
+        (header({"a": 3}), "tensor 'a' has type None"),
+        (
+            header(b'{"a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}, "a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"\0" * 8),
+            "'a' is there twice",
+        ),
+        (header(b"[1]"), "the header is no JSON object"),
+        (header(b"{" * 30), "the header cannot be read"),
+        (header(b"[" * 200000), "the header cannot be read"),
+        (header(b"\xff\xfe"), "the header cannot be read"),
+    ],
+)
+def test_damaged_files(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(SourceError, match=message):
+        SafetensorsFiles(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+def test_overlapping_tensors_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(header({"a": entry(), "b": entry()}, b"\0" * 8))
+    with pytest.raises(SourceError, match="tensor 'b' cannot be read"):
+        SafetensorsFiles(tmp_path).read("b")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (
+            {"weight_map": {"a": "../outside.safetensors"}},
+            "tensor 'a' is said to lie in '../outside.safetensors', which is no .safetensors file of this folder",
+        ),
+        ({"weight_map": {"a": "/etc/passwd"}}, "tensor 'a' is said to lie in '/etc/passwd'"),
+        ({"weight_map": {"a": "..\\x.safetensors"}}, "which is no .safetensors file of this folder"),
+        ({"weight_map": {"a": "absent.safetensors"}}, "file 'absent.safetensors', which should hold tensor 'a', is missing"),
+        ({"weight_map": {"a": "one.safetensors", "z": "one.safetensors"}}, "the index puts tensor 'z' here, but the file has none of that name"),
+        ({"weight_map": {"b": "one.safetensors"}}, "the index puts tensor 'b' here"),
+        ({"weight_map": {"a": "one.safetensors"}}, "tensor 'c' is here, but the index does not put it here"),
+        ({"weight_map": {"a": 3}}, "weight_map must say for each tensor the file that holds it"),
+        ({}, "weight_map must say"),
+        (b'{"weight_map": {"a": "one.safetensors", "a": "one.safetensors"}}', "'a' is there twice"),
+        (b"[]", "holds no JSON object"),
+    ],
+)
+def test_damaged_indices(tmp_path: Path, index: Any, message: str) -> None:
+    save_file({"a": torch.ones(2), "c": torch.ones(2)}, tmp_path / "one.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path.parent / "outside.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_bytes(index if isinstance(index, bytes) else json.dumps(index).encode())
+    with pytest.raises(SourceError, match=message):
+        SafetensorsFiles(tmp_path)
+
+
+def test_no_files_or_pickles(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"has neither model.safetensors nor model.safetensors.index.json"):
+        SafetensorsFiles(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"holds pytorch_model.bin, a pickle"):
+        SafetensorsFiles(tmp_path)
+
+
+def test_reading_one_tensor_leaves_the_rest_on_disk(tmp_path: Path) -> None:
+    """200 MB in the file; resident memory grows by what is read."""
+    save_file({"large": torch.zeros(50_000_000), "small": torch.arange(3), "half": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident_bytes()
+    files = SafetensorsFiles(tmp_path)
+    assert files.read("small").tolist() == [0, 1, 2]
+    assert (files.dtype("half"), files.shape("large"), sorted(files.names())) == ("BF16", (50_000_000,), ["half", "large", "small"])
+    assert files.read("half").dtype == torch.bfloat16
+    mapped = files.read("large")
+    assert resident_bytes() - before < 20_000_000
+    assert mapped.shape == (50_000_000,)
+    with pytest.raises(SourceError, match="there is no tensor 'other' in its safetensors files"):
+        files.read("other")

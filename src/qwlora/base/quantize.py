@@ -1,24 +1,32 @@
-"""Replace a model's Linear layers by packed ones, one at a time, so that a float weight is gone before the next is read.
+"""Freeze a model's weights to integers, in place.
 
-Quantized: every `torch.nn.Linear` and GPT-2 style `Conv1D` (stored transposed, so that blocks always run along the input) that does not belong to an adapter
-and does not share its weight with another module. A tied output head therefore stays float with its embedding. Works before or after PEFT has wrapped the
-layers: only the innermost base layer is replaced.
+    quantize_(model, "w4-block32")                                         each layer on its own (rtn, search, sqnr)
+    quantize_(model, "w4-block32", "gptq", calibration=token_ids)          part by part, on the inputs that the quantized parts before it make
+
+Which layers, on which grid, by which solver: see `rules.py`. Works before or after PEFT has wrapped the layers: only the innermost base layer is replaced.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.base.packed import PackedLinear
-from qwlora.base.solver import solve
-from qwlora.errors import CalibrationError, GridError
+from qwlora.base.calibrated import LayerReport, quantize_parts_, solve_tensor, tensor_out_in
+from qwlora.base.packed import is_packable, pack_at_, packed_weights, tie_weights_
+from qwlora.base.rules import Assignment, Candidate, Rule, assign
+from qwlora.base.solver import CALIBRATED, check_solver
+from qwlora.errors import GridError
+from qwlora.grid.moment import Moments
 from qwlora.grid.names import canonical_name, is_adapter_name
 from qwlora.grid.presets import weight_scheme
-from qwlora.grid.scheme import Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.progress import Track, untracked
 
 
@@ -35,68 +43,112 @@ class BaseSize:
         return 8 * self.bytes / self.weights if self.weights else 0.0
 
 
-def quantize_(model: nn.Module, scheme: Scheme | str, solver: str = "search", track: Track = untracked) -> BaseSize:
-    """Quantize the Linear layers of `model` in place.
+@dataclass(frozen=True)
+class QuantizeReport:
+    """The size of the base and, by canonical path, what was done to each layer."""
+
+    size: BaseSize
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: Scheme | str,
+    solver: str = "search",
+    *,
+    rules: Sequence[Rule] = (),
+    calibration: Tensor | Sequence[Mapping[str, Any]] | None = None,
+    moments: Moments | None = None,
+    work: Path | None = None,
+    track: Track = untracked,
+) -> QuantizeReport:
+    """Quantize the layers of `model` in place.
 
     Args:
         scheme: the grid of every weight, or its short name (`w4-block32`, `w4a16`, see `weight_scheme`).
-        solver: `rtn` or `search` (see `solver.py`).
-
-    Returns:
-        The size of the packed layers.
+        solver: `rtn`, `search`, `sqnr` or `gptq` (see `solver.py`).
+        rules: what is different for some layers (see `rules.py`).
+        calibration: token ids [sequences, tokens], or the model's keyword arguments batch by batch; needed by gptq, and for `moments`.
+        moments: filled with the second moment of each layer's input, which the data-aware start of an adapter needs.
+        work: a folder for finished parts; the same call goes on after the last one there.
 
     Raises:
-        GridError: the scheme does not fit a layer (all such layers are named), or there is nothing to quantize.
+        GridError: a scheme does not fit its layer (all such layers are named), a rule matches nothing, or there is nothing to quantize.
+        CalibrationError: a weight or an input holds nan or infinity, or a layer saw no data.
     """
     scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
-    layers = find_layers(model)
-    if not layers:
-        raise GridError("the model has no Linear layer left to quantize")
-    check_fit(layers, scheme)
-    for name in track(list(layers), "quantizing", len(layers)):
-        layer = layers.pop(name)
+    plan = plan_layers(model, scheme, solver, rules)
+    if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
+        if calibration is None:
+            raise GridError("solver gptq and the moments of inputs need calibration data: token ids, or batches of the model's inputs")
+        batches = [{"input_ids": row.unsqueeze(0)} for row in calibration] if isinstance(calibration, Tensor) else calibration
+        reports = quantize_parts_(model, plan, batches, moments, work, track)
+    else:
+        reports = {}
+        for name in track(list(plan), "quantizing", len(plan)):
+            quantized, reports[canonical_name(name)] = solve_tensor(name, tensor_out_in(model, name), plan[name])
+            pack_at_(model, name, quantized)
+    if isinstance(model, PreTrainedModel):
+        tie_weights_(model)
+    return QuantizeReport(base_size(model), reports)
+
+
+def plan_layers(model: nn.Module, scheme: Scheme, solver: str, rules: Sequence[Rule] = ()) -> dict[str, Assignment]:
+    """Grid and solver of each tensor that `quantize_` would replace, by its name in the model; raises what it would raise."""
+    for named in {solver, *(rule.solver for rule in rules if rule.solver)}:
+        check_solver(named)
+    plan, misfits = {}, []
+    for name, todo in assign(find_tensors(model), scheme, solver, rules).items():
+        shape = tuple(tensor_out_in(model, name).shape)
+        granularity = todo.scheme.granularity
+        if len(shape) == 3 and isinstance(granularity, PerChannel):  # a channel of a bank of experts is a row of one of them
+            todo = replace(todo, scheme=replace(todo.scheme, granularity=PerBlock(shape[-1])))
         try:
-            codes, encoding = solve(_weight_out_in(layer), scheme, solver)
-        except CalibrationError as error:
-            raise CalibrationError(f"{canonical_name(name)}.weight: {error}") from error
-        model.set_submodule(name, PackedLinear.from_codes(codes, encoding, layer.bias).train(layer.training))
-    return base_size(model)
-
-
-def find_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """The layers that `quantize_` replaces, by module path."""
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and not isinstance(module, PackedLinear)
-        and "weight" in module._parameters
-        and not is_adapter_name(name)
-        and owners[id(module.weight)] == 1
-    }
-
-
-def check_fit(layers: dict[str, nn.Linear | Conv1D], scheme: Scheme) -> None:
-    """Refuse a scheme that does not fit, naming every layer before any is changed."""
-    misfits = []
-    for name, layer in layers.items():
-        try:
-            scheme.scale_shape(tuple(_weight_out_in(layer).shape))
+            todo.scheme.scale_shape(shape)
         except GridError as error:
-            misfits.append(f"{canonical_name(name)}: {error}")
+            misfits.append(f"{canonical_name(name)}: {todo.scheme} does not fit: {error}")
+        plan[name] = todo
     if misfits:
         shown = "\n  ".join(misfits[:5] + ([f"and {len(misfits) - 5} more"] if len(misfits) > 5 else []))
-        raise GridError(f"{scheme} does not fit {len(misfits)} of {len(layers)} layers; choose a block size that divides their input\n  {shown}")
+        raise GridError(f"{len(misfits)} of {len(plan)} layers do not fit their scheme; choose a block size that divides their input\n  {shown}")
+    if not plan:
+        raise GridError("the model has no layer left to quantize")
+    return plan
+
+
+def find_tensors(model: nn.Module) -> dict[str, Candidate]:
+    """What can be packed, by the name of the tensor in the model; a tied one by the name that comes first."""
+    readers: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not is_adapter_name(f"{path}.{key}"):
+                readers.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = getattr(head, "base_layer", head)
+    found = {}
+    for names in readers.values():
+        path, _, key = names[0].rpartition(".")
+        module = model.get_submodule(path)
+        product = isinstance(module, nn.Linear | Conv1D)
+        if key == "weight" and is_packable(module):
+            by_default = product and len(names) == 1 and module is not head
+        elif is_bank(module, key):
+            by_default, product = True, False
+        else:
+            continue
+        paths = tuple(canonical_name(name).removesuffix(".weight") for name in names)
+        found[names[0]] = Candidate(paths, by_default, product and len(names) == 1)
+    return found
+
+
+def is_bank(module: nn.Module, key: str) -> bool:
+    """Whether the parameter is a stack of matrices, one an expert."""
+    parameter = module._parameters.get(key)
+    return parameter is not None and parameter.ndim == 3 and parameter.is_floating_point() and min(parameter.shape) > 1
 
 
 def base_size(model: nn.Module) -> BaseSize:
     """Bytes and count of all packed weights in `model`."""
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    tensors = [t for layer in packed for t in (layer.packed, layer.scale, layer.offset) if t is not None]
+    own = [layer for layer in packed_weights(model).values() if not layer.is_tied]
     floats = sum(p.numel() for name, p in model.named_parameters() if not is_adapter_name(name))
-    return BaseSize(sum(t.nbytes for t in tensors), sum(layer.in_features * layer.out_features for layer in packed), floats)
-
-
-def _weight_out_in(layer: nn.Linear | Conv1D) -> Tensor:
-    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    return BaseSize(sum(layer.own_bytes for layer in own), sum(math.prod(layer.tensor.shape) for layer in own), floats)

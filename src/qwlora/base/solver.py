@@ -1,31 +1,56 @@
-"""Solvers: from a float weight to an encoding and codes.
+"""Solvers: from a float weight to codes and their encoding.
 
-rtn      min-max range, round to nearest
-search   the range with the least squared error in each group, then round to nearest
+rtn      min-max range, round to nearest; AIMET's numbers
+search   the grid with the least squared error in each group, then round to nearest (`fit.py`)
+sqnr     the same, an error from clipping counting threefold (AIMET's enhanced rule)
+gptq     each column makes good the errors of those before it, for the inputs that the layer really gets (`gptq.py`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
+from qwlora.base.fit import fit
+from qwlora.base.gptq import GptqSettings, gptq
 from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observer import measure, search
+from qwlora.grid.observer import measure
+from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 
-SOLVERS: dict[str, Callable[[Tensor, Scheme], Encoding]] = {"rtn": measure, "search": search}
+_DATA_FREE: dict[str, Callable[[Tensor, Scheme], Encoding]] = {"rtn": measure, "search": fit, "sqnr": partial(fit, clipping_penalty=3.0)}
+CALIBRATED = ("gptq",)
+SOLVERS = (*_DATA_FREE, *CALIBRATED)
 
 
-def solve(weight: Tensor, scheme: Scheme, solver: str) -> tuple[Tensor, Encoding]:
-    """Codes and encoding of `weight` [out, in].
+def check_solver(solver: str) -> None:
+    """Refuse a solver that does not exist.
 
     Raises:
-        GridError: the solver is unknown, or the scheme does not fit the weight.
+        GridError: with the ones that do.
     """
     if solver not in SOLVERS:
         raise GridError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
+
+
+def solve(weight: Tensor, scheme: Scheme, solver: str, moment: Tensor | None = None, settings: GptqSettings | None = None) -> QuantizedTensor:
+    """Quantize `weight` [out, in].
+
+    Args:
+        moment: R of the layer's input, [in, in]; needed by gptq.
+
+    Raises:
+        GridError: the solver is unknown or lacks the moment, or the scheme does not fit the weight.
+        CalibrationError: weight or moment hold nan or infinity.
+    """
+    check_solver(solver)
     weight = weight.detach().float()
-    encoding = SOLVERS[solver](weight, scheme)
-    return encoding.quantize(weight), encoding
+    if solver in _DATA_FREE:
+        encoding = _DATA_FREE[solver](weight, scheme)
+        return QuantizedTensor(encoding.quantize(weight), encoding)
+    if moment is None:
+        raise GridError(f"solver {solver} follows the inputs of a layer and needs calibration data; give some, or choose rtn, search or sqnr")
+    return gptq(weight, moment, scheme, settings)[0]

@@ -1,0 +1,226 @@
+"""Quantize a model part by part, each on the inputs that the already quantized parts before it make.
+
+A part is a member of an outermost `ModuleList` (a decoder block) that holds tensors to quantize, or a layer outside all lists. For each part, in the order of
+the forward pass: the part runs as it is on every batch while the second moment of each layer's input is collected, once for layers that read the same tensor
+(q, k and v; gate and up); its layers are solved and packed; then it runs again, packed, to make the input of the next. Peak memory is the model, one part's
+moments, and the hidden states of the batches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qwlora.base.gptq import gptq
+from qwlora.base.lockstep import Lockstep
+from qwlora.base.packed import is_packable, pack_at_, parameter_out_in, weight_out_in
+from qwlora.base.rules import Assignment
+from qwlora.base.solver import CALIBRATED, solve
+from qwlora.errors import CalibrationError
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.moment import Moments, SecondMoment
+from qwlora.grid.names import canonical_name
+from qwlora.grid.observer import measure
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.scheme import Scheme
+from qwlora.progress import Track
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was done to one layer.
+
+    Args:
+        error: output error `tr(D R D^T) / tr(W R W^T)`, where the input's moment R is known.
+        rtn_error: the same for rounding to nearest.
+        damping: what made the moment positive definite (gptq).
+    """
+
+    scheme: str
+    solver: str
+    error: float | None = None
+    rtn_error: float | None = None
+    damping: float | None = None
+
+
+def quantize_parts_(
+    model: nn.Module,
+    plan: Mapping[str, Assignment],
+    batches: Sequence[Mapping[str, Any]],
+    moments: Moments | None,
+    work: Path | None,
+    track: Track,
+) -> dict[str, LayerReport]:
+    """Quantize the layers in `plan` (by module path); see `quantize_` for arguments and errors."""
+    parts = parts_of(model, plan)
+    done: dict[str, LayerReport] = {}
+    keep = {"use_cache": False} if "use_cache" in _arguments(model) else {}
+    with Lockstep(model, list(parts), [{**batch, **keep} for batch in batches]) as lockstep:
+        for _ in track(range(len(parts)), "quantizing", len(parts)):
+            part = lockstep.advance()
+            if part is None:
+                break
+            file = None if work is None else work / f"{canonical_name(part)}.safetensors"
+            if file is not None and (kept := _read_part(file, plan)) is not None:
+                quantized, reports = kept
+            else:
+                seen = _observe(model, parts[part], lockstep)
+                quantized, reports = _solve_part(model, parts[part], plan, seen)
+                for layers, moment in _shared(seen) if moments is not None else ():
+                    moments.put([canonical_name(n).removesuffix(".weight") for n in layers], moment.matrix)  # type: ignore[union-attr]
+                if file is not None:
+                    _write_part(file, quantized, reports)
+            for name in parts[part]:
+                pack_at_(model, name, quantized[name])
+            done.update({canonical_name(n): r for n, r in reports.items()})
+        else:
+            lockstep.advance()
+    if missed := [canonical_name(n) for n in plan if canonical_name(n) not in done]:
+        raise CalibrationError(
+            f"layers that no calibration batch reaches: {', '.join(missed[:5])}; give them solver rtn or search, or keep them float, by a rule"
+        )
+    return done
+
+
+def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[str]]:
+    """The tensors of each part, by path of the part."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    parts: dict[str, list[str]] = {}
+    for layer in tensors:
+        outermost = next((name for name in lists if layer.startswith(f"{name}.")), None)  # named_modules lists the outer one first
+        part = layer.rpartition(".")[0] if outermost is None else ".".join([outermost, layer[len(outermost) + 1 :].partition(".")[0]])
+        parts.setdefault(part, []).append(layer)
+    return parts
+
+
+def _arguments(model: nn.Module) -> set[str]:
+    import inspect
+
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return set(inspect.signature(inner.forward).parameters)
+
+
+def _observe(model: nn.Module, layers: Sequence[str], lockstep: Lockstep) -> dict[str, SecondMoment]:
+    """Run the part and collect; layers with one input share one object."""
+    found: dict[str, SecondMoment] = {}
+    inputs: list[tuple[Tensor, str]] = []
+
+    def learn(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if name in leaders:
+                if leaders[name] == name:
+                    found[name].update(x)
+                return
+            leader = next((other for tensor, other in inputs if tensor is x), name)
+            leaders[name] = leader
+            found[name] = found.setdefault(leader, SecondMoment())
+            if leader == name:
+                found[name].update(x)
+                inputs.append((x, name))
+
+        return hook
+
+    leaders: dict[str, str] = {}
+    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in layers if name.endswith(".weight")}
+    products = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    hooks = [module.register_forward_pre_hook(learn(name), with_kwargs=True) for name, module in products.items()]
+    try:
+        for _ in lockstep.repeat():
+            inputs.clear()  # the tensors of the first batch have told who shares with whom
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _shared(seen: Mapping[str, SecondMoment]) -> Iterator[tuple[list[str], SecondMoment]]:
+    for moment in {id(m): m for m in seen.values()}.values():
+        yield [n for n, m in seen.items() if m is moment], moment
+
+
+def _solve_part(
+    model: nn.Module, tensors: Sequence[str], plan: Mapping[str, Assignment], seen: Mapping[str, SecondMoment]
+) -> tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]:
+    matrices = {name: matrix for names, moment in _shared(seen) for matrix in [moment.matrix] for name in names}
+    solved = {name: solve_tensor(name, tensor_out_in(model, name), plan[name], matrices.get(name)) for name in tensors}
+    return {n: q for n, (q, _) in solved.items()}, {n: r for n, (_, r) in solved.items()}
+
+
+def tensor_out_in(model: nn.Module, name: str) -> Tensor:
+    """The float tensor `name` as [out, in], or [experts, out, in]."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    return weight_out_in(module) if key == "weight" and is_packable(module) else parameter_out_in(module, key)
+
+
+def solve_tensor(name: str, weight: Tensor, todo: Assignment, moment: Tensor | None = None) -> tuple[QuantizedTensor, LayerReport]:
+    """Quantize one tensor, and say how well.
+
+    Raises:
+        CalibrationError: as `solve`, with the tensor's name; or the solver needs inputs and the layer saw none.
+    """
+    weight = weight.detach().float()
+    if todo.solver in CALIBRATED and moment is None:
+        raise CalibrationError(f"{canonical_name(name)}: no calibration batch reaches this layer; give it solver search, or keep it float, by a rule")
+    damping = None
+    try:
+        if todo.solver in CALIBRATED and moment is not None:
+            quantized, report = gptq(weight, moment, todo.scheme)
+            damping = report.damping
+        else:
+            quantized = solve(weight, todo.scheme, todo.solver)
+    except CalibrationError as error:
+        raise CalibrationError(f"{canonical_name(name)}: {error}") from error
+    return quantized, LayerReport(str(todo.scheme), todo.solver, *_errors(weight, quantized, todo.scheme, moment), damping)
+
+
+def _errors(weight: Tensor, quantized: QuantizedTensor, scheme: Scheme, moment: Tensor | None) -> tuple[float | None, float | None]:
+    """Relative output error of the result, and of rounding to nearest."""
+    if moment is None:
+        return None, None
+    whole = ((weight @ moment) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    found = []
+    for values in (quantized.dequantize(), measure(weight, scheme).fake_quantize(weight)):
+        difference = weight - values
+        found.append(float(((difference @ moment) * difference).sum() / whole))
+    return found[0], found[1]
+
+
+def _write_part(file: Path, quantized: Mapping[str, QuantizedTensor], reports: Mapping[str, LayerReport]) -> None:
+    tensors: dict[str, Tensor] = {}
+    records = {}
+    for name, q in quantized.items():
+        assert isinstance(q.encoding, Encoding)
+        tensors |= {f"{name}/codes": q.codes.contiguous(), f"{name}/scale": q.encoding.scale, f"{name}/offset": q.encoding.offset}
+        records[name] = {"scheme": q.encoding.scheme.to_json(), "report": asdict(reports[name])}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f".{file.name}.part")
+    save_file({k: t.contiguous() for k, t in tensors.items()}, scratch, metadata={"layers": json.dumps(records)})
+    scratch.replace(file)
+
+
+def _read_part(file: Path, plan: Mapping[str, Assignment]) -> tuple[dict[str, QuantizedTensor], dict[str, LayerReport]] | None:
+    """A finished part; None if there is none, or one of another plan."""
+    try:
+        with safe_open(file, "pt") as opened:
+            records = json.loads(opened.metadata()["layers"])
+            quantized = {}
+            for name, record in records.items():
+                scheme = Scheme.from_json(record["scheme"])
+                if name not in plan or (plan[name].scheme, plan[name].solver) != (scheme, record["report"]["solver"]):
+                    return None
+                codes, scale, offset = (opened.get_tensor(f"{name}/{part}") for part in ("codes", "scale", "offset"))
+                quantized[name] = QuantizedTensor(codes, Encoding(scheme, scale, offset))
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    return quantized, {name: LayerReport(**record["report"]) for name, record in records.items()}

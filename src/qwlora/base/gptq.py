@@ -1,0 +1,232 @@
+"""GPTQ: round a weight column by column, and let the columns that are still float make good the error (Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
+
+    minimize   tr((W - W_hat) H (W - W_hat)^T),    H = R + damping * mean(diag R) * I,    R = E[x x^T]
+    column i   e = (w_i - w_hat_i) / U_ii;   w_j -= e U_ij for j > i,    H^-1 = U^T U  (U upper triangular)
+
+The updates of a run of columns reach the columns behind it in one matrix product. A scale is chosen when its first column is reached, from the weights as they
+are then, as the range with the least error weighted by diag H. With `activation_order` columns are taken in the order of falling diag H, and all scales are
+chosen beforehand. A column that no input ever reached (`R_ii = 0`) is rounded to nearest. If H is not positive definite in float32 the damping is raised
+tenfold until it is; what was used is returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qwlora.base.fit import fit, storable_scale
+from qwlora.errors import CalibrationError, GridError
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+
+_RUN = 128  # columns between two updates of all that follow
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    """How GPTQ goes about it.
+
+    Args:
+        damping: share of the mean of diag R that is added to it.
+        activation_order: take the columns with the largest inputs first; scales are then chosen before any column is rounded.
+        sweeps: passes over all columns afterwards, each of which improves codes and scales one at a time (see `_Refinement`).
+    """
+
+    damping: float = 0.01
+    activation_order: bool = False
+    sweeps: int = 4
+
+
+@dataclass(frozen=True)
+class GptqReport:
+    """What it took: the damping that made H positive definite, and the output error `tr(D R D^T) / tr(W R W^T)` of the result."""
+
+    damping: float
+    relative_error: float
+
+
+def gptq(
+    weight: Float[Tensor, "out in"], moment: Float[Tensor, "in in"], scheme: Scheme, settings: GptqSettings | None = None
+) -> tuple[QuantizedTensor, GptqReport]:
+    """Codes and encoding of `weight` for inputs with the second moment `moment`.
+
+    Raises:
+        GridError: the scheme does not fit, has float offsets, or `moment` is not [in, in].
+        CalibrationError: weight or moment hold nan or infinity.
+    """
+    settings = settings or GptqSettings()
+    weight = weight.detach().float()
+    columns = weight.shape[1]
+    if moment.shape != (columns, columns):
+        raise GridError(f"a weight with {columns} inputs needs a moment of shape {[columns, columns]}, not {list(moment.shape)}")
+    if not bool(torch.isfinite(weight).all() and torch.isfinite(moment).all()):
+        raise CalibrationError("the weight or the moment of its input holds nan or infinity")
+    scheme.scale_shape(tuple(weight.shape))
+    hessian, upper, damping = _factor(moment.float(), settings.damping)
+    order = torch.argsort(moment.diagonal(), descending=True) if settings.activation_order else torch.arange(columns, device=weight.device)
+    if settings.activation_order:
+        _, upper, damping = _factor(moment.float()[order][:, order], settings.damping)
+    rounded = _Rounding(weight, upper, order, scheme, beforehand=settings.activation_order).run()
+    refined = _Refinement(weight, hessian, rounded)
+    for _ in range(settings.sweeps):
+        refined.sweep()
+    result = refined.result()
+    difference = weight - result.dequantize()
+    error = ((difference @ moment) * difference).sum() / ((weight @ moment) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return result, GptqReport(damping, float(error))
+
+
+def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
+    """(H, U, damping used)."""
+    diagonal = moment.diagonal()
+    dead = diagonal <= 0
+    mean = float(diagonal.mean()) or 1.0
+    hessian = moment.clone()
+    hessian.diagonal()[dead] += mean
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return damped, upper, damping
+        damping *= 10
+
+
+class _Rounding:
+    """One pass over the columns in `order`; `upper` is U for that order."""
+
+    def __init__(self, weight: Tensor, upper: Tensor, order: Tensor, scheme: Scheme, beforehand: bool):
+        self.weight, self.upper, self.order, self.scheme = weight[:, order].clone(), upper, order, scheme
+        self.importance = upper.diagonal().square().reciprocal()
+        self.size = scheme.granularity.size if isinstance(scheme.granularity, PerBlock) else weight.shape[1]
+        late = isinstance(scheme.granularity, PerBlock) and not isinstance(scheme.granularity, LowPowerBlock) and not beforehand
+        self.block_scheme = Scheme(scheme.bitwidth, scheme.symmetric, PerBlock(self.size)) if late else None
+        in_place = torch.empty_like(self.importance).index_copy_(0, order, self.importance)
+        self.encoding = fit(weight, scheme, in_place)
+
+    def run(self) -> QuantizedTensor:
+        columns = self.weight.shape[1]
+        scale, offset = (_per_column(t, self.scheme, self.weight.shape).contiguous() for t in (self.encoding.scale, self.encoding.offset))
+        steps = torch.empty_like(self.weight)
+        for start in range(0, columns, _RUN):
+            stop = min(start + _RUN, columns)
+            errors = torch.empty_like(self.weight[:, start:stop])
+            for i in range(start, stop):
+                if self.block_scheme is not None and i % self.size == 0:
+                    self._choose(i, scale, offset, errors, start)
+                place = int(self.order[i])
+                s, o = scale[:, place], offset[:, place]
+                w = self.weight[:, i]
+                n = torch.minimum(torch.maximum(torch.div(w, s).round_(), o), o + self.scheme.steps)
+                steps[:, place] = n
+                error = (w - n * s) / self.upper[i, i]
+                errors[:, i - start] = error
+                if i + 1 < stop:
+                    self.weight[:, i + 1 : stop].addr_(error, self.upper[i, i + 1 : stop], alpha=-1)
+            self.weight[:, stop:].addmm_(errors, self.upper[start:stop, stop:], alpha=-1)
+        groups = self.scheme.scale_shape(tuple(self.weight.shape))
+        encoding = Encoding(self.scheme, _per_group(scale, self.scheme).view(groups), _per_group(offset, self.scheme).view(groups).int())
+        return QuantizedTensor((steps - offset).to(torch.uint8), encoding)
+
+    def _choose(self, i: int, scale: Tensor, offset: Tensor, errors: Tensor, start: int) -> None:
+        """Scales of the block that begins at column `i`, from the weights as they are now; columns behind the run are brought up to date first."""
+        last = i + self.size
+        block = self.weight[:, i:last]
+        behind = max(i, start + errors.shape[1])
+        if behind < last and i > start:
+            block = block.clone()
+            block[:, behind - i :] -= errors[:, : i - start] @ self.upper[start:i, behind:last]
+        found = fit(block, self.block_scheme, self.importance[i:last])  # type: ignore[arg-type]
+        scale[:, i:last] = found.scale
+        offset[:, i:last] = found.offset
+
+
+def _per_column(groups: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor:
+    """A scale or offset for each weight, float32 [out, in]."""
+    match scheme.granularity:
+        case PerTensor():
+            return groups.float().expand(shape)
+        case PerChannel(axis):
+            return groups.float().view(*([-1, 1] if axis % 2 == 0 else [1, -1])).expand(shape)
+        case PerBlock(size):
+            return groups.float().repeat_interleave(size, dim=-1)
+
+
+def _per_group(columns: Tensor, scheme: Scheme) -> Tensor:
+    """Undo `_per_column`."""
+    match scheme.granularity:
+        case PerTensor():
+            return columns[0, 0]
+        case PerChannel(axis):
+            return columns[:, 0] if axis % 2 == 0 else columns[0]
+        case PerBlock(size):
+            return columns[:, ::size]
+
+
+class _Refinement:
+    """Coordinate descent on `tr((W - W_hat) H (W - W_hat)^T)`: no step makes it larger.
+
+        code of column i     n_i <- clamp(round((w_hat_i + g_i / H_ii) / s)),      g = (W - W_hat) H
+        scale of block b     s_b <- s_b + sum_b n g / sum_bb n H n                 (per row; blocks and channels only)
+
+    The first is QuantEase (Behdin et al. 2023, https://arxiv.org/abs/2309.01885), the second the least squares scale for the codes as they are.
+    """
+
+    def __init__(self, weight: Tensor, hessian: Tensor, start: QuantizedTensor):
+        encoding = start.encoding
+        assert isinstance(encoding, Encoding)
+        self.weight, self.hessian, self.scheme, self.encoding = weight, hessian, encoding.scheme, encoding
+        self.scale = _per_column(encoding.scale, self.scheme, weight.shape).contiguous()
+        self.offset = _per_column(encoding.offset, self.scheme, weight.shape).contiguous()
+        self.steps = start.codes.float() + self.offset
+
+    def sweep(self) -> None:
+        """Every scale once, then every code once."""
+        self._gradient = (self.weight - self.steps * self.scale) @ self.hessian
+        match self.scheme.granularity:
+            case LowPowerBlock() | PerTensor():
+                pass
+            case PerBlock(size):
+                self._scales(size, storable=True)
+            case PerChannel(axis) if axis % 2 == 0:
+                self._scales(self.weight.shape[1], storable=False)
+        for start in range(0, self.weight.shape[1], _RUN):
+            self._codes(start, min(start + _RUN, self.weight.shape[1]))
+
+    def result(self) -> QuantizedTensor:
+        groups = self.encoding.scale.shape
+        scale = _per_group(self.scale, self.scheme).reshape(groups).contiguous()
+        return QuantizedTensor((self.steps - self.offset).to(torch.uint8), Encoding(self.scheme, scale, self.encoding.offset))
+
+    def _scales(self, size: int, storable: bool) -> None:
+        for first in range(0, self.weight.shape[1], size):
+            block = slice(first, first + size)
+            steps = self.steps[:, block]
+            curvature = ((steps @ self.hessian[block, block]) * steps).sum(1)
+            old = self.scale[:, first].clone()
+            wanted = old + (steps * self._gradient[:, block]).sum(1) / curvature
+            new = storable_scale(wanted) if storable else wanted
+            usable = torch.isfinite(wanted) & (wanted > 0) & ((new - wanted).abs() < (old - wanted).abs())
+            new = torch.where(usable, new, old)
+            self.scale[:, block] = new.unsqueeze(1)
+            self._gradient.addmm_(steps * (new - old).unsqueeze(1), self.hessian[block], alpha=-1)
+
+    def _codes(self, start: int, stop: int) -> None:
+        columns = slice(start, stop)
+        inside, moved = self.hessian[columns, columns], torch.zeros_like(self.steps[:, columns])
+        gradient = self._gradient[:, columns].clone()
+        for i in range(start, stop):
+            s, o, n = self.scale[:, i], self.offset[:, i], self.steps[:, i]
+            wanted = n + gradient[:, i - start] / (self.hessian[i, i] * s)
+            new = torch.minimum(torch.maximum(wanted.round_(), o), o + self.scheme.steps)
+            change = (new - n) * s
+            self.steps[:, i] = new
+            moved[:, i - start] = change
+            gradient.addr_(change, inside[i - start], alpha=-1)
+        self._gradient.addmm_(moved, self.hessian[columns], alpha=-1)

@@ -1,0 +1,123 @@
+"""Second moments of a layer's input, the statistics that data-aware solvers and starts share.
+
+    R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in]
+
+`w_t = min(1, bound / |x_t|^2)` with `bound` sixteen times the median of `|x_t|^2` over the first batch that was seen. Language models give a few tokens
+(mostly the first) an input thousands of times longer than all others; with `w_t = 1` those few rows are the whole of R, and a solver that follows R ruins the
+rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwlora.errors import CalibrationError, SourceError
+
+_LONGEST = 16.0
+
+
+class SecondMoment:
+    """Running R of one input; one pass, mergeable.
+
+    Raises:
+        CalibrationError: an input is nan or infinite, has another width than before; or `matrix` before any data.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.weight = 0.0
+        self.tokens = 0
+        self.bound = 0.0
+
+    def update(self, x: Float[Tensor, "*tokens in"]) -> None:
+        """Take in the rows of `x`."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if not len(rows):
+            return
+        squared = rows.square().sum(-1)
+        if not bool(torch.isfinite(squared).all()):
+            raise CalibrationError("the layer's input holds nan or infinity (or overflows when squared)")
+        if self.total is None:
+            self.total = rows.new_zeros(rows.shape[-1], rows.shape[-1])
+            self.bound = _LONGEST * float(squared.median())
+        if self.total.shape[0] != rows.shape[-1]:
+            raise CalibrationError(f"the layer's input has width {rows.shape[-1]} where it had {self.total.shape[0]} before")
+        weights = (self.bound / squared.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1) if self.bound > 0 else torch.ones_like(squared)
+        scaled = rows * weights.sqrt().unsqueeze(1)
+        self.total.addmm_(scaled.T, scaled)
+        self.weight += float(weights.sum())
+        self.tokens += len(rows)
+
+    def merge(self, other: SecondMoment) -> None:
+        """Take in what `other` saw, each with its own bound."""
+        if other.total is None:
+            return
+        if self.total is None:
+            self.total, self.bound = torch.zeros_like(other.total), other.bound
+        if self.total.shape != other.total.shape:
+            raise CalibrationError(f"moments of widths {self.total.shape[0]} and {other.total.shape[0]} are not of one layer")
+        self.total += other.total
+        self.weight += other.weight
+        self.tokens += other.tokens
+
+    @property
+    def matrix(self) -> Float[Tensor, "in in"]:
+        """R."""
+        if self.total is None:
+            raise CalibrationError("no data was observed")
+        return self.total / self.weight
+
+
+class Moments(Mapping[str, Tensor]):
+    """R of many layers by canonical module path; layers that read one input share one matrix. In memory, or in a folder with one file a matrix.
+
+    Raises:
+        SourceError: a file of the folder cannot be read.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self._home: dict[str, Tensor | Path] = {}
+        for file in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ():
+            try:
+                with safe_open(file, "pt") as opened:
+                    self._home.update(dict.fromkeys(json.loads(opened.metadata()["layers"]), file))
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise SourceError(f"the moments in {str(file)!r} cannot be read ({error}); quantize again") from error
+
+    def put(self, layers: Sequence[str], matrix: Float[Tensor, "in in"]) -> None:
+        """Keep `matrix` for `layers`."""
+        if self.folder is None:
+            self._home.update(dict.fromkeys(layers, matrix))
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file, scratch = self.folder / f"{layers[0]}.safetensors", self.folder / f".{layers[0]}.part"
+        triangle = matrix[tuple(torch.triu_indices(*matrix.shape))]
+        save_file({"triangle": triangle.contiguous()}, scratch, metadata={"layers": json.dumps(list(layers))})
+        scratch.replace(file)
+        self._home.update(dict.fromkeys(layers, file))
+
+    def __getitem__(self, layer: str) -> Float[Tensor, "in in"]:
+        home = self._home[layer]
+        if isinstance(home, Tensor):
+            return home
+        triangle = load_file(home)["triangle"]
+        size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+        matrix = triangle.new_zeros(size, size)
+        matrix[tuple(torch.triu_indices(size, size))] = triangle
+        return matrix + matrix.triu(1).T
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)

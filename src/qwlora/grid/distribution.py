@@ -1,0 +1,146 @@
+"""What an observer remembers of the values it saw: the values themselves while they are few, bins after that.
+
+Values are kept as long as they take no more room than their bins would; the one that is too many turns all of them into bins (`histogram.py`). Either way what
+is remembered depends on the data alone, so two halves merge into the whole exactly. With it, whatever is computed from up to 131,070 values (16,382 a group
+where there are more than 16 groups) is computed from the data itself, and from bins beyond that.
+
+`points` gives both in one form: places in ascending order, a count for each, and running sums, from which the error of a grid is read (`range_search.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from qwlora.grid.histogram import Histogram, half_of
+
+
+class Distribution:
+    """The values of a number of groups, each group having as many as the others.
+
+    Attributes:
+        values: the batches, float32 [groups, values]; empty once there are bins.
+        histogram: the bins; None while values are kept.
+    """
+
+    def __init__(self, groups: int, device: torch.device):
+        self.groups = groups
+        self.device = device
+        self.values: list[Float[Tensor, "groups values"]] = []
+        self.histogram: Histogram | None = None
+
+    @property
+    def remembered(self) -> int:
+        """Numbers that are remembered of each group: values, or bins."""
+        return 2 * self.histogram.half if self.histogram is not None else self.kept
+
+    @property
+    def kept(self) -> int:
+        """Values that are kept of each group."""
+        return sum(x.shape[1] for x in self.values)
+
+    @property
+    def most_kept(self) -> int:
+        """How many values of a group take as much room as its bins."""
+        return 2 * (2 * half_of(self.groups) - 1)
+
+    def update(self, x: Float[Tensor, "groups values"], magnitude: Float[Tensor, " groups"]) -> None:
+        """Take in finite values whose largest magnitude in each group is `magnitude`."""
+        if self.histogram is None and self.kept + x.shape[1] <= self.most_kept:
+            self.values.append(x.to(torch.float32, copy=True))
+        else:
+            self._bins().update(x.float(), magnitude)
+
+    def merge(self, other: Distribution) -> None:
+        """Take in what `other` did."""
+        if other.histogram is not None:
+            self._bins().merge(other.histogram)
+        for x in other.values:
+            self.update(x, x.abs().amax(1))
+
+    def points(self, groups: slice, low: Float[Tensor, " groups"], high: Float[Tensor, " groups"]) -> Points:
+        """Everything seen of some groups, whose lowest and highest values are `low` and `high`."""
+        if self.histogram is None:
+            ascending = torch.cat([x[groups] for x in self.values], 1).sort(1).values.double()
+            return Points(_running_sums(torch.ones_like(ascending), ascending), ascending, None)
+        return _points_of_bins(self.histogram, groups, low.double().unsqueeze(1), high.double().unsqueeze(1))
+
+    def percentile_range(self, percentile: float) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
+        """The narrowest range that leaves `(100 - percentile) %` of the values, rounded down, outside on either side; of bins, their outer edges."""
+        if self.histogram is None:
+            ascending = torch.cat(self.values, 1).sort(1).values
+            outside = _share(ascending.shape[1], percentile)
+            return ascending[:, outside], ascending[:, -1 - outside]
+        seen = self.histogram.counts.cumsum(1)
+        outside_of = torch.tensor([[_share(count, percentile)] for count in seen[:, -1].tolist()], device=self.device)
+        lower, _ = self.histogram.edges(torch.searchsorted(seen, outside_of, right=True).squeeze(1))
+        _, upper = self.histogram.edges(torch.searchsorted(seen, seen[:, -1:] - outside_of).squeeze(1))
+        return lower, upper
+
+    def _bins(self) -> Histogram:
+        """The histogram; what was kept until now is counted in it."""
+        if self.histogram is None:
+            self.histogram = Histogram(self.groups, self.device)
+            for x in self.values:
+                self.histogram.update(x, x.abs().amax(1))
+            self.values = []
+        return self.histogram
+
+
+def _share(count: int, percentile: float) -> int:
+    """`(100 - percentile) %` of a count, rounded down; a product that is whole but for float64's last bits is whole."""
+    return math.floor(count * (100 - percentile) / 100 * (1 + 1e-12) + 1e-9)
+
+
+def _points_of_bins(histogram: Histogram, groups: slice, low: Float[Tensor, "groups 1"], high: Float[Tensor, "groups 1"]) -> Points:
+    """The middles of the bins that hold something, and the empty ones between. Bin 0, as wide as two others, becomes two with half of its count each."""
+    widths, half = histogram.widths()[groups].double(), histogram.half
+    reach = min(half, 1 + int((torch.maximum(-low, high).squeeze(1) / widths).max()))  # on either side of zero
+    counts = torch.empty(len(widths), 2 * reach, dtype=torch.float64, device=widths.device)
+    counts[:, :reach] = histogram.counts[groups, half - reach : half]
+    counts[:, reach:] = histogram.counts[groups, half - 1 : half - 1 + reach]
+    counts[:, reach - 1 : reach + 1] /= 2
+    middles = torch.arange(0.5 - reach, reach, device=widths.device, dtype=torch.float64) * widths.unsqueeze(1)
+    middles[:, reach - 1 : reach + 1] = 0
+    middles.clamp_(low, high)  # the outermost bins reach past the data; what is in them does not
+    return Points(_running_sums(counts, middles), None, widths)
+
+
+def _running_sums(counts: Tensor, places: Tensor) -> Tensor:
+    """[3, groups, points + 1]; overwrites `counts`."""
+    sums = torch.empty(3, counts.shape[0], counts.shape[1] + 1, dtype=torch.float64, device=counts.device)
+    sums[:, :, 0] = 0
+    for power in range(3):
+        torch.cumsum(counts if power == 0 else counts.mul_(places), 1, out=sums[power, :, 1:])
+    return sums
+
+
+@dataclass(frozen=True)
+class Points:
+    """Places on the number line with counts.
+
+    Args:
+        sums: running sums of count, count times place, and count times place squared; float64 [3, groups, count + 1], the first column 0.
+        places: float64 [groups, count], ascending, where they are single values; None where they are bins.
+        widths: the width of all bins, float64 [groups], as many on either side of zero; None where there are none.
+    """
+
+    sums: Float[Tensor, "3 groups bounds"]
+    places: Float[Tensor, "groups points"] | None
+    widths: Float[Tensor, " groups"] | None
+
+    @property
+    def count(self) -> int:
+        """Points of each group."""
+        return self.sums.shape[2] - 1
+
+    def below(self, bounds: Float[Tensor, "groups bounds"]) -> Int64[Tensor, "groups bounds"]:
+        """How many points lie below each bound, an index into `sums`; a point at a bound counts either way."""
+        if self.places is not None:
+            return torch.searchsorted(self.places, bounds)
+        assert self.widths is not None
+        return (bounds / self.widths.unsqueeze(1)).add_((self.count + 1) / 2).clamp_(0, self.count).long()

@@ -21,6 +21,7 @@ RANK = {
     "pipeline": 5,
     "cli": 6,
     "cli_encodings": 6,
+    "cli_inspect": 6,
     "__main__": 7,
 }
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwlora.cli_encodings import app as encodings_app
+from qwlora.cli_inspect import inspect
 from qwlora.errors import QwloraError, RecipeError, VerificationError
 from qwlora.pipeline.plan import VERBS
 from qwlora.progress import untracked
@@ -127,6 +128,7 @@ def _bars(console: Console) -> Callable[..., Iterator[Any]]:
     return track
 
 
+app.command("inspect")(inspect)
 app.add_typer(encodings_app, name="encodings")
 
 

@@ -44,6 +44,7 @@ class ShardWriter:
         count = len(self._shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         for i, name in enumerate(names):
+            self._part(i).chmod(self.folder.stat().st_mode & 0o666)  # safetensors writes for its owner alone
             self._part(i).replace(self.folder / name)
         if count > 1:
             placed = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}

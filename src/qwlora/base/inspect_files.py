@@ -1,0 +1,141 @@
+"""The kinds of files that `inspect.py` knows, opened by their headers: what is stored for each tensor of the model, and how to read one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qwlora.base.assembly import empty_model, place_name
+from qwlora.base.readers.folder import FolderCheckpoint, read_config
+from qwlora.base.readers.open_checkpoint import open_checkpoint, quantization_of
+from qwlora.base.readers.safetensors_files import BITS, SafetensorsFiles
+from qwlora.base.storage import RECORD, read_layers, read_record
+from qwlora.errors import SourceError
+from qwlora.grid.names import parameter_name
+from qwlora.grid.packed_tensor import PackedTensor, Parts
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file, from its header: what it is to the layer (`qweight`), its type in the format's words, its shape and its bytes."""
+
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Files of one model.
+
+    Args:
+        tensors: what is stored for each tensor of the model.
+        read: one of these tensors, by name.
+        turned: names of what a layer keeps `[in, out]` as floats; asked for only where floats meet integers.
+        schemes: grid and shape of those that the headers tell of.
+    """
+
+    kind: str
+    tensors: Mapping[str, tuple[Stored, ...]]
+    read: Callable[[str], Tensor | QuantizedTensor]
+    turned: Callable[[], frozenset[str]]
+    fingerprint: str | None = None
+    schemes: Mapping[str, tuple[Scheme, tuple[int, ...]]] = field(default_factory=dict)
+
+
+def open_files(path: Path) -> Opened:
+    """Whatever lies at `path`: a base, a Hugging Face folder of floats or integers, a GGUF file.
+
+    Raises:
+        SourceError: it is none of these, or cannot be read.
+    """
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if (path / RECORD).is_file():
+        return _open_base(path)
+    if not (path / "config.json").is_file():
+        raise SourceError(f"{str(path)!r} is no base, no Hugging Face folder (it has no config.json) and no .gguf file")
+    method, _ = quantization_of(path)
+    return _open_folder(path, method)
+
+
+def _open_base(folder: Path) -> Opened:
+    record, files = read_record(folder), SafetensorsFiles(folder)
+    layers = read_layers(record, f"base {str(folder)!r}")
+    tensors: dict[str, list[Stored]] = {}
+    for name in files.names():
+        path, _, part = name.rpartition(".")
+        tensors.setdefault(parameter_name(path) if path in layers and part in Parts._fields else name, []).append(_stored(files, name, part))
+    paths = {parameter_name(path): path for path in layers}
+
+    def read(name: str) -> Tensor | QuantizedTensor:
+        if name not in paths:
+            return files.read(name)
+        path = paths[name]
+        parts = Parts(*(files.read(f"{path}.{part}") if f"{path}.{part}" in files else None for part in Parts._fields))  # type: ignore[arg-type]
+        scheme, shape = layers[path]
+        return PackedTensor(scheme, shape[-1], parts).quantized
+
+    schemes = {name: layers[path] for name, path in paths.items()}
+    stored = {name: tuple(found) for name, found in tensors.items()}
+    return Opened("QWLoRA base", stored, read, lambda: _turned(empty_model(read_config(folder), len(files.names()))), record["fingerprint"], schemes)
+
+
+def _open_folder(folder: Path, method: str | None) -> Opened:
+    if method is None:
+        files = SafetensorsFiles(folder)
+        try:
+            checkpoint = open_checkpoint(folder)
+        except SourceError:  # of a kind that has no language model: its headers can be shown all the same
+            return Opened("float checkpoint", {name: (_stored(files, name, "weight"),) for name in files.names()}, files.read, frozenset)
+    else:
+        checkpoint = open_checkpoint(folder)
+    assert isinstance(checkpoint, FolderCheckpoint)
+    files, model = checkpoint.files, checkpoint.model
+    raw: dict[str, list[str]] = {}
+    for name in files.names():
+        raw.setdefault(name.rpartition(".")[0], []).append(name)
+    tensors = {}
+    for name in checkpoint.names():
+        names = [found for stored in checkpoint.stored_names(name) for found in _behind(stored, files, raw)]
+        tensors[name] = tuple(_stored(files, found, found.rpartition(".")[2]) for found in names)
+    return Opened("float checkpoint" if method is None else f"{method} checkpoint", tensors, checkpoint.read, lambda: _turned(model))
+
+
+def _open_gguf(path: Path) -> Opened:
+    checkpoint = open_checkpoint(path)
+    held, tensors = checkpoint.file.tensors, {}  # type: ignore[attr-defined]
+    for name in checkpoint.names():
+        sources = [held[stored] for stored in checkpoint.stored_names(name)]  # type: ignore[attr-defined]
+        tensors[name] = tuple(Stored("weight", source.kind, source.shape, source.size_bytes) for source in sources)
+    model = checkpoint.model  # type: ignore[attr-defined]
+    return Opened("GGUF file", tensors, checkpoint.read, lambda: _turned(model))
+
+
+def _behind(stored: str, files: SafetensorsFiles, raw: Mapping[str, list[str]]) -> list[str]:
+    """The files' own tensors behind one that a reader makes: itself, or all of its layer but the bias."""
+    return [stored] if stored in files else [name for name in raw.get(stored.rpartition(".")[0], []) if not name.endswith(".bias")]
+
+
+def _turned(model: nn.Module) -> frozenset[str]:
+    """Conv1D's weights, and the experts of modules that say so (see `packed/parameters.py`)."""
+    found = set()
+    for path, module in model.named_modules():
+        turned = ["weight"] if isinstance(module, Conv1D) else []
+        if getattr(module, "is_transposed", False):
+            turned += [key for key, parameter in module._parameters.items() if parameter is not None and parameter.ndim == 3]
+        found |= {place_name((path, key)) for key in turned}
+    return frozenset(found)
+
+
+def _stored(files: SafetensorsFiles, name: str, part: str) -> Stored:
+    shape, dtype = files.shape(name), files.dtype(name)
+    return Stored(part, dtype, shape, math.prod(shape) * BITS[dtype] // 8)

@@ -1,0 +1,148 @@
+"""`qwlora inspect`: what a model's files hold, or an artifact of ours. Loads no model.
+
+a folder of floats, GPTQ, AWQ or compressed-tensors, a .gguf file, package:NAME/PATH, a base     every tensor, alike ones in one line
+an adapter's folder                                                                             its size, and the base that it belongs to
+a job's directory                                                                               its base, and whether its adapters belong to it
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwlora.errors import SourceError
+
+if TYPE_CHECKING:
+    from qwlora.base.inspect import Inspection, TensorView
+
+Source = Annotated[str, typer.Argument(help="A model's folder or .gguf file, package:NAME/PATH, a base, an adapter, or a job's directory.", show_default=False)]
+Against = Annotated[
+    str | None, typer.Option("--against", metavar="SOURCE", help="The float model, for each tensor's SQNR; reads all of both.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print every tensor as JSON, and nothing else.")]
+
+
+def inspect(source: Source, against: Against = None, as_json: AsJson = False) -> None:
+    """Show what files hold: shapes, grids, true bits per weight, fingerprint."""
+    path = Path(source)
+    if (path / "adapter_config.json").is_file():
+        if against is not None:
+            raise SourceError("--against compares models; an adapter has no float twin")
+        record = _adapter(path)
+        lines = _adapter_lines(record)
+    elif (path / ".qwlora").is_dir():
+        record, lines = _job(path, against)
+    else:
+        record, lines = _model(source, against)
+    print(json.dumps(record, indent=1) if as_json else "\n".join(lines))
+
+
+def _model(source: str, against: str | None) -> tuple[dict[str, Any], list[str]]:
+    from qwlora.base.inspect import inspect_source
+
+    found = inspect_source(source, against)
+    return found.to_json(), list(_model_lines(found))
+
+
+def _model_lines(found: Inspection) -> Iterator[str]:
+    from qwlora.base.inspect import bits_per_weight, size_bytes, weights
+
+    yield f"{found.kind} {found.source}"
+    if found.fingerprint:
+        yield f"fingerprint {found.fingerprint}"
+    measured = any(view.sqnr_db is not None for view in found.tensors)
+    rows = [("tensor", "count", "shape", "grid", "bits/weight", *(["SQNR dB"] if measured else []))]
+    for name, views in _alike(found.tensors).items():
+        first = views[0]
+        row = (name, str(len(views)), "x".join(map(str, first.shape)), first.grid, f"{first.bits_per_weight:.2f}")
+        rows.append((*row, _range(views)) if measured else row)
+    yield from _table(rows)
+    for label, views in (("all", list(found.tensors)), ("integers", [view for view in found.tensors if view.is_integers])):
+        if views:
+            yield f"{label}: {weights(views):,} weights, {size_bytes(views) / 1e6:,.1f} MB, {bits_per_weight(views):.3f} bits per weight"
+
+
+def _alike(views: Sequence[TensorView]) -> dict[str, list[TensorView]]:
+    """Tensors that differ in the numbers in their names alone."""
+    groups: dict[tuple[Any, ...], list[TensorView]] = {}
+    for view in views:
+        groups.setdefault((re.sub(r"\d+", "*", view.name), view.shape, view.grid, view.bytes), []).append(view)
+    named: dict[str, list[TensorView]] = {}
+    for (pattern, *_), group in groups.items():
+        same = [key for key in groups if key[0] == pattern]
+        name = group[0].name if len(group) == 1 else pattern if len(same) == 1 else f"{pattern} ({_numbers(group)})"
+        named[name] = group
+    return named
+
+
+def _numbers(views: Sequence[TensorView]) -> str:
+    """Which of several groups of one pattern: the first number of each name, runs shortened."""
+    numbers = sorted({int(found.group()) for view in views if (found := re.search(r"\d+", view.name))})
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _range(views: Sequence[TensorView]) -> str:
+    found = [view.sqnr_db for view in views if view.sqnr_db is not None]
+    if not found:
+        return ""
+    low, high = min(found), max(found)
+    if math.isinf(low) and low > 0:
+        return "exact"
+    return f"{low:.2f}" if low == high else f"{low:.2f} to {'exact' if math.isinf(high) else f'{high:.2f}'}"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    from qwlora.adapter.provenance import FILE, base_of
+    from qwlora.base.readers.safetensors_files import read_header, read_json
+
+    config = read_json(folder / "adapter_config.json")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise SourceError(f"adapter {str(folder)!r} has no adapter_model.safetensors; save it with qwlora.save_adapter or PEFT's save_pretrained")
+    tensors = [{"name": name, "shape": list(entry.shape), "dtype": entry.dtype} for name, entry in read_header(weights).items()]
+    kept = {key: config.get(key) for key in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "base_model_name_or_path")}
+    base = base_of(folder) if (folder / FILE).is_file() else None
+    return {"kind": "adapter", "source": str(folder), "base_fingerprint": base, **kept, "tensors": tensors}
+
+
+def _adapter_lines(record: dict[str, Any]) -> list[str]:
+    targets = record["target_modules"]
+    count = sum(math.prod(tensor["shape"]) for tensor in record["tensors"])
+    return [
+        f"adapter {record['source']}",
+        f"{record['peft_type']} of rank {record['r']}, alpha {record['lora_alpha']}, on {', '.join(sorted(targets)) if isinstance(targets, list) else targets}",
+        f"{len(record['tensors'])} tensors, {count:,} weights",
+        f"trained on the base with fingerprint {record['base_fingerprint']}" if record["base_fingerprint"] else "does not say which base it belongs to",
+    ]
+
+
+def _job(folder: Path, against: str | None) -> tuple[dict[str, Any], list[str]]:
+    base = folder / "base"
+    model, lines = _model(str(base), against) if base.is_dir() else (None, [])
+    adapters = [_adapter(config.parent) for config in sorted(folder.glob("adapters/*/adapter_config.json"))]
+    artifacts = sorted(str(p.relative_to(folder)) for pattern in ("simulation/*", "export/*/*", "results.json") for p in folder.glob(pattern))
+    record = {"kind": "job directory", "source": str(folder), "base": model, "adapters": adapters, "artifacts": artifacts}
+    shown = [f"job directory {folder}", *(lines or ["no base yet"])]
+    for adapter in adapters:
+        shown += _adapter_lines(adapter)
+        if model and adapter["base_fingerprint"] not in (None, model["fingerprint"]):
+            shown.append("  which is NOT the base in this directory")
+    return record, [*shown, *(f"also {artifact}" for artifact in artifacts)]

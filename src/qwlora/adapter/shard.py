@@ -11,13 +11,29 @@ and the adapter can be read on any process.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from qwlora.errors import TrainingError
+from qwlora.grid.names import is_adapter_name
 from qwlora.grid.scheme import Scheme
+
+
+def switch_on_(accelerator: Any) -> bool:
+    """Whether the launcher asked for FSDP. Accelerate has it for accelerators only, and without one says nothing and copies the model: switch it on there."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    if accelerator.state.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = DistributedType.FSDP
+    if accelerator.state.distributed_type != DistributedType.FSDP:
+        raise TrainingError(f"the launcher asks for FSDP, but the processes are {accelerator.state.distributed_type.value}, which accelerate does not shard")
+    return True
 
 
 def is_sharded(trainer: Any) -> bool:
@@ -43,16 +59,33 @@ def prepare_sharding_(trainer: Any) -> None:
             _make_parameters(layer)
 
 
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of the base that this process holds: its shards, and what is whole."""
+    tensors = [t for name, t in (*model.named_parameters(), *model.named_buffers()) if not is_adapter_name(name)]
+    return sum(t.to_local().nbytes if isinstance(t, DTensor) else t.nbytes for t in tensors)
+
+
 def gather_(trainer: Any) -> None:
     """Give every process the whole model again; to be called by all of them."""
-    if is_sharded(trainer):
-        for module in trainer.model.modules():
-            if isinstance(module, FSDPModule):
-                module.unshard()
+    if not is_sharded(trainer):
+        return
+    for module in trainer.model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    for layer in trainer.model.modules():
+        if isinstance(getattr(layer, "scheme", None), Scheme):
+            _make_buffers(layer)
 
 
 def _make_parameters(layer: nn.Module) -> None:
     for name, tensor in list(layer._buffers.items()):
-        if tensor is not None and tensor.ndim:
+        if tensor is not None and tensor.ndim:  # FSDP2 shards along the first axis
             del layer._buffers[name]
             layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def _make_buffers(layer: nn.Module) -> None:
+    for name, parameter in list(layer._parameters.items()):
+        if parameter is not None and name != "bias":
+            del layer._parameters[name]
+            layer.register_buffer(name, parameter.detach())

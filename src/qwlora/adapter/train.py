@@ -32,9 +32,10 @@ from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of
 from qwlora.adapter.loss import causal_model, chunk_loss_, vocabulary_size
 from qwlora.adapter.provenance import WEIGHTS, write_adapter
-from qwlora.adapter.shard import gather_, is_sharded, prepare_sharding_
+from qwlora.adapter.shard import gather_, is_sharded, prepare_sharding_, switch_on_
 from qwlora.adapter.watch import Watch, first_gradient_not_finite, first_output_not_finite, losses_of
 from qwlora.errors import MissingExtraError, TrainingError
+from qwlora.grid.sequences import as_sequences
 from qwlora.progress import Track, untracked
 
 
@@ -62,7 +63,13 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training run says of itself. `losses` are those of all steps, before an interruption too; `evaluations` are (step, loss) on held-out text."""
+    """What a training run says of itself.
+
+    Args:
+        losses: of all steps, before an interruption too.
+        evaluations: (step, loss) on held-out text.
+        base_bytes: bytes of the base that a process held, fewer where it was sharded; 0 where nothing was trained any more.
+    """
 
     steps: int
     step_seconds: float
@@ -71,6 +78,7 @@ class TrainingReport:
     losses: tuple[float, ...]
     evaluations: tuple[tuple[int, float], ...] = ()
     best_step: int | None = None
+    base_bytes: int = 0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -81,21 +89,16 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"stopped after step {step}")
 
 
-class IdSequences(Dataset[dict[str, Tensor]]):
-    """Sequences of token ids [count, tokens], every token of which is learnt."""
-
-    def __init__(self, ids: Tensor):
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
-
-
 class _Trainer(Trainer):
     """Looks at every loss and gradient before the step is taken, and writes checkpoints as plain adapters."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = switch_on_(self.accelerator)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[Any]:
+        """Accelerate wraps a model's forward in autocast, but not a sharded one's: there FSDP2's own policy would do, which is off (`shard.py`)."""
+        return self.accelerator.autocast() if is_sharded(self) else contextlib.nullcontext()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -184,6 +187,7 @@ def train_adapter(
         losses=tuple(losses_of(state)),
         evaluations=_evaluations(state.log_history),
         best_step=state.best_global_step if settings.evaluation_steps else None,
+        base_bytes=watch.base_bytes,
     )
 
 
@@ -216,7 +220,7 @@ def _evaluations(history: list[dict[str, float]]) -> tuple[tuple[int, float], ..
 
 
 def _dataset(sequences: Dataset[dict[str, Tensor]] | Tensor | None) -> Dataset[dict[str, Tensor]] | None:
-    return IdSequences(sequences) if isinstance(sequences, Tensor) else sequences
+    return as_sequences(sequences) if isinstance(sequences, Tensor) else sequences
 
 
 def _world_size() -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qwlora.adapter.shard import base_bytes
 from qwlora.errors import TrainingError
 from qwlora.grid.names import canonical_name
 from qwlora.progress import Track
@@ -52,10 +53,12 @@ class Watch(TrainerCallback):
         self.track, self.checkpoint_steps, self.vocabulary, self.last_good = track, checkpoint_steps, vocabulary, last_good
         self.step_seconds: list[float] = []
         self.interrupted = False
+        self.base_bytes = 0
         self._began = 0.0
         self._bar: Iterator[int] = iter(())
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        self.base_bytes = base_bytes(given["model"])
         self._bar = self.track(range(state.global_step, args.max_steps), "training", args.max_steps - state.global_step)
         next(self._bar, None)
 

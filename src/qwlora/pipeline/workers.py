@@ -34,6 +34,8 @@ def tell(stage: str | None) -> None:
     if process_count() > 1 and not _state.get("failed"):
         _broadcast(stage)
         _state["failed"] = stage is not None  # until `done`
+        if stage is None:
+            _leave()
 
 
 def done() -> None:
@@ -50,7 +52,16 @@ def follow(session: Session, plan: Sequence[Stage]) -> dict[str, Any]:
     while (name := _broadcast(None)) is not None:
         work = Directory(session.path).work(name, by_name[name].key)
         STAGES[by_name[name].verb](session, by_name[name], work, work)  # only the first process uses the scratch folder
+    _leave()
     return {}
+
+
+def _leave() -> None:
+    """Close the connections; a process that exits with open ones may be aborted."""
+    from torch import distributed
+
+    _state.clear()
+    distributed.destroy_process_group()
 
 
 def _broadcast(stage: str | None) -> str | None:

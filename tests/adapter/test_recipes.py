@@ -1,0 +1,178 @@
+"""Adapters by recipe: many on one base, from an existing one, and over several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qwlora.adapter.attach import LoraShape, attach
+from qwlora.base.storage import load_base
+from qwlora.errors import RecipeError, SourceError, TrainingError
+from qwlora.pipeline.run import run
+from qwlora.recipe import load_recipe
+
+FAST = {"steps": 2, "warmup_steps": 0, "rank": 2}
+
+
+def trains(path: Path, out: Path, *changes: str) -> dict[str, Any]:
+    return run(load_recipe(path, changes), out, ("quantize", "train"))
+
+
+def problems(path: Path, change: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, (change,))
+    return "\n".join(caught.value.problems)
+
+
+def test_many_kinds_of_adapter_on_one_base(recipe_for: Any, tmp_path: Path) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {"evaluation_steps": 1, "patience": 1, "accumulation_steps": 2, "batch_sequences": 2},
+        "rs": {"rslora": True, "compute": "bfloat16"},
+        "some": {"target_modules": ["q_proj", "down_proj"], "layers": [1], "rank_pattern": {"q_proj": 3}, "loss": "whole"},
+        "slim": {"gradient_checkpointing": True, "clip": 0.5, "weight_decay": 0.1},
+    }
+    results = trains(recipe_for(adapters=[{"name": n, **FAST, **k} for n, k in kinds.items()]), tmp_path / "out")
+    prints = {json.loads((tmp_path / "out" / "adapters" / n / "qwlora.json").read_text())["base_fingerprint"] for n in kinds}
+    assert prints == {results["base"]["fingerprint"]}
+    configs = {n: json.loads((tmp_path / "out" / "adapters" / n / "adapter_config.json").read_text()) for n in kinds}
+    assert [c["use_rslora"] for c in configs.values()] == [False, True, False, False]
+    assert configs["some"]["layers_to_transform"] == [1]
+    assert configs["some"]["rank_pattern"] == {"q_proj": 3}
+    assert [len(results["train"][n]["losses"]) for n in ("rs", "some", "slim")] == [2, 2, 2]
+    assert results["train"]["plain"]["best_step"] in (1, 2)
+    assert next(step for step, _ in results["train"]["plain"]["evaluations"]) == 1
+
+
+def test_wrong_modules_are_found_before_anything_is_written(recipe_for: Any, tmp_path: Path) -> None:
+    adapters = [{"name": "right", **FAST}, {"name": "wrong", **FAST, "target_modules": ["q_proj", "qproj"]}]
+    with pytest.raises(TrainingError, match="adapter wrong: the adapter asks for what the model does not have: target_modules 'qproj'"):
+        trains(recipe_for(adapters=adapters), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_goes_on_from_another(recipe_for: Any, tmp_path: Path) -> None:
+    trains(recipe_for(adapters=[{"name": "first", **FAST}]), tmp_path / "out")
+    first = tmp_path / "out" / "adapters" / "first"
+    adapters = [
+        {"name": "first", **FAST},
+        {"name": "second", "start": str(first), "steps": 2, "warmup_steps": 0},
+        {"name": "same", "start": str(first), "steps": 0},
+    ]
+    results = trains(recipe_for(adapters=adapters), tmp_path / "out")
+    weights = {n: load_file(tmp_path / "out" / "adapters" / n / "adapter_model.safetensors") for n in ("first", "second", "same")}
+    assert all(torch.equal(weights["same"][k], v) for k, v in weights["first"].items())
+    assert not all(torch.equal(weights["second"][k], v) for k, v in weights["first"].items())
+    assert results["train"]["same"]["steps"] == 0
+    assert results["train"]["second"]["losses"][0] < results["train"]["first"]["losses"][0]
+
+
+def test_adapter_trained_elsewhere_needs_a_word(recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(str(elsewhere))
+    path = recipe_for(adapters=[{"name": "taken", "start": str(elsewhere), "steps": 0}])
+    with pytest.raises(SourceError, match="does not say which base it belongs to"):
+        trains(path, tmp_path / "out")
+    trains(path, tmp_path / "out", "adapters.0.unknown_base=accept")
+    taken = PeftModel.from_pretrained(load_base(tmp_path / "out" / "base"), str(tmp_path / "out" / "adapters" / "taken")).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(PeftModel.from_pretrained(load_base(tmp_path / "out" / "base"), str(elsewhere)).eval()(ids).logits, taken(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("adapters.0.start=/not/there", "adapters.0.start: adapter '/not/there' does not exist. Give a folder with adapter_config.json"),
+        ("adapters.0={name: a, start: a/b, rank: 4, dora: true}", "adapters.0: dora, rank: an adapter that goes on from start has the shape of that one"),
+        ("adapters.0={name: a, steps: 0}", "adapters.0: steps is 0, so nothing would be learnt; give start"),
+        ("adapters.0={name: a, unknown_base: accept}", "adapters.0: unknown_base goes with start"),
+        ("adapters.0={name: a, patience: 2}", "adapters.0: patience counts evaluations, and there are none"),
+    ],
+)
+def test_what_cannot_be_is_found_in_the_recipe(recipe_for: Any, change: str, message: str) -> None:
+    assert message in problems(recipe_for(), change)
+
+
+def test_start_that_holds_no_adapter_is_found_before_anything_is_written(recipe_for: Any, tmp_path: Path, corpus: Path) -> None:
+    path = recipe_for(adapters=[{"name": "a", "start": str(corpus), "steps": 0}])
+    with pytest.raises(SourceError, match=r"adapter a: .* holds no PEFT adapter"):
+        trains(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def launched(launcher: list[str], path: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", *[a.replace("PORT", str(port)) for a in launcher], "-m", "qwlora", "run", str(path), "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "--master-port=PORT"],
+    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--main_process_port=PORT", "--mixed_precision=no"],
+}
+FSDP2 = [
+    *[a for a in LAUNCHERS["accelerate"] if a != "--cpu"],
+    "--use_fsdp",
+    "--fsdp_version=2",
+    "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
+    "--fsdp_reshard_after_forward=true",
+]
+DISTRIBUTED = {"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "batch_sequences": 4, "learning_rate": 5e-3, "evaluation_steps": 3}
+
+
+def assert_same_adapter(one: Path, two: Path) -> None:
+    """Two processes add the same gradients in another order: float32 rounding, which AdamW, dividing by the gradient's size, passes on to small entries."""
+    a, b = (load_file(d / "adapters" / "first" / "adapter_model.safetensors") for d in (one, two))
+    assert a.keys() == b.keys()
+    difference = max(float((a[n] - b[n]).abs().max()) for n in a)
+    moved = max(float(t.abs().max()) for n, t in a.items() if "lora_B" in n)
+    assert difference < 1e-3 * moved, (difference, moved)
+    identities = {json.loads((d / "adapters" / "first" / "qwlora.json").read_text())["base_fingerprint"] for d in (one, two)}
+    assert len(identities) == 1
+    losses = [json.loads((d / "results.json").read_text())["train"]["first"]["losses"] for d in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [*LAUNCHERS, "fsdp2"])
+def test_two_processes_train_the_adapter_of_one(recipe_for: Any, tmp_path: Path, launcher: str) -> None:
+    path = recipe_for(adapters=[DISTRIBUTED])
+    trains(path, tmp_path / "one")
+    result = launched(FSDP2 if launcher == "fsdp2" else LAUNCHERS[launcher], path, tmp_path / "two")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("quantize: done") == 1  # only the first speaks and writes
+    assert_same_adapter(tmp_path / "one", tmp_path / "two")
+    whole, held = (json.loads((tmp_path / d / "results.json").read_text())["train"]["first"]["base_bytes"] for d in ("one", "two"))
+    assert held < 0.51 * whole if launcher == "fsdp2" else held == whole
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_divided_is_named(recipe_for: Any, tmp_path: Path) -> None:
+    result = launched(LAUNCHERS["torchrun"], recipe_for(adapters=[{**DISTRIBUTED, "batch_sequences": 3}]), tmp_path / "two")
+    assert result.returncode != 0
+    assert "batch_sequences (3) cannot be divided among 2 processes" in result.stderr
+
+
+def test_attach_is_seeded(recipe_for: Any, checkpoints: dict[str, Path]) -> None:
+    def start(seed: int) -> dict[str, torch.Tensor]:
+        model = attach(AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), LoraShape(2, 4), seed)
+        return {n: p for n, p in model.named_parameters() if "lora_A" in n}
+
+    first, again, other = start(0), start(0), start(1)
+    assert all(torch.equal(again[n], p) for n, p in first.items())
+    assert not any(torch.equal(other[n], p) for n, p in first.items())

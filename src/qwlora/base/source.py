@@ -3,6 +3,7 @@
     ./a/folder                 a Hugging Face checkpoint
     ./a/model.gguf             a GGUF file (dequantized while loading)
     package:NAME/PATH          a file or folder inside an installed Python package, found without importing the package
+    A+B+C                      parts of one .gguf file in their order, each as one of the above; joined once, in the user's cache
     owner/name                 a Hugging Face hub id
 
 `locate` is free of torch: it is how a recipe learns early that its model is not there.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwlora.base.parts import join_parts
 from qwlora.errors import MissingExtraError, SourceError
 
 if TYPE_CHECKING:
@@ -33,6 +35,20 @@ class Location:
     def arguments(self) -> dict[str, Any]:
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
+    @property
+    def path(self) -> Path:
+        """The folder, or the GGUF file."""
+        return Path(self.pretrained) / self.gguf_file if self.gguf_file else Path(self.pretrained)
+
+    @property
+    def holds_floats(self) -> bool:
+        """Whether transformers alone makes a float model of it: a GGUF file (dequantized), or a folder that no quantizer wrote."""
+        if self.gguf_file or not self.files:
+            return True
+        names = {file.name for file in self.files}
+        config = (self.path / "config.json").read_text(errors="replace")
+        return not names & {"quantize_config.json", "quant_config.json"} and not re.search(r'"(quantization|compression)_config"\s*:\s*\{', config)
+
 
 def locate(source: str) -> Location:
     """Find `source` without loading it.
@@ -40,6 +56,10 @@ def locate(source: str) -> Location:
     Raises:
         SourceError: nothing is there, or what is there is not a model.
     """
+    if "+" in source and not Path(source).expanduser().exists():
+        parts = [_inside_package(part) if part.startswith("package:") else Path(part).expanduser() for part in source.split("+")]
+        path = join_parts(parts)
+        return Location(str(path.parent), path.name, tuple(parts))
     if source.startswith("package:"):
         path = _inside_package(source)
     else:

@@ -6,7 +6,7 @@ A block is 32 neighbours of a row. After its float16 scale (and, in the `_1` typ
     5 bits   4 + 16 bytes     first the fifth bits, bit j of a little-endian word for code j; then the low four bits as above
     8 bits   32 bytes         two's complement; as codes the top bit is flipped, so that the offset is -128
 
-The types ending in 0 mean `(code - 2^(bits - 1)) * scale`, those ending in 1 `code * scale + minimum`. Source: `ggml-common.h` of llama.cpp and the `gguf` package.
+The types ending in 0 mean `(code - 2^(bits - 1)) * scale`, those ending in 1 `code * scale + minimum`. Source: `ggml-common.h` of llama.cpp.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     checkpoint = GgufCheckpoint("model.gguf")
     checkpoint.read("model.layers.0.mlp.down_proj.weight").dequantize()     # what the gguf package gives for it, bit for bit
 
-The configuration and the names come from transformers' own loading code, so whatever architecture that knows is read; what it does to values (llama's rows of
-q and k in another order, gemma's norms less one, experts joined) is done here too, to codes where the tensor is integers. `gguf_blocks.py` says which grid each type
-becomes. Types F32, F16, BF16 and F64 are floats (float32, and float64 for the last).
+The configuration and the names come from transformers' own loading code, so whatever architecture that knows is read; what it does to values (rows of q and k
+in another order, norms less one, experts joined) is done here too, to codes where the tensor is integers. `gguf_blocks.py` says which grid each type becomes.
+Types F32, F16, BF16 and F64 are floats (float32, and float64 for the last).
 
 A tensor is read when it is asked for; the file is mapped, so nothing else of it is in memory. A tied output head comes once: GGUF files leave `output.weight` out.
 
@@ -16,17 +16,19 @@ load of the file, not llama.cpp's. A warning says so.
 from __future__ import annotations
 
 import re
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
 from qwlora.base.assembly import empty_model, listed, place_name, tensor_at, tensor_places
 from qwlora.base.readers.gguf_blocks import TYPES, Blocks, decode_blocks, to_quantized
-from qwlora.base.readers.gguf_file import GgufFile
+from qwlora.base.readers.gguf_file import TOKENS, GgufFile
 from qwlora.base.readers.gguf_names import Making, Move, makings, moved
 from qwlora.errors import SourceError
 from qwlora.grid.quantized import QuantizedTensor
@@ -76,8 +78,16 @@ class GgufCheckpoint:
         if name not in self._makings:
             raise self.file.error(f"{name!r} is no parameter of {type(self._model).__name__} (of tied ones, the first counts)")
         making = self._makings[name]
-        value = self._floats(making) if self._kind(making) in FLOATS else self._integers(making)
-        return value
+        return self._floats(making) if self._kind(making) in FLOATS else self._integers(making)
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """The file's names of what makes one parameter."""
+        return self._makings[name].sources
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that the metadata build, without data."""
+        return self._model
 
     def _kind(self, making: Making) -> str:
         kinds = {source: self.file.tensors[source].kind for source in making.sources}
@@ -124,9 +134,16 @@ class GgufCheckpoint:
 
     def _read_config(self) -> tuple[dict[str, Any], PretrainedConfig]:
         """The configuration's settings as transformers reads them, and the configuration."""
-        path = self.file.path.resolve()
+        tokens = self.file.metadata.get(TOKENS)
         try:
-            settings, _ = PretrainedConfig.get_config_dict(str(path.parent), gguf_file=path.name)
+            with tempfile.TemporaryDirectory() as folder:
+                path = self.file.path.resolve()
+                if self.file.architecture not in GGUF_CONFIG_ARCHS:  # those are read quickly, and want the vocabulary
+                    path = Path(folder, "header.gguf")
+                    path.write_bytes(self.file.without_contents())
+                settings, _ = PretrainedConfig.get_config_dict(str(path.parent), gguf_file=path.name)
+            if settings.get("vocab_size") == 0 and tokens:  # the length of the vocabulary, which was left out
+                settings["vocab_size"] = tokens
             return settings, CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
         except Exception as error:  # a file's values reach any line of any configuration's code
             raise self.file.error(
@@ -137,13 +154,13 @@ class GgufCheckpoint:
         rotary = [name for name in unknown if ROTARY.fullmatch(name)]
         if rotary:
             warnings.warn(
-                f"{str(self.file.path)!r}: {listed(rotary)}, factors of the rotary frequencies, are read by llama.cpp but not by transformers: positions are computed "
-                "without them; set rope_parameters in the configuration if the model needs them",
+                f"{str(self.file.path)!r}: {listed(rotary)}, factors of the rotary frequencies, are read by llama.cpp but not by transformers: positions are "
+                "computed without them; set rope_parameters in the configuration if the model needs them",
                 stacklevel=3,
             )
         if others := [name for name in unknown if name not in rotary]:
             raise self.file.error(
-                f"{listed(others)}: no parameter of {type(self._model).__name__}, which its metadata describe; the file needs a newer transformers, or is damaged"
+                f"{listed(others)}: no parameter of {type(self._model).__name__}, which its metadata describe; it needs a newer transformers, or is damaged"
             )
 
     def _placed(self, found: dict[str, Making]) -> dict[str, Making]:
@@ -155,9 +172,8 @@ class GgufCheckpoint:
                 missing.append(name)
                 continue
             if len(copies) > 1 and not self._same(copies):
-                raise self.file.error(
-                    f"{listed([source for copy in copies for source in copy.sources])} hold different values, but the model that its metadata describe ties them"
-                )
+                both = listed([source for copy in copies for source in copy.sources])
+                raise self.file.error(f"{both} hold different values, but the model that its metadata describe ties them")
             result[name] = copies[0]
         if missing:
             raise self.file.error(
@@ -165,10 +181,10 @@ class GgufCheckpoint:
             )
         for name, making in result.items():
             values = sum(torch.Size(self.file.tensors[source].shape).numel() for source in making.sources)
-            if values != torch.Size(self._expected(making.target)).numel():
-                raise self.file.error(
-                    f"parameter {name!r} is {list(self._expected(making.target))}, but its tensors ({', '.join(making.sources)}) have {values} values; the file is damaged"
-                )
+            shape = torch.Size(self._expected(making.target))
+            if values != shape.numel():
+                stored = ", ".join(making.sources)
+                raise self.file.error(f"parameter {name!r} is {list(shape)}, but its tensors ({stored}) have {values} values; the file is damaged")
         return result
 
     def _same(self, copies: list[Making]) -> bool:

@@ -14,10 +14,10 @@ zero, which a scale > 0 does not give: -0.0 in the file is 0.0 here).
 GGUF's scales may be negative or zero, a grid's are not:
 
 * A scale of zero makes its block constant. Such a block becomes the code for that constant and the scale 2^-14; its codes, which say nothing, are not kept.
-* A negative scale, integer offset: `(code - z) * d = ((2^bits - 1 - code) - (z - 1)) * |d|`, so the codes are reversed and the block's offset is `-(z - 1)` where
-  others have `-z`. The grid is then asymmetric. Where no such block uses code 0, `2 z - code` fits and the grid stays symmetric.
-* A negative scale, float minimum: reversed codes with the minimum `m + (2^bits - 1) * d`, if that gives the same float32 values, else refused. No quantizer writes
-  such blocks.
+* A negative scale, integer offset: `(code - z) * d = ((2^bits - 1 - code) - (z - 1)) * |d|`, so the codes are reversed and the block's offset is `-(z - 1)`
+  where others have `-z`. The grid is then asymmetric. Where no such block uses code 0, `2 z - code` fits and the grid stays symmetric.
+* A negative scale, float minimum: reversed codes with the minimum `m + (2^bits - 1) * d`, if that gives the same float32 values, else refused. No quantizer
+  writes such blocks.
 
 Source: `ggml-common.h` and `ggml-quants.c` of llama.cpp.
 """

@@ -5,8 +5,9 @@
     tensors  string name, u32 axes, u64 axis lengths (the fastest first), u32 type, u64 offset into the data
     padding to `general.alignment` (32 if not given), then the data
 
-All little-endian. Every length and count is compared with the bytes that are left, so neither time nor memory exceeds a small multiple of the header's own size,
-whatever it claims. transformers reads the same header again for the configuration; what it would take on trust is refused here. Source: `docs/gguf.md` of ggml.
+All little-endian. Every length and count is compared with the bytes that are left, so neither time nor memory exceeds a small multiple of the header's own
+size, whatever it claims. transformers reads the same header again for the configuration; what it would take on trust is refused here. Source: `docs/gguf.md`
+of ggml.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ VERSIONS = (2, 3)
 MOST_AXES, MOST_NAME_BYTES = 4, 64  # ggml's own
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+TOKENS = "tokenizer.ggml.tokens"
 UNBOUNDED = ("context", "window", "vocab_size")
 """Parts of keys of numbers that are no length of any tensor."""
 
@@ -66,9 +68,9 @@ class GgufFile:
             raise self.error("it is too short for a GGUF file")
         self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")  # copy on write: torch wants writable memory, the file stays as it is
         reader = _Reader(self)
-        self.metadata, table = reader.pairs(), []
-        for _ in range(reader.tensor_count):
-            table.append(reader.tensor())
+        self._spans: dict[str, tuple[int, int, bool]] = {}
+        self.metadata = reader.pairs()
+        table = [reader.tensor() for _ in range(reader.tensor_count)]
         self.tensors = self._placed(table, reader.position)
         self._check_numbers()
 
@@ -82,6 +84,18 @@ class GgufFile:
         tensor = self.tensors[name]
         part = torch.from_numpy(self._bytes[tensor.start : tensor.start + tensor.size_bytes])
         return part.view(*tensor.shape[:-1], -1)
+
+    def without_contents(self) -> bytes:
+        """A GGUF file with the same metadata but an empty vocabulary, and all tensors under their names with one value each.
+
+        transformers builds a Python object for every token to read a configuration of twenty numbers; of this it does so in a hundredth of the time.
+        """
+        kept = [bytes(self._bytes[start:end]) for key, (start, end, array) in self._spans.items() if not (array and key.startswith("tokenizer."))]
+        kept.append(struct.pack(f"<Q{len(TOKENS)}sIIQ", len(TOKENS), TOKENS.encode(), ARRAY, STRING, 0))
+        names = [name.encode() for name in self.tensors]
+        table = [struct.pack(f"<Q{len(name)}sIQIQ", len(name), name, 1, 1, GGMLQuantizationType.F32, 0) for name in names]
+        alignment = self.metadata.get("general.alignment", 32)
+        return b"".join([struct.pack("<4sIQQ", b"GGUF", VERSIONS[-1], len(table), len(kept)), *kept, *table, bytes(2 * alignment)])
 
     def error(self, what: str) -> SourceError:
         """An error that names the file."""
@@ -105,8 +119,8 @@ class GgufFile:
             length = math.prod(shape) // values * size_bytes
             if offset % alignment or first + offset + length > len(self._bytes):
                 raise self.error(
-                    f"tensor {name!r} ({kind.name}, shape {list(shape)}) would lie at byte {first + offset} and end at {first + offset + length}, but the file has "
-                    f"{len(self._bytes)} bytes and its tensors start at multiples of {alignment}; it is truncated or damaged, fetch it again"
+                    f"tensor {name!r} ({kind.name}, shape {list(shape)}) would lie at bytes {first + offset} to {first + offset + length}, but the file "
+                    f"has {len(self._bytes)} and its tensors start at multiples of {alignment}; it is truncated or damaged, fetch it again"
                 )
             if name in tensors:
                 raise self.error(f"tensor {name!r} is there twice")
@@ -135,7 +149,7 @@ class _Reader:
     """Reads on from `position`."""
 
     def __init__(self, file: GgufFile):
-        self.file, self.data, self.position = file, memoryview(file._bytes), 0
+        self.file, self.data, self.position = file, file._bytes.data, 0
         magic, version = self.take("4sI")
         if magic != b"GGUF":
             raise file.error(f"it begins with {magic!r} where a GGUF file says 'GGUF'")
@@ -180,11 +194,13 @@ class _Reader:
     def pairs(self) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
         for _ in range(self.pair_count):
+            start = self.position
             key = self.string("key", 2**16 - 1)
             if key in metadata:
                 raise self.file.error(f"metadata key {key[:80]!r} is there twice")
             (kind,) = self.take("I")
             metadata[key] = self.value(key, kind)
+            self.file._spans[key] = (start, self.position, kind == ARRAY)
         return metadata
 
     def value(self, key: str, kind: int) -> Any:

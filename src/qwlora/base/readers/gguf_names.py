@@ -1,10 +1,10 @@
 """From GGUF's tensors to the model's parameters, by transformers' own code, and what that code does to rows.
 
 transformers has two ways. For some architectures it has conversions as for its own checkpoints (`integrations.gguf`), for the rest a processor for each
-architecture (`modeling_gguf_pytorch_utils`), fed one tensor at a time. Either is here a `Making`: the stored tensors of one parameter, and a function from their
-values to it. Float tensors go through that function as they are. For integers it is asked where it moves things: it is given numbers of rows, then numbers of
-columns, and the answer says where each row went, whether whole blocks of columns moved, and whether the matrix was turned (`Move`). What else it may do, like
-subtracting one, cannot be done to integers and is refused.
+architecture (`modeling_gguf_pytorch_utils`), fed one tensor at a time. Either is here a `Making`: the stored tensors of one parameter, and a function from
+their values to it. Float tensors go through that function as they are. For integers it is asked where it moves things: it is given numbers of rows, then
+numbers of columns, and the answer says where each row went, whether whole blocks of columns moved, and whether the matrix was turned (`Move`). What else it
+may do, like subtracting one, cannot be done to integers and is refused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
+from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from qwlora.base.readers.gguf_file import GgufFile
@@ -114,15 +114,15 @@ def _probed(making: Making, shapes: list[tuple[int, ...]], block: int, what: str
     plain = rows.dtype == columns.dtype == torch.int32 and bool((rows == row.unsqueeze(-1)).all()) and bool((columns == column).all())
     if not plain or not _is_order(row - FIRST, total) or not _is_order(column - FIRST, width):
         raise SourceError(
-            f"{what}: transformers changes the values of this tensor, or mixes rows with columns, which is not done on integers; take a file that keeps it float"
+            f"{what}: transformers changes the values of this tensor, or mixes rows and columns, which is not done on integers; take a file with floats there"
         )
-    if torch.equal(column - FIRST, torch.arange(width)):
+    if torch.equal(column - FIRST, torch.arange(width, dtype=torch.int32)):
         return Move((row - FIRST).long(), None, turned)
     order = (column - FIRST).long()
     starts = order[::block]
     if width % block or bool((starts % block).any()) or not torch.equal(order, (starts.unsqueeze(-1) + torch.arange(block)).flatten()):
         raise SourceError(
-            f"{what}: transformers moves columns of this tensor out of their blocks of {block}, which one scale belongs to; take a file with smaller blocks there"
+            f"{what}: transformers moves columns of this tensor out of their blocks of {block}, one scale each; take a file with smaller blocks there"
         )
     return Move((row - FIRST).long(), order, turned)
 
@@ -144,7 +144,7 @@ def _converted(origin: Origin, model: PreTrainedModel, target: str) -> Callable[
 
 def _by_processor(file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel) -> tuple[dict[str, Making], list[str]]:
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=dict(config))
-    mapping = get_gguf_hf_weights_map(model, processor)
+    mapping = get_gguf_hf_weights_map(_Above(model), processor)
     sources: dict[str, list[str]] = {}
     unknown = []
     for name, tensor in file.tensors.items():
@@ -154,6 +154,19 @@ def _by_processor(file: GgufFile, config: Mapping[str, Any], model: PreTrainedMo
         for target in targets:
             sources.setdefault(target, []).append(name)
     return {target: Making(target, tuple(names), _processed(processor, mapping, target)) for target, names in sources.items()}, unknown
+
+
+class _Above:
+    """A model as far as its lists of layers, and these without what is in them: transformers makes a table of all names anew for each module it visits."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.config = module, getattr(module, "config", None)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.module.state_dict()
+
+    def named_children(self) -> list[tuple[str, _Above]]:
+        return [] if isinstance(self.module, nn.ModuleList) else [(name, _Above(child)) for name, child in self.module.named_children()]
 
 
 def _targets(processor: TensorProcessor, mapping: dict[str, str], name: str, shape: tuple[int, ...]) -> list[str]:

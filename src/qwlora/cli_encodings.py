@@ -57,10 +57,14 @@ def convert(
     lossy: Annotated[bool, typer.Option("--lossy", help="Drop what that version cannot hold.")] = False,
     onnx: Model = None,
     decompressed_bitwidth: Annotated[int | None, typer.Option(min=1, max=32, help="Of LPBQ encodings in 2.x, which do not say it.", show_default=False)] = None,
+    block_order: Annotated[
+        encodings.BlockOrder | None,
+        typer.Option(help="Of block scales in 1.0.0, which does not say it: as the tensor lies, or by output channel.", show_default=False),
+    ] = None,
 ) -> None:
     """Write a file in another version; refused, with the list, when something would be lost."""
     graph = encodings.read_graph(onnx) if onnx is not None else None
-    converted = encodings.convert(encodings.read(file), version, lossy, graph=graph, decompressed_bitwidth=decompressed_bitwidth)
+    converted = encodings.convert(encodings.read(file), version, lossy, graph=graph, decompressed_bitwidth=decompressed_bitwidth, block_order=block_order)
     if out is None:
         print(to_text(converted), end="")
     else:

@@ -9,6 +9,7 @@ from random_files import DECOMPRESSED_BITWIDTH, FILES, encodings, files
 
 from qwlora.encodings import (
     VERSIONS,
+    BlockOrder,
     Encoding,
     EncodingsFile,
     FloatEncoding,
@@ -184,7 +185,7 @@ def test_without_a_graph_the_sections_and_file_fields_are_lost_to_2_x() -> None:
     [
         (one("1.0.0", CHANNEL), "2.0.0", {}, "w: its channel axis; give the model's graph"),
         (one("1.0.0", BLOCK), "2.0.0", {}, "w: its block axis and the shape"),
-        (one("1.0.0", BLOCK), "2.0.0", {"w": TensorFacts(True, (6, 2), 1, 0)}, "w: the order of its scales"),
+        (one("1.0.0", BLOCK), "2.0.0", {"w": TensorFacts(True, (6, 2), 1, 0)}, "w: the order of its block scales.*--block-order"),
         (one("1.0.0", BLOCK), "2.0.0", {"w": TensorFacts(True, (2, 9), 0, 1)}, "blocks of 3 on a tensor of \\[2, 9\\] are not 4"),
         (one("1.0.0", CHANNEL), "2.0.0", {"w": TensorFacts(True, (3, 2), 0, 1)}, "there are 2 scales, but axis 0 has 3"),
         (one("1.0.0", LPBQ), "2.1.0", {}, "w: its block axis"),
@@ -242,7 +243,62 @@ def test_aimets_1_0_0_becomes_its_2_0_0_where_the_graph_decides() -> None:
     with pytest.raises(ConversionError) as caught:
         convert(old, "2.0.0", lossy=True, graph=graph)
     assert {line.split(":")[0] for line in caught.value.lacking} == open_order
-    some = tuple(e for e in old.encodings if e.name not in open_order)
-    assert old.parameters is not None
-    converted = convert(old.replace(encodings=some, parameters=old.parameters - open_order), "2.0.0", lossy=True, graph=graph).by_name
+    converted = convert(old, "2.0.0", lossy=True, graph=graph, block_order="tensor").by_name
     assert [name for name, e in converted.items() if e != new.get(name)] == ["y", "float8.weight_0"]
+    wrong = convert(old, "2.0.0", lossy=True, graph=graph, block_order="output").by_name
+    assert [name for name in open_order if wrong[name] == new[name]] == []
+
+
+def test_aimets_older_exporter_lists_blocks_by_output_channel() -> None:
+    """Its file has the same weights under other names; with the order said, it gives the same scales as the newer exporter's 2.0.0."""
+    pytest.importorskip("onnx")
+    names = {"block.weight": "block.weight_0", "lpbq.weight": "lpbq.weight_0"}
+    facts = read_graph(FILES / "model.onnx")
+    old, new = read(FILES / "aimet-export-1.0.0.encodings"), read(FILES / "aimet-2.0.0.encodings").by_name
+    some = tuple(e for e in old.encodings if e.name in names)
+    file = EncodingsFile("1.0.0", some, frozenset(names))
+    graph = {name: facts[other] for name, other in names.items()}
+    converted = convert(file, "2.0.0", lossy=True, graph=graph, block_order="output").by_name
+    for name, other in names.items():
+        assert converted[name].replace(name=other) == new[other]
+
+
+MATMUL = TensorFacts(True, (6, 2), 1, 0)
+
+
+@pytest.mark.parametrize("target", ["2.0.0", "2.1.0"])
+@pytest.mark.parametrize("encoding", [BLOCK, LPBQ], ids=["block", "LPBQ"])
+@pytest.mark.parametrize(("order", "nested"), [("tensor", [[1, 2], [3, 4]]), ("output", [[1, 3], [2, 4]])])
+def test_both_orders_come_back(order: BlockOrder, nested: list[list[int]], encoding: Encoding, target: str) -> None:
+    known = {"graph": {"w": MATMUL}, "block_order": order, "decompressed_bitwidth": 8}
+    file = one("1.0.0", encoding)
+    there = convert(file, target, lossy=isinstance(encoding, LpbqEncoding), **known)
+    (found,) = there.encodings
+    scale = found.block_scale if isinstance(found, LpbqEncoding) else (found.scale * 10).round()
+    assert scale.tolist() == nested
+    assert through_json(convert(through_json(there), "1.0.0", **known)) == file
+
+
+def test_the_producer_says_the_order_where_it_is_ours() -> None:
+    for package, held in (("qwlora", True), ("aimet-torch", False)):
+        file = one("1.0.0", BLOCK, producer={"package": package, "version": "1"})
+        if held:
+            converted = convert(file, "2.0.0", graph={"w": MATMUL})
+            assert converted == convert(file, "2.0.0", graph={"w": MATMUL}, block_order="tensor")
+            assert convert(converted, "1.0.0", graph={"w": MATMUL}) == file
+        else:
+            with pytest.raises(ConversionError, match="the order of its block scales"):
+                convert(file, "2.0.0", graph={"w": MATMUL})
+
+
+def test_blocks_whose_order_nobody_says_are_not_flattened() -> None:
+    nested = IntegerEncoding("w", 4, [[0.1, 0.2], [0.3, 0.4]], [[-8, -8], [-8, -8]], True, True, axis=0, block_size=3)
+    with pytest.raises(ConversionError) as caught:
+        convert(one("2.0.0", nested), "1.0.0", graph={"w": MATMUL})
+    assert caught.value.lost
+    assert "--block-order" in str(caught.value)
+
+
+def test_an_unknown_order_is_refused() -> None:
+    with pytest.raises(ConversionError, match="block order 'channel' is not one of tensor, output"):
+        convert(one("1.0.0", BLOCK), "2.0.0", block_order="channel")  # type: ignore[arg-type]

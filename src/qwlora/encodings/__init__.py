@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from qwlora.encodings.convert import convert
+from qwlora.encodings.convert import BlockOrder, convert
 from qwlora.encodings.diff import Difference, diff
 from qwlora.encodings.document import read, write
 from qwlora.encodings.fields import Finding
@@ -24,6 +24,7 @@ from qwlora.encodings.validate import validate
 __all__ = [
     "FLOAT_FORMATS",
     "VERSIONS",
+    "BlockOrder",
     "Difference",
     "Encoding",
     "EncodingsFile",

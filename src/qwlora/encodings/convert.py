@@ -14,6 +14,9 @@
     float16 without a scale             yes       yes        no         no
     float8, float4 with scales          no        no         yes        yes
 
+Flat lists of block scales (1.0.0) come in two orders where the blocks' axis lies before the channels' (the [in, out] weight of a MatMul): as the tensor
+lies, or by output channel. The file does not say which, unless its producer is ours ("as the tensor lies"); so the caller says it.
+
 A field is *lost* when converting back gives another value: that is the definition, and the code. What a target needs and the source does not say (an axis,
 which names are parameters, the decompressed bitwidth) is *lacking*: it comes from the model's graph or from the caller, or there is no conversion.
 """
@@ -22,7 +25,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy.typing as npt
 
 from qwlora.encodings.diff import encoding_differences
 from qwlora.encodings.fields import shown
@@ -31,6 +36,10 @@ from qwlora.encodings.list_versions import channel_axis_of, channel_shape
 from qwlora.encodings.model import VERSIONS, Encoding, EncodingsFile, FloatEncoding, IntegerEncoding, LpbqEncoding
 from qwlora.errors import ConversionError
 
+BlockOrder = Literal["tensor", "output"]
+BLOCK_ORDERS: tuple[BlockOrder, ...] = get_args(BlockOrder)
+T = TypeVar("T", IntegerEncoding, LpbqEncoding)
+_OUR_PACKAGE = "qwlora"
 _UNKNOWN = TensorFacts(parameter=False)
 
 
@@ -41,13 +50,22 @@ class _Target:
     version: str
     graph: Graph
     decompressed_bitwidth: int | None
+    block_order: BlockOrder | None  # of flat block scales, in this version
 
     @property
     def split(self) -> bool:
         return self.version < "2"
 
 
-def convert(file: EncodingsFile, version: str, lossy: bool = False, *, graph: Graph | None = None, decompressed_bitwidth: int | None = None) -> EncodingsFile:
+def convert(
+    file: EncodingsFile,
+    version: str,
+    lossy: bool = False,
+    *,
+    graph: Graph | None = None,
+    decompressed_bitwidth: int | None = None,
+    block_order: BlockOrder | None = None,
+) -> EncodingsFile:
     """`file` in another version.
 
     Args:
@@ -57,14 +75,20 @@ def convert(file: EncodingsFile, version: str, lossy: bool = False, *, graph: Gr
         graph: facts about the model's tensors, from `read_graph`: supplies axes and the parameters' names to a file that does not say them. What the graph
             says too is not lost.
         decompressed_bitwidth: of LPBQ encodings that do not say it (2.x).
+        block_order: of the flat block scales in 1.0.0, read or written: "tensor", as the tensor lies, or "output", by output channel. By default that of the
+            producer, where it is ours ("tensor"), and else unknown; it matters only where the two differ.
 
     Raises:
-        ConversionError: something would be lost and `lossy` is False; or something is lacking, lossy or not.
+        ConversionError: the version or the order is unknown; something would be lost and `lossy` is False; or something is lacking, lossy or not.
     """
     if version not in VERSIONS:
         raise ConversionError(f"encodings version {shown(version)!r} is not one of {', '.join(VERSIONS)}", (), ())
-    there = _Target(version, graph or {}, decompressed_bitwidth)
-    back = _Target(file.version, graph or {}, decompressed_bitwidth)
+    if block_order is None and (file.producer or {}).get("package") == _OUR_PACKAGE:
+        block_order = "tensor"
+    if block_order not in (None, *BLOCK_ORDERS):
+        raise ConversionError(f"block order {shown(str(block_order))!r} is not one of {', '.join(BLOCK_ORDERS)}", (), ())
+    there = _Target(version, graph or {}, decompressed_bitwidth, block_order)
+    back = _Target(file.version, graph or {}, decompressed_bitwidth, block_order)
     lost: list[str] = []
     lacking: list[str] = []
     kept: list[Encoding] = []
@@ -77,7 +101,7 @@ def convert(file: EncodingsFile, version: str, lossy: bool = False, *, graph: Gr
             continue
         kept.append(projected)
         if not needs:
-            lost += _lost_fields(encoding, _project(projected, back)[0])
+            lost += _lost_fields(encoding, *_project(projected, back))
     parameters, lost_split = _project_parameters(file, {e.name for e in kept}, there, lacking)
     lost += lost_split
     for field in ("excluded_layers", "quantizer_args"):
@@ -89,11 +113,13 @@ def convert(file: EncodingsFile, version: str, lossy: bool = False, *, graph: Gr
     return EncodingsFile(version, tuple(kept), parameters, producer=file.producer, **rest)  # type: ignore[arg-type]
 
 
-def _lost_fields(encoding: Encoding, restored: Encoding | None) -> Iterable[str]:
+def _lost_fields(encoding: Encoding, restored: Encoding | None, needs: list[str]) -> Iterable[str]:
+    """What differs in `restored`, the encoding after going there and back, and what would have to be said for it not to differ."""
     if restored is None:
         return [f"{shown(encoding.name)}: {_described(encoding)}"]
     differences = encoding_differences(encoding, restored, unknown_differs=True)
-    return [f"{shown(encoding.name)}: {d.field} {d.first}" for d in differences if d.first != "not said"]
+    lost = [f"{shown(encoding.name)}: {d.field} {d.first}" for d in differences if d.first != "not said"]
+    return [*lost[:-1], f"{lost[-1]}; to come back needs {needs[0]}"] if lost and needs else lost
 
 
 def _described(encoding: Encoding) -> str:
@@ -138,7 +164,9 @@ def _project(encoding: Encoding, target: _Target) -> tuple[Encoding | None, list
 
 
 def _project_integer(encoding: IntegerEncoding, target: _Target) -> tuple[Encoding, list[str]]:
+    facts = target.graph.get(encoding.name, _UNKNOWN)
     if target.split:
+        encoding = _listed(encoding, facts.channel_axis, target.block_order, "scale", "offset")
         one = encoding.granularity == "tensor" or (target.version == "0.6.1" and encoding.scale.size == 1)
         shape: tuple[int, ...] = () if one else (encoding.scale.size,)
         block_size = None if target.version == "0.6.1" else encoding.block_size
@@ -149,13 +177,11 @@ def _project_integer(encoding: IntegerEncoding, target: _Target) -> tuple[Encodi
     changes: dict[str, Any] = {"symmetric": centred, "signed": signed}
     needs: list[str] = []
     if encoding.axis is None and encoding.granularity != "tensor":
-        facts = target.graph.get(encoding.name, _UNKNOWN)
-        layout = _channel_layout(encoding, facts) if encoding.block_size is None else _block_layout(encoding.scale.size, encoding.block_size, facts)
+        layout = _channel_layout(encoding, facts) if encoding.block_size is None else _block_layout(encoding.scale.size, encoding.block_size, facts, target)
         if isinstance(layout, str):
             needs.append(layout)
         else:
-            axis, shape = layout
-            changes |= {"axis": axis, "scale": encoding.scale.reshape(shape), "offset": encoding.offset.reshape(shape)}
+            changes |= {"axis": layout.axis, "scale": layout.nested(encoding.scale), "offset": layout.nested(encoding.offset)}
     return encoding.replace(**changes), needs
 
 
@@ -164,21 +190,21 @@ def _project_lpbq(encoding: LpbqEncoding, target: _Target) -> tuple[Encoding | N
         return None, []
     if target.version == "1.0.0":
         decompressed = encoding.decompressed_bitwidth or target.decompressed_bitwidth
+        encoding = _listed(encoding, encoding.channel_axis, target.block_order, "block_scale")
         flat = {"block_scale": encoding.block_scale.reshape(-1), "channel_scale": encoding.channel_scale.reshape(-1)}
         needs = [] if decompressed else ["its decompressed bitwidth (--decompressed-bitwidth)"]
         return encoding.replace(**flat, decompressed_bitwidth=decompressed, axis=None, channel_axis=None), needs
     projected = encoding.replace(decompressed_bitwidth=None)
     if encoding.axis is None:
         facts = target.graph.get(encoding.name, _UNKNOWN)
-        layout = _block_layout(encoding.block_scale.size, encoding.block_size, facts)
+        layout = _block_layout(encoding.block_scale.size, encoding.block_size, facts, target)
         if isinstance(layout, str):
             return projected, [layout]
-        axis, shape = layout
-        channel = facts.channel_axis
-        if channel is None or shape[channel] != encoding.channel_scale.size:
+        channel, rank = facts.channel_axis, len(layout.shape)
+        if channel is None or layout.shape[channel] != encoding.channel_scale.size:
             return projected, [f"its channel axis: the graph's shape of it does not have {encoding.channel_scale.size} channels"]
-        channel_scale = encoding.channel_scale.reshape(channel_shape(len(shape), channel))
-        projected = projected.replace(axis=axis, channel_axis=channel, block_scale=encoding.block_scale.reshape(shape), channel_scale=channel_scale)
+        channel_scale, block_scale = encoding.channel_scale.reshape(channel_shape(rank, channel)), layout.nested(encoding.block_scale)
+        projected = projected.replace(axis=layout.axis, channel_axis=channel, block_scale=block_scale, channel_scale=channel_scale)
     assert projected.axis is not None
     if target.version == "2.0.0":
         return projected.replace(channel_axis=channel_axis_of(projected.channel_scale.shape, projected.axis)), []
@@ -189,26 +215,55 @@ def _project_lpbq(encoding: LpbqEncoding, target: _Target) -> tuple[Encoding | N
     return projected, ([] if channel is not None else ["its channel axis, which its shapes leave open"])
 
 
-def _channel_layout(encoding: IntegerEncoding, facts: TensorFacts) -> tuple[int, tuple[int, ...]] | str:
-    """The channel axis and the scale's shape, or what is lacking."""
+@dataclass(frozen=True)
+class _Layout:
+    """How a flat list of scales is nested: `axis` of the channels or blocks, `shape`, and the channel axis if the list goes by output channel."""
+
+    axis: int
+    shape: tuple[int, ...]
+    output_first: int | None = None
+
+    def nested(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if self.output_first is None:
+            return flat.reshape(self.shape)
+        swapped = list(self.shape)
+        swapped[self.axis], swapped[self.output_first] = swapped[self.output_first], swapped[self.axis]
+        return flat.reshape(swapped).swapaxes(self.axis, self.output_first)
+
+
+def _listed(encoding: T, channel_axis: int | None, order: BlockOrder | None, *fields: str) -> T:
+    """With the axes of nested block scales swapped where a flat list by output channel wants them so."""
+    axis = encoding.axis
+    if order != "output" or encoding.block_size is None or axis is None or channel_axis is None or channel_axis < axis:
+        return encoding
+    return encoding.replace(**{field: getattr(encoding, field).swapaxes(axis, channel_axis) for field in fields})
+
+
+def _channel_layout(encoding: IntegerEncoding, facts: TensorFacts) -> _Layout | str:
+    """How the scales are nested, or what is lacking."""
     if facts.shape is None or facts.channel_axis is None:
         return "its channel axis; give the model's graph (--onnx), in which the op that reads the tensor implies one"
     if facts.shape[facts.channel_axis] != encoding.scale.size:
         return f"its channel axis: there are {encoding.scale.size} scales, but axis {facts.channel_axis} has {facts.shape[facts.channel_axis]} in the graph"
-    return facts.channel_axis, encoding.scale.shape
+    return _Layout(facts.channel_axis, encoding.scale.shape)
 
 
-def _block_layout(count: int, block_size: int, facts: TensorFacts) -> tuple[int, tuple[int, ...]] | str:
-    """The block axis and the shape of `count` block scales, or what is lacking."""
+def _block_layout(count: int, block_size: int, facts: TensorFacts, target: _Target) -> _Layout | str:
+    """How `count` block scales are nested, or what is lacking."""
     if facts.shape is None or facts.block_axis is None or facts.channel_axis is None:
         return "its block axis and the shape of its scales; give the model's graph (--onnx), in which the op that reads the tensor implies them"
-    if facts.block_axis < facts.channel_axis:
-        return "the order of its scales: 1.0.0 lists blocks by output channel in some files and as the tensor lies in others, and these two differ here"
     shape = tuple(-(-size // block_size) if axis == facts.block_axis else size for axis, size in enumerate(facts.shape))
     shape = tuple(size if axis in (facts.block_axis, facts.channel_axis) else 1 for axis, size in enumerate(shape))
     if facts.shape[facts.block_axis] % block_size or _product(shape) != count:
         return f"the shape of its scales: blocks of {block_size} on a tensor of {list(facts.shape)} are not {count}"
-    return facts.block_axis, shape
+    if facts.block_axis > facts.channel_axis:
+        return _Layout(facts.block_axis, shape)
+    if target.block_order is None:
+        return (
+            "the order of its block scales: 1.0.0 lists them as the tensor lies in some files and by output channel in others, and these two differ here; "
+            "say which (--block-order tensor, as AIMET's sim.onnx.export writes them, or --block-order output, as its sim.export does)"
+        )
+    return _Layout(facts.block_axis, shape, facts.channel_axis if target.block_order == "output" else None)
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -80,6 +80,21 @@ def check(recipe: RecipeFile, changes: Changes = None) -> None:
 
 
 @app.command()
+def data(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    sequence: Annotated[int, typer.Option(help="Which training sequence to show, from 0.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a recipe's data comes to, and one training sequence with the learnt tokens marked; runs nothing."""
+    from qwlora.pipeline.preview import format_preview, preview
+    from qwlora.recipe import load_recipe
+
+    found = preview(load_recipe(recipe, tuple(changes or ())), sequence)
+    print(json.dumps(found, indent=1) if as_json else format_preview(found))
+
+
+@app.command()
 def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.yaml")) -> None:
     """Write a commented recipe to start from."""
     from qwlora.starter import starter_recipe

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from tokenizers import processors
 
 from conftest import byte_tokenizer
-from qwlora.data import load_documents, locate_documents, sequences
+from qwlora.data import Completion, load_documents, locate_documents, sequences
 from qwlora.errors import SourceError
 
 
@@ -72,3 +73,30 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
         load_documents(str(tmp_path / "no.txt"), 0.2, 0)
     with pytest.raises(SourceError, match="the held-out text has 3 tokens, but one sequence needs 64"):
         sequences(["ab"], byte_tokenizer(), 64, "held-out")
+
+
+def test_the_same_answer_is_not_on_both_sides(tmp_path: Path) -> None:
+    long = "An answer that is longer than a line, so that learning it by heart would show in the loss on what is held out. "
+    records = [{"prompt": f"question {i}", "completion": long + str(i % 5)} for i in range(20)] + [
+        {"prompt": f"yes or no, {i}?", "completion": "yes"} for i in range(20)
+    ]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, [*records, *records[20:22]])))
+    documents = load_documents(str(tmp_path / "qa.jsonl"), 0.1, seed=3)
+    held = {d.completion for d in documents.held_out if isinstance(d, Completion)} - {"yes"}
+    assert held
+    assert held.isdisjoint(d.completion for d in documents.train if isinstance(d, Completion))
+    assert {(d.prompt, d.completion) for d in documents.held_out}.isdisjoint((d.prompt, d.completion) for d in documents.train)  # type: ignore[union-attr]
+    assert documents.overlapping_documents == 42 - len(documents.train) - len(documents.held_out) > 0
+    assert any(d.completion == "yes" for d in documents.train if isinstance(d, Completion))  # a short answer may be right twice
+
+
+def test_one_conversation_is_too_few(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}')
+    with pytest.raises(SourceError, match=r"one.jsonl:1: this is the only record, and at least two are needed"):
+        load_documents(str(tmp_path / "one.jsonl"), 0.2, 0)
+
+
+def test_records_that_all_say_the_same_leave_nothing_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "same.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    with pytest.raises(SourceError, match="everything in the training part stands in the held-out part too"):
+        load_documents(str(tmp_path / "same.jsonl"), 0.2, 0)

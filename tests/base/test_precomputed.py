@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, MixtralConfig, MixtralForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import GPT2Config, GPTNeoConfig, GPTNeoForCausalLM, MixtralConfig, MixtralForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
@@ -169,6 +169,15 @@ def test_a_configuration_of_no_language_model_is_refused() -> None:
         load_precomputed(checkpoint)
     checkpoint.config = GPT2Config(n_layer=200_000, n_embd=8, n_head=1, vocab_size=9)
     with pytest.raises(SourceError, match=r"asks for more than .* parameters, many times what the files hold"):
+        load_precomputed(checkpoint)
+
+
+def test_a_configuration_cannot_make_buffers_that_fill_memory() -> None:
+    """GPT-Neo makes a mask of all positions by all positions."""
+    checkpoint = Held(GPTNeoForCausalLM(GPTNeoConfig(hidden_size=16, num_layers=1, attention_types=[[["global"], 1]], num_heads=2, vocab_size=99)))
+    assert load_precomputed(checkpoint).config.max_position_embeddings == 2048
+    checkpoint.config.max_position_embeddings = 10**6
+    with pytest.raises(SourceError, match=r"asks for a buffer transformer.h.0.attn.attention.bias of shape \[1, 1, 1000000, 1000000\]"):
         load_precomputed(checkpoint)
 
 

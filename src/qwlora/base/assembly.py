@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qwlora.errors import SourceError
 
+MOST_BUFFER_BYTES = 2**28
+
 Place = tuple[str, str]
 """Path of a module, and the key of its parameter or buffer."""
 
@@ -26,13 +28,15 @@ def empty_model(config: PretrainedConfig, tensors: int) -> PreTrainedModel:
     """The causal language model of `config`, without data.
 
     Args:
-        tensors: how many the files hold. A configuration that asks for many times more is refused before it is built.
+        tensors: how many the files hold. A configuration that asks for many times more, or for buffers that would fill memory, is refused before it is built.
 
     Raises:
         SourceError: the configuration builds no causal language model.
     """
     try:
-        with _at_most(2 * tensors + 64), init_empty_weights(include_buffers=False):
+        with _at_most(2 * tensors + 64), torch.device("meta"):
+            _check_buffers(AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False))
+        with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except SourceError:
         raise
@@ -81,6 +85,13 @@ def put_(model: nn.Module, places: Iterable[Place], tensor: Tensor) -> None:
 def listed(names: Sequence[str], most: int = 5) -> str:
     """The first of `names`, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _check_buffers(model: nn.Module) -> None:
+    """Refuse buffers that are made whatever the files hold, and would fill memory."""
+    for name, buffer in model.named_buffers():
+        if buffer.nbytes > MOST_BUFFER_BYTES:
+            raise SourceError(f"config.json asks for a buffer {name} of shape {list(buffer.shape)}, more than any model has; it is damaged")
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def one(version: str, encoding: Encoding, **fields: object) -> EncodingsFile:
     [
         (BLOCK, "0.6.1", ["w: granularity block"]),
         (LPBQ, "0.6.1", ["w: the whole encoding, LPBQ of 4 bits"]),
-        (LPBQ, "2.1.0", ["w: decompressed_bitwidth 8"]),
+        (LPBQ, "2.1.0", ["w: decompressed_bitwidth 8; to come back needs its decompressed bitwidth (--decompressed-bitwidth)"]),
         (FloatEncoding("w", 16), "2.0.0", ["w: the whole encoding, floats of 16 bits"]),
         (IntegerEncoding("w", 8, 0.1, -128, False), "2.0.0", ["w: symmetric False"]),
         (IntegerEncoding("w", 8, 0.1, 0, True), "2.0.0", ["w: symmetric True"]),
@@ -151,7 +151,10 @@ def test_what_is_lost_from_1_0_0_is_named_and_nothing_else(encoding: Encoding, t
     [
         (IntegerEncoding("w", 8, [0.1, 0.2], [-128, -128], True, True, axis=0), []),
         (IntegerEncoding("w", 8, [0.1, 0.2], [-128, -128], True, True, axis=-2), []),
-        (IntegerEncoding("w", 8, [0.1] * 6, [-128] * 6, True, True, axis=1), ["w: axis 1"]),
+        (
+            IntegerEncoding("w", 8, [0.1] * 6, [-128] * 6, True, True, axis=1),
+            ["w: axis 1; to come back needs its channel axis: there are 6 scales, but axis 0 has 2 in the graph"],
+        ),
         (IntegerEncoding("w", 8, 0.1, -128, True, False), ["w: signed False"]),
         (IntegerEncoding("w", 8, 0.1, -100, False, True), ["w: signed True"]),
         (FloatEncoding("w", 8, "float8e5m2", 1.0), ["w: the whole encoding, floats of 8 bits (float8e5m2)"]),

@@ -77,6 +77,7 @@ class Model(Section):
     """Where the float model comes from."""
 
     source: str = Field(description="a checkpoint folder, a .gguf file, package:NAME/PATH inside an installed package, or a hub id")
+    encodings: str | None = Field(None, description="an AIMET encodings file for the weights in source; base.solver keep takes them")
 
 
 class Data(Section):
@@ -122,11 +123,59 @@ class Data(Section):
         return Cutting(self.sequence_tokens, self.packing, self.turns)
 
 
+class BaseRule(Section):
+    """Some layers of the base: kept float, or with values of their own in the place of the base's."""
+
+    match: str = Field(description="a glob over module paths: *.down_proj, model.layers.0.*, lm_head")
+    keep: Literal["float"] | None = Field(None, description="float leaves the layers as they are")
+    solver: Literal["rtn", "search", "sqnr", "gptq"] | None = Field(None, description="the base's unless given")
+    bitwidth: Literal[2, 3, 4, 5, 6, 7, 8] | None = Field(None, description="likewise")
+    symmetric: bool | None = Field(None, description="likewise")
+    granularity: Literal["tensor", "channel", "block"] | None = Field(None, description="likewise")
+    block_size: Count | None = Field(None, description="likewise")
+
+    @model_validator(mode="after")
+    def _one_thing(self) -> BaseRule:
+        given = [n for n in ("solver", "bitwidth", "symmetric", "granularity", "block_size") if getattr(self, n) is not None]
+        if self.keep is not None and given:
+            raise ValueError(f"a layer that stays float has no {', '.join(given)}; remove that, or keep")
+        if self.keep is None and not given:
+            raise ValueError("the rule changes nothing; give keep: float, or a bitwidth, granularity or solver")
+        if self.granularity not in (None, "block") and self.block_size is not None:
+            raise ValueError(f"block_size goes with granularity block, not {self.granularity}; remove one")
+        return self
+
+    def scheme(self, base: Weights) -> Scheme | None:
+        """The layers' grid; None if they stay float."""
+        if self.keep is not None:
+            return None
+        own = {k: v for k in ("bitwidth", "symmetric", "granularity", "block_size") if (v := getattr(self, k)) is not None}
+        if "block_size" in own:
+            own["granularity"] = "block"
+        whole = base.model_dump() | own
+        if whole["granularity"] != "block":
+            whole["block_size"] = None
+        return Weights(**whole).scheme()
+
+
 class Base(Section):
     """Step 1."""
 
-    solver: Literal["rtn", "search"] = Field("search", description="rtn: min-max range; search: the range with the least squared error")
+    solver: Literal["rtn", "search", "sqnr", "gptq", "keep"] = Field(
+        "search",
+        description="rtn: min-max range; search: the range with the least squared error; sqnr: the same, clipping counting more; gptq: following the inputs "
+        "of each layer; keep: the integers that the model's files hold",
+    )
     weights: Weights = Field(Weights(block_size=DEFAULT_BLOCK_SIZE), description="the grid of every Linear weight")
+    rules: list[BaseRule] = Field([], description="what is different for some layers; the first that matches a layer decides")
+    calibration_sequences: Count = Field(32, description="training sequences that gptq and the adapters' start follow, at most")
+
+    @model_validator(mode="after")
+    def _nothing_beside_keep(self) -> Base:
+        given = [n for n in ("weights", "rules") if getattr(self, n) != Base.model_fields[n].default]
+        if self.solver == "keep" and given:
+            raise ValueError(f"solver keep takes the integers as they are; remove {' and '.join(given)}")
+        return self
 
 
 class Adapter(Section):
@@ -140,6 +189,9 @@ class Adapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before lora_A while training")
     target_modules: str | list[str] = Field("all-linear", description="which layers get an adapter, as PEFT understands it")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    init: Literal["zero", "svd", "qera"] = Field(
+        "zero", description="start at zero, or at the best correction of what quantization lost: of the weights (svd), of the outputs (qera)"
+    )
     dora: bool = Field(False, description="DoRA: learn the norm of each output of a layer besides")
     rank_pattern: dict[str, Count] = Field({}, description="other ranks, by the end of a module's name or a regular expression")
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="other alphas, likewise")
@@ -169,6 +221,8 @@ class Adapter(Section):
             raise ValueError("unknown_base goes with start; remove it")
         if self.start is None and self.steps == 0:
             raise ValueError("steps is 0, so nothing would be learnt; give start to use an adapter as it is")
+        if self.init != "zero" and (self.dora or self.start is not None):
+            raise ValueError(f"init {self.init} is a start of its own: it goes neither with dora, whose magnitudes depend on it, nor with start")
         if self.steps and self.warmup_steps >= self.steps and self.schedule != "constant":
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})")
         if self.patience is not None and self.evaluation_steps is None:
@@ -212,6 +266,16 @@ class Recipe(Section):
     simulation: SimulationSection = SimulationSection()
     export: Export = Export()
     verify: Verify = Verify()
+
+    @model_validator(mode="after")
+    def _encodings_are_used(self) -> Recipe:
+        if self.model.encodings is not None and self.base.solver != "keep":
+            raise ValueError("model.encodings are taken by base.solver keep; set it, or remove them")
+        if self.base.solver == "keep" and self.model.encodings is None and (lost := [a.name for a in self.adapters if a.init != "zero"]):
+            raise ValueError(
+                f"adapters {', '.join(lost)}: a start other than zero needs the float weights, which integers alone (base.solver keep) do not give"
+            )
+        return self
 
     @field_validator("adapters")
     @classmethod
@@ -318,6 +382,9 @@ def _make_paths_absolute(content: dict[str, Any]) -> None:
     for part in (content.get("model"), content.get("data")):
         if isinstance(part, dict) and isinstance(source := part.get("source"), str) and Path(source).expanduser().exists():
             part["source"] = str(Path(source).expanduser().absolute())
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(encodings := model.get("encodings"), str):
+        model["encodings"] = str(Path(encodings).expanduser().absolute())
     data = content.get("data")
     if isinstance(data, dict) and isinstance(template := data.get("chat_template"), str):
         data["chat_template"] = str(Path(template).expanduser().absolute())

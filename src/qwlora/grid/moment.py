@@ -74,7 +74,12 @@ class SecondMoment:
         """R."""
         if self.total is None:
             raise CalibrationError("no data was observed")
-        return self.total / self.weight
+        return _symmetric(self.total / self.weight)
+
+
+def _symmetric(upper: Tensor) -> Tensor:
+    """The matrix whose upper triangle is that of `upper`."""
+    return upper.triu() + upper.triu(1).T
 
 
 class Moments(Mapping[str, Tensor]):
@@ -114,7 +119,7 @@ class Moments(Mapping[str, Tensor]):
         size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
         matrix = triangle.new_zeros(size, size)
         matrix[tuple(torch.triu_indices(size, size))] = triangle
-        return matrix + matrix.triu(1).T
+        return _symmetric(matrix)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)

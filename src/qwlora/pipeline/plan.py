@@ -53,8 +53,11 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     template = Path(recipe.data.chat_template).read_text() if recipe.data.chat_template else None
     text = [documents.digest, recipe.data.sequence_tokens, recipe.data.cutting().packing_of(documents.kind), recipe.data.turns, template]
     held_out = [*text, recipe.data.evaluation_sequences]
-    add("evaluate/float", [model, held_out])
-    add("quantize", [model, recipe.base.model_dump()], artifact="base")
+    if has_float_model(recipe):
+        add("evaluate/float", [model, held_out])
+    follows = [text, recipe.seed] if recipe.base.solver == "gptq" or needs_moments(recipe) or any(r.solver == "gptq" for r in recipe.base.rules) else None
+    encodings = hashlib.sha256(Path(recipe.model.encodings).read_bytes()).hexdigest() if recipe.model.encodings else None
+    add("quantize", [model, encodings, recipe.base.model_dump(), follows, needs_moments(recipe)], artifact="base")
     add("evaluate/base", held_out, ("quantize",))
     for adapter in recipe.adapters:
         trains = adapter.model_dump(exclude={"checkpoint_steps", "report_to"})  # neither changes the adapter
@@ -70,6 +73,16 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
             add(f"export/{target}/{n}", [], (f"calibrate/{n}",), n, f"export/{target}/{n}")
             add(f"verify/{target}/{n}", [recipe.verify.model_dump(), text], (f"export/{target}/{n}",), n)
     return list(plan.values())
+
+
+def needs_moments(recipe: Recipe) -> bool:
+    """Whether an adapter's start follows the inputs of layers."""
+    return any(adapter.init == "qera" for adapter in recipe.adapters)
+
+
+def has_float_model(recipe: Recipe) -> bool:
+    """Whether there is a float model to compare with: not where the files hold only integers that transformers would need another library for."""
+    return locate(recipe.model.source).holds_floats
 
 
 def dependents(plan: list[Stage], name: str) -> list[str]:

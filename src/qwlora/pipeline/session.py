@@ -12,9 +12,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwlora.adapter.provenance import load_adapter
+from qwlora.base.checkpoint import Checkpoint
+from qwlora.base.readers.open_checkpoint import open_checkpoint
 from qwlora.base.source import load_model, load_tokenizer, locate
 from qwlora.base.storage import load_base, read_record
 from qwlora.data import Documents, Prepared, prepare
+from qwlora.errors import SourceError
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.sequences import Sequences
 from qwlora.progress import Track
@@ -64,6 +67,13 @@ class Session:
         if self._float_model is None:
             self._float_model = load_model(self.recipe.model.source)
         return self._float_model
+
+    def checkpoint(self) -> Checkpoint:
+        """The model's files as they are, integers where they hold integers."""
+        location = locate(self.recipe.model.source)
+        if not location.files:
+            raise SourceError(f"model {self.recipe.model.source!r} is a hub id; download it to a folder to take its integers as they are (base.solver keep)")
+        return open_checkpoint(location.path, self.recipe.model.encodings)
 
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights, on the meta device: to see whether an adapter fits it."""

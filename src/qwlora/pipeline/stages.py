@@ -11,12 +11,18 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qwlora.adapter.attach import LoraShape, attach, attach_existing, check_shape, check_start, check_trainable
+from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.provenance import save_adapter
 from qwlora.adapter.train import TrainingReport, TrainingSettings, check_loggers, train_adapter
-from qwlora.base.quantize import base_size, check_fit, find_layers, quantize_
+from qwlora.base.packed import weight_out_in
+from qwlora.base.precomputed import LazyModel, load_precomputed
+from qwlora.base.quantize import QuantizeReport, base_size, plan_layers, quantize_
+from qwlora.base.rules import Rule
 from qwlora.base.storage import save_base
 from qwlora.data.isolation import check_isolation
 from qwlora.data.prepare import describe
@@ -26,12 +32,15 @@ from qwlora.export.bundle import export_onnx
 from qwlora.export.extras import require
 from qwlora.export.verify import Limits, check_parity, verify_onnx
 from qwlora.grid.fingerprint import fingerprint
+from qwlora.grid.moment import Moments
 from qwlora.pipeline.memory import peak_rss_bytes, reset_peak_rss
-from qwlora.pipeline.plan import Stage
+from qwlora.pipeline.plan import Stage, has_float_model, needs_moments
 from qwlora.pipeline.session import Session
 from qwlora.pipeline.workers import is_first_process
-from qwlora.recipe import Adapter
+from qwlora.recipe import Adapter, Base
 from qwlora.simulation.storage import save_simulation
+
+MOMENTS = "moments"  # of the inputs of the base's layers, beside it
 
 Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]
@@ -52,8 +61,7 @@ def preflight(session: Session, verbs: set[str]) -> None:
     if "train" in verbs:
         _check_adapters(session)
     if "quantize" in verbs:
-        model = session.float_model()
-        check_fit(find_layers(model), session.recipe.base.weights.scheme())
+        model = _unquantized(session)
         embedding: Any = model.get_input_embeddings()
         known = embedding.weight.shape[0]
         if largest >= known:
@@ -64,13 +72,45 @@ def preflight(session: Session, verbs: set[str]) -> None:
             check_isolation(model)
 
 
+def _unquantized(session: Session) -> PreTrainedModel:
+    """The model that step 1 would begin with, after seeing that it can."""
+    base = session.recipe.base
+    if base.solver == "keep":
+        return LazyModel(session.checkpoint()).model
+    if not has_float_model(session.recipe):
+        raise SourceError(f"model {session.recipe.model.source!r} is quantized already; take its integers as they are (base.solver: keep)")
+    model = session.float_model()
+    plan_layers(model, base.weights.scheme(), base.solver, _rules(base))
+    return model
+
+
+def _rules(base: Base) -> list[Rule]:
+    return [Rule(rule.match, rule.scheme(base.weights), rule.solver) for rule in base.rules]
+
+
 def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 1: the packed base."""
-    model = session.take_float_model()
-    quantize_(model, session.recipe.base.weights.scheme(), session.recipe.base.solver, session.track)
-    size = base_size(model)
+    base = session.recipe.base
+    if base.solver == "keep":
+        model = load_precomputed(session.checkpoint(), session.track)
+        report = QuantizeReport(base_size(model))
+    else:
+        model = session.take_float_model()
+        report = quantize_(
+            model,
+            base.weights.scheme(),
+            base.solver,
+            rules=_rules(base),
+            calibration=session.data.calibration_ids[: base.calibration_sequences],
+            moments=Moments(work / MOMENTS) if needs_moments(session.recipe) else None,
+            work=work,
+            track=session.track,
+        )
     identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)
-    return {"base": {**asdict(size), "bits_per_weight": size.bits_per_weight, "fingerprint": identity}}
+    if (work / MOMENTS).is_dir():
+        (work / MOMENTS).rename(scratch / MOMENTS)
+    layers = {name: asdict(layer) for name, layer in report.layers.items()}
+    return {"base": {**asdict(report.size), "bits_per_weight": report.size.bits_per_weight, "fingerprint": identity, "layers": layers}}
 
 
 def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
@@ -80,6 +120,11 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     reset_peak_rss()
     base = session.base()
     model = attach(base, _shape(adapter), seed) if adapter.start is None else attach_existing(base, adapter.start, adapter.unknown_base, seed)
+    if adapter.init != "zero":
+        initialized = _initialize(session, model, adapter)
+        reset_peak_rss()
+    else:
+        initialized = {}
     if adapter.steps:
         if session.data.train.position_ids is not None:
             check_isolation(model)
@@ -96,13 +141,27 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
         "steps": report.steps,
         "step_seconds": report.step_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
+        "base_bytes": report.base_bytes,
         "trainable_parameters": report.trainable_parameters,
         "resumed_from_step": report.resumed_from_step,
         "losses": list(report.losses),
     }
     if adapter.evaluation_steps:
         measured |= {"evaluations": [list(e) for e in report.evaluations], "best_step": report.best_step}
+    if initialized:
+        measured["init"] = {"method": adapter.init, "layers": initialized}
     return {"train": {adapter.name: measured}, "data": describe(session.documents, session.data)}
+
+
+def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> Results:
+    """Start the adapter from what quantization lost; returns the errors before and after, by layer."""
+    floats = session.take_float_model()
+
+    def weight(path: str) -> Tensor:
+        return weight_out_in(floats.get_submodule(path)).detach()
+
+    moments = Moments(session.path / "base" / MOMENTS) if adapter.init == "qera" else None
+    return {path: asdict(report) for path, report in initialize_adapter_(model, adapter.init, weight, moments, track=session.track).items()}
 
 
 def _check_adapters(session: Session) -> None:

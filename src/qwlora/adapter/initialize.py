@@ -1,0 +1,154 @@
+"""Where an adapter starts: at zero, or at the best correction of what quantization lost. The base is not touched, so one base still serves many adapters.
+
+    zero    B = 0: PEFT's own start
+    svd     minimize |D - s B A|^2,                  D = W - W_hat, s the adapter's scaling
+    qera    minimize E |(D - s B A) x|^2,            R = E[x x^T] + damping = L L^T
+
+    U S V^T = svd(D L)  (L = 1 for svd),    B = U_r S_r^(1/2) / sqrt(s),    A = S_r^(1/2) V_r^T L^-1 / sqrt(s)
+
+Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution is that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from qwlora.errors import TrainingError
+from qwlora.grid.names import canonical_name
+from qwlora.progress import Track, untracked
+
+Init = Literal["zero", "svd", "qera"]
+DAMPING = 0.01
+_WHOLE = 2048  # the smaller side of a matrix up to which its Gram matrix is decomposed whole; larger ones by random projection
+_OVERSAMPLED, _POWERS = 32, 4
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """Relative output error `tr(E R E^T) / tr(W R W^T)` of one layer without and with its adapter, `R = 1` for svd."""
+
+    before: float
+    after: float
+
+
+def initialize_adapter_(
+    model: PeftModel,
+    init: Init,
+    weights: Callable[[str], Tensor],
+    moments: Mapping[str, Tensor] | None = None,
+    adapter: str | None = None,
+    track: Track = untracked,
+) -> dict[str, InitReport]:
+    """Start the adapter of each quantized matrix product in `model`, in place; other layers keep PEFT's start.
+
+    Args:
+        weights: the float weight [out, in] that a layer was quantized from, by its canonical path.
+        moments: R of a layer's input [in, in], likewise; qera needs it (`quantize_(..., moments=...)`).
+        adapter: its name in `model`; the active one unless given.
+
+    Returns:
+        The error of each layer that was started.
+
+    Raises:
+        TrainingError: there is no such layer, a moment is missing, or the adapter is one (DoRA) whose other parameters depend on the start.
+    """
+    if init == "zero":
+        return {}
+    adapter = adapter or model.active_adapter
+    layers = dict(_quantized_layers(model, adapter))
+    if not layers:
+        raise TrainingError(f"init {init} corrects what quantization lost, but no layer with adapter {adapter!r} is quantized; use init zero")
+    if init == "qera" and (missing := [path for path in layers if moments is None or path not in moments]):
+        raise TrainingError(f"init qera needs the moments of the inputs of {', '.join(missing[:3])}; quantize with calibration data and moments, or use svd")
+    reports = {}
+    for path in track(list(layers), "starting the adapter", len(layers)):
+        moment = moments[path] if init == "qera" and moments is not None else None
+        reports[path] = _start(layers[path], adapter, weights(path), moment)
+    return reports
+
+
+def best_correction(
+    difference: Float[Tensor, "out in"], rank: int, moment: Float[Tensor, "in in"] | None = None
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """(B, A) of the module's equation for scaling 1."""
+    lower = None if moment is None else _root(moment)
+    u, s, vt = _leading(difference if lower is None else difference @ lower, rank)
+    root = s.clamp(min=0).sqrt()
+    right = root.unsqueeze(1) * vt
+    if lower is not None:
+        right = torch.linalg.solve_triangular(lower.T, right.T, upper=True).T
+    return u * root, right
+
+
+def _start(layer: LoraLayer, adapter: str, weight: Tensor, moment: Tensor | None) -> InitReport:
+    base: Any = layer.get_base_layer()
+    weight = weight.float()
+    difference = weight - base.tensor.dequantize()
+    scaling = float(layer.scaling[adapter])
+    b, a = best_correction(difference, layer.r[adapter], moment)
+    with torch.no_grad():
+        layer.lora_A[adapter].weight.copy_(a / scaling**0.5)
+        layer.lora_B[adapter].weight.copy_(b / scaling**0.5)
+        whole = _energy(weight, moment)
+        return InitReport(_energy(difference, moment) / whole, _energy(difference - b @ a, moment) / whole)
+
+
+def _energy(matrix: Tensor, moment: Tensor | None) -> float:
+    weighted = matrix if moment is None else matrix @ moment
+    return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
+    """Layers with a packed matrix, which is what has `tensor` and is a Linear."""
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
+            continue
+        base = module.get_base_layer()
+        if not isinstance(base, nn.Linear) or not hasattr(base, "tensor"):
+            continue
+        if module.use_dora.get(adapter):
+            raise TrainingError(f"{canonical_name(name)}: the start of a DoRA adapter fixes its magnitudes too; only init zero does that")
+        yield canonical_name(name), module
+
+
+def _root(moment: Tensor) -> Tensor:
+    """Lower triangular L of the damped moment."""
+    damping = DAMPING
+    mean = float(moment.diagonal().mean()) or 1.0
+    while True:
+        damped = moment.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            return lower
+        damping *= 10
+
+
+def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` leading singular triplets: u [out, rank], s [rank], v^T [rank, in]; zeros where the matrix has fewer."""
+    rows, columns = matrix.shape
+    kept = min(rank, rows, columns)
+    if min(rows, columns) <= _WHOLE:
+        wide = matrix if rows <= columns else matrix.T
+        u = torch.linalg.eigh(wide.double() @ wide.double().T).eigenvectors[:, -kept:].flip(1).to(matrix.dtype)
+    else:
+        wide = matrix if rows <= columns else matrix.T
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, *_ = torch.svd_lowrank(wide, q=min(kept + _OVERSAMPLED, rows, columns), niter=_POWERS)
+        u = u[:, :kept]
+    projected = u.T @ wide
+    s = projected.norm(dim=1)
+    vt = projected / s.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    if rows > columns:
+        u, vt = vt.T, u.T
+    missing = rank - kept
+    return nn.functional.pad(u, (0, missing)), nn.functional.pad(s, (0, missing)), nn.functional.pad(vt, (0, 0, 0, missing))

@@ -1,0 +1,88 @@
+"""Starts of an adapter: optimal for what they minimize, and without touching the base."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_model
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from qwlora.adapter.initialize import best_correction, initialize_adapter_
+from qwlora.base.packed import weight_out_in
+from qwlora.base.quantize import quantize_
+from qwlora.errors import TrainingError
+from qwlora.grid.fingerprint import fingerprint
+from qwlora.grid.moment import Moments
+
+
+def correlated(columns: int) -> Tensor:
+    x = torch.randn(500, columns, generator=torch.Generator().manual_seed(1)) @ torch.randn(columns, columns, generator=torch.Generator().manual_seed(2))
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize(("out", "columns"), [(24, 40), (40, 24), (24, 24)])
+def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
+    """Against the Eckart-Young bound: the error of a truncated SVD, in the norm of the inputs, from numpy's singular values."""
+    difference = torch.randn(out, columns, generator=torch.Generator().manual_seed(0))
+    b, a = best_correction(difference, 5)
+    singular = torch.linalg.svdvals(difference)
+    assert float((difference - b @ a).square().sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
+
+    moment = correlated(columns)
+    b, a = best_correction(difference, 5, moment)
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(columns)
+    values, vectors = torch.linalg.eigh(damped)
+    singular = torch.linalg.svdvals(difference @ (vectors * values.sqrt()) @ vectors.T)
+    left = difference - b @ a
+    assert float(((left @ damped) * left).sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
+
+
+def test_a_rank_beyond_the_matrix_corrects_everything() -> None:
+    difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    b, a = best_correction(difference, 10, correlated(8))
+    assert torch.allclose(b @ a, difference, atol=1e-4)
+    assert (b.shape, a.shape) == ((6, 10), (10, 8))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_start_brings_the_outputs_nearer_to_the_float_model(architecture: str) -> None:
+    model = tiny_model(architecture)
+    reference = copy.deepcopy(model)
+    ids = torch.randint(0, 250, (8, 32), generator=torch.Generator().manual_seed(0))
+    moments = Moments()
+    quantize_(model, "w2-block32-asymmetric", "gptq", calibration=ids, moments=moments)
+    identity = fingerprint(model)
+
+    def distance(candidate: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return float((candidate(ids).logits - reference(ids).logits).square().mean())
+
+    base, found = distance(model), {}
+    for init in ("svd", "qera"):
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+        reports = initialize_adapter_(adapted, init, lambda path: weight_out_in(reference.get_submodule(path)), moments)
+        assert all(report.after < report.before for report in reports.values())
+        assert fingerprint(adapted) == identity
+        found[init] = distance(adapted)
+    assert found["qera"] < base
+    assert found["qera"] < found["svd"]
+
+
+def test_what_cannot_be_started_says_why() -> None:
+    def attached(dora: bool = False) -> torch.nn.Module:
+        return get_peft_model(model, LoraConfig(r=4, use_dora=dora, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+    model = tiny_model("llama")
+    with pytest.raises(TrainingError, match="no layer with adapter 'default' is quantized"):
+        initialize_adapter_(attached(), "svd", lambda path: torch.empty(0))
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32")
+    with pytest.raises(TrainingError, match=r"needs the moments of the inputs of model\.layers\.0\.self_attn\.q_proj"):
+        initialize_adapter_(attached(), "qera", lambda path: torch.empty(0))
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32")
+    with pytest.raises(TrainingError, match="DoRA"):
+        initialize_adapter_(attached(dora=True), "svd", lambda path: torch.empty(0))

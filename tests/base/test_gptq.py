@@ -1,0 +1,124 @@
+"""GPTQ against its definition and against rounding to nearest; the refinement; statistics of inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwlora.base.fit import fit, storable_scale
+from qwlora.base.gptq import GptqSettings, gptq
+from qwlora.errors import CalibrationError, GridError
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.observer import measure
+from qwlora.grid.scheme import Scheme, parse_scheme
+
+SCHEMES = ["w4-channel", "w4-tensor", "w4-block32", "w3-block64", "w2-block32-asymmetric", "w4-lpbq64", "w8-channel-asymmetric"]
+
+
+def problem(out: int = 48, columns: int = 128, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight, and the moment of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -2, columns).unsqueeze(1)
+    x = torch.randn(1000, columns, generator=generator) @ mixing
+    return torch.randn(out, columns, generator=generator) * 0.02, x.T @ x / len(x)
+
+
+def output_error(difference: Tensor, moment: Tensor) -> float:
+    return float(((difference @ moment) * difference).sum())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("activation_order", [False, True])
+def test_the_output_error_falls_from_rounding_to_gptq_to_its_refinement(name: str, activation_order: bool) -> None:
+    weight, moment = problem()
+    scheme = parse_scheme(name)
+    rounded = output_error(weight - measure(weight, scheme).fake_quantize(weight), moment)
+    plain, _ = gptq(weight, moment, scheme, GptqSettings(activation_order=activation_order, sweeps=0))
+    refined, report = gptq(weight, moment, scheme, GptqSettings(activation_order=activation_order))
+    errors = [output_error(weight - q.dequantize(), moment) for q in (plain, refined)]
+    assert errors[1] < errors[0] < 0.7 * rounded
+    assert report.relative_error == pytest.approx(errors[1] / output_error(weight, moment), rel=1e-3)
+    assert int(refined.codes.max()) <= scheme.steps
+
+
+def test_without_refinement_it_is_the_recursion_of_the_paper() -> None:
+    """Column by column with the inverse Hessian updated by elimination, in float64; no Cholesky factor, no runs of columns."""
+    weight, moment = problem(out=8, columns=48)
+    scheme = parse_scheme("w4-channel")
+    found, report = gptq(weight, moment, scheme, GptqSettings(sweeps=0))
+    hessian = moment.double()
+    hessian.diagonal().add_(report.damping * float(moment.diagonal().mean()))
+    inverse, left = hessian.inverse(), weight.double().clone()
+    assert isinstance(found.encoding, Encoding)
+    scale = found.encoding.scale.double()
+    expected = torch.empty_like(left)
+    for i in range(48):
+        expected[:, i] = torch.round(left[:, i] / scale).clamp(-8, 7) * scale
+        left -= torch.outer((left[:, i] - expected[:, i]) / inverse[i, i], inverse[i])
+        inverse -= torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+        inverse[i, :] = inverse[:, i] = 0
+        inverse[i, i] = 1
+    assert (found.dequantize() - expected).abs().max() < 1e-6
+
+
+def test_independent_inputs_leave_nothing_to_make_good() -> None:
+    weight, _ = problem()
+    scheme = parse_scheme("w4-block32")
+    found, _ = gptq(weight, torch.eye(128), scheme, GptqSettings(sweeps=0))
+    expected = fit(weight, scheme)
+    assert torch.equal(found.codes, expected.quantize(weight))
+
+
+def test_columns_that_no_input_reaches_are_rounded_to_nearest() -> None:
+    weight, moment = problem()
+    dead = torch.arange(0, 128, 3)
+    moment[dead] = 0
+    moment[:, dead] = 0
+    found, _ = gptq(weight, moment, parse_scheme("w4-channel"))
+    assert isinstance(found.encoding, Encoding)
+    assert torch.equal(found.codes[:, dead], found.encoding.quantize(weight)[:, dead])
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_moment_of_few_tokens_is_damped_until_it_can_be_factored(tokens: int) -> None:
+    weight, _ = problem()
+    x = 1e4 * torch.randn(tokens, 128, generator=torch.Generator().manual_seed(1))
+    moment = x.T @ x / tokens
+    found, report = gptq(weight, moment, parse_scheme("w4-channel"))
+    assert report.damping >= 0.01
+    assert output_error(weight - found.dequantize(), moment) < output_error(weight - measure(weight, parse_scheme("w4-channel")).fake_quantize(weight), moment)
+
+
+def test_wrong_input_is_refused_by_name() -> None:
+    weight, moment = problem()
+    with pytest.raises(GridError, match=r"needs a moment of shape \[128, 128\], not \[64, 64\]"):
+        gptq(weight, moment[:64, :64], parse_scheme("w4-channel"))
+    with pytest.raises(GridError, match="blocks of 48 do not divide"):
+        gptq(weight, moment, parse_scheme("w4-block48"))
+    with pytest.raises(CalibrationError, match="nan or infinity"):
+        gptq(weight, moment * float("nan"), parse_scheme("w4-channel"))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_fit_is_never_worse_than_the_min_max_range(name: str) -> None:
+    weight, moment = problem()
+    scheme = parse_scheme(name)
+    importance = moment.diagonal()
+    errors = [float(((e.fake_quantize(weight) - weight).square() * importance).sum()) for e in (fit(weight, scheme, importance), measure(weight, scheme))]
+    if name != "w4-lpbq64":  # whose integer scales are found from free ones
+        assert errors[0] <= errors[1] * 1.001
+
+
+def test_block_scales_survive_float16() -> None:
+    weight, _ = problem()
+    scale = fit(weight, parse_scheme("w4-block32")).scale
+    assert torch.equal(scale, scale.half().float())
+    tiny = torch.tensor([1e-7, 1e6, 0.1])
+    assert torch.equal(storable_scale(tiny)[:2], tiny[:2]), "scales that float16 would round badly stay as they are"
+
+
+def test_a_clipping_penalty_widens_the_grid() -> None:
+    weight, _ = problem()
+    scheme = Scheme(3)
+    assert float(fit(weight, scheme, clipping_penalty=3).scale) > float(fit(weight, scheme).scale)

@@ -1,0 +1,217 @@
+"""Quantizing a model: which layers, by which rules, part by part on calibration data, and on from where it stopped."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from qwlora import PackedLinear, fingerprint, quantize_
+from qwlora.base.lockstep import Lockstep
+from qwlora.base.packed import packed_weights, weight_out_in
+from qwlora.base.quantize import find_tensors
+from qwlora.base.rules import Rule
+from qwlora.errors import CalibrationError, GridError
+from qwlora.grid.moment import Moments
+from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme
+
+
+def token_ids(count: int = 6, tokens: int = 24) -> Tensor:
+    return torch.randint(0, 250, (count, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def mixture() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=260, num_local_experts=4, max_position_embeddings=64)).eval()
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D") and module is not head]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_linear_is_taken_but_the_output_head(architecture: str) -> None:
+    model = tiny_model(architecture)
+    names = linear_names(model)
+    report = quantize_(model, "w4-block32", solver="rtn")
+    assert {type(model.get_submodule(name)) for name in names} == {PackedLinear}
+    assert len(packed_weights(model)) == len(names) == len(report.layers)
+    assert not isinstance(model.get_output_embeddings(), PackedLinear)
+    assert report.size.weights == sum(layer.tensor.codes.numel() for layer in packed_weights(model).values())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_quantized_model_computes_what_its_dequantized_twin_computes(architecture: str) -> None:
+    """The twin is a plain float model that holds the dequantized weights; Conv1D keeps its own layout there."""
+    model, twin = tiny_model(architecture), tiny_model(architecture)
+    quantize_(model, "w4-block32")
+    for name in linear_names(twin):
+        layer, weight = twin.get_submodule(name), weight_out_in(model.get_submodule(name))
+        layer.weight.data.copy_(weight if isinstance(layer, nn.Linear) else weight.T)
+    ids = token_ids(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, twin(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_rules_mix_grids_and_solvers_and_keep_layers_float() -> None:
+    model = tiny_model("qwen3")
+    rules = [
+        Rule("model.layers.0.*_proj", None),
+        Rule("*.down_proj", Scheme(8, granularity=PerBlock(16)), "rtn"),
+        Rule("*.down_proj", None),  # the first that matches has decided
+        Rule("lm_head", parse_scheme("w8-channel")),
+    ]
+    report = quantize_(model, "w4-block32", "search", rules=rules)
+    schemes = {name.removesuffix(".weight"): str(layer.scheme) for name, layer in packed_weights(model).items()}
+    assert not any(name.startswith("model.layers.0") for name in schemes)
+    assert schemes["model.layers.1.mlp.down_proj"] == "int8 symmetric per block 16"
+    assert schemes["model.layers.1.mlp.up_proj"] == "int4 symmetric per block 32"
+    assert schemes["lm_head"] == "int8 symmetric per channel"
+    assert report.layers["model.layers.1.mlp.down_proj.weight"].solver == "rtn"
+
+
+def test_a_tied_embedding_is_packed_once_when_a_rule_names_it_or_its_head() -> None:
+    for pattern in ("model.embed_tokens", "lm_head"):
+        model, whole = tiny_model("llama"), tiny_model("llama")
+        quantize_(model, "w4-block32", rules=[Rule(pattern, parse_scheme("w8-block32"))])
+        layers = packed_weights(model)
+        assert layers["lm_head.weight"].is_tied
+        assert layers["lm_head.weight"].tensor.parts.packed is layers["model.embed_tokens.weight"].tensor.parts.packed
+        assert model(token_ids()).logits.shape == whole(token_ids()).logits.shape
+
+
+def test_fused_experts_are_packed_by_default_a_channel_being_a_row_of_one() -> None:
+    model = mixture()
+    before = model(token_ids()).logits
+    report = quantize_(model, "w8-channel", "search")
+    assert report.layers["model.layers.0.mlp.experts.gate_up_proj"].scheme == "int8 symmetric per block 32"
+    assert report.size.float_weights < 2.2 * 260 * 32
+    assert (model(token_ids()).logits - before).abs().max() < 0.05 * before.abs().max()
+
+
+def test_gptq_beats_rounding_in_every_layer_and_says_so() -> None:
+    reference, model, rounded = (tiny_model("llama") for _ in range(3))
+    report = quantize_(model, "w3-block32", "gptq", calibration=token_ids(16, 32))
+    quantize_(rounded, "w3-block32", "rtn")
+    assert all(layer.error < layer.rtn_error for layer in report.layers.values())
+    ids = torch.randint(0, 250, (8, 32), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        errors = [float((m(ids).logits - reference(ids).logits).square().mean()) for m in (model, rounded)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_moments_are_those_of_the_inputs_that_the_quantized_parts_before_make(architecture: str) -> None:
+    """Against hooks on the finished model: parts before a layer are as they were when its moment was taken; shared inputs are collected once."""
+    model, ids, moments = tiny_model(architecture), token_ids(), Moments()
+    quantize_(model, "w4-block32", "gptq", calibration=ids, moments=moments)
+    layers = packed_weights(model)
+    first = next(iter(layers)).removesuffix(".weight")
+    seen: list[Tensor] = []
+    hook = model.get_submodule(first).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for row in ids:
+            model(row[None])
+    hook.remove()
+    rows = torch.cat(seen)
+    torch.testing.assert_close(moments[first], rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4 * float(moments[first].diagonal().mean()))
+    assert len(moments) == len(layers)
+    assert len({id(moments[path]) for path in moments}) < len(layers) or architecture == "gpt2"
+
+
+def test_a_killed_run_goes_on_at_the_last_finished_part(tmp_path: Path) -> None:
+    ids, whole = token_ids(), tiny_model("llama")
+    quantize_(whole, "w3-block32", "gptq", calibration=ids)
+
+    class Killed(Exception):
+        pass
+
+    def killing(items, description, total):  # type: ignore[no-untyped-def]
+        yield next(iter(items))
+        raise Killed
+
+    with pytest.raises(Killed):
+        quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, track=killing)
+    (finished,) = tmp_path.iterdir()
+    stamp = finished.stat().st_mtime_ns
+    model = tiny_model("llama")
+    quantize_(model, "w3-block32", "gptq", calibration=ids, work=tmp_path)
+    assert finished.stat().st_mtime_ns == stamp, "the finished part was solved again"
+    assert fingerprint(model) == fingerprint(whole)
+    other = tiny_model("llama")
+    quantize_(other, "w4-block32", "gptq", calibration=ids, work=tmp_path)  # another plan does not take them
+    assert fingerprint(other) != fingerprint(whole)
+
+
+def test_lockstep_pauses_all_batches_before_each_part_and_leaves_no_trace() -> None:
+    model, ids = tiny_model("qwen3"), token_ids(3)
+    expected = model(ids[:1]).logits
+    order, calls = [], []
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    with Lockstep(model, ["lm_head", "model.layers.1", "model.layers.0"], [{"input_ids": row[None]} for row in ids]) as lockstep:
+        while part := lockstep.advance():
+            order.append(part)
+            if part == "model.layers.0":
+                assert list(lockstep.repeat()) == [None] * 3
+    hook.remove()
+    assert order == ["model.layers.0", "model.layers.1", "lm_head"]
+    assert len(calls) == 6
+    assert "forward" not in model.lm_head.__dict__
+    assert torch.equal(model(ids[:1]).logits, expected)
+
+
+def test_an_error_inside_the_model_reaches_the_caller() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(IndexError):
+        quantize_(model, "w4-block32", "gptq", calibration=torch.full((2, 8), 9999))
+    assert "forward" not in model.model.layers[0].__dict__
+
+
+def test_what_cannot_be_quantized_is_named() -> None:
+    with pytest.raises(GridError, match=r"14 of 14 layers do not fit.*\n.*q_proj.*block 48 does not fit: blocks of 48 do not divide .*\[64, 64\]"):
+        quantize_(tiny_model("llama"), "w4-block48")
+    with pytest.raises(GridError, match="scheme 'int4' is not understood"):
+        quantize_(tiny_model("llama"), "int4")
+    with pytest.raises(GridError, match="solver 'magic' is not one of rtn, search"):
+        quantize_(tiny_model("llama"), "w4-block32", solver="magic")
+    with pytest.raises(GridError, match="need calibration data"):
+        quantize_(tiny_model("llama"), "w4-block32", solver="gptq")
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    with pytest.raises(CalibrationError, match=r"model.layers.1.mlp.up_proj.weight: the observed range is not finite"):
+        quantize_(model, "w4-block32")
+    with pytest.raises(GridError, match="no layer left"):
+        quantize_(nn.ReLU(), "w4-block32")
+
+
+def test_rules_that_cannot_be_followed_are_gathered() -> None:
+    rules = [Rule("*.dwn_proj", None), Rule("*.k_proj", None), Rule("lm_hed", None), Rule("model.embed_tokens", parse_scheme("w8-block32"), "gptq")]
+    with pytest.raises(GridError, match=r"3 of the base's rules") as caught:
+        quantize_(tiny_model("llama"), "w4-block32", rules=rules)
+    message = str(caught.value)
+    assert "'*.dwn_proj' matches no layer; near are model.layers.1.mlp.down_proj" in message
+    assert "'lm_hed' matches no layer; near are lm_head" in message
+    assert "model.embed_tokens: solver gptq follows the inputs" in message
+
+
+def test_a_layer_that_no_batch_reaches_is_named() -> None:
+    model = tiny_model("llama")
+    model.spare = nn.ModuleList([nn.Linear(64, 64)])
+    with pytest.raises(CalibrationError, match=r"spare\.0\.weight"):
+        quantize_(model, "w4-block32", "gptq", calibration=token_ids())
+
+
+def test_candidates_leave_out_adapters_and_what_is_packed() -> None:
+    model = tiny_model("llama")
+    found = find_tensors(copy.deepcopy(model))
+    assert found["model.embed_tokens.weight"].paths == ("model.embed_tokens", "lm_head")
+    assert not found["model.embed_tokens.weight"].by_default
+    quantize_(model, "w4-block32")
+    assert set(find_tensors(model)) == {"model.embed_tokens.weight"}

@@ -1,0 +1,64 @@
+"""Second moments of inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwlora.errors import CalibrationError, SourceError
+from qwlora.grid.moment import Moments, SecondMoment
+
+
+def seen(*batches: torch.Tensor) -> SecondMoment:
+    moment = SecondMoment()
+    for batch in batches:
+        moment.update(batch)
+    return moment
+
+
+def test_rows_of_ordinary_length_count_alike() -> None:
+    x = torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(0))
+    rows = x.flatten(0, 1)
+    assert torch.allclose(seen(x).matrix, rows.T @ rows / len(rows), atol=1e-5)
+    assert torch.allclose(seen(x[:1], x[1:]).matrix, seen(x).matrix, atol=1e-5)
+
+
+def test_a_row_thousands_of_times_longer_does_not_drown_the_rest() -> None:
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    spiked = x.clone()
+    spiked[0] *= 5000
+    ratio = seen(spiked).matrix.diagonal() / seen(x).matrix.diagonal()
+    assert ratio.max() < 3
+
+
+def test_halves_merge_to_the_whole() -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    merged = seen(x[:32])
+    merged.merge(seen(x[32:]))
+    assert torch.allclose(merged.matrix, seen(x).matrix, atol=1e-5)
+    assert merged.tokens == 64
+    with pytest.raises(CalibrationError, match="widths 8 and 4"):
+        merged.merge(seen(x[:, :4]))
+
+
+def test_what_has_no_moment_says_so() -> None:
+    with pytest.raises(CalibrationError, match="no data was observed"):
+        _ = SecondMoment().matrix
+    with pytest.raises(CalibrationError, match="nan or infinity"):
+        seen(torch.full((2, 4), float("inf")))
+    with pytest.raises(CalibrationError, match="width 4 where it had 8"):
+        seen(torch.ones(2, 8), torch.ones(2, 4))
+    assert torch.equal(seen(torch.zeros(5, 3)).matrix, torch.zeros(3, 3))
+
+
+def test_a_folder_gives_back_what_was_put_in_it(tmp_path: Path) -> None:
+    matrix = seen(torch.randn(20, 6, generator=torch.Generator().manual_seed(0))).matrix
+    Moments(tmp_path).put(["a.q", "a.k"], matrix)
+    again = Moments(tmp_path)
+    assert set(again) == {"a.q", "a.k"}
+    assert torch.equal(again["a.k"], matrix)
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(SourceError, match=r"broken\.safetensors.* quantize again"):
+        Moments(tmp_path)

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from conftest import tiny_model
 from qwlora.adapter.initialize import best_correction, initialize_adapter_
 from qwlora.base.packed import weight_out_in
 from qwlora.base.quantize import quantize_

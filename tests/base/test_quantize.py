@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from conftest import ARCHITECTURES, tiny_model
 from qwlora import PackedLinear, fingerprint, quantize_
 from qwlora.base.lockstep import Lockstep
 from qwlora.base.packed import packed_weights, weight_out_in
@@ -130,14 +130,14 @@ def test_a_killed_run_goes_on_at_the_last_finished_part(tmp_path: Path) -> None:
     ids, whole = token_ids(), tiny_model("llama")
     quantize_(whole, "w3-block32", "gptq", calibration=ids)
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def killing(items, description, total):  # type: ignore[no-untyped-def]
         yield next(iter(items))
-        raise Killed
+        raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, track=killing)
     (finished,) = tmp_path.iterdir()
     stamp = finished.stat().st_mtime_ns

@@ -1,0 +1,142 @@
+"""What reaches the Trainer, the command that shows it, and whole runs on records."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import decoders
+
+from conftest import byte_tokenizer, tiny_model
+from qwlora.adapter.attach import LoraShape, attach
+from qwlora.adapter.train import TrainingSettings, train_adapter
+from qwlora.cli import app
+from qwlora.data import Conversation, Cutting, Documents, prepare
+from qwlora.errors import RecipeError, SourceError
+from qwlora.grid.sequences import IGNORED
+from qwlora.pipeline.run import run
+from qwlora.recipe import load_recipe
+
+TEMPLATE = """\
+{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<end>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    """Records of one to two turns."""
+    turns = [({"role": "user", "content": f"{i}+{i}?"}, {"role": "assistant", "content": f"it is {2 * i}"}) for i in range(count)]
+    return [{"messages": [*turn, *(turn if i % 2 else ())]} for i, turn in enumerate(turns)]
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> dict[str, Any]:
+    """A recipe's data section."""
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, conversations(30))))
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    return {"source": str(tmp_path / "chat.jsonl"), "chat_template": str(tmp_path / "template.jinja"), "sequence_tokens": 96, "evaluation_sequences": 4}
+
+
+@pytest.mark.parametrize("loss", ["chunked", "whole"])
+def test_labels_and_positions_reach_the_model(tmp_path: Path, loss: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.chat_template = TEMPLATE
+    records = [Conversation(tuple(r["messages"])) for r in conversations(12)]
+    data = prepare(Documents(tuple(records[:8]), tuple(records[8:])), tokenizer, Cutting(96))
+    assert data.packing == "documents"
+    model = attach(tiny_model("llama"), LoraShape(rank=2, alpha=4.0), seed=0)
+    seen: list[dict[str, Any]] = []
+    inner = model.get_base_model().model
+    inner.register_forward_pre_hook(lambda module, args, given: seen.append(given), with_kwargs=True)
+    labels: list[torch.Tensor] = []
+    model.register_forward_pre_hook(lambda module, args, given: labels.append(given["labels"]) if given.get("labels") is not None else None, with_kwargs=True)
+    settings = TrainingSettings(steps=3, learning_rate=1e-3, batch_sequences=2, warmup_steps=0, schedule="constant", checkpoint_steps=5, seed=0, loss=loss)
+    report = train_adapter(model, data.train, settings, tmp_path / "work")
+    given = [g for g in seen if g["input_ids"].shape[-1] == 96]
+    assert len(given) == len(labels) == 3
+    rows = {tuple(row.tolist()): i for i, row in enumerate(data.train.input_ids)}
+    assert data.train.position_ids is not None
+    for arguments, batch in zip(given, labels, strict=True):
+        assert arguments.get("attention_mask") is None  # with a mask, or a cache, documents would see each other
+        assert arguments.get("past_key_values") is None
+        index = [rows[tuple(row.tolist())] for row in arguments["input_ids"]]
+        assert torch.equal(arguments["position_ids"], data.train.position_ids[index])
+        assert torch.equal(batch, data.train.labels[index])
+        spoken = tokenizer.decode(batch[0][batch[0] != IGNORED])
+        assert re.fullmatch(r"(it is \d+<end>)+", spoken)
+    # the first loss is the mean over learnt tokens of each document alone, under the adapter that changes nothing yet
+    model = tiny_model("llama")
+    total, count = 0.0, 0
+    for i, row in enumerate(given[0]["input_ids"]):
+        starts = [*(given[0]["position_ids"][i] == 0).nonzero().flatten().tolist(), 96]
+        for start, end in pairwise(starts):
+            with torch.no_grad():
+                logits = model(row[None, start:end], use_cache=False).logits[0]
+            target = labels[0][i, start + 1 : end]
+            total += float(torch.nn.functional.cross_entropy(logits[:-1], target, reduction="sum", ignore_index=IGNORED))
+            count += int((target != IGNORED).sum())
+    assert report.losses[0] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_mask_is_shown(recipe_for: Any, chat: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe_for(data=chat)
+    app(["data", str(path)], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert re.search(r"learnt tokens +\d", shown)
+    _, _, example = shown.partition("what is learnt stands in ⟦ ⟧")
+    assert re.search(r"<\|user\|>", example.replace(" ", ""))
+    assert example.count("⟦") == len(re.findall("assistant", example.replace(" ", ""))) > 1
+    app(["data", str(path), "--json", "--sequence", "1", "--set", "data.packing=none"], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert found["data"]["packing"] == "none"
+    assert sum(r["tokens"] for r in found["documents"][0] if r["learnt"]) > 0
+    with pytest.raises(SourceError, match="there is no training sequence 999; there are"):
+        app(["data", str(path), "--sequence", "999"], standalone_mode=False)
+
+
+@pytest.mark.slow
+def test_a_run_on_conversations(recipe_for: Any, chat: dict[str, Any], tmp_path: Path) -> None:
+    said: list[str] = []
+    adapters = [{"name": "first", "rank": 4, "steps": 12, "warmup_steps": 1, "learning_rate": 1e-2, "evaluation_steps": 6}]
+    results = run(load_recipe(recipe_for(data=chat, adapters=adapters)), tmp_path / "out", say=said.append)
+    assert said[0].startswith("data (conversations, packing documents): training ")
+    assert "tokens learnt; held out " in said[0]
+    data = results["data"]
+    assert data == json.loads((tmp_path / "out" / "results.json").read_text())["data"]
+    assert data["train"]["sequences"] < data["train"]["documents"]
+    assert data["held_out"]["sequences"] == data["held_out"]["documents"]
+    assert results["perplexity"]["adapted"]["first"] < results["perplexity"]["base"]
+    parity = results["parity"]["onnx"]["first"]
+    assert parity["perplexity"] == pytest.approx(parity["simulated_perplexity"], rel=0.003)
+    assert parity["tokens"] < data["held_out"]["tokens"]
+    assert run(load_recipe(recipe_for(data=chat, adapters=adapters)), tmp_path / "out", say=said.append) == results
+    assert all("skipped" in line for line in said[-9:])
+
+
+def test_a_model_that_mixes_documents_is_refused_until_the_recipe_chooses(recipe_for: Any, chat: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"OPTForCausalLM mixes documents that share a sequence .* Choose data.packing: none"):
+        run(load_recipe(recipe_for("opt", data=chat)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    results = run(load_recipe(recipe_for("opt", data={**chat, "packing": "none"})), tmp_path / "out", ("quantize", "train"))
+    assert results["train"]["first"]["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.packing=dense", "data.packing: Input should be 'join', 'documents' or 'none' (given: 'dense')"),
+        ("data.chat_template=/not/there.jinja", "data.chat_template: '/not/there.jinja' is not a file"),
+        ("data={source: x, text_column: a, messages_column: b}", "text_column and messages_column: a source is learnt from in one way; give one"),
+        ("data.source=corpus/train.jsonl", "data.source: data source 'corpus/train.jsonl' does not exist. Give a file (text, .jsonl"),
+        ("data.mesages_column=x", "data.mesages_column: unknown key; did you mean messages_column?"),
+    ],
+)
+def test_the_recipe_names_what_is_wrong_with_its_data(recipe_for: Any, change: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_for(), (change,))
+    assert any(message in problem for problem in caught.value.problems)

@@ -7,7 +7,7 @@ The configuration and the names come from transformers' own loading code, so wha
 in another order, norms less one, experts joined) is done here too, to codes where the tensor is integers. `gguf_blocks.py` says which grid each type becomes.
 Types F32, F16, BF16 and F64 are floats (float32, and float64 for the last).
 
-A tensor is read when it is asked for; the file is mapped, so nothing else of it is in memory. A tied output head comes once: GGUF files leave `output.weight` out.
+A tensor is read when it is asked for; the file is mapped, so nothing else of it is in memory. A tied output head comes once, as in the file.
 
 Rotary frequency factors (`rope_freqs`, `rope_factors_*`) are not read by transformers, and not here: the model's positions are then those of transformers' own
 load of the file, not llama.cpp's. A warning says so.

@@ -1,0 +1,118 @@
+"""GGUF files of small models with random blocks, written by the gguf package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations import GGUF_CONFIG_MAPPING
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.pytorch_utils import Conv1D
+
+HALVES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), [0]),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), [0, 2]),
+    **{"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208]},
+}
+"""Where the float16 numbers of a block are, the scale first."""
+KINDS = tuple(HALVES)
+WITH_MINIMUM = tuple(kind for kind, places in HALVES.items() if len(places) == 2)
+
+
+def random_rows(kind: str, rows: int, width: int, seed: int = 0) -> np.ndarray:
+    """Bytes of blocks of every bit pattern; scales of both signs where a minimum does not forbid it, and some of zero."""
+    rng = np.random.default_rng(seed)
+    values, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    blocks = rng.integers(0, 256, (rows * width // values, size), dtype=np.uint8)
+    for place in HALVES[kind]:
+        numbers = (rng.normal(size=len(blocks)) * 0.05).astype(np.float16)
+        if place == HALVES[kind][0] and kind in WITH_MINIMUM:
+            numbers = abs(numbers)
+        numbers[::7] = 0
+        blocks[:, place : place + 2] = numbers.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(rows, -1)
+
+
+def with_one_zero(values: torch.Tensor) -> torch.Tensor:
+    """Bits, after -0.0 has become 0.0."""
+    return (values + 0.0).view(torch.int32)
+
+
+def metadata_of(arch: str, config: PretrainedConfig, key: str) -> dict[str, Any]:
+    """The pairs that transformers reads for `config`, by its own table."""
+    pairs = {f"{arch}.{name}": getattr(config, hf_name, None) for name, hf_name in GGUF_CONFIG_MAPPING[key].items() if hf_name}
+    return {name: value for name, value in pairs.items() if value is not None}
+
+
+def stored_shapes(arch: str, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a file's tensors, by transformers' own table of names; a tied head is left out."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config.to_dict())
+    shapes = {}
+    for name, parameter in get_gguf_hf_weights_map(model, processor).items():
+        if parameter not in model.state_dict() or (name == "output.weight" and config.tie_word_embeddings):
+            continue
+        shape = tuple(model.state_dict()[parameter].shape)
+        module = model.get_submodule(parameter.rpartition(".")[0])
+        if isinstance(module, Conv1D) and len(shape) == 2:
+            shape = shape[::-1]
+        if name.endswith("_exps"):
+            name += ".weight"
+            shape = (shape[0], shape[1] // (1 if "down" in name else 2), shape[2])
+        shapes[name] = (shape[0], *shape[2:]) if "conv1d.weight" in name else shape
+    return shapes
+
+
+def write_file(
+    path: Path,
+    arch: str,
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    kind_of: Callable[[str, tuple[int, ...]], str],
+    tokens: int = 96,
+) -> Path:
+    """A file with random numbers in every tensor."""
+    writer = GGUFWriter(path, arch)
+    writer.add_name("test")
+    for key, value in metadata.items():
+        if isinstance(value, (list, tuple)):
+            writer.add_array(key, list(value))
+        else:
+            (writer.add_bool if isinstance(value, bool) else writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    writer.add_token_list([f"t{i}" for i in range(tokens)])
+    for seed, (name, shape) in enumerate(shapes.items()):
+        kind = kind_of(name, shape)
+        if kind in KINDS:
+            rows = int(np.prod(shape[:-1]))
+            data = random_rows(kind, rows, shape[-1], seed)
+            writer.add_tensor(name, data.reshape(*shape[:-1], -1), raw_dtype=GGMLQuantizationType[kind])
+            continue
+        values = np.random.default_rng(seed).normal(size=shape).astype(np.float32) * 0.05
+        values = -abs(values) - 0.01 if name.endswith("ssm_a") else values
+        writer.add_tensor(name, gguf.quants.quantize(values, GGMLQuantizationType[kind]), raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def in_turn(kinds: tuple[str, ...] = KINDS) -> Callable[[str, tuple[int, ...]], str]:
+    """A choice of types: matrices take the quantized ones in turn, vectors F32, F16 and BF16."""
+    seen = {"matrices": 0, "vectors": 0}
+
+    def kind_of(name: str, shape: tuple[int, ...]) -> str:
+        if len(shape) > 1 and shape[-1] % 256 == 0:
+            seen["matrices"] += 1
+            return kinds[seen["matrices"] % len(kinds)]
+        seen["vectors"] += 1
+        return ("F32", "F16", "BF16")[seen["vectors"] % 3]
+
+    return kind_of

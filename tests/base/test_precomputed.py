@@ -22,6 +22,7 @@ from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.base.packed import is_packable, is_packed, packed_weights, parameter_out_in, weight_out_in
 from qwlora.base.precomputed import LazyModel, load_precomputed
 from qwlora.base.rules import Rule
+from qwlora.base.storage import BaseWriter
 from qwlora.base.stream import quantize_checkpoint
 from qwlora.errors import CalibrationError, GridError, SourceError
 from qwlora.grid.observer import measure
@@ -49,7 +50,7 @@ class Held:
         for name, tensor in model.state_dict(keep_vars=True).items():
             first.setdefault(id(tensor), name)
         self.order = list(first.values())
-        self.given: list[weakref.ref[Tensor]] = []
+        self.given: list[weakref.ref[Any]] = []
         self.most_alive = 0
 
     def names(self) -> list[str]:
@@ -60,10 +61,12 @@ class Held:
         module = self.model.get_submodule(path)
         value = self.model.state_dict()[name]
         if self.scheme is None or not (is_packable(module) or value.ndim == 3):
-            copy = value.clone()
-            self.given.append(weakref.ref(copy))
-            self.most_alive = max(self.most_alive, sum(t().nbytes for t in self.given if t() is not None))  # type: ignore[union-attr]
-            return copy
+            if value.dtype != torch.float32:
+                return value.clone()
+            array = value.numpy().copy()  # alive as long as any tensor on its memory is
+            self.given.append(weakref.ref(array))
+            self.most_alive = max(self.most_alive, sum(a().nbytes for a in self.given if a() is not None))  # type: ignore[union-attr]
+            return torch.from_numpy(array)
         if key != "weight":
             return quantized(parameter_out_in(module, key), self.scheme) if value.ndim == 3 else value.clone()
         return quantized(weight_out_in(module), self.scheme)
@@ -216,10 +219,21 @@ def test_streaming_writes_the_base_that_quantizing_in_memory_writes(kind: str, t
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-def test_streaming_holds_one_module_and_a_shard(tmp_path: Path) -> None:
-    checkpoint = Held(tiny_model("qwen3"))
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral"])
+def test_streaming_holds_one_module_and_a_shard(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[str] = []
+    finish = BaseWriter.finish
+
+    def watched(writer: BaseWriter, model: PreTrainedModel, *arguments: Any) -> str:
+        left.extend(name for name, tensor in model.state_dict().items() if not tensor.is_meta)
+        return finish(writer, model, *arguments)
+
+    monkeypatch.setattr(BaseWriter, "finish", watched)
+    checkpoint = Held(model_of(kind))
     sizes = [p.nbytes for p in checkpoint.model.parameters()]
-    quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn", shard_bytes=10_000)
+    rules = [Rule("*embed_tokens", parse_scheme("w4-block16"))]
+    quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn", rules=rules, shard_bytes=10_000)
+    assert left == [], "only shapes are left of the model"
     assert checkpoint.most_alive <= 2 * max(sizes) + 10_000
     assert checkpoint.most_alive < sum(sizes) / 2, "a model of more than one block"
 

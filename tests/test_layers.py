@@ -20,6 +20,7 @@ RANK = {
     "starter": 5,
     "pipeline": 5,
     "cli": 6,
+    "cli_adapters": 6,
     "cli_encodings": 6,
     "cli_inspect": 6,
     "__main__": 7,

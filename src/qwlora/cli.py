@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qwlora.cli_adapters import app as adapters_app
 from qwlora.cli_encodings import app as encodings_app
 from qwlora.cli_inspect import inspect
 from qwlora.errors import QwloraError, RecipeError, VerificationError
@@ -144,6 +145,7 @@ def _bars(console: Console) -> Callable[..., Iterator[Any]]:
 
 
 app.command("inspect")(inspect)
+app.add_typer(adapters_app, name="adapters")
 app.add_typer(encodings_app, name="encodings")
 
 

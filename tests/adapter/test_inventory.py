@@ -1,0 +1,112 @@
+"""`qwlora adapters`: what is there, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from conftest import tiny_model
+from qwlora import save_adapter
+from qwlora.adapter.inventory import AdapterFacts, base_beside, facts, find_adapters, problems
+from qwlora.errors import SourceError
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A job's directory with two adapters that PEFT wrote, of one base."""
+    for name, more in (("a", {}), ("b", {"use_dora": True, "rank_pattern": {"q_proj": 3}})):
+        model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], **more))
+        save_adapter(model, tmp_path / "adapters" / name)
+    (tmp_path / "base").mkdir()
+    identity = json.loads((tmp_path / "adapters" / "a" / "qwlora.json").read_text())["base_fingerprint"]
+    (tmp_path / "base" / "base.json").write_text(json.dumps({"fingerprint": identity}))
+    (tmp_path / ".qwlora" / "work").mkdir(parents=True)
+    (tmp_path / ".qwlora" / "work" / "adapter_config.json").write_text("{}")
+    return tmp_path
+
+
+def test_facts_are_the_adapters(job: Path) -> None:
+    a, b = (facts(folder, job) for folder in find_adapters(job))
+    weights = load_file(job / "adapters" / "a" / WEIGHTS)
+    assert a == AdapterFacts("adapters/a", "LoRA", 2, 4, 4, sum(t.numel() for t in weights.values()), base_beside(job))
+    assert (b.kind, b.modules) == ("DoRA", 4)
+    assert problems(job / "adapters" / "a", base_beside(job)) == problems(job / "adapters" / "b", base_beside(job)) == []
+
+
+def damaged(folder: Path, **changes: Any) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    name = next(n for n in tensors if "lora_A" in n)
+    if "value" in changes:
+        tensors[name][0, 0] = changes["value"]
+    if "rank" in changes:
+        tensors[name] = torch.zeros(changes["rank"], tensors[name].shape[1])
+    if changes.get("drop"):
+        del tensors[name]
+    save_file(tensors, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": torch.nan}, "lora_A.weight holds numbers that are not finite"),
+        ({"rank": 5}, "lora_A.weight has rank 5, and adapter_config.json says 2"),
+        ({"drop": True}, "lora_B.weight has no lora_A beside it"),
+    ],
+)
+def test_each_damage_is_named(job: Path, change: dict[str, Any], message: str) -> None:
+    damaged(job / "adapters" / "a", **change)
+    found = problems(job / "adapters" / "a", base_beside(job))
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_files_that_cannot_be_read_are_named(job: Path) -> None:
+    folder = job / "adapters" / "a"
+    (folder / WEIGHTS).write_bytes(b"no safetensors")
+    assert f"{WEIGHTS} cannot be read" in problems(folder, None)[0]
+    with pytest.raises(SourceError, match=f"{WEIGHTS} cannot be read"):
+        facts(folder, job)
+    (folder / "adapter_config.json").write_text("[]")
+    assert "adapter_config.json is not a mapping" in problems(folder, None)[0]
+    (job / "base" / "base.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"base.json cannot be read"):
+        base_beside(job)
+    with pytest.raises(SourceError, match="no adapter is in"):
+        find_adapters(job / "base")
+    with pytest.raises(SourceError, match="is not a folder"):
+        find_adapters(job / "nowhere")
+
+
+def test_base_of_another_job_is_named(job: Path) -> None:
+    assert "but the base here has 0000" in problems(job / "adapters" / "a", "0" * 64)[0]
+    (job / "adapters" / "a" / "qwlora.json").unlink()
+    assert "does not say which base" in problems(job / "adapters" / "a", base_beside(job))[0]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "qwlora", "adapters", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_commands(job: Path) -> None:
+    listed = command("list", str(job))
+    assert listed.returncode == 0, listed.stderr
+    assert "adapters/b" in listed.stdout
+    assert "DoRA" in listed.stdout
+    assert json.loads(command("list", str(job), "--json").stdout)["adapters"][0]["rank"] == 2
+    checked = command("check", str(job))
+    assert (checked.returncode, checked.stdout) == (0, "adapters/a: good\nadapters/b: good\n")
+    damaged(job / "adapters" / "b", value=torch.inf)
+    checked = command("check", str(job))
+    assert checked.returncode == 1
+    assert "adapters/b: base_model" in checked.stdout
+    assert command("check", str(job / "base")).returncode == 2

@@ -104,11 +104,11 @@ class GgufCheckpoint:
         kind = FLOATS[self._kind(making)]
         stored = {source: self.file.raw(source).view(kind).view(self.file.tensors[source].shape) for source in making.sources}
         try:
-            made = making.convert({source: tensor.to(torch.promote_types(kind, torch.float32)) for source, tensor in stored.items()})
+            made = making.convert(stored)
         except Exception as error:  # a file's numbers reach any line of any conversion
             raise SourceError(f"{self._what(making)}: transformers' conversion of this tensor fails: {error or type(error).__name__}") from error
         self._check_shape(making, tuple(made.shape))
-        return made
+        return made.to(torch.promote_types(kind, torch.float32))
 
     def _integers(self, making: Making) -> QuantizedTensor:
         parts = [decode_blocks(self._kind(making), self.file.raw(source)) for source in making.sources]

@@ -192,6 +192,7 @@ def _process(processor: TensorProcessor, mapping: dict[str, str], tensors: Mappi
     """What `transformers` does with each tensor of a file, here with `tensors` alone."""
     made: dict[str, Any] = {"tensors": {}}
     for stored, tensor in tensors.items():
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
         weights, name, _ = processor.process(weights=tensor.numpy(), name=stored, tensor_key_mapping=mapping, parsed_parameters=made)
         if name in mapping:
             made["tensors"][mapping[name]] = torch.from_numpy(weights)

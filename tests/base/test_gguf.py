@@ -1,0 +1,180 @@
+"""`GgufCheckpoint` against transformers' own load of the same file, all parameters, for architectures that it maps in different ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from base.gguf_models import KINDS, WITH_MINIMUM, in_turn, metadata_of, stored_shapes, with_one_zero, write_file
+from qwlora.base.readers.gguf import GgufCheckpoint
+from qwlora.errors import SourceError
+from qwlora.grid.quantized import QuantizedTensor
+
+SMALL = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64}
+FEED_FORWARD = {"intermediate_size": 512}
+# what GGUF calls the architecture, what transformers' table of keys calls it, and the configuration
+ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("llama", "llama", {"model_type": "llama", **SMALL, **FEED_FORWARD, "tie_word_embeddings": False, "head_dim": 64}),  # rows of q and k
+    "gpt2": ("gpt2", "gpt2", {"model_type": "gpt2", "n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 96}),  # matrices turned
+    "gemma3": ("gemma3", "gemma3", {"model_type": "gemma3_text", **SMALL, **FEED_FORWARD, "head_dim": 64, "sliding_window": 32}),  # norms less one
+    "bloom": ("bloom", "bloom", {"model_type": "bloom", "hidden_size": 256, "n_layer": 2, "n_head": 4, "vocab_size": 96}),  # q, k, v shuffled
+    "qwen3moe": (  # experts joined
+        "qwen3moe",
+        "qwen3_moe",
+        {
+            **{"model_type": "qwen3_moe", **SMALL, **FEED_FORWARD, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768},
+            **{"head_dim": 64, "tie_word_embeddings": False},
+        },
+    ),
+    "mamba": (
+        "mamba",
+        "mamba",
+        {"model_type": "mamba", "hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 96, "state_size": 8, "intermediate_size": 512},
+    ),
+}
+
+
+def small_file(folder: Path, name: str, kinds: tuple[str, ...] = KINDS) -> Path:
+    arch, key, settings = ARCHITECTURES[name]
+    settings = dict(settings)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    choose = in_turn(kinds)
+    experts: dict[str, str] = {}
+
+    def kind_of(stored: str, shape: tuple[int, ...]) -> str:
+        if "_exps" in stored:  # those that are joined have one type
+            return experts.setdefault(stored.split(".")[1] + ("down" if "down" in stored else "gate_up"), choose(stored, shape))
+        return choose(stored, shape)
+
+    return write_file(folder / f"{name}.gguf", arch, metadata_of(arch, config, key), stored_shapes(arch, config), kind_of)
+
+
+def compare(path: Path) -> dict[str, Any]:
+    """Every parameter of transformers' load of the file against ours; gives ours."""
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    wanted = dict(model.named_parameters())
+    checkpoint = GgufCheckpoint(path)
+    assert set(checkpoint.names()) == set(wanted)
+    read = {name: checkpoint.read(name) for name in checkpoint.names()}
+    for name, value in read.items():
+        values = value.dequantize() if isinstance(value, QuantizedTensor) else value
+        want = wanted[name].detach()
+        if isinstance(value, QuantizedTensor) and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
+            values = values.T  # a quantized matrix is [out, in] whatever way round its layer has it
+        assert torch.equal(with_one_zero(values.contiguous()), with_one_zero(want)), name
+    return read
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_parameter_of_small_models_of_all_types(tmp_path: Path, name: str) -> None:
+    read = compare(small_file(tmp_path, name))
+    assert sum(isinstance(value, QuantizedTensor) for value in read.values()) >= 6
+
+
+def hybrid_file(folder: Path, value_head_dim: int, experts: bool, kinds: tuple[str, ...]) -> Path:
+    """A file of an architecture that transformers converts in its newer way: linear attention, then full attention, with or without experts."""
+    arch = "qwen35moe" if experts else "qwen35"
+    key_heads, value_heads, key_dim, hidden = 2, 4, 32, 256
+    values = value_heads * value_head_dim
+    linear = {
+        "attn_qkv.weight": (2 * key_heads * key_dim + values, hidden),
+        "attn_gate.weight": (values, hidden),
+        "ssm_alpha.weight": (value_heads, hidden),
+        "ssm_beta.weight": (value_heads, hidden),
+        "ssm_conv1d.weight": (2 * key_heads * key_dim + values, 4),
+        "ssm_norm.weight": (value_head_dim,),
+        "ssm_a": (value_heads,),
+        "ssm_dt.bias": (value_heads,),
+        "ssm_out.weight": (hidden, values),
+    }
+    full = {"attn_q.weight": (512, hidden), "attn_k.weight": (128, hidden), "attn_v.weight": (128, hidden), "attn_output.weight": (hidden, 256)}
+    full |= {"attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)}
+    both: dict[str, tuple[int, ...]] = {"attn_norm.weight": (hidden,), "post_attention_norm.weight": (hidden,)}
+    if experts:
+        both |= {"ffn_gate_inp.weight": (4, hidden), "ffn_gate_inp_shexp.weight": (hidden,)}
+        both |= {f"ffn_{part}_exps.weight": (4, 512, hidden) for part in ("gate", "up")} | {"ffn_down_exps.weight": (4, hidden, 512)}
+        both |= {f"ffn_{part}_shexp.weight": (512, hidden) for part in ("gate", "up")} | {"ffn_down_shexp.weight": (hidden, 512)}
+    else:
+        both |= {"ffn_gate.weight": (512, hidden), "ffn_up.weight": (512, hidden), "ffn_down.weight": (hidden, 512)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (96, hidden), "output_norm.weight": (hidden,)}
+    for block, own in enumerate((linear, full)):
+        shapes |= {f"blk.{block}.{name}": shape for name, shape in (own | both).items()}
+    numbers = {
+        **{"context_length": 64, "embedding_length": hidden, "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 64},
+        **{"attention.layer_norm_rms_epsilon": 1e-6, "full_attention_interval": 2, "block_count": 2, "feed_forward_length": 512, "rope.freq_base": 1e6},
+        **{"ssm.conv_kernel": 4, "ssm.state_size": key_dim, "ssm.group_count": key_heads, "ssm.time_step_rank": value_heads, "ssm.inner_size": values},
+        **{"rope.dimension_sections": [3, 3, 2, 0], "rope.dimension_count": 16},
+    }
+    if experts:
+        numbers |= {"expert_feed_forward_length": 512, "expert_shared_feed_forward_length": 512, "expert_count": 4, "expert_used_count": 2}
+    choose = in_turn(kinds)
+    joined: dict[str, str] = {}
+
+    def kind_of(name: str, shape: tuple[int, ...]) -> str:
+        if any(part in name for part in ("gate_exps", "up_exps")):
+            return joined.setdefault(name.split(".")[1], choose(name, shape))
+        return kinds[0] if name.endswith("ssm_out.weight") else choose(name, shape)
+
+    return write_file(folder / f"{arch}.gguf", arch, {f"{arch}.{key}": value for key, value in numbers.items()}, shapes, kind_of)
+
+
+NEWER = tuple(kind for kind in KINDS if kind not in ("Q5_0", "Q5_1"))  # transformers has no Q5_0 and Q5_1 there
+
+
+@pytest.mark.parametrize("first", [0, 3, 6])
+@pytest.mark.parametrize("experts", [False, True])
+def test_conversions_move_rows_and_whole_blocks_of_columns(tmp_path: Path, experts: bool, first: int) -> None:
+    read = compare(hybrid_file(tmp_path, 64, experts, NEWER[first:] + NEWER[:first]))
+    assert isinstance(read["model.layers.0.linear_attn.out_proj.weight"], QuantizedTensor)
+    assert not experts or isinstance(read["model.layers.1.mlp.experts.gate_up_proj"], QuantizedTensor)
+
+
+def test_columns_that_leave_their_blocks_are_refused(tmp_path: Path) -> None:
+    checkpoint = GgufCheckpoint(hybrid_file(tmp_path, 16, False, ("Q8_0",)))
+    with pytest.raises(SourceError, match=r"'blk.0.ssm_out.weight' \(Q8_0, .*moves columns of this tensor out of their blocks of 32"):
+        checkpoint.read("model.layers.0.linear_attn.out_proj.weight")
+
+
+def test_values_that_transformers_changes_are_refused(tmp_path: Path) -> None:
+    arch, key, settings = ARCHITECTURES["gemma3"]
+    config = AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
+    choose = in_turn()
+    path = write_file(
+        tmp_path / "m.gguf",
+        arch,
+        metadata_of(arch, config, key),
+        stored_shapes(arch, config),
+        lambda name, shape: "Q8_0" if name == "blk.1.attn_norm.weight" else choose(name, shape),
+    )
+    with pytest.raises(SourceError, match=r"'blk.1.attn_norm.weight' \(Q8_0, .*transformers changes the values of this tensor"):
+        GgufCheckpoint(path).read("model.layers.1.input_layernorm.weight")
+
+
+def test_joined_experts_of_two_types_are_refused(tmp_path: Path) -> None:
+    arch, key, settings = ARCHITECTURES["qwen3moe"]
+    config = AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
+    path = write_file(
+        tmp_path / "m.gguf",
+        arch,
+        metadata_of(arch, config, key),
+        stored_shapes(arch, config),
+        lambda name, shape: "Q8_0" if name == "blk.0.ffn_up_exps.weight" else "Q4_K" if "exps" in name else "F32",
+    )
+    with pytest.raises(SourceError, match=r"blk.0.ffn_gate_exps.weight \(Q4_K\), blk.0.ffn_up_exps.weight \(Q8_0\), and one tensor has one grid"):
+        GgufCheckpoint(path).read("model.layers.0.mlp.experts.gate_up_proj")
+
+
+def test_types_that_no_grid_expresses_are_named(tmp_path: Path) -> None:
+    arch, key, settings = ARCHITECTURES["llama"]
+    config = AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
+    kinds = {"blk.0.ffn_up.weight": "TQ2_0", "blk.1.attn_q.weight": "MXFP4"}
+    path = write_file(tmp_path / "m.gguf", arch, metadata_of(arch, config, key), stored_shapes(arch, config), lambda name, shape: kinds.get(name, "F16"))
+    expected = r"blk.0.ffn_up.weight \(TQ2_0\), blk.1.attn_q.weight \(MXFP4\): no grid .* expresses MXFP4, TQ2_0; take a file of Q4_0, .*"
+    with pytest.raises(SourceError, match=expected):
+        GgufCheckpoint(path)

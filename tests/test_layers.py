@@ -23,6 +23,7 @@ RANK = {
     "cli_adapters": 6,
     "cli_encodings": 6,
     "cli_inspect": 6,
+    "cli_merge": 6,
     "__main__": 7,
 }
 

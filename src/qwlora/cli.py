@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from qwlora.cli_adapters import app as adapters_app
 from qwlora.cli_encodings import app as encodings_app
 from qwlora.cli_inspect import inspect
+from qwlora.cli_merge import merge, merge_check
 from qwlora.errors import QwloraError, RecipeError, VerificationError
 from qwlora.pipeline.plan import VERBS
 from qwlora.progress import untracked
@@ -145,6 +146,8 @@ def _bars(console: Console) -> Callable[..., Iterator[Any]]:
 
 
 app.command("inspect")(inspect)
+app.command("merge-check")(merge_check)
+app.command("merge")(merge)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(encodings_app, name="encodings")
 

@@ -1,0 +1,47 @@
+"""From a packed module back to a float one, whose weight is what the codes stand for. For merging, and for whoever needs plain floats."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qwlora.base.packed.layer import PackedLayer
+from qwlora.base.packed.modules import PackedLinear
+from qwlora.base.packed.parameters import PackedParameter
+from qwlora.grid.names import canonical_name
+from qwlora.grid.packed_tensor import Parts
+from qwlora.grid.quantized import QuantizedTensor
+
+
+def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
+    """Replace every packed layer of `model` by its float class, in place; a tied layer gets the one parameter of its owner.
+
+    Returns:
+        What was packed, by the canonical name of the tensor.
+
+    Raises:
+        NotImplementedError: the model has fused experts, which stay packed.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+    if experts := [name for name, module in layers.items() if isinstance(module, PackedParameter)]:
+        raise NotImplementedError(f"{canonical_name(experts[0])}: fused experts are not turned back into floats")
+    parameters: dict[int, nn.Parameter] = {}
+    found = {}
+    for name, layer in layers.items():
+        key = layer.tensor.parts.packed.data_ptr()
+        if key not in parameters:
+            parameters[key] = nn.Parameter(layer.quantized.dequantize().to(layer.compute_dtype).view(layer.weight_shape), requires_grad=False)
+            found[f"{canonical_name(name)}.weight"] = layer.quantized
+        model.set_submodule(name, _float_module(layer, parameters[key]))
+    return found
+
+
+def _float_module(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
+    kind = nn.Linear if type(layer) is PackedLinear else next(k for k in type(layer).__mro__ if issubclass(k, nn.Module) and not issubclass(k, PackedLayer))
+    module = kind.__new__(kind)
+    module.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in layer.__dict__.items()})
+    for name in (*Parts._fields, "weight"):
+        module._buffers.pop(name, None)
+    for name in ("scheme", "count", "weight_shape", "compute_dtype", "_owner"):
+        module.__dict__.pop(name, None)
+    module._parameters = {"weight": weight, **module._parameters}
+    return module

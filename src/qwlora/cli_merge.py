@@ -1,0 +1,67 @@
+"""`qwlora merge-check DIR NAME` and `qwlora merge DIR NAME --into float|requantized --out FOLDER`: the verdict, and only after it the merged model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwlora.errors import DirectoryError
+
+if TYPE_CHECKING:
+    from qwlora.pipeline.merge import Verdict
+
+Job = Annotated[Path, typer.Argument(metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False)]
+Name = Annotated[str, typer.Argument(help="The adapter.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the verdict as JSON, with every layer, and nothing else.")]
+Target = Annotated[str, typer.Option("--into", help="float: a float model; requantized: rounded back onto the base's own grid.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", help="Where to write the merged model.", show_default=False)]
+
+
+def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
+    """Say what merging an adapter into the base's integers would lose. Writes nothing."""
+    verdict, _ = _verdict(job, name)
+    print(json.dumps(verdict.to_json(), indent=1) if as_json else "\n".join(_lines(verdict)))
+
+
+def merge(job: Job, name: Name, into: Target, out: Out) -> None:
+    """Merge an adapter into its base, after the verdict; from what the base's integers stand for, never from the original float weights."""
+    from qwlora.pipeline.merge import write_merged
+
+    if into not in ("float", "requantized"):
+        raise typer.BadParameter(f"{into!r} is neither float nor requantized", param_hint="--into")
+    verdict, session = _verdict(job, name)
+    print("\n".join(_lines(verdict)), flush=True)
+    write_merged(session, name, into, out)  # type: ignore[arg-type]
+    print(f"wrote {out}")
+
+
+def _verdict(job: Path, name: str) -> tuple[Verdict, Any]:
+    from qwlora.data import load_documents
+    from qwlora.pipeline.run import new_session
+    from qwlora.progress import untracked
+    from qwlora.recipe import load_recipe
+
+    if not (job / "recipe.yaml").is_file():
+        raise DirectoryError(f"{str(job)!r} is no job's directory: it has no recipe.yaml; `qwlora run` makes one")
+    recipe = load_recipe(job / "recipe.yaml")
+    if not (job / "adapters" / name).is_dir():
+        known = ", ".join(adapter.name for adapter in recipe.adapters)
+        raise DirectoryError(f"{str(job)!r} has no trained adapter {name!r}; the recipe's are {known}. Train it: qwlora train --out {job}")
+    session = new_session(recipe, load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()), job, untracked)
+    from qwlora.pipeline.merge import merge_verdict
+
+    return merge_verdict(session, name, untracked), session
+
+
+def _lines(verdict: Verdict) -> list[str]:
+    worst = sorted(verdict.layers.items(), key=lambda item: -item[1].share)[:3]
+    most = ", ".join(f"{path} {layer.share:.1%}" for path, layer in worst)
+    return [
+        f"{verdict.share:.1%} of the adapter's delta is under half a step of the base's grid (most in {most})",
+        f"perplexity: base {verdict.base:.3f}, with the adapter {verdict.adapted:.3f}, merged into the integers {verdict.merged:.3f}",
+        f"kept of what the adapter gained: {verdict.kept:.1%}",
+        verdict.recommendation(),
+    ]

@@ -1,0 +1,136 @@
+"""Merging an adapter of a finished job into its base, with the verdict first.
+
+    float         W_hat + Delta, a float model: computes what base and adapter compute, at the float model's size
+    requantized   W_hat + Delta rounded back onto the base's own grid: the base's size, and what the grid swallows is lost
+
+`W_hat` is what the base's integers stand for, never the float weight that they came from.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from qwlora.adapter.merge import Swallowed, swallowed
+from qwlora.base.packed.place import pack_at_
+from qwlora.base.packed.unpack import unpack_
+from qwlora.base.storage import save_base
+from qwlora.errors import DirectoryError, MergeError
+from qwlora.evaluate import perplexity
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.pipeline.session import Session
+from qwlora.progress import Track
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Into = Literal["float", "requantized"]
+LOSS = 0.01  # relative loss of perplexity up to which merging into integers is called harmless
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What merging into the base's integers would do.
+
+    Args:
+        layers: by canonical path.
+        base, adapted, merged: perplexity on held-out text of the base, of base and adapter, and of the requantized merge.
+    """
+
+    layers: dict[str, Swallowed]
+    base: float
+    adapted: float
+    merged: float
+
+    @property
+    def share(self) -> float:
+        """Share of all entries of the adapter's delta under half a step."""
+        return sum(layer.below for layer in self.layers.values()) / max(1, sum(layer.entries for layer in self.layers.values()))
+
+    @property
+    def kept(self) -> float:
+        """Share of what the adapter gained on the base that is left after merging; can be negative."""
+        gained = self.base - self.adapted
+        return (self.base - self.merged) / gained if gained > 0 else float("nan")
+
+    @property
+    def is_harmless(self) -> bool:
+        return self.merged <= self.adapted * (1 + LOSS)
+
+    def recommendation(self) -> str:
+        """One sentence."""
+        if self.is_harmless:
+            return "Merging into the integers loses next to nothing: merge, or keep the adapter separate for swapping."
+        return "Keep the adapter separate, or merge into floats: merging into the integers loses too much of it."
+
+    def to_json(self) -> dict[str, Any]:
+        layers = {name: {**asdict(layer), "share": layer.share} for name, layer in self.layers.items()}
+        numbers = {"share": self.share, "base": self.base, "adapted": self.adapted, "merged": self.merged, "kept": self.kept}
+        return {**numbers, "is_harmless": self.is_harmless, "recommendation": self.recommendation(), "layers": layers}
+
+
+def merge_verdict(session: Session, name: str, track: Track) -> Verdict:
+    """Compute the verdict for adapter `name` of the session's job."""
+    adapted = session.adapted(name)
+    layers = swallowed(adapted)
+    after = _perplexity(session, adapted, "adapted", track)
+    before = _perplexity(session, session.base(), "base", track)
+    merged = _perplexity(session, merged_model(adapted, "requantized"), "merged", track)
+    return Verdict(layers, before, after, merged)
+
+
+def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
+    """The merged model; takes `adapted` apart.
+
+    Raises:
+        MergeError: a layer cannot be merged.
+    """
+    try:
+        packed = unpack_(adapted)
+    except NotImplementedError as error:
+        raise MergeError(f"{error}, so nothing can be merged into this model; keep the adapter separate") from error
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    if into == "requantized":
+        for tensor, quantized in packed.items():
+            weight: Tensor = merged.get_parameter(tensor).detach()
+            codes = quantized.encoding.quantize(weight.reshape(quantized.codes.shape).float())
+            pack_at_(merged, tensor, QuantizedTensor(codes, quantized.encoding))
+    return merged.eval()
+
+
+def write_merged(session: Session, name: str, into: Into, folder: Path) -> None:
+    """Write the merged model of adapter `name` into `folder`: a Hugging Face checkpoint, or a base of its own.
+
+    Raises:
+        DirectoryError: `folder` holds something.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise DirectoryError(f"{str(folder)!r} is not empty; choose another --out")
+    merged = merged_model(session.adapted(name), into)
+    scratch = folder.with_name(f".{folder.name}.part")
+    scratch.mkdir(parents=True)
+    try:
+        if into == "float":
+            merged.save_pretrained(scratch)
+            session.tokenizer.save_pretrained(scratch)
+        else:
+            save_base(merged, session.tokenizer, scratch, session.recipe.model.source)
+        if folder.exists():
+            folder.rmdir()
+        scratch.rename(folder)
+    finally:
+        if scratch.exists():
+            shutil.rmtree(scratch)
+
+
+def _perplexity(session: Session, model: Any, what: str, track: Track) -> float:
+    def logits(ids: Tensor) -> Tensor:
+        result: Tensor = model(ids, use_cache=False).logits
+        return result
+
+    return perplexity(logits, session.evaluation, f"perplexity, {what}", track)

@@ -1,0 +1,146 @@
+"""Merging: the verdict against what PEFT computes, and the models that are written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from conftest import ARCHITECTURES, tiny_model
+from qwlora import load_base, quantize_
+from qwlora.adapter.merge import swallowed
+from qwlora.base.packed import is_packed, packed_weights
+from qwlora.base.packed.unpack import unpack_
+from qwlora.base.rules import Rule
+from qwlora.errors import MergeError
+from qwlora.grid.scheme import parse_scheme
+from qwlora.pipeline.merge import merged_model
+from qwlora.pipeline.run import run
+from qwlora.recipe import load_recipe
+
+IDS = torch.arange(40).view(2, 20)
+
+
+def adapted(architecture: str, size: float, **options: Any) -> Any:
+    model = tiny_model(architecture)
+    quantize_(model, "w4-block32")
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(size)
+    return model.eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
+def test_merged_into_floats_it_computes_what_base_and_adapter_compute(architecture: str, options: dict[str, Any]) -> None:
+    model = adapted(architecture, 0.1, **options)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        merged = merged_model(model, "float")
+        assert not any(is_packed(module) for module in merged.modules())
+        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_onto_the_grid_it_is_the_float_merge_rounded() -> None:
+    model, twin = adapted("llama", 0.3), adapted("llama", 0.3)
+    before = {name: layer.encoding.scale for name, layer in packed_weights(model).items()}
+    merged, floats = merged_model(model, "requantized"), merged_model(twin, "float")
+    for name, layer in packed_weights(merged).items():
+        weight = floats.get_parameter(name)
+        assert torch.equal(layer.encoding.scale, before[name])
+        step = layer.encoding.scale.repeat_interleave(32, dim=1)
+        inside = (layer.codes > 0) & (layer.codes < 15)
+        assert ((layer.quantized.dequantize() - weight).abs() <= step * 0.501)[inside].all()
+
+
+def test_a_small_delta_is_swallowed_whole_and_a_large_one_is_not() -> None:
+    model = adapted("llama", 1e-4)
+    base = {name: layer.codes.clone() for name, layer in packed_weights(model).items()}
+    shares = [layer.share for layer in swallowed(model).values()]
+    assert min(shares) == 1
+    merged = merged_model(model, "requantized")
+    assert all(torch.equal(layer.codes, base[name]) for name, layer in packed_weights(merged).items())
+    layers = swallowed(adapted("llama", 10.0))
+    assert all(layer.share < 0.5 and layer.rms_steps > 1 for layer in layers.values())
+
+
+def test_unpacking_gives_back_the_classes_and_the_tie() -> None:
+    model = tiny_model("llama")
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    quantize_(model, "w4-block32", rules=[Rule("lm_head", parse_scheme("w8-block32"))])
+    with torch.no_grad():
+        expected = model(IDS).logits
+        unpack_(model)
+        assert {name: type(module) for name, module in model.named_modules()} == kinds
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        torch.testing.assert_close(model(IDS).logits, expected)
+
+
+def test_fused_experts_say_that_they_cannot_be_merged() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=260, num_local_experts=2)).eval()
+    quantize_(model, "w4-block32")
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(MergeError, match=r"experts.*keep the adapter separate"):
+        merged_model(wrapped, "float")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path) -> Path:
+    import yaml
+
+    folder = tmp_path_factory.mktemp("merge")
+    content = {
+        "name": "tiny",
+        "model": {"source": str(checkpoints["llama"])},
+        "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4},
+        "adapters": [{"name": "first", "rank": 4, "steps": 20, "learning_rate": 0.01, "warmup_steps": 1}],
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    run(load_recipe(folder / "recipe.yaml"), folder / "out", ("quantize", "train"))
+    return folder / "out"
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "qwlora", *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_path: Path) -> None:
+    checked = command("merge-check", job, "first", "--json")
+    assert checked.returncode == 0, checked.stderr
+    verdict = json.loads(checked.stdout)
+    assert 0 < verdict["share"] < 1
+    assert verdict["adapted"] < verdict["base"]
+    assert set(verdict["layers"]) == {name.removesuffix(".weight") for name in packed_weights(load_base(job / "base"))}
+    merged = command("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
+    assert merged.returncode == 0, merged.stderr
+    assert "under half a step" in merged.stdout
+    assert f"merged into the integers {verdict['merged']:.3f}" in merged.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+    again = command("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
+    assert (again.returncode, "is not empty" in again.stderr) == (2, True)
+    rounded = command("merge", job, "first", "--into", "requantized", "--out", tmp_path / "base")
+    assert rounded.returncode == 0, rounded.stderr
+    assert len(packed_weights(load_base(tmp_path / "base"))) == 14
+
+
+def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:
+    assert "has no trained adapter 'other'; the recipe's are first" in command("merge-check", job, "other").stderr
+    assert "is no job's directory" in command("merge-check", tmp_path, "first").stderr
+    wrong = command("merge", job, "first", "--into", "gold", "--out", tmp_path / "x")
+    assert (wrong.returncode, "neither float nor requantized" in wrong.stderr) == (2, True)
+    assert not (tmp_path / "x").exists()

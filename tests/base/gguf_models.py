@@ -15,10 +15,10 @@ from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.pytorch_utils import Conv1D
 
-HALVES = {
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), [0]),
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), [0, 2]),
-    **{"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208]},
+HALVES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)},
 }
 """Where the float16 numbers of a block are, the scale first."""
 KINDS = tuple(HALVES)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from base.gguf_models import KINDS, WITH_MINIMUM, in_turn, metadata_of, stored_shapes, with_one_zero, write_file
+from base.gguf_models import KINDS, in_turn, metadata_of, stored_shapes, with_one_zero, write_file
 from qwlora.base.readers.gguf import GgufCheckpoint
 from qwlora.errors import SourceError
 from qwlora.grid.quantized import QuantizedTensor

@@ -45,8 +45,7 @@ def test_what_the_gguf_package_quantizes(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K"])
 def test_positive_scales_keep_the_codes_and_the_symmetric_grid(kind: str) -> None:
     raw = random_rows(kind, 8, 512)
-    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    blocks = raw.reshape(-1, size)
+    blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
     blocks[:, HALVES[kind][0] : HALVES[kind][0] + 2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
     if kind == "Q6_K":
         blocks[:, 192:208] = 5

@@ -6,7 +6,8 @@
       config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
 
 Loading builds the model without data, puts packed layers in their places, checks every header against them, and maps the files: a tensor's bytes are read
-once, for its digest, and stay the system's to drop. So the time depends on the bytes of the files alone, and is that of hashing them.
+once, for its digest, and stay the system's to drop. The time grows with the bytes of the files (hashing) and the number of modules (building them), with
+nothing else; float tensors in another type than the one asked for are copied.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_numbers_are_stored_as_narrow_as_they_allow():
 
 
 def test_what_cannot_be_packed_is_refused():
-    wide = quantized(torch.randn(2, 4), Scheme(16))
+    wide = QuantizedTensor(torch.zeros(2, 4, dtype=torch.uint8), measure(torch.randn(2, 4), Scheme(16)))
     with pytest.raises(GridError, match="codes of 16 bits are not packed"):
         PackedTensor.from_quantized(wide)
     scheme = Scheme(4, granularity=LowPowerBlock(2))

@@ -85,15 +85,12 @@ def _four_code_words(packed: Tensor, bitwidth: int) -> Tensor:
     if bitwidth % 2 == 0:
         return _joined(packed.unflatten(-1, (-1, whole)))
     groups = packed.unflatten(-1, (-1, bitwidth))  # eight codes; the middle byte belongs half to either word
-    middle = groups[..., whole].to(torch.int32)
-    words = torch.empty((*groups.shape[:-1], 2), dtype=torch.int32, device=packed.device)
-    first, second = words.unbind(-1)
-    first.copy_(middle & 0xF)
-    second.copy_(middle >> 4)
+    middle = _widened(groups[..., whole], torch.int32)
+    first, second = middle & 0xF, middle >> 4
     if whole:
-        first.bitwise_left_shift_(8 * whole).bitwise_or_(_joined(groups[..., :whole]))
-        second.bitwise_or_(_joined(groups[..., whole + 1 :]) << 4)
-    return words.flatten(-2)
+        first = first.bitwise_left_shift_(8 * whole).bitwise_or_(_joined(groups[..., :whole]))
+        second.bitwise_or_(_joined(groups[..., whole + 1 :]).bitwise_left_shift_(4))
+    return torch.stack((first, second), dim=-1).flatten(-2)
 
 
 def _joined(groups: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import typer
 from qwlora import encodings
 from qwlora.encodings.document import to_text
 from qwlora.encodings.fields import shown
-from qwlora.encodings.validate import summary
+from qwlora.encodings.validate import lines, summary
 
 app = typer.Typer(name="encodings", help="Show, validate, convert and compare AIMET encodings files.", no_args_is_help=True)
 
@@ -42,8 +42,8 @@ def show(file: File, as_json: Annotated[bool, typer.Option("--json", help="Print
 def validate(file: File, onnx: Model = None) -> None:
     """List everything that is wrong with a file, beside its model if that is given; exit 1 when there is an error."""
     findings = encodings.validate(file, onnx)
-    for finding in findings:
-        print(f"{finding.severity}: {finding}")
+    for line in lines(findings):
+        print(line)
     print(f"{file}: {summary(findings)}")
     if any(finding.severity == "error" for finding in findings):
         raise SystemExit(1)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from random_files import FILES
 
-from qwlora.encodings import Encoding, EncodingsFile, IntegerEncoding, LpbqEncoding, TensorFacts, read, read_graph, validate
+from qwlora.encodings import Encoding, EncodingsFile, Finding, IntegerEncoding, LpbqEncoding, TensorFacts, read, read_graph, validate
+from qwlora.encodings.validate import lines
 from qwlora.errors import EncodingsFileError, MissingExtraError
 
 onnx = pytest.importorskip("onnx")
@@ -36,13 +37,16 @@ def model_file(path: Path) -> Path:
         helper.make_node("Gemm", ["m", "both"], ["f"], transB=1),
         helper.make_node("MatMul", ["m", "both"], ["g"]),
         helper.make_node("Gather", ["table", "ids"], ["h"]),
+        helper.make_node("Gather", ["tied", "ids"], ["i"]),
+        helper.make_node("Transpose", ["tied"], ["head"], perm=[1, 0]),
+        helper.make_node("MatMul", ["i", "head"], ["j"]),
         helper.make_node("Constant", [], ["constant"], value=weight("", 2, 2)),
         helper.make_node("Add", ["constant", "constant"], ["y"]),
     ]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8]), helper.make_tensor_value_info("m", TensorProto.FLOAT, [2, 8])]
     inputs.append(helper.make_tensor_value_info("ids", TensorProto.INT64, [2]))
     stored = [weight("conv", 4, 3, 1, 1), weight("bias", 4), weight("deconv", 4, 5, 1, 1), weight("gemm_t", 6, 8), weight("gemm", 8, 6), weight("matmul", 8, 7)]
-    stored += [weight("both", 8, 8), weight("table", 9, 4)]
+    stored += [weight("both", 8, 8), weight("table", 9, 4), weight("tied", 9, 4)]
     gone = [helper.make_tensor_value_info("gone", TensorProto.FLOAT, [1])]
     graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 2])], stored, value_info=gone)
     onnx.save(helper.make_model(graph), str(path))
@@ -60,14 +64,15 @@ def test_axes_come_from_the_op_that_reads_the_tensor(tmp_path: Path) -> None:
         "gemm": (1, 0),
         "matmul": (1, 0),
         "both": (None, None),
-        "table": (None, None),
+        "table": (0, 1),
+        "tied": (0, 1),
         "constant": (None, None),
     }
     assert graph["x"] == TensorFacts(False)
     assert graph["m"] == TensorFacts(False, (2, 8))
-    assert graph["y"] == TensorFacts(False, (2, 2))
+    assert graph["y"] == TensorFacts(False, (2, 2), computed_by="Add")
     assert graph["conv"].shape == (4, 3, 1, 1)
-    assert not graph["ids"].floating
+    assert not graph["ids"].wanted
     assert "gone" not in graph
 
 
@@ -89,6 +94,69 @@ def test_blocks_that_0_6_1_lists_as_channels_are_found_beside_the_model() -> Non
     ]
 
 
+def plumbing_file(path: Path) -> Path:
+    """A head as exporters write it: shapes, positions and a mask are computed beside the values. x [2, tokens, 8], ids [2, tokens]."""
+    from onnx import TensorProto, helper
+
+    def constant(name: str, value: Any, kind: int = TensorProto.INT64) -> Any:
+        values = value if isinstance(value, list) else [value]
+        return helper.make_node("Constant", [], [name], value=helper.make_tensor("", kind, [len(values)] if isinstance(value, list) else [], values))
+
+    node = helper.make_node
+    nodes = [
+        node("Gather", ["table", "ids"], ["embedded"]),
+        node("Add", ["embedded", "x"], ["sum"]),
+        node("Shape", ["ids"], ["shape"]),
+        constant("one", 1),
+        node("Gather", ["shape", "one"], ["tokens"]),
+        constant("zero", 0),
+        node("Range", ["zero", "tokens", "one"], ["positions"]),
+        node("Cast", ["positions"], ["moments"], to=TensorProto.FLOAT),
+        node("Greater", ["positions", "zero"], ["late"]),
+        constant("nought", 0.0, TensorProto.FLOAT),
+        constant("lowest", -1e9, TensorProto.FLOAT),
+        node("Where", ["late", "nought", "lowest"], ["mask"]),
+        node("Sub", ["mask", "moments"], ["bias"]),
+        node("Transpose", ["sum"], ["turned"], perm=[0, 2, 1]),
+        node("MatMul", ["sum", "turned"], ["scores"]),
+        node("Add", ["scores", "bias"], ["masked"]),
+        node("Softmax", ["masked"], ["weights"]),
+        node("Cast", ["weights"], ["same"], to=TensorProto.FLOAT),
+        node("MatMul", ["same", "sum"], ["mixed"]),
+        constant("epsilon", 1e-5, TensorProto.FLOAT),
+        node("Add", ["mixed", "epsilon"], ["y"]),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, "n", 8]), helper.make_tensor_value_info("ids", TensorProto.INT64, [2, "n"])]
+    table = helper.make_tensor("table", TensorProto.FLOAT, [9, 8], [1.0] * 72)
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, "n", 8])], [table])
+    onnx.checker.check_model(helper.make_model(graph), full_check=True)
+    onnx.save(helper.make_model(graph), str(path))
+    return path
+
+
+def test_only_what_carries_values_wants_an_encoding(tmp_path: Path) -> None:
+    graph = read_graph(plumbing_file(tmp_path / "m.onnx"))
+    wanted = {name: facts.computed_by for name, facts in graph.items() if facts.wanted}
+    computed = {"sum": "Add", "scores": "MatMul", "masked": "Add", "weights": "Softmax", "mixed": "MatMul", "y": "Add"}
+    assert wanted == {"x": None, "table": None, **computed}
+
+
+def test_every_wanted_tensor_is_warned_of_and_no_other(tmp_path: Path) -> None:
+    model = plumbing_file(tmp_path / "m.onnx")
+    every = ["x", "table", "sum", "scores", "masked", "weights", "mixed", "y"]
+    for left_out in ([], ["sum"], ["table", "y"]):
+        some = tuple(integers(name, 1.0) for name in every if name not in left_out)
+        found = validate(EncodingsFile("1.0.0", some, frozenset({"table"} - set(left_out))), model)
+        assert sorted((f.severity, f.where) for f in found) == sorted(("warning", name) for name in left_out)
+    after_the_cast = tuple(integers("same" if name == "weights" else name, 1.0) for name in every)
+    assert validate(EncodingsFile("1.0.0", after_the_cast, frozenset({"table"})), model) == []
+
+
+def test_warnings_that_say_the_same_share_a_line(tmp_path: Path) -> None:
+    findings = [Finding("warning", f"t{i}", "", "is odd") for i in range(9)] + [Finding("warning", "u", "", "is rare"), Finding("error", "t", "", "is odd")]
+    assert lines(findings) == ["warning: 9 tensors (t0, t1, t2 ...): each is odd", "warning: u: is rare", "error: t: is odd"]
+
+
 def errors_of(tmp_path: Path, version: str, encoding: Encoding, parameter: bool = True) -> list[str]:
     file = EncodingsFile(version, (encoding,), frozenset({encoding.name} if parameter else ()) if version < "2" else None)
     return [str(f) for f in validate(file, model_file(tmp_path / "m.onnx")) if f.severity == "error"]
@@ -106,7 +174,8 @@ def integers(name: str, scale: Any, axis: int | None = None, block_size: int | N
         ("1.0.0", integers("nobody", 1.0), "nobody, name: is not the name of a tensor in the graph"),
         ("1.0.0", integers("m", 1.0), "m, section: says a parameter, but it is an activation of the graph"),
         ("1.0.0", integers("gemm", [1.0] * 8), "gemm, scale: has 8 values, but axis 1 of a tensor of shape [8, 6] has 6"),
-        ("1.0.0", integers("table", [1.0] * 5), "table, scale: has 5 values, but no axis of a tensor of shape [9, 4] is as long"),
+        ("1.0.0", integers("table", [1.0] * 5), "table, scale: has 5 values, but axis 0 of a tensor of shape [9, 4] has 9"),
+        ("1.0.0", integers("both", [1.0] * 5), "both, scale: has 5 values, but no axis of a tensor of shape [8, 8] is as long"),
         ("1.0.0", integers("gemm", [1.0] * 8, block_size=4), "gemm, scale: has 8 values, which blocks of 4 on a tensor of shape [8, 6] do not give"),
         ("1.0.0", integers("gemm", [1.0] * 16, block_size=3), "gemm, scale: has 16 values, which blocks of 3 on a tensor of shape [8, 6] do not give"),
         ("2.0.0", integers("gemm", [1.0] * 6, axis=2), "gemm, axis: is 2, outside a tensor of shape [8, 6]"),

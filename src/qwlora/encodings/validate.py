@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwlora.encodings.document import load_json, parse, to_document
-from qwlora.encodings.fields import Finding
+from qwlora.encodings.fields import Finding, shown
 from qwlora.encodings.graph import Graph, TensorFacts, read_graph
 from qwlora.encodings.model import Encoding, EncodingsFile, IntegerEncoding, LpbqEncoding
 from qwlora.errors import ConversionError, EncodingsFileError
@@ -68,8 +68,10 @@ def _against_graph(file: EncodingsFile, graph: Graph) -> Iterator[Finding]:
             yield from _shape_findings(encoding, facts, facts.shape)
     named = file.by_name.keys()
     for name, facts in graph.items():
-        if name not in named and facts.floating:
-            yield Finding("warning", name, "", f"is {'a parameter' if facts.parameter else 'an activation'} of the graph without an encoding")
+        encoded_after = facts.moved_to and named >= set(facts.moved_to)
+        if facts.wanted and name not in named and not encoded_after:
+            what = "a parameter of the graph" if facts.parameter else f"computed by {facts.computed_by}" if facts.computed_by else "an input of the graph"
+            yield Finding("warning", name, "", f"is {what}, without an encoding, and so stays float")
 
 
 def _shape_findings(encoding: Encoding, facts: TensorFacts, shape: tuple[int, ...]) -> Iterator[Finding]:
@@ -106,6 +108,22 @@ def _blocks(shape: tuple[int, ...], axis: int, block_size: int, channel_axis: in
     for a, size in enumerate(shape):
         count *= size if a != axis and channel_axis in (None, a) else 1
     return count
+
+
+def lines(findings: list[Finding], shown_names: int = 3) -> list[str]:
+    """One line a finding; warnings that say the same of many tensors on one line, in which all but the first few are counted."""
+    alike: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in findings:
+        alike.setdefault((finding.severity, finding.field, finding.message), []).append(finding)
+    result = []
+    for finding in findings:
+        same = alike[finding.severity, finding.field, finding.message]
+        if finding.severity == "error" or len(same) <= shown_names:
+            result.append(f"{finding.severity}: {finding}")
+        elif finding is same[0]:
+            names = ", ".join(shown(other.where) for other in same[:shown_names])
+            result.append(f"warning: {len(same)} tensors ({names} ...){f', {finding.field}' if finding.field else ''}: each {finding.message}")
+    return result
 
 
 def summary(findings: list[Finding]) -> str:

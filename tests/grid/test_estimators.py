@@ -237,8 +237,10 @@ def test_a_percentile_is_that_of_the_data(percentile, granularity, binned):
     found_low, found_high = (bound.numpy() for bound in seen.percentile_range(percentile))
     if binned:
         width = seen.histogram.widths().numpy()
-        assert (found_low <= low).all() and (low <= found_low + width).all()
-        assert (found_high >= high).all() and (high >= found_high - width).all()
+        assert (found_low <= low).all()
+        assert (low <= found_low + width).all()
+        assert (found_high >= high).all()
+        assert (high >= found_high - width).all()
     else:
         assert np.array_equal(found_low, low)
         assert np.array_equal(found_high, high)

@@ -66,7 +66,7 @@ class Distribution:
         """Everything seen of some groups, whose lowest and highest values are `low` and `high`."""
         if self.histogram is None:
             ascending = torch.cat([x[groups] for x in self.values], 1).sort(1).values.double()
-            return Points(_running_sums(torch.ones_like(ascending), ascending), ascending, None)
+            return Points(_running_sums(torch.ones_like(ascending), ascending), ascending)
         return _points_of_bins(self.histogram, groups, low.double().unsqueeze(1), high.double().unsqueeze(1))
 
     def percentile_range(self, percentile: float) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
@@ -107,7 +107,7 @@ def _points_of_bins(histogram: Histogram, groups: slice, low: Float[Tensor, "gro
     middles = torch.arange(0.5 - reach, reach, device=widths.device, dtype=torch.float64) * widths.unsqueeze(1)
     middles[:, reach - 1 : reach + 1] = 0
     middles.clamp_(low, high)  # the outermost bins reach past the data; what is in them does not
-    return Points(_running_sums(counts, middles), None, widths)
+    return Points(_running_sums(counts, middles), bins=(widths.unsqueeze(1), low, high))
 
 
 def _running_sums(counts: Tensor, places: Tensor) -> Tensor:
@@ -126,12 +126,12 @@ class Points:
     Args:
         sums: running sums of count, count times place, and count times place squared; float64 [3, groups, count + 1], the first column 0.
         places: float64 [groups, count], ascending, where they are single values; None where they are bins.
-        widths: the width of all bins, float64 [groups], as many on either side of zero; None where there are none.
+        bins: where they are bins, their width, and the lowest and highest value in any; each float64 [groups, 1]. As many bins lie on either side of zero.
     """
 
     sums: Float[Tensor, "3 groups bounds"]
-    places: Float[Tensor, "groups points"] | None
-    widths: Float[Tensor, " groups"] | None
+    places: Float[Tensor, "groups points"] | None = None
+    bins: tuple[Float[Tensor, "groups 1"], Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]] | None = None
 
     @property
     def count(self) -> int:
@@ -142,5 +142,16 @@ class Points:
         """How many points lie below each bound, an index into `sums`; a point at a bound counts either way."""
         if self.places is not None:
             return torch.searchsorted(self.places, bounds)
-        assert self.widths is not None
-        return (bounds / self.widths.unsqueeze(1)).add_((self.count + 1) / 2).clamp_(0, self.count).long()
+        assert self.bins is not None
+        width, _, _ = self.bins
+        return (bounds / width).add_((self.count + 1) / 2).clamp_(0, self.count).long()
+
+    def outside(self, lower: Float[Tensor, "groups bounds"], upper: Float[Tensor, "groups bounds"]) -> tuple[Tensor, Tensor]:
+        """The sums, [3, groups, bounds], of the points below `lower` and of those above `upper`. A bin is outside as soon as some of it may be."""
+        if self.bins is not None:
+            width, low, high = self.bins
+            lower = torch.where(lower <= low, -torch.inf, lower + width / 2)
+            upper = torch.where(upper >= high, torch.inf, upper - width / 2)
+        at = self.below(torch.cat([lower, upper], 1))
+        below, not_above = self.sums.gather(2, at.expand(3, -1, -1)).split(lower.shape[1], 2)
+        return below, self.sums[:, :, -1:] - not_above

@@ -95,27 +95,28 @@ def _around(scale: Grids, offset: Grids, spread: float, scheme: Scheme) -> tuple
 
 
 def _best(points: Points, scale: Grids, offset: Grids, steps: int, gamma: float, prune: bool) -> Int64[Tensor, "groups 1"]:
-    """The index of the best grid."""
+    """The index of the best grid; with `prune`, grids whose clipped values alone cost more than a grid that is known are not judged further."""
     clipped, inside = _clipped_error(points, scale, offset, steps, gamma)
-    if points.widths is not None and 4 * steps > points.count:
+    if points.bins is not None and 4 * steps > points.count:
         # in steps as narrow as bins (16 bits), bins cannot tell where a value lies; anywhere in the step, then
         return (clipped + inside * scale.square() / 12).argmin(1, keepdim=True)
-    if prune:
-        likely = (clipped + inside * scale.square() / 12).argmin(1, keepdim=True)
-        known = _errors(points, *(of.gather(1, likely) for of in (scale, offset, clipped)), steps, gamma)
-        order = clipped.argsort(1)[:, : int((clipped <= known).sum(1).max())]
-        errors = _errors(points, *(of.gather(1, order) for of in (scale, offset, clipped)), steps, gamma)
-        return order.gather(1, errors.argmin(1, keepdim=True))
-    return _errors(points, scale, offset, clipped, steps, gamma).argmin(1, keepdim=True)
+    if not prune:
+        return _errors(points, scale, offset, clipped, steps, gamma).argmin(1, keepdim=True)
+
+    def errors_at(columns: Tensor) -> Grids:
+        return _errors(points, scale.gather(1, columns), offset.gather(1, columns), clipped.gather(1, columns), steps, gamma)
+
+    known = errors_at((clipped + inside * scale.square() / 12).argmin(1, keepdim=True))
+    order = clipped.argsort(1)[:, : int((clipped <= known).sum(1).max())]
+    return order.gather(1, errors_at(order).argmin(1, keepdim=True))
 
 
 def _clipped_error(points: Points, scale: Grids, offset: Grids, steps: int, gamma: float) -> tuple[Grids, Grids]:
     """The error of the clipped values, `gamma` in it; and how many values are not clipped."""
     first, last = offset * scale, (offset + steps) * scale
-    at = points.below(torch.cat([first - scale / 2, last + scale / 2], 1))
-    below, above = points.sums.gather(2, at.expand(3, -1, -1)).split(scale.shape[1], 2)
-    outside = _squares(below, first) + _squares(points.sums[:, :, -1:] - above, last)
-    return gamma * outside.clamp_(min=0), above[0] - below[0]
+    below, above = points.outside(first - scale / 2, last + scale / 2)
+    error = _squares(below, first) + _squares(above, last)
+    return gamma * error.clamp_(min=0), points.sums[0, :, -1:] - below[0] - above[0]
 
 
 def _squares(moments: Float[Tensor, "3 groups candidates"], v: Grids) -> Grids:

@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwlora.adapter.loss import chunk_loss_
     from qwlora.adapter.provenance import load_adapter, save_adapter
     from qwlora.base.packed import PackedLinear
     from qwlora.base.quantize import quantize_
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "chunk_loss_": "adapter.loss",
     "load_adapter": "adapter.provenance",
     "save_adapter": "adapter.provenance",
     "PackedLinear": "base.packed",
@@ -60,6 +62,7 @@ __all__ = [
     "Scheme",
     "Simulation",
     "SimulationSchemes",
+    "chunk_loss_",
     "export_onnx",
     "fingerprint",
     "load_adapter",

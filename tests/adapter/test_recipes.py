@@ -14,8 +14,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from qwlora import save_adapter
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.base.storage import load_base
 from qwlora.errors import RecipeError, SourceError, TrainingError
@@ -84,6 +85,7 @@ def test_adapter_trained_elsewhere_needs_a_word(recipe_for: Any, checkpoints: di
     path = recipe_for(adapters=[{"name": "taken", "start": str(elsewhere), "steps": 0}])
     with pytest.raises(SourceError, match="does not say which base it belongs to"):
         trains(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     trains(path, tmp_path / "out", "adapters.0.unknown_base=accept")
     taken = PeftModel.from_pretrained(load_base(tmp_path / "out" / "base"), str(tmp_path / "out" / "adapters" / "taken")).eval()
     ids = torch.arange(20)[None]
@@ -108,6 +110,24 @@ def test_what_cannot_be_is_found_in_the_recipe(recipe_for: Any, change: str, mes
 def test_start_that_holds_no_adapter_is_found_before_anything_is_written(recipe_for: Any, tmp_path: Path, corpus: Path) -> None:
     path = recipe_for(adapters=[{"name": "a", "start": str(corpus), "steps": 0}])
     with pytest.raises(SourceError, match=r"adapter a: .* holds no PEFT adapter"):
+        trains(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (["c_attn"], "does not fit LlamaForCausalLM: Target modules .*c_attn"),
+        (["lm_head"], r"weights differ, for example .*lm_head.lora_A.*, here \[2, 64\], there \[2, 48\]"),
+    ],
+)
+def test_start_that_does_not_fit_is_found_before_anything_is_written(recipe_for: Any, tmp_path: Path, target: list[str], message: str) -> None:
+    sizes = {"n_embd": 48, "n_layer": 1, "n_head": 4, "n_positions": 128, "vocab_size": 260, "tie_word_embeddings": False}
+    save_adapter(
+        get_peft_model(GPT2LMHeadModel(GPT2Config(**sizes)), LoraConfig(r=2, target_modules=target, fan_in_fan_out=target == ["c_attn"])), tmp_path / "a"
+    )
+    path = recipe_for("qwen3" if target == ["lm_head"] else "llama", adapters=[{"name": "a", "start": str(tmp_path / "a"), "steps": 0}])
+    with pytest.raises(SourceError, match=message):
         trains(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

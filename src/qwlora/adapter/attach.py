@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from qwlora.adapter.provenance import WEIGHTS, check_adapter
+from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter
 from qwlora.errors import SourceError, TrainingError
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.names import canonical_name, is_adapter_name
@@ -97,7 +98,7 @@ def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "re
     """
     torch.manual_seed(seed)  # dropout
     folder = adapter_folder(source)
-    check_start(source)
+    check_start(source, unknown_base)
     check_adapter(folder, fingerprint(model), unknown_base)
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
@@ -105,11 +106,11 @@ def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "re
         raise SourceError(f"adapter {source!r} does not fit {type(model).__name__}: {error}") from error
 
 
-def check_start(source: str) -> None:
-    """See that `source` holds a LoRA adapter, without loading it.
+def check_start(source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None) -> None:
+    """What `attach_existing` would refuse, as far as it can be seen before there is a base; `skeleton`, a model without weights, is changed by it.
 
     Raises:
-        SourceError: it does not, or its weights are a pickle.
+        SourceError: `source` holds no LoRA adapter, its weights are a pickle, it does not say which base it was trained on, or it does not fit the skeleton.
     """
     folder = adapter_folder(source)
     try:
@@ -120,6 +121,29 @@ def check_start(source: str) -> None:
         raise SourceError(f"adapter {source!r} is of PEFT's type {kind}, and only LORA can be trained and exported here")
     if not (folder / WEIGHTS).exists():
         raise SourceError(f"adapter {source!r} has no {WEIGHTS}; older formats run code when they are read: load it with PEFT and save it again")
+    if unknown_base == "refuse" or (folder / FILE).exists():
+        base_of(folder)
+    if skeleton is not None:
+        _check_fit(skeleton, source, folder)
+
+
+def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> None:
+    """Names and shapes in the weight file are those that the adapter's configuration gives on this model."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about this model's embeddings and convolutions; they come again when it is attached
+            adapted = get_peft_model(skeleton, LoraConfig.from_pretrained(str(folder)))
+        wanted = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        raise SourceError(f"adapter {source!r} does not fit {type(skeleton).__name__}: {error}") from error
+    if wrong := sorted(name for name in wanted if found.get(name) != wanted[name]):
+        name = wrong[0]
+        raise SourceError(
+            f"adapter {source!r} does not fit {type(skeleton).__name__}: {len(wrong)} of {len(wanted)} weights differ, "
+            f"for example {name}, here {list(wanted[name])}, there {list(found[name]) if name in found else 'none'}"
+        )
 
 
 def adapter_folder(source: str) -> Path:

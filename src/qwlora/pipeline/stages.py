@@ -172,7 +172,7 @@ def _check_adapters(session: Session) -> None:
             if adapter.start is None:
                 check_shape(session.skeleton(), _shape(adapter))
             else:
-                check_start(adapter.start)
+                check_start(adapter.start, adapter.unknown_base, session.skeleton())
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
 

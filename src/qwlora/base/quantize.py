@@ -22,6 +22,7 @@ from qwlora.base.calibrated import LayerReport, quantize_parts_, solve_tensor, t
 from qwlora.base.packed import is_packable, pack_at_, packed_weights, tie_weights_
 from qwlora.base.rules import Assignment, Candidate, Rule, assign
 from qwlora.base.solver import CALIBRATED, check_solver
+from qwlora.base.source import forget_gguf_
 from qwlora.errors import GridError
 from qwlora.grid.moment import Moments
 from qwlora.grid.names import canonical_name, is_adapter_name
@@ -90,6 +91,8 @@ def quantize_(
             pack_at_(model, name, quantized)
     if isinstance(model, PreTrainedModel):
         tie_weights_(model)
+        if getattr(model, "quantization_method", None) == "gguf":
+            forget_gguf_(model)
     return QuantizeReport(base_size(model), reports)
 
 

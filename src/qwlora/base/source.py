@@ -112,7 +112,19 @@ def load_model(source: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(location.pretrained, dtype=torch.float32, **location.arguments())
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
         raise SourceError(f"model {source!r} cannot be loaded: {error}") from error
+    if location.gguf_file:
+        forget_gguf_(model)
     return model.eval()
+
+
+def forget_gguf_(model: PreTrainedModel) -> None:
+    """Let a model whose GGUF file was dequantized while loading be the plain float model that it is: transformers would refuse to train it."""
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.__dict__["is_quantized"] = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

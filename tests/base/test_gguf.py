@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.pytorch_utils import Conv1D
 
 from base.gguf_models import KINDS, in_turn, metadata_of, stored_shapes, with_one_zero, write_file
 from qwlora.base.readers.gguf import GgufCheckpoint
-from qwlora.errors import SourceError
+from qwlora.base.readers.gguf_names import _Above
+from qwlora.errors import MissingExtraError, SourceError
 from qwlora.grid.quantized import QuantizedTensor
 
 SMALL = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64}
@@ -177,3 +182,83 @@ def test_types_that_no_grid_expresses_are_named(tmp_path: Path) -> None:
     expected = r"blk.0.ffn_up.weight \(TQ2_0\), blk.1.attn_q.weight \(MXFP4\): no grid .* expresses MXFP4, TQ2_0; take a file of Q4_0, .*"
     with pytest.raises(SourceError, match=expected):
         GgufCheckpoint(path)
+
+
+def llama(folder: Path, kinds: dict[str, str], extra: dict[str, tuple[int, ...]] | None = None, **changes: Any) -> Path:
+    """A small llama, F32 but for `kinds`."""
+    arch, key, settings = ARCHITECTURES["llama"]
+    settings = {k: v for k, v in settings.items() if k != "model_type"} | changes
+    config = AutoConfig.for_model("llama", **settings)
+    shapes = stored_shapes(arch, config) | (extra or {})
+    return write_file(folder / "m.gguf", arch, metadata_of(arch, config, key), shapes, lambda name, shape: kinds.get(name, "F32"))
+
+
+def test_a_tied_head_comes_once_and_first(tmp_path: Path) -> None:
+    tied, untied = tmp_path / "tied", tmp_path / "untied"
+    tied.mkdir()
+    untied.mkdir()
+    names = GgufCheckpoint(llama(tied, {}, tie_word_embeddings=True)).names()
+    assert names[0] == "model.embed_tokens.weight"
+    assert "lm_head.weight" not in names
+    assert GgufCheckpoint(llama(untied, {})).names()[-1] == "lm_head.weight"
+    with pytest.raises(SourceError, match=r"'lm_head.weight' is no parameter of LlamaForCausalLM \(of tied ones, the first counts\)"):
+        GgufCheckpoint(tied / "m.gguf").read("lm_head.weight")
+
+
+def test_copies_of_a_tied_tensor_that_differ_are_refused(tmp_path: Path) -> None:
+    arch, key, settings = ARCHITECTURES["bloom"]  # transformers ties it whatever the file holds
+    config = AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
+    shapes = stored_shapes(arch, config) | {"output.weight": (96, 256)}
+    path = write_file(tmp_path / "m.gguf", arch, metadata_of(arch, config, key), shapes, lambda name, shape: "F32")
+    with pytest.raises(SourceError, match=r"token_embd.weight, output.weight hold different values, but the model .* ties them"):
+        GgufCheckpoint(path)
+
+
+def test_floats_of_64_bits_stay_what_they_are(tmp_path: Path) -> None:
+    path = llama(tmp_path, {"blk.1.ffn_norm.weight": "F64"})
+    stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.ffn_norm.weight")
+    read = GgufCheckpoint(path).read("model.layers.1.post_attention_layernorm.weight")
+    assert isinstance(read, torch.Tensor)
+    assert read.dtype == torch.float64
+    assert torch.equal(read, torch.tensor(stored.data))
+
+
+def test_rotary_factors_that_transformers_leaves_out_are_announced(tmp_path: Path) -> None:
+    path = llama(tmp_path, {}, {"rope_freqs.weight": (32,)})
+    with pytest.warns(UserWarning, match="rope_freqs.weight, factors of the rotary frequencies, are read by llama.cpp but not by transformers"):
+        assert "rope_freqs.weight" not in GgufCheckpoint(path).names()
+
+
+def test_the_configuration_is_transformers_own(tmp_path: Path) -> None:
+    for name in ("llama", "gemma3", "mamba"):
+        path = small_file(tmp_path, name)
+        wanted, found = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict(), GgufCheckpoint(path).config.to_dict()
+        assert {key for key in wanted | found if wanted.get(key) != found.get(key)} <= {"_name_or_path", "dtype"}
+        assert found["vocab_size"] == 96
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("falcon", {"hidden_size": 64, "num_attention_heads": 4}),
+        ("phi3", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "pad_token_id": 0}),
+        ("stablelm", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}),
+        ("qwen2_moe", {"hidden_size": 64, "num_attention_heads": 4, "num_experts": 2, "moe_intermediate_size": 32, "intermediate_size": 64}),
+        ("gpt2", {"hidden_size": 64, "n_head": 4}),
+    ],
+)
+def test_names_are_found_without_visiting_every_module(model_type: str, settings: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=96, num_hidden_layers=1, **settings))
+    for kind in (TENSOR_PROCESSORS.get(model_type.replace("_", ""), TensorProcessor), TensorProcessor):
+        wanted = get_gguf_hf_weights_map(model, kind(config={}))
+        found = get_gguf_hf_weights_map(_Above(model), kind(config={}))
+        assert {stored: name for stored, name in wanted.items() if name in model.state_dict()} == {k: v for k, v in found.items() if v in model.state_dict()}
+
+
+def test_without_the_gguf_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf.constants", None)
+    monkeypatch.delitem(sys.modules, "qwlora.base.readers.gguf_file")
+    with pytest.raises(MissingExtraError, match=r"pip install 'qwlora\[gguf\]'"):
+        importlib.import_module("qwlora.base.readers.gguf_file")

@@ -20,11 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from jaxtyping import UInt8
 from torch import Tensor
 
-from qwlora.errors import SourceError
+from qwlora.errors import MissingExtraError, SourceError
+
+try:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+except ImportError as error:
+    raise MissingExtraError("gguf is needed to read GGUF files and is not installed: pip install 'qwlora[gguf]'") from error
 
 VERSIONS = (2, 3)
 MOST_AXES, MOST_NAME_BYTES = 4, 64  # ggml's own

@@ -2,7 +2,8 @@
 
 Up to 131,070 values a group (16,382 where there are more than 16 groups) our observers know every value, and AIMET's candidates are among ours: no error is
 larger than AIMET's by more than the rounding of a scale to float32 (1e-6). Beyond that both choose through bins, ours 16 to 32 times finer. A choice by counts
-in bins of width w is off by chance: its relative error has a standard deviation of about 2 (w / scale) / sqrt(values), which `BINNED` bounds.
+in bins of width w can be off by chance, its relative error having a standard deviation of about 2 (w / scale) / sqrt(values), at most 1e-4; on the data here
+none is larger than AIMET's either.
 
 A percentile is not chosen for its error, so its error says nothing about it: what is compared is how far its range lies from that of the sorted data.
 """
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.aimet, pytest.mark.filterwarnings("ignore")]
 BITWIDTHS = (2, 3, 4, 6, 8, 16)
 SCHEMES = [Scheme(b, s, g) for b in BITWIDTHS for s in (True, False) for g in (PerTensor(), PerChannel(0))]
 SCHEMES += [Scheme(b, s, PerBlock(64)) for b in (3, 4) for s in (True, False)]
-EXACT, BINNED = 1 + 1e-6, 1 + 2e-4
+ALLOWED = 1 + 1e-6
 
 
 def datasets(rows: int = 8, columns: int = 512) -> dict[str, Tensor]:
@@ -79,20 +80,20 @@ def error_ratio(x: Tensor, scheme: Scheme, kind, gamma: float, their_gamma: floa
     return weighted_error(x, ours(x, scheme, kind), gamma) / weighted_error(x, aimet, gamma)
 
 
-def note(table: Table, what: str, ratios: list[float], allowed: float) -> None:
+def note(table: Table, what: str, ratios: list[float]) -> None:
     ratios.sort()
-    above = f"{ratios[-1] - 1:.1e} above" if ratios[-1] > 1 else f"{1 - ratios[-1]:.1e} below"
+    largest = f"1 + {ratios[-1] - 1:.1e}" if ratios[-1] > 1 else f"1 - {1 - ratios[-1]:.1e}" if ratios[-1] < 1 else "1 exactly (the same grid)"
     table.notes.append(
         f"**{what}**: error on the data over AIMET's in {len(ratios)} cases: least {ratios[0]:.3f}, median {ratios[len(ratios) // 2]:.4f}, "
-        f"largest {above} 1 (allowed {allowed - 1:.0e} above); above 1 in {sum(r > 1 for r in ratios)}."
+        f"largest {largest} (allowed 1 + {ALLOWED - 1:.0e}); above 1 in {sum(r > 1 for r in ratios)}."
     )
 
 
 @pytest.mark.parametrize(("kind", "gamma", "their_gamma", "name"), CASES)
 def test_error_is_not_larger(kind, gamma, their_gamma, name, table: Table):
     ratios = [error_ratio(x, scheme, kind, gamma, their_gamma) for x in datasets().values() for scheme in SCHEMES]
-    note(table, f"{name}, {len(datasets())} sets of 4,096 values, {len(SCHEMES)} schemes, per tensor, channel and block", ratios, EXACT)
-    assert ratios[-1] <= EXACT
+    note(table, f"{name}, {len(datasets())} sets of 4,096 values, {len(SCHEMES)} schemes, per tensor, channel and block", ratios)
+    assert ratios[-1] <= ALLOWED
     assert ratios[len(ratios) // 2] < 1
 
 
@@ -104,9 +105,9 @@ def test_error_is_not_larger_through_bins(kind, gamma, their_gamma, name, table:
         table,
         f"{name}, {len(datasets())} sets of 524,288 values, more than are kept, so both sides choose through bins, {len(schemes)} schemes",
         ratios,
-        BINNED,
+        ALLOWED,
     )
-    assert ratios[-1] <= BINNED
+    assert ratios[-1] <= ALLOWED
     assert ratios[len(ratios) // 2] < 1
 
 
@@ -148,7 +149,7 @@ def test_every_weight_of_smollm2(table: Table):
         if weight.ndim == 2 and 0 < i < 10:
             per_channel.append(error_ratio(weight, Scheme(4, granularity=PerChannel(0)), SqnrObserver, 3.0, 3.0))
     assert len(per_tensor) == TENSORS
-    note(table, "SQNR, every tensor of SmolLM2-135M, int4 symmetric per tensor", per_tensor, BINNED)
-    note(table, "SQNR, the matrices of SmolLM2-135M's first block, int4 symmetric per channel", per_channel, EXACT)
-    assert per_tensor[-1] <= BINNED
-    assert per_channel[-1] <= EXACT
+    note(table, "SQNR, every tensor of SmolLM2-135M, int4 symmetric per tensor", per_tensor)
+    note(table, "SQNR, the matrices of SmolLM2-135M's first block, int4 symmetric per channel", per_channel)
+    assert per_tensor[-1] <= ALLOWED
+    assert per_channel[-1] <= ALLOWED

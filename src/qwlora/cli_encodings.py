@@ -59,7 +59,7 @@ def convert(
     decompressed_bitwidth: Annotated[int | None, typer.Option(min=1, max=32, help="Of LPBQ encodings in 2.x, which do not say it.", show_default=False)] = None,
     block_order: Annotated[
         encodings.BlockOrder | None,
-        typer.Option(help="Of block scales in 1.0.0, which does not say it: as the tensor lies, or by output channel.", show_default=False),
+        typer.Option(help="Of block scales in 1.0.0, which does not say it: as the tensor lies, or by channel.", show_default=False),
     ] = None,
 ) -> None:
     """Write a file in another version; refused, with the list, when something would be lost."""

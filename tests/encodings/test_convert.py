@@ -248,7 +248,7 @@ def test_aimets_1_0_0_becomes_its_2_0_0_where_the_graph_decides() -> None:
     assert {line.split(":")[0] for line in caught.value.lacking} == open_order
     converted = convert(old, "2.0.0", lossy=True, graph=graph, block_order="tensor").by_name
     assert [name for name, e in converted.items() if e != new.get(name)] == ["y", "float8.weight_0"]
-    wrong = convert(old, "2.0.0", lossy=True, graph=graph, block_order="output").by_name
+    wrong = convert(old, "2.0.0", lossy=True, graph=graph, block_order="channel").by_name
     assert [name for name in open_order if wrong[name] == new[name]] == []
 
 
@@ -261,7 +261,7 @@ def test_aimets_older_exporter_lists_blocks_by_output_channel() -> None:
     some = tuple(e for e in old.encodings if e.name in names)
     file = EncodingsFile("1.0.0", some, frozenset(names))
     graph = {name: facts[other] for name, other in names.items()}
-    converted = convert(file, "2.0.0", lossy=True, graph=graph, block_order="output").by_name
+    converted = convert(file, "2.0.0", lossy=True, graph=graph, block_order="channel").by_name
     for name, other in names.items():
         assert converted[name].replace(name=other) == new[other]
 
@@ -271,7 +271,7 @@ MATMUL = TensorFacts(True, (6, 2), 1, 0)
 
 @pytest.mark.parametrize("target", ["2.0.0", "2.1.0"])
 @pytest.mark.parametrize("encoding", [BLOCK, LPBQ], ids=["block", "LPBQ"])
-@pytest.mark.parametrize(("order", "nested"), [("tensor", [[1, 2], [3, 4]]), ("output", [[1, 3], [2, 4]])])
+@pytest.mark.parametrize(("order", "nested"), [("tensor", [[1, 2], [3, 4]]), ("channel", [[1, 3], [2, 4]])])
 def test_both_orders_come_back(order: BlockOrder, nested: list[list[int]], encoding: Encoding, target: str) -> None:
     known = {"graph": {"w": MATMUL}, "block_order": order, "decompressed_bitwidth": 8}
     file = one("1.0.0", encoding)
@@ -303,5 +303,5 @@ def test_blocks_whose_order_nobody_says_are_not_flattened() -> None:
 
 
 def test_an_unknown_order_is_refused() -> None:
-    with pytest.raises(ConversionError, match="block order 'channel' is not one of tensor, output"):
-        convert(one("1.0.0", BLOCK), "2.0.0", block_order="channel")  # type: ignore[arg-type]
+    with pytest.raises(ConversionError, match="block order 'rows' is not one of tensor, channel"):
+        convert(one("1.0.0", BLOCK), "2.0.0", block_order="rows")  # type: ignore[arg-type]

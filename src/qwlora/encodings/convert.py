@@ -15,7 +15,7 @@
     float8, float4 with scales          no        no         yes        yes
 
 Flat lists of block scales (1.0.0) come in two orders where the blocks' axis lies before the channels' (the [in, out] weight of a MatMul): as the tensor
-lies, or by output channel. The file does not say which, unless its producer is ours ("as the tensor lies"); so the caller says it.
+lies, or by channel. The file does not say which, unless its producer is ours ("as the tensor lies"); so the caller says it.
 
 A field is *lost* when converting back gives another value: that is the definition, and the code. What a target needs and the source does not say (an axis,
 which names are parameters, the decompressed bitwidth) is *lacking*: it comes from the model's graph or from the caller, or there is no conversion.
@@ -36,7 +36,7 @@ from qwlora.encodings.list_versions import channel_axis_of, channel_shape
 from qwlora.encodings.model import VERSIONS, Encoding, EncodingsFile, FloatEncoding, IntegerEncoding, LpbqEncoding
 from qwlora.errors import ConversionError
 
-BlockOrder = Literal["tensor", "output"]
+BlockOrder = Literal["tensor", "channel"]
 BLOCK_ORDERS: tuple[BlockOrder, ...] = get_args(BlockOrder)
 T = TypeVar("T", IntegerEncoding, LpbqEncoding)
 _OUR_PACKAGE = "qwlora"
@@ -75,7 +75,7 @@ def convert(
         graph: facts about the model's tensors, from `read_graph`: supplies axes and the parameters' names to a file that does not say them. What the graph
             says too is not lost.
         decompressed_bitwidth: of LPBQ encodings that do not say it (2.x).
-        block_order: of the flat block scales in 1.0.0, read or written: "tensor", as the tensor lies, or "output", by output channel. By default that of the
+        block_order: of the flat block scales in 1.0.0, read or written: "tensor", as the tensor lies, or "channel", by channel. By default that of the
             producer, where it is ours ("tensor"), and else unknown; it matters only where the two differ.
 
     Raises:
@@ -217,24 +217,24 @@ def _project_lpbq(encoding: LpbqEncoding, target: _Target) -> tuple[Encoding | N
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a flat list of scales is nested: `axis` of the channels or blocks, `shape`, and the channel axis if the list goes by output channel."""
+    """How a flat list of scales is nested: `axis` of the channels or blocks, `shape`, and the channel axis if the list goes by channel."""
 
     axis: int
     shape: tuple[int, ...]
-    output_first: int | None = None
+    channel_first: int | None = None
 
     def nested(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        if self.output_first is None:
+        if self.channel_first is None:
             return flat.reshape(self.shape)
         swapped = list(self.shape)
-        swapped[self.axis], swapped[self.output_first] = swapped[self.output_first], swapped[self.axis]
-        return flat.reshape(swapped).swapaxes(self.axis, self.output_first)
+        swapped[self.axis], swapped[self.channel_first] = swapped[self.channel_first], swapped[self.axis]
+        return flat.reshape(swapped).swapaxes(self.axis, self.channel_first)
 
 
 def _listed(encoding: T, channel_axis: int | None, order: BlockOrder | None, *fields: str) -> T:
-    """With the axes of nested block scales swapped where a flat list by output channel wants them so."""
+    """With the axes of nested block scales swapped where a flat list by channel wants them so."""
     axis = encoding.axis
-    if order != "output" or encoding.block_size is None or axis is None or channel_axis is None or channel_axis < axis:
+    if order != "channel" or encoding.block_size is None or axis is None or channel_axis is None or channel_axis < axis:
         return encoding
     return encoding.replace(**{field: getattr(encoding, field).swapaxes(axis, channel_axis) for field in fields})
 
@@ -260,10 +260,10 @@ def _block_layout(count: int, block_size: int, facts: TensorFacts, target: _Targ
         return _Layout(facts.block_axis, shape)
     if target.block_order is None:
         return (
-            "the order of its block scales: 1.0.0 lists them as the tensor lies in some files and by output channel in others, and these two differ here; "
-            "say which (--block-order tensor, as AIMET's sim.onnx.export writes them, or --block-order output, as its sim.export does)"
+            "the order of its block scales: 1.0.0 lists them as the tensor lies in some files and by channel in others, and these two differ here; "
+            "say which (--block-order tensor, as AIMET's sim.onnx.export writes them, or --block-order channel, as its sim.export does)"
         )
-    return _Layout(facts.block_axis, shape, facts.channel_axis if target.block_order == "output" else None)
+    return _Layout(facts.block_axis, shape, facts.channel_axis if target.block_order == "channel" else None)
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.base.packed.look import Look, refuse_write
+from qwlora.base.packed.product import Part
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.operators import dequantize, layout_of
@@ -94,7 +95,12 @@ class PackedLayer(nn.Module):
         """The float weight, unpacked when something asks for its values."""
         if not is_packed(self):
             raise AttributeError(f"{type(self).__name__} has no weight yet")
-        return self._traced_weight() if traced() else Look(self)
+        return self._traced_weight() if traced() else Look(self.part)
+
+    @property
+    def part(self) -> Part:
+        """The whole weight, for products."""
+        return Part(self, self.weight_shape)
 
     def _traced_weight(self) -> Tensor:
         return dequantize(*self.operands).to(self.compute_dtype).view(self.weight_shape)
@@ -107,7 +113,7 @@ class PackedLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and is_packed(self):
-            if not (isinstance(value, Look) and value.owner.tensor.parts.packed is self.tensor.parts.packed):  # a model ties its weights anew
+            if not (isinstance(value, Look) and value.part.owner.tensor.parts.packed is self.tensor.parts.packed):  # a model ties its weights anew
                 refuse_write()
             return
         super().__setattr__(name, value)

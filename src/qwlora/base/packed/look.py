@@ -9,19 +9,18 @@ So a module's own forward, whatever it is, works on a packed weight. Writing to 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from qwlora.base.packed.product import Convolution, GroupedProduct, Product
+from qwlora.base.packed.product import Convolution, GroupedProduct, Part, Product
 from qwlora.errors import MergeError
-
-if TYPE_CHECKING:
-    from qwlora.base.packed.layer import PackedLayer
 
 
 def refuse_write() -> NoReturn:
@@ -34,42 +33,26 @@ def refuse_write() -> NoReturn:
 
 
 class Look(Tensor):
-    """A look.
+    """A look at a part of a packed weight."""
 
-    Args:
-        owner: the packed layer.
-        which: index into the first axis; all of it if None.
-        turned: whether the last two axes are those of the codes the other way round.
-    """
-
-    owner: PackedLayer
-    which: Tensor | int | None
-    turned: bool
+    part: Part
 
     @staticmethod
-    def __new__(cls, owner: PackedLayer, which: Tensor | int | None = None, turned: bool = False, shape: tuple[int, ...] | None = None) -> Look:
-        shape = owner.weight_shape if shape is None else shape
-        device = owner.tensor.parts.packed.device
-        look: Look = Tensor._make_wrapper_subclass(cls, shape, dtype=owner.compute_dtype, device=device, requires_grad=False)
-        look.owner, look.which, look.turned = owner, which, turned
+    def __new__(cls, part: Part) -> Look:
+        device = part.owner.tensor.parts.packed.device
+        look: Look = Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.owner.compute_dtype, device=device, requires_grad=False)
+        look.part = part
         return look
 
-    def unpacked(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The unpacked values, in the type of the look or another."""
-        values = self.owner.tensor.dequantize(dtype or self.owner.compute_dtype, self.which)
-        return values.mT if self.turned else values.view(self.shape)
-
-    def turn(self) -> Look:
-        """The last two axes exchanged."""
-        return Look(self.owner, self.which, not self.turned, (*self.shape[:-2], self.shape[-1], self.shape[-2]))
+    def unpacked(self) -> Tensor:
+        """The values, in the type of the look."""
+        return self.part.unpacked(self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Look:
-        import copy
-
-        return Look(copy.deepcopy(self.owner, memo), self.which, self.turned, tuple(self.shape))
+        return Look(replace(self.part, owner=copy.deepcopy(self.part.owner, memo)))
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"Look({list(self.shape)}, {self.owner.scheme})"
+        return f"Look({list(self.shape)}, {self.part.owner.scheme})"
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -119,25 +102,25 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, Look) or isinstance(x, Look) or isinstance(bias, Look) or weight.ndim != 2:
         return NotImplemented
-    return Product.apply(x, bias, weight)
+    return Product.apply(x, bias, weight.part)
 
 
 def _matmul(x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
     if kwargs or not isinstance(weight, Look) or isinstance(x, Look) or weight.ndim != 2 or x.ndim < 2:
         return NotImplemented
-    return Product.apply(x, None, weight.turn())
+    return Product.apply(x, None, weight.part.turn())
 
 
 def _embedding(index: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: float | None = None, *_: Any, **__: Any) -> Tensor:
-    if not isinstance(weight, Look) or weight.turned or weight.which is not None or max_norm is not None:
+    if not isinstance(weight, Look) or weight.part.turned or weight.part.which is not None or max_norm is not None:
         return NotImplemented
-    return weight.owner.tensor.dequantize(weight.dtype, index)
+    return weight.part.owner.tensor.dequantize(weight.dtype, index)
 
 
 def _grouped(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
-    if not isinstance(weight, Look) or isinstance(x, Look) or weight.ndim != 3 or weight.which is not None or x.ndim != 2 or offs is None:
+    if not isinstance(weight, Look) or isinstance(x, Look) or weight.ndim != 3 or weight.part.which is not None or x.ndim != 2 or offs is None:
         return NotImplemented
-    return GroupedProduct.apply(x, offs, weight) if bias is None and out_dtype is None else NotImplemented
+    return GroupedProduct.apply(x, offs, weight.part) if bias is None and out_dtype is None else NotImplemented
 
 
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -146,7 +129,7 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return NotImplemented
         if isinstance(padding, str):
             x, padding = _padded(x, weight, padding, dilation), 0
-        return Convolution.apply(x, bias, weight, function, (stride, padding, dilation, groups))
+        return Convolution.apply(x, bias, weight.part, function, (stride, padding, dilation, groups))
 
     return convolve
 
@@ -162,28 +145,28 @@ def _padded(x: Tensor, weight: Tensor, padding: str, dilation: Any) -> Tensor:
 
 
 def _select(look: Tensor, index: Any) -> Tensor:
-    if not isinstance(look, Look) or look.which is not None or isinstance(index, Look):
+    if not isinstance(look, Look) or look.part.which is not None or isinstance(index, Look):
         return NotImplemented
     whole = isinstance(index, int) and not isinstance(index, bool)
     if look.ndim == 3 and (whole or (isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point() and index.dtype != torch.bool)):
-        return Look(look.owner, index, look.turned, tuple(look.shape[1:]))
+        return Look(look.part.one(index))
     if look.ndim == 3 and isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64):
-        values = look.owner.tensor.dequantize(look.dtype, index)
-        return values.mT if look.turned else values
+        values = look.part.owner.tensor.dequantize(look.dtype, index)
+        return values.mT if look.part.turned else values
     return NotImplemented
 
 
 def _transpose(look: Tensor, first: int, second: int) -> Tensor:
     axes = {first % look.ndim, second % look.ndim}
-    return look.turn() if isinstance(look, Look) and look.ndim in (2, 3) and axes == {look.ndim - 2, look.ndim - 1} else NotImplemented
+    return Look(look.part.turn()) if isinstance(look, Look) and look.ndim in (2, 3) and axes == {look.ndim - 2, look.ndim - 1} else NotImplemented
 
 
 def _turn(look: Look) -> Tensor:
-    return look.turn() if look.ndim == 2 or (look.ndim == 3) else NotImplemented
+    return Look(look.part.turn()) if look.ndim == 2 or (look.ndim == 3) else NotImplemented
 
 
 def _turn_matrix(look: Look) -> Tensor:
-    return look.turn() if look.ndim == 2 else NotImplemented
+    return Look(look.part.turn()) if look.ndim == 2 else NotImplemented
 
 
 def _itself(look: Tensor, *_: Any, **__: Any) -> Tensor:

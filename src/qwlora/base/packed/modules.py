@@ -17,7 +17,6 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from qwlora.base.packed.layer import PackedLayer, traced
-from qwlora.base.packed.look import Look
 from qwlora.base.packed.product import Product
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
@@ -50,7 +49,7 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # a look i
         if traced():
             y = linear(x, *self.operands)
             return y if self.bias is None else y + self.bias
-        return Product.apply(x, self.bias, Look(self))
+        return Product.apply(x, self.bias, self.part)
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # a look is all that there is of the weight

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qwlora.base.packed.layer import PackedLayer, traced
 from qwlora.base.packed.look import Look, refuse_write
+from qwlora.base.packed.product import Part
 from qwlora.errors import GridError
 from qwlora.grid.names import FOLDER
 from qwlora.grid.operators import dequantize
@@ -44,7 +45,7 @@ class PackedParameter(PackedLayer):
         if traced():
             values = dequantize(*self.operands).to(self.compute_dtype)
             return values.mT if self.turned else values
-        return Look(self, turned=self.turned)
+        return Look(Part(self, self.weight_shape, turned=self.turned))
 
 
 class _WithPackedParameters(nn.Module):

@@ -8,6 +8,7 @@ GroupedProduct    y[s_e : s_e+1] = x[s_e : s_e+1] W_e    one expert unpacked at 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,37 @@ from torch.nn import functional as F
 from torch.nn.grad import conv1d_input, conv2d_input
 
 if TYPE_CHECKING:
-    from qwlora.base.packed.look import Look
+    from qwlora.base.packed.layer import PackedLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A packed weight, or one expert of it, as it lies or with its last two axes exchanged. What a `Look` shows, without being a tensor.
+
+    Args:
+        owner: the packed layer.
+        shape: of the values.
+        which: index into the first axis; all of it if None.
+        turned: whether the last two axes are those of the codes the other way round.
+    """
+
+    owner: PackedLayer
+    shape: tuple[int, ...]
+    which: Tensor | int | None = None
+    turned: bool = False
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The values."""
+        values = self.owner.tensor.dequantize(dtype, self.which)
+        return values.mT if self.turned else values.view(self.shape)
+
+    def turn(self) -> Part:
+        """The last two axes exchanged."""
+        return Part(self.owner, (*self.shape[:-2], self.shape[-1], self.shape[-2]), self.which, not self.turned)
+
+    def one(self, which: Tensor | int) -> Part:
+        """One of the first axis."""
+        return Part(self.owner, self.shape[1:], which, self.turned)
 
 
 def _dtype(x: Tensor) -> torch.dtype:
@@ -26,10 +57,10 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 
 class Product(torch.autograd.Function):
-    """`F.linear`, the weight a look [out, in]."""
+    """`F.linear`, the weight a part [out, in]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Look) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Part) -> Tensor:
         ctx.weight, ctx.dtype = weight, _dtype(x)
         return F.linear(x, weight.unpacked(ctx.dtype), bias)
 
@@ -41,10 +72,10 @@ class Product(torch.autograd.Function):
 
 
 class Convolution(torch.autograd.Function):
-    """`F.conv1d` or `F.conv2d`, the weight a look [out, in / groups, *kernel]; padding in numbers."""
+    """`F.conv1d` or `F.conv2d`, the weight a part [out, in / groups, *kernel]; padding in numbers."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Look, function: Callable[..., Tensor], options: tuple[Any, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Part, function: Callable[..., Tensor], options: tuple[Any, ...]) -> Tensor:
         ctx.weight, ctx.shape, ctx.function, ctx.options = weight, x.shape, function, options
         return function(x, weight.unpacked(_dtype(x)), bias, *options)
 
@@ -54,7 +85,7 @@ class Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             input_gradient = conv1d_input if ctx.function is F.conv1d else conv2d_input
             grad_x = input_gradient(ctx.shape, ctx.weight.unpacked(gradient.dtype), gradient, *ctx.options)
-        spatial = ctx.weight.ndim - 2
+        spatial = len(ctx.weight.shape) - 2
         channels = [axis for axis in range(gradient.ndim) if axis != gradient.ndim - 1 - spatial]
         return grad_x, gradient.sum(channels) if ctx.needs_input_grad[1] else None, None, None, None
 
@@ -63,7 +94,7 @@ class GroupedProduct(torch.autograd.Function):
     """`F.grouped_mm`: rows up to `offs[e]` (from `offs[e - 1]`) of `x` belong to expert `e`, whose weight is [in, out]; rows past the last get zero."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, offs: Tensor, weight: Look) -> Tensor:
+    def forward(ctx: Any, x: Tensor, offs: Tensor, weight: Part) -> Tensor:
         ctx.weight, ctx.ends, ctx.dtype = weight, offs.tolist(), _dtype(x)
         return _by_group(x.to(ctx.dtype), ctx.ends, weight)
 
@@ -72,10 +103,9 @@ class GroupedProduct(torch.autograd.Function):
         return _by_group(gradient, ctx.ends, ctx.weight.turn()), None, None
 
 
-def _by_group(x: Tensor, ends: list[int], weight: Look) -> Tensor:
-    weights: Any = weight
+def _by_group(x: Tensor, ends: list[int], weight: Part) -> Tensor:
     y = x.new_zeros((len(x), weight.shape[-1]))
     for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if end > start:
-            torch.mm(x[start:end], weights[expert].unpacked(x.dtype), out=y[start:end])
+            torch.mm(x[start:end], weight.one(expert).unpacked(x.dtype), out=y[start:end])
     return y

@@ -76,7 +76,9 @@ class AdapterWeights(Section):
 class Model(Section):
     """Where the float model comes from."""
 
-    source: str = Field(description="a checkpoint folder, a .gguf file, package:NAME/PATH inside an installed package, or a hub id")
+    source: str = Field(
+        description="a checkpoint folder, a .gguf file, package:NAME/PATH inside an installed package, A+B+C for parts of one .gguf file, or a hub id"
+    )
     encodings: str | None = Field(None, description="an AIMET encodings file for the weights in source; base.solver keep takes them")
 
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from base.gguf_models import KINDS, in_turn, metadata_of, stored_shapes, with_one_zero, write_file
 from qwlora.base.readers.gguf import GgufCheckpoint
-from qwlora.base.readers.gguf_names import _Above
+from qwlora.base.readers.gguf_names import Making, _Above, moved
 from qwlora.errors import MissingExtraError, SourceError
 from qwlora.grid.quantized import QuantizedTensor
 
@@ -262,3 +262,34 @@ def test_without_the_gguf_package_the_extra_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(sys.modules, "qwlora.base.readers.gguf_file")
     with pytest.raises(MissingExtraError, match=r"pip install 'qwlora\[gguf\]'"):
         importlib.import_module("qwlora.base.readers.gguf_file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.roll(8, 1), "moves columns of this tensor out of their blocks of 16"),
+        (lambda x: x[:, :32], "changes the values of this tensor, or mixes rows and columns"),
+        (lambda x: x[[0, 0, 1, 2]], "changes the values of this tensor, or mixes rows and columns"),
+        (lambda x: x[:3], "changes the values of this tensor, or mixes rows and columns"),
+        (lambda x: torch.where(x > 1001, x, 0), "changes the values of this tensor, or mixes rows and columns"),
+        (lambda x: x.double(), "changes the values of this tensor, or mixes rows and columns"),
+        (lambda x: x.reshape(2, 96).roll(1, 1).view(4, 48), "changes the values of this tensor, or mixes rows and columns"),
+        (lambda x: x.view(7), "conversion of this tensor fails"),
+    ],
+)
+def test_what_is_no_move_is_refused(change: Any, message: str) -> None:
+    def whole_rows_only(tensors: Any) -> torch.Tensor:
+        if tensors["a"].shape[1] != 48:
+            raise ValueError("this conversion looks at the width")
+        return change(tensors["a"])
+
+    with pytest.raises(SourceError, match=f"tensor a: .*{message}"):
+        moved(Making("p", ("a",), whole_rows_only), [(4, 48)], 16, "tensor a")
+
+
+def test_moves_are_told() -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    move = moved(Making("p", ("a",), lambda tensors: tensors["a"][order].T), [(4, 48)], 16, "tensor a")
+    assert (move.rows.tolist(), move.columns, move.turned) == (order.tolist(), None, True)
+    move = moved(Making("p", ("a", "b"), lambda tensors: torch.cat([tensors["b"], tensors["a"]])), [(4, 48), (2, 48)], 16, "tensor a")
+    assert (move.rows.tolist(), move.columns, move.turned) == ([4, 5, 0, 1, 2, 3], None, False)

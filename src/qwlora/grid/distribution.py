@@ -59,7 +59,7 @@ class Distribution:
         """Take in what `other` did."""
         if other.histogram is not None:
             self._bins().merge(other.histogram)
-        for x in other.values:
+        for x in list(other.values):
             self.update(x, x.abs().amax(1))
 
     def points(self, groups: slice, low: Float[Tensor, " groups"], high: Float[Tensor, " groups"]) -> Points:

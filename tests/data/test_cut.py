@@ -152,6 +152,8 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(shapes: list[tuple[i
     assert set(found.labels[learnt].tolist()) <= wanted
     assert torch.equal(found.labels[learnt], found.input_ids[learnt])
     assert learnt[:, 1:].any(dim=1).all()
+    if found.position_ids is not None:
+        assert not learnt[found.position_ids == 0].any()  # no document is learnt from the one before it
 
 
 def test_running_text_is_cut_into_pieces_each_begun_and_nothing_is_lost() -> None:

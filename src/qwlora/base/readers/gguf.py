@@ -213,7 +213,8 @@ def _apply(move: Move, parts: list[Blocks]) -> Blocks:
     """The rows and blocks of columns of `parts`, one after another, where `move` says they belong."""
     size, result = parts[0].size, []
     for pieces in zip(*(part.parts() for part in parts), strict=True):
-        flat = torch.cat([piece.flatten(0, -2) if piece.ndim > 1 else piece.unsqueeze(0) for piece in pieces])
+        flat_pieces = [piece.flatten(0, -2) if piece.ndim > 1 else piece.unsqueeze(0) for piece in pieces]
+        flat = torch.cat(flat_pieces) if len(flat_pieces) > 1 else flat_pieces[0]
         if not torch.equal(move.rows.flatten(), torch.arange(len(flat))):
             flat = flat[move.rows.flatten()]
         if move.columns is not None:

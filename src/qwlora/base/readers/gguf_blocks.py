@@ -39,6 +39,7 @@ from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
 
 CONSTANT_SCALE = 2.0**-14
+_AT_ONCE = 2**15
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +74,15 @@ class Blocks:
 
 
 def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> Blocks:
-    """Blocks of rows of the type `kind`, one of `TYPES`."""
+    """Blocks of rows of the type `kind`, one of `TYPES`; a few rows at a time, so that the steps in between stay small."""
     bytes_per_block, decode = TYPES[kind]
-    blocks = decode(raw.unflatten(-1, (-1, bytes_per_block)))
-    return blocks.with_parts([part.flatten(-2) for part in blocks.parts()])
+    fields = raw.reshape(-1, bytes_per_block)
+    first = decode(fields[:1])
+    whole = [torch.empty((len(fields), part.shape[-1]), dtype=part.dtype) for part in first.parts()]
+    for start in range(0, len(fields), _AT_ONCE):
+        for part, piece in zip(whole, decode(fields[start : start + _AT_ONCE]).parts(), strict=True):
+            part[start : start + _AT_ONCE] = piece
+    return first.with_parts([part.view(*raw.shape[:-1], -1) for part in whole])
 
 
 def to_quantized(blocks: Blocks, what: str) -> QuantizedTensor:
@@ -99,13 +105,13 @@ def to_quantized(blocks: Blocks, what: str) -> QuantizedTensor:
 def _integer_offset(blocks: Blocks) -> QuantizedTensor:
     steps, middle, size = 2**blocks.bitwidth - 1, 2 ** (blocks.bitwidth - 1), blocks.size
     constant, negative = blocks.scale == 0, blocks.scale < 0
-    codes = blocks.codes.unflatten(-1, (-1, size)).masked_fill(constant.unsqueeze(-1), middle)
+    codes = _filled(blocks.codes.unflatten(-1, (-1, size)), constant, middle)
     scale = blocks.scale.abs().masked_fill_(constant, CONSTANT_SCALE)
     symmetric = True
     if bool(negative.any()):
         turned = negative.unsqueeze(-1)
         symmetric = not bool((turned & (codes == 0)).any())
-        codes = torch.where(turned, (2 * middle if symmetric else steps) - codes.to(torch.int16), codes).to(torch.uint8)
+        codes = torch.where(turned, codes.neg().add_((steps + symmetric) % 256), codes)  # bytes count modulo 256, and no result is outside 0 to 255
     offset = torch.full(scale.shape, -middle, dtype=torch.int32)
     if not symmetric:
         offset = offset.masked_fill_(negative, 1 - middle)
@@ -127,9 +133,14 @@ def _float_offset(blocks: Blocks, what: str) -> QuantizedTensor:
             )
         codes, minimum = codes.clone(), minimum.clone()
         codes[negative], minimum[negative] = turned, low.squeeze(-1)
-    codes = codes.masked_fill(constant.unsqueeze(-1), 0)
+    codes = _filled(codes, constant, 0)
     scheme = Scheme(blocks.bitwidth, symmetric=False, granularity=PerBlock(size), float_offset=True)
     return QuantizedTensor(codes.flatten(-2), FloatOffsetEncoding(scheme, scale.abs().masked_fill_(constant, CONSTANT_SCALE), minimum))
+
+
+def _filled(codes: Tensor, constant: Tensor, code: int) -> Tensor:
+    """The same code throughout each constant block."""
+    return codes.masked_fill(constant.unsqueeze(-1), code) if bool(constant.any()) else codes
 
 
 def _half(fields: Tensor, start: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from qwlora.base.fit import fit, storable_scale
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.observer import measure
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
@@ -99,52 +100,50 @@ def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
 
 
 class _Rounding:
-    """One pass over the columns in `order`; `upper` is U for that order."""
+    """One pass over the columns in `order`; `upper` is U for that order. Held transposed, [in, out], so that a column lies in one piece."""
 
     def __init__(self, weight: Tensor, upper: Tensor, order: Tensor, scheme: Scheme, beforehand: bool):
-        self.weight, self.upper, self.order, self.scheme = weight[:, order].clone(), upper, order, scheme
+        self.shape, self.upper, self.order, self.scheme = weight.shape, upper, order, scheme
+        self.weight = weight.T[order].contiguous()
         self.importance = upper.diagonal().square().reciprocal()
         self.size = scheme.granularity.size if isinstance(scheme.granularity, PerBlock) else weight.shape[1]
         late = isinstance(scheme.granularity, PerBlock) and not isinstance(scheme.granularity, LowPowerBlock) and not beforehand
         self.block_scheme = Scheme(scheme.bitwidth, scheme.symmetric, PerBlock(self.size)) if late else None
         in_place = torch.empty_like(self.importance).index_copy_(0, order, self.importance)
-        self.encoding = fit(weight, scheme, in_place)
+        self.encoding = measure(weight, scheme) if late else fit(weight, scheme, in_place)
 
     def run(self) -> QuantizedTensor:
-        columns = self.weight.shape[1]
-        scale, offset = (_per_column(t, self.scheme, self.weight.shape).contiguous() for t in (self.encoding.scale, self.encoding.offset))
+        columns = len(self.weight)
+        scale, offset = (_per_column(t, self.scheme, self.shape).T.contiguous() for t in (self.encoding.scale, self.encoding.offset))
         steps = torch.empty_like(self.weight)
+        places = self.order.tolist()
         for start in range(0, columns, _RUN):
             stop = min(start + _RUN, columns)
-            errors = torch.empty_like(self.weight[:, start:stop])
+            errors = torch.empty_like(self.weight[start:stop])
             for i in range(start, stop):
                 if self.block_scheme is not None and i % self.size == 0:
                     self._choose(i, scale, offset, errors, start)
-                place = int(self.order[i])
-                s, o = scale[:, place], offset[:, place]
-                w = self.weight[:, i]
-                n = torch.minimum(torch.maximum(torch.div(w, s).round_(), o), o + self.scheme.steps)
-                steps[:, place] = n
-                error = (w - n * s) / self.upper[i, i]
-                errors[:, i - start] = error
-                if i + 1 < stop:
-                    self.weight[:, i + 1 : stop].addr_(error, self.upper[i, i + 1 : stop], alpha=-1)
-            self.weight[:, stop:].addmm_(errors, self.upper[start:stop, stop:], alpha=-1)
-        groups = self.scheme.scale_shape(tuple(self.weight.shape))
-        encoding = Encoding(self.scheme, _per_group(scale, self.scheme).view(groups), _per_group(offset, self.scheme).view(groups).int())
-        return QuantizedTensor((steps - offset).to(torch.uint8), encoding)
+                s, o, n = scale[places[i]], offset[places[i]], steps[places[i]]
+                torch.div(self.weight[i], s, out=n)
+                torch.minimum(torch.maximum(n.round_(), o, out=n), o + self.scheme.steps, out=n)
+                error = torch.sub(self.weight[i], n * s, out=errors[i - start]).div_(self.upper[i, i])
+                self.weight[i + 1 : stop].addr_(self.upper[i, i + 1 : stop], error, alpha=-1)
+            self.weight[stop:].addmm_(self.upper[start:stop, stop:].T, errors, alpha=-1)
+        groups = self.scheme.scale_shape(tuple(self.shape))
+        encoding = Encoding(self.scheme, *(_per_group(t.T, self.scheme).reshape(groups).contiguous() for t in (scale, offset.int())))
+        return QuantizedTensor((steps - offset).to(torch.uint8).T.contiguous(), encoding)
 
     def _choose(self, i: int, scale: Tensor, offset: Tensor, errors: Tensor, start: int) -> None:
         """Scales of the block that begins at column `i`, from the weights as they are now; columns behind the run are brought up to date first."""
         last = i + self.size
-        block = self.weight[:, i:last]
-        behind = max(i, start + errors.shape[1])
+        block = self.weight[i:last]
+        behind = max(i, start + len(errors))
         if behind < last and i > start:
             block = block.clone()
-            block[:, behind - i :] -= errors[:, : i - start] @ self.upper[start:i, behind:last]
-        found = fit(block, self.block_scheme, self.importance[i:last])  # type: ignore[arg-type]
-        scale[:, i:last] = found.scale
-        offset[:, i:last] = found.offset
+            block[behind - i :] -= self.upper[start:i, behind:last].T @ errors[: i - start]
+        found = fit(block.T.contiguous(), self.block_scheme, self.importance[i:last])  # type: ignore[arg-type]
+        scale[i:last] = found.scale.T
+        offset[i:last] = found.offset.T
 
 
 def _per_column(groups: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor:
@@ -175,58 +174,58 @@ class _Refinement:
         code of column i     n_i <- clamp(round((w_hat_i + g_i / H_ii) / s)),      g = (W - W_hat) H
         scale of block b     s_b <- s_b + sum_b n g / sum_bb n H n                 (per row; blocks and channels only)
 
-    The first is QuantEase (Behdin et al. 2023, https://arxiv.org/abs/2309.01885), the second the least squares scale for the codes as they are.
+    The first is QuantEase (Behdin et al. 2023, https://arxiv.org/abs/2309.01885), the second the least squares scale for the codes as they are. Held
+    transposed, [in, out].
     """
 
     def __init__(self, weight: Tensor, hessian: Tensor, start: QuantizedTensor):
         encoding = start.encoding
         assert isinstance(encoding, Encoding)
-        self.weight, self.hessian, self.scheme, self.encoding = weight, hessian, encoding.scheme, encoding
-        self.scale = _per_column(encoding.scale, self.scheme, weight.shape).contiguous()
-        self.offset = _per_column(encoding.offset, self.scheme, weight.shape).contiguous()
-        self.steps = start.codes.float() + self.offset
+        self.shape, self.hessian, self.scheme, self.encoding = weight.shape, hessian, encoding.scheme, encoding
+        self.weight = weight.T.contiguous()
+        self.scale = _per_column(encoding.scale, self.scheme, weight.shape).T.contiguous()
+        self.offset = _per_column(encoding.offset, self.scheme, weight.shape).T.contiguous()
+        self.steps = start.codes.T.float() + self.offset
 
     def sweep(self) -> None:
         """Every scale once, then every code once."""
-        self._gradient = (self.weight - self.steps * self.scale) @ self.hessian
+        self._gradient = self.hessian @ (self.weight - self.steps * self.scale)
         match self.scheme.granularity:
             case LowPowerBlock() | PerTensor():
                 pass
             case PerBlock(size):
                 self._scales(size, storable=True)
             case PerChannel(axis) if axis % 2 == 0:
-                self._scales(self.weight.shape[1], storable=False)
-        for start in range(0, self.weight.shape[1], _RUN):
-            self._codes(start, min(start + _RUN, self.weight.shape[1]))
+                self._scales(len(self.weight), storable=False)
+        for start in range(0, len(self.weight), _RUN):
+            self._codes(start, min(start + _RUN, len(self.weight)))
 
     def result(self) -> QuantizedTensor:
-        groups = self.encoding.scale.shape
-        scale = _per_group(self.scale, self.scheme).reshape(groups).contiguous()
-        return QuantizedTensor((self.steps - self.offset).to(torch.uint8), Encoding(self.scheme, scale, self.encoding.offset))
+        scale = _per_group(self.scale.T, self.scheme).reshape(self.encoding.scale.shape).contiguous()
+        return QuantizedTensor((self.steps - self.offset).to(torch.uint8).T.contiguous(), Encoding(self.scheme, scale, self.encoding.offset))
 
     def _scales(self, size: int, storable: bool) -> None:
-        for first in range(0, self.weight.shape[1], size):
+        for first in range(0, len(self.weight), size):
             block = slice(first, first + size)
-            steps = self.steps[:, block]
-            curvature = ((steps @ self.hessian[block, block]) * steps).sum(1)
-            old = self.scale[:, first].clone()
-            wanted = old + (steps * self._gradient[:, block]).sum(1) / curvature
+            steps = self.steps[block]
+            curvature = ((self.hessian[block, block] @ steps) * steps).sum(0)
+            old = self.scale[first].clone()
+            wanted = old + (steps * self._gradient[block]).sum(0) / curvature
             new = storable_scale(wanted) if storable else wanted
             usable = torch.isfinite(wanted) & (wanted > 0) & ((new - wanted).abs() < (old - wanted).abs())
             new = torch.where(usable, new, old)
-            self.scale[:, block] = new.unsqueeze(1)
-            self._gradient.addmm_(steps * (new - old).unsqueeze(1), self.hessian[block], alpha=-1)
+            self.scale[block] = new
+            self._gradient.addmm_(self.hessian[:, block], steps * (new - old), alpha=-1)
 
     def _codes(self, start: int, stop: int) -> None:
         columns = slice(start, stop)
-        inside, moved = self.hessian[columns, columns], torch.zeros_like(self.steps[:, columns])
-        gradient = self._gradient[:, columns].clone()
+        inside, moved = self.hessian[columns, columns], torch.empty_like(self.steps[columns])
+        gradient = self._gradient[columns].clone()
         for i in range(start, stop):
-            s, o, n = self.scale[:, i], self.offset[:, i], self.steps[:, i]
-            wanted = n + gradient[:, i - start] / (self.hessian[i, i] * s)
-            new = torch.minimum(torch.maximum(wanted.round_(), o), o + self.scheme.steps)
-            change = (new - n) * s
-            self.steps[:, i] = new
-            moved[:, i - start] = change
-            gradient.addr_(change, inside[i - start], alpha=-1)
-        self._gradient.addmm_(moved, self.hessian[columns], alpha=-1)
+            s, o, n = self.scale[i], self.offset[i], self.steps[i]
+            new = torch.div(gradient[i - start], s).div_(self.hessian[i, i]).add_(n).round_()
+            torch.minimum(torch.maximum(new, o, out=new), o + self.scheme.steps, out=new)
+            change = torch.sub(new, n, out=moved[i - start]).mul_(s)
+            n.copy_(new)
+            gradient[i - start + 1 :].addr_(inside[i - start, i - start + 1 :], change, alpha=-1)
+        self._gradient.addmm_(self.hessian[:, columns], moved, alpha=-1)

@@ -11,6 +11,8 @@ that a packed layer keeps them in half the space without loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,13 +22,23 @@ from qwlora.grid.low_power import to_integer_scales
 from qwlora.grid.observer import encoding_from_range
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
-_FRACTIONS = torch.linspace(1.0, 0.3, 29).tolist()
+_FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())
+COARSE = (1.0, 0.88, 0.76)
 _REFITS = 3
 _HALF_NORMAL = torch.finfo(torch.float16).smallest_normal
 
 
-def fit(weight: Float[Tensor, "*rows in"], scheme: Scheme, importance: Float[Tensor, " in"] | None = None, clipping_penalty: float = 1.0) -> Encoding:
+def fit(
+    weight: Float[Tensor, "*rows in"],
+    scheme: Scheme,
+    importance: Float[Tensor, " in"] | None = None,
+    clipping_penalty: float = 1.0,
+    fractions: Sequence[float] = _FRACTIONS,
+) -> Encoding:
     """The encoding of `weight` under `scheme`, blocks and rows along the last axis.
+
+    Args:
+        fractions: of the min-max range, to try; `COARSE` where scales are improved afterwards.
 
     Raises:
         GridError: the scheme does not fit the shape.
@@ -38,10 +50,10 @@ def fit(weight: Float[Tensor, "*rows in"], scheme: Scheme, importance: Float[Ten
     low, high = x.amin(-1), x.amax(-1)
     storable = isinstance(scheme.granularity, PerBlock) and not isinstance(scheme.granularity, LowPowerBlock)
     best = _Best(x, h, flat, storable, clipping_penalty)
-    for fraction in _FRACTIONS:
+    for fraction in fractions:
         candidate = encoding_from_range(low * fraction, high * fraction, flat)
         best.offer(candidate.scale, candidate.offset)
-    for _ in range(_REFITS):
+    for _ in range(_REFITS if fractions is _FRACTIONS else 1):
         best.offer(best.refitted_scale(), best.offset)
         for shift in () if scheme.symmetric else (-1, 1):
             offset = (best.offset + shift).clamp(-scheme.steps, 0)

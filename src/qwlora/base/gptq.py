@@ -11,20 +11,23 @@ tenfold until it is; what was used is returned.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qwlora.base.fit import fit, storable_scale
+from qwlora.base.fit import COARSE, fit, storable_scale
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observer import measure
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
-_RUN = 128  # columns between two updates of all that follow
+_RUN = 32  # columns between two updates of all that follow
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class GptqSettings:
 
     damping: float = 0.01
     activation_order: bool = False
-    sweeps: int = 4
+    sweeps: int = 2
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,9 @@ class _Rounding:
         self.size = scheme.granularity.size if isinstance(scheme.granularity, PerBlock) else weight.shape[1]
         late = isinstance(scheme.granularity, PerBlock) and not isinstance(scheme.granularity, LowPowerBlock) and not beforehand
         self.block_scheme = Scheme(scheme.bitwidth, scheme.symmetric, PerBlock(self.size)) if late else None
+        self.run_of_scale = _columns_of_a_scale(scheme)
+        if beforehand and self.run_of_scale is not None:
+            self.run_of_scale = 1  # neighbours in the order are of different blocks
         in_place = torch.empty_like(self.importance).index_copy_(0, order, self.importance)
         self.encoding = measure(weight, scheme) if late else fit(weight, scheme, in_place)
 
@@ -116,22 +122,39 @@ class _Rounding:
         columns = len(self.weight)
         scale, offset = (_per_column(t, self.scheme, self.shape).T.contiguous() for t in (self.encoding.scale, self.encoding.offset))
         steps = torch.empty_like(self.weight)
-        places = self.order.tolist()
+        places = self.order
         for start in range(0, columns, _RUN):
             stop = min(start + _RUN, columns)
             errors = torch.empty_like(self.weight[start:stop])
-            for i in range(start, stop):
-                if self.block_scheme is not None and i % self.size == 0:
-                    self._choose(i, scale, offset, errors, start)
-                s, o, n = scale[places[i]], offset[places[i]], steps[places[i]]
-                torch.div(self.weight[i], s, out=n)
-                torch.minimum(torch.maximum(n.round_(), o, out=n), o + self.scheme.steps, out=n)
-                error = torch.sub(self.weight[i], n * s, out=errors[i - start]).div_(self.upper[i, i])
-                self.weight[i + 1 : stop].addr_(self.upper[i, i + 1 : stop], error, alpha=-1)
+            for first, last in self._spans(start, stop):
+                if self.block_scheme is not None and first % self.size == 0:
+                    self._choose(first, scale, offset, errors, start)
+                errors[first - start : last - start] = self._round(first, last, scale[places[first:last]], offset[places[first:last]], steps)
+                self.weight[last:stop].addmm_(self.upper[first:last, last:stop].T, errors[first - start : last - start], alpha=-1)
             self.weight[stop:].addmm_(self.upper[start:stop, stop:].T, errors, alpha=-1)
         groups = self.scheme.scale_shape(tuple(self.shape))
         encoding = Encoding(self.scheme, *(_per_group(t.T, self.scheme).reshape(groups).contiguous() for t in (scale, offset.int())))
         return QuantizedTensor((steps - offset).to(torch.uint8).T.contiguous(), encoding)
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Columns that share their scales, so that all are rounded in units of one."""
+        run = self.run_of_scale
+        yield from pairwise([start, stop] if run is None else [start, *range((start // run + 1) * run, stop, run), stop])
+
+    def _round(self, first: int, last: int, scale: Tensor, offset: Tensor, steps: Tensor) -> Tensor:
+        """Round columns `first` to `last`; returns e of each. `w / s` and `n` are what is computed with, which saves two passes a column."""
+        s, low = scale[0], offset[0]
+        high = low + self.scheme.steps
+        left = self.weight[first:last].div_(s)
+        inside = self.upper[first:last, first:last]
+        ratios = inside / inside.diagonal().unsqueeze(1)
+        rounded = torch.empty_like(left)
+        for i in range(last - first):
+            torch.clamp(torch.round(left[i], out=rounded[i]), low, high, out=rounded[i])
+            left[i].sub_(rounded[i])
+            left[i + 1 :].addr_(ratios[i, i + 1 :], left[i], alpha=-1)
+        steps[self.order[first:last]] = rounded
+        return left.mul_(s).div_(inside.diagonal().unsqueeze(1))
 
     def _choose(self, i: int, scale: Tensor, offset: Tensor, errors: Tensor, start: int) -> None:
         """Scales of the block that begins at column `i`, from the weights as they are now; columns behind the run are brought up to date first."""
@@ -141,9 +164,20 @@ class _Rounding:
         if behind < last and i > start:
             block = block.clone()
             block[behind - i :] -= self.upper[start:i, behind:last].T @ errors[: i - start]
-        found = fit(block.T.contiguous(), self.block_scheme, self.importance[i:last])  # type: ignore[arg-type]
+        found = fit(block.T.contiguous(), self.block_scheme, self.importance[i:last], fractions=COARSE)  # type: ignore[arg-type]
         scale[i:last] = found.scale.T
         offset[i:last] = found.offset.T
+
+
+def _columns_of_a_scale(scheme: Scheme) -> int | None:
+    """How many columns, one beside the other, share their scales; None if all do."""
+    match scheme.granularity:
+        case PerBlock(size):
+            return size
+        case PerChannel(axis) if axis % 2:
+            return 1
+        case _:
+            return None
 
 
 def _per_column(groups: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor:
@@ -186,10 +220,10 @@ class _Refinement:
         self.scale = _per_column(encoding.scale, self.scheme, weight.shape).T.contiguous()
         self.offset = _per_column(encoding.offset, self.scheme, weight.shape).T.contiguous()
         self.steps = start.codes.T.float() + self.offset
+        self._gradient = self.hessian @ (self.weight - self.steps * self.scale)
 
     def sweep(self) -> None:
         """Every scale once, then every code once."""
-        self._gradient = self.hessian @ (self.weight - self.steps * self.scale)
         match self.scheme.granularity:
             case LowPowerBlock() | PerTensor():
                 pass
@@ -197,8 +231,10 @@ class _Refinement:
                 self._scales(size, storable=True)
             case PerChannel(axis) if axis % 2 == 0:
                 self._scales(len(self.weight), storable=False)
-        for start in range(0, len(self.weight), _RUN):
-            self._codes(start, min(start + _RUN, len(self.weight)))
+        run = _columns_of_a_scale(self.scheme)
+        width = _RUN if run is None else math.gcd(run, _RUN)
+        for first in range(0, len(self.weight), width):
+            self._codes(first, min(first + width, len(self.weight)))
 
     def result(self) -> QuantizedTensor:
         scale = _per_group(self.scale.T, self.scheme).reshape(self.encoding.scale.shape).contiguous()
@@ -217,15 +253,18 @@ class _Refinement:
             self.scale[block] = new
             self._gradient.addmm_(self.hessian[:, block], steps * (new - old), alpha=-1)
 
-    def _codes(self, start: int, stop: int) -> None:
-        columns = slice(start, stop)
-        inside, moved = self.hessian[columns, columns], torch.empty_like(self.steps[columns])
-        gradient = self._gradient[columns].clone()
-        for i in range(start, stop):
-            s, o, n = self.scale[i], self.offset[i], self.steps[i]
-            new = torch.div(gradient[i - start], s).div_(self.hessian[i, i]).add_(n).round_()
-            torch.minimum(torch.maximum(new, o, out=new), o + self.scheme.steps, out=new)
-            change = torch.sub(new, n, out=moved[i - start]).mul_(s)
-            n.copy_(new)
-            gradient[i - start + 1 :].addr_(inside[i - start, i - start + 1 :], change, alpha=-1)
+    def _codes(self, first: int, last: int) -> None:
+        """Columns that share their scales, in units of one; see `_Rounding._round`."""
+        columns = slice(first, last)
+        s, low = self.scale[first], self.offset[first]
+        high = low + self.scheme.steps
+        inside, before = self.hessian[columns, columns], self.steps[columns]
+        gradient, after = self._gradient[columns] / s, torch.empty_like(before)
+        inverse = inside.diagonal().reciprocal().tolist()
+        for i, factor in enumerate(inverse):
+            torch.clamp(torch.add(before[i], gradient[i], alpha=factor, out=after[i]).round_(), low, high, out=after[i])
+            change = torch.sub(after[i], before[i])
+            gradient[i + 1 :].addr_(inside[i, i + 1 :], change, alpha=-1)
+        moved = (after - before).mul_(s)
+        before.copy_(after)
         self._gradient.addmm_(self.hessian[:, columns], moved, alpha=-1)

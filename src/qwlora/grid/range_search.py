@@ -23,7 +23,7 @@ from torch import Tensor
 from qwlora.grid.distribution import Distribution, Points
 from qwlora.grid.scheme import Scheme
 
-_CELLS_AT_ONCE = 2**16  # look-ups held together, in a processor's cache
+_CELLS_AT_ONCE = 2**15  # look-ups held together: in a processor's cache, and below the size that torch divides among threads
 _POINTS_AT_ONCE = 2**20
 _FINER = (1, 0.1, 0.01, 0.001, 0.0001)
 

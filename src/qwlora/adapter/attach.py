@@ -72,6 +72,7 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")  # an error below
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT corrects it, by the kind of layer that it finds
             adapted = get_peft_model(model, shape.config())
     except (ValueError, TypeError) as error:
         raise TrainingError(f"LoRA cannot be attached to target_modules {shape.target_modules!r}: {error}") from error

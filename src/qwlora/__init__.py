@@ -15,16 +15,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwlora.adapter.initialize import initialize_adapter_
     from qwlora.adapter.loss import chunk_loss_
     from qwlora.adapter.provenance import load_adapter, save_adapter
     from qwlora.base.packed import PackedLinear
+    from qwlora.base.precomputed import load_precomputed
     from qwlora.base.quantize import quantize_
+    from qwlora.base.readers.open_checkpoint import open_checkpoint
+    from qwlora.base.rules import Rule
     from qwlora.base.storage import load_base, save_base
     from qwlora.errors import QwloraError
     from qwlora.export.bundle import export_onnx
     from qwlora.export.verify import verify_onnx
     from qwlora.grid.encoding import Encoding
     from qwlora.grid.fingerprint import fingerprint
+    from qwlora.grid.moment import Moments
     from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
     from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
 
@@ -50,6 +55,7 @@ _HOME = {
     "Simulation": "simulation.simulation",
     "SimulationSchemes": "simulation.simulation",
     "simulate": "simulation.simulation",
+    "initialize_adapter_": "adapter.initialize",
 }
 
 __all__ = [
@@ -65,6 +71,7 @@ __all__ = [
     "chunk_loss_",
     "export_onnx",
     "fingerprint",
+    "initialize_adapter_",
     "load_adapter",
     "load_base",
     "quantize_",

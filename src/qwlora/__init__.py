@@ -60,11 +60,13 @@ _HOME = {
 
 __all__ = [
     "Encoding",
+    "Moments",
     "PackedLinear",
     "PerBlock",
     "PerChannel",
     "PerTensor",
     "QwloraError",
+    "Rule",
     "Scheme",
     "Simulation",
     "SimulationSchemes",
@@ -74,6 +76,8 @@ __all__ = [
     "initialize_adapter_",
     "load_adapter",
     "load_base",
+    "load_precomputed",
+    "open_checkpoint",
     "quantize_",
     "save_adapter",
     "save_base",

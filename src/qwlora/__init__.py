@@ -36,11 +36,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "initialize_adapter_": "adapter.initialize",
     "chunk_loss_": "adapter.loss",
     "load_adapter": "adapter.provenance",
     "save_adapter": "adapter.provenance",
     "PackedLinear": "base.packed",
+    "load_precomputed": "base.precomputed",
     "quantize_": "base.quantize",
+    "open_checkpoint": "base.readers.open_checkpoint",
+    "Rule": "base.rules",
     "load_base": "base.storage",
     "save_base": "base.storage",
     "QwloraError": "errors",
@@ -48,6 +52,7 @@ _HOME = {
     "verify_onnx": "export.verify",
     "Encoding": "grid.encoding",
     "fingerprint": "grid.fingerprint",
+    "Moments": "grid.moment",
     "PerBlock": "grid.scheme",
     "PerChannel": "grid.scheme",
     "PerTensor": "grid.scheme",
@@ -55,7 +60,6 @@ _HOME = {
     "Simulation": "simulation.simulation",
     "SimulationSchemes": "simulation.simulation",
     "simulate": "simulation.simulation",
-    "initialize_adapter_": "adapter.initialize",
 }
 
 __all__ = [

@@ -184,7 +184,10 @@ class Adapter(Section):
     """Step 2, for one adapter."""
 
     name: Name = Field(description="also the name of its folder")
-    start: str | None = Field(None, description="an existing PEFT adapter to go on from, a folder or a hub id; its shape is its own")
+    start: str | None = Field(
+        None, description="an adapter to go on from, whose shape it takes: one that the recipe lists before this, or a PEFT adapter's folder or hub id"
+    )
+    objective: Literal["text", "recovery"] = Field("text", description="recovery: come near the float model besides, to be the start of others")
     unknown_base: Literal["refuse", "accept"] = Field("refuse", description="a start that does not say which base it was trained on, as PEFT saves them")
     rank: Count = Field(16, description="inner dimension of lora_B lora_A")
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the branch is scaled by alpha / rank")
@@ -273,11 +276,22 @@ class Recipe(Section):
     def _encodings_are_used(self) -> Recipe:
         if self.model.encodings is not None and self.base.solver != "keep":
             raise ValueError("model.encodings are taken by base.solver keep; set it, or remove them")
-        if self.base.solver == "keep" and self.model.encodings is None and (lost := [a.name for a in self.adapters if a.init != "zero"]):
-            raise ValueError(
-                f"adapters {', '.join(lost)}: a start other than zero needs the float weights, which integers alone (base.solver keep) do not give"
-            )
+        needy = [a.name for a in self.adapters if a.init != "zero" or a.objective == "recovery"]
+        if self.base.solver == "keep" and self.model.encodings is None and needy:
+            raise ValueError(f"adapters {', '.join(needy)}: recovery, and a start other than zero, need floats, which base.solver keep does not have")
         return self
+
+    @model_validator(mode="after")
+    def _starts_come_first(self) -> Recipe:
+        names = [a.name for a in self.adapters]
+        for i, adapter in enumerate(self.adapters):
+            if adapter.start in names[i:]:
+                raise ValueError(f"adapter {adapter.name} starts from {adapter.start}, which must be listed before it")
+        return self
+
+    def start_of(self, adapter: Adapter) -> Adapter | None:
+        """The recipe's own adapter that `adapter` goes on from."""
+        return next((a for a in self.adapters if a.name == adapter.start), None)
 
     @field_validator("adapters")
     @classmethod
@@ -390,8 +404,9 @@ def _make_paths_absolute(content: dict[str, Any]) -> None:
     data = content.get("data")
     if isinstance(data, dict) and isinstance(template := data.get("chat_template"), str):
         data["chat_template"] = str(Path(template).expanduser().absolute())
+    names = {adapter.get("name") for adapter in _adapters(content)}
     for adapter in _adapters(content):
-        if isinstance(start := adapter.get("start"), str) and Path(start).expanduser().exists():
+        if isinstance(start := adapter.get("start"), str) and start not in names and Path(start).expanduser().exists():
             adapter["start"] = str(Path(start).expanduser().absolute())
 
 
@@ -417,8 +432,9 @@ def _missing_sources(content: dict[str, Any]) -> list[str]:
         template = part.get("chat_template") if isinstance(part, dict) else None
         if isinstance(template, str) and not Path(template).expanduser().is_file():
             problems.append(f"{section}.chat_template: {template!r} is not a file")
+    names = {adapter.get("name") for adapter in _adapters(content)}
     for i, adapter in enumerate(_adapters(content)):
         start = adapter.get("start")
-        if isinstance(start, str) and not Path(start).expanduser().exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start):
-            problems.append(f"adapters.{i}.start: adapter {start!r} does not exist. Give a folder with adapter_config.json, or a hub id like owner/name")
+        if isinstance(start, str) and start not in names and not Path(start).expanduser().exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start):
+            problems.append(f"adapters.{i}.start: adapter {start!r} does not exist. Give another's name, a folder with adapter_config.json, or a hub id")
     return problems

@@ -96,7 +96,7 @@ def test_adapter_trained_elsewhere_needs_a_word(recipe_for: Any, checkpoints: di
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("adapters.0.start=/not/there", "adapters.0.start: adapter '/not/there' does not exist. Give a folder with adapter_config.json"),
+        ("adapters.0.start=/not/there", "adapters.0.start: adapter '/not/there' does not exist. Give another's name, a folder with adapter_config.json"),
         ("adapters.0={name: a, start: a/b, rank: 4, dora: true}", "adapters.0: dora, rank: an adapter that goes on from start has the shape of that one"),
         ("adapters.0={name: a, steps: 0}", "adapters.0: steps is 0, so nothing would be learnt; give start"),
         ("adapters.0={name: a, unknown_base: accept}", "adapters.0: unknown_base goes with start"),

@@ -26,12 +26,13 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of
 from qwlora.adapter.loss import causal_model, chunk_loss_, vocabulary_size
 from qwlora.adapter.provenance import WEIGHTS, write_adapter
+from qwlora.adapter.recovery import Recovery
 from qwlora.adapter.shard import gather_, is_sharded, prepare_sharding_, switch_on_
 from qwlora.adapter.watch import Watch, first_gradient_not_finite, first_output_not_finite, losses_of
 from qwlora.errors import MissingExtraError, TrainingError
@@ -92,6 +93,16 @@ class Interrupted(KeyboardInterrupt):
 class _Trainer(Trainer):
     """Looks at every loss and gradient before the step is taken, and writes checkpoints as plain adapters."""
 
+    recovery: Recovery | None = None
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss; while recovering, the distance to the float model besides."""
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.recovery is None:
+            return found
+        distance = self.recovery.distance(inputs) / (self.args.gradient_accumulation_steps if model.training else 1)
+        return (found[0] + distance, *found[1:]) if isinstance(found, tuple) else found + distance
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = switch_on_(self.accelerator)
@@ -139,6 +150,7 @@ def train_adapter(
     track: Track = untracked,
     held_out: Dataset[dict[str, Tensor]] | Tensor | None = None,
     logs: Path | None = None,
+    teacher: PreTrainedModel | None = None,
 ) -> TrainingReport:
     """Train the active adapter of `model`; checkpoints go to `work`, and the last one there is where it goes on from.
 
@@ -146,6 +158,7 @@ def train_adapter(
         sequences: items with `input_ids` and `labels` (-100 where nothing is learnt), and what else the model's forward takes; or ids [count, tokens].
         held_out: what `evaluation_steps` are evaluated on; the adapter of the best evaluation is kept.
         logs: folder for TensorBoard's files.
+        teacher: the float model, for an adapter that recovers it (`recovery.py`).
 
     Raises:
         TrainingError: see `check_trainable` and `ChunkedLoss`; the batch cannot be divided among the processes; or the loss is no number, or diverged.
@@ -166,6 +179,7 @@ def train_adapter(
     with _logging_to(logs, settings.report_to):
         trainer = _Trainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])
         trainer.remove_callback(PrinterCallback)
+        trainer.recovery = Recovery(model, teacher) if teacher is not None else None
         trainer._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has
         prepare_sharding_(trainer)
         try:
@@ -174,6 +188,8 @@ def train_adapter(
         finally:
             if chunked:
                 chunked.remove()
+            if trainer.recovery:
+                trainer.recovery.remove()
     if watch.interrupted:
         raise Interrupted(trainer.state.global_step)
     gather_(trainer)

@@ -61,8 +61,10 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     add("evaluate/base", held_out, ("quantize",))
     for adapter in recipe.adapters:
         trains = adapter.model_dump(exclude={"checkpoint_steps", "report_to"})  # neither changes the adapter
-        learns = [text, held_out if adapter.evaluation_steps else None, _start_stamps(adapter.start)]
-        add(f"train/{adapter.name}", [trains, learns, recipe.seed], ("quantize",), adapter.name, f"adapters/{adapter.name}")
+        first = recipe.start_of(adapter)
+        learns = [text, held_out if adapter.evaluation_steps else None, _start_stamps(None if first else adapter.start)]
+        needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
+        add(f"train/{adapter.name}", [trains, learns, recipe.seed], needs, adapter.name, f"adapters/{adapter.name}")
     for adapter in recipe.adapters:
         n = adapter.name
         ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]

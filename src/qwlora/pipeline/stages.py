@@ -119,7 +119,8 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     base_identity, seed = session.base_fingerprint, session.recipe.seed
     reset_peak_rss()
     base = session.base()
-    model = attach(base, _shape(adapter), seed) if adapter.start is None else attach_existing(base, adapter.start, adapter.unknown_base, seed)
+    start = str(session.path / "adapters" / first.name) if (first := session.recipe.start_of(adapter)) else adapter.start
+    model = attach(base, _shape(adapter), seed) if start is None else attach_existing(base, start, adapter.unknown_base, seed)
     if adapter.init != "zero":
         initialized = _initialize(session, model, adapter)
         reset_peak_rss()
@@ -130,7 +131,8 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
             check_isolation(model)
         held_out = session.evaluation if adapter.evaluation_steps else None
         logs = session.path / "logs" / adapter.name
-        report = train_adapter(model, session.data.train, _settings(adapter, seed), work, session.track, held_out, logs)
+        teacher = session.take_float_model() if adapter.objective == "recovery" else None
+        report = train_adapter(model, session.data.train, _settings(adapter, seed), work, session.track, held_out, logs, teacher)
     else:
         report = TrainingReport(0, 0.0, 0, check_trainable(model), ())
     if (after := fingerprint(model)) != base_identity:
@@ -171,7 +173,7 @@ def _check_adapters(session: Session) -> None:
         try:
             if adapter.start is None:
                 check_shape(session.skeleton(), _shape(adapter))
-            else:
+            elif session.recipe.start_of(adapter) is None:
                 check_start(adapter.start, adapter.unknown_base, session.skeleton())
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error

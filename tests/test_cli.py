@@ -52,7 +52,7 @@ def test_block_size_that_does_not_divide(call: Any, recipe_for: Any, tmp_path: P
     message = refused(call, recipe_for(), tmp_path / "out", "--set", "base.weights.block_size=48")
     assert "14 of 14 layers do not fit their scheme; choose a block size that divides their input" in message
     assert (
-        "model.layers.0.self_attn.q_proj.weight: int4 symmetric per block 48 does not fit: blocks of 48 do not divide the last axis of a tensor of shape [64, 64]"
+        "model.layers.0.self_attn.q_proj.weight: int4 symmetric per block 48 does not fit: blocks of 48 do not divide the last axis"
         in message
     )
 

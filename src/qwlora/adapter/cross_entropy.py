@@ -42,12 +42,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_gradient else hidden.new_empty(0)
         gradients = [torch.zeros_like(p) for p in trained] if wants_gradient else []
+        buffer: Tensor | None = None
         for start in range(0, len(hidden), chunk_tokens):
             part, rows = slice(start, start + chunk_tokens), targets[start : start + chunk_tokens, None]
             with torch.set_grad_enabled(wants_gradient):
                 chunk = hidden[part].detach().requires_grad_(wants_gradient)
                 logits = head(chunk)
-            scores = torch.log_softmax(logits.detach().float(), dim=-1)
+            buffer = torch.empty_like(logits, dtype=torch.float32) if buffer is None else buffer  # one for all chunks
+            scores = torch.log_softmax(logits.detach().float(), dim=-1, out=buffer[: len(logits)])
             total -= scores.gather(1, rows).sum()
             if wants_gradient:
                 scores = scores.exp_()

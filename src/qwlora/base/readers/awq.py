@@ -20,6 +20,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from qwlora.base.readers.folder import FolderCheckpoint
+from qwlora.base.readers.layers import LayerFiles
 from qwlora.base.readers.safetensors_files import SafetensorsFiles
 from qwlora.base.readers.words import blocks, quantized, unpack_words
 from qwlora.errors import SourceError
@@ -45,11 +46,11 @@ class AwqCheckpoint(FolderCheckpoint):
         super().__init__(folder, lambda files: AwqTensors(files, settings))
 
 
-class AwqTensors:
+class AwqTensors(LayerFiles):
     """Tensors of `files` under the float model's names."""
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
-        self.files = files
+        super().__init__(files, PARTS)
         where = f"{str(files.folder)!r}, quantization_config"
         layout = str(settings.get("version") or settings.get("format") or "gemm").lower()
         if layout not in ("gemm", "gemv"):
@@ -61,17 +62,10 @@ class AwqTensors:
         self.group_size = settings.get("group_size", settings.get("q_group_size"))
         if type(self.group_size) is not int or not (self.group_size > 0 or self.group_size == -1):
             raise SourceError(f"{where}: group_size is {self.group_size!r}; a positive integer is needed, or -1 for whole rows")
-        self._layers = {name.removesuffix(".qweight"): None for name in files.names() if name.endswith(".qweight")}
-        self._names = {f"{layer}.weight": layer for layer in self._layers}
-
-    def names(self) -> list[str]:
-        """Names of the float model's tensors."""
-        kept = [name for name in self.files.names() if name.rpartition(".")[0] not in self._layers or name.rpartition(".")[2] not in PARTS]
-        return [*self._names, *kept]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """`[out, in]` of a quantized layer."""
-        return self._layout(self._names[name]) if name in self._names else self.files.shape(name)
+        return self._layout(self.layer_of[name]) if name in self.layer_of else self.files.shape(name)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """One tensor.
@@ -79,9 +73,9 @@ class AwqTensors:
         Raises:
             SourceError: the layer's tensors do not fit each other, or a number is impossible.
         """
-        if name not in self._names:
+        if name not in self.layer_of:
             return self.files.read(name)
-        layer = self._names[name]
+        layer = self.layer_of[name]
         out_features, in_features = self._layout(layer)
         qweight, qzeros, scale = (self.files.read(f"{layer}.{part}") for part in PARTS)
         groups = self._group_count(in_features)

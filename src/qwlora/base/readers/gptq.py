@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwlora.base.readers.folder import FolderCheckpoint
+from qwlora.base.readers.layers import LayerFiles
 from qwlora.base.readers.safetensors_files import SafetensorsFiles
 from qwlora.base.readers.words import blocks, quantized, unpack_words
 from qwlora.errors import SourceError
@@ -55,11 +56,11 @@ class GptqCheckpoint(FolderCheckpoint):
         super().__init__(folder, lambda files: GptqTensors(files, settings))
 
 
-class GptqTensors:
+class GptqTensors(LayerFiles):
     """Tensors of `files` under the float model's names."""
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
-        self.files = files
+        super().__init__(files, PARTS)
         where = f"{str(files.folder)!r}, quantization_config"
         layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         if settings.get("is_marlin_format"):
@@ -72,19 +73,12 @@ class GptqTensors:
             raise SourceError(f"{where}: bits is {self.bitwidth!r}; GPTQ has {', '.join(map(str, BITWIDTHS))}")
         self.mixed = bool(settings.get("dynamic"))  # layers of other bitwidths
         self.from_autoround = "autoround" in json.dumps(settings, default=str).lower().replace("-", "").replace("_", "")
-        self._layers = {name.removesuffix(".qweight"): None for name in files.names() if name.endswith(".qweight")}
-        self._names = {f"{layer}.weight": layer for layer in self._layers}
-
-    def names(self) -> list[str]:
-        """Names of the float model's tensors."""
-        kept = [name for name in self.files.names() if name.rpartition(".")[0] not in self._layers or name.rpartition(".")[2] not in PARTS]
-        return [*self._names, *kept]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """`[out, in]` of a quantized layer."""
-        if name not in self._names:
+        if name not in self.layer_of:
             return self.files.shape(name)
-        _, shape = self._layout(self._names[name])
+        _, shape = self._layout(self.layer_of[name])
         return shape
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
@@ -93,9 +87,9 @@ class GptqTensors:
         Raises:
             SourceError: the layer's tensors do not fit each other, its groups are scattered, or a number is impossible.
         """
-        if name not in self._names:
+        if name not in self.layer_of:
             return self.files.read(name)
-        layer = self._names[name]
+        layer = self.layer_of[name]
         where = self._where(layer)
         bitwidth, (out_features, in_features) = self._layout(layer)
         scales = self.files.read(f"{layer}.scales").to(torch.float32)

@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwlora.errors import TrainingError
+from qwlora.grid.moment import output_energy
 from qwlora.grid.names import canonical_name
 from qwlora.progress import Track, untracked
 
@@ -97,13 +98,8 @@ def _start(layer: LoraLayer, adapter: str, weight: Tensor, moment: Tensor | None
     with torch.no_grad():
         layer.lora_A[adapter].weight.copy_(a / scaling**0.5)
         layer.lora_B[adapter].weight.copy_(b / scaling**0.5)
-        whole = _energy(weight, moment)
-        return InitReport(_energy(difference, moment) / whole, _energy(difference - b @ a, moment) / whole)
-
-
-def _energy(matrix: Tensor, moment: Tensor | None) -> float:
-    weighted = matrix if moment is None else matrix @ moment
-    return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
+        whole = output_energy(weight, moment)
+        return InitReport(output_energy(difference, moment) / whole, output_energy(difference - b @ a, moment) / whole)
 
 
 def _quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:

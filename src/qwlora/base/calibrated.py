@@ -8,48 +8,29 @@ moments, and the hidden states of the batches.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.base.gptq import gptq
 from qwlora.base.lockstep import Lockstep
-from qwlora.base.packed import is_packable, pack_at_, parameter_out_in, weight_out_in
+from qwlora.base.packed import pack_at_
 from qwlora.base.rules import Assignment
-from qwlora.base.solver import CALIBRATED, solve
+from qwlora.base.tensors import LayerReport, solve_tensor, tensor_out_in
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.moment import Moments, SecondMoment
 from qwlora.grid.names import canonical_name
-from qwlora.grid.observer import measure
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What was done to one layer.
-
-    Args:
-        error: output error `tr(D R D^T) / tr(W R W^T)`, where the input's moment R is known.
-        rtn_error: the same for rounding to nearest.
-        damping: what made the moment positive definite (gptq).
-    """
-
-    scheme: str
-    solver: str
-    error: float | None = None
-    rtn_error: float | None = None
-    damping: float | None = None
 
 
 def quantize_parts_(
@@ -60,7 +41,7 @@ def quantize_parts_(
     work: Path | None,
     track: Track,
 ) -> dict[str, LayerReport]:
-    """Quantize the layers in `plan` (by module path); see `quantize_` for arguments and errors."""
+    """Quantize the tensors in `plan` (by their names in the model); see `quantize_` for arguments and errors."""
     parts = parts_of(model, plan)
     done: dict[str, LayerReport] = {}
     keep = {"use_cache": False} if "use_cache" in _arguments(model) else {}
@@ -103,8 +84,6 @@ def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[
 
 
 def _arguments(model: nn.Module) -> set[str]:
-    import inspect
-
     inner = getattr(model, "get_base_model", lambda: model)()
     return set(inspect.signature(inner.forward).parameters)
 
@@ -154,46 +133,6 @@ def _solve_part(
     matrices = {name: matrix for names, moment in _shared(seen) for matrix in [moment.matrix] for name in names}
     solved = {name: solve_tensor(name, tensor_out_in(model, name), plan[name], matrices.get(name)) for name in tensors}
     return {n: q for n, (q, _) in solved.items()}, {n: r for n, (_, r) in solved.items()}
-
-
-def tensor_out_in(model: nn.Module, name: str) -> Tensor:
-    """The float tensor `name` as [out, in], or [experts, out, in]."""
-    path, _, key = name.rpartition(".")
-    module = model.get_submodule(path)
-    return weight_out_in(module) if key == "weight" and is_packable(module) else parameter_out_in(module, key)
-
-
-def solve_tensor(name: str, weight: Tensor, todo: Assignment, moment: Tensor | None = None) -> tuple[QuantizedTensor, LayerReport]:
-    """Quantize one tensor, and say how well.
-
-    Raises:
-        CalibrationError: as `solve`, with the tensor's name; or the solver needs inputs and the layer saw none.
-    """
-    weight = weight.detach().float()
-    if todo.solver in CALIBRATED and moment is None:
-        raise CalibrationError(f"{canonical_name(name)}: no calibration batch reaches this layer; give it solver search, or keep it float, by a rule")
-    damping = None
-    try:
-        if todo.solver in CALIBRATED and moment is not None:
-            quantized, report = gptq(weight, moment, todo.scheme)
-            damping = report.damping
-        else:
-            quantized = solve(weight, todo.scheme, todo.solver)
-    except CalibrationError as error:
-        raise CalibrationError(f"{canonical_name(name)}: {error}") from error
-    return quantized, LayerReport(str(todo.scheme), todo.solver, *_errors(weight, quantized, todo.scheme, moment), damping)
-
-
-def _errors(weight: Tensor, quantized: QuantizedTensor, scheme: Scheme, moment: Tensor | None) -> tuple[float | None, float | None]:
-    """Relative output error of the result, and of rounding to nearest."""
-    if moment is None:
-        return None, None
-    whole = ((weight @ moment) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny)
-    found = []
-    for values in (quantized.dequantize(), measure(weight, scheme).fake_quantize(weight)):
-        difference = weight - values
-        found.append(float(((difference @ moment) * difference).sum() / whole))
-    return found[0], found[1]
 
 
 def _write_part(file: Path, quantized: Mapping[str, QuantizedTensor], reports: Mapping[str, LayerReport]) -> None:

@@ -18,9 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.estimators import rows_of_groups
 from qwlora.grid.low_power import to_integer_scales
 from qwlora.grid.observer import encoding_from_range
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, Scheme
 
 _FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())
 COARSE = (1.0, 0.88, 0.76)
@@ -45,7 +46,7 @@ def fit(
         CalibrationError: the weight holds nan or infinity.
     """
     scheme.scale_shape(tuple(weight.shape))
-    x, h = _groups(weight.float(), scheme), None if importance is None else _groups(importance.expand_as(weight), scheme)
+    x, h = rows_of_groups(weight.float(), scheme), None if importance is None else rows_of_groups(importance.expand_as(weight), scheme)
     flat = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
     low, high = x.amin(-1), x.amax(-1)
     storable = isinstance(scheme.granularity, PerBlock) and not isinstance(scheme.granularity, LowPowerBlock)
@@ -110,14 +111,3 @@ class _Best:
         low = offset.to(self.x.dtype).unsqueeze(1)
         steps = torch.div(self.x, scale.unsqueeze(1)).round_()
         return torch.minimum(torch.maximum(steps, low), low + self.scheme.steps)
-
-
-def _groups(x: Tensor, scheme: Scheme) -> Tensor:
-    """`x` as [groups, weights of a group]."""
-    match scheme.granularity:
-        case PerTensor():
-            return x.reshape(1, -1)
-        case PerChannel(axis):
-            return x.movedim(axis, 0).reshape(x.shape[axis], -1)
-        case PerBlock(size):
-            return x.reshape(-1, size)

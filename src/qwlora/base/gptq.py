@@ -23,6 +23,7 @@ from torch import Tensor
 from qwlora.base.fit import COARSE, fit, storable_scale
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.moment import output_energy
 from qwlora.grid.observer import measure
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
@@ -79,9 +80,7 @@ def gptq(
     for _ in range(settings.sweeps):
         refined.sweep()
     result = refined.result()
-    difference = weight - result.dequantize()
-    error = ((difference @ moment) * difference).sum() / ((weight @ moment) * weight).sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return result, GptqReport(damping, float(error))
+    return result, GptqReport(damping, output_energy(weight - result.dequantize(), moment) / output_energy(weight, moment))
 
 
 def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.base.calibrated import LayerReport, quantize_parts_, solve_tensor, tensor_out_in
+from qwlora.base.calibrated import quantize_parts_
 from qwlora.base.packed import is_packable, pack_at_, packed_weights, tie_weights_
 from qwlora.base.rules import Assignment, Candidate, Rule, assign
 from qwlora.base.solver import CALIBRATED, check_solver
 from qwlora.base.source import forget_gguf_
+from qwlora.base.tensors import LayerReport, solve_tensor, tensor_out_in
 from qwlora.errors import GridError
 from qwlora.grid.moment import Moments
 from qwlora.grid.names import canonical_name, is_adapter_name
@@ -46,7 +47,7 @@ class BaseSize:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """The size of the base and, by canonical path, what was done to each layer."""
+    """The size of the base and, by canonical name, what was done to each tensor."""
 
     size: BaseSize
     layers: dict[str, LayerReport] = field(default_factory=dict)

@@ -14,8 +14,8 @@ from functools import partial
 from torch import Tensor
 
 from qwlora.base.fit import fit
-from qwlora.base.gptq import GptqSettings, gptq
-from qwlora.errors import GridError
+from qwlora.base.gptq import GptqReport, gptq
+from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observer import measure
 from qwlora.grid.quantized import QuantizedTensor
@@ -36,21 +36,20 @@ def check_solver(solver: str) -> None:
         raise GridError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
 
 
-def solve(weight: Tensor, scheme: Scheme, solver: str, moment: Tensor | None = None, settings: GptqSettings | None = None) -> QuantizedTensor:
-    """Quantize `weight` [out, in].
+def solve(weight: Tensor, scheme: Scheme, solver: str, moment: Tensor | None = None) -> tuple[QuantizedTensor, GptqReport | None]:
+    """Quantize `weight` [out, in], or `[experts, out, in]` by a solver that looks at weights alone; what gptq says of itself.
 
     Args:
         moment: R of the layer's input, [in, in]; needed by gptq.
 
     Raises:
-        GridError: the solver is unknown or lacks the moment, or the scheme does not fit the weight.
-        CalibrationError: weight or moment hold nan or infinity.
+        GridError: the solver is unknown, or the scheme does not fit the weight.
+        CalibrationError: gptq lacks the moment; weight or moment hold nan or infinity.
     """
     check_solver(solver)
-    weight = weight.detach().float()
     if solver in _DATA_FREE:
         encoding = _DATA_FREE[solver](weight, scheme)
-        return QuantizedTensor(encoding.quantize(weight), encoding)
+        return QuantizedTensor(encoding.quantize(weight), encoding), None
     if moment is None:
-        raise GridError(f"solver {solver} follows the inputs of a layer and needs calibration data; give some, or choose rtn, search or sqnr")
-    return gptq(weight, moment, scheme, settings)[0]
+        raise CalibrationError("no calibration batch reaches this layer; give it solver search, or keep it float, by a rule")
+    return gptq(weight, moment, scheme)

@@ -13,7 +13,6 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from qwlora.base.assembly import put_, tensor_at
-from qwlora.base.calibrated import solve_tensor, tensor_out_in
 from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.packed import pack_at_, tie_weights_
 from qwlora.base.precomputed import LazyModel
@@ -22,6 +21,7 @@ from qwlora.base.rules import Assignment, Rule
 from qwlora.base.shards import SHARD_BYTES
 from qwlora.base.solver import CALIBRATED
 from qwlora.base.storage import BaseWriter
+from qwlora.base.tensors import solve_tensor, tensor_out_in
 from qwlora.errors import GridError, SourceError
 from qwlora.grid.presets import weight_scheme
 from qwlora.grid.scheme import Scheme

@@ -77,6 +77,12 @@ class SecondMoment:
         return _symmetric(self.total / self.weight)
 
 
+def output_energy(matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None) -> float:
+    """`tr(M R M^T)`, the mean square of what a matrix makes of inputs with moment R (`R = 1` unless given); never quite zero, so that it divides."""
+    weighted = matrix if moment is None else matrix @ moment
+    return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
+
+
 def _symmetric(upper: Tensor) -> Tensor:
     """The matrix whose upper triangle is that of `upper`."""
     return upper.triu() + upper.triu(1).T

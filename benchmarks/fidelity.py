@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from machine import machine_line
 from qwlora.adapter.attach import LoraShape, attach
@@ -32,7 +32,7 @@ from qwlora.base.packed import weight_out_in
 from qwlora.base.quantize import quantize_
 from qwlora.base.source import load_model, load_tokenizer
 from qwlora.data import load_documents, sequences
-from qwlora.evaluate import perplexity
+from qwlora.evaluate import logits_of, perplexity
 from qwlora.grid.moment import Moments
 
 MODELS = {
@@ -118,13 +118,7 @@ class Bench:
             shutil.rmtree(work)
 
     def perplexity(self, model: nn.Module) -> float:
-        model.eval()
-
-        def logits(ids: Tensor) -> Tensor:
-            found: Tensor = model(ids, use_cache=False).logits
-            return found
-
-        return perplexity(logits, self.held_out, "")
+        return perplexity(logits_of(model.eval()), self.held_out, "")
 
 
 def nf4_(model: nn.Module) -> float:

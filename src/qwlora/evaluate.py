@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,6 +14,16 @@ from qwlora.grid.sequences import IGNORED, Sequences, as_sequences
 from qwlora.progress import Track, untracked
 
 Logits = Callable[[Tensor], Tensor]
+
+
+def logits_of(model: Callable[..., Any]) -> Logits:
+    """What a causal language model of transformers says of token ids."""
+
+    def logits(ids: Tensor) -> Tensor:
+        found: Tensor = model(ids, use_cache=False).logits
+        return found
+
+    return logits
 
 
 def negative_log_likelihood(logits: Float[Tensor, "batch tokens vocabulary"], labels: Int64[Tensor, "batch tokens"]) -> float:

@@ -19,8 +19,8 @@ from qwlora.adapter.merge import Swallowed, swallowed
 from qwlora.base.packed.place import pack_at_
 from qwlora.base.packed.unpack import unpack_
 from qwlora.base.storage import save_base
-from qwlora.errors import DirectoryError, MergeError
-from qwlora.evaluate import perplexity
+from qwlora.errors import DirectoryError
+from qwlora.evaluate import logits_of, perplexity
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.pipeline.session import Session
 from qwlora.progress import Track
@@ -88,12 +88,9 @@ def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
     """The merged model; takes `adapted` apart.
 
     Raises:
-        MergeError: a layer cannot be merged.
+        MergeError: the model has fused experts.
     """
-    try:
-        packed = unpack_(adapted)
-    except NotImplementedError as error:
-        raise MergeError(f"{error}, so nothing can be merged into this model; keep the adapter separate") from error
+    packed = unpack_(adapted)
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     if into == "requantized":
         for tensor, quantized in packed.items():
@@ -128,9 +125,5 @@ def write_merged(session: Session, name: str, into: Into, folder: Path) -> None:
             shutil.rmtree(scratch)
 
 
-def _perplexity(session: Session, model: Any, what: str, track: Track) -> float:
-    def logits(ids: Tensor) -> Tensor:
-        result: Tensor = model(ids, use_cache=False).logits
-        return result
-
-    return perplexity(logits, session.evaluation, f"perplexity, {what}", track)
+def _perplexity(session: Session, model: PreTrainedModel | PeftModel, what: str, track: Track) -> float:
+    return perplexity(logits_of(model), session.evaluation, f"perplexity, {what}", track)

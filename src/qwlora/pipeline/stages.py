@@ -27,7 +27,7 @@ from qwlora.base.storage import save_base
 from qwlora.data.isolation import check_isolation
 from qwlora.data.prepare import describe
 from qwlora.errors import FingerprintError, SourceError, TrainingError
-from qwlora.evaluate import perplexity
+from qwlora.evaluate import Logits, logits_of, perplexity
 from qwlora.export.bundle import export_onnx
 from qwlora.export.extras import require
 from qwlora.export.verify import Limits, check_parity, verify_onnx
@@ -222,14 +222,9 @@ def evaluate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
     _, kind, *_ = stage.name.split("/")
     name = stage.adapter
     if kind == "simulated":
-        logits = session.simulation(str(name)).logits
+        logits: Logits = session.simulation(str(name)).logits
     else:
-        model = session.float_model() if kind == "float" else session.base() if kind == "base" else session.adapted(str(name))
-
-        def logits(ids: Tensor) -> Tensor:
-            result: Tensor = model(ids, use_cache=False).logits
-            return result
-
+        logits = logits_of(session.float_model() if kind == "float" else session.base() if kind == "base" else session.adapted(str(name)))
     value = perplexity(logits, session.evaluation, f"perplexity, {kind}", session.track)
     return {"perplexity": {kind: value if name is None else {name: value}}, "data": describe(session.documents, session.data)}
 

@@ -7,6 +7,7 @@ from torch import nn
 from qwlora.base.packed.layer import PackedLayer
 from qwlora.base.packed.modules import PackedLinear
 from qwlora.base.packed.parameters import PackedParameter
+from qwlora.errors import MergeError
 from qwlora.grid.names import canonical_name
 from qwlora.grid.packed_tensor import Parts
 from qwlora.grid.quantized import QuantizedTensor
@@ -19,11 +20,13 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
         What was packed, by the canonical name of the tensor.
 
     Raises:
-        NotImplementedError: the model has fused experts, which stay packed.
+        MergeError: the model has fused experts, which stay packed.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
     if experts := [name for name, module in layers.items() if isinstance(module, PackedParameter)]:
-        raise NotImplementedError(f"{canonical_name(experts[0])}: fused experts are not turned back into floats")
+        raise MergeError(
+            f"{canonical_name(experts[0])}: fused experts are not turned back into floats, so nothing can be merged into this model; keep the adapter separate"
+        )
     parameters: dict[int, nn.Parameter] = {}
     found = {}
     for name, layer in layers.items():

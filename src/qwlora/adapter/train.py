@@ -26,7 +26,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of
@@ -204,18 +204,7 @@ def train_adapter(
     if watch.interrupted:
         raise Interrupted(trainer.state.global_step)
     gather_(trainer)
-    timed = watch.step_seconds[1:] or watch.step_seconds or [0.0]
-    state = trainer.state
-    return TrainingReport(
-        steps=state.global_step,
-        step_seconds=sum(timed) / len(timed),
-        resumed_from_step=step_of(last) if last else 0,
-        trainable_parameters=trainable,
-        losses=tuple(losses_of(state)),
-        evaluations=_evaluations(state.log_history),
-        best_step=state.best_global_step if settings.evaluation_steps else None,
-        base_bytes=watch.base_bytes,
-    )
+    return _report(trainer.state, watch, settings, step_of(last) if last else 0, trainable)
 
 
 def check_loggers(report_to: Sequence[str]) -> None:
@@ -232,6 +221,20 @@ def check_loggers(report_to: Sequence[str]) -> None:
                 callback()
         except (ValueError, RuntimeError, ImportError) as error:
             raise MissingExtraError(f"report_to {name!r}: {error}") from error
+
+
+def _report(state: TrainerState, watch: Watch, settings: TrainingSettings, resumed_from_step: int, trainable: int) -> TrainingReport:
+    timed = watch.step_seconds[1:] or watch.step_seconds or [0.0]
+    return TrainingReport(
+        steps=state.global_step,
+        step_seconds=sum(timed) / len(timed),
+        resumed_from_step=resumed_from_step,
+        trainable_parameters=trainable,
+        losses=tuple(losses_of(state)),
+        evaluations=_evaluations(state.log_history),
+        best_step=state.best_global_step if settings.evaluation_steps else None,
+        base_bytes=watch.base_bytes,
+    )
 
 
 def _restore(model: PeftModel, last: Path, final: Path, settings: TrainingSettings, trainable: int) -> TrainingReport:

@@ -19,8 +19,13 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from conftest import ARCHITECTURES
-from qwlora.errors import DirectoryError, FingerprintError
+from conftest import ARCHITECTURES, text, tiny_model
+from qwlora.base.packed import packed_weights
+from qwlora.base.storage import load_base
+from qwlora.errors import DirectoryError, FingerprintError, SourceError
+from qwlora.export.aimet import encoding_to_entry
+from qwlora.grid.observer import measure
+from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
@@ -262,3 +267,30 @@ def test_interrupted_training_goes_on_to_the_same_adapter(recipe_for: Any, tmp_p
     run_recipe(path, whole, verbs=("quantize", "train"))
     a, b = (d / "adapters" / "first" / "adapter_model.safetensors" for d in (interrupted, whole))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    grids = {f"{n}.weight": measure(m.weight.detach(), Scheme(4, granularity=PerChannel(0))) for n, m in layers.items()}
+    entries = [encoding_to_entry(name, grid) for name, grid in grids.items()]
+    (tmp_path / "model.encodings").write_text(json.dumps({"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}))
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": text(i, 3), "completion": " " + text(i + 50, 3)}) for i in range(30)))
+    path = recipe_for(
+        model={"source": str(checkpoints["llama"]), "encodings": str(tmp_path / "model.encodings")},
+        data={"source": str(tmp_path / "data.jsonl"), "sequence_tokens": 64},
+        base={"solver": "keep"},
+    )
+    results, _ = run_recipe(path, tmp_path / "out", verbs=("quantize", "train"))
+    packed = packed_weights(load_base(tmp_path / "out" / "base"))
+    assert set(packed) == set(grids)
+    for name, grid in grids.items():
+        assert torch.equal(packed[name].codes, grid.quantize(model.get_parameter(name).detach()))
+        assert torch.equal(packed[name].encoding.scale, grid.scale)
+    assert results["data"]["packing"] == "documents"
+
+
+def test_floats_hold_no_integers_to_keep(recipe_for: Any, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds no integers to keep; choose another base\.solver, or give model\.encodings"):
+        run_recipe(recipe_for(base={"solver": "keep"}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

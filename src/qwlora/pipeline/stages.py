@@ -23,6 +23,7 @@ from qwlora.base.packed import weight_out_in
 from qwlora.base.precomputed import LazyModel, load_precomputed
 from qwlora.base.quantize import QuantizeReport, base_size, plan_layers, quantize_
 from qwlora.base.rules import Rule
+from qwlora.base.source import locate
 from qwlora.base.storage import save_base
 from qwlora.data.isolation import check_isolation
 from qwlora.data.prepare import describe
@@ -68,7 +69,7 @@ def preflight(session: Session, verbs: set[str]) -> None:
             raise SourceError(
                 f"the tokenizer of {session.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"
             )
-        if session.data.train.position_ids is not None:
+        if session.data.train.position_ids is not None and session.recipe.base.solver != "keep":  # whose model has no weights here; training looks again
             check_isolation(model)
 
 
@@ -76,6 +77,9 @@ def _unquantized(session: Session) -> PreTrainedModel:
     """The model that step 1 would begin with, after seeing that it can."""
     base = session.recipe.base
     if base.solver == "keep":
+        location = locate(session.recipe.model.source)
+        if location.holds_floats and not location.gguf_file and session.recipe.model.encodings is None:
+            raise SourceError(f"model {session.recipe.model.source!r} holds no integers to keep; choose another base.solver, or give model.encodings")
         return LazyModel(session.checkpoint()).model
     if not has_float_model(session.recipe):
         raise SourceError(f"model {session.recipe.model.source!r} is quantized already; take its integers as they are (base.solver: keep)")

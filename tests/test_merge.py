@@ -125,6 +125,7 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
     assert 0 < verdict["share"] < 1
     assert verdict["adapted"] < verdict["base"]
     assert set(verdict["layers"]) == {name.removesuffix(".weight") for name in packed_weights(load_base(job / "base"))}
+    (tmp_path / ".float.part").mkdir()  # a merge that was killed left this
     merged = command("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
     assert merged.returncode == 0, merged.stderr
     assert "under half a step" in merged.stdout

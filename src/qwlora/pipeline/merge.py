@@ -110,6 +110,7 @@ def write_merged(session: Session, name: str, into: Into, folder: Path) -> None:
         raise DirectoryError(f"{str(folder)!r} is not empty; choose another --out")
     merged = merged_model(session.adapted(name), into)
     scratch = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a merge that was killed
     scratch.mkdir(parents=True)
     try:
         if into == "float":

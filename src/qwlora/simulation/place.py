@@ -57,6 +57,7 @@ MOVES_DATA = frozenset(
         "flatten",
         "unflatten",
         "clone",
+        "contiguous",
         "index",
         "index_select",
         "gather",

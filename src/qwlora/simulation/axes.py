@@ -6,8 +6,8 @@ torch.export gives each axis that the model does not fix a symbol, and equal sym
     tokens     axis 1 of the first matrix of integers
     NAME.AXIS  whatever else: `pixel_values.2`
 
-Axes of different symbols may still belong together in ways that only the model knows (a mask as long as its text, the rows of a position table): those with equal
-sizes in the example are made smaller together.
+Axes of different symbols may still belong together in ways that only the model knows (a mask as long as its text, the rows of a position table): those with
+equal sizes in the example are made smaller together.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ class Axes:
     def of(cls, program: ExportedProgram, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Axes:
         """Read them from the program."""
         values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-        symbols, called = {}, {}
+        symbols: dict[Place, str] = {}
+        called: dict[str, str] = {}
         batch = next(t.shape[0] for t in tensors if t.ndim)
         for index, (name, tensor, user_input) in enumerate(zip(names, tensors, program.graph_signature.user_inputs, strict=True)):
             for axis, size in enumerate(values[user_input].shape):
-                if isinstance(size, int):
+                symbol = str(size)
+                if symbol.isdigit():  # a symbol that torch.export found to be a number still has a symbol's type
                     continue
-                symbol = symbols[index, axis] = str(size)
+                symbols[index, axis] = symbol
                 ids = tensor.ndim == 2 and axis == 1 and not tensor.is_floating_point()
                 fallback = TOKENS if ids and TOKENS not in called.values() else f"{name}.{axis}"
                 called.setdefault(symbol, BATCH if axis == 0 and tensor.shape[0] == batch else fallback)
@@ -89,11 +91,8 @@ class Axes:
             found[name] = tuple(self._label(index, axis, size, closed) for axis, size in enumerate(self.sizes[index]))
         (node,) = (n for n in program.graph.nodes if n.op == "output")
         for name, value in zip(outputs, node.args[0], strict=True):
-            shape: list[str | int] = []
-            for axis, size in enumerate(value.meta["val"].shape):
-                known = closed.get(str(size), self.called.get(str(size), f"{name}.{axis}"))
-                shape.append(size if isinstance(size, int) else known)
-            found[name] = tuple(shape)
+            sizes = [str(size) for size in value.meta["val"].shape]
+            found[name] = tuple(int(s) if s.isdigit() else closed.get(s, self.called.get(s, f"{name}.{axis}")) for axis, s in enumerate(sizes))
         return found
 
     def _label(self, index: int, axis: int, size: int, closed: Mapping[str, int]) -> str | int:

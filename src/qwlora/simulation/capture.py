@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from qwlora.simulation.proof import prove
 from qwlora.simulation.structure import Structure, cache_of
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
+MASKS_OF = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 _aten = torch.ops.aten
 _SAME_VALUES = (_aten.alias.default, _aten.detach.default, _aten.lift_fresh_copy.default)
 _CASTS = (_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy.default, _aten.type_as.default)
@@ -38,12 +39,41 @@ _CASTS = (_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy
 
 @dataclass(frozen=True)
 class Captured:
-    """A program, the names and shapes of what goes in and out, and how these lie in the model's own arguments and result."""
+    """A program, the names and shapes of what goes in and out, and how these lie in the model's own arguments and result.
+
+    An output that has an input's name is called `out_NAME` in the interface, since a file has one tensor of a name.
+    """
 
     program: ExportedProgram
     interface: Interface
     arguments: Structure
     result: Structure
+
+    def bind(self, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The graph's inputs from the model's own arguments. Without an attention mask, where the graph has one, every position is attended to.
+
+        Raises:
+            CaptureError: arguments are missing, unknown, constants of another value, or tensors of a size that the graph does not take.
+        """
+        given = dict(arguments)
+        for mask, ids in MASKS_OF.items():
+            if given.get(mask) is None and mask in self.interface.inputs and isinstance(given.get(ids), Tensor):
+                given[mask] = torch.ones_like(given[ids])
+        tensors = self.arguments.flatten(given)
+        for name, tensor in zip(self.interface.inputs, tensors, strict=True):
+            shape = self.interface.shapes[name]
+            if tensor.ndim != len(shape) or any(isinstance(size, int) and size != found for size, found in zip(shape, tensor.shape, strict=False)):
+                wanted = ", ".join(str(size) for size in shape)
+                raise CaptureError(f"input {name} has shape {list(tensor.shape)}; the graph takes [{wanted}]. For another size capture again")
+        return tensors
+
+    def named(self, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The graph's outputs by name."""
+        return dict(zip(self.interface.outputs, outputs, strict=True))
+
+    def result_of(self, outputs: Sequence[Tensor]) -> Any:
+        """The graph's outputs in the type of the model's own result."""
+        return self.result.fill(dict(zip(self.result.names, outputs, strict=True)))
 
 
 class Flat(nn.Module):
@@ -68,8 +98,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
     """The graph of `model(**example_inputs)`.
 
     Args:
-        example_inputs: tensors are the graph's inputs; numbers, strings and None are constants in it. `past_key_values` is a cache, or a pair of keys and values
-            [batch, heads, tokens, width] for each layer. At least two tokens, since a size of 1 is taken for a constant; a single row is captured twice.
+        example_inputs: tensors are the graph's inputs; numbers, strings and None are constants in it. `past_key_values` is a cache, or a pair of keys and
+            values [batch, heads, tokens, width] for each layer. At least two tokens, since a size of 1 is taken for a constant; a single row is captured twice.
 
     Raises:
         CaptureError: `torch.export` refuses the model, or the graph's result differs from the module's in any bit, at the example's shape or another; the
@@ -85,16 +115,19 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
     with visible_implementations(model), torch.no_grad():
         try:
             result, outputs = Structure.of(flat.result(*tensors), PRESENT)
-            program = torch.export.export(flat, tensors, dynamic_shapes={"tensors": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)}, strict=False)
+            program = torch.export.export(
+                flat, tensors, dynamic_shapes={"tensors": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)}, strict=False
+            )
         except CaptureError:
             raise
         except Exception as error:  # torch.export raises a dozen kinds; each means the same to the caller
             raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {error}") from error
-        primary = _primary(result.names, outputs, type(model).__name__)
+        names = tuple(f"out_{name}" if name in arguments.names else name for name in result.names)
+        primary = _primary(names, outputs, type(model).__name__)
         axes = Axes.of(program, arguments.names, tensors)
-        program, fixed = _cleaned(program, flat, tensors, axes, result.names)
-    shapes = axes.shapes(program, result.names, fixed)
-    return Captured(program, Interface(arguments.names, result.names, primary, shapes, arguments.cached), arguments, result)
+        program, fixed = _cleaned(program, flat, tensors, axes, names)
+    shapes = axes.shapes(program, names, fixed)
+    return Captured(program, Interface(arguments.names, names, primary, shapes, arguments.cached), arguments, result)
 
 
 def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,8 +144,8 @@ def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str,
 
 def _wrapped(model: nn.Module) -> list[nn.Module]:
     """The model, and what it wraps: an adapter library's model takes whatever its own model takes."""
-    inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
-    return [model, inner]  # type: ignore[list-item]
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    return [model, unwrap()]
 
 
 def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

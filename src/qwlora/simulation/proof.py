@@ -1,7 +1,7 @@
 """The proof that a captured graph computes what its module computes: every output, bit for bit, at the example's shape and at others.
 
-Where another shape is concerned there are three cases. The module itself refuses it: that axis is not open. The module takes it, and so does the graph: they must
-agree. The module takes it on a path that the graph does not have (the conditions that torch.export assumed do not hold): that axis is not open either.
+Where another shape is concerned there are three cases. The module itself refuses it: that axis is not open. The module takes it, and so does the graph: they
+must agree. The module takes it on a path that the graph does not have (the conditions that torch.export assumed do not hold): that axis is not open either.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     sim = simulate(model, example_inputs)      # capture, place, give the weights their encodings
     sim.calibrate(batches)                     # one pass: activation ranges
-    sim(input_ids, attention_mask)             # what integer hardware would compute
+    sim(input_ids=ids, attention_mask=mask)    # what integer hardware would compute, in the type that the model returns
 
 Base weights are packed integers in the graph already, and never move. LoRA weights and what step 1 left float get encodings from their own values, at once;
 activations from data, in one pass over float activations.
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.grid.encoding import Encoding
@@ -29,7 +29,8 @@ from qwlora.grid.names import parameter_name
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.progress import Track, untracked
-from qwlora.simulation.capture import capture
+from qwlora.simulation.capture import Captured, capture
+from qwlora.simulation.perturbed import SumInHalves
 from qwlora.simulation.place import MASKS, Decision, Placed, place
 from qwlora.simulation.quantizer import Mode, Quantizer
 
@@ -45,15 +46,13 @@ class SimulationSchemes:
 
 
 class Simulation(nn.Module):
-    """See the module's text. Call it like the captured model: tensors in the order of `inputs`; returns logits."""
+    """See the module's text. Call it like the captured model: the same arguments by name, or the first of `inputs` by position; the same type of result."""
 
-    def __init__(
-        self, program: ExportedProgram, inputs: tuple[str, ...], schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding | FloatOffsetEncoding]
-    ):
+    def __init__(self, captured: Captured, schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding | FloatOffsetEncoding]):
         super().__init__()
+        self.captured, program = captured, captured.program
         placement = place(program, schemes.quantize_residual_adds)
-        self.inputs = inputs
-        self.marks: list[Mark] = placement.marks
+        self.marks: list[Mark] = _named_inputs(placement.marks, captured)
         self.explanation: list[Placed] = placement.explanation
         if twice := [name for name, count in Counter(m.name for m in self.marks).items() if count > 1]:
             raise CaptureError(f"two values would carry the name {twice[0]}; activate one adapter at a time")
@@ -65,12 +64,16 @@ class Simulation(nn.Module):
         self.graph_module: GraphModule = program.module(check_guards=False)
         self._insert(schemes)
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        logits: Tensor = self.graph_module(*tensors)
-        return logits
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, in order."""
+        return self.captured.interface.inputs
 
-    def calibrate(self, batches: Collection[Mapping[str, Tensor]], track: Track = untracked) -> None:
-        """Observe the activations of all `batches` (each a mapping with the inputs' names), then fix their encodings.
+    def forward(self, *first: Tensor, **arguments: Any) -> Any:
+        return self.captured.result_of(self.graph_module(*self.captured.bind({**dict(zip(self.inputs, first, strict=False)), **arguments})))
+
+    def calibrate(self, batches: Collection[Mapping[str, Any]], track: Track = untracked) -> None:
+        """Observe the activations of all `batches` (each the model's arguments by name), then fix their encodings.
 
         Values that only a mask can hold (beyond 1e30) lose their quantizer, and `explanation` says so.
 
@@ -81,7 +84,7 @@ class Simulation(nn.Module):
         count = 0
         with torch.no_grad():
             for batch in track(batches, "calibrating", len(batches)):
-                self(*(batch[name] for name in self.inputs))
+                self(**batch)
                 count += 1
         if not count:
             raise CalibrationError("calibration needs at least one batch")
@@ -128,36 +131,47 @@ class Simulation(nn.Module):
 
     def graph(self) -> QuantizedGraph:
         """What a writer needs."""
-        return QuantizedGraph(self._program, self.inputs, tuple(self.marks), self.encodings)
+        return QuantizedGraph(self._program, self.captured.interface, tuple(self.marks), self.encodings)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits [batch, tokens, vocabulary] of full sequences, simulated."""
-        with torch.no_grad():
-            return self(*_inputs_for(self.inputs, ids))
+        """The primary output for full sequences of ids [batch, tokens], simulated: logits [batch, tokens, vocabulary] of a causal language model."""
+        return self.outputs({"input_ids": ids})[self.captured.interface.primary]
 
     def perturbed_logits(self, ids: Tensor) -> Tensor:
-        """`logits` by an equally right computation: `x * (1 / scale)` for `x / scale`, and each matrix product summed in two halves.
+        """`logits` by an equally right computation, see `perturbed_outputs`."""
+        return self.perturbed_outputs({"input_ids": ids})[self.captured.interface.primary]
 
-        float32 leaves both open, and runtimes choose differently; how far this lies from `logits` is how far two right files may lie apart.
+    def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Every output by name, simulated."""
+        with torch.no_grad():
+            return self.captured.named(self.graph_module(*self.captured.bind(batch)))
+
+    def perturbed_outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`outputs` by an equally right computation: `x * (1 / scale)` for `x / scale`, and each product summed in two halves.
+
+        float32 leaves both open, and runtimes choose differently; how far this lies from `outputs` is how far two right files may lie apart.
         """
         self._set_mode(Mode.RECIPROCAL)
         try:
             with torch.no_grad():
-                logits: Tensor = _SumInHalves(self.graph_module).run(*_inputs_for(self.inputs, ids))
-                return logits
+                return self.captured.named(SumInHalves(self.graph_module).run(*self.captured.bind(batch)))
         finally:
             self._set_mode(Mode.SIMULATE)
 
-    def values(self, ids: Tensor) -> dict[str, Tensor]:
-        """Every quantized activation of one simulated forward, by name."""
+    def values(self, batch: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
+        """Every quantized activation of one simulated forward, by name; for the model's arguments, or ids of full sequences."""
         for quantizer in self._quantizers.values():
             quantizer.keep = True
         try:
-            self.logits(ids)
+            self.outputs({"input_ids": batch} if isinstance(batch, Tensor) else batch)
             return {name: q.seen for name, q in self._quantizers.items() if q.seen is not None}
         finally:
             for quantizer in self._quantizers.values():
                 quantizer.keep, quantizer.seen = False, None
+
+    def bind(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The graph's inputs by name, from the model's arguments."""
+        return dict(zip(self.inputs, self.captured.bind(batch), strict=True))
 
     def _insert(self, schemes: SimulationSchemes) -> None:
         nodes = {node.name: node for node in self.graph_module.graph.nodes}
@@ -227,34 +241,18 @@ def _call_module(node: Node, target: str) -> Node:
     return node.graph.call_module(target, (node,))
 
 
-class _SumInHalves(Interpreter):
-    """Runs a graph with every matrix product `sum_k a_k b_k` computed as the sum over the first half of k plus the sum over the second."""
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.ops.aten.linear.default:
-            x, weight, *bias = args
-            half = x.shape[-1] // 2
-            first = nn.functional.linear(x[..., :half], weight[:, :half], *bias)
-            return first + nn.functional.linear(x[..., half:], weight[:, half:])
-        if target is torch.ops.aten.matmul.default:
-            a, b = args
-            half = a.shape[-1] // 2
-            return a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]
-        return super().call_function(target, args, kwargs)
-
-
-def simulate(model: nn.Module, example_inputs: Mapping[str, Tensor], schemes: SimulationSchemes | None = None) -> Simulation:
+def simulate(model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes | None = None) -> Simulation:
     """Capture `model` (a frozen base, with or without an adapter) and place quantizers; see `capture` for the errors.
 
     Args:
-        example_inputs: any inputs of the model's, by name, at least 2 x 2.
+        example_inputs: the model's keyword arguments, nested as the model takes them, with at least two tokens; see `capture`.
     """
     base_encodings = {
         parameter_name(path): encoding
         for path, module in model.named_modules()
         if isinstance(encoding := getattr(module, "encoding", None), Encoding | FloatOffsetEncoding)
     }
-    return Simulation(capture(model, example_inputs), tuple(example_inputs), schemes or SimulationSchemes(), base_encodings)
+    return Simulation(capture(model, example_inputs), schemes or SimulationSchemes(), base_encodings)
 
 
 def _same(a: Encoding | FloatOffsetEncoding, b: Encoding | FloatOffsetEncoding) -> bool:
@@ -277,7 +275,8 @@ def _attribute(module: nn.Module, path: str) -> Tensor:
     return tensor
 
 
-def _inputs_for(names: tuple[str, ...], ids: Tensor) -> tuple[Tensor, ...]:
-    """Inputs of a causal language model for full sequences: every position is attended to."""
-    known = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return tuple(known[name] for name in names)
+def _named_inputs(marks: list[Mark], captured: Captured) -> list[Mark]:
+    """Marks of inputs go by the inputs' names; what comes from a cache lies on the grid that it left on, and gets no second one."""
+    interface = captured.interface
+    names = dict(zip(captured.program.graph_signature.user_inputs, interface.inputs, strict=True))
+    return [replace(mark, name=names.get(mark.node, mark.name)) for mark in marks if names.get(mark.node) not in interface.cached]

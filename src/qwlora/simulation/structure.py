@@ -4,8 +4,8 @@
     names      ids, added.text, past.0.0, past.0.1        in the order of the structure
     constants  2.0, None                                  part of the structure: another value is another graph
 
-Mappings (with those of transformers and diffusers, such as ModelOutput), tuples and lists may be nested. A key-value cache of transformers counts as its layers,
-each a pair: `past_key_values.0.key`, `past_key_values.0.value`. What comes back from `fill` has the types that went in.
+Mappings (with those of transformers and diffusers, such as ModelOutput), tuples and lists may be nested. A key-value cache of transformers counts as its
+layers, each a pair: `past_key_values.0.key`, `past_key_values.0.value`. What comes back from `fill` has the types that went in.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qwlora.errors import QwloraError
     from qwlora.export.bundle import export_onnx
     from qwlora.export.verify import verify_onnx
+    from qwlora.export.verify_outputs import verify_onnx_outputs
     from qwlora.grid.encoding import Encoding
     from qwlora.grid.fingerprint import fingerprint
     from qwlora.grid.moment import Moments
@@ -52,6 +53,7 @@ _HOME = {
     "QwloraError": "errors",
     "export_onnx": "export.bundle",
     "verify_onnx": "export.verify",
+    "verify_onnx_outputs": "export.verify_outputs",
     "Encoding": "grid.encoding",
     "fingerprint": "grid.fingerprint",
     "Moments": "grid.moment",
@@ -93,6 +95,7 @@ __all__ = [
     "save_base",
     "simulate",
     "verify_onnx",
+    "verify_onnx_outputs",
 ]
 
 

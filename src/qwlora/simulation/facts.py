@@ -20,7 +20,7 @@ from qwlora.simulation.parameters import parameter_names
 from qwlora.simulation.rules import Fact
 
 
-class Structure:
+class GraphFacts:
     """Facts about the values of one program.
 
     Args:

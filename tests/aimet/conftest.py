@@ -26,6 +26,7 @@ lies on the border between two codes into the other one now and then. The last c
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table", type=Path, help="write the table of what was compared into this file")
+    parser.addoption("--simulations", type=Path, help="the folder that write_simulations.py wrote; without it those tests are skipped")
 
 
 @pytest.fixture(scope="session")

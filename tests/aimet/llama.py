@@ -10,7 +10,6 @@ import types
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 pytest.importorskip("aimet_torch", reason="runs in an environment with aimet-torch: make test-aimet")

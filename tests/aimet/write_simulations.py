@@ -1,13 +1,13 @@
 """Our half of the comparison of simulations with aimet-torch's; it needs what AIMET cannot live with (transformers 5), so the two meet in files.
 
-    python tests/aimet/write_simulations.py FOLDER        writes FOLDER/CASE/... for every case; `make test-aimet` then has test_simulation.py read them
+python tests/aimet/write_simulations.py FOLDER        writes FOLDER/CASE/... for every case; `make test-aimet` then has test_simulation.py read them
 
-    case.json                    the model's configuration, whether AIMET placed, the adapter's scaling (null without one)
-    float.safetensors            the model before it was quantized
-    adapter.safetensors          the LoRA weights, by canonical name (none without an adapter)
-    batches.safetensors          token ids: calibration.0, calibration.1, ..., evaluation
-    encodings.safetensors        our encodings, and simulation.json beside it (`save_simulation`)
-    results.safetensors          logits of the evaluation batch: plain (nothing quantized) and simulated; every simulated value by its name, values.NAME
+case.json                    the model's configuration, whether AIMET placed, the adapter's scaling (null without one)
+float.safetensors            the model before it was quantized
+adapter.safetensors          the LoRA weights, by canonical name (none without an adapter)
+batches.safetensors          token ids: calibration.0, calibration.1, ..., evaluation
+encodings.safetensors        our encodings, and simulation.json beside it (`save_simulation`)
+results.safetensors          logits of the evaluation batch: plain (nothing quantized) and simulated; every simulated value by its name, values.NAME
 """
 
 from __future__ import annotations
@@ -68,7 +68,11 @@ CASES = [
     Case("placed by us, W4 per block, A8, LoRA int8", "w4-block32", A8, rank=4),
 ]
 # What AIMET's graph of a Llama misses: every operator that is a function and not a module, but for the product that down_proj reads.
-UNSEEN_BY_AIMET = ("model.embed_tokens.", "model.rotary_emb.", *(f"model.layers.{i}.self_attn.{op}" for i in range(2) for op in ("mul", "neg", "cat", "add", "matmul", "softmax")))
+UNSEEN_BY_AIMET = (
+    "model.embed_tokens.",
+    "model.rotary_emb.",
+    *(f"model.layers.{i}.self_attn.{op}" for i in range(2) for op in ("mul", "neg", "cat", "add", "matmul", "softmax")),
+)
 
 
 def ids(seed: int) -> Tensor:

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qwlora import PerChannel, Scheme, Simulation, SimulationSchemes, quantize_, simulate
+from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.grid.names import canonical_name, is_adapter_name
+from qwlora.simulation.rules import PlacementRule
 from qwlora.simulation.storage import save_simulation
 
 MODEL: dict[str, Any] = {
@@ -68,11 +69,7 @@ CASES = [
     Case("placed by us, W4 per block, A8, LoRA int8", "w4-block32", A8, rank=4),
 ]
 # What AIMET's graph of a Llama misses: every operator that is a function and not a module, but for the product that down_proj reads.
-UNSEEN_BY_AIMET = (
-    "model.embed_tokens.",
-    "model.rotary_emb.",
-    *(f"model.layers.{i}.self_attn.{op}" for i in range(2) for op in ("mul", "neg", "cat", "add", "matmul", "softmax")),
-)
+UNSEEN_BY_AIMET = tuple(PlacementRule(path, keep="float", of="activations") for path in ("model.embed_tokens", "model.rotary_emb", "*.self_attn"))
 
 
 def ids(seed: int) -> Tensor:
@@ -99,20 +96,14 @@ def make_model(case: Case) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     return model, weights, plain
 
 
-def place_as_aimet_(simulation: Simulation) -> None:
-    """Take the quantizers away that AIMET does not place."""
-    for name in [m.name for m in simulation.marks if m.name.startswith(UNSEEN_BY_AIMET) and m.kind == "activation"]:
-        simulation._drop(name, "AIMET does not see it")
-
-
 def write(case: Case, folder: Path) -> None:
     folder.mkdir(parents=True)
     model, weights, plain = make_model(case)
     evaluation, calibration = ids(EVALUATION_SEED), [ids(seed) for seed in range(CALIBRATION_BATCHES)]
-    schemes = SimulationSchemes(case.activations, adapter_weights=Scheme(8, granularity=PerChannel(0)), parameters=Scheme(8, granularity=PerChannel(0)))
+    channel = Scheme(8, granularity=PerChannel(0))
+    rules = UNSEEN_BY_AIMET if case.as_aimet else ()
+    schemes = SimulationSchemes(case.activations, adapter_weights=channel, parameters=channel, rules=rules)
     simulation = simulate(model, inputs(evaluation), schemes)
-    if case.as_aimet:
-        place_as_aimet_(simulation)
     simulation.calibrate([inputs(batch) for batch in calibration])
     save_simulation(simulation, folder)
     save_file(weights, folder / "float.safetensors")

@@ -126,6 +126,7 @@ def measure_aimet(python: str, folder: Path, rounds: int) -> list[dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--aimet", metavar="PYTHON", help="the interpreter of an environment with aimet-torch and transformers 4.49")
+    parser.add_argument("--only-aimet", action="store_true", help="measure its rows alone, and keep ours from the file")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, help="only the first layers of the model")
     options = parser.parse_args()
@@ -134,23 +135,34 @@ def main() -> None:
     inputs = batch(model.config.vocab_size)
     peft = adapted(model)
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
+        write_for_aimet(model, peft, inputs, Path(name))
+        result = json.loads(RESULT.read_text()) if options.only_aimet else {"rows": []}
+        if not options.only_aimet:
+            quantize_(peft, "w4-block32", "rtn")
+            result = summary(*measure_ours(peft, inputs, options.rounds))
+            report(result, options.layers is None)
         if options.aimet:
-            write_for_aimet(model, peft, inputs, Path(name))
-        quantize_(peft, "w4-block32", "rtn")
-        rows, said = measure_ours(peft, inputs, options.rounds)
-        for row in rows:
-            print(row, flush=True)
-        print(said, flush=True)
-        theirs = measure_aimet(options.aimet, Path(name), options.rounds) if options.aimet else []
-    for row in theirs:
-        print(row)
+            theirs = measure_aimet(options.aimet, Path(name), options.rounds)
+            result["aimet"] = "the same float model, adapter and batch, over its own plain forward"
+            result["rows"] = [row for row in result["rows"] if row["tool"] == "qwlora"] + theirs
+            report(result, options.layers is None)
+
+
+def summary(rows: list[dict[str, Any]], said: dict[str, Any]) -> dict[str, Any]:
+    """What is written down, with the limits that were held."""
     held = {f"{row['way']} <= {row['limit']}": row["ratio"] <= row["limit"] for row in rows if "limit" in row}
     held[f"freeze <= {ONCE_SECONDS} s"] = max(said["freeze_seconds"].values()) <= ONCE_SECONDS
     held[f"capture to simulation < {CAPTURE_SECONDS} s"] = max(said["capture_to_simulation_seconds"]) < CAPTURE_SECONDS
-    print(held)
-    if not options.layers:
-        said["aimet"] = "same float model, adapter and batch; over its own plain forward" if theirs else "left out: --aimet was not given"
-        RESULT.write_text(json.dumps({"machine": machine_line(), "tokens": TOKENS, **said, "held": held, "rows": rows + theirs}, indent=1) + "\n")
+    return {"machine": machine_line(), "tokens": TOKENS, **said, "held": held, "aimet": "left out: --aimet was not given", "rows": rows}
+
+
+def report(result: dict[str, Any], write: bool) -> None:
+    """Print, and write down unless it was a smoke test."""
+    for row in result["rows"]:
+        print(row)
+    print({name: value for name, value in result.items() if name != "rows"}, flush=True)
+    if write:
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

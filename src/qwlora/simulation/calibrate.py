@@ -80,12 +80,10 @@ class Calibrated(nn.Module):
     """A captured graph whose quantizers are calibrated; `Simulation` is one.
 
     Attributes:
-        inputs: names of the graph's inputs, in order.
         quantizers: those of activations, by name.
         weights: those of weights that step 1 left float, and of the adapter's, by name.
     """
 
-    inputs: tuple[str, ...]
     marks: list[Mark]
     explanation: list[Placed]
     graph_module: GraphModule
@@ -130,7 +128,7 @@ class Calibrated(nn.Module):
         before = self._seen.tokens
         try:
             for batch in track(batches, "calibrating", len(batches) if isinstance(batches, Collection) else None):
-                self(*(batch[name] for name in self.inputs))
+                self._run(batch)
                 self._seen.batches += 1
                 self._seen.tokens += tokens_of(batch)
                 if tokens is not None and self._seen.tokens - before >= tokens:
@@ -246,6 +244,10 @@ class Calibrated(nn.Module):
         finally:
             for name, module in modules.items():
                 module.mode = before[name]
+
+    def _run(self, batch: Mapping[str, Tensor]) -> None:
+        """One forward of the graph on one batch."""
+        raise NotImplementedError
 
     def _matching(self, match: str, modules: Mapping[str, Any]) -> list[str]:
         names = [name for name in modules if fnmatchcase(name, match)]

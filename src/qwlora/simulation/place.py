@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -23,9 +23,9 @@ from qwlora.grid.graph import Kind, Mark
 from qwlora.grid.names import canonical_name, parameter_name
 from qwlora.simulation.aten import MOVES_DATA, base_name
 from qwlora.simulation.estimator import Estimator
+from qwlora.simulation.facts import Structure, module_of, operator_of
 from qwlora.simulation.parameters import buffer_names
 from qwlora.simulation.rules import Decision, Fact, PlacementRule, Policy, policy
-from qwlora.simulation.structure import Structure, module_of, operator_of
 
 _NOT_DATA = {Fact.FLOAT64, Fact.INTEGER_ORIGIN, Fact.MASKED, Fact.INSIDE_ONE_OPERATION}
 
@@ -101,6 +101,7 @@ def place(
     rules: Sequence[PlacementRule] = (),
     quantize_residual_adds: bool = False,
     symmetric_matmul_second_input: bool = False,
+    input_names: Mapping[str, str] | None = None,
 ) -> Placement:
     """Decide about every floating point value of `program`.
 
@@ -110,6 +111,7 @@ def place(
         quantize_residual_adds: give the residual stream encodings too. An NPU without float needs it; where a few channels of the stream are thousands of
             times larger than the rest, as in most language models, 16 bits then leave a few steps for everything else.
         symmetric_matmul_second_input: the second factor of a product of two activations gets a symmetric grid, as some runtimes need it.
+        input_names: how the model's inputs are called, by placeholder; their own names unless given.
 
     Raises:
         CalibrationError: there is no such policy; or rules do nothing (all are named, with near names).
@@ -119,7 +121,7 @@ def place(
         chosen = replace(chosen, rules=tuple(rule for rule in chosen.rules if rule.fact is not Fact.RESIDUAL_ADDITION))
     structure = Structure(program, chosen.one_operation)
     placement = Placement()
-    candidates = list(_candidates(program, structure))
+    candidates = list(_candidates(program, structure, input_names or {}))
     decider = _Decider(chosen, rules)
     for candidate in candidates:
         decision, reason, overrides = decider.decide(candidate)
@@ -190,7 +192,7 @@ def near_names(pattern: str, names: Sequence[str]) -> str:
     return f"; near are {', '.join(near)}" if near else f"; there are {', '.join(list(dict.fromkeys(names))[:5])} ..."
 
 
-def _candidates(program: ExportedProgram, structure: Structure) -> Iterator[_Candidate]:
+def _candidates(program: ExportedProgram, structure: Structure, input_names: Mapping[str, str]) -> Iterator[_Candidate]:
     """Every floating point value that is a parameter, an input, or computed; in order of the graph, numbered."""
     found = []
     buffers, weights = buffer_names(program), set[str]()
@@ -199,7 +201,7 @@ def _candidates(program: ExportedProgram, structure: Structure) -> Iterator[_Can
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         if node.op == "placeholder":
-            found += _outside(node, structure)
+            found += _outside(node, structure, input_names.get(node.name, node.name))
         elif node.op == "call_function" and operator_of(node) == "dequantize":
             path, module_class = module_of(node)
             stored = parameter_name(buffers[node.args[0].name].removesuffix(".packed"))
@@ -215,14 +217,14 @@ def _candidates(program: ExportedProgram, structure: Structure) -> Iterator[_Can
         yield replace(candidate, name=names.get(candidate.node.name, candidate.name))
 
 
-def _outside(node: Node, structure: Structure) -> list[_Candidate]:
+def _outside(node: Node, structure: Structure, input_name: str) -> list[_Candidate]:
     """A parameter, or a floating point input of the user, is a value. A buffer that is no parameter is a constant of the code, and stays."""
     facts = structure.facts(node)
     if (parameter := structure.parameters.get(node.name)) is not None:
         kind = Kind.ADAPTER if Fact.ADAPTER_WEIGHT in facts else Kind.PARAMETER
         name = canonical_name(parameter)
         return [_Candidate(node, name, "weight", name.rpartition(".")[0], "", facts, kind=kind)] if node.users else []
-    return [_Candidate(node, node.name, "input", "", "", facts)] if Fact.INPUT in facts else []
+    return [_Candidate(node, input_name, "input", "", "", facts)] if Fact.INPUT in facts else []
 
 
 def _numbered(candidates: Sequence[_Candidate]) -> dict[str, str]:

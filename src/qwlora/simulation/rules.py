@@ -42,7 +42,7 @@ class Decision(StrEnum):
 
 
 class Fact(StrEnum):
-    """What can be said about a value from the structure of its graph alone (`structure.py` finds them)."""
+    """What can be said about a value from the structure of its graph alone (`facts.py` finds them)."""
 
     FLOAT64 = "float64"
     INTEGER_ORIGIN = "integer-origin"  # no floating point input, parameter or constant flows into it

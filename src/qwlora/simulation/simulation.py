@@ -32,10 +32,10 @@ from qwlora.simulation.aten import MAY_ALIAS, base_name, is_known
 from qwlora.simulation.calibrate import Calibrated
 from qwlora.simulation.capture import capture
 from qwlora.simulation.estimator import Estimator, as_estimator
+from qwlora.simulation.facts import operator_of
 from qwlora.simulation.place import Overrides, Placement, place
 from qwlora.simulation.quantizer import FrozenWeight, Mode, Quantizer
 from qwlora.simulation.rules import PlacementRule, Policy
-from qwlora.simulation.structure import operator_of
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,10 @@ class Simulation(Calibrated):
         known = {**self._base_encodings, **self._weight_encodings(), **activations}
         return {mark.name: encoding for mark in self.marks if (encoding := known[mark.name]) is not None}
 
+    def encoding_of_weight(self, name: str) -> Encoding | FloatOffsetEncoding:
+        """The encoding of a weight, of the base, the adapter or left float; it is known before `calibrate`."""
+        return self._base_encodings[name] if name in self._base_encodings else self.weights[name].encoding
+
     def restore(self, encodings: Mapping[str, Encoding | FloatOffsetEncoding]) -> None:
         """Take activation encodings that were calibrated earlier; a value without one was left float by calibration: a mask, or never seen.
 
@@ -152,6 +156,9 @@ class Simulation(Calibrated):
         finally:
             for quantizer in self.quantizers.values():
                 quantizer.keep, quantizer.seen = False, None
+
+    def _run(self, batch: Mapping[str, Tensor]) -> None:
+        self(*(batch[name] for name in self.inputs))
 
     def _insert(self, schemes: SimulationSchemes) -> None:
         nodes = {node.name: node for node in self.graph_module.graph.nodes}

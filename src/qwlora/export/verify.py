@@ -161,6 +161,8 @@ def _compare_layers(folder: Path, reference: Reference, ids: Tensor) -> tuple[st
     graph = reference.graph()
     values = reference.values(ids)
     activations = [mark.name for mark in graph.marks if mark.kind is Kind.ACTIVATION]
+    if not activations:  # weights alone are quantized
+        return "", 0.0, 0.0, 0
     with tempfile.TemporaryDirectory() as scratch:
         outputs = OnnxLayers(folder, activations, Path(scratch)).run(values, ids)
     worst, largest, largest_mean = "", -1.0, 0.0

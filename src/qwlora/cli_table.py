@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -15,12 +14,14 @@ def alike(items: Sequence[T], name_of: Callable[[T], str], kind_of: Callable[[T]
     groups: dict[tuple[str, Hashable], list[T]] = {}
     for item in items:
         groups.setdefault((re.sub(r"\d+", "*", name_of(item)), kind_of(item)), []).append(item)
-    patterns = Counter(pattern for pattern, _ in groups)
+    which: dict[str, set[str]] = {}
+    for (pattern, _), group in groups.items():
+        which.setdefault(pattern, set()).add(_numbers(map(name_of, group)))
     named = []
     for (pattern, _), group in groups.items():
         names = list(dict.fromkeys(map(name_of, group)))
-        name = names[0] if len(names) == 1 else pattern if patterns[pattern] == 1 else f"{pattern} ({_numbers(names)})"
-        named.append((name, group))
+        numbered = f"{pattern} ({_numbers(names)})" if len(which[pattern]) > 1 else pattern
+        named.append((names[0] if len(names) == 1 else numbered, group))
     return named
 
 
@@ -31,7 +32,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _numbers(names: Sequence[str]) -> str:
+def _numbers(names: Iterable[str]) -> str:
     """Which of several groups of one pattern: the first number of each name, runs shortened."""
     numbers = sorted({int(found.group()) for name in names if (found := re.search(r"\d+", name))})
     runs: list[list[int]] = []

@@ -47,6 +47,8 @@ def compare_layers(folder: Path, reference: Reference, batch: Mapping[str, Any])
     graph = reference.graph()
     values = reference.values(batch)
     activations = [mark.name for mark in graph.marks if mark.kind is Kind.ACTIVATION]
+    if not activations:  # weights alone are quantized
+        return LayerDifference("", 0.0, 0.0, 0)
     with tempfile.TemporaryDirectory() as scratch:
         outputs = OnnxLayers(folder, activations, Path(scratch)).run(values, reference.bind(batch))
     worst, largest, largest_mean = "", -1.0, 0.0

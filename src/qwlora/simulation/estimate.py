@@ -4,9 +4,8 @@
     moving-average   their average, exactly (`grid.estimators.MovingAverageObserver`)
     percentile, squared-error, sqnr      on the sample, with the exact ends
 
-A sample misses the few values that lie far out, and those matter. So as many of the lowest and of the highest points as there were batches stand for themselves
-alone, and each of the others for as many values as it takes to make up the count: every batch had its own lowest and highest value, and they are known.
-Where the sample is all of the data, percentiles are those of `grid.estimators.PercentileObserver`.
+A value in the tails stands for itself, and one of the sample between them for as many as it takes to make up the count (see `observe.py`). Where the sample is
+all of the data, percentiles are those of `grid.estimators.PercentileObserver`.
 
 The squared error of a grid of more than 31 steps is modelled, not measured: values within half a step of zero lose themselves, others the mean square of
 rounding, `scale^2 / 12` (`grid.range_search.least_error_of_points`). That makes thousands of searches a matter of a second.
@@ -30,8 +29,7 @@ from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.simulation.estimator import Estimator
 from qwlora.simulation.quantizer import Quantizer
 
-_POINTS_AT_ONCE = 2**20
-_MOST_ENDS = 256  # batches whose ends stand for themselves, at most
+_POINTS_AT_ONCE = 2**17
 
 
 def estimate(quantizers: Sequence[Quantizer]) -> None:
@@ -102,7 +100,7 @@ def _parts(quantizers: Sequence[Quantizer]) -> list[list[Quantizer]]:
     """Those with equally many points together, as many as are worked on at once."""
     alike: dict[tuple[int, bool, int], list[Quantizer]] = defaultdict(list)
     for q in quantizers:
-        alike[len(q.observer.sample), q.observer.is_complete, min(q.observer.batches, _MOST_ENDS)].append(q)
+        alike[len(q.observer.sample), q.observer.is_complete, q.observer.tails.shape[1]].append(q)
     at_once = {key: max(1, _POINTS_AT_ONCE // max(1, key[0])) for key in alike}
     return [group[i : i + at_once[key]] for key, group in alike.items() for i in range(0, len(group), at_once[key])]
 
@@ -113,15 +111,21 @@ def _points(part: Sequence[Quantizer]) -> Points:
     if part[0].observer.is_complete:
         places = torch.from_numpy(np.sort(samples.numpy(), axis=1)).double()
         return Points(running_sums(torch.ones_like(places), places), places)
-    kept = min(part[0].observer.batches, _MOST_ENDS)
-    ends = [q.observer.ends.cpu() for q in part]
-    lowest = torch.stack([e[:, 0].sort().values[:kept] for e in ends])
-    highest = torch.stack([e[:, 1].sort().values[-kept:] for e in ends])
-    places = torch.from_numpy(np.sort(torch.cat([lowest, samples, highest], 1).numpy(), axis=1)).double()
-    weights = torch.ones_like(places)
-    if samples.shape[1]:
-        counts = torch.tensor([q.observer.count for q in part], dtype=torch.float64)
-        weights[:, kept:-kept] = ((counts - 2 * kept) / samples.shape[1]).clamp(min=0).unsqueeze(1)
+    bounds = torch.stack([q.observer.bounds.cpu() for q in part]).unsqueeze(2)  # [quantizers, 2, 1]
+    far = torch.from_numpy(np.sort(torch.stack([q.observer.tails.cpu() for q in part]).numpy(), axis=2))
+    # what lies on the wrong side of a bound is known from the other side: it moves to the bound, and counts nothing
+    tails, tail_weights = far.maximum(bounds), (far >= bounds).double()
+    first, last = -bounds[:, 0], bounds[:, 1]
+    inside = (samples >= first) & (samples <= last)
+    between = np.sort(samples.clamp(first, last).numpy(), axis=1)
+    places = torch.cat([-tails[:, 0].flip(1), torch.from_numpy(between), tails[:, 1]], 1).double()
+    counts = torch.tensor([q.observer.count for q in part], dtype=torch.float64).unsqueeze(1)
+    missing = (counts - tail_weights.sum((1, 2)).unsqueeze(1)).clamp(min=0)
+    # those moved to a bound lie at the ends of the sorted sample
+    below, above = (samples < first).sum(1, keepdim=True), (samples > last).sum(1, keepdim=True)
+    column = torch.arange(samples.shape[1])
+    counted = ((column >= below) & (column < samples.shape[1] - above)).double()
+    weights = torch.cat([tail_weights[:, 0].flip(1), counted * missing / inside.sum(1, keepdim=True).clamp(min=1), tail_weights[:, 1]], 1)
     return Points(running_sums(weights, places), places)
 
 

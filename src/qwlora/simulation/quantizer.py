@@ -90,10 +90,8 @@ class Quantizer(nn.Module):
 
     def _simulate(self, x: Tensor, encoding: Encoding) -> Tensor:
         """`fake_quantize`; in place where nobody sees it and no gradient is asked for."""
-        low = encoding.uniform_offset
-        if not self.in_place or low is None or x.dtype != torch.float32 or (torch.is_grad_enabled() and (x.requires_grad or encoding.scale.requires_grad)):
-            return encoding.fake_quantize(x)
-        return x.div_(encoding.scale).round_().clamp_(low, low + encoding.scheme.steps).mul_(encoding.scale)
+        wants_gradient = torch.is_grad_enabled() and (x.requires_grad or encoding.scale.requires_grad)
+        return encoding.fake_quantize_(x) if self.in_place and not wants_gradient else encoding.fake_quantize(x)
 
     def _known_encoding(self) -> Encoding:
         if self.encoding is None:

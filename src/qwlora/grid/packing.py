@@ -6,8 +6,8 @@ A row's codes are cut into planes of 8, 4, 2 or 1 bits, lowest bits first, and t
     planes      1    2    2, 1     4    4, 1     4, 2     4, 2, 1      8
 
 A plane is dense. One of 4 or 2 bits begins in the low bits of a byte, so that codes of 4 and 2 bits lie as in ONNX's INT4 and INT2; one of 1 bit begins in the
-high bit, as in `numpy.packbits`. A row is padded with zero codes to a whole number of groups, a group being the fewest codes that fill whole bytes of every plane.
-So `bitwidth` bits a code it is, and nothing is shared between rows.
+high bit, as in `numpy.packbits`. A row is padded with zero codes to a whole number of groups, a group being the fewest codes that fill whole bytes of every
+plane. So `bitwidth` bits a code it is, and nothing is shared between rows.
 """
 
 from __future__ import annotations

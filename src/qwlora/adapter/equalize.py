@@ -188,7 +188,7 @@ def _balanced(grids: _Grids) -> Pair:
 def flat_rotation(size: int) -> Float[Tensor, "size size"]:
     """An orthogonal matrix whose entries are of like size, float64: Sylvester's Hadamard matrix for powers of two.
 
-    For `size = 2^p q` with odd q it is the Kronecker product of that of 2^p with the Hartley matrix `cos(2 pi j k / q) + sin(2 pi j k / q)` over `sqrt(q)`, whose
+    For `size = 2^p q` with odd q it is the Kronecker product of that of 2^p with the Hartley matrix `(cos(2 pi j k / q) + sin(2 pi j k / q)) / sqrt(q)`, whose
     entries are at most `sqrt(2 / q)`.
     """
     hadamard = torch.ones(1, 1, dtype=torch.float64)

@@ -77,6 +77,15 @@ class Simulation(nn.Module):
         Raises:
             CalibrationError: there was no batch, or an activation is not finite; the message names it.
         """
+        self.observe(batches, track)
+        self.freeze()
+
+    def observe(self, batches: Collection[Mapping[str, Tensor]], track: Track = untracked) -> None:
+        """Take in the activations of all `batches`, besides those of earlier calls.
+
+        Raises:
+            CalibrationError: there was no batch.
+        """
         self._set_mode(Mode.OBSERVE)
         count = 0
         with torch.no_grad():
@@ -85,6 +94,13 @@ class Simulation(nn.Module):
                 count += 1
         if not count:
             raise CalibrationError("calibration needs at least one batch")
+
+    def freeze(self) -> None:
+        """Fix the encodings of what was observed, and simulate from now on.
+
+        Raises:
+            CalibrationError: an activation saw nothing, or is not finite.
+        """
         operators = {p.node: p.operator for p in self.explanation}
         nodes = {mark.name: mark.node for mark in self.marks}
         for name, quantizer in list(self._quantizers.items()):
@@ -93,6 +109,39 @@ class Simulation(nn.Module):
             else:
                 quantizer.freeze()
         self._set_mode(Mode.SIMULATE)
+
+    @property
+    def program(self) -> ExportedProgram:
+        """The captured graph, without quantizers."""
+        return self._program
+
+    @property
+    def quantizers(self) -> Mapping[str, Quantizer]:
+        """The quantizer of each activation, by name."""
+        return self._quantizers
+
+    @property
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """The float weights of the adapter, by name."""
+        return {name: _attribute(self.graph_module, str(node.args[0].target)).detach() for name, node in self._adapter_nodes()}  # type: ignore[union-attr]
+
+    def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
+        """Lay the adapter's weights on grids from elsewhere, in the place of those that their own values give; names that it lacks are not looked at.
+
+        Raises:
+            GridError: a grid does not fit its weight.
+        """
+        weights = self.adapter_weights
+        for name, node in self._adapter_nodes():
+            if name in encodings:
+                frozen = _FrozenWeight(weights[name], encodings[name])
+                self.graph_module.add_submodule(str(node.target), frozen)
+                self._weight_encodings[name] = frozen.encoding
+
+    def _adapter_nodes(self) -> list[tuple[str, Node]]:
+        """Name of each adapter weight, and the node that puts it on its grid."""
+        calls = {str(n.target): n for n in self.graph_module.graph.nodes if n.op == "call_module"}
+        return [(m.name, calls[f"quantizer_{m.node}"]) for m in self.marks if m.kind is Kind.ADAPTER]
 
     @property
     def encodings(self) -> dict[str, Encoding | FloatOffsetEncoding]:
@@ -249,12 +298,16 @@ def simulate(model: nn.Module, example_inputs: Mapping[str, Tensor], schemes: Si
     Args:
         example_inputs: any inputs of the model's, by name, at least 2 x 2.
     """
-    base_encodings = {
+    return Simulation(capture(model, example_inputs), tuple(example_inputs), schemes or SimulationSchemes(), base_encodings(model))
+
+
+def base_encodings(model: nn.Module) -> dict[str, Encoding | FloatOffsetEncoding]:
+    """The encodings of the packed weights of `model`, by the names of the weights."""
+    return {
         parameter_name(path): encoding
         for path, module in model.named_modules()
         if isinstance(encoding := getattr(module, "encoding", None), Encoding | FloatOffsetEncoding)
     }
-    return Simulation(capture(model, example_inputs), tuple(example_inputs), schemes or SimulationSchemes(), base_encodings)
 
 
 def _same(a: Encoding | FloatOffsetEncoding, b: Encoding | FloatOffsetEncoding) -> bool:

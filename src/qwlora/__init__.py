@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from qwlora.grid.fingerprint import fingerprint
     from qwlora.grid.moment import Moments
     from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+    from qwlora.simulation.estimator import Estimator
+    from qwlora.simulation.rules import PlacementRule
     from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
 
 __version__ = "0.1.0"
@@ -57,6 +59,8 @@ _HOME = {
     "PerChannel": "grid.scheme",
     "PerTensor": "grid.scheme",
     "Scheme": "grid.scheme",
+    "Estimator": "simulation.estimator",
+    "PlacementRule": "simulation.rules",
     "Simulation": "simulation.simulation",
     "SimulationSchemes": "simulation.simulation",
     "simulate": "simulation.simulation",
@@ -64,11 +68,13 @@ _HOME = {
 
 __all__ = [
     "Encoding",
+    "Estimator",
     "Moments",
     "PackedLinear",
     "PerBlock",
     "PerChannel",
     "PerTensor",
+    "PlacementRule",
     "QwloraError",
     "Rule",
     "Scheme",

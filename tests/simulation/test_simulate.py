@@ -14,7 +14,7 @@ from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.grid.graph import Kind
 from qwlora.simulation.capture import capture
-from qwlora.simulation.place import Decision
+from qwlora.simulation.rules import Decision
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.storage import load_encodings, save_simulation
 

@@ -104,17 +104,25 @@ class Session:
         """A fresh copy of the base with the trained adapter."""
         return load_adapter(self.base(), self.path / "adapters" / name).eval()
 
+    @property
+    def schemes(self) -> SimulationSchemes:
+        """What the recipe's simulation asks for."""
+        section = self.recipe.simulation
+        return SimulationSchemes(
+            activations=Scheme(section.activation_bitwidth, section.activation_symmetric),
+            adapter_weights=section.adapter_weights.scheme(),
+            quantize_residual_adds=section.residual_adds == "quantize",
+            policy=section.policy,
+            rules=section.placement_rules(),
+            observer=section.estimator(),
+            symmetric_matmul_second_input=section.symmetric_matmul_second_input,
+        )
+
     def new_simulation(self, name: str) -> Simulation:
         """Capture base and adapter; nothing is calibrated yet. Only one simulation is kept."""
         self._simulation = None
-        section = self.recipe.simulation
-        schemes = SimulationSchemes(
-            activations=Scheme(section.activation_bitwidth, symmetric=False),
-            adapter_weights=section.adapter_weights.scheme(),
-            quantize_residual_adds=section.residual_adds == "quantize",
-        )
         example = self.data.calibration_ids[:1, :16].repeat(2, 1)
-        simulation = simulate(self.adapted(name), {"input_ids": example, "attention_mask": torch.ones_like(example)}, schemes)
+        simulation = simulate(self.adapted(name), {"input_ids": example, "attention_mask": torch.ones_like(example)}, self.schemes)
         self._simulation = (name, simulation)
         return simulation
 

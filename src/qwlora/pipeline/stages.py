@@ -39,6 +39,7 @@ from qwlora.pipeline.plan import Stage, has_float_model, needs_moments
 from qwlora.pipeline.session import Session
 from qwlora.pipeline.workers import is_first_process
 from qwlora.recipe import Adapter, Base
+from qwlora.simulation.calibrate import Stillness
 from qwlora.simulation.storage import save_simulation
 
 MOMENTS = "moments"  # of the inputs of the base's layers, beside it
@@ -196,11 +197,19 @@ def _settings(adapter: Adapter, seed: int) -> TrainingSettings:
 def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 3: encodings of activations and adapter."""
     name = str(stage.adapter)
-    simulation = session.new_simulation(name)
-    ids = session.calibration_ids
-    simulation.calibrate([{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids], session.track)
+    simulation, section = session.new_simulation(name), session.recipe.simulation
+    batches = [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in session.calibration_ids]
+    stillness = Stillness(section.still_share, section.still_batches) if section.still_share is not None else None
+    report = simulation.calibrate(batches, session.track, section.calibration_tokens, stillness, allow_unseen=section.unseen == "float")
     save_simulation(simulation, scratch)
-    return {"simulation": {name: {"encodings": len(simulation.encodings), "calibration_tokens": ids.numel()}}}
+    measured = {
+        "encodings": len(simulation.encodings),
+        "calibration_tokens": report.tokens,
+        "constants": list(report.constants),
+        "unseen": list(report.unseen),
+        "stopped_early": report.stopped_early,
+    }
+    return {"simulation": {name: measured}}
 
 
 def export(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:

@@ -187,8 +187,8 @@ class _Maker:
         simulation = self._simulation(program)
         for mark in simulation.marks:
             if mark.kind is Kind.PARAMETER:  # the base's: one copy on its grid is enough
-                target = f"quantizer_{mark.node}"
-                simulation.graph_module.add_submodule(target, first.graph_module.get_submodule(target))
+                simulation.weights[mark.name] = first.weights[mark.name]
+                simulation.graph_module.add_submodule(f"quantizer_{mark.node}", first.weights[mark.name])
         return simulation
 
 

@@ -19,6 +19,7 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observer import MinMaxObserver
 from qwlora.simulation.branch import branch_nodes
+from qwlora.simulation.estimate import estimate
 from qwlora.simulation.quantizer import Quantizer
 from qwlora.simulation.simulation import Simulation
 
@@ -47,25 +48,23 @@ class SharedObservation:
             quantizer = simulation.quantizers[name]
             if name not in self._activations:
                 self._activations[name] = copy.deepcopy(quantizer)
+            elif self._activations[name].scheme != quantizer.scheme:
+                raise CalibrationError(f"{name} is to be {self._activations[name].scheme} with one adapter and {quantizer.scheme} with another; share less")
             else:
-                _merge(name, self._activations[name].observer, quantizer.observer)
+                self._activations[name].observer.merge(quantizer.observer)
         if self.base_activations == "none":
             encodings = simulation.encodings
             for name, weight in simulation.adapter_weights.items():
                 observer = MinMaxObserver(encodings[name].scheme)
                 observer.update(weight)
-                if name in self._weights:
-                    _merge(name, self._weights[name], observer)
-                else:
-                    self._weights[name] = observer
+                _merge(name, self._weights.setdefault(name, MinMaxObserver(observer.scheme)), observer)
 
     def encodings(self) -> dict[str, Encoding]:
         """The shared encodings by name, in order of the graph of the first simulation."""
-        found = {}
-        for name, quantizer in self._activations.items():
-            quantizer.freeze()
-            assert quantizer.encoding is not None
-            found[name] = quantizer.encoding
+        for quantizer in self._activations.values():
+            quantizer.encoding = None
+        estimate(list(self._activations.values()))
+        found = {name: q.encoding for name, q in self._activations.items() if q.encoding is not None}
         return found | {name: observer.encoding() for name, observer in self._weights.items()}
 
 

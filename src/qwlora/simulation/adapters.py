@@ -28,6 +28,7 @@ from qwlora.errors import CaptureError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.graph import Kind
 from qwlora.progress import Track, untracked
+from qwlora.simulation.calibrate import Stillness
 from qwlora.simulation.capture import ForwardLogits, capture, prove
 from qwlora.simulation.sharing import BaseActivations, SharedObservation, share
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, base_encodings
@@ -59,27 +60,30 @@ class AdapterSimulations(Mapping[str, Simulation]):
         self.observe(batches, track)
         self.freeze(shared)
 
-    def observe(self, batches: Batches | Mapping[str, Batches], track: Track = untracked) -> None:
-        """Let every adapter see data: each its own by name, or all the same.
+    def observe(
+        self, batches: Batches | Mapping[str, Batches], track: Track = untracked, tokens: int | None = None, stillness: Stillness | None = None
+    ) -> None:
+        """Let every adapter see data: each its own by name, or all the same. For `tokens` and `stillness` see `Calibrated.observe`.
 
         Raises:
             CalibrationError: an adapter got no batch.
         """
         for name, simulation in self.items():
-            simulation.observe(batches.get(name, ()) if isinstance(batches, Mapping) else batches, track)
+            simulation.observe(batches.get(name, ()) if isinstance(batches, Mapping) else batches, track, tokens, stillness)
 
-    def freeze(self, shared: Mapping[str, Encoding] | None = None) -> None:
+    def freeze(self, shared: Mapping[str, Encoding] | None = None, allow_unseen: bool = False) -> None:
         """Fix all encodings: each adapter's own, and over them the shared ones.
 
         Args:
             shared: encodings that are fixed already, by an earlier calibration of the same base; made from what all adapters observed unless given.
+            allow_unseen: see `Calibrated.freeze`.
 
         Raises:
             CalibrationError: an activation saw nothing; or what is shared differs in shape among the adapters, or has no encoding in `shared`.
         """
         observation = SharedObservation(self.base_activations)
         for name, simulation in self.items():
-            simulation.freeze()
+            simulation.freeze(allow_unseen)
             self._own[name] = _movable(simulation)
             observation.take_in(simulation)
         self._shared = dict(shared) if shared is not None else observation.encodings()

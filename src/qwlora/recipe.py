@@ -285,6 +285,14 @@ class SimulationSection(Section):
     residual_adds: Literal["float", "quantize"] = Field("float", description="whether x + f(x) gets an encoding; an NPU without float needs quantize")
     symmetric_matmul_second_input: bool = Field(False, description="the second factor of two activations gets a symmetric grid, as some runtimes need it")
     adapter_weights: AdapterWeights = Field(AdapterWeights(), description="the grid of lora_A and lora_B")
+    equalize: Literal["auto", "none", "diagonal", "hadamard"] = Field(
+        "auto", description="other factors of the same product, for the adapter's grid; auto: of each layer those with the least error, its own among them"
+    )
+    base_activations: Literal["all", "adapter_only", "none"] = Field(
+        "all",
+        description="encodings that an adapter brings: all: of every activation; adapter_only: of its own values and weights, the base's activations having "
+        "one set for all adapters; none: none at all",
+    )
 
     def estimator(self) -> Estimator:
         """How ranges are chosen."""
@@ -348,6 +356,13 @@ class Recipe(Section):
         for i, adapter in enumerate(self.adapters):
             if adapter.start in names[i:]:
                 raise ValueError(f"adapter {adapter.name} starts from {adapter.start}, which must be listed before it")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_shared_has_one_shape(self) -> Recipe:
+        ranks = {(a.rank, tuple(sorted(a.rank_pattern.items()))) for a in self.adapters if a.start is None}
+        if self.simulation.base_activations == "none" and len(ranks) > 1:
+            raise ValueError("simulation.base_activations none: adapters that share every encoding have one rank; give them one, or say adapter_only")
         return self
 
     def start_of(self, adapter: Adapter) -> Adapter | None:

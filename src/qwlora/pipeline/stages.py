@@ -32,17 +32,18 @@ from qwlora.evaluate import Logits, logits_of, perplexity
 from qwlora.export.bundle import export_onnx
 from qwlora.export.extras import require
 from qwlora.export.verify import Limits, check_parity, verify_onnx
+from qwlora.grid.encoding import Encoding
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.moment import Moments
 from qwlora.memory import give_back_soon, peak_rss_bytes, reset_peak_rss
-from qwlora.pipeline.plan import Stage, has_float_model, needs_moments
-from qwlora.pipeline.session import Session
+from qwlora.pipeline.plan import SHARED, Stage, has_float_model, needs_moments
+from qwlora.pipeline.session import MOMENTS, Session
 from qwlora.pipeline.workers import is_first_process
 from qwlora.recipe import Adapter, Base
+from qwlora.simulation.adapters import simulate_adapters
 from qwlora.simulation.calibrate import Stillness
-from qwlora.simulation.storage import save_simulation
-
-MOMENTS = "moments"  # of the inputs of the base's layers, beside it
+from qwlora.simulation.sharing import share
+from qwlora.simulation.storage import load_encodings, save_encodings, save_simulation
 
 Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]
@@ -196,20 +197,43 @@ def _settings(adapter: Adapter, seed: int) -> TrainingSettings:
 
 def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 3: encodings of activations and adapter."""
-    name = str(stage.adapter)
-    simulation, section = session.new_simulation(name), session.recipe.simulation
-    batches = [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in session.calibration_ids]
-    stillness = Stillness(section.still_share, section.still_batches) if section.still_share is not None else None
-    report = simulation.calibrate(batches, session.track, section.calibration_tokens, stillness, allow_unseen=section.unseen == "float")
-    save_simulation(simulation, scratch)
-    measured = {
+    if stage.adapter is None:
+        return _calibrate_together(session, scratch)
+    name, section = stage.adapter, session.recipe.simulation
+    simulation = session.new_simulation(name)
+    report = simulation.calibrate(**_seen(session), allow_unseen=section.unseen == "float")
+    measured: Results = {
         "encodings": len(simulation.encodings),
         "calibration_tokens": report.tokens,
         "constants": list(report.constants),
         "unseen": list(report.unseen),
         "stopped_early": report.stopped_early,
+        "equalize": {"method": section.equalize, "layers": session.equalization},
     }
+    if section.base_activations != "all":
+        measured["perplexity_with_own_encodings"] = perplexity(simulation.logits, session.evaluation, "perplexity, own encodings", session.track)
+        share(simulation, {n: e for n, e in load_encodings(session.path / SHARED).items() if isinstance(e, Encoding)}, section.base_activations)
+    save_simulation(simulation, scratch)
     return {"simulation": {name: measured}}
+
+
+def _calibrate_together(session: Session, scratch: Path) -> Results:
+    """Encodings that all adapters share, from what they and the base alone see."""
+    section = session.recipe.simulation
+    model = session.equalized(*(adapter.name for adapter in session.recipe.adapters))
+    simulations = simulate_adapters(model, session.example_inputs, session.schemes, section.base_activations)
+    simulations.observe(**_seen(session))
+    simulations.freeze(allow_unseen=section.unseen == "float")
+    save_encodings(simulations.shared, scratch)
+    return {"sharing": {"base_activations": section.base_activations, "encodings": len(simulations.shared), "captures": simulations.captures}}
+
+
+def _seen(session: Session) -> dict[str, Any]:
+    """What calibration sees: arguments of `observe`."""
+    section = session.recipe.simulation
+    batches = [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in session.calibration_ids]
+    stillness = Stillness(section.still_share, section.still_batches) if section.still_share is not None else None
+    return {"batches": batches, "track": session.track, "tokens": section.calibration_tokens, "stillness": stillness}
 
 
 def export(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,6 +133,19 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
         program, fixed = _cleaned(program, flat, tensors, axes, names)
     shapes = axes.shapes(program, names, fixed)
     return Captured(program, Interface(arguments.names, names, primary, shapes, arguments.cached), arguments, result)
+
+
+def rebound(captured: Captured, program: ExportedProgram, model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
+    """`captured` with `program` in the place of its own: the same graph over other tensors.
+
+    Raises:
+        CaptureError: it does not compute what `model` does now, bit for bit.
+    """
+    tensors = _two_rows(Structure.of(_completed(model, example_inputs), PAST)[1])
+    axes = Axes.of(program, captured.arguments.names, tensors)
+    with visible_implementations(model), torch.no_grad():
+        prove(program, Flat(model, captured.arguments).eval(), tensors, axes, captured.interface.outputs)
+    return replace(captured, program=program)
 
 
 def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:

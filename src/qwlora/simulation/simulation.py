@@ -108,6 +108,28 @@ class Simulation(Calibrated):
         """The encoding of a weight, of the base, the adapter or left float; it is known before `calibrate`."""
         return self._base_encodings[name] if name in self._base_encodings else self.weights[name].encoding
 
+    @property
+    def program(self) -> ExportedProgram:
+        """The captured graph, without quantizers."""
+        return self._program
+
+    @property
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """The float weights of the adapter, by name."""
+        return {name: _attribute(self.graph_module, str(node.args[0].target)).detach() for name, node in self._adapter_nodes()}  # type: ignore[union-attr]
+
+    def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
+        """Lay the adapter's weights on grids from elsewhere, in the place of those that their own values give; names that it lacks are not looked at.
+
+        Raises:
+            GridError: a grid does not fit its weight.
+        """
+        weights = self.adapter_weights
+        for name, node in self._adapter_nodes():
+            if name in encodings:
+                self.weights[name] = FrozenWeight(weights[name], encodings[name])
+                self.graph_module.add_submodule(str(node.target), self.weights[name])
+
     def restore(self, encodings: Mapping[str, Encoding | FloatOffsetEncoding]) -> None:
         """Take activation encodings that were calibrated earlier; a value without one was left float by calibration: a mask, or never seen.
 
@@ -210,6 +232,11 @@ class Simulation(Calibrated):
         self._frozen[weight.data_ptr()] = frozen = FrozenWeight(weight, encoding)
         return frozen
 
+    def _adapter_nodes(self) -> list[tuple[str, Node]]:
+        """Name of each adapter weight, and the node that puts it on its grid."""
+        calls = {str(n.target): n for n in self.graph_module.graph.nodes if n.op == "call_module"}
+        return [(m.name, calls[f"quantizer_{m.node}"]) for m in self.marks if m.kind is Kind.ADAPTER]
+
     def _weight_encodings(self) -> dict[str, Encoding]:
         return {name: weight.encoding for name, weight in self.weights.items()}
 
@@ -235,12 +262,16 @@ def simulate(model: nn.Module, example_inputs: Mapping[str, Any], schemes: Simul
     Args:
         example_inputs: the model's keyword arguments, nested as the model takes them, with at least two tokens; see `capture`.
     """
-    base_encodings = {
+    return Simulation(capture(model, example_inputs), schemes or SimulationSchemes(), base_encodings(model))
+
+
+def base_encodings(model: nn.Module) -> dict[str, Encoding | FloatOffsetEncoding]:
+    """The encodings of the packed weights of `model`, by the names of the weights."""
+    return {
         parameter_name(path): encoding
         for path, module in model.named_modules()
         if isinstance(encoding := getattr(module, "encoding", None), Encoding | FloatOffsetEncoding)
     }
-    return Simulation(capture(model, example_inputs), schemes or SimulationSchemes(), base_encodings)
 
 
 def _same(a: Encoding | FloatOffsetEncoding, b: Encoding | FloatOffsetEncoding) -> bool:

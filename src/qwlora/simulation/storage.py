@@ -9,7 +9,7 @@ The graph itself is not stored: it is captured again from base and adapter in se
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.scheme import Scheme
+from qwlora.simulation.place import Placed
 from qwlora.simulation.simulation import Simulation
 
 FORMAT = 1
@@ -26,11 +27,15 @@ FORMAT = 1
 
 def save_simulation(simulation: Simulation, folder: Path) -> None:
     """Write the encodings and the placement into `folder`."""
-    encodings = simulation.encodings
+    save_encodings(simulation.encodings, folder, simulation.explanation)
+
+
+def save_encodings(encodings: Mapping[str, Encoding | FloatOffsetEncoding], folder: Path, explanation: Sequence[Placed] = ()) -> None:
+    """Write encodings into `folder`, with a placement if they have one."""
     tensors = {f"{name}.{part}": getattr(e, part).clone().contiguous() for name, e in encodings.items() for part in ("scale", _zero(e.scheme))}
     save_file(tensors, folder / "encodings.safetensors")
     schemes = {name: encoding.scheme.to_json() for name, encoding in encodings.items()}
-    record = {"format": FORMAT, "schemes": schemes, "placement": [asdict(p) for p in simulation.explanation]}
+    record = {"format": FORMAT, "schemes": schemes, "placement": [asdict(p) for p in explanation]}
     (folder / "simulation.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

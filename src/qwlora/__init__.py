@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qwlora.grid.moment import Moments
     from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
     from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
+    from qwlora.simulation.storage import load_simulation
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOME = {
     "save_adapter": "adapter.provenance",
     "PackedLinear": "base.packed",
     "load_precomputed": "base.precomputed",
+    "load_simulation": "simulation.storage",
     "quantize_": "base.quantize",
     "open_checkpoint": "base.readers.open_checkpoint",
     "Rule": "base.rules",
@@ -81,6 +83,7 @@ __all__ = [
     "load_adapter",
     "load_base",
     "load_precomputed",
+    "load_simulation",
     "open_checkpoint",
     "quantize_",
     "save_adapter",

@@ -23,7 +23,7 @@ from qwlora.grid.sequences import Sequences
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
-from qwlora.simulation.storage import load_encodings
+from qwlora.simulation.storage import restore
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -121,6 +121,6 @@ class Session:
     def simulation(self, name: str) -> Simulation:
         """The calibrated simulation, captured again if it is not in memory."""
         if self._simulation is None or self._simulation[0] != name:
-            self.new_simulation(name).restore(load_encodings(self.path / "simulation" / name))
+            restore(self.new_simulation(name), self.path / "simulation" / name)
         assert self._simulation is not None
         return self._simulation[1]

@@ -33,6 +33,7 @@ class Quantizer(nn.Module):
         self.mode = Mode.FLOAT
         self.observer = MinMaxObserver(scheme)
         self.encoding: Encoding | None = None
+        self.fixed = False  # whether the encoding came from elsewhere, so that it is not calibrated
         self.seen: Tensor | None = None
         self.keep = False
 

@@ -11,10 +11,10 @@ activations from data, in one pass over float activations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.fingerprint import adapter_fingerprint
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.graph import Kind, Mark, QuantizedGraph, insert_after
 from qwlora.grid.names import parameter_name
@@ -30,8 +31,14 @@ from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.progress import Track, untracked
 from qwlora.simulation.capture import capture
+from qwlora.simulation.device import moved_encoding, rewrite_devices_, unshare_moving_
 from qwlora.simulation.place import MASKS, Decision, Placed, place
 from qwlora.simulation.quantizer import Mode, Quantizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,20 @@ class SimulationSchemes:
     quantize_residual_adds: bool = False
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a simulation was made from."""
+
+    model: nn.Module
+    example_inputs: Mapping[str, Tensor]
+    schemes: SimulationSchemes
+    adapter_fingerprint: str | None
+
+
 class Simulation(nn.Module):
     """See the module's text. Call it like the captured model: tensors in the order of `inputs`; returns logits."""
+
+    origin: Origin  # no submodule: the model is the user's
 
     def __init__(
         self, program: ExportedProgram, inputs: tuple[str, ...], schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding | FloatOffsetEncoding]
@@ -77,7 +96,8 @@ class Simulation(nn.Module):
         Raises:
             CalibrationError: there was no batch, or an activation is not finite; the message names it.
         """
-        self._set_mode(Mode.OBSERVE)
+        for quantizer in self._quantizers.values():
+            quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.OBSERVE
         count = 0
         with torch.no_grad():
             for batch in track(batches, "calibrating", len(batches)):
@@ -88,6 +108,8 @@ class Simulation(nn.Module):
         operators = {p.node: p.operator for p in self.explanation}
         nodes = {mark.name: mark.node for mark in self.marks}
         for name, quantizer in list(self._quantizers.items()):
+            if quantizer.fixed:
+                continue
             if quantizer.is_mask and operators.get(nodes[name]) in MASKS:
                 self._drop(name, "a mask: values beyond 1e30")
             else:
@@ -125,6 +147,52 @@ class Simulation(nn.Module):
             else:
                 self._drop(name, "a mask: values beyond 1e30")
         self._set_mode(Mode.SIMULATE)
+
+    def take_over(self, encodings: Mapping[str, Encoding]) -> None:
+        """Take activation encodings from a simulation of the same base: `calibrate` simulates these values, and observes the others only.
+
+        Raises:
+            CalibrationError: an encoding names no activation of this graph.
+        """
+        if strangers := [name for name in encodings if name not in self._quantizers]:
+            raise CalibrationError(f"encodings name activations that the graph does not have: {', '.join(strangers[:3])}; calibrate the base again")
+        for name, encoding in encodings.items():
+            self._quantizers[name].encoding, self._quantizers[name].fixed = encoding, True
+
+    @property
+    def quantizers(self) -> Mapping[str, Quantizer]:
+        """The quantizer of each activation, by the encoding's name."""
+        return self._quantizers
+
+    @property
+    def base_encodings(self) -> Mapping[str, Encoding | FloatOffsetEncoding]:
+        """The encodings of the base's packed weights, which are the base's own."""
+        return self._base_encodings
+
+    def model(self) -> PreTrainedModel:
+        """The simulation with the call signature of the transformers model that it was made from; see `as_model`."""
+        from qwlora.simulation.as_model import as_model
+
+        return as_model(self)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the simulation; `load_simulation` reads it. See `storage`."""
+        from qwlora.simulation.storage import save_simulation
+
+        save_simulation(self, folder)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`to(device)`; the model that the graph was captured from stays where it is."""
+        if fn(torch.empty(0)).dtype != torch.float32:
+            raise CaptureError("the graph computes in the type that it was captured in; cast the model, and simulate it again")
+        unshare_moving_(self.graph_module, fn)
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0)).device
+        rewrite_devices_(self.graph_module, device)
+        for quantizer in self._quantizers.values():
+            if quantizer.encoding is not None:
+                quantizer.encoding = moved_encoding(quantizer.encoding, device)
+        return self
 
     def graph(self) -> QuantizedGraph:
         """What a writer needs."""
@@ -254,7 +322,10 @@ def simulate(model: nn.Module, example_inputs: Mapping[str, Tensor], schemes: Si
         for path, module in model.named_modules()
         if isinstance(encoding := getattr(module, "encoding", None), Encoding | FloatOffsetEncoding)
     }
-    return Simulation(capture(model, example_inputs), tuple(example_inputs), schemes or SimulationSchemes(), base_encodings)
+    schemes = schemes or SimulationSchemes()
+    simulation = Simulation(capture(model, example_inputs), tuple(example_inputs), schemes, base_encodings)
+    simulation.origin = Origin(model, dict(example_inputs), schemes, adapter_fingerprint(model))
+    return simulation
 
 
 def _same(a: Encoding | FloatOffsetEncoding, b: Encoding | FloatOffsetEncoding) -> bool:

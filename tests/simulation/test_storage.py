@@ -12,11 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from conftest import ARCHITECTURES, tiny_model
-from qwlora import PerChannel, Scheme, SimulationSchemes, load_simulation, quantize_, simulate
+from qwlora import PerBlock, PerChannel, Scheme, SimulationSchemes, load_simulation, quantize_, simulate
+from qwlora.base.packed import pack_at_
 from qwlora.encodings import IntegerEncoding, read, validate
 from qwlora.errors import CalibrationError
 from qwlora.grid.fingerprint import adapter_fingerprint
+from qwlora.grid.float_offset import measure_float_offset
 from qwlora.grid.graph import Kind
+from qwlora.grid.quantized import QuantizedTensor
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.storage import load_activations
 
@@ -78,11 +81,12 @@ def test_its_encodings_are_a_valid_2_1_0_file_keyed_by_module_path(tmp_path: Pat
 
 
 def test_a_base_with_float_offsets_is_no_obstacle(tmp_path: Path) -> None:
-    from qwlora.grid.scheme import PerBlock
-
     def model() -> PeftModel:
-        base = tiny_model("llama")
-        quantize_(base, Scheme(4, symmetric=False, granularity=PerBlock(32), float_offset=True))
+        base = tiny_model("llama").requires_grad_(False)
+        for name in [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith("_proj")]:
+            weight = base.get_submodule(name).weight
+            encoding = measure_float_offset(weight, Scheme(4, symmetric=False, granularity=PerBlock(32), float_offset=True))
+            pack_at_(base, f"{name}.weight", QuantizedTensor(encoding.quantize(weight), encoding))
         torch.manual_seed(1)
         return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
 
@@ -141,7 +145,12 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     path.write_text(text)
     record = tmp_path / "simulation.json"
     whole = record.read_text()
-    for damaged in ("{}", whole.replace('"format": 2', '"format": 1'), whole.replace('"schemes"', '"plans"'), whole.replace('"bitwidth": 16', '"bitwidth": 17')):
+    for damaged in (
+        "{}",
+        whole.replace('"format": 2', '"format": 1'),
+        whole.replace('"schemes"', '"plans"'),
+        whole.replace('"bitwidth": 16', '"bitwidth": 17'),
+    ):
         record.write_text(damaged)
         with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
             load_simulation(tmp_path, adapted())

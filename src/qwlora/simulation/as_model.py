@@ -52,12 +52,12 @@ class SimulatedModel:
         labels, keep = given.pop("labels", None), given.pop("logits_to_keep", None)
         in_class = given.pop("return_dict", None)
         for_loss = {name: given.pop(name) for name in _LOSS_ARGUMENTS & given.keys()}
-        with torch.no_grad():
-            logits: Tensor = self.simulation(*complete(self.simulation.inputs, given))
-            if keep is not None and not (isinstance(keep, int) and keep == 0):
-                logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
-            loss = None if labels is None else loss_of(cast(PreTrainedModel, self), logits, labels, for_loss)
-        output = self.output_class(loss=loss, logits=logits) if loss is not None else self.output_class(logits=logits)  # type: ignore[call-arg]
+        names = self.simulation.inputs
+        outputs = self.simulation.outputs(dict(zip(names, complete(names, given), strict=True)))
+        if keep is not None and not (isinstance(keep, int) and keep == 0):
+            outputs["logits"] = outputs["logits"][:, slice(-keep, None) if isinstance(keep, int) else keep]
+        loss = {} if labels is None else {"loss": loss_of(cast(PreTrainedModel, self), outputs["logits"], labels, for_loss)}
+        output = self.output_class(**loss, **outputs)
         return output.to_tuple() if in_class is False else output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """The inputs of a captured graph, from the arguments of a call: what is left out is filled in where there is one right value, anything else is refused.
 
-    attention_mask     left out: every position is attended to;          given, and not captured: must say just that
-    position_ids       left out: 0, 1, 2 ... if nothing is masked;       given, and not captured: must be just that
-    anything else      must be given if it was captured, and must not be if it was not
+attention_mask     left out: every position is attended to;          given, and not captured: must say just that
+position_ids       left out: 0, 1, 2 ... if nothing is masked;       given, and not captured: must be just that
+anything else      must be given if it was captured, and must not be if it was not
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def complete(names: tuple[str, ...], given: Mapping[str, Any]) -> tuple[Tensor, 
         raise CaptureError(f"the simulated graph reads {', '.join(names)}, and {names[0]} is not given")
     for name in present.keys() - set(names):
         if not (isinstance(present[name], Tensor) and _says_nothing(name, present[name])):
-            raise CaptureError(f"the simulated graph was captured with {', '.join(names)} and has no input {name}; put it among the example inputs of `simulate`")
+            raise CaptureError(
+                f"the simulated graph was captured with {', '.join(names)} and has no input {name}; put it among the example inputs of `simulate`"
+            )
     return tuple(_expanded(name, present[name], main) if name in present else _filled(name, names, present, main) for name in names)
 
 

@@ -203,6 +203,11 @@ class Simulation(nn.Module):
         with torch.no_grad():
             return self(*_inputs_for(self.inputs, ids))
 
+    def outputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every output by name, simulated, for inputs by name."""
+        with torch.no_grad():
+            return {"logits": self(*(batch[name] for name in self.inputs))}
+
     def perturbed_logits(self, ids: Tensor) -> Tensor:
         """`logits` by an equally right computation: `x * (1 / scale)` for `x / scale`, and each matrix product summed in two halves.
 

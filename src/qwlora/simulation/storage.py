@@ -12,7 +12,6 @@ simulation that comes back are the same, bit for bit. In the file a symmetric gr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,9 @@ from transformers import PreTrainedModel
 from conftest import ARCHITECTURES, text, tiny_model
 from qwlora import Scheme, SimulationSchemes, fingerprint, quantize_, simulate
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.adapter.through import RANGES
 from qwlora.adapter.train import TrainingReport, TrainingSettings, train_adapter
 from qwlora.errors import CalibrationError, CaptureError, TrainingError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.operators import quantized as _operators_are_registered  # noqa: F401
 from qwlora.simulation.quantizer import Mode
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training import TrainingGraph, with_scales
@@ -33,7 +32,6 @@ SHAPE = LoraShape(rank=4, alpha=8)
 SETTINGS = TrainingSettings(steps=6, learning_rate=5e-3, batch_sequences=2, warmup_steps=1, schedule="constant", checkpoint_steps=2, seed=0, loss="whole")
 IDS = torch.tensor([list(text(seed, 40).encode()[:32]) for seed in range(8)])
 W8 = SimulationSchemes(activations=Scheme(8, symmetric=False))
-W16 = SimulationSchemes()
 
 
 def inputs(ids: Tensor) -> dict[str, Tensor]:
@@ -49,30 +47,31 @@ def base(architecture: str = "llama", planted: bool = False) -> PreTrainedModel:
 
 
 def plant_(model: PreTrainedModel) -> None:
-    """One hidden channel that is hundreds of times larger than the rest wherever a norm puts it out: 8 bits per tensor leave the rest a step or two."""
+    """One hidden channel, hundreds of times larger than the rest where a norm puts it out, and that nobody reads: 8 bits leave the rest a step or two."""
     with torch.no_grad():
         for layer in model.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.weight[5] = 100.0
+                norm.weight[5] = 300.0
             for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
-                linear.weight[:, 5] /= 100.0
+                linear.weight[:, 5] = 0.0
 
 
-def activations_of(model: PreTrainedModel, schemes: SimulationSchemes) -> dict[str, Encoding]:
-    simulation = simulate(model.eval(), inputs(IDS[:2, :16]), schemes)
+@cache
+def calibrated_base(architecture: str = "llama", planted: bool = False) -> Mapping[str, Encoding]:
+    """Encodings of the activations of `base`, which is the same every time."""
+    simulation = simulate(base(architecture, planted), inputs(IDS[:2, :16]), W8)
     simulation.calibrate([inputs(IDS)])
     return {name: q.encoding for name, q in simulation.quantizers.items() if q.encoding is not None}
 
 
-def graph_of(model: PeftModel, encodings: Mapping[str, Encoding], schemes: SimulationSchemes = W8, learns_ranges: bool = False) -> TrainingGraph:
-    return TrainingGraph(simulate(model.eval(), inputs(IDS[:2, :16]), schemes), encodings, learns_ranges)
+def graph_of(model: PeftModel, encodings: Mapping[str, Encoding], learns_ranges: bool = False) -> TrainingGraph:
+    return TrainingGraph(simulate(model.eval(), inputs(IDS[:2, :16]), W8), encodings, learns_ranges)
 
 
-def through(work: Path, architecture: str = "llama", schemes: SimulationSchemes = W8, rate: float | None = None, **settings: Any) -> Any:
-    model = base(architecture)
-    encodings = activations_of(model, schemes)
-    adapted = attach(model, SHAPE, seed=0)
-    graph = graph_of(adapted, encodings, schemes, rate is not None)
+def through(work: Path, architecture: str = "llama", rate: float | None = None, **settings: Any) -> Any:
+    encodings = calibrated_base(architecture)
+    adapted = attach(base(architecture), SHAPE, seed=0)
+    graph = graph_of(adapted, encodings, learns_ranges=rate is not None)
     report = train_adapter(adapted, IDS, replace(SETTINGS, range_learning_rate=rate, **settings), work, through=graph)
     return adapted, graph, report, encodings
 
@@ -84,7 +83,7 @@ def weights(model: PeftModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_through_the_graph_moves_the_adapter_and_nothing_else(tmp_path: Path, architecture: str) -> None:
     model = base(architecture)
-    encodings = activations_of(model, W8)
+    encodings = calibrated_base(architecture)
     adapted = attach(model, SHAPE, seed=0)
     before, identity = {n: p.detach().clone() for n, p in adapted.named_parameters()}, fingerprint(adapted)
     graph = graph_of(adapted, encodings)
@@ -135,23 +134,19 @@ def off(simulation: Simulation) -> None:
 
 def test_the_gradient_is_straight_through_and_stops_where_values_are_clamped() -> None:
     model = base()
-    encodings = activations_of(model, W8)
+    encodings = calibrated_base()
     adapted = attach(model, SHAPE, seed=0)
-    names = [n for n in encodings if n.endswith("0.mlp.up_proj.linear")]
-    clamped = {n: replace(e, scale=e.scale / 1000) if n in names else e for n, e in encodings.items()}
-    gradients = {}
-    for kind, found in (("whole", encodings), ("clamped", clamped)):
+    clamped = {n: replace(e, scale=e.scale * 1e-9) if n == "model.norm.mul" else e for n, e in encodings.items()}  # all logits come through it
+    for found, flows in ((encodings, True), (clamped, False)):
         graph_of(adapted, found)(**inputs(IDS)).square().mean().backward()
-        gradients[kind] = {n: p.grad.norm() for n, p in adapted.named_parameters() if p.grad is not None}
+        gradients = [p.grad for n, p in adapted.named_parameters() if "lora_B" in n]
+        assert all(g is not None and bool((g != 0).any()) == flows for g in gradients)
         adapted.zero_grad()
-    before = [n for n in gradients["whole"] if "layers.0.self_attn.v_proj.lora_B" in n][0]
-    assert gradients["whole"][before] > 0
-    assert gradients["clamped"][before] != gradients["whole"][before]
 
 
 def test_base_values_lie_on_the_bases_grids_and_the_adapters_are_float() -> None:
     model = base()
-    encodings = activations_of(model, W8)
+    encodings = calibrated_base()
     adapted = attach(model, SHAPE, seed=0)
     with torch.no_grad():
         for name, p in adapted.named_parameters():
@@ -168,7 +163,7 @@ def test_base_values_lie_on_the_bases_grids_and_the_adapters_are_float() -> None
         if name in encodings:
             assert torch.equal(encodings[name].fake_quantize(value), value)
         else:
-            assert len(value.unique()) > 256 or "mul" in name
+            assert graph.simulation.quantizers[name].mode is Mode.FLOAT
     assert {n.rpartition(".")[2] for n in seen if n not in encodings} == {"linear", "mul", "add"}
 
 
@@ -186,7 +181,7 @@ def test_codes_are_kept_for_backward_and_unpacked_weights_are_not() -> None:
 
 def test_ranges_are_learned_stay_positive_and_start_where_they_were(tmp_path: Path) -> None:
     model = base()
-    encodings = activations_of(model, W8)
+    encodings = calibrated_base()
     adapted = attach(model, SHAPE, seed=0)
     graph = graph_of(adapted, encodings, learns_ranges=True)
     fixed = graph_of(attach(base(), SHAPE, seed=0), encodings)
@@ -258,7 +253,7 @@ def test_goes_on_with_the_same_bits_after_a_kill(tmp_path: Path) -> None:
 
 def test_the_best_evaluation_is_of_the_simulated_model_and_keeps_its_ranges(tmp_path: Path) -> None:
     model = base()
-    encodings = activations_of(model, W8)
+    encodings = calibrated_base()
     adapted = attach(model, SHAPE, seed=0)
     graph = graph_of(adapted, encodings, learns_ranges=True)
     settings = replace(SETTINGS, steps=12, learning_rate=3e-2, evaluation_steps=2, range_learning_rate=0.3, patience=2)
@@ -285,18 +280,16 @@ def test_through_the_graph_is_better_where_activations_are_the_problem(tmp_path:
     settings = replace(SETTINGS, steps=60, batch_sequences=4, learning_rate=3e-3, checkpoint_steps=100)
     after = attach(base(planted=True), SHAPE, seed=0)
     train_adapter(after, IDS, settings, tmp_path / "qw")
-    model = base(planted=True)
-    encodings = activations_of(model, W8)
+    model, encodings = base(planted=True), calibrated_base(planted=True)
     before = attach(model, SHAPE, seed=0)
     train_adapter(before, IDS, settings, tmp_path / "qwa", through=graph_of(before, encodings))
     qw, qwa = simulated_loss(after, None, IDS), simulated_loss(before, encodings, IDS)
-    print(qw, qwa)
-    assert qwa < 0.9 * qw
+    assert qwa < 0.95 * qw  # 4.05 and 4.67
 
 
 def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
     model = base()
-    encodings = activations_of(model, W8)
+    encodings = calibrated_base()
     adapted = attach(model, SHAPE, seed=0)
     graph = graph_of(adapted, encodings)
     for settings, message in (
@@ -319,8 +312,6 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="has no input position_ids"):
         graph(**inputs(IDS), position_ids=torch.zeros_like(IDS))
     learning = graph_of(attach(base(), SHAPE, seed=0), encodings, learns_ranges=True)
-    for checkpoint in tmp_path.glob("checkpoint-*"):
-        (checkpoint / RANGES).unlink(missing_ok=True)
     train_adapter(attach(base(), SHAPE, seed=0), IDS, SETTINGS, tmp_path / "fixed")
     with pytest.raises(TrainingError, match="holds no activation ranges"):
         train_adapter(attach(base(), SHAPE, seed=0), IDS, replace(SETTINGS, range_learning_rate=1e-3), tmp_path / "fixed", through=learning)

@@ -2,8 +2,8 @@
 
     loss = the model's own [+ distance to the float model, while recovering]
 
-A loss or gradient that is not finite stops before the step is taken. Checkpoints are plain PEFT adapters, whole ones where the model is sharded, and beside them
-the learned activation ranges where there are any. The loop is the Trainer's.
+A loss or gradient that is not finite stops before the step is taken. Checkpoints are plain PEFT adapters, whole ones where the model is sharded; learned ranges
+of activations lie beside them. The loop is the Trainer's.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwlora.adapter.provenance import load_adapter
@@ -23,11 +24,16 @@ from qwlora.grid.sequences import Sequences
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
-from qwlora.simulation.storage import restore
+from qwlora.simulation.storage import load_activations, restore
+from qwlora.simulation.training import TrainingGraph, with_scales
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
+SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it
 
 
 class Session:
@@ -105,8 +111,17 @@ class Session:
         return load_adapter(self.base(), self.path / "adapters" / name).eval()
 
     def new_simulation(self, name: str) -> Simulation:
-        """Capture base and adapter; nothing is calibrated yet. Only one simulation is kept."""
+        """Capture base and adapter; nothing is calibrated yet, but what training through the base's activations fixed. Only one simulation is kept."""
         self._simulation = None
+        simulation = self.simulate(self.adapted(name))
+        if self.recipe.workflow == "qwa-lora":
+            scales = self.path / "adapters" / name / SCALES
+            simulation.take_over(with_scales(load_activations(self.path / BASE_SIMULATION), load_file(scales) if scales.exists() else {}))
+        self._simulation = (name, simulation)
+        return simulation
+
+    def simulate(self, model: nn.Module) -> Simulation:
+        """Capture a model as the recipe wants it simulated."""
         section = self.recipe.simulation
         schemes = SimulationSchemes(
             activations=Scheme(section.activation_bitwidth, symmetric=False),
@@ -114,9 +129,11 @@ class Session:
             quantize_residual_adds=section.residual_adds == "quantize",
         )
         example = self.data.calibration_ids[:1, :16].repeat(2, 1)
-        simulation = simulate(self.adapted(name), {"input_ids": example, "attention_mask": torch.ones_like(example)}, schemes)
-        self._simulation = (name, simulation)
-        return simulation
+        return simulate(model, {"input_ids": example, "attention_mask": torch.ones_like(example)}, schemes)
+
+    def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
+        """Base and adapter as one graph to train through, the base's activations on the grids that were calibrated."""
+        return TrainingGraph(self.simulate(model.eval()), load_activations(self.path / BASE_SIMULATION), learns_ranges)
 
     def simulation(self, name: str) -> Simulation:
         """The calibrated simulation, captured again if it is not in memory."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,9 +37,10 @@ from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.moment import Moments
 from qwlora.pipeline.memory import give_back_soon, peak_rss_bytes, reset_peak_rss
 from qwlora.pipeline.plan import Stage, has_float_model, needs_moments
-from qwlora.pipeline.session import Session
+from qwlora.pipeline.session import SCALES, Session
 from qwlora.pipeline.workers import is_first_process
 from qwlora.recipe import Adapter, Base
+from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.storage import save_simulation
 
 MOMENTS = "moments"  # of the inputs of the base's layers, beside it
@@ -61,6 +63,8 @@ def preflight(session: Session, verbs: set[str]) -> None:
     largest = session.data.largest_id()
     if "train" in verbs:
         _check_adapters(session)
+        if session.recipe.workflow == "qwa-lora" and session.data.train.position_ids is not None:
+            raise TrainingError("workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none")
     if "quantize" in verbs:
         model = _unquantized(session)
         embedding: Any = model.get_input_embeddings()
@@ -117,6 +121,14 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
     return {"base": {**asdict(report.size), "bits_per_weight": report.size.bits_per_weight, "fingerprint": identity, "layers": layers}}
 
 
+def calibrate_base(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
+    """Before step 2, in workflow qwa-lora: encodings of the base's activations, which adapters are trained through."""
+    simulation = session.simulate(session.base())
+    tokens = _calibrate(session, simulation)
+    save_simulation(simulation, scratch)
+    return {"base_simulation": {"encodings": len(simulation.encodings), "calibration_tokens": tokens}}
+
+
 def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 2: one adapter on the frozen base, whose fingerprint is the same afterwards."""
     adapter = session.adapter(str(stage.adapter))
@@ -137,13 +149,17 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
         held_out = session.evaluation if adapter.evaluation_steps else None
         logs = session.path / "logs" / adapter.name
         teacher = session.take_float_model() if adapter.objective == "recovery" else None
-        report = train_adapter(model, session.data.train, _settings(adapter, seed), work, session.track, held_out, logs, teacher)
+        through = session.training_graph(model, adapter.range_learning_rate is not None) if session.recipe.workflow == "qwa-lora" else None
+        report = train_adapter(model, session.data.train, _settings(adapter, seed, through is not None), work, session.track, held_out, logs, teacher, through)
     else:
+        through = None
         report = TrainingReport(0, 0.0, 0, check_trainable(model), ())
     if (after := fingerprint(model)) != base_identity:
         raise FingerprintError(f"training adapter {adapter.name} changed the base: its fingerprint was {base_identity} and is {after}")
     if is_first_process():
         save_adapter(model, scratch, base_identity)
+        if through is not None and (scales := through.scales()):
+            save_file(scales, scratch / SCALES)
     measured = {
         "steps": report.steps,
         "step_seconds": report.step_seconds,
@@ -188,19 +204,26 @@ def _shape(adapter: Adapter) -> LoraShape:
     return LoraShape(**{f.name: getattr(adapter, f.name) for f in fields(LoraShape)})
 
 
-def _settings(adapter: Adapter, seed: int) -> TrainingSettings:
-    given = {f.name: getattr(adapter, f.name) for f in fields(TrainingSettings) if f.name not in ("seed", "report_to")}
-    return TrainingSettings(**given, seed=seed, report_to=tuple(adapter.report_to))
+def _settings(adapter: Adapter, seed: int, goes_through: bool) -> TrainingSettings:
+    given = {f.name: getattr(adapter, f.name) for f in fields(TrainingSettings) if f.name not in ("seed", "report_to", "loss")}
+    loss = adapter.loss or ("whole" if goes_through else "chunked")
+    return TrainingSettings(**given, seed=seed, report_to=tuple(adapter.report_to), loss=loss)
 
 
 def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 3: encodings of activations and adapter."""
     name = str(stage.adapter)
     simulation = session.new_simulation(name)
+    tokens = _calibrate(session, simulation)
+    save_simulation(simulation, scratch)
+    return {"simulation": {name: {"encodings": len(simulation.encodings), "calibration_tokens": tokens}}}
+
+
+def _calibrate(session: Session, simulation: Simulation) -> int:
+    """Calibrate on the recipe's sequences; returns how many tokens that were."""
     ids = session.calibration_ids
     simulation.calibrate([{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids], session.track)
-    save_simulation(simulation, scratch)
-    return {"simulation": {name: {"encodings": len(simulation.encodings), "calibration_tokens": ids.numel()}}}
+    return ids.numel()
 
 
 def export(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
@@ -235,6 +258,7 @@ def evaluate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
 
 STAGES: dict[str, StageFunction] = {
     "quantize": quantize,
+    "calibrate-base": calibrate_base,
     "train": train,
     "calibrate": calibrate,
     "export": export,

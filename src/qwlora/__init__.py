@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from qwlora.simulation.estimator import Estimator
     from qwlora.simulation.rules import PlacementRule
     from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
+    from qwlora.simulation.storage import load_simulation
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ _HOME = {
     "save_adapter": "adapter.provenance",
     "PackedLinear": "base.packed",
     "load_precomputed": "base.precomputed",
+    "load_simulation": "simulation.storage",
     "quantize_": "base.quantize",
     "open_checkpoint": "base.readers.open_checkpoint",
     "Rule": "base.rules",
@@ -89,6 +91,7 @@ __all__ = [
     "load_adapter",
     "load_base",
     "load_precomputed",
+    "load_simulation",
     "open_checkpoint",
     "quantize_",
     "save_adapter",

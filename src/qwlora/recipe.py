@@ -214,11 +214,27 @@ class Adapter(Section):
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest norm of a step's gradient; 0 does not clip")
     compute: Literal["float32", "bfloat16"] = Field("float32", description="precision of the forward and backward pass; weights and optimizer stay float32")
     gradient_checkpointing: bool = Field(False, description="compute each layer again in the backward pass instead of keeping what is inside it")
-    loss: Literal["chunked", "whole"] = Field("chunked", description="whole: the model's own loss, which makes the logits of the whole batch")
+    loss: Literal["chunked", "whole"] | None = Field(
+        None, description="whole: the model's own loss, which makes the logits of the whole batch; chunked unless given, but with workflow qwa-lora"
+    )
     evaluation_steps: Count | None = Field(None, description="steps between evaluations on held-out text; the best adapter is kept. None unless given")
     patience: Count | None = Field(None, description="evaluations without a better one after which training stops; needs evaluation_steps")
+    range_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="learn the ranges of the base's activations too, at this rate, relative to their size (workflow qwa-lora). Fixed unless given"
+    )
     report_to: list[str] = Field([], description="loggers, by their names in transformers: tensorboard, wandb, mlflow ...")
     checkpoint_steps: Count = Field(10, description="steps between checkpoints; an interrupted run goes on from the last")
+
+    def without_graph(self) -> list[str]:
+        """What of this cannot be trained through a captured graph, each with the way out."""
+        problems = {
+            "objective recovery watches layers, which do not run": self.objective == "recovery",
+            "dropout is not in a graph of evaluation; set it to 0": self.dropout > 0,
+            "gradient_checkpointing needs layers that run; leave it out": self.gradient_checkpointing,
+            "compute bfloat16 cannot hold the steps of the grids; use float32": self.compute == "bfloat16",
+            "loss chunked needs an output head outside the graph; use whole": self.loss == "chunked",
+        }
+        return [f"adapter {self.name}: {problem}" for problem, is_there in problems.items() if is_there]
 
     @model_validator(mode="after")
     def _consistent(self) -> Adapter:
@@ -323,6 +339,10 @@ class Recipe(Section):
     """The whole file."""
 
     name: Name = Field("qwlora", description="what this job is called; an output directory belongs to one job")
+    workflow: Literal["qw-lora", "qwa-lora"] = Field(
+        "qw-lora",
+        description="qw-lora: activations are calibrated after training; qwa-lora: the base's are calibrated first, and the adapters are trained through them",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of the data split, the adapters' start and the order of training")
     model: Model
     data: Data
@@ -363,6 +383,20 @@ class Recipe(Section):
         ranks = {(a.rank, tuple(sorted(a.rank_pattern.items()))) for a in self.adapters if a.start is None}
         if self.simulation.base_activations == "none" and len(ranks) > 1:
             raise ValueError("simulation.base_activations none: adapters that share every encoding have one rank; give them one, or say adapter_only")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_workflow(self) -> Recipe:
+        if self.workflow == "qw-lora":
+            problems = [f"adapter {a.name}: range_learning_rate goes with workflow qwa-lora" for a in self.adapters if a.range_learning_rate is not None]
+        else:
+            problems = [problem for adapter in self.adapters if adapter.steps for problem in adapter.without_graph()]
+            if self.data.packing == "documents":
+                problems.append("data.packing documents needs positions, which the graph does not take; use join or none")
+            if self.simulation.base_activations != "all":
+                problems.append("simulation.base_activations: the base's activations are calibrated before training, for all adapters; leave it out")
+        if problems:
+            raise ValueError(f"workflow {self.workflow}: {'; '.join(problems)}")
         return self
 
     def start_of(self, adapter: Adapter) -> Adapter | None:

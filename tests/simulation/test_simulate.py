@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from qwlora.simulation.capture import capture
 from qwlora.simulation.implementations import visible_implementations
 from qwlora.simulation.rules import Decision
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.storage import load_encodings, save_simulation
 
 
 def inputs(batch: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -164,20 +162,6 @@ def test_perturbed_logits_differ_a_little(simulations: dict[str, tuple[PeftModel
     perturbed = simulation.perturbed_logits(ids)
     assert 0 < (perturbed - before).abs().max() < 0.01 * before.abs().max()
     assert torch.equal(simulation.logits(ids), before)
-
-
-def test_simulation_comes_back_from_disk(simulations: dict[str, tuple[PeftModel, Simulation]], tmp_path: Path) -> None:
-    model, simulation = simulations["qwen3"]
-    save_simulation(simulation, tmp_path)
-    again = simulate(model, inputs())
-    again.restore(load_encodings(tmp_path))
-    assert torch.equal(again.logits(inputs()["input_ids"]), simulation.logits(inputs()["input_ids"]))
-    other = simulate(adapted("llama"), inputs())
-    with pytest.raises(CalibrationError, match="encodings name values that the graph does not have"):
-        other.restore(load_encodings(tmp_path))
-    (tmp_path / "simulation.json").write_text("{}")
-    with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
-        load_encodings(tmp_path)
 
 
 def test_calibration_says_what_is_missing() -> None:

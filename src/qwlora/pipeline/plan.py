@@ -18,7 +18,7 @@ from qwlora.data import Documents
 from qwlora.recipe import Recipe
 
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
-VERBS = ("quantize", "train", "calibrate", "export", "verify", "evaluate")
+VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,16 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     encodings = hashlib.sha256(Path(recipe.model.encodings).read_bytes()).hexdigest() if recipe.model.encodings else None
     add("quantize", [model, encodings, recipe.base.model_dump(), follows, needs_moments(recipe)], artifact="base")
     add("evaluate/base", held_out, ("quantize",))
+    ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]
+    through = ("calibrate-base",) if recipe.workflow == "qwa-lora" else ()
+    if through:
+        add("calibrate-base", ranges, ("quantize",), artifact="base_simulation")
     for adapter in recipe.adapters:
         trains = adapter.model_dump(exclude={"checkpoint_steps", "report_to"})  # neither changes the adapter
         first = recipe.start_of(adapter)
         learns = [text, held_out if adapter.evaluation_steps else None, _start_stamps(None if first else adapter.start)]
         needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
-        add(f"train/{adapter.name}", [trains, learns, recipe.seed], needs, adapter.name, f"adapters/{adapter.name}")
-    ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]
+        add(f"train/{adapter.name}", [trains, learns, recipe.seed], (*needs, *through), adapter.name, f"adapters/{adapter.name}")
     shares = recipe.simulation.base_activations != "all"
     if shares:
         add("calibrate", ranges, tuple(f"train/{adapter.name}" for adapter in recipe.adapters), artifact=SHARED)

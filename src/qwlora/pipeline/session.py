@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,20 +21,24 @@ from qwlora.base.source import load_model, load_tokenizer, locate
 from qwlora.base.storage import load_base, read_record
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.errors import SourceError
-from qwlora.grid.encoding import Encoding
 from qwlora.grid.moment import Moments
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.sequences import Sequences
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
-from qwlora.simulation.storage import load_encodings
+from qwlora.simulation.storage import load_activations, load_encodings, restore
+from qwlora.simulation.training import TrainingGraph, with_scales
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MOMENTS = "moments"  # of the inputs of the base's layers, beside it
+
+
+BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
+SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it
 
 
 class Session:
@@ -120,7 +125,7 @@ class Session:
             adapter_weights=section.adapter_weights.scheme(),
             quantize_residual_adds=section.residual_adds == "quantize",
             policy=section.policy,
-            rules=section.placement_rules(),
+            rules=tuple(section.placement_rules()),
             observer=section.estimator(),
             symmetric_matmul_second_input=section.symmetric_matmul_second_input,
         )
@@ -145,18 +150,26 @@ class Session:
         return model.eval()
 
     def new_simulation(self, name: str) -> Simulation:
-        """Capture base and adapter; nothing is calibrated yet. Only one simulation is kept."""
+        """Capture base and adapter; nothing is calibrated yet, but what training through the base's activations fixed. Only one simulation is kept."""
         self._simulation = None
         simulation = simulate(self.equalized(name), self.example_inputs, self.schemes)
+        if self.recipe.workflow == "qwa-lora":
+            scales = self.path / "adapters" / name / SCALES
+            simulation.take_over(with_scales(load_activations(self.path / BASE_SIMULATION), load_file(scales) if scales.exists() else {}))
         self._simulation = (name, simulation)
         return simulation
+
+    def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
+        """Base and adapter as one graph to train through, the base's activations on the grids that were calibrated."""
+        simulation = simulate(model.eval(), self.example_inputs, self.schemes)
+        return TrainingGraph(simulation, load_activations(self.path / BASE_SIMULATION), learns_ranges)
 
     def simulation(self, name: str) -> Simulation:
         """The calibrated simulation, captured again if it is not in memory."""
         if self._simulation is None or self._simulation[0] != name:
-            simulation, encodings = self.new_simulation(name), load_encodings(self.path / "simulation" / name)
+            simulation, folder = self.new_simulation(name), self.path / "simulation" / name
             if self.recipe.simulation.base_activations == "none":  # the adapter's weights lie on grids that their own values do not give
-                simulation.set_adapter_encodings({name: e for name, e in encodings.items() if isinstance(e, Encoding)})
-            simulation.restore(encodings)
+                simulation.set_adapter_encodings(load_encodings(folder))
+            restore(simulation, folder)
         assert self._simulation is not None
         return self._simulation[1]

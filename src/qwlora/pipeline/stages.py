@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -32,18 +33,18 @@ from qwlora.evaluate import Logits, logits_of, perplexity
 from qwlora.export.bundle import export_onnx
 from qwlora.export.extras import require
 from qwlora.export.verify import Limits, check_parity, verify_onnx
-from qwlora.grid.encoding import Encoding
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.moment import Moments
 from qwlora.memory import give_back_soon, peak_rss_bytes, reset_peak_rss
 from qwlora.pipeline.plan import SHARED, Stage, has_float_model, needs_moments
-from qwlora.pipeline.session import MOMENTS, Session
+from qwlora.pipeline.session import MOMENTS, SCALES, Session
 from qwlora.pipeline.workers import is_first_process
 from qwlora.recipe import Adapter, Base
 from qwlora.simulation.adapters import simulate_adapters
 from qwlora.simulation.calibrate import Stillness
 from qwlora.simulation.sharing import share
-from qwlora.simulation.storage import load_encodings, save_encodings, save_simulation
+from qwlora.simulation.simulation import simulate
+from qwlora.simulation.storage import load_shared, save_shared, save_simulation
 
 Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]
@@ -63,6 +64,8 @@ def preflight(session: Session, verbs: set[str]) -> None:
     largest = session.data.largest_id()
     if "train" in verbs:
         _check_adapters(session)
+        if session.recipe.workflow == "qwa-lora" and session.data.train.position_ids is not None:
+            raise TrainingError("workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none")
     if "quantize" in verbs:
         model = _unquantized(session)
         embedding: Any = model.get_input_embeddings()
@@ -119,6 +122,14 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
     return {"base": {**asdict(report.size), "bits_per_weight": report.size.bits_per_weight, "fingerprint": identity, "layers": layers}}
 
 
+def calibrate_base(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
+    """Before step 2, in workflow qwa-lora: encodings of the base's activations, which adapters are trained through."""
+    simulation = simulate(session.base(), session.example_inputs, session.schemes)
+    report = simulation.calibrate(**_seen(session), allow_unseen=session.recipe.simulation.unseen == "float")
+    save_simulation(simulation, scratch)
+    return {"base_simulation": {"encodings": len(simulation.encodings), "calibration_tokens": report.tokens}}
+
+
 def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 2: one adapter on the frozen base, whose fingerprint is the same afterwards."""
     adapter = session.adapter(str(stage.adapter))
@@ -139,13 +150,17 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
         held_out = session.evaluation if adapter.evaluation_steps else None
         logs = session.path / "logs" / adapter.name
         teacher = session.take_float_model() if adapter.objective == "recovery" else None
-        report = train_adapter(model, session.data.train, _settings(adapter, seed), work, session.track, held_out, logs, teacher)
+        through = session.training_graph(model, adapter.range_learning_rate is not None) if session.recipe.workflow == "qwa-lora" else None
+        report = train_adapter(model, session.data.train, _settings(adapter, seed, through is not None), work, session.track, held_out, logs, teacher, through)
     else:
+        through = None
         report = TrainingReport(0, 0.0, 0, check_trainable(model), ())
     if (after := fingerprint(model)) != base_identity:
         raise FingerprintError(f"training adapter {adapter.name} changed the base: its fingerprint was {base_identity} and is {after}")
     if is_first_process():
         save_adapter(model, scratch, base_identity)
+        if through is not None and (scales := through.scales()):
+            save_file(scales, scratch / SCALES)
     measured = {
         "steps": report.steps,
         "step_seconds": report.step_seconds,
@@ -190,9 +205,10 @@ def _shape(adapter: Adapter) -> LoraShape:
     return LoraShape(**{f.name: getattr(adapter, f.name) for f in fields(LoraShape)})
 
 
-def _settings(adapter: Adapter, seed: int) -> TrainingSettings:
-    given = {f.name: getattr(adapter, f.name) for f in fields(TrainingSettings) if f.name not in ("seed", "report_to")}
-    return TrainingSettings(**given, seed=seed, report_to=tuple(adapter.report_to))
+def _settings(adapter: Adapter, seed: int, goes_through: bool) -> TrainingSettings:
+    given = {f.name: getattr(adapter, f.name) for f in fields(TrainingSettings) if f.name not in ("seed", "report_to", "loss")}
+    loss = adapter.loss or ("whole" if goes_through else "chunked")
+    return TrainingSettings(**given, seed=seed, report_to=tuple(adapter.report_to), loss=loss)
 
 
 def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
@@ -212,7 +228,7 @@ def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resu
     }
     if section.base_activations != "all":
         measured["perplexity_with_own_encodings"] = perplexity(simulation.logits, session.evaluation, "perplexity, own encodings", session.track)
-        share(simulation, {n: e for n, e in load_encodings(session.path / SHARED).items() if isinstance(e, Encoding)}, section.base_activations)
+        share(simulation, load_shared(session.path / SHARED), section.base_activations)
     save_simulation(simulation, scratch)
     return {"simulation": {name: measured}}
 
@@ -224,7 +240,7 @@ def _calibrate_together(session: Session, scratch: Path) -> Results:
     simulations = simulate_adapters(model, session.example_inputs, session.schemes, section.base_activations)
     simulations.observe(**_seen(session))
     simulations.freeze(allow_unseen=section.unseen == "float")
-    save_encodings(simulations.shared, scratch)
+    save_shared(simulations.shared, scratch)
     return {"sharing": {"base_activations": section.base_activations, "encodings": len(simulations.shared), "captures": simulations.captures}}
 
 
@@ -268,6 +284,7 @@ def evaluate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
 
 STAGES: dict[str, StageFunction] = {
     "quantize": quantize,
+    "calibrate-base": calibrate_base,
     "train": train,
     "calibrate": calibrate,
     "export": export,

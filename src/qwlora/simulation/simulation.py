@@ -11,10 +11,10 @@ activations from data, in one pass over float activations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.fingerprint import adapter_fingerprint
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.graph import Kind, Mark, QuantizedGraph, insert_after
 from qwlora.grid.names import parameter_name
@@ -31,12 +32,18 @@ from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.simulation.aten import MAY_ALIAS, base_name, is_known
 from qwlora.simulation.calibrate import Calibrated
 from qwlora.simulation.capture import Captured, capture
+from qwlora.simulation.device import moved_encoding, rewrite_devices_, unshare_moving_
 from qwlora.simulation.estimator import Estimator, as_estimator
 from qwlora.simulation.facts import operator_of
 from qwlora.simulation.perturbed import SumInHalves
 from qwlora.simulation.place import Overrides, Placement, place
 from qwlora.simulation.quantizer import FrozenWeight, Mode, Quantizer
 from qwlora.simulation.rules import PlacementRule, Policy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class SimulationSchemes:
     parameters: Scheme = Scheme(16, granularity=PerChannel(0))
     quantize_residual_adds: bool = False
     policy: str | Policy = "npu"
-    rules: Sequence[PlacementRule] = ()
+    rules: tuple[PlacementRule, ...] = ()
     observer: str | Estimator = "min-max"
     symmetric_matmul_second_input: bool = False
 
@@ -65,8 +72,20 @@ class SimulationSchemes:
         return place(program, self.policy, self.rules, self.quantize_residual_adds, self.symmetric_matmul_second_input, input_names)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a simulation was made from."""
+
+    model: nn.Module
+    example_inputs: Mapping[str, Any]
+    schemes: SimulationSchemes
+    adapter_fingerprint: str | None
+
+
 class Simulation(Calibrated):
     """See the module's text. Call it like the captured model: the same arguments by name, or the first of `inputs` by position; the same type of result."""
+
+    origin: Origin  # no submodule: the model is the user's
 
     def __init__(self, captured: Captured, schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding | FloatOffsetEncoding]):
         super().__init__()
@@ -149,6 +168,47 @@ class Simulation(Calibrated):
             else:
                 self._drop(name, "left float by the calibration that is restored")
         self._set_mode(Mode.SIMULATE)
+
+    def take_over(self, encodings: Mapping[str, Encoding]) -> None:
+        """Take activation encodings from a simulation of the same base: `calibrate` simulates these values, and observes the others only.
+
+        Raises:
+            CalibrationError: an encoding names no activation of this graph.
+        """
+        if strangers := [name for name in encodings if name not in self.quantizers]:
+            raise CalibrationError(f"encodings name activations that the graph does not have: {', '.join(strangers[:3])}; calibrate the base again")
+        for name, encoding in encodings.items():
+            self.quantizers[name].encoding, self.quantizers[name].fixed = encoding, True
+
+    @property
+    def base_encodings(self) -> Mapping[str, Encoding | FloatOffsetEncoding]:
+        """The encodings of the base's packed weights, which are the base's own."""
+        return self._base_encodings
+
+    def model(self) -> PreTrainedModel:
+        """The simulation with the call signature of the transformers model that it was made from; see `as_model`."""
+        from qwlora.simulation.as_model import as_model
+
+        return as_model(self)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the simulation; `load_simulation` reads it. See `storage`."""
+        from qwlora.simulation.storage import save_simulation
+
+        save_simulation(self, folder)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`to(device)`; the model that the graph was captured from stays where it is."""
+        if fn(torch.empty(0)).dtype != torch.float32:
+            raise CaptureError("the graph computes in the type that it was captured in; cast the model, and simulate it again")
+        unshare_moving_(self.graph_module, fn)
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0)).device
+        rewrite_devices_(self.graph_module, device)
+        for quantizer in self.quantizers.values():
+            if quantizer.encoding is not None:
+                quantizer.encoding = moved_encoding(quantizer.encoding, device)
+        return self
 
     def graph(self) -> QuantizedGraph:
         """What a writer needs."""
@@ -262,7 +322,10 @@ def simulate(model: nn.Module, example_inputs: Mapping[str, Any], schemes: Simul
     Args:
         example_inputs: the model's keyword arguments, nested as the model takes them, with at least two tokens; see `capture`.
     """
-    return Simulation(capture(model, example_inputs), schemes or SimulationSchemes(), base_encodings(model))
+    schemes = schemes or SimulationSchemes()
+    simulation = Simulation(capture(model, example_inputs), schemes, base_encodings(model))
+    simulation.origin = Origin(model, dict(example_inputs), schemes, adapter_fingerprint(model))
+    return simulation
 
 
 def base_encodings(model: nn.Module) -> dict[str, Encoding | FloatOffsetEncoding]:

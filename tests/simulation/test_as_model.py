@@ -43,7 +43,7 @@ def test_calls_give_the_models_own_output_with_simulated_logits(pair: tuple[Simu
     simulation, model = pair
     own = simulation.origin.model.get_base_model()
     given = batch(3, 9, seed=4)
-    expected = simulation(*batch(3, 9, seed=4, positions=True).values())
+    expected = simulation(*batch(3, 9, seed=4, positions=True).values()).logits
     output = model(**given)
     assert isinstance(model, type(own))
     assert type(output) is type(own(**given))

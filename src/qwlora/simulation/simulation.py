@@ -247,12 +247,16 @@ def simulate(model: nn.Module, example_inputs: Mapping[str, Any], schemes: Simul
     Args:
         example_inputs: the model's keyword arguments, nested as the model takes them, with at least two tokens; see `capture`.
     """
-    base_encodings = {
+    return Simulation(capture(model, example_inputs), schemes or SimulationSchemes(), base_encodings(model))
+
+
+def base_encodings(model: nn.Module) -> dict[str, Encoding | FloatOffsetEncoding]:
+    """The encoding of every packed weight of `model`, by the weight's name."""
+    return {
         parameter_name(path): encoding
         for path, module in model.named_modules()
         if isinstance(encoding := getattr(module, "encoding", None), Encoding | FloatOffsetEncoding)
     }
-    return Simulation(capture(model, example_inputs), schemes or SimulationSchemes(), base_encodings)
 
 
 def _same(a: Encoding | FloatOffsetEncoding, b: Encoding | FloatOffsetEncoding) -> bool:

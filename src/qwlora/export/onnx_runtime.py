@@ -2,8 +2,8 @@
 
 By default ONNX Runtime quantizes to 8 bits, by itself, the activations that meet 4-bit weights. `SESSION_OPTIONS` turn that off. Where activations have 8 bits
 it puts integer kernels of its own (QLinearSoftmax, QLinearAdd, QLinearMatMul ...) in the place of what was simulated, which round elsewhere; the option
-in `EIGHT_BIT_OPTIONS` turns that off too, at the price of weights that it unpacks to floats. The options that a file needs are written beside it, because without
-them it does not compute what was trained.
+in `EIGHT_BIT_OPTIONS` turns that off too, at the price of weights that it unpacks to floats. The options that a file needs are written beside it, because
+without them it does not compute what was trained.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ Of two adapters that PEFT wraps around one module, for two parameters of it, the
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 _WRAPPERS = ("base_layer", "original_module")
 
 
@@ -21,7 +23,7 @@ def canonical_name(path: str) -> str:
         parts = parts[2:]
     kept: list[str] = []
     behind_adapter = False
-    for part, following in zip(parts, [*parts[1:], ""], strict=True):
+    for part, following in pairwise([*parts, ""]):
         if behind_adapter:
             behind_adapter = False
             continue

@@ -212,13 +212,15 @@ def _parameters(program: ExportedProgram) -> dict[str, str]:
 
 
 def _integer_origins(program: ExportedProgram) -> set[str]:
-    """Names of nodes that no floating point input, parameter or buffer flows into."""
+    """Names of nodes that no values of a floating point input, parameter or buffer flow into; the size of one is an integer like any other."""
     found: set[str] = set()
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder":
             if isinstance(value, Tensor) and not value.is_floating_point():
                 found.add(node.name)
+        elif isinstance(value, torch.SymInt | int):
+            found.add(node.name)
         elif node.op == "call_function" and _operator(node) != "embedding" and all(n.name in found for n in node.all_input_nodes):
             found.add(node.name)
     return found

@@ -13,19 +13,21 @@ import pytest
 OPTION = "--architectures"
 HEAD = """# Architectures
 
-Written by `pytest tests/simulation/test_architectures.py -m 'slow or not slow' {option} docs/architectures.md`; do not edit. torch {torch}, transformers
-{transformers}, diffusers {diffusers}, peft {peft}, onnxruntime {onnxruntime}, Python {python}, one thread; other programs ran beside it, so the seconds are upper
-ends.
+Written by `pytest tests/simulation/test_architectures.py -m 'slow or not slow' {option} docs/architectures.md`; do not edit.
+torch {torch}, transformers {transformers}, diffusers {diffusers}, peft {peft}, onnxruntime {onnxruntime}, Python {python}, one thread; other programs ran
+beside it, so the seconds are upper ends.
 
-Tiny random models (two layers, width 32 to 64): step 1 at `w4-block32`, LoRA of rank 4 on every linear layer, two optimizer steps, capture, calibration on three
-batches, export, ONNX Runtime. No code of the package names any of them.
+Tiny random models (two layers, width 32 to 64): step 1 at `w4-block32`, LoRA of rank 4 on every linear layer, two optimizer steps, capture, calibration on
+three batches, export, ONNX Runtime. No code of the package names any of them.
 
 SQNR is that of the primary output, simulated against float activations and a float adapter on the same packed base, in dB, on the batches that set the ranges;
 the simulated adapter has 8 bits, and that is what A16 is bounded by. "File" is the SQNR of that output between ONNX Runtime and the simulation, "floor" the
 same between two simulations that differ only in what float32 leaves open ("equal": bit for bit), "steps" the largest difference of any layer that is fed by
 the simulation, in steps of its own grid.
 """
-COLUMNS = "architecture, inputs, nodes, encodings, capture s, calibration s, W4A16 dB, W4A8 dB, A16 file dB, floor dB, steps, A8 file dB, floor dB, steps, export s"
+COLUMNS = (
+    "architecture, inputs, nodes, encodings, capture s, calibration s, W4A16 dB, W4A8 dB, A16 file dB, floor dB, steps, A8 file dB, floor dB, steps, export s"
+)
 
 
 @dataclass

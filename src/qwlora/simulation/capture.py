@@ -35,7 +35,7 @@ PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
 CACHE = "cache"  # what newer models call the argument
 MASKS_OF = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 _aten = torch.ops.aten
-_SAME_VALUES = (_aten.alias.default, _aten.detach.default, _aten.lift_fresh_copy.default)
+_SAME_VALUES = (_aten.alias.default, _aten.detach.default, _aten.detach_.default, _aten.lift_fresh_copy.default)
 _CASTS = (_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy.default, _aten.type_as.default)
 
 

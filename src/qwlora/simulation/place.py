@@ -219,10 +219,10 @@ def _integer_origins(program: ExportedProgram) -> set[str]:
         if node.op == "placeholder":
             if isinstance(value, Tensor) and not value.is_floating_point():
                 found.add(node.name)
-        elif isinstance(value, torch.SymInt | int):
-            found.add(node.name)
-        elif node.op == "call_function" and _operator(node) != "embedding" and all(n.name in found for n in node.all_input_nodes):
-            found.add(node.name)
+        elif node.op == "call_function":
+            computed = _operator(node) != "embedding" and all(n.name in found for n in node.all_input_nodes)
+            if computed or isinstance(value, torch.SymInt | int):
+                found.add(node.name)
     return found
 
 

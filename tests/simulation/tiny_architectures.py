@@ -129,7 +129,7 @@ def _flux() -> nn.Module:
 
     return FluxTransformer2DModel(
         patch_size=1,
-        in_channels=16,
+        in_channels=32,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -162,7 +162,7 @@ def _packed_latents(g: torch.Generator) -> Inputs:
     rows = torch.arange(16)
     image = torch.stack([torch.zeros(16), rows // 4, rows % 4], -1)
     return {
-        "hidden_states": _noise(g, 2, 16, 16),
+        "hidden_states": _noise(g, 2, 16, 32),
         "encoder_hidden_states": _noise(g, 2, 7, 32),
         "pooled_projections": _noise(g, 2, 32),
         "timestep": torch.tensor([0.1, 0.7]),

@@ -1,7 +1,9 @@
 """Run an exported ONNX file, whole or layer by layer.
 
-By default ONNX Runtime quantizes to 8 bits, by itself, the activations that meet 4-bit weights. `SESSION_OPTIONS` turn that off; they are written beside
-the file and into its metadata, because without them the file does not compute what was trained.
+By default ONNX Runtime quantizes to 8 bits, by itself, the activations that meet 4-bit weights. `SESSION_OPTIONS` turn that off. Where activations have 8 bits
+it puts integer kernels of its own (QLinearSoftmax, QLinearAdd, QLinearMatMul ...) in the place of what was simulated, which round elsewhere; the option
+in `EIGHT_BIT_OPTIONS` turns that off too, at the price of weights that it unpacks to floats. The options that a file needs are written beside it, because
+without them it does not compute what was trained.
 """
 
 from __future__ import annotations
@@ -17,19 +19,29 @@ from torch import Tensor
 from qwlora.errors import ExportError
 from qwlora.export.extras import require
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
+from qwlora.grid.graph import Kind, QuantizedGraph
 
 SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+EIGHT_BIT_OPTIONS = {"session.disable_quant_qdq": "1"}
 OPTIONS_FILE = "session_options.json"
 LAYERS_FILE = "layers.onnx"
 
 
-def write_session_options(folder: Path) -> None:
-    """Write the options that a faithful session needs, as `add_session_config_entry` takes them."""
-    (folder / OPTIONS_FILE).write_text(json.dumps(SESSION_OPTIONS, indent=1) + "\n")
+def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
+    """Write the options that a faithful session of `graph` needs, as `add_session_config_entry` takes them."""
+    narrow = any(m.kind is Kind.ACTIVATION and graph.encodings[m.name].scheme.bitwidth <= 8 for m in graph.marks)
+    (folder / OPTIONS_FILE).write_text(json.dumps(SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if narrow else {}), indent=1) + "\n")
 
 
-def open_session(path: Path) -> Any:
-    """An ONNX Runtime session on the CPU with `SESSION_OPTIONS`.
+def read_session_options(folder: Path) -> dict[str, str]:
+    """The options beside a file; `SESSION_OPTIONS` where nobody wrote any."""
+    path = folder / OPTIONS_FILE
+    options: dict[str, str] = json.loads(path.read_text()) if path.is_file() else SESSION_OPTIONS
+    return options
+
+
+def open_session(path: Path, session_options: Mapping[str, str]) -> Any:
+    """An ONNX Runtime session on the CPU.
 
     Raises:
         ExportError: ONNX Runtime refuses the file; its own message is kept.
@@ -39,7 +51,7 @@ def open_session(path: Path) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    for key, value in SESSION_OPTIONS.items():
+    for key, value in session_options.items():
         options.add_session_config_entry(key, value)
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -51,7 +63,7 @@ class OnnxModel:
     """An exported model, whatever it takes and returns."""
 
     def __init__(self, folder: Path):
-        self.session = open_session(folder / MODEL_FILE)
+        self.session = open_session(folder / MODEL_FILE, read_session_options(folder))
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
 
@@ -82,7 +94,7 @@ class OnnxLayers:
     def __init__(self, folder: Path, activations: list[str], scratch: Path):
         self.activations = activations
         _cut_at(folder, activations, scratch / LAYERS_FILE)
-        self.session = open_session(scratch / LAYERS_FILE)
+        self.session = open_session(scratch / LAYERS_FILE, read_session_options(folder))
         self.wanted = {i.name for i in self.session.get_inputs()}
 
     def run(self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ torch.export gives each axis that the model does not fix a symbol, and equal sym
 
     batch      axis 0 of every input that has as many rows as the first
     tokens     axis 1 of the first matrix of integers
+    past       axis 2 of keys and values of earlier tokens
     NAME.AXIS  whatever else: `pixel_values.2`
 
 Axes of different symbols may still belong together in ways that only the model knows (a mask as long as its text, the rows of a position table): those with
@@ -12,14 +13,14 @@ equal sizes in the example are made smaller together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
 from torch import Tensor
 from torch.export import ExportedProgram
 
-BATCH, TOKENS = "batch", "tokens"
+BATCH, TOKENS, PAST = "batch", "tokens", "past"
 Place = tuple[int, int]  # (index of an input, axis)
 
 
@@ -40,8 +41,12 @@ class Axes:
     called: Mapping[str, str]
 
     @classmethod
-    def of(cls, program: ExportedProgram, names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> Axes:
-        """Read them from the program."""
+    def of(cls, program: ExportedProgram, names: tuple[str, ...], tensors: tuple[Tensor, ...], cached: Collection[str] = ()) -> Axes:
+        """Read them from the program.
+
+        Args:
+            cached: names of the inputs that are keys and values of earlier tokens.
+        """
         values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
         symbols: dict[Place, str] = {}
         called: dict[str, str] = {}
@@ -53,7 +58,8 @@ class Axes:
                     continue
                 symbols[index, axis] = symbol
                 ids = tensor.ndim == 2 and axis == 1 and not tensor.is_floating_point()
-                fallback = TOKENS if ids and TOKENS not in called.values() else f"{name}.{axis}"
+                past = name in cached and axis == 2 and PAST not in called.values()
+                fallback = PAST if past else TOKENS if ids and TOKENS not in called.values() else f"{name}.{axis}"
                 called.setdefault(symbol, BATCH if axis == 0 and tensor.shape[0] == batch else fallback)
         return cls(names, tuple(tuple(t.shape) for t in tensors), symbols, called)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
+from transformers.cache_utils import Cache
 
 from qwlora.errors import CaptureError
 from qwlora.grid.graph import Interface, with_graph
@@ -31,9 +32,10 @@ from qwlora.simulation.proof import prove
 from qwlora.simulation.structure import Structure, cache_of
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
+CACHE = "cache"  # what newer models call the argument
 MASKS_OF = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 _aten = torch.ops.aten
-_SAME_VALUES = (_aten.alias.default, _aten.detach.default, _aten.lift_fresh_copy.default)
+_SAME_VALUES = (_aten.alias.default, _aten.detach.default, _aten.detach_.default, _aten.lift_fresh_copy.default)
 _CASTS = (_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy.default, _aten.type_as.default)
 
 
@@ -87,12 +89,14 @@ class Flat(nn.Module):
     def __init__(self, model: nn.Module, arguments: Structure):
         super().__init__()
         self.model, self.arguments = model, arguments
+        self.cache_argument = CACHE if CACHE in _parameters(model) else PAST
 
     def result(self, *tensors: Tensor) -> Any:
         """The model's own result."""
         arguments = self.arguments.fill(dict(zip(self.arguments.names, tensors, strict=True)))
-        if arguments.get(USE_CACHE) and arguments.get(PAST) is None:
-            arguments[PAST] = cache_of([])  # one that keeps every token, as the graph with a past does
+        past = arguments.pop(PAST, None)
+        if arguments.get(USE_CACHE):  # an empty one keeps every token, as the graph with a past does
+            arguments[self.cache_argument] = past if past is not None else cache_of([])
         return self.model(**arguments)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -129,7 +133,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
             raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {error}") from error
         names = tuple(f"out_{name}" if name in arguments.names else name for name in result.names)
         primary = _primary(names, outputs, type(model).__name__)
-        axes = Axes.of(program, arguments.names, tensors)
+        axes = Axes.of(program, arguments.names, tensors, arguments.cached)
         program, fixed = _cleaned(program, flat, tensors, axes, names)
     shapes = axes.shapes(program, names, fixed)
     return Captured(program, Interface(arguments.names, names, primary, shapes, arguments.cached), arguments, result)
@@ -151,19 +155,21 @@ def rebound(captured: Captured, program: ExportedProgram, model: nn.Module, exam
 def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments with a cache in its own type, or with `use_cache` off where the model has it and nothing is said."""
     completed = dict(example_inputs)
+    if isinstance(completed.get(CACHE), Cache):
+        completed[PAST] = completed.pop(CACHE)
     if isinstance(completed.get(PAST), tuple | list):
         completed[PAST] = cache_of([(key, value) for key, value, *_ in completed[PAST]])
     if completed.get(PAST) is not None:
         completed.setdefault(USE_CACHE, True)
-    elif any(USE_CACHE in inspect.signature(m.forward).parameters for m in _wrapped(model)):
+    elif USE_CACHE in _parameters(model):
         completed.setdefault(USE_CACHE, False)
     return completed
 
 
-def _wrapped(model: nn.Module) -> list[nn.Module]:
-    """The model, and what it wraps: an adapter library's model takes whatever its own model takes."""
+def _parameters(model: nn.Module) -> set[str]:
+    """Names of the arguments of the model's forward; an adapter library's model takes whatever its own model takes."""
     unwrap: Any = getattr(model, "get_base_model", lambda: model)
-    return [model, unwrap()]
+    return {name for each in (model, unwrap()) for name in inspect.signature(each.forward).parameters}
 
 
 def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -212,6 +218,7 @@ def _clean(program: ExportedProgram, keep_layout: bool) -> ExportedProgram:
             graph.erase_node(node)
         elif node.target is _aten.cat.default:
             node.args = ([part for part in node.args[0] if not _is_empty(part)], *node.args[1:])
+    graph.eliminate_dead_code()  # a weight that was only asked for its type, for one
     return with_graph(program, graph)
 
 

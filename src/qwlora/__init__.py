@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.initialize import initialize_adapter_
     from qwlora.adapter.loss import chunk_loss_
     from qwlora.adapter.provenance import load_adapter, save_adapter
+    from qwlora.adapter.rank_budget import RankBudget, rank_by_layer
     from qwlora.base.packed import PackedLinear
     from qwlora.base.precomputed import load_precomputed
     from qwlora.base.quantize import quantize_
@@ -44,6 +45,8 @@ _HOME = {
     "chunk_loss_": "adapter.loss",
     "load_adapter": "adapter.provenance",
     "save_adapter": "adapter.provenance",
+    "RankBudget": "adapter.rank_budget",
+    "rank_by_layer": "adapter.rank_budget",
     "PackedLinear": "base.packed",
     "load_precomputed": "base.precomputed",
     "load_simulation": "simulation.storage",
@@ -80,6 +83,7 @@ __all__ = [
     "PerTensor",
     "PlacementRule",
     "QwloraError",
+    "RankBudget",
     "Rule",
     "Scheme",
     "Simulation",
@@ -94,6 +98,7 @@ __all__ = [
     "load_simulation",
     "open_checkpoint",
     "quantize_",
+    "rank_by_layer",
     "save_adapter",
     "save_base",
     "simulate",

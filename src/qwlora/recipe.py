@@ -200,6 +200,10 @@ class Adapter(Section):
     init: Literal["zero", "svd", "qera"] = Field(
         "zero", description="start at zero, or at the best correction of what quantization lost: of the weights (svd), of the outputs (qera)"
     )
+    rank_budget: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="ranks by layer: share of the parameters that rank has in the quantized layers, given to those that init corrects most"
+    )
+    rank_cap: Count | None = Field(None, description="the largest rank that rank_budget gives a layer, four times rank unless given")
     dora: bool = Field(False, description="DoRA: learn the norm of each output of a layer besides")
     rank_pattern: dict[str, Count] = Field({}, description="other ranks, by the end of a module's name or a regular expression")
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="other alphas, likewise")
@@ -238,7 +242,7 @@ class Adapter(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Adapter:
-        shape = {"rank", "alpha", "dropout", "target_modules", "rslora", "dora", "rank_pattern", "alpha_pattern", "layers"}
+        shape = {"rank", "alpha", "dropout", "target_modules", "rslora", "dora", "rank_pattern", "alpha_pattern", "layers", "rank_budget", "rank_cap"}
         if self.start is not None and (given := sorted(n for n in shape & self.model_fields_set if getattr(self, n) != Adapter.model_fields[n].default)):
             raise ValueError(f"{', '.join(given)}: an adapter that goes on from start has the shape of that one; remove them")
         if self.start is None and self.unknown_base == "accept":
@@ -247,11 +251,28 @@ class Adapter(Section):
             raise ValueError("steps is 0, so nothing would be learnt; give start to use an adapter as it is")
         if self.init != "zero" and (self.dora or self.start is not None):
             raise ValueError(f"init {self.init} is a start of its own: it goes neither with dora, whose magnitudes depend on it, nor with start")
+        self._check_budget()
         if self.steps and self.warmup_steps >= self.steps and self.schedule != "constant":
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})")
         if self.patience is not None and self.evaluation_steps is None:
             raise ValueError("patience counts evaluations, and there are none: give evaluation_steps")
         return self
+
+    def _check_budget(self) -> None:
+        if self.rank_budget is None:
+            if self.rank_cap is not None:
+                raise ValueError("rank_cap goes with rank_budget; remove it")
+            return
+        if self.init == "zero":
+            raise ValueError("rank_budget follows what init corrects, and init zero corrects nothing; set init to svd or qera")
+        if self.rank_pattern or self.alpha_pattern:
+            raise ValueError("rank_budget finds the rank_pattern, and the alpha_pattern that keeps the scaling; remove those that are given")
+        if self.rank_budget * self.rank < 1:
+            raise ValueError(f"rank_budget {self.rank_budget:g} of rank {self.rank} does not give each layer a rank of 1; raise it to {1 / self.rank:g}")
+        if self.rank_cap is not None and self.rank_cap < self.rank_budget * self.rank:
+            raise ValueError(f"rank_cap {self.rank_cap} leaves some of rank_budget unused even if every layer has it; raise it, or give one rank")
+        if self.rank_budget * self.rank > 4 * self.rank and self.rank_cap is None:
+            raise ValueError(f"rank_budget {self.rank_budget:g} is more than four times rank in every layer; raise rank, or give rank_cap")
 
 
 class SimulationRule(Section):

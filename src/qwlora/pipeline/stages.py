@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qwlora.adapter.attach import LoraShape, attach, attach_existing, check_shape, check_start, check_trainable
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.provenance import save_adapter
+from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
 from qwlora.adapter.train import TrainingReport, TrainingSettings, check_loggers, train_adapter
 from qwlora.base.packed import weight_out_in
 from qwlora.base.precomputed import LazyModel, load_precomputed
@@ -139,11 +140,10 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     base = session.base()
     start = str(session.path / "adapters" / first.name) if (first := session.recipe.start_of(adapter)) else adapter.start
     model = attach(base, _shape(adapter), seed) if start is None else attach_existing(base, start, adapter.unknown_base, seed)
+    initialized: Results = {}
     if adapter.init != "zero":
-        initialized = _initialize(session, model, adapter)
+        model, initialized = _initialize(session, model, adapter)
         reset_peak_rss()
-    else:
-        initialized = {}
     if adapter.steps:
         if session.data.train.position_ids is not None:
             check_isolation(model)
@@ -173,19 +173,25 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     if adapter.evaluation_steps:
         measured |= {"evaluations": [list(e) for e in report.evaluations], "best_step": report.best_step}
     if initialized:
-        measured["init"] = {"method": adapter.init, "layers": initialized}
+        measured["init"] = initialized
     return {"train": {adapter.name: measured}, "data": describe(session.documents, session.data)}
 
 
-def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> Results:
-    """Start the adapter from what quantization lost; returns the errors before and after, by layer."""
+def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> tuple[PeftModel, Results]:
+    """Start the adapter from what quantization lost, its ranks by layer if the recipe has a budget for them; returns the errors before and after, by layer."""
     floats = session.take_float_model()
 
     def weight(path: str) -> Tensor:
         return weight_out_in(floats.get_submodule(path)).detach()
 
-    moments = Moments(session.path / "base" / MOMENTS) if adapter.init == "qera" else None
-    return {path: asdict(report) for path, report in initialize_adapter_(model, adapter.init, weight, moments, track=session.track).items()}
+    moments, found = Moments(session.path / "base" / MOMENTS) if adapter.init == "qera" else None, {}
+    if adapter.rank_budget is not None:
+        budget = RankBudget(adapter.rank_budget, adapter.rank_cap or 4 * adapter.rank)
+        ranks = rank_by_layer(model, budget, weight, moments, track=session.track)
+        model = attach(model.unload(), with_ranks(_shape(adapter), ranks), session.recipe.seed)
+        found["ranks"] = ranks
+    reports = initialize_adapter_(model, adapter.init, weight, moments, track=session.track)
+    return model, {"method": adapter.init, **found, "layers": {path: asdict(report) for path, report in reports.items()}}
 
 
 def _check_adapters(session: Session) -> None:

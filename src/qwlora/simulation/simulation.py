@@ -227,6 +227,10 @@ class Simulation(Calibrated):
         with torch.no_grad():
             return self.captured.named(self.graph_module(*self.captured.bind(batch)))
 
+    def primary(self, batch: Mapping[str, Any]) -> Tensor:
+        """The primary output, with gradients where they are enabled."""
+        return self.captured.named(self.graph_module(*self.captured.bind(batch)))[self.captured.interface.primary]
+
     def perturbed_outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """`outputs` by an equally right computation: `x * (1 / scale)` for `x / scale`, and each product summed in two halves.
 

@@ -1,4 +1,9 @@
-"""`qwlora simulate DIR [--explain]`: what step 3 places where, and why, for an adapter of a job. Calibrates nothing, writes nothing."""
+"""`qwlora simulate DIR`: what step 3 does to an adapter of a job. Writes nothing.
+
+--explain          what is placed where, and why
+--costs            what each part of the simulation costs in perplexity, and the activations that cost most
+--suggest SHARE    which activations need 16 bits for perplexity to rise by no more than this share with the others at 8
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,15 +27,59 @@ Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="See what a change of the recipe would place, like simulation.policy=matmul-inputs.", show_default=False),
 ]
+Costs = Annotated[bool, typer.Option("--costs", help="Measure what each part costs in perplexity, and list the dearest activations.")]
+Share = Annotated[
+    float | None,
+    typer.Option(
+        "--suggest", metavar="SHARE", min=0.0, help="Find the activations that need 16 bits, the rest having 8, for perplexity to rise by at most this."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print every value as JSON, and nothing else.")]
 
 
-def simulate(job: Job, explain: Explain = False, adapter: Name = None, changes: Changes = None, as_json: AsJson = False) -> None:
-    """Show what the simulation quantizes: counts, or with --explain every value and why."""
-    from qwlora.pipeline.explain import explain_job
+def simulate(
+    job: Job, explain: Explain = False, adapter: Name = None, changes: Changes = None, costs: Costs = False, suggest: Share = None, as_json: AsJson = False
+) -> None:
+    """Show what the simulation quantizes: counts, or with --explain every value and why; with --costs and --suggest, what that does to perplexity."""
+    if explain + costs + (suggest is not None) > 1:
+        raise typer.BadParameter("--explain, --costs and --suggest are asked one at a time")
+    asked = tuple(changes or ())
+    if costs:
+        from qwlora.pipeline.accounting import account_job
 
-    name, found = explain_job(job, adapter, tuple(changes or ()))
-    print(json.dumps({"adapter": name, **found.to_json()}, indent=1) if as_json else "\n".join(_lines(name, found, explain)))
+        account = account_job(job, adapter, asked)
+        print(json.dumps(account, indent=1) if as_json else "\n".join(_cost_lines(account)))
+    elif suggest is not None:
+        from qwlora.pipeline.accounting import suggest_job
+
+        suggestion = suggest_job(job, adapter, asked, suggest)
+        print(json.dumps(suggestion, indent=1) if as_json else "\n".join(_suggestion_lines(suggestion)))
+    else:
+        from qwlora.pipeline.explain import explain_job
+
+        name, found = explain_job(job, adapter, asked)
+        print(json.dumps({"adapter": name, **found.to_json()}, indent=1) if as_json else "\n".join(_lines(name, found, explain)))
+
+
+def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
+    yield f"adapter {account['adapter']}"
+    yield from table([("perplexity", ""), *((what.replace("_", " "), f"{value:.4f}") for what, value in account["perplexity"].items())])
+    yield ""
+    rows = [(s["name"], str(s["bitwidth"]), f"{s['cost']:.3g}", f"{s['sqnr_db']:.1f}") for s in account["sensitivity"]]
+    yield from table([("dearest activations", "bits", "nats a token", "SQNR, dB"), *rows])
+    yield ""
+    yield from table([("furthest from float", "SQNR, dB"), *((name, f"{db:.1f}") for name, db in account["layer_sqnr_db"].items())])
+
+
+def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
+    wide, all_of_them = len(found["wide"]), len(found["wide"]) + found["narrow"]
+    yield f"adapter {found['adapter']}: {wide} of {all_of_them} activations at 16 bits, the others at 8"
+    yield f"perplexity {found['measured']:.4f} (limit {found['limit']:.4f}; all at 16 bits {found['all_wide']:.4f}, all at 8 bits {found['all_narrow']:.4f})"
+    yield ""
+    yield "simulation:"
+    yield "  activation_bitwidth: 8"
+    yield "  rules:"
+    yield from (f'    - {{match: "{rule["match"]}", bitwidth: {rule["bitwidth"]}}}' for rule in found["rules"])
 
 
 def _lines(name: str, found: Explanation, everything: bool) -> Iterator[str]:

@@ -26,6 +26,7 @@ from qwlora.grid.scheme import Scheme
 from qwlora.grid.sequences import Sequences
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
+from qwlora.simulation.calibrate import Stillness
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
 from qwlora.simulation.storage import load_activations, load_encodings, restore
 from qwlora.simulation.training import TrainingGraph, with_scales
@@ -70,6 +71,14 @@ class Session:
     def calibration_ids(self) -> Tensor:
         """What ranges and statistics of activations are measured on: int64 [count, tokens], without padding."""
         return self.data.calibration_ids[: self.recipe.data.calibration_sequences]
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """What step 3 sees, and when it has seen enough: arguments of `Calibrated.observe`."""
+        section = self.recipe.simulation
+        batches = [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in self.calibration_ids]
+        stillness = Stillness(section.still_share, section.still_batches) if section.still_share is not None else None
+        return {"batches": batches, "track": self.track, "tokens": section.calibration_tokens, "stillness": stillness}
 
     def adapter(self, name: str) -> Adapter:
         return next(a for a in self.recipe.adapters if a.name == name)

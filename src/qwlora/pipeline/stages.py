@@ -42,7 +42,6 @@ from qwlora.pipeline.session import MOMENTS, SCALES, Session
 from qwlora.pipeline.workers import is_first_process
 from qwlora.recipe import Adapter, Base
 from qwlora.simulation.adapters import simulate_adapters
-from qwlora.simulation.calibrate import Stillness
 from qwlora.simulation.sharing import share
 from qwlora.simulation.simulation import simulate
 from qwlora.simulation.storage import load_shared, save_shared, save_simulation
@@ -126,7 +125,7 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
 def calibrate_base(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Before step 2, in workflow qwa-lora: encodings of the base's activations, which adapters are trained through."""
     simulation = simulate(session.base(), session.example_inputs, session.schemes)
-    report = simulation.calibrate(**_seen(session), allow_unseen=session.recipe.simulation.unseen == "float")
+    report = simulation.calibrate(**session.calibration, allow_unseen=session.recipe.simulation.unseen == "float")
     save_simulation(simulation, scratch)
     return {"base_simulation": {"encodings": len(simulation.encodings), "calibration_tokens": report.tokens}}
 
@@ -223,7 +222,7 @@ def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resu
         return _calibrate_together(session, scratch)
     name, section = stage.adapter, session.recipe.simulation
     simulation = session.new_simulation(name)
-    report = simulation.calibrate(**_seen(session), allow_unseen=section.unseen == "float")
+    report = simulation.calibrate(**session.calibration, allow_unseen=section.unseen == "float")
     measured: Results = {
         "encodings": len(simulation.encodings),
         "calibration_tokens": report.tokens,
@@ -244,18 +243,10 @@ def _calibrate_together(session: Session, scratch: Path) -> Results:
     section = session.recipe.simulation
     model = session.equalized(*(adapter.name for adapter in session.recipe.adapters))
     simulations = simulate_adapters(model, session.example_inputs, session.schemes, section.base_activations)
-    simulations.observe(**_seen(session))
+    simulations.observe(**session.calibration)
     simulations.freeze(allow_unseen=section.unseen == "float")
     save_shared(simulations.shared, scratch)
     return {"sharing": {"base_activations": section.base_activations, "encodings": len(simulations.shared), "captures": simulations.captures}}
-
-
-def _seen(session: Session) -> dict[str, Any]:
-    """What calibration sees: arguments of `observe`."""
-    section = session.recipe.simulation
-    batches = [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in session.calibration_ids]
-    stillness = Stillness(section.still_share, section.still_batches) if section.still_share is not None else None
-    return {"batches": batches, "track": session.track, "tokens": section.calibration_tokens, "stillness": stillness}
 
 
 def export(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:

@@ -1,0 +1,91 @@
+"""What the simulation of a job's adapter costs, and the mixed precision that keeps it under a limit, for `qwlora simulate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.pipeline.run import open_job
+
+if TYPE_CHECKING:
+    from qwlora.grid.sequences import Sequences
+    from qwlora.pipeline.session import Session
+    from qwlora.simulation.simulation import Simulation
+
+LISTED = 10
+SENSED_TOKENS = 128  # a sequence's beginning; every activation of it is in memory at once
+NARROW_BITS, WIDE_BITS = 8, 16
+
+
+def account_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Perplexity as one thing after the other is switched on, the dearest activations (nats a token), and those furthest from the float graph's.
+
+    Raises:
+        DirectoryError: as `open_job`.
+        CalibrationError: the folder's calibration is of another recipe.
+    """
+    session, name = open_job(folder, adapter, changes)
+    from qwlora.simulation.accounting import account, layer_sqnr
+    from qwlora.simulation.sensitivity import sensitivities
+
+    calibrated = not changes and (folder / "simulation" / name).is_dir()
+    simulation = session.simulation(name) if calibrated else _calibrated(session, name)
+    perplexities = {"base": _perplexity(session.base(), session.evaluation)}
+    perplexities |= account(simulation, lambda: _simulated(simulation, session.evaluation), session.track)
+    batches = _sensed(session)
+    tokens = sum(batch["input_ids"].numel() - 1 for batch in batches)
+    ranking = [{**asdict(s), "cost": s.cost / tokens} for s in sensitivities(simulation, batches, track=session.track)[:LISTED]]
+    furthest = sorted(layer_sqnr(simulation, batches[:1], session.track).items(), key=lambda item: item[1])[:LISTED]
+    return {"adapter": name, "perplexity": perplexities, "sensitivity": ranking, "layer_sqnr_db": dict(furthest)}
+
+
+def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], share: float) -> dict[str, Any]:
+    """The fewest activations at 16 bits, the others at 8, with which perplexity is at most `1 + share` of the adapter's with float activations.
+
+    Raises:
+        DirectoryError: as `open_job`.
+        CalibrationError: not even 16 bits for all keep the limit.
+    """
+    session, name = open_job(folder, adapter, changes)
+    from qwlora.grid.scheme import Scheme
+    from qwlora.simulation.suggest import suggest
+
+    simulation = _calibrated(session, name)
+    with simulation.only():
+        limit = (1 + share) * _simulated(simulation, session.evaluation)
+    found = suggest(
+        simulation,
+        _sensed(session),
+        lambda: _simulated(simulation, session.evaluation),
+        limit,
+        Scheme(NARROW_BITS, symmetric=False),
+        Scheme(WIDE_BITS, symmetric=False),
+        track=session.track,
+    )
+    measured = {key: getattr(found, key) for key in ("narrow", "measured", "all_narrow", "all_wide", "limit")}
+    return {"adapter": name, **measured, "wide": list(found.wide), "rules": found.rules(WIDE_BITS)}
+
+
+def _calibrated(session: Session, name: str) -> Simulation:
+    simulation = session.new_simulation(name)
+    simulation.calibrate(**session.calibration, allow_unseen=session.recipe.simulation.unseen == "float")
+    return simulation
+
+
+def _sensed(session: Session) -> list[dict[str, Any]]:
+    """Beginnings of the calibration sequences."""
+    ids = session.calibration_ids[:, :SENSED_TOKENS]
+    return [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids]
+
+
+def _simulated(simulation: Simulation, evaluation: Sequences) -> float:
+    from qwlora.evaluate import perplexity
+
+    return perplexity(simulation.logits, evaluation, "perplexity, simulated")
+
+
+def _perplexity(model: Any, evaluation: Sequences) -> float:
+    from qwlora.evaluate import logits_of, perplexity
+
+    return perplexity(logits_of(model.eval()), evaluation, "perplexity")

@@ -43,7 +43,7 @@ def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) ->
     assert own == {"linear", "mul", "add", "weight"}
     assert all("lora_" in name or name.endswith(("_proj.mul", "_proj.add")) for name in found["adapter_only"][1])
     assert not found["none"][1]
-    assert (out / "simulation" / "a" / "encodings.safetensors").read_bytes() == (out / "simulation" / "b" / "encodings.safetensors").read_bytes()
+    assert (out / "simulation" / "a" / "simulation.encodings").read_bytes() == (out / "simulation" / "b" / "simulation.encodings").read_bytes()
     results = found["none"][0]
     assert results["sharing"]["captures"] == 1
     for name in "ab":
@@ -54,7 +54,7 @@ def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) ->
 
     session, _ = open_job(out, "a", (EIGHT_BITS, "simulation.base_activations=none"))
     restored = session.simulation("a").encodings  # weights on grids that their own values do not give among them
-    assert restored.keys() == encodings["a"].keys()
+    assert restored.keys() > encodings["a"].keys()  # those of the base's packed weights lie in the base
     assert all(torch.equal(restored[name].scale, encoding.scale) for name, encoding in encodings["a"].items())
 
 

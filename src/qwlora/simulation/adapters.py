@@ -27,12 +27,13 @@ from torch.export import ExportedProgram
 
 from qwlora.errors import CaptureError
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.fingerprint import adapter_fingerprint
 from qwlora.grid.graph import Kind
 from qwlora.progress import Track, untracked
 from qwlora.simulation.calibrate import Stillness
 from qwlora.simulation.capture import Captured, capture, rebound
 from qwlora.simulation.sharing import BaseActivations, SharedObservation, share
-from qwlora.simulation.simulation import Simulation, SimulationSchemes, base_encodings
+from qwlora.simulation.simulation import Origin, Simulation, SimulationSchemes, base_encodings
 
 BASE = "base"
 Batches = Collection[Mapping[str, Any]]
@@ -156,9 +157,11 @@ class _Maker:
         self.model, self.example_inputs, self.schemes = model, example_inputs, schemes
         self.encodings = base_encodings(model)
         self.captured: dict[Hashable, tuple[Simulation, dict[str, Tensor]]] = {}
+        self.fingerprint: str | None = None
         self.captures = 0
 
     def make(self, structure: Hashable, weights: dict[str, Tensor]) -> Simulation:
+        self.fingerprint = adapter_fingerprint(self.model)
         if structure in self.captured:
             first, bound = self.captured[structure]
             if found := self._bind(first, {bound[name].data_ptr(): tensor for name, tensor in weights.items()}):
@@ -169,6 +172,7 @@ class _Maker:
 
     def make_base(self) -> Simulation:
         """An adapter of zeros; where that is not the base bit for bit, the graph without adapter."""
+        self.fingerprint = None
         for first, bound in self.captured.values():
             if found := self._bind(first, {p.data_ptr(): nn.Parameter(torch.zeros_like(p), requires_grad=False) for p in bound.values()}):
                 return found
@@ -179,7 +183,9 @@ class _Maker:
         return self._simulation(capture(self.model, self.example_inputs))
 
     def _simulation(self, captured: Captured) -> Simulation:
-        return Simulation(captured, self.schemes, self.encodings)
+        simulation = Simulation(captured, self.schemes, self.encodings)
+        simulation.origin = Origin(self.model, dict(self.example_inputs), self.schemes, self.fingerprint)
+        return simulation
 
     def _bind(self, first: Simulation, tensors: Mapping[int, Tensor]) -> Simulation | None:
         """The graph of `first` with other tensors in the place of those at the given addresses, if it then computes what the model does."""

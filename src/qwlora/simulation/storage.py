@@ -89,6 +89,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
         raise _unreadable(folder, error) from error
     simulation = simulate(model, examples, schemes)
+    simulation.set_adapter_encodings(load_encodings(folder))  # where adapters share them, the weights' own values do not give them; the fingerprint vouches
     restore(simulation, folder)
     return simulation
 

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "qwlora"
 STEPS = ("adapter", "base", "data", "evaluate", "export", "report", "simulation")
 RANK = {
     "errors": 0,
+    "memory": 0,
     "progress": 0,
     "grid": 1,
     "encodings": 2,
@@ -24,6 +25,8 @@ RANK = {
     "cli_encodings": 6,
     "cli_inspect": 6,
     "cli_merge": 6,
+    "cli_simulate": 6,
+    "cli_table": 6,
     "__main__": 7,
 }
 

@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from qwlora.errors import QwloraError
     from qwlora.export.bundle import export_onnx
     from qwlora.export.verify import verify_onnx
+    from qwlora.export.verify_outputs import verify_onnx_outputs
     from qwlora.grid.encoding import Encoding
     from qwlora.grid.fingerprint import fingerprint
     from qwlora.grid.moment import Moments
     from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+    from qwlora.simulation.estimator import Estimator
+    from qwlora.simulation.rules import PlacementRule
     from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
     from qwlora.simulation.storage import load_simulation
 
@@ -52,6 +55,7 @@ _HOME = {
     "QwloraError": "errors",
     "export_onnx": "export.bundle",
     "verify_onnx": "export.verify",
+    "verify_onnx_outputs": "export.verify_outputs",
     "Encoding": "grid.encoding",
     "fingerprint": "grid.fingerprint",
     "Moments": "grid.moment",
@@ -59,6 +63,8 @@ _HOME = {
     "PerChannel": "grid.scheme",
     "PerTensor": "grid.scheme",
     "Scheme": "grid.scheme",
+    "Estimator": "simulation.estimator",
+    "PlacementRule": "simulation.rules",
     "Simulation": "simulation.simulation",
     "SimulationSchemes": "simulation.simulation",
     "simulate": "simulation.simulation",
@@ -66,11 +72,13 @@ _HOME = {
 
 __all__ = [
     "Encoding",
+    "Estimator",
     "Moments",
     "PackedLinear",
     "PerBlock",
     "PerChannel",
     "PerTensor",
+    "PlacementRule",
     "QwloraError",
     "Rule",
     "Scheme",
@@ -90,6 +98,7 @@ __all__ = [
     "save_base",
     "simulate",
     "verify_onnx",
+    "verify_onnx_outputs",
 ]
 
 

@@ -19,6 +19,7 @@ from qwlora.cli_adapters import app as adapters_app
 from qwlora.cli_encodings import app as encodings_app
 from qwlora.cli_inspect import inspect
 from qwlora.cli_merge import merge, merge_check
+from qwlora.cli_simulate import simulate
 from qwlora.errors import QwloraError, RecipeError, VerificationError
 from qwlora.pipeline.plan import VERBS
 from qwlora.progress import untracked
@@ -149,6 +150,7 @@ def _bars(console: Console) -> Callable[..., Iterator[Any]]:
 app.command("inspect")(inspect)
 app.command("merge-check")(merge_check)
 app.command("merge")(merge)
+app.command("simulate")(simulate)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(encodings_app, name="encodings")
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwlora.cli_table import alike, table
 from qwlora.errors import SourceError
 
 if TYPE_CHECKING:
@@ -58,39 +58,14 @@ def _model_lines(found: Inspection) -> Iterator[str]:
         yield f"fingerprint {found.fingerprint}"
     measured = any(view.sqnr_db is not None for view in found.tensors)
     rows = [("tensor", "count", "shape", "grid", "bits/weight", *(["SQNR dB"] if measured else []))]
-    for name, views in _alike(found.tensors).items():
+    for name, views in alike(found.tensors, lambda view: view.name, lambda view: (view.shape, view.grid, view.bytes)):
         first = views[0]
         row = (name, str(len(views)), "x".join(map(str, first.shape)), first.grid, f"{first.bits_per_weight:.2f}")
         rows.append((*row, _range(views)) if measured else row)
-    yield from _table(rows)
+    yield from table(rows)
     for label, views in (("all", list(found.tensors)), ("integers", [view for view in found.tensors if view.is_integers])):
         if views:
             yield f"{label}: {weights(views):,} weights, {size_bytes(views) / 1e6:,.1f} MB, {bits_per_weight(views):.3f} bits per weight"
-
-
-def _alike(views: Sequence[TensorView]) -> dict[str, list[TensorView]]:
-    """Tensors that differ in the numbers in their names alone."""
-    groups: dict[tuple[Any, ...], list[TensorView]] = {}
-    for view in views:
-        groups.setdefault((re.sub(r"\d+", "*", view.name), view.shape, view.grid, view.bytes), []).append(view)
-    named: dict[str, list[TensorView]] = {}
-    for (pattern, *_), group in groups.items():
-        same = [key for key in groups if key[0] == pattern]
-        name = group[0].name if len(group) == 1 else pattern if len(same) == 1 else f"{pattern} ({_numbers(group)})"
-        named[name] = group
-    return named
-
-
-def _numbers(views: Sequence[TensorView]) -> str:
-    """Which of several groups of one pattern: the first number of each name, runs shortened."""
-    numbers = sorted({int(found.group()) for view in views if (found := re.search(r"\d+", view.name))})
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _range(views: Sequence[TensorView]) -> str:
@@ -101,12 +76,6 @@ def _range(views: Sequence[TensorView]) -> str:
     if math.isinf(low) and low > 0:
         return "exact"
     return f"{low:.2f}" if low == high else f"{low:.2f} to {'exact' if math.isinf(high) else f'{high:.2f}'}"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _adapter(folder: Path) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwlora.errors import DirectoryError
-
 if TYPE_CHECKING:
     from qwlora.pipeline.merge import Verdict
 
@@ -39,18 +37,10 @@ def merge(job: Job, name: Name, into: Target, out: Out) -> None:
 
 
 def _verdict(job: Path, name: str) -> tuple[Verdict, Any]:
-    from qwlora.data import load_documents
-    from qwlora.pipeline.run import new_session
+    from qwlora.pipeline.run import open_job
     from qwlora.progress import untracked
-    from qwlora.recipe import load_recipe
 
-    if not (job / "recipe.yaml").is_file():
-        raise DirectoryError(f"{str(job)!r} is no job's directory: it has no recipe.yaml; `qwlora run` makes one")
-    recipe = load_recipe(job / "recipe.yaml")
-    if not (job / "adapters" / name).is_dir():
-        known = ", ".join(adapter.name for adapter in recipe.adapters)
-        raise DirectoryError(f"{str(job)!r} has no trained adapter {name!r}; the recipe's are {known}. Train it: qwlora train --out {job}")
-    session = new_session(recipe, load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()), job, untracked)
+    session, name = open_job(job, name)
     from qwlora.pipeline.merge import merge_verdict
 
     return merge_verdict(session, name, untracked), session

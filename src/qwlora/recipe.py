@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qwlora.data import Columns, Cutting, Reading
 from qwlora.errors import RecipeError, SourceError
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.simulation.estimator import Estimator
+from qwlora.simulation.rules import PlacementRule
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1)]
@@ -251,12 +254,69 @@ class Adapter(Section):
         return self
 
 
+class SimulationRule(Section):
+    """Some values of the simulated graph: kept float, or on a grid of their own."""
+
+    match: str = Field(description="a glob over module paths, and those with an operator: lm_head, *.self_attn.softmax, *.lora_A.weight")
+    keep: Literal["float"] | None = Field(None, description="float leaves the values as they are")
+    bitwidth: Literal[2, 3, 4, 5, 6, 7, 8, 16] | None = Field(None, description="the simulation's unless given")
+    symmetric: bool | None = Field(None, description="likewise")
+    minimum: float | None = Field(None, description="the low end of the range, whatever is observed")
+    maximum: float | None = Field(None, description="the high end; a softmax may be pinned to 0 and 1")
+    observer: Literal["min-max", "percentile", "squared-error", "sqnr", "moving-average"] | None = Field(None, description="the simulation's unless given")
+    force: bool = Field(False, description="quantize what matches even where the policy would not")
+    of: Literal["activations", "weights"] | None = Field(None, description="what it speaks of; unless given, keep speaks of both and a grid of activations")
+
+    @model_validator(mode="after")
+    def _possible(self) -> SimulationRule:
+        self.placement_rule(Estimator())
+        return self
+
+    def placement_rule(self, usual: Estimator) -> PlacementRule:
+        """The rule as `simulate` takes it, with the numbers of the simulation's estimator."""
+        estimator = replace(usual, name=self.observer) if self.observer is not None else None
+        return PlacementRule(**{**self.model_dump(), "observer": estimator})
+
+
 class SimulationSection(Section):
     """Step 3."""
 
-    activation_bitwidth: Literal[8, 16] = Field(16, description="bits of every activation, asymmetric per tensor, min-max range")
+    policy: Literal["npu", "matmul-inputs", "weights-only"] = Field(
+        "npu", description="npu: every value that is made, but for norms' inside, masks and residual additions; matmul-inputs: what matrix products read"
+    )
+    rules: list[SimulationRule] = Field([], description="what is different for some values; the first that fits a value decides")
+    activation_bitwidth: Literal[2, 3, 4, 5, 6, 7, 8, 16] = Field(16, description="bits of every activation; ONNX has 8 and 16")
+    activation_symmetric: bool = Field(False, description="fix the offset of activations at the middle code")
+    observer: Literal["min-max", "percentile", "squared-error", "sqnr", "moving-average"] = Field(
+        "min-max", description="how an activation's range is chosen; sqnr: squared error with clipping weighing three times"
+    )
+    percentile: Annotated[float, Field(gt=50, le=100)] = Field(99.99, description="of observer percentile: the rest lies outside, on either side")
+    momentum: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of observer moving-average: what the last batch weighs")
+    calibration_tokens: Count | None = Field(None, description="stop after this many; all of data.calibration_sequences unless given")
+    still_share: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="stop when no range has moved by more than this share for still_batches batches; never unless given"
+    )
+    still_batches: Count = Field(4, description="see still_share")
+    unseen: Literal["error", "float"] = Field("error", description="what to do with a value that no data came by for, like an expert that no token chose")
     residual_adds: Literal["float", "quantize"] = Field("float", description="whether x + f(x) gets an encoding; an NPU without float needs quantize")
+    symmetric_matmul_second_input: bool = Field(False, description="the second factor of two activations gets a symmetric grid, as some runtimes need it")
     adapter_weights: AdapterWeights = Field(AdapterWeights(), description="the grid of lora_A and lora_B")
+    equalize: Literal["auto", "none", "diagonal", "hadamard"] = Field(
+        "auto", description="other factors of the same product, for the adapter's grid; auto: of each layer those with the least error, its own among them"
+    )
+    base_activations: Literal["all", "adapter_only", "none"] = Field(
+        "all",
+        description="encodings that an adapter brings: all: of every activation; adapter_only: of its own values and weights, the base's activations having "
+        "one set for all adapters; none: none at all",
+    )
+
+    def estimator(self) -> Estimator:
+        """How ranges are chosen."""
+        return Estimator(self.observer, self.percentile, self.momentum)
+
+    def placement_rules(self) -> list[PlacementRule]:
+        """The rules as `simulate` takes them."""
+        return [rule.placement_rule(self.estimator()) for rule in self.rules]
 
 
 class Export(Section):
@@ -302,11 +362,27 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _runtimes_have_the_bits(self) -> Recipe:
+        section = self.simulation
+        asked = {"simulation.activation_bitwidth": section.activation_bitwidth if section.policy != "weights-only" else 8}
+        asked |= {f"simulation.rules.{i}.bitwidth": r.bitwidth for i, r in enumerate(section.rules) if r.bitwidth is not None and r.of != "weights"}
+        if "onnx" in self.export.targets and (wrong := [f"{where} {bits}" for where, bits in asked.items() if bits not in (8, 16)]):
+            raise ValueError(f"{', '.join(wrong)}: ONNX has activations of 8 and 16 bits; change that, or take onnx out of export.targets")
+        return self
+
+    @model_validator(mode="after")
     def _starts_come_first(self) -> Recipe:
         names = [a.name for a in self.adapters]
         for i, adapter in enumerate(self.adapters):
             if adapter.start in names[i:]:
                 raise ValueError(f"adapter {adapter.name} starts from {adapter.start}, which must be listed before it")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_shared_has_one_shape(self) -> Recipe:
+        ranks = {(a.rank, tuple(sorted(a.rank_pattern.items()))) for a in self.adapters if a.start is None}
+        if self.simulation.base_activations == "none" and len(ranks) > 1:
+            raise ValueError("simulation.base_activations none: adapters that share every encoding have one rank; give them one, or say adapter_only")
         return self
 
     @model_validator(mode="after")
@@ -317,9 +393,18 @@ class Recipe(Section):
             problems = [problem for adapter in self.adapters if adapter.steps for problem in adapter.without_graph()]
             if self.data.packing == "documents":
                 problems.append("data.packing documents needs positions, which the graph does not take; use join or none")
+            if self.simulation.base_activations == "none":
+                problems.append("simulation.base_activations none calibrates the base with its adapters, after training; use all")
+            if self.simulation.base_activations == "adapter_only" and (own := [a.name for a in self.adapters if a.range_learning_rate is not None]):
+                problems.append(f"simulation.base_activations adapter_only shares the base's ranges, and {', '.join(own)} would learn its own; use all")
         if problems:
             raise ValueError(f"workflow {self.workflow}: {'; '.join(problems)}")
         return self
+
+    @property
+    def calibrates_together(self) -> bool:
+        """Whether adapters share encodings that are found after all of them are trained; in workflow qwa-lora the base's are found before."""
+        return self.simulation.base_activations != "all" and self.workflow == "qw-lora"
 
     def start_of(self, adapter: Adapter) -> Adapter | None:
         """The recipe's own adapter that `adapter` goes on from."""

@@ -11,7 +11,7 @@ import pytest
 
 from .table import Comparison, Table
 
-HEAD = """# The grid against aimet-torch
+HEAD = """# Grid and simulation against aimet-torch
 
 Written by `make test-aimet` (tests/aimet, option `--table`); do not edit. aimet-torch {aimet}, torch {torch}, Python {python}, on the CPU.
 
@@ -21,11 +21,15 @@ unsigned codes; AIMET's signed quantizers are brought there by adding their `qmi
 "Values that differ" are fake-quantized values. AIMET's own depend on the mode: where a gradient may be asked for it divides by the scale, as we and as ONNX
 Runtime do; under `torch.no_grad()`, per tensor and per channel, it calls `torch.fake_quantize_*`, which multiplies by the reciprocal and so puts a value that
 lies on the border between two codes into the other one now and then. The last column counts those; they are AIMET's two modes disagreeing with each other.
+
+Rows named "simulation" compare a whole `QuantizationSimModel` with ours on equal placements: encodings of weights and activations after the same calibration
+batches, then every quantized value and the logits of another batch. A code that the short cut changes is carried on by all that reads it.
 """
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table", type=Path, help="write the table of what was compared into this file")
+    parser.addoption("--simulations", type=Path, help="the folder that write_simulations.py wrote; without it those tests are skipped")
 
 
 @pytest.fixture(scope="session")

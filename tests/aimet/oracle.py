@@ -8,15 +8,27 @@ from torch import Tensor
 
 pytest.importorskip("aimet_torch", reason="runs in an environment with aimet-torch: make test-aimet")
 
+from aimet_torch.nn import QuantizationMixin
 from aimet_torch.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize
 from aimet_torch.quantization.encoding_analyzer import EncodingAnalyzer, MinMaxEncodingAnalyzer, PercentileEncodingAnalyzer, SqnrEncodingAnalyzer
+from aimet_torch.quantsim import QuantizationSimModel
 
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
 from .table import Comparison
 
-__all__ = ["PercentileEncodingAnalyzer", "SqnrEncodingAnalyzer", "aimet_low_power_quantizer", "aimet_numbers", "aimet_quantizer", "compare"]
+__all__ = [
+    "PercentileEncodingAnalyzer",
+    "QuantizationMixin",
+    "QuantizationSimModel",
+    "QuantizeDequantize",
+    "SqnrEncodingAnalyzer",
+    "aimet_low_power_quantizer",
+    "aimet_numbers",
+    "aimet_quantizer",
+    "compare",
+]
 
 
 def aimet_shape(scheme: Scheme, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:

@@ -177,6 +177,33 @@ def test_fake_quantize_leaves_its_input_alone():
     assert torch.equal(x, before)
 
 
+@thorough
+@given(cases(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_fake_quantize_in_place_is_fake_quantize_bit_for_bit_and_in_the_same_memory(case, dtype):
+    x, scheme = case
+    encoding, x = measure(x, scheme), x.to(dtype)
+    expected, address = encoding.fake_quantize(1.5 * x), x.data_ptr()
+    written = encoding.fake_quantize_(x.mul_(1.5))
+    assert written is x
+    assert written.data_ptr() == address
+    assert torch.equal(written, expected)
+
+
+def test_fake_quantize_in_place_refuses_what_others_still_need():
+    encoding, x = measure(torch.randn(4, 4), Scheme(4)), torch.randn(4, 4, requires_grad=True)
+    with pytest.raises(GridError, match=r"writes over what a gradient would need; use fake_quantize, or torch\.no_grad\(\)"):
+        encoding.fake_quantize_(x)
+    with torch.no_grad():
+        assert encoding.fake_quantize_(x) is x
+        with pytest.raises(GridError, match=r"shape \[4, 4\] with strides \[1, 0\] is expanded and cannot be written over"):
+            encoding.fake_quantize_(torch.randn(4, 1).expand(4, 4))
+
+
+def test_a_value_gives_the_same_numbers_whether_a_gradient_is_asked_for_or_not():
+    encoding, x = measure(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), Scheme(4, False, PerChannel(0))), torch.randn(8, 8)
+    assert torch.equal(encoding.fake_quantize(x.clone().requires_grad_()).detach(), encoding.fake_quantize(x))
+
+
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(1), PerBlock(2)])
 def test_a_strided_tensor_is_quantized_like_its_copy(granularity):
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).t()

@@ -13,7 +13,8 @@ from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.grid.graph import Kind
 from qwlora.simulation.capture import capture
-from qwlora.simulation.place import Decision
+from qwlora.simulation.implementations import visible_implementations
+from qwlora.simulation.rules import Decision
 from qwlora.simulation.simulation import Simulation
 
 
@@ -43,30 +44,30 @@ def simulations() -> dict[str, tuple[PeftModel, Simulation]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_captured_graph_computes_what_the_model_computes_with_padding_too(architecture: str) -> None:
     model = adapted(architecture)
-    graph = capture(model, inputs()).module(check_guards=False)
+    graph = capture(model, inputs()).program.module(check_guards=False)
     padded = inputs(3, 24, seed=5)
     padded["attention_mask"][0, :10] = 0
-    with torch.no_grad():
-        assert torch.equal(graph(*padded.values()), model(**padded, use_cache=False).logits)
+    with torch.no_grad(), visible_implementations(model):
+        assert torch.equal(graph(*padded.values())[0], model(**padded, use_cache=False).logits)
 
 
 def test_one_row_is_enough_to_capture_from() -> None:
     model = adapted("llama")
-    graph = capture(model, inputs(batch=1)).module(check_guards=False)
+    graph = capture(model, inputs(batch=1)).program.module(check_guards=False)
     batch = inputs(3, 20)
-    with torch.no_grad():
-        assert torch.equal(graph(*batch.values()), model(**batch, use_cache=False).logits)
+    with torch.no_grad(), visible_implementations(model):
+        assert torch.equal(graph(*batch.values())[0], model(**batch, use_cache=False).logits)
 
 
 def test_captured_graph_shares_storage_with_the_model() -> None:
     model = adapted("llama")
-    graph = capture(model, inputs()).module(check_guards=False)
-    with torch.no_grad():
+    graph = capture(model, inputs()).program.module(check_guards=False)
+    with torch.no_grad(), visible_implementations(model):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
         expected = model(**inputs(), use_cache=False).logits
-        assert torch.equal(graph(*inputs().values()), expected)
+        assert torch.equal(graph(*inputs().values())[0], expected)
 
 
 def test_capture_refuses_what_it_cannot_prove() -> None:

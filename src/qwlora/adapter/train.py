@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -143,7 +144,7 @@ def train_adapter(
         trainer._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has
         prepare_sharding_(trainer)
         try:
-            with _interruptible(watch):
+            with _interruptible(watch), disable_input_dtype_casting(model, active=arguments.bf16):  # autocast casts; twice would cost memory
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
             if stand_in:

@@ -7,17 +7,16 @@ the file and into its metadata, because without them the file does not compute w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qwlora.errors import ExportError
 from qwlora.export.extras import require
-from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE
+from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
 
 SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 OPTIONS_FILE = "session_options.json"
@@ -48,16 +47,30 @@ def open_session(path: Path) -> Any:
         raise ExportError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error
 
 
-class OnnxLanguageModel:
-    """Logits of an exported causal language model."""
+class OnnxModel:
+    """An exported model, whatever it takes and returns."""
 
     def __init__(self, folder: Path):
         self.session = open_session(folder / MODEL_FILE)
         self.inputs = [i.name for i in self.session.get_inputs()]
+        self.outputs = [o.name for o in self.session.get_outputs()]
+
+    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every output by name, for all inputs by name.
+
+        Raises:
+            ExportError: an input is missing.
+        """
+        found = self.session.run(None, {name: tensors[name].numpy() for name in _present(self.inputs, tensors)})
+        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, found, strict=True)}
+
+
+class OnnxLanguageModel(OnnxModel):
+    """Logits of an exported causal language model."""
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits of full sequences, [batch, tokens, vocabulary]."""
-        return torch.from_numpy(self.session.run(None, full_sequence_inputs(self.inputs, ids))[0])
+        """Logits of full sequences, [batch, tokens, vocabulary]: every position is attended to."""
+        return self.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["logits"]
 
 
 class OnnxLayers:
@@ -72,18 +85,19 @@ class OnnxLayers:
         self.session = open_session(scratch / LAYERS_FILE)
         self.wanted = {i.name for i in self.session.get_inputs()}
 
-    def run(self, values: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
-        """Each layer's own output, given the simulation's `values` at every layer's input."""
-        feeds: dict[str, np.ndarray[Any, Any]] = {n: v.numpy() for n, v in values.items() if n in self.wanted}
-        feeds |= full_sequence_inputs([n for n in self.wanted if n not in feeds], ids)
-        outputs = self.session.run([f"{n}.out" for n in self.activations], feeds)
+    def run(self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each layer's own output, given the simulation's `values` at every layer's input, and the model's inputs by name."""
+        inside = {activation_tensor(name, tensors): value for name, value in values.items()}
+        known = {**tensors, **inside}
+        outputs = self.session.run([f"{n}.out" for n in self.activations], {name: known[name].numpy() for name in _present(self.wanted, known)})
         return {name: torch.from_numpy(o) for name, o in zip(self.activations, outputs, strict=True)}
 
 
-def full_sequence_inputs(names: list[str], ids: Tensor) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs of a causal language model in which every position is attended to."""
-    known = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
-    return {name: known[name] for name in names}
+def _present(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    names = list(names)
+    if missing := [name for name in names if name not in tensors]:
+        raise ExportError(f"the exported model takes {', '.join(names)}; {missing[0]} was not given")
+    return names
 
 
 def _cut_at(folder: Path, activations: list[str], path: Path) -> None:
@@ -91,11 +105,13 @@ def _cut_at(folder: Path, activations: list[str], path: Path) -> None:
 
     model = ir.load(folder / MODEL_FILE)
     values = {o.name: o for node in model.graph for o in node.outputs}
+    inputs = {value.name for value in model.graph.inputs}
     model.graph.outputs.clear()
     for name in activations:
-        value = values[name]
+        tensor = activation_tensor(name, inputs)
+        value = values[tensor]
         value.name = f"{name}.out"
-        outside = ir.Value(name=name, type=value.type, shape=value.shape)
+        outside = ir.Value(name=tensor, type=value.type, shape=value.shape)
         ir.convenience.replace_all_uses_with(value, outside)
         if outside.uses():
             model.graph.inputs.append(outside)

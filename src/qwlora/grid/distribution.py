@@ -66,7 +66,7 @@ class Distribution:
         """Everything seen of some groups, whose lowest and highest values are `low` and `high`."""
         if self.histogram is None:
             ascending = torch.cat([x[groups] for x in self.values], 1).sort(1).values.double()
-            return Points(_running_sums(torch.ones_like(ascending), ascending), ascending)
+            return Points(running_sums(torch.ones_like(ascending), ascending), ascending)
         return _points_of_bins(self.histogram, groups, low.double().unsqueeze(1), high.double().unsqueeze(1))
 
     def percentile_range(self, percentile: float) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
@@ -91,7 +91,7 @@ class Distribution:
         return self.histogram
 
 
-def _share(count: int, percentile: float) -> int:
+def _share(count: float, percentile: float) -> int:
     """`(100 - percentile) %` of a count, rounded down; a product that is whole but for float64's last bits is whole."""
     return math.floor(count * (100 - percentile) / 100 * (1 + 1e-12) + 1e-9)
 
@@ -107,11 +107,11 @@ def _points_of_bins(histogram: Histogram, groups: slice, low: Float[Tensor, "gro
     middles = torch.arange(0.5 - reach, reach, device=widths.device, dtype=torch.float64) * widths.unsqueeze(1)
     middles[:, reach - 1 : reach + 1] = 0
     middles.clamp_(low, high)  # the outermost bins reach past the data; what is in them does not
-    return Points(_running_sums(counts, middles), bins=(widths.unsqueeze(1), low, high))
+    return Points(running_sums(counts, middles), bins=(widths.unsqueeze(1), low, high))
 
 
-def _running_sums(counts: Tensor, places: Tensor) -> Tensor:
-    """[3, groups, points + 1]; overwrites `counts`."""
+def running_sums(counts: Tensor, places: Tensor) -> Tensor:
+    """The `sums` of `Points`, of `counts` values at each of ascending `places`; overwrites `counts`."""
     sums = torch.empty(3, counts.shape[0], counts.shape[1] + 1, dtype=torch.float64, device=counts.device)
     sums[:, :, 0] = 0
     for power in range(3):
@@ -145,6 +145,17 @@ class Points:
         assert self.bins is not None
         width, _, _ = self.bins
         return (bounds / width).add_((self.count + 1) / 2).clamp_(0, self.count).long()
+
+    def percentile_range(self, percentile: float) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
+        """The narrowest range between places that leaves at most `(100 - percentile) %` of the counts outside on either side."""
+        assert self.places is not None
+        seen = self.sums[0, :, 1:].contiguous()
+        outside = torch.tensor([[float(_share(count, percentile))] for count in seen[:, -1].tolist()], dtype=seen.dtype, device=seen.device)
+        slack = seen[:, -1:] * 1e-12  # counts that are not whole have float64's last bits
+        first = torch.searchsorted(seen, outside + slack, right=True)
+        last = torch.searchsorted(seen, seen[:, -1:] - outside - slack)
+        lower, upper = (self.places.gather(1, column.clamp(max=self.count - 1)).squeeze(1).float() for column in (first, last))
+        return lower, upper
 
     def outside(self, lower: Float[Tensor, "groups bounds"], upper: Float[Tensor, "groups bounds"]) -> tuple[Tensor, Tensor]:
         """The sums, [3, groups, bounds], of the points below `lower` and of those above `upper`. A bin is outside as soon as some of it may be."""

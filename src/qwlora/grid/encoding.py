@@ -84,11 +84,34 @@ class Encoding:
         The scale's gradient is that of LSQ (Esser et al. 2020, https://arxiv.org/abs/1902.08153), without their factor for the step size:
         `round(x / scale) - x / scale` where x is inside the grid, and the number of steps of the end it was clamped to elsewhere.
         """
-        x_grouped, scale, offset = self._grouped(x)
+        x_grouped, scale, _ = self._grouped(x)
         wide = _wide(x_grouped)
-        low: Bound = offset.to(wide.dtype) if self.uniform_offset is None else self.uniform_offset
-        high = low + self.scheme.steps
-        return _FakeQuantize.apply(wide, scale, low, high).to(x.dtype).view(x.shape)
+        if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
+            low, high = self._bounds(x, wide.dtype)
+            return torch.div(wide, scale).round_().clamp_(low, high).mul_(scale).to(x.dtype).view(x.shape)  # type: ignore[arg-type]
+        return _FakeQuantize.apply(wide, scale, *self._bounds(x, wide.dtype)).to(x.dtype).view(x.shape)
+
+    def fake_quantize_(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """`fake_quantize` written over `x` itself, bit for bit the same; memory that is there already costs a fraction of memory that has to be fetched.
+
+        Raises:
+            GridError: a gradient is wanted through `x`, or `x` is expanded, so that several of its values lie in one place.
+        """
+        if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
+            raise GridError("fake_quantize_ writes over what a gradient would need; use fake_quantize, or torch.no_grad()")
+        if any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
+            raise GridError(f"a tensor of shape {list(x.shape)} with strides {list(x.stride())} is expanded and cannot be written over; use fake_quantize")
+        x_grouped, scale, _ = self._grouped(x)
+        if _wide(x) is not x:
+            return x.copy_(self.fake_quantize(x))
+        low, high = self._bounds(x, x.dtype)
+        x_grouped.div_(scale).round_().clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
+        return x
+
+    def _bounds(self, x: Tensor, dtype: torch.dtype) -> tuple[Bound, Bound]:
+        """The lowest and highest number of steps, as one number each if all groups have the same."""
+        low: Bound = self.uniform_offset if self.uniform_offset is not None else aligned(self.offset, self.scheme.granularity, x.ndim).to(dtype)
+        return low, low + self.scheme.steps
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x`, scale and offset in shapes that broadcast against each other."""
@@ -131,10 +154,10 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
         steps = torch.div(x, scale).round_()
-        x_learns, scale_learns, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        inside = (steps >= low) & (steps <= high) if x_learns or scale_learns else None
+        _, scale_learns, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
+        inside = (steps >= low) & (steps <= high)
         steps.clamp_(low, high)  # type: ignore[arg-type]
-        ctx.save_for_backward(inside, scale, *((x, steps.clone()) if scale_learns else ()))  # type: ignore[arg-type]
+        ctx.save_for_backward(inside, scale, *((x, steps.clone()) if scale_learns else ()))
         return steps.mul_(scale)
 
     @staticmethod

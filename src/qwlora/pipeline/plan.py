@@ -17,6 +17,7 @@ from qwlora.base.source import locate
 from qwlora.data import Documents
 from qwlora.recipe import Recipe
 
+SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
 
@@ -69,10 +70,13 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
         learns = [text, held_out if adapter.evaluation_steps else None, _start_stamps(None if first else adapter.start)]
         needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
         add(f"train/{adapter.name}", [trains, learns, recipe.seed], (*needs, *through), adapter.name, f"adapters/{adapter.name}")
+    if shares := recipe.calibrates_together:
+        add("calibrate", ranges, tuple(f"train/{adapter.name}" for adapter in recipe.adapters), artifact=SHARED)
     for adapter in recipe.adapters:
         n = adapter.name
         add(f"evaluate/adapted/{n}", held_out, (f"train/{n}",), n)
-        add(f"calibrate/{n}", ranges, (f"train/{n}",), n, f"simulation/{n}")
+        measures = [ranges, held_out] if shares else ranges  # what sharing costs is measured on held-out text
+        add(f"calibrate/{n}", measures, (f"train/{n}", "calibrate") if shares else (f"train/{n}",), n, f"simulation/{n}")
         add(f"evaluate/simulated/{n}", held_out, (f"calibrate/{n}",), n)
         for target in recipe.export.targets:
             add(f"export/{target}/{n}", [], (f"calibrate/{n}",), n, f"export/{target}/{n}")

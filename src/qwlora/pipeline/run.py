@@ -102,6 +102,28 @@ def new_session(recipe: Recipe, documents: Any, out: Path, track: Track) -> Any:
     return Session(recipe, documents, out, track)
 
 
+def open_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()) -> tuple[Any, str]:
+    """The session of a job's directory, and the name of one of its trained adapters: the recipe's first unless given.
+
+    Args:
+        changes: to the directory's recipe, for this session alone; see `load_recipe`.
+
+    Raises:
+        DirectoryError: the folder is no job's directory, or has no such trained adapter.
+    """
+    from qwlora.recipe import load_recipe
+
+    if not (folder / "recipe.yaml").is_file():
+        raise DirectoryError(f"{str(folder)!r} is no job's directory: it has no recipe.yaml; `qwlora run` makes one")
+    recipe = load_recipe(folder / "recipe.yaml", changes)
+    name = adapter or recipe.adapters[0].name
+    if not (folder / "adapters" / name).is_dir():
+        known = ", ".join(adapter.name for adapter in recipe.adapters)
+        raise DirectoryError(f"{str(folder)!r} has no trained adapter {name!r}; the recipe's are {known}. Train it: qwlora train --out {folder}")
+    documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
+    return new_session(recipe, documents, folder, untracked), name
+
+
 def _check_needs(plan: list[Stage], waiting: list[Stage], verbs: Collection[str], directory: Directory) -> None:
     by_name = {s.name: s for s in plan}
     for stage in waiting:

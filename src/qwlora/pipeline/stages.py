@@ -35,15 +35,16 @@ from qwlora.export.extras import require
 from qwlora.export.verify import Limits, check_parity, verify_onnx
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.moment import Moments
-from qwlora.pipeline.memory import give_back_soon, peak_rss_bytes, reset_peak_rss
-from qwlora.pipeline.plan import Stage, has_float_model, needs_moments
-from qwlora.pipeline.session import SCALES, Session
+from qwlora.memory import give_back_soon, peak_rss_bytes, reset_peak_rss
+from qwlora.pipeline.plan import SHARED, Stage, has_float_model, needs_moments
+from qwlora.pipeline.session import MOMENTS, SCALES, Session
 from qwlora.pipeline.workers import is_first_process
 from qwlora.recipe import Adapter, Base
-from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.storage import save_simulation
-
-MOMENTS = "moments"  # of the inputs of the base's layers, beside it
+from qwlora.simulation.adapters import simulate_adapters
+from qwlora.simulation.calibrate import Stillness
+from qwlora.simulation.sharing import share
+from qwlora.simulation.simulation import simulate
+from qwlora.simulation.storage import load_encodings, save_encodings, save_simulation
 
 Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]
@@ -123,17 +124,17 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
 
 def calibrate_base(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Before step 2, in workflow qwa-lora: encodings of the base's activations, which adapters are trained through."""
-    simulation = session.simulate(session.base())
-    tokens = _calibrate(session, simulation)
+    simulation = simulate(session.base(), session.example_inputs, session.schemes)
+    report = simulation.calibrate(**_seen(session), allow_unseen=session.recipe.simulation.unseen == "float")
     save_simulation(simulation, scratch)
-    return {"base_simulation": {"encodings": len(simulation.encodings), "calibration_tokens": tokens}}
+    return {"base_simulation": {"encodings": len(simulation.encodings), "calibration_tokens": report.tokens}}
 
 
 def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 2: one adapter on the frozen base, whose fingerprint is the same afterwards."""
     adapter = session.adapter(str(stage.adapter))
     base_identity, seed = session.base_fingerprint, session.recipe.seed
-    give_back_soon()
+    give_back_soon(2**22 if adapter.compute == "bfloat16" else 2**23)
     reset_peak_rss()
     base = session.base()
     start = str(session.path / "adapters" / first.name) if (first := session.recipe.start_of(adapter)) else adapter.start
@@ -212,18 +213,43 @@ def _settings(adapter: Adapter, seed: int, goes_through: bool) -> TrainingSettin
 
 def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 3: encodings of activations and adapter."""
-    name = str(stage.adapter)
+    if stage.adapter is None:
+        return _calibrate_together(session, scratch)
+    name, section = stage.adapter, session.recipe.simulation
     simulation = session.new_simulation(name)
-    tokens = _calibrate(session, simulation)
+    report = simulation.calibrate(**_seen(session), allow_unseen=section.unseen == "float")
+    measured: Results = {
+        "encodings": len(simulation.encodings),
+        "calibration_tokens": report.tokens,
+        "constants": list(report.constants),
+        "unseen": list(report.unseen),
+        "stopped_early": report.stopped_early,
+        "equalize": {"method": section.equalize, "layers": session.equalization},
+    }
+    if session.recipe.calibrates_together:
+        measured["perplexity_with_own_encodings"] = perplexity(simulation.logits, session.evaluation, "perplexity, own encodings", session.track)
+        share(simulation, load_encodings(session.path / SHARED), section.base_activations)
     save_simulation(simulation, scratch)
-    return {"simulation": {name: {"encodings": len(simulation.encodings), "calibration_tokens": tokens}}}
+    return {"simulation": {name: measured}}
 
 
-def _calibrate(session: Session, simulation: Simulation) -> int:
-    """Calibrate on the recipe's sequences; returns how many tokens that were."""
-    ids = session.calibration_ids
-    simulation.calibrate([{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids], session.track)
-    return ids.numel()
+def _calibrate_together(session: Session, scratch: Path) -> Results:
+    """Encodings that all adapters share, from what they and the base alone see."""
+    section = session.recipe.simulation
+    model = session.equalized(*(adapter.name for adapter in session.recipe.adapters))
+    simulations = simulate_adapters(model, session.example_inputs, session.schemes, section.base_activations)
+    simulations.observe(**_seen(session))
+    simulations.freeze(allow_unseen=section.unseen == "float")
+    save_encodings(simulations.shared, scratch)
+    return {"sharing": {"base_activations": section.base_activations, "encodings": len(simulations.shared), "captures": simulations.captures}}
+
+
+def _seen(session: Session) -> dict[str, Any]:
+    """What calibration sees: arguments of `observe`."""
+    section = session.recipe.simulation
+    batches = [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in session.calibration_ids]
+    stillness = Stillness(section.still_share, section.still_batches) if section.still_share is not None else None
+    return {"batches": batches, "track": session.track, "tokens": section.calibration_tokens, "stillness": stillness}
 
 
 def export(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:

@@ -1,88 +1,47 @@
-"""Placement: which values of a captured graph get a quantizer, by rules on (operator, module class).
+"""Placement: which values of a captured graph get a quantizer, on which grid, and why.
 
-Quantizing every operator's output destroys a transformer: the inside of a normalization squares values that a grid for the rest cannot hold. So a value is
+Every floating point value is decided about by the first rule that fits it: the user's rules (`rules.PlacementRule`) stand in front of those of a policy
+(`rules.POLICIES`). `Placement.explanation` lists every computed value with the rule that decided, `Placement.weights` the same of weights and inputs.
 
-    float     when it is not data at all: integers, masks, what is computed from integers alone
-    float     a residual addition, unless asked otherwise: see `is_residual_add`
-    float     inside a module whose class says that it is one operation (norms, activations, rotary tables): only what leaves it is quantized
-    shared    when the operator only moves data: its input's grid already holds it
-    quantized otherwise
-
-Rules are tried in order and the first that fits decides. `explain` lists every value with the rule that decided.
+Names do not depend on what was decided: among the values of one module and operator, those that are data in their own right are numbered first, in order of the
+graph, and what only moves, or is the inside of something, after them.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
-from enum import StrEnum
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from qwlora.errors import CalibrationError
 from qwlora.grid.graph import Kind, Mark
-from qwlora.grid.names import canonical_name, is_adapter_name, parameter_name
+from qwlora.grid.names import canonical_name, parameter_name
+from qwlora.simulation.aten import MOVES_DATA, base_name
+from qwlora.simulation.estimator import Estimator
+from qwlora.simulation.facts import GraphFacts, module_of, operator_of
+from qwlora.simulation.parameters import buffer_names
+from qwlora.simulation.rules import Decision, Fact, PlacementRule, Policy, policy
 
-
-class Decision(StrEnum):
-    """What becomes of a value."""
-
-    QUANTIZE = "quantize"
-    SHARE = "share"
-    FLOAT = "float"
-
-
-MOVES_DATA = frozenset(
-    [
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "transpose",
-        "permute",
-        "t",
-        "expand",
-        "expand_as",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "getitem",
-        "flatten",
-        "unflatten",
-        "clone",
-        "index",
-        "index_select",
-        "gather",
-        "repeat",
-        "narrow",
-        "roll",
-        "flip",
-        "movedim",
-        "to",
-        "_to_copy",
-    ]
-)
-MASKS = frozenset({"add", "where", "masked_fill", "mul"})
-# One operation to a runtime, several to torch: class name patterns of modules whose inside stays float.
-ONE_OPERATION = re.compile(r"Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation", re.IGNORECASE)
-# A module that multiplies matrices or attends is more than one operation, whatever its name.
-SEVERAL_OPERATIONS = frozenset(
-    "linear matmul bmm addmm baddbmm dequantize einsum softmax scaled_dot_product_attention convolution conv1d conv2d conv3d".split()  # noqa: SIM905
-)
+_NOT_DATA = {Fact.FLOAT64, Fact.INTEGER_ORIGIN, Fact.MASKED, Fact.INSIDE_ONE_OPERATION}
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One value and what was decided about it."""
+    """One value and what was decided about it.
+
+    Args:
+        node: in the program's graph.
+        name: of its encoding, if it has one.
+        operator: that made it; `weight` or `input` of what was not made.
+    """
 
     node: str
+    name: str
     operator: str
     module: str
     module_class: str
@@ -90,175 +49,191 @@ class Placed:
     reason: str
 
 
+@dataclass(frozen=True)
+class Overrides:
+    """Where one value's grid differs from the simulation's; None is no difference."""
+
+    bitwidth: int | None = None
+    symmetric: bool | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    observer: Estimator | None = None
+
+
 @dataclass
 class Placement:
-    """The marks of a graph, and the reason for every value that has or has not got one."""
+    """The marks of a graph, where their grids are special, and the reason for every value that has or has not got one.
+
+    Args:
+        overrides: by name of a mark.
+        unknown: how often each operator occurs that no rule knows.
+    """
 
     marks: list[Mark] = field(default_factory=list)
+    overrides: dict[str, Overrides] = field(default_factory=dict)
     explanation: list[Placed] = field(default_factory=list)
+    weights: list[Placed] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)
 
 
-def place(program: ExportedProgram, quantize_residual_adds: bool = False) -> Placement:
+@dataclass(frozen=True)
+class _Candidate:
+    """A value that is to be decided about."""
+
+    node: Node
+    name: str
+    operator: str
+    module: str
+    module_class: str
+    facts: frozenset[Fact]
+    owner: str = ""
+    kind: Kind = Kind.ACTIVATION
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        own = (self.name, self.module) if self.kind is not Kind.ACTIVATION else (self.name, self.module, f"{self.module}.{self.operator}")
+        return tuple(name for name in own if name)
+
+
+def place(
+    program: ExportedProgram,
+    chosen: str | Policy = "npu",
+    rules: Sequence[PlacementRule] = (),
+    quantize_residual_adds: bool = False,
+    symmetric_matmul_second_input: bool = False,
+    input_names: Mapping[str, str] | None = None,
+) -> Placement:
     """Decide about every floating point value of `program`.
 
     Args:
+        chosen: the policy, or the name of one.
+        rules: the user's, tried before the policy's.
         quantize_residual_adds: give the residual stream encodings too. An NPU without float needs it; where a few channels of the stream are thousands of
             times larger than the rest, as in most language models, 16 bits then leave a few steps for everything else.
+        symmetric_matmul_second_input: the second factor of a product of two activations gets a symmetric grid, as some runtimes need it.
+        input_names: how the model's inputs are called, by placeholder; their own names unless given.
+
+    Raises:
+        CalibrationError: there is no such policy; or rules do nothing (all are named, with near names).
     """
+    chosen = policy(chosen) if isinstance(chosen, str) else chosen
+    if quantize_residual_adds:
+        chosen = replace(chosen, rules=tuple(rule for rule in chosen.rules if rule.fact is not Fact.RESIDUAL_ADDITION))
+    structure = GraphFacts(program, chosen.one_operation)
     placement = Placement()
-    taken: dict[str, int] = {}
-    parameters = _parameters(program)
-    buffers = {s.arg.name: str(s.target).removeprefix("model.") for s in program.graph_signature.input_specs if s.kind is InputKind.BUFFER}
-    weights: set[str] = set()
-    origins = _integer_origins(program)
-    compound = {key for n in program.graph.nodes if n.op == "call_function" and _operator(n) in SEVERAL_OPERATIONS for key in _stack(n)}
-    residual = set() if quantize_residual_adds else residual_adds(program)
+    candidates = list(_candidates(program, structure, input_names or {}))
+    decider = _Decider(chosen, rules)
+    for candidate in candidates:
+        decision, reason, overrides = decider.decide(candidate)
+        activation = candidate.kind is Kind.ACTIVATION
+        if activation and symmetric_matmul_second_input and Fact.MATMUL_SECOND_INPUT in candidate.facts and overrides.symmetric is None:
+            overrides = replace(overrides, symmetric=True)
+        placed = Placed(candidate.node.name, candidate.name, candidate.operator, candidate.module, candidate.module_class, decision, reason)
+        (placement.explanation if activation and candidate.node.op == "call_function" else placement.weights).append(placed)
+        if Fact.UNKNOWN in candidate.facts:
+            placement.unknown[candidate.operator] += 1
+        if decision is Decision.QUANTIZE:
+            placement.marks.append(Mark(candidate.node.name, candidate.name, candidate.kind))
+            if overrides != Overrides():
+                placement.overrides[candidate.name] = overrides
+    decider.check(candidates)
+    return placement
+
+
+class _Decider:
+    """The rules in order, and what became of each user's rule."""
+
+    def __init__(self, chosen: Policy, rules: Sequence[PlacementRule]):
+        self.policy, self.rules = chosen, rules
+        self.effective: set[int] = set()
+
+    def decide(self, candidate: _Candidate) -> tuple[Decision, str, Overrides]:
+        """The decision about one value, the reason, and its own grid."""
+        if candidate.kind is Kind.BASE:
+            return Decision.QUANTIZE, "the integers of step 1", Overrides()
+        rule = next(r for r in self.policy.rules if r.fits(candidate.operator, candidate.module_class, candidate.module, candidate.facts))
+        decision, reason = rule.decision, rule.reason.format(owner=candidate.owner)
+        for index, own in enumerate(self.rules):
+            if not own.is_for(candidate.kind is not Kind.ACTIVATION) or not own.fits(candidate.names):
+                continue
+            if own.keep is None and decision is not Decision.QUANTIZE and not own.force:
+                continue
+            self.effective.add(index)
+            if own.keep is not None:
+                return Decision.FLOAT, own.reason, Overrides()
+            assert not isinstance(own.observer, str)
+            return Decision.QUANTIZE, f"{reason}; {own.reason}", Overrides(own.bitwidth, own.symmetric, own.minimum, own.maximum, own.observer)
+        return decision, reason, Overrides()
+
+    def check(self, candidates: Sequence[_Candidate]) -> None:
+        """Every user's rule has decided about something."""
+        problems = [f"{rule.match!r} {self._why(rule, candidates)}" for i, rule in enumerate(self.rules) if i not in self.effective]
+        if problems:
+            raise CalibrationError("\n  ".join([f"{len(problems)} of the placement rules do nothing:", *problems]))
+
+    def _why(self, rule: PlacementRule, candidates: Sequence[_Candidate]) -> str:
+        matched = [c for c in candidates if rule.fits(c.names)]
+        if not matched:
+            return f"matches no value{near_names(rule.match, [name for c in candidates for name in c.names])}"
+        open_to = [c for c in matched if rule.is_for(c.kind is not Kind.ACTIVATION) and c.kind is not Kind.BASE]
+        if not open_to:
+            what = "weights that step 1 made integers" if all(c.kind is Kind.BASE for c in matched) else "weights" if rule.of is None else f"no {rule.of}"
+            return f"matches {what} only, {matched[0].name} the first; of: weights is for the adapter's and for those left float"
+        if rule.keep is None and not rule.force:
+            return f"matches nothing that the policy {self.policy.name} quantizes, or only what an earlier rule decides about; force: true quantizes it anyway"
+        return "matches only what an earlier rule decides about"
+
+
+def near_names(pattern: str, names: Sequence[str]) -> str:
+    """Names like the pattern, for a message: of whole names, or of their last parts."""
+    ends = {name.rpartition(".")[2]: name for name in reversed(names)}
+    near = [ends[end] for end in difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.5)]
+    near = near or difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.4)
+    return f"; near are {', '.join(near)}" if near else f"; there are {', '.join(list(dict.fromkeys(names))[:5])} ..."
+
+
+def _candidates(program: ExportedProgram, structure: GraphFacts, input_names: Mapping[str, str]) -> Iterator[_Candidate]:
+    """Every floating point value that is a parameter, an input, or computed; in order of the graph, numbered."""
+    found = []
+    buffers, weights = buffer_names(program), set[str]()
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         if node.op == "placeholder":
-            if mark := _mark_input(node, parameters.get(node.name), program):
-                placement.marks.append(mark)
-            continue
-        if node.op != "call_function":
-            continue
-        operator = _operator(node)
-        path, module_class = _module(node)
-        if operator == "dequantize":
+            found += _outside(node, structure, input_names.get(node.name, node.name))
+        elif node.op == "call_function" and operator_of(node) == "dequantize":
+            path, module_class = module_of(node)
             stored = parameter_name(buffers[node.args[0].name].removesuffix(".packed"))
             name = stored if stored not in weights else parameter_name(path)  # a tied layer reads the codes of another
             weights.add(stored)
-            placement.marks.append(Mark(node.name, name, Kind.BASE))
-            continue
-        decision, reason = _decide(node, operator, origins, residual, compound)
-        placement.explanation.append(Placed(node.name, operator, canonical_name(path), module_class, decision, reason))
-        if decision is Decision.QUANTIZE:
-            placement.marks.append(Mark(node.name, _unique(f"{canonical_name(path)}.{operator}", taken), Kind.ACTIVATION))
-    return placement
+            found.append(_Candidate(node, name, "weight", name.rpartition(".")[0], module_class, frozenset(), kind=Kind.BASE))
+        elif node.op == "call_function":
+            path, module_class = module_of(node)
+            owner = structure.owner(node)
+            found.append(_Candidate(node, "", operator_of(node), canonical_name(path), module_class, structure.facts(node), owner[1] if owner else ""))
+    names = _numbered(found)
+    for candidate in found:
+        yield replace(candidate, name=names.get(candidate.node.name, candidate.name))
 
 
-def _decide(node: Node, operator: str, integer_origin: set[str], residual: set[str], compound: set[str]) -> tuple[Decision, str]:
-    value = node.meta["val"]
-    if value.dtype == torch.float64:
-        return Decision.FLOAT, "float64 is index arithmetic"
-    if node.name in integer_origin:
-        return Decision.FLOAT, "computed from integers alone"
-    if operator in MASKS and any(isinstance(a, Node) and a.name in integer_origin and _is_tensor(a) for a in node.all_input_nodes):
-        return Decision.FLOAT, "combined with a mask"
-    owner = _one_operation_module(node, compound)
-    if owner:
-        leaves = any(owner[0] not in _stack(user) for user in node.users)
-        if not leaves:
-            return Decision.FLOAT, f"inside {owner[1]}, which is one operation"
-        return Decision.QUANTIZE, f"output of {owner[1]}"
-    if node.name in residual:
-        return Decision.FLOAT, "a residual addition"
-    if operator in MOVES_DATA:
-        return Decision.SHARE, "moves data; its input's encoding holds it"
-    return Decision.QUANTIZE, "makes new values"
+def _outside(node: Node, structure: GraphFacts, input_name: str) -> list[_Candidate]:
+    """A parameter, or a floating point input of the user, is a value. A buffer that is no parameter is a constant of the code, and stays."""
+    facts = structure.facts(node)
+    if (parameter := structure.parameters.get(node.name)) is not None:
+        kind = Kind.ADAPTER if Fact.ADAPTER_WEIGHT in facts else Kind.PARAMETER
+        name = canonical_name(parameter)
+        return [_Candidate(node, name, "weight", name.rpartition(".")[0], "", facts, kind=kind)] if node.users else []
+    return [_Candidate(node, input_name, "input", "", "", facts)] if Fact.INPUT in facts else []
 
 
-def residual_adds(program: ExportedProgram) -> set[str]:
-    """Names of the nodes that compute `x + f(x)`: additions of two tensors, one of which the other was computed from."""
-    order = {node: index for index, node in enumerate(program.graph.nodes)}
-    found = set()
-    for node in program.graph.nodes:
-        if node.op == "call_function" and _operator(node) == "add":
-            operands = sorted((a for a in node.all_input_nodes if _is_tensor(a)), key=order.__getitem__)
-            if len(operands) == 2 and operands[0].op == "call_function" and _flows_into(operands[0], operands[1], order):
-                found.add(node.name)
-    return found
-
-
-def _flows_into(source: Node, target: Node, order: dict[Node, int]) -> bool:
-    """Whether `target` was computed from `source`; nodes before `source` cannot lie between."""
-    waiting, seen = [target], {target}
-    while waiting:
-        for node in waiting.pop().all_input_nodes:
-            if node is source:
-                return True
-            if order[node] > order[source] and node not in seen:
-                seen.add(node)
-                waiting.append(node)
-    return False
-
-
-def _mark_input(node: Node, parameter: str | None, program: ExportedProgram) -> Mark | None:
-    """A parameter has an encoding; so has a floating point input of the user. Buffers that are not parameters are constants of the code, and stay."""
-    if parameter is not None:
-        kind = Kind.ADAPTER if is_adapter_name(parameter) else Kind.PARAMETER
-        return Mark(node.name, canonical_name(parameter), kind) if node.users else None
-    return Mark(node.name, node.name, Kind.ACTIVATION) if node.name in program.graph_signature.user_inputs else None
-
-
-def _parameters(program: ExportedProgram) -> dict[str, str]:
-    """Parameter path by placeholder name; the capture wrapper's own prefix is dropped.
-
-    Of a tied weight, export lets all readers use one placeholder, whichever; it goes by the name under which the model has it first.
-    """
-    used = {n.name: bool(n.users) for n in program.graph.nodes if n.op == "placeholder"}
-    specs = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER]
-    names: dict[str, str] = {}
-    idle: dict[int, str] = {}
-    for spec in specs:
-        if not used[spec.arg.name]:
-            idle.setdefault(program.state_dict[spec.target].data_ptr(), spec.target)
-    for spec in specs:
-        target = idle.get(program.state_dict[spec.target].data_ptr(), spec.target) if used[spec.arg.name] else spec.target
-        names[spec.arg.name] = str(target).removeprefix("model.")
+def _numbered(candidates: Sequence[_Candidate]) -> dict[str, str]:
+    """The name of each computed value, by its node: `path.operator`, then `path.operator_1`, ..."""
+    taken: Counter[str] = Counter()
+    names = {}
+    computed = [c for c in candidates if not c.name]
+    for candidate in sorted(computed, key=lambda c: bool(c.facts & _NOT_DATA) or base_name(c.operator) in MOVES_DATA):
+        stem = f"{candidate.module or 'output'}.{candidate.operator}"  # the outermost module has no path
+        names[candidate.node.name] = f"{stem}_{taken[stem]}" if taken[stem] else stem
+        taken[stem] += 1
     return names
-
-
-def _integer_origins(program: ExportedProgram) -> set[str]:
-    """Names of nodes that no floating point input, parameter or buffer flows into."""
-    found: set[str] = set()
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder":
-            if isinstance(value, Tensor) and not value.is_floating_point():
-                found.add(node.name)
-        elif node.op == "call_function" and _operator(node) != "embedding" and all(n.name in found for n in node.all_input_nodes):
-            found.add(node.name)
-    return found
-
-
-def _stack(node: Node) -> dict[str, tuple[str, str]]:
-    return {key: entry for key, entry in (node.meta.get("nn_module_stack") or {}).items() if isinstance(entry, tuple)}
-
-
-def _module(node: Node) -> tuple[str, str]:
-    """(path, class name) of the innermost module that ran this node."""
-    entries = list(_stack(node).values())
-    path, kind = entries[-1] if entries else ("", "")
-    return path.removeprefix("model").removeprefix("."), _class_name(kind)
-
-
-def _one_operation_module(node: Node, compound: set[str]) -> tuple[str, str] | None:
-    """(stack key, class name) of the outermost enclosing module that counts as one operation."""
-    for key, (_, kind) in _stack(node).items():
-        if key not in compound and ONE_OPERATION.search(_class_name(kind)):
-            return key, _class_name(kind)
-    return None
-
-
-def _class_name(kind: object) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
-
-
-def _operator(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.partition("::")[2] if schema is not None else getattr(node.target, "__name__", str(node.target))
-
-
-def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor) and node.meta["val"].ndim > 0
-
-
-def _unique(name: str, taken: dict[str, int]) -> str:
-    """`name`, `name_1`, `name_2`, ... in order of the graph."""
-    if name.startswith("."):  # computed in the outermost module, whose path is empty
-        name = f"output{name}"
-    count = taken.get(name, 0)
-    taken[name] = count + 1
-    return f"{name}_{count}" if count else name

@@ -1,4 +1,4 @@
-"""The module that stands behind a quantized value in the simulated graph."""
+"""The modules that stand behind quantized values in the simulated graph."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observer import MinMaxObserver
-from qwlora.grid.scheme import Scheme
+from qwlora.grid.scheme import PerTensor, Scheme
+from qwlora.simulation.estimator import Estimator
+from qwlora.simulation.observe import SampleObserver
 
 MASK_MAGNITUDE = 1e30
 
@@ -25,49 +26,111 @@ class Mode(StrEnum):
 
 
 class Quantizer(nn.Module):
-    """Observes a value while calibrating and fake-quantizes it afterwards; the encoding is fixed once made."""
+    """Observes an activation while calibrating and fake-quantizes it afterwards.
 
-    def __init__(self, name: str, scheme: Scheme):
+    What was observed stays: another `scheme` takes effect with the next freeze, without data.
+
+    Args:
+        name: of the encoding.
+        scheme: one scale for the tensor.
+        estimator: how the range is chosen from what was observed.
+        minimum, maximum: fixed ends of the range; None takes what the estimator says.
+        in_place: whether nobody but this quantizer reads what it is given, so that it may write into it.
+
+    Raises:
+        CalibrationError: the scheme has several scales.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scheme: Scheme,
+        estimator: Estimator | None = None,
+        minimum: float | None = None,
+        maximum: float | None = None,
+        in_place: bool = False,
+    ):
         super().__init__()
-        self.name, self.scheme = name, scheme
+        self.name, self.estimator = name, estimator or Estimator()
+        self.minimum, self.maximum, self.in_place = minimum, maximum, in_place
         self.mode = Mode.FLOAT
-        self.observer = MinMaxObserver(scheme)
+        self.observer = SampleObserver(self.estimator.needs_sample and not self.is_pinned)
         self.encoding: Encoding | None = None
         self.fixed = False  # whether the encoding came from elsewhere, so that it is not calibrated
         self.seen: Tensor | None = None
         self.keep = False
+        self.scheme = scheme
+
+    @property
+    def scheme(self) -> Scheme:
+        """The grid that is asked for. Setting another one forgets the encoding, not what was observed."""
+        return self._scheme
+
+    @scheme.setter
+    def scheme(self, scheme: Scheme) -> None:
+        if not isinstance(scheme.granularity, PerTensor) or scheme.float_offset:
+            raise CalibrationError(f"{self.name}: an activation has one scale and an integer offset, not {scheme}")
+        self._scheme, self.encoding = scheme, None
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether both ends of the range are fixed, so that no data is needed."""
+        return self.minimum is not None and self.maximum is not None
 
     def forward(self, x: Tensor) -> Tensor:
         match self.mode:
             case Mode.OBSERVE:
                 self.observer.update(x)
-            case Mode.SIMULATE if self.encoding is not None:
-                x = self.encoding.fake_quantize(x)
-            case Mode.RECIPROCAL if self.encoding is not None:
-                x = _by_reciprocal(x, self.encoding)
+            case Mode.SIMULATE:
+                x = self._simulate(x, self._known_encoding())
+            case Mode.RECIPROCAL:
+                x = _by_reciprocal(x, self._known_encoding())
         if self.keep:
             self.seen = x
         return x
+
+    def _simulate(self, x: Tensor, encoding: Encoding) -> Tensor:
+        """`fake_quantize`; in place where nobody sees it and no gradient is asked for."""
+        wants_gradient = torch.is_grad_enabled() and (x.requires_grad or encoding.scale.requires_grad)
+        return encoding.fake_quantize_(x) if self.in_place and not wants_gradient else encoding.fake_quantize(x)
+
+    def _known_encoding(self) -> Encoding:
+        if self.encoding is None:
+            raise CalibrationError(f"{self.name} has no encoding; call freeze, after observe if nothing was observed yet")
+        return self.encoding
 
     @property
     def is_mask(self) -> bool:
         """Whether values came by that only a mask holds."""
         low, high = self.observer.low, self.observer.high
-        return low is not None and high is not None and bool(max(-float(low.min()), float(high.max())) > MASK_MAGNITUDE)
+        return low is not None and high is not None and bool(max(-float(low), float(high)) > MASK_MAGNITUDE)
 
-    def freeze(self) -> None:
-        """Fix the encoding from what was observed.
-
-        Raises:
-            CalibrationError: nothing was observed, or something that is not finite.
-        """
-        try:
-            self.encoding = self.observer.encoding()
-        except CalibrationError as error:
-            raise CalibrationError(f"{self.name}: {error}") from error
+    @property
+    def is_constant(self) -> bool:
+        """Whether all values that came by were one."""
+        low, high = self.observer.low, self.observer.high
+        return low is not None and high is not None and bool(low == high)
 
     def extra_repr(self) -> str:
         return f"{self.name}, {self.scheme}, {self.mode}"
+
+
+class FrozenWeight(nn.Module):
+    """A weight on its grid, computed once: it no longer moves, and doing it anew in each forward costs more than the layer.
+
+    Attributes:
+        mode: FLOAT hands the weight through as it is.
+    """
+
+    def __init__(self, weight: Tensor, encoding: Encoding):
+        super().__init__()
+        self.encoding = encoding
+        self.mode = Mode.SIMULATE
+        self.value: Tensor
+        self.register_buffer("value", encoding.fake_quantize(weight), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.mode is Mode.FLOAT else self.value
 
 
 def _by_reciprocal(x: Tensor, encoding: Encoding) -> Tensor:

@@ -1,8 +1,8 @@
 """The simulation: the captured graph with a quantizer at every placed value.
 
     sim = simulate(model, example_inputs)      # capture, place, give the weights their encodings
-    sim.calibrate(batches)                     # one pass: activation ranges
-    sim(input_ids, attention_mask)             # what integer hardware would compute
+    sim.calibrate(batches)                     # one pass: activation ranges (`calibrate.py`)
+    sim(input_ids=ids, attention_mask=mask)    # what integer hardware would compute, in the type that the model returns
 
 Base weights are packed integers in the graph already, and never move. LoRA weights and what step 1 left float get encodings from their own values, at once;
 activations from data, in one pass over float activations.
@@ -11,15 +11,15 @@ activations from data, in one pass over float activations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.grid.encoding import Encoding
@@ -29,11 +29,16 @@ from qwlora.grid.graph import Kind, Mark, QuantizedGraph, insert_after
 from qwlora.grid.names import parameter_name
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
-from qwlora.progress import Track, untracked
-from qwlora.simulation.capture import capture
+from qwlora.simulation.aten import MAY_ALIAS, base_name, is_known
+from qwlora.simulation.calibrate import Calibrated
+from qwlora.simulation.capture import Captured, capture
 from qwlora.simulation.device import moved_encoding, rewrite_devices_, unshare_moving_
-from qwlora.simulation.place import MASKS, Decision, Placed, place
-from qwlora.simulation.quantizer import Mode, Quantizer
+from qwlora.simulation.estimator import Estimator, as_estimator
+from qwlora.simulation.facts import operator_of
+from qwlora.simulation.perturbed import SumInHalves
+from qwlora.simulation.place import Overrides, Placement, place
+from qwlora.simulation.quantizer import FrozenWeight, Mode, Quantizer
+from qwlora.simulation.rules import PlacementRule, Policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,78 +48,71 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SimulationSchemes:
-    """Grids of what step 1 did not fix. Vectors (norm weights, biases) are always quantized per tensor; for residual additions see `place`."""
+    """Grids of what step 1 did not fix, and where they go. Vectors (norm weights, biases) are always quantized per tensor.
+
+    Args:
+        activations: one scale for each.
+        policy: which values get a quantizer: `npu`, `matmul-inputs`, `weights-only`, or a `rules.Policy` of your own.
+        rules: tried before the policy's.
+        observer: how the range of an activation is chosen, see `Estimator`.
+        quantize_residual_adds, symmetric_matmul_second_input: see `place`.
+    """
 
     activations: Scheme = Scheme(16, symmetric=False)
     adapter_weights: Scheme = Scheme(8, granularity=PerChannel(0))
     parameters: Scheme = Scheme(16, granularity=PerChannel(0))
     quantize_residual_adds: bool = False
+    policy: str | Policy = "npu"
+    rules: Sequence[PlacementRule] = ()
+    observer: str | Estimator = "min-max"
+    symmetric_matmul_second_input: bool = False
+
+    def placement(self, program: ExportedProgram, input_names: Mapping[str, str]) -> Placement:
+        """What `place` decides about a program."""
+        return place(program, self.policy, self.rules, self.quantize_residual_adds, self.symmetric_matmul_second_input, input_names)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a simulation was made from."""
+    """What a simulation was made from, and the fingerprint of the adapter that was active then."""
 
     model: nn.Module
-    example_inputs: Mapping[str, Tensor]
+    example_inputs: Mapping[str, Any]
     schemes: SimulationSchemes
     adapter_fingerprint: str | None
 
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes) -> Origin:
+        return cls(model, dict(example_inputs), schemes, adapter_fingerprint(model))
 
-class Simulation(nn.Module):
-    """See the module's text. Call it like the captured model: tensors in the order of `inputs`; returns logits."""
+
+class Simulation(Calibrated):
+    """See the module's text. Call it like the captured model: the same arguments by name, or the first of `inputs` by position; the same type of result."""
 
     origin: Origin  # no submodule: the model is the user's
 
-    def __init__(
-        self, program: ExportedProgram, inputs: tuple[str, ...], schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding | FloatOffsetEncoding]
-    ):
+    def __init__(self, captured: Captured, schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding | FloatOffsetEncoding]):
         super().__init__()
-        placement = place(program, schemes.quantize_residual_adds)
-        self.inputs = inputs
-        self.marks: list[Mark] = placement.marks
-        self.explanation: list[Placed] = placement.explanation
+        self.captured, program = captured, captured.program
+        self.placement = schemes.placement(program, captured.input_names)
+        # what comes from a cache lies on the grid that it left on, and gets no second one
+        self.marks: list[Mark] = [mark for mark in self.placement.marks if mark.name not in captured.interface.cached]
+        self.explanation = self.placement.explanation
         if twice := [name for name, count in Counter(m.name for m in self.marks).items() if count > 1]:
             raise CaptureError(f"two values would carry the name {twice[0]}; activate one adapter at a time")
         self._program = program
         self._base_encodings = {m.name: base_encodings[m.name] for m in self.marks if m.kind is Kind.BASE}
-        self._weight_encodings: dict[str, Encoding] = {}
-        self._frozen: dict[int, _FrozenWeight] = {}  # by storage, so that a tied weight is kept once
-        self._quantizers: dict[str, Quantizer] = {}
+        self._frozen: dict[int, FrozenWeight] = {}  # by storage, so that a tied weight is kept once
         self.graph_module: GraphModule = program.module(check_guards=False)
         self._insert(schemes)
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        logits: Tensor = self.graph_module(*tensors)
-        return logits
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, in order."""
+        return self.captured.interface.inputs
 
-    def calibrate(self, batches: Collection[Mapping[str, Tensor]], track: Track = untracked) -> None:
-        """Observe the activations of all `batches` (each a mapping with the inputs' names), then fix their encodings.
-
-        Values that only a mask can hold (beyond 1e30) lose their quantizer, and `explanation` says so.
-
-        Raises:
-            CalibrationError: there was no batch, or an activation is not finite; the message names it.
-        """
-        for quantizer in self._quantizers.values():
-            quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.OBSERVE
-        count = 0
-        with torch.no_grad():
-            for batch in track(batches, "calibrating", len(batches)):
-                self(*(batch[name] for name in self.inputs))
-                count += 1
-        if not count:
-            raise CalibrationError("calibration needs at least one batch")
-        operators = {p.node: p.operator for p in self.explanation}
-        nodes = {mark.name: mark.node for mark in self.marks}
-        for name, quantizer in list(self._quantizers.items()):
-            if quantizer.fixed:
-                continue
-            if quantizer.is_mask and operators.get(nodes[name]) in MASKS:
-                self._drop(name, "a mask: values beyond 1e30")
-            else:
-                quantizer.freeze()
-        self._set_mode(Mode.SIMULATE)
+    def forward(self, *first: Tensor, **arguments: Any) -> Any:
+        return self.captured.result_of(self.graph_module(*self.captured.bind({**dict(zip(self.inputs, first, strict=False)), **arguments})))
 
     @property
     def encodings(self) -> dict[str, Encoding | FloatOffsetEncoding]:
@@ -123,14 +121,40 @@ class Simulation(nn.Module):
         Raises:
             CalibrationError: before `calibrate`.
         """
-        activations = {name: q.encoding for name, q in self._quantizers.items()}
+        activations = {name: q.encoding for name, q in self.quantizers.items()}
         if missing := [name for name, encoding in activations.items() if encoding is None]:
-            raise CalibrationError(f"{len(missing)} activations have no encoding yet, {missing[0]} first; call calibrate")
-        known = {**self._base_encodings, **self._weight_encodings, **activations}
+            raise CalibrationError(f"{len(missing)} activations have no encoding yet, {missing[0]} first; call calibrate, or freeze")
+        known = {**self._base_encodings, **self._weight_encodings(), **activations}
         return {mark.name: encoding for mark in self.marks if (encoding := known[mark.name]) is not None}
 
+    def encoding_of_weight(self, name: str) -> Encoding | FloatOffsetEncoding:
+        """The encoding of a weight, of the base, the adapter or left float; it is known before `calibrate`."""
+        return self._base_encodings[name] if name in self._base_encodings else self.weights[name].encoding
+
+    @property
+    def program(self) -> ExportedProgram:
+        """The captured graph, without quantizers."""
+        return self._program
+
+    @property
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """The float weights of the adapter, by name."""
+        return {name: _attribute(self.graph_module, str(node.args[0].target)).detach() for name, node in self._adapter_nodes()}  # type: ignore[union-attr]
+
+    def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
+        """Lay the adapter's weights on grids from elsewhere, in the place of those that their own values give; names that it lacks are not looked at.
+
+        Raises:
+            GridError: a grid does not fit its weight.
+        """
+        weights = self.adapter_weights
+        for name, node in self._adapter_nodes():
+            if name in encodings:
+                self.weights[name] = FrozenWeight(weights[name], encodings[name])
+                self.graph_module.add_submodule(str(node.target), self.weights[name])
+
     def restore(self, encodings: Mapping[str, Encoding | FloatOffsetEncoding]) -> None:
-        """Take activation encodings that were calibrated earlier; a value without one has been found to be a mask.
+        """Take activation encodings that were calibrated earlier; a value without one was left float by calibration: a mask, or never seen.
 
         Raises:
             CalibrationError: an encoding names no value of this graph, or a weight's encoding is not the one its values give.
@@ -138,31 +162,16 @@ class Simulation(nn.Module):
         known = {mark.name for mark in self.marks}
         if strangers := [name for name in encodings if name not in known]:
             raise CalibrationError(f"encodings name values that the graph does not have: {', '.join(strangers[:3])}; calibrate again")
-        for name, encoding in {**self._base_encodings, **self._weight_encodings}.items():
+        for name, encoding in {**self._base_encodings, **self._weight_encodings()}.items():
             if name not in encodings or not _same(encodings[name], encoding):
                 raise CalibrationError(f"the encoding of {name} is not the one that its values give; calibrate again")
-        for name, quantizer in list(self._quantizers.items()):
+        for name, quantizer in list(self.quantizers.items()):
             if isinstance(found := encodings.get(name), Encoding):
+                quantizer.scheme = found.scheme
                 quantizer.encoding = found
             else:
-                self._drop(name, "a mask: values beyond 1e30")
+                self._drop(name, "left float by the calibration that is restored")
         self._set_mode(Mode.SIMULATE)
-
-    def take_over(self, encodings: Mapping[str, Encoding]) -> None:
-        """Take activation encodings from a simulation of the same base: `calibrate` simulates these values, and observes the others only.
-
-        Raises:
-            CalibrationError: an encoding names no activation of this graph.
-        """
-        if strangers := [name for name in encodings if name not in self._quantizers]:
-            raise CalibrationError(f"encodings name activations that the graph does not have: {', '.join(strangers[:3])}; calibrate the base again")
-        for name, encoding in encodings.items():
-            self._quantizers[name].encoding, self._quantizers[name].fixed = encoding, True
-
-    @property
-    def quantizers(self) -> Mapping[str, Quantizer]:
-        """The quantizer of each activation, by the encoding's name."""
-        return self._quantizers
 
     @property
     def base_encodings(self) -> Mapping[str, Encoding | FloatOffsetEncoding]:
@@ -170,7 +179,7 @@ class Simulation(nn.Module):
         return self._base_encodings
 
     def model(self) -> PreTrainedModel:
-        """The simulation with the call signature of the transformers model that it was made from; see `as_model`."""
+        """The simulation with the call of the transformers model that it was made from; see `as_model`."""
         from qwlora.simulation.as_model import as_model
 
         return as_model(self)
@@ -189,48 +198,57 @@ class Simulation(nn.Module):
         super()._apply(fn, recurse)
         device = fn(torch.empty(0)).device
         rewrite_devices_(self.graph_module, device)
-        for quantizer in self._quantizers.values():
+        for quantizer in self.quantizers.values():
             if quantizer.encoding is not None:
                 quantizer.encoding = moved_encoding(quantizer.encoding, device)
         return self
 
     def graph(self) -> QuantizedGraph:
         """What a writer needs."""
-        return QuantizedGraph(self._program, self.inputs, tuple(self.marks), self.encodings)
+        return QuantizedGraph(self._program, self.captured.interface, tuple(self.marks), self.encodings)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits [batch, tokens, vocabulary] of full sequences, simulated."""
-        with torch.no_grad():
-            return self(*_inputs_for(self.inputs, ids))
-
-    def outputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every output by name, simulated, for inputs by name."""
-        with torch.no_grad():
-            return {"logits": self(*(batch[name] for name in self.inputs))}
+        """The primary output for full sequences of ids [batch, tokens], simulated: logits [batch, tokens, vocabulary] of a causal language model."""
+        return self.outputs({"input_ids": ids})[self.captured.interface.primary]
 
     def perturbed_logits(self, ids: Tensor) -> Tensor:
-        """`logits` by an equally right computation: `x * (1 / scale)` for `x / scale`, and each matrix product summed in two halves.
+        """`logits` by an equally right computation, see `perturbed_outputs`."""
+        return self.perturbed_outputs({"input_ids": ids})[self.captured.interface.primary]
 
-        float32 leaves both open, and runtimes choose differently; how far this lies from `logits` is how far two right files may lie apart.
+    def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Every output by name, simulated."""
+        with torch.no_grad():
+            return self.captured.named(self.graph_module(*self.captured.bind(batch)))
+
+    def perturbed_outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`outputs` by an equally right computation: `x * (1 / scale)` for `x / scale`, and each product summed in two halves.
+
+        float32 leaves both open, and runtimes choose differently; how far this lies from `outputs` is how far two right files may lie apart.
         """
         self._set_mode(Mode.RECIPROCAL)
         try:
             with torch.no_grad():
-                logits: Tensor = _SumInHalves(self.graph_module).run(*_inputs_for(self.inputs, ids))
-                return logits
+                return self.captured.named(SumInHalves(self.graph_module).run(*self.captured.bind(batch)))
         finally:
             self._set_mode(Mode.SIMULATE)
 
-    def values(self, ids: Tensor) -> dict[str, Tensor]:
-        """Every quantized activation of one simulated forward, by name."""
-        for quantizer in self._quantizers.values():
+    def values(self, batch: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
+        """Every quantized activation of one simulated forward, by name; for the model's arguments, or ids of full sequences."""
+        for quantizer in self.quantizers.values():
             quantizer.keep = True
         try:
-            self.logits(ids)
-            return {name: q.seen for name, q in self._quantizers.items() if q.seen is not None}
+            self.outputs({"input_ids": batch} if isinstance(batch, Tensor) else batch)
+            return {name: q.seen for name, q in self.quantizers.items() if q.seen is not None}
         finally:
-            for quantizer in self._quantizers.values():
+            for quantizer in self.quantizers.values():
                 quantizer.keep, quantizer.seen = False, None
+
+    def bind(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The graph's inputs by name, from the model's arguments."""
+        return dict(zip(self.inputs, self.captured.bind(batch), strict=True))
+
+    def _run(self, batch: Mapping[str, Any]) -> None:
+        self.graph_module(*self.captured.bind(batch))
 
     def _insert(self, schemes: SimulationSchemes) -> None:
         nodes = {node.name: node for node in self.graph_module.graph.nodes}
@@ -239,98 +257,77 @@ class Simulation(nn.Module):
             if mark.kind is Kind.BASE:
                 continue
             node = placeholders.get(mark.node) or nodes[mark.node]
+            overrides = self.placement.overrides.get(mark.name, Overrides())
             if mark.kind is Kind.ACTIVATION:
-                quantizer: nn.Module = Quantizer(mark.name, schemes.activations)
-                self._quantizers[mark.name] = quantizer  # type: ignore[assignment]
+                scheme = _with_overrides(schemes.activations, overrides)
+                estimator = overrides.observer or as_estimator(schemes.observer)
+                quantizer: nn.Module = Quantizer(mark.name, scheme, estimator, overrides.minimum, overrides.maximum, _is_fresh(node))
+                self.quantizers[mark.name] = quantizer  # type: ignore[assignment]
             else:
-                quantizer = self._weight_quantizer(mark, node, schemes.adapter_weights if mark.kind is Kind.ADAPTER else schemes.parameters)
+                scheme = schemes.adapter_weights if mark.kind is Kind.ADAPTER else schemes.parameters
+                quantizer = self.weights[mark.name] = self._frozen_weight(mark.name, node, _with_overrides(scheme, overrides))
             target = f"quantizer_{mark.node}"
             self.graph_module.add_submodule(target, quantizer)
             insert_after(node, partial(_call_module, target=target))
         self.graph_module.recompile()
 
-    def _weight_quantizer(self, mark: Mark, node: Node, scheme: Scheme) -> nn.Module:
+    def _frozen_weight(self, name: str, node: Node, scheme: Scheme) -> FrozenWeight:
         weight = _attribute(self.graph_module, str(node.target)).detach()
         frozen = self._frozen.get(weight.data_ptr())
         if frozen is not None and frozen.value.shape == weight.shape:
-            self._weight_encodings[mark.name] = frozen.encoding
             return frozen
         if weight.ndim < 2:
             scheme = Scheme(scheme.bitwidth, scheme.symmetric, PerTensor())
         try:
             encoding = measure(weight, scheme)
         except CalibrationError as error:
-            raise CalibrationError(f"{mark.name}: {error}") from error
-        self._weight_encodings[mark.name] = encoding
-        self._frozen[weight.data_ptr()] = frozen = _FrozenWeight(weight, encoding)
+            raise CalibrationError(f"{name}: {error}") from error
+        self._frozen[weight.data_ptr()] = frozen = FrozenWeight(weight, encoding)
         return frozen
 
-    def _drop(self, name: str, reason: str) -> None:
-        del self._quantizers[name]
-        (mark,) = (m for m in self.marks if m.name == name)
-        self.marks.remove(mark)
-        node = next(n for n in self.graph_module.graph.nodes if n.op == "call_module" and n.target == f"quantizer_{mark.node}")
-        node.replace_all_uses_with(node.args[0])
-        self.graph_module.graph.erase_node(node)
-        self.graph_module.delete_submodule(str(node.target))
-        self.graph_module.recompile()
-        self.explanation = [
-            Placed(p.node, p.operator, p.module, p.module_class, Decision.FLOAT, reason) if p.node == mark.node else p for p in self.explanation
-        ]
+    def _adapter_nodes(self) -> list[tuple[str, Node]]:
+        """Name of each adapter weight, and the node that puts it on its grid."""
+        calls = {str(n.target): n for n in self.graph_module.graph.nodes if n.op == "call_module"}
+        return [(m.name, calls[f"quantizer_{m.node}"]) for m in self.marks if m.kind is Kind.ADAPTER]
 
-    def _set_mode(self, mode: Mode) -> None:
-        for quantizer in self._quantizers.values():
-            quantizer.mode = mode
+    def _weight_encodings(self) -> dict[str, Encoding]:
+        return {name: weight.encoding for name, weight in self.weights.items()}
 
 
-class _FrozenWeight(nn.Module):
-    """A weight on its grid, computed once: it no longer moves, and doing it anew in each forward costs more than the layer."""
+def _with_overrides(scheme: Scheme, overrides: Overrides) -> Scheme:
+    bitwidth = scheme.bitwidth if overrides.bitwidth is None else overrides.bitwidth
+    return replace(scheme, bitwidth=bitwidth, symmetric=scheme.symmetric if overrides.symmetric is None else overrides.symmetric)
 
-    def __init__(self, weight: Tensor, encoding: Encoding):
-        super().__init__()
-        self.encoding = encoding
-        self.value: Tensor
-        self.register_buffer("value", encoding.fake_quantize(weight), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.value
+def _is_fresh(node: Node) -> bool:
+    """Whether the value of `node` is storage of its own. A quantizer behind it is then its only reader, and may overwrite it."""
+    operator = operator_of(node) if node.op == "call_function" else ""
+    return is_known(operator) and base_name(operator) == operator and operator not in MAY_ALIAS
 
 
 def _call_module(node: Node, target: str) -> Node:
     return node.graph.call_module(target, (node,))
 
 
-class _SumInHalves(Interpreter):
-    """Runs a graph with every matrix product `sum_k a_k b_k` computed as the sum over the first half of k plus the sum over the second."""
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.ops.aten.linear.default:
-            x, weight, *bias = args
-            half = x.shape[-1] // 2
-            first = nn.functional.linear(x[..., :half], weight[:, :half], *bias)
-            return first + nn.functional.linear(x[..., half:], weight[:, half:])
-        if target is torch.ops.aten.matmul.default:
-            a, b = args
-            half = a.shape[-1] // 2
-            return a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]
-        return super().call_function(target, args, kwargs)
-
-
-def simulate(model: nn.Module, example_inputs: Mapping[str, Tensor], schemes: SimulationSchemes | None = None) -> Simulation:
+def simulate(model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes | None = None) -> Simulation:
     """Capture `model` (a frozen base, with or without an adapter) and place quantizers; see `capture` for the errors.
 
     Args:
-        example_inputs: any inputs of the model's, by name, at least 2 x 2.
+        example_inputs: the model's keyword arguments, nested as the model takes them, with at least two tokens; see `capture`.
     """
-    base_encodings = {
+    schemes = schemes or SimulationSchemes()
+    simulation = Simulation(capture(model, example_inputs), schemes, base_encodings(model))
+    simulation.origin = Origin.of(model, example_inputs, schemes)
+    return simulation
+
+
+def base_encodings(model: nn.Module) -> dict[str, Encoding | FloatOffsetEncoding]:
+    """The encodings of the packed weights of `model`, by the names of the weights."""
+    return {
         parameter_name(path): encoding
         for path, module in model.named_modules()
         if isinstance(encoding := getattr(module, "encoding", None), Encoding | FloatOffsetEncoding)
     }
-    schemes = schemes or SimulationSchemes()
-    simulation = Simulation(capture(model, example_inputs), tuple(example_inputs), schemes, base_encodings)
-    simulation.origin = Origin(model, dict(example_inputs), schemes, adapter_fingerprint(model))
-    return simulation
 
 
 def _same(a: Encoding | FloatOffsetEncoding, b: Encoding | FloatOffsetEncoding) -> bool:
@@ -351,9 +348,3 @@ def _attribute(module: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     tensor: Tensor = getattr(module.get_submodule(owner), name)
     return tensor
-
-
-def _inputs_for(names: tuple[str, ...], ids: Tensor) -> tuple[Tensor, ...]:
-    """Inputs of a causal language model for full sequences: every position is attended to."""
-    known = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return tuple(known[name] for name in names)

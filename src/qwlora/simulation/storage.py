@@ -12,7 +12,8 @@ simulation that comes back are the same, bit for bit. In the file a symmetric gr
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,41 +29,56 @@ from qwlora import encodings as files
 from qwlora.errors import CalibrationError, EncodingsFileError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.fingerprint import adapter_fingerprint, fingerprint
+from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.graph import Kind
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
+from qwlora.simulation.structure import CacheSlot, Slot, Structure
 
 FORMAT = 2
 ENCODINGS, RECORD, INPUTS = "simulation.encodings", "simulation.json", "example_inputs.safetensors"
 _VERSION = "2.1.0"
+_SLOT, _TUPLE = "$tensor", "$tuple"
 
 
-def save_simulation(simulation: Simulation, folder: str | Path) -> None:
+def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool = False) -> None:
     """Write a calibrated simulation into `folder`, which is made if it is not there.
 
+    Args:
+        with_base: write the encodings of the base's packed weights too, for a reader that has not the base.
+
     Raises:
-        CalibrationError: it is not calibrated.
+        CalibrationError: it is not calibrated; or `with_base` where the base has float offsets, which the file cannot hold.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    own = {name: e for name, e in simulation.encodings.items() if name not in simulation.base_encodings}
-    entries = tuple(_to_file(name, e) for name, e in own.items() if isinstance(e, Encoding))
-    producer = {"package": "qwlora", "version": version("qwlora")}
+    own = {name: e for name, e in simulation.encodings.items() if with_base or name not in simulation.base_encodings}
     origin = simulation.origin
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in origin.example_inputs.items()}
+    arguments, examples = Structure.of(dict(origin.example_inputs))
     record = {
         "format": FORMAT,
         "base_fingerprint": fingerprint(origin.model),
         "adapter_fingerprint": origin.adapter_fingerprint,
-        "inputs": {name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for name, t in tensors.items()},
+        "inputs": _template_to_json(arguments.template, ""),
         "schemes": _schemes_to_json(origin.schemes),
         "encodings": {m.name: m.kind.value for m in simulation.marks if m.name in own},
         "placement": [asdict(p) for p in simulation.explanation],
     }
     (folder / RECORD).unlink(missing_ok=True)  # written last: never an old record beside new encodings
-    files.write(files.EncodingsFile(_VERSION, entries, producer=producer), folder / ENCODINGS)
-    save_file(tensors, folder / INPUTS)
+    save_encodings(own, folder)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in zip(arguments.names, examples, strict=True)}, folder / INPUTS)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def save_encodings(encodings: Mapping[str, Encoding | FloatOffsetEncoding], folder: Path) -> None:
+    """Write encodings alone into `folder`.
+
+    Raises:
+        CalibrationError: one has float offsets.
+    """
+    entries = tuple(_to_file(name, encoding) for name, encoding in encodings.items())
+    producer = {"package": "qwlora", "version": version("qwlora")}
+    files.write(files.EncodingsFile(_VERSION, entries, producer=producer), folder / ENCODINGS)
 
 
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
@@ -82,10 +98,11 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     try:
         tensors = load_file(folder / INPUTS)
         schemes = TypeAdapter(SimulationSchemes).validate_python(record["schemes"])
-        examples = {name: tensors[name] for name in record["inputs"]}
+        examples = _template_from_json(record["inputs"], tensors)
     except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
         raise _unreadable(folder, error) from error
-    simulation = simulate(model, examples, schemes)
+    simulation = simulate(model, examples, replace(schemes, rules=tuple(schemes.rules)))
+    simulation.set_adapter_encodings(load_encodings(folder))  # adapters that share every encoding lie on grids that their own values do not give
     restore(simulation, folder)
     return simulation
 
@@ -100,23 +117,23 @@ def restore(simulation: Simulation, folder: Path) -> None:
 
 
 def load_encodings(folder: Path) -> dict[str, Encoding]:
-    """The encodings that `save_simulation` wrote: all but those of the base's packed weights.
+    """The encodings in `folder`: of a simulation, all but those of the base's packed weights.
 
     Raises:
         CalibrationError: the folder does not hold them, or not all.
     """
-    record = _read_record(folder)
     try:
         found = {entry.name: _from_file(entry) for entry in files.read(folder / ENCODINGS).encodings}
     except (EncodingsFileError, ValueError) as error:
         raise _unreadable(folder, error) from error
-    if missing := [name for name in record["encodings"] if name not in found]:
+    wanted = _read_record(folder)["encodings"] if (folder / RECORD).exists() else {}
+    if missing := [name for name in wanted if name not in found]:
         raise CalibrationError(f"{len(missing)} encodings are missing from {str(folder / ENCODINGS)!r}, {missing[0]} first; calibrate again")
     return found
 
 
 def load_activations(folder: Path) -> dict[str, Encoding]:
-    """Of `load_encodings`, those of activations."""
+    """Of a simulation's encodings, those of activations."""
     kinds = _read_record(folder)["encodings"]
     return {name: e for name, e in load_encodings(folder).items() if kinds.get(name) == Kind.ACTIVATION}
 
@@ -138,11 +155,42 @@ def _unreadable(folder: Path, error: Exception) -> CalibrationError:
 def _schemes_to_json(schemes: SimulationSchemes) -> Any:
     adapter = TypeAdapter(SimulationSchemes)
     found = adapter.dump_python(schemes, mode="json")
-    assert adapter.validate_python(found) == schemes, "what is written reads back as what it was"
+    assert adapter.dump_python(adapter.validate_python(found), mode="json") == found, "what is written reads back as what it was"
     return found
 
 
-def _to_file(name: str, encoding: Encoding) -> files.IntegerEncoding:
+def _template_to_json(template: Any, path: str) -> Any:
+    """Example inputs without their tensors, a tensor's name in its place."""
+    if isinstance(template, Slot):
+        return {_SLOT: template.name}
+    if isinstance(template, CacheSlot):
+        return {_TUPLE: [{_TUPLE: [{_SLOT: part.name} for part in pair]} for pair in template.layers]}
+    if isinstance(template, Mapping):
+        return {key: _template_to_json(inner, f"{path}.{key}" if path else str(key)) for key, inner in template.items()}
+    if isinstance(template, list):
+        return [_template_to_json(inner, f"{path}.{index}") for index, inner in enumerate(template)]
+    if isinstance(template, tuple):
+        return {_TUPLE: [_template_to_json(inner, f"{path}.{index}") for index, inner in enumerate(template)]}
+    if template is None or isinstance(template, bool | int | float | str):
+        return template
+    raise CalibrationError(f"example input {path or '(all)'} is a {type(template).__name__}, which JSON cannot hold; give tensors, numbers or text")
+
+
+def _template_from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_template_from_json(inner, tensors) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if _SLOT in value:
+        return tensors[value[_SLOT]]
+    if _TUPLE in value:
+        return tuple(_template_from_json(inner, tensors) for inner in value[_TUPLE])
+    return {key: _template_from_json(inner, tensors) for key, inner in value.items()}
+
+
+def _to_file(name: str, encoding: Encoding | FloatOffsetEncoding) -> files.IntegerEncoding:
+    if not isinstance(encoding, Encoding):
+        raise CalibrationError(f"{name}: {encoding.scheme} has float offsets, which no encodings file can hold")
     scheme, scale = encoding.scheme, encoding.scale.detach().cpu()
     axis = block_size = None
     match scheme.granularity:

@@ -1,0 +1,100 @@
+"""aimet-torch's side of `calibrate.py`, run by it in an environment with aimet-torch and transformers 4.49: `python calibrate_aimet.py FOLDER ROUNDS`.
+
+Reads the float model, the adapter and the batch from FOLDER, and prints its rows as one line of JSON. The adapter's operators are modules, so that AIMET
+quantizes them; of the rest of the model it sees the modules, as its user would get it: attention's products, softmax and rotary tables are not among them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from aimet_torch.nn import QuantizationMixin
+from aimet_torch.nn.modules.custom import Add, Multiply
+from aimet_torch.quantsim import QuantizationSimModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from turns import make_row, peak_of, seconds_of_turns
+
+
+class Lora(nn.Module):
+    """`y = base(x) + scaling * lora_B(lora_A(x))`."""
+
+    def __init__(self, base: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float):  # noqa: N803 (PEFT's names)
+        super().__init__()
+        self.base, self.scaling, self.mul, self.add = base, scaling, Multiply(), Add()
+        self.lora_A, self.lora_B = (nn.Linear(w.shape[1], w.shape[0], bias=False) for w in (lora_A, lora_B))
+        self.lora_A.weight, self.lora_B.weight = nn.Parameter(lora_A), nn.Parameter(lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(self.base(x), self.mul(self.lora_B(self.lora_A(x)), self.scaling))
+
+
+class ForwardLogits(nn.Module):
+    """Positional inputs, one output: what AIMET's tracer takes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=False)[0]
+
+
+def load(folder: Path) -> nn.Module:
+    config = json.loads((folder / "config.json").read_text())
+    model = LlamaForCausalLM(LlamaConfig(**config["model"], attn_implementation="eager"))
+    found = model.load_state_dict(load_file(folder / "float.safetensors"), strict=False)
+    assert set(found.missing_keys) <= {"lm_head.weight"}, found
+    assert not found.unexpected_keys, found
+    adapter = load_file(folder / "adapter.safetensors")
+    for path in sorted({name.partition(".lora_")[0] for name in adapter}):
+        lora = Lora(model.get_submodule(path), adapter[f"{path}.lora_A.weight"], adapter[f"{path}.lora_B.weight"], config["scaling"])
+        model.set_submodule(path, lora)
+    return ForwardLogits(model).eval()
+
+
+def main() -> None:
+    folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    inputs = tuple(load_file(folder / "batch.safetensors")[name] for name in ("input_ids", "attention_mask"))
+    parts: dict[str, Any] = {"plain": load(folder)}
+    began = time.thread_time()
+    parts["simulation"] = QuantizationSimModel(load(folder), inputs, default_output_bw=16, default_param_bw=4, in_place=True)
+    made_seconds = time.thread_time() - began
+    passes: list[float] = []
+
+    def observe(model: nn.Module) -> None:
+        began = time.thread_time()
+        model(*inputs)
+        passes.append(time.thread_time() - began)
+
+    def calibrate(simulation: QuantizationSimModel) -> None:
+        simulation.compute_encodings(observe)
+
+    def run(model: Any) -> None:
+        (model.model if isinstance(model, QuantizationSimModel) else model)(*inputs)
+
+    calibrate(parts["simulation"])
+    ways = {"plain": ("plain", run), "simulate": ("simulation", run), "calibrate": ("simulation", calibrate)}
+    peaks = {way: peak_of(parts, part, use) for way, (part, use) in ways.items()}
+    passes.clear()
+    timed = seconds_of_turns({way: lambda part=part, use=use: use(parts[part]) for way, (part, use) in ways.items()}, rounds)
+    timed["observe"] = passes[1:]
+    modules = [m for m in parts["simulation"].model.modules() if isinstance(m, QuantizationMixin)]
+    quantizers = sum(q is not None for m in modules for q in (*m.input_quantizers, *m.output_quantizers))
+    rows = [make_row("aimet-torch", way, timed, peaks[way]) for way in ways]
+    observed = make_row("aimet-torch", "observe", timed, {})
+    rows.append({**observed, "what": "the forward pass within calibrate", "quantizers": quantizers, "simulation_seconds": round(made_seconds, 1)})
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

@@ -1,0 +1,44 @@
+"""Tables of many things of which most are alike: those that differ in the numbers in their names alone are one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def alike(items: Sequence[T], name_of: Callable[[T], str], kind_of: Callable[[T], Hashable]) -> list[tuple[str, list[T]]]:
+    """Groups of items of one kind whose names differ in numbers alone, each with a name for the group; in order of the first of each."""
+    groups: dict[tuple[str, Hashable], list[T]] = {}
+    for item in items:
+        groups.setdefault((re.sub(r"\d+", "*", name_of(item)), kind_of(item)), []).append(item)
+    which: dict[str, set[str]] = {}
+    for (pattern, _), group in groups.items():
+        which.setdefault(pattern, set()).add(_numbers(map(name_of, group)))
+    named = []
+    for (pattern, _), group in groups.items():
+        names = list(dict.fromkeys(map(name_of, group)))
+        numbered = f"{pattern} ({_numbers(names)})" if len(which[pattern]) > 1 else pattern
+        named.append((names[0] if len(names) == 1 else numbered, group))
+    return named
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Lines with aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _numbers(names: Iterable[str]) -> str:
+    """Which of several groups of one pattern: the first number of each name, runs shortened."""
+    numbers = sorted({int(found.group()) for name in names if (found := re.search(r"\d+", name))})
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

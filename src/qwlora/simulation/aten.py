@@ -1,0 +1,93 @@
+"""The operators that placement knows, by what they do to the values that reach them. Names only; free of torch.
+
+    MOVES_DATA        what comes out was there before: the grid of the input holds it
+    MAKES_VALUES      what comes out was not there before
+    MATRIX_PRODUCTS   of these, the products of matrices, and which of their arguments are multiplied
+
+An operator in neither of the first two is unknown to the rules: placement says so, and the policy decides as its rule for unknown operators asks.
+An operator that works in place goes by the name without its underscore.
+"""
+
+from __future__ import annotations
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+MOVES_DATA = _names("""
+    view reshape _unsafe_view view_as transpose permute t mT movedim moveaxis swapaxes swapdims adjoint numpy_T
+    expand expand_as broadcast_to broadcast_tensors repeat repeat_interleave tile squeeze unsqueeze flatten unflatten ravel unfold as_strided atleast_2d
+    slice select narrow index index_select gather take take_along_dim diagonal masked_select
+    split split_with_sizes chunk unsafe_chunk unsafe_split unbind tensor_split hsplit vsplit dsplit roll flip fliplr flipud rot90
+    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle im2col
+    clone contiguous alias detach lift_fresh lift_fresh_copy to _to_copy type_as real imag positive
+    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    topk sort amax amin tril triu
+""")
+
+# Arguments by position; one that is a list holds several.
+MATRIX_PRODUCTS: dict[str, tuple[int, ...]] = {
+    "linear": (0, 1),
+    "matmul": (0, 1),
+    "mm": (0, 1),
+    "mv": (0, 1),
+    "bmm": (0, 1),
+    "dot": (0, 1),
+    "inner": (0, 1),
+    "outer": (0, 1),
+    "addmm": (1, 2),
+    "addmv": (1, 2),
+    "addbmm": (1, 2),
+    "baddbmm": (1, 2),
+    "tensordot": (0, 1),
+    "einsum": (1,),
+    "bilinear": (0, 1, 2),
+    "_grouped_mm": (0, 1),
+    "grouped_mm": (0, 1),
+    "convolution": (0, 1),
+    "conv1d": (0, 1),
+    "conv2d": (0, 1),
+    "conv3d": (0, 1),
+    "conv_transpose1d": (0, 1),
+    "conv_transpose2d": (0, 1),
+    "conv_transpose3d": (0, 1),
+    "scaled_dot_product_attention": (0, 1, 2),
+}
+
+MAKES_VALUES = frozenset(MATRIX_PRODUCTS) | _names("""
+    embedding embedding_bag one_hot
+    add sub rsub mul multiply div divide true_divide floor_divide remainder fmod pow float_power square sqrt rsqrt reciprocal neg abs sign maximum minimum
+    addcmul addcdiv lerp clamp clamp_min clamp_max clip floor ceil round trunc frac where masked_fill masked_scatter nan_to_num logaddexp hypot atan2
+    exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh erf erfc erfinv sinc
+    relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish sigmoid log_sigmoid logit hardsigmoid hardswish hardtanh hardshrink softshrink softplus
+    threshold glu softmax _softmax log_softmax _log_softmax logsumexp
+    layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm _native_batch_norm_legit_no_training instance_norm
+    linalg_vector_norm linalg_norm norm renorm cosine_similarity cdist
+    sum mean nanmean prod cumsum cumprod logcumsumexp cummax cummin max min median mode std var std_mean var_mean any all
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d upsample_trilinear3d grid_sampler grid_sampler_2d affine_grid_generator
+    cat concat concatenate stack hstack vstack dstack column_stack pad constant_pad_nd reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+    scatter scatter_add scatter_reduce index_add index_copy index_fill index_put slice_scatter select_scatter copy block_diag diag_embed col2im
+    arange linspace zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty scalar_tensor eye fill zero
+    polar complex view_as_complex view_as_real rand randn rand_like randn_like dropout native_dropout bernoulli
+    lstm gru rnn_tanh rnn_relu kron cross
+""")
+
+# A module that does one of these is more than one operation to a runtime, whatever its name.
+SEVERAL_OPERATIONS = frozenset(MATRIX_PRODUCTS) | {"softmax", "dequantize"}
+
+MASKS = frozenset({"add", "where", "masked_fill", "mul"})  # how a mask meets what it masks
+
+# Results that may be a view of an argument, so that nobody may write into them.
+MAY_ALIAS = MOVES_DATA | {"einsum", "dropout", "pad", "view_as_complex", "view_as_real"}
+
+
+def base_name(operator: str) -> str:
+    """The operator's name without the underscore of its form that works in place."""
+    return operator[:-1] if operator.endswith("_") and not operator.endswith("__") else operator
+
+
+def is_known(operator: str) -> bool:
+    """Whether the rules know what this operator does to values."""
+    return base_name(operator) in MOVES_DATA or base_name(operator) in MAKES_VALUES

@@ -1,0 +1,176 @@
+"""What the structure of a captured graph says about its values: the facts that placement rules ask for (`rules.Fact`).
+
+Everything is found from the operators and the modules that ran them. No data is needed, and no architecture is known by name.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from qwlora.grid.names import is_adapter_name
+from qwlora.simulation.aten import MASKS, MATRIX_PRODUCTS, MOVES_DATA, SEVERAL_OPERATIONS, base_name, is_known
+from qwlora.simulation.parameters import parameter_names
+from qwlora.simulation.rules import Fact
+
+
+class GraphFacts:
+    """Facts about the values of one program.
+
+    Args:
+        one_operation: a regular expression over class names, see `rules.Policy`.
+    """
+
+    def __init__(self, program: ExportedProgram, one_operation: str):
+        self.program = program
+        self.parameters = parameter_names(program)
+        self._one_operation = re.compile(one_operation)
+        self._residual_additions = residual_additions(program)
+        integers = {n.name for n in _placeholders(program) if isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].is_floating_point()}
+        # what an embedding looks up is not an integer, whatever its table is made of
+        self._integer_origins = _made_from_alone(program, integers, but_for=frozenset({"embedding"}))
+        self._constants = _made_from_alone(program, {n.name for n in _placeholders(program)} - set(program.graph_signature.user_inputs))
+
+    def facts(self, node: Node) -> frozenset[Fact]:
+        """Every fact that holds for the floating point value of `node`."""
+        if node.op == "placeholder":
+            return frozenset(self._facts_of_placeholder(node))
+        found = set()
+        operator = operator_of(node)
+        if node.meta["val"].dtype == torch.float64:
+            found.add(Fact.FLOAT64)
+        if node.name in self._integer_origins:
+            found.add(Fact.INTEGER_ORIGIN)
+        if base_name(operator) in MASKS and any(a.name in self._integer_origins and _is_tensor(a) for a in node.all_input_nodes):
+            found.add(Fact.MASKED)
+        if owner := self.owner(node):
+            outside = any(owner[0] not in _stack(user) for user in node.users)
+            found.add(Fact.LEAVES_ONE_OPERATION if outside else Fact.INSIDE_ONE_OPERATION)
+        if node.name in self._residual_additions:
+            found.add(Fact.RESIDUAL_ADDITION)
+        if not is_known(operator):
+            found.add(Fact.UNKNOWN)
+        return frozenset(found | self._matmul_facts.get(node.name, set()))
+
+    def owner(self, node: Node) -> tuple[str, str] | None:
+        """(stack key, class name) of the outermost enclosing module that is one operation."""
+        for key, (_, kind) in _stack(node).items():
+            if key not in self._compound and self._one_operation.search(_class_name(kind)):
+                return key, _class_name(kind)
+        return None
+
+    def _facts_of_placeholder(self, node: Node) -> set[Fact]:
+        found = set(self._matmul_facts.get(node.name, set()))
+        if (parameter := self.parameters.get(node.name)) is not None:
+            found.add(Fact.ADAPTER_WEIGHT if is_adapter_name(parameter) else Fact.PARAMETER)
+        elif node.name in self.program.graph_signature.user_inputs:
+            found.add(Fact.INPUT)
+        return found
+
+    @cached_property
+    def _compound(self) -> set[str]:
+        """Stack keys of the modules that multiply matrices or attend."""
+        return {key for n in _calls(self.program) if base_name(operator_of(n)) in SEVERAL_OPERATIONS for key in _stack(n)}
+
+    @cached_property
+    def _matmul_facts(self) -> dict[str, set[Fact]]:
+        """By node: whether matrix products read it, and as what."""
+        facts: dict[str, set[Fact]] = {}
+        for node in _calls(self.program):
+            positions = MATRIX_PRODUCTS.get(base_name(operator_of(node)), ())
+            factors = [a for p in positions if p < len(node.args) for a in _nodes(node.args[p])]
+            activations = [(i, made) for i, factor in enumerate(factors) if factor.name not in self._constants and (made := origin(factor)) is not None]
+            for i, made in activations:
+                facts.setdefault(made.name, set()).add(Fact.MATMUL_INPUT)
+                if i > 0 and len(activations) > 1:
+                    facts[made.name].add(Fact.MATMUL_SECOND_INPUT)
+        return facts
+
+
+def origin(node: Node) -> Node | None:
+    """The value that `node` was moved from; itself if it was not moved. None if that is an integer."""
+    while node.op == "call_function" and base_name(operator_of(node)) in MOVES_DATA and (sources := _nodes(node.args[0])):
+        node = sources[0]
+    value = node.meta.get("val")
+    return node if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
+def operator_of(node: Node) -> str:
+    """The operator's name; one of several results of an operator goes by that operator."""
+    producer = node
+    while getattr(producer.target, "__name__", "") == "getitem" and isinstance(producer.args[0], Node):
+        producer = producer.args[0]
+    schema = getattr(producer.target, "_schema", None)
+    return schema.name.partition("::")[2] if schema is not None else getattr(producer.target, "__name__", str(producer.target))
+
+
+def module_of(node: Node) -> tuple[str, str]:
+    """(path, class name) of the innermost module that ran this node."""
+    entries = list(_stack(node).values())
+    path, kind = entries[-1] if entries else ("", "")
+    return path.removeprefix("model").removeprefix("."), _class_name(kind)
+
+
+def residual_additions(program: ExportedProgram) -> set[str]:
+    """Names of the nodes that compute `x + f(x)`: additions of two tensors, one of which the other was computed from."""
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    found = set()
+    for node in _calls(program):
+        if base_name(operator_of(node)) == "add":
+            operands = sorted((a for a in node.all_input_nodes if _is_tensor(a)), key=order.__getitem__)
+            if len(operands) == 2 and operands[0].op == "call_function" and _flows_into(operands[0], operands[1], order):
+                found.add(node.name)
+    return found
+
+
+def _flows_into(source: Node, target: Node, order: dict[Node, int]) -> bool:
+    """Whether `target` was computed from `source`; nodes before `source` cannot lie between."""
+    waiting, seen = [target], {target}
+    while waiting:
+        for node in waiting.pop().all_input_nodes:
+            if node is source:
+                return True
+            if order[node] > order[source] and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return False
+
+
+def _made_from_alone(program: ExportedProgram, placeholders: set[str], but_for: frozenset[str] = frozenset()) -> set[str]:
+    """Names of the nodes that nothing flows into but `placeholders`, these among them; results of the operators `but_for` are not followed."""
+    found = set(placeholders)
+    for node in _calls(program):
+        if operator_of(node) not in but_for and all(n.name in found for n in node.all_input_nodes):
+            found.add(node.name)
+    return found
+
+
+def _placeholders(program: ExportedProgram) -> list[Node]:
+    return [n for n in program.graph.nodes if n.op == "placeholder"]
+
+
+def _calls(program: ExportedProgram) -> list[Node]:
+    return [n for n in program.graph.nodes if n.op == "call_function"]
+
+
+def _nodes(argument: Any) -> list[Node]:
+    """The nodes in an argument that is one, or a list of them."""
+    return [a for a in (argument if isinstance(argument, list | tuple) else [argument]) if isinstance(a, Node)]
+
+
+def _stack(node: Node) -> dict[str, tuple[str, str]]:
+    return {key: entry for key, entry in (node.meta.get("nn_module_stack") or {}).items() if isinstance(entry, tuple)}
+
+
+def _class_name(kind: object) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor) and node.meta["val"].ndim > 0

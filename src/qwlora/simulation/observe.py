@@ -1,0 +1,212 @@
+"""What a quantizer remembers of the values that passed: the ends of every batch, exactly, the values far out, and a sample of the rest.
+
+    ends      float32 [batches, 2], the lowest and the highest value of each batch
+    tails     the lowest and the highest values: of each batch, those of its 64 rows that reach furthest, one a row
+    sample    up to 16,384 values of all batches, each value having had the same chance
+
+A sample alone misses the few values far out, and ranges are about those. A row is what lies along the last axis; with the ends of all rows, which cost hardly
+more than those of the batch, the tails are as good as known: as far in as `bounds`, where a batch was not looked at further.
+
+A batch costs one pass for ends and tails, and a copy of at most 8,192 values: rows at equal distances, of every channel. Once the sample is full, half of it
+goes, and from later batches half as much is taken. So memory is constant but for eight bytes a batch, and every estimator (`estimate.py`) works on one pass
+over the data, for any grid. Where all values fit, the sample is the data.
+
+Merging is exact for ends and tails. Of two samples the one with more of its data is thinned to the density of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qwlora.errors import CalibrationError
+
+VALUES_A_BATCH = 2**13
+VALUES = 2**14
+TAIL_A_BATCH = 2**6
+_MOST_IN_TAIL = 2**11
+# Fractions that fill an interval evenly: where in a stride each batch's rows, and columns, begin.
+_ROW_TURN, _COLUMN_TURN = 0.7548776662466927, 0.5698402909980532
+
+
+class SampleObserver:
+    """Ends, tails and sample of one activation.
+
+    Args:
+        sampled: whether to keep tails and a sample; the ends alone are enough for some estimators.
+    """
+
+    def __init__(self, sampled: bool):
+        self.sampled = sampled
+        self.batches = 0
+        self.count = 0  # values that passed
+        self.row_stride = self.column_stride = 0  # 0: not chosen yet
+        self._ends = torch.empty(0, 2)
+        self._sample: list[Tensor] = []
+        self._tails: list[Tensor] = []  # [2, n]: the low one negated, so that both are the largest of something
+        self._bounds: Tensor | None = None
+
+    @property
+    def ends(self) -> Float[Tensor, "batches 2"]:
+        """The lowest and the highest value of each batch, float32."""
+        return self._ends[: self.batches]
+
+    @property
+    def low(self) -> Tensor | None:
+        """The lowest value of all, [] float32; None without data."""
+        return self.ends[:, 0].amin() if self.batches else None
+
+    @property
+    def high(self) -> Tensor | None:
+        """The highest, likewise."""
+        return self.ends[:, 1].amax() if self.batches else None
+
+    @property
+    def sample(self) -> Float[Tensor, " values"]:
+        """The sampled values, float32."""
+        if len(self._sample) != 1:
+            self._sample = [torch.cat(self._sample) if self._sample else torch.empty(0, device=self._ends.device)]
+        return self._sample[0]
+
+    @property
+    def tails(self) -> Float[Tensor, "2 values"]:
+        """Values far out, float32: negated low ones, and high ones. Some may lie within `bounds`."""
+        if len(self._tails) != 1:
+            self._tails = [torch.cat(self._tails, 1) if self._tails else torch.empty(2, 0, device=self._ends.device)]
+        return self._tails[0]
+
+    @property
+    def bounds(self) -> Float[Tensor, " 2"]:
+        """How far in the tails are known: a negated low value, and a high one."""
+        return torch.full((2,), -torch.inf, device=self._ends.device) if self._bounds is None else self._bounds
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the sample is all of the data."""
+        return self.sampled and self.row_stride * self.column_stride <= 1
+
+    def update(self, x: Float[Tensor, "*shape"]) -> None:
+        """Take in the values of `x`; a batch without values is none."""
+        if not x.numel():
+            return
+        x = x.detach()
+        if self.batches == len(self._ends):
+            grown = torch.empty(max(8, 2 * self.batches), 2, device=x.device)
+            grown[: self.batches] = self._ends
+            self._ends = grown
+        ends = self._ends[self.batches]
+        self.batches += 1
+        self.count += x.numel()
+        if self.sampled:
+            rows = x if x.ndim > 1 else x.reshape(-1, 1)
+            ends[0], ends[1] = self._take_tails(torch.stack([-rows.amin(-1), rows.amax(-1)]).flatten(1).float())
+            self._take(rows)
+        else:
+            ends[0], ends[1] = x.amin(), x.amax()  # two passes, faster than torch.aminmax
+
+    def merge(self, other: SampleObserver) -> None:
+        """Take in what `other` saw, as if after this.
+
+        Raises:
+            CalibrationError: the other one kept no sample, and this one does.
+        """
+        if not other.batches:
+            return
+        if self.sampled and not other.sampled:
+            raise CalibrationError("it was observed without a sample, which this observer needs; observe with the same observers on both sides")
+        self._ends = torch.cat([self.ends.to(other.ends.device), other.ends])
+        self.batches += other.batches
+        self.count += other.count
+        if self.sampled:
+            self._merge_sample(other)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything that is remembered, as tensors."""
+        numbers = torch.tensor([self.count, self.row_stride, self.column_stride, int(self.sampled)])
+        kept = {"ends": self.ends, "sample": self.sample, "tails": self.tails, "bounds": self.bounds}
+        return {"numbers": numbers, **{name: tensor.clone().contiguous() for name, tensor in kept.items()}}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SampleObserver:
+        """Undo `to_tensors`."""
+        count, row_stride, column_stride, sampled = tensors["numbers"].tolist()
+        made = cls(bool(sampled))
+        made._ends, made.batches, made.count = tensors["ends"], len(tensors["ends"]), count
+        made.row_stride, made.column_stride, made._sample = row_stride, column_stride, [tensors["sample"]]
+        return made
+
+    def _take_tails(self, reach: Float[Tensor, "2 rows"]) -> tuple[Tensor, Tensor]:
+        """Keep the furthest of a batch's rows; returns its lowest and its highest value."""
+        furthest = reach.topk(max(1, min(TAIL_A_BATCH, reach.shape[1] // 2))).values  # of half of the rows at most, so that the bounds never cross
+        self._tails.append(furthest)
+        self._bounds = torch.maximum(self.bounds.to(furthest.device), furthest[:, -1])
+        self._shorten_tails()
+        return -furthest[0, 0], furthest[1, 0]
+
+    def _shorten_tails(self) -> None:
+        if sum(t.shape[1] for t in self._tails) > _MOST_IN_TAIL:
+            self._tails = [self.tails.topk(_MOST_IN_TAIL // 2).values]
+            self._bounds = torch.maximum(self.bounds, self.tails[:, -1])
+
+    def _take(self, rows: Tensor) -> None:
+        if not self.row_stride:
+            self.row_stride, self.column_stride = _strides(rows.shape[-2], rows.numel())
+        first_row, first_column = (int(self.batches * turn % 1 * stride) for turn, stride in ((_ROW_TURN, self.row_stride), (_COLUMN_TURN, self.column_stride)))
+        self._sample.append(rows[..., first_row :: self.row_stride, first_column :: self.column_stride].flatten().to(torch.float32, copy=True))
+        if self._kept() > VALUES:
+            self._halve()
+
+    def _kept(self) -> int:
+        return sum(map(len, self._sample))
+
+    def _halve(self) -> None:
+        self._thin(self._kept() // 2)
+        self._longer_stride()
+
+    def _longer_stride(self) -> None:
+        if self.row_stride <= self.column_stride:
+            self.row_stride *= 2
+        else:
+            self.column_stride *= 2
+
+    def _thin(self, keep: int) -> None:
+        sample = self.sample
+        self._sample = [sample[_any_of(len(sample), keep).to(sample.device)]]
+
+    def _merge_sample(self, other: SampleObserver) -> None:
+        device = other.ends.device
+        self._tails = [torch.cat([self.tails.to(device), other.tails], 1)]
+        self._bounds = torch.maximum(self.bounds.to(device), other.bounds)
+        self._shorten_tails()
+        if not self.row_stride:
+            self.row_stride, self.column_stride = other.row_stride, other.column_stride
+        ours, theirs = self.row_stride * self.column_stride, other.row_stride * other.column_stride
+        added = other.sample
+        if theirs < ours:
+            added = added[_any_of(len(added), round(len(added) * theirs / ours)).to(added.device)]
+        elif ours < theirs:
+            self._thin(round(self._kept() * ours / theirs))
+            self.row_stride, self.column_stride = other.row_stride, other.column_stride
+        self._sample = [torch.cat([self.sample.to(added.device), added])]
+        while self._kept() > VALUES:
+            self._halve()
+
+
+def _strides(rows: int, values: int) -> tuple[int, int]:
+    """Distances of sampled rows and columns, for a tensor of `values` values whose last axis but one has `rows`: all columns, while a row is not too much."""
+    row_values = values // rows
+    if values <= VALUES_A_BATCH:
+        return 1, 1
+    if row_values <= VALUES_A_BATCH:
+        return -(-values // VALUES_A_BATCH), 1
+    return rows, -(-row_values // VALUES_A_BATCH)
+
+
+@lru_cache(maxsize=64)
+def _any_of(count: int, keep: int) -> Tensor:
+    """Ascending indices of `keep` out of `count`, always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:keep].sort().values

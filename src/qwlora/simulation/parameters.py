@@ -1,0 +1,29 @@
+"""Which placeholders of a captured program are parameters, and how the model calls them."""
+
+from __future__ import annotations
+
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+
+def parameter_names(program: ExportedProgram) -> dict[str, str]:
+    """Parameter path by placeholder name; the capture wrapper's own prefix is dropped.
+
+    Of a tied weight, export lets all readers use one placeholder, whichever; it goes by the name under which the model has it first.
+    """
+    used = {n.name: bool(n.users) for n in program.graph.nodes if n.op == "placeholder"}
+    specs = [spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER]
+    names: dict[str, str] = {}
+    idle: dict[int, str] = {}
+    for spec in specs:
+        if not used[spec.arg.name]:
+            idle.setdefault(program.state_dict[spec.target].data_ptr(), spec.target)
+    for spec in specs:
+        target = idle.get(program.state_dict[spec.target].data_ptr(), spec.target) if used[spec.arg.name] else spec.target
+        names[spec.arg.name] = str(target).removeprefix("model.")
+    return names
+
+
+def buffer_names(program: ExportedProgram) -> dict[str, str]:
+    """Buffer path by placeholder name, likewise."""
+    return {s.arg.name: str(s.target).removeprefix("model.") for s in program.graph_signature.input_specs if s.kind is InputKind.BUFFER}

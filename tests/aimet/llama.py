@@ -1,0 +1,106 @@
+"""A Llama for AIMET, which quantizes modules and nothing else: as transformers has it, or with a module for every operator that we place a quantizer on.
+
+The second is what AIMET's guides ask of a user. A module is called as our encoding is (`self_attn.matmul_1`, `mlp.mul`, `q_proj.lora_A`), so that the two
+sides' names meet. Nothing is computed in another order than transformers and PEFT do.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import pytest
+from torch import Tensor, nn
+
+pytest.importorskip("aimet_torch", reason="runs in an environment with aimet-torch: make test-aimet")
+pytest.importorskip("transformers", reason="make test-aimet installs it")
+
+from aimet_torch.nn.modules.custom import Add, Concat, MatMul, Multiply, Neg
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class ForwardLogits(nn.Module):
+    """Positional inputs, one output: what AIMET's tracer takes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=False)[0]
+
+
+class Lora(nn.Module):
+    """`y = linear(x) + scaling * lora_B(lora_A(x))`, every operator a module."""
+
+    def __init__(self, linear: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float):
+        super().__init__()
+        self.linear, self.scaling = linear, scaling
+        self.lora_A, self.lora_B = _linear(lora_A), _linear(lora_B)
+        self.mul, self.add = Multiply(), Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(self.linear(x), self.mul(self.lora_B(self.lora_A(x)), self.scaling))
+
+
+class Rotary(nn.Module):
+    """The rotary table, its two results through modules."""
+
+    def __init__(self, table: nn.Module):
+        super().__init__()
+        self.table, self.mul, self.mul_1 = table, Multiply(), Multiply()
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.table(x, position_ids)
+        return self.mul(cos, 1.0), self.mul_1(sin, 1.0)
+
+
+def llama(config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """A Llama with these weights, as transformers has it."""
+    model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager")).eval()
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+def make_modules_(model: nn.Module) -> None:
+    """A module for every operator."""
+    model.model.rotary_emb = Rotary(model.model.rotary_emb)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for name in ("mul", "mul_1", "mul_2", "mul_3", "mul_4"):
+            attention.add_module(name, Multiply())
+        for name, module in {"neg": Neg(), "neg_1": Neg(), "cat": Concat(-1), "cat_1": Concat(-1), "add": Add(), "add_1": Add()}.items():
+            attention.add_module(name, module)
+        attention.matmul, attention.matmul_1, attention.softmax = MatMul(), MatMul(), nn.Softmax(-1)
+        attention.forward = types.MethodType(_attend, attention)
+        layer.mlp.mul = Multiply()
+        layer.mlp.forward = types.MethodType(_gate, layer.mlp)
+
+
+def adapt_(model: nn.Module, adapter: dict[str, Tensor], scaling: float) -> None:
+    """Put a LoRA on every linear layer that `adapter` has weights for."""
+    for path in sorted({name.partition(".lora_")[0] for name in adapter}):
+        model.set_submodule(path, Lora(model.get_submodule(path), adapter[f"{path}.lora_A.weight"], adapter[f"{path}.lora_B.weight"], scaling))
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight)
+    return layer
+
+
+def _gate(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(self.mul(self.act_fn(self.gate_proj(x)), self.up_proj(x)))
+
+
+def _attend(self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor, **_: Any) -> tuple[Tensor, None]:
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
+    cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+    half = self.head_dim // 2
+    query = self.add(self.mul(query, cos), self.mul_1(self.cat(self.neg(query[..., half:]), query[..., :half]), sin))
+    key = self.add_1(self.mul_2(key, cos), self.mul_3(self.cat_1(self.neg_1(key[..., half:]), key[..., :half]), sin))
+    key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
+    scores = self.mul_4(self.matmul(query, key.transpose(2, 3)), self.scaling) + attention_mask[..., : key.shape[-2]]
+    attended = self.matmul_1(self.softmax(scores), value).transpose(1, 2)
+    return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1)), None

@@ -1,0 +1,128 @@
+"""Our half of the comparison of simulations with aimet-torch's; it needs what AIMET cannot live with (transformers 5), so the two meet in files.
+
+python tests/aimet/write_simulations.py FOLDER        writes FOLDER/CASE/... for every case; `make test-aimet` then has test_simulation.py read them
+
+case.json                    the model's configuration, whether AIMET placed, the adapter's scaling (null without one)
+float.safetensors            the model before it was quantized
+adapter.safetensors          the LoRA weights, by canonical name (none without an adapter)
+batches.safetensors          token ids: calibration.0, calibration.1, ..., evaluation
+simulation.encodings         our encodings, the base's too, and simulation.json beside it (`save_simulation`)
+results.safetensors          logits of the evaluation batch: plain (nothing quantized) and simulated; every simulated value by its name, values.NAME
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
+from qwlora.grid.names import canonical_name, is_adapter_name
+from qwlora.simulation.rules import PlacementRule
+from qwlora.simulation.storage import save_simulation
+
+MODEL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 260,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+CALIBRATION_BATCHES = 4
+SHAPE = (2, 16)
+EVALUATION_SEED = 100
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pair of simulations.
+
+    Args:
+        as_aimet: place what AIMET places by itself, which sees modules alone; otherwise what we place, AIMET given a module for every operator.
+    """
+
+    name: str
+    base: str
+    activations: Scheme
+    rank: int = 0
+    as_aimet: bool = False
+
+
+A8, A16 = Scheme(8, symmetric=False), Scheme(16, symmetric=False)
+CASES = [
+    Case("placed by AIMET, W4 per block, A16", "w4-block32", A16, as_aimet=True),
+    Case("placed by AIMET, W8 per channel, A8", "w8-channel", A8, as_aimet=True),
+    Case("placed by us, W4 per block, A16", "w4-block32", A16),
+    Case("placed by us, W4 per block, A8", "w4-block32", A8),
+    Case("placed by us, W4 per block, A16, LoRA int8", "w4-block32", A16, rank=4),
+    Case("placed by us, W4 per block, A8, LoRA int8", "w4-block32", A8, rank=4),
+]
+# What AIMET's graph of a Llama misses: every operator that is a function and not a module, but for the product that down_proj reads.
+UNSEEN_BY_AIMET = tuple(PlacementRule(path, keep="float", of="activations") for path in ("model.embed_tokens", "model.rotary_emb", "*.self_attn"))
+
+
+def ids(seed: int) -> Tensor:
+    return torch.randint(0, 256, SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(token_ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
+
+
+def make_model(case: Case) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """The model of a case, quantized and perhaps adapted; its float weights, and its logits (adapted too) with them."""
+    torch.manual_seed(0)
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(**MODEL, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(4 * parameter if parameter.ndim > 1 else 1 + 0.2 * torch.randn_like(parameter))
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if case.rank:
+        model = get_peft_model(model, LoraConfig(r=case.rank, lora_alpha=3 * case.rank, target_modules="all-linear", init_lora_weights=False)).eval()
+    with torch.no_grad():
+        plain = model(**inputs(ids(EVALUATION_SEED)), use_cache=False).logits
+    quantize_(model, case.base, "rtn")
+    return model, weights, plain
+
+
+def write(case: Case, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    model, weights, plain = make_model(case)
+    evaluation, calibration = ids(EVALUATION_SEED), [ids(seed) for seed in range(CALIBRATION_BATCHES)]
+    channel = Scheme(8, granularity=PerChannel(0))
+    rules = UNSEEN_BY_AIMET if case.as_aimet else ()
+    schemes = SimulationSchemes(case.activations, adapter_weights=channel, parameters=channel, rules=rules)
+    simulation = simulate(model, inputs(evaluation), schemes)
+    simulation.calibrate([inputs(batch) for batch in calibration])
+    save_simulation(simulation, folder, with_base=True)
+    save_file(weights, folder / "float.safetensors")
+    adapter = {canonical_name(name): p.detach().clone() for name, p in model.named_parameters() if is_adapter_name(name)}
+    save_file(adapter, folder / "adapter.safetensors")
+    save_file({"evaluation": evaluation, **{f"calibration.{i}": batch for i, batch in enumerate(calibration)}}, folder / "batches.safetensors")
+    values = {f"values.{name}": value.contiguous() for name, value in simulation.values(evaluation).items()}
+    save_file({"plain": plain, "simulated": simulation.logits(evaluation), **values}, folder / "results.safetensors")
+    record = {"name": case.name, "model": MODEL, "as_aimet": case.as_aimet, "scaling": 3.0 if case.rank else None}
+    (folder / "case.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    for number, case in enumerate(CASES):
+        write(case, folder / f"{number}")
+        print(case.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

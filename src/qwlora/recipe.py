@@ -393,18 +393,11 @@ class Recipe(Section):
             problems = [problem for adapter in self.adapters if adapter.steps for problem in adapter.without_graph()]
             if self.data.packing == "documents":
                 problems.append("data.packing documents needs positions, which the graph does not take; use join or none")
-            if self.simulation.base_activations == "none":
-                problems.append("simulation.base_activations none calibrates the base with its adapters, after training; use all")
-            if self.simulation.base_activations == "adapter_only" and (own := [a.name for a in self.adapters if a.range_learning_rate is not None]):
-                problems.append(f"simulation.base_activations adapter_only shares the base's ranges, and {', '.join(own)} would learn its own; use all")
+            if self.simulation.base_activations != "all":
+                problems.append("simulation.base_activations: the base's activations are calibrated before training, for all adapters; leave it out")
         if problems:
             raise ValueError(f"workflow {self.workflow}: {'; '.join(problems)}")
         return self
-
-    @property
-    def calibrates_together(self) -> bool:
-        """Whether adapters share encodings that are found after all of them are trained; in workflow qwa-lora the base's are found before."""
-        return self.simulation.base_activations != "all" and self.workflow == "qw-lora"
 
     def start_of(self, adapter: Adapter) -> Adapter | None:
         """The recipe's own adapter that `adapter` goes on from."""

@@ -70,7 +70,8 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
         learns = [text, held_out if adapter.evaluation_steps else None, _start_stamps(None if first else adapter.start)]
         needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
         add(f"train/{adapter.name}", [trains, learns, recipe.seed], (*needs, *through), adapter.name, f"adapters/{adapter.name}")
-    if shares := recipe.calibrates_together:
+    shares = recipe.simulation.base_activations != "all"
+    if shares:
         add("calibrate", ranges, tuple(f"train/{adapter.name}" for adapter in recipe.adapters), artifact=SHARED)
     for adapter in recipe.adapters:
         n = adapter.name

@@ -123,7 +123,7 @@ class Session:
             adapter_weights=section.adapter_weights.scheme(),
             quantize_residual_adds=section.residual_adds == "quantize",
             policy=section.policy,
-            rules=section.placement_rules(),
+            rules=tuple(section.placement_rules()),
             observer=section.estimator(),
             symmetric_matmul_second_input=section.symmetric_matmul_second_input,
         )

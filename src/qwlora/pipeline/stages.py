@@ -226,7 +226,7 @@ def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resu
         "stopped_early": report.stopped_early,
         "equalize": {"method": section.equalize, "layers": session.equalization},
     }
-    if session.recipe.calibrates_together:
+    if section.base_activations != "all":
         measured["perplexity_with_own_encodings"] = perplexity(simulation.logits, session.evaluation, "perplexity, own encodings", session.track)
         share(simulation, load_encodings(session.path / SHARED), section.base_activations)
     save_simulation(simulation, scratch)

@@ -67,6 +67,9 @@ class SimulationSchemes:
     observer: str | Estimator = "min-max"
     symmetric_matmul_second_input: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+
     def placement(self, program: ExportedProgram, input_names: Mapping[str, str]) -> Placement:
         """What `place` decides about a program."""
         return place(program, self.policy, self.rules, self.quantize_residual_adds, self.symmetric_matmul_second_input, input_names)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
         examples = _template_from_json(record["inputs"], tensors)
     except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
         raise _unreadable(folder, error) from error
-    simulation = simulate(model, examples, replace(schemes, rules=tuple(schemes.rules)))
+    simulation = simulate(model, examples, schemes)
     simulation.set_adapter_encodings(load_encodings(folder))  # adapters that share every encoding lie on grids that their own values do not give
     restore(simulation, folder)
     return simulation
@@ -155,7 +155,7 @@ def _unreadable(folder: Path, error: Exception) -> CalibrationError:
 def _schemes_to_json(schemes: SimulationSchemes) -> Any:
     adapter = TypeAdapter(SimulationSchemes)
     found = adapter.dump_python(schemes, mode="json")
-    assert adapter.dump_python(adapter.validate_python(found), mode="json") == found, "what is written reads back as what it was"
+    assert adapter.validate_python(found) == schemes, "what is written reads back as what it was"
     return found
 
 

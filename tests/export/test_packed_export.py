@@ -20,7 +20,8 @@ from qwlora.export.verify import Limits, check_parity
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.graph import Kind
 from qwlora.grid.scheme import PerBlock, PerTensor, Scheme, parse_scheme
-from qwlora.simulation.storage import load_encodings, load_simulation, save_simulation
+from qwlora.simulation.encodings_file import load_encodings
+from qwlora.simulation.storage import load_simulation, save_simulation
 
 IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}

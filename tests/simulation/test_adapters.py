@@ -24,8 +24,9 @@ from qwlora.grid.observer import encoding_from_range
 from qwlora.simulation.adapters import AdapterSimulations, simulate_adapters
 from qwlora.simulation.adapters import capture as capture_anew
 from qwlora.simulation.branch import branch_nodes
+from qwlora.simulation.encodings_file import load_encodings
 from qwlora.simulation.sharing import BaseActivations
-from qwlora.simulation.storage import load_encodings, save_simulation
+from qwlora.simulation.storage import save_simulation
 
 EIGHT_BITS = SimulationSchemes(Scheme(8, symmetric=False))
 

@@ -26,8 +26,9 @@ from qwlora.grid.scheme import Scheme
 from qwlora.grid.sequences import Sequences
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
+from qwlora.simulation.encodings_file import load_activations, load_encodings
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
-from qwlora.simulation.storage import load_activations, load_encodings, restore
+from qwlora.simulation.storage import restore
 from qwlora.simulation.training import TrainingGraph, with_scales
 
 if TYPE_CHECKING:

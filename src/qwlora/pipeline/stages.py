@@ -42,9 +42,10 @@ from qwlora.pipeline.workers import is_first_process
 from qwlora.recipe import Adapter, Base
 from qwlora.simulation.adapters import simulate_adapters
 from qwlora.simulation.calibrate import Stillness
+from qwlora.simulation.encodings_file import load_encodings, save_encodings
 from qwlora.simulation.sharing import share
 from qwlora.simulation.simulation import simulate
-from qwlora.simulation.storage import load_encodings, save_encodings, save_simulation
+from qwlora.simulation.storage import save_simulation
 
 Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]

@@ -5,8 +5,7 @@
     FOLDER/example_inputs.safetensors      what the graph is captured from
 
 The graph is not stored: it is captured again from base and adapter in seconds, and is theirs. Nor are the encodings of the base's packed weights, which lie in
-the base, millions of scales; its fingerprint vouches for them. Float32 scales are written as JSON numbers that read back to the same bits, so the logits of a
-simulation that comes back are the same, bit for bit. In the file a symmetric grid is signed and an asymmetric one is not.
+the base, millions of scales; its fingerprint vouches for them. The logits of a simulation that comes back are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,30 +13,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qwlora import encodings as files
-from qwlora.errors import CalibrationError, EncodingsFileError
-from qwlora.grid.encoding import Encoding
+from qwlora.errors import CalibrationError
 from qwlora.grid.fingerprint import adapter_fingerprint, fingerprint
-from qwlora.grid.float_offset import FloatOffsetEncoding
-from qwlora.grid.graph import Kind
-from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.simulation.encodings_file import FORMAT, RECORD, load_encodings, read_record, save_encodings, unreadable
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
 from qwlora.simulation.structure import CacheSlot, Slot, Structure
 
-FORMAT = 2
-ENCODINGS, RECORD, INPUTS = "simulation.encodings", "simulation.json", "example_inputs.safetensors"
-_VERSION = "2.1.0"
+INPUTS = "example_inputs.safetensors"
 _SLOT, _TUPLE = "$tensor", "$tuple"
 
 
@@ -70,17 +60,6 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def save_encodings(encodings: Mapping[str, Encoding | FloatOffsetEncoding], folder: Path) -> None:
-    """Write encodings alone into `folder`.
-
-    Raises:
-        CalibrationError: one has float offsets.
-    """
-    entries = tuple(_to_file(name, encoding) for name, encoding in encodings.items())
-    producer = {"package": "qwlora", "version": version("qwlora")}
-    files.write(files.EncodingsFile(_VERSION, entries, producer=producer), folder / ENCODINGS)
-
-
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     """The simulation that was saved in `folder`, captured anew from `model`: the same base, with the same adapter.
 
@@ -88,7 +67,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
         CalibrationError: the folder holds no simulation, encodings are missing, or the base or the adapter is another.
     """
     folder = Path(folder)
-    record = _read_record(folder)
+    record = read_record(folder)
     for what, found in (("base", fingerprint(model)), ("adapter", adapter_fingerprint(model))):
         if found != (known := record[f"{what}_fingerprint"]):
             raise CalibrationError(
@@ -100,7 +79,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
         schemes = TypeAdapter(SimulationSchemes).validate_python(record["schemes"])
         examples = _template_from_json(record["inputs"], tensors)
     except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
-        raise _unreadable(folder, error) from error
+        raise unreadable(folder, error) from error
     simulation = simulate(model, examples, schemes)
     simulation.set_adapter_encodings(load_encodings(folder))  # adapters that share every encoding lie on grids that their own values do not give
     restore(simulation, folder)
@@ -114,42 +93,6 @@ def restore(simulation: Simulation, folder: Path) -> None:
         CalibrationError: the folder does not hold them, or they belong to other values.
     """
     simulation.restore({**simulation.base_encodings, **load_encodings(folder)})
-
-
-def load_encodings(folder: Path) -> dict[str, Encoding]:
-    """The encodings in `folder`: of a simulation, all but those of the base's packed weights.
-
-    Raises:
-        CalibrationError: the folder does not hold them, or not all.
-    """
-    try:
-        found = {entry.name: _from_file(entry) for entry in files.read(folder / ENCODINGS).encodings}
-    except (EncodingsFileError, ValueError) as error:
-        raise _unreadable(folder, error) from error
-    wanted = _read_record(folder)["encodings"] if (folder / RECORD).exists() else {}
-    if missing := [name for name in wanted if name not in found]:
-        raise CalibrationError(f"{len(missing)} encodings are missing from {str(folder / ENCODINGS)!r}, {missing[0]} first; calibrate again")
-    return found
-
-
-def load_activations(folder: Path) -> dict[str, Encoding]:
-    """Of a simulation's encodings, those of activations."""
-    kinds = _read_record(folder)["encodings"]
-    return {name: e for name, e in load_encodings(folder).items() if kinds.get(name) == Kind.ACTIVATION}
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        if record["format"] != FORMAT or not all(key in record for key in ("base_fingerprint", "adapter_fingerprint", "inputs", "schemes", "encodings")):
-            raise ValueError(f"format {record['format']}, and not {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(folder, error) from error
-    return record
-
-
-def _unreadable(folder: Path, error: Exception) -> CalibrationError:
-    return CalibrationError(f"{str(folder)!r} holds no simulation that can be read ({error}); calibrate again")
 
 
 def _schemes_to_json(schemes: SimulationSchemes) -> Any:
@@ -186,40 +129,3 @@ def _template_from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if _TUPLE in value:
         return tuple(_template_from_json(inner, tensors) for inner in value[_TUPLE])
     return {key: _template_from_json(inner, tensors) for key, inner in value.items()}
-
-
-def _to_file(name: str, encoding: Encoding | FloatOffsetEncoding) -> files.IntegerEncoding:
-    if not isinstance(encoding, Encoding):
-        raise CalibrationError(f"{name}: {encoding.scheme} has float offsets, which no encodings file can hold")
-    scheme, scale = encoding.scheme, encoding.scale.detach().cpu()
-    axis = block_size = None
-    match scheme.granularity:
-        case PerTensor():
-            pass
-        case PerChannel(channel):
-            axis = channel
-        case PerBlock(size):
-            axis, block_size = scale.ndim - 1, size
-        case other:
-            raise CalibrationError(f"{name}: a simulation has grids per tensor, channel or block, not {other}")
-    offset = encoding.offset.cpu().numpy()
-    return files.IntegerEncoding(
-        name,
-        scheme.bitwidth,
-        scale.numpy().astype(np.float64),
-        offset,
-        symmetric=bool((offset == scheme.symmetric_offset).all()),  # all that 2.1.0 says; what was asked for is in `signed`
-        signed=scheme.symmetric,
-        axis=axis,
-        block_size=block_size,
-    )
-
-
-def _from_file(entry: files.Encoding) -> Encoding:
-    if not isinstance(entry, files.IntegerEncoding) or entry.zero_point_shift:
-        raise ValueError(f"{entry.name} is no plain integer grid")
-    granularity = PerBlock(entry.block_size) if entry.block_size else PerTensor() if entry.axis is None else PerChannel(entry.axis)
-    scheme = Scheme(entry.bitwidth, bool(entry.signed), granularity)
-    scale = torch.from_numpy(entry.scale.astype(np.float32))
-    offset: Tensor = torch.from_numpy(entry.offset.astype(np.int32))
-    return Encoding(scheme, scale, offset)

@@ -13,7 +13,7 @@ from qwlora.errors import RecipeError
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run import open_job, run
 from qwlora.recipe import load_recipe
-from qwlora.simulation.storage import load_encodings
+from qwlora.simulation.encodings_file import load_encodings
 
 TWO = [{"name": n, "rank": 4, "steps": 2, "warmup_steps": 0, "learning_rate": rate} for n, rate in (("a", 5e-3), ("b", 2e-2))]
 VERBS = ("quantize", "train", "calibrate", "evaluate")
@@ -43,7 +43,7 @@ def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) ->
     assert own == {"linear", "mul", "add", "weight"}
     assert all("lora_" in name or name.endswith(("_proj.mul", "_proj.add")) for name in found["adapter_only"][1])
     assert not found["none"][1]
-    assert (out / "simulation" / "a" / "encodings.safetensors").read_bytes() == (out / "simulation" / "b" / "encodings.safetensors").read_bytes()
+    assert (out / "simulation" / "a" / "simulation.encodings").read_bytes() == (out / "simulation" / "b" / "simulation.encodings").read_bytes()
     results = found["none"][0]
     assert results["sharing"]["captures"] == 1
     for name in "ab":

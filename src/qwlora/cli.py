@@ -42,6 +42,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON,
 
 _SUMMARY = {
     "quantize": "Step 1: freeze the base's weights to packed integers.",
+    "calibrate-base": "Before step 2, in workflow qwa-lora: find the encodings of the base's activations.",
     "train": "Step 2: train the adapters on the frozen base.",
     "calibrate": "Step 3: find the encodings of activations and adapters.",
     "export": "Write files for the runtimes.",

@@ -200,6 +200,10 @@ class Adapter(Section):
     init: Literal["zero", "svd", "qera"] = Field(
         "zero", description="start at zero, or at the best correction of what quantization lost: of the weights (svd), of the outputs (qera)"
     )
+    rank_budget: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="ranks by layer: share of the parameters that rank has in the quantized layers, given to those that init corrects most"
+    )
+    rank_cap: Count | None = Field(None, description="the largest rank that rank_budget gives a layer, four times rank unless given")
     dora: bool = Field(False, description="DoRA: learn the norm of each output of a layer besides")
     rank_pattern: dict[str, Count] = Field({}, description="other ranks, by the end of a module's name or a regular expression")
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="other alphas, likewise")
@@ -214,15 +218,31 @@ class Adapter(Section):
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest norm of a step's gradient; 0 does not clip")
     compute: Literal["float32", "bfloat16"] = Field("float32", description="precision of the forward and backward pass; weights and optimizer stay float32")
     gradient_checkpointing: bool = Field(False, description="compute each layer again in the backward pass instead of keeping what is inside it")
-    loss: Literal["chunked", "whole"] = Field("chunked", description="whole: the model's own loss, which makes the logits of the whole batch")
+    loss: Literal["chunked", "whole"] | None = Field(
+        None, description="whole: the model's own loss, which makes the logits of the whole batch; chunked unless given, but with workflow qwa-lora"
+    )
     evaluation_steps: Count | None = Field(None, description="steps between evaluations on held-out text; the best adapter is kept. None unless given")
     patience: Count | None = Field(None, description="evaluations without a better one after which training stops; needs evaluation_steps")
+    range_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="learn the ranges of the base's activations too, at this rate, relative to their size (workflow qwa-lora). Fixed unless given"
+    )
     report_to: list[str] = Field([], description="loggers, by their names in transformers: tensorboard, wandb, mlflow ...")
     checkpoint_steps: Count = Field(10, description="steps between checkpoints; an interrupted run goes on from the last")
 
+    def without_graph(self) -> list[str]:
+        """What of this cannot be trained through a captured graph, each with the way out."""
+        problems = {
+            "objective recovery watches layers, which do not run": self.objective == "recovery",
+            "dropout is not in a graph of evaluation; set it to 0": self.dropout > 0,
+            "gradient_checkpointing needs layers that run; leave it out": self.gradient_checkpointing,
+            "compute bfloat16 cannot hold the steps of the grids; use float32": self.compute == "bfloat16",
+            "loss chunked needs an output head outside the graph; use whole": self.loss == "chunked",
+        }
+        return [f"adapter {self.name}: {problem}" for problem, is_there in problems.items() if is_there]
+
     @model_validator(mode="after")
     def _consistent(self) -> Adapter:
-        shape = {"rank", "alpha", "dropout", "target_modules", "rslora", "dora", "rank_pattern", "alpha_pattern", "layers"}
+        shape = {"rank", "alpha", "dropout", "target_modules", "rslora", "dora", "rank_pattern", "alpha_pattern", "layers", "rank_budget", "rank_cap"}
         if self.start is not None and (given := sorted(n for n in shape & self.model_fields_set if getattr(self, n) != Adapter.model_fields[n].default)):
             raise ValueError(f"{', '.join(given)}: an adapter that goes on from start has the shape of that one; remove them")
         if self.start is None and self.unknown_base == "accept":
@@ -231,11 +251,28 @@ class Adapter(Section):
             raise ValueError("steps is 0, so nothing would be learnt; give start to use an adapter as it is")
         if self.init != "zero" and (self.dora or self.start is not None):
             raise ValueError(f"init {self.init} is a start of its own: it goes neither with dora, whose magnitudes depend on it, nor with start")
+        self._check_budget()
         if self.steps and self.warmup_steps >= self.steps and self.schedule != "constant":
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})")
         if self.patience is not None and self.evaluation_steps is None:
             raise ValueError("patience counts evaluations, and there are none: give evaluation_steps")
         return self
+
+    def _check_budget(self) -> None:
+        if self.rank_budget is None:
+            if self.rank_cap is not None:
+                raise ValueError("rank_cap goes with rank_budget; remove it")
+            return
+        if self.init == "zero":
+            raise ValueError("rank_budget follows what init corrects, and init zero corrects nothing; set init to svd or qera")
+        if self.rank_pattern or self.alpha_pattern:
+            raise ValueError("rank_budget finds the rank_pattern, and the alpha_pattern that keeps the scaling; remove those that are given")
+        if self.rank_budget * self.rank < 1:
+            raise ValueError(f"rank_budget {self.rank_budget:g} of rank {self.rank} does not give each layer a rank of 1; raise it to {1 / self.rank:g}")
+        if self.rank_cap is not None and self.rank_cap < self.rank_budget * self.rank:
+            raise ValueError(f"rank_cap {self.rank_cap} leaves some of rank_budget unused even if every layer has it; raise it, or give one rank")
+        if self.rank_budget * self.rank > 4 * self.rank and self.rank_cap is None:
+            raise ValueError(f"rank_budget {self.rank_budget:g} is more than four times rank in every layer; raise rank, or give rank_cap")
 
 
 class SimulationRule(Section):
@@ -285,6 +322,14 @@ class SimulationSection(Section):
     residual_adds: Literal["float", "quantize"] = Field("float", description="whether x + f(x) gets an encoding; an NPU without float needs quantize")
     symmetric_matmul_second_input: bool = Field(False, description="the second factor of two activations gets a symmetric grid, as some runtimes need it")
     adapter_weights: AdapterWeights = Field(AdapterWeights(), description="the grid of lora_A and lora_B")
+    equalize: Literal["auto", "none", "diagonal", "hadamard"] = Field(
+        "auto", description="other factors of the same product, for the adapter's grid; auto: of each layer those with the least error, its own among them"
+    )
+    base_activations: Literal["all", "adapter_only", "none"] = Field(
+        "all",
+        description="encodings that an adapter brings: all: of every activation; adapter_only: of its own values and weights, the base's activations having "
+        "one set for all adapters; none: none at all",
+    )
 
     def estimator(self) -> Estimator:
         """How ranges are chosen."""
@@ -315,6 +360,10 @@ class Recipe(Section):
     """The whole file."""
 
     name: Name = Field("qwlora", description="what this job is called; an output directory belongs to one job")
+    workflow: Literal["qw-lora", "qwa-lora"] = Field(
+        "qw-lora",
+        description="qw-lora: activations are calibrated after training; qwa-lora: the base's are calibrated first, and the adapters are trained through them",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of the data split, the adapters' start and the order of training")
     model: Model
     data: Data
@@ -348,6 +397,27 @@ class Recipe(Section):
         for i, adapter in enumerate(self.adapters):
             if adapter.start in names[i:]:
                 raise ValueError(f"adapter {adapter.name} starts from {adapter.start}, which must be listed before it")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_shared_has_one_shape(self) -> Recipe:
+        ranks = {(a.rank, tuple(sorted(a.rank_pattern.items()))) for a in self.adapters if a.start is None}
+        if self.simulation.base_activations == "none" and len(ranks) > 1:
+            raise ValueError("simulation.base_activations none: adapters that share every encoding have one rank; give them one, or say adapter_only")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_workflow(self) -> Recipe:
+        if self.workflow == "qw-lora":
+            problems = [f"adapter {a.name}: range_learning_rate goes with workflow qwa-lora" for a in self.adapters if a.range_learning_rate is not None]
+        else:
+            problems = [problem for adapter in self.adapters if adapter.steps for problem in adapter.without_graph()]
+            if self.data.packing == "documents":
+                problems.append("data.packing documents needs positions, which the graph does not take; use join or none")
+            if self.simulation.base_activations != "all":
+                problems.append("simulation.base_activations: the base's activations are calibrated before training, for all adapters; leave it out")
+        if problems:
+            raise ValueError(f"workflow {self.workflow}: {'; '.join(problems)}")
         return self
 
     def start_of(self, adapter: Adapter) -> Adapter | None:

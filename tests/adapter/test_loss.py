@@ -33,6 +33,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from qwlora import quantize_
 from qwlora.adapter.loss import chunk_loss_
+from qwlora.adapter.sliced_cross_entropy import sliced_cross_entropy
 from qwlora.errors import TrainingError
 
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
@@ -154,6 +155,50 @@ def test_bfloat16_autocast_is_close() -> None:
     torch.testing.assert_close(loss, own, rtol=1e-2, atol=0)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.nn.functional.cosine_similarity(chunked[name].flatten(), gradients[name].flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [7, 100, None])
+def test_a_sum_over_slices_of_the_vocabulary_is_the_cross_entropy(bias: bool, rows: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, offset = torch.randn(100, 16, generator=generator), torch.randn(100, generator=generator) if bias else None
+    hidden = (torch.randn(30, 16, generator=generator) * 5).requires_grad_()  # logits up to 80: a sum without its maximum would overflow
+    targets = torch.randint(0, 100, (30,), generator=generator)
+    own = torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, weight, offset), targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(own * 0.3, hidden)
+    found = sliced_cross_entropy(hidden, targets, weight, offset, torch.float32, rows)
+    torch.testing.assert_close(found, own, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(found * 0.3, hidden)[0], gradient, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(sliced_cross_entropy(hidden, targets, weight, offset, torch.float32, rows), own, rtol=1e-6, atol=0)
+
+
+class _Roundings(TorchDispatchMode):
+    """Numbers of the largest bfloat16 tensor."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16:
+                self.numbers = max(self.numbers, tensor.numel())
+        return result
+
+
+def test_the_heads_weight_is_never_rounded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwlora.adapter.sliced_cross_entropy.SLICE_LOGITS", 600)
+    model = tiny_model("llama").requires_grad_(False)
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        own, gradients = loss_and_gradients(peft)
+        chunk_loss_(peft)
+        with _Roundings() as largest:
+            loss, chunked = loss_and_gradients(peft)
+    torch.testing.assert_close(loss, own, rtol=1e-3, atol=0)
+    for name, gradient in gradients.items():
+        assert torch.nn.functional.cosine_similarity(chunked[name].flatten(), gradient.flatten(), dim=0) > 0.999, name
+    assert largest.numbers < VOCABULARY * 64
 
 
 def smoothed(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:

@@ -109,6 +109,16 @@ def test_bfloat16_trains_near_float32(tmp_path: Path) -> None:
     assert report.losses == pytest.approx(exact.losses, rel=0.02)
 
 
+def test_bfloat16_reaches_the_adapter_as_bfloat16(tmp_path: Path) -> None:
+    """PEFT would make float32 of it and autocast bfloat16 again, the same bits; with DoRA too it trains."""
+    model, seen = adapted(), []
+    model.get_base_model().model.layers[0].mlp.down_proj.lora_A["default"].register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    train_adapter(model, IDS, replace(SETTINGS, compute="bfloat16", steps=1, warmup_steps=0), tmp_path / "plain")
+    assert seen[-1] == torch.bfloat16  # before that the loss is tried in float32
+    train_adapter(adapted(dora=True), IDS, replace(SETTINGS, compute="bfloat16", steps=1, warmup_steps=0), tmp_path / "dora")
+    assert model.get_base_model().model.layers[0].mlp.down_proj.cast_input_dtype_enabled
+
+
 def test_the_best_evaluation_is_kept_and_waiting_ends(tmp_path: Path) -> None:
     other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3))  # gets worse as IDS is learnt
     settings = replace(SETTINGS, steps=40, learning_rate=2e-2, evaluation_steps=1, patience=3, checkpoint_steps=100)

@@ -191,6 +191,11 @@ INTEGER = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
         (INTEGER, {"transform_config": {"config_groups": {"R1": {}}}}, "the model is rotated as it runs"),
         (INTEGER, {"config_groups": {}}, "no config group quantizes weights"),
         (INTEGER, {"config_groups": {"group_0": {"weights": INTEGER}}}, "config group 'group_0' has no list of targets"),
+        (INTEGER, {"config_groups": {"group_0": {"targets": ["re:("], "weights": INTEGER}}}, r"target 're:\(' is no regular expression"),
+        (INTEGER, {"config_groups": [INTEGER]}, r"config_groups is .*; an object is needed"),
+        (INTEGER, {"config_groups": {"group_0": {"targets": ["Linear"], "weights": [4]}}}, r"group 'group_0': weights is '\[4\]'; an object is needed"),
+        (INTEGER, {"transform_config": True}, "transform_config is 'True'; an object is needed"),
+        (INTEGER, {"sparsity_config": "x"}, "sparsity_config is 'x'; an object is needed"),
     ],
 )
 def test_settings_that_are_refused(tmp_path: Path, record: dict[str, Any], more: dict[str, Any], message: str) -> None:

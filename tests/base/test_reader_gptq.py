@@ -132,6 +132,7 @@ def test_damaged_layers(tmp_path: Path, parts: dict[str, Any], message: str) -> 
         ({"checkpoint_format": "marlin"}, "GPTQ layout 'marlin' is not read; gptq and gptq_v2 are"),
         ({"is_marlin_format": True}, "GPTQ layout 'marlin'"),
         ({"checkpoint_format": "gptq_p"}, "GPTQ layout 'gptq_p'"),
+        ({"checkpoint_format": ["gptq"]}, r"GPTQ layout \['gptq'\]"),
         ({"bits": 5}, "bits is 5; GPTQ has 2, 3, 4, 8"),
         ({"bits": "4"}, "bits is '4'"),
     ],

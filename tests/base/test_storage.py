@@ -238,8 +238,8 @@ def test_absurd_layers_are_refused_by_name(base: Path, name: str, layer: Any) ->
 def test_base_json_itself(base: Path) -> None:
     good = (base / "base.json").read_text()
     for text, message in {
-        json.dumps(json.loads(good) | {"format": 1}): "has format 1, but this version reads format 2; quantize again",
-        json.dumps(json.loads(good) | {"format": 99}): "has format 99, but this version reads format 2; update qwlora",
+        json.dumps(json.loads(good) | {"format": 1}): "has format 1, but this version reads format 3; quantize again",
+        json.dumps(json.loads(good) | {"format": 99}): "has format 99, but this version reads format 3; update qwlora",
         json.dumps(json.loads(good) | {"format": None}): "has format None",
         json.dumps(json.loads(good) | {"layers": [], "source": 3}): "does not say source and layers as it should",
         "[]": "holds no JSON object",

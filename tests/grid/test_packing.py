@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qwlora.errors import GridError
-from qwlora.grid.packing import pack, packed_row_bytes, unpack
+from qwlora.grid.packing import pack, packed_row_bytes, planes_of, unpack
 
 from .strategies import thorough
 
@@ -33,13 +33,32 @@ def test_round_trip(case):
     assert torch.equal(unpack(packed, bitwidth, q.shape[-1]), q)
 
 
+def golden(q, bitwidth):
+    """The bytes of a row, plane after plane, bit by bit."""
+    q = np.pad(q, (0, -len(q) % (8 // np.gcd(bitwidth, 8))))
+    found, place = b"", 0
+    for width in planes_of(bitwidth):
+        plane = q >> place & 2**width - 1
+        if width == 1:
+            found += np.packbits(plane).tobytes()
+        else:
+            found += (sum(int(code) << (width * i) for i, code in enumerate(plane))).to_bytes(len(plane) * width // 8, "little")
+        place += width
+    return found
+
+
 @thorough
 @given(codes())
-def test_a_row_is_one_little_endian_bit_stream(case):
+def test_a_row_is_its_planes(case):
     bitwidth, q = case
-    stream = sum(int(code) << (bitwidth * i) for i, code in enumerate(q.flatten()))
-    packed = pack(q.flatten(), bitwidth)
-    assert int.from_bytes(bytes(packed.tolist()), "little") == stream
+    q = q.flatten()
+    assert bytes(pack(q, bitwidth).tolist()) == golden(q.numpy(), bitwidth)
+
+
+@pytest.mark.parametrize("bitwidth", range(1, 9))
+def test_planes_have_all_bits_of_a_code(bitwidth):
+    assert sum(planes_of(bitwidth)) == bitwidth
+    assert planes_of(bitwidth) == sorted(set(planes_of(bitwidth)), reverse=True)
 
 
 @pytest.mark.parametrize("bitwidth", range(1, 9))

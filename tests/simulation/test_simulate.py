@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.grid.graph import Kind
 from qwlora.simulation.capture import capture
+from qwlora.simulation.implementations import visible_implementations
 from qwlora.simulation.rules import Decision
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.storage import load_encodings, save_simulation
 
 
 def inputs(batch: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -45,30 +44,30 @@ def simulations() -> dict[str, tuple[PeftModel, Simulation]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_captured_graph_computes_what_the_model_computes_with_padding_too(architecture: str) -> None:
     model = adapted(architecture)
-    graph = capture(model, inputs()).module(check_guards=False)
+    graph = capture(model, inputs()).program.module(check_guards=False)
     padded = inputs(3, 24, seed=5)
     padded["attention_mask"][0, :10] = 0
-    with torch.no_grad():
-        assert torch.equal(graph(*padded.values()), model(**padded, use_cache=False).logits)
+    with torch.no_grad(), visible_implementations(model):
+        assert torch.equal(graph(*padded.values())[0], model(**padded, use_cache=False).logits)
 
 
 def test_one_row_is_enough_to_capture_from() -> None:
     model = adapted("llama")
-    graph = capture(model, inputs(batch=1)).module(check_guards=False)
+    graph = capture(model, inputs(batch=1)).program.module(check_guards=False)
     batch = inputs(3, 20)
-    with torch.no_grad():
-        assert torch.equal(graph(*batch.values()), model(**batch, use_cache=False).logits)
+    with torch.no_grad(), visible_implementations(model):
+        assert torch.equal(graph(*batch.values())[0], model(**batch, use_cache=False).logits)
 
 
 def test_captured_graph_shares_storage_with_the_model() -> None:
     model = adapted("llama")
-    graph = capture(model, inputs()).module(check_guards=False)
-    with torch.no_grad():
+    graph = capture(model, inputs()).program.module(check_guards=False)
+    with torch.no_grad(), visible_implementations(model):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
         expected = model(**inputs(), use_cache=False).logits
-        assert torch.equal(graph(*inputs().values()), expected)
+        assert torch.equal(graph(*inputs().values())[0], expected)
 
 
 def test_capture_refuses_what_it_cannot_prove() -> None:
@@ -163,20 +162,6 @@ def test_perturbed_logits_differ_a_little(simulations: dict[str, tuple[PeftModel
     perturbed = simulation.perturbed_logits(ids)
     assert 0 < (perturbed - before).abs().max() < 0.01 * before.abs().max()
     assert torch.equal(simulation.logits(ids), before)
-
-
-def test_simulation_comes_back_from_disk(simulations: dict[str, tuple[PeftModel, Simulation]], tmp_path: Path) -> None:
-    model, simulation = simulations["qwen3"]
-    save_simulation(simulation, tmp_path)
-    again = simulate(model, inputs())
-    again.restore(load_encodings(tmp_path))
-    assert torch.equal(again.logits(inputs()["input_ids"]), simulation.logits(inputs()["input_ids"]))
-    other = simulate(adapted("llama"), inputs())
-    with pytest.raises(CalibrationError, match="encodings name values that the graph does not have"):
-        other.restore(load_encodings(tmp_path))
-    (tmp_path / "simulation.json").write_text("{}")
-    with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
-        load_encodings(tmp_path)
 
 
 def test_calibration_says_what_is_missing() -> None:

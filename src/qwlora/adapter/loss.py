@@ -29,11 +29,14 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from qwlora.adapter.cross_entropy import chunked_cross_entropy
+from qwlora.adapter.sliced_cross_entropy import sliced_cross_entropy
 from qwlora.errors import TrainingError
+from qwlora.memory import give_back
 
 CHUNK_LOGITS = 2**23  # numbers in a chunk of logits; a little more than 32 MiB, which glibc's malloc gives back to the system when it is freed
 IGNORED = -100
 _PROBE_TOKENS = 8
+_MANY = 1024  # tokens from which on it is worth the time to give back what malloc keeps, before each part of a step begins
 
 
 class ChunkedLoss:
@@ -75,6 +78,8 @@ class ChunkedLoss:
         return forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["labels"].numel() >= _MANY:
+            give_back()
         with _swapped(self._head, "forward", self._capture), _swapped(self._model, "_loss_function", self._loss):
             self._captured.clear()
             output = self._own_forward(*args, **kwargs)
@@ -106,10 +111,20 @@ class ChunkedLoss:
             raise TrainingError("a batch has no token to learn from: every label in it is -100. Leave such sequences out of the training data")
         if count < len(targets):
             hidden, targets = hidden[kept], targets[kept]
-        tokens = self._chunk_tokens or CHUNK_LOGITS // vocabulary_size(self._model) + 1
-        trained = [p for p in self._head.parameters() if p.requires_grad]
-        total = chunked_cross_entropy(hidden, targets, self._head_path, trained, tokens)
+        with _giving_back(len(targets)):
+            total = self._sum(hidden, targets)
         return total / (count if items is None else items.to(total.device) if isinstance(items, Tensor) else items)
+
+    def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The sum over tokens: by slices of the head's weight where autocast would round all of it for every chunk of tokens, else by chunks."""
+        trained = [p for p in self._head.parameters() if p.requires_grad]
+        kind, head = hidden.device.type, self._head
+        if type(head) is nn.Linear and self._body is None and not trained and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            if head.weight.dtype == torch.float32 != dtype:
+                return sliced_cross_entropy(hidden, targets, head.weight, head.bias, dtype)
+        tokens = self._chunk_tokens or CHUNK_LOGITS // vocabulary_size(self._model) + 1
+        return chunked_cross_entropy(hidden, targets, self._head_path, trained, tokens)
 
     def _head_path(self, hidden: Tensor) -> Tensor:
         logits = self._own_head(hidden)
@@ -225,6 +240,16 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Entries of the vocabulary, as the embedding counts them."""
     return int(getattr(model.get_input_embeddings(), "num_embeddings", None) or model.config.get_text_config().vocab_size)
+
+
+@contextlib.contextmanager
+def _giving_back(tokens: int) -> Iterator[None]:
+    """What malloc kept of the forward pass goes before the loss is computed, and what it kept of the loss before the backward pass."""
+    if tokens >= _MANY:
+        give_back()
+    yield
+    if tokens >= _MANY:
+        give_back()
 
 
 @contextlib.contextmanager

@@ -19,22 +19,24 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
 
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of
-from qwlora.adapter.loss import causal_model, chunk_loss_, vocabulary_size
-from qwlora.adapter.provenance import WEIGHTS, write_adapter
+from qwlora.adapter.loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
+from qwlora.adapter.provenance import WEIGHTS
 from qwlora.adapter.recovery import Recovery
-from qwlora.adapter.shard import gather_, is_sharded, prepare_sharding_, switch_on_, whole_adapter
-from qwlora.adapter.watch import Watch, first_gradient_not_finite, first_output_not_finite, losses_of
+from qwlora.adapter.shard import gather_, prepare_sharding_
+from qwlora.adapter.through import RangesCallback, Through, TrainedThrough, load_ranges_
+from qwlora.adapter.trainer import AdapterTrainer
+from qwlora.adapter.watch import Watch, losses_of
 from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.grid.sequences import as_sequences
 from qwlora.progress import Track, untracked
@@ -60,6 +62,7 @@ class TrainingSettings:
     evaluation_steps: int | None = None
     patience: int | None = None
     report_to: tuple[str, ...] = ()
+    range_learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,69 +93,6 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"stopped after step {step}")
 
 
-class _Trainer(Trainer):
-    """Looks at every loss and gradient before the step is taken, and writes checkpoints as plain adapters."""
-
-    recovery: Recovery | None = None
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss; while recovering, the distance to the float model besides."""
-        found = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.recovery is None:
-            return found
-        distance = self.recovery.distance(inputs) / (self.args.gradient_accumulation_steps if model.training else 1)
-        return (found[0] + distance, *found[1:]) if isinstance(found, tuple) else found + distance
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.is_fsdp_enabled = switch_on_(self.accelerator)
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[Any]:
-        """Accelerate wraps a model's forward in autocast, but not a sharded one's: there FSDP2's own policy would do, which is off (`shard.py`)."""
-        return self.accelerator.autocast() if is_sharded(self) else contextlib.nullcontext()
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        sharded = is_sharded(self)
-        if not bool(loss.isfinite()):
-            name = None if sharded else self._first_output(inputs)
-            where = f"the output of {name} was the first that is not finite" if name else "every layer's output was finite" if not sharded else ""
-            self._stop(f"the loss is {float(loss)}", where)
-        if not sharded and (name := first_gradient_not_finite(self.accelerator.unwrap_model(self.model))):
-            self._stop("a gradient is not finite", f"from the top of the model, that of {name} was the first")
-        return loss
-
-    def _first_output(self, inputs: dict[str, Any]) -> str | None:
-        model = self.accelerator.unwrap_model(self.model)
-
-        def forward() -> None:
-            with self.compute_loss_context_manager():
-                model(**self._prepare_inputs(inputs))
-
-        return first_output_not_finite(model, forward)
-
-    def _stop(self, what: str, where: str) -> None:
-        raise TrainingError(
-            f"{what} at step {self.state.global_step + 1}{f'; {where}' if where else ''}; {last_good(Path(str(self.args.output_dir)))}. "
-            f"Lower the learning rate (now {self.args.learning_rate:g}), raise warmup_steps, or look at what is trained on"
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A sharded checkpoint holds the whole adapter besides, so that a run that had ended needs no processes to be restored.
-
-        The Trainer asks, on each process, whether the best checkpoint's folder is there, before it would make it; writing here makes it in time.
-        """
-        if is_sharded(self):
-            state = whole_adapter(self.accelerator.unwrap_model(self.model))
-            if self.args.should_save:
-                write_adapter(self.accelerator.unwrap_model(self.model), Path(str(output_dir or self.args.output_dir)), state)
-        super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            write_adapter(self.accelerator.unwrap_model(self.model), Path(str(output_dir or self.args.output_dir)), state_dict)
-
-
 def train_adapter(
     model: PeftModel,
     sequences: Dataset[dict[str, Tensor]] | Tensor,
@@ -162,6 +102,7 @@ def train_adapter(
     held_out: Dataset[dict[str, Tensor]] | Tensor | None = None,
     logs: Path | None = None,
     teacher: PreTrainedModel | None = None,
+    through: Through | None = None,
 ) -> TrainingReport:
     """Train the active adapter of `model`; checkpoints go to `work`, and the last one there is where it goes on from.
 
@@ -170,41 +111,67 @@ def train_adapter(
         held_out: what `evaluation_steps` are evaluated on; the adapter of the best evaluation is kept.
         logs: folder for TensorBoard's files.
         teacher: the float model, for an adapter that recovers it (`recovery.py`).
+        through: what stands for the model while it is trained (`through.py`); it learns its ranges if it has any, at `range_learning_rate`.
 
     Raises:
-        TrainingError: see `check_trainable` and `ChunkedLoss`; the batch cannot be divided among the processes; or the loss is no number, or diverged.
+        TrainingError: see `check_trainable`, `ChunkedLoss` and `TrainedThrough`; the batch cannot be divided among the processes; or the loss is no number, or
+            diverged.
         Interrupted: Ctrl-C; a checkpoint of the last finished step is in `work`.
     """
     trainable = check_trainable(model)
     if settings.evaluation_steps and held_out is None:
         raise TrainingError("evaluation_steps asks for evaluation, but there is no held-out text")
+    ranges = through.ranges if through is not None else None
+    if (ranges is not None) != (settings.range_learning_rate is not None):
+        raise TrainingError("range_learning_rate goes with a graph that learns activation ranges; give both or neither")
     last = last_checkpoint(work)
     if last and (
         final := final_checkpoint(last, settings.steps, settings.patience, settings.evaluation_steps is not None)
     ):  # stopped between the last step and the artifact
+        if ranges is not None:
+            load_ranges_(ranges, final)
         return _restore(model, last, final, settings, trainable)
     arguments = _arguments(settings, work, _world_size())
-    chunked = chunk_loss_(model) if settings.loss == "chunked" else None
+    stand_in = _stand_in(model, through, settings, teacher)
     watch = Watch(track, settings.checkpoint_steps, vocabulary_size(causal_model(model)), lambda: last_good(work))
     early = [EarlyStoppingCallback(settings.patience)] if settings.patience else []
     with _logging_to(logs, settings.report_to):
-        trainer = _Trainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])
+        trainer = AdapterTrainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])
         trainer.remove_callback(PrinterCallback)
         trainer.recovery = Recovery(model, teacher) if teacher is not None else None
+        if through is not None:
+            _take_ranges_(trainer, through, settings)
         trainer._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has
         prepare_sharding_(trainer)
         try:
-            with _interruptible(watch):
+            with _interruptible(watch), disable_input_dtype_casting(model, active=arguments.bf16):  # autocast casts; twice would cost memory
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
-            if chunked:
-                chunked.remove()
+            if stand_in:
+                stand_in.remove()
             if trainer.recovery:
                 trainer.recovery.remove()
     if watch.interrupted:
         raise Interrupted(trainer.state.global_step)
     gather_(trainer)
     return _report(trainer.state, watch, settings, step_of(last) if last else 0, trainable)
+
+
+def _stand_in(model: PeftModel, through: Through | None, settings: TrainingSettings, teacher: PreTrainedModel | None) -> ChunkedLoss | TrainedThrough | None:
+    """What takes the place of the model's forward while it is trained."""
+    if through is None:
+        return chunk_loss_(model) if settings.loss == "chunked" else None
+    asked = {"chunked_loss": settings.loss == "chunked", "gradient_checkpointing": settings.gradient_checkpointing, "recovery": teacher is not None}
+    return TrainedThrough(model, through, _world_size(), **asked, bfloat16=settings.compute == "bfloat16")
+
+
+def _take_ranges_(trainer: AdapterTrainer, through: Through, settings: TrainingSettings) -> None:
+    """Bring what stands for the model to the device that the Trainer has moved the model to, and let its ranges be trained."""
+    through.to(trainer.args.device)
+    trainer.goes_through = True
+    if through.ranges is not None:
+        trainer.ranges, trainer.range_learning_rate = through.ranges, settings.range_learning_rate or 0.0
+        trainer.add_callback(RangesCallback(through.ranges))
 
 
 def check_loggers(report_to: Sequence[str]) -> None:

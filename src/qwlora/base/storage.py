@@ -32,7 +32,7 @@ from qwlora.grid.names import canonical_name
 from qwlora.grid.packed_tensor import narrowest
 from qwlora.grid.scheme import Scheme
 
-FORMAT = 2
+FORMAT = 3
 RECORD = "base.json"
 _FLOATS = ("F32", "BF16", "F16")
 _TYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL", torch.float64: "F64"}

@@ -27,4 +27,4 @@ def export_onnx(graph: QuantizedGraph, folder: str | Path, metadata: Mapping[str
     folder.mkdir(parents=True, exist_ok=True)
     transposed = write_onnx(graph, folder, metadata or {})
     write_encodings(graph, folder / ENCODINGS_FILE, transposed)
-    write_session_options(folder)
+    write_session_options(graph, folder)

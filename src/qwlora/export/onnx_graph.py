@@ -59,7 +59,7 @@ def to_onnx(graph: QuantizedGraph, opset: int) -> Any:
                 optimize=False,
                 verbose=False,
                 input_names=list(graph.inputs),
-                output_names=["logits"],
+                output_names=list(graph.interface.outputs),
             )
     except Exception as error:  # torch.onnx wraps what it meets in several private kinds
         raise ExportError(f"torch.onnx cannot translate the graph: {error}") from error

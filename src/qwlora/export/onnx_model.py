@@ -1,6 +1,7 @@
 """Markers into standard ONNX: integers in the file, QuantizeLinear and DequantizeLinear around them, encoding names as tensor names.
 
     activation `n`     QuantizeLinear -> `n.codes` -> DequantizeLinear -> `n`
+    input `n`          the same, -> `n.dequantized`: the input itself has the name
     weight `n`         initializer `n.codes` (int4, int8, int16; unsigned if asymmetric) -> DequantizeLinear -> `n`
                        float offsets: -> DequantizeLinear without zero point -> `n.scaled` -> Add `n.minimum`, block by block -> `n`
 
@@ -9,7 +10,7 @@ The weight of a Linear layer is stored as the right operand of its MatMul, [in, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def write_onnx(graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str])
     model = to_onnx(graph, OPSET)
     rewriter = _Rewriter(model, graph)
     rewriter.run()
-    _name_dimensions(model)
+    _name_dimensions(model, graph.interface.shapes)
     model.producer_name = "qwlora"
     model.metadata_props.update(metadata)
     ir = _ir()
@@ -62,6 +63,7 @@ class _Rewriter:
 
     def run(self) -> None:
         kinds = {mark.name: mark.kind for mark in self.graph.marks}
+        self.inputs = {value.name for value in self.model.graph.inputs}
         self.initializers: dict[tuple[int, bool], tuple[Any, Any, Any]] = {}
         for node in [n for n in self.model.graph if n.domain == NAMESPACE and n.op_type == MARKER]:
             name = node.attributes["name"].value
@@ -87,7 +89,7 @@ class _Rewriter:
         codes = ir.node("QuantizeLinear", [node.inputs[0], scale, zero_point], name=f"{name}/quantize")
         codes.outputs[0].name = f"{name}.codes"
         values = ir.node("DequantizeLinear", [codes.outputs[0], scale, zero_point], name=f"{name}/dequantize")
-        self._replace(node, [codes, values], name)
+        self._replace(node, [codes, values], activation_tensor(name, self.inputs))
 
     def _weight(self, node: Any, name: str, encoding: Encoding | FloatOffsetEncoding, right_operand: bool) -> None:
         ir = _ir()
@@ -126,7 +128,7 @@ class _Rewriter:
 
     def _weight_initializers(self, value: Any, name: str, encoding: Encoding | FloatOffsetEncoding, transposed: bool) -> tuple[list[Any], dict[str, Any]]:
         """Codes, scale and, for asymmetric grids, zero point; shared among weights that are one tensor in the model."""
-        attributes = _axis_attributes(encoding, transposed)
+        attributes = _axis_attributes(encoding, transposed, len(value.shape))
         key = (id(value), transposed)
         if key not in self.initializers:
             turn = (lambda t: t.T) if transposed else (lambda t: t)
@@ -166,12 +168,13 @@ class _Rewriter:
         if old.is_graph_output():
             identity = ir.node("Identity", [value])
             identity.outputs[0].type, identity.outputs[0].shape = old.type, old.shape
-            index = list(self.model.graph.outputs).index(old)
+            indices = [index for index, output in enumerate(self.model.graph.outputs) if output is old]
             output_name = old.name
             old.name = f"{output_name}.marker"
             identity.outputs[0].name = output_name
             self.model.graph.insert_before(node, identity)
-            self.model.graph.outputs[index] = identity.outputs[0]
+            for index in indices:
+                self.model.graph.outputs[index] = identity.outputs[0]
         ir.convenience.replace_all_uses_with(old, value)
         self.model.graph.remove(node, safe=True)
 
@@ -186,16 +189,21 @@ class _Rewriter:
             raise ExportError(f"encodings without a tensor in the exported graph: {', '.join(missing[:3])}")
 
 
+def activation_tensor(name: str, inputs: Collection[str]) -> str:
+    """The tensor that holds the value of the encoding `name` on its grid."""
+    return f"{name}.dequantized" if name in inputs else name
+
+
 def _is_matrix_transpose(node: Any) -> bool:
     return node.op_type == "Transpose" and list(node.attributes["perm"].value) == [1, 0]
 
 
-def _axis_attributes(encoding: Encoding | FloatOffsetEncoding, transposed: bool) -> dict[str, Any]:
+def _axis_attributes(encoding: Encoding | FloatOffsetEncoding, transposed: bool, ndim: int) -> dict[str, Any]:
     match encoding.scheme.granularity:
         case PerChannel(axis):
             return {"axis": 1 - axis if transposed else axis}
         case PerBlock(size):
-            return {"axis": 0 if transposed else 1, "block_size": size}
+            return {"axis": 0 if transposed else ndim - 1, "block_size": size}
         case _:
             return {}
 
@@ -210,12 +218,11 @@ def _container(encoding: Encoding | FloatOffsetEncoding) -> Any:
     return np.dtype(f"{'int' if signed else 'uint'}{8 if bits <= 8 else 16}")
 
 
-def _name_dimensions(model: Any) -> None:
-    """Call the dynamic axes of inputs and outputs batch and tokens."""
+def _name_dimensions(model: Any, shapes: Mapping[str, tuple[str | int, ...]]) -> None:
+    """Give inputs and outputs the shapes of the captured graph: names for axes of any size."""
     ir = _ir()
     for value in [*model.graph.inputs, *model.graph.outputs]:
-        if value.shape is not None:
-            value.shape = ir.Shape([*("batch", "tokens")[: len(value.shape)], *list(value.shape)[2:]])
+        value.shape = ir.Shape(shapes[value.name])
     for node in model.graph:
         for output in node.outputs:
             if not output.is_graph_output():

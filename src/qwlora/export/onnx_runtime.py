@@ -1,36 +1,47 @@
 """Run an exported ONNX file, whole or layer by layer.
 
-By default ONNX Runtime quantizes to 8 bits, by itself, the activations that meet 4-bit weights. `SESSION_OPTIONS` turn that off; they are written beside
-the file and into its metadata, because without them the file does not compute what was trained.
+By default ONNX Runtime quantizes to 8 bits, by itself, the activations that meet 4-bit weights. `SESSION_OPTIONS` turn that off. Where activations have 8 bits
+it puts integer kernels of its own (QLinearSoftmax, QLinearAdd, QLinearMatMul ...) in the place of what was simulated, which round elsewhere; the option
+in `EIGHT_BIT_OPTIONS` turns that off too, at the price of weights that it unpacks to floats. The options that a file needs are written beside it, because
+without them it does not compute what was trained.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qwlora.errors import ExportError
 from qwlora.export.extras import require
-from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE
+from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
+from qwlora.grid.graph import Kind, QuantizedGraph
 
 SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+EIGHT_BIT_OPTIONS = {"session.disable_quant_qdq": "1"}
 OPTIONS_FILE = "session_options.json"
 LAYERS_FILE = "layers.onnx"
 
 
-def write_session_options(folder: Path) -> None:
-    """Write the options that a faithful session needs, as `add_session_config_entry` takes them."""
-    (folder / OPTIONS_FILE).write_text(json.dumps(SESSION_OPTIONS, indent=1) + "\n")
+def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
+    """Write the options that a faithful session of `graph` needs, as `add_session_config_entry` takes them."""
+    narrow = any(m.kind is Kind.ACTIVATION and graph.encodings[m.name].scheme.bitwidth <= 8 for m in graph.marks)
+    (folder / OPTIONS_FILE).write_text(json.dumps(SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if narrow else {}), indent=1) + "\n")
 
 
-def open_session(path: Path) -> Any:
-    """An ONNX Runtime session on the CPU with `SESSION_OPTIONS`.
+def read_session_options(folder: Path) -> dict[str, str]:
+    """The options beside a file; `SESSION_OPTIONS` where nobody wrote any."""
+    path = folder / OPTIONS_FILE
+    options: dict[str, str] = json.loads(path.read_text()) if path.is_file() else SESSION_OPTIONS
+    return options
+
+
+def open_session(path: Path, session_options: Mapping[str, str]) -> Any:
+    """An ONNX Runtime session on the CPU.
 
     Raises:
         ExportError: ONNX Runtime refuses the file; its own message is kept.
@@ -40,7 +51,7 @@ def open_session(path: Path) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    for key, value in SESSION_OPTIONS.items():
+    for key, value in session_options.items():
         options.add_session_config_entry(key, value)
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -48,16 +59,30 @@ def open_session(path: Path) -> Any:
         raise ExportError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error
 
 
-class OnnxLanguageModel:
-    """Logits of an exported causal language model."""
+class OnnxModel:
+    """An exported model, whatever it takes and returns."""
 
     def __init__(self, folder: Path):
-        self.session = open_session(folder / MODEL_FILE)
+        self.session = open_session(folder / MODEL_FILE, read_session_options(folder))
         self.inputs = [i.name for i in self.session.get_inputs()]
+        self.outputs = [o.name for o in self.session.get_outputs()]
+
+    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every output by name, for all inputs by name.
+
+        Raises:
+            ExportError: an input is missing.
+        """
+        found = self.session.run(None, {name: tensors[name].numpy() for name in _present(self.inputs, tensors)})
+        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, found, strict=True)}
+
+
+class OnnxLanguageModel(OnnxModel):
+    """Logits of an exported causal language model."""
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits of full sequences, [batch, tokens, vocabulary]."""
-        return torch.from_numpy(self.session.run(None, full_sequence_inputs(self.inputs, ids))[0])
+        """Logits of full sequences, [batch, tokens, vocabulary]: every position is attended to."""
+        return self.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["logits"]
 
 
 class OnnxLayers:
@@ -69,21 +94,22 @@ class OnnxLayers:
     def __init__(self, folder: Path, activations: list[str], scratch: Path):
         self.activations = activations
         _cut_at(folder, activations, scratch / LAYERS_FILE)
-        self.session = open_session(scratch / LAYERS_FILE)
+        self.session = open_session(scratch / LAYERS_FILE, read_session_options(folder))
         self.wanted = {i.name for i in self.session.get_inputs()}
 
-    def run(self, values: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
-        """Each layer's own output, given the simulation's `values` at every layer's input."""
-        feeds: dict[str, np.ndarray[Any, Any]] = {n: v.numpy() for n, v in values.items() if n in self.wanted}
-        feeds |= full_sequence_inputs([n for n in self.wanted if n not in feeds], ids)
-        outputs = self.session.run([f"{n}.out" for n in self.activations], feeds)
+    def run(self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each layer's own output, given the simulation's `values` at every layer's input, and the model's inputs by name."""
+        inside = {activation_tensor(name, tensors): value for name, value in values.items()}
+        known = {**tensors, **inside}
+        outputs = self.session.run([f"{n}.out" for n in self.activations], {name: known[name].numpy() for name in _present(self.wanted, known)})
         return {name: torch.from_numpy(o) for name, o in zip(self.activations, outputs, strict=True)}
 
 
-def full_sequence_inputs(names: list[str], ids: Tensor) -> dict[str, np.ndarray[Any, Any]]:
-    """Inputs of a causal language model in which every position is attended to."""
-    known = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
-    return {name: known[name] for name in names}
+def _present(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    names = list(names)
+    if missing := [name for name in names if name not in tensors]:
+        raise ExportError(f"the exported model takes {', '.join(names)}; {missing[0]} was not given")
+    return names
 
 
 def _cut_at(folder: Path, activations: list[str], path: Path) -> None:
@@ -91,11 +117,13 @@ def _cut_at(folder: Path, activations: list[str], path: Path) -> None:
 
     model = ir.load(folder / MODEL_FILE)
     values = {o.name: o for node in model.graph for o in node.outputs}
+    inputs = {value.name for value in model.graph.inputs}
     model.graph.outputs.clear()
     for name in activations:
-        value = values[name]
+        tensor = activation_tensor(name, inputs)
+        value = values[tensor]
         value.name = f"{name}.out"
-        outside = ir.Value(name=name, type=value.type, shape=value.shape)
+        outside = ir.Value(name=tensor, type=value.type, shape=value.shape)
         ir.convenience.replace_all_uses_with(value, outside)
         if outside.uses():
             model.graph.inputs.append(outside)

@@ -6,34 +6,26 @@ floor            the same between two simulations that differ only in what float
                  each other. The share of agreeing tokens is a sample, and so is the file's; the floor is the lower end of the 95 % interval of
                      their difference
 layer by layer   each layer gets the simulation's own input, so nothing accumulates: the difference is in steps of that layer's output grid
+
+This is the proof of a causal language model; `verify_outputs.py` has that of any model.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from qwlora.errors import VerificationError
-from qwlora.export.onnx_runtime import OnnxLanguageModel, OnnxLayers
-from qwlora.grid.graph import Kind, QuantizedGraph
+from qwlora.export.layers import Reference, compare_layers
+from qwlora.export.onnx_runtime import OnnxLanguageModel
 from qwlora.grid.sequences import IGNORED, Sequences, as_sequences
 from qwlora.progress import Track, untracked
-
-
-class Reference(Protocol):
-    """What a file is compared with; `qwlora.simulate` makes one."""
-
-    def logits(self, ids: Tensor) -> Tensor: ...
-    def perturbed_logits(self, ids: Tensor) -> Tensor: ...
-    def values(self, ids: Tensor) -> dict[str, Tensor]: ...
-    def graph(self) -> QuantizedGraph: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ def verify_onnx(
     Where only some tokens are learnt (see `Sequences`), the logits that predict those are compared.
     """
     folder, data = Path(folder), as_sequences(sequences)
-    layer, steps, mean_steps, layers = _compare_layers(folder, reference, next(data.rows())[0][None, :layer_tokens])
+    layers = compare_layers(folder, reference, {"input_ids": next(data.rows())[0][None, :layer_tokens]})
     runtime = OnnxLanguageModel(folder)
     file, floor = _Comparison(), _Comparison()
     nll = {"file": 0.0, "simulation": 0.0}
@@ -127,10 +119,10 @@ def verify_onnx(
         perturbed_max_abs_logit_difference=floor.largest,
         perplexity=math.exp(nll["file"] / predicted),
         simulated_perplexity=math.exp(nll["simulation"] / predicted),
-        worst_layer=layer,
-        worst_layer_steps=steps,
-        worst_layer_mean_steps=mean_steps,
-        layers=layers,
+        worst_layer=layers.worst,
+        worst_layer_steps=layers.steps,
+        worst_layer_mean_steps=layers.mean_steps,
+        layers=layers.count,
         tokens=file.tokens,
     )
 
@@ -154,24 +146,6 @@ def check_parity(parity: Parity, limits: Limits, name: str) -> None:
         broken.append(f"one layer is {parity.worst_layer_mean_steps:.4f} steps off on average (limit {limits.layer_mean_steps:g})")
     if broken:
         raise VerificationError(f"{name}: the exported file does not compute what was simulated\n  " + "\n  ".join(broken))
-
-
-def _compare_layers(folder: Path, reference: Reference, ids: Tensor) -> tuple[str, float, float, int]:
-    """(worst layer, its largest difference, the largest mean difference of any layer, number of layers), in steps."""
-    graph = reference.graph()
-    values = reference.values(ids)
-    activations = [mark.name for mark in graph.marks if mark.kind is Kind.ACTIVATION]
-    if not activations:  # weights alone are quantized
-        return "", 0.0, 0.0, 0
-    with tempfile.TemporaryDirectory() as scratch:
-        outputs = OnnxLayers(folder, activations, Path(scratch)).run(values, ids)
-    worst, largest, largest_mean = "", -1.0, 0.0
-    for name in activations:
-        steps = (outputs[name] - values[name]).abs() / graph.encodings[name].scale
-        if float(steps.max()) > largest:
-            worst, largest = name, float(steps.max())
-        largest_mean = max(largest_mean, float(steps.mean()))
-    return worst, largest, largest_mean, len(activations)
 
 
 def _nll(logits: Tensor, labels: Tensor) -> float:

@@ -49,6 +49,25 @@ def fingerprint(model: nn.Module) -> str:
     return kept[1] if kept is not None and kept[0] == found else found
 
 
+def adapter_fingerprint(model: nn.Module) -> str | None:
+    """SHA-256 over the active adapters of `model`: each weight under its name without the adapter's own, and the factor of each branch. None without one."""
+    if not hasattr(model, "peft_config"):
+        return None
+    active = getattr(model, "active_adapters", None)
+    names = set(active() if callable(active) else active or ())
+    digests = {
+        canonical_name(path): tensor_digest(canonical_name(path), "", p)
+        for path, p in model.named_parameters()
+        if is_adapter_name(path) and names & set(path.split("."))
+    }
+    scaling = {
+        canonical_name(path): {name: factor for name, factor in module.scaling.items() if name in names}
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict)
+    }
+    return combined(digests, {path: sorted(factors.values()) for path, factors in scaling.items()}) if digests else None
+
+
 def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
     """Let `model`, whose tensors now hash to `now`, go by `identity`: its fingerprint before its float remainder was cast. Any later change ends that."""
     model.__dict__[_KEPT] = (now, identity)

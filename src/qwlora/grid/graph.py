@@ -38,13 +38,42 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Interface:
+    """What goes into a captured graph and what comes out of it: tensors with names, in the graph's order.
+
+    Args:
+        inputs: names; those inside nested arguments are paths, `added_cond_kwargs.time_ids`.
+        outputs: likewise, of the tensors in the model's result.
+        primary: the output that is compared first: `logits` if there is one, else the first that is floating point.
+        shapes: of every input and output; an axis that may have any size has a name (`batch`, `tokens`, `sample.2`), one that the model fixes its number.
+        cached: the inputs that are keys and values of earlier tokens. They come from this graph's outputs (`present`), and lie on those grids already.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    primary: str
+    shapes: Mapping[str, tuple[str | int, ...]]
+    cached: frozenset[str] = frozenset()
+
+    @property
+    def fixed(self) -> dict[str, dict[int, int]]:
+        """Of every input, the axes whose size the graph holds as a constant."""
+        return {name: {axis: size for axis, size in enumerate(self.shapes[name]) if isinstance(size, int)} for name in self.inputs}
+
+
+@dataclass(frozen=True)
 class QuantizedGraph:
     """A captured program in which every mark has an encoding; that of a base weight may have float offsets."""
 
     program: ExportedProgram
-    inputs: tuple[str, ...]
+    interface: Interface
     marks: tuple[Mark, ...]
     encodings: Mapping[str, Encoding | FloatOffsetEncoding]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs."""
+        return self.interface.inputs
 
 
 def insert_after(node: Node, make: Callable[[Node], Node], place: Node | None = None) -> Node:

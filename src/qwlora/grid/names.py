@@ -5,9 +5,13 @@ use the name without all that:
 
     base_model.model.model.layers.0.mlp.up_proj.base_layer.weight     -> model.layers.0.mlp.up_proj.weight
     base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight  -> model.layers.0.mlp.up_proj.lora_A.weight
+
+Of two adapters that PEFT wraps around one module, for two parameters of it, the inner one keeps `base_layer` in its name.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 _WRAPPERS = ("base_layer", "original_module")
 
@@ -19,11 +23,11 @@ def canonical_name(path: str) -> str:
         parts = parts[2:]
     kept: list[str] = []
     behind_adapter = False
-    for part in parts:
+    for part, following in pairwise([*parts, ""]):
         if behind_adapter:
             behind_adapter = False
             continue
-        if part not in _WRAPPERS:
+        if part not in _WRAPPERS or following.startswith("lora_"):
             kept.append(part)
         behind_adapter = part.startswith("lora_")
     return ".".join(kept)

@@ -40,7 +40,7 @@ def least_error_grid(seen: Distribution, low: Float[Tensor, " groups"], high: Fl
         groups = slice(first, first + at_once)
         found.append(_search(seen.points(groups, low[groups], high[groups]), low[groups].double(), high[groups].double(), scheme, gamma))
     scales, offsets = (torch.cat(numbers) for numbers in zip(*found, strict=True))
-    return scales.float(), offsets.int()
+    return scales, offsets
 
 
 def least_error_of_points(points: Points, low: Float[Tensor, " groups"], high: Float[Tensor, " groups"], scheme: Scheme, gamma: float) -> Found:
@@ -52,6 +52,7 @@ def least_error_of_points(points: Points, low: Float[Tensor, " groups"], high: F
     """
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
     smallest = min(torch.finfo(torch.float32).eps, 0.01 / scheme.steps)
+    narrow = (high - low) / scheme.steps < smallest
     scale, offset = _symmetric_net(low, high, scheme) if scheme.symmetric else _asymmetric_net(low, high, scheme)
     judge = _modelled_errors if scheme.steps > _FEW_STEPS else _weighted_errors
     for spread in (0.01 if scheme.symmetric else 1 / 16, None):
@@ -60,7 +61,14 @@ def least_error_of_points(points: Points, low: Float[Tensor, " groups"], high: F
         scale, offset = scale.gather(1, best), offset.gather(1, best)
         if spread is not None:
             scale, offset = _around(scale, offset, spread, scheme)
-    return scale.squeeze(1).float(), offset.squeeze(1).int()
+    return _unless_narrow(narrow, smallest, low, scale.squeeze(1), offset.squeeze(1), scheme)
+
+
+def _unless_narrow(narrow: Tensor, smallest: float, low: Tensor, scale: Tensor, offset: Tensor, scheme: Scheme) -> Found:
+    """What was found, but for ranges that are as good as zero: `encoding_from_range` says the same of them."""
+    if not scheme.symmetric:
+        offset = torch.where(narrow, torch.round(low / smallest), offset)
+    return torch.where(narrow, smallest, scale).float(), offset.int()
 
 
 def _modelled_errors(points: Points, scale: Grids, offset: Grids, steps: int, gamma: float) -> Grids:
@@ -81,7 +89,7 @@ def _weighted_errors(points: Points, scale: Grids, offset: Grids, steps: int, ga
 def _search(points: Points, low: Tensor, high: Tensor, scheme: Scheme, gamma: float) -> Found:
     low, high = low.clamp(max=0), high.clamp(min=0)
     smallest = min(torch.finfo(torch.float32).eps, 0.01 / scheme.steps)
-    narrow = (high - low) / scheme.steps < smallest  # as good as zero: `encoding_from_range` says the same
+    narrow = (high - low) / scheme.steps < smallest
     scale, offset = _symmetric_net(low, high, scheme) if scheme.symmetric else _asymmetric_net(low, high, scheme)
     spreads = [finer * (0.01 if scheme.symmetric else 1 / 16) for finer in _FINER]
     for spread in (*spreads, None):
@@ -91,10 +99,7 @@ def _search(points: Points, low: Tensor, high: Tensor, scheme: Scheme, gamma: fl
         scale, offset = scale.gather(1, best), offset.gather(1, best)
         if spread is not None:
             scale, offset = _around(scale, offset, spread, scheme)
-    scale, offset = scale.squeeze(1), offset.squeeze(1)
-    if not scheme.symmetric:
-        offset = torch.where(narrow, torch.round(low / smallest), offset)
-    return torch.where(narrow, smallest, scale), offset
+    return _unless_narrow(narrow, smallest, low, scale.squeeze(1), offset.squeeze(1), scheme)
 
 
 def _symmetric_net(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Grids, Grids]:

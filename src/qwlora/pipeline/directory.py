@@ -2,7 +2,8 @@
 
     DIR/recipe.yaml            the recipe, resolved
     DIR/base/                  the frozen base
-    DIR/adapters/NAME/         a PEFT adapter
+    DIR/base_simulation/       encodings of the base's activations (workflow qwa-lora)
+    DIR/adapters/NAME/         a PEFT adapter; with learned activation ranges beside it, if it has any
     DIR/simulation/NAME/       encodings and placement
     DIR/export/TARGET/NAME/    files for a runtime
     DIR/results.json           what was measured (see docs/results.md)

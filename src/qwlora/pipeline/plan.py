@@ -17,7 +17,8 @@ from qwlora.base.source import locate
 from qwlora.data import Documents
 from qwlora.recipe import Recipe
 
-VERBS = ("quantize", "train", "calibrate", "export", "verify", "evaluate")
+SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
+VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,24 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     encodings = hashlib.sha256(Path(recipe.model.encodings).read_bytes()).hexdigest() if recipe.model.encodings else None
     add("quantize", [model, encodings, recipe.base.model_dump(), follows, needs_moments(recipe)], artifact="base")
     add("evaluate/base", held_out, ("quantize",))
+    ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]
+    through = ("calibrate-base",) if recipe.workflow == "qwa-lora" else ()
+    if through:
+        add("calibrate-base", ranges, ("quantize",), artifact="base_simulation")
     for adapter in recipe.adapters:
         trains = adapter.model_dump(exclude={"checkpoint_steps", "report_to"})  # neither changes the adapter
         first = recipe.start_of(adapter)
         learns = [text, held_out if adapter.evaluation_steps else None, _start_stamps(None if first else adapter.start)]
         needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
-        add(f"train/{adapter.name}", [trains, learns, recipe.seed], needs, adapter.name, f"adapters/{adapter.name}")
+        add(f"train/{adapter.name}", [trains, learns, recipe.seed], (*needs, *through), adapter.name, f"adapters/{adapter.name}")
+    shares = recipe.simulation.base_activations != "all"
+    if shares:
+        add("calibrate", ranges, tuple(f"train/{adapter.name}" for adapter in recipe.adapters), artifact=SHARED)
     for adapter in recipe.adapters:
         n = adapter.name
-        ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]
         add(f"evaluate/adapted/{n}", held_out, (f"train/{n}",), n)
-        add(f"calibrate/{n}", ranges, (f"train/{n}",), n, f"simulation/{n}")
+        measures = [ranges, held_out] if shares else ranges  # what sharing costs is measured on held-out text
+        add(f"calibrate/{n}", measures, (f"train/{n}", "calibrate") if shares else (f"train/{n}",), n, f"simulation/{n}")
         add(f"evaluate/simulated/{n}", held_out, (f"calibrate/{n}",), n)
         for target in recipe.export.targets:
             add(f"export/{target}/{n}", [], (f"calibrate/{n}",), n, f"export/{target}/{n}")

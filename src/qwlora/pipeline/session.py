@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qwlora.adapter.provenance import load_adapter
+from qwlora.adapter.equalize import equalize_adapter_
+from qwlora.adapter.provenance import check_adapter, load_adapter
 from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.readers.open_checkpoint import open_checkpoint
 from qwlora.base.source import load_model, load_tokenizer, locate
 from qwlora.base.storage import load_base, read_record
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.errors import SourceError
+from qwlora.grid.moment import Moments
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.sequences import Sequences
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
-from qwlora.simulation.storage import load_encodings
+from qwlora.simulation.storage import load_activations, load_encodings, restore
+from qwlora.simulation.training import TrainingGraph, with_scales
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+MOMENTS = "moments"  # of the inputs of the base's layers, beside it
+
+
+BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
+SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it
 
 
 class Session:
@@ -37,6 +48,7 @@ class Session:
         self.recipe, self.documents, self.path, self.track = recipe, documents, path, track
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
+        self.equalization: dict[str, Any] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -113,22 +125,51 @@ class Session:
             adapter_weights=section.adapter_weights.scheme(),
             quantize_residual_adds=section.residual_adds == "quantize",
             policy=section.policy,
-            rules=section.placement_rules(),
+            rules=tuple(section.placement_rules()),
             observer=section.estimator(),
             symmetric_matmul_second_input=section.symmetric_matmul_second_input,
         )
 
+    @property
+    def example_inputs(self) -> dict[str, Tensor]:
+        """What a graph is captured with."""
+        ids = self.data.calibration_ids[:1, :16].repeat(2, 1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def equalized(self, *names: str) -> PeftModel:
+        """A fresh copy of the base with trained adapters in factors for their grid; the first is active. `equalization` says what was done to the last."""
+        model = self.adapted(names[0])
+        for number, name in enumerate(names[1:], 1):
+            folder = self.path / "adapters" / name
+            check_adapter(folder, self.base_fingerprint)
+            model.load_adapter(str(folder), adapter_name=f"{number}")
+        method, schemes = self.recipe.simulation.equalize, self.schemes
+        for adapter in model.peft_config:
+            reports = equalize_adapter_(model, schemes.adapter_weights, method, Moments(self.path / "base" / MOMENTS), schemes.activations, adapter)
+            self.equalization = {path: asdict(report) for path, report in reports.items()}
+        return model.eval()
+
     def new_simulation(self, name: str) -> Simulation:
-        """Capture base and adapter; nothing is calibrated yet. Only one simulation is kept."""
+        """Capture base and adapter; nothing is calibrated yet, but what training through the base's activations fixed. Only one simulation is kept."""
         self._simulation = None
-        example = self.data.calibration_ids[:1, :16].repeat(2, 1)
-        simulation = simulate(self.adapted(name), {"input_ids": example, "attention_mask": torch.ones_like(example)}, self.schemes)
+        simulation = simulate(self.equalized(name), self.example_inputs, self.schemes)
+        if self.recipe.workflow == "qwa-lora":
+            scales = self.path / "adapters" / name / SCALES
+            simulation.take_over(with_scales(load_activations(self.path / BASE_SIMULATION), load_file(scales) if scales.exists() else {}))
         self._simulation = (name, simulation)
         return simulation
+
+    def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
+        """Base and adapter as one graph to train through, the base's activations on the grids that were calibrated."""
+        simulation = simulate(model.eval(), self.example_inputs, self.schemes)
+        return TrainingGraph(simulation, load_activations(self.path / BASE_SIMULATION), learns_ranges)
 
     def simulation(self, name: str) -> Simulation:
         """The calibrated simulation, captured again if it is not in memory."""
         if self._simulation is None or self._simulation[0] != name:
-            self.new_simulation(name).restore(load_encodings(self.path / "simulation" / name))
+            simulation, folder = self.new_simulation(name), self.path / "simulation" / name
+            if self.recipe.simulation.base_activations == "none":  # the adapter's weights lie on grids that their own values do not give
+                simulation.set_adapter_encodings(load_encodings(folder))
+            restore(simulation, folder)
         assert self._simulation is not None
         return self._simulation[1]

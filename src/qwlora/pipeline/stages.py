@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from qwlora.adapter.attach import LoraShape, attach, attach_existing, check_shape, check_start, check_trainable
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.provenance import save_adapter
+from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
 from qwlora.adapter.train import TrainingReport, TrainingSettings, check_loggers, train_adapter
 from qwlora.base.packed import weight_out_in
 from qwlora.base.precomputed import LazyModel, load_precomputed
@@ -34,15 +36,16 @@ from qwlora.export.extras import require
 from qwlora.export.verify import Limits, check_parity, verify_onnx
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.moment import Moments
-from qwlora.pipeline.memory import give_back_soon, peak_rss_bytes, reset_peak_rss
-from qwlora.pipeline.plan import Stage, has_float_model, needs_moments
-from qwlora.pipeline.session import Session
+from qwlora.memory import give_back_soon, peak_rss_bytes, reset_peak_rss
+from qwlora.pipeline.plan import SHARED, Stage, has_float_model, needs_moments
+from qwlora.pipeline.session import MOMENTS, SCALES, Session
 from qwlora.pipeline.workers import is_first_process
 from qwlora.recipe import Adapter, Base
+from qwlora.simulation.adapters import simulate_adapters
 from qwlora.simulation.calibrate import Stillness
-from qwlora.simulation.storage import save_simulation
-
-MOMENTS = "moments"  # of the inputs of the base's layers, beside it
+from qwlora.simulation.sharing import share
+from qwlora.simulation.simulation import simulate
+from qwlora.simulation.storage import load_shared, save_shared, save_simulation
 
 Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]
@@ -62,6 +65,8 @@ def preflight(session: Session, verbs: set[str]) -> None:
     largest = session.data.largest_id()
     if "train" in verbs:
         _check_adapters(session)
+        if session.recipe.workflow == "qwa-lora" and session.data.train.position_ids is not None:
+            raise TrainingError("workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none")
     if "quantize" in verbs:
         model = _unquantized(session)
         embedding: Any = model.get_input_embeddings()
@@ -118,33 +123,44 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
     return {"base": {**asdict(report.size), "bits_per_weight": report.size.bits_per_weight, "fingerprint": identity, "layers": layers}}
 
 
+def calibrate_base(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
+    """Before step 2, in workflow qwa-lora: encodings of the base's activations, which adapters are trained through."""
+    simulation = simulate(session.base(), session.example_inputs, session.schemes)
+    report = simulation.calibrate(**_seen(session), allow_unseen=session.recipe.simulation.unseen == "float")
+    save_simulation(simulation, scratch)
+    return {"base_simulation": {"encodings": len(simulation.encodings), "calibration_tokens": report.tokens}}
+
+
 def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 2: one adapter on the frozen base, whose fingerprint is the same afterwards."""
     adapter = session.adapter(str(stage.adapter))
     base_identity, seed = session.base_fingerprint, session.recipe.seed
-    give_back_soon()
+    give_back_soon(2**22 if adapter.compute == "bfloat16" else 2**23)
     reset_peak_rss()
     base = session.base()
     start = str(session.path / "adapters" / first.name) if (first := session.recipe.start_of(adapter)) else adapter.start
     model = attach(base, _shape(adapter), seed) if start is None else attach_existing(base, start, adapter.unknown_base, seed)
+    initialized: Results = {}
     if adapter.init != "zero":
-        initialized = _initialize(session, model, adapter)
+        model, initialized = _initialize(session, model, adapter)
         reset_peak_rss()
-    else:
-        initialized = {}
     if adapter.steps:
         if session.data.train.position_ids is not None:
             check_isolation(model)
         held_out = session.evaluation if adapter.evaluation_steps else None
         logs = session.path / "logs" / adapter.name
         teacher = session.take_float_model() if adapter.objective == "recovery" else None
-        report = train_adapter(model, session.data.train, _settings(adapter, seed), work, session.track, held_out, logs, teacher)
+        through = session.training_graph(model, adapter.range_learning_rate is not None) if session.recipe.workflow == "qwa-lora" else None
+        report = train_adapter(model, session.data.train, _settings(adapter, seed, through is not None), work, session.track, held_out, logs, teacher, through)
     else:
+        through = None
         report = TrainingReport(0, 0.0, 0, check_trainable(model), ())
     if (after := fingerprint(model)) != base_identity:
         raise FingerprintError(f"training adapter {adapter.name} changed the base: its fingerprint was {base_identity} and is {after}")
     if is_first_process():
         save_adapter(model, scratch, base_identity)
+        if through is not None and (scales := through.scales()):
+            save_file(scales, scratch / SCALES)
     measured = {
         "steps": report.steps,
         "step_seconds": report.step_seconds,
@@ -157,19 +173,25 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     if adapter.evaluation_steps:
         measured |= {"evaluations": [list(e) for e in report.evaluations], "best_step": report.best_step}
     if initialized:
-        measured["init"] = {"method": adapter.init, "layers": initialized}
+        measured["init"] = initialized
     return {"train": {adapter.name: measured}, "data": describe(session.documents, session.data)}
 
 
-def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> Results:
-    """Start the adapter from what quantization lost; returns the errors before and after, by layer."""
+def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> tuple[PeftModel, Results]:
+    """Start the adapter from what quantization lost, its ranks by layer if the recipe has a budget for them; returns the errors before and after, by layer."""
     floats = session.take_float_model()
 
     def weight(path: str) -> Tensor:
         return weight_out_in(floats.get_submodule(path)).detach()
 
-    moments = Moments(session.path / "base" / MOMENTS) if adapter.init == "qera" else None
-    return {path: asdict(report) for path, report in initialize_adapter_(model, adapter.init, weight, moments, track=session.track).items()}
+    moments, found = Moments(session.path / "base" / MOMENTS) if adapter.init == "qera" else None, {}
+    if adapter.rank_budget is not None:
+        budget = RankBudget(adapter.rank_budget, adapter.rank_cap or 4 * adapter.rank)
+        ranks = rank_by_layer(model, budget, weight, moments, track=session.track)
+        model = attach(model.unload(), with_ranks(_shape(adapter), ranks), session.recipe.seed)
+        found["ranks"] = ranks
+    reports = initialize_adapter_(model, adapter.init, weight, moments, track=session.track)
+    return model, {"method": adapter.init, **found, "layers": {path: asdict(report) for path, report in reports.items()}}
 
 
 def _check_adapters(session: Session) -> None:
@@ -189,27 +211,51 @@ def _shape(adapter: Adapter) -> LoraShape:
     return LoraShape(**{f.name: getattr(adapter, f.name) for f in fields(LoraShape)})
 
 
-def _settings(adapter: Adapter, seed: int) -> TrainingSettings:
-    given = {f.name: getattr(adapter, f.name) for f in fields(TrainingSettings) if f.name not in ("seed", "report_to")}
-    return TrainingSettings(**given, seed=seed, report_to=tuple(adapter.report_to))
+def _settings(adapter: Adapter, seed: int, goes_through: bool) -> TrainingSettings:
+    given = {f.name: getattr(adapter, f.name) for f in fields(TrainingSettings) if f.name not in ("seed", "report_to", "loss")}
+    loss = adapter.loss or ("whole" if goes_through else "chunked")
+    return TrainingSettings(**given, seed=seed, report_to=tuple(adapter.report_to), loss=loss)
 
 
 def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 3: encodings of activations and adapter."""
-    name = str(stage.adapter)
-    simulation, section = session.new_simulation(name), session.recipe.simulation
-    batches = [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in session.calibration_ids]
-    stillness = Stillness(section.still_share, section.still_batches) if section.still_share is not None else None
-    report = simulation.calibrate(batches, session.track, section.calibration_tokens, stillness, allow_unseen=section.unseen == "float")
-    save_simulation(simulation, scratch)
-    measured = {
+    if stage.adapter is None:
+        return _calibrate_together(session, scratch)
+    name, section = stage.adapter, session.recipe.simulation
+    simulation = session.new_simulation(name)
+    report = simulation.calibrate(**_seen(session), allow_unseen=section.unseen == "float")
+    measured: Results = {
         "encodings": len(simulation.encodings),
         "calibration_tokens": report.tokens,
         "constants": list(report.constants),
         "unseen": list(report.unseen),
         "stopped_early": report.stopped_early,
+        "equalize": {"method": section.equalize, "layers": session.equalization},
     }
+    if section.base_activations != "all":
+        measured["perplexity_with_own_encodings"] = perplexity(simulation.logits, session.evaluation, "perplexity, own encodings", session.track)
+        share(simulation, load_shared(session.path / SHARED), section.base_activations)
+    save_simulation(simulation, scratch)
     return {"simulation": {name: measured}}
+
+
+def _calibrate_together(session: Session, scratch: Path) -> Results:
+    """Encodings that all adapters share, from what they and the base alone see."""
+    section = session.recipe.simulation
+    model = session.equalized(*(adapter.name for adapter in session.recipe.adapters))
+    simulations = simulate_adapters(model, session.example_inputs, session.schemes, section.base_activations)
+    simulations.observe(**_seen(session))
+    simulations.freeze(allow_unseen=section.unseen == "float")
+    save_shared(simulations.shared, scratch)
+    return {"sharing": {"base_activations": section.base_activations, "encodings": len(simulations.shared), "captures": simulations.captures}}
+
+
+def _seen(session: Session) -> dict[str, Any]:
+    """What calibration sees: arguments of `observe`."""
+    section = session.recipe.simulation
+    batches = [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in session.calibration_ids]
+    stillness = Stillness(section.still_share, section.still_batches) if section.still_share is not None else None
+    return {"batches": batches, "track": session.track, "tokens": section.calibration_tokens, "stillness": stillness}
 
 
 def export(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
@@ -244,6 +290,7 @@ def evaluate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
 
 STAGES: dict[str, StageFunction] = {
     "quantize": quantize,
+    "calibrate-base": calibrate_base,
     "train": train,
     "calibrate": calibrate,
     "export": export,

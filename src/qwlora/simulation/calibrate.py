@@ -139,7 +139,8 @@ class Calibrated(nn.Module):
         finally:
             self._set_mode(Mode.FLOAT)
         for quantizer in self.quantizers.values():
-            quantizer.encoding = None
+            if not quantizer.fixed:
+                quantizer.encoding = None
 
     def freeze(self, allow_unseen: bool = False) -> CalibrationReport:
         """Fix the encodings of what has none, from everything observed, and simulate from now on.
@@ -270,7 +271,7 @@ class Calibrated(nn.Module):
 
     def _set_mode(self, mode: Mode) -> None:
         for quantizer in self.quantizers.values():
-            quantizer.mode = mode
+            quantizer.mode = Mode.SIMULATE if quantizer.fixed and mode is Mode.OBSERVE else mode
 
 
 class _Watch:

@@ -20,7 +20,7 @@ from qwlora.simulation.parameters import parameter_names
 from qwlora.simulation.rules import Fact
 
 
-class Structure:
+class GraphFacts:
     """Facts about the values of one program.
 
     Args:
@@ -143,10 +143,14 @@ def _flows_into(source: Node, target: Node, order: dict[Node, int]) -> bool:
 
 
 def _made_from_alone(program: ExportedProgram, placeholders: set[str], but_for: frozenset[str] = frozenset()) -> set[str]:
-    """Names of the nodes that nothing flows into but `placeholders`, these among them; results of the operators `but_for` are not followed."""
+    """Names of the nodes that no values flow into but those of `placeholders`, these among them; results of the operators `but_for` are not followed.
+
+    The size of a tensor is a number like any other, whatever the tensor holds.
+    """
     found = set(placeholders)
     for node in _calls(program):
-        if operator_of(node) not in but_for and all(n.name in found for n in node.all_input_nodes):
+        computed = operator_of(node) not in but_for and all(n.name in found for n in node.all_input_nodes)
+        if computed or isinstance(node.meta.get("val"), torch.SymInt | int):
             found.add(node.name)
     return found
 

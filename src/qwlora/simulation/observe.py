@@ -1,11 +1,12 @@
 """What a quantizer remembers of the values that passed: the ends of every batch, exactly, the values far out, and a sample of the rest.
 
     ends      float32 [batches, 2], the lowest and the highest value of each batch
-    tails     the lowest and the highest values: of each batch, those of its 64 rows that reach furthest, one a row
+    tails     the lowest and the highest values: the ends of each batch's 64 rows that reach furthest
     sample    up to 16,384 values of all batches, each value having had the same chance
 
-A sample alone misses the few values far out, and ranges are about those. A row is what lies along the last axis; with the ends of all rows, which cost hardly
-more than those of the batch, the tails are as good as known: as far in as `bounds`, where a batch was not looked at further.
+A sample alone misses the few values far out, and ranges are about those. A row is what lies along the last axis. The ends of all rows cost hardly more than
+those of the batch, and beyond the 64th of them, few rows have more than one value. Where some reach more than twice as far, which may have many (the first
+token of a language model), the furthest 8 are looked at whole. So the tails are as good as known, as far in as `bounds`.
 
 A batch costs one pass for ends and tails, and a copy of at most 8,192 values: rows at equal distances, of every channel. Once the sample is full, half of it
 goes, and from later batches half as much is taken. So memory is constant but for eight bytes a batch, and every estimator (`estimate.py`) works on one pass
@@ -27,7 +28,8 @@ from qwlora.errors import CalibrationError
 
 VALUES_A_BATCH = 2**13
 VALUES = 2**14
-TAIL_A_BATCH = 2**6
+ROWS_IN_TAIL, ROWS_LOOKED_AT, VALUES_IN_TAIL = 2**6, 2**3, 2**7  # of a batch
+_FAR_OUT = 2.0
 _MOST_IN_TAIL = 2**11
 # Fractions that fill an interval evenly: where in a stride each batch's rows, and columns, begin.
 _ROW_TURN, _COLUMN_TURN = 0.7548776662466927, 0.5698402909980532
@@ -47,7 +49,9 @@ class SampleObserver:
         self.row_stride = self.column_stride = 0  # 0: not chosen yet
         self._ends = torch.empty(0, 2)
         self._sample: list[Tensor] = []
+        self._sampled_values = 0
         self._tails: list[Tensor] = []  # [2, n]: the low one negated, so that both are the largest of something
+        self._tail_values = 0
         self._bounds: Tensor | None = None
 
     @property
@@ -103,7 +107,7 @@ class SampleObserver:
         self.count += x.numel()
         if self.sampled:
             rows = x if x.ndim > 1 else x.reshape(-1, 1)
-            ends[0], ends[1] = self._take_tails(torch.stack([-rows.amin(-1), rows.amax(-1)]).flatten(1).float())
+            ends[0], ends[1] = self._take_tails(rows, torch.stack([-rows.amin(-1), rows.amax(-1)]).flatten(1))
             self._take(rows)
         else:
             ends[0], ends[1] = x.amin(), x.amax()  # two passes, faster than torch.aminmax
@@ -137,19 +141,32 @@ class SampleObserver:
         made = cls(bool(sampled))
         made._ends, made.batches, made.count = tensors["ends"], len(tensors["ends"]), count
         made.row_stride, made.column_stride, made._sample = row_stride, column_stride, [tensors["sample"]]
+        made._tails, made._bounds = [tensors["tails"]], tensors["bounds"]
+        made._sampled_values, made._tail_values = len(tensors["sample"]), tensors["tails"].shape[1]
         return made
 
-    def _take_tails(self, reach: Float[Tensor, "2 rows"]) -> tuple[Tensor, Tensor]:
-        """Keep the furthest of a batch's rows; returns its lowest and its highest value."""
-        furthest = reach.topk(max(1, min(TAIL_A_BATCH, reach.shape[1] // 2))).values  # of half of the rows at most, so that the bounds never cross
-        self._tails.append(furthest)
-        self._bounds = torch.maximum(self.bounds.to(furthest.device), furthest[:, -1])
+    def _take_tails(self, rows: Tensor, reach: Float[Tensor, "2 rows"]) -> tuple[Tensor, Tensor]:
+        """Keep what lies furthest out, given how far each row reaches to either side; returns the lowest and the highest value."""
+        furthest, where = reach.topk(max(1, min(ROWS_IN_TAIL, reach.shape[1] // 2)))  # of half of the rows at most, so that the bounds never cross
+        bounds = furthest[:, -1]
+        if any(far > _FAR_OUT * bound for far, bound in zip(furthest[:, 0].tolist(), bounds.tolist(), strict=True)):
+            values = rows.reshape(-1, rows.shape[-1]).index_select(0, where[:, :ROWS_LOOKED_AT].flatten()).view(2, -1)
+            values[0].neg_()
+            if values.shape[1] > VALUES_IN_TAIL:
+                values = values.topk(VALUES_IN_TAIL).values
+                bounds = torch.maximum(bounds, values[:, -1])
+            self._tails.append(torch.cat([values, furthest[:, ROWS_LOOKED_AT:]], 1).float())
+        else:
+            self._tails.append(furthest.float())
+        self._tail_values += self._tails[-1].shape[1]
+        self._bounds = bounds.float() if self._bounds is None else torch.maximum(self._bounds, bounds.float())
         self._shorten_tails()
         return -furthest[0, 0], furthest[1, 0]
 
     def _shorten_tails(self) -> None:
-        if sum(t.shape[1] for t in self._tails) > _MOST_IN_TAIL:
-            self._tails = [self.tails.topk(_MOST_IN_TAIL // 2).values]
+        if self._tail_values > _MOST_IN_TAIL:
+            self._tail_values = _MOST_IN_TAIL // 2
+            self._tails = [self.tails.topk(self._tail_values).values]
             self._bounds = torch.maximum(self.bounds, self.tails[:, -1])
 
     def _take(self, rows: Tensor) -> None:
@@ -157,17 +174,12 @@ class SampleObserver:
             self.row_stride, self.column_stride = _strides(rows.shape[-2], rows.numel())
         first_row, first_column = (int(self.batches * turn % 1 * stride) for turn, stride in ((_ROW_TURN, self.row_stride), (_COLUMN_TURN, self.column_stride)))
         self._sample.append(rows[..., first_row :: self.row_stride, first_column :: self.column_stride].flatten().to(torch.float32, copy=True))
-        if self._kept() > VALUES:
+        self._sampled_values += len(self._sample[-1])
+        if self._sampled_values > VALUES:
             self._halve()
 
-    def _kept(self) -> int:
-        return sum(map(len, self._sample))
-
     def _halve(self) -> None:
-        self._thin(self._kept() // 2)
-        self._longer_stride()
-
-    def _longer_stride(self) -> None:
+        self._thin(self._sampled_values // 2)
         if self.row_stride <= self.column_stride:
             self.row_stride *= 2
         else:
@@ -176,10 +188,12 @@ class SampleObserver:
     def _thin(self, keep: int) -> None:
         sample = self.sample
         self._sample = [sample[_any_of(len(sample), keep).to(sample.device)]]
+        self._sampled_values = keep
 
     def _merge_sample(self, other: SampleObserver) -> None:
         device = other.ends.device
         self._tails = [torch.cat([self.tails.to(device), other.tails], 1)]
+        self._tail_values += other._tail_values
         self._bounds = torch.maximum(self.bounds.to(device), other.bounds)
         self._shorten_tails()
         if not self.row_stride:
@@ -189,10 +203,11 @@ class SampleObserver:
         if theirs < ours:
             added = added[_any_of(len(added), round(len(added) * theirs / ours)).to(added.device)]
         elif ours < theirs:
-            self._thin(round(self._kept() * ours / theirs))
+            self._thin(round(self._sampled_values * ours / theirs))
             self.row_stride, self.column_stride = other.row_stride, other.column_stride
         self._sample = [torch.cat([self.sample.to(added.device), added])]
-        while self._kept() > VALUES:
+        self._sampled_values += len(added)
+        while self._sampled_values > VALUES:
             self._halve()
 
 

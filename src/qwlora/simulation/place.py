@@ -23,7 +23,7 @@ from qwlora.grid.graph import Kind, Mark
 from qwlora.grid.names import canonical_name, parameter_name
 from qwlora.simulation.aten import MOVES_DATA, base_name
 from qwlora.simulation.estimator import Estimator
-from qwlora.simulation.facts import Structure, module_of, operator_of
+from qwlora.simulation.facts import GraphFacts, module_of, operator_of
 from qwlora.simulation.parameters import buffer_names
 from qwlora.simulation.rules import Decision, Fact, PlacementRule, Policy, policy
 
@@ -119,7 +119,7 @@ def place(
     chosen = policy(chosen) if isinstance(chosen, str) else chosen
     if quantize_residual_adds:
         chosen = replace(chosen, rules=tuple(rule for rule in chosen.rules if rule.fact is not Fact.RESIDUAL_ADDITION))
-    structure = Structure(program, chosen.one_operation)
+    structure = GraphFacts(program, chosen.one_operation)
     placement = Placement()
     candidates = list(_candidates(program, structure, input_names or {}))
     decider = _Decider(chosen, rules)
@@ -192,7 +192,7 @@ def near_names(pattern: str, names: Sequence[str]) -> str:
     return f"; near are {', '.join(near)}" if near else f"; there are {', '.join(list(dict.fromkeys(names))[:5])} ..."
 
 
-def _candidates(program: ExportedProgram, structure: Structure, input_names: Mapping[str, str]) -> Iterator[_Candidate]:
+def _candidates(program: ExportedProgram, structure: GraphFacts, input_names: Mapping[str, str]) -> Iterator[_Candidate]:
     """Every floating point value that is a parameter, an input, or computed; in order of the graph, numbered."""
     found = []
     buffers, weights = buffer_names(program), set[str]()
@@ -217,7 +217,7 @@ def _candidates(program: ExportedProgram, structure: Structure, input_names: Map
         yield replace(candidate, name=names.get(candidate.node.name, candidate.name))
 
 
-def _outside(node: Node, structure: Structure, input_name: str) -> list[_Candidate]:
+def _outside(node: Node, structure: GraphFacts, input_name: str) -> list[_Candidate]:
     """A parameter, or a floating point input of the user, is a value. A buffer that is no parameter is a constant of the code, and stays."""
     facts = structure.facts(node)
     if (parameter := structure.parameters.get(node.name)) is not None:

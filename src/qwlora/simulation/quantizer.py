@@ -56,6 +56,7 @@ class Quantizer(nn.Module):
         self.mode = Mode.FLOAT
         self.observer = SampleObserver(self.estimator.needs_sample and not self.is_pinned)
         self.encoding: Encoding | None = None
+        self.fixed = False  # whether the encoding came from elsewhere, so that it is not calibrated
         self.seen: Tensor | None = None
         self.keep = False
         self.scheme = scheme

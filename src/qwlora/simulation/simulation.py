@@ -2,7 +2,7 @@
 
     sim = simulate(model, example_inputs)      # capture, place, give the weights their encodings
     sim.calibrate(batches)                     # one pass: activation ranges (`calibrate.py`)
-    sim(input_ids, attention_mask)             # what integer hardware would compute
+    sim(input_ids=ids, attention_mask=mask)    # what integer hardware would compute, in the type that the model returns
 
 Base weights are packed integers in the graph already, and never move. LoRA weights and what step 1 left float get encodings from their own values, at once;
 activations from data, in one pass over float activations.
@@ -11,18 +11,19 @@ activations from data, in one pass over float activations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.fingerprint import adapter_fingerprint
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.graph import Kind, Mark, QuantizedGraph, insert_after
 from qwlora.grid.names import parameter_name
@@ -30,12 +31,19 @@ from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.simulation.aten import MAY_ALIAS, base_name, is_known
 from qwlora.simulation.calibrate import Calibrated
-from qwlora.simulation.capture import capture
+from qwlora.simulation.capture import Captured, capture
+from qwlora.simulation.device import moved_encoding, rewrite_devices_, unshare_moving_
 from qwlora.simulation.estimator import Estimator, as_estimator
 from qwlora.simulation.facts import operator_of
+from qwlora.simulation.perturbed import SumInHalves
 from qwlora.simulation.place import Overrides, Placement, place
 from qwlora.simulation.quantizer import FrozenWeight, Mode, Quantizer
 from qwlora.simulation.rules import PlacementRule, Policy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -55,25 +63,36 @@ class SimulationSchemes:
     parameters: Scheme = Scheme(16, granularity=PerChannel(0))
     quantize_residual_adds: bool = False
     policy: str | Policy = "npu"
-    rules: Sequence[PlacementRule] = ()
+    rules: tuple[PlacementRule, ...] = ()
     observer: str | Estimator = "min-max"
     symmetric_matmul_second_input: bool = False
 
-    def placement(self, program: ExportedProgram) -> Placement:
+    def placement(self, program: ExportedProgram, input_names: Mapping[str, str]) -> Placement:
         """What `place` decides about a program."""
-        return place(program, self.policy, self.rules, self.quantize_residual_adds, self.symmetric_matmul_second_input)
+        return place(program, self.policy, self.rules, self.quantize_residual_adds, self.symmetric_matmul_second_input, input_names)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a simulation was made from."""
+
+    model: nn.Module
+    example_inputs: Mapping[str, Any]
+    schemes: SimulationSchemes
+    adapter_fingerprint: str | None
 
 
 class Simulation(Calibrated):
-    """See the module's text. Call it like the captured model: tensors in the order of `inputs`; returns logits."""
+    """See the module's text. Call it like the captured model: the same arguments by name, or the first of `inputs` by position; the same type of result."""
 
-    def __init__(
-        self, program: ExportedProgram, inputs: tuple[str, ...], schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding | FloatOffsetEncoding]
-    ):
+    origin: Origin  # no submodule: the model is the user's
+
+    def __init__(self, captured: Captured, schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding | FloatOffsetEncoding]):
         super().__init__()
-        self.inputs = inputs
-        self.placement = schemes.placement(program)
-        self.marks: list[Mark] = self.placement.marks
+        self.captured, program = captured, captured.program
+        self.placement = schemes.placement(program, captured.input_names)
+        # what comes from a cache lies on the grid that it left on, and gets no second one
+        self.marks: list[Mark] = [mark for mark in self.placement.marks if mark.name not in captured.interface.cached]
         self.explanation = self.placement.explanation
         if twice := [name for name, count in Counter(m.name for m in self.marks).items() if count > 1]:
             raise CaptureError(f"two values would carry the name {twice[0]}; activate one adapter at a time")
@@ -83,9 +102,13 @@ class Simulation(Calibrated):
         self.graph_module: GraphModule = program.module(check_guards=False)
         self._insert(schemes)
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        logits: Tensor = self.graph_module(*tensors)
-        return logits
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, in order."""
+        return self.captured.interface.inputs
+
+    def forward(self, *first: Tensor, **arguments: Any) -> Any:
+        return self.captured.result_of(self.graph_module(*self.captured.bind({**dict(zip(self.inputs, first, strict=False)), **arguments})))
 
     @property
     def encodings(self) -> dict[str, Encoding | FloatOffsetEncoding]:
@@ -103,6 +126,28 @@ class Simulation(Calibrated):
     def encoding_of_weight(self, name: str) -> Encoding | FloatOffsetEncoding:
         """The encoding of a weight, of the base, the adapter or left float; it is known before `calibrate`."""
         return self._base_encodings[name] if name in self._base_encodings else self.weights[name].encoding
+
+    @property
+    def program(self) -> ExportedProgram:
+        """The captured graph, without quantizers."""
+        return self._program
+
+    @property
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """The float weights of the adapter, by name."""
+        return {name: _attribute(self.graph_module, str(node.args[0].target)).detach() for name, node in self._adapter_nodes()}  # type: ignore[union-attr]
+
+    def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
+        """Lay the adapter's weights on grids from elsewhere, in the place of those that their own values give; names that it lacks are not looked at.
+
+        Raises:
+            GridError: a grid does not fit its weight.
+        """
+        weights = self.adapter_weights
+        for name, node in self._adapter_nodes():
+            if name in encodings:
+                self.weights[name] = FrozenWeight(weights[name], encodings[name])
+                self.graph_module.add_submodule(str(node.target), self.weights[name])
 
     def restore(self, encodings: Mapping[str, Encoding | FloatOffsetEncoding]) -> None:
         """Take activation encodings that were calibrated earlier; a value without one was left float by calibration: a mask, or never seen.
@@ -124,41 +169,97 @@ class Simulation(Calibrated):
                 self._drop(name, "left float by the calibration that is restored")
         self._set_mode(Mode.SIMULATE)
 
+    def take_over(self, encodings: Mapping[str, Encoding]) -> None:
+        """Take activation encodings from a simulation of the same base: `calibrate` simulates these values, and observes the others only.
+
+        Raises:
+            CalibrationError: an encoding names no activation of this graph.
+        """
+        if strangers := [name for name in encodings if name not in self.quantizers]:
+            raise CalibrationError(f"encodings name activations that the graph does not have: {', '.join(strangers[:3])}; calibrate the base again")
+        for name, encoding in encodings.items():
+            self.quantizers[name].encoding, self.quantizers[name].fixed = encoding, True
+
+    @property
+    def base_encodings(self) -> Mapping[str, Encoding | FloatOffsetEncoding]:
+        """The encodings of the base's packed weights, which are the base's own."""
+        return self._base_encodings
+
+    def model(self) -> PreTrainedModel:
+        """The simulation with the call signature of the transformers model that it was made from; see `as_model`."""
+        from qwlora.simulation.as_model import as_model
+
+        return as_model(self)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the simulation; `load_simulation` reads it. See `storage`."""
+        from qwlora.simulation.storage import save_simulation
+
+        save_simulation(self, folder)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`to(device)`; the model that the graph was captured from stays where it is."""
+        if fn(torch.empty(0)).dtype != torch.float32:
+            raise CaptureError("the graph computes in the type that it was captured in; cast the model, and simulate it again")
+        unshare_moving_(self.graph_module, fn)
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0)).device
+        rewrite_devices_(self.graph_module, device)
+        for quantizer in self.quantizers.values():
+            if quantizer.encoding is not None:
+                quantizer.encoding = moved_encoding(quantizer.encoding, device)
+        return self
+
     def graph(self) -> QuantizedGraph:
         """What a writer needs."""
-        return QuantizedGraph(self._program, self.inputs, tuple(self.marks), self.encodings)
+        return QuantizedGraph(self._program, self.captured.interface, tuple(self.marks), self.encodings)
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits [batch, tokens, vocabulary] of full sequences, simulated."""
-        with torch.no_grad():
-            return self(*_inputs_for(self.inputs, ids))
+        """The primary output for full sequences of ids [batch, tokens], simulated: logits [batch, tokens, vocabulary] of a causal language model."""
+        return self.outputs({"input_ids": ids})[self.captured.interface.primary]
 
     def perturbed_logits(self, ids: Tensor) -> Tensor:
-        """`logits` by an equally right computation: `x * (1 / scale)` for `x / scale`, and each matrix product summed in two halves.
+        """`logits` by an equally right computation, see `perturbed_outputs`."""
+        return self.perturbed_outputs({"input_ids": ids})[self.captured.interface.primary]
 
-        float32 leaves both open, and runtimes choose differently; how far this lies from `logits` is how far two right files may lie apart.
+    def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Every output by name, simulated."""
+        with torch.no_grad():
+            return self.captured.named(self.graph_module(*self.captured.bind(batch)))
+
+    def primary(self, batch: Mapping[str, Any]) -> Tensor:
+        """The primary output, with gradients where they are enabled."""
+        return self.captured.named(self.graph_module(*self.captured.bind(batch)))[self.captured.interface.primary]
+
+    def perturbed_outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`outputs` by an equally right computation: `x * (1 / scale)` for `x / scale`, and each product summed in two halves.
+
+        float32 leaves both open, and runtimes choose differently; how far this lies from `outputs` is how far two right files may lie apart.
         """
         self._set_mode(Mode.RECIPROCAL)
         try:
             with torch.no_grad():
-                logits: Tensor = _SumInHalves(self.graph_module).run(*_inputs_for(self.inputs, ids))
-                return logits
+                return self.captured.named(SumInHalves(self.graph_module).run(*self.captured.bind(batch)))
         finally:
             self._set_mode(Mode.SIMULATE)
 
-    def values(self, ids: Tensor) -> dict[str, Tensor]:
-        """Every quantized activation of one simulated forward, by name."""
+    def values(self, batch: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
+        """Every quantized activation of one simulated forward, by name; for the model's arguments, or ids of full sequences."""
         for quantizer in self.quantizers.values():
             quantizer.keep = True
         try:
-            self.logits(ids)
+            self.outputs({"input_ids": batch} if isinstance(batch, Tensor) else batch)
             return {name: q.seen for name, q in self.quantizers.items() if q.seen is not None}
         finally:
             for quantizer in self.quantizers.values():
                 quantizer.keep, quantizer.seen = False, None
 
-    def _run(self, batch: Mapping[str, Tensor]) -> None:
-        self(*(batch[name] for name in self.inputs))
+    def bind(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The graph's inputs by name, from the model's arguments."""
+        return dict(zip(self.inputs, self.captured.bind(batch), strict=True))
+
+    def _run(self, batch: Mapping[str, Any]) -> None:
+        self.graph_module(*self.captured.bind(batch))
 
     def _insert(self, schemes: SimulationSchemes) -> None:
         nodes = {node.name: node for node in self.graph_module.graph.nodes}
@@ -195,6 +296,11 @@ class Simulation(Calibrated):
         self._frozen[weight.data_ptr()] = frozen = FrozenWeight(weight, encoding)
         return frozen
 
+    def _adapter_nodes(self) -> list[tuple[str, Node]]:
+        """Name of each adapter weight, and the node that puts it on its grid."""
+        calls = {str(n.target): n for n in self.graph_module.graph.nodes if n.op == "call_module"}
+        return [(m.name, calls[f"quantizer_{m.node}"]) for m in self.marks if m.kind is Kind.ADAPTER]
+
     def _weight_encodings(self) -> dict[str, Encoding]:
         return {name: weight.encoding for name, weight in self.weights.items()}
 
@@ -214,34 +320,25 @@ def _call_module(node: Node, target: str) -> Node:
     return node.graph.call_module(target, (node,))
 
 
-class _SumInHalves(Interpreter):
-    """Runs a graph with every matrix product `sum_k a_k b_k` computed as the sum over the first half of k plus the sum over the second."""
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.ops.aten.linear.default:
-            x, weight, *bias = args
-            half = x.shape[-1] // 2
-            first = nn.functional.linear(x[..., :half], weight[:, :half], *bias)
-            return first + nn.functional.linear(x[..., half:], weight[:, half:])
-        if target is torch.ops.aten.matmul.default:
-            a, b = args
-            half = a.shape[-1] // 2
-            return a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]
-        return super().call_function(target, args, kwargs)
-
-
-def simulate(model: nn.Module, example_inputs: Mapping[str, Tensor], schemes: SimulationSchemes | None = None) -> Simulation:
+def simulate(model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes | None = None) -> Simulation:
     """Capture `model` (a frozen base, with or without an adapter) and place quantizers; see `capture` for the errors.
 
     Args:
-        example_inputs: any inputs of the model's, by name, at least 2 x 2.
+        example_inputs: the model's keyword arguments, nested as the model takes them, with at least two tokens; see `capture`.
     """
-    base_encodings = {
+    schemes = schemes or SimulationSchemes()
+    simulation = Simulation(capture(model, example_inputs), schemes, base_encodings(model))
+    simulation.origin = Origin(model, dict(example_inputs), schemes, adapter_fingerprint(model))
+    return simulation
+
+
+def base_encodings(model: nn.Module) -> dict[str, Encoding | FloatOffsetEncoding]:
+    """The encodings of the packed weights of `model`, by the names of the weights."""
+    return {
         parameter_name(path): encoding
         for path, module in model.named_modules()
         if isinstance(encoding := getattr(module, "encoding", None), Encoding | FloatOffsetEncoding)
     }
-    return Simulation(capture(model, example_inputs), tuple(example_inputs), schemes or SimulationSchemes(), base_encodings)
 
 
 def _same(a: Encoding | FloatOffsetEncoding, b: Encoding | FloatOffsetEncoding) -> bool:
@@ -262,9 +359,3 @@ def _attribute(module: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
     tensor: Tensor = getattr(module.get_submodule(owner), name)
     return tensor
-
-
-def _inputs_for(names: tuple[str, ...], ids: Tensor) -> tuple[Tensor, ...]:
-    """Inputs of a causal language model for full sequences: every position is attended to."""
-    known = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return tuple(known[name] for name in names)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,29 +243,45 @@ def _matches(target: str, layer: str) -> bool:
     return target.startswith("re:") and re.match(target.removeprefix("re:"), layer) is not None
 
 
+def _check_patterns(targets: Sequence[str], where: str) -> None:
+    for target in targets:
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise SourceError(f"{where}: target {target!r} is no regular expression ({error})") from error
+
+
 def _config_groups(settings: Mapping[str, Any], where: str) -> list[tuple[list[str], Weights]]:
     """(targets, weights) of each config group that quantizes weights.
 
     Raises:
         SourceError: a format, strategy or type that has no integers on a grid, or a malformed group.
     """
-    sparsity = settings.get("sparsity_config") or {}
-    if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
+    sparsity = _object(settings, "sparsity_config", where)
+    if sparsity.get("format", "dense") != "dense":
         raise SourceError(f"{where}: sparse weights ({sparsity.get('format')!r}) are not read; save the model dense")
-    if (settings.get("transform_config") or {}).get("config_groups"):
+    if _object(settings, "transform_config", where).get("config_groups"):
         raise SourceError(f"{where}: the model is rotated as it runs (transform_config), which its weights alone do not say; use one without transforms")
     found = []
-    groups = settings.get("config_groups") or {}
-    for label, group in groups.items() if isinstance(groups, Mapping) else ():
+    for label, group in _object(settings, "config_groups", where).items():
         if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list) or not all(isinstance(t, str) for t in group["targets"]):
             raise SourceError(f"{where}: config group {label!r} has no list of targets")
+        _check_patterns(group["targets"], f"{where}: config group {label!r}")
         layout = group.get("format") or settings.get("format") or "pack-quantized"
         if layout not in FORMATS:
             raise SourceError(f"{where}: format {layout!r} holds no integers on a grid, or in another layout; {', '.join(FORMATS[:3])} are read")
-        if group.get("weights"):
-            found.append((group["targets"], _weights(group["weights"], f"{where}, config group {label!r}")))
+        if weights := _object(group, "weights", f"{where}, config group {label!r}"):
+            found.append((group["targets"], _weights(weights, f"{where}, config group {label!r}")))
     if not found:
         raise SourceError(f"{where}: no config group quantizes weights, so there are no integers to read")
+    return found
+
+
+def _object(settings: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """What the settings say under `key`; nothing if they say nothing."""
+    found = settings.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise SourceError(f"{where}: {key} is {str(found)[:80]!r}; an object is needed")
     return found
 
 

@@ -65,7 +65,7 @@ class GptqTensors(LayerFiles):
         layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         if settings.get("is_marlin_format"):
             layout = "marlin"
-        if layout not in VERSIONS:
+        if layout not in tuple(VERSIONS):  # what a file says need not be hashable
             raise SourceError(f"{where}: GPTQ layout {layout!r} is not read; {' and '.join(VERSIONS)} are. Save the checkpoint in one of these with GPT-QModel")
         self.version = VERSIONS[layout]
         self.bitwidth = settings.get("bits")

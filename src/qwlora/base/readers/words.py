@@ -1,10 +1,12 @@
 """What the formats with integers in 32-bit words share: unpacking, and one way into a `QuantizedTensor`.
 
 Codes in words form a little-endian bit stream, code `i` in the bits `[i * bitwidth, (i + 1) * bitwidth)`, also where a code of 3 bits crosses from one word
-into the next. That is the layout of `qwlora.grid.packing`, which unpacks it.
+into the next. For 4 and 2 bits that is the layout of `qwlora.grid.packing` too.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from jaxtyping import Int, UInt8
@@ -12,17 +14,26 @@ from torch import Tensor
 
 from qwlora.errors import GridError, SourceError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.packing import packed_row_bytes, unpack
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, Scheme
 
 
 def unpack_words(words: Int[Tensor, "rows words"], bitwidth: int, count: int) -> UInt8[Tensor, "rows count"]:
-    """The first `count` codes of each row of int32 words."""
-    stream, row_bytes = words.contiguous().view(torch.uint8), packed_row_bytes(count, bitwidth)
-    if stream.shape[-1] < row_bytes:  # a row of `pack` ends with a whole group of codes, one of words need not
-        stream = torch.nn.functional.pad(stream, (0, row_bytes - stream.shape[-1]))
-    return unpack(stream[..., :row_bytes].contiguous(), bitwidth, count)
+    """The first `count` codes, of 1 to 8 bits, of each row of int32 words."""
+    stream = words.contiguous().view(torch.uint8)
+    group, width = 8 // math.gcd(bitwidth, 8), bitwidth // math.gcd(bitwidth, 8)  # the fewest codes that fill whole bytes, and these bytes
+    groups = math.ceil(count / group)
+    if stream.shape[-1] < groups * width:  # a row of words need not end with a whole group
+        stream = torch.nn.functional.pad(stream, (0, groups * width - stream.shape[-1]))
+    fields = stream[..., : groups * width].unflatten(-1, (groups, width))
+    codes = []
+    for place in range(0, group * bitwidth, bitwidth):
+        byte, shift = divmod(place, 8)
+        field = fields[..., byte] >> shift
+        if shift + bitwidth > 8:
+            field = field | fields[..., byte + 1] << (8 - shift)
+        codes.append(field & (2**bitwidth - 1))
+    return torch.stack(codes, -1).flatten(-2)[..., :count]
 
 
 def blocks(in_features: int, count: int, where: str) -> Granularity:

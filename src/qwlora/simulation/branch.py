@@ -1,0 +1,35 @@
+"""Which values of a captured graph are an adapter's own, and which the base's.
+
+An adapter's own is what is computed in the layer that holds its factors, outside the base layer under it:
+
+    base's        base_layer(x), and all that lies between adapted layers
+    adapter's     lora_A(x), lora_B(lora_A(x)), the multiplication by the scaling, the sum with base_layer(x); what DoRA computes; modules saved whole
+
+The base's values depend on the adapters in the layers before them, but a graph without any adapter has them too.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from qwlora.grid.names import is_adapter_name
+
+_FACTOR = re.compile(r"(.*?)\.(?:lora_\w+|modules_to_save)(?:\.|$)")
+
+
+def branch_nodes(program: ExportedProgram) -> set[str]:
+    """Names of the nodes that compute an adapter's own values; none where no adapter is active."""
+    used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    targets = [str(s.target) for s in program.graph_signature.input_specs if s.kind is InputKind.PARAMETER and s.arg.name in used]
+    layers = {found[1] for target in targets if is_adapter_name(target) and (found := _FACTOR.match(target))}
+    own = set()
+    for node in program.graph.nodes:
+        entries = [entry for entry in (node.meta.get("nn_module_stack") or {}).values() if isinstance(entry, tuple)]
+        path = str(entries[-1][0]) if entries else ""
+        factor = _FACTOR.match(path)
+        if node.op == "call_function" and (path in layers or (factor is not None and factor[1] in layers)):
+            own.add(node.name)
+    return own

@@ -1,0 +1,142 @@
+"""Mixed precision under a target: as many activations as possible on a narrow grid, the fewest on a wide one, with the loss within a limit.
+
+    rank        all on the narrow grid; each one's cost by `sensitivity.py`
+    promote     the k dearest go to the wide grid; the least k with `measure() <= limit`, by bisection
+    take back   groups of alike values among the promoted (one name, any layer), the cheapest group first, go back to the narrow grid if the limit still holds
+
+What `measure` says decides; the ranking only orders the search. Bisection takes the measure to fall with k, which it does but for noise, so what is returned is
+what was measured last within the limit, not a proved minimum.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwlora.errors import CalibrationError
+from qwlora.grid.scheme import Scheme
+from qwlora.progress import Track, untracked
+from qwlora.simulation.sensitivity import Loss, Sensitivity, sensitivities
+from qwlora.simulation.simulation import Simulation
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A mixed assignment; the simulation it was found on is left in it.
+
+    Args:
+        wide: names of the activations on the wide grid, in order of the graph.
+        narrow: how many are on the narrow one.
+        measured: what `measure` says of the assignment, and of all-narrow and all-wide.
+        limit: what was asked for.
+        ranking: all activations on the narrow grid, the dearest first.
+    """
+
+    wide: tuple[str, ...]
+    narrow: int
+    measured: float
+    all_narrow: float
+    all_wide: float
+    limit: float
+    ranking: tuple[Sensitivity, ...]
+
+    def rules(self, bitwidth: int) -> list[dict[str, Any]]:
+        """For `simulation.rules` of a recipe: one a wide activation, joined where all layers have one of a kind."""
+        return [{"match": match, "bitwidth": bitwidth} for match in self._matches()]
+
+    def _matches(self) -> list[str]:
+        wide, kinds = set(self.wide), _by_kind([s.name for s in self.ranking])
+        matches = []
+        for kind, names in kinds.items():
+            chosen = [name for name in names if name in wide]
+            matches += [kind] if len(chosen) == len(names) else chosen
+        return matches
+
+
+def suggest(
+    simulation: Simulation,
+    batches: Collection[Mapping[str, Any]],
+    measure: Callable[[], float],
+    limit: float,
+    narrow: Scheme | None = None,
+    wide: Scheme | None = None,
+    loss: Loss | None = None,
+    track: Track = untracked,
+) -> Suggestion:
+    """Find a mixed assignment of `simulation`, which was calibrated, and leave it in it.
+
+    Args:
+        batches: what costs are estimated on, see `sensitivities`.
+        measure: what is held to `limit`, smaller being better: perplexity of the simulation, say. It is called some dozens of times.
+        narrow, wide: 8 and 16 bits, asymmetric, unless given.
+
+    Raises:
+        CalibrationError: the limit does not even hold with everything on the wide grid; the message says what was measured.
+    """
+    search = _Search(simulation, narrow or Scheme(8, symmetric=False), wide or Scheme(16, symmetric=False), measure)
+    all_wide = search.measured(search.names)
+    if not all_wide <= limit:
+        raise CalibrationError(
+            f"with every activation at {search.wide.bitwidth} bits the measure is {all_wide:.5g}, above the limit of {limit:.5g}: no mixture keeps it. "
+            "Give a higher limit, or keep what costs most float (simulation.rules with keep: float)"
+        )
+    all_narrow = search.measured([])
+    ranking = sensitivities(simulation, batches, loss, track)
+    promoted = search.promote([s.name for s in ranking], limit)
+    chosen = search.take_back(promoted, limit, track)
+    measured = search.measured(chosen)
+    kept = set(chosen)
+    wide_names = tuple(name for name in search.names if name in kept)
+    return Suggestion(wide_names, len(search.names) - len(kept), measured, all_narrow, all_wide, limit, tuple(ranking))
+
+
+class _Search:
+    """Assignments of one simulation, and what was measured of them."""
+
+    def __init__(self, simulation: Simulation, narrow: Scheme, wide: Scheme, measure: Callable[[], float]):
+        self.simulation, self.narrow, self.wide, self.measure = simulation, narrow, wide, measure
+        self.names = [name for name, q in simulation.quantizers.items() if not q.is_pinned]
+        self._known: dict[frozenset[str], float] = {}
+
+    def measured(self, wide: Sequence[str]) -> float:
+        """The measure with `wide` on the wide grid and the rest on the narrow one; the simulation is left so."""
+        chosen = frozenset(wide)
+        for name in self.names:
+            quantizer, scheme = self.simulation.quantizers[name], self.wide if name in chosen else self.narrow
+            if quantizer.scheme != scheme:
+                quantizer.scheme = scheme
+        self.simulation.freeze()
+        if chosen not in self._known:
+            self._known[chosen] = self.measure()
+        return self._known[chosen]
+
+    def promote(self, ranked: Sequence[str], limit: float) -> list[str]:
+        """The fewest of the first in `ranked` that keep the limit."""
+        too_few, enough = -1, len(ranked)
+        while enough - too_few > 1:
+            middle = (too_few + enough) // 2
+            if self.measured(ranked[:middle]) <= limit:
+                enough = middle
+            else:
+                too_few = middle
+        return list(ranked[:enough])
+
+    def take_back(self, promoted: list[str], limit: float, track: Track) -> list[str]:
+        """Groups of alike values that need not be wide after all; the last in the ranking are tried first."""
+        groups = list(_by_kind(promoted).values())
+        groups.sort(key=lambda names: -min(promoted.index(name) for name in names))
+        for group in track(groups, "taking back", len(groups)):
+            fewer = [name for name in promoted if name not in set(group)]
+            if self.measured(fewer) <= limit:
+                promoted = fewer
+        return promoted
+
+
+def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
+    """Names that differ in the number of their layer only, by a glob that matches them all."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    return kinds

@@ -1,0 +1,43 @@
+"""One small model that is captured once, for many simulations."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from conftest import tiny_model
+from qwlora import SimulationSchemes, quantize_, simulate
+from qwlora.simulation.capture import capture
+from qwlora.simulation.simulation import Simulation
+
+
+def batch(rows: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 256, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@cache
+def adapted() -> PeftModel:
+    """A packed llama with an adapter on three kinds of layers; one lora_B is zero."""
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32", solver="rtn")
+    torch.manual_seed(1)
+    made = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        made.get_parameter("base_model.model.model.layers.0.self_attn.v_proj.lora_B.default.weight").zero_()
+    return made
+
+
+@cache
+def _captured() -> Any:
+    return capture(adapted(), batch())
+
+
+def simulation(schemes: SimulationSchemes | None = None) -> Simulation:
+    """A simulation of it, not calibrated."""
+    with mock.patch("qwlora.simulation.simulation.capture", return_value=_captured()):
+        return simulate(adapted(), batch(), schemes)

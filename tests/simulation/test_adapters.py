@@ -1,0 +1,285 @@
+"""Several adapters on one base: each alone computes what PEFT computes, and what is shared is one and the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from conftest import ARCHITECTURES, tiny_model
+from qwlora import Scheme, SimulationSchemes, quantize_
+from qwlora.errors import CalibrationError, CaptureError
+from qwlora.export.aimet import write_encodings
+from qwlora.export.bundle import export_onnx
+from qwlora.grid.graph import Kind
+from qwlora.grid.names import is_adapter_name
+from qwlora.grid.observer import encoding_from_range
+from qwlora.simulation.adapters import AdapterSimulations, simulate_adapters
+from qwlora.simulation.adapters import capture as capture_anew
+from qwlora.simulation.branch import branch_nodes
+from qwlora.simulation.sharing import BaseActivations
+from qwlora.simulation.storage import save_simulation
+
+EIGHT_BITS = SimulationSchemes(Scheme(8, symmetric=False))
+
+
+def inputs(batch: int = 2, tokens: int = 12, seed: int = 0) -> dict[str, Tensor]:
+    ids = torch.randint(0, 256, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def shape(rank: int = 4, alpha: float = 8, **given: object) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=alpha, **{"target_modules": "all-linear", "init_lora_weights": False, **given})  # type: ignore[arg-type]
+
+
+def adapted(architecture: str = "llama", **others: LoraConfig) -> PeftModel:
+    """Adapters `first` and, ten times as strong, `second` of one structure; and `others`."""
+    model = tiny_model(architecture)
+    quantize_(model, "w4-block32")
+    torch.manual_seed(1)
+    with_first = get_peft_model(model, shape(), adapter_name="first")
+    for name, config in {"second": shape(), **others}.items():
+        with_first.add_adapter(name, config)
+    with torch.no_grad():
+        for name, parameter in with_first.named_parameters():
+            if "lora_B.second" in name:
+                parameter.mul_(10)
+    return with_first.eval()
+
+
+def peft_logits(model: PeftModel, adapter: str, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        if adapter == "base":
+            with model.disable_adapter():
+                return model(**batch, use_cache=False).logits
+        model.set_adapter(adapter)
+        return model(**batch, use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def model() -> PeftModel:
+    return adapted(wide=shape(6), narrow=shape(target_modules=["v_proj"]), strong=shape(alpha=12))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def captures_once(model: PeftModel) -> Iterator[None]:
+    """A graph of each active adapter of `model` serves all tests."""
+    known: dict[str, ExportedProgram] = {}
+
+    def capture(candidate: PeftModel, example_inputs: dict[str, Tensor]) -> ExportedProgram:
+        if candidate is not model:
+            return capture_anew(candidate, example_inputs)
+        (active,) = candidate.active_adapters
+        return known[active] if active in known else known.setdefault(active, capture_anew(candidate, example_inputs))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwlora.simulation.adapters.capture", capture)
+        yield
+
+
+@pytest.fixture(scope="module")
+def calibrated(model: PeftModel) -> dict[str, AdapterSimulations]:
+    found = {}
+    modes: tuple[BaseActivations, ...] = ("all", "adapter_only", "none")
+    for mode in modes:
+        found[mode] = simulate_adapters(model, inputs(), EIGHT_BITS, mode, ["first", "second"])
+        found[mode].calibrate([inputs(seed=s) for s in range(3)])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "adapters", "captures"), [("llama", ["first", "second", "wide", "narrow", "strong"], 4), ("gpt2", ["first", "second"], 1)]
+)
+def test_each_adapter_alone_computes_what_peft_computes(architecture: str, adapters: list[str], captures: int, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue("model") if architecture == "llama" else adapted(architecture)
+    simulations = simulate_adapters(model, inputs())
+    assert list(simulations) == [*adapters, "base"]
+    assert simulations.captures == captures  # second goes into the graph of first, and base too
+    batch = inputs(3, 20, seed=7)
+    batch["attention_mask"][0, :8] = 0
+    found = {name: simulations[name].program.module(check_guards=False)(*batch.values()) for name in simulations}
+    for name, logits in found.items():
+        assert torch.equal(logits, peft_logits(model, name, batch)), name
+    assert not torch.equal(found["first"], found["second"])
+
+
+def test_where_zeros_are_not_the_base_it_is_captured() -> None:
+    model = get_peft_model(tiny_model("llama"), shape(target_modules=["v_proj"], use_dora=True), adapter_name="first").eval()
+    simulations = simulate_adapters(model, inputs())
+    assert simulations.captures == 2
+    assert not simulations["base"].adapter_weights
+    batch = inputs(3, 20, seed=7)
+    for name in ("first", "base"):
+        assert torch.equal(simulations[name].program.module(check_guards=False)(*batch.values()), peft_logits(model, name, batch))
+
+
+def test_an_inactive_adapter_is_in_no_graph(model: PeftModel, calibrated: dict[str, AdapterSimulations]) -> None:
+    for name, simulation in calibrated["all"].items():
+        program = simulation.program
+        used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+        addresses = {
+            program.state_dict[s.target].data_ptr() for s in program.graph_signature.input_specs if s.arg.name in used and s.target in program.state_dict
+        }
+        owners = {path.split(".")[-2]: p.data_ptr() in addresses for path, p in model.named_parameters() if "lora_" in path}
+        assert owners == {other: other == name for other in model.peft_config}
+
+
+def test_the_model_is_as_it_was(model: PeftModel) -> None:
+    model.set_adapter("second")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    simulate_adapters(model, inputs(), adapters=["first"])
+    assert model.active_adapters == ["second"]
+    assert model.active_adapter == "second"
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert any("second" in name for name in trainable)
+    assert not any("first" in name for name in trainable)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_part_of_a_branch_has_an_encoding_of_its_own(architecture: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue("model") if architecture == "llama" else adapted(architecture)
+    simulation = simulate_adapters(model, inputs(), adapters=["first"])["first"]
+    simulation.calibrate([inputs()])
+    own = branch_nodes(simulation.program)
+    names = {m.name for m in simulation.marks if m.node in own}
+    layers = [name.removesuffix(".lora_A.weight") for name in simulation.adapter_weights if name.endswith("lora_A.weight")]
+    assert len(layers) == sum(name.endswith("lora_A.first.weight") for name, _ in model.named_parameters())
+    parts = ("lora_A.linear", "lora_B.linear", "mul", "add")
+    assert names == {f"{layer}.{part}" for layer in layers for part in parts}
+    encodings = simulation.encodings
+    for layer in layers:
+        weights = [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"]
+        assert len({id(encodings[name]) for name in weights + [f"{layer}.{part}" for part in parts]}) == 6
+
+
+def test_encodings_of_the_base_are_the_same_in_all_adapters(calibrated: dict[str, AdapterSimulations]) -> None:
+    for simulations in calibrated.values():
+        graphs = [simulation.graph() for simulation in simulations.values()]
+        names = [{m.name for m in graph.marks if m.kind in (Kind.BASE, Kind.PARAMETER)} for graph in graphs]
+        assert names[0]
+        assert names[0] == names[1] == names[2]
+        for name in names[0]:
+            assert all(torch.equal(graph.encodings[name].scale, graphs[0].encodings[name].scale) for graph in graphs)
+
+
+@pytest.mark.parametrize("mode", ["all", "adapter_only", "none"])
+def test_what_is_shared_is_byte_for_byte_one_on_disk(calibrated: dict[str, AdapterSimulations], mode: str, tmp_path: Path) -> None:
+    simulations = calibrated[mode]
+    content, entries = {}, {}
+    for name, simulation in simulations.items():
+        (tmp_path / name).mkdir()
+        save_simulation(simulation, tmp_path / name)
+        with safe_open(tmp_path / name / "encodings.safetensors", "pt") as file:
+            content[name] = {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        write_encodings(simulation.graph(), tmp_path / name / "model.encodings")
+        written = json.loads((tmp_path / name / "model.encodings").read_text())
+        entries[name] = {e["name"]: json.dumps(e) for part in ("activation_encodings", "param_encodings") for e in written[part]}
+    for first, second in ((content["first"], content["second"]), (entries["first"], entries["second"])):
+        assert first.keys() == second.keys()
+        differ = {name for name, one in first.items() if one != second[name]}
+        own = {m.name for m in simulations["first"].marks if m.node in branch_nodes(simulations["first"].program)}
+        belong = own | set(simulations["first"].adapter_weights)
+        names = {name.removesuffix(".scale").removesuffix(".offset") for name in differ}
+        if mode == "none":
+            assert not differ
+        elif mode == "adapter_only":
+            assert names <= belong
+            assert {name.rpartition(".")[2] for name in names} == {"linear", "mul", "add", "weight"}
+        else:
+            assert names - belong
+    whole = [(tmp_path / name / "model.encodings").read_bytes() for name in simulations]
+    assert (whole[0] == whole[1] == whole[2]) is (mode == "none")
+
+
+def test_shared_encodings_are_those_of_all_data_together(calibrated: dict[str, AdapterSimulations]) -> None:
+    simulations, alone = calibrated["none"], calibrated["all"]
+    activations = [name for name in simulations.shared if not is_adapter_name(name) or name.endswith("linear")]
+    assert set(activations) == set(simulations["first"].quantizers)
+    for name in activations:
+        seen = [alone[adapter].quantizers[name].observer for adapter in alone]
+        low, high = torch.stack([o.low for o in seen]).amin(0), torch.stack([o.high for o in seen]).amax(0)
+        expected = encoding_from_range(low, high, EIGHT_BITS.activations)
+        assert torch.equal(simulations.shared[name].scale, expected.scale)
+        assert torch.equal(simulations.shared[name].offset, expected.offset)
+    for name, weight in simulations["first"].adapter_weights.items():
+        both = torch.cat([weight, simulations["second"].adapter_weights[name]], 1)
+        scale = both.amax(1).maximum(-both.amin(1) * 127.5 / 128) / 127.5  # never above the joint range's own step
+        assert bool((simulations.shared[name].scale >= scale * 0.999).all())
+
+
+def test_sharing_costs_what_it_costs(model: PeftModel, calibrated: dict[str, AdapterSimulations]) -> None:
+    batch = inputs(seed=1)
+    expected = {name: peft_logits(model, name, batch) for name in ("first", "second", "base")}
+
+    def error(simulations: AdapterSimulations, name: str) -> float:
+        with torch.no_grad():
+            return float((simulations[name](*batch.values()) - expected[name]).square().mean())
+
+    simulations = calibrated["none"]
+    before = {name: simulations[name](*batch.values()) for name in simulations}
+    names = {id(simulation): name for name, simulation in simulations.items()}
+    costs = simulations.cost_of_sharing(lambda simulation: error(simulations, names[id(simulation)]))
+    for name, cost in costs.items():
+        assert cost.own == error(calibrated["all"], name)
+        assert cost.shared == error(simulations, name)
+        assert torch.equal(simulations[name](*batch.values()), before[name])
+    assert costs["base"].shared > costs["base"].own  # it pays for ranges ten times wider than its own
+
+
+def test_each_adapter_may_see_its_own_data(model: PeftModel) -> None:
+    simulations = simulate_adapters(model, inputs(), EIGHT_BITS, "all", ["first", "second"])
+    with pytest.raises(CalibrationError, match="at least one batch"):
+        simulations.observe({"first": [inputs()]})
+    simulations = simulate_adapters(model, inputs(), EIGHT_BITS, "all", ["first", "second"])
+    simulations.calibrate({"first": [inputs(seed=1)], "second": [inputs(seed=2)], "base": [inputs(seed=3)]})
+    alone = simulate_adapters(model, inputs(), EIGHT_BITS, "all", ["second"])
+    alone.calibrate([inputs(seed=2)])
+    for name, encoding in alone["second"].encodings.items():
+        assert torch.equal(simulations["second"].encodings[name].scale, encoding.scale)
+
+
+def test_a_later_adapter_takes_the_encodings_that_are_fixed(model: PeftModel, calibrated: dict[str, AdapterSimulations]) -> None:
+    fixed = calibrated["adapter_only"].shared
+    later = simulate_adapters(model, inputs(), EIGHT_BITS, "adapter_only", ["second"])
+    later.calibrate([inputs(seed=9)], fixed)
+    assert later.shared.keys() == fixed.keys()
+    for name, encoding in fixed.items():
+        assert later["second"].encodings[name] is encoding
+    own = later["second"].quantizers["model.layers.0.self_attn.q_proj.lora_B.linear"].encoding
+    assert own is not None
+    assert not torch.equal(own.scale, calibrated["adapter_only"]["second"].encodings["model.layers.0.self_attn.q_proj.lora_B.linear"].scale)
+    missing = {name: encoding for name, encoding in fixed.items() if "layers.1" not in name}
+    with pytest.raises(CalibrationError, match=r"shared activations have no encoding, model\.layers\.1.* first; observe every adapter"):
+        later.freeze(missing)
+
+
+def test_what_cannot_be_shared_says_why(model: PeftModel) -> None:
+    simulations = simulate_adapters(model, inputs(), base_activations="none", adapters=["first", "wide"])
+    with pytest.raises(CalibrationError, match=r"q_proj\.lora_A\.weight differs among the adapters .* give the adapters one rank, or share less"):
+        simulations.calibrate([inputs()])
+
+
+def test_names_that_cannot_be(model: PeftModel) -> None:
+    with pytest.raises(CaptureError, match="the model has no adapter third; it has first, second, wide"):
+        simulate_adapters(model, inputs(), adapters=["first", "third"])
+    with pytest.raises(CaptureError, match="an adapter is named 'base'"):
+        simulate_adapters(adapted(base=shape()), inputs())
+
+
+def test_an_adapter_that_was_bound_is_exported_with_its_own_weights(calibrated: dict[str, AdapterSimulations], tmp_path: Path) -> None:
+    simulation = calibrated["adapter_only"]["second"]
+    export_onnx(simulation.graph(), tmp_path)
+    initializers = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    for name, weight in simulation.adapter_weights.items():
+        encoding = simulation.encodings[name]
+        codes = encoding.quantize(weight).int().numpy() - 128
+        found = initializers[f"{name}.codes"]
+        assert (found == (codes if found.shape == codes.shape else codes.T)).all()

@@ -1,0 +1,113 @@
+"""The whole job for models of every kind: step 1, adapter, two optimizer steps, capture, calibration, export, ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qwlora import Scheme, SimulationSchemes, export_onnx, quantize_, verify_onnx_outputs
+from qwlora.export.verify_outputs import Difference, OutputLimits, OutputParity, check_output_parity
+from qwlora.grid.graph import Kind
+from qwlora.simulation.capture import Captured, capture
+from qwlora.simulation.implementations import visible_implementations
+from qwlora.simulation.simulation import Simulation, base_encodings
+from simulation.conftest import Table
+from simulation.tiny_architectures import ALL, inputs, make
+
+SEEDS = range(3)
+LIMITS = {16: OutputLimits(), 8: OutputLimits(below_floor=15)}  # at 8 bits one value that falls on the other side of a border is 30 dB of a tiny output
+
+
+def adapted(name: str) -> nn.Module:
+    """A packed model with a LoRA on every linear layer."""
+    model = make(name)
+    report = quantize_(model, "w4-block32")
+    linear = [path.removesuffix(".weight") for path in report.layers]  # where PEFT does not know the model
+    torch.manual_seed(1)
+    targets = "all-linear" if isinstance(model, PreTrainedModel) else linear
+    return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+
+
+def primary(result: Mapping[str, Any]) -> Tensor:
+    return result["logits"] if "logits" in result else next(iter(result.values()))
+
+
+def train(model: nn.Module, name: str) -> None:
+    """Two optimizer steps on the primary output."""
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in learnt]
+    optimizer = torch.optim.AdamW(learnt, lr=1e-3)
+    model.train()
+    for seed in range(2):
+        loss = primary(model(**inputs(name, seed))).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert math.isfinite(float(loss))
+    model.eval()
+    assert sum(not torch.equal(old, new) for old, new in zip(before, learnt, strict=True)) > len(learnt) / 2
+
+
+def simulated(model: nn.Module, captured: Captured, name: str, bitwidth: int) -> tuple[Simulation, float, float]:
+    """(simulation, SQNR of its primary output against the model's, seconds of calibration)."""
+    simulation = Simulation(captured, SimulationSchemes(Scheme(bitwidth, symmetric=False)), base_encodings(model))
+    start = time.perf_counter()
+    simulation.calibrate([inputs(name, seed) for seed in SEEDS])
+    seconds = time.perf_counter() - start
+    difference = Difference()
+    for seed in SEEDS:
+        with torch.no_grad(), visible_implementations(model):
+            expected = primary(model(**inputs(name, seed)))
+        difference.update(simulation.outputs(inputs(name, seed))[captured.interface.primary], expected)
+    return simulation, difference.sqnr, seconds
+
+
+def exported(simulation: Simulation, name: str, bitwidth: int, folder: Path) -> tuple[OutputParity, float]:
+    start = time.perf_counter()
+    export_onnx(simulation.graph(), folder)
+    seconds = time.perf_counter() - start
+    parity = verify_onnx_outputs(folder, simulation, [inputs(name, seed) for seed in range(2)])
+    check_output_parity(parity, LIMITS[bitwidth], name)
+    return parity, seconds
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if tiny.slow else []) for name, tiny in ALL.items()])
+def test_the_whole_job(name: str, table: Table, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries say about their own arguments and optional parts
+        model = adapted(name)
+        train(model, name)
+        start = time.perf_counter()
+        captured = capture(model, inputs(name))
+        row = [_shapes(captured), str(len(captured.program.graph.nodes)), "", f"{time.perf_counter() - start:.1f}"]
+        found = {bitwidth: simulated(model, captured, name, bitwidth) for bitwidth in (16, 8)}
+    simulation = found[16][0]
+    packed = {m for m in simulation.marks if m.kind is Kind.BASE}
+    assert len(packed) == sum(hasattr(m, "packed") for m in model.modules())
+    assert 10 < found[8][1] < found[16][1] - 3
+    assert found[16][1] > 30
+    row[2] = str(len(simulation.encodings))
+    row += [f"{found[16][2]:.1f}", f"{found[16][1]:.1f}", f"{found[8][1]:.1f}"]
+    for bitwidth in (16, 8) if table.wanted else (16,):
+        parity, seconds = exported(found[bitwidth][0], name, bitwidth, tmp_path / str(bitwidth))
+        row += [_decibel(parity.sqnr[parity.primary]), _decibel(parity.floor_sqnr[parity.primary]), f"{parity.worst_layer_steps:.2f}"]
+    table.rows[name] = [*row, f"{seconds:.0f}"]
+
+
+def _decibel(value: float) -> str:
+    return "equal" if math.isinf(value) else f"{value:.0f}"
+
+
+def _shapes(captured: Captured) -> str:
+    shown = (f"{name} [{', '.join(str(size) for size in captured.interface.shapes[name])}]" for name in captured.interface.inputs)
+    return "; ".join(shown)

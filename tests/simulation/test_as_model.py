@@ -1,0 +1,180 @@
+"""The simulation behaves like the transformers model that it was made from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from conftest import ARCHITECTURES, tiny_model
+from qwlora import quantize_, simulate
+from qwlora.errors import CaptureError
+from qwlora.simulation.simulation import Simulation
+
+
+def adapted(architecture: str) -> PeftModel:
+    model = tiny_model(architecture)
+    quantize_(model, "w4-block32")
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+
+
+def batch(rows: int = 2, tokens: int = 12, seed: int = 0, positions: bool = False) -> dict[str, Tensor]:
+    ids = torch.randint(0, 256, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return made | ({"position_ids": torch.arange(tokens).expand(rows, -1)} if positions else {})
+
+
+def calibrated(model: nn.Module, positions: bool = False) -> Simulation:
+    simulation = simulate(model, batch(positions=positions))
+    simulation.calibrate([batch(seed=s, positions=positions) for s in range(3)])
+    return simulation
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def pair(request: pytest.FixtureRequest) -> tuple[Simulation, PreTrainedModel]:
+    simulation = calibrated(adapted(request.param), positions=True)
+    return simulation, simulation.model()
+
+
+def test_calls_give_the_models_own_output_with_simulated_logits(pair: tuple[Simulation, PreTrainedModel]) -> None:
+    simulation, model = pair
+    own = simulation.origin.model.get_base_model()
+    given = batch(3, 9, seed=4)
+    expected = simulation(*batch(3, 9, seed=4, positions=True).values()).logits
+    output = model(**given)
+    assert isinstance(model, type(own))
+    assert type(output) is type(own(**given))
+    assert torch.equal(output.logits, expected)
+    assert torch.equal(model(given["input_ids"]).logits, expected)  # as lm-eval calls it
+    assert torch.equal(model(**given, return_dict=False)[0], expected)
+    assert not model.training
+    assert not output.logits.requires_grad
+
+
+def test_loss_is_cross_entropy_of_the_simulated_logits(pair: tuple[Simulation, PreTrainedModel]) -> None:
+    _, model = pair
+    given = batch(3, 9, seed=4)
+    labels = given["input_ids"].clone()
+    labels[:, :4] = -100
+    output = model(**given, labels=labels)
+    expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(output.loss, expected)
+    summed = model(**given, labels=labels, num_items_in_batch=torch.tensor(10))
+    torch.testing.assert_close(summed.loss, expected * (labels != -100).sum() / 10)
+
+
+def test_generate_is_an_argmax_loop(pair: tuple[Simulation, PreTrainedModel]) -> None:
+    simulation, model = pair
+    ids = batch(2, 5, seed=6)["input_ids"]
+    expected = ids
+    for _ in range(6):
+        positions = torch.arange(expected.shape[1]).expand(len(ids), -1)
+        logits = simulation(expected, torch.ones_like(expected), positions)
+        expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **settings), expected)  # lm-eval asks for a cache
+    assert torch.equal(model.generate(ids[:, :1], **settings)[:, :1], ids[:, :1])
+
+
+def test_left_padding_changes_nothing(pair: tuple[Simulation, PreTrainedModel]) -> None:
+    _, model = pair
+    short, long = batch(1, 6, seed=1)["input_ids"], batch(1, 10, seed=2)["input_ids"]
+    padded = torch.cat([torch.cat([torch.full((1, 4), 257), short], 1), long])
+    mask = (torch.arange(10) >= torch.tensor([[4], [0]])).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(input_ids=padded, attention_mask=mask, position_ids=positions).logits
+    for row, alone in ((0, short), (1, long)):
+        expected = model(input_ids=alone).logits[0]
+        # a value on the edge between two 16-bit steps may fall to either side
+        torch.testing.assert_close(logits[row, -alone.shape[1] :], expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+    together = model.generate(padded, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    for row, alone in ((0, short), (1, long)):
+        assert torch.equal(together[row, -4:], model.generate(alone, max_new_tokens=4, do_sample=False, eos_token_id=-1)[0, -4:])
+
+
+def test_loglikelihoods_over_padded_batches_as_an_evaluation_harness_asks_for_them(pair: tuple[Simulation, PreTrainedModel]) -> None:
+    """Context and continuation, padded on the right, no mask; the logits of the continuation are read."""
+    _, model = pair
+    texts = [batch(1, tokens, seed=tokens)["input_ids"][0] for tokens in (5, 8, 11)]
+    padded = torch.stack([torch.cat([t, torch.full((11 - len(t),), 257)]) for t in texts])
+    together = model(padded).logits.log_softmax(-1)
+    for row, ids in enumerate(texts):
+        alone = model(ids[None]).logits[0].log_softmax(-1)
+        scores = [s[-4:-1].gather(1, ids[-3:, None]).sum() for s in (together[row, : len(ids)], alone)]
+        torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-2)
+
+
+def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
+    simulation = calibrated(adapted("llama"))
+    model, given = simulation.model(), batch()
+    plain = model(**given).logits
+    positions = torch.arange(12)[None]
+    assert torch.equal(model(**given, position_ids=positions).logits, plain)  # says what the graph assumes
+    with pytest.raises(CaptureError, match=r"captured with input_ids, attention_mask and has no input position_ids; put it among the example inputs"):
+        model(**given, position_ids=positions + 1)
+    with pytest.raises(CaptureError, match="has no input token_type_ids"):
+        model(**given, token_type_ids=torch.zeros(2, 12))
+    with pytest.raises(CaptureError, match="has no input nonsense"):
+        model(**given, nonsense=1)
+    for name in ("output_hidden_states", "output_attentions", "use_cache"):
+        with pytest.raises(CaptureError, match=f"{name}: the simulated graph gives logits"):
+            model(**given, **{name: True})
+    with pytest.raises(CaptureError, match="and input_ids is not given"):
+        model(attention_mask=given["attention_mask"])
+    with pytest.raises(CaptureError, match="input_ids: given twice"):
+        model(given["input_ids"], input_ids=given["input_ids"])
+    with pytest.raises(CaptureError, match="is for evaluation"):
+        model.train()
+    with pytest.raises(CaptureError, match="is no checkpoint"):
+        model.save_pretrained("somewhere")
+    with pytest.raises(CaptureError, match="has no input position_ids"):  # padding on the left would give other positions
+        model.generate(given["input_ids"], attention_mask=torch.tensor([[0] * 3 + [1] * 9, [1] * 12]), max_new_tokens=1)
+
+
+def test_positions_of_a_masked_batch_are_asked_for() -> None:
+    model = calibrated(adapted("gpt2"), positions=True).model()
+    given = batch()
+    given["attention_mask"][0, :3] = 0
+    with pytest.raises(CaptureError, match="position_ids, which a masked batch needs, is not given"):
+        model(**given)
+
+
+def test_the_users_model_is_left_alone(pair: tuple[Simulation, PreTrainedModel]) -> None:
+    simulation, model = pair
+    own = simulation.origin.model.get_base_model()
+    assert "forward" not in own.__dict__
+    assert own.config.use_cache is not model.config.use_cache
+    assert "simulation" not in dict(own.named_children())
+    assert set(dict(model.named_children())) == {"simulation"}
+    assert own(**batch(), use_cache=True).past_key_values is not None
+
+
+def test_moves_whole_to_another_device_and_leaves_the_users_model_behind() -> None:
+    user = adapted("llama")
+    before = {name: p.clone() for name, p in user.named_parameters()}
+    model = calibrated(user).model().to("meta")  # where a tensor that stayed behind is an error
+    given = {name: t.to("meta") for name, t in batch(3, 7).items()}
+    output = model(**given)
+    assert output.logits.device.type == "meta"
+    assert output.logits.shape == (3, 7, 260)
+    assert all(torch.equal(p, before[name]) for name, p in user.named_parameters())
+    assert user(**batch()).logits.device.type == "cpu"
+    with pytest.raises(CaptureError, match="computes in the type that it was captured in"):
+        calibrated(adapted("llama")).model().to(torch.bfloat16)
+
+
+def test_only_models_of_transformers_have_such_a_call() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny_model("llama")
+
+        def forward(self, **inputs: Tensor) -> object:
+            return self.inner(**inputs)
+
+    with pytest.raises(CaptureError, match="Wrapped is not a model of transformers"):
+        calibrated(Wrapped().eval()).model()

@@ -1,0 +1,200 @@
+"""Calibration of a captured graph: in two halves, over processes, with other schemes, and what it reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwlora import Estimator, PlacementRule, Scheme, SimulationSchemes
+from qwlora.errors import CalibrationError
+from qwlora.simulation.calibrate import Stillness, tokens_of
+from qwlora.simulation.observe import SampleObserver
+from qwlora.simulation.quantizer import Mode
+from qwlora.simulation.rules import Decision
+from qwlora.simulation.simulation import Simulation
+from simulation.captured import adapted, batch, simulation
+
+BATCHES = [batch(seed=s) for s in range(4)]
+IDS = BATCHES[0]["input_ids"]
+
+
+def encodings(made: Simulation) -> dict[str, tuple[float, int, int]]:
+    found = {name: q.encoding for name, q in made.quantizers.items()}
+    return {name: (float(e.scale), int(e.offset), e.scheme.bitwidth) for name, e in found.items() if e is not None}
+
+
+@pytest.fixture(scope="module")
+def whole() -> Simulation:
+    made = simulation()
+    made.calibrate(BATCHES)
+    return made
+
+
+def test_observing_goes_on_and_freezing_fixes(whole: Simulation) -> None:
+    made = simulation()
+    made.observe(BATCHES[:1])
+    with pytest.raises(CalibrationError, match=r"activations have no encoding yet, .* first; call calibrate, or freeze"):
+        made.graph()
+    made.freeze()
+    early = encodings(made)
+    made.observe(iter(BATCHES[1:]))
+    report = made.freeze()
+    assert encodings(made) == encodings(whole) != early
+    assert (report.tokens, report.batches, report.stopped_early) == (4 * 32, 4, False)
+    assert torch.equal(made.logits(IDS), whole.logits(IDS))
+
+
+@pytest.mark.parametrize("observer", ["min-max", "percentile", "squared-error", "sqnr", "moving-average"])
+def test_every_observer_gives_every_activation_an_encoding(observer: str) -> None:
+    made = simulation(SimulationSchemes(Scheme(8, symmetric=False), observer=Estimator(observer, percentile=99.0, momentum=0.5)))
+    made.calibrate(BATCHES)
+    assert encodings(made).keys() == made.quantizers.keys()
+    for name, quantizer in made.quantizers.items():
+        scale, offset, _ = encodings(made)[name]
+        low, high = float(quantizer.observer.low or 0), float(quantizer.observer.high or 0)
+        if quantizer.is_constant:
+            assert (low, high, offset) == (0, 0, 0)
+            continue
+        assert scale * (offset + 255) <= max(high, 0) + 2 * scale
+        assert scale * offset >= min(low, 0) - 2 * scale
+    up = made.quantizers["model.layers.0.mlp.up_proj.linear"]
+    width = float(up.observer.high or 0) - float(up.observer.low or 0)
+    assert (encodings(made)[up.name][0] * 255 == pytest.approx(width, rel=1e-5)) is (observer == "min-max")
+
+
+def test_the_unit_is_tokens() -> None:
+    made = simulation()
+    report = made.calibrate(BATCHES, tokens=33)
+    assert (report.tokens, report.batches) == (64, 2)
+    padded = batch()
+    padded["attention_mask"][0, :5] = 0
+    assert made.calibrate([padded]).tokens == 64 + 27
+    assert tokens_of({"pixel_values": torch.zeros(3, 2, 8, 8)}) == 3
+    assert tokens_of({"input_ids": torch.zeros(2, 7)}) == 14
+
+
+def test_stops_when_ranges_stand_still() -> None:
+    made = simulation()
+    report = made.calibrate([BATCHES[0]] * 9, stillness=Stillness(share=0.0, batches=2))
+    assert (report.batches, report.stopped_early) == (3, True)
+    growing = simulation()
+    assert not growing.calibrate(BATCHES, stillness=Stillness(share=0.0, batches=1)).stopped_early
+    assert growing.calibrate(BATCHES, stillness=Stillness(share=10.0, batches=1)).stopped_early
+    with pytest.raises(CalibrationError, match="stand still by a share of at least 0 for at least 1 batch, not -1 and 4"):
+        Stillness(-1)
+
+
+def test_processes_share_the_work(whole: Simulation, tmp_path: Path) -> None:
+    first, second, third = simulation(), simulation(), simulation()
+    first.observe(BATCHES[:2])
+    second.observe(BATCHES[2:3])
+    third.observe(BATCHES[3:])
+    save_file(second.observations(), tmp_path / "second.safetensors")
+    first.take_in(load_file(tmp_path / "second.safetensors"))
+    first.merge(third)
+    report = first.freeze()
+    assert encodings(first) == encodings(whole)
+    assert (report.tokens, report.batches) == (128, 4)
+    sampled = [simulation(SimulationSchemes(observer="percentile")) for _ in range(2)]
+    for made, part in zip(sampled, (BATCHES[:3], BATCHES[3:]), strict=True):
+        made.observe(part)
+    sampled[0].merge(sampled[1])
+    sampled[0].freeze()
+    assert encodings(sampled[0]).keys() == sampled[0].quantizers.keys()
+    with pytest.raises(CalibrationError, match=r"lm_head.linear|embed_tokens.embedding: it was observed without a sample"):
+        sampled[0].merge(third)
+    with pytest.raises(CalibrationError, match=r"name values that this graph does not quantize: model.*; they belong to another model or placement"):
+        simulation(SimulationSchemes(policy="matmul-inputs")).merge(third)
+    with pytest.raises(CalibrationError, match="do not say how much was seen"):
+        first.take_in({})
+
+
+def test_another_scheme_needs_no_data() -> None:
+    made, direct = simulation(), simulation(SimulationSchemes(rules=[PlacementRule("*.mlp.*", bitwidth=8, symmetric=True)]))
+    made.calibrate(BATCHES)
+    direct.calibrate(BATCHES)
+    before = encodings(made)
+    changed = made.set_scheme("*.mlp.*", Scheme(8))
+    assert len(changed) == 2 * (2 + 1 + 5 + 1)  # gate, up; the activation; down with its adapter; the product
+    with pytest.raises(CalibrationError, match=r"mlp.*has no encoding; call freeze"):
+        made.logits(IDS)
+    made.freeze()
+    assert encodings(made) == encodings(direct)
+    assert {name for name, e in encodings(made).items() if e != before[name]} == set(changed)
+    with pytest.raises(CalibrationError, match=r"'\*.mpl.up_proj.linear' matches nothing that is quantized; near are model.layers.0"):
+        made.set_scheme("*.mpl.up_proj.linear", Scheme(8))
+
+
+def test_quantizers_can_be_switched_off(whole: Simulation) -> None:
+    with torch.no_grad():
+        plain = adapted()(**BATCHES[0], use_cache=False).logits
+    simulated = whole.logits(IDS)
+    with whole.only():
+        assert torch.equal(whole.logits(IDS), plain)
+    with whole.only("*"):
+        assert torch.equal(whole.logits(IDS), simulated)
+    with whole.only("*.1.mlp.*", "*.lora_?.weight"):
+        on = {name for name, q in whole.quantizers.items() if q.mode is Mode.SIMULATE}
+        assert on == {name for name in whole.quantizers if ".1.mlp." in name}
+        assert {name for name, w in whole.weights.items() if w.mode is Mode.SIMULATE} == {name for name in whole.weights if "lora" in name}
+        some = whole.logits(IDS)
+    assert not torch.equal(some, plain)
+    assert not torch.equal(some, simulated)
+    assert torch.equal(whole.logits(IDS), simulated)
+    with pytest.raises(CalibrationError, match="matches nothing that is quantized"), whole.only("*.nothing"):
+        pass
+
+
+def test_constants_and_what_saw_nothing_are_named(whole: Simulation) -> None:
+    made = simulation()
+    made.observe(BATCHES)
+    name = "model.layers.0.mlp.mul"
+    made.quantizers[name].observer = SampleObserver(False)  # as of an expert that no token chose
+    with pytest.raises(CalibrationError, match=f"1 activations saw no data: {name}; give other batches"):
+        made.freeze()
+    report = made.freeze(allow_unseen=True)
+    assert report.unseen == (name,)
+    assert report.constants == tuple(f"model.layers.0.self_attn.v_proj.{part}" for part in ("lora_B.linear", "mul"))
+    assert name not in made.encodings
+    (placed,) = (p for p in made.explanation if p.name == name)
+    assert (placed.decision, placed.reason) == (Decision.FLOAT, "no data came by in calibration")
+    made.merge(whole)  # which still has it
+    made.freeze()
+    made.quantizers["lm_head.linear"].observer.update(torch.tensor([torch.nan]))
+    made.set_scheme("lm_head.linear", Scheme(8))
+    with pytest.raises(CalibrationError, match=r"lm_head.linear: the observed range is not finite \(nan or infinity"):
+        made.freeze()
+
+
+def test_nothing_observed() -> None:
+    for nothing in ([], iter(())):
+        with pytest.raises(CalibrationError, match="at least one batch"):
+            simulation().calibrate(nothing)
+
+
+def test_masks_lose_their_quantizer() -> None:
+    made = simulation(SimulationSchemes(rules=[PlacementRule("*.self_attn.add_2", force=True, bitwidth=16)]))  # scores and mask
+    name = "model.layers.0.self_attn.add_2"
+    assert name in made.quantizers
+    report = made.calibrate(BATCHES)
+    assert name in report.masks
+    assert name not in made.encodings
+    assert next(p for p in made.explanation if p.name == name).reason == "a mask: values beyond 1e30"
+    assert made.logits(IDS).isfinite().all()
+
+
+def test_writing_in_place_changes_no_bit(whole: Simulation) -> None:
+    expected, in_place = whole.logits(IDS), {name: q.in_place for name, q in whole.quantizers.items()}
+    assert sum(in_place.values()) == len(in_place)
+    values: dict[str, Tensor] = whole.values(IDS)
+    for quantizer in whole.quantizers.values():
+        quantizer.in_place = False
+    assert torch.equal(whole.logits(IDS), expected)
+    found = whole.values(IDS)
+    assert all(torch.equal(found[name], value) for name, value in values.items())
+    for name, quantizer in whole.quantizers.items():
+        quantizer.in_place = in_place[name]

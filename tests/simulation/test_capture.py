@@ -1,0 +1,229 @@
+"""Capture of any arguments and results, and the proof that it can fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from qwlora import quantize_
+from qwlora.errors import CaptureError
+from qwlora.simulation.capture import Captured, capture
+from qwlora.simulation.implementations import visible_implementations
+from qwlora.simulation.simulation import Simulation, SimulationSchemes, base_encodings, simulate
+from simulation.tiny_architectures import inputs, make
+
+
+class Nested(nn.Module):
+    """Arguments and results of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image = nn.Linear(8, 16), nn.Conv2d(3, 4, 2, stride=2)
+
+    def forward(self, sample: Tensor, added: dict[str, Tensor], rest: tuple[Tensor, None, int], scale: float = 1.0) -> dict[str, Any]:
+        image = self.image(sample).flatten(2).mean(-1) * scale
+        text = self.text(added["text"]) + rest[0] * rest[2]
+        return {"count": added["ids"].sum(-1), "sample": image, "parts": (text, None), "logits": text.sum(1) + image.sum(1, keepdim=True)}
+
+
+def nested(batch: int = 2, tokens: int = 5, height: int = 8) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(batch)
+    added = {"text": torch.randn(batch, tokens, 8, generator=g), "ids": torch.randint(0, 9, (batch, tokens), generator=g)}
+    return {"sample": torch.randn(batch, 3, height, 6, generator=g), "added": added, "rest": (torch.randn(16, generator=g), None, 3), "scale": 0.5}
+
+
+def run(captured: Captured, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return captured.program.module(check_guards=False)(*captured.bind(arguments))
+
+
+def test_nested_arguments_and_every_output() -> None:
+    model = Nested().eval()
+    captured = capture(model, nested())
+    interface = captured.interface
+    assert interface.inputs == ("sample", "added.text", "added.ids", "rest.0")
+    assert interface.outputs == ("count", "out_sample", "parts.0", "logits")  # one tensor of a name in a file
+    assert interface.primary == "logits"
+    assert interface.shapes["sample"] == ("batch", 3, "sample.2", "sample.3")
+    assert interface.shapes["added.text"] == ("batch", "added.text.1", 8)
+    assert interface.shapes["added.ids"] == ("batch", "tokens")
+    assert interface.shapes["rest.0"] == (16,)
+    assert interface.shapes["parts.0"][2] == 16
+    assert interface.fixed["rest.0"] == {0: 16}
+    for arguments in (nested(3, 7, 12), nested(1, 2, 4)):
+        with torch.no_grad():
+            expected = model(**arguments)
+        result = captured.result_of(run(captured, arguments))
+        assert result["parts"][1] is None
+        assert all(torch.equal(result[name], expected[name]) for name in ("count", "sample", "logits"))
+        assert torch.equal(result["parts"][0], expected["parts"][0])
+
+
+def test_arguments_that_the_graph_does_not_take_are_refused() -> None:
+    captured = capture(Nested().eval(), nested())
+    with pytest.raises(CaptureError, match=r"input rest\.0 has shape \[15\]; the graph takes \[16\]"):
+        captured.bind({**nested(), "rest": (torch.ones(15), None, 3)})
+    with pytest.raises(CaptureError, match=r"rest\.2: the graph was captured with 3 here and holds it as a constant; to use 4, capture again"):
+        captured.bind({**nested(), "rest": (torch.ones(16), None, 4)})
+    with pytest.raises(CaptureError, match="example inputs hold no tensor with an axis"):
+        capture(Nested().eval(), {"sample": torch.tensor(1.0)})
+
+
+class Steps(nn.Module):
+    """State that changes from call to call, as no graph can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * 1.5 + self.calls
+
+
+class Chain(nn.Module):
+    """Three parts in a row."""
+
+    def __init__(self, middle: nn.Module):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(8, 8), middle, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x)))
+
+
+def test_the_first_module_that_differs_is_named() -> None:
+    with pytest.raises(CaptureError, match=r"output output differs by .* first module whose output differs is middle \(Steps\)\. Look there for randomness"):
+        capture(Chain(Steps()).eval(), {"x": torch.randn(4, 8)})
+    assert capture(Chain(nn.ReLU()).eval(), {"x": torch.randn(4, 8)}).interface.outputs == ("output",)
+
+
+class Branch(nn.Module):
+    """Another computation for long inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[1] > 6 else x + 1
+
+
+class Positions(nn.Module):
+    """As many rows of x as it has, no more and no fewer; at least eight of y."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 4))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if y.shape[1] < 8:
+            raise ValueError("at least eight rows")
+        return x + self.table + y.sum(1, keepdim=True)
+
+
+def test_axes_are_open_where_the_model_allows_it() -> None:
+    branch = capture(Branch().eval(), {"x": torch.randn(2, 12, 4)})
+    assert branch.interface.shapes["x"] == ("batch", "x.1", "x.2")  # proved on the path that was captured, with 11
+    positions = capture(Positions().eval(), {"x": torch.randn(2, 8, 4), "y": torch.randn(2, 9, 4)})
+    assert positions.interface.shapes == {"x": ("batch", 8, 4), "y": ("batch", "y.1", 4), "output": ("batch", 8, 4)}
+
+
+ABOUT_EXPERTS = "ignore:The following (rank|alpha)_pattern keys"  # PEFT about fused experts that it wraps all the same
+
+
+def packed(name: str) -> nn.Module:
+    model = make(name)
+    quantize_(model, "w4-block32")
+    torch.manual_seed(1)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+
+
+@pytest.mark.filterwarnings(ABOUT_EXPERTS)
+def test_capture_leaves_the_model_as_it_was() -> None:
+    model = packed("Qwen3-MoE")
+    config = model.get_base_model().config
+    before = (config._attn_implementation, config._experts_implementation)
+    assert before[0] == "sdpa"
+    assert before[1] != "batched_mm"
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    captured = capture(model, inputs("Qwen3-MoE"))
+    assert (config._attn_implementation, config._experts_implementation) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    operators = [str(node.target) for node in captured.program.graph.nodes if "experts" in str(node.meta.get("nn_module_stack"))]
+    assert sum("bmm" in operator for operator in operators) == 4  # two products in each of two layers
+    assert sum("softmax" in str(node.target) for node in captured.program.graph.nodes) >= 4
+    with pytest.raises(CaptureError, match="at least two tokens"):
+        capture(model, {"input_ids": torch.ones(2, 1, dtype=torch.int64)})
+    assert (config._attn_implementation, config._experts_implementation) == before
+
+
+def test_attended_positions_of_padded_batches_equal_the_users_model() -> None:
+    model = packed("Llama")
+    captured = capture(model, inputs("Llama"))
+    ids = torch.randint(3, 256, (3, 20), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[0, :7], mask[1, :13] = 0, 0
+    logits = captured.named(run(captured, {"input_ids": ids, "attention_mask": mask}))["logits"]
+    with torch.no_grad():
+        users = model(input_ids=ids, attention_mask=mask).logits
+        alone = model(input_ids=ids[1:2, 13:]).logits[0]
+        with visible_implementations(model):
+            assert torch.equal(logits, model(input_ids=ids, attention_mask=mask).logits)
+    attended = mask.bool()
+    torch.testing.assert_close(logits[attended], users[attended], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits[1, 13:], alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(captured.named(run(captured, {"input_ids": ids}))["logits"][1, 13:], alone, atol=1e-3)
+
+
+IDS = torch.randint(3, 256, (2, 14), generator=torch.Generator().manual_seed(7))
+SPLIT = 9
+
+
+def pairs(outputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(outputs[f"present.{layer}.key"], outputs[f"present.{layer}.value"]) for layer in range(2)]
+
+
+@pytest.mark.parametrize("name", ["Llama", pytest.param("GPT-2", marks=pytest.mark.slow), pytest.param("Gemma 3", marks=pytest.mark.slow)])
+def test_prefill_and_decode_are_one_model(name: str) -> None:
+    """The graph with a cache behind the one that makes it: together the full forward, float and simulated, on one set of encodings."""
+    model = packed(name)
+    first, second = IDS[:, :SPLIT], IDS[:, SPLIT:]
+    prefill = capture(model, {"input_ids": first, "attention_mask": torch.ones_like(first), "use_cache": True})
+    made = prefill.named(run(prefill, {"input_ids": first}))
+    follow = {"input_ids": second, "attention_mask": torch.ones_like(IDS), "past_key_values": pairs(made)}
+    decode = capture(model, follow)
+    assert decode.interface.shapes["past_key_values.1.value"][2] == "past"
+    assert decode.interface.cached == {f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")}
+    with torch.no_grad():
+        full = model(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(made["logits"], full[:, :SPLIT], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(decode.named(run(decode, follow))["logits"], full[:, SPLIT:], atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        one_more = decode.named(run(decode, {**follow, "input_ids": second[:, :1], "attention_mask": torch.ones(2, SPLIT + 1, dtype=torch.int64)}))
+    torch.testing.assert_close(one_more["logits"], full[:, SPLIT : SPLIT + 1], atol=1e-5, rtol=1e-4)
+
+    before, after = (Simulation(captured, SimulationSchemes(), base_encodings(model)) for captured in (prefill, decode))
+    before.calibrate([{"input_ids": IDS}])
+    after.restore(before.encodings)
+    assert list(after.encodings) == list(before.encodings)
+    expected = before.outputs({"input_ids": IDS})["logits"]
+    cache = pairs(before.outputs({"input_ids": first}))
+    found = after.outputs({**follow, "past_key_values": cache})
+    assert float((found["logits"] - expected[:, SPLIT:]).abs().max()) < 0.01 * float(expected.abs().max())
+    key = found["present.0.key"]
+    assert torch.equal(key[:, :, :SPLIT], cache[0][0])  # it lay on its grid already
+
+
+def test_a_simulation_is_called_like_its_model() -> None:
+    model = packed("Llama")
+    simulation = simulate(model, inputs("Llama"))
+    simulation.calibrate([inputs("Llama", seed) for seed in range(2)])
+    batch = inputs("Llama")
+    with torch.no_grad():
+        result = simulation(**batch, use_cache=False)
+        assert type(result) is type(model(**batch))
+        assert torch.equal(result.logits, simulation(batch["input_ids"], batch["attention_mask"]).logits)
+        assert torch.equal(simulation(batch["input_ids"]).logits, simulation.logits(batch["input_ids"]))
+    with pytest.raises(CaptureError, match="labels: the graph was captured without this argument"):
+        simulation(**batch, labels=batch["input_ids"])

@@ -1,0 +1,244 @@
+"""Placement: policies, rules in front of them, and what they say about values."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from qwlora import PlacementRule, Scheme, SimulationSchemes
+from qwlora.errors import CalibrationError, GridError
+from qwlora.grid.graph import Kind
+from qwlora.grid.scheme import PerChannel
+from qwlora.simulation.aten import MAKES_VALUES, MOVES_DATA
+from qwlora.simulation.place import place
+from qwlora.simulation.quantizer import Quantizer
+from qwlora.simulation.rules import POLICIES, Decision, Policy, PolicyRule
+from simulation.captured import adapted, batch, simulation
+
+
+@torch.library.custom_op("qwlora_test::twist", mutates_args=())
+def twist(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@twist.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class OddNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))
+
+
+class EveryKind(nn.Module):
+    """One value of every kind that rules tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = OddNorm(), nn.Linear(8, 16), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self.up(self.norm(x)).split(8, -1)
+        _, variance = torch.var_mean(first, -1, keepdim=True)
+        largest, _ = second.topk(8, -1)
+        hidden = first.double().float() + largest * variance
+        hidden = hidden + (ids > 3).float().unsqueeze(-1)
+        turned = self.down(torch.ops.qwlora_test.twist(hidden))
+        return turned + turned.relu(), first @ turned.transpose(-1, -2)
+
+
+@pytest.fixture(scope="module")
+def every_kind() -> ExportedProgram:
+    return torch.export.export(EveryKind(), (torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.long)))
+
+
+MOVED, OWNED = "moves data; its input's encoding holds it", "inside OddNorm, which is one operation"
+NPU = {
+    "norm.pow": (Decision.FLOAT, OWNED),
+    "norm.rsqrt": (Decision.FLOAT, OWNED),
+    "norm.mul": (Decision.QUANTIZE, "output of OddNorm"),
+    "up.linear": (Decision.QUANTIZE, "makes new values"),
+    "output.split": (Decision.SHARE, MOVED),
+    "output.topk": (Decision.SHARE, MOVED),
+    "output.var_mean": (Decision.QUANTIZE, "makes new values"),
+    "output.to": (Decision.FLOAT, "float64 is index arithmetic"),
+    "output.add": (Decision.QUANTIZE, "makes new values"),
+    "output.add_1": (Decision.FLOAT, "a residual addition"),
+    "output.add_2": (Decision.FLOAT, "combined with a mask"),
+    "output.unsqueeze": (Decision.FLOAT, "computed from integers alone"),
+    "output.twist": (Decision.QUANTIZE, "unknown: treated as making new values"),
+    "output.matmul": (Decision.QUANTIZE, "makes new values"),
+}
+
+
+def decisions(program: ExportedProgram, *arguments: Any, **options: Any) -> dict[str, tuple[Decision, str]]:
+    placement = place(program, *arguments, **options)
+    return {p.name: (p.decision, p.reason) for p in (*placement.weights, *placement.explanation)}
+
+
+def test_npu_decides_by_what_a_value_is(every_kind: ExportedProgram) -> None:
+    found = decisions(every_kind)
+    assert {name: found[name] for name in NPU} == NPU
+    assert found["x"] == (Decision.QUANTIZE, "an input of the model")
+    assert found["up.bias"] == (Decision.QUANTIZE, "a parameter that step 1 left float")
+    assert place(every_kind).unknown == {"twist": 1}
+
+
+def test_matmul_inputs_and_weights_only(every_kind: ExportedProgram) -> None:
+    found = decisions(every_kind, "matmul-inputs")
+    quantized = {name for name, (decision, _) in found.items() if decision is Decision.QUANTIZE}
+    # what the two linear layers read, and both factors of the product: the split one where it was made
+    assert quantized == {"norm.mul", "output.twist", "up.linear", "down.linear"}
+    assert not place(every_kind, "weights-only").marks
+
+
+def test_names_do_not_depend_on_what_is_decided(every_kind: ExportedProgram) -> None:
+    names = [{p.node: p.name for p in place(every_kind, policy).explanation} for policy in POLICIES]
+    names.append({p.node: p.name for p in place(every_kind, "npu", [PlacementRule("output.add", keep="float")]).explanation})
+    assert all(found == names[0] for found in names)
+    assert len(set(names[0].values())) == len(names[0])
+
+
+def test_second_factors_are_symmetric_where_asked(every_kind: ExportedProgram) -> None:
+    special = place(every_kind, symmetric_matmul_second_input=True).overrides
+    assert {name for name, overrides in special.items() if overrides.symmetric} == {"down.linear"}
+    rule = PlacementRule("down.linear", symmetric=False)
+    assert not any(o.symmetric for o in place(every_kind, rules=[rule], symmetric_matmul_second_input=True).overrides.values())
+    made = simulation(SimulationSchemes(symmetric_matmul_second_input=True))
+    symmetric = {name for name, q in made.quantizers.items() if q.scheme.symmetric}
+    attention = "model.layers.{}.self_attn."
+    assert symmetric == {attention.format(i) + name for i in range(2) for name in ("add_1", "v_proj.add")}  # rotated keys, and values
+
+
+def test_a_policy_of_ones_own(every_kind: ExportedProgram) -> None:
+    linear_only = Policy(
+        "linear",
+        (
+            PolicyRule(Decision.QUANTIZE, "up", operators=frozenset({"linear"}), path="up*"),
+            PolicyRule(Decision.QUANTIZE, "class", module_class="^OddN", operators=frozenset({"mean"})),
+            PolicyRule(Decision.FLOAT, "the rest"),
+        ),
+    )
+    found = decisions(every_kind, linear_only)
+    assert {name for name, (d, _) in found.items() if d is Decision.QUANTIZE} == {"up.linear", "norm.mean"}
+    with pytest.raises(CalibrationError, match="policy 'open' must end with a rule that fits every value"):
+        Policy("open", linear_only.rules[:1])
+    with pytest.raises(CalibrationError, match="placement policy 'gpu' is not one of npu, matmul-inputs, weights-only"):
+        place(every_kind, "gpu")
+
+
+def test_operators_are_in_one_table_only() -> None:
+    assert not MOVES_DATA & MAKES_VALUES
+
+
+def test_matmul_inputs_of_a_model_are_all_and_only_those() -> None:
+    made = simulation(SimulationSchemes(policy="matmul-inputs"))
+    graph = made.graph_module.graph
+    is_product = {torch.ops.aten.linear.default, torch.ops.aten.matmul.default}
+    read = set()
+    for node in graph.nodes:
+        for argument in node.args[:2] if node.target in is_product else ():
+            while argument.op == "call_function" and argument.target in MOVES:
+                argument = argument.args[0]
+            if argument.op == "call_module" and isinstance(made.get_submodule("graph_module." + argument.target), Quantizer):
+                read.add(made.get_submodule("graph_module." + argument.target).name)
+            else:  # a weight
+                assert argument.op == "get_attr" or argument.target is torch.ops.qwlora.dequantize.default or "lora" in str(argument.args[0].target)
+    assert read == set(made.quantizers)
+    assert len(read) == 2 * 11 + 1  # a layer: two norms, q, k, v, softmax, the mixed values, the product of the MLP, and what three lora_A give; the last norm
+    assert {m.kind for m in made.marks} == {Kind.BASE, Kind.ADAPTER, Kind.ACTIVATION}
+
+
+aten = torch.ops.aten
+MOVES = {aten.view.default, aten.transpose.int, aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor, aten.to.dtype}
+
+
+def test_with_weights_only_the_rest_is_float() -> None:
+    made = simulation(SimulationSchemes(policy="weights-only", adapter_weights=Scheme(16, granularity=PerChannel(0))))
+    assert {m.kind for m in made.marks} == {Kind.BASE, Kind.ADAPTER}
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        expected = adapted()(**batch(), use_cache=False).logits
+    torch.testing.assert_close(made.logits(ids), expected, rtol=1e-3, atol=1e-2)
+    with made.only():
+        assert torch.equal(made.logits(ids), expected)
+
+
+def test_users_rules_come_first() -> None:
+    rules = [
+        PlacementRule("*.0.self_attn.softmax", bitwidth=8, minimum=0, maximum=1),
+        PlacementRule("*.softmax", bitwidth=4, observer="percentile"),
+        PlacementRule("lm_head", keep="float"),
+        PlacementRule("*.1.self_attn.v_proj*", keep="float"),
+        PlacementRule("*.lora_A.weight", of="weights", bitwidth=4, symmetric=False),
+        PlacementRule("model.layers.1.add", force=True, bitwidth=8),
+    ]
+    made = simulation(SimulationSchemes(rules=rules))
+    made.calibrate([batch(seed=s) for s in range(2)])
+    pinned = made.quantizers["model.layers.0.self_attn.softmax"].encoding
+    assert pinned is not None
+    assert (float(pinned.scale), int(pinned.offset)) == (pytest.approx(1 / 255), 0)
+    other = made.quantizers["model.layers.1.self_attn.softmax"]
+    assert (other.scheme.bitwidth, other.estimator.name) == (4, "percentile")
+    names = {m.name: m.kind for m in made.marks}
+    assert "lm_head.linear" not in names
+    assert [name for name in names if "1.self_attn.v_proj" in name] == ["model.layers.1.self_attn.v_proj.weight"]  # integers of step 1 stay
+    assert str(made.weights["model.layers.0.mlp.down_proj.lora_A.weight"].encoding.scheme) == "int4 asymmetric per channel"
+    assert str(made.weights["model.layers.0.mlp.down_proj.lora_B.weight"].encoding.scheme) == "int8 symmetric per channel"
+    assert made.quantizers["model.layers.1.add"].scheme.bitwidth == 8
+    assert "model.layers.0.add" not in names
+    reasons = {p.name: p.reason for p in (*made.explanation, *made.placement.weights)}
+    assert reasons["model.layers.0.self_attn.softmax"] == "makes new values; rule '*.0.self_attn.softmax'"
+    assert reasons["lm_head.linear"] == "rule 'lm_head'"
+    assert reasons["model.layers.1.self_attn.v_proj.lora_B.weight"] == "rule '*.1.self_attn.v_proj*'"
+
+
+def test_one_end_of_a_range_can_be_fixed() -> None:
+    made = simulation(SimulationSchemes(rules=[PlacementRule("*.mlp.mul", maximum=1000.0)]))
+    made.calibrate([batch()])
+    quantizer = made.quantizers["model.layers.0.mlp.mul"]
+    assert quantizer.encoding is not None
+    assert float(quantizer.encoding.scale) == pytest.approx((1000 - float(quantizer.observer.low or 0)) / 65535)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (PlacementRule("*.self_attn.sofmax", bitwidth=8), r"'\*.self_attn.sofmax' matches no value; near are model.layers.0.self_attn.softmax"),
+        (PlacementRule("lm_haed", keep="float"), r"'lm_haed' matches no value; near are lm_head"),
+        (PlacementRule("*.input_layernorm.pow", bitwidth=8), "matches nothing that the policy npu quantizes.*; force: true quantizes it anyway"),
+        (PlacementRule("*.q_proj.weight", bitwidth=8, of="weights"), "matches weights that step 1 made integers only, model.layers.0.self_attn.q_proj.weight"),
+        (PlacementRule("*.lora_A.weight", bitwidth=8), "matches weights only, .*lora_A.weight the first; of: weights is for"),
+        (PlacementRule("*.softmax", keep="float"), "'[*].softmax' matches only what an earlier rule decides about"),
+    ],
+)
+def test_a_rule_that_does_nothing_is_refused(rule: PlacementRule, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message) as caught:
+        simulation(SimulationSchemes(rules=[PlacementRule("*.softmax", bitwidth=8), rule]))
+    assert str(caught.value).startswith("1 of the placement rules do nothing:")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keep": "float", "bitwidth": 8}, "a value that stays float has no bitwidth; remove that, or keep"),
+        ({"keep": "float", "force": True}, "a value that stays float has no force"),
+        ({}, "it changes nothing; give keep: float, or a bitwidth"),
+        ({"bitwidth": 9}, "bitwidth 9 is not one of 2, 3"),
+        ({"minimum": 0.5, "maximum": 1.0}, "the range 0.5 to 1.0 must have zero in it"),
+        ({"maximum": -1.0}, "the range None to -1.0 must have zero in it"),
+        ({"minimum": 0.0, "maximum": 0.0}, "the range 0.0 to 0.0 must have zero in it, and something beside it"),
+        ({"of": "weights", "observer": "sqnr"}, "a weight's range comes from its values: observer is for activations"),
+    ],
+)
+def test_rules_that_contradict_themselves(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(GridError, match=re.escape(f"rule 'x': {message}"[:-1])):
+        PlacementRule("x", **given)
+    with pytest.raises(CalibrationError, match="observer 'best' is not one of min-max, percentile"):
+        PlacementRule("x", observer="best")

@@ -1,0 +1,160 @@
+"""A simulation comes back from disk with the same bits, and only on the base and adapter that it was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from conftest import ARCHITECTURES, tiny_model
+from qwlora import PerBlock, PerChannel, Scheme, SimulationSchemes, load_simulation, quantize_, simulate
+from qwlora.base.packed import pack_at_
+from qwlora.encodings import IntegerEncoding, read, validate
+from qwlora.errors import CalibrationError
+from qwlora.grid.fingerprint import adapter_fingerprint
+from qwlora.grid.float_offset import measure_float_offset
+from qwlora.grid.graph import Kind
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.storage import load_activations
+
+
+def adapted(architecture: str = "llama", scheme: str = "w4-block32", seed: int = 1, **lora: Any) -> PeftModel:
+    model = tiny_model(architecture)
+    quantize_(model, scheme)
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **lora})).eval()
+
+
+def batch(seed: int = 0) -> dict[str, Tensor]:
+    ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def calibrated(model: PeftModel, schemes: SimulationSchemes | None = None) -> Simulation:
+    simulation = simulate(model, batch(), schemes)
+    simulation.calibrate([batch(s) for s in range(3)])
+    return simulation
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "schemes",
+    [None, SimulationSchemes(Scheme(8, symmetric=True), Scheme(4, symmetric=False, granularity=PerChannel(0)), quantize_residual_adds=True)],
+)
+def test_it_comes_back_with_the_same_bits(tmp_path: Path, architecture: str, schemes: SimulationSchemes | None) -> None:
+    simulation = calibrated(adapted(architecture), schemes)
+    simulation.save(tmp_path / "new" / "folder")
+    again = load_simulation(tmp_path / "new" / "folder", adapted(architecture))
+    assert torch.equal(again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"]))
+    assert again.origin.schemes == simulation.origin.schemes
+    assert list(again.encodings) == list(simulation.encodings)
+    for name, encoding in simulation.encodings.items():
+        found = again.encodings[name]
+        assert found.scheme == encoding.scheme
+        assert torch.equal(found.scale, encoding.scale)
+        assert torch.equal(found.offset, encoding.offset)
+    assert again.explanation == simulation.explanation
+
+
+def test_its_encodings_are_a_valid_2_1_0_file_keyed_by_module_path(tmp_path: Path) -> None:
+    simulation = calibrated(adapted())
+    simulation.save(tmp_path)
+    file = read(tmp_path / "simulation.encodings")
+    assert file.version == "2.1.0"
+    assert validate(tmp_path / "simulation.encodings") == []
+    names = {m.name for m in simulation.marks if m.kind is not Kind.BASE}
+    assert set(file.by_name) == names
+    entry = file.by_name["model.layers.0.mlp.up_proj.lora_A.weight"]
+    assert isinstance(entry, IntegerEncoding)
+    assert (entry.bitwidth, entry.signed, entry.axis) == (8, True, 0)
+    softmax = file.by_name["model.layers.0.self_attn.softmax"]
+    assert isinstance(softmax, IntegerEncoding)
+    assert (softmax.bitwidth, softmax.signed, softmax.axis, int(softmax.offset)) == (16, False, None, 0)
+    assert set(load_activations(tmp_path)) == {m.name for m in simulation.marks if m.kind is Kind.ACTIVATION}
+    assert not list(tmp_path.glob("*.p*"))
+
+
+def test_a_base_with_float_offsets_is_no_obstacle(tmp_path: Path) -> None:
+    def model() -> PeftModel:
+        base = tiny_model("llama").requires_grad_(False)
+        for name in [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith("_proj")]:
+            weight = base.get_submodule(name).weight
+            encoding = measure_float_offset(weight, Scheme(4, symmetric=False, granularity=PerBlock(32), float_offset=True))
+            pack_at_(base, f"{name}.weight", QuantizedTensor(encoding.quantize(weight), encoding))
+        torch.manual_seed(1)
+        return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+
+    simulation = calibrated(model())
+    simulation.save(tmp_path)
+    assert torch.equal(load_simulation(tmp_path, model()).logits(batch()["input_ids"]), simulation.logits(batch()["input_ids"]))
+
+
+def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
+    calibrated(adapted()).save(tmp_path)
+    with pytest.raises(CalibrationError, match=r"a simulation of the base with fingerprint \w{64}, but this model's is \w{64}; give it the model"):
+        load_simulation(tmp_path, adapted(scheme="w8-channel"))
+    for other in (adapted(seed=2), adapted(lora_alpha=99), adapted(r=2)):
+        with pytest.raises(CalibrationError, match="a simulation of the adapter with fingerprint"):
+            load_simulation(tmp_path, other)
+    base = tiny_model("llama")
+    quantize_(base, "w4-block32")
+    with pytest.raises(CalibrationError, match=r"this model's is \(none\)"):
+        load_simulation(tmp_path, base)
+
+
+def test_adapter_fingerprint_is_of_the_active_adapter_whatever_its_name() -> None:
+    model, alone = adapted(), adapted()
+    model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    assert adapter_fingerprint(model) == adapter_fingerprint(alone)
+    model.set_adapter("second")
+    assert adapter_fingerprint(model) not in (adapter_fingerprint(alone), None)
+    renamed = adapted()
+    state = {n.replace(".default.", ".other."): p for n, p in renamed.named_parameters() if "lora_" in n}
+    renamed.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
+    renamed.set_adapter("other")
+    with torch.no_grad():
+        for name, parameter in renamed.named_parameters():
+            if name in state:
+                parameter.copy_(state[name])
+    assert adapter_fingerprint(renamed) == adapter_fingerprint(alone)
+
+
+def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
+        load_simulation(tmp_path, adapted())
+    calibrated(adapted()).save(tmp_path)
+    path = tmp_path / "simulation.encodings"
+    text = path.read_text()
+    document = json.loads(text)
+    document["encodings"] = [e for e in document["encodings"] if e["name"] != "model.layers.1.self_attn.softmax"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(CalibrationError, match=r"1 encodings are missing from .*, model.layers.1.self_attn.softmax first"):
+        load_simulation(tmp_path, adapted())
+    path.write_text(text[:-20])
+    with pytest.raises(CalibrationError, match="is not JSON"):
+        load_simulation(tmp_path, adapted())
+    path.write_text(text.replace('"uint16"', '"float8e5m2"'))
+    with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
+        load_simulation(tmp_path, adapted())
+    path.write_text(text)
+    record = tmp_path / "simulation.json"
+    whole = record.read_text()
+    for damaged in (
+        "{}",
+        whole.replace('"format": 2', '"format": 1'),
+        whole.replace('"schemes"', '"plans"'),
+        whole.replace('"bitwidth": 16', '"bitwidth": 17'),
+    ):
+        record.write_text(damaged)
+        with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
+            load_simulation(tmp_path, adapted())
+    record.write_text(whole)
+    (tmp_path / "example_inputs.safetensors").write_bytes(b"0")
+    with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
+        load_simulation(tmp_path, adapted())

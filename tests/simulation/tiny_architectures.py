@@ -1,0 +1,214 @@
+"""Tiny random models of many kinds and inputs for them. Only this file knows what they are called; the package does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as t
+from torch import Tensor, nn
+
+VOCABULARY = 256
+IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+DECODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, **IDS}
+DECODER |= {"max_position_embeddings": 128}
+ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+MOE = {"num_experts_per_tok": 2}
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model and its keyword arguments for a seed."""
+
+    model: Callable[[], nn.Module]
+    inputs: Callable[[torch.Generator], Inputs]
+    slow: bool = True
+
+
+def make(name: str) -> nn.Module:
+    """The model, in evaluation mode, with weights that are large enough to matter."""
+    torch.manual_seed(0)
+    model = ALL[name].model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4 if float(parameter.std()) < 0.05 else 1)
+    return model.eval()
+
+
+def inputs(name: str, seed: int = 0) -> Inputs:
+    """Keyword arguments of the model's forward."""
+    return ALL[name].inputs(torch.Generator().manual_seed(seed))
+
+
+def _ids(g: torch.Generator, batch: int = 2, tokens: int = 12) -> Tensor:
+    return torch.randint(3, VOCABULARY, (batch, tokens), generator=g)
+
+
+def _noise(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=g)
+
+
+def _text(g: torch.Generator) -> Inputs:
+    ids = _ids(g)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _typed(g: torch.Generator) -> Inputs:
+    return {**_text(g), "token_type_ids": torch.randint(0, 2, (2, 12), generator=g)}
+
+
+def _sequence_to_sequence(g: torch.Generator) -> Inputs:
+    return {**_text(g), "decoder_input_ids": _ids(g, tokens=7)}
+
+
+def _unet() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+def _unet_xl() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=(4, 8),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    )
+
+
+def _sd3() -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        caption_projection_dim=64,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=16,
+    )
+
+
+def _flux() -> nn.Module:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=32,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+
+
+def _latents(g: torch.Generator) -> Inputs:
+    return {"sample": _noise(g, 2, 4, 16, 16), "timestep": torch.tensor([10, 500]), "encoder_hidden_states": _noise(g, 2, 7, 32)}
+
+
+def _latents_xl(g: torch.Generator) -> Inputs:
+    return {**_latents(g), "added_cond_kwargs": {"text_embeds": _noise(g, 2, 32), "time_ids": torch.full((2, 6), 16.0)}}
+
+
+def _joint(g: torch.Generator) -> Inputs:
+    return {
+        "hidden_states": _noise(g, 2, 4, 16, 16),
+        "encoder_hidden_states": _noise(g, 2, 7, 32),
+        "pooled_projections": _noise(g, 2, 64),
+        "timestep": torch.tensor([10, 500]),
+    }
+
+
+def _packed_latents(g: torch.Generator) -> Inputs:
+    rows = torch.arange(16)
+    image = torch.stack([torch.zeros(16), rows // 4, rows % 4], -1)
+    return {
+        "hidden_states": _noise(g, 2, 16, 32),
+        "encoder_hidden_states": _noise(g, 2, 7, 32),
+        "pooled_projections": _noise(g, 2, 32),
+        "timestep": torch.tensor([0.1, 0.7]),
+        "img_ids": image,
+        "txt_ids": torch.zeros(7, 3),
+        "guidance": torch.tensor([3.5, 3.5]),
+    }
+
+
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, **IDS}
+OPT = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": 64, **IDS}
+NEOX = {**ENCODER, **IDS, "max_position_embeddings": 128}
+QWEN3_MOE = {**DECODER, **MOE, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32}
+WHISPER = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 128}
+WHISPER |= {"decoder_ffn_dim": 128, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32, "decoder_start_token_id": 1, **IDS}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0, "vocab_size": VOCABULARY}
+GEMMA3 = {**DECODER, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
+ALL: dict[str, Tiny] = {
+    "Llama": Tiny(lambda: t.LlamaForCausalLM(t.LlamaConfig(**DECODER)), _text, slow=False),
+    "OPT": Tiny(lambda: t.OPTForCausalLM(t.OPTConfig(**OPT)), _text),
+    "GPT-2": Tiny(lambda: t.GPT2LMHeadModel(t.GPT2Config(**GPT2)), _text),
+    "GPT-NeoX": Tiny(lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**NEOX)), _text),
+    "Qwen2": Tiny(lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**DECODER)), _text),
+    "Qwen3": Tiny(lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**DECODER, head_dim=16)), _text),
+    "Gemma 3": Tiny(lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**GEMMA3)), _text),
+    "Phi-3": Tiny(lambda: t.Phi3ForCausalLM(t.Phi3Config(**DECODER)), _text),
+    "Mistral": Tiny(lambda: t.MistralForCausalLM(t.MistralConfig(**DECODER)), _text),
+    "Mixtral": Tiny(lambda: t.MixtralForCausalLM(t.MixtralConfig(**DECODER, **MOE, num_local_experts=4)), _text),
+    "Qwen3-MoE": Tiny(lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**QWEN3_MOE)), _text, slow=False),
+    "BERT, classification": Tiny(
+        lambda: t.BertForSequenceClassification(t.BertConfig(**ENCODER, vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=3)), _typed, slow=False
+    ),
+    "ViT, classification": Tiny(
+        lambda: t.ViTForImageClassification(t.ViTConfig(**ENCODER, image_size=16, patch_size=4, num_channels=3, num_labels=5)),
+        lambda g: {"pixel_values": _noise(g, 2, 3, 16, 16)},
+        slow=False,
+    ),
+    "Whisper": Tiny(
+        lambda: t.WhisperForConditionalGeneration(t.WhisperConfig(**WHISPER)),
+        lambda g: {"input_features": _noise(g, 2, 8, 40), "decoder_input_ids": _ids(g, tokens=7)},
+    ),
+    "T5": Tiny(lambda: t.T5ForConditionalGeneration(t.T5Config(**T5)), _sequence_to_sequence, slow=False),
+    "CLIP text": Tiny(lambda: t.CLIPTextModel(t.CLIPTextConfig(**ENCODER, **IDS, max_position_embeddings=32)), _text),
+    "Stable Diffusion UNet": Tiny(_unet, _latents),
+    "Stable Diffusion XL UNet": Tiny(_unet_xl, _latents_xl),
+    "SD3": Tiny(_sd3, _joint, slow=False),
+    "Flux": Tiny(_flux, _packed_latents),
+}

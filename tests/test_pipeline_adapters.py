@@ -1,0 +1,91 @@
+"""Jobs of several adapters: what they share, and in which stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwlora.data import load_documents
+from qwlora.errors import RecipeError
+from qwlora.pipeline.plan import make_plan
+from qwlora.pipeline.run import open_job, run
+from qwlora.recipe import load_recipe
+from qwlora.simulation.storage import load_encodings
+
+TWO = [{"name": n, "rank": 4, "steps": 2, "warmup_steps": 0, "learning_rate": rate} for n, rate in (("a", 5e-3), ("b", 2e-2))]
+VERBS = ("quantize", "train", "calibrate", "evaluate")
+EIGHT_BITS = "simulation.activation_bitwidth=8"
+
+
+def run_recipe(path: Path, out: Path, *changes: str, verbs: tuple[str, ...] = VERBS) -> tuple[dict[str, Any], list[str]]:
+    said: list[str] = []
+    return run(load_recipe(path, changes), out, verbs, say=said.append), said
+
+
+def done(said: list[str]) -> set[str]:
+    return {line.split(":")[0] for line in said if ": done" in line}
+
+
+def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) -> None:
+    path, out = recipe_for(adapters=TWO), tmp_path / "out"
+    found = {}
+    for mode in ("adapter_only", "none"):
+        results, said = run_recipe(path, out, EIGHT_BITS, f"simulation.base_activations={mode}")
+        assert done(said) >= {"calibrate", "calibrate/a", "calibrate/b", "evaluate/simulated/a", "evaluate/simulated/b"}
+        encodings = {n: load_encodings(out / "simulation" / n) for n in "ab"}
+        assert encodings["a"].keys() == encodings["b"].keys()
+        differ = {n for n, e in encodings["a"].items() if not torch.equal(e.scale, encodings["b"][n].scale)}
+        found[mode] = (results, differ)
+    own = {name.rpartition(".")[2] for name in found["adapter_only"][1]}
+    assert own == {"linear", "mul", "add", "weight"}
+    assert all("lora_" in name or name.endswith(("_proj.mul", "_proj.add")) for name in found["adapter_only"][1])
+    assert not found["none"][1]
+    assert (out / "simulation" / "a" / "encodings.safetensors").read_bytes() == (out / "simulation" / "b" / "encodings.safetensors").read_bytes()
+    results = found["none"][0]
+    assert results["sharing"]["captures"] == 1
+    for name in "ab":
+        own_perplexity = results["simulation"][name]["perplexity_with_own_encodings"]
+        assert own_perplexity == found["adapter_only"][0]["simulation"][name]["perplexity_with_own_encodings"]
+        assert results["perplexity"]["simulated"][name] == pytest.approx(own_perplexity, rel=0.05)
+        assert results["perplexity"]["simulated"][name] != own_perplexity
+
+    session, _ = open_job(out, "a", (EIGHT_BITS, "simulation.base_activations=none"))
+    restored = session.simulation("a").encodings  # weights on grids that their own values do not give among them
+    assert restored.keys() == encodings["a"].keys()
+    assert all(torch.equal(restored[name].scale, encoding.scale) for name, encoding in encodings["a"].items())
+
+
+def test_another_adapter_changes_what_is_shared(recipe_for: Any, tmp_path: Path) -> None:
+    path = recipe_for(adapters=TWO)
+    keys = {}
+    for steps in (2, 3):
+        recipe = load_recipe(path, (f"adapters.1.steps={steps}", "simulation.base_activations=none"))
+        documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
+        keys[steps] = {stage.name: stage.key for stage in make_plan(recipe, documents)}
+    changed = {name for name in keys[2] if keys[2][name] != keys[3][name]}
+    assert {"calibrate", "calibrate/a", "calibrate/b", "export/onnx/a"} <= changed
+    assert "train/a" not in changed
+
+
+def test_the_adapter_is_equalized_for_its_grid(recipe_for: Any, tmp_path: Path) -> None:
+    path, out = recipe_for(adapters=TWO[:1]), tmp_path / "out"
+    four = "simulation.adapter_weights.bitwidth=4"
+    results, _ = run_recipe(path, out, four)
+    layers = results["simulation"]["a"]["equalize"]["layers"]
+    assert set(layers) == {
+        f"model.layers.{i}.{n}" for i in range(2) for n in [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    }
+    assert all(report["after"] <= report["before"] for report in layers.values())
+    assert any(report["after"] < report["before"] and report["method"] != "none" for report in layers.values())
+    results, _ = run_recipe(path, out, four, "simulation.equalize=none")
+    assert results["simulation"]["a"]["equalize"] == {"method": "none", "layers": {}}
+
+
+def test_adapters_that_share_everything_have_one_rank(recipe_for: Any) -> None:
+    path = recipe_for(adapters=[TWO[0], {**TWO[1], "rank": 8}])
+    with pytest.raises(RecipeError, match="adapters that share every encoding have one rank; give them one, or say adapter_only"):
+        load_recipe(path, ("simulation.base_activations=none",))
+    assert load_recipe(path, ("simulation.base_activations=adapter_only",)).simulation.base_activations == "adapter_only"

@@ -1,0 +1,107 @@
+"""Workflow qwa-lora by recipe: the base's activations are calibrated first, adapters are trained through them, and they stay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwlora.errors import DirectoryError, RecipeError, TrainingError
+from qwlora.pipeline.run import run
+from qwlora.recipe import load_recipe
+from qwlora.simulation.storage import load_activations
+
+FIRST = {"name": "first", "rank": 4, "steps": 4, "warmup_steps": 1, "checkpoint_steps": 2, "learning_rate": 5e-3}
+SECOND = {"name": "second", "rank": 2, "steps": 4, "warmup_steps": 0, "learning_rate": 5e-3, "range_learning_rate": 0.05}
+
+
+def run_recipe(path: Path, out: Path, *changes: str, **options: Any) -> tuple[dict[str, Any], list[str]]:
+    said: list[str] = []
+    return run(load_recipe(path, changes), out, say=said.append, **options), said
+
+
+def done(said: list[str]) -> list[str]:
+    return [line.split(":")[0] for line in said if ": done" in line]
+
+
+def test_the_whole_job(recipe_for: Any, tmp_path: Path) -> None:
+    path, out = recipe_for(workflow="qwa-lora", adapters=[FIRST, SECOND], simulation={"activation_bitwidth": 8}), tmp_path / "out"
+    results, said = run_recipe(path, out, verbs=("quantize", "calibrate-base", "train", "calibrate", "evaluate"))
+    order = done(said)
+    assert order.index("quantize") < order.index("calibrate-base") < order.index("train/first")
+    assert results["base_simulation"]["encodings"] > 0
+    assert all(results["perplexity"]["simulated"][n] < results["perplexity"]["base"] for n in ("first", "second"))
+    base = load_activations(out / "base_simulation")
+    kept, learned = (load_activations(out / "simulation" / n) for n in ("first", "second"))
+    assert set(base) < set(kept)
+    assert all(torch.equal(kept[n].scale, e.scale) and torch.equal(kept[n].offset, e.offset) for n, e in base.items())
+    scales = load_file(out / "adapters" / "second" / "activation_scales.safetensors")
+    assert not (out / "adapters" / "first" / "activation_scales.safetensors").exists()
+    assert set(scales) == set(base)
+    assert all(torch.equal(learned[n].scale, scale) for n, scale in scales.items())
+    assert sum(not torch.equal(scale, base[n].scale) for n, scale in scales.items()) > len(base) / 2
+
+    _, said = run_recipe(out / "recipe.yaml", out, verbs=("quantize", "calibrate-base", "train", "calibrate", "evaluate"))
+    assert done(said) == []
+    _, said = run_recipe(path, out, "adapters.0.steps=5", verbs=("quantize", "calibrate-base", "train"))
+    assert done(said) == ["train/first"]
+    _, said = run_recipe(path, out, "adapters.0.steps=5", "simulation.activation_bitwidth=16", verbs=("quantize", "calibrate-base", "train"))
+    assert done(said) == ["calibrate-base", "train/first", "train/second"]
+
+
+def test_export_is_proved(recipe_for: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    results, said = run_recipe(recipe_for(workflow="qwa-lora", adapters=[SECOND]), out)
+    parity = results["parity"]["onnx"]["second"]
+    assert parity["worst_layer_steps"] <= 2
+    assert parity["perplexity"] == pytest.approx(parity["simulated_perplexity"], rel=0.003)
+    exported = json.loads((out / "export" / "onnx" / "second" / "model.encodings").read_text())
+    by_name = {e["name"]: e for e in exported["activation_encodings"]}
+    for name, scale in load_file(out / "adapters" / "second" / "activation_scales.safetensors").items():
+        assert by_name[name]["scale"] == [float(scale)]
+    assert len(done(said)) == 10
+
+
+def test_training_asks_for_the_calibration_first(recipe_for: Any, tmp_path: Path) -> None:
+    path, out = recipe_for(workflow="qwa-lora"), tmp_path / "out"
+    run_recipe(path, out, verbs=("quantize",))
+    with pytest.raises(DirectoryError, match=r"train needs calibrate-base, which is missing or out of date .* run `qwlora calibrate-base` first"):
+        run_recipe(path, out, verbs=("train",))
+    _, said = run_recipe(path, out, verbs=("calibrate-base",))
+    assert done(said) == ["calibrate-base"]
+
+
+def test_what_cannot_go_together_is_one_error(recipe_for: Any) -> None:
+    wrong = [
+        {**FIRST, "objective": "recovery", "dropout": 0.1, "gradient_checkpointing": True},
+        {**SECOND, "compute": "bfloat16", "loss": "chunked"},
+    ]
+    path = recipe_for(workflow="qwa-lora", adapters=wrong)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, ("data.packing=documents",))
+    (problem,) = error.value.problems
+    for part in (
+        "workflow qwa-lora: adapter first: objective recovery",
+        "adapter first: dropout",
+        "adapter first: gradient_checkpointing",
+        "adapter second: compute bfloat16",
+        "adapter second: loss chunked",
+        "data.packing documents",
+    ):
+        assert part in problem
+    with pytest.raises(RecipeError, match="workflow qw-lora: adapter second: range_learning_rate goes with workflow qwa-lora"):
+        load_recipe(recipe_for(adapters=[SECOND]))
+    assert load_recipe(recipe_for(workflow="qwa-lora", adapters=[FIRST])).adapters[0].loss is None
+
+
+def test_documents_that_share_a_sequence_are_found_out_before_anything_is_written(recipe_for: Any, tmp_path: Path) -> None:
+    source = tmp_path / "pairs.jsonl"
+    source.write_text("".join(json.dumps({"prompt": f"what is {i}", "completion": f"it is {i}"}) + "\n" for i in range(40)))
+    path = recipe_for(workflow="qwa-lora", data={"source": str(source), "sequence_tokens": 64})
+    with pytest.raises(TrainingError, match="documents share a sequence"):
+        run_recipe(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,98 @@
+"""`qwlora simulate`: what it says of a job's placement, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwlora.cli import main
+from qwlora.cli_table import alike, table
+from qwlora.pipeline.explain import explain_job
+from qwlora.pipeline.run import run
+from qwlora.recipe import load_recipe
+
+RULES = 'simulation.rules=[{match: "*.softmax", bitwidth: 8, observer: percentile, minimum: 0}, {match: lm_head, keep: float}]'
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path) -> Path:
+    """A job with an adapter that is calibrated, and one that is not trained."""
+    folder = tmp_path_factory.mktemp("job")
+    data = {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 2, "calibration_sequences": 3}
+    adapters = [{"name": "first", "rank": 4, "steps": 1, "warmup_steps": 0}, {"name": "second", "steps": 1, "warmup_steps": 0}]
+    simulation = {"calibration_tokens": 33, "observer": "sqnr", "still_share": 100.0, "still_batches": 3}
+    content = {"model": {"source": str(checkpoints["llama"])}, "data": data, "adapters": adapters, "simulation": simulation}
+    (folder / "recipe.yaml").write_text(json.dumps(content))
+    recipe = load_recipe(folder / "recipe.yaml", ("adapters=[{name: first, rank: 4, steps: 1, warmup_steps: 0}]",))
+    results = run(recipe, folder / "out", ("quantize", "train", "calibrate"))
+    measured = results["simulation"]["first"]
+    assert (measured["calibration_tokens"], measured["stopped_early"], measured["unseen"]) == (64, False, [])
+    (folder / "out" / "recipe.yaml").write_text(json.dumps(content))
+    return folder / "out"
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["qwlora", "simulate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+def test_alike_values_are_one_line(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = call(capsys, monkeypatch, job, "--explain", "--set", RULES)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert code == 0
+    assert lines[0].startswith("adapter first, policy npu: ")
+    for line in (
+        "model.layers.*.self_attn.softmax 2 LlamaAttention quantize int8 asymmetric per tensor, percentile makes new values; rule '*.softmax'",
+        "model.layers.*.input_layernorm.mul 2 LlamaRMSNorm float inside LlamaRMSNorm, which is one operation",
+        "model.layers.*.input_layernorm.mul 2 LlamaRMSNorm quantize int16 asymmetric per tensor, sqnr output of LlamaRMSNorm",
+        "model.layers.*.self_attn.q_proj.weight 2 PackedLinear quantize int4 symmetric per block 32 the integers of step 1",
+        "model.layers.*.self_attn.q_proj.lora_A.weight 2 quantize int8 symmetric per channel a weight of the adapter",
+        "lm_head.linear 1 Linear float rule 'lm_head'",
+    ):
+        assert line in lines
+    counts = [int(part.split()[0]) for part in lines[0].partition("npu: ")[2].split(", ")]
+    code, out, _ = call(capsys, monkeypatch, job, "--set", RULES)  # without --explain: by reason
+    assert len(out.splitlines()) < 25
+    rows = [line.split() for line in out.splitlines()[2:]]
+    assert sum(int(row[1]) for row in rows) == sum(counts)
+
+
+def test_json_has_every_value_and_what_was_calibrated(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, _ = call(capsys, monkeypatch, job, "--json")
+    found = json.loads(out)
+    assert (found["adapter"], found["policy"], found["unknown"]) == ("first", "npu", {})
+    values = {value["name"]: value for value in found["values"]}
+    assert len(values) == len(found["values"])
+    softmax = values["model.layers.1.self_attn.softmax"]
+    assert (softmax["kind"], softmax["observer"]) == ("activation", "sqnr")
+    assert 0 <= softmax["high"] <= 1.01
+    assert values["model.layers.1.self_attn.q_proj.weight"]["kind"] == "base"
+    _, changed = explain_job(job, changes=("simulation.policy=weights-only",))
+    assert {v.decision.value for v in changed.values if v.kind == "activation"} == {"float"}
+
+
+def test_what_cannot_be_shown(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code, _, errors = call(capsys, monkeypatch, tmp_path)
+    assert code == 2
+    assert "is no job's directory: it has no recipe.yaml" in errors
+    code, _, errors = call(capsys, monkeypatch, job, "--adapter", "second")
+    assert code == 2
+    assert "has no trained adapter 'second'; the recipe's are first, second. Train it" in errors
+    code, _, errors = call(capsys, monkeypatch, job, "--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]")
+    assert code == 2
+    assert "'lm_hed' matches no value; near are lm_head" in errors
+
+
+def test_tables_of_alike_things() -> None:
+    names = [("a.0.x", 1), ("a.1.x", 1), ("a.2.x", 2), ("a.5.x", 1), ("b", 1), ("a.0.y", 3)]
+    groups = alike(names, lambda n: n[0], lambda n: n[1])
+    assert [(name, len(group)) for name, group in groups] == [("a.*.x (0-1,5)", 3), ("a.2.x", 1), ("b", 1), ("a.0.y", 1)]
+    same = alike([("a.0.x", 1), ("a.0.x", 2), ("a.1.x", 1), ("a.1.x", 2)], lambda n: n[0], lambda n: n[1])
+    assert [name for name, _ in same] == ["a.*.x", "a.*.x"]
+    assert list(table([("one", "2"), ("three", "4")])) == ["one    2", "three  4"]

@@ -13,7 +13,7 @@ from qwlora.errors import RecipeError
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run import open_job, run
 from qwlora.recipe import load_recipe
-from qwlora.simulation.storage import load_encodings
+from qwlora.simulation.encodings_file import load_encodings
 
 TWO = [{"name": n, "rank": 4, "steps": 2, "warmup_steps": 0, "learning_rate": rate} for n, rate in (("a", 5e-3), ("b", 2e-2))]
 VERBS = ("quantize", "train", "calibrate", "evaluate")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from qwlora.errors import DirectoryError, RecipeError, TrainingError
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
-from qwlora.simulation.storage import load_activations
+from qwlora.simulation.encodings_file import load_activations
 
 FIRST = {"name": "first", "rank": 4, "steps": 4, "warmup_steps": 1, "checkpoint_steps": 2, "learning_rate": 5e-3}
 SECOND = {"name": "second", "rank": 2, "steps": 4, "warmup_steps": 0, "learning_rate": 5e-3, "range_learning_rate": 0.05}

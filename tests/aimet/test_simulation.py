@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.grid.encoding import Encoding
-from qwlora.simulation.storage import load_encodings
+from qwlora.simulation.encodings_file import load_encodings
 
 from .llama import ForwardLogits, adapt_, llama, make_modules_
 from .oracle import QuantizationMixin, QuantizationSimModel, QuantizeDequantize, aimet_numbers, aimet_shape, ulps

@@ -6,7 +6,7 @@ case.json                    the model's configuration, whether AIMET placed, th
 float.safetensors            the model before it was quantized
 adapter.safetensors          the LoRA weights, by canonical name (none without an adapter)
 batches.safetensors          token ids: calibration.0, calibration.1, ..., evaluation
-encodings.safetensors        our encodings, and simulation.json beside it (`save_simulation`)
+simulation.encodings         our encodings, the base's too, and simulation.json beside it (`save_simulation`)
 results.safetensors          logits of the evaluation batch: plain (nothing quantized) and simulated; every simulated value by its name, values.NAME
 """
 
@@ -105,7 +105,7 @@ def write(case: Case, folder: Path) -> None:
     schemes = SimulationSchemes(case.activations, adapter_weights=channel, parameters=channel, rules=rules)
     simulation = simulate(model, inputs(evaluation), schemes)
     simulation.calibrate([inputs(batch) for batch in calibration])
-    save_simulation(simulation, folder)
+    save_simulation(simulation, folder, with_base=True)
     save_file(weights, folder / "float.safetensors")
     adapter = {canonical_name(name): p.detach().clone() for name, p in model.named_parameters() if is_adapter_name(name)}
     save_file(adapter, folder / "adapter.safetensors")

@@ -15,11 +15,13 @@ from base.packing import packed_and_twin
 from conftest import tiny_model
 from qwlora import Simulation, export_onnx, simulate, verify_onnx
 from qwlora.base.packed import packed_weights
+from qwlora.errors import CalibrationError
 from qwlora.export.verify import Limits, check_parity
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.graph import Kind
 from qwlora.grid.scheme import PerBlock, PerTensor, Scheme, parse_scheme
-from qwlora.simulation.storage import load_encodings, save_simulation
+from qwlora.simulation.encodings_file import load_encodings
+from qwlora.simulation.storage import load_simulation, save_simulation
 
 IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
@@ -64,9 +66,11 @@ def test_float_offsets_come_back_from_disk(tmp_path: Path) -> None:
     simulation = simulate(model.eval(), BATCH)
     simulation.calibrate([BATCH])
     save_simulation(simulation, tmp_path)
-    found = load_encodings(tmp_path)["lm_head.weight"]
+    assert "lm_head.weight" not in load_encodings(tmp_path)  # no encodings file can hold it, and the base does
+    with pytest.raises(CalibrationError, match=r"has float offsets, which no encodings file can hold"):
+        save_simulation(simulation, tmp_path / "whole", with_base=True)
+    again = load_simulation(tmp_path, model)
+    found = again.encodings["lm_head.weight"]
     assert isinstance(found, FloatOffsetEncoding)
     assert torch.equal(found.minimum, packed_weights(model)["lm_head.weight"].encoding.minimum)
-    again = simulate(model, BATCH)
-    again.restore(load_encodings(tmp_path))
     assert torch.equal(again.logits(IDS), simulation.logits(IDS))

@@ -25,6 +25,7 @@ from qwlora.simulation.adapters import AdapterSimulations, simulate_adapters
 from qwlora.simulation.adapters import capture as capture_anew
 from qwlora.simulation.branch import branch_nodes
 from qwlora.simulation.capture import Captured
+from qwlora.simulation.encodings_file import load_encodings
 from qwlora.simulation.sharing import BaseActivations
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.storage import load_simulation, save_simulation
@@ -190,7 +191,7 @@ def test_what_is_shared_is_byte_for_byte_one_on_disk(calibrated: dict[str, Adapt
     for name, simulation in simulations.items():
         (tmp_path / name).mkdir()
         save_simulation(simulation, tmp_path / name)
-        content[name] = {e["name"]: json.dumps(e) for e in json.loads((tmp_path / name / "simulation.encodings").read_text())["encodings"]}
+        content[name] = {n: (e.scale.numpy().tobytes(), e.offset.numpy().tobytes()) for n, e in load_encodings(tmp_path / name).items()}
         write_encodings(simulation.graph(), tmp_path / name / "model.encodings")
         written = json.loads((tmp_path / name / "model.encodings").read_text())
         entries[name] = {e["name"]: json.dumps(e) for part in ("activation_encodings", "param_encodings") for e in written[part]}
@@ -282,6 +283,9 @@ def test_a_simulation_of_one_of_several_comes_back_from_disk(model: PeftModel, c
     model.set_adapter("first")
     with pytest.raises(CalibrationError, match="is a simulation of the adapter with fingerprint"):
         load_simulation(tmp_path, model)
+    calibrated["none"]["base"].save(tmp_path / "base")
+    with pytest.raises(CalibrationError, match=r"is a simulation of the adapter with fingerprint \(none\)"):
+        load_simulation(tmp_path / "base", model)
 
 
 def test_what_cannot_be_shared_says_why(model: PeftModel) -> None:

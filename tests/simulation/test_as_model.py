@@ -43,7 +43,7 @@ def test_calls_give_the_models_own_output_with_simulated_logits(pair: tuple[Simu
     simulation, model = pair
     own = simulation.origin.model.get_base_model()
     given = batch(3, 9, seed=4)
-    expected = simulation(*batch(3, 9, seed=4, positions=True).values()).logits
+    expected = simulation(**batch(3, 9, seed=4, positions=True)).logits.detach()
     output = model(**given)
     assert isinstance(model, type(own))
     assert type(output) is type(own(**given))
@@ -72,7 +72,7 @@ def test_generate_is_an_argmax_loop(pair: tuple[Simulation, PreTrainedModel]) ->
     expected = ids
     for _ in range(6):
         positions = torch.arange(expected.shape[1]).expand(len(ids), -1)
-        logits = simulation(expected, torch.ones_like(expected), positions)
+        logits = simulation(expected, torch.ones_like(expected), positions).logits
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
     assert torch.equal(model.generate(ids, **settings), expected)
@@ -114,16 +114,16 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
     plain = model(**given).logits
     positions = torch.arange(12)[None]
     assert torch.equal(model(**given, position_ids=positions).logits, plain)  # says what the graph assumes
-    with pytest.raises(CaptureError, match=r"captured with input_ids, attention_mask and has no input position_ids; put it among the example inputs"):
+    with pytest.raises(CaptureError, match=r"position_ids: the graph was captured with input_ids, attention_mask and counts positions from the first token"):
         model(**given, position_ids=positions + 1)
-    with pytest.raises(CaptureError, match="has no input token_type_ids"):
+    with pytest.raises(CaptureError, match="token_type_ids: the graph was captured without this argument"):
         model(**given, token_type_ids=torch.zeros(2, 12))
-    with pytest.raises(CaptureError, match="has no input nonsense"):
+    with pytest.raises(CaptureError, match="nonsense: the graph was captured without this argument"):
         model(**given, nonsense=1)
     for name in ("output_hidden_states", "output_attentions", "use_cache"):
         with pytest.raises(CaptureError, match=f"{name}: the simulated graph gives logits"):
             model(**given, **{name: True})
-    with pytest.raises(CaptureError, match="and input_ids is not given"):
+    with pytest.raises(CaptureError, match="input_ids: the graph was captured with this argument; give it"):
         model(attention_mask=given["attention_mask"])
     with pytest.raises(CaptureError, match="input_ids: given twice"):
         model(given["input_ids"], input_ids=given["input_ids"])
@@ -131,7 +131,7 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
         model.train()
     with pytest.raises(CaptureError, match="is no checkpoint"):
         model.save_pretrained("somewhere")
-    with pytest.raises(CaptureError, match="has no input position_ids"):  # padding on the left would give other positions
+    with pytest.raises(CaptureError, match="put position_ids among the example inputs"):  # padding on the left would give other positions
         model.generate(given["input_ids"], attention_mask=torch.tensor([[0] * 3 + [1] * 9, [1] * 12]), max_new_tokens=1)
 
 
@@ -139,7 +139,7 @@ def test_positions_of_a_masked_batch_are_asked_for() -> None:
     model = calibrated(adapted("gpt2"), positions=True).model()
     given = batch()
     given["attention_mask"][0, :3] = 0
-    with pytest.raises(CaptureError, match="position_ids, which a masked batch needs, is not given"):
+    with pytest.raises(CaptureError, match="position_ids: the graph was captured with them, and a masked batch needs them"):
         model(**given)
 
 

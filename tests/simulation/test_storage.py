@@ -15,13 +15,15 @@ from conftest import ARCHITECTURES, tiny_model
 from qwlora import PerBlock, PerChannel, Scheme, SimulationSchemes, load_simulation, quantize_, simulate
 from qwlora.base.packed import pack_at_
 from qwlora.encodings import IntegerEncoding, read, validate
-from qwlora.errors import CalibrationError
+from qwlora.errors import CalibrationError, CaptureError
 from qwlora.grid.fingerprint import adapter_fingerprint
 from qwlora.grid.float_offset import measure_float_offset
 from qwlora.grid.graph import Kind
 from qwlora.grid.quantized import QuantizedTensor
+from qwlora.simulation.adapters import simulate_adapters
+from qwlora.simulation.encodings_file import load_activations
+from qwlora.simulation.rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.storage import load_activations
 
 
 def adapted(architecture: str = "llama", scheme: str = "w4-block32", seed: int = 1, **lora: Any) -> PeftModel:
@@ -93,6 +95,43 @@ def test_a_base_with_float_offsets_is_no_obstacle(tmp_path: Path) -> None:
     simulation = calibrated(model())
     simulation.save(tmp_path)
     assert torch.equal(load_simulation(tmp_path, model()).logits(batch()["input_ids"]), simulation.logits(batch()["input_ids"]))
+
+
+def test_rules_policy_and_observer_come_back(tmp_path: Path) -> None:
+    rules = [PlacementRule("*.self_attn.softmax", bitwidth=8, minimum=0.0, maximum=1.0), PlacementRule("*.down_proj", keep="float")]
+    simulation = calibrated(adapted(), SimulationSchemes(rules=rules, observer="percentile", symmetric_matmul_second_input=True))
+    simulation.save(tmp_path)
+    again = load_simulation(tmp_path, adapted())
+    assert again.origin.schemes == simulation.origin.schemes
+    assert isinstance(again.origin.schemes.rules[0], PlacementRule)
+    assert torch.equal(again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"]))
+
+
+def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path) -> None:
+    model = adapted()
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        past = model(ids[:, :8], use_cache=True).past_key_values
+    given = {"input_ids": ids[:, 8:], "attention_mask": torch.ones_like(ids), "past_key_values": [(layer.keys, layer.values) for layer in past.layers]}
+    simulation = simulate(model, given)
+    simulation.calibrate([given])
+    simulation.save(tmp_path)
+    again = load_simulation(tmp_path, adapted())
+    assert again.captured.interface == simulation.captured.interface
+    assert torch.equal(again.outputs(given)["logits"], simulation.outputs(given)["logits"])
+    with pytest.raises(CaptureError, match="capture without past_key_values"):
+        simulation.model()
+
+
+def test_an_adapter_that_shares_all_its_encodings_comes_back(tmp_path: Path) -> None:
+    model = adapted()
+    torch.manual_seed(2)
+    model.add_adapter("second", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    simulations = simulate_adapters(model.eval(), batch(), base_activations="none")
+    simulations.calibrate([batch(s) for s in range(2)])
+    simulations["default"].save(tmp_path)
+    again = load_simulation(tmp_path, adapted())
+    assert torch.equal(again.logits(batch(9)["input_ids"]), simulations["default"].logits(batch(9)["input_ids"]))
 
 
 def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:

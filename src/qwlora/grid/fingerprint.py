@@ -51,7 +51,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def adapter_fingerprint(model: nn.Module) -> str | None:
     """SHA-256 over the active adapters of `model`: each weight under its name without the adapter's own, and the factor of each branch. None without one."""
-    if not hasattr(model, "peft_config"):
+    if not hasattr(model, "peft_config") or any(getattr(m, "disable_adapters", False) is True for m in model.modules()):
         return None
     active = getattr(model, "active_adapters", None)
     names = set(active() if callable(active) else active or ())

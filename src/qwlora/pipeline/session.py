@@ -27,8 +27,9 @@ from qwlora.grid.sequences import Sequences
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
 from qwlora.simulation.calibrate import Stillness
+from qwlora.simulation.encodings_file import load_activations, load_encodings
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
-from qwlora.simulation.storage import load_activations, load_encodings, restore
+from qwlora.simulation.storage import restore
 from qwlora.simulation.training import TrainingGraph, with_scales
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MOMENTS = "moments"  # of the inputs of the base's layers, beside it
-
-
 BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
 SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it
 

@@ -42,9 +42,10 @@ from qwlora.pipeline.session import MOMENTS, SCALES, Session
 from qwlora.pipeline.workers import is_first_process
 from qwlora.recipe import Adapter, Base
 from qwlora.simulation.adapters import simulate_adapters
+from qwlora.simulation.encodings_file import load_encodings, save_encodings
 from qwlora.simulation.sharing import share
 from qwlora.simulation.simulation import simulate
-from qwlora.simulation.storage import load_shared, save_shared, save_simulation
+from qwlora.simulation.storage import save_simulation
 
 Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]
@@ -233,7 +234,7 @@ def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resu
     }
     if section.base_activations != "all":
         measured["perplexity_with_own_encodings"] = perplexity(simulation.logits, session.evaluation, "perplexity, own encodings", session.track)
-        share(simulation, load_shared(session.path / SHARED), section.base_activations)
+        share(simulation, load_encodings(session.path / SHARED), section.base_activations)
     save_simulation(simulation, scratch)
     return {"simulation": {name: measured}}
 
@@ -245,7 +246,7 @@ def _calibrate_together(session: Session, scratch: Path) -> Results:
     simulations = simulate_adapters(model, session.example_inputs, session.schemes, section.base_activations)
     simulations.observe(**session.calibration)
     simulations.freeze(allow_unseen=section.unseen == "float")
-    save_shared(simulations.shared, scratch)
+    save_encodings(simulations.shared, scratch)
     return {"sharing": {"base_activations": section.base_activations, "encodings": len(simulations.shared), "captures": simulations.captures}}
 
 

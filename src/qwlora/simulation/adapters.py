@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from torch.export import ExportedProgram
 
 from qwlora.errors import CaptureError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.fingerprint import adapter_fingerprint
 from qwlora.grid.graph import Kind
 from qwlora.progress import Track, untracked
 from qwlora.simulation.calibrate import Stillness
@@ -157,11 +156,9 @@ class _Maker:
         self.model, self.example_inputs, self.schemes = model, example_inputs, schemes
         self.encodings = base_encodings(model)
         self.captured: dict[Hashable, tuple[Simulation, dict[str, Tensor]]] = {}
-        self.fingerprint: str | None = None
         self.captures = 0
 
     def make(self, structure: Hashable, weights: dict[str, Tensor]) -> Simulation:
-        self.fingerprint = adapter_fingerprint(self.model)
         if structure in self.captured:
             first, bound = self.captured[structure]
             if found := self._bind(first, {bound[name].data_ptr(): tensor for name, tensor in weights.items()}):
@@ -172,11 +169,11 @@ class _Maker:
 
     def make_base(self) -> Simulation:
         """An adapter of zeros; where that is not the base bit for bit, the graph without adapter."""
-        self.fingerprint = None
-        for first, bound in self.captured.values():
-            if found := self._bind(first, {p.data_ptr(): nn.Parameter(torch.zeros_like(p), requires_grad=False) for p in bound.values()}):
-                return found
-        return self._capture()
+        zeros = ({p.data_ptr(): nn.Parameter(torch.zeros_like(p), requires_grad=False) for p in bound.values()} for _, bound in self.captured.values())
+        found = (self._bind(first, each) for (first, _), each in zip(self.captured.values(), zeros, strict=True))
+        simulation = next((simulation for simulation in found if simulation is not None), None) or self._capture()
+        simulation.origin = replace(simulation.origin, adapter_fingerprint=None)  # the model's own adapter is switched off, not away
+        return simulation
 
     def _capture(self) -> Simulation:
         self.captures += 1
@@ -184,7 +181,7 @@ class _Maker:
 
     def _simulation(self, captured: Captured) -> Simulation:
         simulation = Simulation(captured, self.schemes, self.encodings)
-        simulation.origin = Origin(self.model, dict(self.example_inputs), self.schemes, self.fingerprint)
+        simulation.origin = Origin.of(self.model, self.example_inputs, self.schemes)
         return simulation
 
     def _bind(self, first: Simulation, tensors: Mapping[int, Tensor]) -> Simulation | None:

@@ -20,7 +20,6 @@ from typing import Any, NoReturn, Self, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from qwlora.errors import CaptureError
 from qwlora.simulation.inputs import complete
@@ -35,7 +34,6 @@ class SimulatedModel:
 
     simulation: Simulation
     own_arguments: tuple[str, ...]
-    output_class: type[ModelOutput]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Simulated logits, in the model's own output class.
@@ -52,12 +50,12 @@ class SimulatedModel:
         labels, keep = given.pop("labels", None), given.pop("logits_to_keep", None)
         in_class = given.pop("return_dict", None)
         for_loss = {name: given.pop(name) for name in _LOSS_ARGUMENTS & given.keys()}
-        names = self.simulation.inputs
-        outputs = self.simulation.outputs(dict(zip(names, complete(names, given), strict=True)))
-        if keep is not None and not (isinstance(keep, int) and keep == 0):
-            outputs["logits"] = outputs["logits"][:, slice(-keep, None) if isinstance(keep, int) else keep]
-        loss = {} if labels is None else {"loss": loss_of(cast(PreTrainedModel, self), outputs["logits"], labels, for_loss)}
-        output = self.output_class(**loss, **outputs)
+        with torch.no_grad():
+            output = self.simulation(**complete(self.simulation.inputs, given))
+            if keep is not None and not (isinstance(keep, int) and keep == 0):
+                output["logits"] = output["logits"][:, slice(-keep, None) if isinstance(keep, int) else keep]
+            if labels is not None:
+                output = type(output)(loss=loss_of(cast(PreTrainedModel, self), output.get("logits"), labels, for_loss), **output)
         return output.to_tuple() if in_class is False else output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,6 +80,8 @@ def as_model(simulation: Simulation) -> PreTrainedModel:
         CaptureError: the simulation was not made from a model of transformers.
     """
     inner = inner_model(simulation.origin.model)
+    if simulation.captured.interface.cached:
+        raise CaptureError("the graph takes keys and values of earlier tokens; for the model's call, capture without past_key_values")
     own = type(inner)
     kind: Any = type(f"Simulated{own.__name__}", (SimulatedModel, own), {"__module__": own.__module__, "forward": _signed(inner, simulation.inputs)})
     model = kind.__new__(kind)
@@ -97,7 +97,6 @@ def as_model(simulation: Simulation) -> PreTrainedModel:
         model.generation_config = copy.deepcopy(inner.generation_config)
         model.generation_config.use_cache = False
     model.own_arguments = tuple(_own_parameters(inner))
-    model.output_class = _output_class(simulation)
     model.simulation = simulation
     return cast(PreTrainedModel, model)
 
@@ -115,13 +114,15 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def loss_of(model: PreTrainedModel, logits: Tensor, labels: Tensor, given: Mapping[str, Any]) -> Tensor:
+def loss_of(model: PreTrainedModel, logits: Tensor | None, labels: Tensor, given: Mapping[str, Any]) -> Tensor:
     """The loss function of `model` (`model.loss_function`) on these logits.
 
     Raises:
         CaptureError: the loss needs more than logits and labels, or the model's forward adds to it.
     """
     config = model.config
+    if logits is None:
+        raise CaptureError(f"{type(model).__name__} returns no logits, so there is no loss of labels")
     if config.is_encoder_decoder or getattr(config, "output_router_logits", False):
         why = "moves the labels itself" if config.is_encoder_decoder else "adds the routers' balance to its loss"
         raise CaptureError(f"{type(model).__name__} {why}, which is not in the graph; compute the loss from the logits")
@@ -154,14 +155,3 @@ def _signed(inner: PreTrainedModel, inputs: tuple[str, ...]) -> Any:
 def _own_parameters(inner: PreTrainedModel) -> list[str]:
     parameters = list(inspect.signature(type(inner).forward).parameters.values())[1:]
     return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-
-def _output_class(simulation: Simulation) -> type[ModelOutput]:
-    """What the model's forward returns, found by asking it."""
-    model = simulation.origin.model
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    with torch.no_grad():
-        output = model(**{name: tensor.to(device) for name, tensor in simulation.origin.example_inputs.items()}, return_dict=True)
-    if not isinstance(output, ModelOutput):
-        raise CaptureError(f"{type(model).__name__} returns {type(output).__name__}, which is no output class of transformers; call the simulation itself")
-    return type(output)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qwlora.errors import CalibrationError
+from qwlora.grid.encoding import Encoding
 from qwlora.grid.graph import Mark
 from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track, untracked
@@ -122,7 +123,8 @@ class Calibrated(nn.Module):
         """
         if self._seen.batches == 0 and isinstance(batches, Collection) and not batches:
             raise CalibrationError("calibration needs at least one batch")
-        self._set_mode(Mode.OBSERVE)
+        for quantizer in self.quantizers.values():
+            quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.OBSERVE
         self._seen.stopped_early = False
         watch = _Watch(stillness) if stillness is not None else None
         before = self._seen.tokens
@@ -141,6 +143,18 @@ class Calibrated(nn.Module):
         for quantizer in self.quantizers.values():
             if not quantizer.fixed:
                 quantizer.encoding = None
+
+    def take_over(self, encodings: Mapping[str, Encoding]) -> None:
+        """Take activation encodings from a simulation of the same base: `observe` simulates these values and takes in the others, and `freeze` leaves them.
+
+        Raises:
+            CalibrationError: an encoding names no activation of this graph.
+        """
+        if strangers := [name for name in encodings if name not in self.quantizers]:
+            raise CalibrationError(f"encodings name activations that the graph does not have: {', '.join(strangers[:3])}; calibrate the base again")
+        for name, encoding in encodings.items():
+            quantizer = self.quantizers[name]
+            quantizer.scheme, quantizer.encoding, quantizer.fixed = encoding.scheme, encoding, True
 
     def freeze(self, allow_unseen: bool = False) -> CalibrationReport:
         """Fix the encodings of what has none, from everything observed, and simulate from now on.
@@ -271,7 +285,7 @@ class Calibrated(nn.Module):
 
     def _set_mode(self, mode: Mode) -> None:
         for quantizer in self.quantizers.values():
-            quantizer.mode = Mode.SIMULATE if quantizer.fixed and mode is Mode.OBSERVE else mode
+            quantizer.mode = mode
 
 
 class _Watch:

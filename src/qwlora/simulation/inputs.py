@@ -1,8 +1,10 @@
-"""The inputs of a captured graph, from the arguments of a call: what is left out is filled in where there is one right value, anything else is refused.
+"""Arguments of a call on a simulated model, made such that the graph takes them or refuses them for a reason.
 
-attention_mask     left out: every position is attended to;          given, and not captured: must say just that
-position_ids       left out: 0, 1, 2 ... if nothing is masked;       given, and not captured: must be just that
-anything else      must be given if it was captured, and must not be if it was not
+    attention_mask     given, and not captured: dropped if every position is attended to
+    position_ids       given, and not captured: dropped if it says 0, 1, 2 ...;   captured, and not given: 0, 1, 2 ... if nothing is masked
+    None               counts as not given
+
+What the graph assumes anyhow may be said; nothing that would change the result is dropped. The rest is `Captured.bind`'s.
 """
 
 from __future__ import annotations
@@ -18,41 +20,38 @@ from qwlora.errors import CaptureError
 _MASK, _POSITIONS = "attention_mask", "position_ids"
 
 
-def complete(names: tuple[str, ...], given: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Tensors in the order of `names`, the inputs that a graph was captured with; None counts as not given.
+def complete(names: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, for a graph that was captured with the inputs `names`.
 
     Raises:
-        CaptureError: something is given that the graph has no input for, or an input is missing.
+        CaptureError: positions that the graph lacks are not those it assumes, or those that it needs are not given with a mask.
     """
     present = {name: value for name, value in given.items() if value is not None}
-    main = present.get(names[0])
-    if not isinstance(main, Tensor):
-        raise CaptureError(f"the simulated graph reads {', '.join(names)}, and {names[0]} is not given")
-    for name in present.keys() - set(names):
-        if not (isinstance(present[name], Tensor) and _says_nothing(name, present[name])):
+    if _MASK in present and _MASK not in names and _is_all_ones(present[_MASK]):
+        del present[_MASK]
+    if _POSITIONS in present and _POSITIONS not in names:
+        if not _counts_from_zero(present.pop(_POSITIONS)):
             raise CaptureError(
-                f"the simulated graph was captured with {', '.join(names)} and has no input {name}; put it among the example inputs of `simulate`"
+                f"{_POSITIONS}: the graph was captured with {', '.join(names)} and counts positions from the first token, padding or not; "
+                f"put {_POSITIONS} among the example inputs of `simulate`"
             )
-    return tuple(_expanded(name, present[name], main) if name in present else _filled(name, names, present, main) for name in names)
+    elif _POSITIONS in names and isinstance(ids := present.get("input_ids"), Tensor):
+        present[_POSITIONS] = _positions(present, ids)
+    return present
 
 
-def _says_nothing(name: str, value: Tensor) -> bool:
-    """Whether an input that the graph lacks says what the graph assumes."""
-    if name == _MASK:
-        return value.ndim == 2 and bool((value == 1).all())
-    return name == _POSITIONS and bool((value == torch.arange(value.shape[-1], device=value.device)).all())
+def _positions(present: Mapping[str, Any], ids: Tensor) -> Tensor:
+    positions = present.get(_POSITIONS)
+    if isinstance(positions, Tensor):
+        return positions.expand(len(ids), -1) if positions.ndim == 2 and len(positions) == 1 else positions  # often given once for all rows
+    if _MASK in present and not _is_all_ones(present[_MASK]):
+        raise CaptureError(f"{_POSITIONS}: the graph was captured with them, and a masked batch needs them; give them")
+    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 
 
-def _filled(name: str, names: tuple[str, ...], present: Mapping[str, Tensor], main: Tensor) -> Tensor:
-    if name == _MASK:
-        return torch.ones(main.shape[:2], dtype=torch.long, device=main.device)
-    mask = present.get(_MASK)
-    if name == _POSITIONS and (mask is None or bool((mask == 1).all())):
-        return torch.arange(main.shape[1], device=main.device).expand(main.shape[:2])
-    why = ", which a masked batch needs," if name == _POSITIONS else ""
-    raise CaptureError(f"the simulated graph reads {', '.join(names)}, and {name}{why} is not given")
+def _is_all_ones(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask == 1).all())
 
 
-def _expanded(name: str, value: Tensor, main: Tensor) -> Tensor:
-    """Positions are often given once for all rows."""
-    return value.expand(len(main), -1) if name == _POSITIONS and value.ndim == 2 and len(value) == 1 else value
+def _counts_from_zero(positions: Any) -> bool:
+    return isinstance(positions, Tensor) and bool((positions == torch.arange(positions.shape[-1], device=positions.device)).all())

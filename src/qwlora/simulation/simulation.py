@@ -11,7 +11,7 @@ activations from data, in one pass over float activations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -63,9 +63,12 @@ class SimulationSchemes:
     parameters: Scheme = Scheme(16, granularity=PerChannel(0))
     quantize_residual_adds: bool = False
     policy: str | Policy = "npu"
-    rules: tuple[PlacementRule, ...] = ()
+    rules: Sequence[PlacementRule] = ()
     observer: str | Estimator = "min-max"
     symmetric_matmul_second_input: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
 
     def placement(self, program: ExportedProgram, input_names: Mapping[str, str]) -> Placement:
         """What `place` decides about a program."""
@@ -74,12 +77,16 @@ class SimulationSchemes:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a simulation was made from."""
+    """What a simulation was made from, and the fingerprint of the adapter that was active then."""
 
     model: nn.Module
     example_inputs: Mapping[str, Any]
     schemes: SimulationSchemes
     adapter_fingerprint: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes) -> Origin:
+        return cls(model, dict(example_inputs), schemes, adapter_fingerprint(model))
 
 
 class Simulation(Calibrated):
@@ -169,24 +176,13 @@ class Simulation(Calibrated):
                 self._drop(name, "left float by the calibration that is restored")
         self._set_mode(Mode.SIMULATE)
 
-    def take_over(self, encodings: Mapping[str, Encoding]) -> None:
-        """Take activation encodings from a simulation of the same base: `calibrate` simulates these values, and observes the others only.
-
-        Raises:
-            CalibrationError: an encoding names no activation of this graph.
-        """
-        if strangers := [name for name in encodings if name not in self.quantizers]:
-            raise CalibrationError(f"encodings name activations that the graph does not have: {', '.join(strangers[:3])}; calibrate the base again")
-        for name, encoding in encodings.items():
-            self.quantizers[name].encoding, self.quantizers[name].fixed = encoding, True
-
     @property
     def base_encodings(self) -> Mapping[str, Encoding | FloatOffsetEncoding]:
         """The encodings of the base's packed weights, which are the base's own."""
         return self._base_encodings
 
     def model(self) -> PreTrainedModel:
-        """The simulation with the call signature of the transformers model that it was made from; see `as_model`."""
+        """The simulation with the call of the transformers model that it was made from; see `as_model`."""
         from qwlora.simulation.as_model import as_model
 
         return as_model(self)
@@ -328,7 +324,7 @@ def simulate(model: nn.Module, example_inputs: Mapping[str, Any], schemes: Simul
     """
     schemes = schemes or SimulationSchemes()
     simulation = Simulation(capture(model, example_inputs), schemes, base_encodings(model))
-    simulation.origin = Origin(model, dict(example_inputs), schemes, adapter_fingerprint(model))
+    simulation.origin = Origin.of(model, example_inputs, schemes)
     return simulation
 
 

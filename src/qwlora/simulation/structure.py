@@ -31,7 +31,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class _CacheSlot:
+class CacheSlot:
     """Where a key-value cache was: a pair of slots a layer."""
 
     layers: tuple[tuple[Slot, Slot], ...]
@@ -102,14 +102,14 @@ def _template(value: Any, path: str, collect: _Collector) -> Any:
             names = [f"{collect.cache_name}.{index}.{part}" for part in CACHE_PARTS]
             collect.cached.update(names)
             layers.append((collect.slot(names[0], pair[0]), collect.slot(names[1], pair[1])))
-        return _CacheSlot(tuple(layers))
+        return CacheSlot(tuple(layers))
     return _mapped(value, lambda key, inner: _template(inner, _join(path, key), collect))
 
 
 def _filled(template: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(template, Slot):
         return tensors[template.name]
-    if isinstance(template, _CacheSlot):
+    if isinstance(template, CacheSlot):
         return cache_of([(tensors[key.name], tensors[value.name]) for key, value in template.layers])
     return _mapped(template, lambda _, inner: _filled(inner, tensors))
 
@@ -121,7 +121,7 @@ def _matching(template: Any, value: Any, path: str) -> Iterator[Tensor]:
         if not isinstance(value, Tensor):
             raise CaptureError(f"{where}: the graph was captured with a tensor here, not with {value!r}; give one, or capture again")
         yield value
-    elif isinstance(template, _CacheSlot):
+    elif isinstance(template, CacheSlot):
         pairs = _pairs(value, path) if isinstance(value, Cache) else list(value or ())
         if len(pairs) != len(template.layers):
             raise CaptureError(f"{where}: the graph was captured with a cache of {len(template.layers)} layers, not of {len(pairs)}; capture again")
@@ -139,7 +139,7 @@ def _matching(template: Any, value: Any, path: str) -> Iterator[Tensor]:
 
 def _absent(template: Any, path: str) -> Any:
     """A constant may be left out, a tensor may not."""
-    if isinstance(template, Slot | _CacheSlot | Mapping | tuple | list) and any(True for _ in _slots(template)):
+    if isinstance(template, Slot | CacheSlot | Mapping | tuple | list) and any(True for _ in _slots(template)):
         raise CaptureError(f"{path}: the graph was captured with this argument; give it, or capture again without it")
     return template
 
@@ -147,7 +147,7 @@ def _absent(template: Any, path: str) -> Any:
 def _slots(template: Any) -> Iterator[Slot]:
     if isinstance(template, Slot):
         yield template
-    elif isinstance(template, _CacheSlot):
+    elif isinstance(template, CacheSlot):
         for pair in template.layers:
             yield from pair
     elif isinstance(template, Mapping | tuple | list):

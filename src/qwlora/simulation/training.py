@@ -73,13 +73,14 @@ class TrainingGraph(nn.Module):
         """Logits of the model's arguments, by name.
 
         Raises:
-            CaptureError: see `complete`.
+            CaptureError: see `complete` and `Captured.bind`.
         """
         if self.ranges is not None:
             for grid, factor in zip(self._grids, self.ranges.exp().unbind(), strict=True):
                 grid.factor = factor
-        logits: Tensor = self.simulation.graph_module(*complete(self.simulation.inputs, inputs))
-        return logits
+        captured = self.simulation.captured
+        outputs = self.simulation.graph_module(*captured.bind(complete(captured.interface.inputs, inputs)))
+        return captured.named(outputs)[captured.interface.primary]
 
     def scales(self) -> dict[str, Tensor]:
         """The learned scale of each activation, by name; empty if ranges are not learned."""

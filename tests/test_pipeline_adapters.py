@@ -54,7 +54,7 @@ def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) ->
 
     session, _ = open_job(out, "a", (EIGHT_BITS, "simulation.base_activations=none"))
     restored = session.simulation("a").encodings  # weights on grids that their own values do not give among them
-    assert restored.keys() == encodings["a"].keys()
+    assert restored.keys() > encodings["a"].keys()  # the base's weights, whose encodings lie in the base
     assert all(torch.equal(restored[name].scale, encoding.scale) for name, encoding in encodings["a"].items())
 
 

@@ -294,3 +294,29 @@ def test_floats_hold_no_integers_to_keep(recipe_for: Any, tmp_path: Path) -> Non
     with pytest.raises(SourceError, match=r"holds no integers to keep; choose another base\.solver, or give model\.encodings"):
         run_recipe(recipe_for(base={"solver": "keep"}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_integers_of_a_base_are_kept(recipe_for: Any, tmp_path: Path) -> None:
+    first, _ = run_recipe(recipe_for(), tmp_path / "first", verbs=("quantize",))
+    path = recipe_for(model={"source": str(tmp_path / "first" / "base")}, base={"solver": "keep"})
+    second, _ = run_recipe(path, tmp_path / "second", verbs=("quantize",))
+    assert second["base"]["fingerprint"] == first["base"]["fingerprint"]
+    with pytest.raises(SourceError, match=r"is quantized already; take its integers as they are \(base.solver: keep\)"):
+        run_recipe(path, tmp_path / "third", "base.solver=rtn", verbs=("quantize",))
+
+
+def test_interrupted_quantizing_keeps_the_blocks_that_are_done(recipe_for: Any, tmp_path: Path) -> None:
+    path, out = recipe_for(base={"solver": "gptq"}), tmp_path / "out"
+
+    def interrupted(items: Any, description: str, total: int | None = None) -> Any:
+        for number, item in enumerate(items):
+            if description == "quantizing" and number == 1:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(path, out, verbs=("quantize",), track=interrupted)
+    assert [file.name for file in out.rglob("*.safetensors")] == ["model.layers.0.safetensors"]
+    results, _ = run_recipe(path, out, verbs=("quantize",))
+    whole, _ = run_recipe(path, tmp_path / "whole", verbs=("quantize",))
+    assert results["base"]["fingerprint"] == whole["base"]["fingerprint"]

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.base.assembly import empty_model, place_name
-from qwlora.base.readers.folder import FolderCheckpoint, read_config
+from qwlora.base.readers.folder import FolderCheckpoint
 from qwlora.base.readers.open_checkpoint import open_checkpoint, quantization_of
+from qwlora.base.readers.own import BaseCheckpoint
 from qwlora.base.readers.safetensors_files import BITS, SafetensorsFiles
-from qwlora.base.storage import RECORD, read_layers, read_record
+from qwlora.base.storage import RECORD
 from qwlora.errors import SourceError
-from qwlora.grid.names import parameter_name
-from qwlora.grid.packed_tensor import PackedTensor, Parts
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 
@@ -68,25 +67,10 @@ def open_files(path: Path) -> Opened:
 
 
 def _open_base(folder: Path) -> Opened:
-    record, files = read_record(folder), SafetensorsFiles(folder)
-    layers = read_layers(record, f"base {str(folder)!r}")
-    tensors: dict[str, list[Stored]] = {}
-    for name in files.names():
-        path, _, part = name.rpartition(".")
-        tensors.setdefault(parameter_name(path) if path in layers and part in Parts._fields else name, []).append(_stored(files, name, part))
-    paths = {parameter_name(path): path for path in layers}
-
-    def read(name: str) -> Tensor | QuantizedTensor:
-        if name not in paths:
-            return files.read(name)
-        path = paths[name]
-        parts = Parts(*(files.read(f"{path}.{part}") if f"{path}.{part}" in files else None for part in Parts._fields))  # type: ignore[arg-type]
-        scheme, shape = layers[path]
-        return PackedTensor(scheme, shape[-1], parts).quantized
-
-    schemes = {name: layers[path] for name, path in paths.items()}
-    stored = {name: tuple(found) for name, found in tensors.items()}
-    return Opened("QWLoRA base", stored, read, lambda: _turned(empty_model(read_config(folder), len(files.names()))), record["fingerprint"], schemes)
+    base = BaseCheckpoint(folder)
+    stored = {name: tuple(_stored(base.files, found, found.rpartition(".")[2]) for found in parts) for name, parts in base.stored.items()}
+    schemes = {name: (scheme, shape) for name, (_, scheme, shape) in base.layers.items()}
+    return Opened("QWLoRA base", stored, base.read, lambda: _turned(empty_model(base.config, len(stored))), base.record["fingerprint"], schemes)
 
 
 def _open_folder(folder: Path, method: str | None) -> Opened:

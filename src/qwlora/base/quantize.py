@@ -81,10 +81,7 @@ def quantize_(
     scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
     plan = plan_layers(model, scheme, solver, rules)
     if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
-        if calibration is None:
-            raise GridError("solver gptq and the moments of inputs need calibration data: token ids, or batches of the model's inputs")
-        batches = [{"input_ids": row.unsqueeze(0)} for row in calibration] if isinstance(calibration, Tensor) else calibration
-        reports = quantize_parts_(model, plan, batches, moments, work, track)
+        reports = quantize_parts_(model, plan, batches_of(calibration), moments, work, track)
     else:
         reports = {}
         for name in track(list(plan), "quantizing", len(plan)):
@@ -95,6 +92,17 @@ def quantize_(
         if getattr(model, "quantization_method", None) == "gguf":
             forget_gguf_(model)
     return QuantizeReport(base_size(model), reports)
+
+
+def batches_of(calibration: Tensor | Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
+    """The model's keyword arguments, batch by batch.
+
+    Raises:
+        GridError: there are none.
+    """
+    if calibration is None:
+        raise GridError("solver gptq and the moments of inputs need calibration data: token ids, or batches of the model's inputs")
+    return [{"input_ids": row.unsqueeze(0)} for row in calibration] if isinstance(calibration, Tensor) else calibration
 
 
 def plan_layers(model: nn.Module, scheme: Scheme, solver: str, rules: Sequence[Rule] = ()) -> dict[str, Assignment]:

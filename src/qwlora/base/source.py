@@ -5,6 +5,7 @@
     package:NAME/PATH          a file or folder inside an installed Python package, found without importing the package
     A+B+C                      parts of one .gguf file in their order, each as one of the above; joined once, in the user's cache
     owner/name                 a Hugging Face hub id
+    ./a/base                   a base that was frozen before, whose integers can be kept, and nothing else be done to them
 
 `locate` is free of torch: it is how a recipe learns early that its model is not there.
 """
@@ -42,10 +43,12 @@ class Location:
 
     @property
     def holds_floats(self) -> bool:
-        """Whether transformers alone makes a float model of it: a GGUF file (dequantized), or a folder that no quantizer wrote."""
+        """Whether transformers alone makes a float model of it: a GGUF file (dequantized), or a folder that no quantizer wrote, ours included."""
         if self.gguf_file or not self.files:
             return True
         names = {file.name for file in self.files}
+        if "base.json" in names:
+            return False
         config = (self.path / "config.json").read_text(errors="replace")
         return not names & {"quantize_config.json", "quant_config.json"} and not re.search(r'"(quantization|compression)_config"\s*:\s*\{', config)
 
@@ -74,7 +77,9 @@ def locate(source: str) -> Location:
         )
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise SourceError(f"model folder {source!r} has no config.json; name the .gguf file itself if it holds one")
+            held = sorted(p.name for p in path.glob("*.gguf"))
+            remedy = f"give one of its files: {', '.join(held[:5])}" if held else "give the folder of a Hugging Face checkpoint, or a .gguf file"
+            raise SourceError(f"model folder {source!r} has no config.json; {remedy}")
         return Location(str(path), None, tuple(sorted(p for p in path.iterdir() if p.is_file())))
     if path.suffix != ".gguf":
         raise SourceError(f"model file {source!r} is not a .gguf file; for a Hugging Face checkpoint give its folder")
@@ -101,20 +106,34 @@ def load_model(source: str) -> PreTrainedModel:
     """The float32 model.
 
     Raises:
-        SourceError: `transformers` cannot load it; its own message is kept.
+        SourceError: `transformers` cannot load it (its own message is kept), its files hold integers, or a parameter of the model is not in them.
     """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     location = _readable(source)
+    if not location.holds_floats:
+        raise SourceError(f"model {source!r} holds integers; they can be kept (base.solver: keep), but there is no float model to load")
     try:
-        model = AutoModelForCausalLM.from_pretrained(location.pretrained, dtype=torch.float32, **location.arguments())
+        loaded: Any = AutoModelForCausalLM.from_pretrained(location.pretrained, dtype=torch.float32, output_loading_info=True, **location.arguments())
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
         raise SourceError(f"model {source!r} cannot be loaded: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    found = loaded[1]
+    if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):  # which would be random numbers now
+        unknown = f"; the files hold {_listed(sorted(found['unexpected_keys']))}, which it does not have" if found["unexpected_keys"] else ""
+        raise SourceError(
+            f"model {source!r}: its files do not hold, or hold in another shape, {_listed(wrong)} of {type(model).__name__}{unknown}. "
+            "Download it again, or give a checkpoint of the whole language model"
+        )
     if location.gguf_file:
         forget_gguf_(model)
     return model.eval()
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def forget_gguf_(model: PreTrainedModel) -> None:
@@ -136,10 +155,13 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     location = _readable(source)
+    without = f"model {source!r} has no tokenizer: its files (tokenizer.json and the like) belong beside the weights"
+    if location.files and not location.gguf_file and not any(re.match("(tokenizer|vocab|spiece|sentencepiece)", file.name) for file in location.files):
+        raise SourceError(without)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.pretrained, **location.arguments())
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as error:
         raise SourceError(f"the tokenizer of model {source!r} cannot be loaded: {error}") from error
     if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
-        raise SourceError(f"model {source!r} has no tokenizer: its files (tokenizer.json and the like) belong beside the weights")
+        raise SourceError(without)
     return tokenizer

@@ -2,27 +2,33 @@
 
 For each module in the order of the files: its tensors are read, its weight is solved and packed if the rules say so, the result goes into the shard that
 is being written, and the module is let go. The peak is one module as floats (a linear layer, an embedding, a layer's fused experts), what its solver
-needs, and one shard.
+needs, and one shard. A solver that follows the inputs of a layer needs a block of the model at a time, and what lies outside all blocks
+(`stream_calibrated.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qwlora.base.assembly import put_, tensor_at
+from qwlora.base.calibrated import parts_of, quantize_parts_
 from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.packed import pack_at_, tie_weights_
 from qwlora.base.precomputed import LazyModel
-from qwlora.base.quantize import plan_layers
+from qwlora.base.quantize import batches_of, plan_layers
 from qwlora.base.rules import Assignment, Rule
 from qwlora.base.shards import SHARD_BYTES
 from qwlora.base.solver import CALIBRATED
 from qwlora.base.storage import BaseWriter
+from qwlora.base.stream_calibrated import PartsOnDemand
 from qwlora.base.tensors import solve_tensor, tensor_out_in
-from qwlora.errors import GridError, SourceError
+from qwlora.errors import SourceError
+from qwlora.grid.moment import Moments
 from qwlora.grid.presets import weight_scheme
 from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track, untracked
@@ -37,6 +43,9 @@ def quantize_checkpoint(
     solver: str = "search",
     *,
     rules: Sequence[Rule] = (),
+    calibration: Tensor | Sequence[Mapping[str, Any]] | None = None,
+    moments: Moments | None = None,
+    work: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     track: Track = untracked,
 ) -> str:
@@ -44,20 +53,28 @@ def quantize_checkpoint(
 
     Args:
         scheme: as for `quantize_`; None keeps the integers of a checkpoint that has them, and quantizes nothing.
-        solver: one that looks at weights alone.
+        calibration, moments, work: as for `quantize_`.
         shard_bytes: at which a file is full; as much is held in memory.
 
     Raises:
-        GridError: as `quantize_`; or the solver needs calibration data.
+        GridError: as `quantize_`; or the model runs a block of its layers again after a later one.
         SourceError: a tensor cannot be read, or a layer that a scheme is asked for is integers already.
-        CalibrationError: a weight holds nan or infinity.
+        CalibrationError: a weight or an input holds nan or infinity, or a layer saw no data.
     """
     lazy = LazyModel(checkpoint)
     scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
     plan = {} if scheme is None else plan_layers(lazy.model, scheme, solver, rules)
-    if calibrated := sorted({a.solver for a in plan.values()} & set(CALIBRATED)):
-        raise GridError(f"solver {calibrated[0]} follows the inputs of a layer, which takes the model in memory: quantize_ with calibration data does that")
     writer = BaseWriter(Path(folder), shard_bytes)
+    if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
+        batches = batches_of(calibration)
+        with PartsOnDemand(lazy, writer, parts_of(lazy.model, plan), len(batches)):
+            quantize_parts_(lazy.model, plan, batches, moments, work, track)
+    else:
+        _module_by_module(lazy, writer, plan, track)
+    return writer.finish(lazy.model, tokenizer, source)
+
+
+def _module_by_module(lazy: LazyModel, writer: BaseWriter, plan: Mapping[str, Assignment], track: Track) -> None:
     modules: dict[str, list[str]] = {}
     for name in lazy.stored:
         modules.setdefault(lazy.places[name][0][0], []).append(name)
@@ -69,7 +86,6 @@ def quantize_checkpoint(
         writer.add(lazy.model.get_submodule(path), path)
         for name in modules[path]:
             _let_go_(lazy, name)
-    return writer.finish(lazy.model, tokenizer, source)
 
 
 def _quantize_(lazy: LazyModel, name: str, todo: Assignment) -> None:

@@ -118,7 +118,8 @@ def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     found: dict[str, tuple[str, Tensor]] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
-        layout = _layout(getattr(module, "scheme", None))
+        scheme = getattr(module, "scheme", None)
+        layout = layout_text(scheme) if isinstance(scheme, Scheme) else ""
         own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}
         for key, tensor in own.items():
             name = f"{path}.{key}" if path else key
@@ -129,8 +130,7 @@ def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     return found
 
 
-def _layout(scheme: Any) -> str:
-    if not isinstance(scheme, Scheme):
-        return ""
+def layout_text(scheme: Scheme) -> str:
+    """How the parts of a tensor packed on this grid are to be understood, for its digest."""
     axis = scheme.to_json()["axis"]
     return f"{scheme} {axis}" if axis else str(scheme)

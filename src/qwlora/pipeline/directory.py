@@ -56,7 +56,7 @@ class Directory:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, recipe: Recipe) -> Iterator[Directory]:
-        """Claim `path` for `recipe`; made if it is not there, and removed again if nothing was finished in it.
+        """Claim `path` for `recipe`; made if it is not there, and removed again if nothing was finished in it, not even a part of a stage.
 
         Raises:
             DirectoryError: it belongs to another recipe or to something else, is in use, or cannot be written.
@@ -161,7 +161,7 @@ class Directory:
             shutil.rmtree(folder)
 
     def _has_work(self) -> bool:
-        return any((self.private / "work").glob("*/checkpoint-*"))
+        return any(file.is_file() for file in (self.private / "work").rglob("*"))
 
     def _read_records(self) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

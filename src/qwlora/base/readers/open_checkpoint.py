@@ -1,4 +1,4 @@
-"""One door to all readers: a folder, a .gguf file, or a float folder with an encodings file."""
+"""One door to all readers: a folder, a .gguf file, a float folder with an encodings file, or a base of our own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from qwlora.base.readers.awq import AwqCheckpoint
 from qwlora.base.readers.compressed_tensors import CompressedTensorsCheckpoint
 from qwlora.base.readers.folder import FloatCheckpoint
 from qwlora.base.readers.gptq import GptqCheckpoint
+from qwlora.base.readers.own import BaseCheckpoint
 from qwlora.base.readers.safetensors_files import read_json
+from qwlora.base.storage import RECORD
 from qwlora.errors import SourceError
 
 METHODS = {"gptq": GptqCheckpoint, "awq": AwqCheckpoint, "compressed-tensors": CompressedTensorsCheckpoint}
@@ -27,7 +29,7 @@ def open_checkpoint(
     """The reader for what lies at `path`.
 
     Args:
-        path: a folder with config.json and safetensors files, or a .gguf file.
+        path: a folder with config.json and safetensors files, a .gguf file, or a base's folder.
         encodings: an AIMET encodings file for a folder of floats.
         keep_float: with `encodings`, globs of what stays float.
         block_order: with `encodings`, how version 1.0.0 lists blocks where that cannot be known.
@@ -45,6 +47,10 @@ def open_checkpoint(
         return GgufCheckpoint(path)
     if not path.is_dir():
         raise SourceError(f"{str(path)!r} is neither a folder nor a .gguf file")
+    if (path / RECORD).is_file():
+        if encodings is not None:
+            raise SourceError(f"{str(path)!r} is a QWLoRA base, which has its encodings; those of a file belong to a folder of floats")
+        return BaseCheckpoint(path)
     method, settings = quantization_of(path)
     if method is None:
         return FloatCheckpoint(path) if encodings is None else AimetCheckpoint(path, encodings, keep_float, block_order)

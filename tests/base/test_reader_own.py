@@ -1,0 +1,78 @@
+"""A base as a source of integers: the same base comes out, and what was changed or taken away is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import byte_tokenizer, tiny_model
+from qwlora import fingerprint, load_base, quantize_, save_base
+from qwlora.base.precomputed import load_precomputed
+from qwlora.base.readers.open_checkpoint import open_checkpoint
+from qwlora.base.readers.own import BaseCheckpoint
+from qwlora.base.rules import Rule
+from qwlora.errors import FingerprintError, SourceError
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.scheme import parse_scheme
+
+UP = "model.layers.0.mlp.up_proj"
+RULES = [
+    Rule("*.q_proj", parse_scheme("w3-block32-asymmetric")),
+    Rule("*.up_proj", parse_scheme("w4-lpbq16")),
+    Rule("*.v_proj", None),
+    Rule("*.k_proj", parse_scheme("w8-channel")),
+]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32", "rtn", rules=[*RULES, Rule("model.embed_tokens", parse_scheme("w6-block8"))])
+    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    return tmp_path
+
+
+def test_the_same_base_comes_out(base: Path) -> None:
+    checkpoint, expected = open_checkpoint(base), load_base(base)
+    assert isinstance(checkpoint, BaseCheckpoint)
+    found = load_precomputed(checkpoint)
+    assert fingerprint(found) == fingerprint(expected)
+    ids = torch.arange(20).view(1, -1)
+    assert torch.equal(found(ids).logits, expected(ids).logits)
+    assert isinstance(checkpoint.read(f"{UP}.weight"), QuantizedTensor)
+    assert isinstance(checkpoint.read("model.layers.0.self_attn.v_proj.weight"), torch.Tensor)
+
+
+def test_what_changed_is_named(base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors[f"{UP}.packed"][0, 0] ^= 1
+    save_file(tensors, base / "model.safetensors")
+    checkpoint = BaseCheckpoint(base)
+    checkpoint.read("model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(FingerprintError, match=rf"{UP}.packed changed after saving"):
+        checkpoint.read(f"{UP}.weight")
+
+
+def test_parts_that_do_not_fit_are_named(base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    block_scale = tensors.pop(f"{UP}.block_scale")
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(SourceError, match=rf"{UP}.block_scale is missing, but int4 symmetric per block 16 with int4 scales needs \[128, 2\]; quantize again"):
+        BaseCheckpoint(base).read(f"{UP}.weight")
+    save_file({**tensors, f"{UP}.block_scale": block_scale}, base / "model.safetensors")
+    record = json.loads((base / "base.json").read_text())
+    record["layers"][UP]["shape"] = [128, 32]
+    (base / "base.json").write_text(json.dumps(record))
+    with pytest.raises((SourceError, FingerprintError), match=rf"{UP}.packed is \[128, 32\], but .* needs \[128, 16\]"):
+        BaseCheckpoint(base).read(f"{UP}.weight")
+
+
+def test_names_and_encodings_that_there_are_none_of(base: Path) -> None:
+    with pytest.raises(SourceError, match="there is no tensor 'other'"):
+        BaseCheckpoint(base).read("other")
+    with pytest.raises(SourceError, match="is a QWLoRA base, which has its encodings"):
+        open_checkpoint(base, encodings="x")

@@ -8,7 +8,8 @@ seconds of the one thread, as are all other seconds. There are two kinds of cali
 other estimators a sample too. What an estimator does once, after all passes, is its `freeze_seconds`. Peaks are of processes of their own (`turns.py`).
 
 PYTHON is that of an environment with aimet-torch and transformers 4.49 (`make .venv-aimet/ready` makes one): its `QuantizationSimModel` calibrates and
-simulates the same float model with the same adapter on the same batch, over its own plain forward. Without it those rows are left out, and the result says so.
+simulates the same float model with the same adapter on the same batch, over its own plain forward. Without it, the rows of an earlier run stay; if there are
+none, the result says so.
 """
 
 from __future__ import annotations
@@ -136,16 +137,17 @@ def main() -> None:
     peft = adapted(model)
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         write_for_aimet(model, peft, inputs, Path(name))
-        result = json.loads(RESULT.read_text()) if options.only_aimet else {"rows": []}
+        result = json.loads(RESULT.read_text()) if RESULT.exists() and not options.layers else {"rows": []}
+        theirs = [row for row in result["rows"] if row["tool"] != "qwlora"]
         if not options.only_aimet:
             quantize_(peft, "w4-block32", "rtn")
             result = summary(*measure_ours(peft, inputs, options.rounds))
-            report(result, options.layers is None)
         if options.aimet:
+            report(result, write=False)
             theirs = measure_aimet(options.aimet, Path(name), options.rounds)
-            result["aimet"] = "the same float model, adapter and batch, over its own plain forward"
-            result["rows"] = [row for row in result["rows"] if row["tool"] == "qwlora"] + theirs
-            report(result, options.layers is None)
+    result["aimet"] = "the same float model, adapter and batch, over its own plain forward" if theirs else "left out: --aimet was not given"
+    result["rows"] = [row for row in result["rows"] if row["tool"] == "qwlora"] + theirs
+    report(result, write=not options.layers)
 
 
 def summary(rows: list[dict[str, Any]], said: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def summary(rows: list[dict[str, Any]], said: dict[str, Any]) -> dict[str, Any]:
     held = {f"{row['way']} <= {row['limit']}": row["ratio"] <= row["limit"] for row in rows if "limit" in row}
     held[f"freeze <= {ONCE_SECONDS} s"] = max(said["freeze_seconds"].values()) <= ONCE_SECONDS
     held[f"capture to simulation < {CAPTURE_SECONDS} s"] = max(said["capture_to_simulation_seconds"]) < CAPTURE_SECONDS
-    return {"machine": machine_line(), "tokens": TOKENS, **said, "held": held, "aimet": "left out: --aimet was not given", "rows": rows}
+    return {"machine": machine_line(), "tokens": TOKENS, **said, "held": held, "rows": rows}
 
 
 def report(result: dict[str, Any], write: bool) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.grid.encoding import Encoding
-from qwlora.simulation.encodings_file import load_encodings
+from qwlora.grid.scheme import Scheme
 
 from .llama import ForwardLogits, adapt_, llama, make_modules_
 from .oracle import QuantizationMixin, QuantizationSimModel, QuantizeDequantize, aimet_numbers, aimet_shape, ulps
@@ -70,9 +70,11 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     if folder is None:
         pytest.skip("our half is not written: make test-aimet, or tests/aimet/write_simulations.py FOLDER and --simulations FOLDER")
     here = folder / f"{request.param}"
-    tensors = {part: load_file(here / f"{part}.safetensors") for part in ("float", "adapter", "batches", "results")}
+    tensors = {part: load_file(here / f"{part}.safetensors") for part in ("float", "adapter", "batches", "results", "encodings")}
     record = json.loads((here / "case.json").read_text())
-    ours = Ours(record, dict(load_encodings(here)), tensors["float"], tensors["adapter"], tensors["batches"], tensors["results"])
+    schemes = {name: Scheme.from_json(scheme) for name, scheme in record["schemes"].items()}
+    encodings = {name: Encoding(s, tensors["encodings"][f"{name}.scale"], tensors["encodings"][f"{name}.offset"]) for name, s in schemes.items()}
+    ours = Ours(record, encodings, tensors["float"], tensors["adapter"], tensors["batches"], tensors["results"])
     return make_pair(ours)
 
 

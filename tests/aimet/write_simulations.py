@@ -6,7 +6,7 @@ case.json                    the model's configuration, whether AIMET placed, th
 float.safetensors            the model before it was quantized
 adapter.safetensors          the LoRA weights, by canonical name (none without an adapter)
 batches.safetensors          token ids: calibration.0, calibration.1, ..., evaluation
-simulation.encodings         our encodings, the base's too, and simulation.json beside it (`save_simulation`)
+encodings.safetensors        our encodings, and simulation.json beside it (`save_simulation`)
 results.safetensors          logits of the evaluation batch: plain (nothing quantized) and simulated; every simulated value by its name, values.NAME
 """
 
@@ -27,7 +27,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.grid.names import canonical_name, is_adapter_name
 from qwlora.simulation.rules import PlacementRule
-from qwlora.simulation.storage import save_simulation
 
 MODEL: dict[str, Any] = {
     "hidden_size": 64,
@@ -105,7 +104,8 @@ def write(case: Case, folder: Path) -> None:
     schemes = SimulationSchemes(case.activations, adapter_weights=channel, parameters=channel, rules=rules)
     simulation = simulate(model, inputs(evaluation), schemes)
     simulation.calibrate([inputs(batch) for batch in calibration])
-    save_simulation(simulation, folder, with_base=True)
+    parts = {f"{name}.{part}": getattr(e, part).clone().contiguous() for name, e in simulation.encodings.items() for part in ("scale", "offset")}
+    save_file(parts, folder / "encodings.safetensors")
     save_file(weights, folder / "float.safetensors")
     adapter = {canonical_name(name): p.detach().clone() for name, p in model.named_parameters() if is_adapter_name(name)}
     save_file(adapter, folder / "adapter.safetensors")
@@ -113,6 +113,7 @@ def write(case: Case, folder: Path) -> None:
     values = {f"values.{name}": value.contiguous() for name, value in simulation.values(evaluation).items()}
     save_file({"plain": plain, "simulated": simulation.logits(evaluation), **values}, folder / "results.safetensors")
     record = {"name": case.name, "model": MODEL, "as_aimet": case.as_aimet, "scaling": 3.0 if case.rank else None}
+    record["schemes"] = {name: encoding.scheme.to_json() for name, encoding in simulation.encodings.items()}
     (folder / "case.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

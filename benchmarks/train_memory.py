@@ -5,7 +5,7 @@
 
 Each way trains in a process of its own, from a checkpoint on disk. `peak` is the largest resident size of the whole process during the steps (VmHWM, counted
 anew after loading), Python, torch and transformers included; `imported` is the resident size before anything is loaded, so the difference is what model and
-step cost. `ours` sets glibc's malloc and PEFT's casting as the train stage does (`memory.py`, `adapter/train.py`); `plain` is as anybody runs it,
+step cost. `ours` sets glibc's malloc, PEFT's casting and checkpoints as the train stage does (`memory.py`, `adapter/train.py`); `plain` is as anybody runs it,
 `plain-giving-back` the same with malloc's setting. `ratio` is of whole peaks; `ratio_above_imports` of the differences. Seconds are the median of the steps
 after the first; the ways take turns, and a ratio of times is the median of the ratios of the rounds.
 """
@@ -65,12 +65,13 @@ def measure(
     from peft.helpers import disable_input_dtype_casting
     from transformers import AutoModelForCausalLM
 
+    from qwlora.adapter.apart import kept_apart
     from qwlora.adapter.loss import chunk_loss_
     from qwlora.base.storage import load_base
 
     torch.set_num_threads(2)
     if gives_back:
-        give_back_soon(2**22 if half else 2**23)
+        give_back_soon()
     reset_peak_rss()
     imported = peak_rss_bytes()
     base = load_base(folder / "base") if packed else AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32)
@@ -93,7 +94,7 @@ def measure(
 
     reset_peak_rss()
     loaded, seconds, losses = peak_rss_bytes(), [], []
-    with disable_input_dtype_casting(model, active=half and chunked):
+    with disable_input_dtype_casting(model, active=half and chunked), kept_apart(model, active=checkpointing and chunked):
         for _ in range(steps):
             began = time.perf_counter()
             losses.append(step())

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
 
+from qwlora.adapter.apart import kept_apart
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of
 from qwlora.adapter.loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
@@ -144,7 +145,8 @@ def train_adapter(
         trainer._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has
         prepare_sharding_(trainer)
         try:
-            with _interruptible(watch), disable_input_dtype_casting(model, active=arguments.bf16):  # autocast casts; twice would cost memory
+            apart = kept_apart(model, settings.gradient_checkpointing)
+            with _interruptible(watch), apart, disable_input_dtype_casting(model, active=arguments.bf16):  # autocast casts; twice would cost memory
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
             if stand_in:

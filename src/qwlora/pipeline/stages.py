@@ -135,7 +135,7 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 2: one adapter on the frozen base, whose fingerprint is the same afterwards."""
     adapter = session.adapter(str(stage.adapter))
     base_identity, seed = session.base_fingerprint, session.recipe.seed
-    give_back_soon(2**22 if adapter.compute == "bfloat16" else 2**23)
+    give_back_soon()
     reset_peak_rss()
     base = session.base()
     start = str(session.path / "adapters" / first.name) if (first := session.recipe.start_of(adapter)) else adapter.start

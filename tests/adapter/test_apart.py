@@ -1,0 +1,55 @@
+"""Checkpoints in mappings of their own: the same numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import ARCHITECTURES, tiny_model
+from qwlora.adapter import apart
+from qwlora.adapter.apart import kept_apart
+
+
+def gradients(architecture: str, active: bool) -> dict[str, Tensor]:
+    model = tiny_model(architecture).train()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids, hooks = torch.arange(64).view(2, 32), [len(layer._forward_hooks) for layer in model.modules()]
+    with torch.random.fork_rng(), kept_apart(model, active):
+        torch.manual_seed(0)  # GPT-2 has dropout
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert [len(layer._forward_hooks) for layer in model.modules()] == hooks
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_are_the_same_bits(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+    own = apart._Moved.apply
+    monkeypatch.setattr(apart, "_LARGE_BYTES", 1)
+    monkeypatch.setattr(apart._Moved, "apply", lambda x: moved.append(x.nbytes) or own(x))
+    expected, found = gradients(architecture, active=False), gradients(architecture, active=True)
+    assert len(moved) >= 2
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_what_is_moved_and_what_is_not() -> None:
+    class Layer(torch.nn.Module):
+        gradient_checkpointing = True
+
+    layer: Any = Layer()
+    x = torch.randn(2**20, requires_grad=True)
+    moved = apart._move(layer, (), (x * 2, "more"))
+    assert moved[1] == "more"
+    assert torch.equal(moved[0], x * 2)
+    assert moved[0].untyped_storage().data_ptr() % 4096 == 0
+    moved[0].sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2))  # type: ignore[arg-type]
+    assert apart._move(layer.eval(), (), x) is None
+    assert apart._move(layer.train(), (), x[:10]) is None
+    with torch.no_grad():
+        assert apart._move(layer, (), x) is None

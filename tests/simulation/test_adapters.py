@@ -25,6 +25,7 @@ from qwlora.simulation.adapters import AdapterSimulations, simulate_adapters
 from qwlora.simulation.adapters import capture as capture_anew
 from qwlora.simulation.branch import branch_nodes
 from qwlora.simulation.encodings_file import load_encodings
+from qwlora.simulation.implementations import visible_implementations
 from qwlora.simulation.sharing import BaseActivations
 from qwlora.simulation.storage import save_simulation
 
@@ -56,7 +57,7 @@ def adapted(architecture: str = "llama", **others: LoraConfig) -> PeftModel:
 
 
 def peft_logits(model: PeftModel, adapter: str, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), visible_implementations(model):  # the attention that is captured
         if adapter == "base":
             with model.disable_adapter():
                 return model(**batch, use_cache=False).logits
@@ -105,7 +106,7 @@ def test_each_adapter_alone_computes_what_peft_computes(architecture: str, adapt
     assert simulations.captures == captures  # second goes into the graph of first, and base too
     batch = inputs(3, 20, seed=7)
     batch["attention_mask"][0, :8] = 0
-    found = {name: simulations[name].program.module(check_guards=False)(*batch.values()) for name in simulations}
+    found = {name: simulations[name].program.module(check_guards=False)(*batch.values())[0] for name in simulations}
     for name, logits in found.items():
         assert torch.equal(logits, peft_logits(model, name, batch)), name
     assert not torch.equal(found["first"], found["second"])
@@ -118,7 +119,7 @@ def test_where_zeros_are_not_the_base_it_is_captured() -> None:
     assert not simulations["base"].adapter_weights
     batch = inputs(3, 20, seed=7)
     for name in ("first", "base"):
-        assert torch.equal(simulations[name].program.module(check_guards=False)(*batch.values()), peft_logits(model, name, batch))
+        assert torch.equal(simulations[name].program.module(check_guards=False)(*batch.values())[0], peft_logits(model, name, batch))
 
 
 def test_an_inactive_adapter_is_in_no_graph(model: PeftModel, calibrated: dict[str, AdapterSimulations]) -> None:
@@ -219,16 +220,16 @@ def test_sharing_costs_what_it_costs(model: PeftModel, calibrated: dict[str, Ada
 
     def error(simulations: AdapterSimulations, name: str) -> float:
         with torch.no_grad():
-            return float((simulations[name](*batch.values()) - expected[name]).square().mean())
+            return float((simulations[name](**batch).logits - expected[name]).square().mean())
 
     simulations = calibrated["none"]
-    before = {name: simulations[name](*batch.values()) for name in simulations}
+    before = {name: simulations[name](**batch).logits for name in simulations}
     names = {id(simulation): name for name, simulation in simulations.items()}
     costs = simulations.cost_of_sharing(lambda simulation: error(simulations, names[id(simulation)]))
     for name, cost in costs.items():
         assert cost.own == error(calibrated["all"], name)
         assert cost.shared == error(simulations, name)
-        assert torch.equal(simulations[name](*batch.values()), before[name])
+        assert torch.equal(simulations[name](**batch).logits, before[name])
     assert costs["base"].shared > costs["base"].own  # it pays for ranges ten times wider than its own
 
 

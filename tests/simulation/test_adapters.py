@@ -26,6 +26,7 @@ from qwlora.simulation.adapters import capture as capture_anew
 from qwlora.simulation.branch import branch_nodes
 from qwlora.simulation.capture import Captured
 from qwlora.simulation.encodings_file import load_encodings
+from qwlora.simulation.implementations import visible_implementations
 from qwlora.simulation.sharing import BaseActivations
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.storage import load_simulation, save_simulation
@@ -65,7 +66,7 @@ def adapted(architecture: str = "llama", **others: LoraConfig) -> PeftModel:
 
 
 def peft_logits(model: PeftModel, adapter: str, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), visible_implementations(model):  # the attention that is captured
         if adapter == "base":
             with model.disable_adapter():
                 return model(**batch, use_cache=False).logits

@@ -60,7 +60,7 @@ def train(model: nn.Module, name: str) -> None:
 
 def simulated(model: nn.Module, captured: Captured, name: str, bitwidth: int) -> tuple[Simulation, float, float]:
     """(simulation, SQNR of its primary output against the model's, seconds of calibration)."""
-    simulation = Simulation(captured, SimulationSchemes(Scheme(bitwidth, symmetric=False)), base_encodings(model))
+    simulation = Simulation(captured, SimulationSchemes(Scheme(bitwidth, symmetric=False), rules=ALL[name].rules), base_encodings(model))
     start = time.perf_counter()
     simulation.calibrate([inputs(name, seed) for seed in SEEDS])
     seconds = time.perf_counter() - start

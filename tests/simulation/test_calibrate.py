@@ -12,6 +12,7 @@ from torch import Tensor
 from qwlora import Estimator, PlacementRule, Scheme, SimulationSchemes
 from qwlora.errors import CalibrationError
 from qwlora.simulation.calibrate import Stillness, tokens_of
+from qwlora.simulation.implementations import visible_implementations
 from qwlora.simulation.observe import SampleObserver
 from qwlora.simulation.quantizer import Mode
 from qwlora.simulation.rules import Decision
@@ -130,7 +131,7 @@ def test_another_scheme_needs_no_data() -> None:
 
 
 def test_quantizers_can_be_switched_off(whole: Simulation) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), visible_implementations(adapted()):
         plain = adapted()(**BATCHES[0], use_cache=False).logits
     simulated = whole.logits(IDS)
     with whole.only():

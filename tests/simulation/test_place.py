@@ -15,6 +15,7 @@ from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.graph import Kind
 from qwlora.grid.scheme import PerChannel
 from qwlora.simulation.aten import MAKES_VALUES, MOVES_DATA
+from qwlora.simulation.implementations import visible_implementations
 from qwlora.simulation.place import place
 from qwlora.simulation.quantizer import Quantizer
 from qwlora.simulation.rules import POLICIES, Decision, Policy, PolicyRule
@@ -163,7 +164,7 @@ def test_with_weights_only_the_rest_is_float() -> None:
     made = simulation(SimulationSchemes(policy="weights-only", adapter_weights=Scheme(16, granularity=PerChannel(0))))
     assert {m.kind for m in made.marks} == {Kind.BASE, Kind.ADAPTER}
     ids = batch()["input_ids"]
-    with torch.no_grad():
+    with torch.no_grad(), visible_implementations(adapted()):
         expected = adapted()(**batch(), use_cache=False).logits
     torch.testing.assert_close(made.logits(ids), expected, rtol=1e-3, atol=1e-2)
     with made.only():
@@ -242,3 +243,24 @@ def test_rules_that_contradict_themselves(given: dict[str, Any], message: str) -
         PlacementRule("x", **given)
     with pytest.raises(CalibrationError, match="observer 'best' is not one of min-max, percentile"):
         PlacementRule("x", observer="best")
+
+
+class Clock(nn.Module):
+    """A time as sines and cosines of many frequencies; `shared` is read by more than those."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, time: Tensor, shared: Tensor) -> Tensor:
+        angle = (1000 * time).unsqueeze(-1) * torch.exp(-torch.arange(4.0))
+        other = shared * 2
+        return self.layer(torch.cat([angle.sin(), angle.cos()], -1)) + torch.sin(other) + other
+
+
+def test_angles_stay_float() -> None:
+    found = decisions(torch.export.export(Clock(), (torch.rand(3), torch.rand(3, 8))))
+    angle = (Decision.FLOAT, "an angle: only sine and cosine read it")
+    assert [found[name] for name in ("time", "output.mul", "output.unsqueeze", "output.mul_2")] == [angle] * 4
+    assert all(found[name][0] is Decision.QUANTIZE for name in ("shared", "output.mul_1", "output.sin", "output.cos", "output.cat"))
+    assert found["output.exp"] == (Decision.FLOAT, "computed from integers alone")

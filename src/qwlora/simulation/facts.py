@@ -35,6 +35,7 @@ class GraphFacts:
         integers = {n.name for n in _placeholders(program) if isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].is_floating_point()}
         # what an embedding looks up is not an integer, whatever its table is made of
         self._integer_origins = _made_from_alone(program, integers, but_for=frozenset({"embedding"}))
+        self._angles = _angles(program)
         self._constants = _made_from_alone(program, {n.name for n in _placeholders(program)} - set(program.graph_signature.user_inputs))
 
     def facts(self, node: Node) -> frozenset[Fact]:
@@ -52,6 +53,8 @@ class GraphFacts:
         if owner := self.owner(node):
             outside = any(owner[0] not in _stack(user) for user in node.users)
             found.add(Fact.LEAVES_ONE_OPERATION if outside else Fact.INSIDE_ONE_OPERATION)
+        if node.name in self._angles:
+            found.add(Fact.ANGLE)
         if node.name in self._residual_additions:
             found.add(Fact.RESIDUAL_ADDITION)
         if not is_known(operator):
@@ -70,7 +73,7 @@ class GraphFacts:
         if (parameter := self.parameters.get(node.name)) is not None:
             found.add(Fact.ADAPTER_WEIGHT if is_adapter_name(parameter) else Fact.PARAMETER)
         elif node.name in self.program.graph_signature.user_inputs:
-            found.add(Fact.INPUT)
+            found.update({Fact.INPUT, Fact.ANGLE} if node.name in self._angles else {Fact.INPUT})
         return found
 
     @cached_property
@@ -140,6 +143,15 @@ def _flows_into(source: Node, target: Node, order: dict[Node, int]) -> bool:
                 seen.add(node)
                 waiting.append(node)
     return False
+
+
+def _angles(program: ExportedProgram) -> set[str]:
+    """Names of the nodes all of whose readers are sines, cosines, or such nodes themselves."""
+    found: set[str] = set()
+    for node in reversed(program.graph.nodes):
+        if node.users and all(n.name in found or (n.op == "call_function" and base_name(operator_of(n)) in ("sin", "cos")) for n in node.users):
+            found.add(node.name)
+    return found
 
 
 def _made_from_alone(program: ExportedProgram, placeholders: set[str], but_for: frozenset[str] = frozenset()) -> set[str]:

@@ -9,7 +9,7 @@ A policy is an ordered list of rules; the first that fits a value decides:
 A rule fits by the operator that made the value, the class of the module that ran it, a glob over its path, and one structural fact (`Fact`) about it. Three
 policies come with the package:
 
-    npu              every value that is made, but for those that no grid holds beside the rest: the inside of norms, masks, residual additions
+    npu              every value that is made, but for those that no grid holds beside the rest: the inside of norms, masks, angles, residual additions
     matmul-inputs    what matrix products and convolutions read, and nothing else: integer kernels on a server
     weights-only     no activation
 
@@ -46,6 +46,7 @@ class Fact(StrEnum):
 
     FLOAT64 = "float64"
     INTEGER_ORIGIN = "integer-origin"  # no floating point input, parameter or constant flows into it
+    ANGLE = "angle"  # in the end only sine and cosine read it: a step of more than a radian would leave nothing of it
     MASKED = "masked"  # a mask was added to it, or chose among its values
     INSIDE_ONE_OPERATION = "inside-one-operation"  # in a module of the policy's `one_operation` classes, and read there alone
     LEAVES_ONE_OPERATION = "leaves-one-operation"  # likewise, and read outside
@@ -109,6 +110,7 @@ class Policy:
 _NOT_DATA = (
     PolicyRule(Decision.FLOAT, "float64 is index arithmetic", fact=Fact.FLOAT64),
     PolicyRule(Decision.FLOAT, "computed from integers alone", fact=Fact.INTEGER_ORIGIN),
+    PolicyRule(Decision.FLOAT, "an angle: only sine and cosine read it", fact=Fact.ANGLE),
     PolicyRule(Decision.FLOAT, "combined with a mask", fact=Fact.MASKED),
 )
 _ADAPTER = PolicyRule(Decision.QUANTIZE, "a weight of the adapter", fact=Fact.ADAPTER_WEIGHT)
@@ -121,8 +123,8 @@ POLICIES: dict[str, Policy] = {
             (
                 _ADAPTER,
                 PolicyRule(Decision.QUANTIZE, "a parameter that step 1 left float", fact=Fact.PARAMETER),
-                PolicyRule(Decision.QUANTIZE, "an input of the model", fact=Fact.INPUT),
                 *_NOT_DATA,
+                PolicyRule(Decision.QUANTIZE, "an input of the model", fact=Fact.INPUT),
                 PolicyRule(Decision.FLOAT, "inside {owner}, which is one operation", fact=Fact.INSIDE_ONE_OPERATION),
                 PolicyRule(Decision.QUANTIZE, "output of {owner}", fact=Fact.LEAVES_ONE_OPERATION),
                 PolicyRule(Decision.FLOAT, "a residual addition", fact=Fact.RESIDUAL_ADDITION),

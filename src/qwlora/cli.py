@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwlora.cli_adapters import app as adapters_app
 from qwlora.cli_encodings import app as encodings_app
 from qwlora.cli_inspect import inspect
 from qwlora.cli_merge import merge, merge_check
+from qwlora.cli_progress import bars
 from qwlora.cli_simulate import simulate
 from qwlora.errors import QwloraError, RecipeError, VerificationError
 from qwlora.pipeline.plan import VERBS
-from qwlora.progress import untracked
-
-T = TypeVar("T")
 
 app = typer.Typer(
     name="qwlora",
@@ -117,13 +114,12 @@ def _run(recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool,
     from qwlora.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, tuple(changes or ()))
-    console = Console(stderr=True)
     try:
         results = run(
             recipe,
             out,
             tuple(verbs),
-            track=_bars(console) if console.is_terminal and not as_json else untracked,
+            track=bars(quiet=as_json),
             say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
         )
     except KeyboardInterrupt as error:  # here, since typer would turn it into a bare exit code
@@ -136,15 +132,6 @@ def _run(recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool,
         from qwlora.pipeline.summary import print_summary
 
         print_summary(results, Console(width=None if sys.stdout.isatty() else 120))
-
-
-def _bars(console: Console) -> Callable[..., Iterator[Any]]:
-    def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            yield from progress.track(items, total=total, description=description)
-
-    return track
 
 
 app.command("inspect")(inspect)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwlora.cli_progress import bars
+
 if TYPE_CHECKING:
     from qwlora.pipeline.merge import Verdict
 
@@ -20,7 +22,7 @@ Out = Annotated[Path, typer.Option("--out", help="Where to write the merged mode
 
 def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
     """Say what merging an adapter into the base's integers would lose. Writes nothing."""
-    verdict, _ = _verdict(job, name)
+    verdict, _ = _verdict(job, name, quiet=as_json)
     print(json.dumps(verdict.to_json(), indent=1) if as_json else "\n".join(_lines(verdict)))
 
 
@@ -36,14 +38,13 @@ def merge(job: Job, name: Name, into: Target, out: Out) -> None:
     print(f"wrote {out}")
 
 
-def _verdict(job: Path, name: str) -> tuple[Verdict, Any]:
+def _verdict(job: Path, name: str, quiet: bool = False) -> tuple[Verdict, Any]:
     from qwlora.pipeline.run import open_job
-    from qwlora.progress import untracked
 
     session, name = open_job(job, name)
     from qwlora.pipeline.merge import merge_verdict
 
-    return merge_verdict(session, name, untracked), session
+    return merge_verdict(session, name, bars(quiet)), session
 
 
 def _lines(verdict: Verdict) -> list[str]:

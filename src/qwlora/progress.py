@@ -1,7 +1,7 @@
 """How long steps report that they are under way.
 
 A step that loops takes a `Track`: a function that hands the items through and may draw a bar meanwhile. Steps default to `untracked`; the command line
-passes a `rich` bar with the time left (see `cli.py`), so no step knows about terminals.
+passes a `rich` bar with the time left (see `cli_progress.py`), so no step knows about terminals.
 """
 
 from __future__ import annotations

@@ -74,6 +74,15 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
         assert torch.equal(weight, plain[name])
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_is_given_back_where_it_is_saved_for_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    given: list[int] = []
+    monkeypatch.setattr("qwlora.adapter.loss.give_back", lambda: given.append(1))
+    monkeypatch.setattr("qwlora.adapter.loss._MANY", 1)
+    train_adapter(adapted(), IDS, replace(SETTINGS, gradient_checkpointing=checkpointing), tmp_path)
+    assert len(given) == (3 * SETTINGS.steps if checkpointing else 0)
+
+
 class Uneven(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Few targets in one sequence, many in the next: a mean of means would be wrong."""
 

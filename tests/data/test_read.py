@@ -175,6 +175,7 @@ WRONG_TABLES = [
     ("a.csv", b"", "the file is empty; its first line must name the columns"),
     ("a.csv", b"text,text\na,b\n", ":1: two columns are named 'text'"),
     ("a.csv", b'prompt,completion\n"two\nlines",b\na,b,c\n', ":4: this record has 3 fields, and the header 2; a field with a comma in it needs quotes"),
+    ("a.tsv", b"prompt\tcompletion\na\tb\na\tb\tc\n", ":3: this record has 3 fields, and the header 2; a field with a tab in it needs quotes"),
     ("a.csv", b'text\na\n"b" c\n', ":3: this is not CSV: ',' expected after '\"'"),
     ("a.csv", b'text\na\n""\n', ":3: 'text' is empty"),
     ("a.csv", b"messages\nhello\n", ":2: 'messages' must be a list of messages"),
@@ -191,6 +192,7 @@ WRONG_TABLES = [
     ("a.jsonl", b'{"text": "a", "messages": []}\n', ":1: both text and messages are there, and only one of them can be learnt from: say which in the recipe"),
     ("a.parquet", b"PAR1 not really", "this is not a Parquet file"),
     ("a.arrow", b"not arrow at all", "this is not an Arrow file"),
+    ("a.feather", b"not arrow either", "this is not an Arrow file"),
     ("a.json", b"[]", ".json files are not read: write one object a line and call it .jsonl"),
 ]
 
@@ -210,6 +212,14 @@ def test_a_bad_row_of_a_table_is_counted(tmp_path: Path, name: str, value: Any, 
     WRITERS[name](tmp_path / name, [{"text": v["text"]} for v in records][::-1])
     with pytest.raises(SourceError, match=rf"{name}.* row 1: 'text' must be a string, and is {message}"):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("file", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
+def test_a_damaged_saved_dataset_is_named(tmp_path: Path, file: str) -> None:
+    write_saved(tmp_path / "saved", RECORDS["text"])
+    (tmp_path / "saved" / file).write_text("{")
+    with pytest.raises(SourceError, match=r"saved: this folder has dataset_info.json or dataset_dict.json, but datasets cannot load it: "):
+        read(tmp_path / "saved")
 
 
 def test_columns_may_be_named(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from qwlora.memory import give_back
 CHUNK_LOGITS = 2**23  # numbers in a chunk of logits; a little more than 32 MiB, which glibc's malloc gives back to the system when it is freed
 IGNORED = -100
 _PROBE_TOKENS = 8
-_MANY = 1024  # tokens from which on it is worth the time to give back what malloc keeps, before each part of a step begins
+_MANY = 1024  # tokens of a step from which on it is worth the time to give back what malloc keeps
 
 
 class ChunkedLoss:
@@ -78,8 +78,7 @@ class ChunkedLoss:
         return forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs["labels"].numel() >= _MANY:
-            give_back()
+        self._give_back(kwargs["labels"].numel())
         with _swapped(self._head, "forward", self._capture), _swapped(self._model, "_loss_function", self._loss):
             self._captured.clear()
             output = self._own_forward(*args, **kwargs)
@@ -111,9 +110,15 @@ class ChunkedLoss:
             raise TrainingError("a batch has no token to learn from: every label in it is -100. Leave such sequences out of the training data")
         if count < len(targets):
             hidden, targets = hidden[kept], targets[kept]
-        with _giving_back(len(targets)):
-            total = self._sum(hidden, targets)
+        self._give_back(len(targets))  # what malloc kept of the forward pass
+        total = self._sum(hidden, targets)
+        self._give_back(len(targets))
         return total / (count if items is None else items.to(total.device) if isinstance(items, Tensor) else items)
+
+    def _give_back(self, tokens: int) -> None:
+        """Between the parts of a step that is checkpointed, to save memory for time, and large enough to be worth it."""
+        if tokens >= _MANY and self._model.training and self._model.is_gradient_checkpointing:
+            give_back()
 
     def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The sum over tokens: by slices of the head's weight where autocast would round all of it for every chunk of tokens, else by chunks."""
@@ -240,16 +245,6 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Entries of the vocabulary, as the embedding counts them."""
     return int(getattr(model.get_input_embeddings(), "num_embeddings", None) or model.config.get_text_config().vocab_size)
-
-
-@contextlib.contextmanager
-def _giving_back(tokens: int) -> Iterator[None]:
-    """What malloc kept of the forward pass goes before the loss is computed, and what it kept of the loss before the backward pass."""
-    if tokens >= _MANY:
-        give_back()
-    yield
-    if tokens >= _MANY:
-        give_back()
 
 
 @contextlib.contextmanager

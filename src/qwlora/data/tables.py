@@ -45,7 +45,10 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
     def rows() -> Rows:
         for line, row in lines[1:]:
             if len(row) != len(header):
-                raise SourceError(f"{path}:{line}: this record has {len(row)} fields, and the header {len(header)}; a field with a comma in it needs quotes")
+                between = "tab" if path.suffix == ".tsv" else "comma"
+                raise SourceError(
+                    f"{path}:{line}: this record has {len(row)} fields, and the header {len(header)}; a field with a {between} in it needs quotes"
+                )
             yield f"{path}:{line}", dict(zip(header, row, strict=True))
 
     return header, rows()

@@ -36,7 +36,7 @@ from qwlora.export.extras import require
 from qwlora.export.verify import Limits, check_parity, verify_onnx
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.moment import Moments
-from qwlora.memory import give_back_soon, peak_rss_bytes, reset_peak_rss
+from qwlora.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.pipeline.plan import SHARED, Stage, has_float_model, needs_moments
 from qwlora.pipeline.session import MOMENTS, SCALES, Session
 from qwlora.pipeline.workers import is_first_process
@@ -135,7 +135,6 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 2: one adapter on the frozen base, whose fingerprint is the same afterwards."""
     adapter = session.adapter(str(stage.adapter))
     base_identity, seed = session.base_fingerprint, session.recipe.seed
-    give_back_soon()
     reset_peak_rss()
     base = session.base()
     start = str(session.path / "adapters" / first.name) if (first := session.recipe.start_of(adapter)) else adapter.start

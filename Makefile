@@ -22,7 +22,7 @@ test: .venv/ready   # a thread a worker: two cores that share small parallel reg
 	touch $@
 
 test-slow: .venv/slow test-aimet
-	$(BIN)/pytest -q -m slow || test $$? -eq 5   # 5: no test carries the mark yet
+	$(BIN)/pytest -q -m slow
 
 .venv-aimet/ready: Makefile
 	$(PYTHON) -m venv .venv-aimet

@@ -21,6 +21,7 @@ from qwlora.base.inspect_files import Opened, Stored, open_files
 from qwlora.base.source import locate
 from qwlora.errors import SourceError
 from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, untracked
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -159,7 +160,7 @@ def _compared(view: TensorView, opened: Opened, other: Opened) -> TensorView:
     if w.shape != w_hat.shape:
         raise SourceError(f"{view.name} is {list(w_hat.shape)} in one source and {list(w.shape)} in the other; they are not one model")
     noise, signal = (float(values.double().square().sum()) for values in (w - w_hat, w))
-    return replace(view, sqnr_db=math.inf if not noise else 10 * math.log10(signal / noise) if signal else -math.inf)
+    return replace(view, sqnr_db=sqnr_db(signal, noise))
 
 
 def _like(value: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor, opened: Opened, name: str) -> Tensor:

@@ -8,7 +8,6 @@ What is a right answer for the model's task, this does not know: `verify.py` doe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from qwlora.errors import VerificationError
 from qwlora.export.layers import Reference, compare_layers
 from qwlora.export.onnx_runtime import OnnxModel
+from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, untracked
 
 
@@ -40,9 +40,7 @@ class Difference:
     @property
     def sqnr(self) -> float:
         """In dB."""
-        if not self.noise:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+        return sqnr_db(self.signal, self.noise)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ it included.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 
 from qwlora.grid.graph import Kind
+from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, untracked
 from qwlora.simulation.simulation import Simulation
 
@@ -60,8 +60,4 @@ def layer_sqnr(simulation: Simulation, batches: Collection[Mapping[str, Any]], t
         for name, value in simulation.values(batch).items():
             signal[name] += float(expected[name].square().sum())
             noise[name] += float((value - expected[name]).square().sum())
-    return {name: _decibels(signal[name], noise[name]) for name in signal}
-
-
-def _decibels(signal: float, noise: float) -> float:
-    return math.inf if not noise else -math.inf if not signal else 10 * math.log10(signal / noise)
+    return {name: sqnr_db(signal[name], noise[name]) for name in signal}

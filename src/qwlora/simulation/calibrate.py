@@ -260,7 +260,7 @@ class Calibrated(nn.Module):
             for name, module in modules.items():
                 module.mode = before[name]
 
-    def _run(self, batch: Mapping[str, Tensor]) -> None:
+    def _run(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
         """One forward of the graph on one batch."""
         raise NotImplementedError
 

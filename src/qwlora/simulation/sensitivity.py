@@ -12,7 +12,6 @@ https://arxiv.org/abs/2102.05426).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, untracked
 from qwlora.simulation.quantizer import Quantizer
 from qwlora.simulation.simulation import Simulation
@@ -88,8 +88,7 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
 
 
 def _finished(quantizer: Quantizer, sums: _Sums) -> Sensitivity:
-    sqnr = math.inf if not sums.noise else 10 * math.log10(sums.signal / sums.noise) if sums.signal else -math.inf
-    return Sensitivity(quantizer.name, quantizer.scheme.bitwidth, sums.cost, sqnr)
+    return Sensitivity(quantizer.name, quantizer.scheme.bitwidth, sums.cost, sqnr_db(sums.signal, sums.noise))
 
 
 def _sense(sums: _Sums, leaves: list[Tensor], quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -103,7 +103,6 @@ class Simulation(Calibrated):
         self.explanation = self.placement.explanation
         if twice := [name for name, count in Counter(m.name for m in self.marks).items() if count > 1]:
             raise CaptureError(f"two values would carry the name {twice[0]}; activate one adapter at a time")
-        self._program = program
         self._base_encodings = {m.name: base_encodings[m.name] for m in self.marks if m.kind is Kind.BASE}
         self._frozen: dict[int, FrozenWeight] = {}  # by storage, so that a tied weight is kept once
         self.graph_module: GraphModule = program.module(check_guards=False)
@@ -115,7 +114,7 @@ class Simulation(Calibrated):
         return self.captured.interface.inputs
 
     def forward(self, *first: Tensor, **arguments: Any) -> Any:
-        return self.captured.result_of(self.graph_module(*self.captured.bind({**dict(zip(self.inputs, first, strict=False)), **arguments})))
+        return self.captured.result_of(self._run({**dict(zip(self.inputs, first, strict=False)), **arguments}))
 
     @property
     def encodings(self) -> dict[str, Encoding | FloatOffsetEncoding]:
@@ -137,7 +136,7 @@ class Simulation(Calibrated):
     @property
     def program(self) -> ExportedProgram:
         """The captured graph, without quantizers."""
-        return self._program
+        return self.captured.program
 
     @property
     def adapter_weights(self) -> dict[str, Tensor]:
@@ -208,7 +207,7 @@ class Simulation(Calibrated):
 
     def graph(self) -> QuantizedGraph:
         """What a writer needs."""
-        return QuantizedGraph(self._program, self.captured.interface, tuple(self.marks), self.encodings)
+        return QuantizedGraph(self.program, self.captured.interface, tuple(self.marks), self.encodings)
 
     def logits(self, ids: Tensor) -> Tensor:
         """The primary output for full sequences of ids [batch, tokens], simulated: logits [batch, tokens, vocabulary] of a causal language model."""
@@ -221,11 +220,11 @@ class Simulation(Calibrated):
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Every output by name, simulated."""
         with torch.no_grad():
-            return self.captured.named(self.graph_module(*self.captured.bind(batch)))
+            return self.captured.named(self._run(batch))
 
     def primary(self, batch: Mapping[str, Any]) -> Tensor:
         """The primary output, with gradients where they are enabled."""
-        return self.captured.named(self.graph_module(*self.captured.bind(batch)))[self.captured.interface.primary]
+        return self.captured.named(self._run(batch))[self.captured.interface.primary]
 
     def perturbed_outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """`outputs` by an equally right computation: `x * (1 / scale)` for `x / scale`, and each product summed in two halves.
@@ -254,12 +253,13 @@ class Simulation(Calibrated):
         """The graph's inputs by name, from the model's arguments."""
         return dict(zip(self.inputs, self.captured.bind(batch), strict=True))
 
-    def _run(self, batch: Mapping[str, Any]) -> None:
-        self.graph_module(*self.captured.bind(batch))
+    def _run(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
+        outputs: Sequence[Tensor] = self.graph_module(*self.captured.bind(batch))
+        return outputs
 
     def _insert(self, schemes: SimulationSchemes) -> None:
         nodes = {node.name: node for node in self.graph_module.graph.nodes}
-        placeholders = _node_of_placeholder(self._program, self.graph_module)
+        placeholders = _node_of_placeholder(self.program, self.graph_module)
         for mark in self.marks:
             if mark.kind is Kind.BASE:
                 continue

@@ -86,7 +86,7 @@ def test_the_product_stays_and_auto_never_loses(rank: int, method: Equalization,
     moment = x.T @ x / 100 if weighted else None
     moments = Moments()
     if moment is not None:
-        moments.put(["0"], moment)
+        moments.put("0", moment)
     before = loss_on_grid(model, scheme, product, moment) if product.any() else 0.0
 
     report = equalize_adapter_(model, scheme, method, moments)["0"]

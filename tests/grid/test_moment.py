@@ -18,19 +18,14 @@ def seen(*batches: torch.Tensor) -> SecondMoment:
     return moment
 
 
-def test_rows_of_ordinary_length_count_alike() -> None:
+def test_rows_count_alike_unless_told_otherwise() -> None:
     x = torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(0))
     rows = x.flatten(0, 1)
     assert torch.allclose(seen(x).matrix, rows.T @ rows / len(rows), atol=1e-5)
     assert torch.allclose(seen(x[:1], x[1:]).matrix, seen(x).matrix, atol=1e-5)
-
-
-def test_a_row_thousands_of_times_longer_does_not_drown_the_rest() -> None:
-    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
-    spiked = x.clone()
-    spiked[0] *= 5000
-    ratio = seen(spiked).matrix.diagonal() / seen(x).matrix.diagonal()
-    assert ratio.max() < 3
+    weighted = SecondMoment()
+    weighted.update(x, torch.tensor([[2.0], [0.0], [0.0]]).expand(3, 40))
+    assert torch.allclose(weighted.matrix, seen(x[0]).matrix, atol=1e-5)
 
 
 def test_halves_merge_to_the_whole() -> None:
@@ -55,10 +50,10 @@ def test_what_has_no_moment_says_so() -> None:
 
 def test_a_folder_gives_back_what_was_put_in_it(tmp_path: Path) -> None:
     matrix = seen(torch.randn(20, 6, generator=torch.Generator().manual_seed(0))).matrix
-    Moments(tmp_path).put(["a.q", "a.k"], matrix)
+    Moments(tmp_path).put("a.q", matrix)
     again = Moments(tmp_path)
-    assert set(again) == {"a.q", "a.k"}
-    assert torch.equal(again["a.k"], matrix)
+    assert set(again) == {"a.q"}
+    assert torch.equal(again["a.q"], matrix)
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(SourceError, match=r"broken\.safetensors.* quantize again"):
         Moments(tmp_path)

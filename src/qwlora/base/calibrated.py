@@ -1,16 +1,16 @@
 """Quantize a model part by part, each on the inputs that the already quantized parts before it make.
 
 A part is a member of an outermost `ModuleList` (a decoder block) that holds tensors to quantize, or a layer outside all lists. For each part, in the order of
-the forward pass: the part runs as it is on every batch while the second moment of each layer's input is collected, once for layers that read the same tensor
-(q, k and v; gate and up); its layers are solved and packed; then it runs again, packed, to make the input of the next. Peak memory is the model, one part's
-moments, and the hidden states of the batches.
+the forward pass: the part runs as it is on every batch while the second moment of each layer's input is collected (`observe.py`); its layers are solved and
+packed; then it runs again, packed, to make the input of the next. Peak memory is the model, one part's moments and the activations of one batch in it, and the
+hidden states of the batches.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from qwlora.base.lockstep import Lockstep
+from qwlora.base.observe import observe
 from qwlora.base.packed import pack_at_
 from qwlora.base.rules import Assignment
 from qwlora.base.tensors import LayerReport, solve_tensor, tensor_out_in
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.moment import Moments, SecondMoment
+from qwlora.grid.moment import Moments
 from qwlora.grid.names import canonical_name
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Scheme
@@ -54,10 +54,11 @@ def quantize_parts_(
             if file is not None and (kept := _read_part(file, plan)) is not None:
                 quantized, reports = kept
             else:
-                seen = _observe(model, parts[part], lockstep)
-                quantized, reports = _solve_part(model, parts[part], plan, seen)
-                for layers, moment in _shared(seen) if moments is not None else ():
-                    moments.put([canonical_name(n).removesuffix(".weight") for n in layers], moment.matrix)  # type: ignore[union-attr]
+                seen = {name: moment.matrix for name, moment in observe(model, part, parts[part], lockstep).items()}
+                solved = {name: solve_tensor(name, tensor_out_in(model, name), plan[name], seen.get(name)) for name in parts[part]}
+                quantized, reports = {n: q for n, (q, _) in solved.items()}, {n: r for n, (_, r) in solved.items()}
+                for name, matrix in seen.items() if moments is not None else ():
+                    moments.put(canonical_name(name).removesuffix(".weight"), matrix)  # type: ignore[union-attr]
                 if file is not None:
                     _write_part(file, quantized, reports)
             for name in parts[part]:
@@ -86,53 +87,6 @@ def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[
 def _arguments(model: nn.Module) -> set[str]:
     inner = getattr(model, "get_base_model", lambda: model)()
     return set(inspect.signature(inner.forward).parameters)
-
-
-def _observe(model: nn.Module, layers: Sequence[str], lockstep: Lockstep) -> dict[str, SecondMoment]:
-    """Run the part and collect; layers with one input share one object."""
-    found: dict[str, SecondMoment] = {}
-    inputs: list[tuple[Tensor, str]] = []
-
-    def learn(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if name in leaders:
-                if leaders[name] == name:
-                    found[name].update(x)
-                return
-            leader = next((other for tensor, other in inputs if tensor is x), name)
-            leaders[name] = leader
-            found[name] = found.setdefault(leader, SecondMoment())
-            if leader == name:
-                found[name].update(x)
-                inputs.append((x, name))
-
-        return hook
-
-    leaders: dict[str, str] = {}
-    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in layers if name.endswith(".weight")}
-    products = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-    hooks = [module.register_forward_pre_hook(learn(name), with_kwargs=True) for name, module in products.items()]
-    try:
-        for _ in lockstep.repeat():
-            inputs.clear()  # the tensors of the first batch have told who shares with whom
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _shared(seen: Mapping[str, SecondMoment]) -> Iterator[tuple[list[str], SecondMoment]]:
-    for moment in {id(m): m for m in seen.values()}.values():
-        yield [n for n, m in seen.items() if m is moment], moment
-
-
-def _solve_part(
-    model: nn.Module, tensors: Sequence[str], plan: Mapping[str, Assignment], seen: Mapping[str, SecondMoment]
-) -> tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]:
-    matrices = {name: matrix for names, moment in _shared(seen) for matrix in [moment.matrix] for name in names}
-    solved = {name: solve_tensor(name, tensor_out_in(model, name), plan[name], matrices.get(name)) for name in tensors}
-    return {n: q for n, (q, _) in solved.items()}, {n: r for n, (_, r) in solved.items()}
 
 
 def _write_part(file: Path, quantized: Mapping[str, QuantizedTensor], reports: Mapping[str, LayerReport]) -> None:

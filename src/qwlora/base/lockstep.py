@@ -6,7 +6,7 @@ arguments that differ from part to part arrive as the model passes them. A part'
     lockstep = Lockstep(model, parts, batches)
     with Lockstep(model, parts, batches) as lockstep:
         while part := lockstep.advance():      # every batch stands before `part`
-            lockstep.repeat()                  # run it as it is, for every batch; hooks see the inputs
+            for outputs in lockstep.repeat():  # run it as it is, for every batch
             ...change it...
 
 What is held in memory is the hidden state of each batch, once.
@@ -50,11 +50,10 @@ class _Batch:
         if self.failure is not None:
             raise self.failure
 
-    def repeat(self) -> None:
+    def repeat(self) -> Any:
         """Run the part that the batch stands before, and stay there."""
         assert self._call is not None
-        with torch.no_grad():
-            self._call()
+        return self._call()
 
     def stop(self) -> None:
         self.stopped = True
@@ -122,12 +121,11 @@ class Lockstep:
             self._open(place)
         return place
 
-    def repeat(self) -> Iterator[None]:
-        """Run the part that all batches stand before, for one of them after the other, and stay before it."""
+    def repeat(self) -> Iterator[Any]:
+        """Run the part that all batches stand before, for one of them after the other, and stay before it; gives what it makes of each."""
         self._current = None
         for batch in self.batches:
-            batch.repeat()
-            yield
+            yield batch.repeat()
 
     def _gate(self, name: str, module: nn.Module) -> None:
         inner = module.forward

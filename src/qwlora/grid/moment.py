@@ -2,16 +2,13 @@
 
     R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in]
 
-`w_t = min(1, bound / |x_t|^2)` with `bound` sixteen times the median of `|x_t|^2` over the first batch that was seen. Language models give a few tokens
-(mostly the first) an input thousands of times longer than all others; with `w_t = 1` those few rows are the whole of R, and a solver that follows R ruins the
-rest.
+`w_t` says how much token t matters; all alike unless given (`base/observe.py` gives them).
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,8 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwlora.errors import CalibrationError, SourceError
-
-_LONGEST = 16.0
 
 
 class SecondMoment:
@@ -36,33 +31,30 @@ class SecondMoment:
         self.total: Tensor | None = None
         self.weight = 0.0
         self.tokens = 0
-        self.bound = 0.0
 
-    def update(self, x: Float[Tensor, "*tokens in"]) -> None:
+    def update(self, x: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] | None = None) -> None:
         """Take in the rows of `x`."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if not len(rows):
             return
-        squared = rows.square().sum(-1)
-        if not bool(torch.isfinite(squared).all()):
-            raise CalibrationError("the layer's input holds nan or infinity (or overflows when squared)")
+        w = rows.new_ones(len(rows)) if weights is None else weights.detach().reshape(-1).float()
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[-1], rows.shape[-1])
-            self.bound = _LONGEST * float(squared.median())
         if self.total.shape[0] != rows.shape[-1]:
             raise CalibrationError(f"the layer's input has width {rows.shape[-1]} where it had {self.total.shape[0]} before")
-        weights = (self.bound / squared.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1) if self.bound > 0 else torch.ones_like(squared)
-        scaled = rows * weights.sqrt().unsqueeze(1)
+        scaled = rows * w.sqrt().unsqueeze(1)
+        if not bool(torch.isfinite(scaled.square().sum())):
+            raise CalibrationError("the layer's input holds nan or infinity (or overflows when squared)")
         self.total.addmm_(scaled.T, scaled)
-        self.weight += float(weights.sum())
+        self.weight += float(w.sum())
         self.tokens += len(rows)
 
     def merge(self, other: SecondMoment) -> None:
-        """Take in what `other` saw, each with its own bound."""
+        """Take in what `other` saw."""
         if other.total is None:
             return
         if self.total is None:
-            self.total, self.bound = torch.zeros_like(other.total), other.bound
+            self.total = torch.zeros_like(other.total)
         if self.total.shape != other.total.shape:
             raise CalibrationError(f"moments of widths {self.total.shape[0]} and {other.total.shape[0]} are not of one layer")
         self.total += other.total
@@ -74,7 +66,7 @@ class SecondMoment:
         """R."""
         if self.total is None:
             raise CalibrationError("no data was observed")
-        return _symmetric(self.total / self.weight)
+        return _symmetric(self.total / self.weight if self.weight else self.total)
 
 
 def output_energy(matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None) -> float:
@@ -89,7 +81,7 @@ def _symmetric(upper: Tensor) -> Tensor:
 
 
 class Moments(Mapping[str, Tensor]):
-    """R of many layers by canonical module path; layers that read one input share one matrix. In memory, or in a folder with one file a matrix.
+    """R of many layers by canonical module path, in memory, or in a folder with one file a layer.
 
     Raises:
         SourceError: a file of the folder cannot be read.
@@ -101,21 +93,21 @@ class Moments(Mapping[str, Tensor]):
         for file in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ():
             try:
                 with safe_open(file, "pt") as opened:
-                    self._home.update(dict.fromkeys(json.loads(opened.metadata()["layers"]), file))
+                    self._home[opened.metadata()["layer"]] = file
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise SourceError(f"the moments in {str(file)!r} cannot be read ({error}); quantize again") from error
 
-    def put(self, layers: Sequence[str], matrix: Float[Tensor, "in in"]) -> None:
-        """Keep `matrix` for `layers`."""
+    def put(self, layer: str, matrix: Float[Tensor, "in in"]) -> None:
+        """Keep `matrix` for `layer`."""
         if self.folder is None:
-            self._home.update(dict.fromkeys(layers, matrix))
+            self._home[layer] = matrix
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        file, scratch = self.folder / f"{layers[0]}.safetensors", self.folder / f".{layers[0]}.part"
+        file, scratch = self.folder / f"{layer}.safetensors", self.folder / f".{layer}.part"
         triangle = matrix[tuple(torch.triu_indices(*matrix.shape))]
-        save_file({"triangle": triangle.contiguous()}, scratch, metadata={"layers": json.dumps(list(layers))})
+        save_file({"triangle": triangle.contiguous()}, scratch, metadata={"layer": layer})
         scratch.replace(file)
-        self._home.update(dict.fromkeys(layers, file))
+        self._home[layer] = file
 
     def __getitem__(self, layer: str) -> Float[Tensor, "in in"]:
         home = self._home[layer]

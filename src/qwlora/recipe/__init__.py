@@ -1,0 +1,12 @@
+"""The recipe: what a user asks for, in one YAML file, validated whole before torch is imported.
+
+Each field's default and description are written once, here; `qwlora init` and the recipe reference print them. Validation gathers every problem: unknown keys
+(with the nearest valid one), wrong types, values out of range, combinations that cannot work, and sources that are not there.
+"""
+
+from qwlora.recipe.adapter import Adapter
+from qwlora.recipe.base import Base
+from qwlora.recipe.load import load_recipe
+from qwlora.recipe.recipe import Recipe
+
+__all__ = ["Adapter", "Base", "Recipe", "load_recipe"]

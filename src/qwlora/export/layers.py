@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,28 +27,48 @@ class Reference(Protocol):
 
 
 @dataclass(frozen=True)
-class LayerDifference:
+class LayerLimits:
+    """What the layers must keep to, in steps of each layer's own output grid."""
+
+    layer_steps: float = 2.0
+    layer_mean_steps: float = 0.05
+
+
+@dataclass(frozen=True)
+class LayerParity:
     """How far the layers are from the simulation's, in steps of each layer's own output grid.
 
     Args:
-        worst: the layer with the largest difference, `steps`.
-        mean_steps: the largest mean difference of any layer.
-        count: of the layers.
+        worst_layer: the layer with the largest difference, `worst_layer_steps`.
+        worst_layer_mean_steps: the largest mean difference of any layer.
+        layers: how many were compared.
     """
 
-    worst: str
-    steps: float
-    mean_steps: float
-    count: int
+    worst_layer: str
+    worst_layer_steps: float
+    worst_layer_mean_steps: float
+    layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def broken(self, limits: LayerLimits) -> list[str]:
+        """Each limit that is not kept to, in words."""
+        broken = []
+        if not self.worst_layer_steps <= limits.layer_steps:
+            broken.append(f"layer {self.worst_layer} is {self.worst_layer_steps:.2f} steps off (limit {limits.layer_steps:g})")
+        if not self.worst_layer_mean_steps <= limits.layer_mean_steps:
+            broken.append(f"one layer is {self.worst_layer_mean_steps:.4f} steps off on average (limit {limits.layer_mean_steps:g})")
+        return broken
 
 
-def compare_layers(folder: Path, reference: Reference, batch: Mapping[str, Any]) -> LayerDifference:
+def compare_layers(folder: Path, reference: Reference, batch: Mapping[str, Any]) -> LayerParity:
     """Run every layer of the file in `folder` on what the simulation has at its input for `batch` (the model's arguments)."""
     graph = reference.graph()
     values = reference.values(batch)
     activations = [mark.name for mark in graph.marks if mark.kind is Kind.ACTIVATION]
     if not activations:  # weights alone are quantized
-        return LayerDifference("", 0.0, 0.0, 0)
+        return LayerParity("", 0.0, 0.0, 0)
     with tempfile.TemporaryDirectory() as scratch:
         outputs = OnnxLayers(folder, activations, Path(scratch)).run(values, reference.bind(batch))
     worst, largest, largest_mean = "", -1.0, 0.0
@@ -57,4 +77,4 @@ def compare_layers(folder: Path, reference: Reference, batch: Mapping[str, Any])
         if float(steps.max()) > largest:
             worst, largest = name, float(steps.max())
         largest_mean = max(largest_mean, float(steps.mean()))
-    return LayerDifference(worst, largest, largest_mean, len(activations))
+    return LayerParity(worst, largest, largest_mean, len(activations))

@@ -13,23 +13,22 @@ This is the proof of a causal language model; `verify_outputs.py` has that of an
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from qwlora.errors import VerificationError
-from qwlora.export.layers import Reference, compare_layers
+from qwlora.export.layers import LayerLimits, LayerParity, Reference, compare_layers
 from qwlora.export.onnx_runtime import OnnxLanguageModel
 from qwlora.grid.sequences import IGNORED, Sequences, as_sequences
 from qwlora.progress import Track, untracked
 
 
 @dataclass(frozen=True)
-class Parity:
+class Parity(LayerParity):
     """How far a file is from the simulation. Differences of logits are absolute; steps are of the layer's own output grid."""
 
     max_abs_logit_difference: float
@@ -40,23 +39,14 @@ class Parity:
     perturbed_max_abs_logit_difference: float
     perplexity: float
     simulated_perplexity: float
-    worst_layer: str
-    worst_layer_steps: float
-    worst_layer_mean_steps: float
-    layers: int
     tokens: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(LayerLimits):
     """What a proof must keep to."""
 
     perplexity_difference: float = 0.003
-    layer_steps: float = 2.0
-    layer_mean_steps: float = 0.05
 
 
 @dataclass
@@ -119,10 +109,7 @@ def verify_onnx(
         perturbed_max_abs_logit_difference=floor.largest,
         perplexity=math.exp(nll["file"] / predicted),
         simulated_perplexity=math.exp(nll["simulation"] / predicted),
-        worst_layer=layers.worst,
-        worst_layer_steps=layers.steps,
-        worst_layer_mean_steps=layers.mean_steps,
-        layers=layers.count,
+        **layers.to_json(),
         tokens=file.tokens,
     )
 
@@ -140,10 +127,7 @@ def check_parity(parity: Parity, limits: Limits, name: str) -> None:
         broken.append(f"perplexity {parity.perplexity:.4f} is {drift:.2%} from {simulated} (limit {limits.perplexity_difference:.2%})")
     if not parity.top1_agreement >= parity.floor_top1_agreement:
         broken.append(f"the likeliest token agrees in {parity.top1_agreement:.2%} of cases, below the floor of {parity.floor_top1_agreement:.2%}")
-    if not parity.worst_layer_steps <= limits.layer_steps:
-        broken.append(f"layer {parity.worst_layer} is {parity.worst_layer_steps:.2f} steps off (limit {limits.layer_steps:g})")
-    if not parity.worst_layer_mean_steps <= limits.layer_mean_steps:
-        broken.append(f"one layer is {parity.worst_layer_mean_steps:.4f} steps off on average (limit {limits.layer_mean_steps:g})")
+    broken += parity.broken(limits)
     if broken:
         raise VerificationError(f"{name}: the exported file does not compute what was simulated\n  " + "\n  ".join(broken))
 

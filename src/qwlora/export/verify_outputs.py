@@ -9,14 +9,14 @@ What is a right answer for the model's task, this does not know: `verify.py` doe
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from qwlora.errors import VerificationError
-from qwlora.export.layers import Reference, compare_layers
+from qwlora.export.layers import LayerLimits, LayerParity, Reference, compare_layers
 from qwlora.export.onnx_runtime import OnnxModel
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, untracked
@@ -44,30 +44,21 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class OutputParity:
+class OutputParity(LayerParity):
     """How far a file is from the simulation. Differences of outputs are absolute or in dB; steps are of a layer's own output grid."""
 
     primary: str
     sqnr: dict[str, float]
     floor_sqnr: dict[str, float]
     max_abs_difference: dict[str, float]
-    worst_layer: str
-    worst_layer_steps: float
-    worst_layer_mean_steps: float
-    layers: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
-class OutputLimits:
+class OutputLimits(LayerLimits):
     """What a proof must keep to: an output may lie `below_floor` dB below the floor, unless it is as close as `sqnr` dB."""
 
     sqnr: float = 60.0
     below_floor: float = 6.0
-    layer_steps: float = 2.0
-    layer_mean_steps: float = 0.05
 
 
 @dataclass
@@ -100,10 +91,7 @@ def verify_onnx_outputs(folder: str | Path, reference: Reference, batches: Colle
         sqnr={name: difference.sqnr for name, difference in outputs.file.items()},
         floor_sqnr={name: difference.sqnr for name, difference in outputs.floor.items()},
         max_abs_difference={name: difference.largest for name, difference in outputs.file.items()},
-        worst_layer=layers.worst,
-        worst_layer_steps=layers.steps,
-        worst_layer_mean_steps=layers.mean_steps,
-        layers=layers.count,
+        **layers.to_json(),
     )
 
 
@@ -118,9 +106,6 @@ def check_output_parity(parity: OutputParity, limits: OutputLimits, name: str) -
         least = min(limits.sqnr, parity.floor_sqnr[output] - limits.below_floor)
         if not sqnr >= least:
             broken.append(f"output {output} is {sqnr:.1f} dB from the simulation's (limit {least:.1f} dB, floor {parity.floor_sqnr[output]:.1f} dB)")
-    if not parity.worst_layer_steps <= limits.layer_steps:
-        broken.append(f"layer {parity.worst_layer} is {parity.worst_layer_steps:.2f} steps off (limit {limits.layer_steps:g})")
-    if not parity.worst_layer_mean_steps <= limits.layer_mean_steps:
-        broken.append(f"one layer is {parity.worst_layer_mean_steps:.4f} steps off on average (limit {limits.layer_mean_steps:g})")
+    broken += parity.broken(limits)
     if broken:
         raise VerificationError(f"{name}: the exported file does not compute what was simulated\n  " + "\n  ".join(broken))

@@ -263,7 +263,7 @@ def verify(session: Session, stage: Stage, scratch: Path, work: Path) -> Results
     name, section = str(stage.adapter), session.recipe.verify
     folder = session.path / "export" / "onnx" / name
     parity = verify_onnx(folder, session.simulation(name), session.data.held_out.first(section.sequences), section.layer_tokens, session.track)
-    check_parity(parity, Limits(section.perplexity_difference, section.layer_steps, section.layer_mean_steps), f"export/onnx/{name}")
+    check_parity(parity, Limits(section.layer_steps, section.layer_mean_steps, section.perplexity_difference), f"export/onnx/{name}")
     return {"parity": {"onnx": {name: parity.to_json()}}}
 
 

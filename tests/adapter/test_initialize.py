@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from conftest import tiny_model
@@ -44,7 +45,7 @@ def test_a_rank_beyond_the_matrix_corrects_everything() -> None:
     difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     b, a = best_correction(difference, 10, correlated(8))
     assert torch.allclose(b @ a, difference, atol=1e-4)
-    assert (b.shape, a.shape) == ((6, 10), (10, 8))
+    assert (b.shape, a.shape) == ((6, 6), (6, 8))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -69,6 +70,19 @@ def test_the_start_brings_the_outputs_nearer_to_the_float_model(architecture: st
         found[init] = distance(adapted)
     assert found["qera"] < base
     assert found["qera"] < found["svd"]
+
+
+def test_ranks_that_a_layer_does_not_have_can_still_learn() -> None:
+    model = tiny_model("llama")
+    reference = copy.deepcopy(model)
+    quantize_(model, "w4-block32")
+    adapted = get_peft_model(model, LoraConfig(r=80, target_modules=["q_proj"]))
+    layer = next(module for module in adapted.modules() if isinstance(module, LoraLayer))
+    own = layer.lora_A["default"].weight.detach().clone()
+    initialize_adapter_(adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)))
+    after = layer.lora_A["default"].weight
+    assert torch.equal(after[64:], own[64:])
+    assert not torch.equal(after[:64], own[:64])
 
 
 def test_what_cannot_be_started_says_why() -> None:

@@ -79,7 +79,7 @@ def initialize_adapter_(
 def best_correction(
     difference: Float[Tensor, "out in"], rank: int, moment: Float[Tensor, "in in"] | None = None
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """(B, A) of the module's equation for scaling 1."""
+    """(B, A) of the module's equation for scaling 1, of a lower rank where the matrix has no more."""
     lower = None if moment is None else _root(moment)
     u, s, vt = _leading(difference if lower is None else difference @ lower, rank)
     root = s.clamp(min=0).sqrt()
@@ -95,9 +95,9 @@ def _start(layer: LoraLayer, adapter: str, weight: Tensor, moment: Tensor | None
     difference = weight - base.tensor.dequantize()
     scaling = float(layer.scaling[adapter])
     b, a = best_correction(difference, layer.r[adapter], moment)
-    with torch.no_grad():
-        layer.lora_A[adapter].weight.copy_(a / scaling**0.5)
-        layer.lora_B[adapter].weight.copy_(b / scaling**0.5)
+    with torch.no_grad():  # ranks that the matrix does not have keep PEFT's start; at zero they could not learn
+        layer.lora_A[adapter].weight[: len(a)] = a / scaling**0.5
+        layer.lora_B[adapter].weight[:, : len(a)] = b / scaling**0.5
         whole = output_energy(weight, moment)
         return InitReport(output_energy(difference, moment) / whole, output_energy(difference - b @ a, moment) / whole)
 
@@ -129,7 +129,7 @@ def _root(moment: Tensor) -> Tensor:
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `rank` leading singular triplets: u [out, rank], s [rank], v^T [rank, in]; zeros where the matrix has fewer."""
+    """The `rank` leading singular triplets, fewer where the matrix has no more: u [out, rank], s [rank], v^T [rank, in]."""
     rows, columns = matrix.shape
     kept = min(rank, rows, columns)
     if min(rows, columns) <= _WHOLE:
@@ -146,5 +146,4 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     vt = projected / s.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
     if rows > columns:
         u, vt = vt.T, u.T
-    missing = rank - kept
-    return nn.functional.pad(u, (0, missing)), nn.functional.pad(s, (0, missing)), nn.functional.pad(vt, (0, 0, 0, missing))
+    return u, s, vt

@@ -73,7 +73,7 @@ def rank_by_layer(
 
 def rank_gains(weight: Tensor, quantized: Tensor, count: int, moment: Tensor | None = None) -> list[float]:
     """g(1) to g(count) of a layer, falling; fewer where the matrix has fewer ranks."""
-    b, _ = best_correction(weight - quantized, min(count, *weight.shape), moment)
+    b, _ = best_correction(weight - quantized, count, moment)
     singular = b.double().square().sum(0)  # B = U S^(1/2)
     return sorted((singular.square() / output_energy(weight, moment)).tolist(), reverse=True)
 

@@ -4,7 +4,8 @@
                 a part, when the first batch arrives at it
     let go      a part, to the base on disk, when the last batch has arrived at the part behind it; the rest at the end
 
-So the peak is what is below no part, one part as floats (two while batches change over) with its moments, one shard, and the hidden states of the batches.
+So the peak is what is below no part, one part as floats (two while batches change over) with its moments and the activations of a batch
+in it, one shard, and the hidden states of the batches.
 Arrivals are seen by hooks on the parts; who drives the batches (`quantize_parts_`) knows nothing of it.
 
 A tensor that is read both inside a part and elsewhere stays to the end. A part that is run again after the one behind it is refused.

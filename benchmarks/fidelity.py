@@ -6,7 +6,7 @@ Rows: solver x bitwidth x granularity x start of the adapter, bitsandbytes' NF4,
 has it, `make .venv-aimet/ready`), and the float model with LoRA, all trained on the same sequences in the same order. Columns: true bits of a weight,
 perplexity of the base, at the adapter's start, after the steps, and that over float LoRA's; seconds of one thread. Training computes in bfloat16 (autocast),
 everything else in float32; a base of a perplexity above 1,000 is not trained. A finished row is in the result file and is not computed again; several processes
-may fill one file. Delete it to begin anew.
+may fill one file. Delete it to begin anew. The table lies beside it, as Markdown.
 SmolLM2 is 576 wide, which 128 does not divide: its blocks are of 192 there.
 """
 
@@ -209,15 +209,18 @@ def read(file: Path) -> dict[str, Any]:
     return found
 
 
-def print_table(results: dict[str, Any]) -> None:
+def table(results: dict[str, Any]) -> str:
+    """All rows, in Markdown."""
     reference = results.get("float float zero", {}).get("end")
-    print(f"{'row':44s} {'bits':>5s} {'base':>12s} {'start':>12s} {'end':>10s} {'of float':>8s} {'s':>5s}")
+    lines = ["| solver, grid, start | bits a weight | base | start | end | of float LoRA | seconds |", "|---|---|---|---|---|---|---|"]
     for name, row in results.items():
-        line = f"{name:44s} {row['bits_per_weight']:5.2f} {row['base']:12.3f}"
+        cells = [name, f"{row['bits_per_weight']:.2f}", f"{row['base']:.2f}"]
         if "end" in row:
-            ratio = f"{row['end'] / reference:8.3f}" if reference else ""
-            line += f" {row['start']:12.3f} {row['end']:10.3f} {ratio:>8s} {row['seconds']:5.0f}"
-        print(line)
+            cells += [f"{row['start']:.2f}", f"{row['end']:.2f}", f"{row['end'] / reference:.3f}" if reference else "", f"{row['seconds']:.0f}"]
+        else:
+            cells += ["", "not trained", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -240,7 +243,10 @@ def main() -> None:
         result = bench.run(row)
         record(file, row, result, given.steps)
         print(row.name, json.dumps(result), flush=True)
-    print_table(read(file).get("rows", {}))
+    found = read(file).get("rows", {})
+    in_order = {row.name: found[row.name] for row in rows(subject) if row.name in found}
+    file.with_suffix(".md").write_text(table(in_order))
+    print(table(in_order))
 
 
 if __name__ == "__main__":

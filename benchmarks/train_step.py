@@ -1,7 +1,7 @@
 """One training step on packed weights against plain PEFT and bitsandbytes' NF4: SmolLM2-135M, LoRA of rank 16 on every projection, forward and backward.
 
     python benchmarks/train_step.py                    prints a table and writes benchmarks/results/train_step.json
-    python benchmarks/train_step.py --only w3          some groups alone; writes nothing
+    python benchmarks/train_step.py --only w3          some groups alone; the others in the file stay as they are
     python benchmarks/train_step.py --repeats 1        a smoke test; writes nothing
 
 Candidates are measured in groups, each with plain float32 PEFT in it: [plain, a bitwidth in float32, the same in bfloat16] for each bitwidth, and [plain, plain
@@ -153,9 +153,11 @@ def main() -> None:
     makers: dict[str, Callable[[], dict[str, tuple[PeftModel, float]]]] = {f"w{bits}": partial(group, base, bits) for bits in BITS}
     makers["others"] = partial(group_of_others, base)
     rows = [row for name in options.only or makers for row in rows_of(name, makers[name](), options.repeats)]
+    if options.repeats > 1 and RESULT.exists():
+        rows += [row for row in json.loads(RESULT.read_text())["rows"] if row["group"] not in {found["group"] for found in rows}]
     held = goals(rows)
     print(held)
-    if options.repeats > 1 and not options.only:
+    if options.repeats > 1:
         nf4_version = f"bitsandbytes {version('bitsandbytes')}" if HAS_NF4 else "bitsandbytes not installed"
         clock = "processor" if torch.get_num_threads() == 1 else "wall"
         RESULT.write_text(json.dumps({"machine": f"{machine_line()}, {nf4_version}", "clock": clock, "held": held, "rows": rows}, indent=1) + "\n")

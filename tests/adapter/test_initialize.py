@@ -83,6 +83,9 @@ def test_ranks_that_a_layer_does_not_have_can_still_learn() -> None:
     after = layer.lora_A["default"].weight
     assert torch.equal(after[64:], own[64:])
     assert not torch.equal(after[:64], own[:64])
+    initialize_adapter_(adapted, "svd", lambda path: adapted.get_submodule("base_model.model." + path).get_base_layer().tensor.dequantize())
+    assert not layer.lora_B["default"].weight.any(), "nothing was lost, so nothing is corrected"
+    assert layer.lora_A["default"].weight.abs().sum(1).min() > 0
 
 
 def test_what_cannot_be_started_says_why() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from conftest import ARCHITECTURES, tiny_model
 from qwlora.base.lockstep import Lockstep
 from qwlora.base.observe import observe
 from qwlora.errors import CalibrationError
@@ -62,13 +65,104 @@ def test_a_token_with_a_huge_output_hardly_counts_and_one_of_zeros_is_no_infinit
     assert all((other - without).norm() < 0.3 * without.norm() for other in others)
 
 
-def test_changes_in_place_batches_and_layers_that_nothing_reads() -> None:
-    whole = observed(torch.relu, rows(0), rows(1))
-    torch.testing.assert_close(observed(torch.relu_, rows(0), rows(1)).matrix, whole.matrix)
-    assert whole.tokens == 40
-    assert torch.equal(observed(lambda z: z.detach() + torch.zeros(1, requires_grad=True), rows()).matrix, torch.zeros(8, 8))
+@dataclass
+class Result:
+    """As a model's own class would be."""
+
+    first: Tensor
+    rest: dict[str, Tensor]
 
 
-def test_a_part_that_cannot_be_differentiated_is_named() -> None:
-    with pytest.raises(CalibrationError, match="0 cannot be differentiated, which solver gptq and init qera need; use solver search"):
+class Tangled(nn.Module):
+    """A layer called twice, its input and output changed in place, one that nothing reads, and a result in a dataclass."""
+
+    def __init__(self, in_place: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.unread = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Result:
+        x = x.clone()
+        y = self.layer(self.layer(x))
+        x = x.add_(1) if self.in_place else x + 1
+        z = torch.relu_(y) if self.in_place else torch.relu(y)
+        self.unread(x)
+        return Result(self.unread.bias.sum(), {"hidden": z + x})
+
+
+def test_calls_in_place_changes_and_results_of_all_kinds() -> None:
+    found = []
+    for in_place in (False, True):
+        model = nn.Sequential(Tangled(in_place))
+        with Lockstep(model, ["0"], [{"input": rows(0)}, {"input": rows(1)}]) as lockstep:
+            lockstep.advance()
+            found.append(observe(model, "0", ["0.layer.weight", "0.unread.weight"], lockstep))
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    assert set(found[0]) == set(found[1]) == {"0.layer.weight"}
+    assert found[0]["0.layer.weight"].tokens == 2 * 40
+    torch.testing.assert_close(found[0]["0.layer.weight"].matrix, found[1]["0.layer.weight"].matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    found = []
+    for kind in (torch.float32, dtype):
+        model = nn.Sequential(Part(lambda z: 3000 * z)).to(kind)
+        with Lockstep(model, ["0"], [{"input": rows().to(kind)}]) as lockstep:
+            lockstep.advance()
+            found.append(observe(model, "0", ["0.layer.weight"], lockstep)["0.layer.weight"].matrix)
+    assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_layers_of_a_block_against_its_jacobian(architecture: str) -> None:
+    """w_t from all derivatives of a block's output; R from many probes of the same three tokens."""
+    model, ids = tiny_model(architecture), torch.tensor([[7, 3, 200]])
+    part = next(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)) + ".1"
+    products = [f"{part}.{path}.weight" for path, module in model.get_submodule(part).named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    with Lockstep(model, [part], [{"input_ids": ids, "use_cache": False}] * 300) as lockstep:
+        lockstep.advance()
+        found = observe(model, part, products, lockstep)
+        for name in products:
+            expected = _by_jacobian(model, name, lockstep)
+            assert (found[name].matrix - expected).norm() < 0.12 * expected.norm(), name
+
+
+def _by_jacobian(model: nn.Module, name: str, lockstep: Lockstep) -> Tensor:
+    """R of one layer."""
+    seen: dict[str, Tensor] = {}
+
+    def outcome(change: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], z: Tensor) -> Tensor:
+            seen["x"] = args[0].detach().reshape(3, -1)
+            return z + change
+
+        handle = model.get_submodule(name.removesuffix(".weight")).register_forward_hook(hook)
+        result = next(iter(lockstep.repeat()))
+        handle.remove()
+        y: Tensor = result[0] if isinstance(result, tuple) else result
+        return y / y.detach().norm(dim=-1, keepdim=True)
+
+    module = model.get_submodule(name.removesuffix(".weight"))
+    width = module.nf if isinstance(module, Conv1D) else module.out_features
+    derivatives = torch.autograd.functional.jacobian(outcome, torch.zeros(1, 3, width))  # [*y, 1, 3, width]
+    weights = derivatives.square().flatten(0, -4).sum((0, 1, 3))
+    return (seen["x"].T * weights) @ seen["x"] / weights.sum()
+
+
+def test_what_cannot_be_followed_is_named() -> None:
+    with pytest.raises(CalibrationError, match=r"no tensor in the result of 0 can be differentiated back to its layers; solver gptq, .* by a rule"):
         observed(torch.Tensor.detach, rows())
+    with pytest.raises(CalibrationError, match="no tensor in the result of 0"):
+        observed(lambda z: z.detach() + torch.zeros(1, requires_grad=True), rows())
+    with pytest.raises(CalibrationError, match=r"0\.layer\.weight: the gradient of the layer's output holds nan or infinity"):
+        observed(lambda z: (z - z).sqrt(), rows())
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, z: Tensor) -> Tensor:
+            return z.clone()
+
+    with pytest.raises(CalibrationError, match=r"0 cannot be differentiated .*; solver gptq"):
+        observed(Forward.apply, rows())

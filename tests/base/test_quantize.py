@@ -12,10 +12,9 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import PackedLinear, fingerprint, quantize_
-from qwlora.base.calibrated import parts_of
 from qwlora.base.lockstep import Lockstep
 from qwlora.base.packed import packed_weights, weight_out_in
-from qwlora.base.quantize import find_tensors, plan_layers
+from qwlora.base.quantize import find_tensors
 from qwlora.base.rules import Rule
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.moment import Moments
@@ -110,21 +109,32 @@ def test_gptq_beats_rounding_in_every_layer_and_says_so() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_moments_are_those_of_the_inputs_that_the_quantized_parts_before_make(architecture: str) -> None:
-    """Against hooks on the finished model, whose parts before a layer are as they were then. Of one token R is x x^T, however much it matters."""
-    model, ids, moments = tiny_model(architecture), token_ids(1)[:, :1], Moments()
-    parts = parts_of(model, plan_layers(model, parse_scheme("w4-block32"), "gptq"))
-    quantize_(model, "w4-block32", "gptq", calibration=ids, moments=moments)
-    inputs: dict[str, Tensor] = {}
-    for path in moments:
-        model.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: inputs.update({path: args[0].flatten()}))
-    with torch.no_grad():
-        model(ids)
-    assert set(moments) == {name.removesuffix(".weight") for names in parts.values() for name in names}
-    for part, names in parts.items():
-        readers = [
-            path for path in (name.removesuffix(".weight") for name in names) if torch.allclose(moments[path], inputs[path].outer(inputs[path]), 1e-3, 1e-5)
-        ]
-        assert readers, f"no layer of {part} has the moment of the part's input"
+    """Against a model whose first part alone is quantized: what the second part then sees, and does not see without that."""
+    ids, found = token_ids(8), []
+    for first in (parse_scheme("w2-block32"), None):
+        model, moments = tiny_model(architecture), Moments()
+        part = next(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
+        quantize_(model, "w2-block32", "gptq", rules=[Rule(f"{part}.0.*", first)], calibration=ids, moments=moments)
+        found.append({path: moments[path] for path in moments if path.startswith(f"{part}.1.")})
+    beside = Moments()
+    half = tiny_model(architecture)
+    quantize_(half, "w2-block32", "gptq", rules=[Rule(f"{part}.1.*", None)], calibration=ids)
+    quantize_(half, "w2-block32", "gptq", calibration=ids, moments=beside)
+    assert set(found[0]) == set(beside)
+    for path in beside:
+        torch.testing.assert_close(beside[path], found[0][path])
+        assert (beside[path] - found[1][path]).norm() > 0.01 * beside[path].norm()
+
+
+def test_only_layers_that_follow_their_inputs_need_to_be_differentiated() -> None:
+    model = tiny_model("llama")
+    inner = model.model.layers[0].forward
+    model.model.layers[0].forward = torch.no_grad()(inner)
+    with pytest.raises(CalibrationError, match=r"no tensor in the result of model\.layers\.0 can be differentiated"):
+        quantize_(model, "w4-block32", "gptq", calibration=token_ids())
+    report = quantize_(model, "w4-block32", "gptq", rules=[Rule("model.layers.0.*", parse_scheme("w4-block32"), "search")], calibration=token_ids())
+    assert report.layers["model.layers.0.mlp.up_proj.weight"].solver == "search"
+    assert report.layers["model.layers.1.mlp.up_proj.weight"].solver == "gptq"
 
 
 def test_a_killed_run_goes_on_at_the_last_finished_part(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def exported(simulation: Simulation, name: str, bitwidth: int, folder: Path) -> 
     seconds = time.perf_counter() - start
     parity = verify_onnx_outputs(folder, simulation, [inputs(name, seed) for seed in range(2)])
     tiny = ALL[name]
-    check_output_parity(parity, OutputLimits(tiny.layer_steps, tiny.layer_mean_steps, below_floor=BELOW_FLOOR[bitwidth]), name)
+    check_output_parity(parity, OutputLimits(layer_steps=tiny.layer_steps, layer_mean_steps=tiny.layer_mean_steps, below_floor=BELOW_FLOOR[bitwidth]), name)
     return parity, seconds
 
 

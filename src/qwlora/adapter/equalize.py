@@ -2,7 +2,8 @@
 
     B A = (B M^-1)(M A)                          exact for every invertible M [rank, rank]
 
-With rows of A on steps a_k, rows of B on steps b_i, the rank-space activation u = A x on one step t, and R = E[x x^T], rounding costs, to first order,
+With rows of A on steps a_k, rows of B on steps b_i, the rank-space activation u = A x on one step t, and R the second moment of x (`grid/moment.py`), rounding
+costs, to first order,
 
     12 E|error|^2  =  tr(R) sum_k |B_k|^2 a_k^2  +  sum_i b_i^2 sum_k (A R A^T)_kk  +  t^2 sum_k |B_k|^2
 
@@ -43,7 +44,7 @@ Pair = tuple[Tensor, Tensor]
 
 _POWERS = (1.0, 0.75, 0.5, 0.25, 0.0)
 _SIGNS = 8
-_CREST = 6.0  # how many standard deviations the range of a rank-space activation is taken to reach
+_CREST = 6.0  # how many standard deviations, as R has them, the range of a rank-space activation is taken to reach
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     zero    B = 0: PEFT's own start
     svd     minimize |D - s B A|^2,                  D = W - W_hat, s the adapter's scaling
-    qera    minimize E |(D - s B A) x|^2,            R = E[x x^T] + damping = L L^T
+    qera    minimize E w |(D - s B A) x|^2,          R = E[w x x^T] + damping = L L^T,      w from `base/observe.py`
 
     U S V^T = svd(D L)  (L = 1 for svd),    B = U_r S_r^(1/2) / sqrt(s),    A = S_r^(1/2) V_r^T L^-1 / sqrt(s)
 
@@ -30,6 +30,7 @@ Init = Literal["zero", "svd", "qera"]
 DAMPING = 0.01
 _WHOLE = 2048  # the smaller side of a matrix up to which its Gram matrix is decomposed whole; larger ones by random projection
 _OVERSAMPLED, _POWERS = 32, 4
+_NOTHING = 1e-4  # of all of B: a column shorter than this is rounding
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,11 @@ def _start(layer: LoraLayer, adapter: str, weight: Tensor, moment: Tensor | None
     difference = weight - base.tensor.dequantize()
     scaling = float(layer.scaling[adapter])
     b, a = best_correction(difference, layer.r[adapter], moment)
-    with torch.no_grad():  # ranks that the matrix does not have keep PEFT's start; at zero they could not learn
-        layer.lora_A[adapter].weight[: len(a)] = a / scaling**0.5
-        layer.lora_B[adapter].weight[:, : len(a)] = b / scaling**0.5
+    used = int((b.norm(dim=0) > _NOTHING * b.norm()).sum())
+    with torch.no_grad():  # A keeps PEFT's start in ranks that the difference does not have; with both factors at zero they could not learn
+        layer.lora_A[adapter].weight[:used] = a[:used] / scaling**0.5
+        layer.lora_B[adapter].weight[:, :used] = b[:, :used] / scaling**0.5
+        layer.lora_B[adapter].weight[:, used:] = 0
         whole = output_energy(weight, moment)
         return InitReport(output_energy(difference, moment) / whole, output_energy(difference - b @ a, moment) / whole)
 

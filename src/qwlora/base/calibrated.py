@@ -23,14 +23,17 @@ from qwlora.base.lockstep import Lockstep
 from qwlora.base.observe import observe
 from qwlora.base.packed import pack_at_
 from qwlora.base.rules import Assignment
+from qwlora.base.solver import CALIBRATED
 from qwlora.base.tensors import LayerReport, solve_tensor, tensor_out_in
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.moment import Moments
+from qwlora.grid.moment import Moments, SecondMoment
 from qwlora.grid.names import canonical_name
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track
+
+MADE = "2"  # how R and what follows it are made; what was made otherwise, by an earlier version, is made again
 
 
 def quantize_parts_(
@@ -54,11 +57,8 @@ def quantize_parts_(
             if file is not None and (kept := _read_part(file, plan)) is not None:
                 quantized, reports = kept
             else:
-                seen = {name: moment.matrix for name, moment in observe(model, part, parts[part], lockstep).items()}
-                solved = {name: solve_tensor(name, tensor_out_in(model, name), plan[name], seen.get(name)) for name in parts[part]}
-                quantized, reports = {n: q for n, (q, _) in solved.items()}, {n: r for n, (_, r) in solved.items()}
-                for name, matrix in seen.items() if moments is not None else ():
-                    moments.put(canonical_name(name).removesuffix(".weight"), matrix)  # type: ignore[union-attr]
+                follow = [name for name in parts[part] if moments is not None or plan[name].solver in CALIBRATED]
+                quantized, reports = _solve_part(model, parts[part], plan, observe(model, part, follow, lockstep), moments)
                 if file is not None:
                     _write_part(file, quantized, reports)
             for name in parts[part]:
@@ -89,6 +89,19 @@ def _arguments(model: nn.Module) -> set[str]:
     return set(inspect.signature(inner.forward).parameters)
 
 
+def _solve_part(
+    model: nn.Module, tensors: Sequence[str], plan: Mapping[str, Assignment], seen: dict[str, SecondMoment], moments: Moments | None
+) -> tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]:
+    """Codes and report of each tensor; R goes to `moments`, and out of `seen`."""
+    quantized, reports = {}, {}
+    for name in tensors:
+        matrix = seen.pop(name).matrix if name in seen else None
+        quantized[name], reports[name] = solve_tensor(name, tensor_out_in(model, name), plan[name], matrix)
+        if moments is not None and matrix is not None:
+            moments.put(canonical_name(name).removesuffix(".weight"), matrix)
+    return quantized, reports
+
+
 def _write_part(file: Path, quantized: Mapping[str, QuantizedTensor], reports: Mapping[str, LayerReport]) -> None:
     tensors: dict[str, Tensor] = {}
     records = {}
@@ -98,7 +111,7 @@ def _write_part(file: Path, quantized: Mapping[str, QuantizedTensor], reports: M
         records[name] = {"scheme": q.encoding.scheme.to_json(), "report": asdict(reports[name])}
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.part")
-    save_file({k: t.contiguous() for k, t in tensors.items()}, scratch, metadata={"layers": json.dumps(records)})
+    save_file({k: t.contiguous() for k, t in tensors.items()}, scratch, metadata={"layers": json.dumps(records), "made": MADE})
     scratch.replace(file)
 
 
@@ -106,6 +119,8 @@ def _read_part(file: Path, plan: Mapping[str, Assignment]) -> tuple[dict[str, Qu
     """A finished part; None if there is none, or one of another plan."""
     try:
         with safe_open(file, "pt") as opened:
+            if opened.metadata().get("made") != MADE:
+                return None
             records = json.loads(opened.metadata()["layers"])
             quantized = {}
             for name, record in records.items():

@@ -1,6 +1,6 @@
 """GPTQ: round a weight column by column, and let the columns that are still float make good the error (Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
 
-    minimize   tr((W - W_hat) H (W - W_hat)^T),    H = R + damping * mean(diag R) * I,    R = E[x x^T]
+    minimize   tr((W - W_hat) H (W - W_hat)^T),    H = R + damping * mean(diag R) * I,    R = E[w x x^T] (grid/moment.py)
     column i   e = (w_i - w_hat_i) / U_ii;   w_j -= e U_ij for j > i,    H^-1 = U^T U  (U upper triangular)
 
 The updates of a run of columns reach the columns behind it in one matrix product. A scale is chosen when its first column is reached, from the weights as they

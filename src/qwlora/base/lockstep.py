@@ -3,10 +3,10 @@
 Each batch has a thread of its own that runs the model's own forward, so nothing is assumed about how parts are chained: masks, position tables and other
 arguments that differ from part to part arrive as the model passes them. A part's forward is replaced by a gate. Only one thread ever runs; the others wait.
 
-    lockstep = Lockstep(model, parts, batches)
     with Lockstep(model, parts, batches) as lockstep:
         while part := lockstep.advance():      # every batch stands before `part`
-            for outputs in lockstep.repeat():  # run it as it is, for every batch
+            for result in lockstep.repeat():   # run it as it is, for every batch
+                ...
             ...change it...
 
 What is held in memory is the hidden state of each batch, once.
@@ -93,7 +93,7 @@ class Lockstep:
         self.model = model
         self._waiting = set(parts)
         self._current: _Batch | None = None
-        self._gated: dict[str, nn.Module] = {}
+        self._gated: dict[str, tuple[nn.Module, Any]] = {}
         for name in parts:
             self._gate(name, model.get_submodule(name))
         self.batches = [_Batch(partial(model, **batch)) for batch in batches]
@@ -122,13 +122,14 @@ class Lockstep:
         return place
 
     def repeat(self) -> Iterator[Any]:
-        """Run the part that all batches stand before, for one of them after the other, and stay before it; gives what it makes of each."""
+        """Run the part that all batches stand before, for one of them after the other, and stay before it; gives what it makes of each, with gradients
+        where the caller has them on."""
         self._current = None
         for batch in self.batches:
             yield batch.repeat()
 
     def _gate(self, name: str, module: nn.Module) -> None:
-        inner = module.forward
+        own, inner = module.__dict__.get("forward"), module.forward
 
         def gate(*args: Any, **kwargs: Any) -> Any:
             if name in self._waiting and self._current is not None:
@@ -137,8 +138,11 @@ class Lockstep:
             return inner(*args, **kwargs) if now is module else now(*args, **kwargs)
 
         module.forward = gate
-        self._gated[name] = module
+        self._gated[name] = module, own
 
     def _open(self, name: str) -> None:
         """Take the gate away: batches inside go on as they would, later ones pass."""
-        self._gated.pop(name).__dict__.pop("forward")
+        module, own = self._gated.pop(name)
+        module.__dict__.pop("forward")
+        if own is not None:  # somebody had replaced it
+            module.forward = own

@@ -2,19 +2,23 @@
 
     R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in],        w_t = |dp / dz_t|^2,        p = sum_s r_s . y_s / |y_s|,        r ~ N(0, 1)
 
-x_t and z_t are a layer's input and output at token t, y_s the part's output at token s. Over r, w_t is the mean of `sum_s |dy_s / dz_t|^2 / |y_s|^2`
+x_t and z_t are a layer's input and output at token t, y_s the part's output at token s. The mean of w_t over r is `sum_s |dy_s / dz_t|_F^2 / |y_s|^2`
 (Hutchinson's estimator, one probe a batch): by how much an error of the layer at token t moves what the part makes, relative to its size.
 
 A language model's tokens are far from alike. Nearly all of them attend to the first one, so an error in its value moves every output; and where its hidden
 state is thousands of times longer than the others', the norm that reads it makes that error vanish. With `w_t = 1` the first is lost among the rest, and the
 second is all of R. GuidedQuant (Kim et al. 2025, https://arxiv.org/abs/2505.07004) takes the gradient of the loss for p; this needs no loss, and no more of the
 model than one part.
+
+y is the first tensor in the part's result that depends on its layers. Masked tokens count like others; leave padding out of calibration data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -28,47 +32,90 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.moment import SecondMoment
 from qwlora.grid.names import canonical_name
 
-_SHORTEST = 0.1  # of the median length of an output: what is shorter (padding) counts as this long
+_SHORTEST = 0.1  # of the median length of an output: what is shorter counts as this long
 
 
 def observe(model: nn.Module, part: str, tensors: Sequence[str], lockstep: Lockstep) -> dict[str, SecondMoment]:
-    """Run the part that `lockstep` stands before, and give R for each of its matrix products in `tensors`.
+    """Run the part that `lockstep` stands before, and give R for each matrix product in `tensors` whose errors move the part's output.
 
     Raises:
-        CalibrationError: the part's output does not depend on its layers in a way that can be differentiated, or an input holds nan or infinity.
+        CalibrationError: the part's result does not depend on its layers in a way that can be differentiated, or an input or a gradient is not finite.
     """
     modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in tensors if name.endswith(".weight")}
     products = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
     found: dict[str, SecondMoment] = {}
-    with torch.enable_grad(), _recorded(products) as calls:
-        for number, outputs in enumerate(lockstep.repeat()):
-            if not calls:
-                continue
-            generator = torch.Generator().manual_seed(number)
-            probed = [(y, _probe(y, generator)) for y in tree_leaves(outputs) if isinstance(y, Tensor) and y.requires_grad]
-            if not probed:
-                raise CalibrationError(
-                    f"{canonical_name(part)} cannot be differentiated, which solver gptq and init qera need; use solver search, init zero or svd"
-                )
-            names, inputs, made = zip(*calls, strict=True)
-            gradients = torch.autograd.grad([y for y, _ in probed], made, [r for _, r in probed], allow_unused=True)
-            for name, x, gradient in zip(names, inputs, gradients, strict=True):
-                weights = x.new_zeros(x.shape[:-1]) if gradient is None else gradient.square().sum(-1)
-                found.setdefault(name, SecondMoment()).update(x, weights)
+    if not products:
+        return found
+    with torch.enable_grad(), _frozen(model.get_submodule(part)), _recorded(products) as calls:
+        seeds = count()
+        for result in lockstep.repeat():
+            if calls:
+                gradients = _gradients(canonical_name(part), result, [z for _, _, z in calls], next(seeds))
+                for (name, x, _), gradient in zip(calls, gradients, strict=True):
+                    _take_in(found.setdefault(name, SecondMoment()), canonical_name(name), x, gradient)
+                del gradients, gradient, x
+            del result  # before the next batch runs
             calls.clear()
-    return found
+    return {name: moment for name, moment in found.items() if moment.weight > 0}
+
+
+def _gradients(part: str, result: Any, outputs: Sequence[Tensor], seed: int) -> Sequence[Tensor | None]:
+    """dp / dz of each of the layers' outputs."""
+    remedy = "solver gptq, init qera and rank_budget need that; for its layers take solver search, by a rule, and init zero or svd"
+    try:
+        for y in _tensors(result):
+            if y.requires_grad:
+                probe = _probe(y, torch.Generator().manual_seed(seed))
+                gradients = torch.autograd.grad(y, outputs, probe, retain_graph=True, allow_unused=True)
+                if any(gradient is not None for gradient in gradients):
+                    return gradients
+    except (RuntimeError, NotImplementedError) as error:
+        raise CalibrationError(f"{part} cannot be differentiated ({error}); {remedy}") from error
+    raise CalibrationError(f"no tensor in the result of {part} can be differentiated back to its layers; {remedy}")
+
+
+def _take_in(moment: SecondMoment, layer: str, x: Tensor, gradient: Tensor | None) -> None:
+    if gradient is None or not x.numel():
+        return
+    try:
+        moment.update(x, gradient.float().square().sum(-1))
+    except CalibrationError as error:
+        raise CalibrationError(f"{layer}: {error}") from error
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """Tensors in nested results, those in fields of plain dataclasses too."""
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in fields(leaf):
+                yield from _tensors(getattr(leaf, field.name))
+
+
+@contextmanager
+def _frozen(part: nn.Module) -> Iterator[None]:
+    """Nothing but what is hooked asks for gradients, so that no more is kept for them."""
+    learning = [parameter for parameter in part.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_()
 
 
 @contextmanager
 def _recorded(products: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """(name, input, output) of every call of the layers."""
+    """(name, input, output) of every call of the layers; copies, since a model may change either in place."""
     calls: list[tuple[str, Tensor, Tensor]] = []
 
     def record(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             x = args[0] if args else next(iter(kwargs.values()))
-            calls.append((name, x.detach(), output.requires_grad_()))
-            return output.clone()  # which the model may change in place
+            calls.append((name, x.detach().clone(), output.requires_grad_()))
+            return output.clone()
 
         return hook
 
@@ -80,8 +127,9 @@ def _recorded(products: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Ten
             hook.remove()
 
 
-def _probe(output: Float[Tensor, "*tokens features"], generator: torch.Generator) -> Float[Tensor, "*tokens features"]:
+def _probe(y: Float[Tensor, "*tokens features"], generator: torch.Generator) -> Float[Tensor, "*tokens features"]:
     """`r / |y|`."""
-    length = output.detach().norm(dim=-1, keepdim=True)
-    shortest = (_SHORTEST * length.median()).clamp(min=torch.finfo(output.dtype).tiny ** 0.5)
-    return torch.randn(output.shape, generator=generator).to(output) / length.maximum(shortest)
+    length = y.detach().float().norm(dim=-1, keepdim=True)
+    usual = length[length > 0]
+    shortest = _SHORTEST * usual.median() if usual.numel() else torch.ones_like(length)
+    return (torch.randn(y.shape, generator=generator).to(length) / length.maximum(shortest)).to(y)

@@ -76,7 +76,7 @@ def quantize_(
 
     Raises:
         GridError: a scheme does not fit its layer (all such layers are named), a rule matches nothing, or there is nothing to quantize.
-        CalibrationError: a weight or an input holds nan or infinity, or a layer saw no data.
+        CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
     """
     scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
     plan = plan_layers(model, scheme, solver, rules)

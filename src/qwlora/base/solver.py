@@ -51,5 +51,5 @@ def solve(weight: Tensor, scheme: Scheme, solver: str, moment: Tensor | None = N
         encoding = _DATA_FREE[solver](weight, scheme)
         return QuantizedTensor(encoding.quantize(weight), encoding), None
     if moment is None:
-        raise CalibrationError("no calibration batch reaches this layer; give it solver search, or keep it float, by a rule")
+        raise CalibrationError("no calibration batch reaches this layer, or its output moves nothing there; give it solver search, or keep it float, by a rule")
     return gptq(weight, moment, scheme)

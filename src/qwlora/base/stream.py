@@ -59,7 +59,7 @@ def quantize_checkpoint(
     Raises:
         GridError: as `quantize_`; or the model runs a block of its layers again after a later one.
         SourceError: a tensor cannot be read, or a layer that a scheme is asked for is integers already.
-        CalibrationError: a weight or an input holds nan or infinity, or a layer saw no data.
+        CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
     """
     lazy = LazyModel(checkpoint)
     scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme

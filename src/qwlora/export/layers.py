@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from qwlora.export.onnx_runtime import OnnxLayers
@@ -26,7 +27,7 @@ class Reference(Protocol):
     def graph(self) -> QuantizedGraph: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerLimits:
     """What the layers must keep to, in steps of each layer's own output grid."""
 
@@ -52,8 +53,8 @@ class LayerParity:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def broken(self, limits: LayerLimits) -> list[str]:
-        """Each limit that is not kept to, in words."""
+    def broken_layer_limits(self, limits: LayerLimits) -> list[str]:
+        """Each limit of layers that is not kept to, in words."""
         broken = []
         if not self.worst_layer_steps <= limits.layer_steps:
             broken.append(f"layer {self.worst_layer} is {self.worst_layer_steps:.2f} steps off (limit {limits.layer_steps:g})")
@@ -71,10 +72,6 @@ def compare_layers(folder: Path, reference: Reference, batch: Mapping[str, Any])
         return LayerParity("", 0.0, 0.0, 0)
     with tempfile.TemporaryDirectory() as scratch:
         outputs = OnnxLayers(folder, activations, Path(scratch)).run(values, reference.bind(batch))
-    worst, largest, largest_mean = "", -1.0, 0.0
-    for name in activations:
-        steps = (outputs[name] - values[name]).abs() / graph.encodings[name].scale
-        if float(steps.max()) > largest:
-            worst, largest = name, float(steps.max())
-        largest_mean = max(largest_mean, float(steps.mean()))
-    return LayerParity(worst, largest, largest_mean, len(activations))
+    steps = [(outputs[name] - values[name]).abs() / graph.encodings[name].scale for name in activations]
+    largest, mean = (torch.stack(found) for found in ([s.max() for s in steps], [s.mean() for s in steps]))  # whose max is nan where one is
+    return LayerParity(activations[int(largest.argmax())], float(largest.max()), float(mean.max()), len(activations))

@@ -42,7 +42,7 @@ class Parity(LayerParity):
     tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits(LayerLimits):
     """What a proof must keep to."""
 
@@ -127,7 +127,7 @@ def check_parity(parity: Parity, limits: Limits, name: str) -> None:
         broken.append(f"perplexity {parity.perplexity:.4f} is {drift:.2%} from {simulated} (limit {limits.perplexity_difference:.2%})")
     if not parity.top1_agreement >= parity.floor_top1_agreement:
         broken.append(f"the likeliest token agrees in {parity.top1_agreement:.2%} of cases, below the floor of {parity.floor_top1_agreement:.2%}")
-    broken += parity.broken(limits)
+    broken += parity.broken_layer_limits(limits)
     if broken:
         raise VerificationError(f"{name}: the exported file does not compute what was simulated\n  " + "\n  ".join(broken))
 

@@ -53,7 +53,7 @@ class OutputParity(LayerParity):
     max_abs_difference: dict[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OutputLimits(LayerLimits):
     """What a proof must keep to: an output may lie `below_floor` dB below the floor, unless it is as close as `sqnr` dB."""
 
@@ -106,6 +106,6 @@ def check_output_parity(parity: OutputParity, limits: OutputLimits, name: str) -
         least = min(limits.sqnr, parity.floor_sqnr[output] - limits.below_floor)
         if not sqnr >= least:
             broken.append(f"output {output} is {sqnr:.1f} dB from the simulation's (limit {least:.1f} dB, floor {parity.floor_sqnr[output]:.1f} dB)")
-    broken += parity.broken(limits)
+    broken += parity.broken_layer_limits(limits)
     if broken:
         raise VerificationError(f"{name}: the exported file does not compute what was simulated\n  " + "\n  ".join(broken))

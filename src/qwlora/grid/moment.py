@@ -42,6 +42,8 @@ class SecondMoment:
             self.total = rows.new_zeros(rows.shape[-1], rows.shape[-1])
         if self.total.shape[0] != rows.shape[-1]:
             raise CalibrationError(f"the layer's input has width {rows.shape[-1]} where it had {self.total.shape[0]} before")
+        if not bool(torch.isfinite(w.sum())):
+            raise CalibrationError("the gradient of the layer's output holds nan or infinity (or overflows when squared)")
         scaled = rows * w.sqrt().unsqueeze(1)
         if not bool(torch.isfinite(scaled.square().sum())):
             raise CalibrationError("the layer's input holds nan or infinity (or overflows when squared)")

@@ -263,7 +263,8 @@ def verify(session: Session, stage: Stage, scratch: Path, work: Path) -> Results
     name, section = str(stage.adapter), session.recipe.verify
     folder = session.path / "export" / "onnx" / name
     parity = verify_onnx(folder, session.simulation(name), session.data.held_out.first(section.sequences), section.layer_tokens, session.track)
-    check_parity(parity, Limits(section.layer_steps, section.layer_mean_steps, section.perplexity_difference), f"export/onnx/{name}")
+    limits = Limits(perplexity_difference=section.perplexity_difference, layer_steps=section.layer_steps, layer_mean_steps=section.layer_mean_steps)
+    check_parity(parity, limits, f"export/onnx/{name}")
     return {"parity": {"onnx": {name: parity.to_json()}}}
 
 

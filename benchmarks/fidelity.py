@@ -143,7 +143,8 @@ class Bench:
         return copy.deepcopy(self.kept)
 
     def train(self, model: PeftModel, teacher: nn.Module | None = None) -> None:
-        settings = TrainingSettings(self.steps, self.learning_rate, 1, 5, "cosine", self.steps, 0, compute=COMPUTE)
+        order = 0 if teacher is None else 1  # recovery sees other sequences than what follows it
+        settings = TrainingSettings(self.steps, self.learning_rate, 1, 5, "cosine", self.steps, order, compute=COMPUTE)
         work = Path(tempfile.mkdtemp())
         try:
             train_adapter(model, self.training, settings, work, teacher=copy.deepcopy(teacher))  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qwlora.base.lockstep import Lockstep
 from qwlora.base.observe import observe
 from qwlora.base.packed import pack_at_
+from qwlora.base.revision import REVISION
 from qwlora.base.rules import Assignment
 from qwlora.base.solver import CALIBRATED
 from qwlora.base.tensors import LayerReport, solve_tensor, tensor_out_in
@@ -32,8 +33,6 @@ from qwlora.grid.names import canonical_name
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track
-
-MADE = "2"  # how R and what follows it are made; what was made otherwise, by an earlier version, is made again
 
 
 def quantize_parts_(
@@ -111,7 +110,7 @@ def _write_part(file: Path, quantized: Mapping[str, QuantizedTensor], reports: M
         records[name] = {"scheme": q.encoding.scheme.to_json(), "report": asdict(reports[name])}
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.part")
-    save_file({k: t.contiguous() for k, t in tensors.items()}, scratch, metadata={"layers": json.dumps(records), "made": MADE})
+    save_file({k: t.contiguous() for k, t in tensors.items()}, scratch, metadata={"layers": json.dumps(records), "revision": REVISION})
     scratch.replace(file)
 
 
@@ -119,7 +118,7 @@ def _read_part(file: Path, plan: Mapping[str, Assignment]) -> tuple[dict[str, Qu
     """A finished part; None if there is none, or one of another plan."""
     try:
         with safe_open(file, "pt") as opened:
-            if opened.metadata().get("made") != MADE:
+            if opened.metadata().get("revision") != REVISION:
                 return None
             records = json.loads(opened.metadata()["layers"])
             quantized = {}

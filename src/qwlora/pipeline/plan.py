@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwlora.base.calibrated import MADE
+from qwlora.base.revision import REVISION
 from qwlora.base.source import locate
 from qwlora.data import Documents
 from qwlora.recipe import Recipe
@@ -57,7 +57,9 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     held_out = [*text, recipe.data.evaluation_sequences]
     if has_float_model(recipe):
         add("evaluate/float", [model, held_out])
-    follows = [text, recipe.seed, MADE] if recipe.base.solver == "gptq" or needs_moments(recipe) or any(r.solver == "gptq" for r in recipe.base.rules) else None
+    follows = (
+        [text, recipe.seed, REVISION] if recipe.base.solver == "gptq" or needs_moments(recipe) or any(r.solver == "gptq" for r in recipe.base.rules) else None
+    )
     encodings = hashlib.sha256(Path(recipe.model.encodings).read_bytes()).hexdigest() if recipe.model.encodings else None
     add("quantize", [model, encodings, recipe.base.model_dump(), follows, needs_moments(recipe)], artifact="base")
     add("evaluate/base", held_out, ("quantize",))

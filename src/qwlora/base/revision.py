@@ -1,0 +1,3 @@
+"""Which revision of the statistics and solvers a base was made with. What another one made, when a job or its parts are taken up again, is made again."""
+
+REVISION = "2"  # 2: tokens are weighed (`observe.py`)

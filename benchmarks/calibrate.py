@@ -117,9 +117,10 @@ def freeze_seconds(simulation: Simulation, observer: str) -> float:
 
 def measure_aimet(python: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
     """Rows of aimet-torch's, from its own environment."""
-    source = Path(__file__).parent.parent / "src"
+    root = Path(__file__).parent.parent
+    paths = os.pathsep.join(str(root / folder) for folder in ("src", "tests"))  # the oracle's Llama is among the tests
     command = [python, str(Path(__file__).with_name("calibrate_aimet.py")), str(folder), str(rounds)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows
 

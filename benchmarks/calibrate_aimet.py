@@ -14,49 +14,18 @@ from typing import Any
 
 import torch
 from aimet_torch.nn import QuantizationMixin
-from aimet_torch.nn.modules.custom import Add, Multiply
 from aimet_torch.quantsim import QuantizationSimModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
+from aimet.llama import ForwardLogits, adapt_, llama  # the tests' own, see calibrate.py
 from turns import make_row, peak_of, seconds_of_turns
 
 
-class Lora(nn.Module):
-    """`y = base(x) + scaling * lora_B(lora_A(x))`."""
-
-    def __init__(self, base: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float):  # noqa: N803 (PEFT's names)
-        super().__init__()
-        self.base, self.scaling, self.mul, self.add = base, scaling, Multiply(), Add()
-        self.lora_A, self.lora_B = (nn.Linear(w.shape[1], w.shape[0], bias=False) for w in (lora_A, lora_B))
-        self.lora_A.weight, self.lora_B.weight = nn.Parameter(lora_A), nn.Parameter(lora_B)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.add(self.base(x), self.mul(self.lora_B(self.lora_A(x)), self.scaling))
-
-
-class ForwardLogits(nn.Module):
-    """Positional inputs, one output: what AIMET's tracer takes."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=False)[0]
-
-
 def load(folder: Path) -> nn.Module:
-    config = json.loads((folder / "config.json").read_text())
-    model = LlamaForCausalLM(LlamaConfig(**config["model"], attn_implementation="eager"))
-    found = model.load_state_dict(load_file(folder / "float.safetensors"), strict=False)
-    assert set(found.missing_keys) <= {"lm_head.weight"}, found
-    assert not found.unexpected_keys, found
-    adapter = load_file(folder / "adapter.safetensors")
-    for path in sorted({name.partition(".lora_")[0] for name in adapter}):
-        lora = Lora(model.get_submodule(path), adapter[f"{path}.lora_A.weight"], adapter[f"{path}.lora_B.weight"], config["scaling"])
-        model.set_submodule(path, lora)
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "float.safetensors")
+    model = llama(config["model"], weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    adapt_(model, load_file(folder / "adapter.safetensors"), config["scaling"])
     return ForwardLogits(model).eval()
 
 

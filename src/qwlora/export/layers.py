@@ -72,6 +72,9 @@ def compare_layers(folder: Path, reference: Reference, batch: Mapping[str, Any])
         return LayerParity("", 0.0, 0.0, 0)
     with tempfile.TemporaryDirectory() as scratch:
         outputs = OnnxLayers(folder, activations, Path(scratch)).run(values, reference.bind(batch))
-    steps = [(outputs[name] - values[name]).abs() / graph.encodings[name].scale for name in activations]
-    largest, mean = (torch.stack(found) for found in ([s.max() for s in steps], [s.mean() for s in steps]))  # whose max is nan where one is
+    found = []
+    for name in activations:
+        steps = (outputs[name] - values[name]).abs() / graph.encodings[name].scale
+        found.append(torch.stack([steps.max(), steps.mean()]))
+    largest, mean = torch.stack(found).unbind(1)  # whose max is nan where one is
     return LayerParity(activations[int(largest.argmax())], float(largest.max()), float(mean.max()), len(activations))

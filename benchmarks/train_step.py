@@ -5,10 +5,10 @@
     python benchmarks/train_step.py --repeats 1        a smoke test; writes nothing
 
 Candidates are measured in groups, each with plain float32 PEFT in it: [plain, a bitwidth in float32, the same in bfloat16] for each bitwidth, and [plain, plain
-bfloat16, NF4]. Within a group they take turns step by step (A B C A B C ...), so that what else the machine does falls on all alike; a ratio is that of medians
-within the group. No more than one group is in memory, beside the float model. One thread is timed by the processor's clock, which does not run while others
-have the processor, more by the wall's. `resident` is the bytes of the packed layers over those of the same weights in float32. Without bitsandbytes (extra
-`benchmarks`) its row is left out and the result says so.
+bfloat16, NF4]. Within a group they take turns step by step (A B C A B C ...), so that what else the machine does falls on all alike; `ratio` is the median over
+the turns of that turn's two times, `ratios` the smallest and the largest. No more than one group is in memory, beside the float model. One thread is timed by
+the processor's clock, which does not run while others have the processor, more by the wall's. `resident` is the bytes of the packed layers over those of the
+same weights in float32. Without bitsandbytes (extra `benchmarks`) its row is left out and the result says so.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def step_seconds(peft: PeftModel, ids: torch.Tensor) -> float:
     return seconds
 
 
-def measure(models: dict[str, PeftModel], shape: tuple[int, int], repeats: int) -> dict[str, float]:
-    """The median seconds of a step; the first round warms up and does not count."""
+def measure(models: dict[str, PeftModel], shape: tuple[int, int], repeats: int) -> dict[str, list[float]]:
+    """Seconds of a step in each turn; the first turn warms up and does not count."""
     ids = torch.randint(0, 49152, shape, generator=torch.Generator().manual_seed(0))
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(repeats + 1):
@@ -109,7 +109,12 @@ def measure(models: dict[str, PeftModel], shape: tuple[int, int], repeats: int) 
             taken = step_seconds(model, ids)
             if turn:
                 seconds[name].append(taken)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], candidate: str, to: str) -> list[float]:
+    """One candidate's time over another's, in each turn."""
+    return [taken / other for taken, other in zip(seconds[candidate], seconds[to], strict=True)]
 
 
 def rows_of(name: str, candidates: dict[str, tuple[PeftModel, float]], repeats: int) -> list[dict[str, Any]]:
@@ -122,12 +127,13 @@ def rows_of(name: str, candidates: dict[str, tuple[PeftModel, float]], repeats: 
                 "group": name,
                 "candidate": candidate,
                 "tokens": shape[0] * shape[1],
-                "seconds": round(seconds[candidate], 4),
+                "seconds": round(statistics.median(seconds[candidate]), 4),
                 "resident": round(resident, 4),
             }
-            row["ratio"] = round(seconds[candidate] / seconds["plain float32"], 3)
+            to_plain = ratios(seconds, candidate, "plain float32")
+            row |= {"ratio": round(statistics.median(to_plain), 3), "ratios": [round(min(to_plain), 3), round(max(to_plain), 3)]}
             if candidate.endswith("bfloat16"):
-                row["to_its_float32"] = round(seconds[candidate] / seconds[candidate.replace("bfloat16", "float32")], 3)
+                row["to_its_float32"] = round(statistics.median(ratios(seconds, candidate, candidate.replace("bfloat16", "float32"))), 3)
             rows.append(row)
             print(row, flush=True)
     return rows

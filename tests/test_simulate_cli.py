@@ -77,6 +77,37 @@ def test_json_has_every_value_and_what_was_calibrated(job: Path, capsys: pytest.
     assert {v.decision.value for v in changed.values if v.kind == "activation"} == {"float"}
 
 
+def test_costs_are_switched_on_one_by_one(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = call(capsys, monkeypatch, job, "--costs", "--json")
+    account = json.loads(out)
+    assert code == 0
+    assert list(account["perplexity"]) == ["base", "adapted", "adapter_weights", "parameters", "activations"]
+    assert len(account["sensitivity"]) == len(account["layer_sqnr_db"]) == 10
+    code, out, _ = call(capsys, monkeypatch, job, "--costs")
+    assert f"adapter weights {account['perplexity']['adapter_weights']:.4f}" in [" ".join(line.split()) for line in out.splitlines()]
+
+
+def test_a_suggestion_is_what_its_rules_give(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = call(capsys, monkeypatch, job, "--suggest", "10", "--json")
+    loose = json.loads(out)
+    assert code == 0
+    assert (loose["wide"], loose["rules"], loose["measured"]) == ([], [], loose["all_narrow"])
+    reference = loose["limit"] / 11
+    share = (loose["all_narrow"] + loose["all_wide"]) / 2 / reference - 1
+    assert 0 < share < 0.1, "of 8 bits on this model"
+    _, out, _ = call(capsys, monkeypatch, job, "--suggest", share, "--json")
+    found = json.loads(out)
+    assert 0 < len(found["wide"]) < found["narrow"]
+    assert found["measured"] <= found["limit"]
+    rules = json.dumps(found["rules"])
+    _, out, _ = call(capsys, monkeypatch, job, "--costs", "--json", "--set", "simulation.activation_bitwidth=8", "--set", f"simulation.rules={rules}")
+    assert json.loads(out)["perplexity"]["activations"] == found["measured"]
+    assert set(found["fresh"]) == {"measured", "float_activations"}
+    assert found["fresh"]["float_activations"] != reference
+    _, out, _ = call(capsys, monkeypatch, job, "--suggest", share, "--set", "data.evaluation_sequences=1000")
+    assert "no text is held out beyond what the search measured" in out
+
+
 def test_what_cannot_be_shown(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code, _, errors = call(capsys, monkeypatch, tmp_path)
     assert code == 2

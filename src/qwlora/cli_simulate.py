@@ -75,11 +75,19 @@ def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
     wide, all_of_them = len(found["wide"]), len(found["wide"]) + found["narrow"]
     yield f"adapter {found['adapter']}: {wide} of {all_of_them} activations at 16 bits, the others at 8"
     yield f"perplexity {found['measured']:.4f} (limit {found['limit']:.4f}; all at 16 bits {found['all_wide']:.4f}, all at 8 bits {found['all_narrow']:.4f})"
+    yield _on_fresh_text(found["fresh"])
     yield ""
     yield "simulation:"
     yield "  activation_bitwidth: 8"
-    yield "  rules:"
-    yield from (f'    - {{match: "{rule["match"]}", bitwidth: {rule["bitwidth"]}}}' for rule in found["rules"])
+    yield "  rules:" if found["rules"] else "  rules: []"
+    yield from (f"    - {json.dumps(rule)}" for rule in found["rules"])
+
+
+def _on_fresh_text(fresh: dict[str, float] | None) -> str:
+    if fresh is None:
+        return "no text is held out beyond what the search measured; lower data.evaluation_sequences or hold out more to see what it does on other text"
+    measured, plain = fresh["measured"], fresh["float_activations"]
+    return f"on held-out text that the search has not seen {measured:.4f}, {measured / plain - 1:+.1%} on float activations' {plain:.4f}"
 
 
 def _lines(name: str, found: Explanation, everything: bool) -> Iterator[str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 
-from qwlora import Scheme, SimulationSchemes
+from qwlora import PlacementRule, Scheme, SimulationSchemes
 from qwlora.errors import CalibrationError
 from qwlora.simulation.accounting import account, layer_sqnr
 from qwlora.simulation.sensitivity import next_token_loss, sensitivities
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.suggest import suggest
+from qwlora.simulation.suggest import rules_for, suggest
 from simulation.captured import batch, simulation
 
 BATCHES = [batch(seed=s) for s in range(2)]
@@ -85,31 +87,53 @@ def test_the_fewest_dearest_values_get_the_wide_grid() -> None:
     with made.only():
         reference = loss(made)
     limit = reference + 0.3 * (loss(_all(made, NARROW)) - reference)
-    found = suggest(made, BATCHES, lambda: loss(made), limit, NARROW, Scheme(8, symmetric=False))
+    found = suggest(made, BATCHES, lambda: loss(made), limit, 2, 8)
     assert found.measured <= limit < found.all_narrow
     assert 0 < len(found.wide) < len(made.quantizers)
     assert len(found.wide) + found.narrow == len(made.quantizers)
     assert loss(made) == found.measured, "the simulation is left in the assignment"
     for name, quantizer in made.quantizers.items():
         assert quantizer.scheme.bitwidth == (8 if name in found.wide else 2)
-    rules = found.rules(8)
-    again = simulation(SimulationSchemes(NARROW, rules=tuple(_rule(r) for r in rules)))
+    again = simulation(SimulationSchemes(NARROW, rules=found.rules))
     assert {n for n, q in again.quantizers.items() if q.scheme.bitwidth == 8} == set(found.wide)
+
+
+def test_what_a_rule_decided_is_not_searched() -> None:
+    """Nor is the sign of a grid changed."""
+    own = (PlacementRule("*.q_proj.linear", bitwidth=4, minimum=-3.0), PlacementRule("*.v_proj.linear", symmetric=True))
+    schemes = SimulationSchemes(NARROW, rules=own, symmetric_matmul_second_input=True)
+    made = simulation(schemes)
+    made.calibrate(BATCHES)
+    before = {name: q.scheme for name, q in made.quantizers.items()}
+    ruled = {name for name in before if name.endswith((".q_proj.linear", ".v_proj.linear"))}
+    found = suggest(made, BATCHES, lambda: loss(made), 1.2 * loss(made), 2, 8)
+    assert len(found.wide) + found.narrow == len(before) - len(ruled)
+    assert not ruled & set(found.wide)
+    after = {name: q.scheme for name, q in made.quantizers.items()}
+    assert all(after[name] == before[name] for name in ruled)
+    assert [s.symmetric for s in after.values()] == [s.symmetric for s in before.values()]
+    again = simulation(replace(schemes, rules=(*own, *found.rules)))
+    assert {name: q.scheme for name, q in again.quantizers.items()} == after
+
+
+def test_rules_are_exact_where_names_fit_their_neighbours() -> None:
+    """`m.mul` is the name of one value and fits all products of `m`; and a glob's star passes dots."""
+    values = [f"model.layers.{layer}.{value}" for value in ("mlp.mul", "mlp.mul_1", "mul") for layer in (0, 1)]
+    names = {value: (value, value.rpartition(".")[0], value.removesuffix("_1")) for value in values}
+    for chosen in (combination for size in range(len(values) + 1) for combination in combinations(values, size)):
+        rules = rules_for(chosen, names, 8, 16)
+        given = {value: next((rule.bitwidth for rule in rules if rule.fits(fitting)), 8) for value, fitting in names.items()}
+        assert given == {value: 16 if value in chosen else 8 for value in values}, chosen
+    assert [rule.match for rule in rules_for(values, names, 8, 16)] == ["model.layers.*.mlp.mul", "model.layers.*.mlp.mul_1", "model.layers.*.mul"]
 
 
 def test_a_limit_that_nothing_keeps_is_refused() -> None:
     made = calibrated(8)
     with pytest.raises(CalibrationError, match=r"with every activation at 8 bits the measure is .* above the limit of 0: no mixture keeps it"):
-        suggest(made, BATCHES, lambda: loss(made), 0.0, NARROW, Scheme(8, symmetric=False))
+        suggest(made, BATCHES, lambda: loss(made), 0.0, 2, 8)
 
 
 def _all(made: Simulation, scheme: Scheme) -> Simulation:
     made.set_scheme("*", scheme)
     made.freeze()
     return made
-
-
-def _rule(rule: dict[str, object]) -> object:
-    from qwlora import PlacementRule
-
-    return PlacementRule(**rule)  # type: ignore[arg-type]

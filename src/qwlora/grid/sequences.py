@@ -37,7 +37,14 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
     def first(self, count: int) -> Sequences:
         """The first `count` sequences, or as many as there are."""
-        return Sequences(self.input_ids[:count], self.labels[:count], None if self.position_ids is None else self.position_ids[:count])
+        return self._part(slice(count))
+
+    def after(self, count: int) -> Sequences:
+        """What `first(count)` leaves."""
+        return self._part(slice(count, None))
+
+    def _part(self, rows: slice) -> Sequences:
+        return Sequences(self.input_ids[rows], self.labels[rows], None if self.position_ids is None else self.position_ids[rows])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         tensors = {"input_ids": self.input_ids, "labels": self.labels, "position_ids": self.position_ids}

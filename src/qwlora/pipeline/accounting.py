@@ -43,12 +43,14 @@ def account_job(folder: Path, adapter: str | None = None, changes: tuple[str, ..
 def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], share: float) -> dict[str, Any]:
     """The fewest activations at 16 bits, the others at 8, with which perplexity is at most `1 + share` of the adapter's with float activations.
 
+    The search keeps to the limit on the text that it measures. `fresh` is what its result does on as much held-out text that it has not seen, and the adapter
+    with float activations there; None where no more text is held out.
+
     Raises:
         DirectoryError: as `open_job`.
         CalibrationError: not even 16 bits for all keep the limit.
     """
-    session, name = open_job(folder, adapter, changes)
-    from qwlora.grid.scheme import Scheme
+    session, name = open_job(folder, adapter, (*changes, f"simulation.activation_bitwidth={NARROW_BITS}"))
     from qwlora.simulation.suggest import suggest
 
     simulation = _calibrated(session, name)
@@ -59,12 +61,19 @@ def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], sha
         _sensed(session),
         lambda: _simulated(simulation, session.evaluation),
         limit,
-        Scheme(NARROW_BITS, symmetric=False),
-        Scheme(WIDE_BITS, symmetric=False),
+        NARROW_BITS,
+        WIDE_BITS,
         track=session.track,
     )
+    fresh = None
+    if len(session.fresh):
+        fresh = {"measured": _simulated(simulation, session.fresh)}
+        with simulation.only():
+            fresh["float_activations"] = _simulated(simulation, session.fresh)
     measured = {key: getattr(found, key) for key in ("narrow", "measured", "all_narrow", "all_wide", "limit")}
-    return {"adapter": name, **measured, "wide": list(found.wide), "rules": found.rules(WIDE_BITS)}
+    own = [rule.model_dump(exclude_unset=True, mode="json") for rule in session.recipe.simulation.rules]
+    rules = [*own, *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in found.rules)]
+    return {"adapter": name, **measured, "fresh": fresh, "wide": list(found.wide), "rules": rules}
 
 
 def _calibrated(session: Session, name: str) -> Simulation:

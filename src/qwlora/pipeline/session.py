@@ -67,6 +67,12 @@ class Session:
         return self.data.held_out.first(self.recipe.data.evaluation_sequences)
 
     @property
+    def fresh(self) -> Sequences:
+        """As much held-out text again, that nothing was measured on; less, or none, where no more is held out."""
+        count = self.recipe.data.evaluation_sequences
+        return self.data.held_out.after(count).first(count)
+
+    @property
     def calibration_ids(self) -> Tensor:
         """What ranges and statistics of activations are measured on: int64 [count, tokens], without padding."""
         return self.data.calibration_ids[: self.recipe.data.calibration_sequences]

@@ -48,6 +48,11 @@ class Placed:
     decision: Decision
     reason: str
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a rule's glob is matched with; see `rules.PlacementRule`."""
+        return names_of_value(self.name, self.module, self.operator)
+
 
 @dataclass(frozen=True)
 class Overrides:
@@ -66,11 +71,13 @@ class Placement:
 
     Args:
         overrides: by name of a mark.
+        ruled: the marks that a user's rule decided about.
         unknown: how often each operator occurs that no rule knows.
     """
 
     marks: list[Mark] = field(default_factory=list)
     overrides: dict[str, Overrides] = field(default_factory=dict)
+    ruled: set[str] = field(default_factory=set)
     explanation: list[Placed] = field(default_factory=list)
     weights: list[Placed] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
@@ -91,8 +98,7 @@ class _Candidate:
 
     @property
     def names(self) -> tuple[str, ...]:
-        own = (self.name, self.module) if self.kind is not Kind.ACTIVATION else (self.name, self.module, f"{self.module}.{self.operator}")
-        return tuple(name for name in own if name)
+        return names_of_value(self.name, self.module, self.operator)
 
 
 def place(
@@ -124,7 +130,7 @@ def place(
     candidates = list(_candidates(program, structure, input_names or {}))
     decider = _Decider(chosen, rules)
     for candidate in candidates:
-        decision, reason, overrides = decider.decide(candidate)
+        decision, reason, overrides, by_rule = decider.decide(candidate)
         activation = candidate.kind is Kind.ACTIVATION
         if activation and symmetric_matmul_second_input and Fact.MATMUL_SECOND_INPUT in candidate.facts and overrides.symmetric is None:
             overrides = replace(overrides, symmetric=True)
@@ -134,6 +140,8 @@ def place(
             placement.unknown[candidate.operator] += 1
         if decision is Decision.QUANTIZE:
             placement.marks.append(Mark(candidate.node.name, candidate.name, candidate.kind))
+            if by_rule:
+                placement.ruled.add(candidate.name)
             if overrides != Overrides():
                 placement.overrides[candidate.name] = overrides
     decider.check(candidates)
@@ -147,10 +155,10 @@ class _Decider:
         self.policy, self.rules = chosen, rules
         self.effective: set[int] = set()
 
-    def decide(self, candidate: _Candidate) -> tuple[Decision, str, Overrides]:
-        """The decision about one value, the reason, and its own grid."""
+    def decide(self, candidate: _Candidate) -> tuple[Decision, str, Overrides, bool]:
+        """The decision about one value, the reason, its own grid, and whether a user's rule decided."""
         if candidate.kind is Kind.BASE:
-            return Decision.QUANTIZE, "the integers of step 1", Overrides()
+            return Decision.QUANTIZE, "the integers of step 1", Overrides(), False
         rule = next(r for r in self.policy.rules if r.fits(candidate.operator, candidate.module_class, candidate.module, candidate.facts))
         decision, reason = rule.decision, rule.reason.format(owner=candidate.owner)
         for index, own in enumerate(self.rules):
@@ -160,10 +168,11 @@ class _Decider:
                 continue
             self.effective.add(index)
             if own.keep is not None:
-                return Decision.FLOAT, own.reason, Overrides()
+                return Decision.FLOAT, own.reason, Overrides(), True
             assert not isinstance(own.observer, str)
-            return Decision.QUANTIZE, f"{reason}; {own.reason}", Overrides(own.bitwidth, own.symmetric, own.minimum, own.maximum, own.observer)
-        return decision, reason, Overrides()
+            overrides = Overrides(own.bitwidth, own.symmetric, own.minimum, own.maximum, own.observer)
+            return Decision.QUANTIZE, f"{reason}; {own.reason}", overrides, True
+        return decision, reason, Overrides(), False
 
     def check(self, candidates: Sequence[_Candidate]) -> None:
         """Every user's rule has decided about something."""
@@ -182,6 +191,12 @@ class _Decider:
         if rule.keep is None and not rule.force:
             return f"matches nothing that the policy {self.policy.name} quantizes, or only what an earlier rule decides about; force: true quantizes it anyway"
         return "matches only what an earlier rule decides about"
+
+
+def names_of_value(name: str, module: str, operator: str) -> tuple[str, ...]:
+    """What a rule's glob is matched with; see `rules.PlacementRule`."""
+    made = module and operator not in ("weight", "input")
+    return tuple(n for n in (name, module, f"{module}.{operator}" if made else "") if n)
 
 
 def near_names(pattern: str, names: Sequence[str]) -> str:

@@ -5,20 +5,21 @@
     take back   groups of alike values among the promoted (one name, any layer), the cheapest group first, go back to the narrow grid if the limit still holds
 
 What `measure` says decides; the ranking only orders the search. Bisection takes the measure to fall with k, which it does but for noise, so what is returned is
-what was measured last within the limit, not a proved minimum.
+what was measured last within the limit, not a proved minimum. Only bitwidths are changed, and none that a user's
+rule decided about or that was fixed before.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwlora.errors import CalibrationError
-from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track, untracked
-from qwlora.simulation.sensitivity import Loss, Sensitivity, sensitivities
+from qwlora.simulation.rules import PlacementRule
+from qwlora.simulation.sensitivity import Loss, sensitivities
 from qwlora.simulation.simulation import Simulation
 
 
@@ -29,30 +30,18 @@ class Suggestion:
     Args:
         wide: names of the activations on the wide grid, in order of the graph.
         narrow: how many are on the narrow one.
+        rules: what gives the same to a simulation whose activations are narrow; to stand behind the rules that this one has.
         measured: what `measure` says of the assignment, and of all-narrow and all-wide.
         limit: what was asked for.
-        ranking: all activations on the narrow grid, the dearest first.
     """
 
     wide: tuple[str, ...]
     narrow: int
+    rules: tuple[PlacementRule, ...]
     measured: float
     all_narrow: float
     all_wide: float
     limit: float
-    ranking: tuple[Sensitivity, ...]
-
-    def rules(self, bitwidth: int) -> list[dict[str, Any]]:
-        """For `simulation.rules` of a recipe: one a wide activation, joined where all layers have one of a kind."""
-        return [{"match": match, "bitwidth": bitwidth} for match in self._matches()]
-
-    def _matches(self) -> list[str]:
-        wide, kinds = set(self.wide), _by_kind([s.name for s in self.ranking])
-        matches = []
-        for kind, names in kinds.items():
-            chosen = [name for name in names if name in wide]
-            matches += [kind] if len(chosen) == len(names) else chosen
-        return matches
 
 
 def suggest(
@@ -60,8 +49,8 @@ def suggest(
     batches: Collection[Mapping[str, Any]],
     measure: Callable[[], float],
     limit: float,
-    narrow: Scheme | None = None,
-    wide: Scheme | None = None,
+    narrow: int = 8,
+    wide: int = 16,
     loss: Loss | None = None,
     track: Track = untracked,
 ) -> Suggestion:
@@ -70,41 +59,65 @@ def suggest(
     Args:
         batches: what costs are estimated on, see `sensitivities`.
         measure: what is held to `limit`, smaller being better: perplexity of the simulation, say. It is called some dozens of times.
-        narrow, wide: 8 and 16 bits, asymmetric, unless given.
+        narrow, wide: bitwidths.
 
     Raises:
         CalibrationError: the limit does not even hold with everything on the wide grid; the message says what was measured.
     """
-    search = _Search(simulation, narrow or Scheme(8, symmetric=False), wide or Scheme(16, symmetric=False), measure)
+    search = _Search(simulation, narrow, wide, measure)
     all_wide = search.measured(search.names)
     if not all_wide <= limit:
         raise CalibrationError(
-            f"with every activation at {search.wide.bitwidth} bits the measure is {all_wide:.5g}, above the limit of {limit:.5g}: no mixture keeps it. "
+            f"with every activation at {wide} bits the measure is {all_wide:.5g}, above the limit of {limit:.5g}: no mixture keeps it. "
             "Give a higher limit, or keep what costs most float (simulation.rules with keep: float)"
         )
     all_narrow = search.measured([])
-    ranking = sensitivities(simulation, batches, loss, track)
-    promoted = search.promote([s.name for s in ranking], limit)
+    searched = set(search.names)
+    ranking = [s.name for s in sensitivities(simulation, batches, loss, track) if s.name in searched]
+    promoted = search.promote(ranking, limit)
     chosen = search.take_back(promoted, limit, track)
     measured = search.measured(chosen)
     kept = set(chosen)
     wide_names = tuple(name for name in search.names if name in kept)
-    return Suggestion(wide_names, len(search.names) - len(kept), measured, all_narrow, all_wide, limit, tuple(ranking))
+    names = {placed.name: placed.names for placed in (*simulation.placement.weights, *simulation.placement.explanation) if placed.name in searched}
+    return Suggestion(wide_names, len(search.names) - len(kept), rules_for(kept, names, narrow, wide), measured, all_narrow, all_wide, limit)
+
+
+def rules_for(chosen: Collection[str], names: Mapping[str, tuple[str, ...]], narrow: int, wide: int) -> tuple[PlacementRule, ...]:
+    """Rules under which just `chosen` is wide; `names` holds what a glob is matched with, for every value that may be.
+
+    One rule stands for all values of a kind where no other value fits it. The name of the first of several alike values of a module
+    (`model.layers.0.mlp.mul`) fits the others too (`mul_1`): those that are narrow are said to be so first.
+    """
+    exceptions: dict[str, PlacementRule] = {}
+    rules = []
+    for kind, members in _by_kind(list(names)).items():
+        among = [name for name in members if name in chosen]
+        everywhere = PlacementRule(kind, bitwidth=wide)
+        if len(among) == len(members) and not any(everywhere.fits(fitting) for name, fitting in names.items() if name not in chosen):
+            rules.append(everywhere)
+            continue
+        for own in (PlacementRule(name, bitwidth=wide) for name in among):
+            rules.append(own)
+            exceptions |= {name: PlacementRule(name, bitwidth=narrow) for name, fitting in names.items() if name not in chosen and own.fits(fitting)}
+    return (*exceptions.values(), *rules)
 
 
 class _Search:
     """Assignments of one simulation, and what was measured of them."""
 
-    def __init__(self, simulation: Simulation, narrow: Scheme, wide: Scheme, measure: Callable[[], float]):
+    def __init__(self, simulation: Simulation, narrow: int, wide: int, measure: Callable[[], float]):
         self.simulation, self.narrow, self.wide, self.measure = simulation, narrow, wide, measure
-        self.names = [name for name, q in simulation.quantizers.items() if not q.is_pinned]
+        ruled = simulation.placement.ruled
+        self.names = [name for name, q in simulation.quantizers.items() if not q.fixed and name not in ruled]
         self._known: dict[frozenset[str], float] = {}
 
     def measured(self, wide: Sequence[str]) -> float:
         """The measure with `wide` on the wide grid and the rest on the narrow one; the simulation is left so."""
         chosen = frozenset(wide)
         for name in self.names:
-            quantizer, scheme = self.simulation.quantizers[name], self.wide if name in chosen else self.narrow
+            quantizer = self.simulation.quantizers[name]
+            scheme = replace(quantizer.scheme, bitwidth=self.wide if name in chosen else self.narrow)
             if quantizer.scheme != scheme:
                 quantizer.scheme = scheme
         self.simulation.freeze()

@@ -45,13 +45,19 @@ def adapted(architecture: str, size: float, **options: Any) -> Any:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
-def test_merged_into_floats_it_computes_what_base_and_adapter_compute(architecture: str, options: dict[str, Any]) -> None:
+def test_merged_into_floats_it_computes_what_base_and_adapter_compute(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Once written and read again by transformers, too."""
     model = adapted(architecture, 0.1, **options)
     with torch.no_grad():
         expected = model(IDS).logits
         merged = merged_model(model, "float")
         assert not any(is_packed(module) for module in merged.modules())
+        assert {name: type(module) for name, module in merged.named_modules()} == {n: type(m) for n, m in tiny_model(architecture).named_modules()}
         torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        merged.save_pretrained(tmp_path)
+        again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert torch.equal(again.eval()(IDS).logits, merged(IDS).logits)
 
 
 def test_merged_onto_the_grid_it_is_the_float_merge_rounded() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qwlora.adapter.merge import Swallowed, swallowed
 from qwlora.base.packed.place import pack_at_
-from qwlora.base.packed.unpack import unpack_
+from qwlora.base.packed.unpack import restore_conv1d_, unpack_
 from qwlora.base.storage import save_base
 from qwlora.errors import DirectoryError
 from qwlora.evaluate import logits_of, perplexity
@@ -97,6 +97,7 @@ def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
             weight: Tensor = merged.get_parameter(tensor).detach()
             codes = quantized.encoding.quantize(weight.reshape(quantized.codes.shape).float())
             pack_at_(merged, tensor, QuantizedTensor(codes, quantized.encoding))
+    restore_conv1d_(merged)
     return merged.eval()
 
 

@@ -28,6 +28,8 @@ from qwlora.grid.quantized import QuantizedTensor
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # a look is all that there is of the weight
     """Linear layer on packed codes [out, in]."""
 
+    was_conv1d = False  # whether it stands in the place of a GPT-2 Conv1D, whose weight is [in, out]
+
     @classmethod
     def from_codes(cls, codes: Tensor, encoding: Encoding | FloatOffsetEncoding, bias: nn.Parameter | None) -> PackedLinear:
         """Pack `codes` [out, in] with their encoding."""

@@ -73,7 +73,9 @@ def _packed(module: nn.Module, tensor: PackedTensor | None, owner: PackedLayer |
     if is_packed(module) or shape != tuple(weight.shape):
         raise GridError(f"codes of shape {list(shape)} do not stand for the weight of {module}, which is {list(weight.shape)}")
     if isinstance(module, Conv1D):
-        return PackedLinear.build(tensor, owner, module.bias, weight.dtype).train(module.training)
+        linear = PackedLinear.build(tensor, owner, module.bias, weight.dtype).train(module.training)
+        linear.was_conv1d = True
+        return linear
     kind = packed_class(type(module))
     assert kind is not None
     if taken := [name for name in ("scheme", "tensor", *Parts._fields) if hasattr(module, name)]:

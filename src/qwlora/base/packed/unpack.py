@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from qwlora.base.packed.layer import PackedLayer
 from qwlora.base.packed.modules import PackedLinear
@@ -14,7 +15,8 @@ from qwlora.grid.quantized import QuantizedTensor
 
 
 def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
-    """Replace every packed layer of `model` by its float class, in place; a tied layer gets the one parameter of its owner.
+    """Replace every packed layer of `model` by its float class, in place; a tied layer gets the one parameter of its owner. A Conv1D was packed as a Linear
+    and stays one, under the PEFT layers that were made for it, until `restore_conv1d_`.
 
     Returns:
         What was packed, by the canonical name of the tensor.
@@ -36,6 +38,16 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
             found[f"{canonical_name(name)}.weight"] = layer.quantized
         model.set_submodule(name, _float_module(layer, parameters[key]))
     return found
+
+
+def restore_conv1d_(model: nn.Module) -> None:
+    """After `unpack_`, and without adapters: a Linear in the place of a Conv1D is one again, as the model's own class writes and reads it."""
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and getattr(linear, "was_conv1d", False):
+            conv1d = Conv1D(0, 0).train(linear.training)
+            conv1d.nf, conv1d.nx = linear.weight.shape
+            conv1d.weight, conv1d.bias = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False), linear.bias
+            model.set_submodule(name, conv1d)
 
 
 def _float_module(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:

@@ -156,9 +156,27 @@ def test_a_killed_run_goes_on_at_the_last_finished_part(tmp_path: Path) -> None:
     quantize_(model, "w3-block32", "gptq", calibration=ids, work=tmp_path)
     assert finished.stat().st_mtime_ns == stamp, "the finished part was solved again"
     assert fingerprint(model) == fingerprint(whole)
-    other = tiny_model("llama")
-    quantize_(other, "w4-block32", "gptq", calibration=ids, work=tmp_path)  # another plan does not take them
-    assert fingerprint(other) != fingerprint(whole)
+
+
+@pytest.mark.parametrize("what", ["scheme", "calibration", "weights", "rules"])
+def test_another_call_does_not_take_finished_parts(tmp_path: Path, what: str) -> None:
+    ids = token_ids()
+    one_layer = [Rule("model.layers.*.down_proj", None)] if what == "rules" else []
+    quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, rules=one_layer)
+    scheme, calibration = "w4-block32" if what == "scheme" else "w3-block32", ids.flip(0, 1) if what == "calibration" else ids
+    models = [tiny_model("llama", seed=1 if what == "weights" else 0) for _ in range(2)]
+    quantize_(models[0], scheme, "gptq", calibration=calibration, work=tmp_path)
+    quantize_(models[1], scheme, "gptq", calibration=calibration)
+    assert fingerprint(models[0]) == fingerprint(models[1])
+
+
+def test_a_finished_part_whose_moments_are_gone_is_made_again(tmp_path: Path) -> None:
+    ids, first = token_ids(), Moments(tmp_path / "first")
+    quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=first)
+    (tmp_path / "first" / "model.layers.1.mlp.up_proj.safetensors").unlink()
+    again = Moments(tmp_path / "first")
+    quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=again)
+    assert {name: matrix.sum() for name, matrix in again.items()} == {name: matrix.sum() for name, matrix in first.items()}
 
 
 def test_lockstep_pauses_all_batches_before_each_part_and_leaves_no_trace() -> None:

@@ -9,29 +9,22 @@ hidden states of the batches.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from qwlora.base.finished import FinishedParts, Part
 from qwlora.base.lockstep import Lockstep
 from qwlora.base.observe import observe
 from qwlora.base.packed import pack_at_
-from qwlora.base.revision import REVISION
 from qwlora.base.rules import Assignment
 from qwlora.base.solver import CALIBRATED
 from qwlora.base.tensors import LayerReport, solve_tensor, tensor_out_in
 from qwlora.errors import CalibrationError
-from qwlora.grid.encoding import Encoding
 from qwlora.grid.moment import Moments, SecondMoment
 from qwlora.grid.names import canonical_name
-from qwlora.grid.quantized import QuantizedTensor
-from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track
 
 
@@ -46,20 +39,20 @@ def quantize_parts_(
     """Quantize the tensors in `plan` (by their names in the model); see `quantize_` for arguments and errors."""
     parts = parts_of(model, plan)
     done: dict[str, LayerReport] = {}
+    finished = FinishedParts(work, batches, moments)
     keep = {"use_cache": False} if "use_cache" in _arguments(model) else {}
     with Lockstep(model, list(parts), [{**batch, **keep} for batch in batches]) as lockstep:
         for _ in track(range(len(parts)), "quantizing", len(parts)):
             part = lockstep.advance()
             if part is None:
                 break
-            file = None if work is None else work / f"{canonical_name(part)}.safetensors"
-            if file is not None and (kept := _read_part(file, plan)) is not None:
-                quantized, reports = kept
-            else:
+            finished.begin(part, {name: tensor_out_in(model, name) for name in parts[part]}, plan)
+            kept = finished.read()
+            if kept is None:
                 follow = [name for name in parts[part] if moments is not None or plan[name].solver in CALIBRATED]
-                quantized, reports = _solve_part(model, parts[part], plan, observe(model, part, follow, lockstep), moments)
-                if file is not None:
-                    _write_part(file, quantized, reports)
+                kept = _solve_part(model, parts[part], plan, observe(model, part, follow, lockstep), moments)
+                finished.write(*kept)
+            quantized, reports = kept
             for name in parts[part]:
                 pack_at_(model, name, quantized[name])
             done.update({canonical_name(n): r for n, r in reports.items()})
@@ -88,9 +81,7 @@ def _arguments(model: nn.Module) -> set[str]:
     return set(inspect.signature(inner.forward).parameters)
 
 
-def _solve_part(
-    model: nn.Module, tensors: Sequence[str], plan: Mapping[str, Assignment], seen: dict[str, SecondMoment], moments: Moments | None
-) -> tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]:
+def _solve_part(model: nn.Module, tensors: Sequence[str], plan: Mapping[str, Assignment], seen: dict[str, SecondMoment], moments: Moments | None) -> Part:
     """Codes and report of each tensor; R goes to `moments`, and out of `seen`."""
     quantized, reports = {}, {}
     for name in tensors:
@@ -99,35 +90,3 @@ def _solve_part(
         if moments is not None and matrix is not None:
             moments.put(canonical_name(name).removesuffix(".weight"), matrix)
     return quantized, reports
-
-
-def _write_part(file: Path, quantized: Mapping[str, QuantizedTensor], reports: Mapping[str, LayerReport]) -> None:
-    tensors: dict[str, Tensor] = {}
-    records = {}
-    for name, q in quantized.items():
-        assert isinstance(q.encoding, Encoding)
-        tensors |= {f"{name}/codes": q.codes.contiguous(), f"{name}/scale": q.encoding.scale, f"{name}/offset": q.encoding.offset}
-        records[name] = {"scheme": q.encoding.scheme.to_json(), "report": asdict(reports[name])}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.part")
-    save_file({k: t.contiguous() for k, t in tensors.items()}, scratch, metadata={"layers": json.dumps(records), "revision": REVISION})
-    scratch.replace(file)
-
-
-def _read_part(file: Path, plan: Mapping[str, Assignment]) -> tuple[dict[str, QuantizedTensor], dict[str, LayerReport]] | None:
-    """A finished part; None if there is none, or one of another plan."""
-    try:
-        with safe_open(file, "pt") as opened:
-            if opened.metadata().get("revision") != REVISION:
-                return None
-            records = json.loads(opened.metadata()["layers"])
-            quantized = {}
-            for name, record in records.items():
-                scheme = Scheme.from_json(record["scheme"])
-                if name not in plan or (plan[name].scheme, plan[name].solver) != (scheme, record["report"]["solver"]):
-                    return None
-                codes, scale, offset = (opened.get_tensor(f"{name}/{part}") for part in ("codes", "scale", "offset"))
-                quantized[name] = QuantizedTensor(codes, Encoding(scheme, scale, offset))
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
-    return quantized, {name: LayerReport(**record["report"]) for name, record in records.items()}

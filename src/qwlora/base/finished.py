@@ -1,0 +1,93 @@
+"""Parts of a model that are quantized, in a folder, so that a call that was killed goes on behind the last of them.
+
+A part is found again by the same call only. Its key is a digest of what it was made from: the batches, the revision of the solvers, whether moments are
+wanted, and of this part and each one before it the floats, their grids and solvers. A part whose moments were wanted and are not there any more is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from qwlora.base.revision import REVISION
+from qwlora.base.rules import Assignment
+from qwlora.base.tensors import LayerReport
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.moment import Moments
+from qwlora.grid.names import canonical_name
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.scheme import Scheme
+
+Part = tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]
+
+
+class FinishedParts:
+    """See the module's text. `begin` each part in order; then `read` it, and `write` it if that found nothing. Without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None, batches: Sequence[Mapping[str, Any]], moments: Moments | None):
+        self.folder, self.moments = folder, moments
+        self._digest, self._file = hashlib.sha256(), Path()
+        if folder is not None:
+            self._take_in([REVISION, moments is not None, *tree_leaves(list(batches))])
+
+    def begin(self, part: str, floats: Mapping[str, Tensor], plan: Mapping[str, Assignment]) -> None:
+        """The next part, and its tensors before they are quantized."""
+        if self.folder is None:
+            return
+        for name, tensor in floats.items():
+            self._take_in([name, plan[name].scheme, plan[name].solver, tensor])
+        self._file = self.folder / f"{canonical_name(part)}.safetensors"
+
+    def read(self) -> Part | None:
+        """Codes and reports of the part that was begun; None if it must be made."""
+        if self.folder is None:
+            return None
+        try:
+            with safe_open(self._file, "pt") as opened:
+                metadata = opened.metadata()
+                if metadata["key"] != self._digest.hexdigest():
+                    return None
+                records = json.loads(metadata["layers"])
+                quantized = {}
+                for name, record in records.items():
+                    codes, scale, offset = (opened.get_tensor(f"{name}/{part}") for part in ("codes", "scale", "offset"))
+                    quantized[name] = QuantizedTensor(codes, Encoding(Scheme.from_json(record["scheme"]), scale, offset))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        reports = {name: LayerReport(**record["report"]) for name, record in records.items()}
+        observed = {canonical_name(name).removesuffix(".weight") for name, report in reports.items() if report.error is not None}
+        return None if self.moments is not None and not observed <= set(self.moments) else (quantized, reports)
+
+    def write(self, quantized: Mapping[str, QuantizedTensor], reports: Mapping[str, LayerReport]) -> None:
+        """Keep the part that was begun."""
+        if self.folder is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        records = {}
+        for name, q in quantized.items():
+            assert isinstance(q.encoding, Encoding)
+            tensors |= {f"{name}/codes": q.codes, f"{name}/scale": q.encoding.scale, f"{name}/offset": q.encoding.offset}
+            records[name] = {"scheme": q.encoding.scheme.to_json(), "report": asdict(reports[name])}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self._file.with_name(f".{self._file.name}.part")
+        save_file({k: t.contiguous() for k, t in tensors.items()}, scratch, metadata={"layers": json.dumps(records), "key": self._digest.hexdigest()})
+        scratch.replace(self._file)
+
+    def _take_in(self, things: Iterable[Any]) -> None:
+        for thing in things:
+            if isinstance(thing, Tensor):
+                data = thing.detach().cpu().contiguous()
+                self._digest.update(f"{data.dtype}{list(data.shape)}".encode())
+                self._digest.update(data.flatten().view(torch.uint8).numpy().data)
+            else:
+                self._digest.update(f"{thing}\0".encode())

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import ARCHITECTURES, text, tiny_model
@@ -24,6 +25,7 @@ from qwlora.base.packed import packed_weights
 from qwlora.base.storage import load_base
 from qwlora.errors import DirectoryError, FingerprintError, SourceError
 from qwlora.export.aimet import encoding_to_entry
+from qwlora.grid.names import canonical_name, is_adapter_name
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.pipeline.run import run
@@ -111,6 +113,24 @@ def test_exported_integers_are_the_trained_integers(finished: dict[str, Path], a
             codes, scale = codes.T, scale.T
         np.testing.assert_array_equal(codes, trained)
         np.testing.assert_array_equal(scale, layer.scale.numpy())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(finished: dict[str, Path], architecture: str) -> None:
+    """Its factors are others than those that were trained, with the same product."""
+    import qwlora
+
+    out = finished[architecture]
+    model = qwlora.load_adapter(qwlora.load_base(out / "base"), out / "export" / "onnx" / "first" / "adapter").eval()
+    factors = {canonical_name(path): p.detach() for path, p in model.named_parameters() if is_adapter_name(path)}
+    entries = json.loads((out / "export" / "onnx" / "first" / "model.encodings").read_text())["param_encodings"]
+    exported = {entry["name"]: entry["scale"] for entry in entries}
+    trained = load_file(out / "adapters" / "first" / "adapter_model.safetensors")
+    assert factors
+    for name, factor in factors.items():
+        np.testing.assert_allclose(exported[name], measure(factor, Scheme(8, granularity=PerChannel(0))).scale.flatten(), rtol=1e-6)
+        assert not any(t.shape == factor.shape and torch.equal(t, factor) for t in trained.values())
+    assert qwlora.load_simulation(out / "simulation" / "first", model).encodings
 
 
 def _gemm_weights(out: Path) -> set[str]:

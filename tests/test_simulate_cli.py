@@ -104,8 +104,16 @@ def test_a_suggestion_is_what_its_rules_give(job: Path, capsys: pytest.CaptureFi
     assert json.loads(out)["perplexity"]["activations"] == found["measured"]
     assert set(found["fresh"]) == {"measured", "float_activations"}
     assert found["fresh"]["float_activations"] != reference
-    _, out, _ = call(capsys, monkeypatch, job, "--suggest", share, "--set", "data.evaluation_sequences=1000")
-    assert "no text is held out beyond what the search measured" in out
+
+
+def test_a_suggestion_says_when_no_other_text_is_held_out() -> None:
+    from qwlora.cli_simulate import _suggestion_lines
+
+    found = {"adapter": "first", "wide": [], "narrow": 3, "rules": [], **dict.fromkeys(("measured", "limit", "all_wide", "all_narrow"), 2.0)}
+    assert any(line.startswith("no text is held out beyond what the search measured") for line in _suggestion_lines({**found, "fresh": None}))
+    lines = list(_suggestion_lines({**found, "fresh": {"measured": 2.2, "float_activations": 2.0}}))
+    assert "on held-out text that the search has not seen 2.2000, +10.0% on float activations' 2.0000" in lines
+    assert lines[-1] == "  rules: []"
 
 
 def test_what_cannot_be_shown(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwlora.cli_progress import bars
 from qwlora.cli_table import alike, table
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ def simulate(
     if costs:
         from qwlora.pipeline.accounting import account_job
 
-        account = account_job(job, adapter, asked)
+        account = account_job(job, adapter, asked, bars(as_json))
         print(json.dumps(account, indent=1) if as_json else "\n".join(_cost_lines(account)))
     elif suggest is not None:
         from qwlora.pipeline.accounting import suggest_job
 
-        suggestion = suggest_job(job, adapter, asked, suggest)
+        suggestion = suggest_job(job, adapter, asked, suggest, bars(as_json))
         print(json.dumps(suggestion, indent=1) if as_json else "\n".join(_suggestion_lines(suggestion)))
     else:
         from qwlora.pipeline.explain import explain_job
@@ -85,7 +86,7 @@ def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _on_fresh_text(fresh: dict[str, float] | None) -> str:
     if fresh is None:
-        return "no text is held out beyond what the search measured; lower data.evaluation_sequences or hold out more to see what it does on other text"
+        return "no text is held out beyond what the search measured; hold out more (data.held_out) to see what it does on other text"
     measured, plain = fresh["measured"], fresh["float_activations"]
     return f"on held-out text that the search has not seen {measured:.4f}, {measured / plain - 1:+.1%} on float activations' {plain:.4f}"
 

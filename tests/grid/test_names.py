@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwlora.grid.names import canonical_name, is_adapter_name
+from qwlora.grid.names import canonical_name, is_adapter_name, is_factor_name
 
 
 @pytest.mark.parametrize(
@@ -15,13 +15,15 @@ from qwlora.grid.names import canonical_name, is_adapter_name
         ("base_model.model.model.embed_tokens.lora_embedding_B.default", "model.embed_tokens.lora_embedding_B"),
         ("base_model.model.base_model.model.fc.base_layer.base_layer.bias", "fc.bias"),
         ("base_model.model.lm_head.original_module.weight", "lm_head.weight"),
+        ("base_model.model.classifier.modules_to_save.topics.weight", "classifier.modules_to_save.weight"),
+        ("base_model.model.classifier.modules_to_save.topics", "classifier.modules_to_save"),
         ("fc.lora_B.lora_A.weight", "fc.lora_B.weight"),
         ("base_model.encoder.weight", "base_model.encoder.weight"),
     ],
 )
 def test_wrappers_are_taken_out(path, name):
     assert canonical_name(path) == name
-    assert canonical_name(canonical_name(path) if "lora_" not in path else path) == name
+    assert canonical_name(canonical_name(path) if "lora_" not in path and "modules_to_save" not in path else path) == name
 
 
 @pytest.mark.parametrize(
@@ -37,3 +39,19 @@ def test_wrappers_are_taken_out(path, name):
 )
 def test_adapter_names(path, expected):
     assert is_adapter_name(path) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fc.lora_A.weight", True),
+        ("fc.lora_B.bias", False),
+        ("embed.lora_embedding_B", True),
+        ("fc.lora_magnitude_vector", False),
+        ("classifier.modules_to_save.weight", False),
+        ("lora_A.fc.weight", False),
+        ("weight", False),
+    ],
+)
+def test_factor_names(name, expected):
+    assert is_factor_name(name) is expected

@@ -11,16 +11,18 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from conftest import ARCHITECTURES, tiny_model
-from qwlora import Scheme, SimulationSchemes, quantize_
+from qwlora import Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.aimet import write_encodings
 from qwlora.export.bundle import export_onnx
+from qwlora.grid.fingerprint import adapter_fingerprint
 from qwlora.grid.graph import Kind
 from qwlora.grid.names import is_adapter_name
 from qwlora.grid.observer import encoding_from_range
+from qwlora.grid.scheme import PerChannel
 from qwlora.simulation.adapters import AdapterSimulations, simulate_adapters
 from qwlora.simulation.adapters import capture as capture_anew
 from qwlora.simulation.branch import branch_nodes
@@ -272,6 +274,31 @@ def test_a_later_adapter_takes_the_encodings_that_are_fixed(model: PeftModel, ca
     missing = {name: encoding for name, encoding in fixed.items() if "layers.1" not in name}
     with pytest.raises(CalibrationError, match=r"shared activations have no encoding, model\.layers\.1.* first; observe every adapter"):
         later.freeze(missing)
+
+
+def test_a_head_that_is_trained_whole_keeps_its_bits_and_no_name_of_an_adapter() -> None:
+    """PEFT puts the classifier into `modules_to_save` by itself; biases of lora_B are no factor either."""
+    config = BertConfig(vocab_size=260, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=3)
+    torch.manual_seed(0)
+    bert = BertForSequenceClassification(config).eval()
+    report = quantize_(bert, "w4-block32")
+    assert "bert.pooler.dense.weight" in report.layers
+    assert "classifier.weight" not in report.layers
+    both = get_peft_model(bert, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", lora_bias=True), adapter_name="first")
+    both.add_adapter("second", LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", lora_bias=True))
+    schemes = SimulationSchemes(adapter_weights=Scheme(4, granularity=PerChannel(0)))
+    names, prints = [], []
+    for name in ("first", "second"):
+        both.set_adapter(name)
+        simulation = simulate(both.eval(), inputs(), schemes)
+        bits = {weight: frozen.encoding.scheme.bitwidth for weight, frozen in simulation.weights.items()}
+        assert {bits[f"classifier.modules_to_save.{key}"] for key in ("weight", "bias")} == {16}
+        layer = "bert.encoder.layer.0.attention.self.query"
+        assert [bits[f"{layer}.{key}"] for key in ("lora_A.weight", "lora_B.weight", "lora_B.bias")] == [4, 4, 16]
+        names.append([mark.name for mark in simulation.marks])
+        prints.append(adapter_fingerprint(both))
+    assert names[0] == names[1]
+    assert prints[0] != prints[1]
 
 
 def test_a_simulation_of_one_of_several_comes_back_from_disk(model: PeftModel, calibrated: dict[str, AdapterSimulations], tmp_path: Path) -> None:

@@ -135,15 +135,14 @@ def find_tensors(model: nn.Module) -> dict[str, Candidate]:
         for key, parameter in module._parameters.items():
             if parameter is not None and not is_adapter_name(f"{path}.{key}"):
                 readers.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    head = getattr(head, "base_layer", head)
+    heads = _heads(model)
     found = {}
     for names in readers.values():
         path, _, key = names[0].rpartition(".")
         module = model.get_submodule(path)
         product = isinstance(module, nn.Linear | Conv1D)
         if key == "weight" and is_packable(module):
-            by_default = product and len(names) == 1 and module is not head
+            by_default = product and len(names) == 1 and module not in heads
         elif is_bank(module, key):
             by_default, product = True, False
         else:
@@ -151,6 +150,16 @@ def find_tensors(model: nn.Module) -> dict[str, Candidate]:
         paths = tuple(canonical_name(name).removesuffix(".weight") for name in names)
         found[names[0]] = Candidate(paths, by_default, product and len(names) == 1)
     return found
+
+
+def _heads(model: nn.Module) -> set[nn.Module]:
+    """What makes the result of the last hidden state: the output head, and whatever a transformers model has beside its body (a classifier, a projection)."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    if not isinstance(inner, PreTrainedModel):
+        return set()
+    output = inner.get_output_embeddings()
+    body = set(inner.base_model.modules())
+    return {getattr(output, "base_layer", output), *(module for module in inner.modules() if module not in body)}
 
 
 def is_bank(module: nn.Module, key: str) -> bool:

@@ -3,8 +3,8 @@
 A rule has a glob over canonical module paths (`*.down_proj`, `model.layers.0.*`, `lm_head`). The first rule that matches a layer decides: its scheme and
 solver, or that the layer stays float. A layer that no rule matches gets the base's own scheme and solver if it is one that is quantized by default.
 
-By default: every Linear and Conv1D and every bank of fused experts, but not the output head, which tied models share with their embedding and which costs most
-at few bits. A rule reaches whatever can be packed.
+By default: every Linear and Conv1D and every bank of fused experts, but not the heads: an output head is shared with the embedding in tied models and costs
+most at few bits; a classifier is trained whole (PEFT's `modules_to_save`). A rule reaches whatever can be packed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One name for a tensor, whatever wraps its module.
 
-PEFT wraps a model (`base_model.model.`) and its layers (`.base_layer`), and puts the adapter's name behind `lora_A`. Encodings, fingerprints and exported files
-use the name without all that:
+PEFT wraps a model (`base_model.model.`) and its layers (`.base_layer`), and puts the adapter's name behind `lora_A` and `modules_to_save`. Encodings,
+fingerprints and exported files use the name without all that:
 
     base_model.model.model.layers.0.mlp.up_proj.base_layer.weight     -> model.layers.0.mlp.up_proj.weight
     base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight  -> model.layers.0.mlp.up_proj.lora_A.weight
@@ -29,13 +29,19 @@ def canonical_name(path: str) -> str:
             continue
         if part not in _WRAPPERS or following.startswith("lora_"):
             kept.append(part)
-        behind_adapter = part.startswith("lora_")
+        behind_adapter = part.startswith("lora_") or part == "modules_to_save"
     return ".".join(kept)
 
 
 def is_adapter_name(path: str) -> bool:
     """Whether a module or tensor of this path belongs to an adapter, not to the base."""
     return any(part.startswith("lora_") or part == "modules_to_save" for part in path.split("."))
+
+
+def is_factor_name(path: str) -> bool:
+    """Whether a tensor of this canonical path is one of the two factors of an adapter's product."""
+    *_, owner, key = ["", *path.split(".")]
+    return key in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") or (owner in ("lora_A", "lora_B") and key == "weight")
 
 
 FOLDER = "packed_parameters"  # a module's packed 3-D parameters lie in a submodule of this name

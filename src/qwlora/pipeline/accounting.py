@@ -6,7 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwlora.errors import CalibrationError
 from qwlora.pipeline.run import open_job
+from qwlora.progress import Track, untracked
 
 if TYPE_CHECKING:
     from qwlora.grid.sequences import Sequences
@@ -15,17 +17,18 @@ if TYPE_CHECKING:
 
 LISTED = 10
 SENSED_TOKENS = 128  # a sequence's beginning; every activation of it is in memory at once
+SEARCHED_SEQUENCES = 4  # what a search measures, some dozens of times
 NARROW_BITS, WIDE_BITS = 8, 16
 
 
-def account_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()) -> dict[str, Any]:
+def account_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] = (), track: Track = untracked) -> dict[str, Any]:
     """Perplexity as one thing after the other is switched on, the dearest activations (nats a token), and those furthest from the float graph's.
 
     Raises:
         DirectoryError: as `open_job`.
         CalibrationError: the folder's calibration is of another recipe.
     """
-    session, name = open_job(folder, adapter, changes)
+    session, name = open_job(folder, adapter, changes, track)
     from qwlora.simulation.accounting import account, layer_sqnr
     from qwlora.simulation.sensitivity import sensitivities
 
@@ -40,36 +43,44 @@ def account_job(folder: Path, adapter: str | None = None, changes: tuple[str, ..
     return {"adapter": name, "perplexity": perplexities, "sensitivity": ranking, "layer_sqnr_db": dict(furthest)}
 
 
-def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], share: float) -> dict[str, Any]:
+def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], share: float, track: Track = untracked) -> dict[str, Any]:
     """The fewest activations at 16 bits, the others at 8, with which perplexity is at most `1 + share` of the adapter's with float activations.
 
-    The search keeps to the limit on the text that it measures. `fresh` is what its result does on as much held-out text that it has not seen, and the adapter
+    The search keeps to the limit on a few held-out sequences. `fresh` is what its result does on as many others as the recipe evaluates on, and the adapter
     with float activations there; None where no more text is held out.
 
     Raises:
         DirectoryError: as `open_job`.
-        CalibrationError: not even 16 bits for all keep the limit.
+        CalibrationError: not even 16 bits for all keep the limit; or the adapter was trained through activations on grids (workflow qwa-lora).
     """
-    session, name = open_job(folder, adapter, (*changes, f"simulation.activation_bitwidth={NARROW_BITS}"))
+    session, name = open_job(folder, adapter, (*changes, f"simulation.activation_bitwidth={NARROW_BITS}"), track)
     from qwlora.simulation.suggest import suggest
 
+    if session.recipe.workflow == "qwa-lora":
+        raise CalibrationError(
+            f"adapter {name!r} was trained through activations on their grids (workflow qwa-lora), and other grids are another training, which is not "
+            "measured here; find them with workflow qw-lora, put the rules into the recipe, and train through those"
+        )
+
     simulation = _calibrated(session, name)
+    searched = session.evaluation.first(SEARCHED_SEQUENCES)
+    others = session.data.held_out.after(len(searched)).first(session.recipe.data.evaluation_sequences)
     with simulation.only():
-        limit = (1 + share) * _simulated(simulation, session.evaluation)
+        limit = (1 + share) * _simulated(simulation, searched)
     found = suggest(
         simulation,
         _sensed(session),
-        lambda: _simulated(simulation, session.evaluation),
+        lambda: _simulated(simulation, searched),
         limit,
         NARROW_BITS,
         WIDE_BITS,
         track=session.track,
     )
     fresh = None
-    if len(session.fresh):
-        fresh = {"measured": _simulated(simulation, session.fresh)}
+    if len(others):
+        fresh = {"measured": _simulated(simulation, others)}
         with simulation.only():
-            fresh["float_activations"] = _simulated(simulation, session.fresh)
+            fresh["float_activations"] = _simulated(simulation, others)
     measured = {key: getattr(found, key) for key in ("narrow", "measured", "all_narrow", "all_wide", "limit")}
     own = [rule.model_dump(exclude_unset=True, mode="json") for rule in session.recipe.simulation.rules]
     rules = [*own, *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in found.rules)]

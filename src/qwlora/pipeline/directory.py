@@ -4,7 +4,7 @@
     DIR/base/                  the frozen base
     DIR/base_simulation/       encodings of the base's activations (workflow qwa-lora)
     DIR/adapters/NAME/         a PEFT adapter; with learned activation ranges beside it, if it has any
-    DIR/simulation/NAME/       encodings and placement
+    DIR/simulation/NAME/       encodings and placement, and the adapter in the factors that they are of
     DIR/export/TARGET/NAME/    files for a runtime
     DIR/results.json           what was measured (see docs/results.md)
     DIR/.qwlora/               the stages' records, checkpoints, the lock

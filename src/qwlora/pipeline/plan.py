@@ -22,6 +22,9 @@ SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has s
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
 
+SIMULATION_FORMAT = 2  # of simulation/NAME; 2: the adapter lies in it
+
+
 @dataclass(frozen=True)
 class Stage:
     """One step of the plan.
@@ -79,7 +82,7 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     for adapter in recipe.adapters:
         n = adapter.name
         add(f"evaluate/adapted/{n}", held_out, (f"train/{n}",), n)
-        measures = [ranges, held_out] if shares else ranges  # what sharing costs is measured on held-out text
+        measures = [ranges, SIMULATION_FORMAT, held_out if shares else None]  # what sharing costs is measured on held-out text
         add(f"calibrate/{n}", measures, (f"train/{n}", "calibrate") if shares else (f"train/{n}",), n, f"simulation/{n}")
         add(f"evaluate/simulated/{n}", held_out, (f"calibrate/{n}",), n)
         for target in recipe.export.targets:

@@ -102,7 +102,7 @@ def new_session(recipe: Recipe, documents: Any, out: Path, track: Track) -> Any:
     return Session(recipe, documents, out, track)
 
 
-def open_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()) -> tuple[Any, str]:
+def open_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] = (), track: Track = untracked) -> tuple[Any, str]:
     """The session of a job's directory, and the name of one of its trained adapters: the recipe's first unless given.
 
     Args:
@@ -121,7 +121,7 @@ def open_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] 
         known = ", ".join(adapter.name for adapter in recipe.adapters)
         raise DirectoryError(f"{str(folder)!r} has no trained adapter {name!r}; the recipe's are {known}. Train it: qwlora train --out {folder}")
     documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
-    return new_session(recipe, documents, folder, untracked), name
+    return new_session(recipe, documents, folder, track), name
 
 
 def _check_needs(plan: list[Stage], waiting: list[Stage], verbs: Collection[str], directory: Directory) -> None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 MOMENTS = "moments"  # of the inputs of the base's layers, beside it
 BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
+ADAPTER = "adapter"  # in the folder of its simulation: the factors that the encodings there are of
 SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it
 
 
@@ -65,12 +66,6 @@ class Session:
     def evaluation(self) -> Sequences:
         """What perplexity is measured on."""
         return self.data.held_out.first(self.recipe.data.evaluation_sequences)
-
-    @property
-    def fresh(self) -> Sequences:
-        """As much held-out text again, that nothing was measured on; less, or none, where no more is held out."""
-        count = self.recipe.data.evaluation_sequences
-        return self.data.held_out.after(count).first(count)
 
     @property
     def calibration_ids(self) -> Tensor:
@@ -163,10 +158,14 @@ class Session:
             self.equalization = {path: asdict(report) for path, report in reports.items()}
         return model.eval()
 
-    def new_simulation(self, name: str) -> Simulation:
-        """Capture base and adapter; nothing is calibrated yet, but what training through the base's activations fixed. Only one simulation is kept."""
+    def new_simulation(self, name: str, model: PeftModel | None = None) -> Simulation:
+        """Capture base and adapter; nothing is calibrated yet, but what training through the base's activations fixed. Only one simulation is kept.
+
+        Args:
+            model: the base with the adapter in factors for their grid; `equalized` unless given.
+        """
         self._simulation = None
-        simulation = simulate(self.equalized(name), self.example_inputs, self.schemes)
+        simulation = simulate(model or self.equalized(name), self.example_inputs, self.schemes)
         if self.recipe.workflow == "qwa-lora":
             scales = self.path / "adapters" / name / SCALES
             simulation.take_over(with_scales(load_activations(self.path / BASE_SIMULATION), load_file(scales) if scales.exists() else {}))
@@ -181,7 +180,8 @@ class Session:
     def simulation(self, name: str) -> Simulation:
         """The calibrated simulation, captured again if it is not in memory."""
         if self._simulation is None or self._simulation[0] != name:
-            simulation, folder = self.new_simulation(name), self.path / "simulation" / name
+            folder = self.path / "simulation" / name
+            simulation = self.new_simulation(name, load_adapter(self.base(), folder / ADAPTER).eval())
             if self.recipe.simulation.base_activations == "none":  # the adapter's weights lie on grids that their own values do not give
                 simulation.set_adapter_encodings(load_encodings(folder))
             restore(simulation, folder)

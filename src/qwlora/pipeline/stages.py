@@ -38,7 +38,7 @@ from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.moment import Moments
 from qwlora.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.pipeline.plan import SHARED, Stage, has_float_model, needs_moments
-from qwlora.pipeline.session import MOMENTS, SCALES, Session
+from qwlora.pipeline.session import ADAPTER, MOMENTS, SCALES, Session
 from qwlora.pipeline.workers import is_first_process
 from qwlora.recipe import Adapter, Base
 from qwlora.simulation.adapters import simulate_adapters
@@ -235,6 +235,7 @@ def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resu
         measured["perplexity_with_own_encodings"] = perplexity(simulation.logits, session.evaluation, "perplexity, own encodings", session.track)
         share(simulation, load_encodings(session.path / SHARED), section.base_activations)
     save_simulation(simulation, scratch)
+    save_adapter(simulation.origin.model, scratch / ADAPTER, session.base_fingerprint)
     return {"simulation": {name: measured}}
 
 
@@ -250,11 +251,11 @@ def _calibrate_together(session: Session, scratch: Path) -> Results:
 
 
 def export(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
-    """Files for a runtime, and the adapter beside them."""
+    """Files for a runtime, and beside them the adapter, in the factors that they hold."""
     name = str(stage.adapter)
     metadata = {"qwlora.base_fingerprint": session.base_fingerprint, "qwlora.adapter": name}
     export_onnx(session.simulation(name).graph(), scratch, metadata)
-    shutil.copytree(session.path / "adapters" / name, scratch / "adapter")
+    shutil.copytree(session.path / "simulation" / name / ADAPTER, scratch / ADAPTER)
     return {"export": {"onnx": {name: {"bytes": sum(p.stat().st_size for p in scratch.glob("model.onnx*"))}}}}
 
 

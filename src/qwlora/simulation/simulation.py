@@ -26,7 +26,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.fingerprint import adapter_fingerprint
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.graph import Kind, Mark, QuantizedGraph, insert_after
-from qwlora.grid.names import parameter_name
+from qwlora.grid.names import is_factor_name, parameter_name
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.simulation.aten import MAY_ALIAS, base_name, is_known
@@ -52,6 +52,8 @@ class SimulationSchemes:
 
     Args:
         activations: one scale for each.
+        adapter_weights: of lora_A and lora_B.
+        parameters: of all other weights that step 1 left float, those of an adapter too (`modules_to_save`, biases, DoRA's magnitudes).
         policy: which values get a quantizer: `npu`, `matmul-inputs`, `weights-only`, or a `rules.Policy` of your own.
         rules: tried before the policy's.
         observer: how the range of an activation is chosen, see `Estimator`.
@@ -271,7 +273,7 @@ class Simulation(Calibrated):
                 quantizer: nn.Module = Quantizer(mark.name, scheme, estimator, overrides.minimum, overrides.maximum, _is_fresh(node))
                 self.quantizers[mark.name] = quantizer  # type: ignore[assignment]
             else:
-                scheme = schemes.adapter_weights if mark.kind is Kind.ADAPTER else schemes.parameters
+                scheme = schemes.adapter_weights if is_factor_name(mark.name) else schemes.parameters
                 quantizer = self.weights[mark.name] = self._frozen_weight(mark.name, node, _with_overrides(scheme, overrides))
             target = f"quantizer_{mark.node}"
             self.graph_module.add_submodule(target, quantizer)

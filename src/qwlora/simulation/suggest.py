@@ -74,7 +74,7 @@ def suggest(
     all_narrow = search.measured([])
     searched = set(search.names)
     ranking = [s.name for s in sensitivities(simulation, batches, loss, track) if s.name in searched]
-    promoted = search.promote(ranking, limit)
+    promoted = search.promote(ranking, limit, track)
     chosen = search.take_back(promoted, limit, track)
     measured = search.measured(chosen)
     kept = set(chosen)
@@ -125,10 +125,13 @@ class _Search:
             self._known[chosen] = self.measure()
         return self._known[chosen]
 
-    def promote(self, ranked: Sequence[str], limit: float) -> list[str]:
+    def promote(self, ranked: Sequence[str], limit: float, track: Track) -> list[str]:
         """The fewest of the first in `ranked` that keep the limit."""
         too_few, enough = -1, len(ranked)
-        while enough - too_few > 1:
+        halvings = (enough - too_few - 1).bit_length()
+        for _ in track(range(halvings), "promoting", halvings):
+            if enough - too_few == 1:
+                break
             middle = (too_few + enough) // 2
             if self.measured(ranked[:middle]) <= limit:
                 enough = middle

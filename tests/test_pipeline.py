@@ -117,7 +117,7 @@ def test_exported_integers_are_the_trained_integers(finished: dict[str, Path], a
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(finished: dict[str, Path], architecture: str) -> None:
-    """Its factors are others than those that were trained, with the same product."""
+    """Some of its factors are others than those that were trained, with the same product."""
     import qwlora
 
     out = finished[architecture]
@@ -129,7 +129,7 @@ def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(finished: dic
     assert factors
     for name, factor in factors.items():
         np.testing.assert_allclose(exported[name], measure(factor, Scheme(8, granularity=PerChannel(0))).scale.flatten(), rtol=1e-6)
-        assert not any(t.shape == factor.shape and torch.equal(t, factor) for t in trained.values())
+    assert any(not any(t.shape == factor.shape and torch.equal(t, factor) for t in trained.values()) for factor in factors.values())
     assert qwlora.load_simulation(out / "simulation" / "first", model).encodings
 
 

@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import PackedLinear, fingerprint, quantize_
+from qwlora.base.gptq import GptqSettings
 from qwlora.base.lockstep import Lockstep
 from qwlora.base.packed import packed_weights, weight_out_in
 from qwlora.base.quantize import find_tensors
@@ -158,15 +168,16 @@ def test_a_killed_run_goes_on_at_the_last_finished_part(tmp_path: Path) -> None:
     assert fingerprint(model) == fingerprint(whole)
 
 
-@pytest.mark.parametrize("what", ["scheme", "calibration", "weights", "rules"])
+@pytest.mark.parametrize("what", ["scheme", "calibration", "weights", "rules", "settings"])
 def test_another_call_does_not_take_finished_parts(tmp_path: Path, what: str) -> None:
     ids = token_ids()
     one_layer = [Rule("model.layers.*.down_proj", None)] if what == "rules" else []
     quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, rules=one_layer)
     scheme, calibration = "w4-block32" if what == "scheme" else "w3-block32", ids.flip(0, 1) if what == "calibration" else ids
     models = [tiny_model("llama", seed=1 if what == "weights" else 0) for _ in range(2)]
-    quantize_(models[0], scheme, "gptq", calibration=calibration, work=tmp_path)
-    quantize_(models[1], scheme, "gptq", calibration=calibration)
+    settings = GptqSettings(activation_order=True) if what == "settings" else None
+    report = quantize_(models[0], scheme, "gptq", calibration=calibration, work=tmp_path, gptq=settings)
+    assert report == quantize_(models[1], scheme, "gptq", calibration=calibration, gptq=settings)
     assert fingerprint(models[0]) == fingerprint(models[1])
 
 
@@ -232,9 +243,22 @@ def test_rules_that_cannot_be_followed_are_gathered() -> None:
 
 def test_a_layer_that_no_batch_reaches_is_named() -> None:
     model = tiny_model("llama")
-    model.spare = nn.ModuleList([nn.Linear(64, 64)])
-    with pytest.raises(CalibrationError, match=r"spare\.0\.weight"):
+    model.model.spare = nn.ModuleList([nn.Linear(64, 64)])
+    with pytest.raises(CalibrationError, match=r"model\.spare\.0\.weight"):
         quantize_(model, "w4-block32", "gptq", calibration=token_ids())
+
+
+def test_what_stands_beside_the_body_of_a_model_is_a_head_and_stays_float() -> None:
+    """Whatever it is called: transformers names the body, the rest makes the result from it."""
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=260, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2))  # names none
+    assert sum(found.by_default for found in find_tensors(t5).values()) == 16
+    config = GPT2Config(vocab_size=260, n_positions=64, n_embd=32, n_layer=1, n_head=2, num_labels=3, pad_token_id=0)
+    for wrap in (lambda m: m, lambda m: get_peft_model(m, LoraConfig(target_modules=["c_attn"], task_type="SEQ_CLS"))):
+        found = find_tensors(wrap(GPT2ForSequenceClassification(config)))
+        assert {c.paths[0].rpartition(".")[2] for c in found.values() if c.by_default} == {"c_attn", "c_proj", "c_fc"}
+        assert ("score",) in [c.paths for c in found.values()], "a rule still reaches it"
+    report = quantize_(GPT2ForSequenceClassification(config), "w4-block32", rules=[Rule("score", parse_scheme("w8-block32"))])
+    assert report.layers["score.weight"].scheme.startswith("int8")
 
 
 def test_candidates_leave_out_adapters_and_what_is_packed() -> None:

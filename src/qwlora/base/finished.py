@@ -1,7 +1,7 @@
 """Parts of a model that are quantized, in a folder, so that a call that was killed goes on behind the last of them.
 
 A part is found again by the same call only. Its key is a digest of what it was made from: the batches, the revision of the solvers, whether moments are
-wanted, and of this part and each one before it the floats, their grids and solvers. A part whose moments were wanted and are not there any more is made again.
+wanted, and of this part and each one before it the floats and their assignments. A part whose moments were wanted and are not there any more is made again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FinishedParts:
         if self.folder is None:
             return
         for name, tensor in floats.items():
-            self._take_in([name, plan[name].scheme, plan[name].solver, tensor])
+            self._take_in([name, plan[name], tensor])
         self._file = self.folder / f"{canonical_name(part)}.safetensors"
 
     def read(self) -> Part | None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.base.calibrated import quantize_parts_
+from qwlora.base.gptq import GptqSettings
 from qwlora.base.packed import is_packable, pack_at_, packed_weights, tie_weights_
 from qwlora.base.rules import Assignment, Candidate, Rule, assign
 from qwlora.base.solver import CALIBRATED, check_solver
@@ -62,6 +63,7 @@ def quantize_(
     calibration: Tensor | Sequence[Mapping[str, Any]] | None = None,
     moments: Moments | None = None,
     work: Path | None = None,
+    gptq: GptqSettings | None = None,
     track: Track = untracked,
 ) -> QuantizeReport:
     """Quantize the layers of `model` in place.
@@ -73,13 +75,14 @@ def quantize_(
         calibration: token ids [sequences, tokens], or the model's keyword arguments batch by batch; needed by gptq, and for `moments`.
         moments: filled with the second moment of each layer's input, which the data-aware start of an adapter needs.
         work: a folder for finished parts; the same call goes on after the last one there.
+        gptq: how that solver goes about it.
 
     Raises:
         GridError: a scheme does not fit its layer (all such layers are named), a rule matches nothing, or there is nothing to quantize.
         CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
     """
     scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
-    plan = plan_layers(model, scheme, solver, rules)
+    plan = plan_layers(model, scheme, solver, rules, gptq)
     if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
         reports = quantize_parts_(model, plan, batches_of(calibration), moments, work, track)
     else:
@@ -105,7 +108,7 @@ def batches_of(calibration: Tensor | Sequence[Mapping[str, Any]] | None) -> Sequ
     return [{"input_ids": row.unsqueeze(0)} for row in calibration] if isinstance(calibration, Tensor) else calibration
 
 
-def plan_layers(model: nn.Module, scheme: Scheme, solver: str, rules: Sequence[Rule] = ()) -> dict[str, Assignment]:
+def plan_layers(model: nn.Module, scheme: Scheme, solver: str, rules: Sequence[Rule] = (), gptq: GptqSettings | None = None) -> dict[str, Assignment]:
     """Grid and solver of each tensor that `quantize_` would replace, by its name in the model; raises what it would raise."""
     for named in {solver, *(rule.solver for rule in rules if rule.solver)}:
         check_solver(named)
@@ -119,7 +122,7 @@ def plan_layers(model: nn.Module, scheme: Scheme, solver: str, rules: Sequence[R
             todo.scheme.scale_shape(shape)
         except GridError as error:
             misfits.append(f"{canonical_name(name)}: {todo.scheme} does not fit: {error}")
-        plan[name] = todo
+        plan[name] = replace(todo, gptq=gptq or todo.gptq)
     if misfits:
         shown = "\n  ".join(misfits[:5] + ([f"and {len(misfits) - 5} more"] if len(misfits) > 5 else []))
         raise GridError(f"{len(misfits)} of {len(plan)} layers do not fit their scheme; choose a block size that divides their input\n  {shown}")

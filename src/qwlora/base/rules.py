@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from qwlora.base.gptq import GptqSettings
 from qwlora.base.solver import CALIBRATED
 from qwlora.errors import GridError
 from qwlora.grid.scheme import Scheme
@@ -36,10 +37,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Grid and solver of one tensor."""
+    """Grid and solver of one tensor, and how that solver goes about it if it is gptq."""
 
     scheme: Scheme
     solver: str
+    gptq: GptqSettings = GptqSettings()
 
 
 @dataclass(frozen=True)

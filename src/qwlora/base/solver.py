@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from qwlora.base.fit import fit
-from qwlora.base.gptq import GptqReport, gptq
+from qwlora.base.gptq import GptqReport, GptqSettings, gptq
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observer import measure
@@ -36,11 +36,14 @@ def check_solver(solver: str) -> None:
         raise GridError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
 
 
-def solve(weight: Tensor, scheme: Scheme, solver: str, moment: Tensor | None = None) -> tuple[QuantizedTensor, GptqReport | None]:
+def solve(
+    weight: Tensor, scheme: Scheme, solver: str, moment: Tensor | None = None, settings: GptqSettings | None = None
+) -> tuple[QuantizedTensor, GptqReport | None]:
     """Quantize `weight` [out, in], or `[experts, out, in]` by a solver that looks at weights alone; what gptq says of itself.
 
     Args:
         moment: R of the layer's input, [in, in]; needed by gptq.
+        settings: of gptq.
 
     Raises:
         GridError: the solver is unknown, or the scheme does not fit the weight.
@@ -52,4 +55,4 @@ def solve(weight: Tensor, scheme: Scheme, solver: str, moment: Tensor | None = N
         return QuantizedTensor(encoding.quantize(weight), encoding), None
     if moment is None:
         raise CalibrationError("no calibration batch reaches this layer, or its output moves nothing there; give it solver search, or keep it float, by a rule")
-    return gptq(weight, moment, scheme)
+    return gptq(weight, moment, scheme, settings)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from qwlora.base.assembly import put_, tensor_at
 from qwlora.base.calibrated import parts_of, quantize_parts_
 from qwlora.base.checkpoint import Checkpoint
+from qwlora.base.gptq import GptqSettings
 from qwlora.base.packed import pack_at_, tie_weights_
 from qwlora.base.precomputed import LazyModel
 from qwlora.base.quantize import batches_of, plan_layers
@@ -46,6 +47,7 @@ def quantize_checkpoint(
     calibration: Tensor | Sequence[Mapping[str, Any]] | None = None,
     moments: Moments | None = None,
     work: Path | None = None,
+    gptq: GptqSettings | None = None,
     shard_bytes: int = SHARD_BYTES,
     track: Track = untracked,
 ) -> str:
@@ -53,7 +55,7 @@ def quantize_checkpoint(
 
     Args:
         scheme: as for `quantize_`; None keeps the integers of a checkpoint that has them, and quantizes nothing.
-        calibration, moments, work: as for `quantize_`.
+        calibration, moments, work, gptq: as for `quantize_`.
         shard_bytes: at which a file is full; as much is held in memory.
 
     Raises:
@@ -63,7 +65,7 @@ def quantize_checkpoint(
     """
     lazy = LazyModel(checkpoint)
     scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
-    plan = {} if scheme is None else plan_layers(lazy.model, scheme, solver, rules)
+    plan = {} if scheme is None else plan_layers(lazy.model, scheme, solver, rules, gptq)
     writer = BaseWriter(Path(folder), shard_bytes)
     if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
         batches = batches_of(calibration)

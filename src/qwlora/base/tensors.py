@@ -48,7 +48,7 @@ def solve_tensor(name: str, weight: Tensor, todo: Assignment, moment: Tensor | N
     """
     weight = weight.detach().float()
     try:
-        quantized, report = solve(weight, todo.scheme, todo.solver, moment)
+        quantized, report = solve(weight, todo.scheme, todo.solver, moment, todo.gptq)
     except CalibrationError as error:
         raise CalibrationError(f"{canonical_name(name)}: {error}") from error
     if moment is None:

@@ -21,6 +21,7 @@ from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.provenance import save_adapter
 from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
 from qwlora.adapter.train import TrainingReport, TrainingSettings, check_loggers, train_adapter
+from qwlora.base.gptq import GptqSettings
 from qwlora.base.packed import weight_out_in
 from qwlora.base.precomputed import LazyModel, load_precomputed
 from qwlora.base.quantize import QuantizeReport, base_size, plan_layers, quantize_
@@ -114,6 +115,7 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
             calibration=session.data.calibration_ids[: base.calibration_sequences],
             moments=Moments(work / MOMENTS) if needs_moments(session.recipe) else None,
             work=work,
+            gptq=GptqSettings(**base.gptq.model_dump()),
             track=session.track,
         )
     identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -88,6 +88,14 @@ class BaseRule(Section):
         return Weights(**whole).scheme()
 
 
+class Gptq(Section):
+    """How gptq goes about it."""
+
+    damping: Annotated[float, Field(gt=0)] = Field(0.01, description="share of the mean of diag R that is added to it")
+    activation_order: bool = Field(False, description="take the columns with the largest inputs first; scales are then chosen beforehand")
+    sweeps: Annotated[int, Field(ge=0)] = Field(2, description="passes afterwards, each of which improves codes and scales one at a time")
+
+
 class Base(Section):
     """Step 1."""
 
@@ -98,11 +106,12 @@ class Base(Section):
     )
     weights: Weights = Field(Weights(block_size=DEFAULT_BLOCK_SIZE), description="the grid of every Linear weight")
     rules: list[BaseRule] = Field([], description="what is different for some layers; the first that matches a layer decides")
+    gptq: Gptq = Field(Gptq(), description="for the layers that this solver quantizes")
     calibration_sequences: Count = Field(32, description="training sequences that gptq and the adapters' start follow, at most")
 
     @model_validator(mode="after")
     def _nothing_beside_keep(self) -> Base:
-        given = [n for n in ("weights", "rules") if getattr(self, n) != Base.model_fields[n].default]
+        given = [n for n in ("weights", "rules", "gptq") if getattr(self, n) != Base.model_fields[n].default]
         if self.solver == "keep" and given:
             raise ValueError(f"solver keep takes the integers as they are; remove {' and '.join(given)}")
         return self

@@ -95,8 +95,12 @@ def _inside_package(source: str) -> Path:
 
 
 def _readable(source: str) -> Location:
-    """`locate`, and see that what reads it is installed."""
+    """`locate`, and see that what reads it is installed, and that a folder's configuration can be read without filling memory."""
     location = locate(source)
+    if location.files and not location.gguf_file:
+        from qwlora.base.readers.configuration import check_folder
+
+        check_folder(location.path)
     if location.gguf_file and importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"gguf is needed to read {source!r} and is not installed: pip install 'qwlora[gguf]'")
     return location

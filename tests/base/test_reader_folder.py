@@ -278,6 +278,21 @@ def test_no_files_or_pickles(tmp_path: Path) -> None:
         SafetensorsFiles(tmp_path)
 
 
+def test_the_only_file_under_another_name_is_read(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "gptq_model-4bit-128g.safetensors.index.json")
+    assert same(FloatCheckpoint(tmp_path), llama())
+    (tmp_path / "another.safetensors.index.json").write_text("{}")
+    with pytest.raises(
+        SourceError, match=r"which of another.safetensors.index.json, gptq_model-4bit-128g.safetensors.index.json to read; name the one that is"
+    ):
+        SafetensorsFiles(tmp_path)
+    for index in tmp_path.glob("*.index.json"):
+        index.unlink()
+    with pytest.raises(SourceError, match=r"has neither .* does not say which of model-00001-of.* more to read; name the one that is meant model.safetensors,"):
+        SafetensorsFiles(tmp_path)
+
+
 def test_reading_one_tensor_leaves_the_rest_on_disk(tmp_path: Path) -> None:
     """200 MB in the file; resident memory grows by what is read."""
     save_file({"large": torch.zeros(50_000_000), "small": torch.arange(3), "half": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")

@@ -100,7 +100,8 @@ class Session:
         location = locate(self.recipe.model.source)
         if not location.files:
             raise SourceError(f"model {self.recipe.model.source!r} is a hub id; download it to a folder to take its integers as they are (base.solver keep)")
-        return open_checkpoint(location.path, self.recipe.model.encodings)
+        section = self.recipe.model
+        return open_checkpoint(location.path, section.encodings, keep_float=section.keep_float, block_order=section.block_order)
 
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights, on the meta device: to see whether an adapter fits it."""

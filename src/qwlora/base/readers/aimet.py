@@ -116,9 +116,7 @@ class AimetCheckpoint:
             layer = name.rpartition(".")[0]
             linear = isinstance(self._modules.get(layer), nn.Linear | Conv1D) and name.endswith(".weight")
             if linear and name not in found and layer not in excluded and not self._is_kept(name):
-                problems.append(
-                    f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}; say keep_float=[{layer!r}] if it is to stay float"
-                )
+                problems.append(f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}; say {_keeping(layer)} if it is to stay float")
         return problems
 
     def _grid(self, name: str, entries: dict[str, Entry], file: EncodingsFile) -> Encoding | None:
@@ -127,13 +125,15 @@ class AimetCheckpoint:
         entry, *others = entries.values()
         if isinstance(entry, FloatEncoding):
             if entry.bitwidth < 16:
-                raise SourceError(f"is a float of {entry.bitwidth} bits, which is no grid of integers; quantize it to integers in AIMET, or keep_float it")
+                raise SourceError(
+                    f"is a float of {entry.bitwidth} bits, which is no grid of integers; quantize it to integers in AIMET, or say {_keeping(name)}"
+                )
             grid = None
         elif len(shape) < 2 and entry.bitwidth > 16:
             grid = None
         elif entry.bitwidth > (8 if len(shape) > 1 else 16) or entry.bitwidth not in BITWIDTHS:
             raise SourceError(
-                f"has {entry.bitwidth} bits; a base packs weights of 2 to 8 bits (vectors may have 16). Give it fewer in AIMET, or say keep_float=[{name!r}]"
+                f"has {entry.bitwidth} bits; a base packs weights of 2 to 8 bits (vectors may have 16). Give it fewer in AIMET, or say {_keeping(name)}"
             )
         else:
             grid = grid_of(entry, self._placement(name, entry, shape, file), file.version)
@@ -178,6 +178,11 @@ class AimetCheckpoint:
 
     def _is_kept(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(part, glob) for part in (name, name.rpartition(".")[0]) for glob in self.keep_float)
+
+
+def _keeping(name: str) -> str:
+    """How a parameter or layer is kept float, wherever the encodings were given."""
+    return f"model.keep_float: [{name}] in the recipe (keep_float=[{name!r}] in Python)"
 
 
 def _check_fits(scheme: Scheme, shape: tuple[int, ...]) -> None:

@@ -61,6 +61,12 @@ class AimetCheckpoint:
         """Parameters and saved buffers in the model's order, a tied tensor once."""
         return self.floats.names()
 
+    def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
+        """Grid and shape `[out, in]` of each parameter that is integers; no tensor is read."""
+        shapes = {name: tuple(self.floats.model.get_parameter(name).shape) for name in self._grids}
+        placed = {name: shape[::-1] if self._is_transposed(name) else shape for name, shape in shapes.items() if len(shape) > 1}
+        return {name: (self._grids[name].scheme, shape) for name, shape in placed.items()}
+
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """One parameter: integers where the file has a grid for a matrix.
 

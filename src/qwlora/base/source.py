@@ -132,6 +132,10 @@ def load_model(source: str) -> PreTrainedModel:
             "Download it again, or give a checkpoint of the whole language model"
         )
     if location.gguf_file:
+        from qwlora.base.readers.gguf_file import GgufFile
+        from qwlora.base.readers.gguf_rope import warn_of_positions
+
+        warn_of_positions(GgufFile(location.path), model.config)
         forget_gguf_(model)
     return model.eval()
 

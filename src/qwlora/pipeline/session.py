@@ -16,9 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwlora.adapter.equalize import equalize_adapter_
 from qwlora.adapter.provenance import check_adapter, load_adapter
 from qwlora.base.checkpoint import Checkpoint
-from qwlora.base.readers.configuration import check_folder
 from qwlora.base.readers.open_checkpoint import open_checkpoint
-from qwlora.base.source import load_model, load_tokenizer, locate
+from qwlora.base.source import check_counts_of, load_model, load_tokenizer, locate
 from qwlora.base.storage import load_base, read_record
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.errors import SourceError
@@ -111,8 +110,7 @@ class Session:
 
     def _config(self) -> PreTrainedConfig:
         location = locate(self.recipe.model.source)
-        if location.files and not location.gguf_file:
-            check_folder(location.path)
+        check_counts_of(location)
         return AutoConfig.from_pretrained(location.pretrained, **location.arguments())
 
     def take_float_model(self) -> PreTrainedModel:

@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM
 from conftest import ARCHITECTURES, text, tiny_model
 from qwlora.base.packed import packed_weights
 from qwlora.base.storage import load_base
-from qwlora.errors import DirectoryError, FingerprintError, SourceError
+from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
 from qwlora.export.aimet import encoding_to_entry
 from qwlora.grid.names import canonical_name, is_adapter_name
 from qwlora.grid.observer import measure
-from qwlora.grid.scheme import PerChannel, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
@@ -308,6 +308,24 @@ def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(recipe_
         assert torch.equal(packed[name].codes, grid.quantize(model.get_parameter(name).detach()))
         assert torch.equal(packed[name].encoding.scale, grid.scale)
     assert results["data"]["packing"] == "documents"
+
+
+def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """A file of an exporter that is not known lists blocks [in, out], and lacks a layer."""
+    model = tiny_model("llama")
+    weights = {f"{n}.weight": m.weight.detach() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "up_proj" not in n and n != "lm_head"}
+    grids = {name: measure(weight, Scheme(4, granularity=PerBlock(8))) for name, weight in weights.items()}
+    entries = [encoding_to_entry(name, grid, transposed=True) for name, grid in grids.items()]
+    file = {"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}
+    (tmp_path / "model.encodings").write_text(json.dumps(file))
+    section = {"source": str(checkpoints["llama"]), "encodings": str(tmp_path / "model.encodings")}
+    with pytest.raises(EncodingsFileError, match=r"say model.keep_float: \[model.layers.0.mlp.up_proj\] in the recipe"):
+        run_recipe(recipe_for(model=section, base={"solver": "keep"}), tmp_path / "out", verbs=("quantize",))
+    section |= {"keep_float": ["*.up_proj"], "block_order": "tensor"}
+    run_recipe(recipe_for(model=section, base={"solver": "keep"}), tmp_path / "out", verbs=("quantize",))
+    packed = packed_weights(load_base(tmp_path / "out" / "base"))
+    assert set(packed) == set(grids)
+    assert all(torch.equal(packed[name].encoding.scale, grid.scale) for name, grid in grids.items())
 
 
 def test_floats_hold_no_integers_to_keep(recipe_for: Any, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def problems(path: Path, *changes: str) -> list[str]:
         ("adapters=[]", "adapters: List should have at least 1 item after validation, not 0"),
         ("adapters=[{name: a}, {name: a}]", "adapters: two adapters are named a; names are folders and must differ"),
         ("data.held_out=1.5", "data.held_out: Input should be less than 1 (given: 1.5)"),
+        ("model.keep_float=[lm_head]", "model: keep_float: for reading encodings, which are not given; give model.encodings, or leave this out"),
+        ("model.block_order=rows", "model.block_order: Input should be 'channel' or 'tensor' (given: 'rows')"),
         ("model={}", "model.source: required and not given"),
         ("simulation.polcy=npu", "simulation.polcy: unknown key; did you mean policy?"),
         ("simulation.policy=gpu", "simulation.policy: Input should be 'npu', 'matmul-inputs' or 'weights-only' (given: 'gpu')"),

@@ -1,6 +1,7 @@
 """`qwlora inspect`: what a model's files hold, or an artifact of ours. Loads no model.
 
 a folder of floats, GPTQ, AWQ or compressed-tensors, a .gguf file, package:NAME/PATH, a base     every tensor, alike ones in one line
+a folder of floats and AIMET's encodings                                                        the grids that these give it
 an adapter's folder                                                                             its size, and the base that it belongs to
 a job's directory                                                                               its base, and whether its adapters belong to it
 """
@@ -11,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,12 +26,33 @@ Source = Annotated[str, typer.Argument(help="A model's folder or .gguf file, pac
 Against = Annotated[
     str | None, typer.Option("--against", metavar="SOURCE", help="The float model, for each tensor's SQNR; reads all of both.", show_default=False)
 ]
+Encodings = Annotated[
+    Path | None, typer.Option("--encodings", metavar="FILE", help="An AIMET encodings file for the floats of SOURCE: shows its grids.", show_default=False)
+]
+KeepFloat = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="With --encodings: parameters or layers that stay float, as model.keep_float in a recipe.", show_default=False),
+]
+BlockOrder = Annotated[
+    Literal["channel", "tensor"] | None, typer.Option(help="With --encodings: how 1.0.0 lists blocks, as model.block_order in a recipe.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print every tensor as JSON, and nothing else.")]
 
 
-def inspect(source: Source, against: Against = None, as_json: AsJson = False) -> None:
+def inspect(
+    source: Source,
+    against: Against = None,
+    encodings: Encodings = None,
+    keep_float: KeepFloat = None,
+    block_order: BlockOrder = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what files hold: shapes, grids, true bits per weight, fingerprint."""
     path = Path(source)
+    if encodings is None and (keep_float or block_order):
+        raise SourceError("--keep-float and --block-order say how --encodings are read; give these too")
+    if encodings is not None and ((path / "adapter_config.json").is_file() or (path / ".qwlora").is_dir()):
+        raise SourceError("--encodings belong to a folder of floats, not to an adapter or a job's directory")
     if (path / "adapter_config.json").is_file():
         if against is not None:
             raise SourceError("--against compares models; an adapter has no float twin")
@@ -39,14 +61,22 @@ def inspect(source: Source, against: Against = None, as_json: AsJson = False) ->
     elif (path / ".qwlora").is_dir():
         record, lines = _job(path, against)
     else:
-        record, lines = _model(source, against)
+        record, lines = _model(source, against, encodings, keep_float, block_order)
     print(json.dumps(record, indent=1) if as_json else "\n".join(lines))
 
 
-def _model(source: str, against: str | None) -> tuple[dict[str, Any], list[str]]:
+def _model(
+    source: str,
+    against: str | None,
+    encodings: Path | None = None,
+    keep_float: Sequence[str] | None = None,
+    block_order: Literal["channel", "tensor"] | None = None,
+) -> tuple[dict[str, Any], list[str]]:
     from qwlora.base.inspect import inspect_source
+    from qwlora.base.inspect_files import AimetFile
 
-    found = inspect_source(source, against)
+    file = AimetFile(encodings, tuple(keep_float or ()), block_order) if encodings is not None else None
+    found = inspect_source(source, against, encodings=file)
     return found.to_json(), list(_model_lines(found))
 
 

@@ -84,6 +84,8 @@ def write_file(
     for key, value in metadata.items():
         if isinstance(value, (list, tuple)):
             writer.add_array(key, list(value))
+        elif isinstance(value, str):
+            writer.add_string(key, value)
         else:
             (writer.add_bool if isinstance(value, bool) else writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
     writer.add_token_list([f"t{i}" for i in range(tokens)])

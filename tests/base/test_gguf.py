@@ -15,8 +15,11 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from transformers.pytorch_utils import Conv1D
 
 from base.gguf_models import KINDS, in_turn, metadata_of, stored_shapes, with_one_zero, write_file
+from qwlora.base.precomputed import load_precomputed
 from qwlora.base.readers.gguf import GgufCheckpoint
 from qwlora.base.readers.gguf_names import Making, _Above, moved
+from qwlora.base.readers.open_checkpoint import open_checkpoint
+from qwlora.base.source import load_model
 from qwlora.errors import MissingExtraError, SourceError
 from qwlora.grid.quantized import QuantizedTensor
 
@@ -184,13 +187,13 @@ def test_types_that_no_grid_expresses_are_named(tmp_path: Path) -> None:
         GgufCheckpoint(path)
 
 
-def llama(folder: Path, kinds: dict[str, str], extra: dict[str, tuple[int, ...]] | None = None, **changes: Any) -> Path:
+def llama(folder: Path, kinds: dict[str, str], extra: dict[str, tuple[int, ...]] | None = None, *, metadata: Any = None, **changes: Any) -> Path:
     """A small llama, F32 but for `kinds`."""
     arch, key, settings = ARCHITECTURES["llama"]
     settings = {k: v for k, v in settings.items() if k != "model_type"} | changes
     config = AutoConfig.for_model("llama", **settings)
     shapes = stored_shapes(arch, config) | (extra or {})
-    return write_file(folder / "m.gguf", arch, metadata_of(arch, config, key), shapes, lambda name, shape: kinds.get(name, "F32"))
+    return write_file(folder / "m.gguf", arch, metadata_of(arch, config, key) | (metadata or {}), shapes, lambda name, shape: kinds.get(name, "F32"))
 
 
 def test_a_tied_head_comes_once_and_first(tmp_path: Path) -> None:
@@ -223,10 +226,53 @@ def test_floats_of_64_bits_stay_what_they_are(tmp_path: Path) -> None:
     assert torch.equal(read, torch.tensor(stored.data))
 
 
-def test_rotary_factors_that_transformers_leaves_out_are_announced(tmp_path: Path) -> None:
-    path = llama(tmp_path, {}, {"rope_freqs.weight": (32,)})
-    with pytest.warns(UserWarning, match="rope_freqs.weight, factors of the rotary frequencies, are read by llama.cpp but not by transformers"):
-        assert "rope_freqs.weight" not in GgufCheckpoint(path).names()
+SCALED = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.original_context_length": 32}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "extra", "message"),
+    [
+        ({}, {"rope_freqs.weight": (8,)}, r"\(rope_freqs.weight\), as llama.cpp computes"),
+        (SCALED, {}, r"\(llama.rope.scaling.type = yarn, llama.rope.scaling.factor = 4.0, llama.rope.scaling.original_context_length = 32\), as llama.cpp"),
+        ({"llama.rope.scale_linear": 2.0}, {}, r"\(llama.rope.scale_linear = 2.0\)"),
+    ],
+)
+def test_positions_that_transformers_does_not_read_are_announced(tmp_path: Path, metadata: dict[str, Any], extra: dict[str, Any], message: str) -> None:
+    """By both ways of opening the file; and the model's positions are the plain ones that the warning says."""
+    path = llama(tmp_path, {}, extra, metadata=metadata)
+    with pytest.warns(UserWarning, match=message + r".*rope_parameters \{.*'rope_type': 'default'.*Give the model's Hugging Face folder as the source"):
+        checkpoint = GgufCheckpoint(path)
+    assert not extra.keys() & set(checkpoint.names())
+    with pytest.warns(UserWarning, match=message):
+        model = load_model(str(path))
+    head = model.config.head_dim
+    plain = model.config.rope_parameters["rope_theta"] ** -(torch.arange(0, head, 2) / head)
+    assert torch.allclose(model.model.rotary_emb.inv_freq, plain)
+
+
+def test_the_remedies_for_positions_can_be_followed(tmp_path: Path) -> None:
+    path = llama(tmp_path, {}, metadata=SCALED)
+    with pytest.warns(UserWarning, match="in Python, set config.rope_parameters"):
+        checkpoint = open_checkpoint(path)
+    with pytest.warns(UserWarning, match="Hugging Face folder as the source"):
+        plain = load_model(str(path))
+    scaled = {**checkpoint.config.rope_parameters, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    checkpoint.config.rope_parameters = scaled
+    found = load_precomputed(checkpoint)
+    plain.config.rope_parameters = scaled
+    plain.save_pretrained(tmp_path / "folder")
+    of_folder = load_model(str(tmp_path / "folder"))
+    ids = torch.arange(40).view(1, -1)
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, of_folder(ids).logits)
+        assert not torch.equal(found(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("metadata", [{"llama.rope.scaling.type": "none"}, {"llama.rope.scaling.factor": 1.0}, {"llama.rope.scaling.attn_factor": 1.0}])
+def test_scalings_that_change_nothing_are_no_reason_to_warn(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    path = llama(tmp_path, {}, metadata=metadata)
+    assert GgufCheckpoint(path).names()
+    load_model(str(path))
 
 
 def test_the_configuration_is_transformers_own(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 from base.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.base.readers.gguf import GgufCheckpoint
 from qwlora.base.readers.gguf_file import GgufFile
+from qwlora.base.source import load_model, load_tokenizer
 from qwlora.errors import SourceError
 
 CONFIG = LlamaConfig(
@@ -114,6 +115,14 @@ def test_headers(tmp_path: Path, case: str) -> None:
     with pytest.raises(SourceError, match=message) as caught:
         GgufCheckpoint(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("opening", [GgufCheckpoint, lambda path: load_model(str(path)), lambda path: load_tokenizer(str(path))])
+def test_counts_are_checked_before_transformers_reads_them(tmp_path: Path, good: bytes, opening: Callable[[Path], object]) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(good.replace(b"llama.block_count" + struct.pack("<II", 4, 1), b"llama.block_count" + struct.pack("<II", 4, 10**6)))
+    with pytest.raises(SourceError, match=r"llama.block_count is 1000000, but the file has 11 tensors"):
+        opening(path)
 
 
 def test_every_truncation_is_refused(tmp_path: Path, good: bytes) -> None:

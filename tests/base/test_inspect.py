@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from conftest import byte_tokenizer, tiny_model
 from qwlora import fingerprint, quantize_, save_adapter, save_base
@@ -21,7 +24,9 @@ from qwlora.base.packed import packed_weights
 from qwlora.base.readers.safetensors_files import SafetensorsFiles
 from qwlora.base.rules import Rule
 from qwlora.cli import main
-from qwlora.grid.scheme import parse_scheme
+from qwlora.export.aimet import encoding_to_entry
+from qwlora.grid.observer import measure
+from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 
 GPTQ = Path(__file__).parent / "files" / "gptqmodel-llama"
 Call = Callable[..., tuple[int, str, str]]
@@ -158,6 +163,62 @@ def test_only_one_layer_of_a_kind_is_read(monkeypatch: pytest.MonkeyPatch) -> No
     layers = {name.rpartition(".")[0] for name in read if name.endswith("qweight")}
     kinds = {(t.shape, t.bytes) for t in found.tensors if t.is_integers}
     assert len(layers) == len(kinds) < sum(t.is_integers for t in found.tensors)
+
+
+def test_symmetry_is_claimed_only_where_it_was_read(tmp_path: Path) -> None:
+    """Of two GPTQ layers of one kind, one happens to have every zero point in the middle: neither's offsets stand for the other's."""
+    shutil.copytree(GPTQ, tmp_path, dirs_exist_ok=True)
+    files = load_file(tmp_path / "model.safetensors")
+    first, second = sorted(name.removesuffix(".qzeros") for name in files if name.endswith(("up_proj.qzeros", "gate_proj.qzeros")))[:2]
+    files[f"{first}.qzeros"] = torch.full_like(files[f"{first}.qzeros"], 0x77777777)  # 8, less the one that version 1 subtracts
+    files[f"{second}.qzeros"] = torch.full_like(files[f"{second}.qzeros"], 0x55555555)
+    save_file(files, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = {t.name: t.grid for t in inspect_source(str(tmp_path)).tensors}
+    assert found[f"{first}.weight"] == found[f"{second}.weight"] == "int4 per block 32"
+    compared = {t.name: t.grid for t in inspect_source(str(tmp_path), against=str(tmp_path)).tensors}
+    assert (compared[f"{first}.weight"], compared[f"{second}.weight"]) == ("int4 symmetric per block 32", "int4 asymmetric per block 32")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_folder_of_floats_with_aimet_encodings(architecture: str, tmp_path: Path, call: Call, checkpoints: dict[str, Path]) -> None:
+    model, folder = tiny_model(architecture), checkpoints[architecture]
+    kinds = (torch.nn.Linear, Conv1D)
+    weights = {f"{n}.weight": m.weight.detach() for n, m in model.named_modules() if isinstance(m, kinds) and n != "lm_head"}
+    weights = {name: weight.T if architecture == "gpt2" else weight for name, weight in weights.items()}
+    grids = {name: measure(weight, Scheme(4, ".1." not in name, PerChannel(0))) for name, weight in weights.items()}
+    entries = [encoding_to_entry(name, grid) for name, grid in grids.items()]
+    file = tmp_path / "model.encodings"
+    file.write_text(json.dumps({"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}))
+    code, out, err = call(folder, "--encodings", file, "--keep-float", "lm_head", "--against", folder, "--json")
+    assert (code, err) == (0, "")
+    record = json.loads(out)
+    assert record["kind"] == "float checkpoint with AIMET encodings"
+    for name, weight in weights.items():
+        tensor = by_name(record)[name]
+        assert (tensor["shape"], tensor["grid"]) == (list(weight.shape), str(grids[name].scheme))
+        noise = weight - grids[name].fake_quantize(weight)
+        assert tensor["sqnr_db"] == pytest.approx(float(10 * torch.log10(weight.square().sum() / noise.square().sum())), abs=1e-3)
+    file.write_text(json.dumps({"version": "1.0.0", "activation_encodings": [], "param_encodings": entries[1:]}))
+    missing = next(iter(grids)).removesuffix(".weight")
+    code, _, err = call(folder, "--encodings", file, "--keep-float", "lm_head")
+    assert code == 2
+    assert f"{missing}.weight" in err
+    assert call(folder, "--encodings", file, "--keep-float", "lm_head", "--keep-float", missing)[0] == 0
+
+
+def test_encodings_belong_to_floats(base: tuple[Path, Any], tmp_path: Path, call: Call, checkpoints: dict[str, Path]) -> None:
+    for arguments, message in {
+        (base[0], "--encodings", "x"): "is a QWLoRA base, which has its encodings",
+        (GPTQ, "--encodings", "x"): "is quantized already (gptq)",
+        (checkpoints["llama"], "--keep-float", "x"): "say how --encodings are read",
+        (checkpoints["llama"], "--block-order", "tensor"): "say how --encodings are read",
+    }.items():
+        code, _, err = call(*arguments)
+        assert code == 2
+        assert message in err
+    (tmp_path / ".qwlora").mkdir()
+    code, _, err = call(tmp_path, "--encodings", "x")
+    assert (code, "not to an adapter or a job's directory" in err) == (2, True)
 
 
 def test_an_adapter_and_a_job_directory(base: tuple[Path, Any], tmp_path: Path, call: Call) -> None:

@@ -68,7 +68,7 @@ def test_three_versions_of_aimets_onnx_exporter_say_the_grids_of_its_torch_expor
 
 def test_the_order_of_a_flat_list_is_not_guessed() -> None:
     entry = read(GOLDEN / "aimet-1.0.0.encodings").by_name["block.weight_0"]
-    with pytest.raises(SourceError, match=r"is one flat list of blocks, whose order the file does not say.*block_order='channel' or block_order='tensor'"):
+    with pytest.raises(SourceError, match=r"is one flat list of blocks, whose order the file does not say.*model.block_order: channel or tensor in the recipe"):
         grid_of(entry, Placement((6, 8), flipped=True), "1.0.0")
     right, wrong = (grid_of(entry, Placement((6, 8), True, 0, order), "1.0.0") for order in ("tensor", "channel"))
     assert not torch.equal(right.scale, wrong.scale)
@@ -235,7 +235,10 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
     message = str(raised.value)
     assert f"'layers.0.mlp.down_proj.weight' is listed as a parameter, but the model has none of that name (near: {DOWN})" in message
     assert f"'{DOWN}', the weight of a Linear layer, has no entry (near: layers.0.mlp.down_proj.weight)" in message
-    assert "'lm_head.weight', the weight of a Linear layer, has no entry; say keep_float=['lm_head'] if it is to stay float" in message
+    assert (
+        "'lm_head.weight', the weight of a Linear layer, has no entry; say model.keep_float: [lm_head] in the recipe (keep_float=['lm_head'] in Python) if"
+        in message
+    )
     assert f"'{up}' has 16 bits; a base packs weights of 2 to 8 bits" in message
 
 
@@ -259,7 +262,9 @@ def test_what_stays_float(tmp_path: Path) -> None:
         found = checkpoint.read(name)
         assert isinstance(found, torch.Tensor)
         assert torch.equal(found, floats[name])
-    with pytest.raises(EncodingsFileError, match="is a float of 8 bits, which is no grid of integers; quantize it to integers in AIMET, or keep_float it"):
+    with pytest.raises(
+        EncodingsFileError, match=r"is a float of 8 bits, which is no grid of integers; quantize it to integers in AIMET, or say model.keep_float: "
+    ):
         AimetCheckpoint(tmp_path, saved(tmp_path, [FloatEncoding(DOWN, 8), *all_entries(llama()).values()][:2], "1.0.0", llama()))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -242,10 +241,47 @@ def test_codes_outside_their_bits(tmp_path: Path) -> None:
         read(opened(tmp_path, held, settings_of("int-quantized", INTEGER)))
 
 
-def test_layers_that_no_group_or_two_may_mean(tmp_path: Path) -> None:
+EIGHT = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        (["Linear"], ["lm_head"]),
+        (["lm_head"], ["Linear"]),
+        (["Linear"], ["Embedding"]),
+        (["Linear"], ["re:.*up_proj"]),
+        (["re:.*up_proj"], ["model.layers.0.mlp.up_proj", "Linear"]),
+        (["re:.*mlp.*"], ["re:.*down_proj", "Linear"]),
+        (["Module"], ["Linear"]),
+        (["Linear"], ["Linear"]),
+        (["Linear"], ["LlamaMLP"]),
+    ],
+    ids=str,
+)
+def test_groups_are_the_librarys(tmp_path: Path, targets: tuple[list[str], list[str]]) -> None:
+    """Every layer that the library would quantize, with the bits that the library would give it."""
+    groups = {f"group_{i}": {"targets": names, "weights": weights} for i, (names, weights) in enumerate(zip(targets, (INTEGER, EIGHT), strict=True))}
+    config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    asked = LlamaForCausalLM(config)
+    apply_quantization_config(asked, QuantizationConfig(config_groups=groups, quantization_status="frozen"))
+    schemes = {path: module.quantization_scheme.weights for path, module in asked.named_modules() if hasattr(module, "quantization_scheme")}
+    assert len(schemes) > 1
+    layouts = {path: ("pack-quantized", INTEGER if weights.num_bits == 4 else EIGHT) for path, weights in schemes.items()}
+    expected = model_folder(tmp_path, groups, layouts, format="pack-quantized")
+    checkpoint = open_checkpoint(tmp_path)
+    for path, weights in schemes.items():
+        found = checkpoint.read(f"{path}.weight")
+        assert isinstance(found, QuantizedTensor)
+        assert found.encoding.scheme.bitwidth == weights.num_bits
+        assert torch.equal(found.dequantize(), expected[f"{path}.weight"])
+
+
+def test_a_layer_that_no_group_means(tmp_path: Path) -> None:
     settings = settings_of("pack-quantized", INTEGER)
-    settings["config_groups"]["group_1"] = {"targets": ["Embedding"], "weights": {**INTEGER, "num_bits": 8}}
+    settings["config_groups"] = {f"group_{i}": {"targets": [target], "weights": INTEGER} for i, target in enumerate(("Embedding", "lm_head"))}
     held, _ = compressed(torch.randn(OUT, IN), "pack-quantized", INTEGER, torch.float32)
-    assert math.prod(held["weight_packed"].shape) == OUT * 8
-    with pytest.raises(SourceError, match="2 config groups may be meant for this layer"):
+    with pytest.raises(
+        SourceError, match=r"no config group has a target that fits this layer, its name, a pattern or a class \(Linear\); name it in the targets"
+    ):
         read(opened(tmp_path, held, settings))

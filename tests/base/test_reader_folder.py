@@ -155,9 +155,9 @@ def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
         (lambda t, c: t.pop("model.norm.weight"), "'model.norm.weight' is missing from the files"),
         (lambda t, c: t.update({"model.extra.weight": torch.ones(2)}), "'model.extra.weight' is in the files, but no parameter of LlamaForCausalLM"),
         (lambda t, c: t.update({"model.norm.weight": torch.ones(33)}), r"'model.norm.weight' has shape \[33\] in the files, but \[32\] in config.json's model"),
-        (lambda t, c: c.update(num_hidden_layers=10**9), "config.json asks for 1000000000 layers, but the files hold 21 tensors"),
+        (lambda t, c: c.update(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, but a model of these files has at most 128"),
         (lambda t, c: c.update(model_type="nonesuch"), "config.json cannot be read"),
-        (lambda t, c: c.update(vocab_size=-3), "config.json builds no causal language model"),
+        (lambda t, c: c.update(vocab_size=-3), r"config.json \(LlamaConfig\) builds no causal language model"),
         (
             lambda t, c: c.update(quantization_config={"quant_method": "hqq"}),
             "quant_method 'hqq' is not read; gptq, awq, compressed-tensors, GGUF files and floats with",
@@ -275,6 +275,21 @@ def test_no_files_or_pickles(tmp_path: Path) -> None:
         SafetensorsFiles(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(SourceError, match=r"holds pytorch_model.bin, a pickle"):
+        SafetensorsFiles(tmp_path)
+
+
+def test_the_only_file_under_another_name_is_read(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "gptq_model-4bit-128g.safetensors.index.json")
+    assert same(FloatCheckpoint(tmp_path), llama())
+    (tmp_path / "another.safetensors.index.json").write_text("{}")
+    with pytest.raises(
+        SourceError, match=r"which of another.safetensors.index.json, gptq_model-4bit-128g.safetensors.index.json to read; name the one that is"
+    ):
+        SafetensorsFiles(tmp_path)
+    for index in tmp_path.glob("*.index.json"):
+        index.unlink()
+    with pytest.raises(SourceError, match=r"has neither .* does not say which of model-00001-of.* more to read; name the one that is meant model.safetensors,"):
         SafetensorsFiles(tmp_path)
 
 

@@ -67,6 +67,20 @@ def test_a_whole_checkpoint_of_gptqmodel() -> None:
     assert isinstance(checkpoint.read("lm_head.weight"), torch.Tensor)
 
 
+def test_a_folder_as_autogptq_wrote_it(tmp_path: Path) -> None:
+    """One file of its own name, and the settings beside a config.json that says nothing of them."""
+    original = FILES / "gptqmodel-llama"
+    shutil.copy(original / "model.safetensors", tmp_path / "gptq_model-4bit-128g.safetensors")
+    config = json.loads((original / "config.json").read_text())
+    (tmp_path / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint, expected = open_checkpoint(tmp_path), load_file(original / "expected.safetensors")
+    for name, value in expected.items():
+        found = checkpoint.read(name)
+        assert isinstance(found, QuantizedTensor)
+        assert torch.equal(found.dequantize(), value)
+
+
 def test_group_order_of_whole_runs_is_a_grid() -> None:
     expected = load_file(FILES / "gptq-order" / "expected.safetensors")["runs.weight"]
     assert torch.equal(read(opened(FILES / "gptq-order", 2), "runs.weight").dequantize(), expected)

@@ -186,14 +186,14 @@ def test_impossible_scales_are_named_though_fingerprints_agree(base: Path, scale
 def resign(folder: Path) -> None:
     """Make base.json agree with the tensors there are."""
     from qwlora.base.assembly import empty_model
-    from qwlora.base.readers.folder import read_config
+    from qwlora.base.readers.configuration import read_config
     from qwlora.grid.fingerprint import tensor_digest
 
     record = json.loads((folder / "base.json").read_text())
     tensors = load_file(folder / "model.safetensors")
     kinds = {name: next((str(parse(layer)) for path, layer in record["layers"].items() if name.startswith(path + ".")), "") for name in tensors}
     digests = {name: tensor_digest(name, kinds[name], t) for name, t in tensors.items()}
-    numbers = config_numbers(empty_model(read_config(folder), len(tensors)))
+    numbers = config_numbers(empty_model(read_config(folder, len(tensors)), len(tensors)))
     edit_record(folder, lambda r: r.update(fingerprint=combined(digests, numbers), tensors=digests))
 
 

@@ -33,17 +33,33 @@ def empty_model(config: PretrainedConfig, tensors: int) -> PreTrainedModel:
     Raises:
         SourceError: the configuration builds no causal language model.
     """
+    _check_buffers(meta_model(config, tensors))
+    with init_empty_weights(include_buffers=False):
+        model = _built(config)
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+def meta_model(config: PretrainedConfig, tensors: int) -> PreTrainedModel:
+    """As `empty_model`, but buffers have no data either: for names and shapes.
+
+    Raises:
+        SourceError: the configuration builds no causal language model, or one of many times more parameters than `tensors`.
+    """
+    with _at_most(2 * tensors + 64), torch.device("meta"):
+        model = _built(config)
+    model.tie_weights()
+    return model
+
+
+def _built(config: PretrainedConfig) -> PreTrainedModel:
     try:
-        with _at_most(2 * tensors + 64), torch.device("meta"):
-            _check_buffers(AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False))
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except SourceError:
         raise
     except Exception as error:  # a configuration from a file reaches any line of any model's code
         raise SourceError(f"config.json ({type(config).__name__}) builds no causal language model: {error or type(error).__name__}") from error
-    model.tie_weights()
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def tensor_places(model: nn.Module) -> dict[str, list[Place]]:

@@ -4,11 +4,14 @@
     SQNR = 10 log10(sum w^2 / sum (w - w_hat)^2), in dB         w_hat from these files, w from another source
 
 Sizes come from headers. Where a grid is in no header, one tensor of each kind (the same types and shapes of what is stored for it) is read to know it.
+Whether a grid is symmetric is for each tensor's own offsets to say, so a kind of several is not said to be either, unless all of them are read to compare.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora.base.inspect_files import Opened, Stored, open_files
+from qwlora.base.inspect_files import AimetFile, Opened, Stored, open_files
 from qwlora.base.source import locate
 from qwlora.errors import SourceError
 from qwlora.grid.quantized import QuantizedTensor
@@ -33,7 +36,7 @@ class TensorView:
 
     Args:
         shape: of its values; `[out, in]` for integers.
-        grid: the scheme in words, or the type of floats.
+        grid: the scheme in words, without symmetry where that was not read; or the type of floats.
         bytes: of all that is stored for it.
         sqnr_db: against another source, if one was given; infinite if equal.
     """
@@ -97,17 +100,19 @@ def bits_per_weight(views: Sequence[TensorView]) -> float:
     return 8 * size_bytes(views) / weights(views) if weights(views) else 0.0
 
 
-def inspect_source(source: str, against: str | None = None, track: Track = untracked) -> Inspection:
+def inspect_source(source: str, against: str | None = None, track: Track = untracked, encodings: AimetFile | None = None) -> Inspection:
     """What `source` holds: a base, a Hugging Face folder of floats or integers, a GGUF file.
 
     Args:
         source: a path, or `package:NAME/PATH`.
         against: another source, usually the float model: gives each tensor that both have its SQNR. All of both is read, a tensor at a time.
+        encodings: an AIMET encodings file for the floats of `source`.
 
     Raises:
         SourceError: one of them is no such thing, or cannot be read; or they share no tensor.
+        EncodingsFileError: the encodings do not fit the model.
     """
-    opened = open_files(path_of(source))
+    opened = open_files(path_of(source), encodings)
     views = _views(opened)
     if against is not None:
         other = open_files(path_of(against))
@@ -130,6 +135,7 @@ def path_of(source: str) -> Path:
 
 
 def _views(opened: Opened) -> list[TensorView]:
+    kinds = Counter(stored for name, stored in opened.tensors.items() if name not in opened.schemes)
     known: dict[tuple[Stored, ...], tuple[tuple[int, ...], str]] = {}
     views = []
     for name, stored in opened.tensors.items():
@@ -140,7 +146,8 @@ def _views(opened: Opened) -> list[TensorView]:
             found = stored[0].shape, FLOATS[stored[0].dtype]
         else:
             if stored not in known:
-                known[stored] = _described(opened.read(name))
+                shape, grid = _described(opened.read(name))
+                known[stored] = shape, grid if kinds[stored] == 1 else re.sub(" a?symmetric", "", grid)
             found = known[stored]
         views.append(TensorView(name, *found, sum(part.bytes for part in stored)))
     return views
@@ -159,6 +166,8 @@ def _compared(view: TensorView, opened: Opened, other: Opened) -> TensorView:
     w_hat, w = _like(ours, theirs, opened, view.name), _like(theirs, ours, other, view.name)
     if w.shape != w_hat.shape:
         raise SourceError(f"{view.name} is {list(w_hat.shape)} in one source and {list(w.shape)} in the other; they are not one model")
+    if isinstance(ours, QuantizedTensor):
+        view = replace(view, grid=str(ours.encoding.scheme))
     noise, signal = (float(values.double().square().sum()) for values in (w - w_hat, w))
     return replace(view, sqnr_db=sqnr_db(signal, noise))
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.base.assembly import empty_model, place_name
+from qwlora.base.readers.aimet import AimetCheckpoint
+from qwlora.base.readers.aimet_grids import BlockOrder
 from qwlora.base.readers.folder import FolderCheckpoint
 from qwlora.base.readers.open_checkpoint import open_checkpoint, quantization_of
 from qwlora.base.readers.own import BaseCheckpoint
@@ -50,12 +52,24 @@ class Opened:
     schemes: Mapping[str, tuple[Scheme, tuple[int, ...]]] = field(default_factory=dict)
 
 
-def open_files(path: Path) -> Opened:
-    """Whatever lies at `path`: a base, a Hugging Face folder of floats or integers, a GGUF file.
+@dataclass(frozen=True)
+class AimetFile:
+    """An encodings file for a folder of floats, and how to read it: see `open_checkpoint`."""
+
+    path: Path
+    keep_float: tuple[str, ...] = ()
+    block_order: BlockOrder | None = None
+
+
+def open_files(path: Path, encodings: AimetFile | None = None) -> Opened:
+    """Whatever lies at `path`: a base, a Hugging Face folder of floats (with `encodings`, of the integers that these make of them) or integers, a GGUF file.
 
     Raises:
-        SourceError: it is none of these, or cannot be read.
+        SourceError: it is none of these, or cannot be read; encodings are given for what holds integers already.
+        EncodingsFileError: the encodings do not fit the model.
     """
+    if encodings is not None:
+        return _open_aimet(path, encodings)
     if path.suffix == ".gguf":
         return _open_gguf(path)
     if (path / RECORD).is_file():
@@ -73,6 +87,13 @@ def _open_base(folder: Path) -> Opened:
     return Opened("QWLoRA base", stored, base.read, lambda: _turned(empty_model(base.config, len(stored))), base.record["fingerprint"], schemes)
 
 
+def _open_aimet(folder: Path, encodings: AimetFile) -> Opened:
+    checkpoint = open_checkpoint(folder, encodings.path, keep_float=encodings.keep_float, block_order=encodings.block_order)
+    assert isinstance(checkpoint, AimetCheckpoint)
+    floats = checkpoint.floats
+    return Opened("float checkpoint with AIMET encodings", _held(floats), checkpoint.read, lambda: _turned(floats.model), schemes=checkpoint.schemes())
+
+
 def _open_folder(folder: Path, method: str | None) -> Opened:
     if method is None:
         files = SafetensorsFiles(folder)
@@ -83,7 +104,13 @@ def _open_folder(folder: Path, method: str | None) -> Opened:
     else:
         checkpoint = open_checkpoint(folder)
     assert isinstance(checkpoint, FolderCheckpoint)
-    files, model = checkpoint.files, checkpoint.model
+    model = checkpoint.model
+    return Opened("float checkpoint" if method is None else f"{method} checkpoint", _held(checkpoint), checkpoint.read, lambda: _turned(model))
+
+
+def _held(checkpoint: FolderCheckpoint) -> dict[str, tuple[Stored, ...]]:
+    """What a folder's files hold for each parameter."""
+    files = checkpoint.files
     raw: dict[str, list[str]] = {}
     for name in files.names():
         raw.setdefault(name.rpartition(".")[0], []).append(name)
@@ -91,7 +118,7 @@ def _open_folder(folder: Path, method: str | None) -> Opened:
     for name in checkpoint.names():
         names = [found for stored in checkpoint.stored_names(name) for found in _behind(stored, files, raw)]
         tensors[name] = tuple(_stored(files, found, found.rpartition(".")[2]) for found in names)
-    return Opened("float checkpoint" if method is None else f"{method} checkpoint", tensors, checkpoint.read, lambda: _turned(model))
+    return tensors
 
 
 def _open_gguf(path: Path) -> Opened:

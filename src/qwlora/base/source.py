@@ -95,11 +95,28 @@ def _inside_package(source: str) -> Path:
 
 
 def _readable(source: str) -> Location:
-    """`locate`, and see that what reads it is installed."""
+    """`locate`, and see that what reads it is installed and that `check_counts_of` has nothing against it."""
     location = locate(source)
     if location.gguf_file and importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"gguf is needed to read {source!r} and is not installed: pip install 'qwlora[gguf]'")
+    check_counts_of(location)
     return location
+
+
+def check_counts_of(location: Location) -> None:
+    """Refuse files whose configuration would fill memory while transformers reads it; what is on the hub is not looked at.
+
+    Raises:
+        SourceError: they count more layers than a model has, or cannot be read.
+    """
+    if location.gguf_file:
+        from qwlora.base.readers.gguf_file import GgufFile
+
+        GgufFile(location.path)
+    elif location.files:
+        from qwlora.base.readers.configuration import check_folder
+
+        check_folder(location.path)
 
 
 def load_model(source: str) -> PreTrainedModel:
@@ -128,6 +145,10 @@ def load_model(source: str) -> PreTrainedModel:
             "Download it again, or give a checkpoint of the whole language model"
         )
     if location.gguf_file:
+        from qwlora.base.readers.gguf_file import GgufFile
+        from qwlora.base.readers.gguf_rope import warn_of_positions
+
+        warn_of_positions(GgufFile(location.path), model.config)
         forget_gguf_(model)
     return model.eval()
 

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qwlora.base.assembly import Place, empty_model, listed, put_, tensor_at, tensor_places
 from qwlora.base.packed import PackedLayer, is_packed, place_empty_, tie_weights_
-from qwlora.base.readers.folder import read_config
+from qwlora.base.readers.configuration import read_config
 from qwlora.base.readers.safetensors_files import SafetensorsFiles, read_json
 from qwlora.base.shards import SHARD_BYTES, ShardWriter
 from qwlora.errors import FingerprintError, GridError, SourceError
@@ -96,7 +96,7 @@ def load_base(folder: str | Path, dtype: torch.dtype = torch.float32, device: st
     folder = Path(folder)
     record = read_record(folder)
     files = SafetensorsFiles(folder)
-    model = empty_model(read_config(folder), len(files.names()))
+    model = empty_model(read_config(folder, len(files.names())), len(files.names()))
     where = f"base {str(folder)!r}"
     _place_packed_(model, read_layers(record, where), where)
     places = tensor_places(model)

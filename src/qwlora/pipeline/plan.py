@@ -63,7 +63,8 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     follows = (
         [text, recipe.seed, REVISION] if recipe.base.solver == "gptq" or needs_moments(recipe) or any(r.solver == "gptq" for r in recipe.base.rules) else None
     )
-    encodings = hashlib.sha256(Path(recipe.model.encodings).read_bytes()).hexdigest() if recipe.model.encodings else None
+    given = recipe.model
+    encodings = [hashlib.sha256(Path(given.encodings).read_bytes()).hexdigest(), given.keep_float, given.block_order] if given.encodings else None
     add("quantize", [model, encodings, recipe.base.model_dump(), follows, needs_moments(recipe)], artifact="base")
     add("evaluate/base", held_out, ("quantize",))
     ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]

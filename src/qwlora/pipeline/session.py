@@ -17,7 +17,7 @@ from qwlora.adapter.equalize import equalize_adapter_
 from qwlora.adapter.provenance import check_adapter, load_adapter
 from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.readers.open_checkpoint import open_checkpoint
-from qwlora.base.source import load_model, load_tokenizer, locate
+from qwlora.base.source import check_counts_of, load_model, load_tokenizer, locate
 from qwlora.base.storage import load_base, read_record
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.errors import SourceError
@@ -94,7 +94,8 @@ class Session:
         location = locate(self.recipe.model.source)
         if not location.files:
             raise SourceError(f"model {self.recipe.model.source!r} is a hub id; download it to a folder to take its integers as they are (base.solver keep)")
-        return open_checkpoint(location.path, self.recipe.model.encodings)
+        section = self.recipe.model
+        return open_checkpoint(location.path, section.encodings, keep_float=section.keep_float, block_order=section.block_order)
 
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights, on the meta device: to see whether an adapter fits it."""
@@ -104,6 +105,7 @@ class Session:
 
     def _config(self) -> PreTrainedConfig:
         location = locate(self.recipe.model.source)
+        check_counts_of(location)
         return AutoConfig.from_pretrained(location.pretrained, **location.arguments())
 
     def take_float_model(self) -> PreTrainedModel:

@@ -19,6 +19,17 @@ class Model(Section):
         description="a checkpoint folder, a .gguf file, package:NAME/PATH inside an installed package, A+B+C for parts of one .gguf file, or a hub id"
     )
     encodings: str | None = Field(None, description="an AIMET encodings file for the weights in source; base.solver keep takes them")
+    keep_float: list[str] = Field([], description="with encodings: globs of parameters or layers that stay float though they have an entry, or have none")
+    block_order: Literal["channel", "tensor"] | None = Field(
+        None, description="with encodings of version 1.0.0: how they list blocks, by output channel or as the tensor lies, where that cannot be known"
+    )
+
+    @model_validator(mode="after")
+    def _about_encodings(self) -> Model:
+        given = [name for name, value in (("keep_float", self.keep_float), ("block_order", self.block_order)) if value]
+        if self.encodings is None and given:
+            raise ValueError(f"{' and '.join(given)}: for reading encodings, which are not given; give model.encodings, or leave this out")
+        return self
 
 
 class Weights(Section):

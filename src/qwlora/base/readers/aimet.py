@@ -61,6 +61,12 @@ class AimetCheckpoint:
         """Parameters and saved buffers in the model's order, a tied tensor once."""
         return self.floats.names()
 
+    def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
+        """Grid and shape `[out, in]` of each parameter that is integers; no tensor is read."""
+        shapes = {name: tuple(self.floats.model.get_parameter(name).shape) for name in self._grids}
+        placed = {name: shape[::-1] if self._is_transposed(name) else shape for name, shape in shapes.items() if len(shape) > 1}
+        return {name: (self._grids[name].scheme, shape) for name, shape in placed.items()}
+
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """One parameter: integers where the file has a grid for a matrix.
 
@@ -116,9 +122,7 @@ class AimetCheckpoint:
             layer = name.rpartition(".")[0]
             linear = isinstance(self._modules.get(layer), nn.Linear | Conv1D) and name.endswith(".weight")
             if linear and name not in found and layer not in excluded and not self._is_kept(name):
-                problems.append(
-                    f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}; say keep_float=[{layer!r}] if it is to stay float"
-                )
+                problems.append(f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}; say {_keeping(layer)} if it is to stay float")
         return problems
 
     def _grid(self, name: str, entries: dict[str, Entry], file: EncodingsFile) -> Encoding | None:
@@ -127,13 +131,15 @@ class AimetCheckpoint:
         entry, *others = entries.values()
         if isinstance(entry, FloatEncoding):
             if entry.bitwidth < 16:
-                raise SourceError(f"is a float of {entry.bitwidth} bits, which is no grid of integers; quantize it to integers in AIMET, or keep_float it")
+                raise SourceError(
+                    f"is a float of {entry.bitwidth} bits, which is no grid of integers; quantize it to integers in AIMET, or say {_keeping(name)}"
+                )
             grid = None
         elif len(shape) < 2 and entry.bitwidth > 16:
             grid = None
         elif entry.bitwidth > (8 if len(shape) > 1 else 16) or entry.bitwidth not in BITWIDTHS:
             raise SourceError(
-                f"has {entry.bitwidth} bits; a base packs weights of 2 to 8 bits (vectors may have 16). Give it fewer in AIMET, or say keep_float=[{name!r}]"
+                f"has {entry.bitwidth} bits; a base packs weights of 2 to 8 bits (vectors may have 16). Give it fewer in AIMET, or say {_keeping(name)}"
             )
         else:
             grid = grid_of(entry, self._placement(name, entry, shape, file), file.version)
@@ -178,6 +184,11 @@ class AimetCheckpoint:
 
     def _is_kept(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(part, glob) for part in (name, name.rpartition(".")[0]) for glob in self.keep_float)
+
+
+def _keeping(name: str) -> str:
+    """How a parameter or layer is kept float, wherever the encodings were given."""
+    return f"model.keep_float: [{name}] in the recipe (keep_float=[{name!r}] in Python)"
 
 
 def _check_fits(scheme: Scheme, shape: tuple[int, ...]) -> None:

@@ -140,7 +140,7 @@ def _blocks(values: np.ndarray, axis: int | None, size: int, placement: Placemen
     if not np.array_equal(readings["channel"], readings["tensor"]):
         raise SourceError(
             "is one flat list of blocks, whose order the file does not say: by output channel, or as a tensor stored [in, out] lies. "
-            "Say which with block_order='channel' or block_order='tensor', or export version 2.0.0"
+            "Say which with model.block_order: channel or tensor in the recipe (block_order='channel' or 'tensor' in Python), or export version 2.0.0"
         )
     return readings["channel"]
 

@@ -12,19 +12,22 @@ For a layer [out, in] whose weights have `b` bits:
 A word of the newer files is part of a bit stream without gaps; older ones keep 32 // b codes in each word. They differ for 3, 5, 6 and 7 bits, and then the
 number of words tells which it is. What a file says about activations (w8a8, the cache) is no part of a base's weights and is left out. Computed in float32 from
 the stored scales; the library's own numbers are these when its scales are float32.
+
+A layer belongs to the config group of the first target that fits: its name, then patterns (`re:`), then names of its classes, each in alphabetical order
+(`compressed_tensors.utils.match.match_targets`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwlora.base.readers.folder import FolderCheckpoint
 from qwlora.base.readers.safetensors_files import SafetensorsFiles
@@ -61,14 +64,32 @@ class CompressedTensorsCheckpoint(FolderCheckpoint):
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
-        super().__init__(folder, lambda files: CompressedTensors(files, settings))
+        super().__init__(folder, lambda files: CompressedTensors(files, settings, self._place))
+
+    def _place(self, stored: str) -> tuple[str, frozenset[str]]:
+        """The model's name for a stored layer, and its classes; what is now a part of something larger (an expert) was a Linear of its own."""
+        weight = f"{stored}.weight"
+        for alias, origin in (copy for copies in self._origins.values() for copy in copies):
+            if origin.converter is None and origin.sources[0][0] == weight:
+                path = alias.rpartition(".")[0]
+                return path, frozenset(kind.__name__ for kind in type(self.model.get_submodule(path)).__mro__ if issubclass(kind, nn.Module))
+        return as_linear(stored)
+
+
+def as_linear(stored: str) -> tuple[str, frozenset[str]]:
+    """The place of a Linear layer that has its stored name in the model too."""
+    return stored, frozenset({"Linear", "Module"})
 
 
 class CompressedTensors:
-    """Tensors of `files` under the float model's names."""
+    """Tensors of `files` under the float model's names.
 
-    def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
-        self.files = files
+    Args:
+        place: the model's name for a stored layer, and the names of its classes.
+    """
+
+    def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any], place: Callable[[str], tuple[str, frozenset[str]]] = as_linear):
+        self.files, self._place = files, place
         self._where_settings = f"{str(files.folder)!r}, quantization_config"
         self._groups = _config_groups(settings, self._where_settings)
         held = files.names()
@@ -125,17 +146,20 @@ class CompressedTensors:
         return full
 
     def _weights(self, name: str) -> Weights:
-        """The config group of a layer: by its name, by a pattern, or the one that targets a class."""
-        layer = name.removesuffix(".weight")
+        """The config group of a layer, see the module; the only one if there is one."""
         if len(self._groups) == 1:
             return self._groups[0][1]
-        for targets, weights in self._groups:
-            if layer in targets or any(_matches(target, layer) for target in targets):
-                return weights
-        by_class = [weights for targets, weights in self._groups if any(re.fullmatch(r"\w+", target) for target in targets)]
-        if len(by_class) != 1:
-            raise SourceError(f"{self._where(name)}: {len(by_class)} config groups may be meant for this layer; name it in the targets of one")
-        return by_class[0]
+        by_target = {target: weights for targets, weights in self._groups for target in targets}  # of one target in two groups, the last counts
+        layer = name.removesuffix(".weight")
+        path, classes = self._place(layer)
+        patterns = [target for target in sorted(by_target) if _matches(target, layer) or _matches(target, path)]
+        fitting = [target for target in (layer, path, *patterns, *sorted(classes)) if target in by_target]
+        if not fitting:
+            kinds = ", ".join(sorted(classes - {"Module"}))
+            raise SourceError(
+                f"{self._where(name)}: no config group has a target that fits this layer, its name, a pattern or a class ({kinds}); name it in the targets"
+            )
+        return by_target[fitting[0]]
 
     def _check_order(self, name: str, weights: Weights, in_features: int) -> None:
         order = f"{name.removesuffix('weight')}weight_g_idx"

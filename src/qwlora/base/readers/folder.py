@@ -13,9 +13,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qwlora.base.assembly import meta_model
+from qwlora.base.readers.configuration import read_config
 from qwlora.base.readers.naming import Origin, convert_quantized, origins
 from qwlora.base.readers.safetensors_files import SafetensorsFiles
 from qwlora.errors import SourceError
@@ -53,8 +55,7 @@ class FolderCheckpoint:
         self.folder = Path(folder)
         self.files = SafetensorsFiles(self.folder, mapped=False)  # tensors are unpacked or widened anyway, and most are asked for once
         self.stored = stored(self.files)
-        self.config = read_config(self.folder)
-        self._check_depth()
+        self.config = read_config(self.folder, len(self.files.names()))
         self._origins = self._found_origins()
 
     def names(self) -> list[str]:
@@ -85,12 +86,9 @@ class FolderCheckpoint:
     def model(self) -> PreTrainedModel:
         """The model that the configuration builds, without data."""
         try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(self.config)
-            model.tie_weights()
-        except Exception as error:  # a file's values reach any line of any model's code
-            raise SourceError(f"{self._where}: config.json builds no causal language model: {error or type(error).__name__}") from error
-        return model
+            return meta_model(self.config, len(self.stored.names()))
+        except SourceError as error:
+            raise SourceError(f"{self._where}: {error}") from error
 
     @property
     def _where(self) -> str:
@@ -144,11 +142,6 @@ class FolderCheckpoint:
         value = self.stored.read(name)
         return isinstance(value, Tensor) and not bool(value.any())
 
-    def _check_depth(self) -> None:
-        depth = getattr(self.config.get_text_config(), "num_hidden_layers", 0)
-        if isinstance(depth, int) and depth > len(self.stored.names()):
-            raise SourceError(f"{self._where}: config.json asks for {depth} layers, but the files hold {len(self.stored.names())} tensors")
-
 
 class FloatCheckpoint(FolderCheckpoint):
     """A folder of float tensors.
@@ -159,23 +152,6 @@ class FloatCheckpoint(FolderCheckpoint):
 
     def __init__(self, folder: str | Path):
         super().__init__(folder, lambda files: files)
-
-
-def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration without what it says about quantization.
-
-    Raises:
-        SourceError: there is none, or transformers does not know the model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a file's values reach any line of any configuration's code
-        raise SourceError(f"{str(folder)!r}: config.json cannot be read: {error or type(error).__name__}") from error
-    for part in (config, config.get_text_config()):
-        for key in ("quantization_config", "compression_config"):
-            if hasattr(part, key):
-                delattr(part, key)
-    return config
 
 
 def _same(a: Tensor | QuantizedTensor, b: Tensor | QuantizedTensor) -> bool:

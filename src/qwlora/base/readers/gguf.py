@@ -9,15 +9,12 @@ Types F32, F16, BF16 and F64 are floats (float32, and float64 for the last).
 
 A tensor is read when it is asked for; the file is mapped, so nothing else of it is in memory. A tied output head comes once, as in the file.
 
-Rotary frequency factors (`rope_freqs`, `rope_factors_*`) are not read by transformers, and not here: the model's positions are then those of transformers' own
-load of the file, not llama.cpp's. A warning says so.
+Scaled rotary positions are not read by transformers, and not here: see `gguf_rope.py`.
 """
 
 from __future__ import annotations
 
-import re
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +27,11 @@ from qwlora.base.assembly import empty_model, listed, place_name, tensor_at, ten
 from qwlora.base.readers.gguf_blocks import TYPES, Blocks, decode_blocks, to_quantized
 from qwlora.base.readers.gguf_file import TOKENS, GgufFile
 from qwlora.base.readers.gguf_names import Making, Move, makings, moved
+from qwlora.base.readers.gguf_rope import FACTORS, warn_of_positions
 from qwlora.errors import SourceError
 from qwlora.grid.quantized import QuantizedTensor
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-ROTARY = re.compile(r"(.*\.)?rope_(freqs|factors_long|factors_short)\.weight")
 
 
 class GgufCheckpoint:
@@ -64,6 +61,7 @@ class GgufCheckpoint:
         self._refuse_unknown(unknown)
         self._makings = self._placed(found)
         self._refuse_types()
+        warn_of_positions(self.file, self.config)
 
     def names(self) -> list[str]:
         """Parameters in the model's order, a tied tensor once."""
@@ -151,14 +149,7 @@ class GgufCheckpoint:
             ) from error
 
     def _refuse_unknown(self, unknown: list[str]) -> None:
-        rotary = [name for name in unknown if ROTARY.fullmatch(name)]
-        if rotary:
-            warnings.warn(
-                f"{str(self.file.path)!r}: {listed(rotary)}, factors of the rotary frequencies, are read by llama.cpp but not by transformers: positions are "
-                "computed without them; set rope_parameters in the configuration if the model needs them",
-                stacklevel=3,
-            )
-        if others := [name for name in unknown if name not in rotary]:
+        if others := [name for name in unknown if not FACTORS.fullmatch(name)]:
             raise self.file.error(
                 f"{listed(others)}: no parameter of {type(self._model).__name__}, which its metadata describe; it needs a newer transformers, or is damaged"
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qwlora.base.readers.folder import read_config
+from qwlora.base.readers.configuration import read_config
 from qwlora.base.readers.safetensors_files import SafetensorsFiles
 from qwlora.base.storage import read_layers, read_record
 from qwlora.errors import FingerprintError, GridError, SourceError
@@ -31,7 +31,7 @@ class BaseCheckpoint:
         self.folder, self._where = Path(folder), f"base {str(folder)!r}"
         self.record, self.files = read_record(self.folder), SafetensorsFiles(self.folder)
         self.layers = {parameter_name(path): (path, *found) for path, found in read_layers(self.record, self._where).items()}
-        self.config = read_config(self.folder)
+        self.config = read_config(self.folder, len(self.files.names()))
         parts = {f"{path}.{part}": name for name, (path, *_) in self.layers.items() for part in Parts._fields}
         self.stored: dict[str, list[str]] = {}
         for found in self.files.names():

@@ -1,4 +1,5 @@
-"""The tensors of a Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+"""The tensors of a Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names; with neither, the only file or index
+that there is under another name (AutoGPTQ's `gptq_model-4bit-128g.safetensors`).
 
 Opening reads headers only. `read` gives a view of the mapped file, whose pages the system loads when they are touched; or, unmapped, a copy, so that a file
 larger than memory leaves nothing behind. `safetensors` maps and reads; what is here is the folder's layout, and a check of each header that names the tensor
@@ -37,8 +38,8 @@ class SafetensorsFiles:
     """Tensors of `folder` under the names that the files give them.
 
     Raises:
-        SourceError: there are no safetensors files, the index names a file that is missing or outside the folder, a tensor is missing or there twice, or a file
-            is truncated or malformed.
+        SourceError: there are no safetensors files, or several of which none has the usual name; the index names a file that is missing or outside the folder;
+            a tensor is missing or there twice; a file is truncated or malformed.
     """
 
     def __init__(self, folder: str | Path, mapped: bool = True):
@@ -98,17 +99,29 @@ class SafetensorsFiles:
     def _listed_files(self) -> dict[Path, list[str] | None]:
         """Each file, with the names that the index gives it."""
         if (self.folder / INDEX).is_file():
-            return self._indexed_files()
+            return self._indexed_files(self.folder / INDEX)
         if (self.folder / SINGLE).is_file():
             return {self.folder / SINGLE: None}
+        if index := self._only("*.safetensors.index.json"):
+            return self._indexed_files(index)
+        if single := self._only("*.safetensors"):
+            return {single: None}
         if old := sorted(p.name for p in self.folder.glob("pytorch_model*.bin")):
             raise SourceError(
                 f"{str(self.folder)!r} holds {old[0]}, a pickle, which can run code when it is read; save it as safetensors (model.save_pretrained) first"
             )
         raise SourceError(f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint")
 
-    def _indexed_files(self) -> dict[Path, list[str] | None]:
-        index = self.folder / INDEX
+    def _only(self, pattern: str) -> Path | None:
+        """The file of this pattern, if there is one."""
+        found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+            remedy = f"name the one that is meant {INDEX if pattern.endswith('.json') else SINGLE}, or take the others away"
+            raise SourceError(f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}, and does not say which of {names} to read; {remedy}")
+        return found[0] if found else None
+
+    def _indexed_files(self, index: Path) -> dict[Path, list[str] | None]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise SourceError(f"{str(index)!r}: weight_map must say for each tensor the file that holds it")

@@ -253,7 +253,7 @@ def test_what_stands_beside_the_body_of_a_model_is_a_head_and_stays_float() -> N
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=260, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2))  # names none
     assert sum(found.by_default for found in find_tensors(t5).values()) == 16
     config = GPT2Config(vocab_size=260, n_positions=64, n_embd=32, n_layer=1, n_head=2, num_labels=3, pad_token_id=0)
-    for wrap in (lambda m: m, lambda m: get_peft_model(m, LoraConfig(target_modules=["c_attn"], task_type="SEQ_CLS"))):
+    for wrap in (lambda m: m, lambda m: get_peft_model(m, LoraConfig(target_modules=["c_attn"], task_type="SEQ_CLS", fan_in_fan_out=True))):
         found = find_tensors(wrap(GPT2ForSequenceClassification(config)))
         assert {c.paths[0].rpartition(".")[2] for c in found.values() if c.by_default} == {"c_attn", "c_proj", "c_fc"}
         assert ("score",) in [c.paths for c in found.values()], "a rule still reaches it"

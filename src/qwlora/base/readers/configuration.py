@@ -15,7 +15,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from qwlora.errors import SourceError
 
-COUNTS = re.compile(r".*(layers|blocks|depths?|labels|_dense_replace)|n_layer|num_layer|attention_types")
+COUNTS = re.compile(r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types")
+LABELS, MOST_LABELS = "num_labels", 1_000_000  # a classifier has one tensor for all of them
 FEW = 128  # honest files of few tensors say as much of what they do not have (max_window_layers)
 MOST = 10_000  # layers, where it is not known how many tensors there are
 
@@ -68,8 +69,10 @@ def check_counts(settings: Mapping[str, Any], most: int, where: str) -> None:
             rest += [(f"{key}.{name}".lstrip("."), COUNTS.fullmatch(str(name)) is not None, part) for name, part in value.items()]
         elif isinstance(value, list):
             rest += [(key, counts, part) for part in value]
-        elif counts and isinstance(value, int) and value > most:
-            raise SourceError(f"{where}: {key} is {value}, but a model of these files has at most {most}; it is damaged, or belongs to another model")
+        elif isinstance(value, int):
+            limit = MOST_LABELS if key.rpartition(".")[2] == LABELS else most if counts else value
+            if value > limit:
+                raise SourceError(f"{where}: {key} is {value}, but a model of these files has at most {limit}; it is damaged, or belongs to another model")
 
 
 def _unreadable(folder: Path, error: Exception) -> SourceError:

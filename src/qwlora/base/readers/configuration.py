@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 from qwlora.errors import SourceError
 
 COUNTS = re.compile(r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types")
-LABELS, MOST_LABELS = "num_labels", 1_000_000  # a classifier has one tensor for all of them
+LABELS, MOST_LABELS = "num_labels", 300_000  # a classifier has one tensor for all of them
 FEW = 128  # honest files of few tensors say as much of what they do not have (max_window_layers)
 MOST = 10_000  # layers, where it is not known how many tensors there are
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from conftest import ARCHITECTURES, text, tiny_model
 from qwlora.base.packed import packed_weights
@@ -358,3 +359,18 @@ def test_interrupted_quantizing_keeps_the_blocks_that_are_done(recipe_for: Any, 
     results, _ = run_recipe(path, out, verbs=("quantize",))
     whole, _ = run_recipe(path, tmp_path / "whole", verbs=("quantize",))
     assert results["base"]["fingerprint"] == whole["base"]["fingerprint"]
+
+
+def test_quantizing_alone_goes_through_the_files_and_makes_the_same_base(recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    """The whole run quantizes the float model that its perplexity was measured of; `qwlora quantize` never has it in memory."""
+    changes = ("base.solver=gptq", "base.calibration_sequences=2", "adapters=[{name: first, steps: 1, warmup_steps: 0, rank: 2, init: qera}]")
+    model = shutil.copytree(checkpoints["qwen3"], tmp_path / "model")
+    GenerationConfig(eos_token_id=[7, 8], temperature=0.5, do_sample=True).save_pretrained(model)
+    recipe = recipe_for("qwen3", model={"source": str(model)})
+    whole, _ = run_recipe(recipe, tmp_path / "whole", *changes)
+    alone, _ = run_recipe(recipe, tmp_path / "alone", *changes, verbs=("quantize",))
+    assert alone["base"] == whole["base"]
+    for out in ("whole", "alone"):
+        assert load_base(tmp_path / out / "base").generation_config.eos_token_id == [7, 8]
+    files = [{f.name: f.read_bytes() for f in (tmp_path / out / "base" / "moments").iterdir()} for out in ("whole", "alone")]
+    assert files[0] == files[1]

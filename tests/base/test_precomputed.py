@@ -209,10 +209,11 @@ def test_streaming_writes_the_base_that_quantizing_in_memory_writes(kind: str, t
     (tmp_path / "streamed").mkdir()
     rules = [Rule("*.down_proj", parse_scheme("w8-channel")), Rule("*.k_proj", None), Rule("*embed_tokens", parse_scheme("w4-block16"))]
     rules = rules if kind in ("llama", "qwen3") else []
-    identity = quantize_checkpoint(Held(model_of(kind)), byte_tokenizer(), tmp_path / "streamed", "x", "w4-block32", "rtn", rules=rules, shard_bytes=30_000)
+    streamed = quantize_checkpoint(Held(model_of(kind)), byte_tokenizer(), tmp_path / "streamed", "x", "w4-block32", "rtn", rules=rules, shard_bytes=30_000)
     model = model_of(kind)
-    quantize_(model, "w4-block32", "rtn", rules=rules)
-    assert identity == fingerprint(model)
+    report = quantize_(model, "w4-block32", "rtn", rules=rules)
+    assert streamed.fingerprint == fingerprint(model)
+    assert streamed.report == report
     loaded = load_base(tmp_path / "streamed")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -231,7 +232,7 @@ def test_streaming_holds_one_module_and_a_shard(kind: str, tmp_path: Path, left:
 
 def test_streaming_keeps_the_integers_of_a_checkpoint(tmp_path: Path) -> None:
     checkpoint = Held(tiny_model("llama"), parse_scheme("w4-block32"))
-    identity = quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", None)
+    identity = quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", None).fingerprint
     assert identity == fingerprint(load_precomputed(checkpoint)) == fingerprint(load_base(tmp_path))
     with pytest.raises(SourceError, match=r"q_proj.weight is integers already in the files; leave the scheme out"):
         quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn")

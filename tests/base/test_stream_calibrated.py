@@ -34,9 +34,9 @@ def test_the_base_that_quantizing_in_memory_makes(kind: str, tmp_path: Path, tok
     rules = [Rule("*.layers.0.mlp.down_proj", None), Rule("*embed_tokens", parse_scheme("w4-block16"), "search")] if kind in ("llama", "qwen3") else []
     model = model_of(kind)
     memory, streamed = Moments(tmp_path / "memory"), Moments(tmp_path / "streamed")
-    quantize_(model, "w4-block32", "gptq", rules=rules, calibration=tokens, moments=memory)
+    report = quantize_(model, "w4-block32", "gptq", rules=rules, calibration=tokens, moments=memory)
     (tmp_path / "base").mkdir()
-    identity = quantize_checkpoint(
+    result = quantize_checkpoint(
         Held(model_of(kind)),
         byte_tokenizer(),
         tmp_path / "base",
@@ -48,7 +48,8 @@ def test_the_base_that_quantizing_in_memory_makes(kind: str, tmp_path: Path, tok
         moments=streamed,
         shard_bytes=30_000,
     )
-    assert identity == fingerprint(model)
+    assert result.fingerprint == fingerprint(model)
+    assert result.report == report
     loaded = load_base(tmp_path / "base")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -89,7 +90,7 @@ def test_goes_on_after_the_last_finished_part(tmp_path: Path, tokens: Tensor) ->
     assert [file.name for file in work.iterdir()] == ["model.layers.0.safetensors"]
     with pytest.raises(SourceError, match="is not a QWLoRA base"):
         load_base(base)
-    identity = quantize_checkpoint(Held(tiny_model("llama")), byte_tokenizer(), base, "x", "w4-block32", "gptq", **ask)
+    identity = quantize_checkpoint(Held(tiny_model("llama")), byte_tokenizer(), base, "x", "w4-block32", "gptq", **ask).fingerprint
     model = tiny_model("llama")
     quantize_(model, "w4-block32", "gptq", calibration=tokens)
     assert identity == fingerprint(model) == fingerprint(load_base(base))

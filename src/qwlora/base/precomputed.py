@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from qwlora.base.assembly import Place, empty_model, listed, place_name, put_, tensor_at, tensor_places
 from qwlora.base.checkpoint import Checkpoint
@@ -45,6 +45,9 @@ class LazyModel:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.model = empty_model(checkpoint.config, len(checkpoint.names()))
+        folder = getattr(checkpoint, "folder", None)  # of a checkpoint that is one
+        if folder is not None and (folder / "generation_config.json").is_file():
+            self.model.generation_config = GenerationConfig.from_pretrained(folder)
         self.places = tensor_places(self.model)
         first = {place_name(place): name for name, places in self.places.items() for place in places}
         self.stored = {first.get(name, name): name for name in checkpoint.names()}  # a tied tensor may be stored under any of its names

@@ -9,6 +9,7 @@ needs, and one shard. A solver that follows the inputs of a layer needs a block 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,27 @@ from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.gptq import GptqSettings
 from qwlora.base.packed import pack_at_, tie_weights_
 from qwlora.base.precomputed import LazyModel
-from qwlora.base.quantize import batches_of, plan_layers
+from qwlora.base.quantize import QuantizeReport, base_size, batches_of, plan_layers
 from qwlora.base.rules import Assignment, Rule
 from qwlora.base.shards import SHARD_BYTES
 from qwlora.base.solver import CALIBRATED
 from qwlora.base.storage import BaseWriter
 from qwlora.base.stream_calibrated import PartsOnDemand
-from qwlora.base.tensors import solve_tensor, tensor_out_in
+from qwlora.base.tensors import LayerReport, solve_tensor, tensor_out_in
 from qwlora.errors import SourceError
 from qwlora.grid.moment import Moments
+from qwlora.grid.names import canonical_name
 from qwlora.grid.presets import weight_scheme
 from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track, untracked
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The fingerprint of a base that was written, and what was done to each tensor."""
+
+    fingerprint: str
+    report: QuantizeReport
 
 
 def quantize_checkpoint(
@@ -50,8 +60,8 @@ def quantize_checkpoint(
     gptq: GptqSettings | None = None,
     shard_bytes: int = SHARD_BYTES,
     track: Track = untracked,
-) -> str:
-    """Write the base of `checkpoint` into `folder`, which must exist; returns its fingerprint, which is that of `quantize_` and `save_base`.
+) -> Streamed:
+    """Write the base of `checkpoint` into `folder`, which must exist: the same as `quantize_` and `save_base` make.
 
     Args:
         scheme: as for `quantize_`; None keeps the integers of a checkpoint that has them, and quantizes nothing.
@@ -70,13 +80,14 @@ def quantize_checkpoint(
     if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
         batches = batches_of(calibration)
         with PartsOnDemand(lazy, writer, parts_of(lazy.model, plan), len(batches)):
-            quantize_parts_(lazy.model, plan, batches, moments, work, track)
+            layers = quantize_parts_(lazy.model, plan, batches, moments, work, track)
     else:
-        _module_by_module(lazy, writer, plan, track)
-    return writer.finish(lazy.model, tokenizer, source)
+        layers = _module_by_module(lazy, writer, plan, track)
+    return Streamed(writer.finish(lazy.model, tokenizer, source), QuantizeReport(base_size(lazy.model), layers))
 
 
-def _module_by_module(lazy: LazyModel, writer: BaseWriter, plan: Mapping[str, Assignment], track: Track) -> None:
+def _module_by_module(lazy: LazyModel, writer: BaseWriter, plan: Mapping[str, Assignment], track: Track) -> dict[str, LayerReport]:
+    reports = {}
     modules: dict[str, list[str]] = {}
     for name in lazy.stored:
         modules.setdefault(lazy.places[name][0][0], []).append(name)
@@ -84,21 +95,23 @@ def _module_by_module(lazy: LazyModel, writer: BaseWriter, plan: Mapping[str, As
         for name in modules[path]:
             lazy.load_(name)
             if name in plan:
-                _quantize_(lazy, name, plan[name])
+                reports[canonical_name(name)] = _quantize_(lazy, name, plan[name])
         writer.add(lazy.model.get_submodule(path), path)
         for name in modules[path]:
             _let_go_(lazy, name)
+    return reports
 
 
-def _quantize_(lazy: LazyModel, name: str, todo: Assignment) -> None:
+def _quantize_(lazy: LazyModel, name: str, todo: Assignment) -> LayerReport:
     """Pack the tensor `name`, everywhere that it is read."""
     (path, key), *others = lazy.places[name]
     if key not in lazy.model.get_submodule(path)._parameters:
         raise SourceError(f"{name} is integers already in the files; leave the scheme out to keep them, or start from a float checkpoint")
-    quantized, _ = solve_tensor(name, tensor_out_in(lazy.model, name), todo)
+    quantized, report = solve_tensor(name, tensor_out_in(lazy.model, name), todo)
     pack_at_(lazy.model, name, quantized)
     if others:
         tie_weights_(lazy.model)
+    return report
 
 
 def _let_go_(lazy: LazyModel, name: str) -> None:

@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qwlora.adapter.equalize import equalize_adapter_
 from qwlora.adapter.provenance import check_adapter, load_adapter
 from qwlora.base.checkpoint import Checkpoint
+from qwlora.base.precomputed import LazyModel
+from qwlora.base.readers.folder import FloatCheckpoint
 from qwlora.base.readers.open_checkpoint import open_checkpoint
 from qwlora.base.source import check_counts_of, load_model, load_tokenizer, locate
 from qwlora.base.storage import load_base, read_record
@@ -97,6 +99,16 @@ class Session:
         section = self.recipe.model
         return open_checkpoint(location.path, section.encodings, keep_float=section.keep_float, block_order=section.block_order)
 
+    def lazy(self) -> LazyModel | None:
+        """The float model with its weights in their files; None if they are not in a folder that can be read tensor by tensor."""
+        location = locate(self.recipe.model.source)
+        if not location.files or location.gguf_file or self.recipe.model.encodings is not None:
+            return None
+        try:
+            return LazyModel(FloatCheckpoint(location.path))
+        except SourceError:  # weights that transformers makes of others, or in pickles: it loads them whole
+            return None
+
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights, on the meta device: to see whether an adapter fits it."""
         config = self._float_model.config if self._float_model is not None else self._config()
@@ -107,6 +119,11 @@ class Session:
         location = locate(self.recipe.model.source)
         check_counts_of(location)
         return AutoConfig.from_pretrained(location.pretrained, **location.arguments())
+
+    @property
+    def holds_float_model(self) -> bool:
+        """Whether it is in memory."""
+        return self._float_model is not None
 
     def take_float_model(self) -> PreTrainedModel:
         """Hand the float model over to whoever changes it."""

@@ -28,6 +28,7 @@ from qwlora.base.quantize import QuantizeReport, base_size, plan_layers, quantiz
 from qwlora.base.rules import Rule
 from qwlora.base.source import locate
 from qwlora.base.storage import save_base
+from qwlora.base.stream import quantize_checkpoint
 from qwlora.data.isolation import check_isolation
 from qwlora.data.prepare import describe
 from qwlora.errors import FingerprintError, SourceError, TrainingError
@@ -76,7 +77,7 @@ def preflight(session: Session, verbs: set[str]) -> None:
             raise SourceError(
                 f"the tokenizer of {session.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"
             )
-        if session.data.train.position_ids is not None and session.recipe.base.solver != "keep":  # whose model has no weights here; training looks again
+        if session.data.train.position_ids is not None and not embedding.weight.is_meta:  # training looks again
             check_isolation(model)
 
 
@@ -90,7 +91,8 @@ def _unquantized(session: Session) -> PreTrainedModel:
         return LazyModel(session.checkpoint()).model
     if not has_float_model(session.recipe):
         raise SourceError(f"model {session.recipe.model.source!r} is quantized already; take its integers as they are (base.solver: keep)")
-    model = session.float_model()
+    lazy = session.lazy()
+    model = session.float_model() if lazy is None else lazy.model
     plan_layers(model, base.weights.scheme(), base.solver, _rules(base))
     return model
 
@@ -101,28 +103,35 @@ def _rules(base: Base) -> list[Rule]:
 
 def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 1: the packed base."""
-    base = session.recipe.base
-    if base.solver == "keep":
-        model = load_precomputed(session.checkpoint(), session.track)
-        report = QuantizeReport(base_size(model))
-    else:
-        model = session.take_float_model()
-        report = quantize_(
-            model,
-            base.weights.scheme(),
-            base.solver,
-            rules=_rules(base),
-            calibration=session.data.calibration_ids[: base.calibration_sequences],
-            moments=Moments(work / MOMENTS) if needs_moments(session.recipe) else None,
-            work=work,
-            gptq=GptqSettings(**base.gptq.model_dump()),
-            track=session.track,
-        )
-    identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)
+    identity, report = _quantize(session, scratch, work)
     if (work / MOMENTS).is_dir():
         shutil.copytree(work / MOMENTS, scratch / MOMENTS)  # a kill from here on finds them beside the finished parts
     layers = {name: asdict(layer) for name, layer in report.layers.items()}
     return {"base": {**asdict(report.size), "bits_per_weight": report.size.bits_per_weight, "fingerprint": identity, "layers": layers}}
+
+
+def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, QuantizeReport]:
+    """Write the base: from the float model if an evaluation left it in memory, else from its files, a block at a time where they can be read so."""
+    base, source = session.recipe.base, session.recipe.model.source
+    if base.solver == "keep":
+        model = load_precomputed(session.checkpoint(), session.track)
+        return save_base(model, session.tokenizer, scratch, source), QuantizeReport(base_size(model))
+    scheme = base.weights.scheme()
+    asked: dict[str, Any] = {
+        "rules": _rules(base),
+        "calibration": session.data.calibration_ids[: base.calibration_sequences],
+        "moments": Moments(work / MOMENTS) if needs_moments(session.recipe) else None,
+        "work": work,
+        "gptq": GptqSettings(**base.gptq.model_dump()),
+        "track": session.track,
+    }
+    lazy = None if session.holds_float_model else session.lazy()
+    if lazy is not None:
+        streamed = quantize_checkpoint(lazy.checkpoint, session.tokenizer, scratch, source, scheme, base.solver, **asked)
+        return streamed.fingerprint, streamed.report
+    model = session.take_float_model()
+    report = quantize_(model, scheme, base.solver, **asked)
+    return save_base(model, session.tokenizer, scratch, source), report
 
 
 def calibrate_base(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_, save_base
-from qwlora.base.source import load_model, load_tokenizer, locate
+from qwlora.base.inspect import inspect_source
+from qwlora.base.source import _downloaded, fetch, load_model, load_tokenizer, locate
 from qwlora.errors import SourceError
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -71,3 +76,59 @@ def test_a_folder_of_gguf_files_names_them(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with pytest.raises(SourceError, match=r"has no config.json; give one of its files: a.gguf, b.gguf$"):
         locate(str(tmp_path))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
+    """A hub without a network: folders by id, of which the client's own filter takes what is asked for."""
+
+    def download(repository: str, allow_patterns: list[str], ignore_patterns: list[str] | None) -> str:
+        there, cache = tmp_path / "hub" / repository, tmp_path / "cache" / repository
+        if not there.is_dir():
+            raise OSError("404 Client Error")
+        files = [str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(there / file, cache / file)
+        return str(cache)
+
+    def folder_of(repository: str) -> Path:
+        folder = tmp_path / "hub" / repository
+        folder.mkdir(parents=True)
+        return folder
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    _downloaded.cache_clear()
+    yield folder_of
+    _downloaded.cache_clear()
+
+
+def test_a_hub_id_is_downloaded_and_read_like_a_folder(hub: Callable[[str], Path]) -> None:
+    folder = hub("owner/floats")
+    tiny_model("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.safetensors").write_bytes(b"another format of the same weights")
+    assert torch.equal(load_model("owner/floats").get_parameter(DOWN), tiny_model("llama").get_parameter(DOWN))
+    assert load_tokenizer("owner/floats")("a")["input_ids"]
+    assert not (fetch("owner/floats").path / "onnx").exists()
+
+
+def test_integers_and_single_files_are_had_from_the_hub(hub: Callable[[str], Path]) -> None:
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32", "rtn")
+    save_base(model, byte_tokenizer(), hub("owner/base"), "somewhere")
+    assert not fetch("owner/base").holds_floats
+    assert any("int4" in view.grid for view in inspect_source("owner/base").tensors)
+    files = hub("owner/files")
+    (files / "q4").mkdir()
+    for name in ("q4/model.gguf", "other.gguf"):
+        (files / name).write_bytes(b"GGUF")
+    found = fetch("owner/files/q4/model.gguf")
+    assert (found.path.read_bytes(), found.gguf_file) == (b"GGUF", "model.gguf")
+    assert not (found.path.parents[1] / "other.gguf").exists()
+
+
+def test_what_the_hub_does_not_have_is_named(hub: Callable[[str], Path]) -> None:
+    with pytest.raises(SourceError, match=r"model 'owner/nothing' is no local folder, and cannot be had from the hub: 404 Client Error"):
+        load_model("owner/nothing")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qwlora.base.inspect_files import AimetFile, Opened, Stored, open_files
-from qwlora.base.source import locate
+from qwlora.base.source import fetch
 from qwlora.errors import SourceError
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.sqnr import sqnr_db
@@ -126,12 +126,9 @@ def path_of(source: str) -> Path:
     """The file or folder that a source stands for.
 
     Raises:
-        SourceError: nothing is there, or it is on the hub.
+        SourceError: nothing is there, or it cannot be had from the hub.
     """
-    location = locate(source)
-    if not location.files:
-        raise SourceError(f"{source!r} is not here: download it first (hf download {source}), and give the folder")
-    return Path(location.pretrained, location.gguf_file or "")
+    return fetch(source).path
 
 
 def _views(opened: Opened) -> list[TensorView]:

@@ -4,10 +4,10 @@
     ./a/model.gguf             a GGUF file (dequantized while loading)
     package:NAME/PATH          a file or folder inside an installed Python package, found without importing the package
     A+B+C                      parts of one .gguf file in their order, each as one of the above; joined once, in the user's cache
-    owner/name                 a Hugging Face hub id
+    owner/name                 a Hugging Face hub id; owner/name/FILE.gguf a file of it. `fetch` has the hub's client download it
     ./a/base                   a base that was frozen before, whose integers can be kept, and nothing else be done to them
 
-`locate` is free of torch: it is how a recipe learns early that its model is not there.
+`locate` and `fetch` are free of torch, and `locate` of the network: it is how a recipe learns early that its model is not there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
 @dataclass(frozen=True)
 class Location:
-    """Arguments for `from_pretrained`: a folder or hub id, and the GGUF file inside it if it is one."""
+    """Arguments for `from_pretrained`: a folder or hub id, and the GGUF file inside it if it is one; no files on the hub before `fetch`."""
 
     pretrained: str
     gguf_file: str | None
@@ -44,7 +48,7 @@ class Location:
     @property
     def holds_floats(self) -> bool:
         """Whether transformers alone makes a float model of it: a GGUF file (dequantized), or a folder that no quantizer wrote, ours included."""
-        if self.gguf_file or not self.files:
+        if self.gguf_file:
             return True
         names = {file.name for file in self.files}
         if "base.json" in names:
@@ -67,9 +71,9 @@ def locate(source: str) -> Location:
         path = _inside_package(source)
     else:
         path = Path(source).expanduser()
-        hub_like = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
-        if not path.exists() and hub_like and not source.startswith((".", "/")):
-            return Location(source, None, ())
+        on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.gguf))?", source)
+        if on_hub and not path.exists():
+            return Location(on_hub[1], on_hub[2], ())
     if not path.exists():
         raise SourceError(
             f"model {source!r} does not exist. Give a folder with config.json, a .gguf file, package:NAME/PATH for a file inside an installed package, "
@@ -86,6 +90,32 @@ def locate(source: str) -> Location:
     return Location(str(path.parent), path.name, (path,))
 
 
+def fetch(source: str) -> Location:
+    """`locate`; what is on the hub is downloaded into its client's cache, and found there.
+
+    Raises:
+        SourceError: as `locate`; or the hub has no such model, or cannot be reached.
+    """
+    location = locate(source)
+    if location.files:
+        return location
+    folder = _downloaded(location.pretrained, *([location.gguf_file] if location.gguf_file else _HUB_FILES))
+    if not location.gguf_file and not any(folder.glob("*.safetensors")):
+        folder = _downloaded(location.pretrained, *_HUB_FILES, "*.bin")
+    return locate(str(folder / location.gguf_file if location.gguf_file else folder))
+
+
+@cache
+def _downloaded(repository: str, *files: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    nested = None if any("/" in file for file in files) else ["*/*"]  # other formats of the same weights
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(files), ignore_patterns=nested))
+    except Exception as error:  # offline, not found, private: the hub's client has a dozen classes for them
+        raise SourceError(f"model {repository!r} is no local folder, and cannot be had from the hub: {error}") from error
+
+
 def _inside_package(source: str) -> Path:
     package, _, rest = source.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if re.fullmatch(r"\w+", package) else None
@@ -95,8 +125,8 @@ def _inside_package(source: str) -> Path:
 
 
 def _readable(source: str) -> Location:
-    """`locate`, and see that what reads it is installed and that `check_counts_of` has nothing against it."""
-    location = locate(source)
+    """`fetch`, and see that what reads it is installed and that `check_counts_of` has nothing against it."""
+    location = fetch(source)
     if location.gguf_file and importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(f"gguf is needed to read {source!r} and is not installed: pip install 'qwlora[gguf]'")
     check_counts_of(location)
@@ -104,7 +134,7 @@ def _readable(source: str) -> Location:
 
 
 def check_counts_of(location: Location) -> None:
-    """Refuse files whose configuration would fill memory while transformers reads it; what is on the hub is not looked at.
+    """Refuse files whose configuration would fill memory while transformers reads it.
 
     Raises:
         SourceError: they count more layers than a model has, or cannot be read.
@@ -113,7 +143,7 @@ def check_counts_of(location: Location) -> None:
         from qwlora.base.readers.gguf_file import GgufFile
 
         GgufFile(location.path)
-    elif location.files:
+    else:
         from qwlora.base.readers.configuration import check_folder
 
         check_folder(location.path)
@@ -134,7 +164,7 @@ def load_model(source: str) -> PreTrainedModel:
         raise SourceError(f"model {source!r} holds integers; they can be kept (base.solver: keep), but there is no float model to load")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(location.pretrained, dtype=torch.float32, output_loading_info=True, **location.arguments())
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, ImportError, SafetensorError) as error:
         raise SourceError(f"model {source!r} cannot be loaded: {error}") from error
     model: PreTrainedModel = loaded[0]
     found = loaded[1]
@@ -177,7 +207,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
     location = _readable(source)
     without = f"model {source!r} has no tokenizer: its files (tokenizer.json and the like) belong beside the weights"
-    if location.files and not location.gguf_file and not any(re.match("(tokenizer|vocab|spiece|sentencepiece)", file.name) for file in location.files):
+    if not location.gguf_file and not any(re.match("(tokenizer|vocab|spiece|sentencepiece)", file.name) for file in location.files):
         raise SourceError(without)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.pretrained, **location.arguments())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.base.revision import REVISION
-from qwlora.base.source import locate
+from qwlora.base.source import fetch
 from qwlora.data import Documents
 from qwlora.recipe import Recipe
 
@@ -99,7 +99,7 @@ def needs_moments(recipe: Recipe) -> bool:
 
 def has_float_model(recipe: Recipe) -> bool:
     """Whether there is a float model to compare with: not where the files hold only integers that transformers would need another library for."""
-    return locate(recipe.model.source).holds_floats
+    return fetch(recipe.model.source).holds_floats
 
 
 def dependents(plan: list[Stage], name: str) -> list[str]:
@@ -113,7 +113,7 @@ def dependents(plan: list[Stage], name: str) -> list[str]:
 
 def _stamps(source: str) -> list[tuple[str, int, int]]:
     """Name, size and time of change of each file of the model."""
-    return [(p.name, s.st_size, s.st_mtime_ns) for p in locate(source).files for s in [p.stat()]]
+    return [(p.name, s.st_size, s.st_mtime_ns) for p in fetch(source).files for s in [p.stat()]]
 
 
 def _start_stamps(start: str | None) -> list[tuple[str, int, int]]:

@@ -19,7 +19,7 @@ from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.precomputed import LazyModel
 from qwlora.base.readers.folder import FloatCheckpoint
 from qwlora.base.readers.open_checkpoint import open_checkpoint
-from qwlora.base.source import check_counts_of, load_model, load_tokenizer, locate
+from qwlora.base.source import check_counts_of, fetch, load_model, load_tokenizer
 from qwlora.base.storage import load_base, read_record
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.errors import SourceError
@@ -93,16 +93,14 @@ class Session:
 
     def checkpoint(self) -> Checkpoint:
         """The model's files as they are, integers where they hold integers."""
-        location = locate(self.recipe.model.source)
-        if not location.files:
-            raise SourceError(f"model {self.recipe.model.source!r} is a hub id; download it to a folder to take its integers as they are (base.solver keep)")
+        location = fetch(self.recipe.model.source)
         section = self.recipe.model
         return open_checkpoint(location.path, section.encodings, keep_float=section.keep_float, block_order=section.block_order)
 
     def lazy(self) -> LazyModel | None:
         """The float model with its weights in their files; None if they are not in a folder that can be read tensor by tensor."""
-        location = locate(self.recipe.model.source)
-        if not location.files or location.gguf_file or self.recipe.model.encodings is not None:
+        location = fetch(self.recipe.model.source)
+        if location.gguf_file or self.recipe.model.encodings is not None:
             return None
         try:
             return LazyModel(FloatCheckpoint(location.path))
@@ -116,7 +114,7 @@ class Session:
             return AutoModelForCausalLM.from_config(config)
 
     def _config(self) -> PreTrainedConfig:
-        location = locate(self.recipe.model.source)
+        location = fetch(self.recipe.model.source)
         check_counts_of(location)
         return AutoConfig.from_pretrained(location.pretrained, **location.arguments())
 

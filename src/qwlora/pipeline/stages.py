@@ -26,7 +26,7 @@ from qwlora.base.packed import weight_out_in
 from qwlora.base.precomputed import LazyModel, load_precomputed
 from qwlora.base.quantize import QuantizeReport, base_size, plan_layers, quantize_
 from qwlora.base.rules import Rule
-from qwlora.base.source import locate
+from qwlora.base.source import fetch
 from qwlora.base.storage import save_base
 from qwlora.base.stream import quantize_checkpoint
 from qwlora.data.isolation import check_isolation
@@ -85,7 +85,7 @@ def _unquantized(session: Session) -> PreTrainedModel:
     """The model that step 1 would begin with, after seeing that it can."""
     base = session.recipe.base
     if base.solver == "keep":
-        location = locate(session.recipe.model.source)
+        location = fetch(session.recipe.model.source)
         if location.holds_floats and not location.gguf_file and session.recipe.model.encodings is None:
             raise SourceError(f"model {session.recipe.model.source!r} holds no integers to keep; choose another base.solver, or give model.encodings")
         return LazyModel(session.checkpoint()).model

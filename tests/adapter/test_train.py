@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,38 @@ def test_the_best_evaluation_is_kept_and_waiting_ends(tmp_path: Path) -> None:
     restored = train_adapter(again, IDS, settings, tmp_path, held_out=other)
     assert (restored.best_step, restored.steps, restored.losses) == (report.best_step, report.steps, report.losses)
     assert all(torch.equal(w, weights(model)[n]) for n, w in weights(again).items())
+
+
+def killed_after(step: int) -> Any:
+    """A track that ends the run when `step` is done, before that step is written."""
+
+    def track(steps: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
+        for i in steps:
+            if i == step:
+                raise KeyboardInterrupt
+            yield i
+
+    return track
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_a_killed_run_stops_early_where_the_whole_one_does(tmp_path: Path, patience: int) -> None:
+    """Killed after each evaluation that was no better, between it and the next."""
+    other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3))
+    settings = replace(SETTINGS, steps=60, learning_rate=2e-2, evaluation_steps=3, patience=patience, checkpoint_steps=1)
+    whole = adapted()
+    expected = train_adapter(whole, IDS, settings, tmp_path / "whole", held_out=other)
+    assert expected.best_step is not None
+    assert expected.steps == expected.best_step + 3 * patience < 60
+    for step in range(expected.best_step + 2, expected.steps, 3):
+        with pytest.raises(KeyboardInterrupt):
+            train_adapter(adapted(), IDS, settings, tmp_path / "killed", killed_after(step), held_out=other)
+    resumed = adapted()
+    found = train_adapter(resumed, IDS, settings, tmp_path / "killed", held_out=other)
+    assert found.resumed_from_step > expected.best_step
+    assert (found.steps, found.best_step, found.losses) == (expected.steps, expected.best_step, expected.losses)
+    assert found.evaluations == expected.evaluations
+    assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(resumed).items())
 
 
 def test_evaluation_needs_text(tmp_path: Path) -> None:

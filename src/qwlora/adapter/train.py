@@ -30,7 +30,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 
 from qwlora.adapter.apart import kept_apart
 from qwlora.adapter.attach import check_trainable
-from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of
+from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of, waited
 from qwlora.adapter.loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
 from qwlora.adapter.provenance import WEIGHTS
 from qwlora.adapter.recovery import Recovery
@@ -135,7 +135,7 @@ def train_adapter(
     arguments = _arguments(settings, work, _world_size())
     stand_in = _stand_in(model, through, settings, teacher)
     watch = Watch(track, settings.checkpoint_steps, vocabulary_size(causal_model(model)), lambda: last_good(work))
-    early = [EarlyStoppingCallback(settings.patience)] if settings.patience else []
+    early = _early_stopping(settings, last)
     with _logging_to(logs, settings.report_to):
         trainer = AdapterTrainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])
         trainer.remove_callback(PrinterCallback)
@@ -157,6 +157,15 @@ def train_adapter(
         raise Interrupted(trainer.state.global_step)
     gather_(trainer)
     return _report(trainer.state, watch, settings, step_of(last) if last else 0, trainable)
+
+
+def _early_stopping(settings: TrainingSettings, last: Path | None) -> list[EarlyStoppingCallback]:
+    """With what it had counted at `last`. The Trainer could restore it, but would make each callback anew and restore its control flags too."""
+    if not settings.patience:
+        return []
+    stopping = EarlyStoppingCallback(settings.patience)
+    stopping.early_stopping_patience_counter = waited(last) if last else 0
+    return [stopping]
 
 
 def _stand_in(model: PeftModel, through: Through | None, settings: TrainingSettings, teacher: PreTrainedModel | None) -> ChunkedLoss | TrainedThrough | None:

@@ -139,7 +139,7 @@ def train_adapter(
     with _logging_to(logs, settings.report_to):
         trainer = AdapterTrainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])
         trainer.remove_callback(PrinterCallback)
-        trainer.recovery = Recovery(model, teacher.to(arguments.device)) if teacher is not None else None
+        trainer.recovery = Recovery(model, teacher.to(arguments.device)) if teacher is not None else None  # type: ignore[arg-type] # transformers hides the signature
         if through is not None:
             _take_ranges_(trainer, through, settings)
         trainer._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has

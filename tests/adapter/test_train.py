@@ -19,12 +19,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import TrainingArguments
 
 from conftest import tiny_model
 from qwlora import fingerprint, quantize_
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.checkpoints import last_checkpoint
-from qwlora.adapter.train import TrainingSettings, check_loggers, train_adapter
+from qwlora.adapter.train import TrainingSettings, _arguments, check_loggers, train_adapter
 from qwlora.adapter.watch import divergence_limit
 from qwlora.errors import MissingExtraError, TrainingError
 
@@ -82,6 +83,24 @@ def test_memory_is_given_back_where_it_is_saved_for_time(tmp_path: Path, monkeyp
     monkeypatch.setattr("qwlora.adapter.loss._MANY", 1)
     train_adapter(adapted(), IDS, replace(SETTINGS, gradient_checkpointing=checkpointing), tmp_path)
     assert len(given) == (3 * SETTINGS.steps if checkpointing else 0)
+
+
+def test_a_process_keeps_to_one_device_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class TwoDevices(TrainingArguments):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self._n_gpu = 2  # as the Trainer counts them, where there is no launcher
+
+    alone = train_adapter(adapted(), IDS, SETTINGS, tmp_path / "alone")
+    monkeypatch.setattr("qwlora.adapter.train.TrainingArguments", TwoDevices)
+    model, seen = adapted(), []
+    model.register_forward_pre_hook(lambda *given: seen.append(tuple(given[2]["input_ids"].shape)), with_kwargs=True)
+    assert train_adapter(model, IDS, SETTINGS, tmp_path / "two").losses == alone.losses
+    assert set(seen) == {(2, 32)}
+
+
+def test_the_base_is_not_sent_among_processes_at_every_step(tmp_path: Path) -> None:
+    assert _arguments(SETTINGS, tmp_path, 2).ddp_broadcast_buffers is False
 
 
 class Uneven(torch.utils.data.Dataset[dict[str, Tensor]]):

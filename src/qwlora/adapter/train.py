@@ -239,7 +239,7 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
     if settings.batch_sequences % processes:
         raise TrainingError(f"batch_sequences ({settings.batch_sequences}) cannot be divided among {processes} processes; give a multiple")
     evaluates = settings.evaluation_steps is not None
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
@@ -272,7 +272,11 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False if processes > 1 else None,
+        ddp_broadcast_buffers=False if processes > 1 else None,  # the packed base, which never changes, would be sent at every step
     )
+    if arguments.n_gpu > 1:  # a process keeps to one device: the Trainer would give each a batch, and a copy of the model that has its own loss
+        arguments._n_gpu = 1
+    return arguments
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from qwlora import fingerprint, quantize_
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.checkpoints import last_checkpoint
 from qwlora.adapter.train import TrainingSettings, _arguments, check_loggers, train_adapter
-from qwlora.adapter.watch import divergence_limit
+from qwlora.adapter.watch import Divergence, divergence
 from qwlora.errors import MissingExtraError, TrainingError
 
 SHAPE = LoraShape(rank=4, alpha=8)
@@ -229,9 +229,12 @@ def test_gradient_that_is_no_number_stops_before_the_step(tmp_path: Path) -> Non
 
 
 def test_divergence_with_finite_numbers_stops(tmp_path: Path) -> None:
-    message = r"training diverged: the loss is \d+\.\d+ at step \d+, and has been above .* for 5 steps .*checkpoint"
+    message = r"training diverged: the loss is \d+\.\d+ at step \d+, and has been above .* for 5 steps .*checkpoint.*divergence: ignore goes on"
+    settings = replace(SETTINGS, steps=60, learning_rate=10.0, clip=0.0)
     with pytest.raises(TrainingError, match=message):
-        train_adapter(adapted("qwen3", target_modules=["lm_head"]), IDS, replace(SETTINGS, steps=60, learning_rate=10.0, clip=0.0), tmp_path)
+        train_adapter(adapted("qwen3", target_modules=["lm_head"]), IDS, settings, tmp_path / "stop")
+    ignoring = replace(settings, divergence="ignore")
+    assert train_adapter(adapted("qwen3", target_modules=["lm_head"]), IDS, ignoring, tmp_path / "ignore").steps == 60
 
 
 @pytest.mark.parametrize(
@@ -247,9 +250,36 @@ def test_divergence_with_finite_numbers_stops(tmp_path: Path) -> None:
     ],
 )
 def test_rule_of_divergence(losses: list[float], diverged: bool) -> None:
-    assert (divergence_limit(losses, vocabulary=260) is not None) == diverged
-    if diverged:
-        assert divergence_limit(losses, 260) <= max(losses[0] + 1, math.log(260) + 1)
+    assert (found := divergence(losses, vocabulary=260), found is not None)[1] == diverged
+    assert found is None or found.limit <= max(losses[0] + 1, math.log(260) + 1)
+
+
+def mixed(steps: int, seed: int, share: float = 0.5) -> list[float]:
+    """Code and prose in random order, after some learning."""
+    generator = random.Random(seed)
+    return [(0.6 if generator.random() < share else 2.7) + 2 * math.exp(-step / 20) + generator.gauss(0, 0.1) for step in range(steps)]
+
+
+def first_alarm(losses: list[float], start: int = 1) -> tuple[int, Divergence] | None:
+    found = ((step, divergence(losses[:step], 50_000)) for step in range(start, len(losses) + 1))
+    return next(((step, what) for step, what in found if what), None)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.9])
+def test_data_of_two_kinds_raises_no_alarm(share: float) -> None:
+    assert first_alarm(mixed(4000, 0, share)) is None
+    assert all(first_alarm(mixed(120, seed, share)) is None for seed in range(100))
+
+
+@pytest.mark.parametrize("healthy", [100, 300, 3000])
+@pytest.mark.parametrize(("times", "steps"), [(2.5, 50), (8.0, 15)])
+def test_divergence_on_data_of_two_kinds_is_found_soon(healthy: int, times: float, steps: int) -> None:
+    for seed in range(5):
+        losses = mixed(healthy + 100, seed)
+        climbing = [loss * (1 + (times - 1) * min(1, (i - healthy) / 10)) if i >= healthy else loss for i, loss in enumerate(losses)]
+        found = first_alarm(climbing, healthy)
+        assert found is not None
+        assert healthy < found[0] <= healthy + 10 + steps
 
 
 def test_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:

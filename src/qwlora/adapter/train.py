@@ -62,6 +62,7 @@ class TrainingSettings:
     loss: str = "chunked"
     evaluation_steps: int | None = None
     patience: int | None = None
+    divergence: str = "stop"
     report_to: tuple[str, ...] = ()
     range_learning_rate: float | None = None
 
@@ -134,7 +135,8 @@ def train_adapter(
         return _restore(model, last, final, settings, trainable)
     arguments = _arguments(settings, work, _world_size())
     stand_in = _stand_in(model, through, settings, teacher)
-    watch = Watch(track, settings.checkpoint_steps, vocabulary_size(causal_model(model)), lambda: last_good(work))
+    vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
+    watch = Watch(track, settings.checkpoint_steps, vocabulary, lambda: last_good(work))
     early = _early_stopping(settings, last)
     with _logging_to(logs, settings.report_to):
         trainer = AdapterTrainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from conftest import ARCHITECTURES, tiny_model
+from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from qwlora import load_base, quantize_
 from qwlora.adapter.merge import swallowed
 from qwlora.base.packed import is_packed, packed_weights
 from qwlora.base.packed.unpack import unpack_
 from qwlora.base.rules import Rule
+from qwlora.base.storage import save_base
+from qwlora.cli_merge import _lines
 from qwlora.errors import MergeError
 from qwlora.grid.scheme import parse_scheme
-from qwlora.pipeline.merge import merged_model
+from qwlora.pipeline.merge import Verdict, merged_model
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
@@ -58,6 +61,70 @@ def test_merged_into_floats_it_computes_what_base_and_adapter_compute(architectu
         again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert torch.equal(again.eval()(IDS).logits, merged(IDS).logits)
+
+
+ENDS = {
+    "llama": ("model.embed_tokens", "lm_head"),
+    "gpt2": ("transformer.wte", "lm_head"),
+    "opt": ("model.decoder.embed_tokens", "lm_head"),
+}
+
+
+def tied_and_adapted(architecture: str, targets: list[str], rules: list[Rule] | None = None) -> Any:
+    model = tiny_model(architecture)
+    quantize_(model, "w4-block32", rules=rules or [])
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # what is tested here
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"))
+    return model.eval()
+
+
+@pytest.mark.parametrize("architecture", ENDS)
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["embedding", "head", "both"])
+@pytest.mark.parametrize("is_packed_too", [False, True], ids=["float", "packed"])
+def test_a_tied_layer_that_has_an_adapter_is_merged_by_itself(architecture: str, which: tuple[int, ...], is_packed_too: bool, tmp_path: Path) -> None:
+    rules = [Rule(ENDS[architecture][1], parse_scheme("w8-block32"))] if is_packed_too else []
+    model = tied_and_adapted(architecture, [ENDS[architecture][i] for i in which], rules)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        merged = merged_model(model, "float")
+        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        merged.save_pretrained(tmp_path)
+        again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert not again.config.tie_word_embeddings
+        assert torch.equal(again.eval()(IDS).logits, merged(IDS).logits)
+
+
+@pytest.mark.parametrize("which", [None, 0, 1], ids=["neither", "embedding", "head"])
+def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(which: int | None, tmp_path: Path) -> None:
+    rules, targets = [Rule("lm_head", parse_scheme("w8-block32"))], ["q_proj"] if which is None else [ENDS["llama"][which]]
+    model, twin = tied_and_adapted("llama", targets, rules), tied_and_adapted("llama", targets, rules)
+    merged, floats = merged_model(model, "requantized"), merged_model(twin, "float")
+    assert all(is_packed(merged.get_submodule(path)) for path in ENDS["llama"])
+    assert merged.get_submodule("lm_head").is_tied == (which is None)
+    if which is not None:  # the other is as it was
+        other = ENDS["llama"][1 - which]
+        torch.testing.assert_close(merged.get_submodule(other).tensor.dequantize(), floats.get_submodule(other).weight)
+        assert not torch.equal(*(merged.get_submodule(path).codes for path in ENDS["llama"]))
+    save_base(merged, byte_tokenizer(), tmp_path, "here")
+    with torch.no_grad():
+        torch.testing.assert_close(load_base(tmp_path).eval()(IDS).logits, merged(IDS).logits)
+
+
+def test_a_tie_that_no_configuration_undoes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tied_and_adapted("llama", ["lm_head"])
+    monkeypatch.setattr(type(model.get_base_model()), "get_expanded_tied_weights_keys", lambda *_, **__: {"lm_head.weight": "model.embed_tokens.weight"})
+    with pytest.raises(MergeError, match=r"lm_head: LlamaForCausalLM always ties this layer, .*keep the adapter separate"):
+        merged_model(model, "float")
+
+
+def test_what_is_kept_of_no_gain_is_null() -> None:
+    verdict = Verdict({}, base=5.0, adapted=5.0, merged=5.1)
+    assert json.loads(json.dumps(verdict.to_json(), allow_nan=False))["kept"] is None
+    assert "the adapter gained nothing on this text" in _lines(Verdict({}, 5.0, 6.0, 5.1))
+    assert Verdict({}, base=6.0, adapted=5.0, merged=5.5).kept == 0.5
 
 
 def test_merged_onto_the_grid_it_is_the_float_merge_rounded() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from qwlora.adapter.inventory import AdapterFacts
 
 app = typer.Typer(help="List and check the adapters of a job, or any PEFT adapters.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -18,14 +21,25 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A job's directory, 
 
 @app.command("list")
 def list_adapters(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False) -> None:
-    """Show each adapter's kind, size and base."""
-    from qwlora.adapter.inventory import base_beside, facts, find_adapters
+    """Show each adapter's kind, size and base; exit 2 when one cannot be read."""
+    from qwlora.adapter.inventory import AdapterFacts, base_beside, facts, find_adapters
+    from qwlora.errors import QwloraError, SourceError
 
-    base = base_beside(folder)
-    found = [facts(adapter, folder) for adapter in find_adapters(folder)]
+    base, found, unreadable = base_beside(folder), list[AdapterFacts](), list[str]()
+    for adapter in find_adapters(folder):
+        try:
+            found.append(facts(adapter, folder))
+        except QwloraError as error:
+            unreadable.append(str(error))
     if as_json:
         print(json.dumps({"base": base, "adapters": [asdict(f) for f in found]}, indent=1))
-        return
+    elif found:
+        _print(found, base)
+    if unreadable:
+        raise SourceError("\n".join(unreadable))
+
+
+def _print(found: list[AdapterFacts], base: str | None) -> None:
     table = Table("adapter", "kind", "rank", "alpha", "layers", "parameters", "base", box=None, pad_edge=False)
     for f in found:
         whose = "does not say" if f.base is None else f.base[:16] + ("" if base in (None, f.base) else " (another)")
@@ -36,14 +50,17 @@ def list_adapters(folder: Folder, as_json: Annotated[bool, typer.Option("--json"
 
 
 @app.command()
-def check(folder: Folder) -> None:
-    """See that each adapter is whole, finite, and belongs to the base beside it; exit 1 when one does not."""
-    from qwlora.adapter.inventory import base_beside, find_adapters, problems
+def check(
+    folder: Folder, needs_base: Annotated[bool, typer.Option("--needs-base", help="Exit 1 too when one does not say which base it was trained on.")] = False
+) -> None:
+    """See that each adapter is whole, finite, and belongs to the base beside it, if it says to which; exit 1 when one does not."""
+    from qwlora.adapter.inventory import base_beside, find_adapters, problems, says_base
 
     base, wrong = base_beside(folder), 0
     for adapter in find_adapters(folder):
-        found = problems(adapter, base)
+        found = problems(adapter, base, "refuse" if needs_base else "accept")
         wrong += bool(found)
-        print(f"{adapter.relative_to(folder)}: {'; '.join(found) if found else 'good' if base else 'good; no base is here to compare with'}")
+        good = "good; says no base" if not says_base(adapter) else "good" if base else "good; no base is here to compare with"
+        print(f"{adapter.relative_to(folder)}: {'; '.join(found) or good}")
     if wrong:
         raise SystemExit(1)

@@ -53,6 +53,6 @@ def _lines(verdict: Verdict) -> list[str]:
     return [
         f"{verdict.share:.1%} of the adapter's delta is under half a step of the base's grid (most in {most})",
         f"perplexity: base {verdict.base:.3f}, with the adapter {verdict.adapted:.3f}, merged into the integers {verdict.merged:.3f}",
-        f"kept of what the adapter gained: {verdict.kept:.1%}",
+        "the adapter gained nothing on this text" if verdict.kept is None else f"kept of what the adapter gained: {verdict.kept:.1%}",
         verdict.recommendation(),
     ]

@@ -54,6 +54,7 @@ def test_training_anything_else_is_refused() -> None:
         ({"rank_pattern": {"q_prj": 2}}, "rank_pattern 'q_prj'"),
         ({"alpha_pattern": {"q_prj": 2}}, "alpha_pattern 'q_prj'"),
         ({"layers": [1, 5], "target_modules": ["q_proj"]}, "layer 5"),
+        ({"layers": [1, 5]}, "layer 5"),
         ({"target_modules": ["mlp"]}, "cannot be attached"),
     ],
 )
@@ -67,6 +68,18 @@ def test_what_the_model_does_not_have_is_named_without_its_weights(shape: dict[s
         check_shape(skeleton, LoraShape(4, 8, **shape))
     with pytest.raises(TrainingError, match=message):
         attach(base(), LoraShape(4, 8, **shape), seed=0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_every_linear_module_of_chosen_layers_gets_an_adapter(architecture: str, tmp_path: Path) -> None:
+    everywhere = attach(base(architecture), LoraShape(4, 8), seed=0).targeted_module_names
+    chosen = [name for name in everywhere if ".1." in name]
+    model = attach(base(architecture), LoraShape(4, 8, layers=[1]), seed=0)
+    assert model.targeted_module_names == chosen
+    check_shape(tiny_model(architecture), LoraShape(4, 8, layers=[1]))  # of which GPT-2 has Conv1D
+    assert attach(base(architecture), LoraShape(4, 8, layers=[0, 1]), seed=0).targeted_module_names == everywhere
+    save_adapter(model, tmp_path)
+    assert PeftModel.from_pretrained(base(architecture), str(tmp_path)).targeted_module_names == chosen
 
 
 KINDS: dict[str, LoraShape] = {

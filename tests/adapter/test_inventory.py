@@ -90,6 +90,9 @@ def test_files_that_cannot_be_read_are_named(job: Path) -> None:
 def test_base_of_another_job_is_named(job: Path) -> None:
     assert "but the base here has 0000" in problems(job / "adapters" / "a", "0" * 64)[0]
     (job / "adapters" / "a" / "qwlora.json").unlink()
+    assert "does not say which base" in problems(job / "adapters" / "a", base_beside(job), "refuse")[0]
+    assert problems(job / "adapters" / "a", base_beside(job)) == []
+    (job / "adapters" / "a" / "qwlora.json").write_text("{}")
     assert "does not say which base" in problems(job / "adapters" / "a", base_beside(job))[0]
 
 
@@ -110,3 +113,21 @@ def test_commands(job: Path) -> None:
     assert checked.returncode == 1
     assert "adapters/b: base_model" in checked.stdout
     assert command("check", str(job / "base")).returncode == 2
+
+
+def test_adapters_that_peft_saved_are_good(tmp_path: Path) -> None:
+    get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path / "a"))
+    checked = command("check", str(tmp_path))
+    assert (checked.returncode, checked.stdout) == (0, "a: good; says no base\n"), checked.stderr
+    asked = command("check", str(tmp_path), "--needs-base")
+    assert (asked.returncode, "does not say which base it belongs to" in asked.stdout) == (1, True)
+
+
+def test_an_adapter_that_cannot_be_read_leaves_the_others_in_the_list(job: Path) -> None:
+    (job / "adapters" / "a" / WEIGHTS).write_bytes(b"no safetensors")
+    listed = command("list", str(job))
+    assert listed.returncode == 2
+    assert "adapters/b" in listed.stdout
+    assert f"adapters/a': {WEIGHTS} cannot be read" in listed.stderr
+    listed = command("list", str(job), "--json")
+    assert (listed.returncode, [a["name"] for a in json.loads(listed.stdout)["adapters"]]) == (2, ["adapters/b"])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import quantize_
@@ -41,6 +43,56 @@ def test_the_distance_is_that_of_the_states_before_the_heads(architecture: str) 
     assert float(found.detach()) == pytest.approx(float((h - g).square().sum() / g.square().sum()), rel=1e-4)
     assert found.requires_grad
     assert teacher(IDS[:1]).logits.shape[-1] == 260, "the float model runs through again"
+
+
+def test_padding_does_not_count() -> None:
+    model, teacher = pair("llama")
+
+    def terms(ids: Tensor) -> tuple[Tensor, Tensor]:
+        h, g = (m(ids, output_hidden_states=True).hidden_states[-1] for m in (model, teacher))
+        return (h - g).square().sum(), g.square().sum()
+
+    with torch.no_grad():
+        (far, size), (other_far, other_size) = terms(IDS[:1]), terms(IDS[1:2, :10])
+    recovery = Recovery(model, teacher)
+    ids, labels = IDS[:2].clone(), IDS[:2].clone()
+    ids[1, 10:], labels[1, 10:], labels[:, :4] = 0, -100, -100  # padding behind; a question is not learnt, and counts
+    without: dict[str, Tensor] = {"input_ids": ids, "labels": labels}
+    for inputs in (without, {"input_ids": ids, "attention_mask": (torch.arange(24) < torch.tensor([[24], [10]])).long()}):
+        model(**inputs)
+        assert float(recovery.distance(inputs).detach()) == pytest.approx(float((far + other_far) / (size + other_size)), rel=1e-4)
+    nothing = {"input_ids": ids, "labels": torch.full_like(ids, -100)}  # in a batch of several that make a step
+    model(input_ids=ids)
+    assert float(recovery.distance(nothing).detach()) == 0
+
+
+SIZES = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+CHANGE_LOGITS: dict[str, Callable[[], PreTrainedModel]] = {
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=5.0, pad_token_id=0)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0, pad_token_id=0)),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25, pad_token_id=0)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGE_LOGITS)
+def test_models_that_change_their_logits_are_recovered(name: str, tmp_path: Path) -> None:
+    losses = []
+    for loss in ("whole", "chunked"):
+        torch.manual_seed(0)
+        teacher = CHANGE_LOGITS[name]().eval()
+        model = copy.deepcopy(teacher)
+        quantize_(model, "w2-block32-asymmetric")
+        adapted = get_peft_model(model, LoraConfig(r=8, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"))
+        losses.append(train_adapter(adapted, IDS, TrainingSettings(2, 5e-3, 4, 1, "cosine", 30, 0, loss=loss), tmp_path / loss, teacher=teacher).losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_float_model_goes_where_the_model_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, teacher = pair("llama")
+    sent: list[object] = []
+    monkeypatch.setattr(teacher, "to", lambda device: (sent.append(device), teacher)[1])
+    train_adapter(model, IDS, TrainingSettings(1, 5e-3, 4, 0, "cosine", 30, 0), tmp_path, teacher=teacher)
+    assert sent == [next(model.parameters()).device]
 
 
 @pytest.mark.parametrize("loss", ["chunked", "whole"])

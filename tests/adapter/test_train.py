@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import TrainingArguments
 
 from conftest import tiny_model
 from qwlora import fingerprint, quantize_
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.checkpoints import last_checkpoint
-from qwlora.adapter.train import TrainingSettings, check_loggers, train_adapter
-from qwlora.adapter.watch import divergence_limit
+from qwlora.adapter.train import TrainingSettings, _arguments, check_loggers, train_adapter
+from qwlora.adapter.watch import Divergence, divergence
 from qwlora.errors import MissingExtraError, TrainingError
 
 SHAPE = LoraShape(rank=4, alpha=8)
@@ -81,6 +83,24 @@ def test_memory_is_given_back_where_it_is_saved_for_time(tmp_path: Path, monkeyp
     monkeypatch.setattr("qwlora.adapter.loss._MANY", 1)
     train_adapter(adapted(), IDS, replace(SETTINGS, gradient_checkpointing=checkpointing), tmp_path)
     assert len(given) == (3 * SETTINGS.steps if checkpointing else 0)
+
+
+def test_a_process_keeps_to_one_device_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class TwoDevices(TrainingArguments):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self._n_gpu = 2  # as the Trainer counts them, where there is no launcher
+
+    alone = train_adapter(adapted(), IDS, SETTINGS, tmp_path / "alone")
+    monkeypatch.setattr("qwlora.adapter.train.TrainingArguments", TwoDevices)
+    model, seen = adapted(), []
+    model.register_forward_pre_hook(lambda *given: seen.append(tuple(given[2]["input_ids"].shape)), with_kwargs=True)
+    assert train_adapter(model, IDS, SETTINGS, tmp_path / "two").losses == alone.losses
+    assert set(seen) == {(2, 32)}
+
+
+def test_the_base_is_not_sent_among_processes_at_every_step(tmp_path: Path) -> None:
+    assert _arguments(SETTINGS, tmp_path, 2).ddp_broadcast_buffers is False
 
 
 class Uneven(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -144,6 +164,38 @@ def test_the_best_evaluation_is_kept_and_waiting_ends(tmp_path: Path) -> None:
     assert all(torch.equal(w, weights(model)[n]) for n, w in weights(again).items())
 
 
+def killed_after(step: int) -> Any:
+    """A track that ends the run when `step` is done, before that step is written."""
+
+    def track(steps: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
+        for i in steps:
+            if i == step:
+                raise KeyboardInterrupt
+            yield i
+
+    return track
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_a_killed_run_stops_early_where_the_whole_one_does(tmp_path: Path, patience: int) -> None:
+    """Killed after each evaluation that was no better, between it and the next."""
+    other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3))
+    settings = replace(SETTINGS, steps=60, learning_rate=2e-2, evaluation_steps=3, patience=patience, checkpoint_steps=1)
+    whole = adapted()
+    expected = train_adapter(whole, IDS, settings, tmp_path / "whole", held_out=other)
+    assert expected.best_step is not None
+    assert expected.steps == expected.best_step + 3 * patience < 60
+    for step in range(expected.best_step + 2, expected.steps, 3):
+        with pytest.raises(KeyboardInterrupt):
+            train_adapter(adapted(), IDS, settings, tmp_path / "killed", killed_after(step), held_out=other)
+    resumed = adapted()
+    found = train_adapter(resumed, IDS, settings, tmp_path / "killed", held_out=other)
+    assert found.resumed_from_step > expected.best_step
+    assert (found.steps, found.best_step, found.losses) == (expected.steps, expected.best_step, expected.losses)
+    assert found.evaluations == expected.evaluations
+    assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(resumed).items())
+
+
 def test_evaluation_needs_text(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="there is no held-out text"):
         train_adapter(adapted(), IDS, replace(SETTINGS, evaluation_steps=2), tmp_path)
@@ -177,9 +229,12 @@ def test_gradient_that_is_no_number_stops_before_the_step(tmp_path: Path) -> Non
 
 
 def test_divergence_with_finite_numbers_stops(tmp_path: Path) -> None:
-    message = r"training diverged: the loss is \d+\.\d+ at step \d+, and has been above .* for 5 steps .*checkpoint"
+    message = r"training diverged: the loss is \d+\.\d+ at step \d+, and has been above .* for 5 steps .*checkpoint.*divergence: ignore goes on"
+    settings = replace(SETTINGS, steps=60, learning_rate=10.0, clip=0.0)
     with pytest.raises(TrainingError, match=message):
-        train_adapter(adapted("qwen3", target_modules=["lm_head"]), IDS, replace(SETTINGS, steps=60, learning_rate=10.0, clip=0.0), tmp_path)
+        train_adapter(adapted("qwen3", target_modules=["lm_head"]), IDS, settings, tmp_path / "stop")
+    ignoring = replace(settings, divergence="ignore")
+    assert train_adapter(adapted("qwen3", target_modules=["lm_head"]), IDS, ignoring, tmp_path / "ignore").steps == 60
 
 
 @pytest.mark.parametrize(
@@ -195,9 +250,36 @@ def test_divergence_with_finite_numbers_stops(tmp_path: Path) -> None:
     ],
 )
 def test_rule_of_divergence(losses: list[float], diverged: bool) -> None:
-    assert (divergence_limit(losses, vocabulary=260) is not None) == diverged
-    if diverged:
-        assert divergence_limit(losses, 260) <= max(losses[0] + 1, math.log(260) + 1)
+    assert (found := divergence(losses, vocabulary=260), found is not None)[1] == diverged
+    assert found is None or found.limit <= max(losses[0] + 1, math.log(260) + 1)
+
+
+def mixed(steps: int, seed: int, share: float = 0.5) -> list[float]:
+    """Code and prose in random order, after some learning."""
+    generator = random.Random(seed)
+    return [(0.6 if generator.random() < share else 2.7) + 2 * math.exp(-step / 20) + generator.gauss(0, 0.1) for step in range(steps)]
+
+
+def first_alarm(losses: list[float], start: int = 1) -> tuple[int, Divergence] | None:
+    found = ((step, divergence(losses[:step], 50_000)) for step in range(start, len(losses) + 1))
+    return next(((step, what) for step, what in found if what), None)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.9])
+def test_data_of_two_kinds_raises_no_alarm(share: float) -> None:
+    assert first_alarm(mixed(4000, 0, share)) is None
+    assert all(first_alarm(mixed(120, seed, share)) is None for seed in range(100))
+
+
+@pytest.mark.parametrize("healthy", [100, 300, 3000])
+@pytest.mark.parametrize(("times", "steps"), [(2.5, 50), (8.0, 15)])
+def test_divergence_on_data_of_two_kinds_is_found_soon(healthy: int, times: float, steps: int) -> None:
+    for seed in range(5):
+        losses = mixed(healthy + 100, seed)
+        climbing = [loss * (1 + (times - 1) * min(1, (i - healthy) / 10)) if i >= healthy else loss for i, loss in enumerate(losses)]
+        found = first_alarm(climbing, healthy)
+        assert found is not None
+        assert healthy < found[0] <= healthy + 10 + steps
 
 
 def test_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import re
 from typing import Any
 
 import pytest
-from tokenizers import decoders
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer
 from qwlora.base.source import load_tokenizer
@@ -37,6 +37,20 @@ FORGETS = """\
 {% if message['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ message['content'] }}<end>
 {% endfor %}{% if add_generation_prompt %}<|start|>assistant
 {% endif %}"""
+
+
+LLAMA2 = """\
+{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}\
+{% else %}{% generation %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
+MISTRAL = """\
+{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}\
+{% else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
+SPEAKERS = """\
+{{ bos_token }}{% for message in messages %}{{ message['role'] }}:{% if message['role'] == 'user' %}{{ ' ' + message['content'] + '\n' }}\
+{% else %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}"""
+LINES = """\
+{{ bos_token }}{% for message in messages %}<turn>{{ message['role'] + '\n' }}{% if message['role'] == 'user' %}{{ message['content'] + '\n' }}\
+{% else %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}"""
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +100,27 @@ def test_the_derived_mask_is_that_of_the_markers(template: str, last_only: bool)
             assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
         spoken = learnt_text(tokenizer, ids, learnt)
         assert [s.strip() for s in spoken] == ["It is 4.<end>", "Yes, as I said:\n\n It is 4.<end>"][-1 if last_only else 0 :]
+
+
+def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """Words are tokens together with the space before them."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    words = "user: Hi there. user assistant: Hello you, assistant Hi, again. assistant [INST] [/INST] <turn>user <turn>assistant\n"
+    tokenizer.train_from_iterator([words] * 9, trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template)
+
+
+@pytest.mark.parametrize("template", [LLAMA2, MISTRAL, SPEAKERS, LINES])
+def test_without_a_generation_prompt_the_first_word_is_learnt_with_its_space(template: str) -> None:
+    talk = conversation("Hi there.", "Hello you, Hi.", "Hi, again.", "Hello again.")
+    oracle = sentencepiece_tokenizer(template).apply_chat_template(list(talk.messages), return_dict=True, return_assistant_tokens_mask=True)
+    tokenizer = sentencepiece_tokenizer(unmarked(template))
+    ids, learnt = encode_conversation(talk, tokenizer)
+    assert ids == oracle["input_ids"]
+    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
+    assert template == LINES or tokenizer.convert_ids_to_tokens(ids[learnt.index(True)]) == "▁Hello"
 
 
 def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase) -> None:

@@ -72,9 +72,15 @@ def write_saved(path: Path, records: list[Any]) -> None:
     datasets.Dataset.from_list(records).save_to_disk(str(path))
 
 
+def write_json(path: Path, records: list[Any]) -> None:
+    path.write_text(json.dumps(records, indent=1))
+
+
 WRITERS: dict[str, Callable[[Path, list[Any]], None]] = {
     "data.jsonl": write_jsonl,
     "data.ndjson": write_jsonl,
+    "lines.json": write_jsonl,
+    "list.json": write_json,
     "data.csv": write_csv,
     "data.tsv": write_csv,
     "data.parquet": write_parquet,
@@ -193,7 +199,16 @@ WRONG_TABLES = [
     ("a.parquet", b"PAR1 not really", "this is not a Parquet file"),
     ("a.arrow", b"not arrow at all", "this is not an Arrow file"),
     ("a.feather", b"not arrow either", "this is not an Arrow file"),
-    ("a.json", b"[]", ".json files are not read: write one object a line and call it .jsonl"),
+    ("a.json", b"[]", "holds no text: no record is in it"),
+    ("a.json", b'[\n{"text": "a"},\n{"text" "b"}]', ":3: this is not JSON: Expecting ':' delimiter at character 9"),
+    ("a.json", b'[{"text": "a"}, {"text": NaN}]', "this is not JSON that can be used: NaN is not a value of JSON"),
+    ("a.json", b'[{"text": "a"}, {"text": 3}]', " record 2: 'text' must be a string, and is a number"),
+    (
+        "a.json",
+        b'{\n "text": "a"\n}',
+        "this is not JSON: Expecting property name enclosed in double quotes at character 2. A .json file holds a list of records, or one",
+    ),
+    ("a.txt.gz", b"x", ".gz files are not read: unpack it first"),
 ]
 
 
@@ -245,6 +260,56 @@ def test_a_folder_holds_one_kind(tmp_path: Path) -> None:
     (tmp_path / "d.txt").write_text("text")
     with pytest.raises(SourceError, match=r"holds running text \(d.txt\) and records \(a.jsonl\); a source holds one kind"):
         read(tmp_path)
+
+
+def test_splits_of_a_folder_are_named_as_on_the_hub(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    (clone / "data").mkdir(parents=True)
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001", "validation"):
+        write_parquet(clone / "data" / f"{name}.parquet", [{"text": name}])
+    (clone / "README.md").write_text("# A card, which is no document")
+    (clone / "dataset_infos.json").write_text('{\n"default": {}}')
+    (clone / ".cache").mkdir()
+    (clone / ".cache" / "train.json").write_text("{")
+
+    def names(folder: Path, split: str | None) -> list[str]:
+        return [d.text for d in read(folder, Reading(split=split)) if isinstance(d, Text)]
+
+    assert names(clone, "train") == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert names(clone, "test") == ["test-00000-of-00001"]
+    assert names(clone, "validation") == ["validation"]
+    assert len(names(clone, None)) == 4
+    with pytest.raises(SourceError, match=r"named after the split 'rain', as rain-0.parquet or rain/0.parquet; there are data/test-00000-of-00001.parquet, "):
+        read(clone, Reading(split="rain"))
+    for folder in ("train", "dev", "more"):
+        (tmp_path / "folders" / folder).mkdir(parents=True)
+        write_jsonl(tmp_path / "folders" / folder / "0.jsonl", [{"text": folder}])
+    assert (names(tmp_path / "folders", "train"), names(tmp_path / "folders", "validation")) == (["train"], ["dev"])
+    assert names(tmp_path / "folders", "more") == ["more"]
+
+
+def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", RECORDS["text"])
+    for source in (str(tmp_path / "train.jsonl"), "python:string:ascii_letters"):
+        with pytest.raises(SourceError, match=r"has no splits, so data.split: train has no meaning; take it out of the recipe"):
+            read(source, Reading(split="train"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    with pytest.raises(SourceError, match=r"no file or folder in it is named after the split 'train'.*there are a.txt: .*or take it out"):
+        read(tmp_path / "texts", Reading(split="train"))
+
+
+def test_json_in_a_folder_is_read_or_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", RECORDS["text"])
+    write_json(tmp_path / "b.json", RECORDS["text"])
+    assert without_place(read(tmp_path)) == expected("text") * 2
+    (tmp_path / "c.json").write_text('{"version": 1}')
+    with pytest.raises(SourceError, match=r"c.json:1: the field 'text' is missing; there are version"):
+        read(tmp_path)
+    (tmp_path / "README.md").write_text("read alone, it is a document")
+    for name in ("a.jsonl", "b.json", "c.json"):
+        (tmp_path / name).unlink()
+    assert without_place(read(tmp_path)) == [Text("read alone, it is a document")]
 
 
 def test_splits_of_a_saved_dataset(tmp_path: Path) -> None:

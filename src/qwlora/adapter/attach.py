@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter
 from qwlora.errors import SourceError, TrainingError
@@ -46,13 +47,14 @@ class LoraShape:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers: list[int] | None = None
 
-    def config(self) -> LoraConfig:
-        """PEFT's configuration."""
+    def config(self, model: nn.Module) -> LoraConfig:
+        """PEFT's configuration, for `model`: with chosen layers PEFT takes no word for target modules, so `all-linear` becomes their names in a layer."""
+        everything = self.layers is not None and isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=self.target_modules,
+            target_modules=_linear_in_layers(model) if everything else self.target_modules,
             use_rslora=self.rslora,
             use_dora=self.dora,
             rank_pattern=dict(self.rank_pattern),
@@ -73,7 +75,7 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")  # an error below
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT corrects it, by the kind of layer that it finds
-            adapted = get_peft_model(model, shape.config())
+            adapted = get_peft_model(model, shape.config(model))
     except (ValueError, TypeError) as error:
         raise TrainingError(f"LoRA cannot be attached to target_modules {shape.target_modules!r}: {error}") from error
     if lost := list(_unmatched(adapted, shape)):
@@ -179,6 +181,13 @@ def check_trainable(model: nn.Module) -> int:
     if not trainable:
         raise TrainingError("the model has no trainable parameter: attach a LoRA adapter first")
     return sum(trainable.values())
+
+
+def _linear_in_layers(model: nn.Module) -> list[str]:
+    """Names, below the first number in their path, of the modules that PEFT's `all-linear` takes: `mlp.up_proj`. Whole paths would be taken in every layer."""
+    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    found = (re.match(r".*?\.\d+\.(.+)", name) for name in names)
+    return sorted({match[1] for match in found if match})
 
 
 def _unmatched(model: PeftModel, shape: LoraShape) -> list[str]:

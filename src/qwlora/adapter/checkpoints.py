@@ -33,12 +33,16 @@ def last_checkpoint(work: Path) -> Path | None:
 def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: bool) -> Path | None:
     """The checkpoint with the final adapter, if training had ended at `last`: all steps done, or `patience` evaluations without a better one."""
     state = read_state(last)
-    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback")
-    waited = stopping["attributes"]["early_stopping_patience_counter"] if isinstance(stopping, dict) else 0
-    if state["global_step"] < steps and not (patience and waited >= patience):
+    if state["global_step"] < steps and not (patience and waited(last) >= patience):
         return None
     chosen = last.with_name(f"checkpoint-{state['best_global_step']}") if keeps_best and state.get("best_global_step") else last
     return chosen if (chosen / WEIGHTS).exists() else None
+
+
+def waited(checkpoint: Path) -> int:
+    """How many evaluations in a row, up to `checkpoint`, were without a better one, as the early stopping there had counted."""
+    stopping = read_state(checkpoint).get("stateful_callbacks", {}).get("EarlyStoppingCallback")
+    return int(stopping["attributes"]["early_stopping_patience_counter"]) if isinstance(stopping, dict) else 0
 
 
 def last_good(work: Path) -> str:

@@ -69,7 +69,7 @@ def facts(adapter: Path, below: Path) -> AdapterFacts:
         alpha=config.get("lora_alpha"),
         modules=len(layers),
         parameters=sum(_count(shape) for shape in shapes.values()),
-        base=base_of(adapter) if (adapter / FILE).exists() else None,
+        base=base_of(adapter) if says_base(adapter) else None,
     )
 
 
@@ -84,13 +84,24 @@ def base_beside(folder: Path) -> str | None:
     return str(found)
 
 
-def problems(adapter: Path, base: str | None) -> list[str]:
-    """What is wrong with `adapter`, in words; nothing if it is whole and belongs to `base` (which is not looked at if it is None)."""
+def says_base(adapter: Path) -> bool:
+    """Whether `adapter` says which base it was trained on; those that PEFT saved do not."""
+    return (adapter / FILE).exists()
+
+
+def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> list[str]:
+    """What is wrong with `adapter`, in words; nothing if it is whole and belongs to `base` (which is not looked at if it is None).
+
+    Args:
+        unknown_base: whether it is wrong not to say which base it was trained on (`refuse`) or not (`accept`).
+    """
     try:
         config = _config(adapter)
         found = list(_weight_problems(adapter, config))
     except QwloraError as error:
         return [str(error)]
+    if unknown_base == "accept" and not says_base(adapter):
+        return found
     try:
         said = base_of(adapter)
     except QwloraError as error:

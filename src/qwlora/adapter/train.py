@@ -30,7 +30,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 
 from qwlora.adapter.apart import kept_apart
 from qwlora.adapter.attach import check_trainable
-from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of
+from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of, waited
 from qwlora.adapter.loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
 from qwlora.adapter.provenance import WEIGHTS
 from qwlora.adapter.recovery import Recovery
@@ -62,6 +62,7 @@ class TrainingSettings:
     loss: str = "chunked"
     evaluation_steps: int | None = None
     patience: int | None = None
+    divergence: str = "stop"
     report_to: tuple[str, ...] = ()
     range_learning_rate: float | None = None
 
@@ -134,12 +135,13 @@ def train_adapter(
         return _restore(model, last, final, settings, trainable)
     arguments = _arguments(settings, work, _world_size())
     stand_in = _stand_in(model, through, settings, teacher)
-    watch = Watch(track, settings.checkpoint_steps, vocabulary_size(causal_model(model)), lambda: last_good(work))
-    early = [EarlyStoppingCallback(settings.patience)] if settings.patience else []
+    vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
+    watch = Watch(track, settings.checkpoint_steps, vocabulary, lambda: last_good(work))
+    early = _early_stopping(settings, last)
     with _logging_to(logs, settings.report_to):
         trainer = AdapterTrainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])
         trainer.remove_callback(PrinterCallback)
-        trainer.recovery = Recovery(model, teacher) if teacher is not None else None
+        trainer.recovery = Recovery(model, teacher.to(arguments.device)) if teacher is not None else None  # type: ignore[arg-type] # transformers hides the signature
         if through is not None:
             _take_ranges_(trainer, through, settings)
         trainer._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has
@@ -157,6 +159,15 @@ def train_adapter(
         raise Interrupted(trainer.state.global_step)
     gather_(trainer)
     return _report(trainer.state, watch, settings, step_of(last) if last else 0, trainable)
+
+
+def _early_stopping(settings: TrainingSettings, last: Path | None) -> list[EarlyStoppingCallback]:
+    """With what it had counted at `last`. The Trainer could restore it, but would make each callback anew and restore its control flags too."""
+    if not settings.patience:
+        return []
+    stopping = EarlyStoppingCallback(settings.patience)
+    stopping.early_stopping_patience_counter = waited(last) if last else 0
+    return [stopping]
 
 
 def _stand_in(model: PeftModel, through: Through | None, settings: TrainingSettings, teacher: PreTrainedModel | None) -> ChunkedLoss | TrainedThrough | None:
@@ -230,7 +241,7 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
     if settings.batch_sequences % processes:
         raise TrainingError(f"batch_sequences ({settings.batch_sequences}) cannot be divided among {processes} processes; give a multiple")
     evaluates = settings.evaluation_steps is not None
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
@@ -263,7 +274,11 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False if processes > 1 else None,
+        ddp_broadcast_buffers=False if processes > 1 else None,  # the packed base, which never changes, would be sent at every step
     )
+    if arguments.n_gpu > 1:  # a process keeps to one device: the Trainer would give each a batch, and a copy of the model that has its own loss
+        arguments._n_gpu = 1
+    return arguments
 
 
 @contextlib.contextmanager

@@ -1,12 +1,17 @@
 """What is watched while an adapter trains: time, losses, interruption, and whether the numbers still mean anything.
 
-A loss has diverged when five steps in a row lie above
+The loss has diverged when the last 5 steps all lie above, or the mean of the last w lies above,
 
-    min( max(2 m, m + 1),  max(first + 1, log V + 1) )      in nats
+    max( 2 m, m + 1, m + 3 sqrt(2 log N) s / sqrt(n) )      in nats,    n = 5 or w,    w = a quarter of the N steps, 5 at least and 50 at most
 
-where m is the lowest mean of five consecutive losses before them, and log V what knowing nothing costs (V entries in the vocabulary). The first says that what
-was learnt is gone, the second that the model does worse than chance and than it began. A loss or gradient that is not finite stops at once, before the step is
-taken, and the first layer whose output (or the first adapter weight, from the top, whose gradient) is not finite is named.
+where m is the lowest mean of w consecutive losses before them, and s the standard deviation of a loss, from the differences of those that follow one another
+(so that learning does not count). The last term is for data of several kinds in random order, as code and prose: two thirds of it lie between the lowest and
+the highest of N such means. Or when the last 5 steps all lie above what knowing nothing costs, and above the first:
+
+    max( first + 1, log V + 1 )                V entries in the vocabulary
+
+A loss or gradient that is not finite stops at once, before the step is taken, and the first layer whose output (or the first adapter weight, from the top,
+whose gradient) is not finite is named.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,19 +32,40 @@ from qwlora.errors import TrainingError
 from qwlora.grid.names import canonical_name
 from qwlora.progress import Track
 
-WINDOW = 5
+FEW, MANY = 5, 50
 
 
-def divergence_limit(losses: Sequence[float], vocabulary: int) -> float | None:
-    """The limit that the last `WINDOW` of `losses` have all passed, or None."""
-    if len(losses) <= WINDOW:
-        return None
-    before, last = losses[:-WINDOW], losses[-WINDOW:]
-    limit = max(before[0] + 1, math.log(vocabulary) + 1)
-    if len(before) >= WINDOW:
-        lowest = min(statistics.fmean(before[i : i + WINDOW]) for i in range(len(before) - WINDOW + 1))
-        limit = min(limit, max(2 * lowest, lowest + 1))
-    return limit if min(last) > limit else None
+@dataclass(frozen=True)
+class Divergence:
+    """The last `steps` losses lie above `limit`: each of them if they are FEW, else their mean."""
+
+    limit: float
+    steps: int
+
+
+def divergence(losses: Sequence[float], vocabulary: int) -> Divergence | None:
+    """Whether `losses`, of all steps so far, have diverged by the rule above."""
+    window = min(MANY, max(FEW, len(losses) // 4))
+    for steps in sorted({FEW, window}):
+        last = losses[-steps:]
+        above = min(last) if steps == FEW else statistics.fmean(last)
+        limits = [_lost(losses[:-steps], window, steps)]
+        if steps == FEW and len(losses) > FEW:
+            limits.append(max(losses[0] + 1, math.log(vocabulary) + 1))
+        if above > min(limits):
+            return Divergence(min(limits), steps)
+    return None
+
+
+def _lost(before: Sequence[float], window: int, steps: int) -> float:
+    """From where on what was learnt is gone."""
+    if len(before) < window:
+        return math.inf
+    values = torch.tensor(before, dtype=torch.float64)
+    sums = torch.nn.functional.pad(values.cumsum(0), (1, 0))
+    lowest = float((sums[window:] - sums[:-window]).min()) / window
+    spread = float(values.diff().square().mean() / 2) ** 0.5
+    return max(2 * lowest, lowest + 1, lowest + 3 * math.sqrt(2 * math.log(len(before)) / steps) * spread)
 
 
 class Watch(TrainerCallback):
@@ -46,10 +73,11 @@ class Watch(TrainerCallback):
 
     Args:
         checkpoint_steps: a checkpoint is written after every so many steps, besides those that follow an evaluation.
+        vocabulary: its entries; None lets a loss that has diverged go on.
         last_good: says where the newest whole checkpoint is, for the message of an error.
     """
 
-    def __init__(self, track: Track, checkpoint_steps: int, vocabulary: int, last_good: Callable[[], str]):
+    def __init__(self, track: Track, checkpoint_steps: int, vocabulary: int | None, last_good: Callable[[], str]):
         self.track, self.checkpoint_steps, self.vocabulary, self.last_good = track, checkpoint_steps, vocabulary, last_good
         self.step_seconds: list[float] = []
         self.interrupted = False
@@ -77,13 +105,14 @@ class Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if "loss" not in (logs or {}):
+        if self.vocabulary is None or "loss" not in (logs or {}):
             return
         losses = losses_of(state)
-        if (limit := divergence_limit(losses, self.vocabulary)) is not None:
+        if (found := divergence(losses, self.vocabulary)) is not None:
             raise TrainingError(
-                f"training diverged: the loss is {losses[-1]:.3f} at step {state.global_step}, and has been above {limit:.3f} for {WINDOW} steps "
-                f"(lowest before: {min(losses[:-WINDOW]):.3f}); {self.last_good()}. Lower the learning rate (now {args.learning_rate:g}) or raise warmup_steps"
+                f"training diverged: the loss is {losses[-1]:.3f} at step {state.global_step}, and has been above {found.limit:.3f} for {found.steps} steps"
+                f"{'' if found.steps == FEW else ' in the mean'} (lowest before: {min(losses[: -found.steps]):.3f}); {self.last_good()}. "
+                f"Lower the learning rate (now {args.learning_rate:g}) or raise warmup_steps; divergence: ignore goes on all the same"
             )
 
     def interrupt(self, *_: Any) -> None:

@@ -8,7 +8,8 @@ The text is what the tokenizer's own chat template renders. Which of its tokens 
 
 The second holds if each of these renderings is the beginning of the whole one. That is checked for every message. A template that renders a past message
 otherwise than a present one (some leave the reasoning of earlier turns out) is refused: with `turns: apart` each turn is rendered as the last, as it is at
-inference. A template that takes no notice of `add_generation_prompt` writes its header into that difference; then the message begins where its content does.
+inference. A template that takes no notice of `add_generation_prompt` writes its header into that difference; then the message begins where its content does,
+with the spaces before it, and without a header (`[/INST] Hi`) at the difference's begin: SentencePiece has one token for a word and the space before it.
 
 White space after the special token that ends a turn is not learnt: generation stops before it. A token belongs to the message in which its first character is.
 """
@@ -114,9 +115,10 @@ def _assistant_spans(conversation: Conversation, text: str, tokenizer: PreTraine
 
 
 def _content_start(message: Mapping[str, Any], text: str, start: int, where: str) -> int:
-    """Where the content begins, for a template whose generation prompt is empty."""
+    """Where the content begins, with the spaces before it, for a template whose generation prompt is empty."""
     content = (message.get("content") or "").strip()
     found = text.find(content, start) if content else -1
     if found < 0:
         raise SourceError(f"{where}: the chat template has no generation prompt and changes the content, so which tokens are the {ASSISTANT}'s cannot be told")
-    return found
+    header = text[start:found]
+    return start + len(header.rstrip(" ")) if header.strip() else start

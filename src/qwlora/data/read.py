@@ -2,9 +2,10 @@
 
     ./file.txt, .md, or any other   one document, running text
     ./file.jsonl, .ndjson           a document for each line
+    ./file.json                     a document for each record of a list, or for each line
     ./file.csv, .tsv                a document for each row
     ./file.parquet, .arrow, .feather
-    ./folder                        what `datasets.save_to_disk` wrote, or the files of the kinds above below it (.txt and .md for running text)
+    ./folder                        what `datasets.save_to_disk` wrote, or the files of the kinds above below it (`folder.py`)
     python:MODULE:ATTRIBUTE         strings in an installed Python module (a mapping's values, a sequence, or one string)
     owner/name                      a dataset on the Hugging Face hub
 
@@ -22,15 +23,12 @@ from typing import Any
 
 from qwlora.data import tables
 from qwlora.data.document import Document, Text
+from qwlora.data.folder import JSON_LINES_SUFFIXES, RECORD_SUFFIXES, SUFFIXES, folder_files
 from qwlora.data.records import Columns, EmptyRecordError, Fields, choose_fields, make_document
-from qwlora.data.text import read_attribute, read_file, read_json_lines
+from qwlora.data.text import read_attribute, read_file, read_json, read_json_lines
 from qwlora.errors import SourceError
 
-TEXT_SUFFIXES = (".txt", ".md")
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow", ".feather")
-_SUFFIXES = (*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, *TABLE_SUFFIXES)
-_NOT_READ = {".json": "write one object a line and call it .jsonl", ".gz": "unpack it first", ".zip": "unpack it first", ".zst": "unpack it first"}
+_NOT_READ = {".gz": "unpack it first", ".zip": "unpack it first", ".zst": "unpack it first"}
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,14 @@ def locate_documents(source: str) -> None:
             raise SourceError(f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module")
     elif not Path(source).expanduser().exists() and not _is_hub_id(source):
         raise SourceError(
-            f"data source {source!r} does not exist. Give a file (text, {', '.join((*JSON_LINES_SUFFIXES, *TABLE_SUFFIXES))}), a folder of such files "
+            f"data source {source!r} does not exist. Give a file (text, {', '.join(RECORD_SUFFIXES)}), a folder of such files "
             "or of datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a dataset's hub id like owner/name"
         )
 
 
 def _is_hub_id(source: str) -> bool:
     """`owner/name`, and not what is more likely a path with a mistake in it."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not source.startswith(".") and Path(source).suffix not in _SUFFIXES
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not source.startswith(".") and Path(source).suffix not in SUFFIXES
 
 
 @dataclass
@@ -97,6 +95,8 @@ class _Reader:
     def file(self, path: Path) -> None:
         if path.suffix in JSON_LINES_SUFFIXES:
             self.records(read_json_lines(path))
+        elif path.suffix == ".json":
+            self.records(read_json(path))
         elif path.suffix in (".csv", ".tsv"):
             names, rows = tables.read_csv(path)
             self.use(names, str(path))
@@ -128,15 +128,12 @@ class _Reader:
         if tables.is_saved_dataset(path):
             self.table(*tables.read_saved_dataset(path, self.reading.split), str(path))
             return
-        files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
-        if not files:
-            raise SourceError(f"data folder {str(path)!r} holds no {' or '.join(TEXT_SUFFIXES)} file, and no {', '.join(_SUFFIXES[2:])} either")
-        texts = [p for p in files if p.suffix in TEXT_SUFFIXES]
-        if texts and len(texts) < len(files):
-            record_file = next(p for p in files if p.suffix not in TEXT_SUFFIXES)
-            raise SourceError(f"data folder {str(path)!r} holds running text ({texts[0].name}) and records ({record_file.name}); a source holds one kind")
-        for file in files:
+        for file in folder_files(path, self.reading.split):
             self.file(file)
+
+    def _no_split(self, where: str) -> None:
+        if self.reading.split is not None:
+            raise SourceError(f"{where} has no splits, so data.split: {self.reading.split} has no meaning; take it out of the recipe")
 
     def _no_columns(self, where: str) -> None:
         if asked := self.reading.columns.asked:
@@ -152,11 +149,13 @@ def read_documents(source: str, reading: Reading) -> tuple[list[Document], int]:
     """
     reader, path = _Reader(reading), Path(source).expanduser()
     if source.startswith("python:"):
+        reader._no_split(f"data source {source!r}")
         reader._no_columns(f"data source {source!r}")
         reader.documents.extend(read_attribute(source))
     elif path.is_dir():
         reader.folder(path)
     elif path.exists() or not _is_hub_id(source):
+        reader._no_split(f"data source {source!r}")
         reader.file(path)
     else:
         reader.table(*tables.read_hub(source, reading.split, reading.subset), source)

@@ -1,4 +1,4 @@
-"""Text that stands in files and in Python modules, and JSON with one record a line: read with nothing but Python, so that an error knows its line."""
+"""Text in files and in Python modules, and JSON, one record a line or a list of them: read with nothing but Python, so that an error knows its line."""
 
 from __future__ import annotations
 
@@ -61,10 +61,31 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             yield where, json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
         except json.JSONDecodeError as error:
-            hint = ". A .jsonl file holds one whole object a line" if line.strip() in ("[", "{") else ""
+            may = "a list of records, or " if path.suffix == ".json" else ""
+            hint = f". A {path.suffix} file holds {may}one whole object a line" if line.strip() in ("[", "{") else ""
             raise SourceError(f"{where}: this is not JSON: {error.msg} at character {error.colno}{hint}") from error
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{where}: this is not JSON that can be used: {error}") from error
+
+
+def read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """(`file record N`, value) of each element, if the file is a list; else its lines, as `read_json_lines` has them.
+
+    Raises:
+        SourceError: it is not JSON, or see `read_json_lines`.
+    """
+    text = read_file(path)
+    if not text.lstrip().startswith("["):
+        yield from read_json_lines(path)
+        return
+    try:
+        records = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path}:{error.lineno}: this is not JSON: {error.msg} at character {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: this is not JSON that can be used: {error}") from error
+    for number, record in enumerate(records, 1):
+        yield f"{path} record {number}", record
 
 
 def _refuse_constant(name: str) -> Any:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from qwlora.adapter.merge import Swallowed, swallowed
-from qwlora.base.packed.place import pack_at_
+from qwlora.adapter.merge import Swallowed, swallowed, untie_
+from qwlora.base.packed.place import pack_at_, tie_weights_
 from qwlora.base.packed.unpack import restore_conv1d_, unpack_
 from qwlora.base.storage import save_base
 from qwlora.errors import DirectoryError
@@ -53,10 +53,10 @@ class Verdict:
         return sum(layer.below for layer in self.layers.values()) / max(1, sum(layer.entries for layer in self.layers.values()))
 
     @property
-    def kept(self) -> float:
-        """Share of what the adapter gained on the base that is left after merging; can be negative."""
+    def kept(self) -> float | None:
+        """Share of what the adapter gained on the base that is left after merging; can be negative. None if it gained nothing."""
         gained = self.base - self.adapted
-        return (self.base - self.merged) / gained if gained > 0 else float("nan")
+        return (self.base - self.merged) / gained if gained > 0 else None
 
     @property
     def is_harmless(self) -> bool:
@@ -85,18 +85,23 @@ def merge_verdict(session: Session, name: str, track: Track) -> Verdict:
 
 
 def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
-    """The merged model; takes `adapted` apart.
+    """The merged model; takes `adapted` apart. What it tied to a layer with an adapter is tied no longer.
 
     Raises:
-        MergeError: the model has fused experts.
+        MergeError: the model has fused experts, or ties a layer with an adapter whatever its configuration says.
     """
     packed = unpack_(adapted)
+    for layers in untie_(adapted):
+        tensors = [f"{layer}.weight" for layer in layers]
+        if owner := next((packed[tensor] for tensor in tensors if tensor in packed), None):
+            packed |= dict.fromkeys(tensors, owner)
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     if into == "requantized":
         for tensor, quantized in packed.items():
             weight: Tensor = merged.get_parameter(tensor).detach()
             codes = quantized.encoding.quantize(weight.reshape(quantized.codes.shape).float())
             pack_at_(merged, tensor, QuantizedTensor(codes, quantized.encoding))
+        tie_weights_(merged)
     restore_conv1d_(merged)
     return merged.eval()
 

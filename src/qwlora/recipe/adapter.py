@@ -49,6 +49,9 @@ class Adapter(Section):
     )
     evaluation_steps: Count | None = Field(None, description="steps between evaluations on held-out text; the best adapter is kept. None unless given")
     patience: Count | None = Field(None, description="evaluations without a better one after which training stops; needs evaluation_steps")
+    divergence: Literal["stop", "ignore"] = Field(
+        "stop", description="whether a loss that stays far above what it was ends training with an error; one that is no number always does"
+    )
     range_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="learn the ranges of the base's activations too, at this rate, relative to their size (workflow qwa-lora). Fixed unless given"
     )

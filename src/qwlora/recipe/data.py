@@ -14,9 +14,9 @@ class Data(Section):
     """What is learnt from, and how it is cut."""
 
     source: str = Field(
-        description="a text, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of them or of datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id"
+        description="a text, .json(l), .csv, .tsv, .parquet or .arrow file, a folder of them or of datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id"
     )
-    split: str | None = Field(None, description="split of a dataset that has several; train unless given")
+    split: str | None = Field(None, description="split of a dataset that has several, train unless given; of a folder, files named after it, all unless given")
     subset: str | None = Field(None, description="configuration of a dataset on the hub that has several")
     text_column: str | None = Field(None, description="column of running text; columns named text, prompt and completion, or messages are found by themselves")
     prompt_column: str | None = Field(None, description="column of what is given to the model")

@@ -118,7 +118,7 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
         )
     identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)
     if (work / MOMENTS).is_dir():
-        copytree(work / MOMENTS, scratch / MOMENTS)  # a kill from here on finds them again beside the finished parts
+        shutil.copytree(work / MOMENTS, scratch / MOMENTS)  # a kill from here on finds them again beside the finished parts
     layers = {name: asdict(layer) for name, layer in report.layers.items()}
     return {"base": {**asdict(report.size), "bits_per_weight": report.size.bits_per_weight, "fingerprint": identity, "layers": layers}}
 

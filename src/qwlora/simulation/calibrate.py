@@ -25,10 +25,10 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.graph import Mark
 from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track, untracked
-from qwlora.simulation.aten import MASKS
+from qwlora.simulation.aten import MASKS, base_name
 from qwlora.simulation.estimate import estimate
 from qwlora.simulation.observe import SampleObserver
-from qwlora.simulation.place import Placed, near_names
+from qwlora.simulation.place import Placed, Placement, near_names
 from qwlora.simulation.quantizer import FrozenWeight, Mode, Quantizer
 from qwlora.simulation.rules import Decision
 
@@ -87,6 +87,7 @@ class Calibrated(nn.Module):
 
     marks: list[Mark]
     explanation: list[Placed]
+    placement: Placement
     graph_module: GraphModule
 
     def __init__(self) -> None:
@@ -159,7 +160,8 @@ class Calibrated(nn.Module):
     def freeze(self, allow_unseen: bool = False) -> CalibrationReport:
         """Fix the encodings of what has none, from everything observed, and simulate from now on.
 
-        Values that only a mask can hold (beyond 1e30) lose their quantizer, and `explanation` says so.
+        Values that only a mask can hold (beyond 1e30; infinite ones, where an operator made them that combines with masks) lose their quantizer, and
+        `explanation` says so.
 
         Args:
             allow_unseen: a value that no number came by for (an expert that no token chose) stays float; otherwise it is an error.
@@ -172,7 +174,7 @@ class Calibrated(nn.Module):
         operators = {p.node: p.operator for p in self.explanation}
         nodes = {mark.name: mark.node for mark in self.marks}
         for name, quantizer in list(self.quantizers.items()):
-            if quantizer.is_mask and operators.get(nodes[name]) in MASKS:
+            if quantizer.is_mask and (not quantizer.is_infinite or base_name(operators.get(nodes[name], "")) in MASKS):
                 self._drop(name, "a mask: values beyond 1e30")
                 self._masks.append(name)
         unseen = [name for name, q in self.quantizers.items() if q.encoding is None and not q.observer.batches and not q.is_pinned]
@@ -281,7 +283,8 @@ class Calibrated(nn.Module):
         self.graph_module.graph.erase_node(node)
         self.graph_module.delete_submodule(str(node.target))
         self.graph_module.recompile()
-        self.explanation = [replace(p, decision=Decision.FLOAT, reason=reason) if p.node == mark.node else p for p in self.explanation]
+        for placed in (self.explanation, self.placement.weights):  # an input is among the latter
+            placed[:] = [replace(p, decision=Decision.FLOAT, reason=reason) if p.node == mark.node else p for p in placed]
 
     def _set_mode(self, mode: Mode) -> None:
         for quantizer in self.quantizers.values():

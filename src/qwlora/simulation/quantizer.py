@@ -106,6 +106,11 @@ class Quantizer(nn.Module):
         return low is not None and high is not None and bool(max(-float(low), float(high)) > MASK_MAGNITUDE)
 
     @property
+    def is_infinite(self) -> bool:
+        """Whether an infinity came by."""
+        return any(end is not None and bool(end.isinf()) for end in (self.observer.low, self.observer.high))
+
+    @property
     def is_constant(self) -> bool:
         """Whether all values that came by were one."""
         low, high = self.observer.low, self.observer.high

@@ -81,6 +81,16 @@ def test_what_only_a_mask_holds_loses_its_quantizer_whatever_made_it(mask: str) 
     assert next(p for p in made.explanation if p.name == "output.div").reason == "a mask: values beyond 1e30"
 
 
+def test_a_fixed_range_of_masked_scores_is_kept() -> None:
+    rules = (PlacementRule("output.add_", force=True, minimum=-50.0, maximum=50.0), PlacementRule("output.div", force=True, minimum=-50.0))
+    made = attention("add_", *rules)
+    assert made.calibrate([given(seed) for seed in range(3)]).masks == ()
+    encodings = made.encodings
+    assert float(encodings["output.add_"].scale) == pytest.approx(100 / 65535, rel=1e-4)
+    assert 50 / 65535 < float(encodings["output.div"].scale) < 60 / 65535
+    assert relative_error(made, given(0)) < 1e-3
+
+
 def test_an_overflow_is_no_mask() -> None:
     made = attention("sub")
     made.observe([given(0)])

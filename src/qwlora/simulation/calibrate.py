@@ -161,7 +161,7 @@ class Calibrated(nn.Module):
         """Fix the encodings of what has none, from everything observed, and simulate from now on.
 
         Values that only a mask can hold (beyond 1e30; infinite ones, where an operator made them that combines with masks) lose their quantizer, and
-        `explanation` says so.
+        `explanation` says so. An end of a range that a rule fixed is the rule's business.
 
         Args:
             allow_unseen: a value that no number came by for (an expert that no token chose) stays float; otherwise it is an error.

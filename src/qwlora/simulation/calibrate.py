@@ -198,7 +198,7 @@ class Calibrated(nn.Module):
         return {**tensors, "seen": torch.tensor([self._seen.tokens, self._seen.batches])}
 
     def take_in(self, observations: Mapping[str, Tensor]) -> None:
-        """Add what another process observed, as if it came after; exact for the ends of ranges. Call `freeze` for encodings.
+        """Add what another process observed, as if it came after; exact for the ends of ranges. Call `freeze` for encodings; those taken over stay.
 
         Raises:
             CalibrationError: they are of another graph or placement, or kept no sample where this simulation needs one.
@@ -212,7 +212,7 @@ class Calibrated(nn.Module):
             what = f"name values that this graph does not quantize: {', '.join(strangers[:3])}" if "seen" in observations else "do not say how much was seen"
             raise CalibrationError(f"these observations {what}; they belong to another model or placement")
         for name, quantizer in self.quantizers.items():
-            if name not in theirs:
+            if name not in theirs or quantizer.fixed:
                 continue
             try:
                 quantizer.observer.merge(SampleObserver.from_tensors(theirs[name]))
@@ -231,12 +231,15 @@ class Calibrated(nn.Module):
         """Ask for another grid of the activations whose name matches a glob; `freeze` makes it, from what was observed.
 
         Returns:
-            their names.
+            their names; encodings that were taken over stay as they are.
 
         Raises:
-            CalibrationError: none matches, or the scheme has several scales.
+            CalibrationError: none matches but such, or the scheme has several scales.
         """
-        names = self._matching(match, self.quantizers)
+        matching = self._matching(match, self.quantizers)
+        names = [name for name in matching if not self.quantizers[name].fixed]
+        if not names:
+            raise CalibrationError(f"{match!r} matches only activations whose encodings were taken over, {matching[0]} the first: their grids stay as they are")
         for name in names:
             self.quantizers[name].scheme = scheme
         return names

@@ -148,13 +148,17 @@ class Calibrated(nn.Module):
     def take_over(self, encodings: Mapping[str, Encoding]) -> None:
         """Take activation encodings from a simulation of the same base: `observe` simulates these values and takes in the others, and `freeze` leaves them.
 
+        A value that the policy leaves float here stays float: of a layer with an adapter, say, matrix products may read the sum alone.
+
         Raises:
-            CalibrationError: an encoding names no activation of this graph.
+            CalibrationError: an encoding names no value of this graph.
         """
-        if strangers := [name for name in encodings if name not in self.quantizers]:
+        known = {placed.name for placed in (*self.placement.weights, *self.explanation)}
+        if strangers := [name for name in encodings if name not in known]:
             raise CalibrationError(f"encodings name activations that the graph does not have: {', '.join(strangers[:3])}; calibrate the base again")
-        for name, encoding in encodings.items():
-            quantizer = self.quantizers[name]
+        for name, quantizer in self.quantizers.items():
+            if (encoding := encodings.get(name)) is None:
+                continue
             quantizer.scheme, quantizer.encoding, quantizer.fixed = encoding.scheme, encoding, True
 
     def freeze(self, allow_unseen: bool = False) -> CalibrationReport:

@@ -174,13 +174,13 @@ def _parameters(model: nn.Module) -> set[str]:
 
 
 def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A batch of one, repeated."""
+    """A batch of one, repeated. All are copies: of two inputs that are one tensor, export would read one alone."""
     with_axes = [t for t in tensors if t.ndim]
     if not with_axes:
         raise CaptureError("example inputs hold no tensor with an axis; the graph needs one")
-    if with_axes[0].shape[0] != 1:
-        return tuple(t.contiguous() for t in tensors)
-    return tuple((t.repeat(2, *[1] * (t.ndim - 1)) if t.ndim and t.shape[0] == 1 else t).contiguous() for t in tensors)
+    one = with_axes[0].shape[0] == 1
+    repeated = (t.repeat(2, *[1] * (t.ndim - 1)) if one and t.ndim and t.shape[0] == 1 else t for t in tensors)
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in repeated)
 
 
 def _is_ids(tensor: Tensor) -> bool:

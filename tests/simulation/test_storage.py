@@ -24,6 +24,7 @@ from qwlora.grid.graph import Kind
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.simulation.adapters import simulate_adapters
 from qwlora.simulation.encodings_file import load_activations
+from qwlora.simulation.explain import explain
 from qwlora.simulation.rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
 
@@ -121,6 +122,9 @@ def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path
     again = load_simulation(tmp_path, adapted())
     assert again.captured.interface == simulation.captured.interface
     assert torch.equal(again.outputs(given)["logits"], simulation.outputs(given)["logits"])
+    keys = next(value for value in explain(again, "npu").values if value.name == "past_key_values.0.key")
+    assert (keys.decision, keys.grid) == ("share", "")
+    assert keys.reason == "comes from a cache: the encoding with which it was kept holds it"
     with pytest.raises(CaptureError, match="capture without past_key_values"):
         simulation.model()
 

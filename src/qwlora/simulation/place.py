@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -81,6 +81,11 @@ class Placement:
     explanation: list[Placed] = field(default_factory=list)
     weights: list[Placed] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
+
+    def share(self, names: Collection[str], reason: str) -> None:
+        """Leave weights or inputs of these names without encodings of their own, whatever was decided."""
+        self.marks = [mark for mark in self.marks if mark.name not in names]
+        self.weights = [replace(p, decision=Decision.SHARE, reason=reason) if p.name in names else p for p in self.weights]
 
 
 @dataclass(frozen=True)

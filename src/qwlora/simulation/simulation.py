@@ -98,8 +98,8 @@ class Simulation(Calibrated):
         super().__init__()
         self.captured, program = captured, captured.program
         self.placement = schemes.placement(program, captured.input_names)
-        # what comes from a cache lies on the grid that it left on, and gets no second one
-        self.marks: list[Mark] = [mark for mark in self.placement.marks if mark.name not in captured.interface.cached]
+        self.placement.share(captured.interface.cached, "comes from a cache: the encoding with which it was kept holds it")
+        self.marks: list[Mark] = list(self.placement.marks)
         self.explanation = self.placement.explanation
         if twice := [name for name, count in Counter(m.name for m in self.marks).items() if count > 1]:
             raise CaptureError(f"two values would carry the name {twice[0]}; activate one adapter at a time")

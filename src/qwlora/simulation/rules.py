@@ -33,6 +33,9 @@ from qwlora.simulation.estimator import Estimator, as_estimator
 ONE_OPERATION = r"(?i)Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation"
 
 
+IdleRules = Literal["refuse", "allow"]  # what becomes of a user's rule that does nothing in a graph: it may be for another graph of the same job
+
+
 class Decision(StrEnum):
     """What becomes of a value."""
 

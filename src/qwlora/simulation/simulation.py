@@ -38,7 +38,7 @@ from qwlora.simulation.facts import operator_of
 from qwlora.simulation.perturbed import SumInHalves
 from qwlora.simulation.place import Overrides, Placement, place
 from qwlora.simulation.quantizer import FrozenWeight, Mode, Quantizer
-from qwlora.simulation.rules import PlacementRule, Policy
+from qwlora.simulation.rules import IdleRules, PlacementRule, Policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +55,7 @@ class SimulationSchemes:
         policy: which values get a quantizer: `npu`, `matmul-inputs`, `weights-only`, or a `rules.Policy` of your own.
         rules: tried before the policy's.
         observer: how the range of an activation is chosen, see `Estimator`.
-        quantize_residual_adds, symmetric_matmul_second_input: see `place`.
+        quantize_residual_adds, symmetric_matmul_second_input, idle_rules: see `place`.
     """
 
     activations: Scheme = Scheme(16, symmetric=False)
@@ -66,13 +66,14 @@ class SimulationSchemes:
     rules: Sequence[PlacementRule] = ()
     observer: str | Estimator = "min-max"
     symmetric_matmul_second_input: bool = False
+    idle_rules: IdleRules = "refuse"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
 
     def placement(self, program: ExportedProgram, input_names: Mapping[str, str]) -> Placement:
         """What `place` decides about a program."""
-        return place(program, self.policy, self.rules, self.quantize_residual_adds, self.symmetric_matmul_second_input, input_names)
+        return place(program, self.policy, self.rules, self.quantize_residual_adds, self.symmetric_matmul_second_input, input_names, self.idle_rules)
 
 
 @dataclass(frozen=True)

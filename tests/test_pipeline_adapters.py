@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qwlora.data import load_documents
-from qwlora.errors import RecipeError
+from qwlora.errors import CalibrationError, RecipeError
+from qwlora.pipeline.explain import explain_job
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run import open_job, run
 from qwlora.recipe import load_recipe
@@ -89,3 +90,32 @@ def test_adapters_that_share_everything_have_one_rank(recipe_for: Any) -> None:
     with pytest.raises(RecipeError, match="adapters that share every encoding have one rank; give them one, or say adapter_only"):
         load_recipe(path, ("simulation.base_activations=none",))
     assert load_recipe(path, ("simulation.base_activations=adapter_only",)).simulation.base_activations == "adapter_only"
+
+
+ONE_RULE_EACH = [{"match": f"*.{layer}.lora_A.weight", "of": "weights", "bitwidth": 4} for layer in ("q_proj", "up_proj")]
+
+
+def on_different_layers() -> list[dict[str, Any]]:
+    return [{**adapter, "target_modules": [layer]} for adapter, layer in zip(TWO, ("q_proj", "up_proj"), strict=True)]
+
+
+@pytest.mark.parametrize("workflow", ["qw-lora", "qwa-lora"])
+def test_a_rule_may_be_for_one_adapter_alone(recipe_for: Any, tmp_path: Path, workflow: str) -> None:
+    """And for none of the base's values, where that is calibrated first."""
+    path, out = recipe_for(workflow=workflow, adapters=on_different_layers(), simulation={"rules": ONE_RULE_EACH}), tmp_path / "out"
+    _, said = run_recipe(path, out, verbs=("quantize", "calibrate-base", "train", "calibrate"))
+    assert done(said) >= {"train/a", "train/b", "calibrate/a", "calibrate/b"}
+    for name, layer in (("a", "self_attn.q_proj"), ("b", "mlp.up_proj")):
+        assert load_encodings(out / "simulation" / name)[f"model.layers.0.{layer}.lora_A.weight"].scheme.bitwidth == 4
+    assert explain_job(out, "b")[0] == "b"
+    with pytest.raises(CalibrationError, match=r"1 of the placement rules do nothing:\n  '\*.k_proj.lora_A.weight' matches no value"):
+        explain_job(out, "b", ("simulation.rules.0.match='*.k_proj.lora_A.weight'",))
+
+
+@pytest.mark.parametrize("workflow", ["qw-lora", "qwa-lora"])
+def test_a_rule_that_does_nothing_in_the_whole_job_is_refused_before_training(recipe_for: Any, tmp_path: Path, workflow: str) -> None:
+    wrong = {"rules": [*ONE_RULE_EACH, {"match": "*.sofmax", "bitwidth": 8}]}
+    path, out = recipe_for(workflow=workflow, adapters=on_different_layers(), simulation=wrong), tmp_path / "out"
+    with pytest.raises(CalibrationError, match=r"1 of the placement rules do nothing:\n  '\*.sofmax' matches no value; near are .*softmax"):
+        run_recipe(path, out, verbs=("quantize", "calibrate-base", "train"))
+    assert not (out / "adapters").exists()

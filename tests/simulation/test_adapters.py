@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from conftest import ARCHITECTURES, tiny_model
-from qwlora import Scheme, SimulationSchemes, quantize_, simulate
+from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.aimet import write_encodings
 from qwlora.export.bundle import export_onnx
@@ -39,6 +39,10 @@ EIGHT_BITS = SimulationSchemes(Scheme(8, symmetric=False))
 def inputs(batch: int = 2, tokens: int = 12, seed: int = 0) -> dict[str, Tensor]:
     ids = torch.randint(0, 256, (batch, tokens), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def on(*layers: str) -> LoraConfig:
+    return shape(target_modules=list(layers))
 
 
 def shape(rank: int = 4, alpha: float = 8, **given: object) -> LoraConfig:
@@ -338,3 +342,24 @@ def test_an_adapter_that_was_bound_is_exported_with_its_own_weights(calibrated: 
         codes = encoding.quantize(weight).int().numpy() - 128
         found = initializers[f"{name}.codes"]
         assert (found == (codes if found.shape == codes.shape else codes.T)).all()
+
+
+def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
+    model = eager("llama")
+    quantize_(model, "w4-block32", solver="rtn")
+    with_first = get_peft_model(model, on("q_proj"), adapter_name="first")
+    with_first.add_adapter("second", on("up_proj"))
+    rules = [PlacementRule(f"*.{layer}.lora_A.weight", of="weights", bitwidth=4) for layer in ("q_proj", "up_proj")]
+    simulations = simulate_adapters(with_first.eval(), inputs(), SimulationSchemes(rules=rules), base_activations="all")
+    assert [list(simulations[name].placement.idle) for name in ("first", "second", "base")] == [[1], [0], [1]]
+    for name, layer in (("first", "layers.0.self_attn.q_proj"), ("second", "layers.0.mlp.up_proj")):
+        assert simulations[name].encoding_of_weight(f"model.{layer}.lora_A.weight").scheme.bitwidth == 4
+    simulations.calibrate([inputs()])
+    simulations["first"].save(tmp_path)
+    with_first.set_adapter("first")
+    assert load_simulation(tmp_path, with_first).placement.idle.keys() == {1}
+    wrong = [*rules, PlacementRule("*.k_proj.lora_A.weight", of="weights", bitwidth=4), PlacementRule("*.up_proj.lora_B.weight", bitwidth=4)]
+    with pytest.raises(CalibrationError, match="2 of the placement rules do nothing:") as caught:
+        simulate_adapters(with_first, inputs(), SimulationSchemes(rules=wrong))
+    assert "'*.k_proj.lora_A.weight' matches no value; near are " in str(caught.value)
+    assert "'*.up_proj.lora_B.weight' matches weights only, model.layers.0.mlp.up_proj.lora_B.weight the first" in str(caught.value)

@@ -12,6 +12,7 @@ from conftest import ARCHITECTURES, tiny_model
 from qwlora import quantize_, simulate
 from qwlora.errors import CaptureError
 from qwlora.simulation.simulation import Simulation
+from simulation import tiny_architectures
 
 
 def adapted(architecture: str) -> PeftModel:
@@ -133,6 +134,16 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
         model.save_pretrained("somewhere")
     with pytest.raises(CaptureError, match="put position_ids among the example inputs"):  # padding on the left would give other positions
         model.generate(given["input_ids"], attention_mask=torch.tensor([[0] * 3 + [1] * 9, [1] * 12]), max_new_tokens=1)
+
+
+def test_an_encoder_with_a_decoder_is_called_and_does_not_generate() -> None:
+    own, given = tiny_architectures.make("T5"), tiny_architectures.inputs("T5")
+    simulation = simulate(own, given)
+    simulation.calibrate([given])
+    model = simulation.model()
+    assert torch.equal(model(**given).logits, simulation.outputs(given)["logits"])
+    with pytest.raises(CaptureError, match=r"generate runs the encoder of SimulatedT5\w+ apart from its decoder, .* \(decoder_input_ids\)"):
+        model.generate(given["input_ids"], max_new_tokens=2)
 
 
 def test_positions_of_a_masked_batch_are_asked_for() -> None:

@@ -130,6 +130,25 @@ def test_another_scheme_needs_no_data() -> None:
         made.set_scheme("*.mpl.up_proj.linear", Scheme(8))
 
 
+def test_what_was_taken_over_stays(whole: Simulation) -> None:
+    taken = {name: e for name, e in whole.encodings.items() if name.startswith("model.layers.0.") and name in whole.quantizers}
+    made, other = simulation(), simulation()
+    made.take_over(taken)  # type: ignore[arg-type]
+    made.observe(BATCHES[:1])
+    other.observe(BATCHES[1:2])
+    made.merge(other)
+    made.freeze()
+    first = encodings(made)
+    assert all(made.quantizers[name].encoding is encoding for name, encoding in taken.items())
+    changed = made.set_scheme("*", Scheme(8))
+    assert set(changed) == set(made.quantizers) - set(taken)
+    made.freeze()
+    assert all(made.quantizers[name].encoding is encoding for name, encoding in taken.items())
+    assert all(encodings(made)[name] != first[name] for name in changed if not made.quantizers[name].is_constant)
+    with pytest.raises(CalibrationError, match=r"'\*.0.mlp.\*' matches only activations whose encodings were taken over, model.layers.0.mlp.* the first"):
+        made.set_scheme("*.0.mlp.*", Scheme(8))
+
+
 def test_quantizers_can_be_switched_off(whole: Simulation) -> None:
     with torch.no_grad(), visible_implementations(adapted()):
         plain = adapted()(**BATCHES[0], use_cache=False).logits

@@ -143,6 +143,31 @@ def test_one_batch_gives_no_more_than_its_share(shape: tuple[int, ...]) -> None:
         assert len(observer.sample) > VALUES_A_BATCH / 8
 
 
+@pytest.mark.parametrize("shape", [(1, 400, 64), (2, 300_000), (4000, 5, 2, 3), (200_000,)])
+def test_a_batch_after_a_short_one_gives_no_more_than_its_share(shape: tuple[int, ...]) -> None:
+    observer = observed([torch.randn(1, 2, shape[-1] % 100 + 1)])
+    assert observer.is_complete
+    most = 0
+    for i in range(1, 41):
+        before = observer.count
+        observer.update(torch.randn(shape) + 100 * i)
+        most = max(most, int(((observer.sample > 100 * i - 50) & (observer.sample < 100 * i + 50)).sum()))
+        assert len(observer.sample) <= VALUES
+        assert observer.count == before + torch.Size(shape).numel()
+    assert VALUES_A_BATCH / 8 < most <= VALUES_A_BATCH
+    stride = observer.row_stride * observer.column_stride
+    assert len(observer.sample) == pytest.approx(observer.count / stride, rel=0.2)
+    of_batch = torch.bincount((observer.sample / 100).round().long(), minlength=41)[1:] / len(observer.sample)
+    assert float(of_batch[:20].sum()) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_sample_does_not_depend_on_how_values_lie_in_memory() -> None:
+    batches = [torch.randn(3, 70, 4, 80) for _ in range(3)]
+    turned = observed([x.transpose(1, 2) for x in batches])
+    assert not batches[0].transpose(1, 2).is_contiguous()
+    assert torch.equal(turned.sample, observed([x.transpose(1, 2).contiguous() for x in batches]).sample)
+
+
 def test_tails_hold_what_lies_beyond_their_bounds() -> None:
     batches = [torch.randn(4, 300, 80) for _ in range(40)]
     for x in batches:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from qwlora.grid.graph import Kind
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.simulation.adapters import simulate_adapters
 from qwlora.simulation.encodings_file import load_activations
+from qwlora.simulation.explain import explain
 from qwlora.simulation.rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
 
@@ -119,6 +122,9 @@ def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path
     again = load_simulation(tmp_path, adapted())
     assert again.captured.interface == simulation.captured.interface
     assert torch.equal(again.outputs(given)["logits"], simulation.outputs(given)["logits"])
+    keys = next(value for value in explain(again, "npu").values if value.name == "past_key_values.0.key")
+    assert (keys.decision, keys.grid) == ("share", "")
+    assert keys.reason == "comes from a cache: the encoding with which it was kept holds it"
     with pytest.raises(CaptureError, match="capture without past_key_values"):
         simulation.model()
 
@@ -132,6 +138,37 @@ def test_an_adapter_that_shares_all_its_encodings_comes_back(tmp_path: Path) -> 
     simulations["default"].save(tmp_path)
     again = load_simulation(tmp_path, adapted())
     assert torch.equal(again.logits(batch(9)["input_ids"]), simulations["default"].logits(batch(9)["input_ids"]))
+
+
+def test_what_a_folder_held_stays_until_all_is_written(tmp_path: Path) -> None:
+    simulation = calibrated(adapted())
+    simulation.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    simulation.origin = replace(simulation.origin, example_inputs={**batch(), "device": torch.device("cpu")})
+    with pytest.raises(CalibrationError, match="example input device is a device, which JSON cannot hold"):
+        simulation.save(tmp_path)
+    simulation.origin = replace(simulation.origin, example_inputs=batch())
+    with mock.patch("qwlora.simulation.storage.save_file", side_effect=OSError("disk full")), pytest.raises(OSError, match="disk full"):
+        simulation.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    never = tmp_path / "never"
+    simulation.quantizers["lm_head.linear"].encoding = None
+    with pytest.raises(CalibrationError, match="have no encoding yet"):
+        simulation.save(never)
+    assert not never.exists()
+
+
+def test_two_arguments_may_be_one_tensor(tmp_path: Path) -> None:
+    model = adapted()
+    one = torch.ones(2, 12, dtype=torch.long)
+    given = {"input_ids": one, "attention_mask": one}
+    simulation = simulate(model, given)
+    simulation.calibrate([batch()])
+    simulation.save(tmp_path)
+    assert torch.equal(load_simulation(tmp_path, model).outputs(batch())["logits"], simulation.outputs(batch())["logits"])
+    distinct = calibrated(adapted())
+    with simulation.only(), distinct.only():
+        assert torch.equal(simulation.outputs(batch())["logits"], distinct.outputs(batch())["logits"])
 
 
 def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from qwlora import PlacementRule, Scheme, SimulationSchemes
+from conftest import tiny_model
+from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError
 from qwlora.simulation.accounting import account, layer_sqnr
 from qwlora.simulation.sensitivity import next_token_loss, sensitivities
@@ -63,6 +64,21 @@ def test_costs_fall_with_the_bitwidth_and_leave_the_simulation_as_it_was() -> No
     finer = {s.name: s.cost for s in sensitivities(calibrated(8), BATCHES)}
     assert sum(finer.values()) < 0.05 * sum(costs.values())
     assert list(costs.values()) == sorted(costs.values(), reverse=True)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_costs_do_not_depend_on_what_may_be_trained(architecture: str) -> None:
+    model = tiny_model(architecture)
+    quantize_(model, "w4-block32", solver="rtn")
+    made = simulate(model, BATCHES[0], SimulationSchemes(Scheme(4, symmetric=False)))
+    made.calibrate(BATCHES)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    found = {s.name: s.cost for s in sensitivities(made, BATCHES[:1])}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    model.requires_grad_(False)
+    assert found == {s.name: s.cost for s in sensitivities(made, BATCHES[:1])}
+    assert sum(cost > 0 for cost in found.values()) > 0.8 * len(found)
 
 
 def test_the_account_goes_from_float_to_the_whole_simulation() -> None:

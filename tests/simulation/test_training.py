@@ -311,3 +311,19 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
     train_adapter(attach(base(), SHAPE, seed=0), IDS, SETTINGS, tmp_path / "fixed")
     with pytest.raises(TrainingError, match="holds no activation ranges"):
         train_adapter(attach(base(), SHAPE, seed=0), IDS, replace(SETTINGS, range_learning_rate=1e-3), tmp_path / "fixed", through=learning)
+
+
+def test_a_value_that_the_policy_quantizes_in_the_base_alone_is_passed_over() -> None:
+    """Products read a layer's output in the base, and the sum with its adapter's where it has one."""
+    schemes = SimulationSchemes(activations=Scheme(8, symmetric=False), policy="matmul-inputs")
+    model = base()
+    alone = simulate(model, inputs(IDS[:2, :16]), schemes)
+    alone.calibrate([inputs(IDS[:2])])
+    encodings = {name: q.encoding for name, q in alone.quantizers.items() if q.encoding is not None}
+    graph = TrainingGraph(simulate(attach(model, SHAPE, seed=0).eval(), inputs(IDS[:2, :16]), schemes), encodings, learns_ranges=True)
+    value = "model.layers.0.self_attn.v_proj"
+    assert f"{value}.linear" in encodings
+    assert f"{value}.linear" not in graph.names
+    assert f"{value}.add" in graph.simulation.quantizers
+    assert set(graph.names) == set(encodings) & set(graph.simulation.quantizers)
+    assert graph(**inputs(IDS[:2])).requires_grad

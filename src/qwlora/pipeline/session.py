@@ -26,6 +26,7 @@ from qwlora.errors import SourceError
 from qwlora.grid.moment import Moments
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.sequences import Sequences
+from qwlora.pipeline.idle import refuse_idle_rules
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
 from qwlora.simulation.calibrate import Stillness
@@ -37,6 +38,8 @@ from qwlora.simulation.training import TrainingGraph, with_scales
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from qwlora.simulation.place import Placement
 
 MOMENTS = "moments"  # of the inputs of the base's layers, beside it
 BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
@@ -51,6 +54,7 @@ class Session:
         self.recipe, self.documents, self.path, self.track = recipe, documents, path, track
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
+        self._rules_are_checked = False
         self.equalization: dict[str, Any] = {}
 
     @cached_property
@@ -154,6 +158,7 @@ class Session:
             rules=tuple(section.placement_rules()),
             observer=section.estimator(),
             symmetric_matmul_second_input=section.symmetric_matmul_second_input,
+            idle_rules="allow",  # a job has several graphs; `check_rules` looks at all
         )
 
     @property
@@ -183,11 +188,22 @@ class Session:
         """
         self._simulation = None
         simulation = simulate(model or self.equalized(name), self.example_inputs, self.schemes)
+        self.check_rules(simulation.placement)
         if self.recipe.workflow == "qwa-lora":
             scales = self.path / "adapters" / name / SCALES
             simulation.take_over(with_scales(load_activations(self.path / BASE_SIMULATION), load_file(scales) if scales.exists() else {}))
         self._simulation = (name, simulation)
         return simulation
+
+    def check_rules(self, *placements: Placement) -> None:
+        """Every placement rule does something in a graph of the job; see `idle.py`.
+
+        Args:
+            placements: of graphs that were captured anyway.
+        """
+        if not self._rules_are_checked:
+            refuse_idle_rules(self, placements)
+        self._rules_are_checked = True
 
     def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
         """Base and adapter as one graph to train through, the base's activations on the grids that were calibrated."""

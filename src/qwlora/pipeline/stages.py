@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qwlora.adapter.attach import LoraShape, attach, attach_existing, check_shape, check_start, check_trainable
+from qwlora.adapter.attach import attach, attach_existing, check_shape, check_start, check_trainable
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.provenance import save_adapter
 from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
@@ -39,6 +39,7 @@ from qwlora.export.verify import Limits, check_parity, verify_onnx
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.moment import Moments
 from qwlora.memory import peak_rss_bytes, reset_peak_rss
+from qwlora.pipeline.idle import shape_of
 from qwlora.pipeline.plan import SHARED, Stage, has_float_model, needs_moments
 from qwlora.pipeline.session import ADAPTER, MOMENTS, SCALES, Session
 from qwlora.pipeline.workers import is_first_process
@@ -137,6 +138,7 @@ def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, Quantiz
 def calibrate_base(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Before step 2, in workflow qwa-lora: encodings of the base's activations, which adapters are trained through."""
     simulation = simulate(session.base(), session.example_inputs, session.schemes)
+    session.check_rules(simulation.placement)
     report = simulation.calibrate(**session.calibration, allow_unseen=session.recipe.simulation.unseen == "float")
     save_simulation(simulation, scratch)
     return {"base_simulation": {"encodings": len(simulation.encodings), "calibration_tokens": report.tokens}}
@@ -146,10 +148,11 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 2: one adapter on the frozen base, whose fingerprint is the same afterwards."""
     adapter = session.adapter(str(stage.adapter))
     base_identity, seed = session.base_fingerprint, session.recipe.seed
+    session.check_rules()
     reset_peak_rss()
     base = session.base()
     start = str(session.path / "adapters" / first.name) if (first := session.recipe.start_of(adapter)) else adapter.start
-    model = attach(base, _shape(adapter), seed) if start is None else attach_existing(base, start, adapter.unknown_base, seed)
+    model = attach(base, shape_of(adapter), seed) if start is None else attach_existing(base, start, adapter.unknown_base, seed)
     initialized: Results = {}
     if adapter.init != "zero":
         model, initialized = _initialize(session, model, adapter)
@@ -198,7 +201,7 @@ def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> tuple[P
     if adapter.rank_budget is not None:
         budget = RankBudget(adapter.rank_budget, adapter.rank_cap or 4 * adapter.rank)
         ranks = rank_by_layer(model, budget, weight, moments, track=session.track)
-        model = attach(model.unload(), with_ranks(_shape(adapter), ranks), session.recipe.seed)
+        model = attach(model.unload(), with_ranks(shape_of(adapter), ranks), session.recipe.seed)
         found["ranks"] = ranks
     reports = initialize_adapter_(model, adapter.init, weight, moments, track=session.track)
     return model, {"method": adapter.init, **found, "layers": {path: asdict(report) for path, report in reports.items()}}
@@ -210,15 +213,11 @@ def _check_adapters(session: Session) -> None:
         check_loggers(adapter.report_to)
         try:
             if adapter.start is None:
-                check_shape(session.skeleton(), _shape(adapter))
+                check_shape(session.skeleton(), shape_of(adapter))
             elif session.recipe.start_of(adapter) is None:
                 check_start(adapter.start, adapter.unknown_base, session.skeleton())
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
-
-
-def _shape(adapter: Adapter) -> LoraShape:
-    return LoraShape(**{f.name: getattr(adapter, f.name) for f in fields(LoraShape)})
 
 
 def _settings(adapter: Adapter, seed: int, goes_through: bool) -> TrainingSettings:
@@ -255,6 +254,7 @@ def _calibrate_together(session: Session, scratch: Path) -> Results:
     section = session.recipe.simulation
     model = session.equalized(*(adapter.name for adapter in session.recipe.adapters))
     simulations = simulate_adapters(model, session.example_inputs, session.schemes, section.base_activations)
+    session.check_rules(*(simulation.placement for simulation in simulations.values()))
     simulations.observe(**session.calibration)
     simulations.freeze(allow_unseen=section.unseen == "float")
     save_encodings(simulations.shared, scratch)

@@ -31,6 +31,7 @@ from qwlora.grid.graph import Kind
 from qwlora.progress import Track, untracked
 from qwlora.simulation.calibrate import Stillness
 from qwlora.simulation.capture import Captured, capture, rebound
+from qwlora.simulation.place import refuse_idle
 from qwlora.simulation.sharing import BaseActivations, SharedObservation, share
 from qwlora.simulation.simulation import Origin, Simulation, SimulationSchemes, base_encodings
 
@@ -126,19 +127,23 @@ def simulate_adapters(
 ) -> AdapterSimulations:
     """A simulation of each adapter of `model` alone, and of "base"; the model's active adapter and what is trainable are as before afterwards.
 
+    A placement rule may be about the values of some adapters alone.
+
     Args:
         base_activations: what adapters share; see `sharing.py`.
         adapters: names of adapters in `model`; all unless given.
 
     Raises:
         CaptureError: `capture` refuses; or an adapter is named "base", or is not in the model.
+        CalibrationError: a placement rule does nothing with any adapter, unless `schemes` allows it.
     """
     names = list(model.peft_config) if adapters is None else list(adapters)
     if BASE in names:
         raise CaptureError(f"an adapter is named {BASE!r}, which is the name of the adapter that adds zero; load it under another name")
     if strangers := [name for name in names if name not in model.peft_config]:
         raise CaptureError(f"the model has no adapter {', '.join(strangers)}; it has {', '.join(model.peft_config)}")
-    maker = _Maker(model, example_inputs, schemes or SimulationSchemes())
+    asked = schemes or SimulationSchemes()
+    maker = _Maker(model, example_inputs, replace(asked, idle_rules="allow"))
     with _as_before(model):
         made = {}
         for name in names:
@@ -146,6 +151,8 @@ def simulate_adapters(
             made[name] = maker.make(_structure(model, name), _weights(model, name))
         with model.disable_adapter():
             made[BASE] = maker.make_base()
+    if asked.idle_rules == "refuse":
+        refuse_idle([simulation.placement for simulation in made.values()])
     return AdapterSimulations(made, base_activations, maker.captures)
 
 

@@ -59,7 +59,17 @@ class SimulatedModel:
         return output.to_tuple() if in_class is False else output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`, told that there is no cache, which changes the time and not the tokens."""
+        """The model's own `generate`, told that there is no cache, which changes the time and not the tokens.
+
+        Raises:
+            CaptureError: it is an encoder with a decoder, whose halves `generate` runs apart.
+        """
+        model = cast(PreTrainedModel, self)
+        if model.config.is_encoder_decoder:
+            raise CaptureError(
+                f"generate runs the encoder of {type(model).__name__} apart from its decoder, and the simulated graph is of both together; "
+                "call the model with the decoder's ids so far (decoder_input_ids), and append the token that the last logits choose"
+            )
         return super().generate(*args, **{**kwargs, "use_cache": False})  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Self:

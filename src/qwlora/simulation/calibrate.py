@@ -25,10 +25,10 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.graph import Mark
 from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track, untracked
-from qwlora.simulation.aten import MASKS
+from qwlora.simulation.aten import MASKS, base_name
 from qwlora.simulation.estimate import estimate
 from qwlora.simulation.observe import SampleObserver
-from qwlora.simulation.place import Placed, near_names
+from qwlora.simulation.place import Placed, Placement, near_names
 from qwlora.simulation.quantizer import FrozenWeight, Mode, Quantizer
 from qwlora.simulation.rules import Decision
 
@@ -87,6 +87,7 @@ class Calibrated(nn.Module):
 
     marks: list[Mark]
     explanation: list[Placed]
+    placement: Placement
     graph_module: GraphModule
 
     def __init__(self) -> None:
@@ -147,19 +148,24 @@ class Calibrated(nn.Module):
     def take_over(self, encodings: Mapping[str, Encoding]) -> None:
         """Take activation encodings from a simulation of the same base: `observe` simulates these values and takes in the others, and `freeze` leaves them.
 
+        A value that the policy leaves float here stays float: of a layer with an adapter, say, matrix products may read the sum alone.
+
         Raises:
-            CalibrationError: an encoding names no activation of this graph.
+            CalibrationError: an encoding names no value of this graph.
         """
-        if strangers := [name for name in encodings if name not in self.quantizers]:
+        known = {placed.name for placed in (*self.placement.weights, *self.explanation)}
+        if strangers := [name for name in encodings if name not in known]:
             raise CalibrationError(f"encodings name activations that the graph does not have: {', '.join(strangers[:3])}; calibrate the base again")
-        for name, encoding in encodings.items():
-            quantizer = self.quantizers[name]
+        for name, quantizer in self.quantizers.items():
+            if (encoding := encodings.get(name)) is None:
+                continue
             quantizer.scheme, quantizer.encoding, quantizer.fixed = encoding.scheme, encoding, True
 
     def freeze(self, allow_unseen: bool = False) -> CalibrationReport:
         """Fix the encodings of what has none, from everything observed, and simulate from now on.
 
-        Values that only a mask can hold (beyond 1e30) lose their quantizer, and `explanation` says so.
+        Values that only a mask can hold (beyond 1e30; infinite ones, where an operator made them that combines with masks) lose their quantizer, and
+        `explanation` says so. An end of a range that a rule fixed is the rule's business.
 
         Args:
             allow_unseen: a value that no number came by for (an expert that no token chose) stays float; otherwise it is an error.
@@ -172,7 +178,7 @@ class Calibrated(nn.Module):
         operators = {p.node: p.operator for p in self.explanation}
         nodes = {mark.name: mark.node for mark in self.marks}
         for name, quantizer in list(self.quantizers.items()):
-            if quantizer.is_mask and operators.get(nodes[name]) in MASKS:
+            if quantizer.is_mask and (not quantizer.is_infinite or base_name(operators.get(nodes[name], "")) in MASKS):
                 self._drop(name, "a mask: values beyond 1e30")
                 self._masks.append(name)
         unseen = [name for name, q in self.quantizers.items() if q.encoding is None and not q.observer.batches and not q.is_pinned]
@@ -196,7 +202,7 @@ class Calibrated(nn.Module):
         return {**tensors, "seen": torch.tensor([self._seen.tokens, self._seen.batches])}
 
     def take_in(self, observations: Mapping[str, Tensor]) -> None:
-        """Add what another process observed, as if it came after; exact for the ends of ranges. Call `freeze` for encodings.
+        """Add what another process observed, as if it came after; exact for the ends of ranges. Call `freeze` for encodings; those taken over stay.
 
         Raises:
             CalibrationError: they are of another graph or placement, or kept no sample where this simulation needs one.
@@ -210,7 +216,7 @@ class Calibrated(nn.Module):
             what = f"name values that this graph does not quantize: {', '.join(strangers[:3])}" if "seen" in observations else "do not say how much was seen"
             raise CalibrationError(f"these observations {what}; they belong to another model or placement")
         for name, quantizer in self.quantizers.items():
-            if name not in theirs:
+            if name not in theirs or quantizer.fixed:
                 continue
             try:
                 quantizer.observer.merge(SampleObserver.from_tensors(theirs[name]))
@@ -229,12 +235,15 @@ class Calibrated(nn.Module):
         """Ask for another grid of the activations whose name matches a glob; `freeze` makes it, from what was observed.
 
         Returns:
-            their names.
+            their names; encodings that were taken over stay as they are.
 
         Raises:
-            CalibrationError: none matches, or the scheme has several scales.
+            CalibrationError: none matches but such, or the scheme has several scales.
         """
-        names = self._matching(match, self.quantizers)
+        matching = self._matching(match, self.quantizers)
+        names = [name for name in matching if not self.quantizers[name].fixed]
+        if not names:
+            raise CalibrationError(f"{match!r} matches only activations whose encodings were taken over, {matching[0]} the first: their grids stay as they are")
         for name in names:
             self.quantizers[name].scheme = scheme
         return names
@@ -281,7 +290,8 @@ class Calibrated(nn.Module):
         self.graph_module.graph.erase_node(node)
         self.graph_module.delete_submodule(str(node.target))
         self.graph_module.recompile()
-        self.explanation = [replace(p, decision=Decision.FLOAT, reason=reason) if p.node == mark.node else p for p in self.explanation]
+        for placed in (self.explanation, self.placement.weights):  # an input is among the latter
+            placed[:] = [replace(p, decision=Decision.FLOAT, reason=reason) if p.node == mark.node else p for p in placed]
 
     def _set_mode(self, mode: Mode) -> None:
         for quantizer in self.quantizers.values():

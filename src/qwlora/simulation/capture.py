@@ -2,7 +2,8 @@
 
 No tracing, no registration, no edits to the model. Any model, any nested keyword arguments, all tensors of its result. The graph shares the module's storage.
 An axis has any size where the model allows it, and the example's where it does not (`Captured.interface` says which). What carries no arithmetic is taken out
-(assertions, casts to the same type, dropout at rest, copies for layout, empty parts of a concatenation), so that a value has one node.
+(assertions, casts to the same type, dropout at rest, copies for layout, empty parts of a concatenation), and a packed weight that is read again is unpacked
+once, so that a value has one node.
 
 A causal language model with a key-value cache is two graphs of one set of encodings:
 
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx import Node
+from torch.fx import Graph, Node
 from transformers.cache_utils import Cache
 
 from qwlora.errors import CaptureError
@@ -173,13 +174,13 @@ def _parameters(model: nn.Module) -> set[str]:
 
 
 def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A batch of one, repeated."""
+    """A batch of one, repeated. All are copies: of two inputs that are one tensor, export would read one alone."""
     with_axes = [t for t in tensors if t.ndim]
     if not with_axes:
         raise CaptureError("example inputs hold no tensor with an axis; the graph needs one")
-    if with_axes[0].shape[0] != 1:
-        return tuple(t.contiguous() for t in tensors)
-    return tuple((t.repeat(2, *[1] * (t.ndim - 1)) if t.ndim and t.shape[0] == 1 else t).contiguous() for t in tensors)
+    one = with_axes[0].shape[0] == 1
+    repeated = (t.repeat(2, *[1] * (t.ndim - 1)) if one and t.ndim and t.shape[0] == 1 else t for t in tensors)
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in repeated)
 
 
 def _is_ids(tensor: Tensor) -> bool:
@@ -198,15 +199,16 @@ def _cleaned(program: ExportedProgram, flat: Flat, tensors: tuple[Tensor, ...], 
 
     A copy that only changes the layout in memory goes too, unless a sum is then taken in another order: the proof finds that, and all of them stay.
     """
-    cleaned = _clean(program, keep_layout=False)
+    packed = {path: module for path, module in flat.named_modules(remove_duplicate=False) if hasattr(type(module), "encoding")}
+    cleaned = _clean(program, packed, keep_layout=False)
     try:
         return cleaned, prove(cleaned, flat, tensors, axes, outputs)
     except CaptureError:
-        cleaned = _clean(program, keep_layout=True)
+        cleaned = _clean(program, packed, keep_layout=True)
         return cleaned, prove(cleaned, flat, tensors, axes, outputs)
 
 
-def _clean(program: ExportedProgram, keep_layout: bool) -> ExportedProgram:
+def _clean(program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layout: bool) -> ExportedProgram:
     graph = copy.deepcopy(program.graph)
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -218,8 +220,33 @@ def _clean(program: ExportedProgram, keep_layout: bool) -> ExportedProgram:
             graph.erase_node(node)
         elif node.target is _aten.cat.default:
             node.args = ([part for part in node.args[0] if not _is_empty(part)], *node.args[1:])
+    _unpack_once_(graph, packed)
     graph.eliminate_dead_code()  # a weight that was only asked for its type, for one
     return with_graph(program, graph)
+
+
+def _unpack_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
+    """Let all who read one packed weight read it from one node: a layer that runs again, or an adapter that asks for its layer's weight.
+
+    A tied layer has a weight of its own, whose codes are another's.
+    """
+    first: dict[tuple[Any, ...], list[tuple[nn.Module | None, Node]]] = {}
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.qwlora.dequantize.default:
+            continue
+        layer = packed.get(_path(node))
+        earlier = first.setdefault(node.args, [])
+        if same := next((other for reader, other in earlier if layer is None or reader is None or reader is layer), None):
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+        else:
+            earlier.append((layer, node))
+
+
+def _path(node: Node) -> str:
+    """Of the innermost module that ran a node, without the number of its call."""
+    entries = [entry for entry in (node.meta.get("nn_module_stack") or {}).values() if isinstance(entry, tuple)]
+    return str(entries[-1][0]).partition("@")[0] if entries else ""
 
 
 def _changes_nothing(node: Node) -> bool:

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from qwlora.grid.names import is_adapter_name
-from qwlora.simulation.aten import MASKS, MATRIX_PRODUCTS, MOVES_DATA, SEVERAL_OPERATIONS, base_name, is_known
+from qwlora.simulation.aten import MASKS, MATRIX_PRODUCTS, MOVES_DATA, SEVERAL_OPERATIONS, SOFTMAXES, base_name, is_known
 from qwlora.simulation.parameters import parameter_names
 from qwlora.simulation.rules import Fact
 
@@ -35,6 +35,7 @@ class GraphFacts:
         integers = {n.name for n in _placeholders(program) if isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].is_floating_point()}
         # what an embedding looks up is not an integer, whatever its table is made of
         self._integer_origins = _made_from_alone(program, integers, but_for=frozenset({"embedding"}))
+        self._masked = _masked(program, self._integer_origins)
         self._angles = _angles(program)
         self._constants = _made_from_alone(program, {n.name for n in _placeholders(program)} - set(program.graph_signature.user_inputs))
 
@@ -48,7 +49,7 @@ class GraphFacts:
             found.add(Fact.FLOAT64)
         if node.name in self._integer_origins:
             found.add(Fact.INTEGER_ORIGIN)
-        if base_name(operator) in MASKS and any(a.name in self._integer_origins and _is_tensor(a) for a in node.all_input_nodes):
+        if node.name in self._masked:
             found.add(Fact.MASKED)
         if owner := self.owner(node):
             outside = any(owner[0] not in _stack(user) for user in node.users)
@@ -154,6 +155,22 @@ def _angles(program: ExportedProgram) -> set[str]:
     return found
 
 
+def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
+    """Names of the nodes that meet a mask, which is made of integers, and of what is computed from them on the way to a softmax."""
+    scores: set[str] = set()
+    for node in reversed(_calls(program)):
+        if any(_operator_of_call(user) in SOFTMAXES or (user.name in scores and _operator_of_call(user) not in MATRIX_PRODUCTS) for user in node.users):
+            scores.add(node.name)
+    found: set[str] = set()
+    for node in _calls(program):
+        operator = _operator_of_call(node)
+        meets_mask = operator in MASKS and any(a.name in integer_origins and _is_tensor(a) for a in node.all_input_nodes)
+        computed = node.name in scores and operator not in MATRIX_PRODUCTS and operator not in SOFTMAXES
+        if meets_mask or (computed and any(a.name in found for a in node.all_input_nodes)):
+            found.add(node.name)
+    return found
+
+
 def _made_from_alone(program: ExportedProgram, placeholders: set[str], but_for: frozenset[str] = frozenset()) -> set[str]:
     """Names of the nodes that no values flow into but those of `placeholders`, these among them; results of the operators `but_for` are not followed.
 
@@ -165,6 +182,11 @@ def _made_from_alone(program: ExportedProgram, placeholders: set[str], but_for: 
         if computed or isinstance(node.meta.get("val"), torch.SymInt | int):
             found.add(node.name)
     return found
+
+
+def _operator_of_call(node: Node) -> str:
+    """The operator's name without the underscore of its form that works in place; nothing of what is no call."""
+    return base_name(operator_of(node)) if node.op == "call_function" else ""
 
 
 def _placeholders(program: ExportedProgram) -> list[Node]:

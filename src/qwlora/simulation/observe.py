@@ -9,8 +9,8 @@ those of the batch, and beyond the 64th of them, few rows have more than one val
 token of a language model), the furthest 8 are looked at whole. So the tails are as good as known, as far in as `bounds`.
 
 A batch costs one pass for ends and tails, and a copy of at most 8,192 values: rows at equal distances, of every channel. Once the sample is full, half of it
-goes, and from later batches half as much is taken. So memory is constant but for eight bytes a batch, and every estimator (`estimate.py`) works on one pass
-over the data, for any grid. Where all values fit, the sample is the data.
+goes, and from later batches half as much is taken; likewise before a batch that would give more, having come after smaller ones. So memory is constant but for
+eight bytes a batch, and every estimator (`estimate.py`) works on one pass over the data, for any grid. Where all values fit, the sample is the data.
 
 Merging is exact for ends and tails. Of two samples the one with more of its data is thinned to the density of the other.
 """
@@ -18,7 +18,6 @@ Merging is exact for ends and tails. Of two samples the one with more of its dat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -170,17 +169,22 @@ class SampleObserver:
             self._bounds = torch.maximum(self.bounds, self.tails[:, -1])
 
     def _take(self, rows: Tensor) -> None:
+        columns = rows.shape[-1]
+        count = rows.numel() // columns
         if not self.row_stride:
-            self.row_stride, self.column_stride = _strides(rows.shape[-2], rows.numel())
+            self.row_stride, self.column_stride = _strides(count, columns)
+        while -(-count // self.row_stride) * -(-columns // self.column_stride) > VALUES_A_BATCH:
+            self._halve(of_rows=self.row_stride < count)
         first_row, first_column = (int(self.batches * turn % 1 * stride) for turn, stride in ((_ROW_TURN, self.row_stride), (_COLUMN_TURN, self.column_stride)))
-        self._sample.append(rows[..., first_row :: self.row_stride, first_column :: self.column_stride].flatten().to(torch.float32, copy=True))
+        taken = _every(rows, first_row, self.row_stride)[:, first_column :: self.column_stride]
+        self._sample.append(taken.flatten().to(torch.float32, copy=True))
         self._sampled_values += len(self._sample[-1])
-        if self._sampled_values > VALUES:
-            self._halve()
+        while self._sampled_values > VALUES:  # a stride beyond what there is would skip whole batches
+            self._halve(of_rows=self.column_stride >= columns or self.row_stride <= min(self.column_stride, count - 1))
 
-    def _halve(self) -> None:
+    def _halve(self, of_rows: bool) -> None:
         self._thin(self._sampled_values // 2)
-        if self.row_stride <= self.column_stride:
+        if of_rows:
             self.row_stride *= 2
         else:
             self.column_stride *= 2
@@ -208,20 +212,24 @@ class SampleObserver:
         self._sample = [torch.cat([self.sample.to(added.device), added])]
         self._sampled_values += len(added)
         while self._sampled_values > VALUES:
-            self._halve()
+            self._halve(of_rows=self.row_stride <= self.column_stride)
 
 
-def _strides(rows: int, values: int) -> tuple[int, int]:
-    """Distances of sampled rows and columns, for a tensor of `values` values whose last axis but one has `rows`: all columns, while a row is not too much."""
-    row_values = values // rows
-    if values <= VALUES_A_BATCH:
-        return 1, 1
-    if row_values <= VALUES_A_BATCH:
-        return -(-values // VALUES_A_BATCH), 1
-    return rows, -(-row_values // VALUES_A_BATCH)
+def _strides(rows: int, columns: int) -> tuple[int, int]:
+    """Distances of sampled rows and columns that give no more than a batch may: all columns, while a row is not too much."""
+    if columns <= VALUES_A_BATCH:
+        return -(-rows // (VALUES_A_BATCH // columns)), 1
+    return rows, -(-columns // VALUES_A_BATCH)
 
 
-@lru_cache(maxsize=64)
+def _every(rows: Float[Tensor, "*axes columns"], first: int, stride: int) -> Float[Tensor, "some columns"]:
+    """Rows at equal distances, of all axes but the last; copies no others, however `rows` lies in memory."""
+    if rows.is_contiguous():
+        return rows.view(-1, rows.shape[-1])[first::stride]
+    count = rows.numel() // rows.shape[-1]
+    return rows[torch.unravel_index(torch.arange(min(first, count), count, stride, device=rows.device), rows.shape[:-1])]
+
+
 def _any_of(count: int, keep: int) -> Tensor:
     """Ascending indices of `keep` out of `count`, always the same."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:keep].sort().values

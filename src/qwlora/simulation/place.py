@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -25,8 +25,9 @@ from qwlora.simulation.aten import MOVES_DATA, base_name
 from qwlora.simulation.estimator import Estimator
 from qwlora.simulation.facts import GraphFacts, module_of, operator_of
 from qwlora.simulation.parameters import buffer_names
-from qwlora.simulation.rules import Decision, Fact, PlacementRule, Policy, policy
+from qwlora.simulation.rules import Decision, Fact, IdleRules, PlacementRule, Policy, policy
 
+_NO_VALUE = "matches no value"
 _NOT_DATA = {Fact.FLOAT64, Fact.INTEGER_ORIGIN, Fact.MASKED, Fact.INSIDE_ONE_OPERATION}
 
 
@@ -73,6 +74,7 @@ class Placement:
         overrides: by name of a mark.
         ruled: the marks that a user's rule decided about.
         unknown: how often each operator occurs that no rule knows.
+        idle: the user's rules that do nothing, by their place among them, and why.
     """
 
     marks: list[Mark] = field(default_factory=list)
@@ -81,6 +83,12 @@ class Placement:
     explanation: list[Placed] = field(default_factory=list)
     weights: list[Placed] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
+    idle: dict[int, str] = field(default_factory=dict)
+
+    def share(self, names: Collection[str], reason: str) -> None:
+        """Leave weights or inputs of these names without encodings of their own, whatever was decided."""
+        self.marks = [mark for mark in self.marks if mark.name not in names]
+        self.weights = [replace(p, decision=Decision.SHARE, reason=reason) if p.name in names else p for p in self.weights]
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,7 @@ def place(
     quantize_residual_adds: bool = False,
     symmetric_matmul_second_input: bool = False,
     input_names: Mapping[str, str] | None = None,
+    idle_rules: IdleRules = "refuse",
 ) -> Placement:
     """Decide about every floating point value of `program`.
 
@@ -118,6 +127,7 @@ def place(
             times larger than the rest, as in most language models, 16 bits then leave a few steps for everything else.
         symmetric_matmul_second_input: the second factor of a product of two activations gets a symmetric grid, as some runtimes need it.
         input_names: how the model's inputs are called, by placeholder; their own names unless given.
+        idle_rules: whether rules of the user's that do nothing are refused, or for another graph (see `refuse_idle`).
 
     Raises:
         CalibrationError: there is no such policy; or rules do nothing (all are named, with near names).
@@ -144,8 +154,22 @@ def place(
                 placement.ruled.add(candidate.name)
             if overrides != Overrides():
                 placement.overrides[candidate.name] = overrides
-    decider.check(candidates)
+    placement.idle = decider.idle(candidates)
+    if idle_rules == "refuse":
+        refuse_idle([placement])
     return placement
+
+
+def refuse_idle(placements: Sequence[Placement]) -> None:
+    """Of rules for several graphs, each does something in one of them.
+
+    Raises:
+        CalibrationError: some do nothing in any; all are named.
+    """
+    everywhere = [index for index in placements[0].idle if all(index in placement.idle for placement in placements)]
+    if everywhere:  # what is matched in vain says more than that nothing is matched
+        problems = [min((placement.idle[index] for placement in placements), key=lambda why: _NO_VALUE in why) for index in everywhere]
+        raise CalibrationError("\n  ".join([f"{len(problems)} of the placement rules do nothing:", *problems]))
 
 
 class _Decider:
@@ -174,16 +198,14 @@ class _Decider:
             return Decision.QUANTIZE, f"{reason}; {own.reason}", overrides, True
         return decision, reason, Overrides(), False
 
-    def check(self, candidates: Sequence[_Candidate]) -> None:
-        """Every user's rule has decided about something."""
-        problems = [f"{rule.match!r} {self._why(rule, candidates)}" for i, rule in enumerate(self.rules) if i not in self.effective]
-        if problems:
-            raise CalibrationError("\n  ".join([f"{len(problems)} of the placement rules do nothing:", *problems]))
+    def idle(self, candidates: Sequence[_Candidate]) -> dict[int, str]:
+        """The user's rules that have decided about nothing, and why."""
+        return {i: f"{rule.match!r} {self._why(rule, candidates)}" for i, rule in enumerate(self.rules) if i not in self.effective}
 
     def _why(self, rule: PlacementRule, candidates: Sequence[_Candidate]) -> str:
         matched = [c for c in candidates if rule.fits(c.names)]
         if not matched:
-            return f"matches no value{near_names(rule.match, [name for c in candidates for name in c.names])}"
+            return f"{_NO_VALUE}{near_names(rule.match, [name for c in candidates for name in c.names])}"
         open_to = [c for c in matched if rule.is_for(c.kind is not Kind.ACTIVATION) and c.kind is not Kind.BASE]
         if not open_to:
             what = "weights that step 1 made integers" if all(c.kind is Kind.BASE for c in matched) else "weights" if rule.of is None else f"no {rule.of}"

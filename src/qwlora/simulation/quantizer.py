@@ -101,9 +101,14 @@ class Quantizer(nn.Module):
 
     @property
     def is_mask(self) -> bool:
-        """Whether values came by that only a mask holds."""
-        low, high = self.observer.low, self.observer.high
-        return low is not None and high is not None and bool(max(-float(low), float(high)) > MASK_MAGNITUDE)
+        """Whether values came by that only a mask holds, at an end of the range that is not fixed."""
+        ends = ((self.observer.low, self.minimum), (self.observer.high, self.maximum))
+        return any(seen is not None and fixed is None and abs(float(seen)) > MASK_MAGNITUDE for seen, fixed in ends)
+
+    @property
+    def is_infinite(self) -> bool:
+        """Whether an infinity came by."""
+        return any(seen is not None and bool(seen.isinf()) for seen in (self.observer.low, self.observer.high))
 
     @property
     def is_constant(self) -> bool:

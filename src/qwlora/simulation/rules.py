@@ -33,6 +33,9 @@ from qwlora.simulation.estimator import Estimator, as_estimator
 ONE_OPERATION = r"(?i)Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation"
 
 
+IdleRules = Literal["refuse", "allow"]  # what becomes of a user's rule that does nothing in a graph: it may be for another graph of the same job
+
+
 class Decision(StrEnum):
     """What becomes of a value."""
 
@@ -47,7 +50,7 @@ class Fact(StrEnum):
     FLOAT64 = "float64"
     INTEGER_ORIGIN = "integer-origin"  # no floating point input, parameter or constant flows into it
     ANGLE = "angle"  # in the end only sine and cosine read it: a step of more than a radian would leave nothing of it
-    MASKED = "masked"  # a mask was added to it, or chose among its values
+    MASKED = "masked"  # a mask was added to it, or chose among its values; or it is computed from such ones on the way to a softmax
     INSIDE_ONE_OPERATION = "inside-one-operation"  # in a module of the policy's `one_operation` classes, and read there alone
     LEAVES_ONE_OPERATION = "leaves-one-operation"  # likewise, and read outside
     RESIDUAL_ADDITION = "residual-addition"  # x + f(x)

@@ -65,8 +65,11 @@ def sensitivities(simulation: Simulation, batches: Collection[Mapping[str, Any]]
     simulation.encodings  # noqa: B018 (raises before anything is run)
     found = {name: _Sums() for name in simulation.quantizers}
     leaves: list[Tensor] = []
+    trainable = [p for p in simulation.parameters() if p.requires_grad]  # through which gradients would reach values before they are sensed
     hooks = [q.register_forward_hook(partial(_sense, found[name], leaves)) for name, q in simulation.quantizers.items()]
     try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
         with simulation.only():
             for batch in track(batches, "measuring sensitivity", len(batches)):
                 with torch.enable_grad():
@@ -76,6 +79,8 @@ def sensitivities(simulation: Simulation, batches: Collection[Mapping[str, Any]]
     finally:
         for hook in hooks:
             hook.remove()
+        for parameter in trainable:
+            parameter.requires_grad_()
     return sorted((_finished(simulation.quantizers[name], sums) for name, sums in found.items()), key=lambda s: -s.cost)
 
 

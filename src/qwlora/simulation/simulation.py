@@ -38,7 +38,7 @@ from qwlora.simulation.facts import operator_of
 from qwlora.simulation.perturbed import SumInHalves
 from qwlora.simulation.place import Overrides, Placement, place
 from qwlora.simulation.quantizer import FrozenWeight, Mode, Quantizer
-from qwlora.simulation.rules import PlacementRule, Policy
+from qwlora.simulation.rules import IdleRules, PlacementRule, Policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +57,7 @@ class SimulationSchemes:
         policy: which values get a quantizer: `npu`, `matmul-inputs`, `weights-only`, or a `rules.Policy` of your own.
         rules: tried before the policy's.
         observer: how the range of an activation is chosen, see `Estimator`.
-        quantize_residual_adds, symmetric_matmul_second_input: see `place`.
+        quantize_residual_adds, symmetric_matmul_second_input, idle_rules: see `place`.
     """
 
     activations: Scheme = Scheme(16, symmetric=False)
@@ -68,13 +68,14 @@ class SimulationSchemes:
     rules: Sequence[PlacementRule] = ()
     observer: str | Estimator = "min-max"
     symmetric_matmul_second_input: bool = False
+    idle_rules: IdleRules = "refuse"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
 
     def placement(self, program: ExportedProgram, input_names: Mapping[str, str]) -> Placement:
         """What `place` decides about a program."""
-        return place(program, self.policy, self.rules, self.quantize_residual_adds, self.symmetric_matmul_second_input, input_names)
+        return place(program, self.policy, self.rules, self.quantize_residual_adds, self.symmetric_matmul_second_input, input_names, self.idle_rules)
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class Simulation(Calibrated):
         super().__init__()
         self.captured, program = captured, captured.program
         self.placement = schemes.placement(program, captured.input_names)
-        # what comes from a cache lies on the grid that it left on, and gets no second one
-        self.marks: list[Mark] = [mark for mark in self.placement.marks if mark.name not in captured.interface.cached]
+        self.placement.share(captured.interface.cached, "comes from a cache: the encoding with which it was kept holds it")
+        self.marks: list[Mark] = list(self.placement.marks)
         self.explanation = self.placement.explanation
         if twice := [name for name, count in Counter(m.name for m in self.marks).items() if count > 1]:
             raise CaptureError(f"two values would carry the name {twice[0]}; activate one adapter at a time")

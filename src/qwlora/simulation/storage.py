@@ -11,11 +11,13 @@ the base, millions of scales; its fingerprint vouches for them. The logits of a 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.fingerprint import adapter_fingerprint, fingerprint
-from qwlora.simulation.encodings_file import FORMAT, RECORD, load_encodings, read_record, save_encodings, unreadable
+from qwlora.simulation.encodings_file import ENCODINGS, FORMAT, RECORD, load_encodings, read_record, save_encodings, unreadable
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
 from qwlora.simulation.structure import CacheSlot, Slot, Structure
 
@@ -32,7 +34,7 @@ _SLOT, _TUPLE = "$tensor", "$tuple"
 
 
 def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool = False) -> None:
-    """Write a calibrated simulation into `folder`, which is made if it is not there.
+    """Write a calibrated simulation into `folder`, which is made if it is not there. What it held stays until all is written.
 
     Args:
         with_base: write the encodings of the base's packed weights too, for a reader that has not the base.
@@ -41,7 +43,6 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
         CalibrationError: it is not calibrated; or `with_base` where the base has float offsets, which the file cannot hold.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     own = {name: e for name, e in simulation.encodings.items() if with_base or name not in simulation.base_encodings}
     origin = simulation.origin
     arguments, examples = Structure.of(dict(origin.example_inputs))
@@ -54,10 +55,18 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
         "encodings": {m.name: m.kind.value for m in simulation.marks if m.name in own},
         "placement": [asdict(p) for p in simulation.explanation],
     }
-    (folder / RECORD).unlink(missing_ok=True)  # written last: never an old record beside new encodings
-    save_encodings(own, folder)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in zip(arguments.names, examples, strict=True)}, folder / INPUTS)
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as scratch:
+        written = Path(scratch)
+        save_encodings(own, written)
+        # two arguments may be one tensor, which the file would not take
+        save_file(
+            {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in zip(arguments.names, examples, strict=True)}, written / INPUTS
+        )
+        (written / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        (folder / RECORD).unlink(missing_ok=True)  # comes last: never an old record beside new encodings
+        for name in (ENCODINGS, INPUTS, RECORD):
+            (written / name).replace(folder / name)
 
 
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:

@@ -83,6 +83,9 @@ def test_costs_are_switched_on_one_by_one(job: Path, capsys: pytest.CaptureFixtu
     assert code == 0
     assert list(account["perplexity"]) == ["base", "adapted", "adapter_weights", "parameters", "activations"]
     assert len(account["sensitivity"]) == len(account["layer_sqnr_db"]) == 10
+    assert "unshared" not in account
+    code, out, _ = call(capsys, monkeypatch, job, "--costs", "--set", "simulation.base_activations=none", "--json")
+    assert json.loads(out)["unshared"] == "none"
     code, out, _ = call(capsys, monkeypatch, job, "--costs")
     assert f"adapter weights {account['perplexity']['adapter_weights']:.4f}" in [" ".join(line.split()) for line in out.splitlines()]
 
@@ -111,6 +114,7 @@ def test_a_suggestion_says_when_no_other_text_is_held_out() -> None:
 
     found = {"adapter": "first", "wide": [], "narrow": 3, "rules": [], **dict.fromkeys(("measured", "limit", "all_wide", "all_narrow"), 2.0)}
     assert any(line.startswith("no text is held out beyond what the search measured") for line in _suggestion_lines({**found, "fresh": None}))
+    assert any("base_activations: none" in line for line in _suggestion_lines({**found, "fresh": None, "unshared": "none"}))
     lines = list(_suggestion_lines({**found, "fresh": {"measured": 2.2, "float_activations": 2.0}}))
     assert "on held-out text that the search has not seen 2.2000, +10.0% on float activations' 2.0000" in lines
     assert lines[-1] == "  rules: []"

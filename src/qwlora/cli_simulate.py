@@ -64,6 +64,7 @@ def simulate(
 
 def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
     yield f"adapter {account['adapter']}"
+    yield from _unshared(account)
     yield from table([("perplexity", ""), *((what.replace("_", " "), f"{value:.4f}") for what, value in account["perplexity"].items())])
     yield ""
     rows = [(s["name"], str(s["bitwidth"]), f"{s['cost']:.3g}", f"{s['sqnr_db']:.1f}") for s in account["sensitivity"]]
@@ -77,11 +78,17 @@ def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"adapter {found['adapter']}: {wide} of {all_of_them} activations at 16 bits, the others at 8"
     yield f"perplexity {found['measured']:.4f} (limit {found['limit']:.4f}; all at 16 bits {found['all_wide']:.4f}, all at 8 bits {found['all_narrow']:.4f})"
     yield _on_fresh_text(found["fresh"])
+    yield from _unshared(found)
     yield ""
     yield "simulation:"
     yield "  activation_bitwidth: 8"
     yield "  rules:" if found["rules"] else "  rules: []"
     yield from (f"    - {json.dumps(rule)}" for rule in found["rules"])
+
+
+def _unshared(found: dict[str, Any]) -> Iterator[str]:
+    if "unshared" in found:
+        yield f"with encodings of the adapter's own; the recipe shares some among adapters (base_activations: {found['unshared']}), which costs more"
 
 
 def _on_fresh_text(fresh: dict[str, float] | None) -> str:

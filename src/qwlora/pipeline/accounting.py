@@ -40,7 +40,8 @@ def account_job(folder: Path, adapter: str | None = None, changes: tuple[str, ..
     tokens = sum(batch["input_ids"].numel() - 1 for batch in batches)
     ranking = [{**asdict(s), "cost": s.cost / tokens} for s in sensitivities(simulation, batches, track=session.track)[:LISTED]]
     furthest = sorted(layer_sqnr(simulation, batches[:1], session.track).items(), key=lambda item: item[1])[:LISTED]
-    return {"adapter": name, "perplexity": perplexities, "sensitivity": ranking, "layer_sqnr_db": dict(furthest)}
+    found = {"adapter": name, "perplexity": perplexities, "sensitivity": ranking, "layer_sqnr_db": dict(furthest)}
+    return found if calibrated else found | _unshared(session)
 
 
 def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], share: float, track: Track = untracked) -> dict[str, Any]:
@@ -84,7 +85,13 @@ def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], sha
     measured = {key: getattr(found, key) for key in ("narrow", "measured", "all_narrow", "all_wide", "limit")}
     own = [rule.model_dump(exclude_unset=True, mode="json") for rule in session.recipe.simulation.rules]
     rules = [*own, *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in found.rules)]
-    return {"adapter": name, **measured, "fresh": fresh, "wide": list(found.wide), "rules": rules}
+    return {"adapter": name, **measured, "fresh": fresh, "wide": list(found.wide), "rules": rules, **_unshared(session)}
+
+
+def _unshared(session: Session) -> dict[str, str]:
+    """What the recipe shares among adapters, where it does, since a simulation that is calibrated here has encodings of its own."""
+    shares = session.recipe.simulation.base_activations
+    return {} if shares == "all" else {"unshared": shares}
 
 
 def _calibrated(session: Session, name: str) -> Simulation:

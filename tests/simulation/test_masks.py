@@ -127,6 +127,25 @@ def test_what_a_mask_chose_of_the_hidden_states_is_no_score() -> None:
     assert {"relu", "linear", "softmax"} <= {p.operator for p in placement.explanation if p.decision is Decision.QUANTIZE}
 
 
+def test_what_integers_look_up_is_no_score() -> None:
+    """Positions are chosen among like masks, and what an embedding has for them is added to the scores."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Embedding(4, 1)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            distance = torch.arange(x.shape[1]) - torch.arange(x.shape[1])[:, None]
+            bias = self.bias(torch.where(distance > 3, 3, distance).clamp(0, 3)).squeeze(-1)
+            return ((x @ x.transpose(1, 2) + bias) + (1 - mask.float()).unsqueeze(1) * LOWEST).softmax(-1)
+
+    placement = place(torch.export.export(Biased(), tuple(given(0).values())))
+    decisions = {p.name: p.decision for p in placement.explanation}
+    assert [decisions[name] for name in ("bias.embedding", "output.squeeze", "output.add")] == [Decision.QUANTIZE, Decision.SHARE, Decision.QUANTIZE]
+    assert [p.name for p in placement.explanation if p.reason == "combined with a mask"] == ["output.add_1"]
+
+
 def test_attention_sinks_of_a_model() -> None:
     torch.manual_seed(0)
     config = t.GptOssConfig(**DECODER, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)

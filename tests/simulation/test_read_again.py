@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers as t
@@ -50,3 +53,11 @@ def test_dora_asks_for_the_weight_of_its_layer(name: str) -> None:
     quantize_(model, "w4-block32", solver="rtn")
     torch.manual_seed(1)
     checked(get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora=True)).eval())
+
+
+def test_a_model_without_packed_weights_needs_no_operators_of_theirs() -> None:
+    program = (
+        "import torch; from qwlora import simulate; print(simulate(torch.nn.Sequential(torch.nn.Linear(4, 4)).eval(), {'input': torch.ones(2, 4)}).inputs)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert found.stdout == "('input',)\n", found.stderr

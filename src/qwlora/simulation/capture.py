@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache
 from qwlora.errors import CaptureError
 from qwlora.grid.graph import Interface, with_graph
 from qwlora.simulation.axes import Axes, Place
+from qwlora.simulation.facts import operator_of
 from qwlora.simulation.implementations import visible_implementations
 from qwlora.simulation.proof import prove
 from qwlora.simulation.structure import Structure, cache_of
@@ -232,7 +233,7 @@ def _unpack_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
     """
     first: dict[tuple[Any, ...], list[tuple[nn.Module | None, Node]]] = {}
     for node in list(graph.nodes):
-        if node.target is not torch.ops.qwlora.dequantize.default:
+        if node.op != "call_function" or operator_of(node) != "dequantize":
             continue
         layer = packed.get(_path(node))
         earlier = first.setdefault(node.args, [])

@@ -166,7 +166,7 @@ def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
         operator = _operator_of_call(node)
         meets_mask = operator in MASKS and any(a.name in integer_origins and _is_tensor(a) for a in node.all_input_nodes)
         computed = node.name in scores and operator not in MATRIX_PRODUCTS and operator not in SOFTMAXES
-        if meets_mask or (computed and any(a.name in found for a in node.all_input_nodes)):
+        if meets_mask or (computed and any(a.name in found and a.name not in integer_origins for a in node.all_input_nodes)):
             found.add(node.name)
     return found
 

@@ -105,15 +105,17 @@ def test_a_suggestion_is_what_its_rules_give(job: Path, capsys: pytest.CaptureFi
     rules = json.dumps(found["rules"])
     _, out, _ = call(capsys, monkeypatch, job, "--costs", "--json", "--set", "simulation.activation_bitwidth=8", "--set", f"simulation.rules={rules}")
     assert json.loads(out)["perplexity"]["activations"] == found["measured"]
-    assert set(found["fresh"]) == {"measured", "float_activations"}
-    assert found["fresh"]["float_activations"] != reference
+    assert found["fresh"] is None, "the job evaluates on two sequences, and both were searched"
+    _, out, _ = call(capsys, monkeypatch, job, "--suggest", "10", "--json", "--set", "data.evaluation_sequences=6")
+    fresh = json.loads(out)["fresh"]
+    assert fresh["measured"] > fresh["float_activations"] > 1
 
 
 def test_a_suggestion_says_when_no_other_text_is_held_out() -> None:
     from qwlora.cli_simulate import _suggestion_lines
 
     found = {"adapter": "first", "wide": [], "narrow": 3, "rules": [], **dict.fromkeys(("measured", "limit", "all_wide", "all_narrow"), 2.0)}
-    assert any(line.startswith("no text is held out beyond what the search measured") for line in _suggestion_lines({**found, "fresh": None}))
+    assert any(line.startswith("the search measured all evaluation sequences") for line in _suggestion_lines({**found, "fresh": None}))
     assert any("base_activations: none" in line for line in _suggestion_lines({**found, "fresh": None, "unshared": "none"}))
     lines = list(_suggestion_lines({**found, "fresh": {"measured": 2.2, "float_activations": 2.0}}))
     assert "on held-out text that the search has not seen 2.2000, +10.0% on float activations' 2.0000" in lines

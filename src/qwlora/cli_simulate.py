@@ -93,7 +93,7 @@ def _unshared(found: dict[str, Any]) -> Iterator[str]:
 
 def _on_fresh_text(fresh: dict[str, float] | None) -> str:
     if fresh is None:
-        return "no text is held out beyond what the search measured; hold out more (data.held_out) to see what it does on other text"
+        return "the search measured all evaluation sequences; raise data.evaluation_sequences to see what it does on other text"
     measured, plain = fresh["measured"], fresh["float_activations"]
     return f"on held-out text that the search has not seen {measured:.4f}, {measured / plain - 1:+.1%} on float activations' {plain:.4f}"
 

@@ -192,3 +192,14 @@ def test_rows_end_with_the_last_learnt_token() -> None:
     assert [(ids.tolist(), labels.tolist()) for ids, labels in sequences.rows()] == [([0, 1], [-100, 1]), ([4, 5, 6, 7], [-100, -100, -100, 7])]
     assert sequences.learnt_tokens == 2
     assert set(sequences.first(1)[0]) == {"input_ids", "labels"}
+
+
+def test_sequences_are_spread_evenly_and_none_is_lost() -> None:
+    sequences = Sequences(torch.arange(20).view(10, 2), torch.arange(20).view(10, 2), torch.arange(20).view(10, 2))
+    chosen, others = sequences.spread(4)
+    assert chosen.input_ids[:, 0].tolist() == [0, 4, 10, 14]
+    assert others.input_ids[:, 0].tolist() == [2, 6, 8, 12, 16, 18]
+    assert chosen.position_ids is not None
+    assert torch.equal(chosen.position_ids, chosen.labels)
+    assert [len(part) for part in sequences.spread(99)] == [10, 0]
+    assert [len(part) for part in sequences.first(3).spread(1)] == [1, 2]

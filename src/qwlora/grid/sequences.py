@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -37,13 +38,15 @@ class Sequences(Dataset[dict[str, Tensor]]):
 
     def first(self, count: int) -> Sequences:
         """The first `count` sequences, or as many as there are."""
-        return self._part(slice(count))
+        return self._part(torch.arange(min(count, len(self))))
 
-    def after(self, count: int) -> Sequences:
-        """What `first(count)` leaves."""
-        return self._part(slice(count, None))
+    def spread(self, count: int) -> tuple[Sequences, Sequences]:
+        """`count` sequences at equal distances, or as many as there are, and the others."""
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        chosen[torch.arange(min(count, len(self))) * len(self) // max(1, min(count, len(self)))] = True
+        return self._part(chosen), self._part(~chosen)
 
-    def _part(self, rows: slice) -> Sequences:
+    def _part(self, rows: Tensor) -> Sequences:
         return Sequences(self.input_ids[rows], self.labels[rows], None if self.position_ids is None else self.position_ids[rows])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:

@@ -47,8 +47,8 @@ def account_job(folder: Path, adapter: str | None = None, changes: tuple[str, ..
 def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], share: float, track: Track = untracked) -> dict[str, Any]:
     """The fewest activations at 16 bits, the others at 8, with which perplexity is at most `1 + share` of the adapter's with float activations.
 
-    The search keeps to the limit on a few held-out sequences. `fresh` is what its result does on as many others as the recipe evaluates on, and the adapter
-    with float activations there; None where no more text is held out.
+    The search keeps to the limit on a few of the recipe's evaluation sequences. `fresh` is what its result does on the others, and the adapter with float
+    activations there; None where there are no others.
 
     Raises:
         DirectoryError: as `open_job`.
@@ -64,8 +64,7 @@ def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], sha
         )
 
     simulation = _calibrated(session, name)
-    searched = session.evaluation.first(SEARCHED_SEQUENCES)
-    others = session.data.held_out.after(len(searched)).first(session.recipe.data.evaluation_sequences)
+    searched, others = session.evaluation.spread(SEARCHED_SEQUENCES)
     with simulation.only():
         limit = (1 + share) * _simulated(simulation, searched)
     found = suggest(

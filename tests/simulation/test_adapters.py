@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
-from qwlora.errors import CalibrationError, CaptureError
+from qwlora.errors import CalibrationError, CaptureError, GridError
 from qwlora.export.aimet import write_encodings
 from qwlora.export.bundle import export_onnx
 from qwlora.grid.fingerprint import adapter_fingerprint
@@ -315,9 +315,22 @@ def test_a_simulation_of_one_of_several_comes_back_from_disk(model: PeftModel, c
     model.set_adapter("first")
     with pytest.raises(CalibrationError, match="is a simulation of the adapter with fingerprint"):
         load_simulation(tmp_path, model)
-    calibrated["none"]["base"].save(tmp_path / "base")
-    with pytest.raises(CalibrationError, match=r"is a simulation of the adapter with fingerprint \(none\)"):
-        load_simulation(tmp_path / "base", model)
+
+
+@pytest.mark.parametrize("mode", ["none", "all"])
+def test_the_adapter_that_adds_zero_comes_back_from_disk(model: PeftModel, calibrated: dict[str, AdapterSimulations], mode: str, tmp_path: Path) -> None:
+    batch, simulation = inputs(seed=4), calibrated[mode]["base"]
+    simulation.save(tmp_path)
+    model.set_adapter("second")
+    again = load_simulation(tmp_path, model)
+    assert torch.equal(again.outputs(batch)["logits"], simulation.outputs(batch)["logits"])
+    assert again.encodings.keys() == simulation.encodings.keys()
+    model.set_adapter("wide")
+    with pytest.raises(GridError, match=r"a tensor of shape \[6, 64\] needs scales of shape \[6\], not \[4\]"):
+        load_simulation(tmp_path, model)
+    with model.disable_adapter(), pytest.raises(CalibrationError, match=r"simulation of an adapter that adds zero; give it a model with an adapter of that"):
+        load_simulation(tmp_path, model)
+    model.set_adapter("first")
 
 
 def test_what_cannot_be_shared_says_why(model: PeftModel) -> None:

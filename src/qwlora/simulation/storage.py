@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.fingerprint import adapter_fingerprint, fingerprint
+from qwlora.grid.names import is_adapter_name
+from qwlora.simulation.adapters import BASE, simulate_adapters
 from qwlora.simulation.encodings_file import ENCODINGS, FORMAT, RECORD, load_encodings, read_record, save_encodings, unreadable
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
 from qwlora.simulation.structure import CacheSlot, Slot, Structure
@@ -72,12 +75,19 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     """The simulation that was saved in `folder`, captured anew from `model`: the same base, with the same adapter.
 
+    That of the adapter that adds zero (`simulate_adapters(...)["base"]`) takes the shape of the model's active adapter, whatever its weights.
+
     Raises:
         CalibrationError: the folder holds no simulation, encodings are missing, or the base or the adapter is another.
+        GridError: the shape is not that of the adapter that added zero.
     """
     folder = Path(folder)
     record = read_record(folder)
-    for what, found in (("base", fingerprint(model)), ("adapter", adapter_fingerprint(model))):
+    adds_zero = record["adapter_fingerprint"] is None and any(is_adapter_name(name) for name in record["encodings"])
+    if adds_zero and adapter_fingerprint(model) is None:
+        raise CalibrationError(f"{str(folder)!r} is a simulation of an adapter that adds zero; give it a model with an adapter of that shape, active")
+    now = {"base": fingerprint(model), "adapter": None if adds_zero else adapter_fingerprint(model)}
+    for what, found in now.items():
         if found != (known := record[f"{what}_fingerprint"]):
             raise CalibrationError(
                 f"{str(folder)!r} is a simulation of the {what} with fingerprint {known or '(none)'}, but this model's is {found or '(none)'}; "
@@ -89,7 +99,11 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
         examples = _template_from_json(record["inputs"], tensors)
     except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
         raise unreadable(folder, error) from error
-    simulation = simulate(model, examples, schemes)
+    if adds_zero:
+        assert isinstance(model, PeftModel)
+        simulation = simulate_adapters(model, examples, schemes, adapters=[model.active_adapter])[BASE]
+    else:
+        simulation = simulate(model, examples, schemes)
     simulation.set_adapter_encodings(load_encodings(folder))  # adapters that share every encoding lie on grids that their own values do not give
     restore(simulation, folder)
     return simulation

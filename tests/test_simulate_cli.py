@@ -84,8 +84,8 @@ def test_costs_are_switched_on_one_by_one(job: Path, capsys: pytest.CaptureFixtu
     assert list(account["perplexity"]) == ["base", "adapted", "adapter_weights", "parameters", "activations"]
     assert len(account["sensitivity"]) == len(account["layer_sqnr_db"]) == 10
     assert "unshared" not in account
-    code, out, _ = call(capsys, monkeypatch, job, "--costs", "--set", "simulation.base_activations=none", "--json")
-    assert json.loads(out)["unshared"] == "none"
+    code, out, _ = call(capsys, monkeypatch, job, "--costs", "--set", "simulation.base_activations=adapter_only", "--json")
+    assert json.loads(out)["unshared"] == "adapter_only"
     code, out, _ = call(capsys, monkeypatch, job, "--costs")
     assert f"adapter weights {account['perplexity']['adapter_weights']:.4f}" in [" ".join(line.split()) for line in out.splitlines()]
 

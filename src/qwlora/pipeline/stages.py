@@ -78,8 +78,8 @@ def preflight(session: Session, verbs: set[str]) -> None:
             raise SourceError(
                 f"the tokenizer of {session.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"
             )
-        if session.data.train.position_ids is not None and not embedding.weight.is_meta:  # training looks again
-            check_isolation(model)
+        if session.data.train.position_ids is not None and session.recipe.base.solver != "keep":  # whose model has no weights here; training looks again
+            check_isolation(session.float_model())
 
 
 def _unquantized(session: Session) -> PreTrainedModel:

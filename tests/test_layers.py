@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "src" / "qwlora"
 STEPS = ("adapter", "base", "data", "evaluate", "export", "report", "simulation")
 RANK = {
     "errors": 0,
+    "gradients": 0,
+    "hub": 0,
     "memory": 0,
     "progress": 0,
     "grid": 1,

@@ -25,6 +25,7 @@ from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter
 from qwlora.errors import SourceError, TrainingError
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.names import canonical_name, is_adapter_name
+from qwlora.hub import downloaded
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,7 @@ def adapter_folder(source: str) -> Path:
         return path
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         raise SourceError(f"adapter {source!r} is neither a folder nor a hub id like owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["adapter_config.json", WEIGHTS, "qwlora.json"]))
-    except Exception as error:  # offline, not found, private: the hub's client has a dozen classes for them
-        raise SourceError(f"adapter {source!r} is no local folder, and cannot be had from the hub: {error}") from error
+    return downloaded("adapter", source, ["adapter_config.json", WEIGHTS, FILE])
 
 
 def check_trainable(model: nn.Module) -> int:

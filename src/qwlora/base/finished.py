@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +22,7 @@ from qwlora.base.revision import REVISION
 from qwlora.base.rules import Assignment
 from qwlora.base.tensors import LayerReport
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.fingerprint import tensor_digest
 from qwlora.grid.moment import Moments
 from qwlora.grid.names import canonical_name
 from qwlora.grid.quantized import QuantizedTensor
@@ -85,9 +85,4 @@ class FinishedParts:
 
     def _take_in(self, things: Iterable[Any]) -> None:
         for thing in things:
-            if isinstance(thing, Tensor):
-                data = thing.detach().cpu().contiguous()
-                self._digest.update(f"{data.dtype}{list(data.shape)}".encode())
-                self._digest.update(data.flatten().view(torch.uint8).numpy().data)
-            else:
-                self._digest.update(f"{thing}\0".encode())
+            self._digest.update(f"{tensor_digest('', '', thing) if isinstance(thing, Tensor) else thing}\0".encode())

@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.base.lockstep import Lockstep
 from qwlora.errors import CalibrationError
+from qwlora.gradients import frozen
 from qwlora.grid.moment import SecondMoment
 from qwlora.grid.names import canonical_name
 
@@ -46,7 +47,7 @@ def observe(model: nn.Module, part: str, tensors: Sequence[str], lockstep: Locks
     found: dict[str, SecondMoment] = {}
     if not products:
         return found
-    with torch.enable_grad(), _frozen(model.get_submodule(part)), _recorded(products) as calls:
+    with torch.enable_grad(), frozen(model.get_submodule(part)), _recorded(products) as calls:
         seeds = count()
         for result in lockstep.repeat():
             if calls:
@@ -91,19 +92,6 @@ def _tensors(result: Any) -> Iterator[Tensor]:
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             for field in fields(leaf):
                 yield from _tensors(getattr(leaf, field.name))
-
-
-@contextmanager
-def _frozen(part: nn.Module) -> Iterator[None]:
-    """Nothing but what is hooked asks for gradients, so that no more is kept for them."""
-    learning = [parameter for parameter in part.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_()
 
 
 @contextmanager

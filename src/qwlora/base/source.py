@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.base.parts import join_parts
 from qwlora.errors import MissingExtraError, SourceError
+from qwlora.hub import downloaded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,13 +108,7 @@ def fetch(source: str) -> Location:
 
 @cache
 def _downloaded(repository: str, *files: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    nested = None if any("/" in file for file in files) else ["*/*"]  # other formats of the same weights
-    try:
-        return Path(snapshot_download(repository, allow_patterns=list(files), ignore_patterns=nested))
-    except Exception as error:  # offline, not found, private: the hub's client has a dozen classes for them
-        raise SourceError(f"model {repository!r} is no local folder, and cannot be had from the hub: {error}") from error
+    return downloaded("model", repository, files, None if any("/" in file for file in files) else ["*/*"])  # other formats of the same weights
 
 
 def _inside_package(source: str) -> Path:

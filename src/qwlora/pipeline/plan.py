@@ -19,10 +19,8 @@ from qwlora.data import Documents
 from qwlora.recipe import Recipe
 
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
-VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
-
-
 SIMULATION_FORMAT = 2  # of simulation/NAME; 2: the adapter lies in it
+VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
 
 @dataclass(frozen=True)

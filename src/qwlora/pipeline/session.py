@@ -101,6 +101,7 @@ class Session:
         section = self.recipe.model
         return open_checkpoint(location.path, section.encodings, keep_float=section.keep_float, block_order=section.block_order)
 
+    @cached_property
     def lazy(self) -> LazyModel | None:
         """The float model with its weights in their files; None if they are not in a folder that can be read tensor by tensor."""
         location = fetch(self.recipe.model.source)

@@ -92,8 +92,7 @@ def _unquantized(session: Session) -> PreTrainedModel:
         return LazyModel(session.checkpoint()).model
     if not has_float_model(session.recipe):
         raise SourceError(f"model {session.recipe.model.source!r} is quantized already; take its integers as they are (base.solver: keep)")
-    lazy = session.lazy()
-    model = session.float_model() if lazy is None else lazy.model
+    model = session.float_model() if session.lazy is None else session.lazy.model
     plan_layers(model, base.weights.scheme(), base.solver, _rules(base))
     return model
 
@@ -126,9 +125,8 @@ def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, Quantiz
         "gptq": GptqSettings(**base.gptq.model_dump()),
         "track": session.track,
     }
-    lazy = None if session.holds_float_model else session.lazy()
-    if lazy is not None:
-        streamed = quantize_checkpoint(lazy.checkpoint, session.tokenizer, scratch, source, scheme, base.solver, **asked)
+    if session.lazy is not None and not session.holds_float_model:
+        streamed = quantize_checkpoint(session.lazy.checkpoint, session.tokenizer, scratch, source, scheme, base.solver, **asked)
         return streamed.fingerprint, streamed.report
     model = session.take_float_model()
     report = quantize_(model, scheme, base.solver, **asked)

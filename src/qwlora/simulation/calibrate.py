@@ -284,14 +284,12 @@ class Calibrated(nn.Module):
         del self.quantizers[name]
         self._dropped.add(name)
         (mark,) = (m for m in self.marks if m.name == name)
-        self.marks.remove(mark)
+        self.placement.take_out({name}, Decision.FLOAT, reason)
         node = next(n for n in self.graph_module.graph.nodes if n.op == "call_module" and n.target == f"quantizer_{mark.node}")
         node.replace_all_uses_with(node.args[0])
         self.graph_module.graph.erase_node(node)
         self.graph_module.delete_submodule(str(node.target))
         self.graph_module.recompile()
-        for placed in (self.explanation, self.placement.weights):  # an input is among the latter
-            placed[:] = [replace(p, decision=Decision.FLOAT, reason=reason) if p.node == mark.node else p for p in placed]
 
     def _set_mode(self, mode: Mode) -> None:
         for quantizer in self.quantizers.values():

@@ -85,10 +85,11 @@ class Placement:
     unknown: Counter[str] = field(default_factory=Counter)
     idle: dict[int, str] = field(default_factory=dict)
 
-    def share(self, names: Collection[str], reason: str) -> None:
-        """Leave weights or inputs of these names without encodings of their own, whatever was decided."""
-        self.marks = [mark for mark in self.marks if mark.name not in names]
-        self.weights = [replace(p, decision=Decision.SHARE, reason=reason) if p.name in names else p for p in self.weights]
+    def take_out(self, names: Collection[str], decision: Decision, reason: str) -> None:
+        """Leave the values of these names without encodings of their own, whatever was decided."""
+        self.marks[:] = [mark for mark in self.marks if mark.name not in names]
+        for placed in (self.explanation, self.weights):
+            placed[:] = [replace(p, decision=decision, reason=reason) if p.name in names else p for p in placed]
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def place(
     candidates = list(_candidates(program, structure, input_names or {}))
     decider = _Decider(chosen, rules)
     for candidate in candidates:
-        decision, reason, overrides, by_rule = decider.decide(candidate)
+        decision, reason, ruled = decider.decide(candidate)
+        overrides = ruled or Overrides()
         activation = candidate.kind is Kind.ACTIVATION
         if activation and symmetric_matmul_second_input and Fact.MATMUL_SECOND_INPUT in candidate.facts and overrides.symmetric is None:
             overrides = replace(overrides, symmetric=True)
@@ -150,7 +152,7 @@ def place(
             placement.unknown[candidate.operator] += 1
         if decision is Decision.QUANTIZE:
             placement.marks.append(Mark(candidate.node.name, candidate.name, candidate.kind))
-            if by_rule:
+            if ruled is not None:
                 placement.ruled.add(candidate.name)
             if overrides != Overrides():
                 placement.overrides[candidate.name] = overrides
@@ -179,10 +181,10 @@ class _Decider:
         self.policy, self.rules = chosen, rules
         self.effective: set[int] = set()
 
-    def decide(self, candidate: _Candidate) -> tuple[Decision, str, Overrides, bool]:
-        """The decision about one value, the reason, its own grid, and whether a user's rule decided."""
+    def decide(self, candidate: _Candidate) -> tuple[Decision, str, Overrides | None]:
+        """The decision about one value, the reason, and what a user's rule says of its grid, if one decided."""
         if candidate.kind is Kind.BASE:
-            return Decision.QUANTIZE, "the integers of step 1", Overrides(), False
+            return Decision.QUANTIZE, "the integers of step 1", None
         rule = next(r for r in self.policy.rules if r.fits(candidate.operator, candidate.module_class, candidate.module, candidate.facts))
         decision, reason = rule.decision, rule.reason.format(owner=candidate.owner)
         for index, own in enumerate(self.rules):
@@ -192,11 +194,10 @@ class _Decider:
                 continue
             self.effective.add(index)
             if own.keep is not None:
-                return Decision.FLOAT, own.reason, Overrides(), True
+                return Decision.FLOAT, own.reason, Overrides()
             assert not isinstance(own.observer, str)
-            overrides = Overrides(own.bitwidth, own.symmetric, own.minimum, own.maximum, own.observer)
-            return Decision.QUANTIZE, f"{reason}; {own.reason}", overrides, True
-        return decision, reason, Overrides(), False
+            return Decision.QUANTIZE, f"{reason}; {own.reason}", Overrides(own.bitwidth, own.symmetric, own.minimum, own.maximum, own.observer)
+        return decision, reason, None
 
     def idle(self, candidates: Sequence[_Candidate]) -> dict[int, str]:
         """The user's rules that have decided about nothing, and why."""

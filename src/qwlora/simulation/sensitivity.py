@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwlora.gradients import frozen
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, untracked
@@ -65,12 +66,9 @@ def sensitivities(simulation: Simulation, batches: Collection[Mapping[str, Any]]
     simulation.encodings  # noqa: B018 (raises before anything is run)
     found = {name: _Sums() for name in simulation.quantizers}
     leaves: list[Tensor] = []
-    trainable = [p for p in simulation.parameters() if p.requires_grad]  # through which gradients would reach values before they are sensed
     hooks = [q.register_forward_hook(partial(_sense, found[name], leaves)) for name, q in simulation.quantizers.items()]
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with simulation.only():
+        with frozen(simulation), simulation.only():  # gradients would reach values through parameters before they are sensed
             for batch in track(batches, "measuring sensitivity", len(batches)):
                 with torch.enable_grad():
                     value = (loss or next_token_loss)(simulation.primary(batch), batch)
@@ -79,8 +77,6 @@ def sensitivities(simulation: Simulation, batches: Collection[Mapping[str, Any]]
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter in trainable:
-            parameter.requires_grad_()
     return sorted((_finished(simulation.quantizers[name], sums) for name, sums in found.items()), key=lambda s: -s.cost)
 
 

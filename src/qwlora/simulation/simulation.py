@@ -38,7 +38,7 @@ from qwlora.simulation.facts import operator_of
 from qwlora.simulation.perturbed import SumInHalves
 from qwlora.simulation.place import Overrides, Placement, place
 from qwlora.simulation.quantizer import FrozenWeight, Mode, Quantizer
-from qwlora.simulation.rules import IdleRules, PlacementRule, Policy
+from qwlora.simulation.rules import Decision, IdleRules, PlacementRule, Policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,8 +101,8 @@ class Simulation(Calibrated):
         super().__init__()
         self.captured, program = captured, captured.program
         self.placement = schemes.placement(program, captured.input_names)
-        self.placement.share(captured.interface.cached, "comes from a cache: the encoding with which it was kept holds it")
-        self.marks: list[Mark] = list(self.placement.marks)
+        self.placement.take_out(captured.interface.cached, Decision.SHARE, "comes from a cache: the encoding with which it was kept holds it")
+        self.marks: list[Mark] = self.placement.marks
         self.explanation = self.placement.explanation
         if twice := [name for name, count in Counter(m.name for m in self.marks).items() if count > 1]:
             raise CaptureError(f"two values would carry the name {twice[0]}; activate one adapter at a time")

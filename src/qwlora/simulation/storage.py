@@ -84,10 +84,10 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     folder = Path(folder)
     record = read_record(folder)
     adds_zero = record["adapter_fingerprint"] is None and any(is_adapter_name(name) for name in record["encodings"])
-    if adds_zero and adapter_fingerprint(model) is None:
+    adapter = adapter_fingerprint(model)
+    if adds_zero and adapter is None:
         raise CalibrationError(f"{str(folder)!r} is a simulation of an adapter that adds zero; give it a model with an adapter of that shape, active")
-    now = {"base": fingerprint(model), "adapter": None if adds_zero else adapter_fingerprint(model)}
-    for what, found in now.items():
+    for what, found in (("base", fingerprint(model)), ("adapter", None if adds_zero else adapter)):
         if found != (known := record[f"{what}_fingerprint"]):
             raise CalibrationError(
                 f"{str(folder)!r} is a simulation of the {what} with fingerprint {known or '(none)'}, but this model's is {found or '(none)'}; "

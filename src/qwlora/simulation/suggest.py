@@ -5,8 +5,7 @@
     take back   groups of alike values among the promoted (one name, any layer), the cheapest group first, go back to the narrow grid if the limit still holds
 
 What `measure` says decides; the ranking only orders the search. Bisection takes the measure to fall with k, which it does but for noise, so what is returned is
-what was measured last within the limit, not a proved minimum. Only bitwidths are changed, and none that a user's
-rule decided about or that was fixed before.
+what was measured last within the limit, not a proved minimum. Only bitwidths are changed, and none that a user's rule decided about or that was fixed before.
 """
 
 from __future__ import annotations

@@ -15,8 +15,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from qwlora.errors import SourceError
 
-COUNTS = re.compile(r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types")
-LABELS, MOST_LABELS = "num_labels", 300_000  # a classifier has one tensor for all of them
+LAYERS = re.compile(r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types")
+LABELS = re.compile("num_labels")
+MOST_LABELS = 300_000  # a classifier has one tensor for all of them
 FEW = 128  # honest files of few tensors say as much of what they do not have (max_window_layers)
 MOST = 10_000  # layers, where it is not known how many tensors there are
 
@@ -62,17 +63,17 @@ def check_counts(settings: Mapping[str, Any], most: int, where: str) -> None:
     Raises:
         SourceError: they do; the key is named.
     """
-    rest: list[tuple[str, bool, Any]] = [("", False, settings)]
+    limits = {LAYERS: most, LABELS: MOST_LABELS}
+    rest: list[tuple[str, int | None, Any]] = [("", None, settings)]
     while rest:
-        key, counts, value = rest.pop()
+        key, limit, value = rest.pop()
         if isinstance(value, Mapping):
-            rest += [(f"{key}.{name}".lstrip("."), COUNTS.fullmatch(str(name)) is not None, part) for name, part in value.items()]
+            for name, part in value.items():
+                rest.append((f"{key}.{name}".lstrip("."), next((n for counts, n in limits.items() if counts.fullmatch(str(name))), None), part))
         elif isinstance(value, list):
-            rest += [(key, counts, part) for part in value]
-        elif isinstance(value, int):
-            limit = MOST_LABELS if key.rpartition(".")[2] == LABELS else most if counts else value
-            if value > limit:
-                raise SourceError(f"{where}: {key} is {value}, but a model of these files has at most {limit}; it is damaged, or belongs to another model")
+            rest += [(key, limit, part) for part in value]
+        elif limit is not None and isinstance(value, int) and value > limit:
+            raise SourceError(f"{where}: {key} is {value}, but a model of these files has at most {limit}; it is damaged, or belongs to another model")
 
 
 def _unreadable(folder: Path, error: Exception) -> SourceError:

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
-from qwlora import Scheme, Simulation, SimulationSchemes, export_onnx, quantize_, simulate, verify_onnx
+from qwlora import PerChannel, Scheme, Simulation, SimulationSchemes, export_onnx, quantize_, simulate, verify_onnx
 from qwlora.encodings import validate
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
 from qwlora.export import extras
@@ -52,6 +52,18 @@ def test_eight_bit_activations(tmp_path: Path) -> None:
     check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), Limits(), "a8")
     kinds = {i.data_type for i in onnx.load(tmp_path / "model.onnx").graph.initializer if i.name.endswith(".zero_point")}
     assert kinds == {onnx.TensorProto.UINT8}
+
+
+@pytest.mark.parametrize(("bitwidth", "symmetric", "container"), [(5, False, "uint8"), (12, True, "int16"), (12, False, "uint16")])
+def test_adapter_weights_of_every_width(tmp_path: Path, bitwidth: int, symmetric: bool, container: str) -> None:
+    simulation = made("w4-block32", tmp_path, SimulationSchemes(adapter_weights=Scheme(bitwidth, symmetric, PerChannel(0))))
+    check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), Limits(), "it")
+    name = "model.layers.0.mlp.up_proj.lora_A.weight"
+    stored = next(onnx.numpy_helper.to_array(i) for i in onnx.load(tmp_path / "model.onnx").graph.initializer if i.name == f"{name}.codes")
+    assert stored.dtype == container
+    codes = simulation.encodings[name].quantize(simulation.adapter_weights[name])
+    np.testing.assert_array_equal(stored, (codes - symmetric * 2 ** (bitwidth - 1)).T.numpy())
+    assert int(codes.max()) == 2**bitwidth - 1
 
 
 def test_bits_without_an_onnx_type_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from hypothesis import settings
@@ -26,7 +28,7 @@ def matrices(draw: st.DrawFn, rows: int | None = None, columns: int | None = Non
 
 
 @st.composite
-def schemes_for(draw: st.DrawFn, shape: tuple[int, ...], bitwidths: tuple[int, ...] = BITWIDTHS) -> Scheme:
+def schemes_for(draw: st.DrawFn, shape: tuple[int, ...], bitwidths: Sequence[int] = BITWIDTHS) -> Scheme:
     """A scheme that fits tensors of `shape`."""
     sizes = [size for size in range(1, shape[-1] + 1) if shape[-1] % size == 0]
     axes = range(-len(shape), len(shape))
@@ -35,7 +37,7 @@ def schemes_for(draw: st.DrawFn, shape: tuple[int, ...], bitwidths: tuple[int, .
 
 
 @st.composite
-def cases(draw: st.DrawFn, bitwidths: tuple[int, ...] = BITWIDTHS) -> tuple[Tensor, Scheme]:
+def cases(draw: st.DrawFn, bitwidths: Sequence[int] = BITWIDTHS) -> tuple[Tensor, Scheme]:
     """A vector, a matrix or a stack of matrices, and a scheme that fits it."""
     x = draw(matrices())
     match draw(st.integers(1, 3)):

@@ -231,7 +231,7 @@ def test_a_rule_that_does_nothing_is_refused(rule: PlacementRule, message: str) 
         ({"keep": "float", "bitwidth": 8}, "a value that stays float has no bitwidth; remove that, or keep"),
         ({"keep": "float", "force": True}, "a value that stays float has no force"),
         ({}, "it changes nothing; give keep: float, or a bitwidth"),
-        ({"bitwidth": 9}, "bitwidth 9 is not one of 2, 3"),
+        ({"bitwidth": 17}, "bitwidth 17 is not one of 2 to 16"),
         ({"minimum": 0.5, "maximum": 1.0}, "the range 0.5 to 1.0 must have zero in it"),
         ({"maximum": -1.0}, "the range None to -1.0 must have zero in it"),
         ({"minimum": 0.0, "maximum": 0.0}, "the range 0.0 to 0.0 must have zero in it, and something beside it"),

@@ -75,11 +75,12 @@ def gptq(
     order = torch.argsort(moment.diagonal(), descending=True) if settings.activation_order else torch.arange(columns, device=weight.device)
     if settings.activation_order:
         _, upper, damping = _factor(moment.float()[order][:, order], settings.damping)
-    rounded = _Rounding(weight, upper, order, scheme, beforehand=settings.activation_order).run()
-    refined = _Refinement(weight, hessian, rounded)
-    for _ in range(settings.sweeps):
-        refined.sweep()
-    result = refined.result()
+    result = _Rounding(weight, upper, order, scheme, beforehand=settings.activation_order).run()
+    if settings.sweeps:
+        refined = _Refinement(weight, hessian, result)
+        for _ in range(settings.sweeps):
+            refined.sweep()
+        result = refined.result()
     return result, GptqReport(damping, output_energy(weight - result.dequantize(), moment) / output_energy(weight, moment))
 
 

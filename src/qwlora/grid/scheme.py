@@ -17,7 +17,7 @@ from typing import Any
 
 from qwlora.errors import GridError
 
-BITWIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
+BITWIDTHS = range(2, 17)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Scheme:
         if isinstance(self.granularity, LowPowerBlock) and not self.symmetric:
             raise GridError("blocks with integer scales (LPBQ) are symmetric; say symmetric=True, or use PerBlock")
         if self.bitwidth not in BITWIDTHS:
-            raise GridError(f"bitwidth {self.bitwidth} is not one of {', '.join(map(str, BITWIDTHS))}")
+            raise GridError(f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}")
 
     @property
     def steps(self) -> int:

@@ -16,7 +16,7 @@ from qwlora.simulation.rules import PlacementRule
 class AdapterWeights(Section):
     """A grid for lora_A and lora_B. No blocks: they seldom divide a rank."""
 
-    bitwidth: Literal[4, 5, 6, 7, 8, 16] = Field(8, description="integer bits")
+    bitwidth: Annotated[int, Field(ge=4, le=16)] = Field(8, description="integer bits")
     symmetric: bool = Field(True, description="fix the offset at the middle code")
     granularity: Literal["tensor", "channel"] = Field("channel", description="what one scale covers: the tensor, or a row")
 
@@ -29,7 +29,7 @@ class SimulationRule(Section):
 
     match: str = Field(description="a glob over module paths, and those with an operator: lm_head, *.self_attn.softmax, *.lora_A.weight")
     keep: Literal["float"] | None = Field(None, description="float leaves the values as they are")
-    bitwidth: Literal[2, 3, 4, 5, 6, 7, 8, 16] | None = Field(None, description="the simulation's unless given")
+    bitwidth: Annotated[int, Field(ge=2, le=16)] | None = Field(None, description="the simulation's unless given")
     symmetric: bool | None = Field(None, description="likewise")
     minimum: float | None = Field(None, description="the low end of the range, whatever is observed")
     maximum: float | None = Field(None, description="the high end; a softmax may be pinned to 0 and 1")
@@ -55,7 +55,7 @@ class SimulationSection(Section):
         "npu", description="npu: every value that is made, but for norms' inside, masks and residual additions; matmul-inputs: what matrix products read"
     )
     rules: list[SimulationRule] = Field([], description="what is different for some values; the first that fits a value decides")
-    activation_bitwidth: Literal[2, 3, 4, 5, 6, 7, 8, 16] = Field(16, description="bits of every activation; ONNX has 8 and 16")
+    activation_bitwidth: Annotated[int, Field(ge=2, le=16)] = Field(16, description="bits of every activation; ONNX has 8 and 16")
     activation_symmetric: bool = Field(False, description="fix the offset of activations at the middle code")
     observer: Literal["min-max", "percentile", "squared-error", "sqnr", "moving-average"] = Field(
         "min-max", description="how an activation's range is chosen; sqnr: squared error with clipping weighing three times"

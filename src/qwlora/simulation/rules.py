@@ -215,7 +215,7 @@ class PlacementRule:
         if self.keep is None and not given and not self.force:
             return "it changes nothing; give keep: float, or a bitwidth, symmetric, a range or an observer"
         if self.bitwidth is not None and self.bitwidth not in BITWIDTHS:
-            return f"bitwidth {self.bitwidth} is not one of {', '.join(map(str, BITWIDTHS))}"
+            return f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
         if (self.minimum or 0) > 0 or (self.maximum or 0) < 0 or (self.minimum, self.maximum) == (0, 0):
             return f"the range {self.minimum} to {self.maximum} must have zero in it, and something beside it"
         if self.of == "weights" and (of_activations := [n for n in given if n not in ("bitwidth", "symmetric")]):

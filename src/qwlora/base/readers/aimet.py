@@ -137,7 +137,7 @@ class AimetCheckpoint:
             grid = None
         elif len(shape) < 2 and entry.bitwidth > 16:
             grid = None
-        elif entry.bitwidth > (8 if len(shape) > 1 else 16) or entry.bitwidth not in BITWIDTHS:
+        elif not BITWIDTHS[0] <= entry.bitwidth <= (8 if len(shape) > 1 else BITWIDTHS[-1]):
             raise SourceError(
                 f"has {entry.bitwidth} bits; a base packs weights of 2 to 8 bits (vectors may have 16). Give it fewer in AIMET, or say {_keeping(name)}"
             )

@@ -169,6 +169,7 @@ def experts(kind: str, implementation: str | None = None) -> PreTrainedModel:
 def test_experts_compute_and_learn_as_their_floats_do(kind: str, implementation: str | None) -> None:
     model, twin = packed_and_twin(experts(kind, implementation), "w4-block16-asymmetric")
     assert sum(name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in packed_weights(model)) == 4
+    assert not any(module.training for module in model.modules())
     attention = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     count = same_step(adapted(model, attention), adapted(twin, attention), lambda m: m(input_ids=IDS, labels=IDS).loss, rtol=1e-3, atol=1e-4)
     assert count == 8

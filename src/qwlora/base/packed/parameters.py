@@ -107,7 +107,7 @@ def _put(module: nn.Module, name: str, tensor: PackedTensor) -> PackedParameter:
         raise GridError(f"codes of shape {list(tensor.shape)} do not stand for {name} of {type(module).__name__}, which is {list(expected.shape)}")
     packed = PackedParameter(tensor, bool(getattr(module, "is_transposed", False)), expected.dtype).train(module.training)
     if FOLDER not in module._modules:
-        module.add_module(FOLDER, nn.ModuleDict())
+        module.add_module(FOLDER, nn.ModuleDict().train(module.training))
     module._modules[FOLDER]._modules[name] = packed  # type: ignore[union-attr]
     del module._parameters[name]
     module._buffers[name] = None

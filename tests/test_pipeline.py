@@ -302,7 +302,10 @@ def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(recipe_
         data={"source": str(tmp_path / "data.jsonl"), "sequence_tokens": 64},
         base={"solver": "keep"},
     )
-    results, _ = run_recipe(path, tmp_path / "out", verbs=("quantize", "train"))
+    results, _ = run_recipe(path, tmp_path / "out", "adapters.0.init=qera", verbs=("quantize", "train"))
+    started = results["train"]["first"]["init"]["layers"]
+    assert set(started) == set(layers)
+    assert all(layer["after"] < layer["before"] for layer in started.values())
     packed = packed_weights(load_base(tmp_path / "out" / "base"))
     assert set(packed) == set(grids)
     for name, grid in grids.items():

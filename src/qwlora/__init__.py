@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.loss import chunk_loss_
     from qwlora.adapter.provenance import load_adapter, save_adapter
     from qwlora.adapter.rank_budget import RankBudget, rank_by_layer
+    from qwlora.base.calibrated import observe_moments
     from qwlora.base.packed import PackedLinear
     from qwlora.base.precomputed import load_precomputed
     from qwlora.base.quantize import quantize_
@@ -47,6 +48,7 @@ _HOME = {
     "save_adapter": "adapter.provenance",
     "RankBudget": "adapter.rank_budget",
     "rank_by_layer": "adapter.rank_budget",
+    "observe_moments": "base.calibrated",
     "PackedLinear": "base.packed",
     "load_precomputed": "base.precomputed",
     "load_simulation": "simulation.storage",
@@ -96,6 +98,7 @@ __all__ = [
     "load_base",
     "load_precomputed",
     "load_simulation",
+    "observe_moments",
     "open_checkpoint",
     "quantize_",
     "rank_by_layer",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from conftest import tiny_model
 from qwlora.adapter.initialize import best_correction, initialize_adapter_
+from qwlora.base.calibrated import observe_moments
 from qwlora.base.packed import weight_out_in
 from qwlora.base.quantize import quantize_
 from qwlora.errors import TrainingError
@@ -48,13 +49,16 @@ def test_a_rank_beyond_the_matrix_corrects_everything() -> None:
     assert (b.shape, a.shape) == ((6, 6), (6, 8))
 
 
+@pytest.mark.parametrize("made_elsewhere", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_start_brings_the_outputs_nearer_to_the_float_model(architecture: str) -> None:
+def test_the_start_brings_the_outputs_nearer_to_the_float_model(architecture: str, made_elsewhere: bool) -> None:
     model = tiny_model(architecture)
     reference = copy.deepcopy(model)
     ids = torch.randint(0, 250, (8, 32), generator=torch.Generator().manual_seed(0))
     moments = Moments()
-    quantize_(model, "w2-block32-asymmetric", "gptq", calibration=ids, moments=moments)
+    quantize_(model, "w2-block32-asymmetric", "gptq", calibration=ids, moments=None if made_elsewhere else moments)
+    if made_elsewhere:
+        observe_moments(model, ids, moments)
     identity = fingerprint(model)
 
     def distance(candidate: torch.nn.Module) -> float:

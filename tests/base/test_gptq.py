@@ -90,6 +90,19 @@ def test_a_moment_of_few_tokens_is_damped_until_it_can_be_factored(tokens: int) 
     assert output_error(weight - found.dequantize(), moment) < output_error(weight - measure(weight, parse_scheme("w4-channel")).fake_quantize(weight), moment)
 
 
+def test_without_damping_a_moment_that_cannot_be_factored_gets_some() -> None:
+    weight, _ = problem()
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
+    assert 0 < gptq(weight, x.T @ x / 3, parse_scheme("w4-channel"), GptqSettings(damping=0.0))[1].damping < 0.01
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(GridError, match="damping -1 is not a finite number of at least 0"):
+        GptqSettings(damping=-1)
+    with pytest.raises(GridError, match="sweeps -1: there cannot be fewer than none"):
+        GptqSettings(sweeps=-1)
+
+
 def test_wrong_input_is_refused_by_name() -> None:
     weight, moment = problem()
     with pytest.raises(GridError, match=r"needs a moment of shape \[128, 128\], not \[64, 64\]"):

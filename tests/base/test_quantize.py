@@ -19,8 +19,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from base.packing import packed_and_twin
 from conftest import ARCHITECTURES, tiny_model
-from qwlora import PackedLinear, fingerprint, quantize_
+from qwlora import PackedLinear, fingerprint, observe_moments, quantize_
 from qwlora.base.gptq import GptqSettings
 from qwlora.base.lockstep import Lockstep
 from qwlora.base.packed import packed_weights, weight_out_in
@@ -134,6 +135,24 @@ def test_moments_are_those_of_the_inputs_that_the_quantized_parts_before_make(ar
     for path in beside:
         torch.testing.assert_close(beside[path], found[0][path])
         assert (beside[path] - found[1][path]).norm() > 0.01 * beside[path].norm()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_moments_of_a_packed_model_are_those_of_the_floats_that_it_stands_for(architecture: str) -> None:
+    ids = token_ids(8)
+    model, twin = packed_and_twin(tiny_model(architecture), "w4-block32")
+    found, beside = observe_moments(model, ids), Moments()
+    part = next(path for path, module in twin.named_modules() if isinstance(module, nn.ModuleList))
+    for seen in (0, 1):  # by the other way, each part while the one before it holds the same floats
+        quantize_(copy.deepcopy(twin), "w4-block32", "rtn", rules=[Rule(f"{part}.{1 - seen}.*", None)], calibration=ids, moments=beside)
+    assert len(beside) >= 8
+    for path in beside:
+        torch.testing.assert_close(found[path], beside[path])
+
+
+def test_a_float_model_has_no_packed_layers_to_observe() -> None:
+    with pytest.raises(GridError, match="no linear layer of the model is packed"):
+        observe_moments(tiny_model("llama"), token_ids())
 
 
 def test_only_layers_that_follow_their_inputs_need_to_be_differentiated() -> None:

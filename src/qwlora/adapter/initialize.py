@@ -53,7 +53,7 @@ def initialize_adapter_(
 
     Args:
         weights: the float weight [out, in] that a layer was quantized from, by its canonical path.
-        moments: R of a layer's input [in, in], likewise; qera needs it (`quantize_(..., moments=...)`).
+        moments: R of a layer's input [in, in], likewise; qera needs it (`quantize_(..., moments=...)`, `observe_moments`).
         adapter: its name in `model`; the active one unless given.
 
     Returns:
@@ -69,7 +69,10 @@ def initialize_adapter_(
     if not layers:
         raise TrainingError(f"init {init} corrects what quantization lost, but no layer with adapter {adapter!r} is quantized; use init zero")
     if init == "qera" and (missing := [path for path in layers if moments is None or path not in moments]):
-        raise TrainingError(f"init qera needs the moments of the inputs of {', '.join(missing[:3])}; quantize with calibration data and moments, or use svd")
+        raise TrainingError(
+            f"init qera needs the moments of the inputs of {', '.join(missing[:3])}; "
+            "give quantize_ calibration data and moments, take those of a base as it is with observe_moments, or use svd"
+        )
     reports = {}
     for path in track(list(layers), "starting the adapter", len(layers)):
         moment = moments[path] if init == "qera" and moments is not None else None

@@ -13,19 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qwlora.base.finished import FinishedParts, Part
 from qwlora.base.lockstep import Lockstep
 from qwlora.base.observe import observe
-from qwlora.base.packed import pack_at_
+from qwlora.base.packed import is_packed, pack_at_
 from qwlora.base.rules import Assignment
 from qwlora.base.solver import CALIBRATED
 from qwlora.base.tensors import LayerReport, solve_tensor, tensor_out_in
-from qwlora.errors import CalibrationError
+from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.moment import Moments, SecondMoment
 from qwlora.grid.names import canonical_name
-from qwlora.progress import Track
+from qwlora.progress import Track, untracked
 
 
 def quantize_parts_(
@@ -40,8 +40,7 @@ def quantize_parts_(
     parts = parts_of(model, plan)
     done: dict[str, LayerReport] = {}
     finished = FinishedParts(work, batches, moments)
-    keep = {"use_cache": False} if "use_cache" in _arguments(model) else {}
-    with Lockstep(model, list(parts), [{**batch, **keep} for batch in batches]) as lockstep:
+    with _lockstep(model, list(parts), batches) as lockstep:
         for _ in track(range(len(parts)), "quantizing", len(parts)):
             part = lockstep.advance()
             if part is None:
@@ -65,6 +64,46 @@ def quantize_parts_(
     return done
 
 
+def observe_moments(
+    model: nn.Module, calibration: Tensor | Sequence[Mapping[str, Any]], moments: Moments | None = None, *, track: Track = untracked
+) -> Moments:
+    """The second moments of the inputs of a quantized model's packed linear layers: what starts that follow the data need, where a base was made elsewhere.
+
+    Args:
+        calibration: token ids [sequences, tokens], or the model's keyword arguments batch by batch.
+        moments: where they go; into memory unless given.
+
+    Raises:
+        GridError: no linear layer is packed.
+        CalibrationError: an input holds nan or infinity, or a part cannot be differentiated.
+    """
+    moments = moments if moments is not None else Moments()
+    parts = parts_of(model, {f"{path}.weight": None for path, module in model.named_modules() if isinstance(module, nn.Linear) and is_packed(module)})
+    if not parts:
+        raise GridError("no linear layer of the model is packed, so none has inputs to observe; quantize it first")
+    with _lockstep(model, list(parts), batches_of(calibration)) as lockstep:
+        for _ in track(range(len(parts)), "observing", len(parts)):
+            part = lockstep.advance()
+            if part is None:
+                break
+            for name, moment in observe(model, part, parts[part], lockstep).items():
+                moments.put(canonical_name(name).removesuffix(".weight"), moment.matrix)
+        else:
+            lockstep.advance()
+    return moments
+
+
+def batches_of(calibration: Tensor | Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
+    """The model's keyword arguments, batch by batch.
+
+    Raises:
+        GridError: there are none.
+    """
+    if calibration is None:
+        raise GridError("solver gptq and the moments of inputs need calibration data: token ids, or batches of the model's inputs")
+    return [{"input_ids": row.unsqueeze(0)} for row in calibration] if isinstance(calibration, Tensor) else calibration
+
+
 def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[str]]:
     """The tensors of each part, by path of the part."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
@@ -74,6 +113,11 @@ def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[
         part = layer.rpartition(".")[0] if outermost is None else ".".join([outermost, layer[len(outermost) + 1 :].partition(".")[0]])
         parts.setdefault(part, []).append(layer)
     return parts
+
+
+def _lockstep(model: nn.Module, parts: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> Lockstep:
+    keep = {"use_cache": False} if "use_cache" in _arguments(model) else {}
+    return Lockstep(model, parts, [{**batch, **keep} for batch in batches])
 
 
 def _arguments(model: nn.Module) -> set[str]:

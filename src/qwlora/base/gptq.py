@@ -29,6 +29,7 @@ from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
 _RUN = 32  # columns between two updates of all that follow
+_LEAST_DAMPING = 1e-6  # where none was asked for, and none does not do
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,20 @@ class GptqSettings:
         damping: share of the mean of diag R that is added to it.
         activation_order: take the columns with the largest inputs first; scales are then chosen before any column is rounded.
         sweeps: passes over all columns afterwards, each of which improves codes and scales one at a time (see `_Refinement`).
+
+    Raises:
+        GridError: damping or sweeps are negative, or damping is infinite.
     """
 
     damping: float = 0.01
     activation_order: bool = False
     sweeps: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < math.inf:
+            raise GridError(f"damping {self.damping} is not a finite number of at least 0")
+        if self.sweeps < 0:
+            raise GridError(f"sweeps {self.sweeps}: there cannot be fewer than none")
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
                 return damped, upper, damping
-        damping *= 10
+        damping = 10 * damping or _LEAST_DAMPING
 
 
 class _Rounding:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.base.calibrated import quantize_parts_
+from qwlora.base.calibrated import batches_of, quantize_parts_
 from qwlora.base.gptq import GptqSettings
 from qwlora.base.packed import is_packable, pack_at_, packed_weights, tie_weights_
 from qwlora.base.rules import Assignment, Candidate, Rule, assign
@@ -95,17 +95,6 @@ def quantize_(
         if getattr(model, "quantization_method", None) == "gguf":
             forget_gguf_(model)
     return QuantizeReport(base_size(model), reports)
-
-
-def batches_of(calibration: Tensor | Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
-    """The model's keyword arguments, batch by batch.
-
-    Raises:
-        GridError: there are none.
-    """
-    if calibration is None:
-        raise GridError("solver gptq and the moments of inputs need calibration data: token ids, or batches of the model's inputs")
-    return [{"input_ids": row.unsqueeze(0)} for row in calibration] if isinstance(calibration, Tensor) else calibration
 
 
 def plan_layers(model: nn.Module, scheme: Scheme, solver: str, rules: Sequence[Rule] = (), gptq: GptqSettings | None = None) -> dict[str, Assignment]:

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qwlora.base.assembly import put_, tensor_at
-from qwlora.base.calibrated import parts_of, quantize_parts_
+from qwlora.base.calibrated import batches_of, parts_of, quantize_parts_
 from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.gptq import GptqSettings
 from qwlora.base.packed import pack_at_, tie_weights_
 from qwlora.base.precomputed import LazyModel
-from qwlora.base.quantize import QuantizeReport, base_size, batches_of, plan_layers
+from qwlora.base.quantize import QuantizeReport, base_size, plan_layers
 from qwlora.base.rules import Assignment, Rule
 from qwlora.base.shards import SHARD_BYTES
 from qwlora.base.solver import CALIBRATED

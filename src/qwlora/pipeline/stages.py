@@ -21,6 +21,7 @@ from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.provenance import save_adapter
 from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
 from qwlora.adapter.train import TrainingReport, TrainingSettings, check_loggers, train_adapter
+from qwlora.base.calibrated import observe_moments
 from qwlora.base.gptq import GptqSettings
 from qwlora.base.packed import weight_out_in
 from qwlora.base.precomputed import LazyModel, load_precomputed
@@ -113,14 +114,18 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
 def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, QuantizeReport]:
     """Write the base: from the float model if an evaluation left it in memory, else from its files, a block at a time where they can be read so."""
     base, source = session.recipe.base, session.recipe.model.source
+    calibration = session.data.calibration_ids[: base.calibration_sequences]
+    moments = Moments(work / MOMENTS) if needs_moments(session.recipe) else None
     if base.solver == "keep":
         model = load_precomputed(session.checkpoint(), session.track)
+        if moments is not None:
+            observe_moments(model, calibration, moments, track=session.track)
         return save_base(model, session.tokenizer, scratch, source), QuantizeReport(base_size(model))
     scheme = base.weights.scheme()
     asked: dict[str, Any] = {
         "rules": _rules(base),
-        "calibration": session.data.calibration_ids[: base.calibration_sequences],
-        "moments": Moments(work / MOMENTS) if needs_moments(session.recipe) else None,
+        "calibration": calibration,
+        "moments": moments,
         "work": work,
         "gptq": GptqSettings(**base.gptq.model_dump()),
         "track": session.track,

@@ -314,6 +314,18 @@ def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(recipe_
     assert results["data"]["packing"] == "documents"
 
 
+def test_a_folder_is_quantized_without_the_whole_model_whatever_the_data(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str) -> None:
+        raise AssertionError(f"{source} is loaded whole")
+
+    monkeypatch.setattr("qwlora.pipeline.session.load_model", refuse)
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": text(i, 3), "completion": " " + text(i + 50, 3)}) for i in range(30)))
+    path = recipe_for(data={"source": str(tmp_path / "data.jsonl"), "sequence_tokens": 64})
+    _, said = run_recipe(path, tmp_path / "out", verbs=("quantize",))
+    assert "packing documents" in said[0]
+    assert packed_weights(load_base(tmp_path / "out" / "base"))
+
+
 def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """A file of an exporter that is not known lists blocks [in, out], and lacks a layer."""
     model = tiny_model("llama")

@@ -204,6 +204,22 @@ def test_parts_are_loaded_and_let_go() -> None:
         assert torch.equal(lazy.model(IDS).logits, tiny_model("llama")(IDS).logits)
 
 
+@torch.no_grad()
+def test_a_model_runs_with_one_block_in_memory_at_a_time() -> None:
+    checkpoint = Held(tiny_model("llama"))
+    lazy = LazyModel(checkpoint)
+    there: list[set[str]] = []
+    for block in lazy.model.model.layers:
+        block.mlp.register_forward_hook(lambda *_: there.append({n for n, p in lazy.model.named_parameters() if ".layers." in n and not p.is_meta}))
+    with lazy.in_passing() as model:
+        assert torch.equal(model(IDS).logits, tiny_model("llama")(IDS).logits)
+        assert torch.equal(model(IDS).logits, tiny_model("llama")(IDS).logits)
+    assert [{name.split(".")[2] for name in names} for names in there] == [{"0"}, {"1"}] * 2
+    assert all(p.is_meta for p in lazy.model.parameters())
+    gc.collect()
+    assert all(t() is None for t in checkpoint.given), "nothing holds the floats"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_streaming_writes_the_base_that_quantizing_in_memory_writes(kind: str, tmp_path: Path) -> None:
     (tmp_path / "streamed").mkdir()

@@ -62,6 +62,15 @@ def _built(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def blocks_of(model: nn.Module) -> list[str]:
+    """The paths of a model's blocks: the members of its outermost `ModuleList`s."""
+    found: list[str] = []
+    for path, module in model.named_modules():  # an outer list comes before those in it
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{block}.") or path == block for block in found):
+            found += [f"{path}.{name}" if path else name for name, _ in module.named_children()]
+    return found
+
+
 def tensor_places(model: nn.Module) -> dict[str, list[Place]]:
     """Places of each parameter and saved buffer, by the name of the first."""
     places: dict[int, list[Place]] = {}

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qwlora.base.assembly import blocks_of
 from qwlora.base.finished import FinishedParts, Part
 from qwlora.base.lockstep import Lockstep
 from qwlora.base.observe import observe
@@ -106,11 +107,10 @@ def batches_of(calibration: Tensor | Sequence[Mapping[str, Any]] | None) -> Sequ
 
 def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[str]]:
     """The tensors of each part, by path of the part."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = blocks_of(model)
     parts: dict[str, list[str]] = {}
     for layer in tensors:
-        outermost = next((name for name in lists if layer.startswith(f"{name}.")), None)  # named_modules lists the outer one first
-        part = layer.rpartition(".")[0] if outermost is None else ".".join([outermost, layer[len(outermost) + 1 :].partition(".")[0]])
+        part = next((block for block in blocks if layer.startswith(f"{block}.")), layer.rpartition(".")[0])
         parts.setdefault(part, []).append(layer)
     return parts
 

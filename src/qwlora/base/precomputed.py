@@ -9,11 +9,14 @@ tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from qwlora.base.assembly import Place, empty_model, listed, place_name, put_, tensor_at, tensor_places
+from qwlora.base.assembly import Place, blocks_of, empty_model, listed, place_name, put_, tensor_at, tensor_places
 from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.packed import pack_at_, tie_weights_
 from qwlora.errors import GridError, SourceError
@@ -66,13 +69,31 @@ class LazyModel:
         return self.model.get_submodule(path)
 
     def release_(self, path: str = "") -> None:
-        """Let go of the floats below module `path`; packed layers stay."""
+        """Let go of the floats that are read below module `path` only; packed layers stay."""
         for places in self.places.values():
             there = [place for place in places if tensor_at(self.model, place) is not None]
-            if any(_is_below(place, path) for place in there):
+            if there and all(_is_below(place, path) for place in there):
                 tensor = tensor_at(self.model, there[0])
                 assert tensor is not None
                 put_(self.model, there, tensor.to("meta"))
+
+    @contextmanager
+    def in_passing(self) -> Iterator[PreTrainedModel]:
+        """The model, ready to run: its blocks (members of outermost module lists) have their data only while they run, what is in none of them throughout."""
+        blocks = [path for path in blocks_of(self.model) if type(self.model.get_submodule(path)).forward is not nn.Module.forward]
+        for name in self.stored:
+            if not all(any(_is_below(place, block) for block in blocks) for place in self.places[name]):
+                self.load_(name)
+        hooks = []
+        for path in blocks:
+            block = self.model.get_submodule(path)
+            hooks += [block.register_forward_pre_hook(_ignoring(self.materialize_, path)), block.register_forward_hook(_ignoring(self.release_, path))]
+        try:
+            yield self.model
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.release_()
 
     def _waiting(self, name: str) -> list[Place]:
         """The places of a tensor that are still part of the model, and without data."""
@@ -101,6 +122,15 @@ class LazyModel:
             raise SourceError(f"{name} is {value.encoding.scheme} in the files, and cannot be packed: {error}") from error
         if len(self.places[name]) > 1:
             tie_weights_(self.model)
+
+
+def _ignoring(action: Callable[[str], object], path: str) -> Callable[..., None]:
+    """`action(path)`, whatever a hook is given."""
+
+    def hook(*given: object) -> None:
+        action(path)
+
+    return hook
 
 
 def _is_below(place: Place, path: str) -> bool:

@@ -79,8 +79,12 @@ def preflight(session: Session, verbs: set[str]) -> None:
             raise SourceError(
                 f"the tokenizer of {session.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"
             )
-        if session.data.train.position_ids is not None and session.recipe.base.solver != "keep":  # whose model has no weights here; training looks again
-            check_isolation(session.float_model())
+        if session.data.train.position_ids is not None and session.recipe.base.solver != "keep":  # whose integers training looks at
+            if session.lazy is None or session.holds_float_model:
+                check_isolation(session.float_model())
+            else:
+                with session.lazy.in_passing() as passing:
+                    check_isolation(passing)
 
 
 def _unquantized(session: Session) -> PreTrainedModel:

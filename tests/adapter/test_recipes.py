@@ -100,6 +100,13 @@ def test_adapter_trained_elsewhere_needs_a_word(recipe_for: Any, checkpoints: di
         ("adapters.0={name: a, start: a/b, rank: 4, dora: true}", "adapters.0: dora, rank: an adapter that goes on from start has the shape of that one"),
         ("adapters.0={name: a, steps: 0}", "adapters.0: steps is 0, so nothing would be learnt; give start"),
         ("adapters.0={name: a, unknown_base: accept}", "adapters.0: unknown_base goes with start"),
+        (
+            "adapters.0={name: a, rank_pattern: {'*.down_proj': 8, 'mlp.(up': 2}}",
+            r"adapters.0.rank_pattern: '*.down_proj' is no regular expression, which PEFT takes here: nothing to repeat; "
+            r"what is meant as a glob is written .*\.down_proj; 'mlp.(up' is no regular",
+        ),
+        ("adapters.0={name: a, alpha_pattern: {'*up_proj': 8}}", "adapters.0.alpha_pattern: '*up_proj' is no regular expression"),
+        ("adapters.0.target_modules='*.down_proj'", "adapters.0.target_modules: '*.down_proj' is no regular expression"),
         ("adapters.0={name: a, patience: 2}", "adapters.0: patience counts evaluations, and there are none"),
     ],
 )
@@ -237,6 +244,18 @@ def test_a_batch_that_cannot_be_divided_is_named(recipe_for: Any, tmp_path: Path
     result = launched(LAUNCHERS["torchrun"], recipe_for(adapters=[{**DISTRIBUTED, "batch_sequences": 3}]), tmp_path / "two")
     assert result.returncode != 0
     assert "batch_sequences (3) cannot be divided among 2 processes" in result.stderr
+
+
+def test_patterns_that_are_no_regular_expressions_are_one_error(checkpoints: dict[str, Path]) -> None:
+    shape = LoraShape(2, 4, target_modules="*_proj", rank_pattern={"*.down_proj": 8, "(?i)up_proj": 3})
+    with pytest.raises(TrainingError) as caught:
+        attach(AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), shape, 0)
+    assert str(caught.value) == (
+        "LoRA cannot be attached: target_modules '*_proj' is no regular expression, which PEFT takes here: nothing to repeat; "
+        "what is meant as a glob is written .*_proj; "
+        r"rank_pattern '*.down_proj' is no regular expression, which PEFT takes here: nothing to repeat; what is meant as a glob is written .*\.down_proj; "
+        "rank_pattern '(?i)up_proj' is no regular expression, which PEFT takes here: global flags not at the start of the expression"
+    )
 
 
 def test_attach_is_seeded(recipe_for: Any, checkpoints: dict[str, Path]) -> None:

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter
 from qwlora.errors import SourceError, TrainingError
 from qwlora.grid.fingerprint import fingerprint
-from qwlora.grid.names import canonical_name, is_adapter_name
+from qwlora.grid.names import canonical_name, is_adapter_name, pattern_problem
 from qwlora.hub import downloaded
 
 
@@ -69,8 +69,10 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     """A fresh LoRA adapter on `model`, seeded; the base below it is frozen.
 
     Raises:
-        TrainingError: no layer matches the target modules; or a name, pattern or layer number in `shape` matches none.
+        TrainingError: a pattern is no regular expression; no layer matches the target modules; or a name, pattern or layer number in `shape` matches none.
     """
+    if wrong := _irregular(shape):
+        raise TrainingError(f"LoRA cannot be attached: {'; '.join(wrong)}")
     torch.manual_seed(seed)
     try:
         with warnings.catch_warnings():
@@ -186,13 +188,24 @@ def _linear_in_layers(model: nn.Module) -> list[str]:
     return sorted({match[1] for match in found if match})
 
 
+def _irregular(shape: LoraShape) -> list[str]:
+    """What of the shape's patterns PEFT would fail on."""
+    given = [("target_modules", shape.target_modules, False)] if isinstance(shape.target_modules, str) else []
+    given += [(what, key, True) for what, patterns in _patterns(shape) for key in patterns]
+    return [f"{what} {problem}" for what, pattern, is_end in given if (problem := pattern_problem(pattern, is_end))]
+
+
+def _patterns(shape: LoraShape) -> list[tuple[str, list[str]]]:
+    return [("rank_pattern", list(shape.rank_pattern)), ("alpha_pattern", list(shape.alpha_pattern))]
+
+
 def _unmatched(model: PeftModel, shape: LoraShape) -> list[str]:
     names: list[str] = model.targeted_module_names
     lost = []
     if isinstance(shape.target_modules, list):
         lost += [f"target_modules {t!r}" for t in shape.target_modules if not any(n == t or n.endswith(f".{t}") for n in _all_names(model, shape, names))]
-    for what, pattern in (("rank_pattern", shape.rank_pattern), ("alpha_pattern", shape.alpha_pattern)):
-        lost += [f"{what} {key!r}" for key in pattern if not any(re.match(rf"(.*\.)?({key})$", n) for n in names)]
+    for what, keys in _patterns(shape):
+        lost += [f"{what} {key!r}" for key in keys if not any(re.match(rf"(.*\.)?({key})$", n) for n in names)]
     numbers = {int(part) for n in names for part in n.split(".") if part.isdigit()}
     lost += [f"layer {number}" for number in shape.layers or () if number not in numbers]
     return lost

@@ -23,6 +23,7 @@ from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
 from qwlora.adapter.train import TrainingReport, TrainingSettings, check_loggers, train_adapter
 from qwlora.base.gptq import GptqSettings
 from qwlora.base.packed import weight_out_in
+from qwlora.base.positions import check_positions
 from qwlora.base.precomputed import LazyModel, load_precomputed
 from qwlora.base.quantize import QuantizeReport, base_size, plan_layers, quantize_
 from qwlora.base.rules import Rule
@@ -54,11 +55,11 @@ Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]
 
 
-def preflight(session: Session, verbs: set[str]) -> None:
-    """Whatever can be wrong with text and model is found here, before the directory is touched.
+def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> None:
+    """Whatever can be wrong with text and model is found here, before the directory is touched; `say` is told what is no error.
 
     Raises:
-        SourceError: the text is too short, the model cannot be loaded, or it cannot keep documents in one sequence apart.
+        SourceError: the text is too short, or its sequences too long for the model; that cannot be loaded, or cannot keep documents in one sequence apart.
         GridError: the base's grid does not fit the model.
         MissingExtraError: a package that a later stage needs is not installed.
     """
@@ -70,8 +71,10 @@ def preflight(session: Session, verbs: set[str]) -> None:
         _check_adapters(session)
         if session.recipe.workflow == "qwa-lora" and session.data.train.position_ids is not None:
             raise TrainingError("workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none")
+    model = _unquantized(session) if "quantize" in verbs else session.skeleton()
+    if note := check_positions(model, session.data.positions()):
+        say(note)
     if "quantize" in verbs:
-        model = _unquantized(session)
         embedding: Any = model.get_input_embeddings()
         known = embedding.weight.shape[0]
         if largest >= known:

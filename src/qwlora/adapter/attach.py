@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -24,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter
 from qwlora.errors import SourceError, TrainingError
 from qwlora.grid.fingerprint import fingerprint
-from qwlora.grid.names import canonical_name, is_adapter_name, pattern_problem
+from qwlora.grid.names import canonical_name, is_adapter_name, parameter_name, pattern_problem
+from qwlora.grid.scheme import Scheme
 from qwlora.hub import downloaded
 
 
@@ -99,13 +102,16 @@ def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "re
         unknown_base: `accept` takes an adapter that does not say which base it was trained on, as those that PEFT saved; `refuse` does not.
 
     Raises:
-        SourceError: there is no LoRA adapter at `source`, it does not fit the model, or does not say which base it belongs to.
+        SourceError: there is no LoRA adapter at `source`, it does not fit the model, saves a packed layer whole, or does not say which base it belongs to.
         FingerprintError: it says that it belongs to another base.
     """
     torch.manual_seed(seed)  # dropout
     folder = adapter_folder(source)
     check_start(source, unknown_base)
     check_adapter(folder, fingerprint(model), unknown_base)
+    packed = [parameter_name(name).removesuffix(".weight") for name, module in model.named_modules() if isinstance(getattr(module, "scheme", None), Scheme)]
+    if lost := saved_among(source, packed):
+        raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(lost)}")
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (ValueError, RuntimeError, KeyError) as error:
@@ -150,6 +156,21 @@ def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> None:
             f"adapter {source!r} does not fit {type(skeleton).__name__}: {len(wrong)} of {len(wanted)} weights differ, "
             f"for example {name}, here {list(wanted[name])}, there {list(found[name]) if name in found else 'none'}"
         )
+
+
+def saved_among(source: str, paths: Iterable[str]) -> list[str]:
+    """Which of the layers at `paths` the adapter at `source` holds whole: PEFT's modules_to_save, by the ends of their paths, with all that is in them."""
+    names = json.loads((adapter_folder(source) / "adapter_config.json").read_text()).get("modules_to_save") or ()
+    return [path for path in paths if any(part.endswith(name) for name in names for part in accumulate(path.split("."), "{}.{}".format))]
+
+
+def saved_on_integers(paths: Sequence[str]) -> str:
+    """What to do about layers that an adapter holds whole, as floats, and the base as integers."""
+    rules = ", ".join(f"{{match: {path}, keep: float}}" for path in paths[:3])
+    return (
+        f"its modules_to_save hold {', '.join(paths[:3])} whole, as floats, but the base holds integers there. Keep {'it' if len(paths) == 1 else 'them'} "
+        f"float by base.rules, before the other rules: {rules}; or take an adapter without"
+    )
 
 
 def adapter_folder(source: str) -> Path:

@@ -25,9 +25,9 @@ from qwlora.base.packed.unpack import unpack_
 from qwlora.base.rules import Rule
 from qwlora.base.storage import save_base
 from qwlora.cli_merge import _lines
-from qwlora.errors import MergeError
+from qwlora.errors import DirectoryError, MergeError
 from qwlora.grid.scheme import parse_scheme
-from qwlora.pipeline.merge import Verdict, merged_model
+from qwlora.pipeline.merge import Verdict, check_target, merged_model
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
@@ -208,7 +208,7 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
     again = command("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
-    assert (again.returncode, "is not empty" in again.stderr) == (2, True)
+    assert (again.returncode, again.stdout, "is not empty" in again.stderr) == (2, "", True)  # before the verdict
     rounded = command("merge", job, "first", "--into", "requantized", "--out", tmp_path / "base")
     assert rounded.returncode == 0, rounded.stderr
     assert len(packed_weights(load_base(tmp_path / "base"))) == 14
@@ -235,6 +235,21 @@ def test_a_terminal_sees_how_far_the_verdict_is(job: Path) -> None:
     assert b"4/4" in seen
     assert b"under half a step" in printed
     assert b"perplexity, merged" not in printed
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    for place, message in (
+        (tmp_path / "notes.txt", "is a file; --out names a directory"),
+        (tmp_path / "notes.txt" / "a" / "b", "notes.txt' is a file; choose"),
+    ):
+        refused = command("merge", job, "first", "--into", "float", "--out", place)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(DirectoryError, match="is a file; --out names a directory"):
+        check_target(tmp_path / "notes.txt")
 
 
 def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:

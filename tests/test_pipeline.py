@@ -77,6 +77,23 @@ def test_results_hold_the_contract(finished: dict[str, Path], architecture: str)
     assert set(results["stages"]) == {"quantize", "train", "calibrate", "export", "verify", "evaluate"}
 
 
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_sequences_longer_than_the_learned_positions_are_refused_before_anything_is_written(recipe_for: Any, tmp_path: Path, is_quantized: bool) -> None:
+    path, out = recipe_for("gpt2"), tmp_path / "out"
+    if is_quantized:
+        run(load_recipe(path), out, ("quantize",))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SourceError, match=r"160 tokens, but GPT2LMHeadModel has positions for 128 .*: set data.sequence_tokens to 128 at most"):
+        run(load_recipe(path, ("data.sequence_tokens=160",)), out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sequences_longer_than_rotary_positions_are_spoken_of(recipe_for: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    run(load_recipe(recipe_for(), ("data.sequence_tokens=160",)), tmp_path / "out", ("quantize",), say=said.append)
+    assert "sequences have 160 tokens, but LlamaForCausalLM has positions for 128 (max_position_embeddings)" in said[0]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_exported_names_and_encodings_agree(finished: dict[str, Path], architecture: str) -> None:
     folder = finished[architecture] / "export" / "onnx" / "first"

@@ -84,6 +84,14 @@ def test_missing_models_are_found_early(recipe_for: Any, tmp_path: Path, source:
     assert message in found
 
 
+@pytest.mark.parametrize(("encodings", "what"), [("/not/there.encodings", "does not exist"), ("{tmp}", "is a folder")])
+def test_missing_encodings_are_found_early(recipe_for: Any, tmp_path: Path, encodings: str, what: str) -> None:
+    given = encodings.format(tmp=tmp_path)
+    found = problems(recipe_for(), f"model.encodings={given}", "base.solver=keep", "data.source=/not/there.txt")
+    assert found[0] == f"model.encodings: {given!r} {what}. Give the .encodings or .json file that AIMET wrote"
+    assert [p.split(":")[0] for p in found] == ["model.encodings", "data.source"]
+
+
 def test_unreadable_recipes(tmp_path: Path) -> None:
     assert problems(tmp_path / "no.yaml") == ["cannot be read: No such file or directory"]
     (tmp_path / "list.yaml").write_text("- 1")

@@ -28,10 +28,11 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
 
 def merge(job: Job, name: Name, into: Target, out: Out) -> None:
     """Merge an adapter into its base, after the verdict; from what the base's integers stand for, never from the original float weights."""
-    from qwlora.pipeline.merge import write_merged
-
     if into not in ("float", "requantized"):
         raise typer.BadParameter(f"{into!r} is neither float nor requantized", param_hint="--into")
+    from qwlora.pipeline.merge import check_target, write_merged
+
+    check_target(out)
     verdict, session = _verdict(job, name)
     print("\n".join(_lines(verdict)), flush=True)
     write_merged(session, name, into, out)  # type: ignore[arg-type]

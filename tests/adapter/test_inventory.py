@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from conftest import tiny_model
 from qwlora import save_adapter
@@ -68,6 +69,43 @@ def test_each_damage_is_named(job: Path, change: dict[str, Any], message: str) -
     found = problems(job / "adapters" / "a", base_beside(job))
     assert len(found) == 1
     assert message in found[0]
+
+
+@pytest.fixture
+def on_experts(tmp_path: Path) -> Path:
+    """PEFT's own adapter on two fused parameters of four experts each, and on attention."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=260, num_local_experts=4))
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)).save_pretrained(str(tmp_path))
+    return tmp_path
+
+
+def test_adapters_on_experts_are_good(on_experts: Path) -> None:
+    assert sorted(len(t) for n, t in load_file(on_experts / WEIGHTS).items() if "lora_A" in n) == [2, 8, 8]
+    assert problems(on_experts, None) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "rank", "message"),
+    [
+        ("mlp.experts.lora_A", 7, "experts.lora_A.weight has rank 7, and adapter_config.json says 2 for each expert"),
+        ("experts.base_layer.lora_A", 6, "experts.base_layer.lora_A.weight has rank 6, and lora_B beside it 8"),
+        ("q_proj.lora_A", 8, "q_proj.lora_A.weight has rank 8, and adapter_config.json says 2"),
+    ],
+)
+def test_wrong_ranks_beside_experts_are_named(on_experts: Path, layer: str, rank: int, message: str) -> None:
+    tensors = load_file(on_experts / WEIGHTS)
+    name = next(n for n in tensors if f"{layer}.weight" in n)
+    save_file({**tensors, name: torch.zeros(rank, tensors[name].shape[1])}, on_experts / WEIGHTS)
+    (found,) = problems(on_experts, None)
+    assert found.endswith(message)
+
+
+def test_a_rank_that_a_pattern_gives_is_that_of_both_factors(job: Path) -> None:
+    damaged(job / "adapters" / "b", rank=5)
+    (found,) = problems(job / "adapters" / "b", base_beside(job))
+    assert "lora_A.weight has rank 5, and lora_B beside it 3" in found
 
 
 def test_files_that_cannot_be_read_are_named(job: Path) -> None:

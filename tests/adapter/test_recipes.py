@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from qwlora import save_adapter
-from qwlora.adapter.attach import LoraShape, attach
+from conftest import tiny_model
+from qwlora import quantize_, save_adapter
+from qwlora.adapter.attach import LoraShape, attach, attach_existing
+from qwlora.base.rules import Rule
 from qwlora.base.storage import load_base
 from qwlora.errors import RecipeError, SourceError, TrainingError
+from qwlora.grid.scheme import parse_scheme
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
@@ -100,6 +104,13 @@ def test_adapter_trained_elsewhere_needs_a_word(recipe_for: Any, checkpoints: di
         ("adapters.0={name: a, start: a/b, rank: 4, dora: true}", "adapters.0: dora, rank: an adapter that goes on from start has the shape of that one"),
         ("adapters.0={name: a, steps: 0}", "adapters.0: steps is 0, so nothing would be learnt; give start"),
         ("adapters.0={name: a, unknown_base: accept}", "adapters.0: unknown_base goes with start"),
+        (
+            "adapters.0={name: a, rank_pattern: {'*.down_proj': 8, 'mlp.(up': 2}}",
+            r"adapters.0.rank_pattern: '*.down_proj' is no regular expression, which PEFT takes here: nothing to repeat; "
+            r"what is meant as a glob is written .*\.down_proj; 'mlp.(up' is no regular",
+        ),
+        ("adapters.0={name: a, alpha_pattern: {'*up_proj': 8}}", "adapters.0.alpha_pattern: '*up_proj' is no regular expression"),
+        ("adapters.0.target_modules='*.down_proj'", "adapters.0.target_modules: '*.down_proj' is no regular expression"),
         ("adapters.0={name: a, patience: 2}", "adapters.0: patience counts evaluations, and there are none"),
     ],
 )
@@ -130,6 +141,52 @@ def test_start_that_does_not_fit_is_found_before_anything_is_written(recipe_for:
     with pytest.raises(SourceError, match=message):
         trains(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def with_whole_layers(path: Path, architecture: str, layers: list[str]) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=layers)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        get_peft_model(tiny_model(architecture), config).save_pretrained(str(path), save_embedding_layers=False)
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("qwen3", ["lm_head"]), ("llama", ["embed_tokens"])])
+@pytest.mark.parametrize("where", ["quantize", "base", "keep"])
+def test_a_start_with_whole_layers_where_the_base_is_packed_is_refused(
+    recipe_for: Any, tmp_path: Path, architecture: str, layers: list[str], where: str
+) -> None:
+    with_whole_layers(tmp_path / "start", architecture, layers)
+    start = {"name": "a", "start": str(tmp_path / "start"), "unknown_base": "accept", "steps": 2, "warmup_steps": 0}
+    path, packed = recipe_for(architecture, adapters=[start]), "base.rules=[{match: lm_head, bitwidth: 8}]"
+    if where != "quantize":
+        run(load_recipe(path, (packed,)), tmp_path / "out", ("quantize",))
+    changes = (f"model.source={tmp_path / 'out' / 'base'}", "base.solver=keep") if where == "keep" else (packed,)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        SourceError, match=rf"adapter a: .*modules_to_save hold .*{layers[0]} whole, as floats, .*before the other rules: {{match: .*{layers[0]}, "
+    ):
+        run(load_recipe(path, changes), tmp_path / ("kept" if where == "keep" else "out"), ("train",) if where == "base" else ("quantize", "train"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_start_with_whole_layers_goes_on_where_they_are_float(recipe_for: Any, tmp_path: Path) -> None:
+    with_whole_layers(tmp_path / "start", "qwen3", ["lm_head"])
+    start = {"name": "a", "start": str(tmp_path / "start"), "unknown_base": "accept", "steps": 1, "warmup_steps": 0}
+    trains(
+        recipe_for("qwen3", adapters=[start]),
+        tmp_path / "out",
+        "base.rules=[{match: lm_head, keep: float}, {match: '*_head', bitwidth: 8}, {match: '*', bitwidth: 4}]",
+    )
+    assert any("lm_head.weight" in name for name in load_file(tmp_path / "out" / "adapters" / "a" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("layers", [["lm_head"], ["mlp"]])
+def test_whole_layers_on_integers_are_named_when_they_are_attached(tmp_path: Path, layers: list[str]) -> None:
+    with_whole_layers(tmp_path, "qwen3", layers)
+    model = tiny_model("qwen3")
+    quantize_(model, "w4-block32", rules=[Rule("*", parse_scheme("w4-block32"))])
+    with pytest.raises(SourceError, match=rf"does not fit: its modules_to_save hold .*{layers[0]}.* whole, as floats, but the base holds integers there"):
+        attach_existing(model, str(tmp_path), "accept")
 
 
 def launched(launcher: list[str], path: Path, out: Path) -> subprocess.CompletedProcess[str]:
@@ -237,6 +294,18 @@ def test_a_batch_that_cannot_be_divided_is_named(recipe_for: Any, tmp_path: Path
     result = launched(LAUNCHERS["torchrun"], recipe_for(adapters=[{**DISTRIBUTED, "batch_sequences": 3}]), tmp_path / "two")
     assert result.returncode != 0
     assert "batch_sequences (3) cannot be divided among 2 processes" in result.stderr
+
+
+def test_patterns_that_are_no_regular_expressions_are_one_error(checkpoints: dict[str, Path]) -> None:
+    shape = LoraShape(2, 4, target_modules="*_proj", rank_pattern={"*.down_proj": 8, "(?i)up_proj": 3})
+    with pytest.raises(TrainingError) as caught:
+        attach(AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), shape, 0)
+    assert str(caught.value) == (
+        "LoRA cannot be attached: target_modules '*_proj' is no regular expression, which PEFT takes here: nothing to repeat; "
+        "what is meant as a glob is written .*_proj; "
+        r"rank_pattern '*.down_proj' is no regular expression, which PEFT takes here: nothing to repeat; what is meant as a glob is written .*\.down_proj; "
+        "rank_pattern '(?i)up_proj' is no regular expression, which PEFT takes here: global flags not at the start of the expression"
+    )
 
 
 def test_attach_is_seeded(recipe_for: Any, checkpoints: dict[str, Path]) -> None:

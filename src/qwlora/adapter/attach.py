@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -24,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter
 from qwlora.errors import SourceError, TrainingError
 from qwlora.grid.fingerprint import fingerprint
-from qwlora.grid.names import canonical_name, is_adapter_name
+from qwlora.grid.names import canonical_name, is_adapter_name, parameter_name, pattern_problem
+from qwlora.grid.scheme import Scheme
 from qwlora.hub import downloaded
 
 
@@ -69,8 +72,10 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     """A fresh LoRA adapter on `model`, seeded; the base below it is frozen.
 
     Raises:
-        TrainingError: no layer matches the target modules; or a name, pattern or layer number in `shape` matches none.
+        TrainingError: a pattern is no regular expression; no layer matches the target modules; or a name, pattern or layer number in `shape` matches none.
     """
+    if wrong := _irregular(shape):
+        raise TrainingError(f"LoRA cannot be attached: {'; '.join(wrong)}")
     torch.manual_seed(seed)
     try:
         with warnings.catch_warnings():
@@ -97,13 +102,16 @@ def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "re
         unknown_base: `accept` takes an adapter that does not say which base it was trained on, as those that PEFT saved; `refuse` does not.
 
     Raises:
-        SourceError: there is no LoRA adapter at `source`, it does not fit the model, or does not say which base it belongs to.
+        SourceError: there is no LoRA adapter at `source`, it does not fit the model, saves a packed layer whole, or does not say which base it belongs to.
         FingerprintError: it says that it belongs to another base.
     """
     torch.manual_seed(seed)  # dropout
     folder = adapter_folder(source)
     check_start(source, unknown_base)
     check_adapter(folder, fingerprint(model), unknown_base)
+    packed = [parameter_name(name).removesuffix(".weight") for name, module in model.named_modules() if isinstance(getattr(module, "scheme", None), Scheme)]
+    if lost := saved_among(source, packed):
+        raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(lost)}")
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (ValueError, RuntimeError, KeyError) as error:
@@ -150,6 +158,21 @@ def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> None:
         )
 
 
+def saved_among(source: str, paths: Iterable[str]) -> list[str]:
+    """Which of the layers at `paths` the adapter at `source` holds whole: PEFT's modules_to_save, by the ends of their paths, with all that is in them."""
+    names = json.loads((adapter_folder(source) / "adapter_config.json").read_text()).get("modules_to_save") or ()
+    return [path for path in paths if any(part.endswith(name) for name in names for part in accumulate(path.split("."), "{}.{}".format))]
+
+
+def saved_on_integers(paths: Sequence[str]) -> str:
+    """What to do about layers that an adapter holds whole, as floats, and the base as integers."""
+    rules = ", ".join(f"{{match: {path}, keep: float}}" for path in paths[:3])
+    return (
+        f"its modules_to_save hold {', '.join(paths[:3])} whole, as floats, but the base holds integers there. Keep {'it' if len(paths) == 1 else 'them'} "
+        f"float by base.rules, before the other rules: {rules}; or take an adapter without"
+    )
+
+
 def adapter_folder(source: str) -> Path:
     """The local folder of `source`; a hub id is downloaded (configuration, weights and fingerprint, nothing else).
 
@@ -186,13 +209,24 @@ def _linear_in_layers(model: nn.Module) -> list[str]:
     return sorted({match[1] for match in found if match})
 
 
+def _irregular(shape: LoraShape) -> list[str]:
+    """What of the shape's patterns PEFT would fail on."""
+    given = [("target_modules", shape.target_modules, False)] if isinstance(shape.target_modules, str) else []
+    given += [(what, key, True) for what, patterns in _patterns(shape) for key in patterns]
+    return [f"{what} {problem}" for what, pattern, is_end in given if (problem := pattern_problem(pattern, is_end))]
+
+
+def _patterns(shape: LoraShape) -> list[tuple[str, list[str]]]:
+    return [("rank_pattern", list(shape.rank_pattern)), ("alpha_pattern", list(shape.alpha_pattern))]
+
+
 def _unmatched(model: PeftModel, shape: LoraShape) -> list[str]:
     names: list[str] = model.targeted_module_names
     lost = []
     if isinstance(shape.target_modules, list):
         lost += [f"target_modules {t!r}" for t in shape.target_modules if not any(n == t or n.endswith(f".{t}") for n in _all_names(model, shape, names))]
-    for what, pattern in (("rank_pattern", shape.rank_pattern), ("alpha_pattern", shape.alpha_pattern)):
-        lost += [f"{what} {key!r}" for key in pattern if not any(re.match(rf"(.*\.)?({key})$", n) for n in names)]
+    for what, keys in _patterns(shape):
+        lost += [f"{what} {key!r}" for key in keys if not any(re.match(rf"(.*\.)?({key})$", n) for n in names)]
     numbers = {int(part) for n in names for part in n.split(".") if part.isdigit()}
     lost += [f"layer {number}" for number in shape.layers or () if number not in numbers]
     return lost

@@ -112,23 +112,43 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
 
 
 def _weight_problems(adapter: Path, config: dict[str, Any]) -> Iterator[str]:
-    names = set()
+    shapes = {}
     for name, shape, tensor in _weights(adapter, read=True):
-        names.add(name)
+        shapes[name] = shape
         if not bool(tensor.isfinite().all()):
             yield f"{name} holds numbers that are not finite"
-        if name.endswith("lora_A.weight") and not _patterned(config) and shape[0] != config.get("r"):
-            yield f"{name} has rank {shape[0]}, and adapter_config.json says {config.get('r')}"
-    if not names:
+    if not shapes:
         yield f"{WEIGHTS} holds no weights"
+    yield from _rank_problems(shapes, config)
     for first, second in (("lora_A", "lora_B"), ("lora_B", "lora_A"), ("lora_embedding_A", "lora_embedding_B"), ("lora_embedding_B", "lora_embedding_A")):
-        for name in sorted(names):
-            if f".{first}" in name and name.replace(f".{first}", f".{second}") not in names:
+        for name in sorted(shapes):
+            if f".{first}" in name and name.replace(f".{first}", f".{second}") not in shapes:
                 yield f"{name} has no {second} beside it"
 
 
-def _patterned(config: dict[str, Any]) -> bool:
-    return bool(config.get("rank_pattern"))
+def _rank_problems(shapes: dict[str, list[int]], config: dict[str, Any]) -> Iterator[str]:
+    """lora_A [rank, in] and lora_B [out, rank]; of a parameter that target_parameters names, [experts * rank, in] and [out, experts * rank]."""
+    rank, parameters = config.get("r"), [name for name in config.get("target_parameters") or () if isinstance(name, str)]
+    for name, shape in shapes.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        rows, columns = shape[:1], shapes.get(name.replace(".lora_A", ".lora_B"), [0, *shape[:1]])[1:2]
+        is_bank = _reached(name.removesuffix(".lora_A.weight"), parameters)
+        fits = rows == [rank] or (is_bank and bool(rows) and isinstance(rank, int) and rank > 0 and rows[0] % rank == 0)
+        if not fits and not config.get("rank_pattern"):
+            yield f"{name} has rank {_one(rows)}, and adapter_config.json says {rank}" + (" for each expert" if is_bank else "")
+        elif rows != columns:
+            yield f"{name} has rank {_one(rows)}, and lora_B beside it {_one(columns)}"
+
+
+def _one(sizes: list[int]) -> int | str:
+    return sizes[0] if sizes else "none"
+
+
+def _reached(path: str, parameters: list[str]) -> bool:
+    """Whether the module at `path` has one of `parameters`; of several wrapped ones, all but one have `base_layer` in their path."""
+    owner = "." + path.replace(".base_layer", "")
+    return any(owner.endswith(f".{parameter.rpartition('.')[0]}") for parameter in parameters)
 
 
 def _config(adapter: Path) -> dict[str, Any]:

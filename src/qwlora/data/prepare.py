@@ -60,6 +60,12 @@ class Prepared:
         """The largest token there is."""
         return int(max(t.max() for t in (self.train.input_ids, self.held_out.input_ids, self.calibration_ids)))
 
+    def positions(self) -> int:
+        """How many positions the longest sequence has, or the longest document where several share one."""
+        places = self.train.position_ids
+        longest = self.train.input_ids.shape[1] if places is None else int(places.max()) + 1
+        return max(longest, self.held_out.input_ids.shape[1], self.calibration_ids.shape[1])
+
 
 def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cutting: Cutting) -> Prepared:
     """Tokenize and cut both parts.

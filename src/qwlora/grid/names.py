@@ -11,6 +11,7 @@ Of two adapters that PEFT wraps around one module, for two parameters of it, the
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 _WRAPPERS = ("base_layer", "original_module")
@@ -56,3 +57,17 @@ def parameter_name(path: str) -> str:
     name = canonical_name(path)
     owner, folder, last = name.rpartition(f".{FOLDER}.")
     return f"{owner}.{last}" if folder else f"{name}.weight"
+
+
+def pattern_problem(pattern: str, is_end: bool = False) -> str | None:
+    """Why PEFT could not match module paths with `pattern`, with the way out if it is meant as a glob; None if it is a regular expression.
+
+    Args:
+        is_end: whether it is for the end of a path, as the keys of rank_pattern are, and not for a whole one, as target_modules is.
+    """
+    try:
+        re.compile(rf"(.*\.)?({pattern})$" if is_end else pattern)
+    except re.error as error:
+        remedy = f"; what is meant as a glob is written {'.*'.join(map(re.escape, pattern.split('*')))}" if "*" in pattern else ""
+        return f"{pattern!r} is no regular expression, which PEFT takes here: {error.msg}{remedy}"
+    return None

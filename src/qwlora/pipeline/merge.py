@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,14 +107,30 @@ def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
     return merged.eval()
 
 
+def check_target(folder: Path) -> None:
+    """See that a merged model can be written at `folder`.
+
+    Raises:
+        DirectoryError: it is a file, holds something, or cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DirectoryError(f"{str(folder)!r} is a file; --out names a directory")
+    if folder.exists() and any(folder.iterdir()):
+        raise DirectoryError(f"{str(folder)!r} is not empty; choose another --out")
+    above = next(p for p in folder.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise DirectoryError(f"{str(folder)!r} cannot be made: {str(above)!r} is a file; choose another --out")
+    if not os.access(above, os.W_OK):
+        raise DirectoryError(f"{str(folder)!r} cannot be made: {str(above)!r} is not writable; choose another --out")
+
+
 def write_merged(session: Session, name: str, into: Into, folder: Path) -> None:
     """Write the merged model of adapter `name` into `folder`: a Hugging Face checkpoint, or a base of its own.
 
     Raises:
-        DirectoryError: `folder` holds something.
+        DirectoryError: see `check_target`.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise DirectoryError(f"{str(folder)!r} is not empty; choose another --out")
+    check_target(folder)
     merged = merged_model(session.adapted(name), into)
     scratch = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)  # of a merge that was killed

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qwlora.adapter.attach import attach, attach_existing, check_shape, check_start, check_trainable
+from qwlora.adapter.attach import attach, attach_existing, check_shape, check_start, check_trainable, saved_among, saved_on_integers
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.provenance import save_adapter
 from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
@@ -24,11 +24,12 @@ from qwlora.adapter.train import TrainingReport, TrainingSettings, check_loggers
 from qwlora.base.calibrated import observe_moments
 from qwlora.base.gptq import GptqSettings
 from qwlora.base.packed import weight_out_in
+from qwlora.base.positions import check_positions
 from qwlora.base.precomputed import LazyModel, load_precomputed
-from qwlora.base.quantize import QuantizeReport, base_size, plan_layers, quantize_
+from qwlora.base.quantize import QuantizeReport, base_size, find_tensors, plan_layers, quantize_
 from qwlora.base.rules import Rule
 from qwlora.base.source import fetch
-from qwlora.base.storage import save_base
+from qwlora.base.storage import read_record, save_base
 from qwlora.base.stream import quantize_checkpoint
 from qwlora.data.isolation import check_isolation
 from qwlora.data.prepare import describe
@@ -39,6 +40,8 @@ from qwlora.export.extras import require
 from qwlora.export.verify import Limits, check_parity, verify_onnx
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.moment import Moments
+from qwlora.grid.names import parameter_name
+from qwlora.grid.quantized import QuantizedTensor
 from qwlora.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.pipeline.idle import shape_of
 from qwlora.pipeline.plan import SHARED, Stage, has_float_model, needs_moments
@@ -55,11 +58,11 @@ Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]
 
 
-def preflight(session: Session, verbs: set[str]) -> None:
-    """Whatever can be wrong with text and model is found here, before the directory is touched.
+def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> None:
+    """Whatever can be wrong with text and model is found here, before the directory is touched; `say` is told what is no error.
 
     Raises:
-        SourceError: the text is too short, the model cannot be loaded, or it cannot keep documents in one sequence apart.
+        SourceError: the text is too short, or its sequences too long for the model; that cannot be loaded, or cannot keep documents in one sequence apart.
         GridError: the base's grid does not fit the model.
         MissingExtraError: a package that a later stage needs is not installed.
     """
@@ -71,8 +74,12 @@ def preflight(session: Session, verbs: set[str]) -> None:
         _check_adapters(session)
         if session.recipe.workflow == "qwa-lora" and session.data.train.position_ids is not None:
             raise TrainingError("workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none")
+    model, packed = _unquantized(session) if "quantize" in verbs else _quantized(session)
+    if note := check_positions(model, session.data.positions()):
+        say(note)
+    if "train" in verbs:
+        _check_saved(session, model, packed)
     if "quantize" in verbs:
-        model = _unquantized(session)
         embedding: Any = model.get_input_embeddings()
         known = embedding.weight.shape[0]
         if largest >= known:
@@ -87,19 +94,36 @@ def preflight(session: Session, verbs: set[str]) -> None:
                     check_isolation(passing)
 
 
-def _unquantized(session: Session) -> PreTrainedModel:
-    """The model that step 1 would begin with, after seeing that it can."""
+def _unquantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], bool]]:
+    """The model that step 1 would begin with, after seeing that it can, and which of its tensors will be packed."""
     base = session.recipe.base
     if base.solver == "keep":
         location = fetch(session.recipe.model.source)
         if location.holds_floats and not location.gguf_file and session.recipe.model.encodings is None:
             raise SourceError(f"model {session.recipe.model.source!r} holds no integers to keep; choose another base.solver, or give model.encodings")
-        return LazyModel(session.checkpoint()).model
+        lazy = LazyModel(session.checkpoint())
+        return lazy.model, lambda name: isinstance(lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor)
     if not has_float_model(session.recipe):
         raise SourceError(f"model {session.recipe.model.source!r} is quantized already; take its integers as they are (base.solver: keep)")
     model = session.float_model() if session.lazy is None else session.lazy.model
-    plan_layers(model, base.weights.scheme(), base.solver, _rules(base))
-    return model
+    return model, plan_layers(model, base.weights.scheme(), base.solver, _rules(base)).__contains__
+
+
+def _quantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], bool]]:
+    """The model of the base that is there, without weights, and which of its tensors are packed."""
+    model = session.skeleton()
+    model.tie_weights()
+    return model, lambda name: name in {parameter_name(path) for path in read_record(session.path / "base")["layers"]}
+
+
+def _check_saved(session: Session, model: PreTrainedModel, packed: Callable[[str], bool]) -> None:
+    """No adapter to start from holds a layer whole that the base has as integers."""
+    tensors = find_tensors(model)
+    for adapter in session.recipe.adapters:
+        if adapter.start is not None and session.recipe.start_of(adapter) is None:
+            held = {name: paths for name, candidate in tensors.items() if (paths := saved_among(adapter.start, candidate.paths))}
+            if lost := [path for name, paths in held.items() if packed(name) for path in paths]:
+                raise SourceError(f"adapter {adapter.name}: {adapter.start!r} does not fit: {saved_on_integers(lost)}")
 
 
 def _rules(base: Base) -> list[Rule]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from qwlora.grid.names import pattern_problem
 from qwlora.recipe.section import Count, Name, Section
 
 
@@ -21,7 +22,7 @@ class Adapter(Section):
     rank: Count = Field(16, description="inner dimension of lora_B lora_A")
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the branch is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before lora_A while training")
-    target_modules: str | list[str] = Field("all-linear", description="which layers get an adapter, as PEFT understands it")
+    target_modules: str | list[str] = Field("all-linear", description="which layers get an adapter: names, or a regular expression for whole paths")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
     init: Literal["zero", "svd", "qera"] = Field(
         "zero", description="start at zero, or at the best correction of what quantization lost: of the weights (svd), of the outputs (qera)"
@@ -68,6 +69,20 @@ class Adapter(Section):
             "loss chunked needs an output head outside the graph; use whole": self.loss == "chunked",
         }
         return [f"adapter {self.name}: {problem}" for problem, is_there in problems.items() if is_there]
+
+    @field_validator("target_modules")
+    @classmethod
+    def _is_regular(cls, target: str | list[str]) -> str | list[str]:
+        if isinstance(target, str) and (problem := pattern_problem(target)):
+            raise ValueError(problem)
+        return target
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _are_regular(cls, patterns: dict[str, float]) -> dict[str, float]:
+        if problems := [problem for pattern in patterns if (problem := pattern_problem(pattern, is_end=True))]:
+            raise ValueError("; ".join(problems))
+        return patterns
 
     @model_validator(mode="after")
     def _consistent(self) -> Adapter:

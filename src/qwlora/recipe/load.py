@@ -128,7 +128,7 @@ def _adapters(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _missing_sources(content: dict[str, Any]) -> list[str]:
-    """Model and data that are not where the recipe says, as far as can be seen without loading them."""
+    """Model, encodings, data and starts that are not where the recipe says, as far as can be seen without loading them."""
     from qwlora.base.source import locate
     from qwlora.data import locate_documents
 
@@ -144,6 +144,10 @@ def _missing_sources(content: dict[str, Any]) -> list[str]:
         template = part.get("chat_template") if isinstance(part, dict) else None
         if isinstance(template, str) and not Path(template).expanduser().is_file():
             problems.append(f"{section}.chat_template: {template!r} is not a file")
+        encodings = part.get("encodings") if isinstance(part, dict) else None
+        if isinstance(encodings, str) and not (path := Path(encodings).expanduser()).is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            problems.append(f"{section}.encodings: {encodings!r} {what}. Give the .encodings or .json file that AIMET wrote")
     names = {adapter.get("name") for adapter in _adapters(content)}
     for i, adapter in enumerate(_adapters(content)):
         start = adapter.get("start")

@@ -26,6 +26,7 @@ from qwlora.base.packed import packed_weights
 from qwlora.base.storage import load_base
 from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
 from qwlora.export.aimet import encoding_to_entry
+from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.names import canonical_name, is_adapter_name
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
@@ -341,6 +342,18 @@ def test_a_folder_is_quantized_without_the_whole_model_whatever_the_data(recipe_
     _, said = run_recipe(path, tmp_path / "out", verbs=("quantize",))
     assert "packing documents" in said[0]
     assert packed_weights(load_base(tmp_path / "out" / "base"))
+
+
+def test_a_model_that_can_only_be_loaded_whole_is_and_that_is_said(recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(checkpoints["llama"], folder)
+    torch.save(tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    _, said = run_recipe(recipe_for(model={"source": str(folder)}), tmp_path / "out", verbs=("quantize",))
+    assert any(line.startswith("the model is loaded whole, since its weights cannot be read tensor by tensor: ") and "a pickle" in line for line in said)
+    _, whole = run_recipe(recipe_for(), tmp_path / "folder", verbs=("quantize",))
+    assert not any("loaded whole" in line for line in whole)
+    assert len({fingerprint(load_base(tmp_path / name / "base")) for name in ("out", "folder")}) == 1
 
 
 def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ class Session:
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
         self._rules_are_checked = False
+        self.whole_because: str | None = None  # why a folder's weights cannot be read tensor by tensor, known from `lazy` on
         self.equalization: dict[str, Any] = {}
 
     @cached_property
@@ -109,7 +110,8 @@ class Session:
             return None
         try:
             return LazyModel(FloatCheckpoint(location.path))
-        except SourceError:  # weights that transformers makes of others, or in pickles: it loads them whole
+        except SourceError as error:  # weights that transformers makes of others, or in pickles: it loads them whole
+            self.whole_because = str(error)
             return None
 
     def skeleton(self) -> PreTrainedModel:

@@ -79,6 +79,8 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
         say(note)
     if "train" in verbs:
         _check_saved(session, model, packed)
+    if session.whole_because is not None:
+        say(f"the model is loaded whole, since its weights cannot be read tensor by tensor: {session.whole_because}")
     if "quantize" in verbs:
         embedding: Any = model.get_input_embeddings()
         known = embedding.weight.shape[0]

@@ -51,7 +51,7 @@ def write_jsonl(path: Path, records: list[Any]) -> None:
 
 
 def write_csv(path: Path, records: list[dict[str, str]]) -> None:
-    datasets.Dataset.from_list(records).to_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+    datasets.Dataset.from_list(records).to_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",")
 
 
 def write_parquet(path: Path, records: list[Any]) -> None:
@@ -79,18 +79,25 @@ def write_json(path: Path, records: list[Any]) -> None:
 WRITERS: dict[str, Callable[[Path, list[Any]], None]] = {
     "data.jsonl": write_jsonl,
     "data.ndjson": write_jsonl,
+    "data.jsonlines": write_jsonl,
+    "data.JSONL": write_jsonl,
+    "lines.Json": write_jsonl,
     "lines.json": write_jsonl,
     "list.json": write_json,
     "data.csv": write_csv,
     "data.tsv": write_csv,
+    "data.Csv": write_csv,
+    "data.TSV": write_csv,
     "data.parquet": write_parquet,
     "data.arrow": write_stream,
     "data.feather": write_feather,
+    "data.PARQUET": write_parquet,
+    "data.Arrow": write_stream,
     "saved": write_saved,
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in WRITERS for k in RECORDS if not (k == "conversations" and n.endswith(("csv", "tsv")))])
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in WRITERS for k in RECORDS if not (k == "conversations" and n.lower().endswith(("csv", "tsv")))])
 def test_each_format_holds_each_kind(tmp_path: Path, name: str, kind: str) -> None:
     WRITERS[name](tmp_path / name, RECORDS[kind])
     found = read(tmp_path / name)
@@ -312,6 +319,57 @@ def test_json_in_a_folder_is_read_or_named(tmp_path: Path) -> None:
     assert without_place(read(tmp_path)) == [Text("read alone, it is a document")]
 
 
+NOT_READ = [
+    ("train.json.gz", ".gz files are not read: unpack it first"),
+    ("train.jsonl.ZST", ".zst files are not read: unpack it first"),
+    ("train.xlsx", ".xlsx files are not read: save its records as .jsonl, .csv or .parquet"),
+    ("train.jsonl.bak", "its name speaks of .jsonl records and ends otherwise: let it end in .jsonl, or in .txt if it is running text"),
+    ("train.CSV~", "its name speaks of .csv records"),
+    ("train.jsonlines_old", "its name speaks of .jsonlines records"),
+    ("train.json5", "its name speaks of .json records"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), NOT_READ)
+def test_records_that_are_not_read_are_refused_alone_and_in_a_folder(tmp_path: Path, name: str, message: str) -> None:
+    write_jsonl(tmp_path / name, RECORDS["text"])
+    with pytest.raises(SourceError, match=re.escape(f"data source '{tmp_path / name}': {message}")):
+        read(tmp_path / name)
+    for beside in ("README.md", "a.jsonl", "notes.txt"):
+        folder = tmp_path / f"beside {beside}"
+        (folder / "data").mkdir(parents=True)
+        write_jsonl(folder / "data" / name, RECORDS["text"])
+        write_jsonl(folder / beside, RECORDS["text"])
+        with pytest.raises(SourceError, match=re.escape(f"holds data/{name}: {message}") + ".*; or take it out of the folder"):
+            read(folder)
+
+
+def test_of_a_split_only_its_own_files_must_be_read(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "test.jsonl.gz", "test-2.jsonl.gz", "images.zip"):
+        write_jsonl(tmp_path / name, RECORDS["text"])
+    assert without_place(read(tmp_path, Reading(split="train"))) == expected("text")
+    with pytest.raises(SourceError, match=r"holds test-2.jsonl.gz and 1 more: .gz files are not read: unpack it first"):
+        read(tmp_path, Reading(split="test"))
+
+
+def test_a_folder_may_hold_other_files_besides_but_a_card_is_not_its_data(tmp_path: Path) -> None:
+    others = ("LICENSE", "LICENSE.txt", ".gitattributes", "dataset_infos.json", "data.jsonl.sha256", "data.jsonl.dvc", "picture.png", "loader.py")
+    for name in ("README.md", *others):
+        (tmp_path / name).write_text("# about")
+    with pytest.raises(
+        SourceError, match=r"holds a dataset's card \(LICENSE.txt\) and no data that is read; there is data.jsonl.dvc and 4 more: give records as"
+    ):
+        read(tmp_path)
+    write_jsonl(tmp_path / "data.jsonl", RECORDS["text"])
+    assert without_place(read(tmp_path)) == expected("text")
+
+
+@pytest.mark.parametrize("name", ["notes.rst", "NOTES", "about json.text", "model.jsonnet"])
+def test_other_names_are_running_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("words")
+    assert without_place(read(tmp_path / name)) == [Text("words")]
+
+
 def test_splits_of_a_saved_dataset(tmp_path: Path) -> None:
     parts = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
@@ -352,7 +410,7 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         read("no-owner/no-dataset")
 
 
-@pytest.mark.parametrize("source", ["corpus/train.jsonl", "/not/there", "./corpus/x", "a/b/c"])
+@pytest.mark.parametrize("source", ["corpus/train.jsonl", "corpus/train.JSONL", "corpus/train.jsonl.gz", "/not/there", "./corpus/x", "a/b/c"])
 def test_a_mistaken_path_is_no_hub_id(source: str) -> None:
     with pytest.raises(SourceError, match=r"does not exist. Give a file \(text, .jsonl.*hub id like owner/name"):
         locate_documents(source)

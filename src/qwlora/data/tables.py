@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from qwlora.data.names import suffix_of
 from qwlora.data.text import decode, read_bytes
 from qwlora.errors import MissingExtraError, SourceError
 
@@ -30,9 +31,10 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
         SourceError: it has no header, a column twice, or a row that does not fit the header.
     """
     text = decode(read_bytes(path), path).removeprefix("\ufeff")
+    between, delimiter = ("tab", "\t") if suffix_of(path) == ".tsv" else ("comma", ",")
     previous = csv.field_size_limit(_LARGEST_FIELD)
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         lines = [(line, row) for line, row in _numbered(reader, path) if row]
     finally:
         csv.field_size_limit(previous)
@@ -45,7 +47,6 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
     def rows() -> Rows:
         for line, row in lines[1:]:
             if len(row) != len(header):
-                between = "tab" if path.suffix == ".tsv" else "comma"
                 raise SourceError(
                     f"{path}:{line}: this record has {len(row)} fields, and the header {len(header)}; a field with a {between} in it needs quotes"
                 )

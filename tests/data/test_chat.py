@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer
@@ -162,6 +163,131 @@ def test_a_template_that_renders_the_past_otherwise_is_refused_and_taken_apart()
     assert [tokenizer.decode(t.ids) for t in apart] == [tokenizer.apply_chat_template(list(TALK.messages[:n]), tokenize=False) for n in (2, 4)]
 
 
+TOOLS = ({"type": "function", "function": {"name": "weather", "description": "says <end>", "parameters": {"type": "object"}}}, {"name": "time"})
+CALLS = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Graz"}}}]},
+    {"role": "tool", "content": "sun"},
+    {"role": "assistant", "content": "It is sunny."},
+]
+WITH_TOOLS = """\
+{% if tools %}<|start|>tools
+{% for tool in tools %}{{ tool | tojson }}{% endfor %}<end>
+{% endif %}{% for message in messages %}<|start|>{{ message['role'] }}
+{% if message['role'] == 'assistant' %}{% generation %}{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}{{ message['content'] }}\
+<end>{% endgeneration %}{{ '\\n' }}{% else %}{{ message['content'] }}<end>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("template", [WITH_TOOLS, unmarked(WITH_TOOLS)])
+@pytest.mark.parametrize("turns", ["together", "apart"])
+def test_tools_are_rendered_and_never_learnt(template: str, turns: str) -> None:
+    tokenizer = with_template(template)
+    encoded = encode_documents([Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS)], tokenizer, turns)
+    assert len(encoded) == (2 if turns == "apart" else 1)
+    for tokens in encoded:
+        before = tokenizer.decode([i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag])
+        assert all(json.dumps(tool) in before for tool in TOOLS)
+    whole = tokenizer.apply_chat_template(CALLS, tools=list(TOOLS), return_dict=True, return_assistant_tokens_mask="{% gen" in template)
+    assert encoded[-1].ids == whole["input_ids"]
+    said = [json.dumps(CALLS[1]["tool_calls"]) + "<end>", "It is sunny.<end>"]
+    assert [text for t in encoded for text in learnt_text(tokenizer, t.ids, t.learnt)] == said
+
+
+def test_a_template_of_its_own_for_tools_is_used() -> None:
+    tokenizer = with_template("")
+    tokenizer.chat_template = {"default": unmarked(CHATML), "tool_use": WITH_TOOLS}
+    ids, learnt = encode_conversation(Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS), tokenizer)
+    assert json.dumps(TOOLS[1]) in tokenizer.decode(ids)
+    assert learnt_text(tokenizer, ids, learnt)[1] == "It is sunny.<end>"
+
+
+def test_a_template_that_leaves_tools_out_is_refused() -> None:
+    with pytest.raises(
+        SourceError, match=r"chat.jsonl:7: the model's chat template takes no notice of tools.* in data.chat_template, or take the field 'tools' out"
+    ):
+        encode_conversation(Conversation(TALK.messages, "chat.jsonl:7", TOOLS), with_template(CHATML))
+    needs_them = "{{ raise_exception('no tools') if not tools }}" + CHATML
+    assert encode_conversation(Conversation(TALK.messages, "chat.jsonl:7", TOOLS), with_template(needs_them)) == encode_conversation(
+        TALK, with_template(CHATML)
+    )
+
+
+def greeting(*contents: str) -> Conversation:
+    """Assistant and user in turn."""
+    return Conversation(conversation("", *contents).messages[1:], "chat.jsonl:7")
+
+
+SPOKEN_TO = greeting("  Hello! assistant\n", "Hi, assistant", "It is 4.\n\nHello!", "Hello!", "Hello!")
+DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|start|>system\nHello! <|start|>assistant\nHello! assistant<end>\n{% endif %}" + CHATML
+SEPARATED = """\
+{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}\
+{% generation %}{{ message['content'] }}<end>{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '\\n' }}assistant: {% endif %}"""
+THINKS = CHATML.replace("{% generation %}", "{% generation %}<think></think>")
+ENDS = CHATML + "{% if not add_generation_prompt %}<|end of all|>{% endif %}"
+
+
+@pytest.mark.parametrize("template", [CHATML, BRACKETS, MODEL_TURNS, DEFAULT_SYSTEM, SEPARATED, THINKS])
+def test_an_assistant_that_speaks_first_is_learnt(template: str) -> None:
+    marked, plain = with_template(template), with_template(unmarked(template))
+    oracle = marked.apply_chat_template(list(SPOKEN_TO.messages), return_dict=True, return_assistant_tokens_mask=True)
+    ids, learnt = encode_conversation(SPOKEN_TO, plain)
+    assert ids == oracle["input_ids"]
+    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
+    assert [text.removeprefix("<think></think>").strip() for text in learnt_text(plain, ids, learnt)] == [
+        m["content"].strip() + ("\n" if template not in (BRACKETS, MODEL_TURNS) and m["content"].endswith("\n") else "") + "<end>"
+        for m in SPOKEN_TO.messages[::2]
+    ]
+
+
+@pytest.mark.parametrize("template", [LLAMA2, MISTRAL, SPEAKERS, LINES])
+@pytest.mark.parametrize("first", ["Hello you, Hi.", " Hi there."])
+def test_an_assistant_that_speaks_first_is_learnt_without_a_generation_prompt(template: str, first: str) -> None:
+    talk = greeting(first, "Hi, again.", "Hello again.")
+    oracle = sentencepiece_tokenizer(template).apply_chat_template(list(talk.messages), return_dict=True, return_assistant_tokens_mask=True)
+    ids, learnt = encode_conversation(talk, sentencepiece_tokenizer(unmarked(template)))
+    assert ids == oracle["input_ids"]
+    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
+
+
+def test_an_assistant_that_speaks_first_has_turns_and_tools() -> None:
+    tokenizer = with_template(unmarked(WITH_TOOLS))
+    first = {"role": "assistant", "content": "", "tool_calls": CALLS[1]["tool_calls"]}
+    talk = Conversation((first, *CALLS[2:], CALLS[0], CALLS[3]), "chat.jsonl:7", TOOLS)
+    said = [json.dumps(CALLS[1]["tool_calls"]) + "<end>", "It is sunny.<end>", "It is sunny.<end>"]
+    assert learnt_text(tokenizer, *encode_conversation(talk, tokenizer)) == said
+    apart = encode_documents([talk], tokenizer, "apart")
+    assert [learnt_text(tokenizer, t.ids, t.learnt) for t in apart] == [[text] for text in said]
+    (alone,) = encode_documents([greeting("Hello!")], with_template(unmarked(ENDS)))
+    assert learnt_text(tokenizer, alone.ids, alone.learnt) == ["Hello!<end>\n<|end of all|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('the user speaks first') }}{% endif %}" + unmarked(CHATML),
+            r"chat.jsonl:7: the model's chat template refuses these messages \(assistant, user, assistant, user, assistant\): the user speaks first",
+        ),
+        (
+            "{% if messages | length == 1 and messages[0]['role'] == 'assistant' %}{{ raise_exception('no question') }}{% endif %}" + unmarked(CHATML),
+            r"chat.jsonl:7: the model's chat template refuses these messages \(assistant\): no question",
+        ),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "message 1: the chat template has no generation prompt and changes the content"),
+        (FORGETS, r"message 1: the chat template renders this message otherwise .* Use data.turns: apart"),
+        (
+            unmarked(CHATML).replace("{{ message['role'] }}", "{{ 'bot' if message['role'] == 'assistant' else message['role'] }}"),
+            "message 1: the chat template renders this message otherwise",
+        ),
+    ],
+)
+def test_an_assistant_that_cannot_speak_first_is_refused(template: str, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        encode_conversation(SPOKEN_TO, with_template(template))
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -196,3 +322,40 @@ def test_a_completion_follows_its_prompt_as_it_will_at_inference(smollm2: PreTra
     given = [i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag]
     assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
     assert tokenizer.decode(tokens.ids[len(given) :]) == completion.removesuffix("<|im_end|>") + "<|im_end|>"
+
+
+def prefixing_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """One that puts a space before every text, as SentencePiece does: by normalizers (Llama 2) or by Metaspace."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "normalizers":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=kind)
+    words = ["Q: hi A: yes no, maybe.\n", "Hello world", "yes", "world.\n"] * 9
+    tokenizer.train_from_iterator(words, trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["normalizers", "first", "always"])
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("Q: hi A: ", "yes"), ("Q: hi A:", " yes"), ("Q: hi A: ", " yes"), ("Q: hi A:\n", "yes"), ("Hello ", "world.\n"), ("Q: hi A: ", "\nmaybe"), ("Hel", "lo")],
+)
+def test_no_space_comes_between_prompt_and_completion(kind: str, prompt: str, completion: str) -> None:
+    tokenizer = prefixing_tokenizer(kind)
+    (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer)
+    given = [i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag]
+    assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
+    assert tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False) == prompt + completion + "</s>"
+    assert tokenizer.unk_token_id not in tokens.ids
+
+
+def test_what_cannot_be_tokenized_apart_is_learnt_from_the_token_that_both_share() -> None:
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "wor": 2, "world": 3, "ld": 4}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.decoder = decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    (tokens,) = encode_documents([Completion("a wor", "ld")], tokenizer)
+    assert (tokens.ids, tokens.learnt) == ([1, 3], [False, True])  # "a wor ld" is another text

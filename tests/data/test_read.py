@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import sys
@@ -51,7 +52,7 @@ def write_jsonl(path: Path, records: list[Any]) -> None:
 
 
 def write_csv(path: Path, records: list[dict[str, str]]) -> None:
-    datasets.Dataset.from_list(records).to_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+    datasets.Dataset.from_list(records).to_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",")
 
 
 def write_parquet(path: Path, records: list[Any]) -> None:
@@ -79,18 +80,25 @@ def write_json(path: Path, records: list[Any]) -> None:
 WRITERS: dict[str, Callable[[Path, list[Any]], None]] = {
     "data.jsonl": write_jsonl,
     "data.ndjson": write_jsonl,
+    "data.jsonlines": write_jsonl,
+    "data.JSONL": write_jsonl,
+    "lines.Json": write_jsonl,
     "lines.json": write_jsonl,
     "list.json": write_json,
     "data.csv": write_csv,
     "data.tsv": write_csv,
+    "data.Csv": write_csv,
+    "data.TSV": write_csv,
     "data.parquet": write_parquet,
     "data.arrow": write_stream,
     "data.feather": write_feather,
+    "data.PARQUET": write_parquet,
+    "data.Arrow": write_stream,
     "saved": write_saved,
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in WRITERS for k in RECORDS if not (k == "conversations" and n.endswith(("csv", "tsv")))])
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in WRITERS for k in RECORDS if not (k == "conversations" and n.lower().endswith(("csv", "tsv")))])
 def test_each_format_holds_each_kind(tmp_path: Path, name: str, kind: str) -> None:
     WRITERS[name](tmp_path / name, RECORDS[kind])
     found = read(tmp_path / name)
@@ -159,6 +167,68 @@ def test_a_call_of_a_tool_needs_no_content(tmp_path: Path) -> None:
     (found,) = read(tmp_path / "tools.jsonl")
     assert isinstance(found, Conversation)
     assert found.messages[1] == {k: v for k, v in calls.items() if v is not None}
+
+
+def tool(name: str, **properties: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+
+TOOLS = [tool("weather", city={"type": "string"}), tool("time", zone={"type": "string", "description": "as UTC+1"})]
+TOOL_RECORDS = [
+    {"messages": [user(), {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Graz"}}}]}], "tools": TOOLS},
+    {"messages": [user(), {"role": "assistant", "tool_calls": [{"function": {"name": "time", "arguments": {"zone": "Z"}}}]}], "tools": TOOLS[1:]},
+    {"messages": TALK, "tools": None},
+]
+
+
+@pytest.mark.parametrize("as_string", [False, True])
+@pytest.mark.parametrize("name", [n for n in WRITERS if not n.lower().endswith(("csv", "tsv"))])
+def test_tools_are_read_beside_messages(tmp_path: Path, name: str, as_string: bool) -> None:
+    written = [{**r, "tools": json.dumps(r["tools"]) if as_string else r["tools"]} for r in TOOL_RECORDS]
+    WRITERS[name](tmp_path / name, written)
+    assert without_place(read(tmp_path / name)) == [Conversation(tuple(r["messages"]), tools=tuple(r["tools"] or ())) for r in TOOL_RECORDS]
+
+
+def test_tools_may_be_in_one_file_and_not_in_another(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"messages": TALK}])
+    write_parquet(tmp_path / "b.parquet", [{"messages": TALK, "tools": TOOLS}])
+    write_jsonl(
+        tmp_path / "c.jsonl", [{"messages": TALK}, {"messages": TALK, "tools": TOOLS}, {"messages": TALK, "tools": []}, {"messages": TALK, "tools": ""}]
+    )
+    assert [len(d.tools) for d in read(tmp_path) if isinstance(d, Conversation)] == [0, 2, 0, 2, 0, 0]
+    write_jsonl(tmp_path / "text.jsonl", [{"text": "a", "tools": 3}])  # a column of this name means something beside messages only
+    assert without_place(read(tmp_path / "text.jsonl")) == [Text("a")]
+
+
+def test_conversations_with_other_tools_are_others() -> None:
+    talk = tuple(TALK)
+    assert Conversation(talk).identity == Conversation(talk, "elsewhere").identity == json.dumps(TALK, sort_keys=True)
+    assert Conversation(talk, tools=tuple(TOOLS)).identity != Conversation(talk, tools=tuple(TOOLS[1:])).identity != Conversation(talk).identity
+
+
+WRONG_TOOLS = [
+    (3, "'tools' must be a list of tools, or the JSON of one, and is a number"),
+    (TOOLS[0], "'tools' must be a list of tools, or the JSON of one, and is an object"),
+    ("weather", "'tools' is a string and must be the JSON of a list of tools then, and is not: Expecting value"),
+    ('"weather"', "'tools' must be a list of tools, or the JSON of one, and is a string"),
+    (json.dumps(TOOLS[0]), "'tools' must be a list of tools, or the JSON of one, and is an object"),
+    ([TOOLS[0], "weather"], "tool 2 must be an object that defines it (a JSON schema), and is a string"),
+    ('[{"name": NaN}]', "'tools' holds what JSON cannot: Out of range float"),
+    ([{"name": "\ud800"}], "'tools' holds half a surrogate pair at character 11"),
+]
+
+
+@pytest.mark.parametrize(("tools", "message"), WRONG_TOOLS)
+def test_bad_tools_are_named(tmp_path: Path, tools: Any, message: str) -> None:
+    write_jsonl(tmp_path / "bad.jsonl", [{"messages": TALK}, {"messages": TALK, "tools": tools}])
+    with pytest.raises(SourceError, match=re.escape("bad.jsonl:2: " + message)):
+        read(tmp_path / "bad.jsonl")
+
+
+def test_tools_that_no_json_holds_are_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "bad.parquet", [{"messages": TALK, "tools": [{"since": datetime.date(2020, 1, 1)}]}])
+    with pytest.raises(SourceError, match=r"bad.parquet row 1: 'tools' holds what JSON cannot: Object of type date"):
+        read(tmp_path / "bad.parquet")
 
 
 def test_an_empty_completion_is_named(tmp_path: Path) -> None:
@@ -312,6 +382,57 @@ def test_json_in_a_folder_is_read_or_named(tmp_path: Path) -> None:
     assert without_place(read(tmp_path)) == [Text("read alone, it is a document")]
 
 
+NOT_READ = [
+    ("train.json.gz", ".gz files are not read: unpack it first"),
+    ("train.jsonl.ZST", ".zst files are not read: unpack it first"),
+    ("train.xlsx", ".xlsx files are not read: save its records as .jsonl, .csv or .parquet"),
+    ("train.jsonl.bak", "its name speaks of .jsonl records and ends otherwise: let it end in .jsonl, or in .txt if it is running text"),
+    ("train.CSV~", "its name speaks of .csv records"),
+    ("train.jsonlines_old", "its name speaks of .jsonlines records"),
+    ("train.json5", "its name speaks of .json records"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), NOT_READ)
+def test_records_that_are_not_read_are_refused_alone_and_in_a_folder(tmp_path: Path, name: str, message: str) -> None:
+    write_jsonl(tmp_path / name, RECORDS["text"])
+    with pytest.raises(SourceError, match=re.escape(f"data source '{tmp_path / name}': {message}")):
+        read(tmp_path / name)
+    for beside in ("README.md", "a.jsonl", "notes.txt"):
+        folder = tmp_path / f"beside {beside}"
+        (folder / "data").mkdir(parents=True)
+        write_jsonl(folder / "data" / name, RECORDS["text"])
+        write_jsonl(folder / beside, RECORDS["text"])
+        with pytest.raises(SourceError, match=re.escape(f"holds data/{name}: {message}") + ".*; or take it out of the folder"):
+            read(folder)
+
+
+def test_of_a_split_only_its_own_files_must_be_read(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "test.jsonl.gz", "test-2.jsonl.gz", "images.zip"):
+        write_jsonl(tmp_path / name, RECORDS["text"])
+    assert without_place(read(tmp_path, Reading(split="train"))) == expected("text")
+    with pytest.raises(SourceError, match=r"holds test-2.jsonl.gz and 1 more: .gz files are not read: unpack it first"):
+        read(tmp_path, Reading(split="test"))
+
+
+def test_a_folder_may_hold_other_files_besides_but_a_card_is_not_its_data(tmp_path: Path) -> None:
+    others = ("LICENSE", "LICENSE.txt", ".gitattributes", "dataset_infos.json", "data.jsonl.sha256", "data.jsonl.dvc", "picture.png", "loader.py")
+    for name in ("README.md", *others):
+        (tmp_path / name).write_text("# about")
+    with pytest.raises(
+        SourceError, match=r"holds a dataset's card \(LICENSE.txt\) and no data that is read; there is data.jsonl.dvc and 4 more: give records as"
+    ):
+        read(tmp_path)
+    write_jsonl(tmp_path / "data.jsonl", RECORDS["text"])
+    assert without_place(read(tmp_path)) == expected("text")
+
+
+@pytest.mark.parametrize("name", ["notes.rst", "NOTES", "about json.text", "model.jsonnet"])
+def test_other_names_are_running_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("words")
+    assert without_place(read(tmp_path / name)) == [Text("words")]
+
+
 def test_splits_of_a_saved_dataset(tmp_path: Path) -> None:
     parts = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
@@ -352,7 +473,7 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         read("no-owner/no-dataset")
 
 
-@pytest.mark.parametrize("source", ["corpus/train.jsonl", "/not/there", "./corpus/x", "a/b/c"])
+@pytest.mark.parametrize("source", ["corpus/train.jsonl", "corpus/train.JSONL", "corpus/train.jsonl.gz", "/not/there", "./corpus/x", "a/b/c"])
 def test_a_mistaken_path_is_no_hub_id(source: str) -> None:
     with pytest.raises(SourceError, match=r"does not exist. Give a file \(text, .jsonl.*hub id like owner/name"):
         locate_documents(source)

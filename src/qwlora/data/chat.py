@@ -11,6 +11,11 @@ otherwise than a present one (some leave the reasoning of earlier turns out) is 
 inference. A template that takes no notice of `add_generation_prompt` writes its header into that difference; then the message begins where its content does,
 with the spaces before it, and without a header (`[/INST] Hi`) at the difference's begin: SentencePiece has one token for a word and the space before it.
 
+transformers renders no empty conversation: an assistant that speaks first begins after the generation prompt (a lone question's) in what two renderings of its
+message share, one of them with another content.
+
+Tools are rendered with the messages, and not learnt. A template that leaves them out is refused.
+
 White space after the special token that ends a turn is not learnt: generation stops before it. A token belongs to the message in which its first character is.
 """
 
@@ -18,6 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import ASSISTANT, Conversation
@@ -37,7 +43,7 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
         last_only: learn the assistant's last message only.
 
     Raises:
-        SourceError: there is no chat template, it refuses the conversation, or it does not show which tokens are the assistant's.
+        SourceError: there is no chat template, it refuses the conversation or leaves out its tools, or it does not show which tokens are the assistant's.
     """
     if not tokenizer.chat_template:
         raise SourceError(
@@ -46,7 +52,8 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
         )
     if not tokenizer.is_fast:
         raise SourceError(f"the tokenizer ({type(tokenizer).__name__}) does not say where its tokens stand in a text; conversations need a fast tokenizer")
-    if _GENERATION.search(tokenizer.get_chat_template()):
+    _check_tools_are_rendered(conversation, tokenizer)
+    if _GENERATION.search(tokenizer.get_chat_template(tools=_tools(conversation))):
         ids, learnt = _encode_marked(conversation, tokenizer)
         if last_only:
             end = max((i for i, flag in enumerate(learnt) if flag), default=-1) + 1
@@ -66,30 +73,59 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
 def turns_apart(conversation: Conversation) -> list[Conversation]:
     """The conversation up to each of the assistant's messages."""
     ends = [i + 1 for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
-    return [Conversation(conversation.messages[:end], conversation.where) for end in ends]
+    return [replace(conversation, messages=conversation.messages[:end]) for end in ends]
+
+
+def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many elements both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _encode_marked(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            [dict(m) for m in conversation.messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+            [dict(m) for m in conversation.messages],
+            tools=_tools(conversation),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},
         )
     except Exception as error:  # Jinja's errors, and whatever a template raises
-        raise _refused(conversation, error) from error
+        raise _refused(conversation.messages, conversation.where, error) from error
     return encoded["input_ids"], [bool(flag) for flag in encoded["assistant_masks"]]
 
 
 def _render(messages: Messages, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
     try:
-        rendered: Any = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt)
+        rendered: Any = tokenizer.apply_chat_template([dict(m) for m in messages], tools=_tools(conversation), tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # Jinja's errors, and whatever a template raises
-        raise _refused(conversation, error) from error
+        raise _refused(messages, conversation.where, error) from error
     return str(rendered)
 
 
-def _refused(conversation: Conversation, error: Exception) -> SourceError:
-    roles = ", ".join(m["role"] for m in conversation.messages)
-    return SourceError(f"{conversation.where}: the model's chat template refuses these messages ({roles}): {error}")
+def _tools(conversation: Conversation) -> list[Any] | None:
+    return [dict(tool) for tool in conversation.tools] or None
+
+
+def _check_tools_are_rendered(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not conversation.tools:
+        return
+    rendered = _render(conversation.messages, conversation, tokenizer)
+    try:
+        without = _render(conversation.messages, replace(conversation, tools=()), tokenizer)
+    except SourceError:  # the template does not do without them
+        return
+    if rendered == without:
+        raise SourceError(
+            f"{conversation.where}: the model's chat template takes no notice of tools, so their definitions would be left out: "
+            f"name a file with a template that renders them in data.chat_template, or take the field 'tools' out of the records"
+        )
+
+
+def _refused(messages: Messages, where: str, error: Exception) -> SourceError:
+    roles = ", ".join(m["role"] for m in messages)
+    return SourceError(f"{where}: the model's chat template refuses these messages ({roles}): {error}")
 
 
 def _assistant_spans(conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, last_only: bool) -> list[tuple[int, int]]:
@@ -99,25 +135,47 @@ def _assistant_spans(conversation: Conversation, text: str, tokenizer: PreTraine
     spoken_by_assistant = [i for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
     for i in spoken_by_assistant[-1 if last_only else 0 :]:
         where = f"{conversation.where}: message {i + 1}"
-        before = _render(conversation.messages[:i], conversation, tokenizer, prompt=True)
         after = _render(conversation.messages[: i + 1], conversation, tokenizer)
-        if not (text.startswith(after) and after.startswith(before)):
+        start = _start_after_others(conversation, i, after, tokenizer, where) if i else _start_of_greeting(conversation, after, tokenizer, where)
+        if start is None or not text.startswith(after):
             raise SourceError(
                 f"{where}: the chat template renders this message otherwise when another follows or before it is answered, so which tokens are the "
                 f"{ASSISTANT}'s cannot be told. Use data.turns: apart, or a template with {{% generation %}} markers (data.chat_template)"
             )
-        start, end = len(before), len(after)
-        if before == _render(conversation.messages[:i], conversation, tokenizer):
-            start = _content_start(conversation.messages[i], after, start, where)
+        end = len(after)
         spoken = after[start:end].rstrip()
         spans.append((start, start + len(spoken) if spoken.endswith(endings) else end))
     return spans
 
 
-def _content_start(message: Mapping[str, Any], text: str, start: int, where: str) -> int:
+def _start_after_others(conversation: Conversation, i: int, text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> int | None:
+    """Where the assistant begins in `text`, which ends with message i; None if what is before it is not the beginning of `text`."""
+    before = _render(conversation.messages[:i], conversation, tokenizer, prompt=True)
+    if not text.startswith(before):
+        return None
+    if before == _render(conversation.messages[:i], conversation, tokenizer):
+        return _content_start(conversation.messages[i], text, len(before), where)
+    return len(before)
+
+
+def _start_of_greeting(conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> int | None:
+    """The same for a message with none before it: after the last generation prompt in what is there whatever the message says."""
+    greeting = conversation.messages[0]
+    content = greeting.get("content") or ""
+    other = next(c for c in "abc" if c not in (content[:1], content.strip()[:1]))
+    header = text[: shared(text, _render([{**greeting, "content": other}], conversation, tokenizer))]
+    question = [{"role": "user", "content": "a"}]
+    unasked, asked = (_render(question, conversation, tokenizer, prompt) for prompt in (False, True))
+    if unasked == asked:
+        return _content_start(greeting, text, 0, where, earliest=len(header))
+    prompt = asked[shared(unasked, asked) :].lstrip()
+    return header.rfind(prompt) + len(prompt) if prompt in header else None
+
+
+def _content_start(message: Mapping[str, Any], text: str, start: int, where: str, earliest: int = 0) -> int:
     """Where the content begins, with the spaces before it, for a template whose generation prompt is empty."""
     content = (message.get("content") or "").strip()
-    found = text.find(content, start) if content else -1
+    found = text.find(content, max(start, earliest)) if content else -1
     if found < 0:
         raise SourceError(f"{where}: the chat template has no generation prompt and changes the content, so which tokens are the {ASSISTANT}'s cannot be told")
     header = text[start:found]

@@ -1,13 +1,13 @@
 """A source to the list of its documents.
 
-    ./file.txt, .md, or any other   one document, running text
-    ./file.jsonl, .ndjson           a document for each line
-    ./file.json                     a document for each record of a list, or for each line
-    ./file.csv, .tsv                a document for each row
+    ./file.txt, .md, or any other        one document, running text; what holds records but is not read is refused (`names.py`)
+    ./file.jsonl, .jsonlines, .ndjson    a document for each line
+    ./file.json                          a document for each record of a list, or for each line
+    ./file.csv, .tsv                     a document for each row
     ./file.parquet, .arrow, .feather
-    ./folder                        what `datasets.save_to_disk` wrote, or the files of the kinds above below it (`folder.py`)
-    python:MODULE:ATTRIBUTE         strings in an installed Python module (a mapping's values, a sequence, or one string)
-    owner/name                      a dataset on the Hugging Face hub
+    ./folder                             what `datasets.save_to_disk` wrote, or the files of the kinds above below it (`folder.py`)
+    python:MODULE:ATTRIBUTE              strings in an installed Python module (a mapping's values, a sequence, or one string)
+    owner/name                           a dataset on the Hugging Face hub
 
 All documents of a source are of one kind.
 """
@@ -23,12 +23,11 @@ from typing import Any
 
 from qwlora.data import tables
 from qwlora.data.document import Document, Text
-from qwlora.data.folder import JSON_LINES_SUFFIXES, RECORD_SUFFIXES, SUFFIXES, folder_files
+from qwlora.data.folder import folder_files
+from qwlora.data.names import JSON_LINES_SUFFIXES, RECORD_SUFFIXES, SUFFIXES, refusal, suffix_of
 from qwlora.data.records import Columns, EmptyRecordError, Fields, choose_fields, make_document
 from qwlora.data.text import read_attribute, read_file, read_json, read_json_lines
 from qwlora.errors import SourceError
-
-_NOT_READ = {".gz": "unpack it first", ".zip": "unpack it first", ".zst": "unpack it first"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,9 @@ def locate_documents(source: str) -> None:
 
 def _is_hub_id(source: str) -> bool:
     """`owner/name`, and not what is more likely a path with a mistake in it."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not source.startswith(".") and Path(source).suffix not in SUFFIXES
+    if source.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return False
+    return suffix_of(Path(source)) not in SUFFIXES and refusal(Path(source)) is None
 
 
 @dataclass
@@ -93,20 +94,21 @@ class _Reader:
                 self.skipped += 1
 
     def file(self, path: Path) -> None:
-        if path.suffix in JSON_LINES_SUFFIXES:
+        if why := refusal(path):
+            raise SourceError(f"data source {str(path)!r}: {why}")
+        suffix = suffix_of(path)
+        if suffix in JSON_LINES_SUFFIXES:
             self.records(read_json_lines(path))
-        elif path.suffix == ".json":
+        elif suffix == ".json":
             self.records(read_json(path))
-        elif path.suffix in (".csv", ".tsv"):
+        elif suffix in (".csv", ".tsv"):
             names, rows = tables.read_csv(path)
             self.use(names, str(path))
             self.records(rows)
-        elif path.suffix == ".parquet":
+        elif suffix == ".parquet":
             self.table(*tables.read_parquet(path), str(path))
-        elif path.suffix in (".arrow", ".feather"):
+        elif suffix in (".arrow", ".feather"):
             self.table(*tables.read_arrow(path), str(path))
-        elif path.suffix in _NOT_READ:
-            raise SourceError(f"data source {str(path)!r}: {path.suffix} files are not read: {_NOT_READ[path.suffix]}")
         else:
             self._no_columns(f"data source {str(path)!r}")
             self.documents.append(Text(read_file(path), str(path)))
@@ -122,7 +124,7 @@ class _Reader:
         return found
 
     def table(self, names: list[str], rows: Any, where: str) -> None:
-        self.records(rows(self.use(names, where).columns))
+        self.records(rows(self.use(names, where).among(names)))
 
     def folder(self, path: Path) -> None:
         if tables.is_saved_dataset(path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from qwlora.data.names import suffix_of
 from qwlora.data.text import decode, read_bytes
 from qwlora.errors import MissingExtraError, SourceError
 
@@ -30,9 +31,10 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
         SourceError: it has no header, a column twice, or a row that does not fit the header.
     """
     text = decode(read_bytes(path), path).removeprefix("\ufeff")
+    between, delimiter = ("tab", "\t") if suffix_of(path) == ".tsv" else ("comma", ",")
     previous = csv.field_size_limit(_LARGEST_FIELD)
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         lines = [(line, row) for line, row in _numbered(reader, path) if row]
     finally:
         csv.field_size_limit(previous)
@@ -45,7 +47,6 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
     def rows() -> Rows:
         for line, row in lines[1:]:
             if len(row) != len(header):
-                between = "tab" if path.suffix == ".tsv" else "comma"
                 raise SourceError(
                     f"{path}:{line}: this record has {len(row)} fields, and the header {len(header)}; a field with a {between} in it needs quotes"
                 )
@@ -104,9 +105,20 @@ def _batches(batches: Any, path: Path, pyarrow: ModuleType) -> Rows:
         for batch in batches:
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path} row {number}", row
+                yield f"{path} row {number}", _without_null(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise SourceError(f"{path}: the file cannot be read after row {number}: {error}") from error
+
+
+def _without_null(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what its objects lack: all objects of a column have all keys that one of them has, and null for those that they have not."""
+
+    def present(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: present(v) for key, v in value.items() if v is not None}
+        return [present(v) for v in value] if isinstance(value, list) else value
+
+    return {name: present(value) for name, value in row.items()}
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -156,7 +168,7 @@ def _dataset_rows(loaded: Any, source: str, split: str | None, datasets: ModuleT
 
     def rows(wanted: Collection[str]) -> Rows:
         for number, row in enumerate(loaded.select_columns(list(wanted)), 1):
-            yield f"{source} row {number}", row
+            yield f"{source} row {number}", _without_null(row)
 
     return list(loaded.column_names), rows
 

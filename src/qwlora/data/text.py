@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.data.document import Text
+from qwlora.data.names import suffix_of
 from qwlora.errors import SourceError
 
 
@@ -61,7 +62,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         try:
             yield where, json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
         except json.JSONDecodeError as error:
-            may = "a list of records, or " if path.suffix == ".json" else ""
+            may = "a list of records, or " if suffix_of(path) == ".json" else ""
             hint = f". A {path.suffix} file holds {may}one whole object a line" if line.strip() in ("[", "{") else ""
             raise SourceError(f"{where}: this is not JSON: {error.msg} at character {error.colno}{hint}") from error
         except (ValueError, RecursionError) as error:

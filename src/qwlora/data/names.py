@@ -1,0 +1,40 @@
+"""What a file's name says of what is in it. Upper and lower case are the same.
+
+a.txt, a.md                        running text, and so is a single file of which the name says nothing (a.rst, notes)
+a.jsonl, .jsonlines, .ndjson       records, as .json, .csv, .tsv, .parquet, .arrow and .feather are
+a.gz, a.zip, a.xlsx, a.pkl, ...    not read
+a.jsonl.bak, a.csv~, a.json5       records, going by the middle of the name; not read, since they would be learnt as running text
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TEXT_SUFFIXES = (".txt", ".md")
+JSON_LINES_SUFFIXES = (".jsonl", ".jsonlines", ".ndjson")
+RECORD_SUFFIXES = (*JSON_LINES_SUFFIXES, ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+SUFFIXES = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
+_UNPACK, _SAVE = "unpack it first", "save its records as .jsonl, .csv or .parquet"
+_NOT_READ = {
+    **dict.fromkeys((".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".rar", ".lz4", ".lzma", ".br"), _UNPACK),
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".orc", ".avro", ".pkl", ".pickle", ".sqlite", ".sqlite3", ".db", ".tfrecord"), _SAVE),
+}
+_RECORD_WITHIN = re.compile(rf"({'|'.join(map(re.escape, sorted(RECORD_SUFFIXES, key=len, reverse=True)))})(?![a-z])")
+
+
+def suffix_of(file: Path) -> str:
+    """The last suffix, in lower case."""
+    return file.suffix.lower()
+
+
+def refusal(file: Path) -> str | None:
+    """Why a file of this name is not read and what to do, or None if nothing is wrong with it."""
+    suffix = suffix_of(file)
+    if suffix in SUFFIXES:
+        return None
+    if suffix in _NOT_READ:
+        return f"{suffix} files are not read: {_NOT_READ[suffix]}"
+    if within := _RECORD_WITHIN.search(file.name.lower()):
+        return f"its name speaks of {within[1]} records and ends otherwise: let it end in {within[1]}, or in .txt if it is running text"
+    return None

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer
@@ -196,3 +196,40 @@ def test_a_completion_follows_its_prompt_as_it_will_at_inference(smollm2: PreTra
     given = [i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag]
     assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
     assert tokenizer.decode(tokens.ids[len(given) :]) == completion.removesuffix("<|im_end|>") + "<|im_end|>"
+
+
+def prefixing_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """One that puts a space before every text, as SentencePiece does: by normalizers (Llama 2) or by Metaspace."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if kind == "normalizers":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=kind)
+    words = ["Q: hi A: yes no, maybe.\n", "Hello world", "yes", "world.\n"] * 9
+    tokenizer.train_from_iterator(words, trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["normalizers", "first", "always"])
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("Q: hi A: ", "yes"), ("Q: hi A:", " yes"), ("Q: hi A: ", " yes"), ("Q: hi A:\n", "yes"), ("Hello ", "world.\n"), ("Q: hi A: ", "\nmaybe"), ("Hel", "lo")],
+)
+def test_no_space_comes_between_prompt_and_completion(kind: str, prompt: str, completion: str) -> None:
+    tokenizer = prefixing_tokenizer(kind)
+    (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer)
+    given = [i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag]
+    assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
+    assert tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False) == prompt + completion + "</s>"
+    assert tokenizer.unk_token_id not in tokens.ids
+
+
+def test_what_cannot_be_tokenized_apart_is_learnt_from_the_token_that_both_share() -> None:
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "wor": 2, "world": 3, "ld": 4}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.decoder = decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    (tokens,) = encode_documents([Completion("a wor", "ld")], tokenizer)
+    assert (tokens.ids, tokens.learnt) == ([1, 3], [False, True])  # "a wor ld" is another text

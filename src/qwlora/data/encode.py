@@ -4,12 +4,18 @@
     Completion     what the tokenizer puts before a text, the prompt, the completion, the end-of-sequence token; the last two are learnt
     Conversation   what the chat template says (see `chat`)
 
-A completion is tokenized together with its prompt if the prompt's tokens are the same then, and apart otherwise: at inference the prompt stands alone.
+At inference the prompt stands alone, so its tokens are those that it has alone. Those of the completion are the first of these that leave the text what it is:
+
+    what follows the prompt's tokens when both are tokenized together, if these begin with them
+    the completion's own
+    what follows a sentinel, tokenized with it and cut off again    `yes`, where a tokenizer puts a space before a text of its own (`▁yes`: SentencePiece)
+
+Text is compared as the tokenizer decodes it. If none leaves it so, both are tokenized together, and learnt from the first token that is not the prompt's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +24,8 @@ from qwlora.data.document import Completion, Conversation, Document, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_SENTINELS = ("\n", ".", "a")
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,29 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _encode_completion(document: Completion, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> Tokens:
-    prompt = _ids(document.prompt, tokenizer)
-    both = _ids(document.prompt + document.completion, tokenizer)
-    completion = both[len(prompt) :] if both[: len(prompt)] == prompt else _ids(document.completion, tokenizer)
+    prompt, completion = _prompt_and_completion(document, tokenizer)
     if completion[-1:] != _end(tokenizer):
         completion = [*completion, *_end(tokenizer)]
     return Tokens([*start, *prompt, *completion], [False] * (len(start) + len(prompt)) + [True] * len(completion))
+
+
+def _prompt_and_completion(document: Completion, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    prompt, both = _ids(document.prompt, tokenizer), _ids(document.prompt + document.completion, tokenizer)
+    if both[: len(prompt)] == prompt:
+        return prompt, both[len(prompt) :]
+    text = _decoded(both, tokenizer)
+    for completion in _tokenized_apart(document.completion, tokenizer):
+        if _decoded([*prompt, *completion], tokenizer) == text:
+            return prompt, completion
+    shared = next((i for i, (one, other) in enumerate(zip(prompt, both, strict=False)) if one != other), min(len(prompt), len(both)))
+    return both[:shared], both[shared:]
+
+
+def _tokenized_apart(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Tokens of `text` by itself, then of `text` in the midst of another."""
+    yield _ids(text, tokenizer)
+    for sentinel in _SENTINELS:
+        yield _ids(sentinel + text, tokenizer)[len(_ids(sentinel, tokenizer)) :]
 
 
 def _conversations(document: Conversation, apart: bool) -> list[Conversation]:
@@ -81,6 +106,10 @@ def _conversations(document: Conversation, apart: bool) -> list[Conversation]:
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from typing import Any
 
@@ -160,6 +161,57 @@ def test_a_template_that_renders_the_past_otherwise_is_refused_and_taken_apart()
         ["<think></think>  Yes, as I said:\n\n It is 4.<end>"],
     ]
     assert [tokenizer.decode(t.ids) for t in apart] == [tokenizer.apply_chat_template(list(TALK.messages[:n]), tokenize=False) for n in (2, 4)]
+
+
+TOOLS = ({"type": "function", "function": {"name": "weather", "description": "says <end>", "parameters": {"type": "object"}}}, {"name": "time"})
+CALLS = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Graz"}}}]},
+    {"role": "tool", "content": "sun"},
+    {"role": "assistant", "content": "It is sunny."},
+]
+WITH_TOOLS = """\
+{% if tools %}<|start|>tools
+{% for tool in tools %}{{ tool | tojson }}{% endfor %}<end>
+{% endif %}{% for message in messages %}<|start|>{{ message['role'] }}
+{% if message['role'] == 'assistant' %}{% generation %}{% if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}{{ message['content'] }}\
+<end>{% endgeneration %}{{ '\\n' }}{% else %}{{ message['content'] }}<end>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant
+{% endif %}"""
+
+
+@pytest.mark.parametrize("template", [WITH_TOOLS, unmarked(WITH_TOOLS)])
+@pytest.mark.parametrize("turns", ["together", "apart"])
+def test_tools_are_rendered_and_never_learnt(template: str, turns: str) -> None:
+    tokenizer = with_template(template)
+    encoded = encode_documents([Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS)], tokenizer, turns)
+    assert len(encoded) == (2 if turns == "apart" else 1)
+    for tokens in encoded:
+        before = tokenizer.decode([i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag])
+        assert all(json.dumps(tool) in before for tool in TOOLS)
+    whole = tokenizer.apply_chat_template(CALLS, tools=list(TOOLS), return_dict=True, return_assistant_tokens_mask="{% gen" in template)
+    assert encoded[-1].ids == whole["input_ids"]
+    said = [json.dumps(CALLS[1]["tool_calls"]) + "<end>", "It is sunny.<end>"]
+    assert [text for t in encoded for text in learnt_text(tokenizer, t.ids, t.learnt)] == said
+
+
+def test_a_template_of_its_own_for_tools_is_used() -> None:
+    tokenizer = with_template("")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": unmarked(WITH_TOOLS)}
+    ids, learnt = encode_conversation(Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS), tokenizer)
+    assert json.dumps(TOOLS[1]) in tokenizer.decode(ids)
+    assert learnt_text(tokenizer, ids, learnt)[1] == "It is sunny.<end>"
+
+
+def test_a_template_that_leaves_tools_out_is_refused() -> None:
+    with pytest.raises(
+        SourceError, match=r"chat.jsonl:7: the model's chat template takes no notice of tools.* in data.chat_template, or take the field 'tools' out"
+    ):
+        encode_conversation(Conversation(TALK.messages, "chat.jsonl:7", TOOLS), with_template(CHATML))
+    needs_them = "{{ raise_exception('no tools') if not tools }}" + CHATML
+    assert encode_conversation(Conversation(TALK.messages, "chat.jsonl:7", TOOLS), with_template(needs_them)) == encode_conversation(
+        TALK, with_template(CHATML)
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import sys
@@ -166,6 +167,68 @@ def test_a_call_of_a_tool_needs_no_content(tmp_path: Path) -> None:
     (found,) = read(tmp_path / "tools.jsonl")
     assert isinstance(found, Conversation)
     assert found.messages[1] == {k: v for k, v in calls.items() if v is not None}
+
+
+def tool(name: str, **properties: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+
+TOOLS = [tool("weather", city={"type": "string"}), tool("time", zone={"type": "string", "description": "as UTC+1"})]
+TOOL_RECORDS = [
+    {"messages": [user(), {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Graz"}}}]}], "tools": TOOLS},
+    {"messages": [user(), {"role": "assistant", "tool_calls": [{"function": {"name": "time", "arguments": {"zone": "Z"}}}]}], "tools": TOOLS[1:]},
+    {"messages": TALK, "tools": None},
+]
+
+
+@pytest.mark.parametrize("as_string", [False, True])
+@pytest.mark.parametrize("name", [n for n in WRITERS if not n.lower().endswith(("csv", "tsv"))])
+def test_tools_are_read_beside_messages(tmp_path: Path, name: str, as_string: bool) -> None:
+    written = [{**r, "tools": json.dumps(r["tools"]) if as_string else r["tools"]} for r in TOOL_RECORDS]
+    WRITERS[name](tmp_path / name, written)
+    assert without_place(read(tmp_path / name)) == [Conversation(tuple(r["messages"]), tools=tuple(r["tools"] or ())) for r in TOOL_RECORDS]
+
+
+def test_tools_may_be_in_one_file_and_not_in_another(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"messages": TALK}])
+    write_parquet(tmp_path / "b.parquet", [{"messages": TALK, "tools": TOOLS}])
+    write_jsonl(
+        tmp_path / "c.jsonl", [{"messages": TALK}, {"messages": TALK, "tools": TOOLS}, {"messages": TALK, "tools": []}, {"messages": TALK, "tools": ""}]
+    )
+    assert [len(d.tools) for d in read(tmp_path) if isinstance(d, Conversation)] == [0, 2, 0, 2, 0, 0]
+    write_jsonl(tmp_path / "text.jsonl", [{"text": "a", "tools": 3}])  # a column of this name means something beside messages only
+    assert without_place(read(tmp_path / "text.jsonl")) == [Text("a")]
+
+
+def test_conversations_with_other_tools_are_others() -> None:
+    talk = tuple(TALK)
+    assert Conversation(talk).identity == Conversation(talk, "elsewhere").identity == json.dumps(TALK, sort_keys=True)
+    assert Conversation(talk, tools=tuple(TOOLS)).identity != Conversation(talk, tools=tuple(TOOLS[1:])).identity != Conversation(talk).identity
+
+
+WRONG_TOOLS = [
+    (3, "'tools' must be a list of tools, or the JSON of one, and is a number"),
+    (TOOLS[0], "'tools' must be a list of tools, or the JSON of one, and is an object"),
+    ("weather", "'tools' is a string and must be the JSON of a list of tools then, and is not: Expecting value"),
+    ('"weather"', "'tools' must be a list of tools, or the JSON of one, and is a string"),
+    (json.dumps(TOOLS[0]), "'tools' must be a list of tools, or the JSON of one, and is an object"),
+    ([TOOLS[0], "weather"], "tool 2 must be an object that defines it (a JSON schema), and is a string"),
+    ('[{"name": NaN}]', "'tools' holds what JSON cannot: Out of range float"),
+    ([{"name": "\ud800"}], "'tools' holds half a surrogate pair at character 11"),
+]
+
+
+@pytest.mark.parametrize(("tools", "message"), WRONG_TOOLS)
+def test_bad_tools_are_named(tmp_path: Path, tools: Any, message: str) -> None:
+    write_jsonl(tmp_path / "bad.jsonl", [{"messages": TALK}, {"messages": TALK, "tools": tools}])
+    with pytest.raises(SourceError, match=re.escape("bad.jsonl:2: " + message)):
+        read(tmp_path / "bad.jsonl")
+
+
+def test_tools_that_no_json_holds_are_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "bad.parquet", [{"messages": TALK, "tools": [{"since": datetime.date(2020, 1, 1)}]}])
+    with pytest.raises(SourceError, match=r"bad.parquet row 1: 'tools' holds what JSON cannot: Object of type date"):
+        read(tmp_path / "bad.parquet")
 
 
 def test_an_empty_completion_is_named(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ otherwise than a present one (some leave the reasoning of earlier turns out) is 
 inference. A template that takes no notice of `add_generation_prompt` writes its header into that difference; then the message begins where its content does,
 with the spaces before it, and without a header (`[/INST] Hi`) at the difference's begin: SentencePiece has one token for a word and the space before it.
 
+Tools are rendered with the messages, and not learnt. A template that leaves them out is refused.
+
 White space after the special token that ends a turn is not learnt: generation stops before it. A token belongs to the message in which its first character is.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import ASSISTANT, Conversation
@@ -37,7 +40,7 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
         last_only: learn the assistant's last message only.
 
     Raises:
-        SourceError: there is no chat template, it refuses the conversation, or it does not show which tokens are the assistant's.
+        SourceError: there is no chat template, it refuses the conversation or leaves out its tools, or it does not show which tokens are the assistant's.
     """
     if not tokenizer.chat_template:
         raise SourceError(
@@ -46,7 +49,8 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
         )
     if not tokenizer.is_fast:
         raise SourceError(f"the tokenizer ({type(tokenizer).__name__}) does not say where its tokens stand in a text; conversations need a fast tokenizer")
-    if _GENERATION.search(tokenizer.get_chat_template()):
+    _check_tools_are_rendered(conversation, tokenizer)
+    if _GENERATION.search(tokenizer.get_chat_template(tools=_tools(conversation))):
         ids, learnt = _encode_marked(conversation, tokenizer)
         if last_only:
             end = max((i for i, flag in enumerate(learnt) if flag), default=-1) + 1
@@ -66,13 +70,18 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
 def turns_apart(conversation: Conversation) -> list[Conversation]:
     """The conversation up to each of the assistant's messages."""
     ends = [i + 1 for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
-    return [Conversation(conversation.messages[:end], conversation.where) for end in ends]
+    return [replace(conversation, messages=conversation.messages[:end]) for end in ends]
 
 
 def _encode_marked(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     try:
         encoded: Any = tokenizer.apply_chat_template(
-            [dict(m) for m in conversation.messages], tokenize=True, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
+            [dict(m) for m in conversation.messages],
+            tools=_tools(conversation),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},
         )
     except Exception as error:  # Jinja's errors, and whatever a template raises
         raise _refused(conversation, error) from error
@@ -81,10 +90,29 @@ def _encode_marked(conversation: Conversation, tokenizer: PreTrainedTokenizerBas
 
 def _render(messages: Messages, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
     try:
-        rendered: Any = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt)
+        rendered: Any = tokenizer.apply_chat_template([dict(m) for m in messages], tools=_tools(conversation), tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # Jinja's errors, and whatever a template raises
         raise _refused(conversation, error) from error
     return str(rendered)
+
+
+def _tools(conversation: Conversation) -> list[Any] | None:
+    return [dict(tool) for tool in conversation.tools] or None
+
+
+def _check_tools_are_rendered(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not conversation.tools:
+        return
+    rendered = _render(conversation.messages, conversation, tokenizer)
+    try:
+        without = _render(conversation.messages, replace(conversation, tools=()), tokenizer)
+    except SourceError:  # the template does not do without them
+        return
+    if rendered == without:
+        raise SourceError(
+            f"{conversation.where}: the model's chat template takes no notice of tools, so their definitions would be left out: "
+            f"name a file with a template that renders them in data.chat_template, or take the field 'tools' out of the records"
+        )
 
 
 def _refused(conversation: Conversation, error: Exception) -> SourceError:

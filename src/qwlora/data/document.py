@@ -68,10 +68,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them: mappings with `role`, `content`, and whatever else the template knows."""
+    """Messages as a chat template takes them: mappings with `role`, `content`, and whatever else the template knows.
+
+    Args:
+        tools: definitions of the functions that may be called, JSON schemas; they are rendered, and not learnt.
+    """
 
     messages: tuple[Mapping[str, Any], ...]
     where: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
     kind = "conversations"
 
     @property
@@ -81,7 +86,7 @@ class Conversation:
     @property
     def identity(self) -> str:
         """The same for two documents that say the same."""
-        return json.dumps(self.messages, sort_keys=True, default=str)
+        return json.dumps([self.messages, self.tools] if self.tools else self.messages, sort_keys=True, default=str)
 
     @property
     def answers(self) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ class _Reader:
         return found
 
     def table(self, names: list[str], rows: Any, where: str) -> None:
-        self.records(rows(self.use(names, where).columns))
+        self.records(rows(self.use(names, where).among(names)))
 
     def folder(self, path: Path) -> None:
         if tables.is_saved_dataset(path):

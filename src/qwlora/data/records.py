@@ -5,6 +5,7 @@ Which columns are used is asked for in the recipe, or follows from their names:
     text                       running text
     prompt and completion      the completion is learnt
     messages                   a list of {role, content}; the assistant's messages are learnt
+    and tools, if there        beside messages: definitions of the functions that may be called, a list of objects or the JSON of one
 
 A record that is not what it should be is refused with the place where it stands; nothing is mended or left out in silence.
 """
@@ -12,6 +13,7 @@ A record that is not what it should be is refused with the place where it stands
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from qwlora.data.document import ASSISTANT, ROLES, Completion, Conversation, Doc
 from qwlora.errors import SourceError
 
 KINDS: dict[str, tuple[str, ...]] = {"text": ("text",), "completions": ("prompt", "completion"), "conversations": ("messages",)}
+TOOLS = "tools"
 
 
 class EmptyRecordError(SourceError):
@@ -50,6 +53,11 @@ class Fields:
     @property
     def columns(self) -> tuple[str, ...]:
         return tuple(self.names.values())
+
+    def among(self, present: Collection[str]) -> tuple[str, ...]:
+        """The columns of a table that are read: those that must be there, and the one that may be."""
+        may = (TOOLS,) if self.kind == "conversations" and TOOLS in present and TOOLS not in self.columns else ()
+        return (*self.columns, *may)
 
 
 def choose_fields(present: Collection[str], columns: Columns, where: str) -> Fields:
@@ -98,7 +106,8 @@ def make_document(record: Any, fields: Fields, where: str) -> Document:
         raise SourceError(f"{where}: the field {missing[0]!r} is missing{_near(missing[0], record)}")
     values = {role: record[name] for role, name in fields.names.items()}
     if fields.kind == "conversations":
-        return Conversation(_messages(values["messages"], fields.names["messages"], where), where)
+        tools = () if TOOLS in fields.columns else _tools(record.get(TOOLS), where)
+        return Conversation(_messages(values["messages"], fields.names["messages"], where), where, tools)
     strings = {role: _string(value, fields.names[role], where) for role, value in values.items()}
     for role, value in strings.items():
         if not value.strip():
@@ -131,6 +140,27 @@ def _message(message: Any, where: str) -> Mapping[str, Any]:
     if "content" in kept and not _string(kept["content"], "content", where).strip() and role in ("user", ASSISTANT) and not kept.get("tool_calls"):
         raise EmptyRecordError(f"{where}: the {role}'s content is empty")
     return kept
+
+
+def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(value, str):  # tables hold it so, since the tools of one row differ from another's
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError as error:
+            raise SourceError(f"{where}: {TOOLS!r} is a string and must be the JSON of a list of tools then, and is not: {error}") from error
+    if value is None:
+        return ()
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise SourceError(f"{where}: {TOOLS!r} must be a list of tools, or the JSON of one, and is {_type(value)}")
+    for i, tool in enumerate(value, 1):
+        if not isinstance(tool, Mapping):
+            raise SourceError(f"{where}: tool {i} must be an object that defines it (a JSON schema), and is {_type(tool)}")
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"{where}: {TOOLS!r} holds what JSON cannot: {error}") from error
+    _string(written, TOOLS, where)
+    return tuple(value)
 
 
 def _string(value: Any, name: str, where: str) -> str:

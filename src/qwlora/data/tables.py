@@ -105,9 +105,20 @@ def _batches(batches: Any, path: Path, pyarrow: ModuleType) -> Rows:
         for batch in batches:
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path} row {number}", row
+                yield f"{path} row {number}", _without_null(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise SourceError(f"{path}: the file cannot be read after row {number}: {error}") from error
+
+
+def _without_null(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what its objects lack: all objects of a column have all keys that one of them has, and null for those that they have not."""
+
+    def present(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: present(v) for key, v in value.items() if v is not None}
+        return [present(v) for v in value] if isinstance(value, list) else value
+
+    return {name: present(value) for name, value in row.items()}
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -157,7 +168,7 @@ def _dataset_rows(loaded: Any, source: str, split: str | None, datasets: ModuleT
 
     def rows(wanted: Collection[str]) -> Rows:
         for number, row in enumerate(loaded.select_columns(list(wanted)), 1):
-            yield f"{source} row {number}", row
+            yield f"{source} row {number}", _without_null(row)
 
     return list(loaded.column_names), rows
 

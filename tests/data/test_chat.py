@@ -214,6 +214,80 @@ def test_a_template_that_leaves_tools_out_is_refused() -> None:
     )
 
 
+def greeting(*contents: str) -> Conversation:
+    """Assistant and user in turn."""
+    return Conversation(conversation("", *contents).messages[1:], "chat.jsonl:7")
+
+
+SPOKEN_TO = greeting("  Hello! assistant\n", "Hi, assistant", "It is 4.\n\nHello!", "Hello!", "Hello!")
+DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|start|>system\nHello! <|start|>assistant\nHello! assistant<end>\n{% endif %}" + CHATML
+SEPARATED = """\
+{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}\
+{% generation %}{{ message['content'] }}<end>{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '\\n' }}assistant: {% endif %}"""
+THINKS = CHATML.replace("{% generation %}", "{% generation %}<think></think>")
+ENDS = THINKS + "{% if not add_generation_prompt %}<|the end of it all|>{% endif %}"
+
+
+@pytest.mark.parametrize("template", [CHATML, BRACKETS, MODEL_TURNS, DEFAULT_SYSTEM, SEPARATED, THINKS])
+def test_an_assistant_that_speaks_first_is_learnt(template: str) -> None:
+    marked, plain = with_template(template), with_template(unmarked(template))
+    oracle = marked.apply_chat_template(list(SPOKEN_TO.messages), return_dict=True, return_assistant_tokens_mask=True)
+    ids, learnt = encode_conversation(SPOKEN_TO, plain)
+    assert ids == oracle["input_ids"]
+    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
+    assert [text.removeprefix("<think></think>").strip() for text in learnt_text(plain, ids, learnt)] == [
+        m["content"].strip() + ("\n" if template not in (BRACKETS, MODEL_TURNS) and m["content"].endswith("\n") else "") + "<end>"
+        for m in SPOKEN_TO.messages[::2]
+    ]
+
+
+@pytest.mark.parametrize("template", [LLAMA2, MISTRAL, SPEAKERS, LINES, "Hello you, Hi there. again.\n" + LINES])
+@pytest.mark.parametrize("first", ["Hello you, Hi", " Hi there.", "again.", " again."])
+def test_an_assistant_that_speaks_first_is_learnt_without_a_generation_prompt(template: str, first: str) -> None:
+    talk = greeting(first, "Hi, again.", "Hello again.")
+    oracle = sentencepiece_tokenizer(template).apply_chat_template(list(talk.messages), return_dict=True, return_assistant_tokens_mask=True)
+    ids, learnt = encode_conversation(talk, sentencepiece_tokenizer(unmarked(template)))
+    assert ids == oracle["input_ids"]
+    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
+
+
+def test_an_assistant_that_speaks_first_has_turns_and_tools() -> None:
+    tokenizer = with_template(unmarked(WITH_TOOLS))
+    first = {"role": "assistant", "content": "", "tool_calls": CALLS[1]["tool_calls"]}
+    talk = Conversation((first, *CALLS[2:], CALLS[0], CALLS[3]), "chat.jsonl:7", TOOLS)
+    said = [json.dumps(CALLS[1]["tool_calls"]) + "<end>", "It is sunny.<end>", "It is sunny.<end>"]
+    assert learnt_text(tokenizer, *encode_conversation(talk, tokenizer)) == said
+    apart = encode_documents([talk], tokenizer, "apart")
+    assert [learnt_text(tokenizer, t.ids, t.learnt) for t in apart] == [[text] for text in said]
+    (alone,) = encode_documents([greeting("Hello!")], with_template(unmarked(ENDS)))
+    assert learnt_text(tokenizer, alone.ids, alone.learnt) == ["<think></think>Hello!<end>\n<|the end of it all|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('the user speaks first') }}{% endif %}" + unmarked(CHATML),
+            r"chat.jsonl:7: the model's chat template refuses these messages \(assistant, user, assistant, user, assistant\): the user speaks first",
+        ),
+        (
+            "{% if messages | length == 1 and messages[0]['role'] == 'assistant' %}{{ raise_exception('no question') }}{% endif %}" + unmarked(CHATML),
+            r"chat.jsonl:7: the model's chat template refuses these messages \(assistant\): no question",
+        ),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "message 1: the chat template has no generation prompt and changes the content"),
+        (FORGETS, r"message 1: the chat template renders this message otherwise .* Use data.turns: apart"),
+        (
+            unmarked(CHATML).replace("{{ message['role'] }}", "{{ 'bot' if message['role'] == 'assistant' else message['role'] }}"),
+            "message 1: the chat template renders this message otherwise",
+        ),
+    ],
+)
+def test_an_assistant_that_cannot_speak_first_is_refused(template: str, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        encode_conversation(SPOKEN_TO, with_template(template))
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

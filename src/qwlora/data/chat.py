@@ -11,6 +11,9 @@ otherwise than a present one (some leave the reasoning of earlier turns out) is 
 inference. A template that takes no notice of `add_generation_prompt` writes its header into that difference; then the message begins where its content does,
 with the spaces before it, and without a header (`[/INST] Hi`) at the difference's begin: SentencePiece has one token for a word and the space before it.
 
+transformers renders no empty conversation: an assistant that speaks first begins after the generation prompt (a lone question's) in what two renderings of its
+message share, one of them with another content.
+
 Tools are rendered with the messages, and not learnt. A template that leaves them out is refused.
 
 White space after the special token that ends a turn is not learnt: generation stops before it. A token belongs to the message in which its first character is.
@@ -73,6 +76,11 @@ def turns_apart(conversation: Conversation) -> list[Conversation]:
     return [replace(conversation, messages=conversation.messages[:end]) for end in ends]
 
 
+def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many elements both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def _encode_marked(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     try:
         encoded: Any = tokenizer.apply_chat_template(
@@ -84,7 +92,7 @@ def _encode_marked(conversation: Conversation, tokenizer: PreTrainedTokenizerBas
             tokenizer_kwargs={"verbose": False},
         )
     except Exception as error:  # Jinja's errors, and whatever a template raises
-        raise _refused(conversation, error) from error
+        raise _refused(conversation.messages, conversation.where, error) from error
     return encoded["input_ids"], [bool(flag) for flag in encoded["assistant_masks"]]
 
 
@@ -92,7 +100,7 @@ def _render(messages: Messages, conversation: Conversation, tokenizer: PreTraine
     try:
         rendered: Any = tokenizer.apply_chat_template([dict(m) for m in messages], tools=_tools(conversation), tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # Jinja's errors, and whatever a template raises
-        raise _refused(conversation, error) from error
+        raise _refused(messages, conversation.where, error) from error
     return str(rendered)
 
 
@@ -115,9 +123,9 @@ def _check_tools_are_rendered(conversation: Conversation, tokenizer: PreTrainedT
         )
 
 
-def _refused(conversation: Conversation, error: Exception) -> SourceError:
-    roles = ", ".join(m["role"] for m in conversation.messages)
-    return SourceError(f"{conversation.where}: the model's chat template refuses these messages ({roles}): {error}")
+def _refused(messages: Messages, where: str, error: Exception) -> SourceError:
+    roles = ", ".join(m["role"] for m in messages)
+    return SourceError(f"{where}: the model's chat template refuses these messages ({roles}): {error}")
 
 
 def _assistant_spans(conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, last_only: bool) -> list[tuple[int, int]]:
@@ -127,25 +135,47 @@ def _assistant_spans(conversation: Conversation, text: str, tokenizer: PreTraine
     spoken_by_assistant = [i for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
     for i in spoken_by_assistant[-1 if last_only else 0 :]:
         where = f"{conversation.where}: message {i + 1}"
-        before = _render(conversation.messages[:i], conversation, tokenizer, prompt=True)
         after = _render(conversation.messages[: i + 1], conversation, tokenizer)
-        if not (text.startswith(after) and after.startswith(before)):
+        start = _start_after_others(conversation, i, after, tokenizer, where) if i else _start_of_greeting(conversation, after, tokenizer, where)
+        if start is None or not text.startswith(after):
             raise SourceError(
                 f"{where}: the chat template renders this message otherwise when another follows or before it is answered, so which tokens are the "
                 f"{ASSISTANT}'s cannot be told. Use data.turns: apart, or a template with {{% generation %}} markers (data.chat_template)"
             )
-        start, end = len(before), len(after)
-        if before == _render(conversation.messages[:i], conversation, tokenizer):
-            start = _content_start(conversation.messages[i], after, start, where)
+        end = len(after)
         spoken = after[start:end].rstrip()
         spans.append((start, start + len(spoken) if spoken.endswith(endings) else end))
     return spans
 
 
-def _content_start(message: Mapping[str, Any], text: str, start: int, where: str) -> int:
+def _start_after_others(conversation: Conversation, i: int, text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> int | None:
+    """Where the assistant begins in `text`, which ends with message i; None if what is before it is not the beginning of `text`."""
+    before = _render(conversation.messages[:i], conversation, tokenizer, prompt=True)
+    if not text.startswith(before):
+        return None
+    if before == _render(conversation.messages[:i], conversation, tokenizer):
+        return _content_start(conversation.messages[i], text, len(before), where)
+    return len(before)
+
+
+def _start_of_greeting(conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> int | None:
+    """The same for a message with none before it: after the last generation prompt in what is there whatever the message says."""
+    greeting = conversation.messages[0]
+    content = greeting.get("content") or ""
+    other = next(c for c in "abc" if c not in (content[:1], content.strip()[:1]))
+    header = text[: shared(text, _render([{**greeting, "content": other}], conversation, tokenizer))]
+    question = [{"role": "user", "content": "a"}]
+    unasked, asked = (_render(question, conversation, tokenizer, prompt) for prompt in (False, True))
+    if unasked == asked:
+        return _content_start(greeting, text, 0, where, earliest=len(header))
+    prompt = asked[shared(unasked, asked) :].lstrip()
+    return header.rfind(prompt) + len(prompt) if prompt in header else None
+
+
+def _content_start(message: Mapping[str, Any], text: str, start: int, where: str, earliest: int = 0) -> int:
     """Where the content begins, with the spaces before it, for a template whose generation prompt is empty."""
     content = (message.get("content") or "").strip()
-    found = text.find(content, start) if content else -1
+    found = text.find(content, max(start, earliest)) if content else -1
     if found < 0:
         raise SourceError(f"{where}: the chat template has no generation prompt and changes the content, so which tokens are the {ASSISTANT}'s cannot be told")
     header = text[start:found]

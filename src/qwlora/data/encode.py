@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwlora.data.chat import encode_conversation, turns_apart
+from qwlora.data.chat import encode_conversation, shared, turns_apart
 from qwlora.data.document import Completion, Conversation, Document, Text
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ def _prompt_and_completion(document: Completion, tokenizer: PreTrainedTokenizerB
     for completion in _tokenized_apart(document.completion, tokenizer):
         if _decoded([*prompt, *completion], tokenizer) == text:
             return prompt, completion
-    shared = next((i for i, (one, other) in enumerate(zip(prompt, both, strict=False)) if one != other), min(len(prompt), len(both)))
-    return both[:shared], both[shared:]
+    same = shared(prompt, both)
+    return both[:same], both[same:]
 
 
 def _tokenized_apart(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:

@@ -197,7 +197,7 @@ def test_tools_are_rendered_and_never_learnt(template: str, turns: str) -> None:
 
 def test_a_template_of_its_own_for_tools_is_used() -> None:
     tokenizer = with_template("")
-    tokenizer.chat_template = {"default": unmarked(CHATML), "tool_use": WITH_TOOLS}
+    tokenizer.chat_template = {"default": CHATML, "tool_use": unmarked(WITH_TOOLS)}
     ids, learnt = encode_conversation(Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS), tokenizer)
     assert json.dumps(TOOLS[1]) in tokenizer.decode(ids)
     assert learnt_text(tokenizer, ids, learnt)[1] == "It is sunny.<end>"
@@ -226,7 +226,7 @@ SEPARATED = """\
 {% generation %}{{ message['content'] }}<end>{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '\\n' }}assistant: {% endif %}"""
 THINKS = CHATML.replace("{% generation %}", "{% generation %}<think></think>")
-ENDS = CHATML + "{% if not add_generation_prompt %}<|end of all|>{% endif %}"
+ENDS = THINKS + "{% if not add_generation_prompt %}<|the end of it all|>{% endif %}"
 
 
 @pytest.mark.parametrize("template", [CHATML, BRACKETS, MODEL_TURNS, DEFAULT_SYSTEM, SEPARATED, THINKS])
@@ -242,8 +242,8 @@ def test_an_assistant_that_speaks_first_is_learnt(template: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("template", [LLAMA2, MISTRAL, SPEAKERS, LINES])
-@pytest.mark.parametrize("first", ["Hello you, Hi.", " Hi there."])
+@pytest.mark.parametrize("template", [LLAMA2, MISTRAL, SPEAKERS, LINES, "Hello you, Hi there. again.\n" + LINES])
+@pytest.mark.parametrize("first", ["Hello you, Hi", " Hi there.", "again.", " again."])
 def test_an_assistant_that_speaks_first_is_learnt_without_a_generation_prompt(template: str, first: str) -> None:
     talk = greeting(first, "Hi, again.", "Hello again.")
     oracle = sentencepiece_tokenizer(template).apply_chat_template(list(talk.messages), return_dict=True, return_assistant_tokens_mask=True)
@@ -261,7 +261,7 @@ def test_an_assistant_that_speaks_first_has_turns_and_tools() -> None:
     apart = encode_documents([talk], tokenizer, "apart")
     assert [learnt_text(tokenizer, t.ids, t.learnt) for t in apart] == [[text] for text in said]
     (alone,) = encode_documents([greeting("Hello!")], with_template(unmarked(ENDS)))
-    assert learnt_text(tokenizer, alone.ids, alone.learnt) == ["Hello!<end>\n<|end of all|>"]
+    assert learnt_text(tokenizer, alone.ids, alone.learnt) == ["<think></think>Hello!<end>\n<|the end of it all|>"]
 
 
 @pytest.mark.parametrize(

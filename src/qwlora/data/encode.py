@@ -96,9 +96,7 @@ def _tokenized_apart(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[
     """Tokens of `text` by itself, then of `text` in the midst of another."""
     yield _ids(text, tokenizer)
     for sentinel in _SENTINELS:
-        before, ids = _ids(sentinel, tokenizer), _ids(sentinel + text, tokenizer)
-        if ids[: len(before)] == before:
-            yield ids[len(before) :]
+        yield _ids(sentinel + text, tokenizer)[len(_ids(sentinel, tokenizer)) :]
 
 
 def _conversations(document: Conversation, apart: bool) -> list[Conversation]:

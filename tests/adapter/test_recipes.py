@@ -15,11 +15,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from conftest import tiny_model
+from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from qwlora import quantize_, save_adapter
 from qwlora.adapter.attach import LoraShape, attach, attach_existing
+from qwlora.adapter.provenance import load_adapter
 from qwlora.base.rules import Rule
 from qwlora.base.storage import load_base
 from qwlora.errors import RecipeError, SourceError, TrainingError
@@ -111,11 +112,20 @@ def test_adapter_trained_elsewhere_needs_a_word(recipe_for: Any, checkpoints: di
         ),
         ("adapters.0={name: a, alpha_pattern: {'*up_proj': 8}}", "adapters.0.alpha_pattern: '*up_proj' is no regular expression"),
         ("adapters.0.target_modules='*.down_proj'", "adapters.0.target_modules: '*.down_proj' is no regular expression"),
+        (
+            "adapters.0={name: a, target_parameters: [mlp.experts.down_proj], dropout: 0.1, dora: true, layers: [0]}",
+            "adapters.0: dropout, dora, layers: PEFT's adapters on target_parameters do not have that; remove it, or target_parameters",
+        ),
+        (
+            "adapters=[{name: a, target_parameters: [x.up]}, {name: b, target_parameters: [x.down]}]",
+            "simulation.base_activations adapter_only: PEFT takes adapters together only with the same target_parameters; give those that have any the same",
+        ),
         ("adapters.0={name: a, patience: 2}", "adapters.0: patience counts evaluations, and there are none"),
     ],
 )
 def test_what_cannot_be_is_found_in_the_recipe(recipe_for: Any, change: str, message: str) -> None:
-    assert message in problems(recipe_for(), change)
+    path = recipe_for(simulation={"base_activations": "adapter_only"}) if "base_activations" in message else recipe_for()
+    assert message in problems(path, change)
 
 
 def test_start_that_holds_no_adapter_is_found_before_anything_is_written(recipe_for: Any, tmp_path: Path, corpus: Path) -> None:
@@ -141,6 +151,59 @@ def test_start_that_does_not_fit_is_found_before_anything_is_written(recipe_for:
     with pytest.raises(SourceError, match=message):
         trains(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.fixture
+def mixtral(tmp_path: Path) -> dict[str, Any]:
+    """Sections of a recipe for a model of two layers of four experts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=VOCABULARY, num_local_experts=4)).save_pretrained(tmp_path / "mixtral")
+    byte_tokenizer().save_pretrained(tmp_path / "mixtral")
+    return {"model": {"source": str(tmp_path / "mixtral")}, "base": {"weights": {"block_size": 16}}}
+
+
+def test_fused_experts_get_adapters_by_recipe(recipe_for: Any, mixtral: dict[str, Any], tmp_path: Path) -> None:
+    some = {**FAST, "target_modules": ["q_proj"], "target_parameters": EXPERTS}
+    adapters = [{"name": "some", **some, "rank_pattern": {"down_proj": 3}}, {"name": "further", "start": "some", "steps": 1, "warmup_steps": 0}]
+    trains(recipe_for(**mixtral, adapters=adapters), tmp_path / "out")
+    for folder in (tmp_path / "out" / "adapters" / name for name in ("some", "further")):
+        shapes = {n.partition("layers.0.")[2]: list(t.shape) for n, t in load_file(folder / "adapter_model.safetensors").items() if "layers.0" in n}
+        assert shapes == {
+            "mlp.experts.base_layer.lora_A.weight": [8, 32],  # gate_up_proj: two ranks for each of four experts
+            "mlp.experts.base_layer.lora_B.weight": [128, 8],
+            "mlp.experts.lora_A.weight": [12, 64],
+            "mlp.experts.lora_B.weight": [32, 12],
+            "self_attn.q_proj.lora_A.weight": [2, 32],
+            "self_attn.q_proj.lora_B.weight": [32, 2],
+        }
+    adapted = load_adapter(load_base(tmp_path / "out" / "base"), tmp_path / "out" / "adapters" / "some")
+    plain = load_base(tmp_path / "out" / "base")
+    with torch.no_grad():
+        assert not torch.equal(adapted(torch.arange(20)[None]).logits, plain(torch.arange(20)[None]).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["experts.down_prj"], r"'experts.down_prj' is no parameter of MixtralForCausalLM; near are mlp.experts.down_proj"),
+        (["self_attn.q_proj.weight"], r"'self_attn.q_proj.weight' is a layer's own; give the layer in target_modules"),
+        (["input_layernorm.weight"], r"'input_layernorm.weight' is a layer's own"),
+    ],
+)
+def test_wrong_experts_are_found_before_anything_is_written(recipe_for: Any, mixtral: dict[str, Any], tmp_path: Path, change: list[str], message: str) -> None:
+    path = recipe_for(**mixtral, adapters=[{"name": "a", **FAST, "target_modules": ["q_proj"], "target_parameters": [EXPERTS[0], *change]}])
+    with pytest.raises(TrainingError, match=rf"adapter a: LoRA cannot be attached: target_parameters {message}"):
+        trains(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_where_there_are_none_and_in_some_layers_are_refused() -> None:
+    shape = LoraShape(2, 4, target_parameters=EXPERTS[:1], layers=[0])
+    with pytest.raises(TrainingError, match=r"layers: PEFT adapts target_parameters in all layers; remove one; .*it has no fused experts, which this is for"):
+        attach(tiny_model("llama"), shape, 0)
 
 
 def with_whole_layers(path: Path, architecture: str, layers: list[str]) -> None:

@@ -8,6 +8,7 @@ number that the model lacks, without a word.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import warnings
@@ -23,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter
+from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter, of_parameters
 from qwlora.errors import SourceError, TrainingError
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.names import canonical_name, is_adapter_name, parameter_name, pattern_problem
@@ -37,6 +38,7 @@ class LoraShape:
 
     Args:
         target_modules: `all-linear`, a regular expression, or names of modules (Linear, Conv1D, Conv1d to Conv3d, Embedding).
+        target_parameters: names of fused experts besides (`mlp.experts.down_proj`), by the ends of their paths; each expert gets an adapter of the rank.
         rank_pattern, alpha_pattern: other ranks and alphas for modules whose name ends in the key (or matches it, a regular expression).
         layers: numbers of the transformer layers that get an adapter; all unless given.
     """
@@ -50,6 +52,7 @@ class LoraShape:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers: list[int] | None = None
+    target_parameters: list[str] = field(default_factory=list)
 
     def config(self, model: nn.Module) -> LoraConfig:
         """PEFT's configuration, for `model`: with chosen layers PEFT takes no word for target modules, so `all-linear` becomes their names in a layer."""
@@ -64,6 +67,7 @@ class LoraShape:
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=dict(self.alpha_pattern),
             layers_to_transform=self.layers,
+            target_parameters=list(self.target_parameters) or None,
             task_type="CAUSAL_LM",
         )
 
@@ -72,14 +76,14 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     """A fresh LoRA adapter on `model`, seeded; the base below it is frozen.
 
     Raises:
-        TrainingError: a pattern is no regular expression; no layer matches the target modules; or a name, pattern or layer number in `shape` matches none.
+        TrainingError: a pattern is no regular expression; a target parameter is not there, or a layer's; no layer matches the target modules; or a name,
+            pattern or layer number in `shape` matches none.
     """
-    if wrong := _irregular(shape):
+    if wrong := _irregular(shape) + _no_experts(model, shape):
         raise TrainingError(f"LoRA cannot be attached: {'; '.join(wrong)}")
     torch.manual_seed(seed)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")  # an error below
+        with of_parameters():  # what matches nothing is an error below
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT corrects it, by the kind of layer that it finds
             adapted = get_peft_model(model, shape.config(model))
     except (ValueError, TypeError) as error:
@@ -113,7 +117,8 @@ def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "re
     if lost := saved_among(source, packed):
         raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(lost)}")
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        with of_parameters():
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (ValueError, RuntimeError, KeyError) as error:
         raise SourceError(f"adapter {source!r} does not fit {type(model).__name__}: {error}") from error
 
@@ -216,12 +221,30 @@ def _irregular(shape: LoraShape) -> list[str]:
     return [f"{what} {problem}" for what, pattern, is_end in given if (problem := pattern_problem(pattern, is_end))]
 
 
+def _no_experts(model: nn.Module, shape: LoraShape) -> list[str]:
+    """What of target_parameters PEFT would not find, or take for something else than it is."""
+    if not shape.target_parameters:
+        return []
+    found = {f"{path}.{name}": (module, p) for path, module in model.named_modules() for name, p in module.named_parameters(recurse=False)}
+    banks = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name, (_, p) in found.items() if p.ndim == 3})
+    lost = [] if shape.layers is None else ["layers: PEFT adapts target_parameters in all layers; remove one"]
+    for target in shape.target_parameters:
+        there = [entry for name, entry in found.items() if name == target or name.endswith(f".{target}")]
+        if not there:
+            near = difflib.get_close_matches(target, banks, n=3, cutoff=0.3) or banks[:3]
+            remedy = f"near are {', '.join(near)}" if near else "it has no fused experts, which this is for; give layers in target_modules"
+            lost.append(f"target_parameters {target!r} is no parameter of {type(model).__name__}; {remedy}")
+        elif any(isinstance(module, nn.Linear | Conv1D | nn.Embedding) or p.ndim not in (2, 3) for module, p in there):
+            lost.append(f"target_parameters {target!r} is a layer's own; give the layer in target_modules")
+    return lost
+
+
 def _patterns(shape: LoraShape) -> list[tuple[str, list[str]]]:
     return [("rank_pattern", list(shape.rank_pattern)), ("alpha_pattern", list(shape.alpha_pattern))]
 
 
 def _unmatched(model: PeftModel, shape: LoraShape) -> list[str]:
-    names: list[str] = model.targeted_module_names
+    names: list[str] = model.targeted_module_names + model.base_model.targeted_parameter_names
     lost = []
     if isinstance(shape.target_modules, list):
         lost += [f"target_modules {t!r}" for t in shape.target_modules if not any(n == t or n.endswith(f".{t}") for n in _all_names(model, shape, names))]

@@ -7,6 +7,9 @@ has no such file: it is loaded only where the caller says so.
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
@@ -53,7 +56,16 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
     """
     folder = Path(folder)
     check_adapter(folder, fingerprint(model), unknown_base)
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    with of_parameters():
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+
+
+@contextmanager
+def of_parameters() -> Iterator[None]:
+    """PEFT says of patterns for target_parameters, which it follows and for some models adds itself, that they match no module and are ignored."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
+        yield
 
 
 def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refuse") -> None:

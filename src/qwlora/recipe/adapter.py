@@ -23,6 +23,7 @@ class Adapter(Section):
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the branch is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before lora_A while training")
     target_modules: str | list[str] = Field("all-linear", description="which layers get an adapter: names, or a regular expression for whole paths")
+    target_parameters: list[str] = Field([], description="fused experts that get one besides, by the ends of their names: mlp.experts.down_proj")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
     init: Literal["zero", "svd", "qera"] = Field(
         "zero", description="start at zero, or at the best correction of what quantization lost: of the weights (svd), of the outputs (qera)"
@@ -86,13 +87,16 @@ class Adapter(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Adapter:
-        shape = {"rank", "alpha", "dropout", "target_modules", "rslora", "dora", "rank_pattern", "alpha_pattern", "layers", "rank_budget", "rank_cap"}
+        shape = {"rank", "alpha", "dropout", "target_modules", "target_parameters", "rslora", "dora", "rank_pattern", "alpha_pattern", "layers"}
+        shape |= {"rank_budget", "rank_cap"}
         if self.start is not None and (given := sorted(n for n in shape & self.model_fields_set if getattr(self, n) != Adapter.model_fields[n].default)):
             raise ValueError(f"{', '.join(given)}: an adapter that goes on from start has the shape of that one; remove them")
         if self.start is None and self.unknown_base == "accept":
             raise ValueError("unknown_base goes with start; remove it")
         if self.start is None and self.steps == 0:
             raise ValueError("steps is 0, so nothing would be learnt; give start to use an adapter as it is")
+        if self.target_parameters and (given := [n for n in ("dropout", "dora", "layers") if getattr(self, n) not in (None, 0, False)]):
+            raise ValueError(f"{', '.join(given)}: PEFT's adapters on target_parameters do not have that; remove it, or target_parameters")
         if self.init != "zero" and (self.dora or self.start is not None):
             raise ValueError(f"init {self.init} is a start of its own: it goes neither with dora, whose magnitudes depend on it, nor with start")
         self._check_budget()

@@ -77,6 +77,12 @@ class Recipe(Section):
         ranks = {(a.rank, tuple(sorted(a.rank_pattern.items()))) for a in self.adapters if a.start is None}
         if self.simulation.base_activations == "none" and len(ranks) > 1:
             raise ValueError("simulation.base_activations none: adapters that share every encoding have one rank; give them one, or say adapter_only")
+        experts = {tuple(sorted(set(a.target_parameters))) for a in self.adapters if a.target_parameters}
+        if self.simulation.base_activations != "all" and len(experts) > 1:
+            raise ValueError(
+                f"simulation.base_activations {self.simulation.base_activations}: PEFT takes adapters together only with the same target_parameters; "
+                "give those that have any the same, or say all"
+            )
         return self
 
     @model_validator(mode="after")

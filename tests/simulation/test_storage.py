@@ -171,6 +171,20 @@ def test_two_arguments_may_be_one_tensor(tmp_path: Path) -> None:
         assert torch.equal(simulation.outputs(batch())["logits"], distinct.outputs(batch())["logits"])
 
 
+def test_only_what_calibration_left_float_comes_back_without_an_encoding(tmp_path: Path) -> None:
+    simulation = calibrated(adapted())
+    simulation._drop("model.layers.0.self_attn.softmax", "no data came by in calibration")
+    simulation.save(tmp_path)
+    record = json.loads((tmp_path / "simulation.json").read_text())
+    assert record["dropped"] == ["model.layers.0.self_attn.softmax"]
+    again = load_simulation(tmp_path, adapted())
+    assert again.dropped == {"model.layers.0.self_attn.softmax"}
+    assert torch.equal(again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"]))
+    (tmp_path / "simulation.json").write_text(json.dumps({**record, "dropped": []}))
+    with pytest.raises(CalibrationError, match=r"1 activations have no encoding, model.layers.0.self_attn.softmax first, .* another placement"):
+        load_simulation(tmp_path, adapted())
+
+
 def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
     calibrated(adapted()).save(tmp_path)
     with pytest.raises(CalibrationError, match=r"a simulation of the base with fingerprint \w{64}, but this model's is \w{64}; give it the model"):

@@ -196,6 +196,11 @@ class Calibrated(nn.Module):
         seen = self._seen
         return CalibrationReport(seen.tokens, seen.batches, constants, tuple(self._unseen), tuple(self._masks), seen.stopped_early)
 
+    @property
+    def dropped(self) -> frozenset[str]:
+        """Names of the activations that calibration left float, although placement gave them a quantizer: masks, and values that no data came by for."""
+        return frozenset(self._dropped)
+
     def observations(self) -> dict[str, Tensor]:
         """Everything that was observed, as tensors: a safetensors file holds them, another process takes them in."""
         tensors = {f"{name}.{part}": t for name, q in self.quantizers.items() for part, t in q.observer.to_tensors().items()}

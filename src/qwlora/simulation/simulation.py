@@ -11,7 +11,7 @@ activations from data, in one pass over float activations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -158,11 +158,14 @@ class Simulation(Calibrated):
                 self.weights[name] = FrozenWeight(weights[name], encodings[name])
                 self.graph_module.add_submodule(str(node.target), self.weights[name])
 
-    def restore(self, encodings: Mapping[str, Encoding | FloatOffsetEncoding]) -> None:
-        """Take activation encodings that were calibrated earlier; a value without one was left float by calibration: a mask, or never seen.
+    def restore(self, encodings: Mapping[str, Encoding | FloatOffsetEncoding], dropped: Collection[str] = ()) -> None:
+        """Take activation encodings that were calibrated earlier.
+
+        Args:
+            dropped: names of values that calibration left float, see `Calibrated.dropped`; they stay float if they have no encoding.
 
         Raises:
-            CalibrationError: an encoding names no value of this graph, or a weight's encoding is not the one its values give.
+            CalibrationError: an encoding names no value of this graph, a weight's encoding is not the one its values give, or an activation has none.
         """
         known = {mark.name for mark in self.marks}
         if strangers := [name for name in encodings if name not in known]:
@@ -170,6 +173,11 @@ class Simulation(Calibrated):
         for name, encoding in {**self._base_encodings, **self._weight_encodings()}.items():
             if name not in encodings or not _same(encodings[name], encoding):
                 raise CalibrationError(f"the encoding of {name} is not the one that its values give; calibrate again")
+        if missing := [name for name in self.quantizers if name not in encodings and name not in dropped]:
+            raise CalibrationError(
+                f"{len(missing)} activations have no encoding, {missing[0]} first, and calibration did not leave them float: "
+                "the encodings are of another placement; calibrate again"
+            )
         for name, quantizer in list(self.quantizers.items()):
             if isinstance(found := encodings.get(name), Encoding):
                 quantizer.scheme = found.scheme

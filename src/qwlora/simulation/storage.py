@@ -56,6 +56,7 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
         "inputs": _template_to_json(arguments.template, ""),
         "schemes": _schemes_to_json(origin.schemes),
         "encodings": {m.name: m.kind.value for m in simulation.marks if m.name in own},
+        "dropped": sorted(simulation.dropped),
         "placement": [asdict(p) for p in simulation.explanation],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,8 @@ def restore(simulation: Simulation, folder: Path) -> None:
     Raises:
         CalibrationError: the folder does not hold them, or they belong to other values.
     """
-    simulation.restore({**simulation.base_encodings, **load_encodings(folder)})
+    dropped = read_record(folder).get("dropped", [])
+    simulation.restore({**simulation.base_encodings, **load_encodings(folder)}, dropped)
 
 
 def _schemes_to_json(schemes: SimulationSchemes) -> Any:

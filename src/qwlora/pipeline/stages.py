@@ -6,7 +6,7 @@ The returned mapping is the stage's part of `results.json`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def preflight(session: Session, verbs: set[str]) -> None:
     Raises:
         SourceError: the text is too short, the model cannot be loaded, or it cannot keep documents in one sequence apart.
         GridError: the base's grid does not fit the model.
+        TrainingError: an adapter does not fit the model, or not the others with which it shares every encoding.
         MissingExtraError: a package that a later stage needs is not installed.
     """
     if verbs & {"export", "verify"}:
@@ -211,16 +212,30 @@ def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> tuple[P
 
 
 def _check_adapters(session: Session) -> None:
-    """Each adapter that the recipe asks for fits the model, and its loggers are installed."""
+    """Each adapter that the recipe asks for fits the model, and the others where they share every encoding; its loggers are installed."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for adapter in session.recipe.adapters:
         check_loggers(adapter.report_to)
         try:
             if adapter.start is None:
-                check_shape(session.skeleton(), shape_of(adapter))
+                shapes[adapter.name] = check_shape(session.skeleton(), shape_of(adapter))
             elif session.recipe.start_of(adapter) is None:
-                check_start(adapter.start, adapter.unknown_base, session.skeleton())
+                shapes[adapter.name] = check_start(adapter.start, adapter.unknown_base, session.skeleton())
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
+    if session.recipe.simulation.base_activations == "none":
+        _check_one_shape(shapes)
+
+
+def _check_one_shape(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    (first, known), *others = shapes.items()
+    for name, found in others:
+        if differ := sorted(n for n in known.keys() | found.keys() if known.get(n) != found.get(n)):
+            here, there = (list(each[differ[0]]) if differ[0] in each else "none" for each in (known, found))
+            raise TrainingError(
+                f"adapters {first} and {name} cannot share every encoding (simulation.base_activations none): {len(differ)} weights differ, "
+                f"for example {differ[0]}, {here} and {there}; give them one shape, or say adapter_only"
+            )
 
 
 def _settings(adapter: Adapter, seed: int, goes_through: bool) -> TrainingSettings:

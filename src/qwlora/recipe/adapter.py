@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,6 +57,12 @@ class Adapter(Section):
     )
     report_to: list[str] = Field([], description="loggers, by their names in transformers: tensorboard, wandb, mlflow ...")
     checkpoint_steps: Count = Field(10, description="steps between checkpoints; an interrupted run goes on from the last")
+
+    def shape(self) -> dict[str, Any]:
+        """What says which weights this has, and of what shape, by key; two that differ only in a factor (alpha) have one."""
+        targets = self.target_modules if isinstance(self.target_modules, str) else sorted(set(self.target_modules))
+        layers = None if self.layers is None else sorted(set(self.layers))
+        return {"rank": self.rank, "rank_pattern": self.rank_pattern, "target_modules": targets, "layers": layers, "dora": self.dora}
 
     def without_graph(self) -> list[str]:
         """What of this cannot be trained through a captured graph, each with the way out."""

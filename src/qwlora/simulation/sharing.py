@@ -37,13 +37,16 @@ class SharedObservation:
         self.base_activations = base_activations
         self._activations: dict[str, Quantizer] = {}
         self._weights: dict[str, MinMaxObserver] = {}
+        self._names: set[str] | None = None
 
     def take_in(self, simulation: Simulation) -> None:
         """Add what `simulation`, which is frozen, observed, and the values of its adapter's weights where those are shared.
 
         Raises:
-            CalibrationError: a value has another shape or scheme than in the simulations before.
+            CalibrationError: a value has another shape or scheme than in the simulations before; or, where nothing may differ, one of them lacks it.
         """
+        if self.base_activations == "none" and simulation.adapter_weights:  # the graph without any adapter has no value of one
+            self._refuse_other_names(simulation)
         for name in shared_activations(simulation, self.base_activations):
             quantizer = simulation.quantizers[name]
             if name not in self._activations:
@@ -58,6 +61,19 @@ class SharedObservation:
                 observer = MinMaxObserver(encodings[name].scheme)
                 observer.update(weight)
                 _merge(name, self._weights.setdefault(name, MinMaxObserver(observer.scheme)), observer)
+
+    def _refuse_other_names(self, simulation: Simulation) -> None:
+        names = {*simulation.quantizers, *simulation.adapter_weights}
+        if self._names is None:
+            self._names = names
+        if differ := sorted(names ^ self._names):
+            why = (
+                "one adapter's data did not reach it; calibrate on more data, or keep it float by a rule"
+                if all(name in simulation.dropped or name in simulation.quantizers for name in differ)
+                else "adapters that share every encoding are on the same layers and of one kind: "
+                "give them the same target_modules, layers and dora, or share less"
+            )
+            raise CalibrationError(f"{len(differ)} values have an encoding with one adapter and none with another, {differ[0]} first; {why}")
 
     def encodings(self) -> dict[str, Encoding]:
         """The shared encodings by name, in order of the graph of the first simulation."""

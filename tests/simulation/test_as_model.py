@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import quantize_, simulate
@@ -107,6 +107,38 @@ def test_loglikelihoods_over_padded_batches_as_an_evaluation_harness_asks_for_th
         alone = model(ids[None]).logits[0].log_softmax(-1)
         scores = [s[-4:-1].gather(1, ids[-3:, None]).sum() for s in (together[row, : len(ids)], alone)]
         torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-2)
+
+
+def test_what_an_evaluation_harness_does_with_a_model_that_it_is_given(pair: tuple[Simulation, PreTrainedModel]) -> None:
+    """The calls of lm-eval 0.4.13 (`HFLM(pretrained=model)`), on models whose head is tied to their embeddings, and one whose head is not."""
+    _, model = pair
+    assert model.eval() is model
+    assert model.tie_weights() is None
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert model.config.vocab_size == 260
+    assert model.num_parameters() > 0
+    short, long = batch(1, 5, seed=1)["input_ids"], batch(1, 9, seed=2)["input_ids"]
+    context = torch.cat([torch.cat([torch.full((1, 4), 257), short], 1), long])
+    mask = (context != 257).long()
+    never = StoppingCriteriaList([lambda ids, scores, **_: torch.zeros(len(ids), dtype=torch.bool)])
+    with torch.autocast(device_type="cpu", enabled=False):
+        found = model.generate(
+            input_ids=context, max_length=12, stopping_criteria=never, pad_token_id=257, use_cache=True, attention_mask=mask, do_sample=False, eos_token_id=-1
+        )
+    assert found.shape == (2, 12)
+    alone = model.generate(long, max_length=12, do_sample=False, eos_token_id=-1)
+    assert torch.equal(found[1], alone[0])
+
+
+@pytest.mark.parametrize("call", ["get_input_embeddings", "get_output_embeddings"])
+def test_a_simulated_model_has_no_layers_to_hand_out(pair: tuple[Simulation, PreTrainedModel], call: str) -> None:
+    _, model = pair
+    with pytest.raises(CaptureError, match=r"is one graph and has no embedding layers; those that it was captured from are simulation.origin.model's"):
+        getattr(model, call)()
+    with pytest.raises(CaptureError, match="is one graph and has no embedding layers"):
+        getattr(model, call.replace("get", "set"))(nn.Embedding(2, 2))
+    with pytest.raises(CaptureError, match="is one graph and has no embedding layers"):
+        model.resize_token_embeddings(300)
 
 
 def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:

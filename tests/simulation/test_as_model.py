@@ -6,11 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import quantize_, simulate
 from qwlora.errors import CaptureError
+from qwlora.grid.encoding import Encoding
+from qwlora.simulation.quantizer import Mode
 from qwlora.simulation.simulation import Simulation
 from simulation import tiny_architectures
 
@@ -206,8 +209,34 @@ def test_moves_whole_to_another_device_and_leaves_the_users_model_behind() -> No
     assert output.logits.shape == (3, 7, 260)
     assert all(torch.equal(p, before[name]) for name, p in user.named_parameters())
     assert user(**batch()).logits.device.type == "cpu"
-    with pytest.raises(CaptureError, match="computes in the type that it was captured in"):
-        calibrated(adapted("llama")).model().to(torch.bfloat16)
+    assert {observer.ends.device.type for observer in (q.observer for q in model.simulation.quantizers.values())} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_type_is_refused_whichever_it_computes_in(dtype: torch.dtype) -> None:
+    simulation = calibrated(adapted("llama").to(dtype))
+    expected = simulation.logits(batch()["input_ids"])
+    assert expected.dtype == dtype
+    for cast in (nn.Module.float, nn.Module.bfloat16, nn.Module.half, nn.Module.double):
+        if not (cast is nn.Module.float and dtype == torch.float32):
+            with pytest.raises(CaptureError, match="computes in the type that it was captured in; cast the model, and simulate it again"):
+                cast(simulation.model())
+    simulation.to("cpu")
+    assert torch.equal(simulation.logits(batch()["input_ids"]), expected)
+
+
+def test_the_grid_of_an_activation_goes_to_another_device_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA tensors without numbers, which know where they are: there is no such device here, and the meta device computes with any lone number."""
+    simulation = calibrated(adapted("llama"))
+    (quantizer, *_) = simulation.quantizers.values()
+    monkeypatch.setattr(Encoding, "__post_init__", lambda self: None)  # looks at numbers
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        for device in ("cuda:0", "cpu"):
+            simulation._place_encodings(torch.device(device))
+            encodings = [q.encoding for q in simulation.quantizers.values() if q.encoding is not None]
+            assert {str(tensor.device) for e in encodings for tensor in (e.scale, e.offset)} == {device}
+            quantizer.mode = Mode.RECIPROCAL
+            assert str(quantizer(torch.ones(2, 3, device=device)).device) == device
 
 
 def test_only_models_of_transformers_have_such_a_call() -> None:

@@ -19,6 +19,7 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observer import MinMaxObserver
 from qwlora.simulation.branch import branch_nodes
+from qwlora.simulation.device import device_of, moved_encoding
 from qwlora.simulation.estimate import estimate
 from qwlora.simulation.quantizer import Quantizer
 from qwlora.simulation.simulation import Simulation
@@ -102,8 +103,9 @@ def share(simulation: Simulation, encodings: Mapping[str, Encoding], base_activa
     names = shared_activations(simulation, base_activations)
     if missing := [name for name in names if name not in encodings]:
         raise CalibrationError(f"{len(missing)} shared activations have no encoding, {missing[0]} first; observe every adapter before freezing")
+    device = device_of(simulation.graph_module)
     for name in names:
-        simulation.quantizers[name].encoding = encodings[name]
+        simulation.quantizers[name].encoding = moved_encoding(encodings[name], device)
     if base_activations == "none":
         simulation.set_adapter_encodings(encodings)
 

@@ -114,6 +114,20 @@ def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "re
         raise SourceError(f"adapter {source!r} does not fit {type(model).__name__}: {error}") from error
 
 
+def dropout_of(source: str) -> float:
+    """The dropout with which the adapter at `source` was trained, and would go on; for a `source` that `check_start` took."""
+    return float(json.loads((adapter_folder(source) / "adapter_config.json").read_text()).get("lora_dropout") or 0.0)
+
+
+def without_dropout_(model: PeftModel) -> None:
+    """Let the adapters of `model` learn without dropout; they are saved so."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and is_adapter_name(path):
+            module.p = 0.0
+    for config in model.peft_config.values():
+        config.lora_dropout = 0.0
+
+
 def check_start(source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None) -> dict[str, tuple[int, ...]]:
     """What `attach_existing` would refuse, as far as it can be seen before there is a base; `skeleton`, a model without weights, is changed by it.
 

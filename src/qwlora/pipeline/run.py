@@ -55,7 +55,7 @@ def _run(recipe: Recipe, out: Path, verbs: Collection[str], documents: Any, plan
     waiting = [s for s in plan if s.verb in verbs and (s in waiting or s.name in behind)]
     _check_needs(plan, waiting, verbs, peek)
     if waiting:
-        session = _start_session(recipe, documents, out, track, {s.verb for s in waiting})
+        session = _start_session(recipe, documents, out, track, {s.verb for s in waiting}, say)
         say(summary(describe(documents, session.data)))
     with Directory.open(out, recipe) as directory:
         directory.forget(keep={s.name for s in plan})
@@ -85,12 +85,13 @@ def _do(directory: Directory, session: Any, stage: Stage, follows: Collection[st
     return seconds
 
 
-def _start_session(recipe: Recipe, documents: Any, out: Path, track: Track, verbs: set[str]) -> Any:
+def _start_session(recipe: Recipe, documents: Any, out: Path, track: Track, verbs: set[str], say: Say) -> Any:
     """Find what is wrong before anything is written."""
     session = new_session(recipe, documents, out, track)
     from qwlora.pipeline.stages import preflight
 
-    preflight(session, verbs)
+    for line in preflight(session, verbs):
+        say(line)
     return session
 
 

@@ -6,7 +6,7 @@ The returned mapping is the stage's part of `results.json`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qwlora.adapter.attach import attach, attach_existing, check_shape, check_start, check_trainable
+from qwlora.adapter.attach import attach, attach_existing, check_shape, check_start, check_trainable, dropout_of, without_dropout_
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.provenance import save_adapter
 from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
@@ -55,8 +55,11 @@ Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]
 
 
-def preflight(session: Session, verbs: set[str]) -> None:
+def preflight(session: Session, verbs: set[str]) -> list[str]:
     """Whatever can be wrong with text and model is found here, before the directory is touched.
+
+    Returns:
+        what will be done otherwise than files say, a line each.
 
     Raises:
         SourceError: the text is too short, the model cannot be loaded, or it cannot keep documents in one sequence apart.
@@ -68,8 +71,10 @@ def preflight(session: Session, verbs: set[str]) -> None:
         for module in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
             require(module, "onnx")
     largest = session.data.largest_id()
+    said = []
     if "train" in verbs:
         _check_adapters(session)
+        said = list(_dropouts_left_out(session))
         if session.recipe.workflow == "qwa-lora" and session.data.train.position_ids is not None:
             raise TrainingError("workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none")
     if "quantize" in verbs:
@@ -82,6 +87,20 @@ def preflight(session: Session, verbs: set[str]) -> None:
             )
         if session.data.train.position_ids is not None and session.recipe.base.solver != "keep":  # whose model has no weights here; training looks again
             check_isolation(session.float_model())
+    return said
+
+
+def _dropouts_left_out(session: Session) -> Iterator[str]:
+    """Of adapters that go on from one with dropout, through a graph that has none."""
+    recipe = session.recipe
+    if recipe.workflow != "qwa-lora":
+        return
+    for adapter in recipe.adapters:
+        root = adapter
+        while (first := recipe.start_of(root)) is not None:
+            root = first
+        if adapter.steps and root.start is not None and (dropout := dropout_of(root.start)):
+            yield f"adapter {adapter.name}: {root.start} has dropout {dropout:g}; with workflow qwa-lora it is trained without dropout"
 
 
 def _unquantized(session: Session) -> PreTrainedModel:
@@ -157,6 +176,8 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     base = session.base()
     start = str(session.path / "adapters" / first.name) if (first := session.recipe.start_of(adapter)) else adapter.start
     model = attach(base, shape_of(adapter), seed) if start is None else attach_existing(base, start, adapter.unknown_base, seed)
+    if session.recipe.workflow == "qwa-lora" and adapter.steps and start is not None:
+        without_dropout_(model)
     initialized: Results = {}
     if adapter.init != "zero":
         model, initialized = _initialize(session, model, adapter)

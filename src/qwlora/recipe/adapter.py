@@ -14,7 +14,9 @@ class Adapter(Section):
 
     name: Name = Field(description="also the name of its folder")
     start: str | None = Field(
-        None, description="an adapter to go on from, whose shape it takes: one that the recipe lists before this, or a PEFT adapter's folder or hub id"
+        None,
+        description="an adapter to go on from, whose shape and dropout it takes: one that the recipe lists before this, or a PEFT adapter's folder or hub id; "
+        "workflow qwa-lora leaves its dropout out",
     )
     objective: Literal["text", "recovery"] = Field("text", description="recovery: come near the float model besides, to be the start of others")
     unknown_base: Literal["refuse", "accept"] = Field("refuse", description="a start that does not say which base it was trained on, as PEFT saves them")

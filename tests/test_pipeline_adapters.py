@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from conftest import tiny_model
 from qwlora.data import load_documents
-from qwlora.errors import CalibrationError, RecipeError
+from qwlora.errors import CalibrationError, RecipeError, TrainingError
 from qwlora.pipeline.explain import explain_job
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run import open_job, run
@@ -85,11 +87,40 @@ def test_the_adapter_is_equalized_for_its_grid(recipe_for: Any, tmp_path: Path) 
     assert results["simulation"]["a"]["equalize"] == {"method": "none", "layers": {}}
 
 
-def test_adapters_that_share_everything_have_one_rank(recipe_for: Any) -> None:
-    path = recipe_for(adapters=[TWO[0], {**TWO[1], "rank": 8}])
-    with pytest.raises(RecipeError, match="adapters that share every encoding have one rank; give them one, or say adapter_only"):
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"rank": 8}, "have one shape, and rank differs among them"),
+        ({"rank_pattern": {"q_proj": 2}}, "have one shape, and rank_pattern differs among them"),
+        ({"target_modules": ["q_proj"]}, "have one shape, and target_modules differs among them"),
+        ({"layers": [0], "dora": True}, "have one shape, and layers, dora differ among them"),
+        ({"init": "svd", "rank_budget": 0.5}, "rank_budget gives b ranks of its own, .* leave rank_budget out"),
+    ],
+)
+def test_adapters_that_share_everything_have_one_shape(recipe_for: Any, change: dict[str, Any], problem: str) -> None:
+    path = recipe_for(adapters=[TWO[0], {**TWO[1], **change}])
+    with pytest.raises(RecipeError, match=f"{problem}.*, or say adapter_only"):
         load_recipe(path, ("simulation.base_activations=none",))
     assert load_recipe(path, ("simulation.base_activations=adapter_only",)).simulation.base_activations == "adapter_only"
+
+
+def test_what_is_one_shape(recipe_for: Any) -> None:
+    none = {"base_activations": "none"}
+    targets = [{"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["v_proj", "q_proj"], "alpha": 4}]
+    load_recipe(recipe_for(simulation=none, adapters=[{**adapter, **change} for adapter, change in zip(TWO, targets, strict=True)]))
+    goes_on = {"name": "b", "start": "a", "steps": 2, "warmup_steps": 0}
+    load_recipe(recipe_for(simulation=none, adapters=[{**TWO[0], "init": "svd", "rank_budget": 0.5}, goes_on]))
+
+
+def test_adapters_from_elsewhere_that_cannot_share_everything_are_found_before_training(recipe_for: Any, tmp_path: Path) -> None:
+    elsewhere = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    elsewhere.save_pretrained(tmp_path / "elsewhere", save_embedding_layers=False)
+    begins = {"name": "b", "start": str(tmp_path / "elsewhere"), "unknown_base": "accept", "steps": 2, "warmup_steps": 0}
+    path, out = recipe_for(adapters=[TWO[0], begins], simulation={"base_activations": "none"}), tmp_path / "out"
+    message = r"adapters a and b cannot share every encoding .*: 24 weights differ, for example .*lora_A.weight, \[4, 128\] and none; give them one shape"
+    with pytest.raises(TrainingError, match=message):
+        run_recipe(path, out)
+    assert not out.exists()
 
 
 ONE_RULE_EACH = [{"match": f"*.{layer}.lora_A.weight", "of": "weights", "bitwidth": 4} for layer in ("q_proj", "up_proj")]

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from conftest import tiny_model
 from qwlora.errors import DirectoryError, RecipeError, TrainingError
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
@@ -64,6 +66,27 @@ def test_export_is_proved(recipe_for: Any, tmp_path: Path) -> None:
     for name, scale in load_file(out / "adapters" / "second" / "activation_scales.safetensors").items():
         assert by_name[name]["scale"] == [float(scale)]
     assert len(done(said)) == 10
+
+
+def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for: Any, tmp_path: Path) -> None:
+    """PEFT's adapters often have some, and a graph of evaluation has none."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.05, task_type="CAUSAL_LM")
+    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / "from", save_embedding_layers=False)
+    steps = {"steps": 2, "warmup_steps": 0}
+    adapters = [
+        {"name": "kept", "start": str(tmp_path / "from"), "unknown_base": "accept", "steps": 0},
+        {"name": "first", "start": str(tmp_path / "from"), "unknown_base": "accept", **steps},
+        {"name": "second", "start": "kept", **steps},
+    ]
+    path, out = recipe_for(workflow="qwa-lora", adapters=adapters), tmp_path / "out"
+    _, said = run_recipe(path, out, verbs=("quantize", "calibrate-base", "train"))
+    told = [line for line in said if "dropout" in line]
+    assert told == [
+        f"adapter {name}: {tmp_path / 'from'} has dropout 0.05; with workflow qwa-lora it is trained without dropout" for name in ("first", "second")
+    ]
+    assert said.index(told[0]) < said.index("train/first ...")
+    dropouts = {n: json.loads((out / "adapters" / n / "adapter_config.json").read_text())["lora_dropout"] for n in ("kept", "first", "second")}
+    assert dropouts == {"kept": 0.05, "first": 0.0, "second": 0.0}
 
 
 def test_training_asks_for_the_calibration_first(recipe_for: Any, tmp_path: Path) -> None:

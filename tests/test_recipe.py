@@ -43,6 +43,10 @@ def problems(path: Path, *changes: str) -> list[str]:
         ("simulation.polcy=npu", "simulation.polcy: unknown key; did you mean policy?"),
         ("simulation.policy=gpu", "simulation.policy: Input should be 'npu', 'matmul-inputs' or 'weights-only' (given: 'gpu')"),
         ("simulation.percentile=40", "simulation.percentile: Input should be greater than 50 (given: 40)"),
+        ("simulation.percentile=.nan", "simulation.percentile: Input should be a finite number (given: nan)"),
+        ("simulation.rules=[{match: x, minimum: .nan}]", "simulation.rules.0.minimum: Input should be a finite number (given: nan)"),
+        ("simulation.rules=[{match: x, maximum: .inf}]", "simulation.rules.0.maximum: Input should be a finite number (given: inf)"),
+        ("adapters.0.learning_rate=.inf", "adapters.0.learning_rate: Input should be a finite number (given: inf)"),
         ("simulation.rules=[{match: x, bits: 8}]", "simulation.rules.0.bits: unknown key; did you mean bitwidth?"),
         (
             "simulation.rules=[{match: lm_head, keep: float, bitwidth: 8}]",

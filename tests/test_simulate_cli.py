@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from qwlora.cli import main
 from qwlora.cli_table import alike, table
+from qwlora.errors import CalibrationError
 from qwlora.pipeline.explain import explain_job
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
@@ -132,6 +134,36 @@ def test_what_cannot_be_shown(job: Path, capsys: pytest.CaptureFixture[str], mon
     code, _, errors = call(capsys, monkeypatch, job, "--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]")
     assert code == 2
     assert "'lm_hed' matches no value; near are lm_head" in errors
+
+
+@pytest.mark.parametrize("changes", [("activation_bitwidth", 8), ("residual_adds", "quantize")])
+def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: tuple[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(job, out)
+    content = json.loads((out / "recipe.yaml").read_text())
+    content["simulation"][changes[0]] = changes[1]
+    (out / "recipe.yaml").write_text(json.dumps(content))
+    for asked in ("--explain", "--costs"):
+        code, said, errors = call(capsys, monkeypatch, out, asked)
+        assert (code, said) == (2, "")
+        assert "the calibration of adapter 'first'" in errors
+        assert f"calibrate again: qwlora calibrate --out {out}" in errors
+    assert call(capsys, monkeypatch, out, "--set", "simulation.policy=weights-only")[0] == 0, "of a change nothing is calibrated"
+    shutil.rmtree(out / "simulation" / "first")
+    code, said, _ = call(capsys, monkeypatch, out, "--explain")
+    assert code == 0, "a placement without a calibration"
+
+
+def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(job: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(job, out)
+    records = json.loads((out / ".qwlora" / "stages.json").read_text())
+    del records["calibrate/first"]  # as training leaves it
+    (out / ".qwlora" / "stages.json").write_text(json.dumps(records))
+    with pytest.raises(CalibrationError, match="is of another recipe, adapter or base than those that are there now; calibrate again: qwlora calibrate"):
+        explain_job(out)
 
 
 def test_tables_of_alike_things() -> None:

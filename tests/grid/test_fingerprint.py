@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.fingerprint import base_tensors, fingerprint, keep_fingerprint_
+from qwlora.grid.fingerprint import adapter_fingerprint, base_tensors, fingerprint, keep_fingerprint_
+from qwlora.grid.names import adapter_of, is_adapter_name
 from qwlora.grid.observer import measure
 from qwlora.grid.packing import pack
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
@@ -139,6 +140,54 @@ def test_an_adapter_leaves_it_alone(model):
     assert set(base_tensors(wrapped)) == names
     wrapped.base_model.model.norm.bias.data[0] += 1
     assert fingerprint(wrapped) != before
+
+
+class Layered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.words = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, ids):
+        return self.head(self.layers[1](self.layers[0](self.words(ids))))
+
+
+def with_adapters(*names):
+    """Every kind of parameter that PEFT's LoRA has, its values counted from the adapter's place among `names`."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["layers.0", "layers.1", "words"], use_dora=True, lora_bias=False, modules_to_save=["head"])
+    wrapped = peft.get_peft_model(Layered(), config, adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, config)
+    with torch.no_grad():
+        for place, name in enumerate(names):
+            for path, p in wrapped.named_parameters():
+                if f".{name}." in f"{path}." and is_adapter_name(path) and path.rsplit(f".{name}", 1)[1] in ("", ".weight", ".bias"):
+                    p.copy_((torch.arange(p.numel()) / 64 + place).view_as(p))
+    return wrapped
+
+
+def test_an_adapter_is_known_whatever_its_name():
+    both = with_adapters("0", "1")  # which are parts of the paths of layers too
+    for place, name in enumerate(("0", "1")):
+        both.set_adapter(name)
+        ordinary = with_adapters("first", "second")
+        ordinary.set_adapter(("first", "second")[place])
+        assert adapter_fingerprint(both) == adapter_fingerprint(ordinary)
+    before = adapter_fingerprint(both)
+    paths = [path for path, _ in both.named_parameters() if is_adapter_name(path)]
+    kinds = {part for path in paths for part in path.split(".") if part.startswith("lora_") or part == "modules_to_save"}
+    assert kinds == {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save"}
+    for path in paths:
+        p = both.get_parameter(path)
+        p.data.neg_()
+        assert (adapter_fingerprint(both) != before) is (adapter_of(path) == "1"), path
+        p.data.neg_()
+
+
+def test_the_fingerprint_of_an_adapter_stays_over_versions():
+    assert adapter_fingerprint(with_adapters("first")) == "2e2f91c2cd0d4b7fbdf81797c88868edc550ae58ae6995df3c854ef31589a06c"
 
 
 def test_tied_tensors_are_listed_once(model):

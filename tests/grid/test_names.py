@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwlora.grid.names import canonical_name, is_adapter_name, is_factor_name
+from qwlora.grid.names import adapter_of, canonical_name, is_adapter_name, is_factor_name
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,18 @@ def test_adapter_names(path, expected):
 )
 def test_factor_names(name, expected):
     assert is_factor_name(name) is expected
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("model.layers.0.up_proj.lora_A.1.weight", "1"),
+        ("model.layers.0.up_proj.lora_magnitude_vector.0.weight", "0"),
+        ("embed.lora_embedding_B.topics", "topics"),
+        ("lm_head.modules_to_save.lora_A.weight", "lora_A"),
+        ("model.layers.0.up_proj.base_layer.weight", None),
+        ("fc.lora_A", None),
+    ],
+)
+def test_whose_a_tensor_is(path, name):
+    assert adapter_of(path) == name

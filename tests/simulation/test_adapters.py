@@ -337,6 +337,13 @@ def test_what_cannot_be_shared_says_why(model: PeftModel) -> None:
     simulations = simulate_adapters(model, inputs(), base_activations="none", adapters=["first", "wide"])
     with pytest.raises(CalibrationError, match=r"q_proj\.lora_A\.weight differs among the adapters .* give the adapters one rank, or share less"):
         simulations.calibrate([inputs()])
+    simulations = simulate_adapters(model, inputs(), base_activations="none", adapters=["first", "narrow"])
+    with pytest.raises(CalibrationError, match=r"values have an encoding with one adapter and none with another, .* first; .* the same target_modules"):
+        simulations.calibrate([inputs()])
+    simulations = simulate_adapters(model, inputs(), base_activations="none", adapters=["first", "second"])
+    simulations["second"]._drop("lm_head.linear", "no data came by in calibration")
+    with pytest.raises(CalibrationError, match=r"1 values have an encoding .*, lm_head.linear first; one adapter's data did not reach it; calibrate on more"):
+        simulations.calibrate([inputs()])
 
 
 def test_names_that_cannot_be(model: PeftModel) -> None:

@@ -6,11 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import quantize_, simulate
 from qwlora.errors import CaptureError
+from qwlora.grid.encoding import Encoding
+from qwlora.simulation.quantizer import Mode
 from qwlora.simulation.simulation import Simulation
 from simulation import tiny_architectures
 
@@ -109,6 +112,38 @@ def test_loglikelihoods_over_padded_batches_as_an_evaluation_harness_asks_for_th
         torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-2)
 
 
+def test_what_an_evaluation_harness_does_with_a_model_that_it_is_given(pair: tuple[Simulation, PreTrainedModel]) -> None:
+    """The calls of lm-eval 0.4.13 (`HFLM(pretrained=model)`), on models whose head is tied to their embeddings, and one whose head is not."""
+    _, model = pair
+    assert model.eval() is model
+    assert model.tie_weights() is None
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    assert model.config.vocab_size == 260
+    assert model.num_parameters() > 0
+    short, long = batch(1, 5, seed=1)["input_ids"], batch(1, 9, seed=2)["input_ids"]
+    context = torch.cat([torch.cat([torch.full((1, 4), 257), short], 1), long])
+    mask = (context != 257).long()
+    never = StoppingCriteriaList([lambda ids, scores, **_: torch.zeros(len(ids), dtype=torch.bool)])
+    with torch.autocast(device_type="cpu", enabled=False):
+        found = model.generate(
+            input_ids=context, max_length=12, stopping_criteria=never, pad_token_id=257, use_cache=True, attention_mask=mask, do_sample=False, eos_token_id=-1
+        )
+    assert found.shape == (2, 12)
+    alone = model.generate(long, max_length=12, do_sample=False, eos_token_id=-1)
+    assert torch.equal(found[1], alone[0])
+
+
+@pytest.mark.parametrize("call", ["get_input_embeddings", "get_output_embeddings"])
+def test_a_simulated_model_has_no_layers_to_hand_out(pair: tuple[Simulation, PreTrainedModel], call: str) -> None:
+    _, model = pair
+    with pytest.raises(CaptureError, match=r"is one graph and has no embedding layers; those that it was captured from are simulation.origin.model's"):
+        getattr(model, call)()
+    with pytest.raises(CaptureError, match="is one graph and has no embedding layers"):
+        getattr(model, call.replace("get", "set"))(nn.Embedding(2, 2))
+    with pytest.raises(CaptureError, match="is one graph and has no embedding layers"):
+        model.resize_token_embeddings(300)
+
+
 def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
     simulation = calibrated(adapted("llama"))
     model, given = simulation.model(), batch()
@@ -174,8 +209,34 @@ def test_moves_whole_to_another_device_and_leaves_the_users_model_behind() -> No
     assert output.logits.shape == (3, 7, 260)
     assert all(torch.equal(p, before[name]) for name, p in user.named_parameters())
     assert user(**batch()).logits.device.type == "cpu"
-    with pytest.raises(CaptureError, match="computes in the type that it was captured in"):
-        calibrated(adapted("llama")).model().to(torch.bfloat16)
+    assert {observer.ends.device.type for observer in (q.observer for q in model.simulation.quantizers.values())} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_type_is_refused_whichever_it_computes_in(dtype: torch.dtype) -> None:
+    simulation = calibrated(adapted("llama").to(dtype))
+    expected = simulation.logits(batch()["input_ids"])
+    assert expected.dtype == dtype
+    for cast in (nn.Module.float, nn.Module.bfloat16, nn.Module.half, nn.Module.double):
+        if not (cast is nn.Module.float and dtype == torch.float32):
+            with pytest.raises(CaptureError, match="computes in the type that it was captured in; cast the model, and simulate it again"):
+                cast(simulation.model())
+    simulation.to("cpu")
+    assert torch.equal(simulation.logits(batch()["input_ids"]), expected)
+
+
+def test_the_grid_of_an_activation_goes_to_another_device_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA tensors without numbers, which know where they are: there is no such device here, and the meta device computes with any lone number."""
+    simulation = calibrated(adapted("llama"))
+    (quantizer, *_) = simulation.quantizers.values()
+    monkeypatch.setattr(Encoding, "__post_init__", lambda self: None)  # looks at numbers
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        for device in ("cuda:0", "cpu"):
+            simulation._place_encodings(torch.device(device))
+            encodings = [q.encoding for q in simulation.quantizers.values() if q.encoding is not None]
+            assert {str(tensor.device) for e in encodings for tensor in (e.scale, e.offset)} == {device}
+            quantizer.mode = Mode.RECIPROCAL
+            assert str(quantizer(torch.ones(2, 3, device=device)).device) == device
 
 
 def test_only_models_of_transformers_have_such_a_call() -> None:

@@ -235,6 +235,8 @@ def test_a_rule_that_does_nothing_is_refused(rule: PlacementRule, message: str) 
         ({"minimum": 0.5, "maximum": 1.0}, "the range 0.5 to 1.0 must have zero in it"),
         ({"maximum": -1.0}, "the range None to -1.0 must have zero in it"),
         ({"minimum": 0.0, "maximum": 0.0}, "the range 0.0 to 0.0 must have zero in it, and something beside it"),
+        ({"minimum": float("nan")}, "minimum must be finite; leave out what the data decides"),
+        ({"minimum": float("-inf"), "maximum": float("inf")}, "minimum and maximum must be finite"),
         ({"of": "weights", "observer": "sqnr"}, "a weight's range comes from its values: observer is for activations"),
     ],
 )

@@ -171,6 +171,32 @@ def test_two_arguments_may_be_one_tensor(tmp_path: Path) -> None:
         assert torch.equal(simulation.outputs(batch())["logits"], distinct.outputs(batch())["logits"])
 
 
+def test_only_what_calibration_left_float_comes_back_without_an_encoding(tmp_path: Path) -> None:
+    simulation = calibrated(adapted())
+    simulation._drop("model.layers.0.self_attn.softmax", "no data came by in calibration")
+    simulation.save(tmp_path)
+    record = json.loads((tmp_path / "simulation.json").read_text())
+    assert record["dropped"] == ["model.layers.0.self_attn.softmax"]
+    again = load_simulation(tmp_path, adapted())
+    assert again.dropped == {"model.layers.0.self_attn.softmax"}
+    assert torch.equal(again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"]))
+    (tmp_path / "simulation.json").write_text(json.dumps({**record, "dropped": []}))
+    with pytest.raises(CalibrationError, match=r"1 activations have no encoding, model.layers.0.self_attn.softmax first, .* another placement"):
+        load_simulation(tmp_path, adapted())
+
+
+def test_it_is_captured_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, which has no numbers to compare: what is handed to the capture is looked at."""
+    calibrated(adapted()).save(tmp_path)
+    record = json.loads((tmp_path / "simulation.json").read_text())
+    monkeypatch.setattr("qwlora.simulation.storage.fingerprint", lambda model: record["base_fingerprint"])
+    monkeypatch.setattr("qwlora.simulation.storage.adapter_fingerprint", lambda model: record["adapter_fingerprint"])
+    with mock.patch("qwlora.simulation.storage.simulate", side_effect=InterruptedError) as simulated, pytest.raises(InterruptedError):
+        load_simulation(tmp_path, adapted().to("meta"))
+    (_, examples, _), _ = simulated.call_args
+    assert {tensor.device.type for tensor in examples.values()} == {"meta"}
+
+
 def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
     calibrated(adapted()).save(tmp_path)
     with pytest.raises(CalibrationError, match=r"a simulation of the base with fingerprint \w{64}, but this model's is \w{64}; give it the model"):

@@ -93,10 +93,14 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     return adapted
 
 
-def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> None:
-    """What `attach` would refuse, found on a model without weights (on the meta device), which is changed by it."""
+def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[int, ...]]:
+    """What `attach` would refuse, found on a model without weights (on the meta device), which is changed by it.
+
+    Returns:
+        the shapes of the adapter's weights by the names that they would have in a file.
+    """
     with torch.device("meta"):
-        attach(skeleton, shape, seed=0)
+        return _shapes(attach(skeleton, shape, seed=0))
 
 
 def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "refuse", seed: int = 0) -> PeftModel:
@@ -123,8 +127,25 @@ def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "re
         raise SourceError(f"adapter {source!r} does not fit {type(model).__name__}: {error}") from error
 
 
-def check_start(source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None) -> None:
+def dropout_of(source: str) -> float:
+    """The dropout with which the adapter at `source` was trained, and would go on; for a `source` that `check_start` took."""
+    return float(json.loads((adapter_folder(source) / "adapter_config.json").read_text()).get("lora_dropout") or 0.0)
+
+
+def without_dropout_(model: PeftModel) -> None:
+    """Let the adapters of `model` learn without dropout; they are saved so."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and is_adapter_name(path):
+            module.p = 0.0
+    for config in model.peft_config.values():
+        config.lora_dropout = 0.0
+
+
+def check_start(source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None) -> dict[str, tuple[int, ...]]:
     """What `attach_existing` would refuse, as far as it can be seen before there is a base; `skeleton`, a model without weights, is changed by it.
+
+    Returns:
+        the shapes of the adapter's weights by their names in its file; empty without a skeleton.
 
     Raises:
         SourceError: `source` holds no LoRA adapter, its weights are a pickle, it does not say which base it was trained on, or it does not fit the skeleton.
@@ -140,17 +161,16 @@ def check_start(source: str, unknown_base: str = "refuse", skeleton: PreTrainedM
         raise SourceError(f"adapter {source!r} has no {WEIGHTS}; older formats run code when they are read: load it with PEFT and save it again")
     if unknown_base == "refuse" or (folder / FILE).exists():
         base_of(folder)
-    if skeleton is not None:
-        _check_fit(skeleton, source, folder)
+    return {} if skeleton is None else _check_fit(skeleton, source, folder)
 
 
-def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> None:
+def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in the weight file are those that the adapter's configuration gives on this model."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about this model's embeddings and convolutions; they come again when it is attached
             adapted = get_peft_model(skeleton, LoraConfig.from_pretrained(str(folder)))
-        wanted = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
+        wanted = _shapes(adapted)
         with safe_open(folder / WEIGHTS, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
@@ -161,6 +181,12 @@ def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> None:
             f"adapter {source!r} does not fit {type(skeleton).__name__}: {len(wrong)} of {len(wanted)} weights differ, "
             f"for example {name}, here {list(wanted[name])}, there {list(found[name]) if name in found else 'none'}"
         )
+    return wanted
+
+
+def _shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight of the adapter, by its name in a file of PEFT's."""
+    return {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
 
 
 def saved_among(source: str, paths: Iterable[str]) -> list[str]:

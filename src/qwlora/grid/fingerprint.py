@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwlora.grid.names import canonical_name, is_adapter_name
+from qwlora.grid.names import adapter_of, canonical_name, is_adapter_name
 from qwlora.grid.scheme import Scheme
 
 VOLATILE = frozenset(
@@ -55,11 +55,7 @@ def adapter_fingerprint(model: nn.Module) -> str | None:
         return None
     active = getattr(model, "active_adapters", None)
     names = set(active() if callable(active) else active or ())
-    digests = {
-        canonical_name(path): tensor_digest(canonical_name(path), "", p)
-        for path, p in model.named_parameters()
-        if is_adapter_name(path) and names & set(path.split("."))
-    }
+    digests = {canonical_name(path): tensor_digest(canonical_name(path), "", p) for path, p in model.named_parameters() if adapter_of(path) in names}
     scaling = {
         canonical_name(path): {name: factor for name, factor in module.scaling.items() if name in names}
         for path, module in model.named_modules()

@@ -30,13 +30,21 @@ def canonical_name(path: str) -> str:
             continue
         if part not in _WRAPPERS or following.startswith("lora_"):
             kept.append(part)
-        behind_adapter = part.startswith("lora_") or part == "modules_to_save"
+        behind_adapter = _holds_adapters(part)
     return ".".join(kept)
 
 
 def is_adapter_name(path: str) -> bool:
     """Whether a module or tensor of this path belongs to an adapter, not to the base."""
-    return any(part.startswith("lora_") or part == "modules_to_save" for part in path.split("."))
+    return any(_holds_adapters(part) for part in path.split("."))
+
+
+def adapter_of(path: str) -> str | None:
+    """Name of the adapter that a tensor of this path belongs to: the part directly behind `lora_A` and the like, or `modules_to_save`; None of the base's.
+
+    base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight  -> topics
+    """
+    return next((name for holder, name in pairwise(path.split(".")) if _holds_adapters(holder)), None)
 
 
 def is_factor_name(path: str) -> bool:
@@ -71,3 +79,7 @@ def pattern_problem(pattern: str, is_end: bool = False) -> str | None:
         remedy = f"; what is meant as a glob is written {'.*'.join(map(re.escape, pattern.split('*')))}" if "*" in pattern else ""
         return f"{pattern!r} is no regular expression, which PEFT takes here: {error.msg}{remedy}"
     return None
+
+
+def _holds_adapters(part: str) -> bool:
+    return part.startswith("lora_") or part == "modules_to_save"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import CalibrationError
-from qwlora.pipeline.run import open_job
+from qwlora.pipeline.run import is_calibrated, open_job
 from qwlora.progress import Track, untracked
 
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ def account_job(folder: Path, adapter: str | None = None, changes: tuple[str, ..
 
     Raises:
         DirectoryError: as `open_job`.
-        CalibrationError: the folder's calibration is of another recipe.
+        CalibrationError: the folder's calibration is of another recipe, see `is_calibrated`.
     """
     session, name = open_job(folder, adapter, changes, track)
     from qwlora.simulation.accounting import account, layer_sqnr
     from qwlora.simulation.sensitivity import sensitivities
 
-    calibrated = not changes and (folder / "simulation" / name).is_dir()
+    calibrated = not changes and is_calibrated(session, name)
     simulation = session.simulation(name) if calibrated else _calibrated(session, name)
     perplexities = {"base": _perplexity(session.base(), session.evaluation)}
     perplexities |= account(simulation, lambda: _simulated(simulation, session.evaluation), session.track)

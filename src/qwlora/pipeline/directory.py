@@ -116,8 +116,13 @@ class Directory:
     @classmethod
     def peek(cls, path: Path, recipe: Recipe) -> Directory:
         """Look at the records of `path` without claiming it; see `check_owner` for the errors."""
+        cls(path).check_owner(recipe)
+        return cls.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Directory:
+        """The records of `path`, whoever owns it; nothing is claimed or written."""
         directory = cls(path)
-        directory.check_owner(recipe)
         directory._read_records()
         return directory
 

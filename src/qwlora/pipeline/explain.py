@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwlora.pipeline.run import open_job
+from qwlora.pipeline.run import is_calibrated, open_job
 
 if TYPE_CHECKING:
     from qwlora.simulation.explain import Explanation
@@ -20,11 +20,10 @@ def explain_job(folder: Path, adapter: str | None = None, changes: tuple[str, ..
 
     Raises:
         DirectoryError: the folder is no job's directory, or has no such trained adapter.
-        CalibrationError: a rule does nothing; or the folder's calibration is of another recipe.
+        CalibrationError: a rule does nothing; or the folder's calibration is of another recipe, see `is_calibrated`.
     """
     session, name = open_job(folder, adapter, changes)
     from qwlora.simulation.explain import explain
 
-    calibrated = not changes and (folder / "simulation" / name).is_dir()
-    simulation = session.simulation(name) if calibrated else session.new_simulation(name)
+    simulation = session.simulation(name) if not changes and is_calibrated(session, name) else session.new_simulation(name)
     return name, explain(simulation, session.recipe.simulation.policy)

@@ -19,7 +19,7 @@ from qwlora.data import Documents
 from qwlora.recipe import Recipe
 
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
-SIMULATION_FORMAT = 2  # of simulation/NAME; 2: the adapter lies in it
+SIMULATION_FORMAT = 3  # of simulation/NAME; 2: the adapter lies in it; 3: says what calibration left float
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from qwlora.data import load_documents
 from qwlora.data.prepare import describe, summary
-from qwlora.errors import DirectoryError
+from qwlora.errors import CalibrationError, DirectoryError
 from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained, write_text
 from qwlora.pipeline.plan import VERBS, Stage, dependents, make_plan
 from qwlora.pipeline.workers import done, follow, is_first_process, tell
@@ -122,6 +122,23 @@ def open_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] 
         raise DirectoryError(f"{str(folder)!r} has no trained adapter {name!r}; the recipe's are {known}. Train it: qwlora train --out {folder}")
     documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
     return new_session(recipe, documents, folder, track), name
+
+
+def is_calibrated(session: Any, name: str) -> bool:
+    """Whether the session's job has a calibration of adapter `name`.
+
+    Raises:
+        CalibrationError: it has one that is not of the session's recipe, or of another adapter or base than those that are there now.
+    """
+    if not (session.path / "simulation" / name).is_dir():
+        return False
+    key = next(stage.key for stage in make_plan(session.recipe, session.documents) if stage.name == f"calibrate/{name}")
+    if not Directory.read(session.path).is_current(f"calibrate/{name}", key):
+        raise CalibrationError(
+            f"the calibration of adapter {name!r} in {str(session.path)!r} is of another recipe, adapter or base than those that are there now; "
+            f"calibrate again: qwlora calibrate --out {session.path}"
+        )
+    return True
 
 
 def _check_needs(plan: list[Stage], waiting: list[Stage], verbs: Collection[str], directory: Directory) -> None:

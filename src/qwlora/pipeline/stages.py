@@ -6,7 +6,7 @@ The returned mapping is the stage's part of `results.json`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qwlora.adapter.attach import attach, attach_existing, check_shape, check_start, check_trainable, saved_among, saved_on_integers
+from qwlora.adapter.attach import (
+    attach,
+    attach_existing,
+    check_shape,
+    check_start,
+    check_trainable,
+    dropout_of,
+    saved_among,
+    saved_on_integers,
+    without_dropout_,
+)
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.provenance import save_adapter
 from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
@@ -59,11 +69,12 @@ StageFunction = Callable[[Session, Stage, Path, Path], Results]
 
 
 def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> None:
-    """Whatever can be wrong with text and model is found here, before the directory is touched; `say` is told what is no error.
+    """Whatever can be wrong with text and model is found here, before the directory is touched; `say` is told what is no error: what is done otherwise than files say, among it.
 
     Raises:
         SourceError: the text is too short, or its sequences too long for the model; that cannot be loaded, or cannot keep documents in one sequence apart.
         GridError: the base's grid does not fit the model.
+        TrainingError: an adapter does not fit the model, or not the others with which it shares every encoding.
         MissingExtraError: a package that a later stage needs is not installed.
     """
     if verbs & {"export", "verify"}:
@@ -72,6 +83,8 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
     largest = session.data.largest_id()
     if "train" in verbs:
         _check_adapters(session)
+        for line in _dropouts_left_out(session):
+            say(line)
         if session.recipe.workflow == "qwa-lora" and session.data.train.position_ids is not None:
             raise TrainingError("workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none")
     model, packed = _unquantized(session) if "quantize" in verbs else _quantized(session)
@@ -94,6 +107,19 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
             else:
                 with session.lazy.in_passing() as passing:
                     check_isolation(passing)
+
+
+def _dropouts_left_out(session: Session) -> Iterator[str]:
+    """Of adapters that go on from one with dropout, through a graph that has none."""
+    recipe = session.recipe
+    if recipe.workflow != "qwa-lora":
+        return
+    for adapter in recipe.adapters:
+        root = adapter
+        while (first := recipe.start_of(root)) is not None:
+            root = first
+        if adapter.steps and root.start is not None and (dropout := dropout_of(root.start)):
+            yield f"adapter {adapter.name}: {root.start} has dropout {dropout:g}; with workflow qwa-lora it is trained without dropout"
 
 
 def _unquantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], bool]]:
@@ -186,6 +212,8 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     base = session.base()
     start = str(session.path / "adapters" / first.name) if (first := session.recipe.start_of(adapter)) else adapter.start
     model = attach(base, shape_of(adapter), seed) if start is None else attach_existing(base, start, adapter.unknown_base, seed)
+    if session.recipe.workflow == "qwa-lora" and adapter.steps and start is not None:
+        without_dropout_(model)
     initialized: Results = {}
     if adapter.init != "zero":
         model, initialized = _initialize(session, model, adapter)
@@ -241,16 +269,30 @@ def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> tuple[P
 
 
 def _check_adapters(session: Session) -> None:
-    """Each adapter that the recipe asks for fits the model, and its loggers are installed."""
+    """Each adapter that the recipe asks for fits the model, and the others where they share every encoding; its loggers are installed."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for adapter in session.recipe.adapters:
         check_loggers(adapter.report_to)
         try:
             if adapter.start is None:
-                check_shape(session.skeleton(), shape_of(adapter))
+                shapes[adapter.name] = check_shape(session.skeleton(), shape_of(adapter))
             elif session.recipe.start_of(adapter) is None:
-                check_start(adapter.start, adapter.unknown_base, session.skeleton())
+                shapes[adapter.name] = check_start(adapter.start, adapter.unknown_base, session.skeleton())
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
+    if session.recipe.simulation.base_activations == "none":
+        _check_one_shape(shapes)
+
+
+def _check_one_shape(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    (first, known), *others = shapes.items()
+    for name, found in others:
+        if differ := sorted(n for n in known.keys() | found.keys() if known.get(n) != found.get(n)):
+            here, there = (list(each[differ[0]]) if differ[0] in each else "none" for each in (known, found))
+            raise TrainingError(
+                f"adapters {first} and {name} cannot share every encoding (simulation.base_activations none): {len(differ)} weights differ, "
+                f"for example {differ[0]}, {here} and {there}; give them one shape, or say adapter_only"
+            )
 
 
 def _settings(adapter: Adapter, seed: int, goes_through: bool) -> TrainingSettings:

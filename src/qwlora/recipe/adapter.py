@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +15,9 @@ class Adapter(Section):
 
     name: Name = Field(description="also the name of its folder")
     start: str | None = Field(
-        None, description="an adapter to go on from, whose shape it takes: one that the recipe lists before this, or a PEFT adapter's folder or hub id"
+        None,
+        description="an adapter to go on from, whose shape and dropout it takes: one that the recipe lists before this, or a PEFT adapter's folder or hub id; "
+        "workflow qwa-lora leaves its dropout out",
     )
     objective: Literal["text", "recovery"] = Field("text", description="recovery: come near the float model besides, to be the start of others")
     unknown_base: Literal["refuse", "accept"] = Field("refuse", description="a start that does not say which base it was trained on, as PEFT saves them")
@@ -59,6 +61,20 @@ class Adapter(Section):
     )
     report_to: list[str] = Field([], description="loggers, by their names in transformers: tensorboard, wandb, mlflow ...")
     checkpoint_steps: Count = Field(10, description="steps between checkpoints; an interrupted run goes on from the last")
+
+    def shape(self) -> dict[str, Any]:
+        """What says which weights this has, and of what shape, by key; two that differ only in a factor (alpha) have one."""
+        targets = self.target_modules if isinstance(self.target_modules, str) else sorted(set(self.target_modules))
+        layers = None if self.layers is None else sorted(set(self.layers))
+        parameters = sorted(set(self.target_parameters))
+        return {
+            "rank": self.rank,
+            "rank_pattern": self.rank_pattern,
+            "target_modules": targets,
+            "target_parameters": parameters,
+            "layers": layers,
+            "dora": self.dora,
+        }
 
     def without_graph(self) -> list[str]:
         """What of this cannot be trained through a captured graph, each with the way out."""

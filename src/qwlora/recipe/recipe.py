@@ -74,14 +74,25 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _what_is_shared_has_one_shape(self) -> Recipe:
-        ranks = {(a.rank, tuple(sorted(a.rank_pattern.items()))) for a in self.adapters if a.start is None}
-        if self.simulation.base_activations == "none" and len(ranks) > 1:
-            raise ValueError("simulation.base_activations none: adapters that share every encoding have one rank; give them one, or say adapter_only")
         experts = {tuple(sorted(set(a.target_parameters))) for a in self.adapters if a.target_parameters}
         if self.simulation.base_activations != "all" and len(experts) > 1:
             raise ValueError(
                 f"simulation.base_activations {self.simulation.base_activations}: PEFT takes adapters together only with the same target_parameters; "
                 "give those that have any the same, or say all"
+            )
+        roots = [a for a in self.adapters if self.start_of(a) is None]
+        if self.simulation.base_activations != "none" or len(roots) < 2:
+            return self
+        if budgets := [a.name for a in roots if a.rank_budget is not None]:
+            raise ValueError(
+                f"simulation.base_activations none: rank_budget gives {', '.join(budgets)} ranks of its own, "
+                "and adapters that share every encoding have one shape; leave rank_budget out, or say adapter_only"
+            )
+        shapes = [a.shape() for a in roots if a.start is None]  # that of another lies in its files, and is looked at when they are
+        if differ := [name for name in (shapes[0] if shapes else ()) if any(shape[name] != shapes[0][name] for shape in shapes)]:
+            raise ValueError(
+                f"simulation.base_activations none: adapters that share every encoding have one shape, and {', '.join(differ)} "
+                f"{'differs' if len(differ) == 1 else 'differ'} among them; give them the same, or say adapter_only"
             )
         return self
 

@@ -11,6 +11,6 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A part of the recipe; keys that it does not know are errors."""
+    """A part of the recipe; keys that it does not know are errors, and so are `.nan` and `.inf` for numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

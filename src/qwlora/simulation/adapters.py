@@ -14,7 +14,6 @@ its weights to that graph, if the result is then the model's bit for bit. An ina
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +27,7 @@ from torch.export import ExportedProgram
 from qwlora.errors import CaptureError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.graph import Kind
+from qwlora.grid.names import adapter_of, canonical_name
 from qwlora.progress import Track, untracked
 from qwlora.simulation.calibrate import Stillness
 from qwlora.simulation.capture import Captured, capture, rebound
@@ -205,13 +205,9 @@ class _Maker:
         return simulation
 
 
-_OF_ADAPTER = re.compile(r"(.*\.(?:lora_\w+|modules_to_save))\.([^.]+)(\..*)?")
-
-
 def _weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """The parameters of an adapter, by their paths without its name."""
-    found = ((_OF_ADAPTER.fullmatch(path), p) for path, p in model.named_parameters(remove_duplicate=False))
-    return {f"{match[1]}{match[3] or ''}": p for match, p in found if match and match[2] == adapter}
+    return {canonical_name(path): p for path, p in model.named_parameters(remove_duplicate=False) if adapter_of(path) == adapter}
 
 
 def _structure(model: PeftModel, adapter: str) -> Hashable:

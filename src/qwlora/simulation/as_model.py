@@ -5,6 +5,8 @@
     model.generate(ids, max_new_tokens=20)                       # the same tokens as ever, without a cache: each step runs the whole sequence
     model.to("cuda")                                             # moves the simulation; the user's model stays where it is
 
+A batch that is padded on the left needs a graph that takes positions: put `position_ids` among the example inputs of `simulate`.
+
 It is an instance of the model's own class with its configuration and nothing below it: `forward` runs the graph. Arguments are those of the model's forward; an
 argument that the graph knows nothing of is refused, never ignored. It computes what was captured: evaluation, no gradients, no hidden states, no attentions, no
 cache. A term that the model's forward adds to its loss (a router's balance) is not in the graph, so a model that has one switched on gets no loss.
@@ -77,6 +79,24 @@ class SimulatedModel:
         if mode:
             raise CaptureError("a simulated model is for evaluation; train the adapter before it is simulated (or through the graph, see `training`)")
         return self
+
+    def tie_weights(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: a weight that the model ties is one in the graph. Evaluation harnesses call this."""
+
+    def get_input_embeddings(self) -> NoReturn:
+        """Refuses: there are no layers to hand out or to change."""
+        raise CaptureError(
+            "a simulated model is one graph and has no embedding layers; those that it was captured from are simulation.origin.model's, "
+            "and after a change of them simulate it again"
+        )
+
+    get_output_embeddings = get_input_embeddings
+
+    def set_input_embeddings(self, _: Any) -> NoReturn:
+        """Refuses likewise."""
+        self.get_input_embeddings()
+
+    set_output_embeddings = set_input_embeddings
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: this is no checkpoint."""

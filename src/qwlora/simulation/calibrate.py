@@ -26,6 +26,7 @@ from qwlora.grid.graph import Mark
 from qwlora.grid.scheme import Scheme
 from qwlora.progress import Track, untracked
 from qwlora.simulation.aten import MASKS, base_name
+from qwlora.simulation.device import device_of, moved_encoding
 from qwlora.simulation.estimate import estimate
 from qwlora.simulation.observe import SampleObserver
 from qwlora.simulation.place import Placed, Placement, near_names
@@ -160,6 +161,7 @@ class Calibrated(nn.Module):
             if (encoding := encodings.get(name)) is None:
                 continue
             quantizer.scheme, quantizer.encoding, quantizer.fixed = encoding.scheme, encoding, True
+        self._place_encodings()
 
     def freeze(self, allow_unseen: bool = False) -> CalibrationReport:
         """Fix the encodings of what has none, from everything observed, and simulate from now on.
@@ -191,10 +193,16 @@ class Calibrated(nn.Module):
             self._drop(name, "no data came by in calibration")
         self._unseen += unseen
         estimate([q for q in self.quantizers.values() if q.encoding is None])
+        self._place_encodings()
         self._set_mode(Mode.SIMULATE)
         constants = tuple(name for name, q in self.quantizers.items() if q.is_constant)
         seen = self._seen
         return CalibrationReport(seen.tokens, seen.batches, constants, tuple(self._unseen), tuple(self._masks), seen.stopped_early)
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """Names of the activations that calibration left float, although placement gave them a quantizer: masks, and values that no data came by for."""
+        return frozenset(self._dropped)
 
     def observations(self) -> dict[str, Tensor]:
         """Everything that was observed, as tensors: a safetensors file holds them, another process takes them in."""
@@ -290,6 +298,13 @@ class Calibrated(nn.Module):
         self.graph_module.graph.erase_node(node)
         self.graph_module.delete_submodule(str(node.target))
         self.graph_module.recompile()
+
+    def _place_encodings(self, device: torch.device | None = None) -> None:
+        """Put the encodings of activations where the graph is, or is now."""
+        device = device or device_of(self.graph_module)
+        for quantizer in self.quantizers.values():
+            if quantizer.encoding is not None:
+                quantizer.encoding = moved_encoding(quantizer.encoding, device)
 
     def _set_mode(self, mode: Mode) -> None:
         for quantizer in self.quantizers.values():

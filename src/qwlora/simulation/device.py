@@ -40,8 +40,16 @@ def rewrite_devices_(graph_module: GraphModule, device: torch.device) -> None:
     graph_module.recompile()
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where the tensors of `module` are; the CPU if it has none."""
+    return next((tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors), torch.device("cpu"))
+
+
 def moved_encoding(encoding: Encoding, device: torch.device) -> Encoding:
-    """The same numbers there; a single scale stays, since torch computes with a lone number of the CPU on every device."""
-    if not encoding.scale.ndim or encoding.scale.device == device:
+    """The same numbers there, a single scale too.
+
+    CUDA would take one from the CPU, but multiplies by its reciprocal then, which is not the grid's division. The meta device has no numbers, so they stay.
+    """
+    if device.type == "meta" or encoding.scale.device == device:
         return encoding
     return replace(encoding, scale=encoding.scale.to(device), offset=encoding.offset.to(device))

@@ -144,6 +144,12 @@ class SampleObserver:
         made._sampled_values, made._tail_values = len(tensors["sample"]), tensors["tails"].shape[1]
         return made
 
+    def to(self, device: torch.device) -> SampleObserver:
+        """The same memory there: what comes by on that device can be added to it."""
+        if self._ends.device == device:
+            return self
+        return self.from_tensors({name: tensor if name == "numbers" else tensor.to(device) for name, tensor in self.to_tensors().items()})
+
     def _take_tails(self, rows: Tensor, reach: Float[Tensor, "2 rows"]) -> tuple[Tensor, Tensor]:
         """Keep what lies furthest out, given how far each row reaches to either side; returns the lowest and the highest value."""
         furthest, where = reach.topk(max(1, min(ROWS_IN_TAIL, reach.shape[1] // 2)))  # of half of the rows at most, so that the bounds never cross

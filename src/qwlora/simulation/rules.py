@@ -18,6 +18,7 @@ A `PlacementRule` is a user's: it stands in front of the policy, keeps values fl
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -216,6 +217,8 @@ class PlacementRule:
             return "it changes nothing; give keep: float, or a bitwidth, symmetric, a range or an observer"
         if self.bitwidth is not None and self.bitwidth not in BITWIDTHS:
             return f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
+        if wrong := [n for n in ("minimum", "maximum") if (end := getattr(self, n)) is not None and not math.isfinite(end)]:
+            return f"{' and '.join(wrong)} must be finite; leave out what the data decides"
         if (self.minimum or 0) > 0 or (self.maximum or 0) < 0 or (self.minimum, self.maximum) == (0, 0):
             return f"the range {self.minimum} to {self.maximum} must have zero in it, and something beside it"
         if self.of == "weights" and (of_activations := [n for n in given if n not in ("bitwidth", "symmetric")]):

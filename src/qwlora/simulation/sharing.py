@@ -19,6 +19,7 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observer import MinMaxObserver
 from qwlora.simulation.branch import branch_nodes
+from qwlora.simulation.device import device_of, moved_encoding
 from qwlora.simulation.estimate import estimate
 from qwlora.simulation.quantizer import Quantizer
 from qwlora.simulation.simulation import Simulation
@@ -37,13 +38,16 @@ class SharedObservation:
         self.base_activations = base_activations
         self._activations: dict[str, Quantizer] = {}
         self._weights: dict[str, MinMaxObserver] = {}
+        self._names: set[str] | None = None
 
     def take_in(self, simulation: Simulation) -> None:
         """Add what `simulation`, which is frozen, observed, and the values of its adapter's weights where those are shared.
 
         Raises:
-            CalibrationError: a value has another shape or scheme than in the simulations before.
+            CalibrationError: a value has another shape or scheme than in the simulations before; or, where nothing may differ, one of them lacks it.
         """
+        if self.base_activations == "none" and simulation.adapter_weights:  # the graph without any adapter has no value of one
+            self._refuse_other_names(simulation)
         for name in shared_activations(simulation, self.base_activations):
             quantizer = simulation.quantizers[name]
             if name not in self._activations:
@@ -58,6 +62,19 @@ class SharedObservation:
                 observer = MinMaxObserver(encodings[name].scheme)
                 observer.update(weight)
                 _merge(name, self._weights.setdefault(name, MinMaxObserver(observer.scheme)), observer)
+
+    def _refuse_other_names(self, simulation: Simulation) -> None:
+        names = {*simulation.quantizers, *simulation.adapter_weights}
+        if self._names is None:
+            self._names = names
+        if differ := sorted(names ^ self._names):
+            why = (
+                "one adapter's data did not reach it; calibrate on more data, or keep it float by a rule"
+                if all(name in simulation.dropped or name in simulation.quantizers for name in differ)
+                else "adapters that share every encoding are on the same layers and of one kind: "
+                "give them the same target_modules, layers and dora, or share less"
+            )
+            raise CalibrationError(f"{len(differ)} values have an encoding with one adapter and none with another, {differ[0]} first; {why}")
 
     def encodings(self) -> dict[str, Encoding]:
         """The shared encodings by name, in order of the graph of the first simulation."""
@@ -86,8 +103,9 @@ def share(simulation: Simulation, encodings: Mapping[str, Encoding], base_activa
     names = shared_activations(simulation, base_activations)
     if missing := [name for name in names if name not in encodings]:
         raise CalibrationError(f"{len(missing)} shared activations have no encoding, {missing[0]} first; observe every adapter before freezing")
+    device = device_of(simulation.graph_module)
     for name in names:
-        simulation.quantizers[name].encoding = encodings[name]
+        simulation.quantizers[name].encoding = moved_encoding(encodings[name], device)
     if base_activations == "none":
         simulation.set_adapter_encodings(encodings)
 

@@ -11,7 +11,7 @@ activations from data, in one pass over float activations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -155,14 +155,17 @@ class Simulation(Calibrated):
         weights = self.adapter_weights
         for name, node in self._adapter_nodes():
             if name in encodings:
-                self.weights[name] = FrozenWeight(weights[name], encodings[name])
+                self.weights[name] = FrozenWeight(weights[name], moved_encoding(encodings[name], weights[name].device))
                 self.graph_module.add_submodule(str(node.target), self.weights[name])
 
-    def restore(self, encodings: Mapping[str, Encoding | FloatOffsetEncoding]) -> None:
-        """Take activation encodings that were calibrated earlier; a value without one was left float by calibration: a mask, or never seen.
+    def restore(self, encodings: Mapping[str, Encoding | FloatOffsetEncoding], dropped: Collection[str] = ()) -> None:
+        """Take activation encodings that were calibrated earlier.
+
+        Args:
+            dropped: names of values that calibration left float, see `Calibrated.dropped`; they stay float if they have no encoding.
 
         Raises:
-            CalibrationError: an encoding names no value of this graph, or a weight's encoding is not the one its values give.
+            CalibrationError: an encoding names no value of this graph, a weight's encoding is not the one its values give, or an activation has none.
         """
         known = {mark.name for mark in self.marks}
         if strangers := [name for name in encodings if name not in known]:
@@ -170,12 +173,18 @@ class Simulation(Calibrated):
         for name, encoding in {**self._base_encodings, **self._weight_encodings()}.items():
             if name not in encodings or not _same(encodings[name], encoding):
                 raise CalibrationError(f"the encoding of {name} is not the one that its values give; calibrate again")
+        if missing := [name for name in self.quantizers if name not in encodings and name not in dropped]:
+            raise CalibrationError(
+                f"{len(missing)} activations have no encoding, {missing[0]} first, and calibration did not leave them float: "
+                "the encodings are of another placement; calibrate again"
+            )
         for name, quantizer in list(self.quantizers.items()):
             if isinstance(found := encodings.get(name), Encoding):
                 quantizer.scheme = found.scheme
                 quantizer.encoding = found
             else:
                 self._drop(name, "left float by the calibration that is restored")
+        self._place_encodings()
         self._set_mode(Mode.SIMULATE)
 
     @property
@@ -196,16 +205,21 @@ class Simulation(Calibrated):
         save_simulation(self, folder)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`to(device)`; the model that the graph was captured from stays where it is."""
-        if fn(torch.empty(0)).dtype != torch.float32:
+        """`to(device)`; the model that the graph was captured from stays where it is.
+
+        Raises:
+            CaptureError: it would change a type, `float()` of a bfloat16 graph too.
+        """
+        held = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())} | {torch.float32}  # float32: the scales
+        if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in held):
             raise CaptureError("the graph computes in the type that it was captured in; cast the model, and simulate it again")
         unshare_moving_(self.graph_module, fn)
         super()._apply(fn, recurse)
         device = fn(torch.empty(0)).device
         rewrite_devices_(self.graph_module, device)
+        self._place_encodings(device)
         for quantizer in self.quantizers.values():
-            if quantizer.encoding is not None:
-                quantizer.encoding = moved_encoding(quantizer.encoding, device)
+            quantizer.observer = quantizer.observer.to(device)
         return self
 
     def graph(self) -> QuantizedGraph:
@@ -341,8 +355,8 @@ def base_encodings(model: nn.Module) -> dict[str, Encoding | FloatOffsetEncoding
 
 
 def _same(a: Encoding | FloatOffsetEncoding, b: Encoding | FloatOffsetEncoding) -> bool:
-    both = [e.minimum if isinstance(e, FloatOffsetEncoding) else e.offset for e in (a, b)]
-    return a.scheme == b.scheme and torch.equal(a.scale, b.scale) and torch.equal(*both)
+    lows = [e.minimum if isinstance(e, FloatOffsetEncoding) else e.offset for e in (a, b)]
+    return a.scheme == b.scheme and all(torch.equal(x.to(y.device), y) for x, y in ((a.scale, b.scale), lows))
 
 
 def _node_of_placeholder(program: ExportedProgram, module: GraphModule) -> dict[str, Node]:

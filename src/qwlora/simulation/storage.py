@@ -28,6 +28,7 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.grid.names import is_adapter_name
 from qwlora.simulation.adapters import BASE, simulate_adapters
+from qwlora.simulation.device import device_of
 from qwlora.simulation.encodings_file import ENCODINGS, FORMAT, RECORD, load_encodings, read_record, save_encodings, unreadable
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
 from qwlora.simulation.structure import CacheSlot, Slot, Structure
@@ -56,6 +57,7 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
         "inputs": _template_to_json(arguments.template, ""),
         "schemes": _schemes_to_json(origin.schemes),
         "encodings": {m.name: m.kind.value for m in simulation.marks if m.name in own},
+        "dropped": sorted(simulation.dropped),
         "placement": [asdict(p) for p in simulation.explanation],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,7 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
 
 
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
-    """The simulation that was saved in `folder`, captured anew from `model`: the same base, with the same adapter.
+    """The simulation that was saved in `folder`, captured anew from `model`: the same base, with the same adapter, on whatever device it is.
 
     That of the adapter that adds zero (`simulate_adapters(...)["base"]`) takes the shape of the model's active adapter, whatever its weights.
 
@@ -94,7 +96,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
                 "give it the model it was made from, or calibrate again"
             )
     try:
-        tensors = load_file(folder / INPUTS)
+        tensors = {name: tensor.to(device_of(model)) for name, tensor in load_file(folder / INPUTS).items()}
         schemes = TypeAdapter(SimulationSchemes).validate_python(record["schemes"])
         examples = _template_from_json(record["inputs"], tensors)
     except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
@@ -115,7 +117,8 @@ def restore(simulation: Simulation, folder: Path) -> None:
     Raises:
         CalibrationError: the folder does not hold them, or they belong to other values.
     """
-    simulation.restore({**simulation.base_encodings, **load_encodings(folder)})
+    dropped = read_record(folder).get("dropped", [])
+    simulation.restore({**simulation.base_encodings, **load_encodings(folder)}, dropped)
 
 
 def _schemes_to_json(schemes: SimulationSchemes) -> Any:

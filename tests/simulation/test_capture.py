@@ -151,7 +151,8 @@ def test_capture_leaves_the_model_as_it_was() -> None:
     assert (config._attn_implementation, config._experts_implementation) == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     operators = [str(node.target) for node in captured.program.graph.nodes if "experts" in str(node.meta.get("nn_module_stack"))]
-    assert sum("bmm" in operator for operator in operators) == 4  # two products in each of two layers
+    assert sum("aten.bmm" in operator for operator in operators) == 4  # two products in each of two layers
+    assert sum("aten.baddbmm" in operator for operator in operators) == 4  # and two weights with their adapters
     assert sum("softmax" in str(node.target) for node in captured.program.graph.nodes) >= 4
     with pytest.raises(CaptureError, match="at least two tokens"):
         capture(model, {"input_ids": torch.ones(2, 1, dtype=torch.int64)})

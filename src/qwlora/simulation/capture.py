@@ -13,7 +13,6 @@ A causal language model with a key-value cache is two graphs of one set of encod
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +26,12 @@ from transformers.cache_utils import Cache
 
 from qwlora.errors import CaptureError
 from qwlora.grid.graph import Interface, with_graph
+from qwlora.grid.names import parameter_name
 from qwlora.simulation.axes import Axes, Place
 from qwlora.simulation.facts import operator_of
 from qwlora.simulation.implementations import visible_implementations
+from qwlora.simulation.inline import inlined_graph
+from qwlora.simulation.parameters import buffer_names
 from qwlora.simulation.proof import prove
 from qwlora.simulation.structure import Structure, cache_of
 
@@ -210,11 +212,14 @@ def _cleaned(program: ExportedProgram, flat: Flat, tensors: tuple[Tensor, ...], 
 
 
 def _clean(program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layout: bool) -> ExportedProgram:
-    graph = copy.deepcopy(program.graph)
+    graph = inlined_graph(program)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is _aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is _aten.set_.source_Tensor:  # a parameter that is parametrized for one forward takes the storage that it has
+            node.replace_all_uses_with(node.args[1])
             graph.erase_node(node)
         elif _changes_nothing(node) or (node.target is _aten.contiguous.default and not keep_layout):
             node.replace_all_uses_with(node.args[0])
@@ -223,7 +228,23 @@ def _clean(program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layou
             node.args = ([part for part in node.args[0] if not _is_empty(part)], *node.args[1:])
     _unpack_once_(graph, packed)
     graph.eliminate_dead_code()  # a weight that was only asked for its type, for one
-    return with_graph(program, graph)
+    cleaned = with_graph(program, graph)
+    _refuse_hidden_codes(cleaned)
+    return cleaned
+
+
+def _refuse_hidden_codes(program: ExportedProgram) -> None:
+    """Of a packed weight whose codes something else than `dequantize` reads, the graph shows no float values, so it would have no encoding."""
+    codes = {name: path for name, path in buffer_names(program).items() if path.endswith(".packed")}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in codes:
+            for user in node.users:
+                if operator_of(user) != "dequantize":
+                    weight = parameter_name(codes[node.name].removesuffix(".packed"))
+                    raise CaptureError(
+                        f"{weight}: its codes are read by {operator_of(user)}, so the graph does not show the weight, and it would have no encoding; "
+                        "let the packed layer itself compute (layer(x)), or read its weight, and capture again"
+                    )
 
 
 def _unpack_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:

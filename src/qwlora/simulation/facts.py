@@ -37,7 +37,8 @@ class GraphFacts:
         self._integer_origins = _made_from_alone(program, integers, but_for=frozenset({"embedding"}))
         self._masked = _masked(program, self._integer_origins)
         self._angles = _angles(program)
-        self._constants = _made_from_alone(program, {n.name for n in _placeholders(program)} - set(program.graph_signature.user_inputs))
+        self._constants_given = {n.name for n in _placeholders(program)} - set(program.graph_signature.user_inputs)
+        self._constants = _made_from_alone(program, self._constants_given)
 
     def facts(self, node: Node) -> frozenset[Fact]:
         """Every fact that holds for the floating point value of `node`."""
@@ -56,6 +57,8 @@ class GraphFacts:
             found.add(Fact.LEAVES_ONE_OPERATION if outside else Fact.INSIDE_ONE_OPERATION)
         if node.name in self._angles:
             found.add(Fact.ANGLE)
+        if (made := origin(node)) is not None and made.op == "call_function" and made.name in self._adapted_weights:
+            found.add(Fact.ADAPTED_WEIGHT)
         if node.name in self._residual_additions:
             found.add(Fact.RESIDUAL_ADDITION)
         if not is_known(operator):
@@ -83,13 +86,26 @@ class GraphFacts:
         return {key for n in _calls(self.program) if base_name(operator_of(n)) in SEVERAL_OPERATIONS for key in _stack(n)}
 
     @cached_property
+    def _adapted_weights(self) -> set[str]:
+        """Names of the nodes that add an adapter's product to a weight, for a matrix product of that and an activation."""
+        own = {name for name, parameter in self.parameters.items() if is_adapter_name(parameter)}
+        made_of_adapter = self._constants - _made_from_alone(self.program, self._constants_given - own)
+        found: set[str] = set()
+        for node in reversed(_calls(self.program)):
+            factors = [made for factor in _factors(node) if (made := origin(factor)) is not None]
+            if any(factor.name not in self._constants for factor in factors):
+                found.update(factor.name for factor in factors if factor.name in made_of_adapter)
+            if node.name in made_of_adapter and any(user.name in found for user in node.users):
+                found.add(node.name)
+        return found
+
+    @cached_property
     def _matmul_facts(self) -> dict[str, set[Fact]]:
         """By node: whether matrix products read it, and as what."""
         facts: dict[str, set[Fact]] = {}
         for node in _calls(self.program):
-            positions = MATRIX_PRODUCTS.get(base_name(operator_of(node)), ())
-            factors = [a for p in positions if p < len(node.args) for a in _nodes(node.args[p])]
-            activations = [(i, made) for i, factor in enumerate(factors) if factor.name not in self._constants and (made := origin(factor)) is not None]
+            activations = [(i, made) for i, factor in enumerate(_factors(node)) if factor.name not in self._constants and (made := origin(factor)) is not None]
+            activations = [(i, made) for i, made in activations if made.name not in self._adapted_weights]
             for i, made in activations:
                 facts.setdefault(made.name, set()).add(Fact.MATMUL_INPUT)
                 if i > 0 and len(activations) > 1:
@@ -103,6 +119,12 @@ def origin(node: Node) -> Node | None:
         node = sources[0]
     value = node.meta.get("val")
     return node if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
+def _factors(node: Node) -> list[Node]:
+    """What a matrix product multiplies; nothing of another operator."""
+    positions = MATRIX_PRODUCTS.get(base_name(operator_of(node)), ())
+    return [a for p in positions if p < len(node.args) for a in _nodes(node.args[p])]
 
 
 def operator_of(node: Node) -> str:

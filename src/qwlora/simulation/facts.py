@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from qwlora.grid.names import is_adapter_name
 from qwlora.simulation.aten import MASKS, MATRIX_PRODUCTS, MOVES_DATA, SEVERAL_OPERATIONS, SOFTMAXES, base_name, is_known
+from qwlora.simulation.branch import factor_nodes
 from qwlora.simulation.parameters import parameter_names
 from qwlora.simulation.rules import Fact
 
@@ -31,7 +32,8 @@ class GraphFacts:
         self.program = program
         self.parameters = parameter_names(program)
         self._one_operation = re.compile(one_operation)
-        self._residual_additions = residual_additions(program)
+        # DoRA adds to a base layer's output what it computes from that, which makes it the layer's output and no residual stream
+        self._residual_additions = residual_additions(program) - factor_nodes(program)
         integers = {n.name for n in _placeholders(program) if isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].is_floating_point()}
         # what an embedding looks up is not an integer, whatever its table is made of
         self._integer_origins = _made_from_alone(program, integers, but_for=frozenset({"embedding"}))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 from transformers.cache_utils import Cache
 
@@ -39,7 +40,8 @@ PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
 CACHE = "cache"  # what newer models call the argument
 MASKS_OF = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 _aten = torch.ops.aten
-_SAME_VALUES = (_aten.alias.default, _aten.detach.default, _aten.detach_.default, _aten.lift_fresh_copy.default)
+_SAME_VALUES = (_aten.alias.default, _aten.lift_fresh_copy.default)
+_STOPS = (_aten.detach.default, _aten.detach_.default)  # the same values, but no gradient goes through
 _CASTS = (_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy.default, _aten.type_as.default)
 
 
@@ -213,6 +215,7 @@ def _cleaned(program: ExportedProgram, flat: Flat, tensors: tuple[Tensor, ...], 
 
 def _clean(program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layout: bool) -> ExportedProgram:
     graph = inlined_graph(program)
+    learning = _learning(graph, program)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -221,7 +224,9 @@ def _clean(program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layou
         elif node.target is _aten.set_.source_Tensor:  # a parameter that is parametrized for one forward takes the storage that it has
             node.replace_all_uses_with(node.args[1])
             graph.erase_node(node)
-        elif _changes_nothing(node) or (node.target is _aten.contiguous.default and not keep_layout):
+        elif node.target in _STOPS and node in learning:
+            node.target = _aten.detach.default
+        elif node.target in _STOPS or _changes_nothing(node) or (node.target is _aten.contiguous.default and not keep_layout):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is _aten.cat.default:
@@ -231,6 +236,17 @@ def _clean(program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layou
     cleaned = with_graph(program, graph)
     _refuse_hidden_codes(cleaned)
     return cleaned
+
+
+def _learning(graph: Graph, program: ExportedProgram) -> set[Node]:
+    """The nodes that parameters with a gradient flow into: where one of them stops the gradient, training through the graph asks for it."""
+    found: set[Node] = set()
+    parameters = {s.arg.name: program.state_dict[s.target] for s in program.graph_signature.input_specs if s.kind is InputKind.PARAMETER}
+    for node in graph.nodes:
+        given = parameters[node.name].requires_grad if node.name in parameters else False
+        if given or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _refuse_hidden_codes(program: ExportedProgram) -> None:

@@ -48,18 +48,20 @@ class GraphFacts:
             return frozenset(self._facts_of_placeholder(node))
         found = set()
         operator = operator_of(node)
+        made = origin(node)
+        multiplied = made is not None and Fact.MATMUL_INPUT in self._matmul_facts.get(made.name, set())
         if node.meta["val"].dtype == torch.float64:
             found.add(Fact.FLOAT64)
         if node.name in self._integer_origins:
-            found.add(Fact.INTEGER_ORIGIN)
-        if node.name in self._masked:
+            found.update(() if multiplied else {Fact.INTEGER_ORIGIN})
+        elif node.name in self._masked:
             found.add(Fact.MASKED)
         if owner := self.owner(node):
             outside = any(owner[0] not in _stack(user) for user in node.users)
             found.add(Fact.LEAVES_ONE_OPERATION if outside else Fact.INSIDE_ONE_OPERATION)
         if node.name in self._angles:
             found.add(Fact.ANGLE)
-        if (made := origin(node)) is not None and made.op == "call_function" and made.name in self._adapted_weights:
+        if made is not None and made.op == "call_function" and made.name in self._adapted_weights:
             found.add(Fact.ADAPTED_WEIGHT)
         if node.name in self._residual_additions:
             found.add(Fact.RESIDUAL_ADDITION)

@@ -48,7 +48,7 @@ class Fact(StrEnum):
     """What can be said about a value from the structure of its graph alone (`facts.py` finds them)."""
 
     FLOAT64 = "float64"
-    INTEGER_ORIGIN = "integer-origin"  # no floating point input, parameter or constant flows into it
+    INTEGER_ORIGIN = "integer-origin"  # no floating point input or parameter flows into it, and no matrix product reads it
     ANGLE = "angle"  # in the end only sine and cosine read it: a step of more than a radian would leave nothing of it
     MASKED = "masked"  # a mask was added to it, or chose among its values; or it is computed from such ones on the way to a softmax
     INSIDE_ONE_OPERATION = "inside-one-operation"  # in a module of the policy's `one_operation` classes, and read there alone

@@ -34,7 +34,7 @@ from qwlora.simulation.implementations import visible_implementations
 from qwlora.simulation.inline import inlined_graph
 from qwlora.simulation.parameters import buffer_names
 from qwlora.simulation.proof import prove
-from qwlora.simulation.structure import Structure, cache_of
+from qwlora.simulation.structure import Structure, cache_of, tokens_in
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
 CACHE = "cache"  # what newer models call the argument
@@ -58,7 +58,7 @@ class Captured:
     result: Structure
 
     def bind(self, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The graph's inputs from the model's own arguments. Without an attention mask, where the graph has one, every position is attended to.
+        """The graph's inputs from the model's own arguments. Without an attention mask that the graph has, all positions are attended to, earlier ones too.
 
         Raises:
             CaptureError: arguments are missing, unknown, constants of another value, or tensors of a size that the graph does not take.
@@ -66,7 +66,8 @@ class Captured:
         given = dict(arguments)
         for mask, ids in MASKS_OF.items():
             if given.get(mask) is None and mask in self.interface.inputs and isinstance(given.get(ids), Tensor):
-                given[mask] = torch.ones_like(given[ids])
+                rows, tokens = given[ids].shape
+                given[mask] = given[ids].new_ones(rows, tokens_in(given.get(PAST)) + tokens)
         tensors = self.arguments.flatten(given)
         for name, tensor in zip(self.interface.inputs, tensors, strict=True):
             shape = self.interface.shapes[name]
@@ -159,7 +160,11 @@ def rebound(captured: Captured, program: ExportedProgram, model: nn.Module, exam
 
 
 def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with a cache in its own type, or with `use_cache` off where the model has it and nothing is said."""
+    """Arguments with a cache in its own type, or with `use_cache` off where the model has it and nothing is said.
+
+    Raises:
+        CaptureError: a cache is asked for of an encoder with a decoder.
+    """
     completed = dict(example_inputs)
     if isinstance(completed.get(CACHE), Cache):
         completed[PAST] = completed.pop(CACHE)
@@ -169,13 +174,23 @@ def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str,
         completed.setdefault(USE_CACHE, True)
     elif USE_CACHE in _parameters(model):
         completed.setdefault(USE_CACHE, False)
+    if completed.get(USE_CACHE) and getattr(getattr(_unwrapped(model), "config", None), "is_encoder_decoder", False):
+        raise CaptureError(
+            f"{type(_unwrapped(model)).__name__} has an encoder and a decoder, which keep two caches for each layer (EncoderDecoderCache); a graph holds one. "
+            "Capture without a cache (use_cache=False, no past_key_values): each call then computes all of the decoder's tokens"
+        )
     return completed
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """An adapter library's model takes whatever its own model takes."""
+    inner: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return inner
+
+
 def _parameters(model: nn.Module) -> set[str]:
-    """Names of the arguments of the model's forward; an adapter library's model takes whatever its own model takes."""
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)
-    return {name for each in (model, unwrap()) for name in inspect.signature(each.forward).parameters}
+    """Names of the arguments of the model's forward."""
+    return {name for each in (model, _unwrapped(model)) for name in inspect.signature(each.forward).parameters}
 
 
 def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -173,6 +173,21 @@ def test_calibration_says_what_is_missing() -> None:
     simulation = simulate(adapted("llama"), inputs())
     with pytest.raises(CalibrationError, match=r"activations have no encoding yet, .* first; call calibrate"):
         simulation.graph()
+    uses = (lambda: simulation(**inputs()), lambda: simulation.outputs(inputs()), lambda: simulation.logits(inputs()["input_ids"]), simulation.model)
+    uses = (*uses, lambda: simulation.primary(inputs()), lambda: simulation.values(inputs()), lambda: simulation.perturbed_outputs(inputs()))
+    simulation.observe([inputs()])  # what was observed alone is no encoding
+    for use in uses:
+        with pytest.raises(CalibrationError, match=r"activations have no encoding yet, .* first; call calibrate, .* `with simulation.only\(\):`"):
+            use()
+    with simulation.only("*.lora_A.weight"):
+        assert torch.isfinite(simulation.logits(inputs()["input_ids"])).all()
+    simulation.freeze()
+    for use in uses:
+        use()
+    simulation.set_scheme("*.softmax", Scheme(8, symmetric=False))
+    with pytest.raises(CalibrationError, match=r"2 activations have no encoding yet, model.layers.0.self_attn.softmax first"):
+        simulation.outputs(inputs())
+    simulation = simulate(adapted("llama"), inputs())
     with pytest.raises(CalibrationError, match="at least one batch"):
         simulation.calibrate([])
     model = adapted("llama")

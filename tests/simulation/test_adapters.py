@@ -164,21 +164,31 @@ def test_the_model_is_as_it_was(model: PeftModel) -> None:
     assert not any("first" in name for name in trainable)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_part_of_a_branch_has_an_encoding_of_its_own(architecture: str, request: pytest.FixtureRequest) -> None:
-    model = request.getfixturevalue("model") if architecture == "llama" else adapted(architecture)
+DORA = (
+    "lora_A.linear lora_B.linear lora_magnitude_vector.mul lora_magnitude_vector.add lora_magnitude_vector.linalg_norm lora_magnitude_vector.div "
+    "lora_A.linear_1 lora_B.linear_1 lora_magnitude_vector.sub lora_magnitude_vector.mul_1 lora_magnitude_vector.mul_2 lora_magnitude_vector.mul_3 "
+    "lora_magnitude_vector.add_1 add"
+)
+
+
+@pytest.mark.parametrize(("architecture", "dora"), [*((architecture, False) for architecture in ARCHITECTURES), ("llama", True)])
+def test_every_part_of_a_branch_has_an_encoding_of_its_own(architecture: str, dora: bool, request: pytest.FixtureRequest) -> None:
+    if dora:  # on a float base
+        model = get_peft_model(eager(architecture), shape(use_dora=True), adapter_name="first").eval()
+    else:
+        model = request.getfixturevalue("model") if architecture == "llama" else adapted(architecture)
     simulation = simulate_adapters(model, inputs(), adapters=["first"])["first"]
     simulation.calibrate([inputs()])
     own = branch_nodes(simulation.program)
     names = {m.name for m in simulation.marks if m.node in own}
     layers = [name.removesuffix(".lora_A.weight") for name in simulation.adapter_weights if name.endswith("lora_A.weight")]
     assert len(layers) == sum(name.endswith("lora_A.first.weight") for name, _ in model.named_parameters())
-    parts = ("lora_A.linear", "lora_B.linear", "mul", "add")
+    parts = DORA.split() if dora else ["lora_A.linear", "lora_B.linear", "mul", "add"]
     assert names == {f"{layer}.{part}" for layer in layers for part in parts}
     encodings = simulation.encodings
     for layer in layers:
         weights = [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"]
-        assert len({id(encodings[name]) for name in weights + [f"{layer}.{part}" for part in parts]}) == 6
+        assert len({id(encodings[name]) for name in weights + [f"{layer}.{part}" for part in parts]}) == 2 + len(parts)
 
 
 def test_encodings_of_the_base_are_the_same_in_all_adapters(calibrated: dict[str, AdapterSimulations]) -> None:

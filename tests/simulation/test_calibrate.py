@@ -121,7 +121,7 @@ def test_another_scheme_needs_no_data() -> None:
     before = encodings(made)
     changed = made.set_scheme("*.mlp.*", Scheme(8))
     assert len(changed) == 2 * (2 + 1 + 5 + 1)  # gate, up; the activation; down with its adapter; the product
-    with pytest.raises(CalibrationError, match=r"mlp.*has no encoding; call freeze"):
+    with pytest.raises(CalibrationError, match=r"18 activations have no encoding yet, model.layers.0.mlp.*; call calibrate, or freeze"):
         made.logits(IDS)
     made.freeze()
     assert encodings(made) == encodings(direct)

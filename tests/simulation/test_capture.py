@@ -14,6 +14,7 @@ from qwlora.errors import CaptureError
 from qwlora.simulation.capture import Captured, capture
 from qwlora.simulation.implementations import visible_implementations
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, base_encodings, simulate
+from qwlora.simulation.structure import cache_of
 from simulation.tiny_architectures import inputs, make
 
 
@@ -151,7 +152,8 @@ def test_capture_leaves_the_model_as_it_was() -> None:
     assert (config._attn_implementation, config._experts_implementation) == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     operators = [str(node.target) for node in captured.program.graph.nodes if "experts" in str(node.meta.get("nn_module_stack"))]
-    assert sum("bmm" in operator for operator in operators) == 4  # two products in each of two layers
+    assert sum("aten.bmm" in operator for operator in operators) == 4  # two products in each of two layers
+    assert sum("aten.baddbmm" in operator for operator in operators) == 4  # and two weights with their adapters
     assert sum("softmax" in str(node.target) for node in captured.program.graph.nodes) >= 4
     with pytest.raises(CaptureError, match="at least two tokens"):
         capture(model, {"input_ids": torch.ones(2, 1, dtype=torch.int64)})
@@ -199,6 +201,9 @@ def test_prefill_and_decode_are_one_model(name: str) -> None:
         full = model(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(made["logits"], full[:, :SPLIT], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(decode.named(run(decode, follow))["logits"], full[:, SPLIT:], atol=1e-5, rtol=1e-4)
+    unmasked = {name: value for name, value in follow.items() if name != "attention_mask"}
+    assert torch.equal(decode.bind(unmasked)[1], follow["attention_mask"])
+    assert torch.equal(run(decode, unmasked)[0], run(decode, {**follow, "past_key_values": cache_of(pairs(made))})[0])
     with torch.no_grad():
         one_more = decode.named(run(decode, {**follow, "input_ids": second[:, :1], "attention_mask": torch.ones(2, SPLIT + 1, dtype=torch.int64)}))
     torch.testing.assert_close(one_more["logits"], full[:, SPLIT : SPLIT + 1], atol=1e-5, rtol=1e-4)
@@ -213,6 +218,12 @@ def test_prefill_and_decode_are_one_model(name: str) -> None:
     assert float((found["logits"] - expected[:, SPLIT:]).abs().max()) < 0.01 * float(expected.abs().max())
     key = found["present.0.key"]
     assert torch.equal(key[:, :, :SPLIT], cache[0][0])  # it lay on its grid already
+
+
+def test_a_cache_of_an_encoder_with_a_decoder_is_refused() -> None:
+    for more in ({"use_cache": True}, {"past_key_values": cache_of([])}):
+        with pytest.raises(CaptureError, match=r"T5ForConditionalGeneration has an encoder and a decoder.*EncoderDecoderCache.*use_cache=False"):
+            capture(packed("T5"), {**inputs("T5"), **more})
 
 
 def test_a_simulation_is_called_like_its_model() -> None:

@@ -266,3 +266,28 @@ def test_angles_stay_float() -> None:
     assert [found[name] for name in ("time", "output.mul", "output.unsqueeze", "output.mul_2")] == [angle] * 4
     assert all(found[name][0] is Decision.QUANTIZE for name in ("shared", "output.mul_1", "output.sin", "output.cos", "output.cat"))
     assert found["output.exp"] == (Decision.FLOAT, "computed from integers alone")
+
+
+class Timed(nn.Module):
+    """The same of a time that may be an integer; and a mask that chooses what is added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, time: Tensor, ids: Tensor) -> Tensor:
+        angle = 1000 * time.float().unsqueeze(-1) * torch.exp(-torch.arange(4.0))
+        embedded = self.layer((torch.cat([angle.sin(), angle.cos()], -1) * 0.5).unsqueeze(1))
+        scores = embedded.transpose(1, 2) @ embedded
+        return (scores + (1 - ids.float()).unsqueeze(1) * -3e38).softmax(-1) @ angle.sin().unsqueeze(1).repeat(1, 8, 1)
+
+
+@pytest.mark.parametrize("name", ["npu", "matmul-inputs"])
+def test_what_a_product_reads_is_quantized_though_it_comes_from_integers(name: str) -> None:
+    for time in (torch.arange(3), torch.arange(3.0)):
+        placement = place(torch.export.export(Timed(), (time, torch.ones(3, 8, dtype=torch.long))), name)
+        found = {p.node: (p.decision, p.reason) for p in placement.explanation}
+        assert [found[node][0] for node in ("mul_2", "sin_1", "softmax")] == [Decision.QUANTIZE] * 3
+        assert [found[node][0] for node in ("unsqueeze_1", "repeat")] == [Decision.SHARE] * 2
+        assert found["add"] == (Decision.FLOAT, "combined with a mask")
+        assert found["mul_3"] == (Decision.FLOAT, "computed from integers alone")  # the mask

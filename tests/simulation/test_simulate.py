@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
+from qwlora.export.bundle import export_onnx
+from qwlora.export.verify_outputs import verify_onnx_outputs
 from qwlora.grid.graph import Kind
 from qwlora.simulation.capture import capture
 from qwlora.simulation.implementations import visible_implementations
 from qwlora.simulation.rules import Decision
+from qwlora.simulation.sensitivity import sensitivities
 from qwlora.simulation.simulation import Simulation
 
 
@@ -168,6 +173,21 @@ def test_calibration_says_what_is_missing() -> None:
     simulation = simulate(adapted("llama"), inputs())
     with pytest.raises(CalibrationError, match=r"activations have no encoding yet, .* first; call calibrate"):
         simulation.graph()
+    uses = (lambda: simulation(**inputs()), lambda: simulation.outputs(inputs()), lambda: simulation.logits(inputs()["input_ids"]), simulation.model)
+    uses = (*uses, lambda: simulation.primary(inputs()), lambda: simulation.values(inputs()), lambda: simulation.perturbed_outputs(inputs()))
+    simulation.observe([inputs()])  # what was observed alone is no encoding
+    for use in uses:
+        with pytest.raises(CalibrationError, match=r"activations have no encoding yet, .* first; call calibrate, .* `with simulation.only\(\):`"):
+            use()
+    with simulation.only("*.lora_A.weight"):
+        assert torch.isfinite(simulation.logits(inputs()["input_ids"])).all()
+    simulation.freeze()
+    for use in uses:
+        use()
+    simulation.set_scheme("*.softmax", Scheme(8, symmetric=False))
+    with pytest.raises(CalibrationError, match=r"2 activations have no encoding yet, model.layers.0.self_attn.softmax first"):
+        simulation.outputs(inputs())
+    simulation = simulate(adapted("llama"), inputs())
     with pytest.raises(CalibrationError, match="at least one batch"):
         simulation.calibrate([])
     model = adapted("llama")
@@ -175,3 +195,25 @@ def test_calibration_says_what_is_missing() -> None:
         next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(torch.nan)
     with pytest.raises(CalibrationError, match=r"model.layers.0.self_attn.q_proj.lora_A.weight: the observed range is not finite"):
         simulate(model, inputs())
+
+
+def with_relu(inplace: bool) -> Simulation:
+    torch.manual_seed(0)
+    simulation = simulate(nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 8)).eval(), RELU_INPUTS)
+    simulation.calibrate([RELU_INPUTS])
+    return simulation
+
+
+RELU_INPUTS = {"input": torch.randn(16, 8, generator=torch.Generator().manual_seed(0))}
+
+
+def test_what_an_operator_overwrites_was_seen_before(tmp_path: Path) -> None:
+    simulation, plain = with_relu(inplace=True), with_relu(inplace=False)
+    values, expected = simulation.values(RELU_INPUTS), plain.values(RELU_INPUTS)
+    assert float(values["0.linear"].min()) < 0
+    assert all(torch.equal(values[name.replace("relu", "relu_")], value) for name, value in expected.items())
+    export_onnx(simulation.graph(), tmp_path)
+    assert verify_onnx_outputs(tmp_path, simulation, [RELU_INPUTS]).worst_layer_steps <= 1
+    costs = [sensitivities(s, [RELU_INPUTS], lambda output, _: output.square().sum()) for s in (simulation, plain)]
+    assert [c.cost for c in costs[0]] == pytest.approx([c.cost for c in costs[1]])
+    assert all(c.cost > 0 for c in costs[0])

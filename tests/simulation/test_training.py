@@ -97,8 +97,8 @@ def test_training_through_the_graph_moves_the_adapter_and_nothing_else(tmp_path:
         assert float(model.loss_function(graph(**inputs(IDS)), IDS, 260)) < report.losses[0]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_without_quantizers_it_is_plain_training(tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize(("architecture", "shape"), [*((architecture, SHAPE) for architecture in ARCHITECTURES), ("llama", replace(SHAPE, dora=True))])
+def test_without_quantizers_it_is_plain_training(tmp_path: Path, architecture: str, shape: LoraShape) -> None:
     plain = base(architecture)
     plain.set_attn_implementation("eager")
     for module in plain.modules():
@@ -109,9 +109,9 @@ def test_without_quantizers_it_is_plain_training(tmp_path: Path, architecture: s
     for module in plain.modules():
         if hasattr(module, "dropout") and isinstance(module.dropout, float):
             module.dropout = 0.0
-    adapted = attach(plain, SHAPE, seed=0)
+    adapted = attach(plain, shape, seed=0)
     expected = train_adapter(adapted, IDS, SETTINGS, tmp_path / "plain")
-    other = attach(base(architecture), SHAPE, seed=0)
+    other = attach(base(architecture), shape, seed=0)
     graph = graph_of(other, {})
     off(graph.simulation)
     report = train_adapter(other, IDS, SETTINGS, tmp_path / "graph", through=graph)

@@ -69,7 +69,7 @@ StageFunction = Callable[[Session, Stage, Path, Path], Results]
 
 
 def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> None:
-    """Whatever can be wrong with text and model is found here, before the directory is touched; `say` is told what is no error: what is done otherwise than files say, among it.
+    """Whatever can be wrong with text and model is found here, before the directory is touched; `say` is told what is no error.
 
     Raises:
         SourceError: the text is too short, or its sequences too long for the model; that cannot be loaded, or cannot keep documents in one sequence apart.

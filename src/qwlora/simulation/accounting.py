@@ -56,7 +56,7 @@ def layer_sqnr(simulation: Simulation, batches: Collection[Mapping[str, Any]], t
     signal, noise = dict.fromkeys(simulation.quantizers, 0.0), dict.fromkeys(simulation.quantizers, 0.0)
     for batch in track(batches, "comparing layers", len(batches)):
         with simulation.only():
-            expected = {name: value.clone() for name, value in simulation.values(batch).items()}
+            expected = simulation.values(batch)
         for name, value in simulation.values(batch).items():
             signal[name] += float(expected[name].square().sum())
             noise[name] += float((value - expected[name]).square().sum())

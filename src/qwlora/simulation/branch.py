@@ -17,19 +17,30 @@ from torch.export.graph_signature import InputKind
 
 from qwlora.grid.names import is_adapter_name
 
-_FACTOR = re.compile(r"(.*?)\.(?:lora_\w+|modules_to_save)(?:\.|$)")
+_FACTOR = re.compile(r"(.*?)\.lora_\w+(?:\.|$)")
+_OWN = re.compile(r"(.*?)\.(?:lora_\w+|modules_to_save)(?:\.|$)")
 
 
 def branch_nodes(program: ExportedProgram) -> set[str]:
     """Names of the nodes that compute an adapter's own values; none where no adapter is active."""
+    return _nodes_beside(program, _OWN)
+
+
+def factor_nodes(program: ExportedProgram) -> set[str]:
+    """Those of `branch_nodes` that are not of a module saved whole, which has a structure of its own."""
+    return _nodes_beside(program, _FACTOR)
+
+
+def _nodes_beside(program: ExportedProgram, own_parameter: re.Pattern[str]) -> set[str]:
+    """Names of the nodes that run in the layers, but for their base layers, that have such a parameter; its first group is the layer."""
     used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     targets = [str(s.target) for s in program.graph_signature.input_specs if s.kind is InputKind.PARAMETER and s.arg.name in used]
-    layers = {found[1] for target in targets if is_adapter_name(target) and (found := _FACTOR.match(target))}
+    layers = {found[1] for target in targets if is_adapter_name(target) and (found := own_parameter.match(target))}
     own = set()
     for node in program.graph.nodes:
         entries = [entry for entry in (node.meta.get("nn_module_stack") or {}).values() if isinstance(entry, tuple)]
         path = str(entries[-1][0]) if entries else ""
-        factor = _FACTOR.match(path)
+        factor = own_parameter.match(path)
         if node.op == "call_function" and (path in layers or (factor is not None and factor[1] in layers)):
             own.add(node.name)
     return own

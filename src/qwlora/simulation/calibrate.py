@@ -96,6 +96,7 @@ class Calibrated(nn.Module):
         self.quantizers: dict[str, Quantizer] = {}
         self.weights: dict[str, FrozenWeight] = {}
         self._seen = _Seen()
+        self._chosen = 0  # how many `only` are open
         self._dropped: set[str] = set()
         self._masks: list[str] = []
         self._unseen: list[str] = []
@@ -272,10 +273,22 @@ class Calibrated(nn.Module):
         try:
             for module in modules.values():
                 module.mode = Mode.SIMULATE if id(module) in on else Mode.FLOAT
-            yield
+            self._chosen += 1
+            try:
+                yield
+            finally:
+                self._chosen -= 1
         finally:
             for name, module in modules.items():
                 module.mode = before[name]
+
+    def _refuse_uncalibrated(self) -> None:
+        missing = [name for name, quantizer in self.quantizers.items() if quantizer.encoding is None]
+        if missing:
+            raise CalibrationError(
+                f"{len(missing)} activations have no encoding yet, {missing[0]} first; call calibrate, or freeze. With float activations it computes "
+                "inside `with simulation.only():`"
+            )
 
     def _run(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
         """One forward of the graph on one batch."""

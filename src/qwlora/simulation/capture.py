@@ -13,7 +13,6 @@ A causal language model with a key-value cache is two graphs of one set of encod
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,22 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 from transformers.cache_utils import Cache
 
 from qwlora.errors import CaptureError
 from qwlora.grid.graph import Interface, with_graph
+from qwlora.grid.names import parameter_name
 from qwlora.simulation.axes import Axes, Place
 from qwlora.simulation.facts import operator_of
 from qwlora.simulation.implementations import visible_implementations
+from qwlora.simulation.inline import inlined_graph
+from qwlora.simulation.parameters import buffer_names
 from qwlora.simulation.proof import prove
-from qwlora.simulation.structure import Structure, cache_of
+from qwlora.simulation.structure import Structure, cache_of, tokens_in
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
 CACHE = "cache"  # what newer models call the argument
 MASKS_OF = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 _aten = torch.ops.aten
-_SAME_VALUES = (_aten.alias.default, _aten.detach.default, _aten.detach_.default, _aten.lift_fresh_copy.default)
+_SAME_VALUES = (_aten.alias.default, _aten.lift_fresh_copy.default)
+_STOPS = (_aten.detach.default, _aten.detach_.default)  # the same values, but no gradient goes through
 _CASTS = (_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy.default, _aten.type_as.default)
 
 
@@ -54,7 +58,7 @@ class Captured:
     result: Structure
 
     def bind(self, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The graph's inputs from the model's own arguments. Without an attention mask, where the graph has one, every position is attended to.
+        """The graph's inputs from the model's own arguments. Without an attention mask that the graph has, all positions are attended to, earlier ones too.
 
         Raises:
             CaptureError: arguments are missing, unknown, constants of another value, or tensors of a size that the graph does not take.
@@ -62,7 +66,8 @@ class Captured:
         given = dict(arguments)
         for mask, ids in MASKS_OF.items():
             if given.get(mask) is None and mask in self.interface.inputs and isinstance(given.get(ids), Tensor):
-                given[mask] = torch.ones_like(given[ids])
+                rows, tokens = given[ids].shape
+                given[mask] = given[ids].new_ones(rows, tokens_in(given.get(PAST)) + tokens)
         tensors = self.arguments.flatten(given)
         for name, tensor in zip(self.interface.inputs, tensors, strict=True):
             shape = self.interface.shapes[name]
@@ -155,7 +160,11 @@ def rebound(captured: Captured, program: ExportedProgram, model: nn.Module, exam
 
 
 def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with a cache in its own type, or with `use_cache` off where the model has it and nothing is said."""
+    """Arguments with a cache in its own type, or with `use_cache` off where the model has it and nothing is said.
+
+    Raises:
+        CaptureError: a cache is asked for of an encoder with a decoder.
+    """
     completed = dict(example_inputs)
     if isinstance(completed.get(CACHE), Cache):
         completed[PAST] = completed.pop(CACHE)
@@ -165,13 +174,23 @@ def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str,
         completed.setdefault(USE_CACHE, True)
     elif USE_CACHE in _parameters(model):
         completed.setdefault(USE_CACHE, False)
+    if completed.get(USE_CACHE) and getattr(getattr(_unwrapped(model), "config", None), "is_encoder_decoder", False):
+        raise CaptureError(
+            f"{type(_unwrapped(model)).__name__} has an encoder and a decoder, which keep two caches for each layer (EncoderDecoderCache); a graph holds one. "
+            "Capture without a cache (use_cache=False, no past_key_values): each call then computes all of the decoder's tokens"
+        )
     return completed
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """An adapter library's model takes whatever its own model takes."""
+    inner: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return inner
+
+
 def _parameters(model: nn.Module) -> set[str]:
-    """Names of the arguments of the model's forward; an adapter library's model takes whatever its own model takes."""
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)
-    return {name for each in (model, unwrap()) for name in inspect.signature(each.forward).parameters}
+    """Names of the arguments of the model's forward."""
+    return {name for each in (model, _unwrapped(model)) for name in inspect.signature(each.forward).parameters}
 
 
 def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -210,20 +229,53 @@ def _cleaned(program: ExportedProgram, flat: Flat, tensors: tuple[Tensor, ...], 
 
 
 def _clean(program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layout: bool) -> ExportedProgram:
-    graph = copy.deepcopy(program.graph)
+    graph = inlined_graph(program)
+    learning = _learning(graph, program)
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif _changes_nothing(node) or (node.target is _aten.contiguous.default and not keep_layout):
+        elif node.target is _aten.set_.source_Tensor:  # a parameter that is parametrized for one forward takes the storage that it has
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
+        elif node.target in _STOPS and node in learning:
+            node.target = _aten.detach.default
+        elif node.target in _STOPS or _changes_nothing(node) or (node.target is _aten.contiguous.default and not keep_layout):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is _aten.cat.default:
             node.args = ([part for part in node.args[0] if not _is_empty(part)], *node.args[1:])
     _unpack_once_(graph, packed)
     graph.eliminate_dead_code()  # a weight that was only asked for its type, for one
-    return with_graph(program, graph)
+    cleaned = with_graph(program, graph)
+    _refuse_hidden_codes(cleaned)
+    return cleaned
+
+
+def _learning(graph: Graph, program: ExportedProgram) -> set[Node]:
+    """The nodes that parameters with a gradient flow into: where one of them stops the gradient, training through the graph asks for it."""
+    found: set[Node] = set()
+    parameters = {s.arg.name: program.state_dict[s.target] for s in program.graph_signature.input_specs if s.kind is InputKind.PARAMETER}
+    for node in graph.nodes:
+        given = parameters[node.name].requires_grad if node.name in parameters else False
+        if given or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _refuse_hidden_codes(program: ExportedProgram) -> None:
+    """Of a packed weight whose codes something else than `dequantize` reads, the graph shows no float values, so it would have no encoding."""
+    codes = {name: path for name, path in buffer_names(program).items() if path.endswith(".packed")}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in codes:
+            for user in node.users:
+                if operator_of(user) != "dequantize":
+                    weight = parameter_name(codes[node.name].removesuffix(".packed"))
+                    raise CaptureError(
+                        f"{weight}: its codes are read by {operator_of(user)}, so the graph does not show the weight, and it would have no encoding; "
+                        "let the packed layer itself compute (layer(x)), or read its weight, and capture again"
+                    )
 
 
 def _unpack_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from qwlora.grid.names import is_adapter_name
 from qwlora.simulation.aten import MASKS, MATRIX_PRODUCTS, MOVES_DATA, SEVERAL_OPERATIONS, SOFTMAXES, base_name, is_known
+from qwlora.simulation.branch import factor_nodes
 from qwlora.simulation.parameters import parameter_names
 from qwlora.simulation.rules import Fact
 
@@ -31,13 +32,15 @@ class GraphFacts:
         self.program = program
         self.parameters = parameter_names(program)
         self._one_operation = re.compile(one_operation)
-        self._residual_additions = residual_additions(program)
+        # DoRA adds to a base layer's output what it computes from that, which makes it the layer's output and no residual stream
+        self._residual_additions = residual_additions(program) - factor_nodes(program)
         integers = {n.name for n in _placeholders(program) if isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].is_floating_point()}
         # what an embedding looks up is not an integer, whatever its table is made of
         self._integer_origins = _made_from_alone(program, integers, but_for=frozenset({"embedding"}))
         self._masked = _masked(program, self._integer_origins)
         self._angles = _angles(program)
-        self._constants = _made_from_alone(program, {n.name for n in _placeholders(program)} - set(program.graph_signature.user_inputs))
+        self._constants_given = {n.name for n in _placeholders(program)} - set(program.graph_signature.user_inputs)
+        self._constants = _made_from_alone(program, self._constants_given)
 
     def facts(self, node: Node) -> frozenset[Fact]:
         """Every fact that holds for the floating point value of `node`."""
@@ -45,17 +48,21 @@ class GraphFacts:
             return frozenset(self._facts_of_placeholder(node))
         found = set()
         operator = operator_of(node)
+        made = origin(node)
+        multiplied = made is not None and Fact.MATMUL_INPUT in self._matmul_facts.get(made.name, set())
         if node.meta["val"].dtype == torch.float64:
             found.add(Fact.FLOAT64)
         if node.name in self._integer_origins:
-            found.add(Fact.INTEGER_ORIGIN)
-        if node.name in self._masked:
+            found.update(() if multiplied else {Fact.INTEGER_ORIGIN})
+        elif node.name in self._masked:
             found.add(Fact.MASKED)
         if owner := self.owner(node):
             outside = any(owner[0] not in _stack(user) for user in node.users)
             found.add(Fact.LEAVES_ONE_OPERATION if outside else Fact.INSIDE_ONE_OPERATION)
         if node.name in self._angles:
             found.add(Fact.ANGLE)
+        if made is not None and made.op == "call_function" and made.name in self._adapted_weights:
+            found.add(Fact.ADAPTED_WEIGHT)
         if node.name in self._residual_additions:
             found.add(Fact.RESIDUAL_ADDITION)
         if not is_known(operator):
@@ -83,13 +90,26 @@ class GraphFacts:
         return {key for n in _calls(self.program) if base_name(operator_of(n)) in SEVERAL_OPERATIONS for key in _stack(n)}
 
     @cached_property
+    def _adapted_weights(self) -> set[str]:
+        """Names of the nodes that add an adapter's product to a weight, for a matrix product of that and an activation."""
+        own = {name for name, parameter in self.parameters.items() if is_adapter_name(parameter)}
+        made_of_adapter = self._constants - _made_from_alone(self.program, self._constants_given - own)
+        found: set[str] = set()
+        for node in reversed(_calls(self.program)):
+            factors = [made for factor in _factors(node) if (made := origin(factor)) is not None]
+            if any(factor.name not in self._constants for factor in factors):
+                found.update(factor.name for factor in factors if factor.name in made_of_adapter)
+            if node.name in made_of_adapter and any(user.name in found for user in node.users):
+                found.add(node.name)
+        return found
+
+    @cached_property
     def _matmul_facts(self) -> dict[str, set[Fact]]:
         """By node: whether matrix products read it, and as what."""
         facts: dict[str, set[Fact]] = {}
         for node in _calls(self.program):
-            positions = MATRIX_PRODUCTS.get(base_name(operator_of(node)), ())
-            factors = [a for p in positions if p < len(node.args) for a in _nodes(node.args[p])]
-            activations = [(i, made) for i, factor in enumerate(factors) if factor.name not in self._constants and (made := origin(factor)) is not None]
+            activations = [(i, made) for i, factor in enumerate(_factors(node)) if factor.name not in self._constants and (made := origin(factor)) is not None]
+            activations = [(i, made) for i, made in activations if made.name not in self._adapted_weights]
             for i, made in activations:
                 facts.setdefault(made.name, set()).add(Fact.MATMUL_INPUT)
                 if i > 0 and len(activations) > 1:
@@ -103,6 +123,12 @@ def origin(node: Node) -> Node | None:
         node = sources[0]
     value = node.meta.get("val")
     return node if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
+def _factors(node: Node) -> list[Node]:
+    """What a matrix product multiplies; nothing of another operator."""
+    positions = MATRIX_PRODUCTS.get(base_name(operator_of(node)), ())
+    return [a for p in positions if p < len(node.args) for a in _nodes(node.args[p])]
 
 
 def operator_of(node: Node) -> str:

@@ -86,7 +86,7 @@ class Quantizer(nn.Module):
             case Mode.RECIPROCAL:
                 x = _by_reciprocal(x, self._known_encoding())
         if self.keep:
-            self.seen = x
+            self.seen = x.clone()  # the model may go on in place
         return x
 
     def _simulate(self, x: Tensor, encoding: Encoding) -> Tensor:

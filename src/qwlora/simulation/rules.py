@@ -49,7 +49,7 @@ class Fact(StrEnum):
     """What can be said about a value from the structure of its graph alone (`facts.py` finds them)."""
 
     FLOAT64 = "float64"
-    INTEGER_ORIGIN = "integer-origin"  # no floating point input, parameter or constant flows into it
+    INTEGER_ORIGIN = "integer-origin"  # no floating point input or parameter flows into it, and no matrix product reads it
     ANGLE = "angle"  # in the end only sine and cosine read it: a step of more than a radian would leave nothing of it
     MASKED = "masked"  # a mask was added to it, or chose among its values; or it is computed from such ones on the way to a softmax
     INSIDE_ONE_OPERATION = "inside-one-operation"  # in a module of the policy's `one_operation` classes, and read there alone
@@ -57,6 +57,7 @@ class Fact(StrEnum):
     RESIDUAL_ADDITION = "residual-addition"  # x + f(x)
     MATMUL_INPUT = "matmul-input"  # a matrix product reads it, directly or moved, as an activation
     MATMUL_SECOND_INPUT = "matmul-second-input"  # likewise as the second factor of two activations
+    ADAPTED_WEIGHT = "adapted-weight"  # computed from weights alone, an adapter's among them, and read as a weight by a matrix product
     INPUT = "input"  # a floating point input of the model
     ADAPTER_WEIGHT = "adapter-weight"
     PARAMETER = "parameter"  # a weight, bias or norm of the base that step 1 left float
@@ -116,6 +117,7 @@ _NOT_DATA = (
     PolicyRule(Decision.FLOAT, "computed from integers alone", fact=Fact.INTEGER_ORIGIN),
     PolicyRule(Decision.FLOAT, "an angle: only sine and cosine read it", fact=Fact.ANGLE),
     PolicyRule(Decision.FLOAT, "combined with a mask", fact=Fact.MASKED),
+    PolicyRule(Decision.FLOAT, "a weight that is made of weights, which have grids of their own", fact=Fact.ADAPTED_WEIGHT),
 )
 _ADAPTER = PolicyRule(Decision.QUANTIZE, "a weight of the adapter", fact=Fact.ADAPTER_WEIGHT)
 

@@ -108,7 +108,7 @@ class _Sense(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, encoding: Encoding, sums: _Sums) -> Tensor:
         ctx.save_for_backward(x)
         ctx.encoding, ctx.sums = encoding, sums
-        return x.view_as(x)
+        return x.clone()  # the model may go on in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -117,7 +117,13 @@ class Simulation(Calibrated):
         return self.captured.interface.inputs
 
     def forward(self, *first: Tensor, **arguments: Any) -> Any:
-        return self.captured.result_of(self._run({**dict(zip(self.inputs, first, strict=False)), **arguments}))
+        """What the model returns, simulated.
+
+        Raises:
+            CalibrationError: an activation has no encoding yet, and this is not inside `only`. So do all that compute simulated values.
+            CaptureError: see `Captured.bind`.
+        """
+        return self.captured.result_of(self._simulated({**dict(zip(self.inputs, first, strict=False)), **arguments}))
 
     @property
     def encodings(self) -> dict[str, Encoding | FloatOffsetEncoding]:
@@ -126,10 +132,8 @@ class Simulation(Calibrated):
         Raises:
             CalibrationError: before `calibrate`.
         """
-        activations = {name: q.encoding for name, q in self.quantizers.items()}
-        if missing := [name for name, encoding in activations.items() if encoding is None]:
-            raise CalibrationError(f"{len(missing)} activations have no encoding yet, {missing[0]} first; call calibrate, or freeze")
-        known = {**self._base_encodings, **self._weight_encodings(), **activations}
+        self._refuse_uncalibrated()
+        known = {**self._base_encodings, **self._weight_encodings(), **{name: q.encoding for name, q in self.quantizers.items()}}
         return {mark.name: encoding for mark in self.marks if (encoding := known[mark.name]) is not None}
 
     def encoding_of_weight(self, name: str) -> Encoding | FloatOffsetEncoding:
@@ -193,7 +197,12 @@ class Simulation(Calibrated):
         return self._base_encodings
 
     def model(self) -> PreTrainedModel:
-        """The simulation with the call of the transformers model that it was made from; see `as_model`."""
+        """The simulation with the call of the transformers model that it was made from; see `as_model`.
+
+        Raises:
+            CalibrationError: an activation has no encoding yet.
+        """
+        self._refuse_uncalibrated()
         from qwlora.simulation.as_model import as_model
 
         return as_model(self)
@@ -237,17 +246,18 @@ class Simulation(Calibrated):
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Every output by name, simulated."""
         with torch.no_grad():
-            return self.captured.named(self._run(batch))
+            return self.captured.named(self._simulated(batch))
 
     def primary(self, batch: Mapping[str, Any]) -> Tensor:
         """The primary output, with gradients where they are enabled."""
-        return self.captured.named(self._run(batch))[self.captured.interface.primary]
+        return self.captured.named(self._simulated(batch))[self.captured.interface.primary]
 
     def perturbed_outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """`outputs` by an equally right computation: `x * (1 / scale)` for `x / scale`, and each product summed in two halves.
 
         float32 leaves both open, and runtimes choose differently; how far this lies from `outputs` is how far two right files may lie apart.
         """
+        self._refuse_uncalibrated()
         self._set_mode(Mode.RECIPROCAL)
         try:
             with torch.no_grad():
@@ -269,6 +279,12 @@ class Simulation(Calibrated):
     def bind(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The graph's inputs by name, from the model's arguments."""
         return dict(zip(self.inputs, self.captured.bind(batch), strict=True))
+
+    def _simulated(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
+        """A forward with every quantizer, or with those that `only` chose."""
+        if not self._chosen:
+            self._refuse_uncalibrated()
+        return self._run(batch)
 
     def _run(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
         outputs: Sequence[Tensor] = self.graph_module(*self.captured.bind(batch))

@@ -181,6 +181,12 @@ def _pairs(cache: Cache, path: str) -> list[tuple[Tensor, Tensor]]:
     return pairs  # type: ignore[return-value]
 
 
+def tokens_in(cache: Any) -> int:
+    """Earlier tokens in a cache, or in pairs of keys and values [batch, heads, tokens, width]; the most of all layers, since some keep a window."""
+    pairs = _pairs(cache, "the cache") if isinstance(cache, Cache) else list(cache or ())
+    return max((int(key.shape[-2]) for key, *_ in pairs), default=0)
+
+
 def cache_of(pairs: list[tuple[Tensor, Tensor]]) -> DynamicCache:
     """A cache that holds `pairs` of keys and values [batch, heads, tokens, width], and nothing if there are none."""
     cache = DynamicCache()

@@ -2,8 +2,8 @@
 
 No tracing, no registration, no edits to the model. Any model, any nested keyword arguments, all tensors of its result. The graph shares the module's storage.
 An axis has any size where the model allows it, and the example's where it does not (`Captured.interface` says which). What carries no arithmetic is taken out
-(assertions, casts to the same type, dropout at rest, copies for layout, empty parts of a concatenation), and a packed weight that is read again is unpacked
-once, so that a value has one node.
+(assertions, casts to the same type, dropout at rest, copies for layout, empty parts of a concatenation), what torch.export wraps is laid open (`inline.py`),
+and a packed weight that is read again is unpacked once, so that a value has one node.
 
 A causal language model with a key-value cache is two graphs of one set of encodings:
 

@@ -10,7 +10,8 @@ it learns, and so are its weights. The gradient is straight-through: 1 inside a 
 Learned ranges (LSQ, https://arxiv.org/abs/1902.08153): one number r for each grid, `scale = scale_0 * exp(r)`, r = 0 at the beginning. A scale stays positive
 whatever the step, and a step is relative, so one learning rate serves grids of any size. The offset stays, and with it the negative share of the range.
 
-Not here: dropout and other randomness (the graph is of evaluation), gradient checkpointing, processes that share a model, terms beside the loss.
+Not here: dropout and other randomness (the graph is of evaluation), gradient checkpointing, processes that share a model, terms beside the loss. `detach` stops
+a gradient as in the model; `torch.no_grad()` in the model's forward leaves no trace in a captured graph, and stops none.
 """
 
 from __future__ import annotations

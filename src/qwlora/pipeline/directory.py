@@ -200,7 +200,7 @@ def explained(path: Path) -> Iterator[None]:
         # writers in other languages report a full disk in words of their own, so the disk is asked too
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or _free_bytes(path) < _FULL_BYTES:
             raise DirectoryError(f"{str(path)!r}: no space left on the disk. Nothing half-written was kept; free some space and run again") from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(error, "errno", None) == errno.EROFS:
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(error, "errno", None) in (errno.EROFS, errno.EBUSY):
             raise DirectoryError(f"{str(path)!r} cannot be written: {error}") from error
         raise
 

@@ -212,6 +212,29 @@ def test_adapter_without_a_fingerprint_is_refused(tmp_path: Path) -> None:
             load_adapter(base(), tmp_path)
 
 
+def cut_short(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_short, r"adapter_model.safetensors cannot be read \(.*\); copy it again from where it came, or train it again"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"has no adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), r"adapter_config.json cannot be read"),
+        (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}'), "does not fit Llama"),
+    ],
+)
+def test_a_damaged_adapter_is_named_with_the_remedy(tmp_path: Path, damage: Any, message: str) -> None:
+    save_adapter(get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path)
+    damage(tmp_path)
+    for load in (lambda: load_adapter(base(), tmp_path), lambda: attach_existing(base(), str(tmp_path))):
+        with pytest.raises(SourceError, match=message) as caught:
+            load()
+        assert str(tmp_path) in str(caught.value)
+
+
 def own_loop(model: Any, steps: int = 8) -> list[float]:
     """The seed's guide: a plain loop over any dataloader."""
     batches = torch.utils.data.DataLoader(torch.arange(256).view(8, 32), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(0))

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter
+from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter, reading
 from qwlora.errors import SourceError, TrainingError
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.names import canonical_name, is_adapter_name, parameter_name, pattern_problem
@@ -112,10 +112,8 @@ def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "re
     packed = [parameter_name(name).removesuffix(".weight") for name, module in model.named_modules() if isinstance(getattr(module, "scheme", None), Scheme)]
     if lost := saved_among(source, packed):
         raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(lost)}")
-    try:
+    with reading(source, model):
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise SourceError(f"adapter {source!r} does not fit {type(model).__name__}: {error}") from error
 
 
 def check_start(source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None) -> None:

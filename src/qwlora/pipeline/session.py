@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwlora.adapter.equalize import equalize_adapter_
-from qwlora.adapter.provenance import check_adapter, load_adapter
+from qwlora.adapter.provenance import check_adapter, load_adapter, reading
 from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.precomputed import LazyModel
 from qwlora.base.readers.folder import FloatCheckpoint
@@ -174,7 +174,8 @@ class Session:
         for number, name in enumerate(names[1:], 1):
             folder = self.path / "adapters" / name
             check_adapter(folder, self.base_fingerprint)
-            model.load_adapter(str(folder), adapter_name=f"{number}")
+            with reading(folder, model):
+                model.load_adapter(str(folder), adapter_name=f"{number}")
         method, schemes = self.recipe.simulation.equalize, self.schemes
         for adapter in model.peft_config:
             reports = equalize_adapter_(model, schemes.adapter_weights, method, Moments(self.path / "base" / MOMENTS), schemes.activations, adapter)

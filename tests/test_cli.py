@@ -120,6 +120,14 @@ def test_full_disk(call: Any, recipe_for: Any, small_disk: Path) -> None:
     assert not (small_disk / "out" / ".qwlora" / "scratch").exists()
 
 
+def test_what_must_run_first_is_a_whole_command(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    recipe, out = recipe_for(), tmp_path / "an out"
+    code, _, errors = call("train", recipe, "--out", out, "--set", "seed=3")
+    assert code == 2
+    assert errors.endswith(f"Run first: qwlora quantize {recipe} --out '{out}' --set seed=3\n")
+    assert not out.exists()
+
+
 def test_json_is_the_only_output(call: Any, recipe_for: Any, tmp_path: Path) -> None:
     code, out, errors = call("run", recipe_for(), "--out", tmp_path / "out", "--json")
     assert code == 0

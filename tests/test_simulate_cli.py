@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwlora.cli import main
-from qwlora.cli_table import alike, table
 from qwlora.cli_simulate import _suggestion_lines
+from qwlora.cli_table import alike, table
 from qwlora.pipeline.explain import explain_job
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
-
 from qwlora.recipe.simulation import SimulationRule
+
 RULES = 'simulation.rules=[{match: "*.softmax", bitwidth: 8, observer: percentile, minimum: 0}, {match: lm_head, keep: float}]'
 
 
@@ -112,8 +113,8 @@ def test_a_suggestion_is_what_its_rules_give(job: Path, capsys: pytest.CaptureFi
     _, out, _ = call(capsys, monkeypatch, job, "--suggest", "1", "--json", "--set", "data.evaluation_sequences=6")
     fresh = json.loads(out)["fresh"]
     assert fresh["measured"] > fresh["float_activations"] > 1
-
     assert fresh["sequences"] == 2
+
 
 def test_a_suggestion_counts_and_prints_the_rules_that_are_there(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As a resolved recipe holds them, with every key."""
@@ -158,6 +159,34 @@ def test_what_cannot_be_shown(job: Path, capsys: pytest.CaptureFixture[str], mon
     code, _, errors = call(capsys, monkeypatch, job, "--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]")
     assert code == 2
     assert "'lm_hed' matches no value; near are lm_head" in errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("base.weights.bitwidth=3", "quantize, train/first, train/second would have to run again, and here only simulation.* can be changed"),
+        ("adapters.1.rank=2", "--set adapters.1.rank=2: train/second would have to run again"),
+        ("data.sequence_tokens=16", "train/first, train/second would have to run again"),
+        ("verify.sequences=1", "--set verify.sequences=1: nothing that is looked at here depends on it; leave it out"),
+    ],
+)
+def test_a_change_that_needs_another_stage_is_refused(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, change: str, message: str
+) -> None:
+    code, out, errors = call(capsys, monkeypatch, job, "--set", "simulation.activation_bitwidth=8", "--set", change)
+    assert (code, out) == (2, "")
+    assert message in errors
+    if "again" in message:
+        assert f"qwlora run {job / 'recipe.yaml'} --out {job} --set {change}" in errors
+
+
+def test_an_adapter_of_another_base_is_refused(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(job, other)
+    (other / "adapters" / "first" / "qwlora.json").write_text(json.dumps({"format": 1, "base_fingerprint": "0" * 64}))
+    code, out, errors = call(capsys, monkeypatch, other)
+    assert (code, out) == (2, "")
+    assert f"was trained on the base with fingerprint {'0' * 64}, but this base has" in errors
 
 
 def test_tables_of_alike_things() -> None:

@@ -26,7 +26,7 @@ Explain = Annotated[bool, typer.Option("--explain", help="List every value with 
 Name = Annotated[str | None, typer.Option("--adapter", help="Which adapter; the recipe's first unless given.", show_default=False)]
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="See what a change of the recipe would place, like simulation.policy=matmul-inputs.", show_default=False),
+    typer.Option("--set", metavar="KEY=VALUE", help="See what a change of simulation.* would place, like simulation.policy=matmul-inputs.", show_default=False),
 ]
 Costs = Annotated[bool, typer.Option("--costs", help="Measure what each part costs in perplexity, and list the dearest activations.")]
 Share = Annotated[

@@ -16,6 +16,7 @@ RANK = {
     "hub": 0,
     "memory": 0,
     "progress": 0,
+    "sizes": 0,
     "grid": 1,
     "encodings": 2,
     **dict.fromkeys(STEPS, 3),

@@ -114,12 +114,24 @@ class Directory:
         return record is not None and record.key == key and all(_digest(self.path / file) == digest for file, digest in record.files.items())
 
     @classmethod
+    def recorded(cls, path: Path) -> Directory:
+        """The records of `path`, whoever's it is; none if no job ran there."""
+        directory = cls(path)
+        directory._read_records()
+        return directory
+
+    @classmethod
     def peek(cls, path: Path, recipe: Recipe) -> Directory:
         """Look at the records of `path` without claiming it; see `check_owner` for the errors."""
         directory = cls(path)
         directory.check_owner(recipe)
         directory._read_records()
         return directory
+
+    def missing_adapters(self) -> list[str]:
+        """Adapters of the job that were trained here and whose folders are gone."""
+        trained = [stage.removeprefix("train/") for stage in self.records if stage.startswith("train/")]
+        return [name for name in trained if not (self.path / "adapters" / name / "adapter_config.json").is_file()]
 
     def forget(self, keep: set[str]) -> None:
         """Drop the records of stages that the recipe no longer has; their files stay."""

@@ -13,4 +13,4 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A part of the recipe; keys that it does not know are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

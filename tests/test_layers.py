@@ -83,5 +83,11 @@ def test_a_planted_import_is_found(tmp_path: Path, file: str, line: str) -> None
     assert len(wrong_imports(tmp_path)) == 1
 
 
+def test_names_that_are_loaded_later_are_listed() -> None:
+    import qwlora
+
+    assert {*qwlora.__all__, "__version__"} <= set(dir(qwlora))
+
+
 def test_every_module_has_a_place() -> None:
     assert {p.relative_to(PACKAGE).with_suffix("").parts[0] for p in PACKAGE.rglob("*.py")} - {"__init__"} <= RANK.keys()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -45,6 +46,19 @@ MOMENTS = "moments"  # of the inputs of the base's layers, beside it
 BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
 ADAPTER = "adapter"  # in the folder of its simulation: the factors that the encodings there are of
 SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it
+
+
+def learned_scales(adapter: Path) -> dict[str, Tensor]:
+    """The scales of activations that were learned with the adapter in a folder; none if it has none.
+
+    Raises:
+        SourceError: their file is damaged.
+    """
+    path = adapter / SCALES
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"adapter {str(adapter)!r}: {SCALES} cannot be read ({error}); train it again") from error
 
 
 class Session:
@@ -192,8 +206,8 @@ class Session:
         simulation = simulate(model or self.equalized(name), self.example_inputs, self.schemes)
         self.check_rules(simulation.placement)
         if self.recipe.workflow == "qwa-lora":
-            scales = self.path / "adapters" / name / SCALES
-            simulation.take_over(with_scales(load_activations(self.path / BASE_SIMULATION), load_file(scales) if scales.exists() else {}))
+            scales = learned_scales(self.path / "adapters" / name)
+            simulation.take_over(with_scales(load_activations(self.path / BASE_SIMULATION), scales))
         self._simulation = (name, simulation)
         return simulation
 

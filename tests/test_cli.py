@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +104,10 @@ def test_unwritable_parent(call: Any, recipe_for: Any, tmp_path: Path, monkeypat
 
 
 @pytest.fixture(params=["100k", "300k"])
-def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+def small_disk(mounted: Any, request: pytest.FixtureRequest) -> Path:
     """A file system without room for the base, and one that is full once training begins."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", folder], capture_output=True, check=False)
-    if mounted.returncode:
-        pytest.skip("mounting a file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    disk: Path = mounted(f"size={request.param}")
+    return disk
 
 
 def test_full_disk(call: Any, recipe_for: Any, small_disk: Path) -> None:
@@ -124,6 +118,14 @@ def test_full_disk(call: Any, recipe_for: Any, small_disk: Path) -> None:
         qwlora.load_base(small_disk / "out" / "base")  # what was finished is whole
     assert not (small_disk / "out" / "adapters").exists()
     assert not (small_disk / "out" / ".qwlora" / "scratch").exists()
+
+
+def test_what_must_run_first_is_a_whole_command(call: Any, recipe_for: Any, tmp_path: Path) -> None:
+    recipe, out = recipe_for(), tmp_path / "an out"
+    code, _, errors = call("train", recipe, "--out", out, "--set", "seed=3")
+    assert code == 2
+    assert errors.endswith(f"Run first: qwlora quantize {recipe} --out '{out}' --set seed=3\n")
+    assert not out.exists()
 
 
 def test_json_is_the_only_output(call: Any, recipe_for: Any, tmp_path: Path) -> None:

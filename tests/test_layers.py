@@ -16,6 +16,7 @@ RANK = {
     "hub": 0,
     "memory": 0,
     "progress": 0,
+    "sizes": 0,
     "grid": 1,
     "encodings": 2,
     **dict.fromkeys(STEPS, 3),
@@ -80,6 +81,12 @@ def test_a_planted_import_is_found(tmp_path: Path, file: str, line: str) -> None
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(line + "\n")
     assert len(wrong_imports(tmp_path)) == 1
+
+
+def test_names_that_are_loaded_later_are_listed() -> None:
+    import qwlora
+
+    assert {*qwlora.__all__, "__version__"} <= set(dir(qwlora))
 
 
 def test_every_module_has_a_place() -> None:

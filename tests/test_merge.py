@@ -27,8 +27,8 @@ from qwlora.base.storage import save_base
 from qwlora.cli_merge import _lines
 from qwlora.errors import DirectoryError, MergeError
 from qwlora.grid.scheme import parse_scheme
-from qwlora.pipeline.merge import Verdict, check_target, merged_model
-from qwlora.pipeline.run import run
+from qwlora.pipeline.merge import Verdict, check_target, merged_model, write_merged
+from qwlora.pipeline.run import open_job, run
 from qwlora.recipe import load_recipe
 
 IDS = torch.arange(40).view(2, 20)
@@ -250,6 +250,26 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(job: Path,
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(DirectoryError, match="is a file; --out names a directory"):
         check_target(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize(("into", "size"), [("float", "300k"), ("requantized", "16k")])
+def test_a_full_disk_is_an_error_of_ours_and_keeps_nothing(job: Path, mounted: Any, into: Any, size: str) -> None:
+    session, _ = open_job(job)
+    disk = mounted(f"size={size}")
+    with pytest.raises(DirectoryError, match=r"new/merged': no space left on the disk. Nothing half-written was kept; free some space and run again"):
+        write_merged(session, "first", into, disk / "new" / "merged")
+    assert list(disk.iterdir()) == []
+
+
+def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(job: Path, mounted: Any, tmp_path: Path) -> None:
+    disk = mounted("ro")
+    for place in (disk / "merged", disk):
+        with pytest.raises(DirectoryError, match="is not writable; choose another --out"):
+            check_target(place)
+    session, _ = open_job(job)
+    with pytest.raises(DirectoryError, match=r"cannot be written: \[Errno 16\]"):
+        write_merged(session, "first", "float", mounted("size=10m"))
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
 
 
 def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:

@@ -242,8 +242,10 @@ def test_two_adapters_share_one_base(recipe_for: Any, tmp_path: Path) -> None:
 
 def test_verbs_do_their_stage_only_and_name_what_is_missing(recipe_for: Any, tmp_path: Path) -> None:
     path, out = recipe_for(), tmp_path / "out"
-    with pytest.raises(DirectoryError, match=r"train needs quantize, which is missing .* run `qwlora quantize` first"):
+    with pytest.raises(DirectoryError, match=rf"train needs quantize, missing or out of date in '{out}'. Run first: qwlora quantize --out {out}$"):
         run_recipe(path, out, verbs=("train",))
+    with pytest.raises(DirectoryError, match=r"export needs quantize, train/first, calibrate/first, .*qwlora quantize .* && qwlora train .* && qwlora cal"):
+        run_recipe(path, out, verbs=("export",))
     assert not out.exists()
     for verb in ("quantize", "train", "calibrate", "export", "verify", "evaluate"):
         _, said = run_recipe(path, out, verbs=(verb,))

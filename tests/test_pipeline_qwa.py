@@ -12,8 +12,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from conftest import tiny_model
-from qwlora.errors import DirectoryError, RecipeError, TrainingError
+from qwlora.errors import DirectoryError, RecipeError, SourceError, TrainingError
 from qwlora.pipeline.run import run
+from qwlora.pipeline.session import SCALES, learned_scales
 from qwlora.recipe import load_recipe
 from qwlora.simulation.encodings_file import load_activations
 
@@ -28,6 +29,13 @@ def run_recipe(path: Path, out: Path, *changes: str, **options: Any) -> tuple[di
 
 def done(said: list[str]) -> list[str]:
     return [line.split(":")[0] for line in said if ": done" in line]
+
+
+def test_damaged_scales_are_named(tmp_path: Path) -> None:
+    assert learned_scales(tmp_path) == {}
+    (tmp_path / SCALES).write_bytes(b"no safetensors")
+    with pytest.raises(SourceError, match=rf"adapter '{tmp_path}': {SCALES} cannot be read \(.*\); train it again"):
+        learned_scales(tmp_path)
 
 
 def test_the_whole_job(recipe_for: Any, tmp_path: Path) -> None:
@@ -92,7 +100,7 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for: Any, tmp_pat
 def test_training_asks_for_the_calibration_first(recipe_for: Any, tmp_path: Path) -> None:
     path, out = recipe_for(workflow="qwa-lora"), tmp_path / "out"
     run_recipe(path, out, verbs=("quantize",))
-    with pytest.raises(DirectoryError, match=r"train needs calibrate-base, which is missing or out of date .* run `qwlora calibrate-base` first"):
+    with pytest.raises(DirectoryError, match=r"train needs calibrate-base, missing or out of date .* Run first: qwlora calibrate-base --out"):
         run_recipe(path, out, verbs=("train",))
     _, said = run_recipe(path, out, verbs=("calibrate-base",))
     assert done(said) == ["calibrate-base"]

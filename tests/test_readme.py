@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import tiny_model
+from qwlora.pipeline.run import run
+from qwlora.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+def examples(section: str) -> list[str]:
+    (text,) = re.findall(rf"^## {section}\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_result_of_a_job_generates_and_its_file_computes_the_same(
+    tmp_path: Path, recipe_for: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(recipe_for(), ("simulation.activation_bitwidth=8", "simulation.adapter_weights.bitwidth=4"))
+    run(recipe, tmp_path / "out", ("quantize", "train", "calibrate", "export"))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for code in examples("How to use the result"):
+        exec(compile(code, "README.md", "exec"), names)
+    start = names["tokenizer"].decode(names["inputs"]["input_ids"][0])
+    assert [line.startswith(start) and len(line) > len(start) for line in capsys.readouterr().out.splitlines()] == [True, True]
+    expected = names["simulation"].logits(names["inputs"]["input_ids"])
+    assert float((torch.from_numpy(names["logits"]) - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
 def test_python_example_runs_and_proves_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (code,) = examples("In Python")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = tiny_model("llama")

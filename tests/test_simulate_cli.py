@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from qwlora.cli import main
+from qwlora.cli_simulate import _suggestion_lines
 from qwlora.cli_table import alike, table
 from qwlora.errors import CalibrationError
 from qwlora.pipeline.explain import explain_job
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
+from qwlora.recipe.simulation import SimulationRule
 
 RULES = 'simulation.rules=[{match: "*.softmax", bitwidth: 8, observer: percentile, minimum: 0}, {match: lm_head, keep: float}]'
 
@@ -93,11 +95,12 @@ def test_costs_are_switched_on_one_by_one(job: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_suggestion_is_what_its_rules_give(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, _ = call(capsys, monkeypatch, job, "--suggest", "10", "--json")
+    code, out, _ = call(capsys, monkeypatch, job, "--suggest", "1", "--json")
     loose = json.loads(out)
     assert code == 0
     assert (loose["wide"], loose["rules"], loose["measured"]) == ([], [], loose["all_narrow"])
-    reference = loose["limit"] / 11
+    reference = loose["limit"] / 2
+    assert (reference, loose["sequences"], loose["kept"]) == (pytest.approx(loose["float_activations"]), 2, 0)
     share = (loose["all_narrow"] + loose["all_wide"]) / 2 / reference - 1
     assert 0 < share < 0.1, "of 8 bits on this model"
     _, out, _ = call(capsys, monkeypatch, job, "--suggest", share, "--json")
@@ -108,19 +111,42 @@ def test_a_suggestion_is_what_its_rules_give(job: Path, capsys: pytest.CaptureFi
     _, out, _ = call(capsys, monkeypatch, job, "--costs", "--json", "--set", "simulation.activation_bitwidth=8", "--set", f"simulation.rules={rules}")
     assert json.loads(out)["perplexity"]["activations"] == found["measured"]
     assert found["fresh"] is None, "the job evaluates on two sequences, and both were searched"
-    _, out, _ = call(capsys, monkeypatch, job, "--suggest", "10", "--json", "--set", "data.evaluation_sequences=6")
+    _, out, _ = call(capsys, monkeypatch, job, "--suggest", "1", "--json", "--set", "data.evaluation_sequences=6")
     fresh = json.loads(out)["fresh"]
     assert fresh["measured"] > fresh["float_activations"] > 1
+    assert fresh["sequences"] == 2
 
 
-def test_a_suggestion_says_when_no_other_text_is_held_out() -> None:
-    from qwlora.cli_simulate import _suggestion_lines
+def test_a_suggestion_counts_and_prints_the_rules_that_are_there(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a resolved recipe holds them, with every key."""
+    own = [{"match": "*.softmax", "bitwidth": 16}, {"match": "lm_head", "keep": "float"}]
+    section = json.dumps([SimulationRule(**rule).model_dump(mode="json") for rule in own])
+    _, out, _ = call(capsys, monkeypatch, job, "--suggest", "1", "--json", "--set", f"simulation.rules={section}")
+    found = json.loads(out)
+    assert (found["rules"], found["wide"], found["kept"]) == (own, [], 2)
+    lines = list(_suggestion_lines(found))
+    assert lines[0].endswith(f"0 of {found['narrow']} activations at 16 bits, the others at 8; 2 more keep the grids that the recipe's rules give")
+    assert lines[-2:] == [f"    - {json.dumps(rule)}" for rule in own]
 
-    found = {"adapter": "first", "wide": [], "narrow": 3, "rules": [], **dict.fromkeys(("measured", "limit", "all_wide", "all_narrow"), 2.0)}
+
+@pytest.mark.parametrize(("share", "message"), [("5", "for 5 % give 0.05"), ("-0.1", "0.05 is 5 %"), ("nan", "0.05 is 5 %")])
+def test_a_share_is_between_zero_and_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, share: str, message: str) -> None:
+    code, _, errors = call(capsys, monkeypatch, tmp_path, f"--suggest={share}")
+    assert (code, f"{share} is no share between 0 and 1; {message}" in errors) == (2, True)
+
+
+def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
+    found = {"adapter": "first", "wide": ["a"], "narrow": 3, "kept": 0, "rules": [], "sequences": 4, "float_activations": 2.0}
+    found |= {"measured": 2.1, "limit": 2.2, "all_wide": 2.05, "all_narrow": 3.0}
     assert any(line.startswith("the search measured all evaluation sequences") for line in _suggestion_lines({**found, "fresh": None}))
     assert any("base_activations: none" in line for line in _suggestion_lines({**found, "fresh": None, "unshared": "none"}))
-    lines = list(_suggestion_lines({**found, "fresh": {"measured": 2.2, "float_activations": 2.0}}))
-    assert "on held-out text that the search has not seen 2.2000, +10.0% on float activations' 2.0000" in lines
+    lines = list(_suggestion_lines({**found, "fresh": {"sequences": 12, "measured": 2.2, "float_activations": 2.0}}))
+    assert lines[:4] == [
+        "adapter first: 1 of 4 activations at 16 bits, the others at 8",
+        "perplexity on the 4 held-out sequences that were searched 2.1000, +5.0% on float activations' 2.0000",
+        "there the limit is 2.2000, +10.0% on float activations' 2.0000; with all 4 at 16 bits it is 2.0500, at 8 bits 3.0000",
+        "on the 12 that the search has not seen 2.2000, +10.0% on float activations' 2.0000",
+    ]
     assert lines[-1] == "  rules: []"
 
 
@@ -164,6 +190,34 @@ def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(job: Pa
     (out / ".qwlora" / "stages.json").write_text(json.dumps(records))
     with pytest.raises(CalibrationError, match="is of another recipe, adapter or base than those that are there now; calibrate again: qwlora calibrate"):
         explain_job(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("base.weights.bitwidth=3", "quantize, train/first, train/second would have to run again, and here only simulation.* can be changed"),
+        ("adapters.1.rank=2", "--set adapters.1.rank=2: train/second would have to run again"),
+        ("data.sequence_tokens=16", "train/first, train/second would have to run again"),
+        ("verify.sequences=1", "--set verify.sequences=1: nothing that is looked at here depends on it; leave it out"),
+    ],
+)
+def test_a_change_that_needs_another_stage_is_refused(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, change: str, message: str
+) -> None:
+    code, out, errors = call(capsys, monkeypatch, job, "--set", "simulation.activation_bitwidth=8", "--set", change)
+    assert (code, out) == (2, "")
+    assert message in errors
+    if "again" in message:
+        assert f"qwlora run {job / 'recipe.yaml'} --out {job} --set {change}" in errors
+
+
+def test_an_adapter_of_another_base_is_refused(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(job, other)
+    (other / "adapters" / "first" / "qwlora.json").write_text(json.dumps({"format": 1, "base_fingerprint": "0" * 64}))
+    code, out, errors = call(capsys, monkeypatch, other)
+    assert (code, out) == (2, "")
+    assert f"was trained on the base with fingerprint {'0' * 64}, but this base has" in errors
 
 
 def test_tables_of_alike_things() -> None:

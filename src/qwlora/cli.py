@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 an exported file failed its proof; 2 something is wrong wi
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -114,6 +115,7 @@ def _run(recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool,
     from qwlora.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, tuple(changes or ()))
+    given = [str(recipe_path), "--out", str(out), *(part for change in changes or () for part in ("--set", change))]
     try:
         results = run(
             recipe,
@@ -121,6 +123,7 @@ def _run(recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool,
             tuple(verbs),
             track=bars(quiet=as_json),
             say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
+            command=lambda verb: shlex.join(["qwlora", verb, *given]),
         )
     except KeyboardInterrupt as error:  # here, since typer would turn it into a bare exit code
         _fail(f"interrupted{f', {error}' if str(error) else ''}. The same command goes on from here", 130)

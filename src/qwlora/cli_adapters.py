@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,11 +54,22 @@ def _print(found: list[AdapterFacts], base: str | None) -> None:
 def check(
     folder: Folder, needs_base: Annotated[bool, typer.Option("--needs-base", help="Exit 1 too when one does not say which base it was trained on.")] = False
 ) -> None:
-    """See that each adapter is whole, finite, and belongs to the base beside it, if it says to which; exit 1 when one does not."""
+    """See that each adapter is there, whole, finite, and belongs to the base beside it, if it says to which; exit 1 when one does not."""
     from qwlora.adapter.inventory import base_beside, find_adapters, problems, says_base
+    from qwlora.errors import SourceError
+    from qwlora.pipeline.directory import Directory
 
-    base, wrong = base_beside(folder), 0
-    for adapter in find_adapters(folder):
+    base, missing = base_beside(folder), Directory.recorded(folder).missing_adapters()
+    wrong = len(missing)
+    for name in missing:
+        print(f"adapters/{name}: missing, and was trained here; train it again: {shlex.join(['qwlora', 'train', '--out', str(folder)])}")
+    try:
+        adapters = find_adapters(folder)
+    except SourceError:
+        if not missing:
+            raise
+        adapters = []
+    for adapter in adapters:
         found = problems(adapter, base, "refuse" if needs_base else "accept")
         wrong += bool(found)
         good = "good; says no base" if not says_base(adapter) else "good" if base else "good; no base is here to compare with"

@@ -18,6 +18,7 @@ import typer
 
 from qwlora.cli_table import alike, table
 from qwlora.errors import SourceError
+from qwlora.sizes import size
 
 if TYPE_CHECKING:
     from qwlora.base.inspect import Inspection, TensorView
@@ -95,7 +96,7 @@ def _model_lines(found: Inspection) -> Iterator[str]:
     yield from table(rows)
     for label, views in (("all", list(found.tensors)), ("integers", [view for view in found.tensors if view.is_integers])):
         if views:
-            yield f"{label}: {weights(views):,} weights, {size_bytes(views) / 1e6:,.1f} MB, {bits_per_weight(views):.3f} bits per weight"
+            yield f"{label}: {weights(views):,} weights, {size(size_bytes(views))}, {bits_per_weight(views):.3f} bits per weight"
 
 
 def _range(views: Sequence[TensorView]) -> str:

@@ -2,7 +2,7 @@
 
 --explain          what is placed where, and why
 --costs            what each part of the simulation costs in perplexity, and the activations that cost most
---suggest SHARE    which activations need 16 bits for perplexity to rise by no more than this share with the others at 8
+--suggest SHARE    which activations need 16 bits, the others having 8, for perplexity to rise by no more than this share of what float activations give
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ Explain = Annotated[bool, typer.Option("--explain", help="List every value with 
 Name = Annotated[str | None, typer.Option("--adapter", help="Which adapter; the recipe's first unless given.", show_default=False)]
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="See what a change of the recipe would place, like simulation.policy=matmul-inputs.", show_default=False),
+    typer.Option("--set", metavar="KEY=VALUE", help="See what a change of simulation.* would place, like simulation.policy=matmul-inputs.", show_default=False),
 ]
 Costs = Annotated[bool, typer.Option("--costs", help="Measure what each part costs in perplexity, and list the dearest activations.")]
 Share = Annotated[
     float | None,
     typer.Option(
-        "--suggest", metavar="SHARE", min=0.0, help="Find the activations that need 16 bits, the rest having 8, for perplexity to rise by at most this."
+        "--suggest",
+        metavar="SHARE",
+        help="Find the activations that need 16 bits, the rest having 8, for perplexity to be at most this share above the adapter's with float activations, "
+        "on a few held-out sequences; 0.05 is 5 %.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print every value as JSON, and nothing else.")]
@@ -44,6 +47,8 @@ def simulate(
     """Show what the simulation quantizes: counts, or with --explain every value and why; with --costs and --suggest, what that does to perplexity."""
     if explain + costs + (suggest is not None) > 1:
         raise typer.BadParameter("--explain, --costs and --suggest are asked one at a time")
+    if suggest is not None and not 0 <= suggest <= 1:
+        raise typer.BadParameter(f"{suggest:g} is no share between 0 and 1; {f'for {suggest:g} % give {suggest / 100:g}' if suggest > 1 else '0.05 is 5 %'}")
     asked = tuple(changes or ())
     if costs:
         from qwlora.pipeline.accounting import account_job
@@ -74,9 +79,12 @@ def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
 
 
 def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
-    wide, all_of_them = len(found["wide"]), len(found["wide"]) + found["narrow"]
-    yield f"adapter {found['adapter']}: {wide} of {all_of_them} activations at 16 bits, the others at 8"
-    yield f"perplexity {found['measured']:.4f} (limit {found['limit']:.4f}; all at 16 bits {found['all_wide']:.4f}, all at 8 bits {found['all_narrow']:.4f})"
+    wide, searched = len(found["wide"]), len(found["wide"]) + found["narrow"]
+    rest = f"; {found['kept']} more keep the grids that the recipe's rules give" if found["kept"] else ""
+    yield f"adapter {found['adapter']}: {wide} of {searched} activations at 16 bits, the others at 8{rest}"
+    plain, limit = found["float_activations"], found["limit"]
+    yield f"perplexity on the {found['sequences']} held-out sequences that were searched {_beside(found['measured'], plain)}"
+    yield f"there the limit is {_beside(limit, plain)}; with all {searched} at 16 bits it is {found['all_wide']:.4f}, at 8 bits {found['all_narrow']:.4f}"
     yield _on_fresh_text(found["fresh"])
     yield from _unshared(found)
     yield ""
@@ -94,8 +102,11 @@ def _unshared(found: dict[str, Any]) -> Iterator[str]:
 def _on_fresh_text(fresh: dict[str, float] | None) -> str:
     if fresh is None:
         return "the search measured all evaluation sequences; raise data.evaluation_sequences to see what it does on other text"
-    measured, plain = fresh["measured"], fresh["float_activations"]
-    return f"on held-out text that the search has not seen {measured:.4f}, {measured / plain - 1:+.1%} on float activations' {plain:.4f}"
+    return f"on the {fresh['sequences']} that the search has not seen {_beside(fresh['measured'], fresh['float_activations'])}"
+
+
+def _beside(perplexity: float, plain: float) -> str:
+    return f"{perplexity:.4f}, {perplexity / plain - 1:+.1%} on float activations' {plain:.4f}"
 
 
 def _lines(name: str, found: Explanation, everything: bool) -> Iterator[str]:

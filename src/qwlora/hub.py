@@ -22,4 +22,4 @@ def downloaded(what: str, repository: str, files: Sequence[str], besides: Sequen
     try:
         return Path(snapshot_download(repository, allow_patterns=list(files), ignore_patterns=None if besides is None else list(besides)))
     except Exception as error:  # offline, not found, private: the hub's client has a dozen classes for them
-        raise SourceError(f"{what} {repository!r} is no local folder, and cannot be had from the hub: {error}") from error
+        raise SourceError(f"{what} {repository!r}: there is no such path here, and it cannot be had from the hub either:\n  {error}") from error

@@ -46,6 +46,15 @@ def test_training_anything_else_is_refused() -> None:
         check_trainable(base())
 
 
+@pytest.mark.parametrize("rank", [129, 2**31 - 1])
+def test_a_rank_above_every_layer_is_refused_before_training(rank: int) -> None:
+    with pytest.raises(TrainingError, match=rf"rank {rank} is above both sides of every layer that has it; the largest, .*mlp.\w+_proj, is 128 x 64"):
+        check_shape(tiny_model("llama"), LoraShape(rank, 8))
+    with pytest.raises(TrainingError, match=rf"rank {rank} is above both sides of .*self_attn.q_proj, is 64 x 64"):
+        check_shape(tiny_model("llama"), LoraShape(4, 8, rank_pattern={"q_proj": rank}))
+    check_shape(tiny_model("llama"), LoraShape(128, 8))
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -53,8 +62,8 @@ def test_training_anything_else_is_refused() -> None:
         ({"target_modules": ["q_proj", "w_proj"]}, r"does not have: target_modules 'w_proj'\. Its layers are, for example, q_proj, k_proj"),
         ({"rank_pattern": {"q_prj": 2}}, "rank_pattern 'q_prj'"),
         ({"alpha_pattern": {"q_prj": 2}}, "alpha_pattern 'q_prj'"),
-        ({"layers": [1, 5], "target_modules": ["q_proj"]}, "layer 5"),
-        ({"layers": [1, 5]}, "layer 5"),
+        ({"layers": [1, 5], "target_modules": ["q_proj"]}, "layers 5: the model has layers 0 to 1; choose among these"),
+        ({"layers": [5]}, "layers 5: the model has layers 0 to 1"),
         ({"target_modules": ["mlp"]}, "cannot be attached"),
     ],
 )
@@ -210,6 +219,29 @@ def test_adapter_without_a_fingerprint_is_refused(tmp_path: Path) -> None:
         (tmp_path / "qwlora.json").write_text(content)
         with pytest.raises(SourceError):
             load_adapter(base(), tmp_path)
+
+
+def cut_short(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_short, r"adapter_model.safetensors cannot be read \(.*\); copy it again from where it came, or train it again"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"has no adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), r"adapter_config.json cannot be read"),
+        (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}'), "does not fit Llama"),
+    ],
+)
+def test_a_damaged_adapter_is_named_with_the_remedy(tmp_path: Path, damage: Any, message: str) -> None:
+    save_adapter(get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path)
+    damage(tmp_path)
+    for load in (lambda: load_adapter(base(), tmp_path), lambda: attach_existing(base(), str(tmp_path))):
+        with pytest.raises(SourceError, match=message) as caught:
+            load()
+        assert str(tmp_path) in str(caught.value)
 
 
 def own_loop(model: Any, steps: int = 8) -> list[float]:

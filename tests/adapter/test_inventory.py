@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,18 @@ def test_commands(job: Path) -> None:
     assert checked.returncode == 1
     assert "adapters/b: base_model" in checked.stdout
     assert command("check", str(job / "base")).returncode == 2
+
+
+def test_an_adapter_that_was_trained_and_is_gone_is_missing(job: Path) -> None:
+    record = {"key": "", "seconds": 1.0}
+    (job / ".qwlora" / "stages.json").write_text(json.dumps({"quantize": record, "train/a": record, "train/c": record}))
+    checked = command("check", str(job))
+    assert checked.returncode == 1
+    message = f"adapters/c: missing, and was trained here; train it again: qwlora train --out {job}\n"
+    assert checked.stdout == f"{message}adapters/a: good\nadapters/b: good\n"
+    shutil.rmtree(job / "adapters")
+    checked = command("check", str(job))
+    assert (checked.returncode, checked.stdout) == (1, message.replace("/c", "/a") + message)
 
 
 def test_adapters_that_peft_saved_are_good(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -290,6 +290,16 @@ def test_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
     assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_damaged_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        save_file({"lora_A": torch.ones(3)}, tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors")
+    damaged = tmp_path / "checkpoint-4" / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_unknown_logger_is_found_before_anything() -> None:

@@ -257,7 +257,7 @@ def test_whatever_else_is_refused_with_a_reason(base: tuple[Path, Any], tmp_path
         (tmp_path / "empty",): "has no config.json",
         (tmp_path / "bad.gguf",): "bad.gguf",
         (tmp_path / "half",): "has no adapter_model.safetensors",
-        ("somebody/a-model-that-is-not-here",): "cannot be had from the hub",
+        ("somebody/a-model-that-is-not-here",): "not-here': there is no such path here, and it cannot be had from the hub either:\n",
         (folder, "--against", tmp_path / "nowhere"): "does not exist",
         (folder, "--against", checkpoints["gpt2"]): "have no tensor of the same name",
     }.items():

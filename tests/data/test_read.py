@@ -109,6 +109,7 @@ def test_each_format_holds_each_kind(tmp_path: Path, name: str, kind: str) -> No
 WRONG_LINES = [
     ('{"text": "a"', "this is not JSON: Expecting ',' delimiter at character 13"),
     ("[", "this is not JSON: Expecting value at character 2. A .jsonl file holds one whole object a line"),
+    ('{"text": "a', "this is not JSON: Unterminated string starting at character 10"),
     ('{"text": NaN}', "this is not JSON that can be used: NaN is not a value of JSON"),
     ('{"text": "a", "text": "b"}', "the key 'text' stands twice in one object"),
     ("[" * 100_000, "this is not JSON that can be used: maximum recursion depth"),

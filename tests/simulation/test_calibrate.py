@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,17 @@ def test_observing_goes_on_and_freezing_fixes(whole: Simulation) -> None:
     assert encodings(made) == encodings(whole) != early
     assert (report.tokens, report.batches, report.stopped_early) == (4 * 32, 4, False)
     assert torch.equal(made.logits(IDS), whole.logits(IDS))
+
+
+@pytest.mark.parametrize("nothing", [[], iter(())], ids=["list", "iterator"])
+def test_a_calibration_without_a_batch_is_no_success(nothing: Any) -> None:
+    made = simulation()
+    made.calibrate(BATCHES[:1])
+    before = encodings(made)
+    with pytest.raises(CalibrationError, match="calibration needs at least one batch, and none was given"):
+        made.calibrate(nothing)
+    if isinstance(nothing, list):
+        assert encodings(made) == before
 
 
 @pytest.mark.parametrize("observer", ["min-max", "percentile", "squared-error", "sqnr", "moving-average"])

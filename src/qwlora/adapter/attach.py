@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter, of_parameters
+from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter, of_parameters, reading
 from qwlora.errors import SourceError, TrainingError
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.names import canonical_name, is_adapter_name, parameter_name, pattern_problem
@@ -81,6 +82,8 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     """
     if wrong := _irregular(shape) + _no_experts(model, shape):
         raise TrainingError(f"LoRA cannot be attached: {'; '.join(wrong)}")
+    if problem := _missing_layers(model, shape.layers or ()):
+        raise TrainingError(problem)
     torch.manual_seed(seed)
     try:
         with of_parameters():  # what matches nothing is an error below
@@ -94,13 +97,27 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
 
 
 def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[int, ...]]:
-    """What `attach` would refuse, found on a model without weights (on the meta device), which is changed by it.
+    """What `attach` would refuse, found on a model without weights (on the meta device), which is changed by it; and a rank that no layer is as large as.
 
     Returns:
         the shapes of the adapter's weights by the names that they would have in a file.
+
+    Raises:
+        TrainingError: see `attach`; or a rank is above both sides of every layer that has it.
     """
     with torch.device("meta"):
-        return _shapes(attach(skeleton, shape, seed=0))
+        adapted = attach(skeleton, shape, seed=0)
+    largest: dict[int, tuple[int, int, str]] = {}
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            sides = sorted((weight.shape[0], weight[0].numel()), reverse=True)
+            for rank in module.r.values():
+                largest[rank] = max(largest.get(rank, (0, 0, "")), (*sides, canonical_name(name)))
+    for rank, (longer, shorter, name) in largest.items():
+        if rank > longer:
+            raise TrainingError(f"rank {rank} is above both sides of every layer that has it; the largest, {name}, is {longer} x {shorter}. Lower the rank")
+    return _shapes(adapted)
 
 
 def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "refuse", seed: int = 0) -> PeftModel:
@@ -120,11 +137,8 @@ def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "re
     packed = [parameter_name(name).removesuffix(".weight") for name, module in model.named_modules() if isinstance(getattr(module, "scheme", None), Scheme)]
     if lost := saved_among(source, packed):
         raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(lost)}")
-    try:
-        with of_parameters():
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise SourceError(f"adapter {source!r} does not fit {type(model).__name__}: {error}") from error
+    with reading(source, model):
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
 
 def dropout_of(source: str) -> float:
@@ -238,6 +252,16 @@ def _linear_in_layers(model: nn.Module) -> list[str]:
     names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     found = (re.match(r".*?\.\d+\.(.+)", name) for name in names)
     return sorted({match[1] for match in found if match})
+
+
+def _missing_layers(model: nn.Module, asked: Sequence[int]) -> str | None:
+    """Layers that are asked for and not there: a layer's number is the first in a module's path."""
+    found = (re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", name) for name, _ in model.named_modules())
+    numbers = {int(match[1]) for match in found if match}
+    if not (beyond := [number for number in asked if number not in numbers]):
+        return None
+    held = f"layers {min(numbers)} to {max(numbers)}; choose among these" if numbers else "no numbered layers; leave layers out"
+    return f"layers {', '.join(map(str, beyond))}: the model has {held}"
 
 
 def _irregular(shape: LoraShape) -> list[str]:

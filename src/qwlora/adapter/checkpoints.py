@@ -11,18 +11,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from qwlora.adapter.provenance import WEIGHTS
 
 STATE = "trainer_state.json"
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end. Half-written ones are deleted, by the first process."""
+    """The newest checkpoint that was written to its end. Half-written and damaged ones are deleted, by the first process."""
     found = sorted(work.glob("checkpoint-*"), key=step_of, reverse=True)
     for checkpoint in found:
         try:
             read_state(checkpoint)
-        except (OSError, ValueError):
+            if (checkpoint / WEIGHTS).exists():  # of a sharded run they are elsewhere
+                with safe_open(checkpoint / WEIGHTS, "pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError):
             if int(os.environ.get("RANK", "0")) == 0:
                 shutil.rmtree(checkpoint)
         else:

@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qwlora.errors import FingerprintError, SourceError
+from qwlora.errors import FingerprintError, QwloraError, SourceError
 from qwlora.grid.fingerprint import fingerprint
 
 FORMAT = 1
@@ -51,13 +52,32 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool 
         unknown_base: `accept` loads an adapter that does not say which base it was trained on, as those that PEFT saved; `refuse` does not.
 
     Raises:
-        SourceError: the folder holds no adapter, or none that says which base it belongs to.
+        SourceError: the folder holds no adapter, or none that says which base it belongs to; or its files are damaged, or do not fit the model.
         FingerprintError: it was trained on another base.
     """
     folder = Path(folder)
     check_adapter(folder, fingerprint(model), unknown_base)
-    with of_parameters():
+    with reading(folder, model):
         return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+
+
+@contextmanager
+def reading(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Whatever PEFT and safetensors raise while they read the adapter in `folder` into `model`, as one error of ours.
+
+    Raises:
+        SourceError: a file is damaged, or does not fit the model.
+    """
+    again = "copy it again from where it came, or train it again"
+    try:
+        with of_parameters():
+            yield
+    except QwloraError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); {again}") from error
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise SourceError(f"adapter {str(folder)!r} does not fit {type(model).__name__}: {error}; {again}") from error
 
 
 @contextmanager
@@ -74,6 +94,12 @@ def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refu
         raise SourceError(f"unknown_base is refuse or accept, not {unknown_base!r}")
     if not (folder / "adapter_config.json").exists():
         raise SourceError(f"{str(folder)!r} holds no adapter: adapter_config.json is not there")
+    if not any(folder.glob("adapter_model.*")):
+        raise SourceError(f"adapter {str(folder)!r} has no {WEIGHTS}; copy it again from where it came, or train it again")
+    try:
+        json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SourceError(f"adapter {str(folder)!r}: adapter_config.json cannot be read ({error}); copy it again, or train it again") from error
     if unknown_base == "accept" and not (folder / FILE).exists():
         return
     found = base_of(folder)

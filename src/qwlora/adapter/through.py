@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -106,7 +107,7 @@ def load_ranges_(ranges: nn.Parameter, folder: Path) -> None:
     """
     try:
         found = load_file(folder / RANGES)["ranges"]
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, SafetensorError) as error:
         raise TrainingError(f"checkpoint {folder} holds no activation ranges ({error}); delete it, and train from the beginning") from error
     if found.shape != ranges.shape:
         raise TrainingError(f"checkpoint {folder} holds {found.numel()} activation ranges, and the graph has {ranges.numel()}; delete it, and train again")

@@ -32,7 +32,7 @@ from qwlora.adapter.apart import kept_apart
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of, waited
 from qwlora.adapter.loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
-from qwlora.adapter.provenance import WEIGHTS
+from qwlora.adapter.provenance import WEIGHTS, reading
 from qwlora.adapter.recovery import Recovery
 from qwlora.adapter.shard import gather_, prepare_sharding_
 from qwlora.adapter.through import RangesCallback, Through, TrainedThrough, load_ranges_
@@ -218,7 +218,8 @@ def _report(state: TrainerState, watch: Watch, settings: TrainingSettings, resum
 
 
 def _restore(model: PeftModel, last: Path, final: Path, settings: TrainingSettings, trainable: int) -> TrainingReport:
-    set_peft_model_state_dict(model, load_file(final / WEIGHTS))
+    with reading(final, model):
+        set_peft_model_state_dict(model, load_file(final / WEIGHTS))
     state = read_state(last)
     losses = tuple(float(e["loss"]) for e in state["log_history"] if "loss" in e)
     best = state.get("best_global_step") if settings.evaluation_steps else None

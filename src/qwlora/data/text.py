@@ -64,7 +64,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             may = "a list of records, or " if suffix_of(path) == ".json" else ""
             hint = f". A {path.suffix} file holds {may}one whole object a line" if line.strip() in ("[", "{") else ""
-            raise SourceError(f"{where}: this is not JSON: {error.msg} at character {error.colno}{hint}") from error
+            raise SourceError(f"{where}: this is not JSON: {error.msg.removesuffix(' at')} at character {error.colno}{hint}") from error
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{where}: this is not JSON that can be used: {error}") from error
 
@@ -82,7 +82,7 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         records = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
     except json.JSONDecodeError as error:
-        raise SourceError(f"{path}:{error.lineno}: this is not JSON: {error.msg} at character {error.colno}") from error
+        raise SourceError(f"{path}:{error.lineno}: this is not JSON: {error.msg.removesuffix(' at')} at character {error.colno}") from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: this is not JSON that can be used: {error}") from error
     for number, record in enumerate(records, 1):

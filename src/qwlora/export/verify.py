@@ -39,6 +39,7 @@ class Parity(LayerParity):
     perturbed_max_abs_logit_difference: float
     perplexity: float
     simulated_perplexity: float
+    sequences: int
     tokens: int
 
 
@@ -110,6 +111,7 @@ def verify_onnx(
         perplexity=math.exp(nll["file"] / predicted),
         simulated_perplexity=math.exp(nll["simulation"] / predicted),
         **layers.to_json(),
+        sequences=len(data),
         tokens=file.tokens,
     )
 

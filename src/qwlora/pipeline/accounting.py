@@ -47,8 +47,9 @@ def account_job(folder: Path, adapter: str | None = None, changes: tuple[str, ..
 def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], share: float, track: Track = untracked) -> dict[str, Any]:
     """The fewest activations at 16 bits, the others at 8, with which perplexity is at most `1 + share` of the adapter's with float activations.
 
-    The search keeps to the limit on a few of the recipe's evaluation sequences. `fresh` is what its result does on the others, and the adapter with float
-    activations there; None where there are no others.
+    The search keeps to the limit on a few of the recipe's evaluation sequences (`sequences`), where the adapter with float activations has
+    `float_activations`. `fresh` is what the result does on the others, and the same there; None where there are no others. `kept` counts the activations that
+    the recipe's rules decide about, which are not searched; `rules` are all that give the result, the recipe's own first.
 
     Raises:
         DirectoryError: as `open_job`.
@@ -66,7 +67,8 @@ def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], sha
     simulation = _calibrated(session, name)
     searched, others = session.evaluation.spread(SEARCHED_SEQUENCES)
     with simulation.only():
-        limit = (1 + share) * _simulated(simulation, searched)
+        reference = _simulated(simulation, searched)
+    limit = (1 + share) * reference
     found = suggest(
         simulation,
         _sensed(session),
@@ -76,13 +78,14 @@ def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], sha
         WIDE_BITS,
         track=session.track,
     )
-    fresh = None
+    fresh: dict[str, float] | None = None
     if len(others):
-        fresh = {"measured": _simulated(simulation, others)}
+        fresh = {"sequences": len(others), "measured": _simulated(simulation, others)}
         with simulation.only():
             fresh["float_activations"] = _simulated(simulation, others)
-    measured = {key: getattr(found, key) for key in ("narrow", "measured", "all_narrow", "all_wide", "limit")}
-    own = [rule.model_dump(exclude_unset=True, mode="json") for rule in session.recipe.simulation.rules]
+    measured = {key: getattr(found, key) for key in ("narrow", "kept", "measured", "all_narrow", "all_wide", "limit")}
+    measured |= {"float_activations": reference, "sequences": len(searched)}
+    own = [rule.model_dump(exclude_defaults=True, mode="json") for rule in session.recipe.simulation.rules]
     rules = [*own, *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in found.rules)]
     return {"adapter": name, **measured, "fresh": fresh, "wide": list(found.wide), "rules": rules, **_unshared(session)}
 

@@ -114,6 +114,13 @@ class Directory:
         return record is not None and record.key == key and all(_digest(self.path / file) == digest for file, digest in record.files.items())
 
     @classmethod
+    def recorded(cls, path: Path) -> Directory:
+        """The records of `path`, whoever's it is; none if no job ran there."""
+        directory = cls(path)
+        directory._read_records()
+        return directory
+
+    @classmethod
     def peek(cls, path: Path, recipe: Recipe) -> Directory:
         """Look at the records of `path` without claiming it; see `check_owner` for the errors."""
         cls(path).check_owner(recipe)
@@ -125,6 +132,11 @@ class Directory:
         directory = cls(path)
         directory._read_records()
         return directory
+
+    def missing_adapters(self) -> list[str]:
+        """Adapters of the job that were trained here and whose folders are gone."""
+        trained = [stage.removeprefix("train/") for stage in self.records if stage.startswith("train/")]
+        return [name for name in trained if not (self.path / "adapters" / name / "adapter_config.json").is_file()]
 
     def forget(self, keep: set[str]) -> None:
         """Drop the records of stages that the recipe no longer has; their files stay."""
@@ -205,7 +217,7 @@ def explained(path: Path) -> Iterator[None]:
         # writers in other languages report a full disk in words of their own, so the disk is asked too
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or _free_bytes(path) < _FULL_BYTES:
             raise DirectoryError(f"{str(path)!r}: no space left on the disk. Nothing half-written was kept; free some space and run again") from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(error, "errno", None) == errno.EROFS:
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(error, "errno", None) in (errno.EROFS, errno.EBUSY):
             raise DirectoryError(f"{str(path)!r} cannot be written: {error}") from error
         raise
 

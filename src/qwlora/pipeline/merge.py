@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from qwlora.base.storage import save_base
 from qwlora.errors import DirectoryError
 from qwlora.evaluate import logits_of, perplexity
 from qwlora.grid.quantized import QuantizedTensor
+from qwlora.pipeline.directory import explained
 from qwlora.pipeline.session import Session
 from qwlora.progress import Track
 
@@ -117,6 +119,8 @@ def check_target(folder: Path) -> None:
         raise DirectoryError(f"{str(folder)!r} is a file; --out names a directory")
     if folder.exists() and any(folder.iterdir()):
         raise DirectoryError(f"{str(folder)!r} is not empty; choose another --out")
+    if folder.exists() and not os.access(folder, os.W_OK):
+        raise DirectoryError(f"{str(folder)!r} is not writable; choose another --out")
     above = next(p for p in folder.absolute().parents if p.exists())
     if not above.is_dir():
         raise DirectoryError(f"{str(folder)!r} cannot be made: {str(above)!r} is a file; choose another --out")
@@ -128,25 +132,29 @@ def write_merged(session: Session, name: str, into: Into, folder: Path) -> None:
     """Write the merged model of adapter `name` into `folder`: a Hugging Face checkpoint, or a base of its own.
 
     Raises:
-        DirectoryError: see `check_target`.
+        DirectoryError: see `check_target`; or it cannot be written after all, as where the disk is full. Nothing half-written stays.
     """
     check_target(folder)
     merged = merged_model(session.adapted(name), into)
     scratch = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)  # of a merge that was killed
-    scratch.mkdir(parents=True)
+    made = [above for above in scratch.parents if not above.exists()]
     try:
-        if into == "float":
-            merged.save_pretrained(scratch)
-            session.tokenizer.save_pretrained(scratch)
-        else:
-            save_base(merged, session.tokenizer, scratch, session.recipe.model.source)
-        if folder.exists():
-            folder.rmdir()
-        scratch.rename(folder)
+        with explained(folder):
+            shutil.rmtree(scratch, ignore_errors=True)  # of a merge that was killed
+            scratch.mkdir(parents=True)
+            if into == "float":
+                merged.save_pretrained(scratch)
+                session.tokenizer.save_pretrained(scratch)
+            else:
+                save_base(merged, session.tokenizer, scratch, session.recipe.model.source)
+            if folder.exists():
+                folder.rmdir()
+            scratch.rename(folder)
     finally:
-        if scratch.exists():
-            shutil.rmtree(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
+        for above in made:
+            with contextlib.suppress(OSError):  # it holds the merged model
+                above.rmdir()
 
 
 def _perplexity(session: Session, model: PreTrainedModel | PeftModel, what: str, track: Track) -> float:

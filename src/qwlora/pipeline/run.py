@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Collection
@@ -14,7 +15,7 @@ from typing import Any
 
 from qwlora.data import load_documents
 from qwlora.data.prepare import describe, summary
-from qwlora.errors import CalibrationError, DirectoryError
+from qwlora.errors import CalibrationError, DirectoryError, RecipeError
 from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained, write_text
 from qwlora.pipeline.plan import VERBS, Stage, dependents, make_plan
 from qwlora.pipeline.workers import done, follow, is_first_process, tell
@@ -24,11 +25,19 @@ from qwlora.recipe import Recipe
 Say = Callable[[str], None]
 
 
-def run(recipe: Recipe, out: Path, verbs: Collection[str] = VERBS, track: Track = untracked, say: Say = lambda line: None) -> dict[str, Any]:
+def run(
+    recipe: Recipe,
+    out: Path,
+    verbs: Collection[str] = VERBS,
+    track: Track = untracked,
+    say: Say = lambda line: None,
+    command: Callable[[str], str] | None = None,
+) -> dict[str, Any]:
     """Run the stages of `recipe` whose verb is in `verbs`, over the directory `out`.
 
     Args:
         say: told, in a line each, what is skipped and what is done.
+        command: the command line for a verb of this job, for messages.
 
     Returns:
         The content of `results.json`.
@@ -43,17 +52,19 @@ def run(recipe: Recipe, out: Path, verbs: Collection[str] = VERBS, track: Track 
     if not is_first_process():
         return follow(new_session(recipe, documents, out, untracked), plan)
     try:
-        return _run(recipe, out, verbs, documents, plan, track, say)
+        return _run(recipe, out, verbs, documents, plan, track, say, command or (lambda verb: shlex.join(["qwlora", verb, "--out", str(out)])))
     finally:
         tell(None)
 
 
-def _run(recipe: Recipe, out: Path, verbs: Collection[str], documents: Any, plan: list[Stage], track: Track, say: Say) -> dict[str, Any]:
+def _run(
+    recipe: Recipe, out: Path, verbs: Collection[str], documents: Any, plan: list[Stage], track: Track, say: Say, command: Callable[[str], str]
+) -> dict[str, Any]:
     peek = Directory.peek(out, recipe)
     waiting = [s for s in plan if s.verb in verbs and not peek.is_current(s.name, s.key)]
     behind = {name for stage in waiting for name in dependents(plan, stage.name)}
     waiting = [s for s in plan if s.verb in verbs and (s in waiting or s.name in behind)]
-    _check_needs(plan, waiting, verbs, peek)
+    _check_needs(plan, waiting, verbs, peek, command)
     if waiting:
         session = _start_session(recipe, documents, out, track, say, {s.verb for s in waiting})
         say(summary(describe(documents, session.data)))
@@ -110,18 +121,26 @@ def open_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] 
 
     Raises:
         DirectoryError: the folder is no job's directory, or has no such trained adapter.
+        RecipeError: a change is of what base and adapters were made from, which are there already.
+        FingerprintError: the adapter was trained on another base than the one that is there.
     """
     from qwlora.recipe import load_recipe
 
     if not (folder / "recipe.yaml").is_file():
         raise DirectoryError(f"{str(folder)!r} is no job's directory: it has no recipe.yaml; `qwlora run` makes one")
     recipe = load_recipe(folder / "recipe.yaml", changes)
+    if made := tuple(change for change in changes if not _is_looked_at(change)):
+        _refuse_changes(folder, made)
     name = adapter or recipe.adapters[0].name
     if not (folder / "adapters" / name).is_dir():
         known = ", ".join(adapter.name for adapter in recipe.adapters)
         raise DirectoryError(f"{str(folder)!r} has no trained adapter {name!r}; the recipe's are {known}. Train it: qwlora train --out {folder}")
     documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
-    return new_session(recipe, documents, folder, track), name
+    session = new_session(recipe, documents, folder, track)
+    from qwlora.adapter.provenance import check_adapter
+
+    check_adapter(folder / "adapters" / name, session.base_fingerprint)
+    return session, name
 
 
 def is_calibrated(session: Any, name: str) -> bool:
@@ -141,14 +160,52 @@ def is_calibrated(session: Any, name: str) -> bool:
     return True
 
 
-def _check_needs(plan: list[Stage], waiting: list[Stage], verbs: Collection[str], directory: Directory) -> None:
-    by_name = {s.name: s for s in plan}
+def _is_looked_at(change: str) -> bool:
+    """Whether a change is of what the session of a job does by itself, with the base and the adapters that are there."""
+    key = change.partition("=")[0]
+    return key.split(".")[0] == "simulation" or key in ("data.evaluation_sequences", "data.calibration_sequences")
+
+
+def _refuse_changes(folder: Path, changes: tuple[str, ...]) -> None:
+    from qwlora.recipe import load_recipe
+
+    path = folder / "recipe.yaml"
+    before, after = ({stage.name: stage.key for stage in _plan_of(load_recipe(path, given))} for given in ((), changes))
+    again = [name for name, key in after.items() if name.partition("/")[0] in ("quantize", "calibrate-base", "train") and before.get(name) != key]
+    asked = " ".join(f"--set {change}" for change in changes)
+    if not again:
+        raise RecipeError(str(path), [f"{asked}: nothing that is looked at here depends on it; leave it out"])
+    raise RecipeError(
+        str(path),
+        [
+            f"{asked}: {', '.join(again)} would have to run again, and here only simulation.* can be changed. Run it with the change first: "
+            f"{shlex.join(['qwlora', 'run', str(path), '--out', str(folder), *(part for change in changes for part in ('--set', change))])}"
+        ],
+    )
+
+
+def _plan_of(recipe: Recipe) -> list[Stage]:
+    return make_plan(recipe, load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()))
+
+
+def _check_needs(plan: list[Stage], waiting: list[Stage], verbs: Collection[str], directory: Directory, command: Callable[[str], str]) -> None:
+    """Refuse stages whose needs are neither current nor asked for, naming every verb that has to run before."""
+    needs, lacking = {s.name: s.needs for s in plan}, set[str]()
+
+    def look(name: str) -> None:
+        for need in (s for s in plan if s.name in needs[name] and s.verb not in verbs and s.name not in lacking):
+            if not directory.is_current(need.name, need.key):
+                lacking.add(need.name)
+                look(need.name)
+
     for stage in waiting:
-        for need in (by_name[n] for n in stage.needs):
-            if need.verb not in verbs and not directory.is_current(need.name, need.key):
-                raise DirectoryError(
-                    f"{stage.verb} needs {need.name}, which is missing or out of date in {str(directory.path)!r}: run `qwlora {need.verb}` first"
-                )
+        look(stage.name)
+        if lacking:
+            first = dict.fromkeys(s.verb for s in plan if s.name in lacking)
+            raise DirectoryError(
+                f"{stage.verb} needs {', '.join(s.name for s in plan if s.name in lacking)}, missing or out of date in {str(directory.path)!r}. "
+                f"Run first: {' && '.join(command(verb) for verb in VERBS if verb in first)}"
+            )
 
 
 def _write_results(directory: Directory, recipe: Recipe, plan: list[Stage]) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwlora.adapter.equalize import equalize_adapter_
-from qwlora.adapter.provenance import check_adapter, load_adapter, of_parameters
+from qwlora.adapter.provenance import check_adapter, load_adapter, reading
 from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.precomputed import LazyModel
 from qwlora.base.readers.folder import FloatCheckpoint
@@ -45,6 +46,19 @@ MOMENTS = "moments"  # of the inputs of the base's layers, beside it
 BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
 ADAPTER = "adapter"  # in the folder of its simulation: the factors that the encodings there are of
 SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it
+
+
+def learned_scales(adapter: Path) -> dict[str, Tensor]:
+    """The scales of activations that were learned with the adapter in a folder; none if it has none.
+
+    Raises:
+        SourceError: their file is damaged.
+    """
+    path = adapter / SCALES
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"adapter {str(adapter)!r}: {SCALES} cannot be read ({error}); train it again") from error
 
 
 class Session:
@@ -176,7 +190,7 @@ class Session:
         for number, name in enumerate(names[1:], 1):
             folder = self.path / "adapters" / name
             check_adapter(folder, self.base_fingerprint)
-            with of_parameters():
+            with reading(folder, model):
                 model.load_adapter(str(folder), adapter_name=f"{number}")
         method, schemes = self.recipe.simulation.equalize, self.schemes
         for adapter in model.peft_config:
@@ -194,8 +208,8 @@ class Session:
         simulation = simulate(model or self.equalized(name), self.example_inputs, self.schemes)
         self.check_rules(simulation.placement)
         if self.recipe.workflow == "qwa-lora":
-            scales = self.path / "adapters" / name / SCALES
-            simulation.take_over(with_scales(load_activations(self.path / BASE_SIMULATION), load_file(scales) if scales.exists() else {}))
+            scales = learned_scales(self.path / "adapters" / name)
+            simulation.take_over(with_scales(load_activations(self.path / BASE_SIMULATION), scales))
         self._simulation = (name, simulation)
         return simulation
 

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from qwlora.sizes import size
+
 
 def print_summary(results: dict[str, Any], console: Console) -> None:
     """Perplexities, sizes, times and parity, as far as they are there."""
@@ -25,17 +27,18 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     for kind, what in (("adapted", "after adapter"), ("simulated", "simulated, adapter")):
         rows += [(f"perplexity, {what} {name}", f"{value:.3f}") for name, value in perplexity.get(kind, {}).items()]
     if base := results.get("base"):
-        rows.append(("base", f"{base['bytes'] / 1e6:.1f} MB packed, {base['bits_per_weight']:.2f} bits a weight, fingerprint {base['fingerprint'][:16]}"))
+        rows.append(("base", f"{size(base['bytes'])} packed, {base['bits_per_weight']:.2f} bits a weight, fingerprint {base['fingerprint'][:16]}"))
         if "float_weights" in base:
             rows.append(("", f"{base['weights']:,} weights packed, {base['float_weights']:,} left float (embeddings, norms, biases)"))
     for name, train in results.get("train", {}).items():
-        cost = f"{train['step_seconds']:.2f} s a step, peak {train['peak_rss_bytes'] / 1e6:.0f} MB"
+        cost = f"{train['step_seconds']:.2f} s a step, peak {size(train['peak_rss_bytes'])}"
         rows.append((f"training {name}", f"{train['steps']} steps, {cost}, {train['trainable_parameters']:,} parameters"))
     for target, adapters in results.get("export", {}).items():
-        rows += [(f"{target} {name}", f"{export['bytes'] / 1e6:.1f} MB") for name, export in adapters.items()]
+        rows += [(f"{target} {name}", size(export["bytes"])) for name, export in adapters.items()]
     for target, adapters in results.get("parity", {}).items():
         for name, p in adapters.items():
-            rows.append((f"parity {target} {name}", f"perplexity {p['perplexity']:.3f} in the runtime, {p['simulated_perplexity']:.3f} simulated"))
+            found = f"perplexity {p['perplexity']:.3f} in the runtime, {p['simulated_perplexity']:.3f} simulated"
+            rows.append((f"parity {target} {name}", f"{found} (on {p['sequences']} sequences)" if "sequences" in p else found))
             rows.append(("", f"same likeliest token {p['top1_agreement']:.2%}, floor {p['floor_top1_agreement']:.2%}"))
             rows.append(("", f"worst of {p['layers']} layers {p['worst_layer_steps']:.2f} steps, on average {p['worst_layer_mean_steps']:.4f}"))
     seconds = {verb: s["seconds"] for verb, s in results["stages"].items()}

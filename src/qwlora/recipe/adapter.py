@@ -9,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from qwlora.grid.names import pattern_problem
 from qwlora.recipe.section import Count, Name, Section
 
+Rank = Annotated[int, Field(ge=1, lt=2**31)]  # whether a layer is as large is seen before training
+Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW moves each weight by about this much a step
+
 
 class Adapter(Section):
     """Step 2, for one adapter."""
@@ -21,7 +24,7 @@ class Adapter(Section):
     )
     objective: Literal["text", "recovery"] = Field("text", description="recovery: come near the float model besides, to be the start of others")
     unknown_base: Literal["refuse", "accept"] = Field("refuse", description="a start that does not say which base it was trained on, as PEFT saves them")
-    rank: Count = Field(16, description="inner dimension of lora_B lora_A")
+    rank: Rank = Field(16, description="inner dimension of lora_B lora_A")
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="the branch is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before lora_A while training")
     target_modules: str | list[str] = Field("all-linear", description="which layers get an adapter: names, or a regular expression for whole paths")
@@ -33,15 +36,15 @@ class Adapter(Section):
     rank_budget: Annotated[float, Field(gt=0)] | None = Field(
         None, description="ranks by layer: share of the parameters that rank has in the quantized layers, given to those that init corrects most"
     )
-    rank_cap: Count | None = Field(None, description="the largest rank that rank_budget gives a layer, four times rank unless given")
+    rank_cap: Rank | None = Field(None, description="the largest rank that rank_budget gives a layer, four times rank unless given")
     dora: bool = Field(False, description="DoRA: learn the norm of each output of a layer besides")
-    rank_pattern: dict[str, Count] = Field({}, description="other ranks, by the end of a module's name or a regular expression")
+    rank_pattern: dict[str, Rank] = Field({}, description="other ranks, by the end of a module's name or a regular expression")
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="other alphas, likewise")
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="numbers of the transformer layers that get an adapter; all unless given")
     steps: Annotated[int, Field(ge=0)] = Field(60, description="optimizer steps, at most; 0 with start uses that adapter as it is")
     batch_sequences: Count = Field(1, description="sequences in a forward pass, over all processes")
     accumulation_steps: Count = Field(1, description="forward passes in a step")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(5e-4, description="peak learning rate of AdamW")
+    learning_rate: Rate = Field(5e-4, description="peak learning rate of AdamW")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of AdamW")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field("cosine", description="how the learning rate moves")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(5, description="steps from zero to the peak learning rate")
@@ -56,7 +59,7 @@ class Adapter(Section):
     divergence: Literal["stop", "ignore"] = Field(
         "stop", description="whether a loss that stays far above what it was ends training with an error; one that is no number always does"
     )
-    range_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+    range_learning_rate: Rate | None = Field(
         None, description="learn the ranges of the base's activations too, at this rate, relative to their size (workflow qwa-lora). Fixed unless given"
     )
     report_to: list[str] = Field([], description="loggers, by their names in transformers: tensorboard, wandb, mlflow ...")

@@ -37,7 +37,7 @@ class Recipe(Section):
         "qw-lora",
         description="qw-lora: activations are calibrated after training; qwa-lora: the base's are calibrated first, and the adapters are trained through them",
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the data split, the adapters' start and the order of training")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(0, description="of the data split, the adapters' start and the order of training")
     model: Model
     data: Data
     base: Base = Base()

@@ -69,6 +69,9 @@ class CalibrationReport:
         return asdict(self)
 
 
+_NO_BATCH = "calibration needs at least one batch, and none was given"
+
+
 @dataclass
 class _Seen:
     """What `observe` has counted."""
@@ -109,8 +112,13 @@ class Calibrated(nn.Module):
         stillness: Stillness | None = None,
         allow_unseen: bool = False,
     ) -> CalibrationReport:
-        """`observe`, then `freeze`; see these."""
+        """`observe`, then `freeze`; see these. Without a batch it is an error, whatever was observed before."""
+        if isinstance(batches, Collection) and not batches:
+            raise CalibrationError(_NO_BATCH)
+        before = self._seen.batches
         self.observe(batches, track, tokens, stillness)
+        if self._seen.batches == before:
+            raise CalibrationError(_NO_BATCH)
         return self.freeze(allow_unseen)
 
     @torch.no_grad()
@@ -125,7 +133,7 @@ class Calibrated(nn.Module):
             CalibrationError: there was no batch.
         """
         if self._seen.batches == 0 and isinstance(batches, Collection) and not batches:
-            raise CalibrationError("calibration needs at least one batch")
+            raise CalibrationError(_NO_BATCH)
         for quantizer in self.quantizers.values():
             quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.OBSERVE
         self._seen.stopped_early = False

@@ -29,6 +29,7 @@ class Suggestion:
     Args:
         wide: names of the activations on the wide grid, in order of the graph.
         narrow: how many are on the narrow one.
+        kept: how many were not searched: a user's rule decided about them, or they were fixed before.
         rules: what gives the same to a simulation whose activations are narrow; to stand behind the rules that this one has.
         measured: what `measure` says of the assignment, and of all-narrow and all-wide.
         limit: what was asked for.
@@ -36,6 +37,7 @@ class Suggestion:
 
     wide: tuple[str, ...]
     narrow: int
+    kept: int
     rules: tuple[PlacementRule, ...]
     measured: float
     all_narrow: float
@@ -79,7 +81,16 @@ def suggest(
     kept = set(chosen)
     wide_names = tuple(name for name in search.names if name in kept)
     names = {placed.name: placed.names for placed in (*simulation.placement.weights, *simulation.placement.explanation) if placed.name in searched}
-    return Suggestion(wide_names, len(search.names) - len(kept), rules_for(kept, names, narrow, wide), measured, all_narrow, all_wide, limit)
+    return Suggestion(
+        wide_names,
+        len(search.names) - len(kept),
+        len(simulation.quantizers) - len(search.names),
+        rules_for(kept, names, narrow, wide),
+        measured,
+        all_narrow,
+        all_wide,
+        limit,
+    )
 
 
 def rules_for(chosen: Collection[str], names: Mapping[str, tuple[str, ...]], narrow: int, wide: int) -> tuple[PlacementRule, ...]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -110,7 +111,7 @@ def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[
     largest: dict[int, tuple[int, int, str]] = {}
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
+            weight = module.get_param()[0] if isinstance(module, ParamWrapper) else module.get_base_layer().weight
             sides = sorted((weight.shape[0], weight[0].numel()), reverse=True)
             for rank in module.r.values():
                 largest[rank] = max(largest.get(rank, (0, 0, "")), (*sides, canonical_name(name)))

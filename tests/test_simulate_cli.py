@@ -182,6 +182,15 @@ def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
     assert code == 0, "a placement without a calibration"
 
 
+def test_an_adapter_that_left_the_recipe_is_not_shown_by_it(job: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(job, out)
+    (out / "adapters" / "first").rename(out / "adapters" / "before")
+    (out / "simulation" / "first").rename(out / "simulation" / "before")
+    with pytest.raises(CalibrationError, match=r"adapter 'before' in .* is left from another recipe; this one's are first, second"):
+        explain_job(out, "before")
+
+
 def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(job: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(job, out)
@@ -195,7 +204,10 @@ def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(job: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("base.weights.bitwidth=3", "quantize, train/first, train/second would have to run again, and here only simulation.* can be changed"),
+        (
+            "base.weights.bitwidth=3",
+            "quantize, train/first, train/second would have to run again, and here only simulation.*, data.evaluation_sequences,",
+        ),
         ("adapters.1.rank=2", "--set adapters.1.rank=2: train/second would have to run again"),
         ("data.sequence_tokens=16", "train/first, train/second would have to run again"),
         ("verify.sequences=1", "--set verify.sequences=1: nothing that is looked at here depends on it; leave it out"),

@@ -59,7 +59,7 @@ def check(
     from qwlora.errors import SourceError
     from qwlora.pipeline.directory import Directory
 
-    base, missing = base_beside(folder), Directory.recorded(folder).missing_adapters()
+    base, missing = base_beside(folder), Directory.read(folder).missing_adapters()
     wrong = len(missing)
     for name in missing:
         print(f"adapters/{name}: missing, and was trained here; train it again: {shlex.join(['qwlora', 'train', '--out', str(folder)])}")

@@ -85,6 +85,10 @@ def on_experts(tmp_path: Path) -> Path:
 def test_adapters_on_experts_are_good(on_experts: Path) -> None:
     assert sorted(len(t) for n, t in load_file(on_experts / WEIGHTS).items() if "lora_A" in n) == [2, 8, 8]
     assert problems(on_experts, None) == []
+    config = json.loads((on_experts / "adapter_config.json").read_text())
+    config["target_parameters"] = ["gate_up_proj", "down_proj"]  # PEFT takes the ends of names
+    (on_experts / "adapter_config.json").write_text(json.dumps(config))
+    assert problems(on_experts, None) == []
 
 
 @pytest.mark.parametrize(

@@ -418,11 +418,10 @@ def test_of_a_split_only_its_own_files_must_be_read(tmp_path: Path) -> None:
 
 def test_a_folder_may_hold_other_files_besides_but_a_card_is_not_its_data(tmp_path: Path) -> None:
     others = ("LICENSE", "LICENSE.txt", ".gitattributes", "dataset_infos.json", "data.jsonl.sha256", "data.jsonl.dvc", "picture.png", "loader.py")
+    others += ("Thumbs.db", "data.csv.py", "data.jsonl.sha1")
     for name in ("README.md", *others):
         (tmp_path / name).write_text("# about")
-    with pytest.raises(
-        SourceError, match=r"holds a dataset's card \(LICENSE.txt\) and no data that is read; there is data.jsonl.dvc and 4 more: give records as"
-    ):
+    with pytest.raises(SourceError, match=r"holds a dataset's card \(LICENSE.txt\) and no data that is read; there is Thumbs.db and 7 more: give records as"):
         read(tmp_path)
     write_jsonl(tmp_path / "data.jsonl", RECORDS["text"])
     assert without_place(read(tmp_path)) == expected("text")

@@ -210,7 +210,7 @@ def test_prefill_and_decode_are_one_model(name: str) -> None:
 
     before, after = (Simulation(captured, SimulationSchemes(), base_encodings(model)) for captured in (prefill, decode))
     before.calibrate([{"input_ids": IDS}])
-    after.restore(before.encodings)
+    after.restore(before.encodings, before.dropped)
     assert list(after.encodings) == list(before.encodings)
     expected = before.outputs({"input_ids": IDS})["logits"]
     cache = pairs(before.outputs({"input_ids": first}))

@@ -181,7 +181,7 @@ def test_only_what_calibration_left_float_comes_back_without_an_encoding(tmp_pat
     assert again.dropped == {"model.layers.0.self_attn.softmax"}
     assert torch.equal(again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"]))
     (tmp_path / "simulation.json").write_text(json.dumps({**record, "dropped": []}))
-    with pytest.raises(CalibrationError, match=r"1 activations have no encoding, model.layers.0.self_attn.softmax first, .* another placement"):
+    with pytest.raises(CalibrationError, match=r"1 activations have no encoding, model.layers.0.self_attn.softmax first: .* another placement"):
         load_simulation(tmp_path, adapted())
 
 

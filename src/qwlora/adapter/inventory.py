@@ -148,7 +148,8 @@ def _one(sizes: list[int]) -> int | str:
 def _reached(path: str, parameters: list[str]) -> bool:
     """Whether the module at `path` has one of `parameters`; of several wrapped ones, all but one have `base_layer` in their path."""
     owner = "." + path.replace(".base_layer", "")
-    return any(owner.endswith(f".{parameter.rpartition('.')[0]}") for parameter in parameters)
+    modules = [parameter.rpartition(".")[0] for parameter in parameters]
+    return any(not module or owner.endswith(f".{module}") for module in modules)
 
 
 def _config(adapter: Path) -> dict[str, Any]:

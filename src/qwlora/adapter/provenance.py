@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
@@ -72,12 +73,12 @@ def reading(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[
     try:
         with of_parameters():
             yield
-    except QwloraError:
+    except (QwloraError, MemoryError, torch.OutOfMemoryError, PermissionError):
         raise
     except (OSError, SafetensorError) as error:
         raise SourceError(f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); {again}") from error
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise SourceError(f"adapter {str(folder)!r} does not fit {type(model).__name__}: {error}; {again}") from error
+        raise SourceError(f"adapter {str(folder)!r} does not fit {type(model).__name__}: {error}") from error
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from qwlora.data.names import RECORD_SUFFIXES, TEXT_SUFFIXES, refusal, suffix_of
 from qwlora.errors import SourceError
 
 _CARD_STEMS, _CARD_OF_RECORDS = ("readme", "license"), "dataset_infos.json"
-_OF_ANOTHER_FILE = (".dvc", ".license", ".lock", ".md5", ".sha256")
+_OF_ANOTHER_FILE = (".asc", ".crc", ".dvc", ".idx", ".license", ".lock", ".md5", ".sha1", ".sha256", ".sha512", ".sig")
+_OF_NO_ONE = ("thumbs.db",)
 _WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "dev", "val"), "test": ("test", "testing", "eval", "evaluation")}
 
 
@@ -58,7 +59,7 @@ def _is_record(file: Path) -> bool:
 
 
 def _is_refused(file: Path) -> bool:
-    return refusal(file) is not None and suffix_of(file) not in _OF_ANOTHER_FILE
+    return refusal(file) is not None and suffix_of(file) not in _OF_ANOTHER_FILE and file.name.lower() not in _OF_NO_ONE
 
 
 def _named(files: Sequence[Path], folder: Path) -> str:

@@ -21,6 +21,7 @@ _NOT_READ = {
     **dict.fromkeys((".xlsx", ".xls", ".ods", ".orc", ".avro", ".pkl", ".pickle", ".sqlite", ".sqlite3", ".db", ".tfrecord"), _SAVE),
 }
 _RECORD_WITHIN = re.compile(rf"({'|'.join(map(re.escape, sorted(RECORD_SUFFIXES, key=len, reverse=True)))})(?![a-z])")
+_MADE_OF_RECORDS = (".py", ".sh", ".html", ".png", ".svg", ".jpg", ".jpeg", ".pdf")  # a.csv.py
 
 
 def suffix_of(file: Path) -> str:
@@ -35,6 +36,6 @@ def refusal(file: Path) -> str | None:
         return None
     if suffix in _NOT_READ:
         return f"{suffix} files are not read: {_NOT_READ[suffix]}"
-    if within := _RECORD_WITHIN.search(file.name.lower()):
+    if suffix not in _MADE_OF_RECORDS and (within := _RECORD_WITHIN.search(file.name.lower())):
         return f"its name speaks of {within[1]} records and ends otherwise: let it end in {within[1]}, or in .txt if it is running text"
     return None

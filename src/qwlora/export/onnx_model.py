@@ -84,8 +84,8 @@ class _Rewriter:
         bits = 8 if encoding.scheme.bitwidth <= 8 else 16
         if encoding.scheme.bitwidth not in (8, 16):
             raise ExportError(f"{name}: ONNX has no {encoding.scheme.bitwidth}-bit QuantizeLinear for activations; use 8 or 16 bits")
-        scale = self._initializer(f"{name}.scale", encoding.scale.numpy())
-        zero_point = self._initializer(f"{name}.zero_point", (-encoding.offset).numpy().astype(f"uint{bits}"))
+        scale = self._initializer(f"{name}.scale", encoding.scale.cpu().numpy())
+        zero_point = self._initializer(f"{name}.zero_point", (-encoding.offset).cpu().numpy().astype(f"uint{bits}"))
         codes = ir.node("QuantizeLinear", [node.inputs[0], scale, zero_point], name=f"{name}/quantize")
         codes.outputs[0].name = f"{name}.codes"
         values = ir.node("DequantizeLinear", [codes.outputs[0], scale, zero_point], name=f"{name}/dequantize")

@@ -6,7 +6,7 @@ fingerprints and exported files use the name without all that:
     base_model.model.model.layers.0.mlp.up_proj.base_layer.weight     -> model.layers.0.mlp.up_proj.weight
     base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight  -> model.layers.0.mlp.up_proj.lora_A.weight
 
-Of two adapters that PEFT wraps around one module, for two parameters of it, the inner one keeps `base_layer` in its name.
+Of several adapters that PEFT wraps around one module, for several parameters of it, an inner one keeps the `base_layer`s that it is in.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def canonical_name(path: str) -> str:
         parts = parts[2:]
     kept: list[str] = []
     behind_adapter = False
-    for part, following in pairwise([*parts, ""]):
+    for i, part in enumerate(parts):
         if behind_adapter:
             behind_adapter = False
             continue
-        if part not in _WRAPPERS or following.startswith("lora_"):
+        if part not in _WRAPPERS or next((p for p in parts[i:] if p not in _WRAPPERS), "").startswith("lora_"):
             kept.append(part)
         behind_adapter = _holds_adapters(part)
     return ".".join(kept)

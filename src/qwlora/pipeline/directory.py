@@ -114,13 +114,6 @@ class Directory:
         return record is not None and record.key == key and all(_digest(self.path / file) == digest for file, digest in record.files.items())
 
     @classmethod
-    def recorded(cls, path: Path) -> Directory:
-        """The records of `path`, whoever's it is; none if no job ran there."""
-        directory = cls(path)
-        directory._read_records()
-        return directory
-
-    @classmethod
     def peek(cls, path: Path, recipe: Recipe) -> Directory:
         """Look at the records of `path` without claiming it; see `check_owner` for the errors."""
         cls(path).check_owner(recipe)
@@ -128,7 +121,7 @@ class Directory:
 
     @classmethod
     def read(cls, path: Path) -> Directory:
-        """The records of `path`, whoever owns it; nothing is claimed or written."""
+        """The records of `path`, whoever owns it, none if no job ran there; nothing is claimed or written."""
         directory = cls(path)
         directory._read_records()
         return directory

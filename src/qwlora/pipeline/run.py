@@ -9,7 +9,7 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 
 Say = Callable[[str], None]
+
+_COUNTS = ("data.evaluation_sequences", "data.calibration_sequences")
 
 
 def run(
@@ -52,7 +54,7 @@ def run(
     if not is_first_process():
         return follow(new_session(recipe, documents, out, untracked), plan)
     try:
-        return _run(recipe, out, verbs, documents, plan, track, say, command or (lambda verb: shlex.join(["qwlora", verb, "--out", str(out)])))
+        return _run(recipe, out, verbs, documents, plan, track, say, command or (lambda verb: command_line(verb, out)))
     finally:
         tell(None)
 
@@ -134,13 +136,18 @@ def open_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] 
     name = adapter or recipe.adapters[0].name
     if not (folder / "adapters" / name).is_dir():
         known = ", ".join(adapter.name for adapter in recipe.adapters)
-        raise DirectoryError(f"{str(folder)!r} has no trained adapter {name!r}; the recipe's are {known}. Train it: qwlora train --out {folder}")
+        raise DirectoryError(f"{str(folder)!r} has no trained adapter {name!r}; the recipe's are {known}. Train it: {command_line('train', folder)}")
     documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
     session = new_session(recipe, documents, folder, track)
     from qwlora.adapter.provenance import check_adapter
 
     check_adapter(folder / "adapters" / name, session.base_fingerprint)
     return session, name
+
+
+def command_line(verb: str, folder: Path) -> str:
+    """What goes on with the job in `folder`."""
+    return shlex.join(["qwlora", verb, "--out", str(folder)])
 
 
 def is_calibrated(session: Any, name: str) -> bool:
@@ -151,11 +158,14 @@ def is_calibrated(session: Any, name: str) -> bool:
     """
     if not (session.path / "simulation" / name).is_dir():
         return False
-    key = next(stage.key for stage in make_plan(session.recipe, session.documents) if stage.name == f"calibrate/{name}")
+    key = next((stage.key for stage in make_plan(session.recipe, session.documents) if stage.name == f"calibrate/{name}"), None)
+    if key is None:
+        known = ", ".join(adapter.name for adapter in session.recipe.adapters)
+        raise CalibrationError(f"adapter {name!r} in {str(session.path)!r} is left from another recipe; this one's are {known}")
     if not Directory.read(session.path).is_current(f"calibrate/{name}", key):
         raise CalibrationError(
             f"the calibration of adapter {name!r} in {str(session.path)!r} is of another recipe, adapter or base than those that are there now; "
-            f"calibrate again: qwlora calibrate --out {session.path}"
+            f"calibrate again: {command_line('calibrate', session.path)}"
         )
     return True
 
@@ -163,7 +173,7 @@ def is_calibrated(session: Any, name: str) -> bool:
 def _is_looked_at(change: str) -> bool:
     """Whether a change is of what the session of a job does by itself, with the base and the adapters that are there."""
     key = change.partition("=")[0]
-    return key.split(".")[0] == "simulation" or key in ("data.evaluation_sequences", "data.calibration_sequences")
+    return key.split(".")[0] == "simulation" or key in _COUNTS
 
 
 def _refuse_changes(folder: Path, changes: tuple[str, ...]) -> None:
@@ -172,16 +182,21 @@ def _refuse_changes(folder: Path, changes: tuple[str, ...]) -> None:
     path = folder / "recipe.yaml"
     before, after = ({stage.name: stage.key for stage in _plan_of(load_recipe(path, given))} for given in ((), changes))
     again = [name for name, key in after.items() if name.partition("/")[0] in ("quantize", "calibrate-base", "train") and before.get(name) != key]
-    asked = " ".join(f"--set {change}" for change in changes)
+    asked = shlex.join(_as_options(changes))
     if not again:
         raise RecipeError(str(path), [f"{asked}: nothing that is looked at here depends on it; leave it out"])
     raise RecipeError(
         str(path),
         [
-            f"{asked}: {', '.join(again)} would have to run again, and here only simulation.* can be changed. Run it with the change first: "
-            f"{shlex.join(['qwlora', 'run', str(path), '--out', str(folder), *(part for change in changes for part in ('--set', change))])}"
+            f"{asked}: {', '.join(again)} would have to run again, and here only {', '.join(('simulation.*', *_COUNTS))} can be changed. "
+            "Run it with the change first: "
+            f"{shlex.join(['qwlora', 'run', str(path), '--out', str(folder), *_as_options(changes)])}"
         ],
     )
+
+
+def _as_options(changes: Iterable[str]) -> list[str]:
+    return [part for change in changes for part in ("--set", change)]
 
 
 def _plan_of(recipe: Recipe) -> list[Stage]:

@@ -25,6 +25,7 @@ from qwlora.base.storage import load_base, read_record
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.errors import SourceError
 from qwlora.grid.moment import Moments
+from qwlora.grid.names import parameter_name
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.sequences import Sequences
 from qwlora.pipeline.idle import refuse_idle_rules
@@ -148,6 +149,11 @@ class Session:
         """Hand the float model over to whoever changes it."""
         model, self._float_model = self.float_model(), None
         return model
+
+    @cached_property
+    def packed_names(self) -> frozenset[str]:
+        """Names of the tensors that the base on disk holds packed."""
+        return frozenset(parameter_name(path) for path in read_record(self.path / "base")["layers"])
 
     @property
     def base_fingerprint(self) -> str:

@@ -39,7 +39,7 @@ from qwlora.base.precomputed import LazyModel, load_precomputed
 from qwlora.base.quantize import QuantizeReport, base_size, find_tensors, plan_layers, quantize_
 from qwlora.base.rules import Rule
 from qwlora.base.source import fetch
-from qwlora.base.storage import read_record, save_base
+from qwlora.base.storage import save_base
 from qwlora.base.stream import quantize_checkpoint
 from qwlora.data.isolation import check_isolation
 from qwlora.data.prepare import describe
@@ -50,7 +50,6 @@ from qwlora.export.extras import require
 from qwlora.export.verify import Limits, check_parity, verify_onnx
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.moment import Moments
-from qwlora.grid.names import parameter_name
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.pipeline.idle import shape_of
@@ -141,7 +140,7 @@ def _quantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], bool]
     """The model of the base that is there, without weights, and which of its tensors are packed."""
     model = session.skeleton()
     model.tie_weights()
-    return model, lambda name: name in {parameter_name(path) for path in read_record(session.path / "base")["layers"]}
+    return model, lambda name: name in session.packed_names
 
 
 def _check_saved(session: Session, model: PreTrainedModel, packed: Callable[[str], bool]) -> None:

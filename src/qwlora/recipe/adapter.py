@@ -66,18 +66,8 @@ class Adapter(Section):
     checkpoint_steps: Count = Field(10, description="steps between checkpoints; an interrupted run goes on from the last")
 
     def shape(self) -> dict[str, Any]:
-        """What says which weights this has, and of what shape, by key; two that differ only in a factor (alpha) have one."""
-        targets = self.target_modules if isinstance(self.target_modules, str) else sorted(set(self.target_modules))
-        layers = None if self.layers is None else sorted(set(self.layers))
-        parameters = sorted(set(self.target_parameters))
-        return {
-            "rank": self.rank,
-            "rank_pattern": self.rank_pattern,
-            "target_modules": targets,
-            "target_parameters": parameters,
-            "layers": layers,
-            "dora": self.dora,
-        }
+        """What says how large its weights are, by key; which layers have some depends on the model."""
+        return {"rank": self.rank, "rank_pattern": self.rank_pattern, "dora": self.dora}
 
     def without_graph(self) -> list[str]:
         """What of this cannot be trained through a captured graph, each with the way out."""

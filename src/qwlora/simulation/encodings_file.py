@@ -23,7 +23,7 @@ from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.graph import Kind
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
-FORMAT = 2
+FORMAT = 3  # 3: the record says what calibration left float
 ENCODINGS, RECORD = "simulation.encodings", "simulation.json"
 _VERSION = "2.1.0"
 _KEYS = ("base_fingerprint", "adapter_fingerprint", "inputs", "schemes", "encodings")

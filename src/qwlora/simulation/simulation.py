@@ -179,8 +179,8 @@ class Simulation(Calibrated):
                 raise CalibrationError(f"the encoding of {name} is not the one that its values give; calibrate again")
         if missing := [name for name in self.quantizers if name not in encodings and name not in dropped]:
             raise CalibrationError(
-                f"{len(missing)} activations have no encoding, {missing[0]} first, and calibration did not leave them float: "
-                "the encodings are of another placement; calibrate again"
+                f"{len(missing)} activations have no encoding, {missing[0]} first: the encodings are of another placement; calibrate again. "
+                "Values that calibration left float are named by dropped=other.dropped"
             )
         for name, quantizer in list(self.quantizers.items()):
             if isinstance(found := encodings.get(name), Encoding):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from transformers import TrainingArguments
 from conftest import tiny_model
 from qwlora import fingerprint, quantize_
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.adapter.checkpoints import last_checkpoint
+from qwlora.adapter.checkpoints import delete_newer, last_checkpoint
 from qwlora.adapter.train import TrainingSettings, _arguments, check_loggers, train_adapter
 from qwlora.adapter.watch import Divergence, divergence
 from qwlora.errors import MissingExtraError, TrainingError
@@ -282,24 +283,47 @@ def test_divergence_on_data_of_two_kinds_is_found_soon(healthy: int, times: floa
         assert healthy < found[0] <= healthy + 10 + steps
 
 
-def test_half_written_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
-    for step, state in ((2, '{"global_step": 2}'), (4, '{"global'), (6, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2"]
+def checkpoint(work: Path, step: int, state: str | None = "{}", kept: int | None = None, sharded: bool = False) -> Path:
+    """A checkpoint as the Trainer leaves one, of whose adapter the first `kept` bytes are there."""
+    folder = work / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    save_file({"lora_A": torch.ones(3)}, folder / "adapter_model.safetensors")
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(whole[:kept])
+    if kept == 0:
+        (folder / "adapter_model.safetensors").unlink()
+    if sharded:
+        (folder / "pytorch_model_fsdp_0").mkdir()
+    if state is not None:
+        (folder / "trainer_state.json").write_text(state)
+    return folder
+
+
+@pytest.mark.parametrize("broken", [{"state": '{"global'}, {"state": None}, {"kept": -1}, {"kept": 0}, {"kept": -1, "sharded": True}])
+def test_broken_checkpoint_is_not_resumed_from(tmp_path: Path, broken: dict[str, Any]) -> None:
+    whole = checkpoint(tmp_path, 2)
+    checkpoint(tmp_path, 10, **broken)
+    assert [last_checkpoint(tmp_path) for _ in "01"] == [whole, whole]  # what a process finds does not change what the next one does
+    delete_newer(tmp_path, whole)
+    assert list(tmp_path.iterdir()) == [whole]
+
+
+def test_checkpoint_of_a_sharded_run_needs_no_whole_adapter(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "nowhere") is None
+    checkpoint(tmp_path, 2)
+    assert last_checkpoint(tmp_path) != checkpoint(tmp_path, 4, kept=0)
+    assert checkpoint(tmp_path, 6, kept=0, sharded=True) == last_checkpoint(tmp_path)
 
 
-def test_damaged_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
-    for step in (2, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-        save_file({"lora_A": torch.ones(3)}, tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors")
-    damaged = tmp_path / "checkpoint-4" / "adapter_model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+def test_broken_checkpoints_are_deleted_when_all_processes_have_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = checkpoint(tmp_path, 10, kept=-1)
+    os.utime(broken, (time.time() + 10**6,) * 2)  # rotation would delete it last
+    seen: list[bool] = []
+    monkeypatch.setattr("accelerate.Accelerator.wait_for_everyone", lambda _: seen.append(broken.exists()))
+    train_adapter(adapted(), IDS, SETTINGS, tmp_path)
+    assert seen[0]
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*"))[-1] == "checkpoint-6"
+    assert not broken.exists()
 
 
 def test_unknown_logger_is_found_before_anything() -> None:

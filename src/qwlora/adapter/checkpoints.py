@@ -6,11 +6,11 @@ The Trainer writes `trainer_state.json` last, so a folder without a readable one
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError, safe_open
 
 from qwlora.adapter.provenance import WEIGHTS
@@ -19,20 +19,15 @@ STATE = "trainer_state.json"
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that was written to its end. Half-written and damaged ones are deleted, by the first process."""
-    found = sorted(work.glob("checkpoint-*"), key=step_of, reverse=True)
-    for checkpoint in found:
-        try:
-            read_state(checkpoint)
-            if (checkpoint / WEIGHTS).exists():  # of a sharded run they are elsewhere
-                with safe_open(checkpoint / WEIGHTS, "pt"):
-                    pass
-        except (OSError, ValueError, SafetensorError):
-            if int(os.environ.get("RANK", "0")) == 0:
-                shutil.rmtree(checkpoint)
-        else:
-            return checkpoint
-    return None
+    """The newest checkpoint that is whole. Nothing is deleted: other processes look too, and all have to find the same."""
+    return next((c for c in sorted(work.glob("checkpoint-*"), key=step_of, reverse=True) if _is_whole(c)), None)
+
+
+def delete_newer(work: Path, last: Path | None) -> None:
+    """Delete what is newer than `last`, which is half-written or damaged; to be called by one process, after all of them have found `last`."""
+    for checkpoint in work.glob("checkpoint-*"):
+        if last is None or step_of(checkpoint) > step_of(last):
+            shutil.rmtree(checkpoint)
 
 
 def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: bool) -> Path | None:
@@ -42,6 +37,18 @@ def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: b
         return None
     chosen = last.with_name(f"checkpoint-{state['best_global_step']}") if keeps_best and state.get("best_global_step") else last
     return chosen if (chosen / WEIGHTS).exists() else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether it was written to its end: its state can be read, and its adapter, which of a sharded run may be in FSDP's files alone."""
+    try:
+        read_state(checkpoint)
+        if (checkpoint / WEIGHTS).exists() or not any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")):
+            with safe_open(checkpoint / WEIGHTS, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return True
 
 
 def waited(checkpoint: Path) -> int:

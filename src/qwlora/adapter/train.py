@@ -30,7 +30,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 
 from qwlora.adapter.apart import kept_apart
 from qwlora.adapter.attach import check_trainable
-from qwlora.adapter.checkpoints import final_checkpoint, last_checkpoint, last_good, read_state, step_of, waited
+from qwlora.adapter.checkpoints import delete_newer, final_checkpoint, last_checkpoint, last_good, read_state, step_of, waited
 from qwlora.adapter.loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
 from qwlora.adapter.provenance import WEIGHTS, reading
 from qwlora.adapter.recovery import Recovery
@@ -141,6 +141,9 @@ def train_adapter(
     with _logging_to(logs, settings.report_to):
         trainer = AdapterTrainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])
         trainer.remove_callback(PrinterCallback)
+        trainer.accelerator.wait_for_everyone()  # until each has found `last`
+        if trainer.is_world_process_zero():
+            delete_newer(work, last)
         trainer.recovery = Recovery(model, teacher.to(arguments.device)) if teacher is not None else None  # type: ignore[arg-type] # transformers hides the signature
         if through is not None:
             _take_ranges_(trainer, through, settings)

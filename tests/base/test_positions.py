@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BloomConfig,
     CTRLConfig,
     FalconConfig,
+    Gemma3TextConfig,
     GPT2Config,
     GPTBigCodeConfig,
     GPTJConfig,
@@ -21,6 +23,7 @@ from transformers import (
     OpenAIGPTConfig,
     OPTConfig,
     PreTrainedConfig,
+    Qwen2Config,
     RobertaConfig,
 )
 
@@ -73,3 +76,80 @@ def test_computed_positions_are_spoken_of(config: PreTrainedConfig) -> None:
 
 def test_a_model_without_positions_has_no_end() -> None:
     assert check_positions(empty(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2)), 1000) is None
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {**LINEAR, "rope_type": "yarn"}
+LLAMA3 = {**LINEAR, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("rope", "reach"),
+    [
+        (LINEAR, 64),
+        (YARN, 64),
+        ({**YARN, "original_max_position_embeddings": 16}, 64),
+        ({**LLAMA3, "original_max_position_embeddings": 2}, 16),  # the stated count is the scaled one, as in Llama 3.1
+        ({**LLAMA3, "original_max_position_embeddings": 8}, 32),
+        ({**LONG, "original_max_position_embeddings": 4}, 16),
+        ({**LONG, "original_max_position_embeddings": 16}, None),
+        (LONG, None),
+        ({"rope_type": "dynamic", "factor": 2.0}, None),
+    ],
+)
+def test_scaled_positions_reach_further(rope: dict[str, Any], reach: int | None) -> None:
+    model = empty(Qwen2Config(**WIDE, rope_scaling={**rope, "rope_theta": 1e4}))
+    assert model.config.rope_parameters["rope_type"] == rope["rope_type"]
+    if reach is None:
+        assert check_positions(model, 10**6) is None
+    else:
+        assert check_positions(model, reach) is None
+        origin = "max_position_embeddings" if reach == 16 else "max_position_embeddings 16, scaled"
+        assert f"has positions for {reach} ({origin}) and computes the others" in str(check_positions(model, reach + 1))
+
+
+def test_layers_of_two_kinds_reach_as_far_as_the_further() -> None:
+    layers = {"full_attention": {**LINEAR, "rope_theta": 1e4}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    model = empty(Gemma3TextConfig(**{**WIDE, "num_hidden_layers": 2}, num_key_value_heads=1, head_dim=16, rope_parameters=layers))
+    assert check_positions(model, 64) is None
+    assert "has positions for 64" in str(check_positions(model, 65))
+
+
+class Places(nn.Embedding):
+    """A table whose class does not speak of positions."""
+
+
+class LearnedPositionalEmbedding(nn.Embedding):
+    """One whose class does."""
+
+
+@pytest.mark.parametrize("rows", [5, 24, 25, 40])
+@pytest.mark.parametrize(("name", "kind"), [("wpe", Places), ("pos_emb", Places), ("embed_positions", Places), ("places", LearnedPositionalEmbedding)])
+def test_a_table_named_after_positions_may_have_any_size(rows: int, name: str, kind: type[nn.Embedding]) -> None:
+    model = empty(LlamaConfig(**WIDE))
+    model.model.add_module(name, kind(rows, 32))
+    last = 16 if rows == 24 else rows  # up to 8 more may be no positions
+    assert check_positions(model, last) is None
+    with pytest.raises(SourceError, match=rf"has positions for {last} \(the table model.{name}\)"):
+        check_positions(model, last + 1)
+    del model.config.max_position_embeddings
+    with pytest.raises(SourceError, match=rf"has positions for {rows} \(the table model.{name}\)"):
+        check_positions(model, rows + 1)
+
+
+@pytest.mark.parametrize("name", ["token_types", "post_embedding", "composed"])
+def test_a_table_of_something_else_has_no_positions(name: str) -> None:
+    model = empty(LlamaConfig(**WIDE))
+    model.model.add_module(name, Places(5, 32))
+    assert check_positions(model, 16) is None
+    assert "computes the others" in str(check_positions(model, 17))
+
+
+def test_of_two_tables_the_one_of_the_stated_size_counts() -> None:
+    model = empty(LlamaConfig(**WIDE))
+    model.model.add_module("x_position_embeddings", Places(5, 32))
+    model.model.add_module("position_embeddings", Places(16, 32))
+    assert check_positions(model, 16) is None
+    with pytest.raises(SourceError, match=r"the table model\.position_embeddings"):
+        check_positions(model, 17)

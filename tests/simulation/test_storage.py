@@ -249,7 +249,7 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     whole = record.read_text()
     for damaged in (
         "{}",
-        whole.replace('"format": 2', '"format": 1'),
+        whole.replace('"format": 3', '"format": 2'),
         whole.replace('"schemes"', '"plans"'),
         whole.replace('"bitwidth": 16', '"bitwidth": 17'),
     ):

@@ -106,9 +106,11 @@ def test_adapters_that_share_everything_have_one_shape(recipe_for: Any, change: 
 def test_what_is_one_shape(recipe_for: Any) -> None:
     none = {"base_activations": "none"}
     targets = [{"target_modules": ["q_proj", "v_proj"]}, {"target_modules": r".*\.[qv]_proj", "alpha": 4}]
-    load_recipe(recipe_for(simulation=none, adapters=[{**adapter, **change} for adapter, change in zip(TWO, targets, strict=True)]))
+    recipe = load_recipe(recipe_for(simulation=none, adapters=[{**adapter, **change} for adapter, change in zip(TWO, targets, strict=True)]))
+    assert [adapter.target_modules for adapter in recipe.adapters] == [change["target_modules"] for change in targets]
     goes_on = {"name": "b", "start": "a", "steps": 2, "warmup_steps": 0}
-    load_recipe(recipe_for(simulation=none, adapters=[{**TWO[0], "init": "svd", "rank_budget": 0.5}, goes_on]))
+    recipe = load_recipe(recipe_for(simulation=none, adapters=[{**TWO[0], "init": "svd", "rank_budget": 0.5}, goes_on]))
+    assert recipe.start_of(recipe.adapters[1]) == recipe.adapters[0]
 
 
 def test_adapters_from_elsewhere_that_cannot_share_everything_are_found_before_training(recipe_for: Any, tmp_path: Path) -> None:

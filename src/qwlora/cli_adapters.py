@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,11 +57,12 @@ def check(
     from qwlora.adapter.inventory import base_beside, find_adapters, problems, says_base
     from qwlora.errors import SourceError
     from qwlora.pipeline.directory import Directory
+    from qwlora.pipeline.run import command_line
 
     base, missing = base_beside(folder), Directory.read(folder).missing_adapters()
     wrong = len(missing)
     for name in missing:
-        print(f"adapters/{name}: missing, and was trained here; train it again: {shlex.join(['qwlora', 'train', '--out', str(folder)])}")
+        print(f"adapters/{name}: missing, and was trained here; train it again: {command_line('train', folder)}")
     try:
         adapters = find_adapters(folder)
     except SourceError:

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter, of_parameters, reading
+from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter, of_parameters, read_config, reading
 from qwlora.errors import SourceError, TrainingError
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.names import canonical_name, is_adapter_name, parameter_name, pattern_problem
@@ -144,7 +144,7 @@ def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "re
 
 def dropout_of(source: str) -> float:
     """The dropout with which the adapter at `source` was trained, and would go on; for a `source` that `check_start` took."""
-    return float(json.loads((adapter_folder(source) / "adapter_config.json").read_text()).get("lora_dropout") or 0.0)
+    return float(read_config(adapter_folder(source)).get("lora_dropout") or 0.0)
 
 
 def without_dropout_(model: PeftModel) -> None:
@@ -206,7 +206,7 @@ def _shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
 
 def saved_among(source: str, paths: Iterable[str]) -> list[str]:
     """Which of the layers at `paths` the adapter at `source` holds whole: PEFT's modules_to_save, by the ends of their paths, with all that is in them."""
-    names = json.loads((adapter_folder(source) / "adapter_config.json").read_text()).get("modules_to_save") or ()
+    names = read_config(adapter_folder(source)).get("modules_to_save") or ()
     return [path for path in paths if any(part.endswith(name) for name in names for part in accumulate(path.split("."), "{}.{}".format))]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qwlora.adapter.provenance import FILE, WEIGHTS, base_of
+from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, read_config
 from qwlora.errors import QwloraError, SourceError
 
 
@@ -58,7 +58,7 @@ def facts(adapter: Path, below: Path) -> AdapterFacts:
     Raises:
         SourceError: its configuration or its weights cannot be read.
     """
-    config = _config(adapter)
+    config = read_config(adapter)
     shapes = {name: shape for name, shape, _ in _weights(adapter, read=False)}
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
     layers = {name.rpartition(".lora_")[0] for name in shapes if ".lora_" in name}
@@ -96,7 +96,7 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
         unknown_base: whether it is wrong not to say which base it was trained on (`refuse`) or not (`accept`).
     """
     try:
-        config = _config(adapter)
+        config = read_config(adapter)
         found = list(_weight_problems(adapter, config))
     except QwloraError as error:
         return [str(error)]
@@ -150,16 +150,6 @@ def _reached(path: str, parameters: list[str]) -> bool:
     owner = "." + path.replace(".base_layer", "")
     modules = [parameter.rpartition(".")[0] for parameter in parameters]
     return any(not module or owner.endswith(f".{module}") for module in modules)
-
-
-def _config(adapter: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise SourceError(f"adapter {str(adapter)!r}: adapter_config.json cannot be read ({error})") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"adapter {str(adapter)!r}: adapter_config.json is not a mapping")
-    return config
 
 
 def _weights(adapter: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -97,10 +98,7 @@ def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refu
         raise SourceError(f"{str(folder)!r} holds no adapter: adapter_config.json is not there")
     if not any(folder.glob("adapter_model.*")):
         raise SourceError(f"adapter {str(folder)!r} has no {WEIGHTS}; copy it again from where it came, or train it again")
-    try:
-        json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise SourceError(f"adapter {str(folder)!r}: adapter_config.json cannot be read ({error}); copy it again, or train it again") from error
+    read_config(folder)
     if unknown_base == "accept" and not (folder / FILE).exists():
         return
     found = base_of(folder)
@@ -109,6 +107,21 @@ def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refu
             f"adapter {str(folder)!r} was trained on the base with fingerprint {found}, but this base has {base_fingerprint}. "
             "Load it onto its own base, or train it again on this one"
         )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration of the adapter in `folder`.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SourceError(f"adapter {str(folder)!r}: adapter_config.json cannot be read ({error}); copy it again, or train it again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"adapter {str(folder)!r}: adapter_config.json is not a mapping")
+    return config
 
 
 def base_of(folder: Path) -> str:

@@ -87,6 +87,11 @@ def place_name(place: Place) -> str:
     return ".".join(filter(None, place))
 
 
+def is_below(place: Place, path: str) -> bool:
+    """Whether a place is in the module at `path`; everything is below the empty path."""
+    return not path or place[0] == path or place[0].startswith(f"{path}.")
+
+
 def tensor_at(model: nn.Module, place: Place) -> Tensor | None:
     """What is at a place; None if the module there is another by now."""
     path, key = place

@@ -9,14 +9,14 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from qwlora.base.assembly import Place, blocks_of, empty_model, listed, place_name, put_, tensor_at, tensor_places
+from qwlora.base.assembly import Place, blocks_of, empty_model, is_below, listed, place_name, put_, tensor_at, tensor_places
 from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.packed import pack_at_, tie_weights_
 from qwlora.errors import GridError, SourceError
@@ -63,16 +63,22 @@ class LazyModel:
         Raises:
             SourceError: a tensor cannot be read, or has another shape than its parameter.
         """
-        names = [name for name in self.stored if any(_is_below(place, path) for place in self._waiting(name))]
+        names = [name for name in self.stored if any(is_below(place, path) for place in self._waiting(name))]
         for name in track(names, "reading", len(names)):
             self.load_(name)
         return self.model.get_submodule(path)
+
+    def load_outside_(self, paths: Collection[str]) -> None:
+        """Load every tensor that is read outside the modules at `paths`, wherever else it is read."""
+        for name in self.stored:
+            if not all(any(is_below(place, path) for path in paths) for place in self.places[name]):
+                self.load_(name)
 
     def release_(self, path: str = "") -> None:
         """Let go of the floats that are read below module `path` only; packed layers stay."""
         for places in self.places.values():
             there = [place for place in places if tensor_at(self.model, place) is not None]
-            if there and all(_is_below(place, path) for place in there):
+            if there and all(is_below(place, path) for place in there):
                 tensor = tensor_at(self.model, there[0])
                 assert tensor is not None
                 put_(self.model, there, tensor.to("meta"))
@@ -81,9 +87,7 @@ class LazyModel:
     def in_passing(self) -> Iterator[PreTrainedModel]:
         """The model, ready to run: its blocks (members of outermost module lists) have their data only while they run, what is in none of them throughout."""
         blocks = [path for path in blocks_of(self.model) if type(self.model.get_submodule(path)).forward is not nn.Module.forward]
-        for name in self.stored:
-            if not all(any(_is_below(place, block) for block in blocks) for place in self.places[name]):
-                self.load_(name)
+        self.load_outside_(blocks)
         hooks = []
         for path in blocks:
             block = self.model.get_submodule(path)
@@ -131,10 +135,6 @@ def _ignoring(action: Callable[[str], object], path: str) -> Callable[..., None]
         action(path)
 
     return hook
-
-
-def _is_below(place: Place, path: str) -> bool:
-    return not path or place[0] == path or place[0].startswith(f"{path}.")
 
 
 def _wrong_names(stored: set[str], expected: set[str]) -> str:

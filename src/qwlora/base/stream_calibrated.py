@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from qwlora.base.assembly import Place, tensor_at
+from qwlora.base.assembly import Place, is_below, tensor_at
 from qwlora.base.packed import tie_weights_
 from qwlora.base.precomputed import LazyModel
 from qwlora.base.storage import BaseWriter
@@ -48,9 +48,7 @@ class PartsOnDemand:
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> PartsOnDemand:
-        for name in self.lazy.stored:
-            if not all(self._part_of(place) for place in self.lazy.places[name]):
-                self.lazy.load_(name)
+        self.lazy.load_outside_(self.parts)
         for path in self.parts:
             hook = self._hook(path)
             self._hooks.append(self.lazy.model.get_submodule(path).register_forward_pre_hook(hook))
@@ -80,7 +78,7 @@ class PartsOnDemand:
 
     def _let_go(self, path: str) -> None:
         """Write a part and keep its shapes, unless something in it is read elsewhere too."""
-        if any(self._is_shared(name) for name, places in self.lazy.places.items() if any(_below(place, path) for place in places)):
+        if any(self._is_shared(name) for name, places in self.lazy.places.items() if any(is_below(place, path) for place in places)):
             return
         self._gone.add(path)
         part = self.lazy.model.get_submodule(path)
@@ -88,7 +86,7 @@ class PartsOnDemand:
         part.to("meta")
 
     def _part_of(self, place: Place) -> str | None:
-        return next((path for path in self.parts if _below(place, path)), None)
+        return next((path for path in self.parts if is_below(place, path)), None)
 
     def _is_shared(self, name: str) -> bool:
         return len({self._part_of(place) for place in self.lazy.places[name]}) > 1
@@ -97,7 +95,3 @@ class PartsOnDemand:
         for name in names:
             if tensor_at(self.lazy.model, self.lazy.places[name][0]) is None:
                 raise SourceError(f"{name} is integers already in the files; leave the scheme out to keep them, or start from a float checkpoint")
-
-
-def _below(place: Place, path: str) -> bool:
-    return place[0] == path or place[0].startswith(f"{path}.")

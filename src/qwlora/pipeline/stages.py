@@ -145,12 +145,12 @@ def _quantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], bool]
 
 def _check_saved(session: Session, model: PreTrainedModel, packed: Callable[[str], bool]) -> None:
     """No adapter to start from holds a layer whole that the base has as integers."""
-    tensors = find_tensors(model)
+    readers = {path: name for name, candidate in find_tensors(model).items() for path in candidate.paths}
     for adapter in session.recipe.adapters:
-        if adapter.start is not None and session.recipe.start_of(adapter) is None:
-            held = {name: paths for name, candidate in tensors.items() if (paths := saved_among(adapter.start, candidate.paths))}
-            if lost := [path for name, paths in held.items() if packed(name) for path in paths]:
-                raise SourceError(f"adapter {adapter.name}: {adapter.start!r} does not fit: {saved_on_integers(lost)}")
+        if adapter.start is None or session.recipe.start_of(adapter) is not None:
+            continue
+        if lost := [path for path in saved_among(adapter.start, readers) if packed(readers[path])]:
+            raise SourceError(f"adapter {adapter.name}: {adapter.start!r} does not fit: {saved_on_integers(lost)}")
 
 
 def _rules(base: Base) -> list[Rule]:

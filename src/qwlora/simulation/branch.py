@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from qwlora.grid.names import is_adapter_name
+from qwlora.simulation.parameters import module_path
 
 _FACTOR = re.compile(r"(.*?)\.lora_\w+(?:\.|$)")
 _OWN = re.compile(r"(.*?)\.(?:lora_\w+|modules_to_save)(?:\.|$)")
@@ -38,8 +39,7 @@ def _nodes_beside(program: ExportedProgram, own_parameter: re.Pattern[str]) -> s
     layers = {found[1] for target in targets if is_adapter_name(target) and (found := own_parameter.match(target))}
     own = set()
     for node in program.graph.nodes:
-        entries = [entry for entry in (node.meta.get("nn_module_stack") or {}).values() if isinstance(entry, tuple)]
-        path = str(entries[-1][0]) if entries else ""
+        path = module_path(node)
         factor = own_parameter.match(path)
         if node.op == "call_function" and (path in layers or (factor is not None and factor[1] in layers)):
             own.add(node.name)

@@ -32,7 +32,7 @@ from qwlora.simulation.axes import Axes, Place
 from qwlora.simulation.facts import operator_of
 from qwlora.simulation.implementations import visible_implementations
 from qwlora.simulation.inline import inlined_graph
-from qwlora.simulation.parameters import buffer_names
+from qwlora.simulation.parameters import buffer_names, module_path
 from qwlora.simulation.proof import prove
 from qwlora.simulation.structure import Structure, cache_of, tokens_in
 
@@ -287,19 +287,13 @@ def _unpack_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or operator_of(node) != "dequantize":
             continue
-        layer = packed.get(_path(node))
+        layer = packed.get(module_path(node).partition("@")[0])
         earlier = first.setdefault(node.args, [])
         if same := next((other for reader, other in earlier if layer is None or reader is None or reader is layer), None):
             node.replace_all_uses_with(same)
             graph.erase_node(node)
         else:
             earlier.append((layer, node))
-
-
-def _path(node: Node) -> str:
-    """Of the innermost module that ran a node, without the number of its call."""
-    entries = [entry for entry in (node.meta.get("nn_module_stack") or {}).values() if isinstance(entry, tuple)]
-    return str(entries[-1][0]).partition("@")[0] if entries else ""
 
 
 def _changes_nothing(node: Node) -> bool:

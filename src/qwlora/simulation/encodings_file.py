@@ -26,7 +26,7 @@ from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 FORMAT = 3  # 3: the record says what calibration left float
 ENCODINGS, RECORD = "simulation.encodings", "simulation.json"
 _VERSION = "2.1.0"
-_KEYS = ("base_fingerprint", "adapter_fingerprint", "inputs", "schemes", "encodings")
+_KEYS = ("base_fingerprint", "adapter_fingerprint", "inputs", "schemes", "encodings", "dropped")
 
 
 def save_encodings(encodings: Mapping[str, Encoding | FloatOffsetEncoding], folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from qwlora.grid.names import is_adapter_name
 from qwlora.simulation.aten import MASKS, MATRIX_PRODUCTS, MOVES_DATA, SEVERAL_OPERATIONS, SOFTMAXES, base_name, is_known
 from qwlora.simulation.branch import factor_nodes
-from qwlora.simulation.parameters import parameter_names
+from qwlora.simulation.parameters import module_stack, parameter_names
 from qwlora.simulation.rules import Fact
 
 
@@ -57,7 +57,7 @@ class GraphFacts:
         elif node.name in self._masked:
             found.add(Fact.MASKED)
         if owner := self.owner(node):
-            outside = any(owner[0] not in _stack(user) for user in node.users)
+            outside = any(owner[0] not in module_stack(user) for user in node.users)
             found.add(Fact.LEAVES_ONE_OPERATION if outside else Fact.INSIDE_ONE_OPERATION)
         if node.name in self._angles:
             found.add(Fact.ANGLE)
@@ -71,7 +71,7 @@ class GraphFacts:
 
     def owner(self, node: Node) -> tuple[str, str] | None:
         """(stack key, class name) of the outermost enclosing module that is one operation."""
-        for key, (_, kind) in _stack(node).items():
+        for key, (_, kind) in module_stack(node).items():
             if key not in self._compound and self._one_operation.search(_class_name(kind)):
                 return key, _class_name(kind)
         return None
@@ -87,7 +87,7 @@ class GraphFacts:
     @cached_property
     def _compound(self) -> set[str]:
         """Stack keys of the modules that multiply matrices or attend."""
-        return {key for n in _calls(self.program) if base_name(operator_of(n)) in SEVERAL_OPERATIONS for key in _stack(n)}
+        return {key for n in _calls(self.program) if base_name(operator_of(n)) in SEVERAL_OPERATIONS for key in module_stack(n)}
 
     @cached_property
     def _adapted_weights(self) -> set[str]:
@@ -142,7 +142,7 @@ def operator_of(node: Node) -> str:
 
 def module_of(node: Node) -> tuple[str, str]:
     """(path, class name) of the innermost module that ran this node."""
-    entries = list(_stack(node).values())
+    entries = list(module_stack(node).values())
     path, kind = entries[-1] if entries else ("", "")
     return path.removeprefix("model").removeprefix("."), _class_name(kind)
 
@@ -226,10 +226,6 @@ def _calls(program: ExportedProgram) -> list[Node]:
 def _nodes(argument: Any) -> list[Node]:
     """The nodes in an argument that is one, or a list of them."""
     return [a for a in (argument if isinstance(argument, list | tuple) else [argument]) if isinstance(a, Node)]
-
-
-def _stack(node: Node) -> dict[str, tuple[str, str]]:
-    return {key: entry for key, entry in (node.meta.get("nn_module_stack") or {}).items() if isinstance(entry, tuple)}
 
 
 def _class_name(kind: object) -> str:

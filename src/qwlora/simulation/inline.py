@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 
 from qwlora.errors import CaptureError
 from qwlora.grid.names import canonical_name
+from qwlora.simulation.facts import module_of
 
 _GRADIENT_MODE, _AUTOCAST = torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast
 
@@ -91,9 +92,7 @@ def _is_float(node: Node) -> bool:
 
 
 def _refusal(node: Node) -> str:
-    entries = [entry for entry in (node.meta.get("nn_module_stack") or {}).values() if isinstance(entry, tuple)]
-    path = canonical_name(str(entries[-1][0]).removeprefix("model").removeprefix(".")) if entries else ""
-    where = path or "the model"
+    where = canonical_name(module_of(node)[0]) or "the model"
     if node.target is _AUTOCAST:
         device, dtype = node.args[0], node.args[1]
         return (

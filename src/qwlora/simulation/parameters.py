@@ -1,9 +1,10 @@
-"""Which placeholders of a captured program are parameters, and how the model calls them."""
+"""How the model calls what is in a captured program: which placeholders are parameters, and which module ran a node."""
 
 from __future__ import annotations
 
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx import Node
 
 
 def parameter_names(program: ExportedProgram) -> dict[str, str]:
@@ -27,3 +28,13 @@ def parameter_names(program: ExportedProgram) -> dict[str, str]:
 def buffer_names(program: ExportedProgram) -> dict[str, str]:
     """Buffer path by placeholder name, likewise."""
     return {s.arg.name: str(s.target).removeprefix("model.") for s in program.graph_signature.input_specs if s.kind is InputKind.BUFFER}
+
+
+def module_stack(node: Node) -> dict[str, tuple[str, str]]:
+    """The calls of modules that a node lies in, outermost first: path and class by key. A path ends in `@1` and so on where a module runs again."""
+    return {key: entry for key, entry in (node.meta.get("nn_module_stack") or {}).items() if isinstance(entry, tuple)}
+
+
+def module_path(node: Node) -> str:
+    """The path of the innermost module that ran a node; empty if none did."""
+    return next((str(path) for path, _ in reversed(module_stack(node).values())), "")

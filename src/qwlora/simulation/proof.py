@@ -16,6 +16,7 @@ from torch.fx import Interpreter, Node
 
 from qwlora.errors import CaptureError
 from qwlora.simulation.axes import Axes, Place
+from qwlora.simulation.parameters import module_stack
 
 
 def prove(program: ExportedProgram, module: nn.Module, tensors: tuple[Tensor, ...], axes: Axes, outputs: Sequence[str]) -> set[Place]:
@@ -139,8 +140,7 @@ def _leaving(program: ExportedProgram) -> dict[str, list[str]]:
 
 def _calls(node: Node) -> dict[str, str]:
     """Module path by call; of a module that is called again only the first call counts."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return {key: entry[0] for key, entry in stack.items() if isinstance(entry, tuple) and "@" not in entry[0]}
+    return {key: path for key, (path, _) in module_stack(node).items() if "@" not in path}
 
 
 class _Recorder(Interpreter):

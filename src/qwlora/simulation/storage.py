@@ -117,8 +117,7 @@ def restore(simulation: Simulation, folder: Path) -> None:
     Raises:
         CalibrationError: the folder does not hold them, or they belong to other values.
     """
-    dropped = read_record(folder).get("dropped", [])
-    simulation.restore({**simulation.base_encodings, **load_encodings(folder)}, dropped)
+    simulation.restore({**simulation.base_encodings, **load_encodings(folder)}, read_record(folder)["dropped"])
 
 
 def _schemes_to_json(schemes: SimulationSchemes) -> Any:

@@ -107,25 +107,25 @@ def _parts(quantizers: Sequence[Quantizer]) -> list[list[Quantizer]]:
 
 def _points(part: Sequence[Quantizer]) -> Points:
     """The sampled values of several quantizers in ascending order, each with the number of values that it stands for."""
-    samples = torch.stack([q.observer.sample.cpu() for q in part])
+    samples = torch.from_numpy(np.sort(torch.stack([q.observer.sample.cpu() for q in part]).numpy(), axis=1))
     if part[0].observer.is_complete:
-        places = torch.from_numpy(np.sort(samples.numpy(), axis=1)).double()
+        places = samples.double()
         return Points(running_sums(torch.ones_like(places), places), places)
     bounds = torch.stack([q.observer.bounds.cpu() for q in part]).unsqueeze(2)  # [quantizers, 2, 1]
     far = torch.from_numpy(np.sort(torch.stack([q.observer.tails.cpu() for q in part]).numpy(), axis=2))
     # what lies on the wrong side of a bound is known from the other side: it moves to the bound, and counts nothing
     tails, tail_weights = far.maximum(bounds), (far >= bounds).double()
-    first, last = -bounds[:, 0], bounds[:, 1]
-    inside = (samples >= first) & (samples <= last)
-    between = np.sort(samples.clamp(first, last).numpy(), axis=1)
-    places = torch.cat([-tails[:, 0].flip(1), torch.from_numpy(between), tails[:, 1]], 1).double()
-    counts = torch.tensor([q.observer.count for q in part], dtype=torch.float64).unsqueeze(1)
-    missing = (counts - tail_weights.sum((1, 2)).unsqueeze(1)).clamp(min=0)
-    # those moved to a bound lie at the ends of the sorted sample
-    below, above = (samples < first).sum(1, keepdim=True), (samples > last).sum(1, keepdim=True)
-    column = torch.arange(samples.shape[1])
-    counted = ((column >= below) & (column < samples.shape[1] - above)).double()
-    weights = torch.cat([tail_weights[:, 0].flip(1), counted * missing / inside.sum(1, keepdim=True).clamp(min=1), tail_weights[:, 1]], 1)
+    first, last = -bounds[:, 0], bounds[:, 1].contiguous()
+    inside = slice(tails.shape[2], tails.shape[2] + samples.shape[1])
+    begin, end = torch.searchsorted(samples, first), torch.searchsorted(samples, last, right=True)
+    missing = torch.tensor([q.observer.count for q in part]) - tail_weights.sum((1, 2))
+    places = torch.empty(len(part), samples.shape[1] + 2 * tails.shape[2], dtype=torch.float64)
+    weights = torch.empty_like(places)
+    places[:, : inside.start], weights[:, : inside.start] = -tails[:, 0].flip(1), tail_weights[:, 0].flip(1)
+    places[:, inside.stop :], weights[:, inside.stop :] = tails[:, 1], tail_weights[:, 1]
+    places[:, inside], weights[:, inside] = samples.clamp_(first, last), missing.clamp(min=0).unsqueeze(1) / (end - begin).clamp(min=1)
+    for row, ends in zip(weights[:, inside], torch.cat([begin, end], 1).tolist(), strict=True):
+        row[: ends[0]], row[ends[1] :] = 0, 0
     return Points(running_sums(weights, places), places)
 
 

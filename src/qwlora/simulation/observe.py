@@ -2,13 +2,13 @@
 
     ends      float32 [batches, 2], the lowest and the highest value of each batch
     tails     the lowest and the highest values: the ends of each batch's 64 rows that reach furthest
-    sample    up to 16,384 values of all batches, each value having had the same chance
+    sample    up to 12,288 values of all batches, each value having had the same chance
 
 A sample alone misses the few values far out, and ranges are about those. A row is what lies along the last axis. The ends of all rows cost hardly more than
-those of the batch, and beyond the 64th of them, few rows have more than one value. Where some reach more than twice as far, which may have many (the first
-token of a language model), the furthest 8 are looked at whole. So the tails are as good as known, as far in as `bounds`.
+those of the batch, and beyond the 64th of them, few rows have more than one value. Those that reach more than twice as far may have many (the first token of a
+language model): the furthest 8 of them are looked at whole. So the tails are as good as known, as far in as `bounds`.
 
-A batch costs one pass for ends and tails, and a copy of at most 8,192 values: rows at equal distances, of every channel. Once the sample is full, half of it
+A batch costs one pass for ends and tails, and a copy of at most 4,096 values: rows at equal distances, of every channel. Once the sample is full, half of it
 goes, and from later batches half as much is taken; likewise before a batch that would give more, having come after smaller ones. So memory is constant but for
 eight bytes a batch, and every estimator (`estimate.py`) works on one pass over the data, for any grid. Where all values fit, the sample is the data.
 
@@ -17,7 +17,9 @@ Merging is exact for ends and tails. Of two samples the one with more of its dat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -25,8 +27,8 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError
 
-VALUES_A_BATCH = 2**13
-VALUES = 2**14
+VALUES_A_BATCH = 2**12
+VALUES = 3 * VALUES_A_BATCH
 ROWS_IN_TAIL, ROWS_LOOKED_AT, VALUES_IN_TAIL = 2**6, 2**3, 2**7  # of a batch
 _FAR_OUT = 2.0
 _MOST_IN_TAIL = 2**11
@@ -46,17 +48,17 @@ class SampleObserver:
         self.batches = 0
         self.count = 0  # values that passed
         self.row_stride = self.column_stride = 0  # 0: not chosen yet
-        self._ends = torch.empty(0, 2)
-        self._sample: list[Tensor] = []
-        self._sampled_values = 0
-        self._tails: list[Tensor] = []  # [2, n]: the low one negated, so that both are the largest of something
-        self._tail_values = 0
-        self._bounds: Tensor | None = None
+        # low ends and tails negated, so that both sides are the largest of something
+        self._ends = torch.empty(2, 0)
+        self._tails, self._tail_values = torch.empty(2, 0), 0
+        self._sample, self._sampled_values = torch.empty(0), 0
+        self._bounds = (-math.inf, -math.inf)
 
     @property
     def ends(self) -> Float[Tensor, "batches 2"]:
         """The lowest and the highest value of each batch, float32."""
-        return self._ends[: self.batches]
+        ends = self._ends[:, : self.batches]
+        return torch.stack([-ends[0], ends[1]], 1)
 
     @property
     def low(self) -> Tensor | None:
@@ -71,21 +73,17 @@ class SampleObserver:
     @property
     def sample(self) -> Float[Tensor, " values"]:
         """The sampled values, float32."""
-        if len(self._sample) != 1:
-            self._sample = [torch.cat(self._sample) if self._sample else torch.empty(0, device=self._ends.device)]
-        return self._sample[0]
+        return self._sample[: self._sampled_values]
 
     @property
     def tails(self) -> Float[Tensor, "2 values"]:
         """Values far out, float32: negated low ones, and high ones. Some may lie within `bounds`."""
-        if len(self._tails) != 1:
-            self._tails = [torch.cat(self._tails, 1) if self._tails else torch.empty(2, 0, device=self._ends.device)]
-        return self._tails[0]
+        return self._tails[:, : self._tail_values]
 
     @property
     def bounds(self) -> Float[Tensor, " 2"]:
         """How far in the tails are known: a negated low value, and a high one."""
-        return torch.full((2,), -torch.inf, device=self._ends.device) if self._bounds is None else self._bounds
+        return torch.tensor(self._bounds, device=self._ends.device)
 
     @property
     def is_complete(self) -> bool:
@@ -96,20 +94,19 @@ class SampleObserver:
         """Take in the values of `x`; a batch without values is none."""
         if not x.numel():
             return
-        x = x.detach()
-        if self.batches == len(self._ends):
-            grown = torch.empty(max(8, 2 * self.batches), 2, device=x.device)
-            grown[: self.batches] = self._ends
-            self._ends = grown
-        ends = self._ends[self.batches]
+        if x.requires_grad:
+            x = x.detach()
+        if self.sampled:
+            rows = _as_rows(x)
+            ends = self._take_tails(rows, torch.stack([-rows.amin(-1), rows.amax(-1)]).flatten(1))
+        else:
+            ends = torch.stack([-x.amin(), x.amax()])  # two passes, faster than torch.aminmax
+        self._ends = _with_room(self._ends, self.batches, 1, x.device)
+        self._ends[:, self.batches] = ends
         self.batches += 1
         self.count += x.numel()
         if self.sampled:
-            rows = x if x.ndim > 1 else x.reshape(-1, 1)
-            ends[0], ends[1] = self._take_tails(rows, torch.stack([-rows.amin(-1), rows.amax(-1)]).flatten(1))
             self._take(rows)
-        else:
-            ends[0], ends[1] = x.amin(), x.amax()  # two passes, faster than torch.aminmax
 
     def merge(self, other: SampleObserver) -> None:
         """Take in what `other` saw, as if after this.
@@ -121,7 +118,8 @@ class SampleObserver:
             return
         if self.sampled and not other.sampled:
             raise CalibrationError("it was observed without a sample, which this observer needs; observe with the same observers on both sides")
-        self._ends = torch.cat([self.ends.to(other.ends.device), other.ends])
+        device = other._ends.device
+        self._ends = torch.cat([self._ends[:, : self.batches].to(device), other._ends[:, : other.batches]], 1)
         self.batches += other.batches
         self.count += other.count
         if self.sampled:
@@ -138,10 +136,11 @@ class SampleObserver:
         """Undo `to_tensors`."""
         count, row_stride, column_stride, sampled = tensors["numbers"].tolist()
         made = cls(bool(sampled))
-        made._ends, made.batches, made.count = tensors["ends"], len(tensors["ends"]), count
-        made.row_stride, made.column_stride, made._sample = row_stride, column_stride, [tensors["sample"]]
-        made._tails, made._bounds = [tensors["tails"]], tensors["bounds"]
-        made._sampled_values, made._tail_values = len(tensors["sample"]), tensors["tails"].shape[1]
+        low, high = tensors["ends"].T
+        made._ends, made.batches, made.count = torch.stack([-low, high]), len(low), count
+        made.row_stride, made.column_stride = row_stride, column_stride
+        made._add_to_sample(tensors["sample"])
+        made._add_tails(tensors["tails"], tensors["bounds"].tolist())
         return made
 
     def to(self, device: torch.device) -> SampleObserver:
@@ -150,29 +149,32 @@ class SampleObserver:
             return self
         return self.from_tensors({name: tensor if name == "numbers" else tensor.to(device) for name, tensor in self.to_tensors().items()})
 
-    def _take_tails(self, rows: Tensor, reach: Float[Tensor, "2 rows"]) -> tuple[Tensor, Tensor]:
-        """Keep what lies furthest out, given how far each row reaches to either side; returns the lowest and the highest value."""
+    def _take_tails(self, rows: Tensor, reach: Float[Tensor, "2 rows"]) -> Float[Tensor, " 2"]:
+        """Keep what lies furthest out, given how far each row reaches to either side; returns how far all do."""
         furthest, where = reach.topk(max(1, min(ROWS_IN_TAIL, reach.shape[1] // 2)))  # of half of the rows at most, so that the bounds never cross
-        bounds = furthest[:, -1]
-        if any(far > _FAR_OUT * bound for far, bound in zip(furthest[:, 0].tolist(), bounds.tolist(), strict=True)):
-            values = rows.reshape(-1, rows.shape[-1]).index_select(0, where[:, :ROWS_LOOKED_AT].flatten()).view(2, -1)
+        lows, highs = furthest.tolist()
+        tails, bounds = furthest, (lows[-1], highs[-1])
+        if lows[0] > _FAR_OUT * lows[-1] or highs[0] > _FAR_OUT * highs[-1]:
+            whole = max(sum(far > _FAR_OUT * side[-1] for far in side[:ROWS_LOOKED_AT]) for side in (lows, highs))
+            values = rows.reshape(-1, rows.shape[-1]).index_select(0, where[:, :whole].flatten()).view(2, -1)
             values[0].neg_()
             if values.shape[1] > VALUES_IN_TAIL:
                 values = values.topk(VALUES_IN_TAIL).values
-                bounds = torch.maximum(bounds, values[:, -1])
-            self._tails.append(torch.cat([values, furthest[:, ROWS_LOOKED_AT:]], 1).float())
-        else:
-            self._tails.append(furthest.float())
-        self._tail_values += self._tails[-1].shape[1]
-        self._bounds = bounds.float() if self._bounds is None else torch.maximum(self._bounds, bounds.float())
-        self._shorten_tails()
-        return -furthest[0, 0], furthest[1, 0]
+                bounds = _further(bounds, values[:, -1].tolist())
+            tails = torch.cat([values, furthest[:, whole:]], 1)
+        self._add_tails(tails, bounds)
+        return furthest[:, 0]
 
-    def _shorten_tails(self) -> None:
+    def _add_tails(self, tails: Float[Tensor, "2 values"], bounds: Sequence[float]) -> None:
+        self._tails = _with_room(self._tails, self._tail_values, tails.shape[1], tails.device)
+        self._tails[:, self._tail_values : self._tail_values + tails.shape[1]] = tails
+        self._tail_values += tails.shape[1]
+        self._bounds = _further(self._bounds, bounds)
         if self._tail_values > _MOST_IN_TAIL:
-            self._tail_values = _MOST_IN_TAIL // 2
-            self._tails = [self.tails.topk(self._tail_values).values]
-            self._bounds = torch.maximum(self.bounds, self.tails[:, -1])
+            kept = self.tails.topk(_MOST_IN_TAIL // 2).values
+            self._tail_values = kept.shape[1]
+            self._tails[:, : self._tail_values] = kept
+            self._bounds = _further(self._bounds, kept[:, -1].tolist())
 
     def _take(self, rows: Tensor) -> None:
         columns = rows.shape[-1]
@@ -181,12 +183,17 @@ class SampleObserver:
             self.row_stride, self.column_stride = _strides(count, columns)
         while -(-count // self.row_stride) * -(-columns // self.column_stride) > VALUES_A_BATCH:
             self._halve(of_rows=self.row_stride < count)
-        first_row, first_column = (int(self.batches * turn % 1 * stride) for turn, stride in ((_ROW_TURN, self.row_stride), (_COLUMN_TURN, self.column_stride)))
-        taken = _every(rows, first_row, self.row_stride)[:, first_column :: self.column_stride]
-        self._sample.append(taken.flatten().to(torch.float32, copy=True))
-        self._sampled_values += len(self._sample[-1])
+        taken = _every(rows, _turned(self.batches, _ROW_TURN, self.row_stride), self.row_stride)
+        if self.column_stride > 1:
+            taken = taken[:, _turned(self.batches, _COLUMN_TURN, self.column_stride) :: self.column_stride]
+        self._add_to_sample(taken)
         while self._sampled_values > VALUES:  # a stride beyond what there is would skip whole batches
             self._halve(of_rows=self.column_stride >= columns or self.row_stride <= min(self.column_stride, count - 1))
+
+    def _add_to_sample(self, values: Tensor) -> None:
+        self._sample = _with_room(self._sample, self._sampled_values, values.numel(), values.device)
+        self._sample[self._sampled_values : self._sampled_values + values.numel()].view(values.shape).copy_(values)
+        self._sampled_values += values.numel()
 
     def _halve(self, of_rows: bool) -> None:
         self._thin(self._sampled_values // 2)
@@ -196,16 +203,13 @@ class SampleObserver:
             self.column_stride *= 2
 
     def _thin(self, keep: int) -> None:
-        sample = self.sample
-        self._sample = [sample[_any_of(len(sample), keep).to(sample.device)]]
+        self._sample[:keep] = self.sample[_any_of(self._sampled_values, keep).to(self._sample.device)]
         self._sampled_values = keep
 
     def _merge_sample(self, other: SampleObserver) -> None:
-        device = other.ends.device
-        self._tails = [torch.cat([self.tails.to(device), other.tails], 1)]
-        self._tail_values += other._tail_values
-        self._bounds = torch.maximum(self.bounds.to(device), other.bounds)
-        self._shorten_tails()
+        device = other._ends.device
+        self._tails, self._sample = self._tails.to(device), self._sample.to(device)
+        self._add_tails(other.tails, other._bounds)
         if not self.row_stride:
             self.row_stride, self.column_stride = other.row_stride, other.column_stride
         ours, theirs = self.row_stride * self.column_stride, other.row_stride * other.column_stride
@@ -215,10 +219,22 @@ class SampleObserver:
         elif ours < theirs:
             self._thin(round(self._sampled_values * ours / theirs))
             self.row_stride, self.column_stride = other.row_stride, other.column_stride
-        self._sample = [torch.cat([self.sample.to(added.device), added])]
-        self._sampled_values += len(added)
+        self._add_to_sample(added)
         while self._sampled_values > VALUES:
             self._halve(of_rows=self.row_stride <= self.column_stride)
+
+
+def _with_room(memory: Float[Tensor, "*axes room"], used: int, added: int, device: torch.device) -> Float[Tensor, "*axes more"]:
+    """`memory` on the device, with room for so many more values along the last axis than are used."""
+    if used + added <= memory.shape[-1]:
+        return memory
+    grown = torch.empty(*memory.shape[:-1], max(8, used + added, 2 * memory.shape[-1]), device=device)
+    grown[..., :used] = memory[..., :used]
+    return grown
+
+
+def _further(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    return max(a[0], b[0]), max(a[1], b[1])
 
 
 def _strides(rows: int, columns: int) -> tuple[int, int]:
@@ -228,14 +244,27 @@ def _strides(rows: int, columns: int) -> tuple[int, int]:
     return rows, -(-columns // VALUES_A_BATCH)
 
 
+def _as_rows(x: Tensor) -> Float[Tensor, "*axes columns"]:
+    """`x` along its last axis, with one axis of rows where that copies nothing."""
+    if x.ndim < 2:
+        return x.reshape(-1, 1)
+    return x.view(-1, x.shape[-1]) if x.is_contiguous() else x
+
+
+def _turned(batches: int, turn: float, stride: int) -> int:
+    """Where in a stride a batch begins."""
+    return int(batches * turn % 1 * stride)
+
+
 def _every(rows: Float[Tensor, "*axes columns"], first: int, stride: int) -> Float[Tensor, "some columns"]:
     """Rows at equal distances, of all axes but the last; copies no others, however `rows` lies in memory."""
-    if rows.is_contiguous():
-        return rows.view(-1, rows.shape[-1])[first::stride]
+    if rows.ndim == 2:
+        return rows[first::stride]
     count = rows.numel() // rows.shape[-1]
     return rows[torch.unravel_index(torch.arange(min(first, count), count, stride, device=rows.device), rows.shape[:-1])]
 
 
+@lru_cache(maxsize=16)  # activations have few sizes, and drawing takes longer than a small layer
 def _any_of(count: int, keep: int) -> Tensor:
     """Ascending indices of `keep` out of `count`, always the same."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:keep].sort().values

@@ -2,11 +2,11 @@
 
     python benchmarks/fidelity.py [--model smollm2|gemma3] [--only SUBSTRING ...] [--aimet PYTHON]
 
-Rows: solver x bitwidth x granularity x start of the adapter, bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is one that
-has it, `make .venv-aimet/ready`), and the float model with LoRA, all trained on the same sequences in the same order. Columns: true bits of a weight,
-perplexity of the base, at the adapter's start, after the steps, and that over float LoRA's; seconds of one thread. Training computes in bfloat16 (autocast),
-everything else in float32; a base of a perplexity above 1,000 is not trained. A finished row is in the result file and is not computed again; several processes
-may fill one file. Delete it to begin anew. The table lies beside it, as Markdown.
+Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all), bitsandbytes' NF4, the seed's helper
+(per-tensor int4, computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and the float model with LoRA, all trained on the same sequences
+in the same order. Columns: true bits of a weight, perplexity of the base, at the adapter's start, after the steps, and that over float LoRA's; seconds of one
+thread. Training computes in bfloat16 (autocast), everything else in float32; a base of a perplexity above 1,000 is not trained. A finished row is in the result
+file and is not computed again; several processes may fill one file. Delete it to begin anew. The table lies beside it, as Markdown.
 SmolLM2 is 576 wide, which 128 does not divide: its blocks are of 192 there.
 """
 
@@ -58,6 +58,7 @@ SUBJECTS = {
 TEXT = "python:pydoc_data.topics:topics"
 HELD_OUT_TOKENS, CALIBRATION_TOKENS = 16 * 256, 64 * 256
 COMPUTE = "bfloat16"
+SHARES = (0.5, 1.0)
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
 SEED_HELPER = Path(__file__).parent / "seed_helper.py"
@@ -71,6 +72,7 @@ class Row:
     scheme: str = "float"
     init: str = "zero"
     recovery: bool = False
+    share: float = 0.5  # of the ranks, which init corrects with
 
     @property
     def base(self) -> str:
@@ -78,18 +80,20 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.base} {self.init}{' recovery' if self.recovery else ''}"
+        return f"{self.base} {self.init}{' in all ranks' if self.share == 1 else ''}{' recovery' if self.recovery else ''}"
 
 
 def rows(subject: Subject) -> list[Row]:
     """Those of one base one after another."""
-    made = [Row("float"), Row("nf4", "nf4-block64"), Row("seed", "w4-tensor"), Row("gptq", "w4-block32-asymmetric", "qera")]
+    made = [Row("float"), Row("nf4", "nf4-block64"), Row("seed", "w4-tensor"), *(Row("gptq", "w4-block32-asymmetric", "qera", share=share) for share in SHARES)]
     for bitwidth, tail in ((4, ""), (3, ""), (2, "-asymmetric")):
         for granularity in ("block32", "block64", f"block{subject.block_128}", "channel"):
             scheme = f"w{bitwidth}-{granularity}{tail}"
-            starts = [Row("gptq", scheme, init) for init in ("svd", "qera")] if granularity != f"block{subject.block_128}" else []
-            recovery = [Row("gptq", scheme, "qera", recovery=True)] if bitwidth == 2 and granularity == "block32" else []
-            made += [*(Row(solver, scheme) for solver in ("rtn", "search", "gptq")), *starts, *recovery]
+            made += [Row(solver, scheme) for solver in ("rtn", "search", "gptq")]
+            if granularity != f"block{subject.block_128}":
+                made += [Row("gptq", scheme, init, share=share) for share in SHARES for init in ("svd", "qera")]
+            if scheme == "w2-block32-asymmetric":
+                made += [Row("gptq", scheme, "qera", recovery=True, share=share) for share in SHARES]
     return made
 
 
@@ -115,7 +119,7 @@ class Bench:
         if self.base_perplexity > UNUSABLE and row.init == "zero" and row.solver != "seed":
             return result
         adapted = attach(model, LoraShape(rank=16, alpha=32.0), seed=0)
-        initialize_adapter_(adapted, row.init, lambda path: weight_out_in(self.reference.get_submodule(path)).detach(), self.moments)  # type: ignore[arg-type]
+        initialize_adapter_(adapted, row.init, self.weight, self.moments, share=row.share)  # type: ignore[arg-type]
         result["start"] = self.base_perplexity if row.init == "zero" else self.perplexity(adapted)
         if row.recovery:
             self.train(adapted, teacher=self.reference)
@@ -123,6 +127,9 @@ class Bench:
         self.train(adapted)
         result["end"] = self.perplexity(adapted)
         return result | {"seconds": time.perf_counter() - began}
+
+    def weight(self, path: str) -> torch.Tensor:
+        return weight_out_in(self.reference.get_submodule(path)).detach()
 
     def base(self, row: Row) -> nn.Module:
         """The base of a row; the last one is kept, for rows that differ in their start."""

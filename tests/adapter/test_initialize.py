@@ -83,13 +83,35 @@ def test_ranks_that_a_layer_does_not_have_can_still_learn() -> None:
     adapted = get_peft_model(model, LoraConfig(r=80, target_modules=["q_proj"]))
     layer = next(module for module in adapted.modules() if isinstance(module, LoraLayer))
     own = layer.lora_A["default"].weight.detach().clone()
-    initialize_adapter_(adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)))
+    initialize_adapter_(adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)), share=1)
     after = layer.lora_A["default"].weight
     assert torch.equal(after[64:], own[64:])
     assert not torch.equal(after[:64], own[:64])
     initialize_adapter_(adapted, "svd", lambda path: adapted.get_submodule("base_model.model." + path).get_base_layer().tensor.dequantize())
     assert not layer.lora_B["default"].weight.any(), "nothing was lost, so nothing is corrected"
     assert layer.lora_A["default"].weight.abs().sum(1).min() > 0
+
+
+@pytest.mark.parametrize(("share", "ranks"), [(0.5, 3), (0.01, 1), (1.0, 5)])
+def test_ranks_beyond_the_share_start_as_peft_does(share: float, ranks: int) -> None:
+    model = tiny_model("llama")
+    reference = copy.deepcopy(model)
+    quantize_(model, "w3-block32")
+    adapted = get_peft_model(model, LoraConfig(r=5, lora_alpha=15, target_modules=["q_proj", "down_proj"]))
+    layers = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    own = {name: layer.lora_A["default"].weight.detach().clone() for name, layer in layers.items()}
+    reports = initialize_adapter_(adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)), share=share)
+    assert layers
+    for name, layer in layers.items():
+        path = name.removeprefix("base_model.model.")
+        assert torch.equal(layer.lora_A["default"].weight[ranks:], own[name][ranks:])
+        assert not layer.lora_B["default"].weight[:, ranks:].any()
+        weight = weight_out_in(reference.get_submodule(path)).detach()
+        difference = weight - layer.get_base_layer().tensor.dequantize()
+        left = difference - 3 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+        bound = torch.linalg.svdvals(difference)[ranks:].square().sum()
+        assert float(left.square().sum()) == pytest.approx(float(bound), rel=1e-3)
+        assert reports[path].after == pytest.approx(float(bound / weight.square().sum()), rel=1e-3)
 
 
 def test_what_cannot_be_started_says_why() -> None:
@@ -107,3 +129,9 @@ def test_what_cannot_be_started_says_why() -> None:
     quantize_(model, "w4-block32")
     with pytest.raises(TrainingError, match="DoRA"):
         initialize_adapter_(attached(dora=True), "svd", lambda path: torch.empty(0))
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32")
+    adapted = attached()
+    for share in (0.0, 1.5, float("nan")):
+        with pytest.raises(TrainingError, match=rf"in \(0, 1\], not {share:g}"):
+            initialize_adapter_(adapted, "svd", lambda path: torch.empty(0), share=share)

@@ -167,6 +167,8 @@ def test_by_recipe(recipe_for: Any, tmp_path: Path, init: str) -> None:
         ("{rank_budget: 0.2, init: svd, rank: 4}", "rank_budget 0.2 of rank 4 does not give each layer a rank of 1; raise it to 0.25"),
         ("{rank_budget: 1.0, init: svd, rank: 4, rank_cap: 3}", "rank_cap 3 leaves some of rank_budget unused"),
         ("{rank_budget: 5, init: svd}", "rank_budget 5 is more than four times rank in every layer"),
+        ("{init_share: 0.25}", "init_share is of the ranks that init corrects with, and init zero corrects nothing"),
+        ("{init_share: 0, init: svd}", "init_share"),
         ("{rank_cap: 8, init: svd}", "rank_cap goes with rank_budget"),
         ("{rank_budget: 1.0, start: a/b}", "rank_budget: an adapter that goes on from start has the shape of that one"),
     ],

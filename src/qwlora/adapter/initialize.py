@@ -4,13 +4,16 @@
     svd     minimize |D - s B A|^2,                  D = W - W_hat, s the adapter's scaling
     qera    minimize E w |(D - s B A) x|^2,          R = E[w x x^T] + damping = L L^T,      w from `base/observe.py`
 
-    U S V^T = svd(D L)  (L = 1 for svd),    B = U_r S_r^(1/2) / sqrt(s),    A = S_r^(1/2) V_r^T L^-1 / sqrt(s)
+    U S V^T = svd(D L)  (L = 1 for svd),    B = U_k S_k^(1/2) / sqrt(s),    A = S_k^(1/2) V_k^T L^-1 / sqrt(s)
+
+The first k of an adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt.
 
 Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution is that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,6 +50,7 @@ def initialize_adapter_(
     weights: Callable[[str], Tensor],
     moments: Mapping[str, Tensor] | None = None,
     adapter: str | None = None,
+    share: float = 0.5,
     track: Track = untracked,
 ) -> dict[str, InitReport]:
     """Start the adapter of each quantized matrix product in `model`, in place; other layers keep PEFT's start.
@@ -55,15 +59,19 @@ def initialize_adapter_(
         weights: the float weight [out, in] that a layer was quantized from, by its canonical path.
         moments: R of a layer's input [in, in], likewise; qera needs it (`quantize_(..., moments=...)`, `observe_moments`).
         adapter: its name in `model`; the active one unless given.
+        share: of a layer's ranks, rounded up, which correct; in (0, 1].
 
     Returns:
         The error of each layer that was started.
 
     Raises:
-        TrainingError: there is no such layer, a moment is missing, or the adapter is one (DoRA) whose other parameters depend on the start.
+        TrainingError: there is no such layer, a moment is missing, the share is out of its range, or the adapter is one (DoRA) whose other
+            parameters depend on the start.
     """
     if init == "zero":
         return {}
+    if not 0 < share <= 1:
+        raise TrainingError(f"the share of ranks that init {init} corrects with is in (0, 1], not {share:g}")
     adapter = adapter or model.active_adapter
     layers = dict(_quantized_layers(model, adapter))
     if not layers:
@@ -76,7 +84,7 @@ def initialize_adapter_(
     reports = {}
     for path in track(list(layers), "starting the adapter", len(layers)):
         moment = moments[path] if init == "qera" and moments is not None else None
-        reports[path] = _start(layers[path], adapter, weights(path), moment)
+        reports[path] = _start(layers[path], adapter, weights(path), moment, share)
     return reports
 
 
@@ -93,14 +101,14 @@ def best_correction(
     return u * root, right
 
 
-def _start(layer: LoraLayer, adapter: str, weight: Tensor, moment: Tensor | None) -> InitReport:
+def _start(layer: LoraLayer, adapter: str, weight: Tensor, moment: Tensor | None, share: float) -> InitReport:
     base: Any = layer.get_base_layer()
     weight = weight.float()
     difference = weight - base.tensor.dequantize()
     scaling = float(layer.scaling[adapter])
-    b, a = best_correction(difference, layer.r[adapter], moment)
+    b, a = best_correction(difference, math.ceil(share * layer.r[adapter]), moment)
     used = int((b.norm(dim=0) > _NOTHING * b.norm()).sum())
-    with torch.no_grad():  # A keeps PEFT's start in ranks that the difference does not have; with both factors at zero they could not learn
+    with torch.no_grad():  # A keeps PEFT's start in the other ranks, and in those that the difference does not have
         layer.lora_A[adapter].weight[:used] = a[:used] / scaling**0.5
         layer.lora_B[adapter].weight[:, :used] = b[:, :used] / scaling**0.5
         layer.lora_B[adapter].weight[:, used:] = 0

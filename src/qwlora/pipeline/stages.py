@@ -263,7 +263,7 @@ def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> tuple[P
         ranks = rank_by_layer(model, budget, weight, moments, track=session.track)
         model = attach(model.unload(), with_ranks(shape_of(adapter), ranks), session.recipe.seed)
         found["ranks"] = ranks
-    reports = initialize_adapter_(model, adapter.init, weight, moments, track=session.track)
+    reports = initialize_adapter_(model, adapter.init, weight, moments, share=adapter.init_share, track=session.track)
     return model, {"method": adapter.init, **found, "layers": {path: asdict(report) for path, report in reports.items()}}
 
 

@@ -33,6 +33,9 @@ class Adapter(Section):
     init: Literal["zero", "svd", "qera"] = Field(
         "zero", description="start at zero, or at the best correction of what quantization lost: of the weights (svd), of the outputs (qera)"
     )
+    init_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="share of a layer's ranks that init corrects with, rounded up; the others start as at zero, free to learn"
+    )
     rank_budget: Annotated[float, Field(gt=0)] | None = Field(
         None, description="ranks by layer: share of the parameters that rank has in the quantized layers, given to those that init corrects most"
     )
@@ -108,6 +111,8 @@ class Adapter(Section):
             raise ValueError(f"{', '.join(given)}: PEFT's adapters on target_parameters do not have that; remove it, or target_parameters")
         if self.init != "zero" and (self.dora or self.start is not None):
             raise ValueError(f"init {self.init} is a start of its own: it goes neither with dora, whose magnitudes depend on it, nor with start")
+        if self.init == "zero" and self.init_share != Adapter.model_fields["init_share"].default:
+            raise ValueError("init_share is of the ranks that init corrects with, and init zero corrects nothing; remove it, or set init to svd or qera")
         self._check_budget()
         if self.steps and self.warmup_steps >= self.steps and self.schedule != "constant":
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})")

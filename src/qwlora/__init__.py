@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qwlora.base.readers.open_checkpoint import open_checkpoint
     from qwlora.base.rules import Rule
     from qwlora.base.storage import load_base, save_base
+    from qwlora.base.tune import TuningSettings, tune_scales_
     from qwlora.errors import QwloraError
     from qwlora.export.bundle import export_onnx
     from qwlora.export.verify import verify_onnx
@@ -57,6 +58,8 @@ _HOME = {
     "Rule": "base.rules",
     "load_base": "base.storage",
     "save_base": "base.storage",
+    "TuningSettings": "base.tune",
+    "tune_scales_": "base.tune",
     "QwloraError": "errors",
     "export_onnx": "export.bundle",
     "verify_onnx": "export.verify",
@@ -90,6 +93,7 @@ __all__ = [
     "Scheme",
     "Simulation",
     "SimulationSchemes",
+    "TuningSettings",
     "chunk_loss_",
     "export_onnx",
     "fingerprint",
@@ -105,6 +109,7 @@ __all__ = [
     "save_adapter",
     "save_base",
     "simulate",
+    "tune_scales_",
     "verify_onnx",
     "verify_onnx_outputs",
 ]

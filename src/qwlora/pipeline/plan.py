@@ -58,9 +58,8 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     held_out = [*text, recipe.data.evaluation_sequences]
     if has_float_model(recipe):
         add("evaluate/float", [model, held_out])
-    follows = (
-        [text, recipe.seed, REVISION] if recipe.base.solver == "gptq" or needs_moments(recipe) or any(r.solver == "gptq" for r in recipe.base.rules) else None
-    )
+    solvers = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)}
+    follows = [text, recipe.seed, REVISION] if "gptq" in solvers or recipe.base.tuning.steps or needs_moments(recipe) else None
     given = recipe.model
     encodings = [hashlib.sha256(Path(given.encodings).read_bytes()).hexdigest(), given.keep_float, given.block_order] if given.encodings else None
     add("quantize", [model, encodings, recipe.base.model_dump(), follows, needs_moments(recipe)], artifact="base")

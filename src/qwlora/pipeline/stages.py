@@ -39,8 +39,9 @@ from qwlora.base.precomputed import LazyModel, load_precomputed
 from qwlora.base.quantize import QuantizeReport, base_size, find_tensors, plan_layers, quantize_
 from qwlora.base.rules import Rule
 from qwlora.base.source import fetch
-from qwlora.base.storage import save_base
+from qwlora.base.storage import load_base, save_base
 from qwlora.base.stream import quantize_checkpoint
+from qwlora.base.tune import SEQUENCES_ASIDE, TuningReport, TuningSettings, tune_scales_
 from qwlora.data.isolation import check_isolation
 from qwlora.data.prepare import describe
 from qwlora.errors import FingerprintError, SourceError, TrainingError
@@ -94,6 +95,8 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
     if session.whole_because is not None:
         say(f"the model is loaded whole, since its weights cannot be read tensor by tensor: {session.whole_because}")
     if "quantize" in verbs:
+        if session.recipe.base.tuning.steps and (found := len(session.data.calibration_ids)) < 2:
+            raise SourceError(f"base.tuning takes at least two training sequences, and the text makes {found}; give more, or leave tuning out")
         embedding: Any = model.get_input_embeddings()
         known = embedding.weight.shape[0]
         if largest >= known:
@@ -159,11 +162,17 @@ def _rules(base: Base) -> list[Rule]:
 
 def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 1: the packed base."""
-    identity, report = _quantize(session, scratch, work)
+    tuning, solved = session.recipe.base.tuning.steps, scratch / "solved"
+    if tuning:
+        solved.mkdir()
+    identity, report = _quantize(session, solved if tuning else scratch, work)
+    measured: Results = {"layers": {name: asdict(layer) for name, layer in report.layers.items()}}
+    if tuning:
+        identity, tuned = _tune(session, solved, scratch)
+        measured["tuning"] = asdict(tuned)
     if (work / MOMENTS).is_dir():
         shutil.copytree(work / MOMENTS, scratch / MOMENTS)  # a kill from here on finds them beside the finished parts
-    layers = {name: asdict(layer) for name, layer in report.layers.items()}
-    return {"base": {**asdict(report.size), "bits_per_weight": report.size.bits_per_weight, "fingerprint": identity, "layers": layers}}
+    return {"base": {**asdict(report.size), "bits_per_weight": report.size.bits_per_weight, "fingerprint": identity, **measured}}
 
 
 def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, QuantizeReport]:
@@ -191,6 +200,16 @@ def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, Quantiz
     model = session.take_float_model()
     report = quantize_(model, scheme, base.solver, **asked)
     return save_base(model, session.tokenizer, scratch, source), report
+
+
+def _tune(session: Session, solved: Path, scratch: Path) -> tuple[str, TuningReport]:
+    """Write the base in `solved`, its scales tuned, and let go of that."""
+    section, model = session.recipe.base.tuning, load_base(solved)
+    settings = TuningSettings(**section.model_dump(), seed=session.recipe.seed)
+    report = tune_scales_(model, session.float_model(), session.data.calibration_ids[: section.steps + SEQUENCES_ASIDE], settings, track=session.track)
+    identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)
+    shutil.rmtree(solved)
+    return identity, report
 
 
 def calibrate_base(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:

@@ -43,7 +43,9 @@ def tell(stage: str | None) -> None:
 
 
 def done() -> None:
-    """A stage that was told came to its end."""
+    """A stage that was told came to its end; waits until it did in the others, which may still read what is in its work folder."""
+    if _state.get("failed"):
+        _wait_for_all()
     _state["failed"] = False
 
 
@@ -57,6 +59,7 @@ def follow(session: Session, plan: Sequence[Stage]) -> dict[str, Any]:
         atexit.register(_exit)
         work = Directory(session.path).work(name, by_name[name].key)
         STAGES[by_name[name].verb](session, by_name[name], work, work)  # only the first process uses the scratch folder
+        _wait_for_all()
         atexit.unregister(_exit)
     _leave()
     return {}
@@ -75,6 +78,12 @@ def _leave() -> None:
 
     _state.clear()
     distributed.destroy_process_group()
+
+
+def _wait_for_all() -> None:
+    from torch import distributed
+
+    distributed.barrier(_state["group"])
 
 
 def _broadcast(stage: str | None) -> str | None:

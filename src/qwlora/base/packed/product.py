@@ -50,7 +50,7 @@ class Part:
         return Part(self.owner, self.shape[1:], which, self.turned)
 
 
-def _dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """In which to compute: autocast's type where it is on, else that of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
@@ -61,7 +61,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Part) -> Tensor:
-        ctx.weight, ctx.dtype = weight, _dtype(x)
+        ctx.weight, ctx.dtype = weight, compute_dtype(x)
         return F.linear(x, weight.unpacked(ctx.dtype), bias)
 
     @staticmethod
@@ -77,7 +77,7 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Part, function: Callable[..., Tensor], options: tuple[Any, ...]) -> Tensor:
         ctx.weight, ctx.shape, ctx.function, ctx.options = weight, x.shape, function, options
-        return function(x, weight.unpacked(_dtype(x)), bias, *options)
+        return function(x, weight.unpacked(compute_dtype(x)), bias, *options)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -95,7 +95,7 @@ class GroupedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offs: Tensor, weight: Part) -> Tensor:
-        ctx.weight, ctx.ends, ctx.dtype = weight, offs.tolist(), _dtype(x)
+        ctx.weight, ctx.ends, ctx.dtype = weight, offs.tolist(), compute_dtype(x)
         return _by_group(x.to(ctx.dtype), ctx.ends, weight)
 
     @staticmethod

@@ -1,0 +1,280 @@
+"""Tune the scales of a quantized model against the float model it came from; no code moves.
+
+    minimize over f    mean over tokens  KL( softmax(g_t) || softmax(h_t) ),    W_hat = (1 + f) * scale * (q + offset)
+
+g and h are the logits of float and quantized model; f is one number for each scale, from zero, by AdamW with a cosine schedule. A solver makes each layer's
+output right by itself; here the layers learn to make up for one another. It takes the float model, the quantized one and the activations of one sequence in
+memory, and about as long as training an adapter for as many steps.
+
+Tuned are the scales of plain linear layers: of the grid's tensor, channels or blocks, or of the rows where blocks have integer scales. A float offset is
+multiplied like its scale. Scales of blocks stay numbers that float16 holds. Some sequences are kept aside: if the divergence on those does not fall, the scales
+stay as they were.
+
+Source: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), with the float model's distribution in the place of the text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qwlora.base.calibrated import batches_of
+from qwlora.base.fit import storable_scale
+from qwlora.base.packed import PackedLayer, PackedLinear, is_packed
+from qwlora.base.packed.product import Part, compute_dtype
+from qwlora.errors import CalibrationError, GridError
+from qwlora.gradients import frozen
+from qwlora.grid.encoding import aligned, grouped
+from qwlora.grid.packed_tensor import narrowest
+from qwlora.grid.scheme import LowPowerBlock, PerBlock
+from qwlora.progress import Track, untracked
+
+SEQUENCES_ASIDE = 8  # at most; one sequence of as many
+_FURTHEST = 0.5  # that a scale may move, of itself
+_POSITIONS = 512  # of a sequence, whose logits are compared
+_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """How scales are tuned.
+
+    Args:
+        steps: of one sequence each.
+        learning_rate: the largest, relative to a scale.
+        compute: float32, or bfloat16 by autocast.
+
+    Raises:
+        CalibrationError: a number is out of its range.
+    """
+
+    steps: int = 128
+    learning_rate: float = 1e-3
+    compute: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.learning_rate < 1 or self.compute not in ("float32", "bfloat16"):
+            raise CalibrationError(
+                f"tuning takes at least 1 step, a learning rate between 0 and 1, and computes in float32 or bfloat16, not {self.steps}, {self.learning_rate:g} "
+                f"and {self.compute}"
+            )
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """What tuning brought.
+
+    Args:
+        layers: whose scales were tuned.
+        before, after: the divergence of the float model's next token from the quantized one's, in nats, on the sequences kept aside.
+        kept: whether the tuned scales are in the model.
+    """
+
+    layers: int
+    before: float
+    after: float
+    kept: bool
+
+
+def tune_scales_(
+    model: nn.Module,
+    teacher: nn.Module,
+    calibration: Tensor | Sequence[Mapping[str, Any]],
+    settings: TuningSettings | None = None,
+    *,
+    track: Track = untracked,
+) -> TuningReport:
+    """Tune the scales of the packed linear layers in `model`, in place, so that its logits come near those of `teacher`.
+
+    Args:
+        teacher: the float model.
+        calibration: token ids [sequences, tokens], or the models' keyword arguments batch by batch; at least two.
+
+    Raises:
+        GridError: no linear layer is packed.
+        CalibrationError: there are fewer than two sequences, the logits are of different shapes, or the divergence is no number.
+    """
+    settings = settings or TuningSettings()
+    layers = {name: module for name, module in model.named_modules() if type(module) is PackedLinear and is_packed(module) and not module.is_tied}
+    if not layers:
+        raise GridError("no linear layer of the model is packed, so there are no scales to tune; quantize it first")
+    batches = batches_of(calibration)
+    if len(batches) < 2:
+        raise CalibrationError("tuning scales takes at least two sequences: one of them is kept aside to see whether it helped")
+    aside = batches[-min(SEQUENCES_ASIDE, max(1, len(batches) // SEQUENCES_ASIDE)) :]
+    learnt = batches[: len(batches) - len(aside)]
+    compare = _Comparison(model, teacher, settings.compute)
+    training = [m for m in (model, teacher) if m.training]
+    model.eval()
+    teacher.eval()
+    try:
+        with frozen(model), frozen(teacher):
+            before = compare.mean(aside)
+            with _tunable(layers) as factors:
+                _descend(list(factors.values()), compare, learnt, settings, track)
+            old = {name: layer.tensor.parts for name, layer in layers.items()}
+            for name, layer in layers.items():
+                _multiply_(layer, 1 + factors[name].detach())
+            after = compare.mean(aside)
+            if kept := after < before:
+                return TuningReport(len(layers), before, after, kept)
+            for name, layer in layers.items():
+                layer.scale, layer.minimum = old[name].scale, old[name].minimum
+            return TuningReport(len(layers), before, after, kept)
+    finally:
+        for m in training:
+            m.train()
+
+
+def _descend(factors: list[nn.Parameter], compare: _Comparison, batches: Sequence[Mapping[str, Any]], settings: TuningSettings, track: Track) -> None:
+    """AdamW on the divergence, one sequence a step, all of them before any again."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    optimizer = torch.optim.AdamW(factors, lr=settings.learning_rate, weight_decay=0)
+    warmup = min(5, settings.steps)
+
+    def rate(step: int) -> float:
+        return min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    order: list[int] = []
+    for step in track(range(settings.steps), "tuning scales", settings.steps):
+        order = order or torch.randperm(len(batches), generator=generator).tolist()
+        loss = compare(batches[order.pop()], generator)
+        if not bool(torch.isfinite(loss)):
+            raise CalibrationError(f"tuning scales: the divergence is {float(loss)} at step {step + 1}; take a lower learning rate, or compute float32")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(factors, _CLIP)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for factor in factors:
+                factor.clamp_(-_FURTHEST, _FURTHEST)
+
+
+class _Comparison:
+    """The divergence of two models on a batch."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, compute: str):
+        self.model, self.teacher, self.compute = model, teacher, compute
+
+    def __call__(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> Tensor:
+        """Mean KL in nats, over the batch's positions, or some of them where it has many."""
+        chosen = self._chosen(batch, generator)
+        h = self._logits(self.model, batch, chosen)
+        with torch.no_grad():
+            g = self._logits(self.teacher, batch, chosen)
+        if g.shape != h.shape:
+            raise CalibrationError(f"the float model's logits are {list(g.shape)}, the quantized one's {list(h.shape)}: they are not one model")
+        divergence = F.kl_div(h.float().log_softmax(-1), g.float().log_softmax(-1), log_target=True, reduction="none").sum(-1)
+        mask = batch.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return divergence.mean()
+        real = (mask if chosen is None else mask[:, chosen]).to(divergence)
+        return (divergence * real).sum() / real.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def mean(self, batches: Sequence[Mapping[str, Any]]) -> float:
+        """Over several batches, always at the same positions."""
+        return float(torch.stack([self(batch, torch.Generator().manual_seed(0)) for batch in batches]).mean())
+
+    def _chosen(self, batch: Mapping[str, Any], generator: torch.Generator | None) -> Tensor | None:
+        """Positions whose logits are made; all of them if they are few or the model makes no others."""
+        ids = batch.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.shape[-1] <= _POSITIONS or not all(_makes_some(m) for m in (self.model, self.teacher)):
+            return None
+        return torch.randperm(ids.shape[-1], generator=generator)[:_POSITIONS].sort().values.to(ids.device)
+
+    def _logits(self, model: nn.Module, batch: Mapping[str, Any], chosen: Tensor | None) -> Tensor:
+        given = {**batch, **({"use_cache": False} if _takes(model, "use_cache") else {}), **({} if chosen is None else {"logits_to_keep": chosen})}
+        device = next(value for value in batch.values() if isinstance(value, Tensor)).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.compute == "bfloat16"):
+            result = model(**given)
+        logits = getattr(result, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise CalibrationError(f"tuning scales compares logits, and {type(model).__name__} makes none")
+        return logits
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
+
+
+def _makes_some(model: nn.Module) -> bool:
+    return _takes(model, "logits_to_keep")
+
+
+@contextmanager
+def _tunable(layers: Mapping[str, PackedLinear]) -> Iterator[dict[str, nn.Parameter]]:
+    """While it lasts, each layer's scales are multiplied by `1 + f`; gives f, by the layer's name."""
+    factors = {name: nn.Parameter(torch.zeros_like(layer.tensor.parts.scale, dtype=torch.float32)) for name, layer in layers.items()}
+    own = {name: layer.__dict__.pop("forward", None) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.__dict__["forward"] = partial(_forward, layer, factors[name])
+    try:
+        yield factors
+    finally:
+        for name, layer in layers.items():
+            del layer.__dict__["forward"]
+            if own[name] is not None:
+                layer.__dict__["forward"] = own[name]
+
+
+def _forward(layer: PackedLinear, factor: Tensor, x: Tensor) -> Tensor:
+    y: Tensor = _TunedProduct.apply(x, factor, layer.bias, layer.part)
+    return y
+
+
+class _TunedProduct(torch.autograd.Function):
+    """`y = x ((1 + f) W)^T + b`, W unpacked again for backward; `dL/df` is `dL/dW * W` summed over what shares a scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, bias: Tensor | None, part: Part) -> Tensor:
+        ctx.part, ctx.dtype, ctx.x_dtype = part, compute_dtype(x), x.dtype
+        x = x.to(ctx.dtype)
+        ctx.save_for_backward(x, factor)
+        return F.linear(x, _multiplied(part, factor).to(ctx.dtype), None if bias is None else bias.to(ctx.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        x, factor = ctx.saved_tensors
+        values = ctx.part.unpacked(torch.float32)
+        of_x = (gradient @ _times(ctx.part, values, factor).to(ctx.dtype)).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
+        of_weight = (gradient.flatten(0, -2).mT @ x.flatten(0, -2)).float()
+        granularity = ctx.part.owner.scheme.granularity
+        return of_x, grouped(of_weight.mul_(values), granularity).sum_to_size(_aligned(ctx.part, factor).shape).view(factor.shape), None, None
+
+
+def _multiplied(part: Part, factor: Tensor) -> Float[Tensor, "out in"]:
+    return _times(part, part.unpacked(torch.float32), factor)
+
+
+def _times(part: Part, values: Float[Tensor, "out in"], factor: Tensor) -> Float[Tensor, "out in"]:
+    return (grouped(values, part.owner.scheme.granularity) * (1 + _aligned(part, factor))).view(values.shape)
+
+
+def _aligned(part: Part, factor: Tensor) -> Tensor:
+    return aligned(factor, part.owner.scheme.granularity, len(part.shape))
+
+
+def _multiply_(layer: PackedLayer, factor: Tensor) -> None:
+    """The layer's scales times `factor`, and its float offsets."""
+    parts, granularity = layer.tensor.parts, layer.scheme.granularity
+    scale = parts.scale.float() * factor
+    if isinstance(granularity, PerBlock) and not isinstance(granularity, LowPowerBlock):
+        scale = storable_scale(scale)
+    layer.scale = narrowest(scale)
+    if parts.minimum is not None:
+        layer.minimum = narrowest(parts.minimum.float() * factor)

@@ -2,11 +2,12 @@
 
     python benchmarks/fidelity.py [--model smollm2|gemma3] [--only SUBSTRING ...] [--aimet PYTHON]
 
-Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all), bitsandbytes' NF4, the seed's helper
-(per-tensor int4, computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and the float model with LoRA, all trained on the same
-sequences in the same order. Columns: true bits of a weight, perplexity of the base, at the adapter's start, after the steps, and that over float LoRA's;
-seconds of one thread. Training computes in bfloat16 (autocast), everything else in float32; a base of a perplexity above 1,000 is not trained. A finished row
-is in the result file and is not computed again; several processes may fill one file. Delete it to begin anew. The table lies beside it, as Markdown.
+Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all), with and without tuned scales,
+bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and the float model with
+LoRA, all trained on the same sequences in the same order. Columns: true bits of a weight, perplexity of the base, at the adapter's start, after the steps,
+and that over float LoRA's; seconds of one thread. Training computes in bfloat16 (autocast), everything else in float32; a base of a perplexity above 1,000 is
+not trained. A finished row is in the result file and is not computed again; several processes may fill one file. Delete it to begin anew. The table lies
+beside it, as Markdown.
 SmolLM2 is 576 wide, which 128 does not divide: its blocks are of 192 there.
 """
 
@@ -36,6 +37,7 @@ from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.base.packed import weight_out_in
 from qwlora.base.quantize import quantize_
 from qwlora.base.source import load_model, load_tokenizer
+from qwlora.base.tune import SEQUENCES_ASIDE, TuningSettings, tune_scales_
 from qwlora.data import load_documents, sequences
 from qwlora.evaluate import logits_of, perplexity
 from qwlora.grid.moment import Moments
@@ -59,6 +61,7 @@ TEXT = "python:pydoc_data.topics:topics"
 HELD_OUT_TOKENS, CALIBRATION_TOKENS = 16 * 256, 64 * 256
 COMPUTE = "bfloat16"
 SHARES = (0.5, 1.0)
+TUNING_STEPS = 256
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
 SEED_HELPER = Path(__file__).parent / "seed_helper.py"
@@ -73,10 +76,11 @@ class Row:
     init: str = "zero"
     recovery: bool = False
     share: float = 0.5  # of the ranks, which init corrects with
+    tuned: bool = False
 
     @property
     def base(self) -> str:
-        return f"{self.solver} {self.scheme}"
+        return f"{self.solver} {self.scheme}{' tuned' if self.tuned else ''}"
 
     @property
     def name(self) -> str:
@@ -92,8 +96,10 @@ def rows(subject: Subject) -> list[Row]:
             made += [Row(solver, scheme) for solver in ("rtn", "search", "gptq")]
             if granularity != f"block{subject.block_128}":
                 made += [Row("gptq", scheme, init, share=share) for share in SHARES for init in ("svd", "qera")]
+                made += [Row("gptq", scheme, init, tuned=True) for init in ("zero", "qera")]
             if scheme == "w2-block32-asymmetric":
                 made += [Row("gptq", scheme, "qera", recovery=True, share=share) for share in SHARES]
+                made += [Row("gptq", scheme, "zero", recovery=True, tuned=True)]
     return made
 
 
@@ -144,6 +150,9 @@ class Bench:
                 gptq = row.solver == "gptq"
                 report = quantize_(model, row.scheme, row.solver, calibration=self.calibration if gptq else None, moments=self.moments if gptq else None)
                 self.bits = report.size.bits_per_weight
+                if row.tuned:
+                    settings = TuningSettings(TUNING_STEPS, compute=COMPUTE)
+                    tune_scales_(model, self.reference, self.training[: TUNING_STEPS + SEQUENCES_ASIDE], settings)
                 self.worse = sum(layer.error is not None and layer.error > (layer.rtn_error or 0) for layer in report.layers.values())
             self.quantize_seconds = time.perf_counter() - began
             self.kept, self.base_perplexity, self.base_key = model, self.perplexity(model), row.base

@@ -121,7 +121,7 @@ def test_an_adapter_with_ranks_by_layer_corrects_more_at_the_same_size_and_is_pl
     assert ranks == rank_by_layer(uniform, RankBudget(1.0, 16), weight)
     before = scalings(uniform)
     count = sum(p.numel() for p in uniform.parameters() if p.requires_grad)
-    errors = sum(r.after for r in initialize_adapter_(uniform, "svd", weight).values())
+    errors = sum(r.after for r in initialize_adapter_(uniform, "svd", weight, share=1).values())
     chosen = attach(uniform.unload(), with_ranks(shape, ranks), seed=0)
     assert fingerprint(chosen) == identity
     assert 0.95 * count < sum(p.numel() for p in chosen.parameters() if p.requires_grad) <= count
@@ -129,7 +129,7 @@ def test_an_adapter_with_ranks_by_layer_corrects_more_at_the_same_size_and_is_pl
     assert max(ranks, key=ranks.__getitem__) == "model.layers.1.mlp.up_proj"
     assert min(ranks.values()) >= 1
     assert max(ranks.values()) <= 16
-    assert sum(r.after for r in initialize_adapter_(chosen, "svd", weight).values()) < errors
+    assert sum(r.after for r in initialize_adapter_(chosen, "svd", weight, share=1).values()) < errors
     chosen.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
     found = {n.removeprefix("base_model.model."): m.r["default"] for n, m in loaded.named_modules() if isinstance(m, LoraLayer)}
@@ -169,6 +169,7 @@ def test_by_recipe(recipe_for: Any, tmp_path: Path, init: str) -> None:
         ("{rank_budget: 5, init: svd}", "rank_budget 5 is more than four times rank in every layer"),
         ("{init_share: 0.25}", "init_share is of the ranks that init corrects with, and init zero corrects nothing"),
         ("{init_share: 0, init: svd}", "init_share"),
+        ("{rank_budget: 1.0, init: svd, init_share: 0.25}", "rank_budget gives layers the ranks that correct most, and all of them do; remove init_share"),
         ("{rank_cap: 8, init: svd}", "rank_cap goes with rank_budget"),
         ("{rank_budget: 1.0, start: a/b}", "rank_budget: an adapter that goes on from start has the shape of that one"),
     ],

@@ -9,17 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import T5Config, T5ForConditionalGeneration
 
 from conftest import tiny_model
 from qwlora.base.packed import PackedLinear
 from qwlora.base.quantize import quantize_
 from qwlora.base.storage import load_base
-from qwlora.base.tune import TuningSettings, _multiply_, _tunable, tune_scales_
-from qwlora.errors import CalibrationError, GridError, RecipeError
+from qwlora.base.tune import TuningSettings, _Comparison, _multiply_, _tunable, tune_scales_
+from qwlora.data import load_documents
+from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.grid.fingerprint import fingerprint
+from qwlora.grid.float_offset import measure_float_offset
+from qwlora.grid.observer import measure
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
@@ -30,6 +36,7 @@ SCHEMES = {
     "block": Scheme(4, True, PerBlock(8)),
     "asymmetric block": Scheme(2, False, PerBlock(8)),
     "low power": Scheme(4, True, LowPowerBlock(8)),
+    "float offset": Scheme(4, False, PerBlock(8), float_offset=True),
 }
 
 
@@ -49,10 +56,11 @@ def divergence(model: nn.Module, reference: nn.Module, batch: Tensor) -> float:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
-    model = nn.Sequential(nn.Linear(32, 24))
-    quantize_(model, SCHEMES[name], "rtn")
-    layer = model[0]
-    assert isinstance(layer, PackedLinear)
+    model, scheme = nn.Sequential(nn.Linear(32, 24)), SCHEMES[name]
+    weight = model[0].weight.detach()
+    encoding = measure_float_offset(weight, scheme) if scheme.float_offset else measure(weight, scheme)
+    layer = PackedLinear.from_codes(encoding.quantize(weight), encoding, model[0].bias)  # type: ignore[arg-type]
+    model[0] = layer
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
     with _tunable({"0": layer}) as factors:
         factor = factors["0"]
@@ -74,7 +82,7 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     assert torch.allclose(found[0], x.grad, atol=1e-4)
     assert torch.allclose(found[1], own.grad, rtol=1e-3, atol=1e-3)
     _multiply_(layer, 1 + own.detach())
-    assert torch.allclose(layer.tensor.dequantize(), (values * times).detach(), rtol=2e-3, atol=1e-6), "what was tuned is what is stored"
+    assert torch.allclose(layer.tensor.dequantize(), (values * times).detach(), rtol=2e-3, atol=2e-4), "what was tuned is what is stored"
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
@@ -85,12 +93,12 @@ def test_the_model_comes_nearer_and_no_code_moves(architecture: str, scheme: str
     model = tiny_model(architecture)
     reference = copy.deepcopy(model)
     quantize_(model, scheme)
-    before, far = {name: layer.tensor for name, layer in packed(model).items()}, divergence(model, reference, ids()[:42])
+    before, far = {name: layer.tensor for name, layer in packed(model).items()}, divergence(model, reference, ids()[:40])
     report = tune_scales_(model, reference, ids(), TuningSettings(steps=30, learning_rate=1e-2, compute=compute))
     assert report.kept
     assert report.layers == len(before)
-    assert report.after == pytest.approx(divergence(model, reference, ids()[42:]), rel=0.1 if compute == "bfloat16" else 1e-4)
-    assert divergence(model, reference, ids()[:42]) < 0.95 * far
+    assert report.after == pytest.approx(divergence(model, reference, ids()[40:]), rel=1e-4)
+    assert divergence(model, reference, ids()[:40]) < 0.95 * far
     moved = 0
     for name, layer in packed(model).items():
         after = layer.tensor
@@ -137,6 +145,57 @@ def test_long_sequences_are_compared_at_some_positions(monkeypatch: pytest.Monke
     assert set(made) == {8}
 
 
+def test_decoders_are_compared_where_their_own_mask_is() -> None:
+    torch.manual_seed(0)
+    ids_of = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, **ids_of)).eval()
+    reference = copy.deepcopy(model)
+    quantize_(model, "w2-block32-asymmetric", "rtn")
+    short, tokens = torch.tensor([[1] * 4 + [0] * 12]), torch.randint(2, 50, (1, 16), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": tokens, "attention_mask": short, "decoder_input_ids": tokens}
+    other = {**batch, "decoder_input_ids": torch.cat([tokens[:, :8], tokens[:, :8]], 1)}
+    found = [tune_scales_(copy.deepcopy(model), reference, [batch, b], TuningSettings(steps=1)).before for b in (batch, other)]
+    assert found[0] != pytest.approx(found[1], rel=1e-4), "tokens behind the encoder's mask count"
+    half = torch.tensor([[1] * 8 + [0] * 8])
+    found = [
+        tune_scales_(copy.deepcopy(model), reference, [batch, {**b, "decoder_attention_mask": half}], TuningSettings(steps=1)).before for b in (batch, other)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_labels_are_left_out_and_modes_and_adapters_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwlora.base.tune._POSITIONS", 8)
+    model = tiny_model("llama")
+    reference = copy.deepcopy(model)
+    quantize_(model, "w3-block32")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.train()
+    adapted.base_model.model.model.layers[0].eval()
+    modes = [m.training for m in adapted.modules()]
+    batches = [{"input_ids": row[None], "labels": row[None]} for row in ids(6)]
+    tune_scales_(adapted, reference, batches, TuningSettings(steps=2))
+    assert [m.training for m in adapted.modules()] == modes
+
+
+def test_an_interruption_leaves_the_scales_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    reference = copy.deepcopy(model)
+    quantize_(model, "w3-block32")
+    identity, measured = fingerprint(model), _Comparison.mean
+
+    def second_time(self: _Comparison, batches: Any) -> float:
+        monkeypatch.setattr(_Comparison, "mean", interrupted)
+        return measured(self, batches)
+
+    def interrupted(self: _Comparison, batches: Any) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Comparison, "mean", second_time)
+    with pytest.raises(KeyboardInterrupt):
+        tune_scales_(model, reference, ids(), TuningSettings(steps=2, learning_rate=0.1))
+    assert fingerprint(model) == identity
+
+
 def test_padding_is_not_compared() -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
@@ -163,6 +222,12 @@ def test_what_cannot_be_tuned_says_why() -> None:
     larger.resize_token_embeddings(300)
     with pytest.raises(CalibrationError, match=r"the float model's logits are \[1, 32, 300\], the quantized one's"):
         tune_scales_(model, larger, ids())
+    with pytest.raises(CalibrationError, match="compares logits, and LlamaModel makes none; leave tuning out"):
+        tune_scales_(model.model, reference.model, ids())
+    with torch.no_grad():
+        reference.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(CalibrationError, match="the divergence is nan at step 1; take a lower learning rate, or compute float32"):
+        tune_scales_(model, reference, ids())
     for wrong in ({"steps": 0}, {"learning_rate": float("nan")}, {"learning_rate": 1.0}, {"compute": "float16"}):
         with pytest.raises(CalibrationError, match="at least 1 step"):
             TuningSettings(**wrong)  # type: ignore[arg-type]
@@ -184,3 +249,30 @@ def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "plain" / "base").iterdir()) == sorted(p.name for p in (tmp_path / "tuned" / "base").iterdir())
     with pytest.raises(RecipeError, match="remove tuning"):
         load_recipe(recipe_for(), ("base={solver: keep, tuning: {steps: 4}}",))
+    with pytest.raises(RecipeError, match="learning_rate and compute: nothing is tuned without steps"):
+        load_recipe(recipe_for(), ("base.tuning={learning_rate: 0.01, compute: bfloat16}",))
+
+
+def test_what_a_recipe_cannot_tune_is_found_before_any_work(recipe_for: Any, tmp_path: Path) -> None:
+    no_linear = ("base.tuning.steps=4", 'base.rules=[{match: "model.layers.*", keep: float}, {match: "model.embed_tokens", bitwidth: 8}]')
+    with pytest.raises(GridError, match="tunes the scales of linear layers, and the recipe packs none; leave tuning out"):
+        run(load_recipe(recipe_for(), no_linear), tmp_path / "out", verbs=("quantize",))
+    (short := tmp_path / "short.txt").write_text("a b c d e f g h " * 6)
+    data = {"source": str(short), "sequence_tokens": 32, "held_out": 0.5, "evaluation_sequences": 1, "calibration_sequences": 1}
+    with pytest.raises(SourceError, match=r"base\.tuning takes at least two training sequences, and the text makes 1"):
+        run(load_recipe(recipe_for(data=data), ("base.tuning.steps=4",)), tmp_path / "out", verbs=("quantize",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_tuning_otherwise_solves_nothing_again(recipe_for: Any) -> None:
+    def stage(*changes: str) -> Any:
+        recipe = load_recipe(recipe_for(), ("base.solver=rtn", *changes))
+        plan = make_plan(recipe, load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()))
+        return next(s for s in plan if s.name == "quantize")
+
+    plain, tuned, more = stage(), stage("base.tuning.steps=4"), stage("base.tuning.steps=8")
+    assert len({plain.key, tuned.key, more.key}) == 3
+    assert plain.key == plain.work_key == tuned.work_key == more.work_key
+    assert stage("data.sequence_tokens=16").key == plain.key, "rounding does not look at text"
+    assert stage("base.tuning.steps=4", "data.sequence_tokens=16").key != tuned.key, "tuning does"
+    assert stage("base.tuning.steps=4", "seed=5").key != tuned.key

@@ -35,8 +35,17 @@ DATA: dict[str, Callable[[], Tensor]] = {
     "softmax": lambda: (3 * torch.randn(SHAPE)).softmax(-1),
     "relu": lambda: torch.randn(SHAPE).relu(),
     "channels": lambda: torch.randn(SHAPE) * torch.linspace(-3, 3, SHAPE[-1]).exp(),
+    "rows far out beside one value": lambda: far_rows(),
     "massive": lambda: torch.where((torch.arange(96) == 3).unsqueeze(1) & (torch.arange(384) < 40), 50.0, torch.randn(SHAPE)),
 }
+
+
+def far_rows() -> Tensor:
+    """One value reaches three times as far as most rows, and a few rows, of many values, nearly twice."""
+    x = torch.rand(SHAPE) * 2 - 1
+    x.view(-1, SHAPE[-1])[torch.randperm(192)[:7], :256] = 1.9
+    x.view(-1)[int(torch.randint(x.numel(), ()))] = 3.0
+    return x
 
 
 @pytest.fixture(autouse=True)

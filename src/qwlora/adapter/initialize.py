@@ -101,12 +101,17 @@ def best_correction(
     return u * root, right
 
 
+def corrected_ranks(rank: int, share: float) -> int:
+    """How many of a layer's ranks correct: a share, rounded up but for what is whole within float's precision."""
+    return math.ceil(share * rank - 1e-9)
+
+
 def _start(layer: LoraLayer, adapter: str, weight: Tensor, moment: Tensor | None, share: float) -> InitReport:
     base: Any = layer.get_base_layer()
     weight = weight.float()
     difference = weight - base.tensor.dequantize()
     scaling = float(layer.scaling[adapter])
-    b, a = best_correction(difference, math.ceil(share * layer.r[adapter]), moment)
+    b, a = best_correction(difference, corrected_ranks(layer.r[adapter], share), moment)
     used = int((b.norm(dim=0) > _NOTHING * b.norm()).sum())
     with torch.no_grad():  # A keeps PEFT's start in the other ranks, and in those that the difference does not have
         layer.lora_A[adapter].weight[:used] = a[:used] / scaling**0.5

@@ -5,8 +5,9 @@
 
 D = W - W_hat and R = L L^T as in `initialize.py` (R = 1 for svd), so g_l(k) is what rank k takes from the relative output error of layer l, and layers with
 large outputs have no louder voice. Gains fall with k: taking the largest gain per parameter until nothing fits is the optimum whenever the budget is spent to
-the end, and else misses it by less than one gain. The result is PEFT's `rank_pattern`, and an `alpha_pattern` that leaves each layer the scaling that the
-uniform rank gave it: a plain PEFT adapter. Layers that are not quantized have lost nothing; they keep the uniform rank, outside the budget.
+the end, and else misses it by less than one gain. All these ranks are to correct (`initialize_adapter_(..., share=1)`). The result is PEFT's `rank_pattern`,
+and an `alpha_pattern` that leaves each layer the scaling that the uniform rank gave it: a plain PEFT adapter. Layers that are not quantized have lost
+nothing; they keep the uniform rank, outside the budget.
 """
 
 from __future__ import annotations

@@ -116,11 +116,12 @@ def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[
 
 
 def _lockstep(model: nn.Module, parts: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> Lockstep:
-    keep = {"use_cache": False} if "use_cache" in _arguments(model) else {}
+    keep = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
     return Lockstep(model, parts, [{**batch, **keep} for batch in batches])
 
 
-def _arguments(model: nn.Module) -> set[str]:
+def arguments_of(model: nn.Module) -> set[str]:
+    """Names of the arguments of a model's forward, through PEFT's wrapper."""
     inner = getattr(model, "get_base_model", lambda: model)()
     return set(inspect.signature(inner.forward).parameters)
 

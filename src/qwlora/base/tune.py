@@ -3,19 +3,18 @@
     minimize over f    mean over tokens  KL( softmax(g_t) || softmax(h_t) ),    W_hat = (1 + f) * scale * (q + offset)
 
 g and h are the logits of float and quantized model; f is one number for each scale, from zero, by AdamW with a cosine schedule. A solver makes each layer's
-output right by itself; here the layers learn to make up for one another. It takes the float model, the quantized one and the activations of one sequence in
-memory, and about as long as training an adapter for as many steps.
+output right by itself; here the layers learn to make up for one another. It takes the float model, the quantized one, the activations of one sequence and some
+copies of its logits (of 512 positions at most) in memory, and about as long as training an adapter for as many steps.
 
 Tuned are the scales of plain linear layers: of the grid's tensor, channels or blocks, or of the rows where blocks have integer scales. A float offset is
-multiplied like its scale. Scales of blocks stay numbers that float16 holds. Some sequences are kept aside: if the divergence on those does not fall, the scales
-stay as they were.
+multiplied like its scale. Scales of blocks stay numbers that float16 holds. Some sequences are kept aside: if the divergence on those, in float32, does not
+fall, the scales stay as they were.
 
 Source: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), with the float model's distribution in the place of the text.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qwlora.base.calibrated import batches_of
+from qwlora.base.calibrated import arguments_of, batches_of
 from qwlora.base.fit import storable_scale
 from qwlora.base.packed import PackedLayer, PackedLinear, is_packed
 from qwlora.base.packed.product import Part, compute_dtype
@@ -39,7 +38,7 @@ from qwlora.grid.packed_tensor import narrowest
 from qwlora.grid.scheme import LowPowerBlock, PerBlock
 from qwlora.progress import Track, untracked
 
-SEQUENCES_ASIDE = 8  # at most; one sequence of as many
+SEQUENCES_ASIDE = 8  # at most, and a quarter of all
 _FURTHEST = 0.5  # that a scale may move, of itself
 _POSITIONS = 512  # of a sequence, whose logits are compared
 _CLIP = 1.0
@@ -112,10 +111,10 @@ def tune_scales_(
     batches = batches_of(calibration)
     if len(batches) < 2:
         raise CalibrationError("tuning scales takes at least two sequences: one of them is kept aside to see whether it helped")
-    aside = batches[-min(SEQUENCES_ASIDE, max(1, len(batches) // SEQUENCES_ASIDE)) :]
+    aside = batches[-min(SEQUENCES_ASIDE, max(1, len(batches) // 4)) :]
     learnt = batches[: len(batches) - len(aside)]
-    compare = _Comparison(model, teacher, settings.compute)
-    training = [m for m in (model, teacher) if m.training]
+    compare = _Comparison(model, teacher)
+    training = [m for one in (model, teacher) for m in one.modules() if m.training]
     model.eval()
     teacher.eval()
     try:
@@ -123,18 +122,15 @@ def tune_scales_(
             before = compare.mean(aside)
             with _tunable(layers) as factors:
                 _descend(list(factors.values()), compare, learnt, settings, track)
-            old = {name: layer.tensor.parts for name, layer in layers.items()}
-            for name, layer in layers.items():
-                _multiply_(layer, 1 + factors[name].detach())
-            after = compare.mean(aside)
-            if kept := after < before:
-                return TuningReport(len(layers), before, after, kept)
-            for name, layer in layers.items():
-                layer.scale, layer.minimum = old[name].scale, old[name].minimum
-            return TuningReport(len(layers), before, after, kept)
+            with _kept_if_asked(layers) as keep:
+                for name, layer in layers.items():
+                    _multiply_(layer, 1 + factors[name].detach())
+                after = compare.mean(aside)
+                keep.append(after < before)
+            return TuningReport(len(layers), before, after, keep[0])
     finally:
         for m in training:
-            m.train()
+            m.training = True
 
 
 def _descend(factors: list[nn.Parameter], compare: _Comparison, batches: Sequence[Mapping[str, Any]], settings: TuningSettings, track: Track) -> None:
@@ -150,9 +146,11 @@ def _descend(factors: list[nn.Parameter], compare: _Comparison, batches: Sequenc
     order: list[int] = []
     for step in track(range(settings.steps), "tuning scales", settings.steps):
         order = order or torch.randperm(len(batches), generator=generator).tolist()
-        loss = compare(batches[order.pop()], generator)
+        loss = compare(batches[order.pop()], settings.compute, generator)
         if not bool(torch.isfinite(loss)):
-            raise CalibrationError(f"tuning scales: the divergence is {float(loss)} at step {step + 1}; take a lower learning rate, or compute float32")
+            raise CalibrationError(
+                f"tuning scales: the divergence is {float(loss.detach())} at step {step + 1}; take a lower learning rate, or compute float32"
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(factors, _CLIP)
@@ -166,53 +164,62 @@ def _descend(factors: list[nn.Parameter], compare: _Comparison, batches: Sequenc
 class _Comparison:
     """The divergence of two models on a batch."""
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, compute: str):
-        self.model, self.teacher, self.compute = model, teacher, compute
+    def __init__(self, model: nn.Module, teacher: nn.Module):
+        self.model, self.teacher = model, teacher
+        self.takes = arguments_of(model) & arguments_of(teacher)
 
-    def __call__(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, batch: Mapping[str, Any], compute: str, generator: torch.Generator) -> Tensor:
         """Mean KL in nats, over the batch's positions, or some of them where it has many."""
-        chosen = self._chosen(batch, generator)
-        h = self._logits(self.model, batch, chosen)
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        mask = given.get("decoder_attention_mask" if "decoder_input_ids" in given else "attention_mask")
+        if "use_cache" in self.takes:
+            given["use_cache"] = False
+        if (chosen := self._chosen(given, generator)) is not None:
+            given["logits_to_keep"] = chosen
+            mask = mask[:, chosen] if isinstance(mask, Tensor) and mask.ndim == 2 else mask
+        h = _logits(self.model, given, compute)
         with torch.no_grad():
-            g = self._logits(self.teacher, batch, chosen)
+            g = _logits(self.teacher, given, compute)
         if g.shape != h.shape:
             raise CalibrationError(f"the float model's logits are {list(g.shape)}, the quantized one's {list(h.shape)}: they are not one model")
         divergence = F.kl_div(h.float().log_softmax(-1), g.float().log_softmax(-1), log_target=True, reduction="none").sum(-1)
-        mask = batch.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2:
+        if not isinstance(mask, Tensor) or mask.shape != divergence.shape:
             return divergence.mean()
-        real = (mask if chosen is None else mask[:, chosen]).to(divergence)
+        real = mask.to(divergence)
         return (divergence * real).sum() / real.sum().clamp(min=1)
 
     @torch.no_grad()
     def mean(self, batches: Sequence[Mapping[str, Any]]) -> float:
-        """Over several batches, always at the same positions."""
-        return float(torch.stack([self(batch, torch.Generator().manual_seed(0)) for batch in batches]).mean())
+        """Over several batches, in float32 and always at the same positions."""
+        return float(torch.stack([self(batch, "float32", torch.Generator().manual_seed(0)) for batch in batches]).mean())
 
-    def _chosen(self, batch: Mapping[str, Any], generator: torch.Generator | None) -> Tensor | None:
+    def _chosen(self, given: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
         """Positions whose logits are made; all of them if they are few or the model makes no others."""
-        ids = batch.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.shape[-1] <= _POSITIONS or not all(_makes_some(m) for m in (self.model, self.teacher)):
+        ids = given.get("input_ids")
+        if "logits_to_keep" not in self.takes or "decoder_input_ids" in given or not isinstance(ids, Tensor) or ids.shape[-1] <= _POSITIONS:
             return None
         return torch.randperm(ids.shape[-1], generator=generator)[:_POSITIONS].sort().values.to(ids.device)
 
-    def _logits(self, model: nn.Module, batch: Mapping[str, Any], chosen: Tensor | None) -> Tensor:
-        given = {**batch, **({"use_cache": False} if _takes(model, "use_cache") else {}), **({} if chosen is None else {"logits_to_keep": chosen})}
-        device = next(value for value in batch.values() if isinstance(value, Tensor)).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.compute == "bfloat16"):
-            result = model(**given)
-        logits = getattr(result, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise CalibrationError(f"tuning scales compares logits, and {type(model).__name__} makes none")
-        return logits
+
+def _logits(model: nn.Module, given: Mapping[str, Any], compute: str) -> Tensor:
+    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=compute == "bfloat16"):
+        logits = getattr(model(**given), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise CalibrationError(f"tuning scales compares logits, and {type(model).__name__} makes none; leave tuning out")
+    return logits
 
 
-def _takes(model: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
-
-
-def _makes_some(model: nn.Module) -> bool:
-    return _takes(model, "logits_to_keep")
+@contextmanager
+def _kept_if_asked(layers: Mapping[str, PackedLinear]) -> Iterator[list[bool]]:
+    """Put the layers' scales back afterwards, unless True was appended to what this gives."""
+    old = {name: layer.tensor.parts for name, layer in layers.items()}
+    keep: list[bool] = []
+    try:
+        yield keep
+    finally:
+        if not any(keep):
+            for name, layer in layers.items():
+                layer.scale, layer.minimum = old[name].scale, old[name].minimum
 
 
 @contextmanager
@@ -252,7 +259,7 @@ class _TunedProduct(torch.autograd.Function):
         x, factor = ctx.saved_tensors
         values = ctx.part.unpacked(torch.float32)
         of_x = (gradient @ _times(ctx.part, values, factor).to(ctx.dtype)).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
-        of_weight = (gradient.flatten(0, -2).mT @ x.flatten(0, -2)).float()
+        of_weight = (gradient.reshape(-1, gradient.shape[-1]).mT @ x.reshape(-1, x.shape[-1])).float()
         granularity = ctx.part.owner.scheme.granularity
         return of_x, grouped(of_weight.mul_(values), granularity).sum_to_size(_aligned(ctx.part, factor).shape).view(factor.shape), None, None
 

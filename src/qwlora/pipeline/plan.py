@@ -20,6 +20,7 @@ from qwlora.recipe import Recipe
 
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
 SIMULATION_FORMAT = 3  # of simulation/NAME; 2: the adapter lies in it; 3: says what calibration left float
+SAMPLE_REVISION = 2  # of what observers with a sample keep; 2: fewer values
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
 
@@ -32,6 +33,7 @@ class Stage:
         adapter: the adapter it works on, if it works on one.
         artifact: the folder it makes, relative to the directory.
         needs: names of the stages whose results it reads.
+        work_key: hash of what its unfinished work depends on, where that is less than its result does.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Stage:
     adapter: str | None = None
     artifact: str | None = None
     needs: tuple[str, ...] = ()
+    work_key: str = ""
 
     @property
     def verb(self) -> str:
@@ -49,8 +52,11 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     """All stages in the order of a full run: an adapter's simulation is made once and used while it is in memory."""
     plan: dict[str, Stage] = {}
 
-    def add(name: str, inputs: Any, needs: tuple[str, ...] = (), adapter: str | None = None, artifact: str | None = None) -> None:
-        plan[name] = Stage(name, _hash([name, inputs, [plan[n].key for n in needs]]), adapter, artifact, needs)
+    def add(name: str, inputs: Any, needs: tuple[str, ...] = (), adapter: str | None = None, artifact: str | None = None, then: Any = None) -> None:
+        """`then`: what the result depends on besides, once the work that can be taken up again is done."""
+        before = [plan[n].key for n in needs]
+        work_key = _hash([name, inputs, before])
+        plan[name] = Stage(name, work_key if then is None else _hash([work_key, then]), adapter, artifact, needs, work_key)
 
     model = [version("qwlora"), recipe.model.source, *_stamps(recipe.model.source)]
     template = Path(recipe.data.chat_template).read_text() if recipe.data.chat_template else None
@@ -59,17 +65,22 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     if has_float_model(recipe):
         add("evaluate/float", [model, held_out])
     solvers = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)}
-    follows = [text, recipe.seed, REVISION] if "gptq" in solvers or recipe.base.tuning.steps or needs_moments(recipe) else None
+    follows = [text, recipe.seed, REVISION] if "gptq" in solvers or needs_moments(recipe) else None
+    tuning = [recipe.base.tuning.model_dump(), text, recipe.seed] if recipe.base.tuning.steps else None
     given = recipe.model
     encodings = [hashlib.sha256(Path(given.encodings).read_bytes()).hexdigest(), given.keep_float, given.block_order] if given.encodings else None
-    add("quantize", [model, encodings, recipe.base.model_dump(), follows, needs_moments(recipe)], artifact="base")
+    solved = [model, encodings, recipe.base.model_dump(exclude={"tuning"}), follows, needs_moments(recipe)]
+    add("quantize", solved, artifact="base", then=tuning)
     add("evaluate/base", held_out, ("quantize",))
     ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]
+    if any(o not in (None, "min-max", "moving-average") for o in (recipe.simulation.observer, *(rule.observer for rule in recipe.simulation.rules))):
+        ranges.append(SAMPLE_REVISION)
     through = ("calibrate-base",) if recipe.workflow == "qwa-lora" else ()
     if through:
         add("calibrate-base", ranges, ("quantize",), artifact="base_simulation")
     for adapter in recipe.adapters:
-        trains = adapter.model_dump(exclude={"checkpoint_steps", "report_to"})  # neither changes the adapter
+        idle = {"checkpoint_steps", "report_to", *(() if adapter.init != "zero" else ("init_share",))}  # none of them changes the adapter
+        trains = adapter.model_dump(exclude=idle)
         first = recipe.start_of(adapter)
         learns = [text, held_out if adapter.evaluation_steps else None, _start_stamps(None if first else adapter.start)]
         needs = ("quantize", f"train/{first.name}") if first else ("quantize",)

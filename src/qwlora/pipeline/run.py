@@ -90,7 +90,7 @@ def _do(directory: Directory, session: Any, stage: Stage, follows: Collection[st
     with explained(directory.path), directory.scratch() as scratch:
         if stage.verb == "train":
             tell(stage.name)
-        results = STAGES[stage.verb](session, stage, scratch, directory.work(stage.name, stage.key))
+        results = STAGES[stage.verb](session, stage, scratch, directory.work(stage.name, stage.work_key))
         done()
         seconds = time.perf_counter() - began
         directory.commit(stage.name, Record(stage.key, seconds, results), scratch, stage.artifact, follows)

@@ -13,8 +13,9 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.attach import (
     attach,
@@ -36,7 +37,7 @@ from qwlora.base.gptq import GptqSettings
 from qwlora.base.packed import weight_out_in
 from qwlora.base.positions import check_positions
 from qwlora.base.precomputed import LazyModel, load_precomputed
-from qwlora.base.quantize import QuantizeReport, base_size, find_tensors, plan_layers, quantize_
+from qwlora.base.quantize import BaseSize, QuantizeReport, base_size, find_tensors, plan_layers, quantize_
 from qwlora.base.rules import Rule
 from qwlora.base.source import fetch
 from qwlora.base.storage import load_base, save_base
@@ -44,7 +45,7 @@ from qwlora.base.stream import quantize_checkpoint
 from qwlora.base.tune import SEQUENCES_ASIDE, TuningReport, TuningSettings, tune_scales_
 from qwlora.data.isolation import check_isolation
 from qwlora.data.prepare import describe
-from qwlora.errors import FingerprintError, SourceError, TrainingError
+from qwlora.errors import FingerprintError, GridError, SourceError, TrainingError
 from qwlora.evaluate import Logits, logits_of, perplexity
 from qwlora.export.bundle import export_onnx
 from qwlora.export.extras import require
@@ -95,8 +96,8 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
     if session.whole_because is not None:
         say(f"the model is loaded whole, since its weights cannot be read tensor by tensor: {session.whole_because}")
     if "quantize" in verbs:
-        if session.recipe.base.tuning.steps and (found := len(session.data.calibration_ids)) < 2:
-            raise SourceError(f"base.tuning takes at least two training sequences, and the text makes {found}; give more, or leave tuning out")
+        if session.recipe.base.tuning.steps:
+            _check_tuning(session, model, packed)
         embedding: Any = model.get_input_embeddings()
         known = embedding.weight.shape[0]
         if largest >= known:
@@ -109,6 +110,13 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
             else:
                 with session.lazy.in_passing() as passing:
                     check_isolation(passing)
+
+
+def _check_tuning(session: Session, model: PreTrainedModel, packed: Callable[[str], bool]) -> None:
+    if (found := len(session.data.calibration_ids)) < 2:
+        raise SourceError(f"base.tuning takes at least two training sequences, and the text makes {found}; give more, or leave tuning out")
+    if not any(type(module) in (nn.Linear, Conv1D) and packed(f"{path}.weight") for path, module in model.named_modules()):
+        raise GridError("base.tuning tunes the scales of linear layers, and the recipe packs none; leave tuning out")
 
 
 def _dropouts_left_out(session: Session) -> Iterator[str]:
@@ -162,17 +170,21 @@ def _rules(base: Base) -> list[Rule]:
 
 def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Step 1: the packed base."""
-    tuning, solved = session.recipe.base.tuning.steps, scratch / "solved"
-    if tuning:
-        solved.mkdir()
-    identity, report = _quantize(session, solved if tuning else scratch, work)
-    measured: Results = {"layers": {name: asdict(layer) for name, layer in report.layers.items()}}
-    if tuning:
-        identity, tuned = _tune(session, solved, scratch)
+    measured: Results = {}
+    if session.recipe.base.tuning.steps:
+        solved = work / "solved"  # beside the finished parts, and gone with them
+        shutil.rmtree(solved, ignore_errors=True)
+        solved.mkdir(parents=True)
+        _, report = _quantize(session, solved, work)
+        identity, size, tuned = _tune(session, solved, scratch)
         measured["tuning"] = asdict(tuned)
+    else:
+        identity, report = _quantize(session, scratch, work)
+        size = report.size
     if (work / MOMENTS).is_dir():
         shutil.copytree(work / MOMENTS, scratch / MOMENTS)  # a kill from here on finds them beside the finished parts
-    return {"base": {**asdict(report.size), "bits_per_weight": report.size.bits_per_weight, "fingerprint": identity, **measured}}
+    layers = {name: asdict(layer) for name, layer in report.layers.items()}
+    return {"base": {**asdict(size), "bits_per_weight": size.bits_per_weight, "fingerprint": identity, "layers": layers, **measured}}
 
 
 def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, QuantizeReport]:
@@ -202,14 +214,12 @@ def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, Quantiz
     return save_base(model, session.tokenizer, scratch, source), report
 
 
-def _tune(session: Session, solved: Path, scratch: Path) -> tuple[str, TuningReport]:
-    """Write the base in `solved`, its scales tuned, and let go of that."""
+def _tune(session: Session, solved: Path, scratch: Path) -> tuple[str, BaseSize, TuningReport]:
+    """Write the base in `solved` once more, its scales tuned."""
     section, model = session.recipe.base.tuning, load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=session.recipe.seed)
     report = tune_scales_(model, session.float_model(), session.data.calibration_ids[: section.steps + SEQUENCES_ASIDE], settings, track=session.track)
-    identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)
-    shutil.rmtree(solved)
-    return identity, report
+    return save_base(model, session.tokenizer, scratch, session.recipe.model.source), base_size(model), report
 
 
 def calibrate_base(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
@@ -282,7 +292,7 @@ def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> tuple[P
         ranks = rank_by_layer(model, budget, weight, moments, track=session.track)
         model = attach(model.unload(), with_ranks(shape_of(adapter), ranks), session.recipe.seed)
         found["ranks"] = ranks
-    reports = initialize_adapter_(model, adapter.init, weight, moments, share=adapter.init_share, track=session.track)
+    reports = initialize_adapter_(model, adapter.init, weight, moments, share=adapter.correcting_share, track=session.track)
     return model, {"method": adapter.init, **found, "layers": {path: asdict(report) for path, report in reports.items()}}
 
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from qwlora.errors import TrainingError
+
 if TYPE_CHECKING:
     from qwlora.pipeline.plan import Stage
     from qwlora.pipeline.session import Session
@@ -57,7 +59,7 @@ def follow(session: Session, plan: Sequence[Stage]) -> dict[str, Any]:
     by_name = {stage.name: stage for stage in plan}
     while (name := _broadcast(None)) is not None:
         atexit.register(_exit)
-        work = Directory(session.path).work(name, by_name[name].key)
+        work = Directory(session.path).work(name, by_name[name].work_key)
         STAGES[by_name[name].verb](session, by_name[name], work, work)  # only the first process uses the scratch folder
         _wait_for_all()
         atexit.unregister(_exit)
@@ -83,7 +85,10 @@ def _leave() -> None:
 def _wait_for_all() -> None:
     from torch import distributed
 
-    distributed.barrier(_state["group"])
+    try:
+        distributed.barrier(_state["group"])
+    except RuntimeError as error:
+        raise TrainingError("another process of this run has ended in the middle of the stage; what it printed says why") from error
 
 
 def _broadcast(stage: str | None) -> str | None:

@@ -34,7 +34,8 @@ class Adapter(Section):
         "zero", description="start at zero, or at the best correction of what quantization lost: of the weights (svd), of the outputs (qera)"
     )
     init_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.5, description="share of a layer's ranks that init corrects with, rounded up; the others start as at zero, free to learn"
+        0.5,
+        description="share of a layer's ranks that init corrects with, rounded up; the others start as at zero, free to learn. With rank_budget, all correct",
     )
     rank_budget: Annotated[float, Field(gt=0)] | None = Field(
         None, description="ranks by layer: share of the parameters that rank has in the quantized layers, given to those that init corrects most"
@@ -71,6 +72,11 @@ class Adapter(Section):
     def shape(self) -> dict[str, Any]:
         """What says how large its weights are, by key; which layers have some depends on the model."""
         return {"rank": self.rank, "rank_pattern": self.rank_pattern, "dora": self.dora}
+
+    @property
+    def correcting_share(self) -> float:
+        """Of a layer's ranks, those that init corrects with."""
+        return self.init_share if self.rank_budget is None else 1.0
 
     def without_graph(self) -> list[str]:
         """What of this cannot be trained through a captured graph, each with the way out."""
@@ -127,6 +133,8 @@ class Adapter(Section):
             return
         if self.init == "zero":
             raise ValueError("rank_budget follows what init corrects, and init zero corrects nothing; set init to svd or qera")
+        if self.init_share != Adapter.model_fields["init_share"].default:
+            raise ValueError("rank_budget gives layers the ranks that correct most, and all of them do; remove init_share")
         if self.rank_pattern or self.alpha_pattern:
             raise ValueError("rank_budget finds the rank_pattern, and the alpha_pattern that keeps the scaling; remove those that are given")
         if self.rank_budget * self.rank < 1:

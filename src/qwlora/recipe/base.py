@@ -114,6 +114,12 @@ class Tuning(Section):
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(1e-3, description="peak learning rate of AdamW, relative to a scale")
     compute: Literal["float32", "bfloat16"] = Field("float32", description="precision of the forward and backward pass")
 
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Tuning:
+        if not self.steps and (given := [n for n in ("learning_rate", "compute") if getattr(self, n) != Tuning.model_fields[n].default]):
+            raise ValueError(f"{' and '.join(given)}: nothing is tuned without steps; give them, or remove tuning")
+        return self
+
 
 class Base(Section):
     """Step 1."""

@@ -5,12 +5,13 @@
     sample    up to 12,288 values of all batches, each value having had the same chance
 
 A sample alone misses the few values far out, and ranges are about those. A row is what lies along the last axis. The ends of all rows cost hardly more than
-those of the batch, and beyond the 64th of them, few rows have more than one value. Those that reach more than twice as far may have many (the first token of a
-language model): the furthest 8 of them are looked at whole. So the tails are as good as known, as far in as `bounds`.
+those of the batch, and beyond the 64th of them, few rows have more than one value. Where some reach more than twice as far, which may have many (the first
+token of a language model), the furthest 8 are looked at whole. So the tails are as good as known, as far in as `bounds`.
 
-A batch costs one pass for ends and tails, and a copy of at most 4,096 values: rows at equal distances, of every channel. Once the sample is full, half of it
-goes, and from later batches half as much is taken; likewise before a batch that would give more, having come after smaller ones. So memory is constant but for
-eight bytes a batch, and every estimator (`estimate.py`) works on one pass over the data, for any grid. Where all values fit, the sample is the data.
+A batch costs one pass for ends and tails, and a copy of at most 4,096 values: rows at equal distances, of every channel if there are no more. Once the sample
+is full, half of it goes, and from later batches half as much is taken; likewise before a batch that would give more, having come after smaller ones. So
+memory is constant but for eight bytes a batch, and every estimator (`estimate.py`) works on one pass over the data, for any grid. Where all values fit, the
+sample is the data.
 
 Merging is exact for ends and tails. Of two samples the one with more of its data is thinned to the density of the other.
 """
@@ -155,13 +156,12 @@ class SampleObserver:
         lows, highs = furthest.tolist()
         tails, bounds = furthest, (lows[-1], highs[-1])
         if lows[0] > _FAR_OUT * lows[-1] or highs[0] > _FAR_OUT * highs[-1]:
-            whole = max(sum(far > _FAR_OUT * side[-1] for far in side[:ROWS_LOOKED_AT]) for side in (lows, highs))
-            values = rows.reshape(-1, rows.shape[-1]).index_select(0, where[:, :whole].flatten()).view(2, -1)
+            values = rows.reshape(-1, rows.shape[-1]).index_select(0, where[:, :ROWS_LOOKED_AT].flatten()).view(2, -1)
             values[0].neg_()
             if values.shape[1] > VALUES_IN_TAIL:
                 values = values.topk(VALUES_IN_TAIL).values
                 bounds = _further(bounds, values[:, -1].tolist())
-            tails = torch.cat([values, furthest[:, whole:]], 1)
+            tails = torch.cat([values, furthest[:, ROWS_LOOKED_AT:]], 1)
         self._add_tails(tails, bounds)
         return furthest[:, 0]
 

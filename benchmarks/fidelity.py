@@ -35,7 +35,7 @@ from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.base.packed import weight_out_in
-from qwlora.base.quantize import quantize_
+from qwlora.base.quantize import base_size, quantize_
 from qwlora.base.source import load_model, load_tokenizer
 from qwlora.base.tune import SEQUENCES_ASIDE, TuningSettings, tune_scales_
 from qwlora.data import load_documents, sequences
@@ -94,12 +94,13 @@ def rows(subject: Subject) -> list[Row]:
         for granularity in ("block32", "block64", f"block{subject.block_128}", "channel"):
             scheme = f"w{bitwidth}-{granularity}{tail}"
             made += [Row(solver, scheme) for solver in ("rtn", "search", "gptq")]
-            if granularity != f"block{subject.block_128}":
-                made += [Row("gptq", scheme, init, share=share) for share in SHARES for init in ("svd", "qera")]
-                made += [Row("gptq", scheme, init, tuned=True) for init in ("zero", "qera")]
-            if scheme == "w2-block32-asymmetric":
-                made += [Row("gptq", scheme, "qera", recovery=True, share=share) for share in SHARES]
-                made += [Row("gptq", scheme, "zero", recovery=True, tuned=True)]
+            if granularity == f"block{subject.block_128}":
+                continue
+            recovered = scheme == "w2-block32-asymmetric"
+            made += [Row("gptq", scheme, init, share=share) for share in SHARES for init in ("svd", "qera")]
+            made += [Row("gptq", scheme, "qera", True, share) for share in SHARES if recovered]
+            made += [Row("gptq", scheme, init, tuned=True) for init in ("zero", "qera")]
+            made += [Row("gptq", scheme, "qera", True, tuned=True) for _ in range(recovered)]
     return made
 
 
@@ -149,10 +150,10 @@ class Bench:
             elif row.solver != "float":
                 gptq = row.solver == "gptq"
                 report = quantize_(model, row.scheme, row.solver, calibration=self.calibration if gptq else None, moments=self.moments if gptq else None)
-                self.bits = report.size.bits_per_weight
                 if row.tuned:
                     settings = TuningSettings(TUNING_STEPS, compute=COMPUTE)
                     tune_scales_(model, self.reference, self.training[: TUNING_STEPS + SEQUENCES_ASIDE], settings)
+                self.bits = base_size(model).bits_per_weight
                 self.worse = sum(layer.error is not None and layer.error > (layer.rtn_error or 0) for layer in report.layers.values())
             self.quantize_seconds = time.perf_counter() - began
             self.kept, self.base_perplexity, self.base_key = model, self.perplexity(model), row.base

@@ -35,7 +35,8 @@ class Adapter(Section):
     )
     init_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5,
-        description="share of a layer's ranks that init corrects with, rounded up; the others start as at zero, free to learn. With rank_budget, all correct",
+        description="share of a layer's ranks that init corrects with, rounded up; the others start as at zero, free to learn (at 2 bits, 1 ends lower). "
+        "With rank_budget, all correct",
     )
     rank_budget: Annotated[float, Field(gt=0)] | None = Field(
         None, description="ranks by layer: share of the parameters that rank has in the quantized layers, given to those that init corrects most"

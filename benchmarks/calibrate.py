@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--aimet", metavar="PYTHON", help="the interpreter of an environment with aimet-torch and transformers 4.49")
     parser.add_argument("--only-aimet", action="store_true", help="measure its rows alone, and keep ours from the file")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=11, help="a sample is thinned more often in the first few batches than later")
     parser.add_argument("--layers", type=int, help="only the first layers of the model")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -148,7 +148,7 @@ class SampleObserver:
         """The same memory there: what comes by on that device can be added to it."""
         if self._ends.device == device:
             return self
-        return self.from_tensors({name: tensor if name == "numbers" else tensor.to(device) for name, tensor in self.to_tensors().items()})
+        return self.from_tensors({name: tensor if name in ("numbers", "bounds") else tensor.to(device) for name, tensor in self.to_tensors().items()})
 
     def _take_tails(self, rows: Tensor, reach: Float[Tensor, "2 rows"]) -> Float[Tensor, " 2"]:
         """Keep what lies furthest out, given how far each row reaches to either side; returns how far all do."""

@@ -226,7 +226,7 @@ class SampleObserver:
 
 def _with_room(memory: Float[Tensor, "*axes room"], used: int, added: int, device: torch.device) -> Float[Tensor, "*axes more"]:
     """`memory` on the device, with room for so many more values along the last axis than are used."""
-    if used + added <= memory.shape[-1]:
+    if used + added <= memory.shape[-1] and memory.device == device:
         return memory
     grown = torch.empty(*memory.shape[:-1], max(8, used + added, 2 * memory.shape[-1]), device=device)
     grown[..., :used] = memory[..., :used]

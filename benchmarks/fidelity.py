@@ -98,9 +98,9 @@ def rows(subject: Subject) -> list[Row]:
                 continue
             recovered = scheme == "w2-block32-asymmetric"
             made += [Row("gptq", scheme, init, share=share) for share in SHARES for init in ("svd", "qera")]
-            made += [Row("gptq", scheme, "qera", True, share) for share in SHARES if recovered]
+            made += [Row("gptq", scheme, "qera", True, share) for share in SHARES] if recovered else []
             made += [Row("gptq", scheme, init, tuned=True) for init in ("zero", "qera")]
-            made += [Row("gptq", scheme, "qera", True, tuned=True) for _ in range(recovered)]
+            made += [Row("gptq", scheme, "qera", True, tuned=True)] if recovered else []
     return made
 
 

@@ -122,12 +122,17 @@ def tune_scales_(
             before = compare.mean(aside)
             with _tunable(layers) as factors:
                 _descend(list(factors.values()), compare, learnt, settings, track)
-            with _kept_if_asked(layers) as keep:
+            old, kept = {name: layer.tensor.parts for name, layer in layers.items()}, False
+            try:
                 for name, layer in layers.items():
                     _multiply_(layer, 1 + factors[name].detach())
                 after = compare.mean(aside)
-                keep.append(after < before)
-            return TuningReport(len(layers), before, after, keep[0])
+                kept = after < before
+            finally:
+                if not kept:
+                    for name, layer in layers.items():
+                        layer.scale, layer.minimum = old[name].scale, old[name].minimum
+            return TuningReport(len(layers), before, after, kept)
     finally:
         for m in training:
             m.training = True
@@ -210,19 +215,6 @@ def _logits(model: nn.Module, given: Mapping[str, Any], compute: str) -> Tensor:
 
 
 @contextmanager
-def _kept_if_asked(layers: Mapping[str, PackedLinear]) -> Iterator[list[bool]]:
-    """Put the layers' scales back afterwards, unless True was appended to what this gives."""
-    old = {name: layer.tensor.parts for name, layer in layers.items()}
-    keep: list[bool] = []
-    try:
-        yield keep
-    finally:
-        if not any(keep):
-            for name, layer in layers.items():
-                layer.scale, layer.minimum = old[name].scale, old[name].minimum
-
-
-@contextmanager
 def _tunable(layers: Mapping[str, PackedLinear]) -> Iterator[dict[str, nn.Parameter]]:
     """While it lasts, each layer's scales are multiplied by `1 + f`; gives f, by the layer's name."""
     factors = {name: nn.Parameter(torch.zeros_like(layer.tensor.parts.scale, dtype=torch.float32)) for name, layer in layers.items()}
@@ -251,7 +243,7 @@ class _TunedProduct(torch.autograd.Function):
         ctx.part, ctx.dtype, ctx.x_dtype = part, compute_dtype(x), x.dtype
         x = x.to(ctx.dtype)
         ctx.save_for_backward(x, factor)
-        return F.linear(x, _multiplied(part, factor).to(ctx.dtype), None if bias is None else bias.to(ctx.dtype))
+        return F.linear(x, _times(part, part.unpacked(torch.float32), factor).to(ctx.dtype), None if bias is None else bias.to(ctx.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -262,10 +254,6 @@ class _TunedProduct(torch.autograd.Function):
         of_weight = (gradient.reshape(-1, gradient.shape[-1]).mT @ x.reshape(-1, x.shape[-1])).float()
         granularity = ctx.part.owner.scheme.granularity
         return of_x, grouped(of_weight.mul_(values), granularity).sum_to_size(_aligned(ctx.part, factor).shape).view(factor.shape), None, None
-
-
-def _multiplied(part: Part, factor: Tensor) -> Float[Tensor, "out in"]:
-    return _times(part, part.unpacked(torch.float32), factor)
 
 
 def _times(part: Part, values: Float[Tensor, "out in"], factor: Tensor) -> Float[Tensor, "out in"]:

@@ -17,6 +17,7 @@ from qwlora.base.revision import REVISION
 from qwlora.base.source import fetch
 from qwlora.data import Documents
 from qwlora.recipe import Recipe
+from qwlora.simulation.estimator import Estimator
 
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
 SIMULATION_FORMAT = 3  # of simulation/NAME; 2: the adapter lies in it; 3: says what calibration left float
@@ -73,7 +74,8 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     add("quantize", solved, artifact="base", then=tuning)
     add("evaluate/base", held_out, ("quantize",))
     ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]
-    if any(o not in (None, "min-max", "moving-average") for o in (recipe.simulation.observer, *(rule.observer for rule in recipe.simulation.rules))):
+    observers = {recipe.simulation.observer, *(rule.observer for rule in recipe.simulation.rules if rule.observer is not None)}
+    if any(Estimator(observer).needs_sample for observer in observers):
         ranges.append(SAMPLE_REVISION)
     through = ("calibrate-base",) if recipe.workflow == "qwa-lora" else ()
     if through:

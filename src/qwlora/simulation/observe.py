@@ -207,8 +207,6 @@ class SampleObserver:
         self._sampled_values = keep
 
     def _merge_sample(self, other: SampleObserver) -> None:
-        device = other._ends.device
-        self._tails, self._sample = self._tails.to(device), self._sample.to(device)
         self._add_tails(other.tails, other._bounds)
         if not self.row_stride:
             self.row_stride, self.column_stride = other.row_stride, other.column_stride

@@ -101,7 +101,7 @@ def _do(directory: Directory, session: Any, stage: Stage, follows: Collection[st
 def _start_session(recipe: Recipe, documents: Any, out: Path, track: Track, say: Say, verbs: set[str]) -> Any:
     """Find what is wrong before anything is written."""
     session = new_session(recipe, documents, out, track)
-    from qwlora.pipeline.stages import preflight
+    from qwlora.pipeline.preflight import preflight
 
     preflight(session, verbs, say)
     return session

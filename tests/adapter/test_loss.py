@@ -34,7 +34,11 @@ from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from qwlora import quantize_
 from qwlora.adapter.loss import chunk_loss_
 from qwlora.adapter.sliced_cross_entropy import sliced_cross_entropy
+from qwlora.base.packed import PackedLinear
+from qwlora.base.rules import Rule
 from qwlora.errors import TrainingError
+from qwlora.grid.packed_tensor import PackedTensor
+from qwlora.grid.scheme import parse_scheme
 
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, **IDS}
@@ -166,11 +170,11 @@ def test_a_sum_over_slices_of_the_vocabulary_is_the_cross_entropy(bias: bool, ro
     targets = torch.randint(0, 100, (30,), generator=generator)
     own = torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, weight, offset), targets, reduction="sum")
     (gradient,) = torch.autograd.grad(own * 0.3, hidden)
-    found = sliced_cross_entropy(hidden, targets, weight, offset, torch.float32, rows)
+    found = sliced_cross_entropy(hidden, targets, lambda start, stop: weight[start:stop], 100, offset, rows)
     torch.testing.assert_close(found, own, rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.autograd.grad(found * 0.3, hidden)[0], gradient, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(sliced_cross_entropy(hidden, targets, weight, offset, torch.float32, rows), own, rtol=1e-6, atol=0)
+        torch.testing.assert_close(sliced_cross_entropy(hidden, targets, lambda start, stop: weight[start:stop], 100, offset, rows), own, rtol=1e-6, atol=0)
 
 
 class _Roundings(TorchDispatchMode):
@@ -199,6 +203,31 @@ def test_the_heads_weight_is_never_rounded_whole(monkeypatch: pytest.MonkeyPatch
     for name, gradient in gradients.items():
         assert torch.nn.functional.cosine_similarity(chunked[name].flatten(), gradient.flatten(), dim=0) > 0.999, name
     assert largest.numbers < VOCABULARY * 64
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # whose head is tied to the embedding, and is not
+def test_a_packed_head_is_never_unpacked_whole(monkeypatch: pytest.MonkeyPatch, name: str, half: bool) -> None:
+    monkeypatch.setattr("qwlora.adapter.sliced_cross_entropy.SLICE_LOGITS", 600)
+    model = tiny_model(name)
+    quantize_(model, "w4-block32", "rtn", rules=[Rule("lm_head", parse_scheme("w8-block32"))])
+    assert type(model.get_output_embeddings()) is PackedLinear
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        own, gradients = loss_and_gradients(peft)
+        chunk_loss_(peft)
+        unpacked, dequantize = [], PackedTensor.dequantize
+
+        def counted(*given: Any) -> Tensor:
+            unpacked.append(dequantize(*given).shape)
+            return dequantize(*given)
+
+        monkeypatch.setattr(PackedTensor, "dequantize", counted)
+        loss, chunked = loss_and_gradients(peft)
+    torch.testing.assert_close(loss, own, rtol=1e-3 if half else 1e-6, atol=0)
+    for key, gradient in gradients.items():
+        assert torch.nn.functional.cosine_similarity(chunked[key].flatten(), gradient.flatten(), dim=0) > (0.999 if half else 0.99999), key
+    assert max(shape[0] for shape in unpacked) < VOCABULARY
 
 
 def smoothed(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:

@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from qwlora.adapter.cross_entropy import chunked_cross_entropy
-from qwlora.adapter.sliced_cross_entropy import sliced_cross_entropy
+from qwlora.adapter.sliced_cross_entropy import WeightRows, sliced_cross_entropy
+from qwlora.base.packed import PackedLinear
 from qwlora.errors import TrainingError
 from qwlora.memory import give_back
 
@@ -121,13 +122,12 @@ class ChunkedLoss:
             give_back()
 
     def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The sum over tokens: by slices of the head's weight where autocast would round all of it for every chunk of tokens, else by chunks."""
-        trained = [p for p in self._head.parameters() if p.requires_grad]
-        kind, head = hidden.device.type, self._head
-        if type(head) is nn.Linear and self._body is None and not trained and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            if head.weight.dtype == torch.float32 != dtype:
-                return sliced_cross_entropy(hidden, targets, head.weight, head.bias, dtype)
+        """The sum over tokens: by slices of the head's weight where all of it would have to be made for every chunk of tokens, else by chunks."""
+        trained, kind = [p for p in self._head.parameters() if p.requires_grad], hidden.device.type
+        if self._body is None and not trained and getattr(self._own_head, "__func__", None) is type(self._head).forward:
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+            if (rows := _made_for_products(self._head, dtype)) is not None:
+                return sliced_cross_entropy(hidden, targets, rows, self._head.out_features, self._head.bias)  # type: ignore[arg-type]
         tokens = self._chunk_tokens or CHUNK_LOGITS // vocabulary_size(self._model) + 1
         return chunked_cross_entropy(hidden, targets, self._head_path, trained, tokens)
 
@@ -240,6 +240,16 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel):
         raise TrainingError(f"{type(inner).__name__} is not a model of transformers; the chunked loss cannot find its head. Use your own loss (loss: whole)")
     return inner
+
+
+def _made_for_products(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
+    """Rows of the head's weight in `dtype`, if products do not read them as they lie in memory: they are packed, or float32 under autocast."""
+    if type(head) is PackedLinear:
+        tensor = head.part.owner.tensor
+        return lambda start, stop: tensor.dequantize(dtype, torch.arange(start, stop, device=tensor.parts.packed.device))
+    if type(head) is nn.Linear and head.weight.dtype == torch.float32 != dtype:
+        return lambda start, stop: head.weight[start:stop].to(dtype)
+    return None
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

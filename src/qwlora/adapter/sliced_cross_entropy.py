@@ -1,15 +1,15 @@
-"""Cross-entropy of a linear head in another type than its weight's, a slice of the vocabulary at a time.
+"""Cross-entropy of a linear head whose weight has to be made for each product, a slice of the vocabulary at a time.
 
     z_t = W h_t + b,    L = sum_t lse_t - z_t[y_t],    lse_t = log sum_v exp z_t[v],    dL/dh_t = sum_v (exp(z_t[v] - lse_t) - [v = y_t]) W_v
 
-Autocast would round the whole weight for each chunk of tokens: 57 MB for 49,152 x 576 in bfloat16, beside a chunk's logits in three types. Here a slice of W is
-rounded, used for all tokens and forgotten. The first pass over the slices gathers lse with a running maximum, the second makes the gradient. Given up: the
-product W h is computed twice, and W gets no gradient.
+A packed weight would be unpacked, and autocast would round a float one, whole for each chunk of tokens: 57 MB for 49,152 x 576 in bfloat16, beside a chunk's
+logits in three types. Here a slice of W is made, used for all tokens and forgotten. The first pass over the slices gathers lse with a running maximum, the
+second makes the gradient. Given up: the product W h is computed twice, and W gets no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,15 +17,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SLICE_LOGITS = 2**20  # numbers in a slice of logits; 4 MiB in float32
+WeightRows = Callable[[int, int], Tensor]
 
 
-def sliced_cross_entropy(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, slice_rows: int | None = None) -> Tensor:
-    """Sum of the cross-entropies of `F.linear(hidden, weight, bias)`, the products computed in `dtype`.
+def sliced_cross_entropy(
+    hidden: Tensor, targets: Tensor, weight_rows: WeightRows, vocabulary: int, bias: Tensor | None, slice_rows: int | None = None
+) -> Tensor:
+    """Sum of the cross-entropies of `F.linear(hidden, weight, bias)`, the products computed in the type of the weight's rows.
 
     Args:
         hidden: [tokens, hidden].
         targets: int64 [tokens].
-        weight, bias: [vocabulary, hidden] and [vocabulary]; neither is trained.
+        weight_rows: gives the rows of the weight from one number to before another, [rows, hidden]; it is not trained.
+        vocabulary: rows of the weight.
+        bias: [vocabulary], not trained.
         slice_rows: entries of the vocabulary whose logits exist at one time; by default as many as make 4 MiB.
 
     Returns:
@@ -33,7 +38,8 @@ def sliced_cross_entropy(hidden: Tensor, targets: Tensor, weight: Tensor, bias: 
     """
     rows = slice_rows or SLICE_LOGITS // max(1, len(hidden)) + 1
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    result: Tensor = _SlicedCrossEntropy.apply(hidden, targets, weight, bias, dtype, rows, wants_gradient)
+    slices = [(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
+    result: Tensor = _SlicedCrossEntropy.apply(hidden, targets, weight_rows, bias, slices, wants_gradient)
     return result
 
 
@@ -41,10 +47,12 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     """The gradient is ready when forward ends; backward scales it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int, wants_gradient: bool) -> Tensor:
-        x, picked = hidden.to(dtype), hidden.new_zeros(len(hidden), dtype=torch.float32)
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, weight_rows: WeightRows, bias: Tensor | None, slices: list[tuple[int, int]], wants_gradient: bool
+    ) -> Tensor:
+        picked = hidden.new_zeros(len(hidden), dtype=torch.float32)
         highest, total = torch.full_like(picked, -torch.inf), torch.zeros_like(picked)
-        for start, _, z in _slices(x, weight, bias, rows):
+        for start, _, z in _logits(hidden, weight_rows, bias, slices):
             here, index = _targets_of(targets, start, z)
             picked += z.gather(1, index).squeeze(1) * here
             raised = torch.maximum(highest, z.amax(1))
@@ -52,11 +60,11 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             highest = raised
         normalizer = highest + total.log()
         gradient = torch.zeros_like(hidden) if wants_gradient else hidden.new_empty(0)
-        for start, part, z in _slices(x, weight, bias, rows) if wants_gradient else ():
+        for start, part, z in _logits(hidden, weight_rows, bias, slices) if wants_gradient else ():
             here, index = _targets_of(targets, start, z)
             probability = z.sub_(normalizer.unsqueeze(1)).exp_()
             probability.scatter_add_(1, index, -here.unsqueeze(1).to(z.dtype))
-            gradient += probability.to(dtype) @ part
+            gradient += probability.to(part.dtype) @ part
         ctx.save_for_backward(gradient)
         return (normalizer - picked).sum()
 
@@ -64,14 +72,16 @@ class _SlicedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * scale.to(gradient.dtype), None, None, None, None, None, None)
+        return (gradient * scale.to(gradient.dtype), None, None, None, None, None)
 
 
-def _slices(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Where each slice begins, its rows of the weight in the type of `x`, and the logits of all tokens for it, float32."""
-    for start in range(0, len(weight), rows):
-        part = weight[start : start + rows].to(x.dtype)
-        yield start, part, F.linear(x, part, None if bias is None else bias[start : start + rows].to(x.dtype)).float()
+def _logits(hidden: Tensor, weight_rows: WeightRows, bias: Tensor | None, slices: list[tuple[int, int]]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Where each slice begins, its rows of the weight, and the logits of all tokens for it, float32."""
+    x = hidden
+    for start, stop in slices:
+        part = weight_rows(start, stop)
+        x = x.to(part.dtype)  # once, of all slices
+        yield start, part, F.linear(x, part, None if bias is None else bias[start:stop].to(x.dtype)).float()
 
 
 def _targets_of(targets: Tensor, start: int, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@
 Each way trains in a process of its own, from a checkpoint on disk. `peak` is the largest resident size of the whole process during the steps (VmHWM, counted
 anew after loading), Python, torch and transformers included; `imported` is the resident size before anything is loaded, so the difference is what model and
 step cost. `ours` trains as the train stage does (`adapter/train.py`), `plain` as anybody runs it. The embedding, which is the head too, is float32, or with
-`head int8` of 8 bits per block of 32, as in the model's own file. `ratio` is of whole peaks; `ratio_above_imports` of the differences. Seconds are the median of
-the steps after the first; the ways take turns, and a ratio of times is the median of the ratios of the rounds.
+`head int8` of 8 bits per block of 32, as in the model's own file. `ratio` is of whole peaks; `ratio_above_imports` of the differences. Seconds are the median
+of the steps after the first; the ways take turns, and a ratio of times is the median of the ratios of the rounds.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def prepare(folder: Path) -> None:
     from qwlora.base.quantize import quantize_
     from qwlora.base.rules import Rule
     from qwlora.base.source import load_model, load_tokenizer
-    from qwlora.grid.scheme import parse_scheme
     from qwlora.base.storage import save_base
+    from qwlora.grid.scheme import parse_scheme
 
     model = load_model(SOURCE)
     model.hf_quantizer = None  # it was dequantized while loading, and is a float model like any other

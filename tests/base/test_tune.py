@@ -18,7 +18,7 @@ from conftest import tiny_model
 from qwlora.base.packed import PackedLinear
 from qwlora.base.quantize import quantize_
 from qwlora.base.storage import load_base
-from qwlora.base.tune import TuningSettings, _Comparison, _multiply_, _tunable, tune_scales_
+from qwlora.base.tune import TuningSettings, _Comparison, _Tuned, tune_scales_
 from qwlora.data import load_documents
 from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.grid.fingerprint import fingerprint
@@ -29,6 +29,7 @@ from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
+NORMS = {"norm", "input_layernorm", "post_attention_layernorm", "ln_1", "ln_2", "ln_f"}
 SCHEMES = {
     "tensor": Scheme(4, True, PerTensor()),
     "channel": Scheme(4, True, PerChannel(0)),
@@ -62,8 +63,9 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     layer = PackedLinear.from_codes(encoding.quantize(weight), encoding, model[0].bias)  # type: ignore[arg-type]
     model[0] = layer
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    with _tunable({"0": layer}) as factors:
-        factor = factors["0"]
+    tuned = _Tuned(model)
+    factor = tuned.factors["0"]
+    with tuned.learning():
         with torch.no_grad():
             factor.copy_(torch.linspace(-0.2, 0.3, factor.numel()).view(factor.shape))
         y = model(x)
@@ -81,7 +83,7 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     assert own.grad is not None
     assert torch.allclose(found[0], x.grad, atol=1e-4)
     assert torch.allclose(found[1], own.grad, rtol=1e-3, atol=1e-3)
-    _multiply_(layer, 1 + own.detach())
+    tuned.multiply_()
     assert torch.allclose(layer.tensor.dequantize(), (values * times).detach(), rtol=2e-3, atol=2e-4), "what was tuned is what is stored"
 
 
@@ -110,6 +112,12 @@ def test_the_model_comes_nearer_and_no_code_moves(architecture: str, scheme: str
         moved += int((after.scale != before[name].scale).sum())
     assert moved
     assert not any(p.grad is not None for p in model.parameters())
+    norms = {name: m for name, m in model.named_modules() if name.rpartition(".")[2] in NORMS}
+    assert report.norms == len(norms)
+    for name, norm in norms.items():
+        assert type(norm) is type(reference.get_submodule(name))
+        assert dict(norm.named_parameters()).keys() == dict(reference.get_submodule(name).named_parameters()).keys()
+        assert not torch.equal(norm.weight, reference.get_submodule(name).weight)
 
 
 def test_a_second_run_is_the_same() -> None:
@@ -168,13 +176,15 @@ def test_labels_are_left_out_and_modes_and_adapters_stay(monkeypatch: pytest.Mon
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
     quantize_(model, "w3-block32")
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     adapted.train()
+    state = {name: p.clone() for name, p in adapted.named_parameters() if "lora" in name}
     adapted.base_model.model.model.layers[0].eval()
     modes = [m.training for m in adapted.modules()]
     batches = [{"input_ids": row[None], "labels": row[None]} for row in ids(6)]
-    tune_scales_(adapted, reference, batches, TuningSettings(steps=2))
+    assert tune_scales_(adapted, reference, batches, TuningSettings(steps=2)).norms == 5
     assert [m.training for m in adapted.modules()] == modes
+    assert all(torch.equal(p, state[name]) for name, p in adapted.named_parameters() if "lora" in name)
 
 
 def test_an_interruption_leaves_the_scales_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:

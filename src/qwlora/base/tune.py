@@ -1,16 +1,18 @@
 """Tune the scales of a quantized model against the float model it came from; no code moves.
 
-    minimize over f    mean over tokens  KL( softmax(g_t) || softmax(h_t) ),    W_hat = (1 + f) * scale * (q + offset)
+    minimize over f    mean over tokens  KL( softmax(g_t) || softmax(h_t) ),    W_hat = (1 + f) * scale * (q + offset),    w_hat = (1 + f) * w
 
-g and h are the logits of float and quantized model; f is one number for each scale, from zero, by AdamW with a cosine schedule. A solver makes each layer's
-output right by itself; here the layers learn to make up for one another. It takes the float model, the quantized one, the activations of one sequence and some
-copies of its logits (of 512 positions at most) in memory, and about as long as training an adapter for as many steps.
+g and h are the logits of float and quantized model; f is one number for each scale and for each weight w of a norm, from zero, by AdamW with a cosine schedule.
+A solver makes each layer's output right by itself; here the layers learn to make up for one another. It takes the float model, the quantized one, the
+activations of one sequence and some copies of its logits (of 512 positions at most) in memory, and about as long as training an adapter for as many steps.
 
 Tuned are the scales of plain linear layers: of the grid's tensor, channels or blocks, or of the rows where blocks have integer scales. A float offset is
-multiplied like its scale. Scales of blocks stay numbers that float16 holds. Some sequences are kept aside: if the divergence on those, in float32, does not
-fall, the scales stay as they were.
+multiplied like its scale. Scales of blocks stay numbers that float16 holds. Norms stand for the columns, which have no scale of their own: a norm is a module
+without children whose float `weight` has one axis. Some sequences are kept aside: if the divergence on those, in float32, does not fall, everything stays as it
+was.
 
-Source: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), with the float model's distribution in the place of the text.
+Sources: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), with the float model's distribution in the place of the text;
+norm tweaking (Li et al. 2023, https://arxiv.org/abs/2309.02784) for the norms.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from qwlora.base.calibrated import arguments_of, batches_of
 from qwlora.base.fit import storable_scale
@@ -34,7 +37,8 @@ from qwlora.base.packed.product import Part, compute_dtype
 from qwlora.errors import CalibrationError, GridError
 from qwlora.gradients import frozen
 from qwlora.grid.encoding import aligned, grouped
-from qwlora.grid.packed_tensor import narrowest
+from qwlora.grid.names import is_adapter_name
+from qwlora.grid.packed_tensor import Parts, narrowest
 from qwlora.grid.scheme import LowPowerBlock, PerBlock
 from qwlora.progress import Track, untracked
 
@@ -50,7 +54,7 @@ class TuningSettings:
 
     Args:
         steps: of one sequence each.
-        learning_rate: the largest, relative to a scale.
+        learning_rate: the largest, relative to what is tuned.
         compute: float32, or bfloat16 by autocast.
 
     Raises:
@@ -58,7 +62,7 @@ class TuningSettings:
     """
 
     steps: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     compute: str = "float32"
     seed: int = 0
 
@@ -76,11 +80,13 @@ class TuningReport:
 
     Args:
         layers: whose scales were tuned.
+        norms: whose weights were tuned.
         before, after: the divergence of the float model's next token from the quantized one's, in nats, on the sequences kept aside.
-        kept: whether the tuned scales are in the model.
+        kept: whether what was tuned is in the model.
     """
 
     layers: int
+    norms: int
     before: float
     after: float
     kept: bool
@@ -94,7 +100,7 @@ def tune_scales_(
     *,
     track: Track = untracked,
 ) -> TuningReport:
-    """Tune the scales of the packed linear layers in `model`, in place, so that its logits come near those of `teacher`.
+    """Tune the scales of the packed linear layers and the weights of the norms in `model`, in place, so that its logits come near those of `teacher`.
 
     Args:
         teacher: the float model.
@@ -105,8 +111,8 @@ def tune_scales_(
         CalibrationError: there are fewer than two sequences, the logits are of different shapes, or the divergence is no number.
     """
     settings = settings or TuningSettings()
-    layers = {name: module for name, module in model.named_modules() if type(module) is PackedLinear and is_packed(module) and not module.is_tied}
-    if not layers:
+    tuned = _Tuned(model)
+    if not tuned.layers:
         raise GridError("no linear layer of the model is packed, so there are no scales to tune; quantize it first")
     batches = batches_of(calibration)
     if len(batches) < 2:
@@ -120,19 +126,17 @@ def tune_scales_(
     try:
         with frozen(model), frozen(teacher):
             before = compare.mean(aside)
-            with _tunable(layers) as factors:
-                _descend(list(factors.values()), compare, learnt, settings, track)
-            old, kept = {name: layer.tensor.parts for name, layer in layers.items()}, False
+            with tuned.learning():
+                _descend(list(tuned.factors.values()), compare, learnt, settings, track)
+            as_it_was, kept = tuned.state(), False
             try:
-                for name, layer in layers.items():
-                    _multiply_(layer, 1 + factors[name].detach())
+                tuned.multiply_()
                 after = compare.mean(aside)
                 kept = after < before
             finally:
                 if not kept:
-                    for name, layer in layers.items():
-                        layer.scale, layer.minimum = old[name].scale, old[name].minimum
-            return TuningReport(len(layers), before, after, kept)
+                    tuned.restore_(as_it_was)
+        return TuningReport(len(tuned.layers), len(tuned.norms), before, after, kept)
     finally:
         for m in training:
             m.training = True
@@ -214,20 +218,73 @@ def _logits(model: nn.Module, given: Mapping[str, Any], compute: str) -> Tensor:
     return logits
 
 
-@contextmanager
-def _tunable(layers: Mapping[str, PackedLinear]) -> Iterator[dict[str, nn.Parameter]]:
-    """While it lasts, each layer's scales are multiplied by `1 + f`; gives f, by the layer's name."""
-    factors = {name: nn.Parameter(torch.zeros_like(layer.tensor.parts.scale, dtype=torch.float32)) for name, layer in layers.items()}
-    own = {name: layer.__dict__.pop("forward", None) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.__dict__["forward"] = partial(_forward, layer, factors[name])
-    try:
-        yield factors
-    finally:
-        for name, layer in layers.items():
-            del layer.__dict__["forward"]
-            if own[name] is not None:
-                layer.__dict__["forward"] = own[name]
+class _Tuned:
+    """What is tuned, and by how much: `factors`, by the module's name."""
+
+    def __init__(self, model: nn.Module):
+        modules = dict(model.named_modules())
+        self.layers = {name: m for name, m in modules.items() if type(m) is PackedLinear and is_packed(m) and not m.is_tied}
+        self.norms: dict[str, Any] = {name: m for name, m in modules.items() if _is_norm(m) and not is_adapter_name(f"{name}.weight")}
+        numbers = {name: layer.tensor.parts.scale for name, layer in self.layers.items()} | {name: norm.weight for name, norm in self.norms.items()}
+        self.factors = {name: nn.Parameter(torch.zeros_like(number, dtype=torch.float32)) for name, number in numbers.items()}
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """While it lasts, the model computes with everything multiplied by `1 + f`, and f gets gradients."""
+        own = {name: layer.__dict__.pop("forward", None) for name, layer in self.layers.items()}
+        try:
+            for name, layer in self.layers.items():
+                layer.__dict__["forward"] = partial(_forward, layer, self.factors[name])
+            for norm, times in self._norm_factors():
+                register_parametrization(norm, "weight", times)
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.__dict__.pop("forward", None)
+                if own[name] is not None:
+                    layer.__dict__["forward"] = own[name]
+            for norm in self.norms.values():
+                if is_parametrized(norm, "weight"):
+                    remove_parametrizations(norm, "weight", leave_parametrized=False)
+
+    def state(self) -> dict[str, Parts | Tensor]:
+        """What is in the modules now, by name."""
+        return {name: layer.tensor.parts for name, layer in self.layers.items()} | {name: norm.weight.detach().clone() for name, norm in self.norms.items()}
+
+    @torch.no_grad()
+    def multiply_(self) -> None:
+        """Put everything multiplied by `1 + f` into the modules."""
+        for name, layer in self.layers.items():
+            _multiply_(layer, 1 + self.factors[name])
+        for norm, times in self._norm_factors():
+            norm.weight.copy_(times(norm.weight))
+
+    @torch.no_grad()
+    def restore_(self, state: Mapping[str, Any]) -> None:
+        """Put back what was there."""
+        for name, layer in self.layers.items():
+            layer.scale, layer.minimum = state[name].scale, state[name].minimum
+        for name, norm in self.norms.items():
+            norm.weight.copy_(state[name])
+
+    def _norm_factors(self) -> Iterator[tuple[Any, _Times]]:
+        return ((norm, _Times(self.factors[name])) for name, norm in self.norms.items())
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 1 and weight.is_floating_point() and not any(module.children())
+
+
+class _Times(nn.Module):
+    """`(1 + f) w`. It holds f as it is, so that the model does not count it among its parameters."""
+
+    def __init__(self, factor: nn.Parameter):
+        super().__init__()
+        self.factor = (factor,)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return (weight * (1 + self.factor[0])).to(weight.dtype)
 
 
 def _forward(layer: PackedLinear, factor: Tensor, x: Tensor) -> Tensor:

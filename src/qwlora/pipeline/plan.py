@@ -22,6 +22,7 @@ from qwlora.simulation.estimator import Estimator
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
 SIMULATION_FORMAT = 3  # of simulation/NAME; 2: the adapter lies in it; 3: says what calibration left float
 SAMPLE_REVISION = 2  # of what observers with a sample keep; 2: fewer values
+TUNING_REVISION = 2  # of what tuning computes; 2: norms as well
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
 
@@ -67,7 +68,7 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
         add("evaluate/float", [model, held_out])
     solvers = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)}
     follows = [text, recipe.seed, REVISION] if "gptq" in solvers or needs_moments(recipe) else None
-    tuning = [recipe.base.tuning.model_dump(), text, recipe.seed] if recipe.base.tuning.steps else None
+    tuning = [recipe.base.tuning.model_dump(), text, recipe.seed, TUNING_REVISION] if recipe.base.tuning.steps else None
     given = recipe.model
     encodings = [hashlib.sha256(Path(given.encodings).read_bytes()).hexdigest(), given.keep_float, given.block_order] if given.encodings else None
     solved = [model, encodings, recipe.base.model_dump(exclude={"tuning"}), follows, needs_moments(recipe)]

@@ -108,10 +108,10 @@ class Gptq(Section):
 
 
 class Tuning(Section):
-    """Scales that come near the float model together, after each layer was solved by itself. The float model is in memory meanwhile."""
+    """Scales and norms that come near the float model together, after each layer was solved by itself. The float model is in memory meanwhile."""
 
     steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of one training sequence each, every one another while there are some; 0 tunes nothing")
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(1e-3, description="peak learning rate of AdamW, relative to a scale")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(3e-3, description="peak learning rate of AdamW, relative to what is tuned")
     compute: Literal["float32", "bfloat16"] = Field("float32", description="precision of the forward and backward pass")
 
     @model_validator(mode="after")
@@ -132,7 +132,7 @@ class Base(Section):
     weights: Weights = Field(Weights(block_size=DEFAULT_BLOCK_SIZE), description="the grid of every Linear weight")
     rules: list[BaseRule] = Field([], description="what is different for some layers; the first that matches a layer decides")
     gptq: Gptq = Field(Gptq(), description="for the layers that this solver quantizes")
-    tuning: Tuning = Field(Tuning(), description="of the scales of linear layers, when all are solved; no integer moves")
+    tuning: Tuning = Field(Tuning(), description="of linear layers' scales and norms' weights, when all are solved; no integer moves")
     calibration_sequences: Count = Field(32, description="training sequences that gptq and the adapters' start follow, at most")
 
     @model_validator(mode="after")

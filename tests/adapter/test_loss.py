@@ -177,6 +177,27 @@ def test_a_sum_over_slices_of_the_vocabulary_is_the_cross_entropy(bias: bool, ro
         torch.testing.assert_close(sliced_cross_entropy(hidden, targets, lambda start, stop: weight[start:stop], 100, offset, rows), own, rtol=1e-6, atol=0)
 
 
+def test_a_sum_over_many_slices_is_not_of_rounded_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8192, 64, generator=generator, dtype=torch.bfloat16)
+    hidden = torch.randn(64, 64, generator=generator, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.randint(0, 8192, (64,), generator=generator)
+    one, many = (
+        torch.autograd.grad(sliced_cross_entropy(hidden, targets, lambda start, stop: weight[start:stop], 8192, None, rows), hidden)[0].float()
+        for rows in (8192, 16)
+    )
+    assert (many - one).norm() < 4e-3 * one.norm()
+
+
+@pytest.mark.parametrize("label", [VOCABULARY, -3])
+def test_labels_beyond_the_vocabulary_are_refused(label: int) -> None:
+    model, given = tiny_model("llama"), batch()
+    chunk_loss_(model)
+    given["labels"][1, 3] = label
+    with pytest.raises(TrainingError, match=rf"labels go from .*{label}.*, but the model knows {VOCABULARY} tokens; what is not to be learnt has label -100"):
+        model(**given)
+
+
 class _Roundings(TorchDispatchMode):
     """Numbers of the largest bfloat16 tensor."""
 
@@ -228,6 +249,16 @@ def test_a_packed_head_is_never_unpacked_whole(monkeypatch: pytest.MonkeyPatch, 
     for key, gradient in gradients.items():
         assert torch.nn.functional.cosine_similarity(chunked[key].flatten(), gradient.flatten(), dim=0) > (0.999 if half else 0.99999), key
     assert max(shape[0] for shape in unpacked) < VOCABULARY
+
+
+def test_a_head_with_a_forward_of_its_own_keeps_it() -> None:
+    model = tiny_model("qwen3")
+    quantize_(model, "w4-block32", "rtn", rules=[Rule("lm_head", parse_scheme("w8-block32"))])
+    head = model.get_output_embeddings()
+    head.forward = lambda x: type(head).forward(head, x) * 0.5
+    own = model(**batch()).loss
+    chunk_loss_(model)
+    torch.testing.assert_close(model(**batch()).loss, own, rtol=1e-6, atol=0)
 
 
 def smoothed(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:

@@ -13,10 +13,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conftest import tiny_model
 from qwlora.base.packed import PackedLinear
 from qwlora.base.quantize import quantize_
+from qwlora.base.rules import Rule
 from qwlora.base.storage import load_base
 from qwlora.base.tune import TuningSettings, _Comparison, _Tuned, tune_scales_
 from qwlora.data import load_documents
@@ -24,7 +27,7 @@ from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.float_offset import measure_float_offset
 from qwlora.grid.observer import measure
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
@@ -116,7 +119,7 @@ def test_the_model_comes_nearer_and_no_code_moves(architecture: str, scheme: str
     assert report.norms == len(norms)
     for name, norm in norms.items():
         assert type(norm) is type(reference.get_submodule(name))
-        assert dict(norm.named_parameters()).keys() == dict(reference.get_submodule(name).named_parameters()).keys()
+        assert list(norm._parameters) == list(reference.get_submodule(name)._parameters)
         assert not torch.equal(norm.weight, reference.get_submodule(name).weight)
 
 
@@ -206,6 +209,63 @@ def test_an_interruption_leaves_the_scales_as_they_were(monkeypatch: pytest.Monk
     assert fingerprint(model) == identity
 
 
+def test_norms_are_told_apart_and_their_gain_is_tuned() -> None:
+    gemma = Gemma3RMSNorm(6)
+    with torch.no_grad():
+        gemma.weight.copy_(torch.tensor([-0.9, 0.0, 0.5, 2.0, 7.0, -3.0]))
+    shared = nn.LayerNorm(6)
+    again = nn.LayerNorm(6)
+    again.weight = shared.weight
+    counts, no_norm, narrow = nn.BatchNorm1d(6), nn.PReLU(6), LlamaRMSNorm(6)
+    with torch.no_grad():
+        narrow.weight.copy_(torch.tensor([0.1, 0.3, 1.7, 1e-3, 9.0, 1.0]).bfloat16())
+    model = nn.Sequential(gemma, shared, again, narrow, counts, no_norm)
+    tuned, before = _Tuned(model), {name: module.weight.clone() for name, module in model.named_children()}
+    assert set(tuned.norms) == {"0", "1", "2", "3"}
+    assert set(tuned.factors) == {"0", "1", "3"}, "what is shared has one factor"
+    f = torch.tensor([0.1, -0.1, 0.2, -0.2, 0.05, 0.3])
+    with torch.no_grad():
+        for factor in tuned.factors.values():
+            factor.copy_(f)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    plain = gemma(x)
+    with tuned.learning():
+        learnt = [module(x) for module in (gemma, shared, again, narrow)]
+    tuned.multiply_()
+    torch.testing.assert_close(learnt[0], plain * (1 + f))
+    for module, y in zip((gemma, shared, again, narrow), learnt, strict=True):
+        torch.testing.assert_close(module(x), y, rtol=4e-3 if module is narrow or module is gemma else 1e-6, atol=4e-3)
+    assert torch.equal(narrow.weight, narrow.weight.bfloat16().float()), "it stays of the type that held it"
+    assert not torch.equal(narrow.weight, before["3"])
+    assert all(torch.equal(module.weight, before[name]) for name, module in model.named_children() if name in "45")
+    assert int(counts.num_batches_tracked) == 0
+
+
+def test_scales_of_small_blocks_learn_slowly() -> None:
+    model = tiny_model("llama")
+    quantize_(model, "w3-block32", rules=[Rule("*.down_proj", parse_scheme("w3-channel"))])
+    tuned = _Tuned(model)
+    rates = {id(factor): rate for rate, factors in tuned.by_rate(3e-3).items() for factor in factors}
+    assert rates[id(tuned.factors["model.layers.0.mlp.up_proj"])] == pytest.approx(3e-3 / 4)
+    assert rates[id(tuned.factors["model.layers.0.mlp.down_proj"])] == pytest.approx(3e-3 / 2)  # 128 inputs
+    assert rates[id(tuned.factors["model.norm"])] == 3e-3
+    assert len(rates) == len(tuned.factors)
+
+
+def test_a_failure_while_learning_leaves_the_modules_as_they_were() -> None:
+    model = tiny_model("gpt2")
+    reference = copy.deepcopy(model)
+    quantize_(model, "w3-block32")
+    state, kinds = {name: tensor.clone() for name, tensor in model.state_dict().items()}, [type(m) for m in model.modules()]
+    with torch.no_grad():
+        reference.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(CalibrationError, match="the divergence is nan"):
+        tune_scales_(model, reference, ids())
+    assert [type(m) for m in model.modules()] == kinds
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
 def test_padding_is_not_compared() -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
@@ -228,6 +288,10 @@ def test_what_cannot_be_tuned_says_why() -> None:
     quantize_(model, "w4-block32")
     with pytest.raises(CalibrationError, match="at least two sequences"):
         tune_scales_(model, reference, ids(1))
+    reference.model.norm, kept = model.model.norm, reference.model.norm
+    with pytest.raises(CalibrationError, match=r"share the weight of 'model\.norm', which is tuned; quantize a deep copy"):
+        tune_scales_(model, reference, ids())
+    reference.model.norm = kept
     larger = tiny_model("llama")
     larger.resize_token_embeddings(300)
     with pytest.raises(CalibrationError, match=r"the float model's logits are \[1, 32, 300\], the quantized one's"):

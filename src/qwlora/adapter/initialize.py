@@ -6,7 +6,8 @@
 
     U S V^T = svd(D L)  (L = 1 for svd),    B = U_k S_k^(1/2) / sqrt(s),    A = S_k^(1/2) V_k^T L^-1 / sqrt(s)
 
-The first k of an adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt.
+The first k of an adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. W_hat has its scales as they were
+tuned; x is what the layer read before its norm was tuned.
 
 Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution is that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475).
 """

@@ -30,8 +30,8 @@ from transformers.utils.generic import ModelOutput
 
 from qwlora.adapter.cross_entropy import chunked_cross_entropy
 from qwlora.adapter.sliced_cross_entropy import WeightRows, sliced_cross_entropy
-from qwlora.base.packed import PackedLinear
 from qwlora.errors import TrainingError
+from qwlora.grid.packed_tensor import PackedTensor
 from qwlora.memory import give_back
 
 CHUNK_LOGITS = 2**23  # numbers in a chunk of logits; a little more than 32 MiB, which glibc's malloc gives back to the system when it is freed
@@ -112,6 +112,9 @@ class ChunkedLoss:
         if count < len(targets):
             hidden, targets = hidden[kept], targets[kept]
         self._give_back(len(targets))  # what malloc kept of the forward pass
+        lowest, highest, known = int(targets.min()) if count else 0, int(targets.max()) if count else 0, vocabulary_size(self._model)
+        if lowest < 0 or highest >= known:
+            raise TrainingError(f"labels go from {lowest} to {highest}, but the model knows {known} tokens; what is not to be learnt has label -100")
         total = self._sum(hidden, targets)
         self._give_back(len(targets))
         return total / (count if items is None else items.to(total.device) if isinstance(items, Tensor) else items)
@@ -244,9 +247,8 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
 
 def _made_for_products(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
     """Rows of the head's weight in `dtype`, if products do not read them as they lie in memory: they are packed, or float32 under autocast."""
-    if type(head) is PackedLinear:
-        tensor = head.part.owner.tensor
-        return lambda start, stop: tensor.dequantize(dtype, torch.arange(start, stop, device=tensor.parts.packed.device))
+    if isinstance(head, nn.Linear) and isinstance(packed := getattr(head, "tensor", None), PackedTensor):
+        return lambda start, stop: packed.dequantize(dtype, torch.arange(start, stop, device=packed.parts.packed.device))
     if type(head) is nn.Linear and head.weight.dtype == torch.float32 != dtype:
         return lambda start, stop: head.weight[start:stop].to(dtype)
     return None

@@ -59,13 +59,13 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             total = total * (highest - raised).exp() + z.sub_(raised.unsqueeze(1)).exp_().sum(1)
             highest = raised
         normalizer = highest + total.log()
-        gradient = torch.zeros_like(hidden) if wants_gradient else hidden.new_empty(0)
+        gradient = torch.zeros_like(hidden, dtype=torch.float32) if wants_gradient else hidden.new_empty(0)  # a sum over slices
         for start, part, z in _logits(hidden, weight_rows, bias, slices) if wants_gradient else ():
             here, index = _targets_of(targets, start, z)
             probability = z.sub_(normalizer.unsqueeze(1)).exp_()
             probability.scatter_add_(1, index, -here.unsqueeze(1).to(z.dtype))
             gradient += probability.to(part.dtype) @ part
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient.to(hidden.dtype))
         return (normalizer - picked).sum()
 
     @staticmethod

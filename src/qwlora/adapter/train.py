@@ -140,14 +140,10 @@ def train_adapter(
     early = _early_stopping(settings, last)
     with _logging_to(logs, settings.report_to):
         trainer = AdapterTrainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])
-        trainer.remove_callback(PrinterCallback)
-        trainer.accelerator.wait_for_everyone()  # until each has found `last`
-        if trainer.is_world_process_zero():
-            delete_newer(work, last)
+        _start_from(trainer, last)
         trainer.recovery = Recovery(model, teacher.to(arguments.device)) if teacher is not None else None  # type: ignore[arg-type] # transformers hides the signature
         if through is not None:
             _take_ranges_(trainer, through, settings)
-        trainer._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has
         prepare_sharding_(trainer)
         try:
             apart = kept_apart(model, settings.gradient_checkpointing)
@@ -162,6 +158,15 @@ def train_adapter(
         raise Interrupted(trainer.state.global_step)
     gather_(trainer)
     return _report(trainer.state, watch, settings, step_of(last) if last else 0, trainable)
+
+
+def _start_from(trainer: AdapterTrainer, last: Path | None) -> None:
+    """Have every process start from the same checkpoint, what came after it gone."""
+    trainer.remove_callback(PrinterCallback)
+    trainer._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has
+    trainer.accelerator.wait_for_everyone()  # until each has found `last`
+    if trainer.is_world_process_zero():
+        delete_newer(Path(str(trainer.args.output_dir)), last)
 
 
 def _early_stopping(settings: TrainingSettings, last: Path | None) -> list[EarlyStoppingCallback]:

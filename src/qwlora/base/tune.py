@@ -1,15 +1,15 @@
 """Tune the scales of a quantized model against the float model it came from; no code moves.
 
-    minimize over f    mean over tokens  KL( softmax(g_t) || softmax(h_t) ),    W_hat = (1 + f) * scale * (q + offset),    w_hat = (1 + f) * w
+    minimize over f    mean over tokens  KL( softmax(g_t) || softmax(h_t) ),    W_hat = (1 + f) * scale * (q + offset),    gain_hat = (1 + f) * gain
 
-g and h are the logits of float and quantized model; f is one number for each scale and for each weight w of a norm, from zero, by AdamW with a cosine schedule.
+g and h are the logits of float and quantized model; f is one number for each scale and for each channel of a norm, from zero, by AdamW with a cosine schedule.
 A solver makes each layer's output right by itself; here the layers learn to make up for one another. It takes the float model, the quantized one, the
 activations of one sequence and some copies of its logits (of 512 positions at most) in memory, and about as long as training an adapter for as many steps.
 
 Tuned are the scales of plain linear layers: of the grid's tensor, channels or blocks, or of the rows where blocks have integer scales. A float offset is
-multiplied like its scale. Scales of blocks stay numbers that float16 holds. Norms stand for the columns, which have no scale of their own: a norm is a module
-without children whose float `weight` has one axis. Some sequences are kept aside: if the divergence on those, in float32, does not fall, everything stays as it
-was.
+multiplied like its scale. Scales of blocks stay numbers that float16 holds. Norms stand for the columns, which have no scale of their own. A norm is what
+multiplies its channels by a gain of `w`, or of `1 + w` as Gemma's do; numbers are sent through it to see which. Its weight stays of the type that held it
+exactly. Some sequences are kept aside: if the divergence on those, in float32, does not fall, everything stays as it was.
 
 Sources: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), with the float model's distribution in the place of the text;
 norm tweaking (Li et al. 2023, https://arxiv.org/abs/2309.02784) for the norms.
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
@@ -46,6 +47,7 @@ SEQUENCES_ASIDE = 8  # at most, and a quarter of all
 _FURTHEST = 0.5  # that a scale may move, of itself
 _POSITIONS = 512  # of a sequence, whose logits are compared
 _CLIP = 1.0
+_SHARED_BY_MANY = 512  # weights under one factor from which on it has the whole learning rate; the gradient of fewer is noise for more of it
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class TuningSettings:
 
     Args:
         steps: of one sequence each.
-        learning_rate: the largest, relative to what is tuned.
+        learning_rate: the largest, relative to what is tuned. A scale that n weights share has `min(1, sqrt(n / 512))` of it.
         compute: float32, or bfloat16 by autocast.
+        seed: of the order of sequences.
 
     Raises:
         CalibrationError: a number is out of its range.
@@ -108,12 +111,15 @@ def tune_scales_(
 
     Raises:
         GridError: no linear layer is packed.
-        CalibrationError: there are fewer than two sequences, the logits are of different shapes, or the divergence is no number.
+        CalibrationError: there are fewer than two sequences, the two models share a norm, their logits are of different shapes, or the divergence is no number.
     """
     settings = settings or TuningSettings()
     tuned = _Tuned(model)
     if not tuned.layers:
         raise GridError("no linear layer of the model is packed, so there are no scales to tune; quantize it first")
+    own = {id(parameter) for parameter in teacher.parameters()}
+    if shared := next((name for name, norm in tuned.norms.items() if id(norm.weight) in own), None):
+        raise CalibrationError(f"the quantized model and the float one share the weight of {shared!r}, which is tuned; quantize a deep copy of the float model")
     batches = batches_of(calibration)
     if len(batches) < 2:
         raise CalibrationError("tuning scales takes at least two sequences: one of them is kept aside to see whether it helped")
@@ -127,7 +133,7 @@ def tune_scales_(
         with frozen(model), frozen(teacher):
             before = compare.mean(aside)
             with tuned.learning():
-                _descend(list(tuned.factors.values()), compare, learnt, settings, track)
+                _descend(tuned.by_rate(settings.learning_rate), compare, learnt, settings, track)
             as_it_was, kept = tuned.state(), False
             try:
                 tuned.multiply_()
@@ -142,10 +148,13 @@ def tune_scales_(
             m.training = True
 
 
-def _descend(factors: list[nn.Parameter], compare: _Comparison, batches: Sequence[Mapping[str, Any]], settings: TuningSettings, track: Track) -> None:
+def _descend(
+    by_rate: Mapping[float, list[nn.Parameter]], compare: _Comparison, batches: Sequence[Mapping[str, Any]], settings: TuningSettings, track: Track
+) -> None:
     """AdamW on the divergence, one sequence a step, all of them before any again."""
     generator = torch.Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(factors, lr=settings.learning_rate, weight_decay=0)
+    optimizer = torch.optim.AdamW([{"params": group, "lr": rate} for rate, group in by_rate.items()], weight_decay=0)
+    factors = [factor for group in by_rate.values() for factor in group]
     warmup = min(5, settings.steps)
 
     def rate(step: int) -> float:
@@ -224,28 +233,44 @@ class _Tuned:
     def __init__(self, model: nn.Module):
         modules = dict(model.named_modules())
         self.layers = {name: m for name, m in modules.items() if type(m) is PackedLinear and is_packed(m) and not m.is_tied}
-        self.norms: dict[str, Any] = {name: m for name, m in modules.items() if _is_norm(m) and not is_adapter_name(f"{name}.weight")}
-        numbers = {name: layer.tensor.parts.scale for name, layer in self.layers.items()} | {name: norm.weight for name, norm in self.norms.items()}
-        self.factors = {name: nn.Parameter(torch.zeros_like(number, dtype=torch.float32)) for name, number in numbers.items()}
+        gains = {name: _gain_beside_weight(m) for name, m in modules.items() if not is_adapter_name(f"{name}.weight")}
+        self.norms: dict[str, Any] = {name: modules[name] for name, beside in gains.items() if beside is not None}
+        self.factors = {name: _factor(layer.tensor.parts.scale) for name, layer in self.layers.items()}
+        self._times: dict[str, _Times] = {}
+        for name, norm in self.norms.items():
+            known = next((other for other in self._times if self.norms[other].weight is norm.weight), None)
+            self._times[name] = self._times[known] if known else _Times(_factor(norm.weight), gains[name] or 0.0)
+            self.factors[known or name] = self._times[name].factor[0]
+
+    def by_rate(self, highest: float) -> dict[float, list[nn.Parameter]]:
+        """The factors by learning rate."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, factor in self.factors.items():
+            sharing = math.prod(self.layers[name].tensor.shape) / factor.numel() if name in self.layers else _SHARED_BY_MANY
+            groups.setdefault(highest * min(1.0, math.sqrt(sharing / _SHARED_BY_MANY)), []).append(factor)
+        return groups
 
     @contextmanager
     def learning(self) -> Iterator[None]:
         """While it lasts, the model computes with everything multiplied by `1 + f`, and f gets gradients."""
         own = {name: layer.__dict__.pop("forward", None) for name, layer in self.layers.items()}
+        order = {name: list(norm._parameters) for name, norm in self.norms.items()}
         try:
             for name, layer in self.layers.items():
                 layer.__dict__["forward"] = partial(_forward, layer, self.factors[name])
-            for norm, times in self._norm_factors():
-                register_parametrization(norm, "weight", times)
+            for name, norm in self.norms.items():
+                register_parametrization(norm, "weight", self._times[name])
             yield
         finally:
             for name, layer in self.layers.items():
                 layer.__dict__.pop("forward", None)
                 if own[name] is not None:
                     layer.__dict__["forward"] = own[name]
-            for norm in self.norms.values():
+            for name, norm in self.norms.items():
                 if is_parametrized(norm, "weight"):
                     remove_parametrizations(norm, "weight", leave_parametrized=False)
+                    for key in order[name]:
+                        norm._parameters[key] = norm._parameters.pop(key)
 
     def state(self) -> dict[str, Parts | Tensor]:
         """What is in the modules now, by name."""
@@ -256,8 +281,9 @@ class _Tuned:
         """Put everything multiplied by `1 + f` into the modules."""
         for name, layer in self.layers.items():
             _multiply_(layer, 1 + self.factors[name])
-        for norm, times in self._norm_factors():
-            norm.weight.copy_(times(norm.weight))
+        tuned = {name: self._times[name](norm.weight).to(_narrow_type(norm.weight)) for name, norm in self.norms.items()}
+        for name, norm in self.norms.items():
+            norm.weight.copy_(tuned[name])
 
     @torch.no_grad()
     def restore_(self, state: Mapping[str, Any]) -> None:
@@ -267,24 +293,44 @@ class _Tuned:
         for name, norm in self.norms.items():
             norm.weight.copy_(state[name])
 
-    def _norm_factors(self) -> Iterator[tuple[Any, _Times]]:
-        return ((norm, _Times(self.factors[name])) for name, norm in self.norms.items())
+
+def _narrow_type(weight: Tensor) -> torch.dtype:
+    """In which a checkpoint of `weight` may be: bfloat16 or float16 if that holds it exactly."""
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(weight.to(dtype).to(weight.dtype), weight)), weight.dtype)
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _factor(numbers: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.zeros_like(numbers, dtype=torch.float32))
+
+
+@torch.no_grad()
+def _gain_beside_weight(module: nn.Module) -> float | None:
+    """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if by neither, or if it counts what it sees: then it is not tuned."""
     weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 1 and weight.is_floating_point() and not any(module.children())
+    if weight is None or weight.ndim != 1 or not weight.is_floating_point() or [*module.children(), *module.buffers()]:
+        return None
+    x = torch.linspace(-1, 2, 2 * len(weight), device=weight.device).view(2, -1)
+    others = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in module.named_parameters(recurse=False) if name != "weight"}
+    try:
+        at = [functional_call(module, {"weight": torch.full_like(weight, w, dtype=torch.float32), **others}, (x,)) for w in (0.0, 1.0, 2.0)]
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    if not all(isinstance(y, Tensor) and y.shape == x.shape for y in at) or not torch.allclose(at[2] - at[1], at[1] - at[0], atol=1e-5):
+        return None
+    if not bool(at[0].any()):
+        return 0.0
+    return 1.0 if torch.allclose(at[0], at[1] - at[0], atol=1e-5) else None
 
 
 class _Times(nn.Module):
-    """`(1 + f) w`. It holds f as it is, so that the model does not count it among its parameters."""
+    """`w` where the gain is multiplied by `1 + f`. It holds f as it is, so that the model does not count it among its parameters."""
 
-    def __init__(self, factor: nn.Parameter):
+    def __init__(self, factor: nn.Parameter, beside: float):
         super().__init__()
-        self.factor = (factor,)
+        self.factor, self.beside = (factor,), beside
 
     def forward(self, weight: Tensor) -> Tensor:
-        return (weight * (1 + self.factor[0])).to(weight.dtype)
+        return (weight + self.factor[0] * (self.beside + weight)).to(weight.dtype)
 
 
 def _forward(layer: PackedLinear, factor: Tensor, x: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, Quantiz
 
 
 def _tune(session: Session, solved: Path, scratch: Path) -> tuple[str, BaseSize, TuningReport]:
-    """Write the base in `solved` once more, its scales tuned."""
+    """Write the base in `solved` once more, its scales and norms tuned."""
     section, model = session.recipe.base.tuning, load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=session.recipe.seed)
     report = tune_scales_(model, session.float_model(), session.data.calibration_ids[: section.steps + SEQUENCES_ASIDE], settings, track=session.track)

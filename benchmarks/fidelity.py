@@ -2,7 +2,7 @@
 
     python benchmarks/fidelity.py [--model smollm2|gemma3] [--only SUBSTRING ...] [--aimet PYTHON]
 
-Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all), with and without tuned scales,
+Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all), with and without tuning,
 bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and the float model with
 LoRA, all trained on the same sequences in the same order. Columns: true bits of a weight, perplexity of the base, at the adapter's start, after the steps,
 and that over float LoRA's; seconds of one thread. Training computes in bfloat16 (autocast), everything else in float32; a base of a perplexity above 1,000 is

@@ -61,7 +61,7 @@ TEXT = "python:pydoc_data.topics:topics"
 HELD_OUT_TOKENS, CALIBRATION_TOKENS = 16 * 256, 64 * 256
 COMPUTE = "bfloat16"
 SHARES = (0.5, 1.0)
-TUNING_STEPS = 256
+TUNING_STEPS = (256, 512)
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
 SEED_HELPER = Path(__file__).parent / "seed_helper.py"
@@ -76,11 +76,11 @@ class Row:
     init: str = "zero"
     recovery: bool = False
     share: float = 0.5  # of the ranks, which init corrects with
-    tuned: bool = False
+    tuned: int = 0  # steps
 
     @property
     def base(self) -> str:
-        return f"{self.solver} {self.scheme}{' tuned' if self.tuned else ''}"
+        return f"{self.solver} {self.scheme}{f' tuned {self.tuned}' if self.tuned else ''}"
 
     @property
     def name(self) -> str:
@@ -99,8 +99,8 @@ def rows(subject: Subject) -> list[Row]:
             recovered = scheme == "w2-block32-asymmetric"
             made += [Row("gptq", scheme, init, share=share) for share in SHARES for init in ("svd", "qera")]
             made += [Row("gptq", scheme, "qera", True, share) for share in SHARES] if recovered else []
-            made += [Row("gptq", scheme, init, tuned=True) for init in ("zero", "qera")]
-            made += [Row("gptq", scheme, "qera", True, tuned=True)] if recovered else []
+            made += [Row("gptq", scheme, init, tuned=steps) for steps in TUNING_STEPS for init in ("zero", "qera")]
+            made += [Row("gptq", scheme, "qera", True, tuned=TUNING_STEPS[0])] if recovered else []
     return made
 
 
@@ -151,8 +151,7 @@ class Bench:
                 gptq = row.solver == "gptq"
                 report = quantize_(model, row.scheme, row.solver, calibration=self.calibration if gptq else None, moments=self.moments if gptq else None)
                 if row.tuned:
-                    settings = TuningSettings(TUNING_STEPS, compute=COMPUTE)
-                    tune_scales_(model, self.reference, self.training[: TUNING_STEPS + SEQUENCES_ASIDE], settings)
+                    tune_scales_(model, self.reference, self.training[: row.tuned + SEQUENCES_ASIDE], TuningSettings(row.tuned, compute=COMPUTE))
                 self.bits = base_size(model).bits_per_weight
                 self.worse = sum(layer.error is not None and layer.error > (layer.rtn_error or 0) for layer in report.layers.values())
             self.quantize_seconds = time.perf_counter() - began

@@ -241,13 +241,14 @@ def test_norms_are_told_apart_and_their_gain_is_tuned() -> None:
     assert int(counts.num_batches_tracked) == 0
 
 
-def test_scales_of_small_blocks_learn_slowly() -> None:
+def test_scales_of_few_weights_and_of_many_bits_learn_slowly() -> None:
     model = tiny_model("llama")
-    quantize_(model, "w3-block32", rules=[Rule("*.down_proj", parse_scheme("w3-channel"))])
+    quantize_(model, "w3-block32", rules=[Rule("*.down_proj", parse_scheme("w4-channel")), Rule("*.q_proj", parse_scheme("w2-channel"))])
     tuned = _Tuned(model)
     rates = {id(factor): rate for rate, factors in tuned.by_rate(3e-3).items() for factor in factors}
-    assert rates[id(tuned.factors["model.layers.0.mlp.up_proj"])] == pytest.approx(3e-3 / 4)
-    assert rates[id(tuned.factors["model.layers.0.mlp.down_proj"])] == pytest.approx(3e-3 / 2)  # 128 inputs
+    assert rates[id(tuned.factors["model.layers.0.mlp.up_proj"])] == pytest.approx(3e-3 * 32**0.5 / 8)
+    assert rates[id(tuned.factors["model.layers.0.mlp.down_proj"])] == pytest.approx(3e-3 * 128**0.5 / 16)  # 128 inputs
+    assert rates[id(tuned.factors["model.layers.0.self_attn.q_proj"])] == 3e-3
     assert rates[id(tuned.factors["model.norm"])] == 3e-3
     assert len(rates) == len(tuned.factors)
 

@@ -47,7 +47,6 @@ SEQUENCES_ASIDE = 8  # at most, and a quarter of all
 _FURTHEST = 0.5  # that a scale may move, of itself
 _POSITIONS = 512  # of a sequence, whose logits are compared
 _CLIP = 1.0
-_SHARED_BY_MANY = 512  # weights under one factor from which on it has the whole learning rate; the gradient of fewer is noise for more of it
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class TuningSettings:
 
     Args:
         steps: of one sequence each.
-        learning_rate: the largest, relative to what is tuned. A scale that n weights share has `min(1, sqrt(n / 512))` of it.
+        learning_rate: the largest, relative to what is tuned. A scale that n weights of b bits share has `min(1, sqrt(n) / 2^b)` of it: it moves weights by up
+            to 2^(b - 1) times as much of a step, and the fewer they are, the more of its gradient is noise.
         compute: float32, or bfloat16 by autocast.
         seed: of the order of sequences.
 
@@ -246,8 +246,10 @@ class _Tuned:
         """The factors by learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, factor in self.factors.items():
-            sharing = math.prod(self.layers[name].tensor.shape) / factor.numel() if name in self.layers else _SHARED_BY_MANY
-            groups.setdefault(highest * min(1.0, math.sqrt(sharing / _SHARED_BY_MANY)), []).append(factor)
+            layer, share = self.layers.get(name), 1.0
+            if layer is not None:
+                share = math.sqrt(math.prod(layer.tensor.shape) / factor.numel()) / 2**layer.scheme.bitwidth
+            groups.setdefault(highest * min(1.0, share), []).append(factor)
         return groups
 
     @contextmanager

@@ -21,7 +21,8 @@ from qwlora.base.packed import PackedLinear
 from qwlora.base.quantize import quantize_
 from qwlora.base.rules import Rule
 from qwlora.base.storage import load_base
-from qwlora.base.tune import TuningSettings, _Comparison, _Tuned, tune_scales_
+from qwlora.base.tunable import Tunable
+from qwlora.base.tune import TuningSettings, _Comparison, tune_scales_
 from qwlora.data import load_documents
 from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.grid.fingerprint import fingerprint
@@ -66,7 +67,7 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     layer = PackedLinear.from_codes(encoding.quantize(weight), encoding, model[0].bias)  # type: ignore[arg-type]
     model[0] = layer
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    tuned = _Tuned(model)
+    tuned = Tunable(model)
     factor = tuned.factors["0"]
     with tuned.learning():
         with torch.no_grad():
@@ -220,7 +221,7 @@ def test_norms_are_told_apart_and_their_gain_is_tuned() -> None:
     with torch.no_grad():
         narrow.weight.copy_(torch.tensor([0.1, 0.3, 1.7, 1e-3, 9.0, 1.0]).bfloat16())
     model = nn.Sequential(gemma, shared, again, narrow, counts, no_norm)
-    tuned, before = _Tuned(model), {name: module.weight.clone() for name, module in model.named_children()}
+    tuned, before = Tunable(model), {name: module.weight.clone() for name, module in model.named_children()}
     assert set(tuned.norms) == {"0", "1", "2", "3"}
     assert set(tuned.factors) == {"0", "1", "3"}, "what is shared has one factor"
     f = torch.tensor([0.1, -0.1, 0.2, -0.2, 0.05, 0.3])
@@ -244,7 +245,7 @@ def test_norms_are_told_apart_and_their_gain_is_tuned() -> None:
 def test_scales_of_few_weights_and_of_many_bits_learn_slowly() -> None:
     model = tiny_model("llama")
     quantize_(model, "w3-block32", rules=[Rule("*.down_proj", parse_scheme("w4-channel")), Rule("*.q_proj", parse_scheme("w2-channel"))])
-    tuned = _Tuned(model)
+    tuned = Tunable(model)
     rates = {id(factor): rate for rate, factors in tuned.by_rate(3e-3).items() for factor in factors}
     assert rates[id(tuned.factors["model.layers.0.mlp.up_proj"])] == pytest.approx(3e-3 * 32**0.5 / 8)
     assert rates[id(tuned.factors["model.layers.0.mlp.down_proj"])] == pytest.approx(3e-3 * 128**0.5 / 16)  # 128 inputs

@@ -61,7 +61,7 @@ TEXT = "python:pydoc_data.topics:topics"
 HELD_OUT_TOKENS, CALIBRATION_TOKENS = 16 * 256, 64 * 256
 COMPUTE = "bfloat16"
 SHARES = (0.5, 1.0)
-TUNING_STEPS = (256, 512)
+TUNING_STEPS = {"w4-block32": 512, "w4-channel": 256, "w3-block64": 256, "w2-block32-asymmetric": 256}
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
 SEED_HELPER = Path(__file__).parent / "seed_helper.py"
@@ -99,8 +99,8 @@ def rows(subject: Subject) -> list[Row]:
             recovered = scheme == "w2-block32-asymmetric"
             made += [Row("gptq", scheme, init, share=share) for share in SHARES for init in ("svd", "qera")]
             made += [Row("gptq", scheme, "qera", True, share) for share in SHARES] if recovered else []
-            made += [Row("gptq", scheme, init, tuned=steps) for steps in TUNING_STEPS for init in ("zero", "qera")]
-            made += [Row("gptq", scheme, "qera", True, tuned=TUNING_STEPS[0])] if recovered else []
+            if steps := TUNING_STEPS.get(scheme):
+                made += [Row("gptq", scheme, init, share=1.0 if bitwidth == 2 and init == "qera" else 0.5, tuned=steps) for init in ("zero", "qera")]
     return made
 
 

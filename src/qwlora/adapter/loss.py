@@ -112,12 +112,16 @@ class ChunkedLoss:
         if count < len(targets):
             hidden, targets = hidden[kept], targets[kept]
         self._give_back(len(targets))  # what malloc kept of the forward pass
-        lowest, highest, known = int(targets.min()) if count else 0, int(targets.max()) if count else 0, vocabulary_size(self._model)
-        if lowest < 0 or highest >= known:
-            raise TrainingError(f"labels go from {lowest} to {highest}, but the model knows {known} tokens; what is not to be learnt has label -100")
+        if count:
+            self._check_labels(*(int(end) for end in targets.aminmax()))
         total = self._sum(hidden, targets)
         self._give_back(len(targets))
         return total / (count if items is None else items.to(total.device) if isinstance(items, Tensor) else items)
+
+    def _check_labels(self, lowest: int, highest: int) -> None:
+        known = vocabulary_size(self._model)
+        if lowest < 0 or highest >= known:
+            raise TrainingError(f"labels go from {lowest} to {highest}, but the model knows {known} tokens; what is not to be learnt has label -100")
 
     def _give_back(self, tokens: int) -> None:
         """Between the parts of a step that is checkpointed, to save memory for time, and large enough to be worth it."""

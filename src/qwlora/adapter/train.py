@@ -26,7 +26,7 @@ from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, TrainingArguments
 
 from qwlora.adapter.apart import kept_apart
 from qwlora.adapter.attach import check_trainable
@@ -140,7 +140,7 @@ def train_adapter(
     early = _early_stopping(settings, last)
     with _logging_to(logs, settings.report_to):
         trainer = AdapterTrainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])
-        _start_from(trainer, last)
+        _drop_newer(trainer, work, last)
         trainer.recovery = Recovery(model, teacher.to(arguments.device)) if teacher is not None else None  # type: ignore[arg-type] # transformers hides the signature
         if through is not None:
             _take_ranges_(trainer, through, settings)
@@ -160,13 +160,11 @@ def train_adapter(
     return _report(trainer.state, watch, settings, step_of(last) if last else 0, trainable)
 
 
-def _start_from(trainer: AdapterTrainer, last: Path | None) -> None:
-    """Have every process start from the same checkpoint, what came after it gone."""
-    trainer.remove_callback(PrinterCallback)
-    trainer._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has
-    trainer.accelerator.wait_for_everyone()  # until each has found `last`
+def _drop_newer(trainer: AdapterTrainer, work: Path, last: Path | None) -> None:
+    """Delete what came after the checkpoint `last`, once each process has found it."""
+    trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        delete_newer(Path(str(trainer.args.output_dir)), last)
+        delete_newer(work, last)
 
 
 def _early_stopping(settings: TrainingSettings, last: Path | None) -> list[EarlyStoppingCallback]:

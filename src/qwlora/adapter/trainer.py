@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer
 
 from qwlora.adapter.checkpoints import last_good
 from qwlora.adapter.provenance import write_adapter
@@ -38,6 +38,11 @@ class AdapterTrainer(Trainer):
     ranges: nn.Parameter | None = None
     range_learning_rate: float = 0.0
     goes_through: bool = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)

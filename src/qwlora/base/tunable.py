@@ -31,6 +31,8 @@ from qwlora.grid.names import is_adapter_name
 from qwlora.grid.packed_tensor import Parts, narrowest
 from qwlora.grid.scheme import LowPowerBlock, PerBlock
 
+_CHECKPOINTS = (torch.bfloat16, torch.float16)  # types that models are published in, the likelier first
+
 
 class Tunable:
     """What is tuned in `model`, and by how much: `factors`, by the module's name."""
@@ -41,11 +43,12 @@ class Tunable:
         gains = {name: _gain_beside_weight(m) for name, m in modules.items() if not is_adapter_name(f"{name}.weight")}
         self.norms: dict[str, Any] = {name: modules[name] for name, beside in gains.items() if beside is not None}
         self.factors = {name: _factor(layer.tensor.parts.scale) for name, layer in self.layers.items()}
-        self._times: dict[str, _Times] = {}
+        by_weight: dict[int, _Times] = {}  # norms that share a weight share its factor, under the first one's name
         for name, norm in self.norms.items():
-            known = next((other for other in self._times if self.norms[other].weight is norm.weight), None)
-            self._times[name] = self._times[known] if known else _Times(_factor(norm.weight), gains[name] or 0.0)
-            self.factors[known or name] = self._times[name].factor[0]
+            if id(norm.weight) not in by_weight:
+                self.factors[name] = _factor(norm.weight)
+                by_weight[id(norm.weight)] = _Times(self.factors[name], gains[name] or 0.0)
+        self._times = {name: by_weight[id(norm.weight)] for name, norm in self.norms.items()}
 
     def by_rate(self, highest: float) -> dict[float, list[nn.Parameter]]:
         """The factors by learning rate."""
@@ -88,9 +91,9 @@ class Tunable:
         """Put everything multiplied by `1 + f` into the modules."""
         for name, layer in self.layers.items():
             _multiply_(layer, 1 + self.factors[name])
-        tuned = {name: self._times[name](norm.weight).to(_narrow_type(norm.weight)) for name, norm in self.norms.items()}
         for name, norm in self.norms.items():
-            norm.weight.copy_(tuned[name])
+            if name in self.factors:
+                norm.weight.copy_(self._times[name](norm.weight).to(narrowest(norm.weight, (*_CHECKPOINTS, norm.weight.dtype)).dtype))
 
     @torch.no_grad()
     def restore_(self, state: Mapping[str, Any]) -> None:
@@ -99,11 +102,6 @@ class Tunable:
             layer.scale, layer.minimum = state[name].scale, state[name].minimum
         for name, norm in self.norms.items():
             norm.weight.copy_(state[name])
-
-
-def _narrow_type(weight: Tensor) -> torch.dtype:
-    """In which a checkpoint of `weight` may be: bfloat16 or float16 if that holds it exactly."""
-    return next((dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(weight.to(dtype).to(weight.dtype), weight)), weight.dtype)
 
 
 def _factor(numbers: Tensor) -> nn.Parameter:

@@ -12,6 +12,7 @@ grid does not depend on how it is stored. A block of 32 with a float16 scale cos
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -207,9 +208,9 @@ def _of(part: Tensor | None, rows: slice) -> Tensor:
     return part[rows] if part.ndim and len(part) > 1 else part
 
 
-def narrowest(numbers: Tensor) -> Tensor:
-    """`numbers` in the narrowest of float16, bfloat16 and float32 that holds all of them exactly."""
-    for dtype in (torch.float16, torch.bfloat16):
+def narrowest(numbers: Tensor, candidates: Sequence[torch.dtype] = (torch.float16, torch.bfloat16)) -> Tensor:
+    """`numbers` in the first of the candidates that holds all of them exactly, or else in float32."""
+    for dtype in candidates:
         narrow = numbers.to(dtype)
         if torch.equal(narrow.to(numbers.dtype), numbers):
             return narrow

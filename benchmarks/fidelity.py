@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ TEXT = "python:pydoc_data.topics:topics"
 HELD_OUT_TOKENS, CALIBRATION_TOKENS = 16 * 256, 64 * 256
 COMPUTE = "bfloat16"
 SHARES = (0.5, 1.0)
-TUNING_STEPS = {"w4-block32": 512, "w4-channel": 256, "w3-block64": 256, "w2-block32-asymmetric": 256}
+TUNING_STEPS = {"w4-block32": (512,), "w4-channel": (256, 512), "w3-block64": (256, 512), "w2-block32-asymmetric": (512,)}
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
 SEED_HELPER = Path(__file__).parent / "seed_helper.py"
@@ -99,8 +99,9 @@ def rows(subject: Subject) -> list[Row]:
             recovered = scheme == "w2-block32-asymmetric"
             made += [Row("gptq", scheme, init, share=share) for share in SHARES for init in ("svd", "qera")]
             made += [Row("gptq", scheme, "qera", True, share) for share in SHARES] if recovered else []
-            if steps := TUNING_STEPS.get(scheme):
-                made += [Row("gptq", scheme, init, share=1.0 if bitwidth == 2 and init == "qera" else 0.5, tuned=steps) for init in ("zero", "qera")]
+            for steps in TUNING_STEPS.get(scheme, ()):
+                made.append(Row("gptq", scheme, tuned=steps))
+                made += [Row("gptq", scheme, "qera", recovery, 1.0 if bitwidth == 2 else 0.5, steps) for recovery in ((False, True) if recovered else (False,))]
     return made
 
 
@@ -114,7 +115,8 @@ class Bench:
         documents = load_documents(TEXT, 0.2, 0)
         self.training = sequences(documents.train, tokenizer, subject.tokens, "training")
         self.calibration = self.training[: CALIBRATION_TOKENS // subject.tokens]
-        self.held_out = sequences(documents.held_out, tokenizer, subject.tokens, "held-out")[: HELD_OUT_TOKENS // subject.tokens]
+        self.all_held_out = sequences(documents.held_out, tokenizer, subject.tokens, "held-out")
+        self.held_out = self.all_held_out[: HELD_OUT_TOKENS // subject.tokens]
         self.steps, self.learning_rate = steps, learning_rate
         self.base_key = ""
 
@@ -133,30 +135,41 @@ class Bench:
             result["recovered"] = self.perplexity(adapted)
         self.train(adapted)
         result["end"] = self.perplexity(adapted)
+        if row.tuned or row.solver == "float":
+            result["end_all"] = perplexity(logits_of(adapted.eval()), self.all_held_out, "")
         return result | {"seconds": time.perf_counter() - began}
 
     def weight(self, path: str) -> torch.Tensor:
         return weight_out_in(self.reference.get_submodule(path)).detach()
 
     def base(self, row: Row) -> nn.Module:
-        """The base of a row; the last one is kept, for rows that differ in their start."""
+        """A copy of a row's base; the last one is kept, for rows that differ in their start, and for the same base tuned."""
         if self.base_key != row.base:
-            model, began = copy.deepcopy(self.reference), time.perf_counter()
-            self.moments, self.bits, self.worse = Moments(), 32.0, 0
-            if row.solver == "nf4":
-                self.bits = nf4_(model)
-            elif row.solver == "seed":
-                self.bits = seed_(model, self.aimet)
-            elif row.solver != "float":
-                gptq = row.solver == "gptq"
-                report = quantize_(model, row.scheme, row.solver, calibration=self.calibration if gptq else None, moments=self.moments if gptq else None)
-                if row.tuned:
-                    tune_scales_(model, self.reference, self.training[: row.tuned + SEQUENCES_ASIDE], TuningSettings(row.tuned, compute=COMPUTE))
-                self.bits = base_size(model).bits_per_weight
-                self.worse = sum(layer.error is not None and layer.error > (layer.rtn_error or 0) for layer in report.layers.values())
-            self.quantize_seconds = time.perf_counter() - began
+            if row.tuned:
+                model, spent = self.base(replace(row, tuned=0)), self.quantize_seconds
+            else:
+                model, spent = copy.deepcopy(self.reference), 0.0
+            began = time.perf_counter()
+            if row.tuned:
+                tune_scales_(model, self.reference, self.training[: row.tuned + SEQUENCES_ASIDE], TuningSettings(row.tuned, compute=COMPUTE))
+            else:
+                self.round_(model, row)
+            self.quantize_seconds = spent + time.perf_counter() - began
             self.kept, self.base_perplexity, self.base_key = model, self.perplexity(model), row.base
         return copy.deepcopy(self.kept)
+
+    def round_(self, model: nn.Module, row: Row) -> None:
+        """Make the row's base of the float model, in place."""
+        self.moments, self.bits, self.worse = Moments(), 32.0, 0
+        if row.solver == "nf4":
+            self.bits = nf4_(model)
+        elif row.solver == "seed":
+            self.bits = seed_(model, self.aimet)
+        elif row.solver != "float":
+            gptq = row.solver == "gptq"
+            report = quantize_(model, row.scheme, row.solver, calibration=self.calibration if gptq else None, moments=self.moments if gptq else None)
+            self.bits = base_size(model).bits_per_weight
+            self.worse = sum(layer.error is not None and layer.error > (layer.rtn_error or 0) for layer in report.layers.values())
 
     def train(self, model: PeftModel, teacher: nn.Module | None = None) -> None:
         order = 0 if teacher is None else 1  # recovery sees other sequences than what follows it

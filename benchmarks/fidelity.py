@@ -32,6 +32,7 @@ from torch import nn
 
 from machine import machine_line
 from qwlora.adapter.attach import LoraShape, attach
+from qwlora.adapter.float32 import float32_by_onednn
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.base.packed import weight_out_in
@@ -216,15 +217,6 @@ def seed_(model: nn.Module, aimet: Path | None) -> float:
     return 4.0
 
 
-def float32_by_onednn() -> None:
-    """Take oneDNN's float32 products where MKL's are slow (it keeps AVX-512 from processors that are not Intel's), if they are float32 in truth."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    x, w = torch.randn(256, 512), torch.randn(512, 512)
-    if float((x @ w - x.double() @ w.double()).abs().max()) > 1e-3:  # bfloat16, on processors with AMX
-        torch.set_float32_matmul_precision(before)
-
-
 def record(file: Path, row: Row, result: dict[str, Any], steps: int) -> None:
     """Add one row to the file; other processes may be writing to it."""
     with open(file.with_suffix(".lock"), "w") as lock:
@@ -253,6 +245,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def fill(file: Path, subject: Subject, given: argparse.Namespace) -> None:
+    """Compute what is asked for and not there."""
+    bench = None
+    for row in rows(subject):
+        if row.name in read(file).get("rows", {}) or (given.only and not any(part in row.name for part in given.only)):
+            continue
+        bench = bench or Bench(subject, given.steps, given.learning_rate, given.aimet)
+        result = bench.run(row)
+        record(file, row, result, given.steps)
+        print(row.name, json.dumps(result), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", choices=SUBJECTS)
@@ -263,16 +267,9 @@ def main() -> None:
     parser.add_argument("--aimet", type=Path, help="a Python with aimet-torch")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    float32_by_onednn()
     file, subject = RESULTS / f"fidelity-{given.model}.json", SUBJECTS[given.model]
-    bench = None
-    for row in rows(subject):
-        if row.name in read(file).get("rows", {}) or (given.only and not any(part in row.name for part in given.only)):
-            continue
-        bench = bench or Bench(subject, given.steps, given.learning_rate, given.aimet)
-        result = bench.run(row)
-        record(file, row, result, given.steps)
-        print(row.name, json.dumps(result), flush=True)
+    with float32_by_onednn():
+        fill(file, subject, given)
     found = read(file).get("rows", {})
     in_order = {row.name: found[row.name] for row in rows(subject) if row.name in found}
     file.with_suffix(".md").write_text(table(in_order))

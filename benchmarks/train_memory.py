@@ -13,6 +13,7 @@ of the steps after the first; the ways take turns, and a ratio of times is the m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import statistics
@@ -67,11 +68,10 @@ def prepare(folder: Path) -> None:
 def measure(folder: Path, steps: int, base: str = "", checkpointing: bool = False, half: bool = False) -> dict[str, Any]:
     """One way, in this process."""
     from peft import LoraConfig, get_peft_model
-    from peft.helpers import disable_input_dtype_casting
     from transformers import AutoModelForCausalLM
 
-    from qwlora.adapter.apart import kept_apart
     from qwlora.adapter.loss import chunk_loss_
+    from qwlora.adapter.step import spared
     from qwlora.base.storage import load_base
 
     torch.set_num_threads(2)
@@ -97,7 +97,7 @@ def measure(folder: Path, steps: int, base: str = "", checkpointing: bool = Fals
 
     reset_peak_rss()
     loaded, seconds, losses = peak_rss_bytes(), [], []
-    with disable_input_dtype_casting(model, active=half and bool(base)), kept_apart(model, active=checkpointing and bool(base)):
+    with spared(model, half, checkpointing) if base else contextlib.nullcontext():
         for _ in range(steps):
             began = time.perf_counter()
             losses.append(step())

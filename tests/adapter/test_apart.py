@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora.adapter import apart
@@ -30,7 +31,7 @@ def test_gradients_are_the_same_bits(architecture: str, monkeypatch: pytest.Monk
     moved: list[int] = []
     own = apart._Moved.apply
     monkeypatch.setattr(apart, "_LARGE_BYTES", 1)
-    monkeypatch.setattr(apart._Moved, "apply", lambda x: moved.append(x.nbytes) or own(x))
+    monkeypatch.setattr(apart._Moved, "apply", lambda x, trims: moved.append(x.nbytes) or own(x, trims))
     expected, found = gradients(architecture, active=False), gradients(architecture, active=True)
     assert len(moved) >= 2
     assert expected.keys() == found.keys()
@@ -43,23 +44,28 @@ def test_what_is_moved_and_what_is_not() -> None:
 
     layer: Any = Layer()
     x = torch.randn(2**20, requires_grad=True)
-    moved = apart._move(layer, (), (x * 2, "more"))
+    moved = apart._move(True, layer, (), (x * 2, "more"))
     assert moved[1] == "more"
     assert torch.equal(moved[0], x * 2)
     assert moved[0].untyped_storage().data_ptr() % 4096 == 0
     moved[0].sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 2))  # type: ignore[arg-type]
-    assert apart._move(layer.eval(), (), x) is None
-    assert apart._move(layer.train(), (), x[:10]) is None
+    assert apart._move(True, layer.eval(), (), x) is None
+    assert apart._move(True, layer.train(), (), x[:10]) is None
     with torch.no_grad():
-        assert apart._move(layer, (), x) is None
+        assert apart._move(True, layer, (), x) is None
 
 
-def test_holes_go_back_after_each_large_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("worth", "trims"), [(1, 2), (2**40, 0)])
+def test_holes_go_back_after_every_sixth_large_layer(worth: int, trims: int, monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[int] = []
     monkeypatch.setattr(apart, "give_back", lambda: trimmed.append(1))
-    x = torch.randn(2**20, requires_grad=True)
-    apart._Moved.apply(x).sum().backward()
-    assert len(trimmed) == 1
-    apart._Moved.apply(x[:-1]).sum().backward()
-    assert len(trimmed) == 1
+    monkeypatch.setattr(apart, "_LARGE_BYTES", 1)
+    monkeypatch.setattr(apart, "_WORTH_TRIMMING", worth)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 7, "num_attention_heads": 4, "vocab_size": 300}
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids = torch.arange(64).view(2, 32)
+    with kept_apart(model):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert len(trimmed) == trims

@@ -22,19 +22,18 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, TrainingArguments
 
-from qwlora.adapter.apart import kept_apart
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.checkpoints import delete_newer, final_checkpoint, last_checkpoint, last_good, read_state, step_of, waited
 from qwlora.adapter.loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
 from qwlora.adapter.provenance import WEIGHTS, reading
 from qwlora.adapter.recovery import Recovery
 from qwlora.adapter.shard import gather_, prepare_sharding_
+from qwlora.adapter.step import spared
 from qwlora.adapter.through import RangesCallback, Through, TrainedThrough, load_ranges_
 from qwlora.adapter.trainer import AdapterTrainer
 from qwlora.adapter.watch import Watch, losses_of
@@ -146,8 +145,7 @@ def train_adapter(
             _take_ranges_(trainer, through, settings)
         prepare_sharding_(trainer)
         try:
-            apart = kept_apart(model, settings.gradient_checkpointing)
-            with _interruptible(watch), apart, disable_input_dtype_casting(model, active=arguments.bf16):  # autocast casts; twice would cost memory
+            with _interruptible(watch), spared(model, arguments.bf16, settings.gradient_checkpointing):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
             if stand_in:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from qwlora.base.packed.layer import PackedLayer, traced
-from qwlora.base.packed.product import Product
+from qwlora.base.packed.product import AddedProduct, Product
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.operators import dequantize, gather, linear
@@ -52,6 +52,15 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # a look i
             y = linear(x, *self.operands)
             return y if self.bias is None else y + self.bias
         return Product.apply(x, self.bias, self.part)
+
+    def add_to(self, y: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """y + x W_hat^T + b, in the memory of y (see `AddedProduct`)."""
+        return AddedProduct.apply(y, x, self.bias, self.part)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a call computes the product and nothing else: no subclass has another forward, and no hook sees it."""
+        return type(self).forward is PackedLinear.forward and "forward" not in self.__dict__ and not (self._forward_hooks or self._forward_pre_hooks)
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # a look is all that there is of the weight

@@ -1,6 +1,7 @@
 """Products with a packed weight. Autograd keeps the layer, whose codes are there anyway; the weight is unpacked again for backward.
 
 Product           y = x W^T + b                      dL/dx = dL/dy W
+AddedProduct      y + x W^T + b, in the memory of y
 Convolution       y = conv(x, W) + b
 GroupedProduct    y[s_e : s_e+1] = x[s_e : s_e+1] W_e    one expert unpacked at a time, those without rows not at all
 """
@@ -66,9 +67,25 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_x = gradient @ ctx.weight.unpacked(gradient.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, None
+        return *_gradients(gradient, ctx.weight, *ctx.needs_input_grad[:2]), None
+
+
+class AddedProduct(torch.autograd.Function):
+    """`y += F.linear(x, weight, bias)`, in place; y and x are of one type, in which it is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, bias: Tensor | None, weight: Part) -> Tensor:
+        ctx.weight = weight
+        ctx.mark_dirty(y)
+        rows = y.view(-1, y.shape[-1])
+        rows.addmm_(x.reshape(-1, x.shape[-1]), weight.unpacked(x.dtype).T)
+        if bias is not None:
+            rows += bias
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        return gradient, *_gradients(gradient, ctx.weight, *ctx.needs_input_grad[1:3]), None
 
 
 class Convolution(torch.autograd.Function):
@@ -101,6 +118,10 @@ class GroupedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _by_group(gradient, ctx.ends, ctx.weight.turn()), None, None
+
+
+def _gradients(gradient: Tensor, weight: Part, of_x: bool, of_bias: bool) -> tuple[Tensor | None, Tensor | None]:
+    return gradient @ weight.unpacked(gradient.dtype) if of_x else None, gradient.flatten(0, -2).sum(0) if of_bias else None
 
 
 def _by_group(x: Tensor, ends: list[int], weight: Part) -> Tensor:

@@ -1,0 +1,54 @@
+"""The forward of a LoRA layer on packed codes, as one sum in one memory.
+
+    u = scaling * lora_A(dropout(x)),    y = lora_B(u),    y += x W_hat^T + b
+
+PEFT computes the base's product first, then the adapter's, scales it and adds the two: four arrays as large as the output, where here is one; and its gradient
+makes another for the scaling. Here the base comes last, and keeps nothing for its gradient. So a checkpointed layer, which is computed again only until
+everything is there that gradients need, leaves out the base's product in its last linear layer (down_proj), a quarter of a llama's. Under autocast x is
+rounded once, not by each product. Sums are the same but for the order in which they are rounded.
+
+What is not plain LoRA on a plain packed layer keeps PEFT's forward: DoRA and other variants, several adapters at a time, merged or switched off ones, layers
+with hooks or a forward of their own, and graphs that are traced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """While it lasts, the LoRA layers of `model` that can compute as one sum."""
+    layers: list[Any] = [m for m in model.modules() if type(m) is LoraLinear and hasattr(m.base_layer, "add_to")]
+    for layer in layers:
+        layer.forward = functools.partial(_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if args or kwargs or len(active) != 1 or not _can(layer, active[0]):
+        return LoraLinear.forward(layer, x, *args, **kwargs)
+    kind, weight = x.device.type, layer.lora_A[active[0]].weight
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+    if x.ndim < 2 or (dtype == x.dtype != weight.dtype):
+        return LoraLinear.forward(layer, x)
+    x = x.to(dtype)
+    u = layer.lora_A[active[0]](layer.lora_dropout[active[0]](x)) * layer.scaling[active[0]]
+    return layer.base_layer.add_to(layer.lora_B[active[0]](u), x)
+
+
+def _can(layer: Any, adapter: str) -> bool:
+    plain = not (layer.disable_adapters or layer.merged or adapter in layer.lora_variant)
+    return plain and layer.lora_B[adapter].bias is None and layer.base_layer.is_plain and not torch.compiler.is_compiling()

@@ -1,0 +1,139 @@
+"""LoRA on packed layers as one sum: PEFT's numbers, and its forward where it is anything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from conftest import tiny_model
+from qwlora.adapter.fused import fused
+from qwlora.base.packed.product import AddedProduct
+from qwlora.base.quantize import quantize_
+
+IDS = torch.arange(64).view(2, 32)
+
+
+def adapted(architecture: str = "llama", **options: Any) -> PeftModel:
+    """A packed model whose adapter is not zero."""
+    model = tiny_model(architecture)
+    model.config.use_cache = False
+    quantize_(model, "w4-block32", "rtn")
+    found = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)).train()
+    generator = torch.Generator().manual_seed(1)
+    for name, p in found.named_parameters():
+        if "lora_B" in name:
+            p.data = torch.randn(p.shape, generator=generator) * 0.05
+    return found
+
+
+def learnt(model: PeftModel, active: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Loss and gradients."""
+    model.zero_grad()
+    with fused(model) if active else torch.enable_grad(), torch.random.fork_rng(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        torch.manual_seed(0)  # dropout
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the weights that `AddedProduct` multiplies with, going forward."""
+    shapes: list[tuple[int, ...]] = []
+    own = AddedProduct.forward
+    monkeypatch.setattr(AddedProduct, "forward", staticmethod(lambda ctx, y, x, bias, weight: shapes.append(weight.shape) or own(ctx, y, x, bias, weight)))
+    return shapes
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}, {"use_rslora": True, "lora_alpha": 5}], ids=str)
+@pytest.mark.parametrize(("architecture", "layers"), [("llama", 14), ("gpt2", 8)])
+def test_loss_and_gradients_are_pefts(architecture: str, layers: int, options: dict[str, Any], added: list[Any]) -> None:
+    model = adapted(architecture, **options)
+    expected = learnt(model, active=False)
+    assert not added
+    found = learnt(model, active=True)
+    assert len(added) == layers
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_under_autocast_it_is_nearer_to_float32_than_pefts() -> None:
+    model = adapted()
+    exact, own, found = (learnt(model, *how) for how in ((False,), (False, torch.bfloat16), (True, torch.bfloat16)))
+    off = [sum(float((one[name] - value).norm() ** 2) for name, value in exact.items() if name != "loss") for one in (own, found)]
+    assert 0 < off[1] < 1.1 * off[0]
+
+
+def test_a_bias_is_added_once() -> None:
+    linear = nn.ModuleDict({"a": nn.Linear(64, 32)})
+    quantize_(linear, "w4-block32", "rtn")
+    layer: Any = linear["a"]
+    x, y = torch.randn(2, 3, 64, requires_grad=True), torch.randn(2, 3, 32)
+    torch.testing.assert_close(layer.add_to(y.clone(), x), y + layer(x))
+    layer.bias.requires_grad_()
+    (layer.add_to(y.clone().requires_grad_() * 1, x) ** 2).sum().backward()
+    found, x.grad, layer.bias.grad = (x.grad, layer.bias.grad), None, None
+    ((y + layer(x)) ** 2).sum().backward()
+    torch.testing.assert_close(found, (x.grad, layer.bias.grad))
+
+
+def dora() -> PeftModel:
+    return adapted(use_dora=True)
+
+
+def two() -> PeftModel:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+def off() -> PeftModel:
+    model = adapted()
+    model.base_model.disable_adapter_layers()
+    model.get_input_embeddings().weight.requires_grad_()  # something has to learn
+    return model
+
+
+def with_bias() -> PeftModel:
+    return adapted("gpt2", lora_bias=True)
+
+
+def hooked() -> PeftModel:
+    model = adapted()
+    for layer in model.modules():
+        if hasattr(layer, "add_to"):
+            layer.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    return model
+
+
+@pytest.mark.parametrize("make", [dora, two, off, with_bias, hooked])
+def test_what_is_not_plain_keeps_pefts_forward(make: Any, added: list[Any]) -> None:
+    model = make()
+    expected, found = learnt(model, active=False), learnt(model, active=True)
+    assert not added
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_checkpointed_layer_leaves_out_its_last_product_the_second_time(added: list[Any]) -> None:
+    model = adapted()
+    expected = learnt(model, active=True)
+    added.clear()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    found = learnt(model, active=True)
+    assert added.count((64, 128)) == 2  # down_proj, of two layers
+    assert len(added) == 14 + 12
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_pefts_forward_is_back_afterwards() -> None:
+    model = adapted()
+    with fused(model):
+        assert sum("forward" in layer.__dict__ for layer in model.modules()) == 14
+    assert not any("forward" in layer.__dict__ for layer in model.modules())

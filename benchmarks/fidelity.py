@@ -5,7 +5,7 @@
 Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all), with and without tuning,
 bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and the float model with
 LoRA, all trained on the same sequences in the same order. Columns: true bits of a weight, perplexity of the base, at the adapter's start, after the steps,
-and that over float LoRA's; seconds of one thread. Training computes in bfloat16 (autocast), everything else in float32; a base of a perplexity above 1,000 is
+and that over float LoRA's, for tuned bases on all of the held-out text too; seconds of one thread. Training computes in bfloat16 (autocast), everything else in float32; a base of a perplexity above 1,000 is
 not trained. A finished row is in the result file and is not computed again; several processes may fill one file. Delete it to begin anew. The table lies
 beside it, as Markdown.
 SmolLM2 is 576 wide, which 128 does not divide: its blocks are of 192 there.
@@ -233,14 +233,15 @@ def read(file: Path) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """All rows, in Markdown."""
-    reference = results.get("float float zero", {}).get("end")
-    lines = ["| solver, grid, start | bits a weight | base | start | end | of float LoRA | seconds |", "|---|---|---|---|---|---|---|"]
+    reference = results.get("float float zero", {})
+    lines = ["| solver, grid, start | bits a weight | base | start | end | of float LoRA | on all held-out text | seconds |", "|---|---|---|---|---|---|---|---|"]
     for name, row in results.items():
         cells = [name, f"{row['bits_per_weight']:.2f}", f"{row['base']:.2f}"]
         if "end" in row:
-            cells += [f"{row['start']:.2f}", f"{row['end']:.2f}", f"{row['end'] / reference:.3f}" if reference else "", f"{row['seconds']:.0f}"]
+            ratios = [f"{row[end] / reference[end]:.4f}" if end in row and end in reference else "" for end in ("end", "end_all")]
+            cells += [f"{row['start']:.2f}", f"{row['end']:.2f}", *ratios, f"{row['seconds']:.0f}"]
         else:
-            cells += ["", "not trained", "", ""]
+            cells += ["", "not trained", "", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -5,9 +5,9 @@
 Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all), with and without tuning,
 bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and the float model with
 LoRA, all trained on the same sequences in the same order. Columns: true bits of a weight, perplexity of the base, at the adapter's start, after the steps,
-and that over float LoRA's, for tuned bases on all of the held-out text too; seconds of one thread. Training computes in bfloat16 (autocast), everything else in float32; a base of a perplexity above 1,000 is
-not trained. A finished row is in the result file and is not computed again; several processes may fill one file. Delete it to begin anew. The table lies
-beside it, as Markdown.
+and that over float LoRA's, for tuned bases on all of the held-out text too; seconds of one thread. Training computes in bfloat16 (autocast), everything else
+in float32; a base of a perplexity above 1,000 is not trained. A finished row is in the result file and is not computed again; several processes may fill one
+file. Delete it to begin anew. The table lies beside it, as Markdown.
 SmolLM2 is 576 wide, which 128 does not divide: its blocks are of 192 there.
 """
 
@@ -234,7 +234,10 @@ def read(file: Path) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """All rows, in Markdown."""
     reference = results.get("float float zero", {})
-    lines = ["| solver, grid, start | bits a weight | base | start | end | of float LoRA | on all held-out text | seconds |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| solver, grid, start | bits a weight | base | start | end | of float LoRA | on all held-out text | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, row in results.items():
         cells = [name, f"{row['bits_per_weight']:.2f}", f"{row['base']:.2f}"]
         if "end" in row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -112,7 +113,15 @@ def hooked() -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("make", [dora, two, off, with_bias, hooked])
+def replaced() -> PeftModel:
+    model = adapted()
+    for layer in model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.forward = partial(type(layer).forward, layer)
+    return model
+
+
+@pytest.mark.parametrize("make", [dora, two, off, with_bias, hooked, replaced])
 def test_what_is_not_plain_keeps_pefts_forward(make: Any, added: list[Any]) -> None:
     model = make()
     expected, found = learnt(model, active=False), learnt(model, active=True)
@@ -137,3 +146,8 @@ def test_pefts_forward_is_back_afterwards() -> None:
     with fused(model):
         assert sum("forward" in layer.__dict__ for layer in model.modules()) == 14
     assert not any("forward" in layer.__dict__ for layer in model.modules())
+    changed = replaced()
+    before = [layer.__dict__.get("forward") for layer in changed.modules()]
+    with fused(changed):
+        pass
+    assert [layer.__dict__.get("forward") for layer in changed.modules()] == before

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
     """While it lasts, the LoRA layers of `model` that can compute as one sum."""
-    layers: list[Any] = [m for m in model.modules() if type(m) is LoraLinear and hasattr(m.base_layer, "add_to")]
+    layers: list[Any] = [m for m in model.modules() if type(m) is LoraLinear and "forward" not in m.__dict__ and hasattr(m.base_layer, "add_to")]
     for layer in layers:
         layer.forward = functools.partial(_forward, layer)
     try:

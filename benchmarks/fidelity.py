@@ -137,7 +137,7 @@ class Bench:
         self.train(adapted)
         result["end"] = self.perplexity(adapted)
         if row.tuned or row.solver == "float":
-            result["end_all"] = perplexity(logits_of(adapted.eval()), self.all_held_out, "")
+            result["end_all"] = self.perplexity(adapted, self.all_held_out)
         return result | {"seconds": time.perf_counter() - began}
 
     def weight(self, path: str) -> torch.Tensor:
@@ -147,15 +147,13 @@ class Bench:
         """A copy of a row's base; the last one is kept, for rows that differ in their start, and for the same base tuned."""
         if self.base_key != row.base:
             if row.tuned:
-                model, spent = self.base(replace(row, tuned=0)), self.quantize_seconds
-            else:
-                model, spent = copy.deepcopy(self.reference), 0.0
-            began = time.perf_counter()
-            if row.tuned:
+                model = self.base(replace(row, tuned=0))
+                began = time.perf_counter() - self.quantize_seconds
                 tune_scales_(model, self.reference, self.training[: row.tuned + SEQUENCES_ASIDE], TuningSettings(row.tuned, compute=COMPUTE))
             else:
+                model, began = copy.deepcopy(self.reference), time.perf_counter()
                 self.round_(model, row)
-            self.quantize_seconds = spent + time.perf_counter() - began
+            self.quantize_seconds = time.perf_counter() - began
             self.kept, self.base_perplexity, self.base_key = model, self.perplexity(model), row.base
         return copy.deepcopy(self.kept)
 
@@ -181,8 +179,8 @@ class Bench:
         finally:
             shutil.rmtree(work)
 
-    def perplexity(self, model: nn.Module) -> float:
-        return perplexity(logits_of(model.eval()), self.held_out, "")
+    def perplexity(self, model: nn.Module, text: Any = None) -> float:
+        return perplexity(logits_of(model.eval()), self.held_out if text is None else text, "")
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -22,6 +22,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from qwlora.grid.packed_tensor import compute_dtype
+
 
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
@@ -40,13 +42,12 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if args or kwargs or len(active) != 1 or not _can(layer, active[0]):
         return LoraLinear.forward(layer, x, *args, **kwargs)
-    kind, weight = x.device.type, layer.lora_A[active[0]].weight
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
-    if x.ndim < 2 or (dtype == x.dtype != weight.dtype):
+    adapter, dtype = active[0], compute_dtype(x)
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    if x.ndim < 2 or dtype == x.dtype != down.weight.dtype:
         return LoraLinear.forward(layer, x)
     x = x.to(dtype)
-    u = layer.lora_A[active[0]](layer.lora_dropout[active[0]](x)) * layer.scaling[active[0]]
-    return layer.base_layer.add_to(layer.lora_B[active[0]](u), x)
+    return layer.base_layer.add_to(up(down(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]), x)
 
 
 def _can(layer: Any, adapter: str) -> bool:

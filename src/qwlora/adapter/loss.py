@@ -31,7 +31,7 @@ from transformers.utils.generic import ModelOutput
 from qwlora.adapter.cross_entropy import chunked_cross_entropy
 from qwlora.adapter.sliced_cross_entropy import WeightRows, sliced_cross_entropy
 from qwlora.errors import TrainingError
-from qwlora.grid.packed_tensor import PackedTensor
+from qwlora.grid.packed_tensor import PackedTensor, compute_dtype
 from qwlora.memory import give_back
 
 CHUNK_LOGITS = 2**23  # numbers in a chunk of logits; a little more than 32 MiB, which glibc's malloc gives back to the system when it is freed
@@ -130,11 +130,10 @@ class ChunkedLoss:
 
     def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The sum over tokens: by slices of the head's weight where all of it would have to be made for every chunk of tokens, else by chunks."""
-        trained, kind = [p for p in self._head.parameters() if p.requires_grad], hidden.device.type
-        if self._body is None and not trained and getattr(self._own_head, "__func__", None) is type(self._head).forward:
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-            if (rows := _made_for_products(self._head, dtype)) is not None:
-                return sliced_cross_entropy(hidden, targets, rows, self._head.out_features, self._head.bias)  # type: ignore[arg-type]
+        trained = [p for p in self._head.parameters() if p.requires_grad]
+        alone = self._body is None and not trained and getattr(self._own_head, "__func__", None) is type(self._head).forward
+        if alone and (rows := _made_for_products(self._head, compute_dtype(hidden))) is not None:
+            return sliced_cross_entropy(hidden, targets, rows, self._head.out_features, self._head.bias)  # type: ignore[arg-type]
         tokens = self._chunk_tokens or CHUNK_LOGITS // vocabulary_size(self._model) + 1
         return chunked_cross_entropy(hidden, targets, self._head_path, trained, tokens)
 

@@ -25,10 +25,10 @@ from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from qwlora.base.fit import storable_scale
 from qwlora.base.packed import PackedLayer, PackedLinear, is_packed
-from qwlora.base.packed.product import Part, compute_dtype
+from qwlora.base.packed.product import Part
 from qwlora.grid.encoding import aligned, grouped
 from qwlora.grid.names import is_adapter_name
-from qwlora.grid.packed_tensor import Parts, narrowest
+from qwlora.grid.packed_tensor import Parts, compute_dtype, narrowest
 from qwlora.grid.scheme import LowPowerBlock, PerBlock
 
 _CHECKPOINTS = (torch.bfloat16, torch.float16)  # types that models are published in, the likelier first

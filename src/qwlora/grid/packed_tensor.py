@@ -215,3 +215,9 @@ def narrowest(numbers: Tensor, candidates: Sequence[torch.dtype] = (torch.float1
         if torch.equal(narrow.to(numbers.dtype), numbers):
             return narrow
     return numbers.to(torch.float32)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a product of a packed weight with `x` is computed: autocast's type where it is on, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_input, conv2d_input
 
+from qwlora.grid.packed_tensor import compute_dtype
+
 if TYPE_CHECKING:
     from qwlora.base.packed.layer import PackedLayer
 
@@ -49,12 +51,6 @@ class Part:
     def one(self, which: Tensor | int) -> Part:
         """One of the first axis."""
         return Part(self.owner, self.shape[1:], which, self.turned)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """In which to compute: autocast's type where it is on, else that of `x`."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
 
 
 class Product(torch.autograd.Function):

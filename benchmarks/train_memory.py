@@ -70,8 +70,8 @@ def measure(folder: Path, steps: int, base: str = "", checkpointing: bool = Fals
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from qwlora.adapter.lean import lean_steps
     from qwlora.adapter.loss import chunk_loss_
-    from qwlora.adapter.step import spared
     from qwlora.base.storage import load_base
 
     torch.set_num_threads(2)
@@ -97,7 +97,7 @@ def measure(folder: Path, steps: int, base: str = "", checkpointing: bool = Fals
 
     reset_peak_rss()
     loaded, seconds, losses = peak_rss_bytes(), [], []
-    with spared(model, half, checkpointing) if base else contextlib.nullcontext():
+    with lean_steps(model, half) if base else contextlib.nullcontext():
         for _ in range(steps):
             began = time.perf_counter()
             losses.append(step())

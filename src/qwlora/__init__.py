@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwlora.adapter.initialize import initialize_adapter_
+    from qwlora.adapter.lean import lean_steps
     from qwlora.adapter.loss import chunk_loss_
     from qwlora.adapter.provenance import load_adapter, save_adapter
     from qwlora.adapter.rank_budget import RankBudget, rank_by_layer
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "initialize_adapter_": "adapter.initialize",
+    "lean_steps": "adapter.lean",
     "chunk_loss_": "adapter.loss",
     "load_adapter": "adapter.provenance",
     "save_adapter": "adapter.provenance",
@@ -98,6 +100,7 @@ __all__ = [
     "export_onnx",
     "fingerprint",
     "initialize_adapter_",
+    "lean_steps",
     "load_adapter",
     "load_base",
     "load_precomputed",

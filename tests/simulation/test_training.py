@@ -100,7 +100,7 @@ def test_training_through_the_graph_moves_the_adapter_and_nothing_else(tmp_path:
 
 @pytest.mark.parametrize(("architecture", "shape"), [*((architecture, SHAPE) for architecture in ARCHITECTURES), ("llama", replace(SHAPE, dora=True))])
 def test_without_quantizers_it_is_plain_training(tmp_path: Path, architecture: str, shape: LoraShape, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.adapter.step.fused", lambda model: contextlib.nullcontext())  # one sum is rounded otherwise than the graph's two
+    monkeypatch.setattr("qwlora.adapter.lean.fused", lambda model: contextlib.nullcontext())  # one sum is rounded otherwise than the graph's two
     plain = base(architecture)
     plain.set_attn_implementation("eager")
     for module in plain.modules():

@@ -29,10 +29,9 @@ _LAYERS_BETWEEN = 6  # trimming before each layer takes four times as long and s
 
 
 @contextlib.contextmanager
-def kept_apart(model: nn.Module, active: bool = True) -> Iterator[None]:
+def kept_apart(model: nn.Module) -> Iterator[None]:
     """While it lasts, the checkpointed layers of `model` hand their outputs on in mappings of their own."""
-    wanted = active and sys.platform == "linux"
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if sys.platform == "linux" else []
     hooks = [layer.register_forward_hook(functools.partial(_move, number % _LAYERS_BETWEEN == 0)) for number, layer in enumerate(reversed(layers))]
     try:
         yield

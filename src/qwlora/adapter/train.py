@@ -29,11 +29,11 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, T
 
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.checkpoints import delete_newer, final_checkpoint, last_checkpoint, last_good, read_state, step_of, waited
+from qwlora.adapter.lean import lean_steps
 from qwlora.adapter.loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
 from qwlora.adapter.provenance import WEIGHTS, reading
 from qwlora.adapter.recovery import Recovery
 from qwlora.adapter.shard import gather_, prepare_sharding_
-from qwlora.adapter.step import spared
 from qwlora.adapter.through import RangesCallback, Through, TrainedThrough, load_ranges_
 from qwlora.adapter.trainer import AdapterTrainer
 from qwlora.adapter.watch import Watch, losses_of
@@ -145,7 +145,7 @@ def train_adapter(
             _take_ranges_(trainer, through, settings)
         prepare_sharding_(trainer)
         try:
-            with _interruptible(watch), spared(model, arguments.bf16, settings.gradient_checkpointing):
+            with _interruptible(watch), lean_steps(model, arguments.bf16):
                 trainer.train(resume_from_checkpoint=str(last) if last else None)
         finally:
             if stand_in:

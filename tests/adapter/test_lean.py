@@ -1,0 +1,58 @@
+"""Lean steps in anybody's own loop: what PEFT learns, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+import qwlora
+from conftest import tiny_model
+from qwlora.adapter import apart
+from qwlora.base.packed.product import AddedProduct
+
+
+def learnt(lean: bool, half: bool) -> dict[str, Tensor]:
+    model: Any = tiny_model("llama")
+    qwlora.quantize_(model, "w4-block32", "rtn")
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    qwlora.chunk_loss_(model)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
+    ids, before = torch.arange(64).view(2, 32), state(model)
+    with qwlora.lean_steps(model, autocast=half) if lean else contextlib.nullcontext():
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert state(model) == before
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def state(model: torch.nn.Module) -> list[Any]:
+    """What a context might leave changed."""
+    modules = [(len(m._forward_hooks), "forward" in m.__dict__, getattr(m, "cast_input_dtype_enabled", None)) for m in model.modules()]
+    return [torch.get_float32_matmul_precision(), *modules]
+
+
+@pytest.mark.parametrize(("half", "near"), [(False, 1e-5), (True, 2e-2)])
+def test_an_own_loop_learns_what_it_learnt_without(half: bool, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: dict[str, int] = {}
+    for owner in (AddedProduct, apart._Moved):
+        own = owner.apply
+        monkeypatch.setattr(owner, "apply", lambda *args, own=own, name=owner.__name__: used.update({name: used.get(name, 0) + 1}) or own(*args))
+    monkeypatch.setattr(apart, "_LARGE_BYTES", 1)
+    expected = learnt(False, half)
+    assert not used
+    found = learnt(True, half)
+    assert used.keys() == {"AddedProduct", "_Moved"}
+    assert any(bool(p.any()) for name, p in found.items() if "lora_B" in name)
+    for name, p in expected.items():
+        torch.testing.assert_close(found[name], p, rtol=near, atol=near * float(p.abs().max()), msg=lambda text, name=name: f"{name}: {text}")

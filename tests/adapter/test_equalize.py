@@ -16,7 +16,7 @@ from qwlora.adapter.equalize import Equalization, equalize_adapter_, flat_rotati
 from qwlora.adapter.provenance import write_adapter
 from qwlora.base.quantize import quantize_
 from qwlora.errors import CalibrationError, TrainingError
-from qwlora.grid.moment import Moments
+from qwlora.grid.moment import Moment, Moments
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 
@@ -86,7 +86,7 @@ def test_the_product_stays_and_auto_never_loses(rank: int, method: Equalization,
     moment = x.T @ x / 100 if weighted else None
     moments = Moments()
     if moment is not None:
-        moments.put("0", moment)
+        moments.put("0", Moment(moment, torch.eye(len(b))))
     before = loss_on_grid(model, scheme, product, moment) if product.any() else 0.0
 
     report = equalize_adapter_(model, scheme, method, moments)["0"]

@@ -17,7 +17,7 @@ from qwlora.base.packed import weight_out_in
 from qwlora.base.quantize import quantize_
 from qwlora.errors import TrainingError
 from qwlora.grid.fingerprint import fingerprint
-from qwlora.grid.moment import Moments
+from qwlora.grid.moment import Moment, Moments
 
 
 def correlated(columns: int) -> Tensor:
@@ -27,24 +27,35 @@ def correlated(columns: int) -> Tensor:
 
 @pytest.mark.parametrize(("out", "columns"), [(24, 40), (40, 24), (24, 24)])
 def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
-    """Against the Eckart-Young bound: the error of a truncated SVD, in the norm of the inputs, from numpy's singular values."""
+    """Against the Eckart-Young bound: the error of a truncated SVD, in the norm of inputs and outputs, by symmetric roots where the code has Cholesky's."""
     difference = torch.randn(out, columns, generator=torch.Generator().manual_seed(0))
-    b, a = best_correction(difference, 5)
+    b, a, found = best_correction(difference, 5)
     singular = torch.linalg.svdvals(difference)
     assert float((difference - b @ a).square().sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
+    torch.testing.assert_close(found, singular[:5], rtol=1e-3, atol=0)
 
-    moment = correlated(columns)
-    b, a = best_correction(difference, 5, moment)
-    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(columns)
-    values, vectors = torch.linalg.eigh(damped)
-    singular = torch.linalg.svdvals(difference @ (vectors * values.sqrt()) @ vectors.T)
+    moment = Moment(correlated(columns), correlated(out))
+    b, a, found = best_correction(difference, 5, moment)
+    r, g = damped(moment.input), damped(moment.output)
+    singular = torch.linalg.svdvals(root(g) @ difference @ root(r))
     left = difference - b @ a
-    assert float(((left @ damped) * left).sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
+    assert float((g @ left @ r * left).sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
+    torch.testing.assert_close(found, singular[:5], rtol=1e-3, atol=0)
+    torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
+
+
+def damped(matrix: Tensor) -> Tensor:
+    return matrix + 0.1 * matrix.diagonal().mean() * torch.eye(len(matrix))
+
+
+def root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.sqrt()) @ vectors.T
 
 
 def test_a_rank_beyond_the_matrix_corrects_everything() -> None:
     difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    b, a = best_correction(difference, 10, correlated(8))
+    b, a, _ = best_correction(difference, 10, Moment(correlated(8), correlated(6)))
     assert torch.allclose(b @ a, difference, atol=1e-4)
     assert (b.shape, a.shape) == ((6, 6), (6, 8))
 
@@ -123,7 +134,7 @@ def test_what_cannot_be_started_says_why() -> None:
         initialize_adapter_(attached(), "svd", lambda path: torch.empty(0))
     model = tiny_model("llama")
     quantize_(model, "w4-block32")
-    with pytest.raises(TrainingError, match=r"needs the moments of the inputs of model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(TrainingError, match=r"needs the moments of model\.layers\.0\.self_attn\.q_proj"):
         initialize_adapter_(attached(), "qera", lambda path: torch.empty(0))
     model = tiny_model("llama")
     quantize_(model, "w4-block32")

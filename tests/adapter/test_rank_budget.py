@@ -22,7 +22,7 @@ from qwlora.adapter.rank_budget import rank_gains, spread_ranks, with_ranks
 from qwlora.base.packed import weight_out_in
 from qwlora.base.storage import load_base
 from qwlora.errors import RecipeError, TrainingError
-from qwlora.grid.moment import Moments, output_energy
+from qwlora.grid.moment import Moment, Moments, output_energy
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
@@ -94,11 +94,10 @@ def test_gains_are_the_squared_singular_values_over_the_energy(shape: tuple[int,
     found = rank_gains(weight, quantized, 6)
     assert found == pytest.approx((singular[:6].square() / float(weight.square().sum())).tolist(), rel=1e-3)
     assert len(rank_gains(weight, quantized, 100)) == 24
-    x = torch.randn(300, shape[1], generator=generator) @ torch.randn(shape[1], shape[1], generator=generator)
-    moment = x.T @ x / len(x)
-    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(shape[1])
-    singular = torch.linalg.svdvals((weight - quantized) @ torch.linalg.cholesky(damped)).double()
-    assert rank_gains(weight, quantized, 6, moment) == pytest.approx((singular[:6].square() / output_energy(weight, moment)).tolist(), rel=1e-3)
+    r, g = (x.T @ x for x in (torch.randn(300, n, generator=generator) @ torch.randn(n, n, generator=generator) for n in shape[::-1]))
+    inner, outer = (torch.linalg.cholesky(m + 0.1 * m.diagonal().mean() * torch.eye(len(m))) for m in (r, g))
+    singular = torch.linalg.svdvals(outer.T @ (weight - quantized) @ inner).double()
+    assert rank_gains(weight, quantized, 6, Moment(r, g)) == pytest.approx((singular[:6].square() / output_energy(weight, r, g)).tolist(), rel=1e-3)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

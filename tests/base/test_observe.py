@@ -12,9 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora.base.lockstep import Lockstep
-from qwlora.base.observe import observe
+from qwlora.base.observe import Observed, observe
 from qwlora.errors import CalibrationError
-from qwlora.grid.moment import SecondMoment
 
 
 class Part(nn.Module):
@@ -29,7 +28,7 @@ class Part(nn.Module):
         return self.then(self.layer(x))
 
 
-def observed(then: Callable[[Tensor], Tensor], *batches: Tensor) -> SecondMoment:
+def observed(then: Callable[[Tensor], Tensor], *batches: Tensor) -> Observed:
     """Of the only layer of a model with one part."""
     model = nn.Sequential(Part(then))
     with Lockstep(model, ["0"], [{"input": batch} for batch in batches]) as lockstep:
@@ -47,13 +46,13 @@ def test_a_token_weighs_what_its_error_moves_in_the_output_relative_to_that() ->
     x = rows()
     y = nn.Sequential(Part(nn.Identity()))(x)[0].detach()
     expected = x[0].T @ (x[0] * (400 / y.square().sum(-1, keepdim=True))) / (400 / y.square().sum(-1)).sum()
-    error = (observed(nn.Identity(), x).matrix - expected).norm() / expected.norm()
+    error = (observed(nn.Identity(), x).input.matrix - expected).norm() / expected.norm()
     assert error < 0.05, "one probe of 400 outputs is within some percent of the mean"
 
 
 def test_what_all_tokens_read_is_all_that_counts() -> None:
     x = rows()
-    torch.testing.assert_close(observed(lambda z: z[:, :1].expand_as(z), x).matrix, x[0, 0].outer(x[0, 0]))
+    torch.testing.assert_close(observed(lambda z: z[:, :1].expand_as(z), x).input.matrix, x[0, 0].outer(x[0, 0]))
 
 
 def test_a_token_with_a_huge_output_hardly_counts_and_one_of_zeros_is_no_infinity() -> None:
@@ -61,7 +60,7 @@ def test_a_token_with_a_huge_output_hardly_counts_and_one_of_zeros_is_no_infinit
     spiked, silent = x.clone(), x.clone()
     spiked[0, 0] *= 5000
     silent[0, 0] = 0
-    without, *others = (moment / moment.trace() for moment in (observed(nn.Identity(), batch).matrix for batch in (x[:, 1:], spiked, silent)))
+    without, *others = (moment / moment.trace() for moment in (observed(nn.Identity(), batch).input.matrix for batch in (x[:, 1:], spiked, silent)))
     assert all((other - without).norm() < 0.3 * without.norm() for other in others)
 
 
@@ -100,8 +99,9 @@ def test_calls_in_place_changes_and_results_of_all_kinds() -> None:
             found.append(observe(model, "0", ["0.layer.weight", "0.unread.weight"], lockstep))
         assert all(parameter.requires_grad for parameter in model.parameters())
     assert set(found[0]) == set(found[1]) == {"0.layer.weight"}
-    assert found[0]["0.layer.weight"].tokens == 2 * 40
-    torch.testing.assert_close(found[0]["0.layer.weight"].matrix, found[1]["0.layer.weight"].matrix)
+    assert found[0]["0.layer.weight"].input.tokens == 2 * 40
+    for side in ("input", "output"):
+        torch.testing.assert_close(*(getattr(one["0.layer.weight"], side).matrix for one in found))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -111,13 +111,14 @@ def test_half_precision(dtype: torch.dtype) -> None:
         model = nn.Sequential(Part(lambda z: 3000 * z)).to(kind)
         with Lockstep(model, ["0"], [{"input": rows().to(kind)}]) as lockstep:
             lockstep.advance()
-            found.append(observe(model, "0", ["0.layer.weight"], lockstep)["0.layer.weight"].matrix)
-    assert (found[1] - found[0]).norm() < 0.05 * found[0].norm()
+            found.append(observe(model, "0", ["0.layer.weight"], lockstep)["0.layer.weight"])
+    for one, half in ((getattr(o, side).matrix for o in found) for side in ("input", "output")):
+        assert (half - one).norm() < 0.05 * one.norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_layers_of_a_block_against_its_jacobian(architecture: str) -> None:
-    """w_t from all derivatives of a block's output; R from many probes of the same three tokens."""
+    """w_t and G from all derivatives of a block's output; those found from many probes of the same three tokens."""
     model, ids = tiny_model(architecture), torch.tensor([[7, 3, 200]])
     part = next(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)) + ".1"
     products = [f"{part}.{path}.weight" for path, module in model.get_submodule(part).named_modules() if isinstance(module, nn.Linear | Conv1D)]
@@ -125,12 +126,12 @@ def test_the_layers_of_a_block_against_its_jacobian(architecture: str) -> None:
         lockstep.advance()
         found = observe(model, part, products, lockstep)
         for name in products:
-            expected = _by_jacobian(model, name, lockstep)
-            assert (found[name].matrix - expected).norm() < 0.12 * expected.norm(), name
+            for side, expected in _by_jacobian(model, name, lockstep).items():
+                assert (getattr(found[name], side).matrix - expected).norm() < {"input": 0.12, "output": 0.3}[side] * expected.norm(), (name, side)
 
 
-def _by_jacobian(model: nn.Module, name: str, lockstep: Lockstep) -> Tensor:
-    """R of one layer."""
+def _by_jacobian(model: nn.Module, name: str, lockstep: Lockstep) -> dict[str, Tensor]:
+    """R and G of one layer."""
     seen: dict[str, Tensor] = {}
 
     def outcome(change: Tensor) -> Tensor:
@@ -147,8 +148,10 @@ def _by_jacobian(model: nn.Module, name: str, lockstep: Lockstep) -> Tensor:
     module = model.get_submodule(name.removesuffix(".weight"))
     width = module.nf if isinstance(module, Conv1D) else module.out_features
     derivatives = torch.autograd.functional.jacobian(outcome, torch.zeros(1, 3, width))  # [*y, 1, 3, width]
-    weights = derivatives.square().flatten(0, -4).sum((0, 1, 3))
-    return (seen["x"].T * weights) @ seen["x"] / weights.sum()
+    by_token = derivatives.flatten(0, -4).squeeze(1).transpose(0, 1)  # [3, y, width]
+    weights = by_token.square().sum((1, 2))
+    rows_ = by_token.flatten(0, 1)
+    return {"input": (seen["x"].T * weights) @ seen["x"] / weights.sum(), "output": rows_.T @ rows_ / 3}
 
 
 def test_what_cannot_be_followed_is_named() -> None:

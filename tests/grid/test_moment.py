@@ -1,4 +1,4 @@
-"""Second moments of inputs."""
+"""Second moments."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qwlora.errors import CalibrationError, SourceError
-from qwlora.grid.moment import Moments, SecondMoment
+from qwlora.grid.moment import Moment, Moments, SecondMoment
 
 
 def seen(*batches: torch.Tensor) -> SecondMoment:
@@ -49,11 +50,16 @@ def test_what_has_no_moment_says_so() -> None:
 
 
 def test_a_folder_gives_back_what_was_put_in_it(tmp_path: Path) -> None:
-    matrix = seen(torch.randn(20, 6, generator=torch.Generator().manual_seed(0))).matrix
-    Moments(tmp_path).put("a.q", matrix)
+    moment = Moment(*(seen(torch.randn(20, n, generator=torch.Generator().manual_seed(n))).matrix for n in (6, 4)))
+    Moments(tmp_path).put("a.q", moment)
     again = Moments(tmp_path)
     assert set(again) == {"a.q"}
-    assert torch.equal(again["a.q"], matrix)
+    assert torch.equal(again["a.q"].input, moment.input)
+    assert torch.equal(again["a.q"].output, moment.output)
+    save_file({"triangle": torch.ones(3)}, tmp_path / "old.safetensors", metadata={"layer": "b.q"})
+    with pytest.raises(SourceError, match=r"old\.safetensors.*holds triangle, not input and output\); quantize again"):
+        Moments(tmp_path)
+    (tmp_path / "old.safetensors").unlink()
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(SourceError, match=r"broken\.safetensors.* quantize again"):
         Moments(tmp_path)

@@ -34,6 +34,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from qwlora.errors import CalibrationError, TrainingError
+from qwlora.grid.moment import Moment
 from qwlora.grid.names import canonical_name
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import Scheme
@@ -61,7 +62,7 @@ def equalize_adapter_(
     model: PeftModel,
     scheme: Scheme,
     method: Equalization = "auto",
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Moment] | None = None,
     rank_space: Scheme | None = None,
     adapter: str | None = None,
     track: Track = untracked,
@@ -71,7 +72,7 @@ def equalize_adapter_(
     Args:
         scheme: the grid of lora_A and lora_B.
         method: `diagonal` and `hadamard` take the best of their kind even where that is worse than nothing.
-        moments: R of a layer's input [in, in] by canonical path; layers without one are judged with R = 1.
+        moments: of a layer, by canonical path; layers without are judged with R = 1.
         rank_space: the grid of `lora_A(x)`, per tensor; its range is taken to be six standard deviations on either side. Not counted unless given.
         adapter: its name in `model`; the active one unless given.
 
@@ -91,7 +92,8 @@ def equalize_adapter_(
     reports = {}
     for path in track(list(pairs), "equalizing the adapter", len(pairs)):
         a, b = pairs[path]
-        moment = moments.get(path) if moments is not None else None
+        found = moments.get(path) if moments is not None else None
+        moment = None if found is None else found.input
         if not bool(a.isfinite().all() and b.isfinite().all()):
             raise CalibrationError(f"{path}: lora_A or lora_B holds nan or infinity; train the adapter again")
         grids = _Grids(a.flatten(1), b.flatten(1), moment, scheme, rank_space)

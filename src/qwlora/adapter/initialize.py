@@ -1,15 +1,16 @@
 """Where an adapter starts: at zero, or at the best correction of what quantization lost. The base is not touched, so one base still serves many adapters.
 
     zero    B = 0: PEFT's own start
-    svd     minimize |D - s B A|^2,                  D = W - W_hat, s the adapter's scaling
-    qera    minimize E w |(D - s B A) x|^2,          R = E[w x x^T] + damping = L L^T,      w from `base/observe.py`
+    svd     minimize |E|^2,                          E = D - s B A,      D = W - W_hat, s the adapter's scaling
+    qera    minimize tr(G E R E^T),                  R + damping = L L^T,   G + damping = K K^T,      R and G from `base/observe.py`
 
-    U S V^T = svd(D L)  (L = 1 for svd),    B = U_k S_k^(1/2) / sqrt(s),    A = S_k^(1/2) V_k^T L^-1 / sqrt(s)
+    U S V^T = svd(K^T D L)  (K = L = 1 for svd),     B = K^-T U_k S_k C / sqrt(s),        A = C^-1 V_k^T L^-1 / sqrt(s)
 
-The first k of an adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. W_hat has its scales as they were
-tuned; x is what the layer read before its norm was tuned.
+C is diagonal and makes a column of B as long as its row of A: a step of Adam then moves either as far. The first k of an adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. W_hat has its scales as they were
+tuned; R and G are of the model before its norms were.
 
-Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution is that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475).
+Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution, that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475) too,
+is this one for G = 1: there all of a layer's outputs matter alike.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,12 +27,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwlora.errors import TrainingError
-from qwlora.grid.moment import output_energy
+from qwlora.grid.moment import Moment, output_energy
 from qwlora.grid.names import canonical_name
 from qwlora.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
-DAMPING = 0.01
+DAMPING = 0.1
 _WHOLE = 2048  # the smaller side of a matrix up to which its Gram matrix is decomposed whole; larger ones by random projection
 _OVERSAMPLED, _POWERS = 32, 4
 _NOTHING = 1e-4  # of all of B: a column shorter than this is rounding
@@ -39,7 +40,7 @@ _NOTHING = 1e-4  # of all of B: a column shorter than this is rounding
 
 @dataclass(frozen=True)
 class InitReport:
-    """Relative output error `tr(E R E^T) / tr(W R W^T)` of one layer without and with its adapter, `R = 1` for svd."""
+    """Relative error `tr(G E R E^T) / tr(G W R W^T)` of one layer without and with its adapter, `R = G = 1` for svd."""
 
     before: float
     after: float
@@ -49,7 +50,7 @@ def initialize_adapter_(
     model: PeftModel,
     init: Init,
     weights: Callable[[str], Tensor],
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Moment] | None = None,
     adapter: str | None = None,
     share: float = 0.5,
     track: Track = untracked,
@@ -58,7 +59,7 @@ def initialize_adapter_(
 
     Args:
         weights: the float weight [out, in] that a layer was quantized from, by its canonical path.
-        moments: R of a layer's input [in, in], likewise; qera needs it (`quantize_(..., moments=...)`, `observe_moments`).
+        moments: R and G of a layer, likewise; qera needs them (`quantize_(..., moments=...)`, `observe_moments`).
         adapter: its name in `model`; the active one unless given.
         share: of a layer's ranks, rounded up, which correct; in (0, 1].
 
@@ -79,7 +80,7 @@ def initialize_adapter_(
         raise TrainingError(f"init {init} corrects what quantization lost, but no layer with adapter {adapter!r} is quantized; use init zero")
     if init == "qera" and (missing := [path for path in layers if moments is None or path not in moments]):
         raise TrainingError(
-            f"init qera needs the moments of the inputs of {', '.join(missing[:3])}; "
+            f"init qera needs the moments of {', '.join(missing[:3])}; "
             "give quantize_ calibration data and moments, take those of a base as it is with observe_moments, or use svd"
         )
     reports = {}
@@ -89,17 +90,25 @@ def initialize_adapter_(
     return reports
 
 
-def best_correction(
-    difference: Float[Tensor, "out in"], rank: int, moment: Float[Tensor, "in in"] | None = None
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """(B, A) of the module's equation for scaling 1, of a lower rank where the matrix has no more."""
-    lower = None if moment is None else _root(moment)
-    u, s, vt = _leading(difference if lower is None else difference @ lower, rank)
-    root = s.clamp(min=0).sqrt()
-    right = root.unsqueeze(1) * vt
-    if lower is not None:
-        right = torch.linalg.solve_triangular(lower.T, right.T, upper=True).T
-    return u * root, right
+class Correction(NamedTuple):
+    """B and A of the module's equation for scaling 1, and S, falling. Of a lower rank where the matrix has no more."""
+
+    b: Float[Tensor, "out rank"]
+    a: Float[Tensor, "rank in"]
+    singular: Float[Tensor, " rank"]
+
+
+def best_correction(difference: Float[Tensor, "out in"], rank: int, moment: Moment | None = None) -> Correction:
+    """The best of its rank for `difference` D, R = G = 1 unless given."""
+    if moment is None:
+        u, s, vt = _leading(difference, rank)
+        return Correction(u * s.sqrt(), s.sqrt().unsqueeze(1) * vt, s)
+    inner, outer = _root(moment.input), _root(moment.output)
+    u, s, vt = _leading(outer.T @ difference @ inner, rank)
+    b = torch.linalg.solve_triangular(outer.T, u * s, upper=True)
+    a = torch.linalg.solve_triangular(inner, vt, upper=False, left=False)
+    balance = (a.norm(dim=1) / b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    return Correction(b * balance, a / balance.unsqueeze(1), s)
 
 
 def corrected_ranks(rank: int, share: float) -> int:
@@ -107,19 +116,19 @@ def corrected_ranks(rank: int, share: float) -> int:
     return math.ceil(share * rank - 1e-9)
 
 
-def _start(layer: LoraLayer, adapter: str, weight: Tensor, moment: Tensor | None, share: float) -> InitReport:
+def _start(layer: LoraLayer, adapter: str, weight: Tensor, moment: Moment | None, share: float) -> InitReport:
     base: Any = layer.get_base_layer()
     weight = weight.float()
     difference = weight - base.tensor.dequantize()
     scaling = float(layer.scaling[adapter])
-    b, a = best_correction(difference, corrected_ranks(layer.r[adapter], share), moment)
-    used = int((b.norm(dim=0) > _NOTHING * b.norm()).sum())
+    b, a, singular = best_correction(difference, corrected_ranks(layer.r[adapter], share), moment)
+    used = int((singular > _NOTHING**2 * singular.sum()).sum())
     with torch.no_grad():  # A keeps PEFT's start in the other ranks, and in those that the difference does not have
         layer.lora_A[adapter].weight[:used] = a[:used] / scaling**0.5
         layer.lora_B[adapter].weight[:, :used] = b[:, :used] / scaling**0.5
         layer.lora_B[adapter].weight[:, used:] = 0
-        whole = output_energy(weight, moment)
-        return InitReport(output_energy(difference, moment) / whole, output_energy(difference - b @ a, moment) / whole)
+        whole, before, after = (output_energy(matrix, *(moment or ())) for matrix in (weight, difference, difference - b @ a))
+        return InitReport(before / whole, after / whole)
 
 
 def _quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:

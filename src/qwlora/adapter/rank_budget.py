@@ -1,9 +1,9 @@
 """Ranks by layer: a budget of parameters goes where one more rank of the start corrects most of what quantization lost.
 
     maximize  sum_l sum_{k <= r_l} g_l(k)    subject to  sum_l r_l (in_l + out_l) <= budget,  1 <= r_l <= cap
-    g_l(k) = sigma_k(D_l L_l)^2 / tr(W_l R_l W_l^T)
+    g_l(k) = sigma_k(K_l^T D_l L_l)^2 / tr(G_l W_l R_l W_l^T)
 
-D = W - W_hat and R = L L^T as in `initialize.py` (R = 1 for svd), so g_l(k) is what rank k takes from the relative output error of layer l, and layers with
+D, L, R, K and G as in `initialize.py` (all but D are 1 for svd), so g_l(k) is what rank k takes from the relative error of layer l, and layers with
 large outputs have no louder voice. Gains fall with k: taking the largest gain per parameter until nothing fits is the optimum whenever the budget is spent to
 the end, and else misses it by less than one gain. All these ranks are to correct (`initialize_adapter_(..., share=1)`). The result is PEFT's `rank_pattern`,
 and an `alpha_pattern` that leaves each layer the scaling that the uniform rank gave it: a plain PEFT adapter. Layers that are not quantized have lost
@@ -24,7 +24,7 @@ from torch import Tensor
 from qwlora.adapter.attach import LoraShape
 from qwlora.adapter.initialize import _quantized_layers, best_correction
 from qwlora.errors import TrainingError
-from qwlora.grid.moment import output_energy
+from qwlora.grid.moment import Moment, output_energy
 from qwlora.progress import Track, untracked
 
 
@@ -45,7 +45,7 @@ def rank_by_layer(
     model: PeftModel,
     budget: RankBudget,
     weights: Callable[[str], Tensor],
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Moment] | None = None,
     adapter: str | None = None,
     track: Track = untracked,
 ) -> dict[str, int]:
@@ -53,7 +53,7 @@ def rank_by_layer(
 
     Args:
         weights: the float weight [out, in] that a layer was quantized from, by its canonical path.
-        moments: R of a layer's input [in, in], likewise; without, R = 1.
+        moments: R and G of a layer, likewise; without, both are 1.
         adapter: its name in `model`; the active one unless given.
 
     Raises:
@@ -72,11 +72,10 @@ def rank_by_layer(
     return spread_ranks(gains, costs, parameters)
 
 
-def rank_gains(weight: Tensor, quantized: Tensor, count: int, moment: Tensor | None = None) -> list[float]:
+def rank_gains(weight: Tensor, quantized: Tensor, count: int, moment: Moment | None = None) -> list[float]:
     """g(1) to g(count) of a layer, falling; fewer where the matrix has fewer ranks."""
-    b, _ = best_correction(weight - quantized, count, moment)
-    singular = b.double().square().sum(0)  # B = U S^(1/2)
-    return sorted((singular.square() / output_energy(weight, moment)).tolist(), reverse=True)
+    singular = best_correction(weight - quantized, count, moment).singular.double()
+    return sorted((singular.square() / output_energy(weight, *(moment or ()))).tolist(), reverse=True)
 
 
 def spread_ranks(gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:

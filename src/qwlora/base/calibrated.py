@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from qwlora.base.assembly import blocks_of
 from qwlora.base.finished import FinishedParts, Part
 from qwlora.base.lockstep import Lockstep
-from qwlora.base.observe import observe
+from qwlora.base.observe import Observed, observe
 from qwlora.base.packed import is_packed, pack_at_
 from qwlora.base.rules import Assignment
 from qwlora.base.solver import CALIBRATED
 from qwlora.base.tensors import LayerReport, solve_tensor, tensor_out_in
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.moment import Moments, SecondMoment
+from qwlora.grid.moment import Moment, Moments
 from qwlora.grid.names import canonical_name
 from qwlora.progress import Track, untracked
 
@@ -50,7 +50,7 @@ def quantize_parts_(
             kept = finished.read()
             if kept is None:
                 follow = [name for name in parts[part] if moments is not None or plan[name].solver in CALIBRATED]
-                kept = _solve_part(model, parts[part], plan, observe(model, part, follow, lockstep), moments)
+                kept = _solve_part(model, parts[part], plan, observe(model, part, follow, lockstep, moments is not None), moments)
                 finished.write(*kept)
             quantized, reports = kept
             for name in parts[part]:
@@ -68,7 +68,7 @@ def quantize_parts_(
 def observe_moments(
     model: nn.Module, calibration: Tensor | Sequence[Mapping[str, Any]], moments: Moments | None = None, *, track: Track = untracked
 ) -> Moments:
-    """The second moments of the inputs of a quantized model's packed linear layers: what starts that follow the data need, where a base was made elsewhere.
+    """The moments (`grid/moment.py`) of a quantized model's packed linear layers: what starts that follow the data need, where a base was made elsewhere.
 
     Args:
         calibration: token ids [sequences, tokens], or the model's keyword arguments batch by batch.
@@ -87,8 +87,8 @@ def observe_moments(
             part = lockstep.advance()
             if part is None:
                 break
-            for name, moment in observe(model, part, parts[part], lockstep).items():
-                moments.put(canonical_name(name).removesuffix(".weight"), moment.matrix)
+            for name, observed in observe(model, part, parts[part], lockstep).items():
+                moments.put(canonical_name(name).removesuffix(".weight"), Moment(observed.input.matrix, observed.output.matrix))
         else:
             lockstep.advance()
     return moments
@@ -126,12 +126,13 @@ def arguments_of(model: nn.Module) -> set[str]:
     return set(inspect.signature(inner.forward).parameters)
 
 
-def _solve_part(model: nn.Module, tensors: Sequence[str], plan: Mapping[str, Assignment], seen: dict[str, SecondMoment], moments: Moments | None) -> Part:
-    """Codes and report of each tensor; R goes to `moments`, and out of `seen`."""
+def _solve_part(model: nn.Module, tensors: Sequence[str], plan: Mapping[str, Assignment], seen: dict[str, Observed], moments: Moments | None) -> Part:
+    """Codes and report of each tensor; R and G go to `moments`, and out of `seen`."""
     quantized, reports = {}, {}
     for name in tensors:
-        matrix = seen.pop(name).matrix if name in seen else None
+        observed = seen.pop(name, None)
+        matrix = None if observed is None else observed.input.matrix
         quantized[name], reports[name] = solve_tensor(name, tensor_out_in(model, name), plan[name], matrix)
-        if moments is not None and matrix is not None:
-            moments.put(canonical_name(name).removesuffix(".weight"), matrix)
+        if moments is not None and observed is not None and matrix is not None:
+            moments.put(canonical_name(name).removesuffix(".weight"), Moment(matrix, observed.output.matrix))
     return quantized, reports

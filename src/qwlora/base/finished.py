@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from qwlora.base.revision import REVISION
+from qwlora.base.revision import MOMENTS_REVISION, REVISION
 from qwlora.base.rules import Assignment
 from qwlora.base.tensors import LayerReport
 from qwlora.grid.encoding import Encoding
@@ -38,7 +38,7 @@ class FinishedParts:
         self.folder, self.moments = folder, moments
         self._digest, self._file = hashlib.sha256(), Path()
         if folder is not None:
-            self._take_in([REVISION, moments is not None, *tree_leaves(list(batches))])
+            self._take_in([REVISION, moments is not None and MOMENTS_REVISION, *tree_leaves(list(batches))])
 
     def begin(self, part: str, floats: Mapping[str, Tensor], plan: Mapping[str, Assignment]) -> None:
         """The next part, and its tensors before they are quantized."""

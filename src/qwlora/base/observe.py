@@ -1,6 +1,7 @@
-"""What the layers of a part see, and how much each token of it matters.
+"""What the layers of a part see, how much each token of it matters, and how much each of a layer's outputs does.
 
-    R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in],        w_t = |dp / dz_t|^2,        p = sum_s r_s . y_s / |y_s|,        r ~ N(0, 1)
+    R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in],        w_t = |g_t|^2
+    G = mean_t g_t g_t^T                         [out, out],      g_t = dp / dz_t,        p = sum_s r_s . y_s / |y_s|,        r ~ N(0, 1)
 
 x_t and z_t are a layer's input and output at token t, y_s the part's output at token s. The mean of w_t over r is `sum_s |dy_s / dz_t|_F^2 / |y_s|^2`
 (Hutchinson's estimator, one probe a batch): by how much an error of the layer at token t moves what the part makes, relative to its size.
@@ -8,7 +9,7 @@ x_t and z_t are a layer's input and output at token t, y_s the part's output at 
 A language model's tokens are far from alike. Nearly all of them attend to the first one, so an error in its value moves every output; and where its hidden
 state is thousands of times longer than the others', the norm that reads it makes that error vanish. With `w_t = 1` the first is lost among the rest, and the
 second is all of R. GuidedQuant (Kim et al. 2025, https://arxiv.org/abs/2505.07004) takes the gradient of the loss for p; this needs no loss, and no more of the
-model than one part.
+model than one part. That an error's cost is nearly the product of two such moments is K-FAC's (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671).
 
 y is the first tensor in the part's result that depends on its layers. Masked tokens count like others; leave padding out of calibration data.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import count
 from typing import Any
 
@@ -36,15 +37,23 @@ from qwlora.grid.names import canonical_name
 _SHORTEST = 0.1  # of the median length of an output: what is shorter counts as this long
 
 
-def observe(model: nn.Module, part: str, tensors: Sequence[str], lockstep: Lockstep) -> dict[str, SecondMoment]:
-    """Run the part that `lockstep` stands before, and give R for each matrix product in `tensors` whose errors move the part's output.
+@dataclass
+class Observed:
+    """Running R and G of one layer."""
+
+    input: SecondMoment = field(default_factory=SecondMoment)
+    output: SecondMoment = field(default_factory=SecondMoment)
+
+
+def observe(model: nn.Module, part: str, tensors: Sequence[str], lockstep: Lockstep, outputs: bool = True) -> dict[str, Observed]:
+    """Run the part that `lockstep` stands before, and give R and, with `outputs`, G for each matrix product in `tensors` whose errors move the part's output.
 
     Raises:
         CalibrationError: the part's result does not depend on its layers in a way that can be differentiated, or an input or a gradient is not finite.
     """
     modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in tensors if name.endswith(".weight")}
     products = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-    found: dict[str, SecondMoment] = {}
+    found: dict[str, Observed] = {}
     if not products:
         return found
     with torch.enable_grad(), frozen(model.get_submodule(part)), _recorded(products) as calls:
@@ -53,11 +62,11 @@ def observe(model: nn.Module, part: str, tensors: Sequence[str], lockstep: Locks
             if calls:
                 gradients = _gradients(canonical_name(part), result, [z for _, _, z in calls], next(seeds))
                 for (name, x, _), gradient in zip(calls, gradients, strict=True):
-                    _take_in(found.setdefault(name, SecondMoment()), canonical_name(name), x, gradient)
+                    _take_in(found.setdefault(name, Observed()), canonical_name(name), x, gradient, outputs)
                 del gradients, gradient, x
             del result  # before the next batch runs
             calls.clear()
-    return {name: moment for name, moment in found.items() if moment.weight > 0}
+    return {name: observed for name, observed in found.items() if observed.input.weight > 0}
 
 
 def _gradients(part: str, result: Any, outputs: Sequence[Tensor], seed: int) -> Sequence[Tensor | None]:
@@ -75,11 +84,13 @@ def _gradients(part: str, result: Any, outputs: Sequence[Tensor], seed: int) -> 
     raise CalibrationError(f"no tensor in the result of {part} can be differentiated back to its layers; {remedy}")
 
 
-def _take_in(moment: SecondMoment, layer: str, x: Tensor, gradient: Tensor | None) -> None:
+def _take_in(observed: Observed, layer: str, x: Tensor, gradient: Tensor | None, outputs: bool) -> None:
     if gradient is None or not x.numel():
         return
     try:
-        moment.update(x, gradient.float().square().sum(-1))
+        observed.input.update(x, gradient.float().square().sum(-1))
+        if outputs:
+            observed.output.update(gradient)
     except CalibrationError as error:
         raise CalibrationError(f"{layer}: {error}") from error
 

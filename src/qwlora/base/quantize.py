@@ -73,7 +73,7 @@ def quantize_(
         solver: `rtn`, `search`, `sqnr` or `gptq` (see `solver.py`).
         rules: what is different for some layers (see `rules.py`).
         calibration: token ids [sequences, tokens], or the model's keyword arguments batch by batch; needed by gptq, and for `moments`.
-        moments: filled with the second moment of each layer's input, which the data-aware start of an adapter needs.
+        moments: filled with the second moments of each layer (`grid/moment.py`), which the data-aware start of an adapter needs.
         work: a folder for finished parts; the same call goes on after the last one there.
         gptq: how that solver goes about it.
 

@@ -1,8 +1,10 @@
-"""Second moments of a layer's input, the statistics that data-aware solvers and starts share.
+"""Second moments of a layer's input and of the gradient at its output, the statistics that data-aware solvers and starts share.
 
     R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in]
+    G = sum_t g_t g_t^T / sum_t 1                [out, out]
 
-`w_t` says how much token t matters; all alike unless given (`base/observe.py` gives them).
+`w_t` says how much token t matters, all alike unless given; `g_t` says which of the layer's outputs do (`base/observe.py` gives both). An error E of the
+weight costs about `tr(G E R E^T)`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -71,9 +74,18 @@ class SecondMoment:
         return _symmetric(self.total / self.weight if self.weight else self.total)
 
 
-def output_energy(matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None) -> float:
-    """`tr(M R M^T)`, the mean square of what a matrix makes of inputs with moment R (`R = 1` unless given); never quite zero, so that it divides."""
+class Moment(NamedTuple):
+    """R of a layer's input, and G of the gradient at its output."""
+
+    input: Float[Tensor, "in in"]
+    output: Float[Tensor, "out out"]
+
+
+def output_energy(matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None, output: Float[Tensor, "out out"] | None = None) -> float:
+    """`tr(G M R M^T)`: the mean square of what a matrix makes of inputs with moment R, outputs weighing as in G; each is 1 unless given. Never quite zero, so
+    that it divides."""
     weighted = matrix if moment is None else matrix @ moment
+    weighted = weighted if output is None else output @ weighted
     return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
@@ -82,8 +94,20 @@ def _symmetric(upper: Tensor) -> Tensor:
     return upper.triu() + upper.triu(1).T
 
 
-class Moments(Mapping[str, Tensor]):
-    """R of many layers by canonical module path, in memory, or in a folder with one file a layer.
+def _triangle(matrix: Float[Tensor, "n n"]) -> Float[Tensor, " entries"]:
+    """What is not there twice."""
+    return matrix[tuple(torch.triu_indices(*matrix.shape))].contiguous()
+
+
+def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
+    size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+    matrix = triangle.new_zeros(size, size)
+    matrix[tuple(torch.triu_indices(size, size))] = triangle
+    return _symmetric(matrix)
+
+
+class Moments(Mapping[str, Moment]):
+    """R and G of many layers by canonical module path, in memory, or in a folder with one file a layer.
 
     Raises:
         SourceError: a file of the folder cannot be read.
@@ -91,35 +115,30 @@ class Moments(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
-        self._home: dict[str, Tensor | Path] = {}
+        self._home: dict[str, Moment | Path] = {}
         for file in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ():
             try:
                 with safe_open(file, "pt") as opened:
+                    if set(opened.keys()) != set(Moment._fields):
+                        raise ValueError(f"it holds {', '.join(opened.keys())}, not {' and '.join(Moment._fields)}")
                     self._home[opened.metadata()["layer"]] = file
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise SourceError(f"the moments in {str(file)!r} cannot be read ({error}); quantize again") from error
 
-    def put(self, layer: str, matrix: Float[Tensor, "in in"]) -> None:
-        """Keep `matrix` for `layer`."""
+    def put(self, layer: str, moment: Moment) -> None:
+        """Keep `moment` for `layer`."""
         if self.folder is None:
-            self._home[layer] = matrix
+            self._home[layer] = moment
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         file, scratch = self.folder / f"{layer}.safetensors", self.folder / f".{layer}.part"
-        triangle = matrix[tuple(torch.triu_indices(*matrix.shape))]
-        save_file({"triangle": triangle.contiguous()}, scratch, metadata={"layer": layer})
+        save_file({name: _triangle(matrix) for name, matrix in moment._asdict().items()}, scratch, metadata={"layer": layer})
         scratch.replace(file)
         self._home[layer] = file
 
-    def __getitem__(self, layer: str) -> Float[Tensor, "in in"]:
+    def __getitem__(self, layer: str) -> Moment:
         home = self._home[layer]
-        if isinstance(home, Tensor):
-            return home
-        triangle = load_file(home)["triangle"]
-        size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
-        matrix = triangle.new_zeros(size, size)
-        matrix[tuple(torch.triu_indices(size, size))] = triangle
-        return _symmetric(matrix)
+        return home if isinstance(home, Moment) else Moment(**{name: _whole(triangle) for name, triangle in load_file(home).items()})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwlora.base.revision import REVISION
+from qwlora.base.revision import MOMENTS_REVISION, REVISION
 from qwlora.base.source import fetch
 from qwlora.data import Documents
 from qwlora.recipe import Recipe
@@ -71,7 +71,7 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     tuning = [recipe.base.tuning.model_dump(), text, recipe.seed, TUNING_REVISION] if recipe.base.tuning.steps else None
     given = recipe.model
     encodings = [hashlib.sha256(Path(given.encodings).read_bytes()).hexdigest(), given.keep_float, given.block_order] if given.encodings else None
-    solved = [model, encodings, recipe.base.model_dump(exclude={"tuning"}), follows, needs_moments(recipe)]
+    solved = [model, encodings, recipe.base.model_dump(exclude={"tuning"}), follows, needs_moments(recipe) and MOMENTS_REVISION]
     add("quantize", solved, artifact="base", then=tuning)
     add("evaluate/base", held_out, ("quantize",))
     ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]

@@ -6,8 +6,8 @@
 
     U S V^T = svd(K^T D L)  (K = L = 1 for svd),     B = K^-T U_k S_k C / sqrt(s),        A = C^-1 V_k^T L^-1 / sqrt(s)
 
-C is diagonal and makes a column of B as long as its row of A: a step of Adam then moves either as far. The first k of an adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. W_hat has its scales as they were
-tuned; R and G are of the model before its norms were.
+C is diagonal and makes a column of B as long as its row of A, so that Adam moves either by as much of itself. The first k of an adapter's ranks correct, a
+share of all; the others start as PEFT's do, free for what is to be learnt. W_hat has its scales as they were tuned; R and G are of the model before that.
 
 Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution, that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475) too,
 is this one for G = 1: there all of a layer's outputs matter alike.

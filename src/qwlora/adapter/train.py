@@ -144,18 +144,23 @@ def train_adapter(
         if through is not None:
             _take_ranges_(trainer, through, settings)
         prepare_sharding_(trainer)
-        try:
-            with _interruptible(watch), lean_steps(model, arguments.bf16):
-                trainer.train(resume_from_checkpoint=str(last) if last else None)
-        finally:
-            if stand_in:
-                stand_in.remove()
-            if trainer.recovery:
-                trainer.recovery.remove()
-    if watch.interrupted:
-        raise Interrupted(trainer.state.global_step)
+        _run(trainer, model, watch, stand_in, last)
     gather_(trainer)
     return _report(trainer.state, watch, settings, step_of(last) if last else 0, trainable)
+
+
+def _run(trainer: AdapterTrainer, model: PeftModel, watch: Watch, stand_in: ChunkedLoss | TrainedThrough | None, last: Path | None) -> None:
+    """Train; afterwards the model has its own forward again."""
+    try:
+        with _interruptible(watch), lean_steps(model, trainer.args.bf16):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    finally:
+        if stand_in:
+            stand_in.remove()
+        if trainer.recovery:
+            trainer.recovery.remove()
+    if watch.interrupted:
+        raise Interrupted(trainer.state.global_step)
 
 
 def _drop_newer(trainer: AdapterTrainer, work: Path, last: Path | None) -> None:

@@ -31,7 +31,8 @@ class Adapter(Section):
     target_parameters: list[str] = Field([], description="fused experts that get one besides, by the ends of their names: mlp.experts.down_proj")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
     init: Literal["zero", "svd", "qera"] = Field(
-        "zero", description="start at zero, or at the best correction of what quantization lost: of the weights (svd), of the outputs (qera)"
+        "zero",
+        description="start at zero, or at the best correction of what was lost: of weights (svd), of what their errors do to their block's output (qera)",
     )
     init_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5,

@@ -6,8 +6,9 @@
 
     U S V^T = svd(K^T D L)  (K = L = 1 for svd),     B = K^-T U_k S_k C / sqrt(s),        A = C^-1 V_k^T L^-1 / sqrt(s)
 
-C is diagonal and makes a column of B as long as its row of A, so that Adam moves either by as much of itself. The first k of an adapter's ranks correct, a
-share of all; the others start as PEFT's do, free for what is to be learnt. W_hat has its scales as they were tuned; R and G are of the model before that.
+C is diagonal and makes a column of B as long as its row of A L: how far a step of Adam moves the outputs follows from how long each is. The first k of an
+adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. W_hat has its scales as they were tuned; R and G are of
+the model before that.
 
 Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution, that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475) too,
 is this one for G = 1: there all of a layer's outputs matter alike.
@@ -107,7 +108,7 @@ def best_correction(difference: Float[Tensor, "out in"], rank: int, moment: Mome
     u, s, vt = _leading(outer.T @ difference @ inner, rank)
     b = torch.linalg.solve_triangular(outer.T, u * s, upper=True)
     a = torch.linalg.solve_triangular(inner, vt, upper=False, left=False)
-    balance = (a.norm(dim=1) / b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    balance = b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
     return Correction(b * balance, a / balance.unsqueeze(1), s)
 
 

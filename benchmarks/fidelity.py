@@ -2,7 +2,8 @@
 
     python benchmarks/fidelity.py [--model smollm2|gemma3] [--only SUBSTRING ...] [--aimet PYTHON]
 
-Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all), with and without tuning,
+Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all; qera-inputs is qera as published, to which
+all of a layer's outputs are alike), with and without tuning,
 bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and the float model with
 LoRA, all trained on the same sequences in the same order. Columns: true bits of a weight, perplexity of the base, at the adapter's start, after the steps,
 and that over float LoRA's, for tuned bases on all of the held-out text too; seconds of one thread. Training computes in bfloat16 (autocast), everything else
@@ -41,7 +42,7 @@ from qwlora.base.source import load_model, load_tokenizer
 from qwlora.base.tune import SEQUENCES_ASIDE, TuningSettings, tune_scales_
 from qwlora.data import load_documents, sequences
 from qwlora.evaluate import logits_of, perplexity
-from qwlora.grid.moment import Moments
+from qwlora.grid.moment import Moment, Moments
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ TEXT = "python:pydoc_data.topics:topics"
 HELD_OUT_TOKENS, CALIBRATION_TOKENS = 16 * 256, 64 * 256
 COMPUTE = "bfloat16"
 SHARES = (0.5, 1.0)
+QERA = ("qera-inputs", "qera")
 TUNING_STEPS = {"w4-block32": (512,), "w4-channel": (256, 512), "w3-block64": (256, 512), "w2-block32-asymmetric": (512,)}
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
@@ -90,7 +92,8 @@ class Row:
 
 def rows(subject: Subject) -> list[Row]:
     """Those of one base one after another."""
-    made = [Row("float"), Row("nf4", "nf4-block64"), Row("seed", "w4-tensor"), *(Row("gptq", "w4-block32-asymmetric", "qera", share=share) for share in SHARES)]
+    made = [Row("float"), Row("nf4", "nf4-block64"), Row("seed", "w4-tensor")]
+    made += [Row("gptq", "w4-block32-asymmetric", init, share=share) for share in SHARES for init in QERA]
     for bitwidth, tail in ((4, ""), (3, ""), (2, "-asymmetric")):
         for granularity in ("block32", "block64", f"block{subject.block_128}", "channel"):
             scheme = f"w{bitwidth}-{granularity}{tail}"
@@ -98,11 +101,12 @@ def rows(subject: Subject) -> list[Row]:
             if granularity == f"block{subject.block_128}":
                 continue
             recovered = scheme == "w2-block32-asymmetric"
-            made += [Row("gptq", scheme, init, share=share) for share in SHARES for init in ("svd", "qera")]
-            made += [Row("gptq", scheme, "qera", True, share) for share in SHARES] if recovered else []
+            made += [Row("gptq", scheme, init, share=share) for share in SHARES for init in ("svd", *QERA)]
+            made += [Row("gptq", scheme, init, True, share) for share in SHARES for init in QERA] if recovered else []
             for steps in TUNING_STEPS.get(scheme, ()):
                 made.append(Row("gptq", scheme, tuned=steps))
-                made += [Row("gptq", scheme, "qera", recovery, 1.0 if bitwidth == 2 else 0.5, steps) for recovery in ((False, True) if recovered else (False,))]
+                for recovery in (False, True) if recovered else (False,):
+                    made += [Row("gptq", scheme, init, recovery, 1.0 if bitwidth == 2 else 0.5, steps) for init in QERA]
     return made
 
 
@@ -129,7 +133,8 @@ class Bench:
         if self.base_perplexity > UNUSABLE and row.init == "zero" and row.solver != "seed":
             return result
         adapted = attach(model, LoraShape(rank=16, alpha=32.0), seed=0)
-        initialize_adapter_(adapted, row.init, self.weight, self.moments, share=row.share)  # type: ignore[arg-type]
+        init, moments = (row.init, self.moments) if row.init != "qera-inputs" else ("qera", of_inputs(self.moments))
+        initialize_adapter_(adapted, init, self.weight, moments, share=row.share)  # type: ignore[arg-type]
         result["start"] = self.base_perplexity if row.init == "zero" else self.perplexity(adapted)
         if row.recovery:
             self.train(adapted, teacher=self.reference)
@@ -181,6 +186,11 @@ class Bench:
 
     def perplexity(self, model: nn.Module, text: Any = None) -> float:
         return perplexity(logits_of(model.eval()), self.held_out if text is None else text, "")
+
+
+def of_inputs(moments: Moments) -> dict[str, Moment]:
+    """Those by which all outputs of a layer are alike."""
+    return {path: Moment(moment.input) for path, moment in moments.items()}
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

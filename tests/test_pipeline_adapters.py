@@ -73,6 +73,21 @@ def test_another_adapter_changes_what_is_shared(recipe_for: Any, tmp_path: Path)
     assert "train/a" not in changed
 
 
+def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys(init: str) -> dict[str, str]:
+        recipe = load_recipe(recipe_for(), ("base.solver=rtn", f"adapters.0.init={init}"))
+        documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
+        return {stage.name: stage.key for stage in make_plan(recipe, documents)}
+
+    before = {init: keys(init) for init in ("zero", "svd", "qera")}
+    for revision, remade in (("MOMENTS_REVISION", {"qera": ["quantize", "train/first"]}), ("INIT_REVISION", {"svd": ["train/first"], "qera": ["train/first"]})):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"qwlora.pipeline.plan.{revision}", "another")
+            for init, old in before.items():
+                new = keys(init)
+                assert [name for name in ("quantize", "train/first") if new[name] != old[name]] == remade.get(init, [])
+
+
 def test_the_adapter_is_equalized_for_its_grid(recipe_for: Any, tmp_path: Path) -> None:
     path, out = recipe_for(adapters=TWO[:1]), tmp_path / "out"
     four = "simulation.adapter_weights.bitwidth=4"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qwlora.export.verify_outputs import verify_onnx_outputs
     from qwlora.grid.encoding import Encoding
     from qwlora.grid.fingerprint import fingerprint
-    from qwlora.grid.moment import Moments
+    from qwlora.grid.moment import Moment, Moments
     from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
     from qwlora.simulation.estimator import Estimator
     from qwlora.simulation.rules import PlacementRule
@@ -68,6 +68,7 @@ _HOME = {
     "verify_onnx_outputs": "export.verify_outputs",
     "Encoding": "grid.encoding",
     "fingerprint": "grid.fingerprint",
+    "Moment": "grid.moment",
     "Moments": "grid.moment",
     "PerBlock": "grid.scheme",
     "PerChannel": "grid.scheme",
@@ -83,6 +84,7 @@ _HOME = {
 __all__ = [
     "Encoding",
     "Estimator",
+    "Moment",
     "Moments",
     "PackedLinear",
     "PerBlock",

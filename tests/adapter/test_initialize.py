@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from conftest import tiny_model
-from qwlora.adapter.initialize import best_correction, initialize_adapter_
+from qwlora.adapter.initialize import Measure, initialize_adapter_
 from qwlora.base.calibrated import observe_moments
 from qwlora.base.packed import weight_out_in
 from qwlora.base.quantize import quantize_
@@ -29,13 +29,13 @@ def correlated(columns: int) -> Tensor:
 def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
     """Against the Eckart-Young bound: the error of a truncated SVD, in the norm of inputs and outputs, by symmetric roots where the code has Cholesky's."""
     difference = torch.randn(out, columns, generator=torch.Generator().manual_seed(0))
-    b, a, found = best_correction(difference, 5)
+    b, a, found = Measure(None).best_correction(difference, 5)
     singular = torch.linalg.svdvals(difference)
     assert float((difference - b @ a).square().sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
     torch.testing.assert_close(found, singular[:5], rtol=1e-3, atol=0)
 
     moment = Moment(correlated(columns), correlated(out))
-    b, a, found = best_correction(difference, 5, moment)
+    b, a, found = Measure(moment).best_correction(difference, 5)
     r, g = damped(moment.input), damped(moment.output)
     singular = torch.linalg.svdvals(root(g) @ difference @ root(r))
     left = difference - b @ a
@@ -55,7 +55,7 @@ def root(matrix: Tensor) -> Tensor:
 
 def test_a_rank_beyond_the_matrix_corrects_everything() -> None:
     difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    b, a, _ = best_correction(difference, 10, Moment(correlated(8), correlated(6)))
+    b, a, _ = Measure(Moment(correlated(8), correlated(6))).best_correction(difference, 10)
     assert torch.allclose(b @ a, difference, atol=1e-4)
     assert (b.shape, a.shape) == ((6, 6), (6, 8))
 
@@ -85,6 +85,16 @@ def test_the_start_brings_the_outputs_nearer_to_the_float_model(architecture: st
         found[init] = distance(adapted)
     assert found["qera"] < base
     assert found["qera"] < found["svd"]
+
+
+@pytest.mark.parametrize("nothing", ["difference", "gradient"])
+def test_where_there_is_nothing_to_correct_the_factors_are_numbers(nothing: str) -> None:
+    difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * (nothing != "difference")
+    found = Measure(Moment(correlated(8), correlated(6) * (nothing != "gradient"))).best_correction(difference, 3)
+    assert all(bool(x.isfinite().all()) for x in found)
+    assert not (found.b @ found.a).any() or nothing == "gradient"
+    with pytest.raises(TrainingError, match="the moments hold nan or infinity; quantize again"):
+        Measure(Moment(torch.full((8, 8), float("nan"))))
 
 
 def test_ranks_that_a_layer_does_not_have_can_still_learn() -> None:
@@ -134,7 +144,7 @@ def test_what_cannot_be_started_says_why() -> None:
         initialize_adapter_(attached(), "svd", lambda path: torch.empty(0))
     model = tiny_model("llama")
     quantize_(model, "w4-block32")
-    with pytest.raises(TrainingError, match=r"needs the moments of model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(TrainingError, match=r"there are no moments of model\.layers\.0\.self_attn\.q_proj, .* which init qera needs"):
         initialize_adapter_(attached(), "qera", lambda path: torch.empty(0))
     model = tiny_model("llama")
     quantize_(model, "w4-block32")

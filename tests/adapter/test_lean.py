@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from qwlora.base.packed.product import AddedProduct
 
 
 def learnt(lean: bool, half: bool) -> dict[str, Tensor]:
+    """By how much three steps move each weight of the adapter."""
     model: Any = tiny_model("llama")
     qwlora.quantize_(model, "w4-block32", "rtn")
     torch.manual_seed(0)
@@ -25,6 +27,7 @@ def learnt(lean: bool, half: bool) -> dict[str, Tensor]:
     qwlora.chunk_loss_(model)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
     ids, before = torch.arange(64).view(2, 32), state(model)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     with qwlora.lean_steps(model, autocast=half) if lean else contextlib.nullcontext():
         for _ in range(3):
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -33,7 +36,7 @@ def learnt(lean: bool, half: bool) -> dict[str, Tensor]:
             optimizer.step()
             optimizer.zero_grad()
     assert state(model) == before
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach() - start[name] for name, p in model.named_parameters() if p.requires_grad}
 
 
 def state(model: torch.nn.Module) -> list[Any]:
@@ -52,7 +55,6 @@ def test_an_own_loop_learns_what_it_learnt_without(half: bool, near: float, monk
     expected = learnt(False, half)
     assert not used
     found = learnt(True, half)
-    assert used.keys() == {"AddedProduct", "_Moved"}
-    assert any(bool(p.any()) for name, p in found.items() if "lora_B" in name)
-    for name, p in expected.items():
-        torch.testing.assert_close(found[name], p, rtol=near, atol=near * float(p.abs().max()), msg=lambda text, name=name: f"{name}: {text}")
+    assert used.keys() == {"AddedProduct", *(["_Moved"] if sys.platform == "linux" else [])}
+    for name, change in expected.items():
+        assert float((found[name] - change).norm()) < near * float(change.norm()), name

@@ -22,7 +22,7 @@ from qwlora.adapter.rank_budget import rank_gains, spread_ranks, with_ranks
 from qwlora.base.packed import weight_out_in
 from qwlora.base.storage import load_base
 from qwlora.errors import RecipeError, TrainingError
-from qwlora.grid.moment import Moment, Moments, output_energy
+from qwlora.grid.moment import Moment, Moments
 from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
@@ -96,8 +96,10 @@ def test_gains_are_the_squared_singular_values_over_the_energy(shape: tuple[int,
     assert len(rank_gains(weight, quantized, 100)) == 24
     r, g = (x.T @ x for x in (torch.randn(300, n, generator=generator) @ torch.randn(n, n, generator=generator) for n in shape[::-1]))
     inner, outer = (torch.linalg.cholesky(m + 0.1 * m.diagonal().mean() * torch.eye(len(m))) for m in (r, g))
-    singular = torch.linalg.svdvals(outer.T @ (weight - quantized) @ inner).double()
-    assert rank_gains(weight, quantized, 6, Moment(r, g)) == pytest.approx((singular[:6].square() / output_energy(weight, r, g)).tolist(), rel=1e-3)
+    whole, lost = ((outer.T @ matrix @ inner).double() for matrix in (weight, weight - quantized))
+    singular = torch.linalg.svdvals(lost)
+    assert rank_gains(weight, quantized, 6, Moment(r, g)) == pytest.approx((singular[:6].square() / whole.square().sum()).tolist(), rel=1e-3)
+    assert sum(rank_gains(weight, quantized, 24, Moment(r, g))) == pytest.approx(float(lost.square().sum() / whole.square().sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

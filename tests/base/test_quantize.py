@@ -22,6 +22,7 @@ from transformers import (
 from base.packing import packed_and_twin
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import PackedLinear, fingerprint, observe_moments, quantize_
+from qwlora.base import calibrated
 from qwlora.base.gptq import GptqSettings
 from qwlora.base.lockstep import Lockstep
 from qwlora.base.packed import packed_weights, weight_out_in
@@ -151,6 +152,19 @@ def test_moments_of_a_packed_model_are_those_of_the_floats_that_it_stands_for(ar
         torch.testing.assert_close(tuple(found[path]), tuple(beside[path]))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_has_no_moment_of_outputs_as_large_as_the_vocabulary(tied: bool) -> None:
+    model = tiny_model("llama")
+    model.config.tie_word_embeddings = tied
+    model.lm_head.weight = model.model.embed_tokens.weight if tied else nn.Parameter(model.lm_head.weight.detach().clone())
+    rules, ids, moments = [Rule("lm_head", parse_scheme("w8-block32"))], token_ids(), Moments()
+    quantize_(model, "w4-block32", "gptq", rules=rules, calibration=ids, moments=moments)
+    for found in (moments, observe_moments(model, ids)):
+        assert all((found[path].output is None) == (path == "lm_head") for path in found)
+        assert len(found) >= 14
+    assert observe_moments(model, ids)["lm_head"].input.shape == (64, 64)
+
+
 def test_a_float_model_has_no_packed_layers_to_observe() -> None:
     with pytest.raises(GridError, match="no linear layer of the model is packed"):
         observe_moments(tiny_model("llama"), token_ids())
@@ -209,6 +223,19 @@ def test_a_finished_part_whose_moments_are_gone_is_made_again(tmp_path: Path) ->
     quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=again)
     assert again.keys() == first.keys()
     assert all(torch.equal(a, b) for name in first for a, b in zip(again[name], first[name], strict=True))
+
+
+def test_a_finished_part_with_moments_of_another_revision_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = token_ids()
+    solved: list[str] = []
+    own = calibrated.solve_tensor
+    monkeypatch.setattr(calibrated, "solve_tensor", lambda name, *rest: solved.append(name) or own(name, *rest))
+    for moments, revision, again in ((True, "1", True), (True, "1", False), (True, "2", True), (False, "2", True), (False, "3", False)):
+        solved.clear()
+        monkeypatch.setattr("qwlora.base.finished.MOMENTS_REVISION", revision)
+        found = Moments(tmp_path / f"moments{revision}") if moments else None
+        quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=found)
+        assert bool(solved) == again
 
 
 def test_lockstep_pauses_all_batches_before_each_part_and_leaves_no_trace() -> None:

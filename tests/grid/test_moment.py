@@ -44,7 +44,7 @@ def test_what_has_no_moment_says_so() -> None:
         _ = SecondMoment().matrix
     with pytest.raises(CalibrationError, match="nan or infinity"):
         seen(torch.full((2, 4), float("inf")))
-    with pytest.raises(CalibrationError, match="width 4 where it had 8"):
+    with pytest.raises(CalibrationError, match="width 4 where they had 8"):
         seen(torch.ones(2, 8), torch.ones(2, 4))
     assert torch.equal(seen(torch.zeros(5, 3)).matrix, torch.zeros(3, 3))
 
@@ -53,13 +53,16 @@ def test_a_folder_gives_back_what_was_put_in_it(tmp_path: Path) -> None:
     moment = Moment(*(seen(torch.randn(20, n, generator=torch.Generator().manual_seed(n))).matrix for n in (6, 4)))
     Moments(tmp_path).put("a.q", moment)
     again = Moments(tmp_path)
+    Moments(tmp_path).put("head", Moment(moment.input))
+    assert Moments(tmp_path)["head"].output is None
+    assert torch.equal(Moments(tmp_path)["head"].input, moment.input)
     assert set(again) == {"a.q"}
     assert torch.equal(again["a.q"].input, moment.input)
     assert torch.equal(again["a.q"].output, moment.output)
     save_file({"triangle": torch.ones(3)}, tmp_path / "old.safetensors", metadata={"layer": "b.q"})
-    with pytest.raises(SourceError, match=r"old\.safetensors.*holds triangle, not input and output\); quantize again"):
+    with pytest.raises(SourceError, match=r"old\.safetensors.*holds triangle, not input and output\); delete them and quantize again"):
         Moments(tmp_path)
     (tmp_path / "old.safetensors").unlink()
     (tmp_path / "broken.safetensors").write_bytes(b"no")
-    with pytest.raises(SourceError, match=r"broken\.safetensors.* quantize again"):
+    with pytest.raises(SourceError, match=r"broken\.safetensors.* delete them and quantize again"):
         Moments(tmp_path)

@@ -17,7 +17,7 @@ is this one for G = 1: there all of a layer's outputs matter alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -33,10 +33,10 @@ from qwlora.grid.names import canonical_name
 from qwlora.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
-DAMPING = 0.1
+_DAMPING = 0.1  # of the mean of a moment's diagonal
 _WHOLE = 2048  # the smaller side of a matrix up to which its Gram matrix is decomposed whole; larger ones by random projection
 _OVERSAMPLED, _POWERS = 32, 4
-_NOTHING = 1e-4  # of all of B: a column shorter than this is rounding
+_NOTHING = 1e-6  # of the largest singular value: one below this is rounding
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def initialize_adapter_(
         The error of each layer that was started.
 
     Raises:
-        TrainingError: there is no such layer, a moment is missing, the share is out of its range, or the adapter is one (DoRA) whose other
+        TrainingError: there is no such layer, a moment is missing or none, the share is out of its range, or the adapter is one (DoRA) whose other
             parameters depend on the start.
     """
     if init == "zero":
@@ -79,16 +79,26 @@ def initialize_adapter_(
     layers = dict(_quantized_layers(model, adapter))
     if not layers:
         raise TrainingError(f"init {init} corrects what quantization lost, but no layer with adapter {adapter!r} is quantized; use init zero")
-    if init == "qera" and (missing := [path for path in layers if moments is None or path not in moments]):
-        raise TrainingError(
-            f"init qera needs the moments of {', '.join(missing[:3])}; "
-            "give quantize_ calibration data and moments, take those of a base as it is with observe_moments, or use svd"
-        )
+    if init == "qera":
+        check_moments(layers, moments or {})
     reports = {}
     for path in track(list(layers), "starting the adapter", len(layers)):
         moment = moments[path] if init == "qera" and moments is not None else None
         reports[path] = _start(layers[path], adapter, weights(path), moment, share)
     return reports
+
+
+def check_moments(layers: Iterable[str], moments: Mapping[str, Moment]) -> None:
+    """See that each layer has its moments.
+
+    Raises:
+        TrainingError: one has not.
+    """
+    if missing := [path for path in layers if path not in moments]:
+        raise TrainingError(
+            f"there are no moments of {', '.join(missing[:3])}, which init qera needs; "
+            "give quantize_ calibration data and moments, take those of a base as it is with observe_moments, or use svd"
+        )
 
 
 class Correction(NamedTuple):
@@ -99,17 +109,32 @@ class Correction(NamedTuple):
     singular: Float[Tensor, " rank"]
 
 
-def best_correction(difference: Float[Tensor, "out in"], rank: int, moment: Moment | None = None) -> Correction:
-    """The best of its rank for `difference` D, R = G = 1 unless given."""
-    if moment is None:
-        u, s, vt = _leading(difference, rank)
-        return Correction(u * s.sqrt(), s.sqrt().unsqueeze(1) * vt, s)
-    inner, outer = _root(moment.input), _root(moment.output)
-    u, s, vt = _leading(outer.T @ difference @ inner, rank)
-    b = torch.linalg.solve_triangular(outer.T, u * s, upper=True)
-    a = torch.linalg.solve_triangular(inner, vt, upper=False, left=False)
-    balance = b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
-    return Correction(b * balance, a / balance.unsqueeze(1), s)
+class Measure:
+    """What an error of a layer's weight costs: `|E|^2`, or for a moment `|K^T E L|^2 = tr(G E R E^T)`, both damped.
+
+    Raises:
+        TrainingError: the moment holds nan or infinity.
+    """
+
+    def __init__(self, moment: Moment | None):
+        self._inner = None if moment is None else _root(moment.input)
+        self._outer = None if moment is None or moment.output is None else _root(moment.output)
+
+    def of(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """K^T M L."""
+        matrix = matrix if self._inner is None else matrix @ self._inner
+        return matrix if self._outer is None else self._outer.T @ matrix
+
+    def best_correction(self, difference: Float[Tensor, "out in"], rank: int) -> Correction:
+        """The best of its rank for `difference` D."""
+        b, s, a = _leading(self.of(difference), rank)
+        b = b * s
+        if self._outer is not None:
+            b = torch.linalg.solve_triangular(self._outer.T, b, upper=True)
+        if self._inner is not None:
+            a = torch.linalg.solve_triangular(self._inner, a, upper=False, left=False)
+        balance = b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+        return Correction(b * balance, a / balance.unsqueeze(1), s)
 
 
 def corrected_ranks(rank: int, share: float) -> int:
@@ -122,8 +147,8 @@ def _start(layer: LoraLayer, adapter: str, weight: Tensor, moment: Moment | None
     weight = weight.float()
     difference = weight - base.tensor.dequantize()
     scaling = float(layer.scaling[adapter])
-    b, a, singular = best_correction(difference, corrected_ranks(layer.r[adapter], share), moment)
-    used = int((singular > _NOTHING**2 * singular.sum()).sum())
+    b, a, singular = Measure(moment).best_correction(difference, corrected_ranks(layer.r[adapter], share))
+    used = int((singular > _NOTHING * singular[0]).sum())
     with torch.no_grad():  # A keeps PEFT's start in the other ranks, and in those that the difference does not have
         layer.lora_A[adapter].weight[:used] = a[:used] / scaling**0.5
         layer.lora_B[adapter].weight[:, :used] = b[:, :used] / scaling**0.5
@@ -147,7 +172,9 @@ def _quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, Lor
 
 def _root(moment: Tensor) -> Tensor:
     """Lower triangular L of the damped moment."""
-    damping = DAMPING
+    if not bool(moment.isfinite().all()):
+        raise TrainingError("the moments hold nan or infinity; quantize again, or observe them again with observe_moments")
+    damping = _DAMPING
     mean = float(moment.diagonal().mean()) or 1.0
     while True:
         damped = moment.clone()

@@ -1,9 +1,10 @@
 """Training steps in less memory and time. Numbers change by no more than the order in which they are rounded.
 
-with lean_steps(model):
-    for batch in batches:
-        model(**batch).loss.backward()
-        ...
+    with lean_steps(model):
+        for batch in batches:
+            model(**batch).loss.backward()
+
+This is how the train stage computes (`train.py`).
 """
 
 from __future__ import annotations

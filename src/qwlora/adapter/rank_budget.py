@@ -1,9 +1,9 @@
 """Ranks by layer: a budget of parameters goes where one more rank of the start corrects most of what quantization lost.
 
     maximize  sum_l sum_{k <= r_l} g_l(k)    subject to  sum_l r_l (in_l + out_l) <= budget,  1 <= r_l <= cap
-    g_l(k) = sigma_k(K_l^T D_l L_l)^2 / tr(G_l W_l R_l W_l^T)
+    g_l(k) = sigma_k(K_l^T D_l L_l)^2 / |K_l^T W_l L_l|^2
 
-D, L, R, K and G as in `initialize.py` (all but D are 1 for svd), so g_l(k) is what rank k takes from the relative error of layer l, and layers with
+D, L and K as in `initialize.py` (L = K = 1 for svd), so g_l(k) is what rank k takes from the relative error of layer l, and layers with
 large outputs have no louder voice. Gains fall with k: taking the largest gain per parameter until nothing fits is the optimum whenever the budget is spent to
 the end, and else misses it by less than one gain. All these ranks are to correct (`initialize_adapter_(..., share=1)`). The result is PEFT's `rank_pattern`,
 and an `alpha_pattern` that leaves each layer the scaling that the uniform rank gave it: a plain PEFT adapter. Layers that are not quantized have lost
@@ -22,9 +22,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from qwlora.adapter.attach import LoraShape
-from qwlora.adapter.initialize import _quantized_layers, best_correction
+from qwlora.adapter.initialize import Measure, _quantized_layers, check_moments
 from qwlora.errors import TrainingError
-from qwlora.grid.moment import Moment, output_energy
+from qwlora.grid.moment import Moment
 from qwlora.progress import Track, untracked
 
 
@@ -57,12 +57,14 @@ def rank_by_layer(
         adapter: its name in `model`; the active one unless given.
 
     Raises:
-        TrainingError: there is no quantized layer, or the budget does not give each a rank of one.
+        TrainingError: there is no quantized layer, a moment is missing, or the budget does not give each a rank of one.
     """
     adapter = adapter or model.active_adapter
     layers = dict(_quantized_layers(model, adapter))
     if not layers:
         raise TrainingError(f"ranks by layer follow what quantization lost, but no layer with adapter {adapter!r} is quantized; give one rank for all")
+    if moments is not None:
+        check_moments(layers, moments)
     costs = {path: int(sum(layer.get_base_layer().weight.shape)) for path, layer in layers.items()}
     parameters = int(budget.share * sum(costs[path] * layer.r[adapter] for path, layer in layers.items()))
     gains = {}
@@ -74,8 +76,9 @@ def rank_by_layer(
 
 def rank_gains(weight: Tensor, quantized: Tensor, count: int, moment: Moment | None = None) -> list[float]:
     """g(1) to g(count) of a layer, falling; fewer where the matrix has fewer ranks."""
-    singular = best_correction(weight - quantized, count, moment).singular.double()
-    return sorted((singular.square() / output_energy(weight, *(moment or ()))).tolist(), reverse=True)
+    measure = Measure(moment)
+    singular = measure.best_correction(weight - quantized, count).singular.double()
+    return sorted((singular.square() / measure.of(weight).double().square().sum()).tolist(), reverse=True)
 
 
 def spread_ranks(gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:

@@ -1,9 +1,9 @@
 """Quantize a model part by part, each on the inputs that the already quantized parts before it make.
 
 A part is a member of an outermost `ModuleList` (a decoder block) that holds tensors to quantize, or a layer outside all lists. For each part, in the order of
-the forward pass: the part runs as it is on every batch while the second moment of each layer's input is collected (`observe.py`); its layers are solved and
-packed; then it runs again, packed, to make the input of the next. Peak memory is the model, one part's moments and the activations of one batch in it, and the
-hidden states of the batches.
+the forward pass: the part runs as it is on every batch while second moments of each layer are collected (`observe.py`); its layers are solved and
+packed; then it runs again, packed, to make the input of the next. Peak memory is the model, one part's moments ([in, in] a
+layer, and [out, out] where those are asked for) and the activations of one batch in it, and the hidden states of the batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qwlora.base.rules import Assignment
 from qwlora.base.solver import CALIBRATED
 from qwlora.base.tensors import LayerReport, solve_tensor, tensor_out_in
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.moment import Moment, Moments
+from qwlora.grid.moment import Moments
 from qwlora.grid.names import canonical_name
 from qwlora.progress import Track, untracked
 
@@ -81,14 +81,14 @@ def observe_moments(
     moments = moments if moments is not None else Moments()
     parts = parts_of(model, {f"{path}.weight": None for path, module in model.named_modules() if isinstance(module, nn.Linear) and is_packed(module)})
     if not parts:
-        raise GridError("no linear layer of the model is packed, so none has inputs to observe; quantize it first")
+        raise GridError("no linear layer of the model is packed, so there is nothing to observe; quantize it first")
     with _lockstep(model, list(parts), batches_of(calibration)) as lockstep:
         for _ in track(range(len(parts)), "observing", len(parts)):
             part = lockstep.advance()
             if part is None:
                 break
             for name, observed in observe(model, part, parts[part], lockstep).items():
-                moments.put(canonical_name(name).removesuffix(".weight"), Moment(observed.input.matrix, observed.output.matrix))
+                moments.put(canonical_name(name).removesuffix(".weight"), observed.moment)
         else:
             lockstep.advance()
     return moments
@@ -101,7 +101,7 @@ def batches_of(calibration: Tensor | Sequence[Mapping[str, Any]] | None) -> Sequ
         GridError: there are none.
     """
     if calibration is None:
-        raise GridError("solver gptq and the moments of inputs need calibration data: token ids, or batches of the model's inputs")
+        raise GridError("solver gptq and moments need calibration data: token ids, or batches of the model's inputs")
     return [{"input_ids": row.unsqueeze(0)} for row in calibration] if isinstance(calibration, Tensor) else calibration
 
 
@@ -130,9 +130,8 @@ def _solve_part(model: nn.Module, tensors: Sequence[str], plan: Mapping[str, Ass
     """Codes and report of each tensor; R and G go to `moments`, and out of `seen`."""
     quantized, reports = {}, {}
     for name in tensors:
-        observed = seen.pop(name, None)
-        matrix = None if observed is None else observed.input.matrix
-        quantized[name], reports[name] = solve_tensor(name, tensor_out_in(model, name), plan[name], matrix)
-        if moments is not None and observed is not None and matrix is not None:
-            moments.put(canonical_name(name).removesuffix(".weight"), Moment(matrix, observed.output.matrix))
+        moment = seen.pop(name).moment if name in seen else None
+        quantized[name], reports[name] = solve_tensor(name, tensor_out_in(model, name), plan[name], None if moment is None else moment.input)
+        if moments is not None and moment is not None:
+            moments.put(canonical_name(name).removesuffix(".weight"), moment)
     return quantized, reports

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import count
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.base.lockstep import Lockstep
 from qwlora.errors import CalibrationError
 from qwlora.gradients import frozen
-from qwlora.grid.moment import SecondMoment
+from qwlora.grid.moment import Moment, SecondMoment
 from qwlora.grid.names import canonical_name
 
 _SHORTEST = 0.1  # of the median length of an output: what is shorter counts as this long
@@ -39,14 +39,20 @@ _SHORTEST = 0.1  # of the median length of an output: what is shorter counts as 
 
 @dataclass
 class Observed:
-    """Running R and G of one layer."""
+    """Running R and, where it is wanted, G of one layer."""
 
-    input: SecondMoment = field(default_factory=SecondMoment)
-    output: SecondMoment = field(default_factory=SecondMoment)
+    input: SecondMoment
+    output: SecondMoment | None
+
+    @property
+    def moment(self) -> Moment:
+        """As they are now."""
+        return Moment(self.input.matrix, None if self.output is None else self.output.matrix)
 
 
 def observe(model: nn.Module, part: str, tensors: Sequence[str], lockstep: Lockstep, outputs: bool = True) -> dict[str, Observed]:
     """Run the part that `lockstep` stands before, and give R and, with `outputs`, G for each matrix product in `tensors` whose errors move the part's output.
+    A layer that is the whole part, such as a head, has no G: it would be a multiple of 1.
 
     Raises:
         CalibrationError: the part's result does not depend on its layers in a way that can be differentiated, or an input or a gradient is not finite.
@@ -62,7 +68,9 @@ def observe(model: nn.Module, part: str, tensors: Sequence[str], lockstep: Locks
             if calls:
                 gradients = _gradients(canonical_name(part), result, [z for _, _, z in calls], next(seeds))
                 for (name, x, _), gradient in zip(calls, gradients, strict=True):
-                    _take_in(found.setdefault(name, Observed()), canonical_name(name), x, gradient, outputs)
+                    if name not in found:
+                        found[name] = Observed(SecondMoment(), SecondMoment() if outputs and name != f"{part}.weight" else None)
+                    _take_in(found[name], canonical_name(name), x, gradient)
                 del gradients, gradient, x
             del result  # before the next batch runs
             calls.clear()
@@ -84,12 +92,12 @@ def _gradients(part: str, result: Any, outputs: Sequence[Tensor], seed: int) -> 
     raise CalibrationError(f"no tensor in the result of {part} can be differentiated back to its layers; {remedy}")
 
 
-def _take_in(observed: Observed, layer: str, x: Tensor, gradient: Tensor | None, outputs: bool) -> None:
+def _take_in(observed: Observed, layer: str, x: Tensor, gradient: Tensor | None) -> None:
     if gradient is None or not x.numel():
         return
     try:
         observed.input.update(x, gradient.float().square().sum(-1))
-        if outputs:
+        if observed.output is not None:
             observed.output.update(gradient)
     except CalibrationError as error:
         raise CalibrationError(f"{layer}: {error}") from error

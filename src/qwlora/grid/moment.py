@@ -24,7 +24,7 @@ from qwlora.errors import CalibrationError, SourceError
 
 
 class SecondMoment:
-    """Running R of one input; one pass, mergeable.
+    """Running second moment of rows, of an input or a gradient; one pass, mergeable.
 
     Raises:
         CalibrationError: an input is nan or infinite, has another width than before; or `matrix` before any data.
@@ -44,7 +44,7 @@ class SecondMoment:
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[-1], rows.shape[-1])
         if self.total.shape[0] != rows.shape[-1]:
-            raise CalibrationError(f"the layer's input has width {rows.shape[-1]} where it had {self.total.shape[0]} before")
+            raise CalibrationError(f"rows have width {rows.shape[-1]} where they had {self.total.shape[0]} before")
         if not bool(torch.isfinite(w.sum())):
             raise CalibrationError("the gradient of the layer's output holds nan or infinity (or overflows when squared)")
         scaled = rows * w.sqrt().unsqueeze(1)
@@ -75,10 +75,10 @@ class SecondMoment:
 
 
 class Moment(NamedTuple):
-    """R of a layer's input, and G of the gradient at its output."""
+    """R of a layer's input, and G of the gradient at its output; without, G = 1."""
 
     input: Float[Tensor, "in in"]
-    output: Float[Tensor, "out out"]
+    output: Float[Tensor, "out out"] | None = None
 
 
 def output_energy(matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None, output: Float[Tensor, "out out"] | None = None) -> float:
@@ -119,11 +119,11 @@ class Moments(Mapping[str, Moment]):
         for file in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ():
             try:
                 with safe_open(file, "pt") as opened:
-                    if set(opened.keys()) != set(Moment._fields):
-                        raise ValueError(f"it holds {', '.join(opened.keys())}, not {' and '.join(Moment._fields)}")
+                    if not {"input"} <= (held := set(opened.keys())) <= set(Moment._fields):
+                        raise ValueError(f"it holds {', '.join(sorted(held))}, not {' and '.join(Moment._fields)}")
                     self._home[opened.metadata()["layer"]] = file
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise SourceError(f"the moments in {str(file)!r} cannot be read ({error}); quantize again") from error
+                raise SourceError(f"the moments in {str(file)!r} cannot be read ({error}); delete them and quantize again") from error
 
     def put(self, layer: str, moment: Moment) -> None:
         """Keep `moment` for `layer`."""
@@ -132,13 +132,16 @@ class Moments(Mapping[str, Moment]):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         file, scratch = self.folder / f"{layer}.safetensors", self.folder / f".{layer}.part"
-        save_file({name: _triangle(matrix) for name, matrix in moment._asdict().items()}, scratch, metadata={"layer": layer})
+        save_file({name: _triangle(matrix) for name, matrix in moment._asdict().items() if matrix is not None}, scratch, metadata={"layer": layer})
         scratch.replace(file)
         self._home[layer] = file
 
     def __getitem__(self, layer: str) -> Moment:
         home = self._home[layer]
-        return home if isinstance(home, Moment) else Moment(**{name: _whole(triangle) for name, triangle in load_file(home).items()})
+        return Moment(**{name: _whole(triangle) for name, triangle in load_file(home).items()}) if isinstance(home, Path) else home
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._home
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._home)

@@ -23,6 +23,7 @@ SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has s
 SIMULATION_FORMAT = 3  # of simulation/NAME; 2: the adapter lies in it; 3: says what calibration left float
 SAMPLE_REVISION = 2  # of what observers with a sample keep; 2: fewer values
 TUNING_REVISION = 2  # of what tuning computes; 2: norms as well
+INIT_REVISION = 2  # of how svd and qera start; 2: qera weighs outputs
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
 
@@ -85,7 +86,9 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
         idle = {"checkpoint_steps", "report_to", *(() if adapter.init != "zero" else ("init_share",))}  # none of them changes the adapter
         trains = adapter.model_dump(exclude=idle)
         first = recipe.start_of(adapter)
-        learns = [text, held_out if adapter.evaluation_steps else None, _start_stamps(None if first else adapter.start)]
+        learns: list[Any] = [text, held_out if adapter.evaluation_steps else None, _start_stamps(None if first else adapter.start)]
+        if adapter.init != "zero":
+            learns.append(INIT_REVISION)
         needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
         add(f"train/{adapter.name}", [trains, learns, recipe.seed], (*needs, *through), adapter.name, f"adapters/{adapter.name}")
     shares = recipe.simulation.base_activations != "all"
@@ -104,7 +107,7 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
 
 
 def needs_moments(recipe: Recipe) -> bool:
-    """Whether an adapter's start follows the inputs of layers."""
+    """Whether an adapter's start follows what layers see."""
     return any(adapter.init == "qera" for adapter in recipe.adapters)
 
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from qwlora.simulation.place import Placement
 
-MOMENTS = "moments"  # of the inputs of the base's layers, beside it
+MOMENTS = "moments"  # of the base's layers, beside it
 BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
 ADAPTER = "adapter"  # in the folder of its simulation: the factors that the encodings there are of
 SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it

@@ -1,9 +1,9 @@
 """Quantize a model part by part, each on the inputs that the already quantized parts before it make.
 
 A part is a member of an outermost `ModuleList` (a decoder block) that holds tensors to quantize, or a layer outside all lists. For each part, in the order of
-the forward pass: the part runs as it is on every batch while second moments of each layer are collected (`observe.py`); its layers are solved and
-packed; then it runs again, packed, to make the input of the next. Peak memory is the model, one part's moments ([in, in] a
-layer, and [out, out] where those are asked for) and the activations of one batch in it, and the hidden states of the batches.
+the forward pass: the part runs as it is on every batch while second moments of each layer are collected (`observe.py`); its layers are solved and packed; then
+it runs again, packed, to make the input of the next. Peak memory is the model, one part's moments ([in, in] a layer, and [out, out] where those are asked for)
+and the activations of one batch in it, and the hidden states of the batches.
 """
 
 from __future__ import annotations

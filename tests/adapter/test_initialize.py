@@ -95,6 +95,8 @@ def test_where_there_is_nothing_to_correct_the_factors_are_numbers(nothing: str)
     assert not (found.b @ found.a).any() or nothing == "gradient"
     with pytest.raises(TrainingError, match="the moments hold nan or infinity; quantize again"):
         Measure(Moment(torch.full((8, 8), float("nan"))))
+    with pytest.raises(TrainingError, match=r"of R alone make Moment\(R\)"):
+        Measure(correlated(8))  # type: ignore[arg-type]
 
 
 def test_ranks_that_a_layer_does_not_have_can_still_learn() -> None:

@@ -113,10 +113,12 @@ class Measure:
     """What an error of a layer's weight costs: `|E|^2`, or for a moment `|K^T E L|^2 = tr(G E R E^T)`, both damped.
 
     Raises:
-        TrainingError: the moment holds nan or infinity.
+        TrainingError: the moment holds nan or infinity, or is a matrix alone.
     """
 
     def __init__(self, moment: Moment | None):
+        if isinstance(moment, Tensor):
+            raise TrainingError("a layer's moments are R and G (qwlora.Moment), not a matrix; of R alone make Moment(R)")
         self._inner = None if moment is None else _root(moment.input)
         self._outer = None if moment is None or moment.output is None else _root(moment.output)
 

@@ -15,6 +15,7 @@ from qwlora.adapter.initialize import Measure, initialize_adapter_
 from qwlora.base.calibrated import observe_moments
 from qwlora.base.packed import weight_out_in
 from qwlora.base.quantize import quantize_
+from qwlora.base.tune import TuningSettings, tune_scales_
 from qwlora.errors import TrainingError
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.moment import Moment, Moments
@@ -29,14 +30,17 @@ def correlated(columns: int) -> Tensor:
 def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
     """Against the Eckart-Young bound: the error of a truncated SVD, in the norm of inputs and outputs, by symmetric roots where the code has Cholesky's."""
     difference = torch.randn(out, columns, generator=torch.Generator().manual_seed(0))
-    b, a, found = Measure(None).best_correction(difference, 5)
+    b, a, found, error = Measure(None).best_correction(difference, 5)
+    assert error == pytest.approx(float(difference.square().sum()))
     singular = torch.linalg.svdvals(difference)
     assert float((difference - b @ a).square().sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
     torch.testing.assert_close(found, singular[:5], rtol=1e-3, atol=0)
 
     moment = Moment(correlated(columns), correlated(out))
-    b, a, found = Measure(moment).best_correction(difference, 5)
+    b, a, found, error = Measure(moment).best_correction(difference, 5)
     r, g = damped(moment.input), damped(moment.output)
+    assert error == pytest.approx(float((g @ difference @ r * difference).sum()), rel=1e-4)
+    assert Measure(moment).of(difference) == error
     singular = torch.linalg.svdvals(root(g) @ difference @ root(r))
     left = difference - b @ a
     assert float((g @ left @ r * left).sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
@@ -55,7 +59,7 @@ def root(matrix: Tensor) -> Tensor:
 
 def test_a_rank_beyond_the_matrix_corrects_everything() -> None:
     difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    b, a, _ = Measure(Moment(correlated(8), correlated(6))).best_correction(difference, 10)
+    b, a, *_ = Measure(Moment(correlated(8), correlated(6))).best_correction(difference, 10)
     assert torch.allclose(b @ a, difference, atol=1e-4)
     assert (b.shape, a.shape) == ((6, 6), (6, 8))
 
@@ -91,7 +95,7 @@ def test_the_start_brings_the_outputs_nearer_to_the_float_model(architecture: st
 def test_where_there_is_nothing_to_correct_the_factors_are_numbers(nothing: str) -> None:
     difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * (nothing != "difference")
     found = Measure(Moment(correlated(8), correlated(6) * (nothing != "gradient"))).best_correction(difference, 3)
-    assert all(bool(x.isfinite().all()) for x in found)
+    assert all(bool(torch.as_tensor(x).isfinite().all()) for x in found)
     assert not (found.b @ found.a).any() or nothing == "gradient"
     with pytest.raises(TrainingError, match="the moments hold nan or infinity; quantize again"):
         Measure(Moment(torch.full((8, 8), float("nan"))))
@@ -135,6 +139,31 @@ def test_ranks_beyond_the_share_start_as_peft_does(share: float, ranks: int) -> 
         bound = torch.linalg.svdvals(difference)[ranks:].square().sum()
         assert float(left.square().sum()) == pytest.approx(float(bound), rel=1e-3)
         assert reports[path].after == pytest.approx(float(bound / weight.square().sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["w3-block32", "w2-block32-asymmetric", "w3-channel", "w3-tensor", "w4-lpbq32"])
+def test_what_tuning_moved_is_not_corrected(scheme: str) -> None:
+    model = tiny_model("llama")
+    reference = copy.deepcopy(model)
+    quantize_(model, scheme)
+    ids = torch.randint(0, 250, (24, 32), generator=torch.Generator().manual_seed(0))
+
+    def started(base: torch.nn.Module, scales: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+        initialize_adapter_(adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)), solver_scales=scales)
+        layers = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+        return {name: (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach() for name, layer in layers.items()}
+
+    solved = started(copy.deepcopy(model), None)
+    report = tune_scales_(model, reference, ids, TuningSettings(steps=10, learning_rate=0.02))
+    assert report.kept
+    adapted, unaware = started(copy.deepcopy(model), report.solver_scales), started(copy.deepcopy(model), None)
+    for name, correction in solved.items():
+        torch.testing.assert_close(adapted[name], correction, rtol=0, atol=2e-3 * float(correction.abs().max()))
+        assert not torch.allclose(unaware[name], correction, rtol=0, atol=2e-3 * float(correction.abs().max()))
+    name = next(iter(report.solver_scales))
+    with pytest.raises(TrainingError, match=rf"{name}: the scale before tuning is \[3\] and the layer's .*; they are not of one base"):
+        started(model, report.solver_scales | {name: torch.ones(3)})
 
 
 def test_what_cannot_be_started_says_why() -> None:

@@ -91,15 +91,15 @@ def test_gains_are_the_squared_singular_values_over_the_energy(shape: tuple[int,
     generator = torch.Generator().manual_seed(0)
     weight, quantized = (torch.randn(shape, generator=generator) for _ in range(2))
     singular = torch.linalg.svdvals(weight - quantized).double()
-    found = rank_gains(weight, quantized, 6)
+    found = rank_gains(weight, weight - quantized, 6)
     assert found == pytest.approx((singular[:6].square() / float(weight.square().sum())).tolist(), rel=1e-3)
-    assert len(rank_gains(weight, quantized, 100)) == 24
+    assert len(rank_gains(weight, weight - quantized, 100)) == 24
     r, g = (x.T @ x for x in (torch.randn(300, n, generator=generator) @ torch.randn(n, n, generator=generator) for n in shape[::-1]))
     inner, outer = (torch.linalg.cholesky(m + 0.1 * m.diagonal().mean() * torch.eye(len(m))) for m in (r, g))
     whole, lost = ((outer.T @ matrix @ inner).double() for matrix in (weight, weight - quantized))
     singular = torch.linalg.svdvals(lost)
-    assert rank_gains(weight, quantized, 6, Moment(r, g)) == pytest.approx((singular[:6].square() / whole.square().sum()).tolist(), rel=1e-3)
-    assert sum(rank_gains(weight, quantized, 24, Moment(r, g))) == pytest.approx(float(lost.square().sum() / whole.square().sum()), rel=1e-3)
+    assert rank_gains(weight, weight - quantized, 6, Moment(r, g)) == pytest.approx((singular[:6].square() / whole.square().sum()).tolist(), rel=1e-3)
+    assert sum(rank_gains(weight, weight - quantized, 24, Moment(r, g))) == pytest.approx(float(lost.square().sum() / whole.square().sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

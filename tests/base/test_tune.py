@@ -31,6 +31,7 @@ from qwlora.grid.observer import measure
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run import run
+from qwlora.pipeline.session import SOLVER_SCALES, solver_scales
 from qwlora.recipe import load_recipe
 
 NORMS = {"norm", "input_layernorm", "post_attention_layernorm", "ln_1", "ln_2", "ln_f"}
@@ -322,11 +323,35 @@ def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
     assert "tuning" not in plain
     one, two = (packed(load_base(tmp_path / name / "base")) for name in ("plain", "tuned"))
     assert all(torch.equal(one[name].codes, two[name].codes) for name in one)
-    assert sorted(p.name for p in (tmp_path / "plain" / "base").iterdir()) == sorted(p.name for p in (tmp_path / "tuned" / "base").iterdir())
+    files, with_scales = (sorted(p.name for p in (tmp_path / name / "base").iterdir()) for name in ("plain", "tuned"))
+    assert with_scales == sorted([*files, SOLVER_SCALES])
+    assert solver_scales(tmp_path / "plain" / "base") == {}
+    kept = solver_scales(tmp_path / "tuned" / "base")
+    assert kept.keys() == one.keys()
+    assert all(torch.equal(kept[name], layer.tensor.parts.scale) for name, layer in one.items())
+    assert any(not torch.equal(kept[name], layer.tensor.parts.scale) for name, layer in two.items())
     with pytest.raises(RecipeError, match="remove tuning"):
         load_recipe(recipe_for(), ("base={solver: keep, tuning: {steps: 4}}",))
     with pytest.raises(RecipeError, match="learning_rate and compute: nothing is tuned without steps"):
         load_recipe(recipe_for(), ("base.tuning={learning_rate: 0.01, compute: bfloat16}",))
+
+
+def test_a_job_starts_its_adapter_at_what_the_solver_lost(recipe_for: Any, tmp_path: Path) -> None:
+    def lost(name: str, *changes: str) -> dict[str, Any]:
+        asked = ("base.weights.bitwidth=3", "adapters.0.init=qera", "adapters.0.steps=2", *changes)
+        run(load_recipe(recipe_for(), asked), tmp_path / name, verbs=("quantize", "train"))
+        layers: dict[str, Any] = json.loads((tmp_path / name / "results.json").read_text())["train"]["first"]["init"]["layers"]
+        return layers
+
+    tuning = ("base.tuning.steps=12", "base.tuning.learning_rate=0.01")
+    for budget in ((), ("adapters.0.rank_budget=0.5",)):
+        plain, tuned = (lost(f"{name}{len(budget)}", *changes, *budget) for name, changes in (("plain", ()), ("tuned", tuning)))
+        for path, errors in plain.items():
+            assert tuned[path] == pytest.approx(errors, rel=1e-3)
+    base = tmp_path / "tuned0" / "base"
+    (base / SOLVER_SCALES).write_bytes(b"no safetensors")
+    with pytest.raises(SourceError, match=rf"base '{base}': {SOLVER_SCALES} cannot be read \(.*\); delete it and quantize again"):
+        solver_scales(base)
 
 
 def test_what_a_recipe_cannot_tune_is_found_before_any_work(recipe_for: Any, tmp_path: Path) -> None:

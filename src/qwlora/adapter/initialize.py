@@ -1,14 +1,14 @@
 """Where an adapter starts: at zero, or at the best correction of what quantization lost. The base is not touched, so one base still serves many adapters.
 
     zero    B = 0: PEFT's own start
-    svd     minimize |E|^2,                          E = D - s B A,      D = W - W_hat, s the adapter's scaling
+    svd     minimize |E|^2,                          E = D - s B A,      D = W - W_hat,   s the adapter's scaling
     qera    minimize tr(G E R E^T),                  R + damping = L L^T,   G + damping = K K^T,      R and G from `base/observe.py`
 
     U S V^T = svd(K^T D L)  (K = L = 1 for svd),     B = K^-T U_k S_k C / sqrt(s),        A = C^-1 V_k^T L^-1 / sqrt(s)
 
 C is diagonal and makes a column of B as long as its row of A L: how far a step of Adam moves the outputs follows from how long each is. The first k of an
-adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. W_hat has its scales as they were tuned; R and G are of
-the model before that.
+adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. Where scales were tuned after the solver, W_hat is what
+the solver made: tuned layers make up for one another, and what tuning did is not to be undone. R and G are of the model before that, too.
 
 Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution, that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475) too,
 is this one for G = 1: there all of a layer's outputs matter alike.
@@ -28,8 +28,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwlora.errors import TrainingError
-from qwlora.grid.moment import Moment, output_energy
+from qwlora.grid.encoding import aligned, grouped
+from qwlora.grid.moment import Moment
 from qwlora.grid.names import canonical_name
+from qwlora.grid.packed_tensor import PackedTensor
 from qwlora.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
@@ -41,7 +43,7 @@ _NOTHING = 1e-6  # of the largest singular value: one below this is rounding
 
 @dataclass(frozen=True)
 class InitReport:
-    """Relative error `tr(G E R E^T) / tr(G W R W^T)` of one layer without and with its adapter, `R = G = 1` for svd."""
+    """Relative error `tr(G E R E^T) / tr(G W R W^T)` of one layer without and with its adapter, R and G damped, and 1 for svd."""
 
     before: float
     after: float
@@ -55,6 +57,7 @@ def initialize_adapter_(
     adapter: str | None = None,
     share: float = 0.5,
     track: Track = untracked,
+    solver_scales: Mapping[str, Tensor] | None = None,
 ) -> dict[str, InitReport]:
     """Start the adapter of each quantized matrix product in `model`, in place; other layers keep PEFT's start.
 
@@ -63,13 +66,14 @@ def initialize_adapter_(
         moments: R and G of a layer, likewise; qera needs them (`quantize_(..., moments=...)`, `observe_moments`).
         adapter: its name in `model`; the active one unless given.
         share: of a layer's ranks, rounded up, which correct; in (0, 1].
+        solver_scales: a tuned layer's scale before, by its canonical path (`TuningReport.solver_scales`).
 
     Returns:
         The error of each layer that was started.
 
     Raises:
-        TrainingError: there is no such layer, a moment is missing or none, the share is out of its range, or the adapter is one (DoRA) whose other
-            parameters depend on the start.
+        TrainingError: there is no such layer, a moment is missing or none, a scale is another layer's, the share is out of its range, or the adapter is one
+            (DoRA) whose other parameters depend on the start.
     """
     if init == "zero":
         return {}
@@ -84,7 +88,9 @@ def initialize_adapter_(
     reports = {}
     for path in track(list(layers), "starting the adapter", len(layers)):
         moment = moments[path] if init == "qera" and moments is not None else None
-        reports[path] = _start(layers[path], adapter, weights(path), moment, share)
+        weight = weights(path).detach().float()
+        difference = solver_difference(path, layers[path], weight, solver_scales or {})
+        reports[path] = _start(layers[path], adapter, weight, difference, moment, share)
     return reports
 
 
@@ -101,12 +107,31 @@ def check_moments(layers: Iterable[str], moments: Mapping[str, Moment]) -> None:
         )
 
 
+def solver_difference(path: str, layer: LoraLayer, weight: Float[Tensor, "out in"], solver_scales: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
+    """D of the layer at `path`: what is between its float weight and what the solver made of that.
+
+    Raises:
+        TrainingError: the scale before tuning is of another shape than the layer's.
+    """
+    base: Any = layer.get_base_layer()
+    tensor: PackedTensor = base.tensor
+    quantized = tensor.dequantize()
+    if (before := solver_scales.get(path)) is None:
+        return weight - quantized
+    scale, granularity = tensor.parts.scale, tensor.scheme.granularity
+    if before.shape != scale.shape:
+        raise TrainingError(f"{path}: the scale before tuning is {list(before.shape)} and the layer's {list(scale.shape)}; they are not of one base")
+    untuned = aligned(before.float() / scale.float(), granularity, quantized.ndim)
+    return weight - (grouped(quantized, granularity) * untuned).view(quantized.shape)
+
+
 class Correction(NamedTuple):
-    """B and A of the module's equation for scaling 1, and S, falling. Of a lower rank where the matrix has no more."""
+    """B and A of the module's equation for scaling 1, S, falling, and what the difference costs without them. Of a lower rank where the matrix has no more."""
 
     b: Float[Tensor, "out rank"]
     a: Float[Tensor, "rank in"]
     singular: Float[Tensor, " rank"]
+    error: float
 
 
 class Measure:
@@ -122,21 +147,30 @@ class Measure:
         self._inner = None if moment is None else _root(moment.input)
         self._outer = None if moment is None or moment.output is None else _root(moment.output)
 
-    def of(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """K^T M L."""
-        matrix = matrix if self._inner is None else matrix @ self._inner
-        return matrix if self._outer is None else self._outer.T @ matrix
+    def of(self, matrix: Float[Tensor, "out in"]) -> float:
+        """What `matrix` costs as an error. Never quite zero, so that it divides."""
+        return _energy(self._weighed(matrix))
 
     def best_correction(self, difference: Float[Tensor, "out in"], rank: int) -> Correction:
         """The best of its rank for `difference` D."""
-        b, s, a = _leading(self.of(difference), rank)
+        weighed = self._weighed(difference)
+        b, s, a = _leading(weighed, rank)
         b = b * s
         if self._outer is not None:
             b = torch.linalg.solve_triangular(self._outer.T, b, upper=True)
         if self._inner is not None:
             a = torch.linalg.solve_triangular(self._inner, a, upper=False, left=False)
         balance = b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
-        return Correction(b * balance, a / balance.unsqueeze(1), s)
+        return Correction(b * balance, a / balance.unsqueeze(1), s, _energy(weighed))
+
+    def _weighed(self, matrix: Tensor) -> Tensor:
+        """K^T M L."""
+        matrix = matrix if self._inner is None else matrix @ self._inner
+        return matrix if self._outer is None else self._outer.T @ matrix
+
+
+def _energy(matrix: Tensor) -> float:
+    return float(matrix.double().square().sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def corrected_ranks(rank: int, share: float) -> int:
@@ -144,19 +178,16 @@ def corrected_ranks(rank: int, share: float) -> int:
     return math.ceil(share * rank - 1e-9)
 
 
-def _start(layer: LoraLayer, adapter: str, weight: Tensor, moment: Moment | None, share: float) -> InitReport:
-    base: Any = layer.get_base_layer()
-    weight = weight.float()
-    difference = weight - base.tensor.dequantize()
-    scaling = float(layer.scaling[adapter])
-    b, a, singular = Measure(moment).best_correction(difference, corrected_ranks(layer.r[adapter], share))
+def _start(layer: LoraLayer, adapter: str, weight: Tensor, difference: Tensor, moment: Moment | None, share: float) -> InitReport:
+    scaling, measure = float(layer.scaling[adapter]), Measure(moment)
+    b, a, singular, error = measure.best_correction(difference, corrected_ranks(layer.r[adapter], share))
     used = int((singular > _NOTHING * singular[0]).sum())
     with torch.no_grad():  # A keeps PEFT's start in the other ranks, and in those that the difference does not have
         layer.lora_A[adapter].weight[:used] = a[:used] / scaling**0.5
         layer.lora_B[adapter].weight[:, :used] = b[:, :used] / scaling**0.5
         layer.lora_B[adapter].weight[:, used:] = 0
-        whole, before, after = (output_energy(matrix, *(moment or ())) for matrix in (weight, difference, difference - b @ a))
-        return InitReport(before / whole, after / whole)
+    whole, corrected = measure.of(weight), float(singular[:used].double().square().sum())
+    return InitReport(error / whole, max(error - corrected, 0.0) / whole)
 
 
 def _quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:

@@ -16,13 +16,12 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
 
 from qwlora.adapter.attach import LoraShape
-from qwlora.adapter.initialize import Measure, _quantized_layers, check_moments
+from qwlora.adapter.initialize import Measure, _quantized_layers, check_moments, solver_difference
 from qwlora.errors import TrainingError
 from qwlora.grid.moment import Moment
 from qwlora.progress import Track, untracked
@@ -48,6 +47,7 @@ def rank_by_layer(
     moments: Mapping[str, Moment] | None = None,
     adapter: str | None = None,
     track: Track = untracked,
+    solver_scales: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
     """The rank of each quantized layer of `model`, whose adapter has a uniform rank; nothing is changed.
 
@@ -55,9 +55,10 @@ def rank_by_layer(
         weights: the float weight [out, in] that a layer was quantized from, by its canonical path.
         moments: R and G of a layer, likewise; without, both are 1.
         adapter: its name in `model`; the active one unless given.
+        solver_scales: as `initialize_adapter_` takes them.
 
     Raises:
-        TrainingError: there is no quantized layer, a moment is missing, or the budget does not give each a rank of one.
+        TrainingError: there is no quantized layer, a moment is missing, a scale is another layer's, or the budget does not give each a rank of one.
     """
     adapter = adapter or model.active_adapter
     layers = dict(_quantized_layers(model, adapter))
@@ -69,16 +70,17 @@ def rank_by_layer(
     parameters = int(budget.share * sum(costs[path] * layer.r[adapter] for path, layer in layers.items()))
     gains = {}
     for path in track(list(layers), "choosing ranks", len(layers)):
-        base: Any = layers[path].get_base_layer()
-        gains[path] = rank_gains(weights(path).float(), base.tensor.dequantize(), budget.cap, None if moments is None else moments[path])
+        weight = weights(path).detach().float()
+        difference = solver_difference(path, layers[path], weight, solver_scales or {})
+        gains[path] = rank_gains(weight, difference, budget.cap, None if moments is None else moments[path])
     return spread_ranks(gains, costs, parameters)
 
 
-def rank_gains(weight: Tensor, quantized: Tensor, count: int, moment: Moment | None = None) -> list[float]:
+def rank_gains(weight: Tensor, difference: Tensor, count: int, moment: Moment | None = None) -> list[float]:
     """g(1) to g(count) of a layer, falling; fewer where the matrix has fewer ranks."""
     measure = Measure(moment)
-    singular = measure.best_correction(weight - quantized, count).singular.double()
-    return sorted((singular.square() / measure.of(weight).double().square().sum()).tolist(), reverse=True)
+    singular = measure.best_correction(difference, count).singular.double()
+    return sorted((singular.square() / measure.of(weight)).tolist(), reverse=True)
 
 
 def spread_ranks(gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:

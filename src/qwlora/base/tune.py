@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from qwlora.base.calibrated import arguments_of, batches_of
 from qwlora.base.tunable import Tunable
 from qwlora.errors import CalibrationError, GridError
 from qwlora.gradients import frozen
+from qwlora.grid.names import canonical_name
 from qwlora.progress import Track, untracked
 
 SEQUENCES_ASIDE = 8  # at most, and a quarter of all
@@ -73,6 +74,7 @@ class TuningReport:
         norms: whose weights were tuned.
         before, after: the divergence of the float model's next token from the quantized one's, in nats, on the sequences kept aside.
         kept: whether what was tuned is in the model.
+        solver_scales: the layers' scales before, by their canonical paths, if it is: an adapter's start corrects what the solver lost.
     """
 
     layers: int
@@ -80,6 +82,7 @@ class TuningReport:
     before: float
     after: float
     kept: bool
+    solver_scales: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def tune_scales_(
@@ -122,6 +125,7 @@ def tune_scales_(
             with tuned.learning():
                 _descend(tuned.by_rate(settings.learning_rate), compare, learnt, settings, track)
             as_it_was, kept = tuned.state(), False
+            scales = {canonical_name(name): layer.tensor.parts.scale for name, layer in tuned.layers.items()}
             try:
                 tuned.multiply_()
                 after = compare.mean(aside)
@@ -129,7 +133,7 @@ def tune_scales_(
             finally:
                 if not kept:
                     tuned.restore_(as_it_was)
-        return TuningReport(len(tuned.layers), len(tuned.norms), before, after, kept)
+        return TuningReport(len(tuned.layers), len(tuned.norms), before, after, kept, scales if kept else {})
     finally:
         for m in training:
             m.training = True

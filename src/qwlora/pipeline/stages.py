@@ -32,7 +32,7 @@ from qwlora.base.precomputed import load_precomputed
 from qwlora.base.quantize import BaseSize, QuantizeReport, base_size, quantize_
 from qwlora.base.storage import load_base, save_base
 from qwlora.base.stream import quantize_checkpoint
-from qwlora.base.tune import SEQUENCES_ASIDE, TuningReport, TuningSettings, tune_scales_
+from qwlora.base.tune import SEQUENCES_ASIDE, TuningSettings, tune_scales_
 from qwlora.data.isolation import check_isolation
 from qwlora.data.prepare import describe
 from qwlora.errors import FingerprintError
@@ -45,7 +45,7 @@ from qwlora.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.pipeline.idle import shape_of
 from qwlora.pipeline.plan import SHARED, Stage, needs_moments
 from qwlora.pipeline.preflight import rules_of
-from qwlora.pipeline.session import ADAPTER, MOMENTS, SCALES, Session
+from qwlora.pipeline.session import ADAPTER, MOMENTS, SCALES, SOLVER_SCALES, Session, solver_scales
 from qwlora.pipeline.workers import is_first_process
 from qwlora.recipe import Adapter
 from qwlora.simulation.adapters import simulate_adapters
@@ -66,8 +66,7 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
         shutil.rmtree(solved, ignore_errors=True)
         solved.mkdir(parents=True)
         _, report = _quantize(session, solved, work)
-        identity, size, tuned = _tune(session, solved, scratch)
-        measured["tuning"] = asdict(tuned)
+        identity, size, measured["tuning"] = _tune(session, solved, scratch)
     else:
         identity, report = _quantize(session, scratch, work)
         size = report.size
@@ -104,12 +103,15 @@ def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, Quantiz
     return save_base(model, session.tokenizer, scratch, source), report
 
 
-def _tune(session: Session, solved: Path, scratch: Path) -> tuple[str, BaseSize, TuningReport]:
-    """Write the base in `solved` once more, its scales and norms tuned."""
+def _tune(session: Session, solved: Path, scratch: Path) -> tuple[str, BaseSize, Results]:
+    """Write the base in `solved` once more, its scales and norms tuned; and beside it the scales before, for adapters' starts."""
     section, model = session.recipe.base.tuning, load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=session.recipe.seed)
     report = tune_scales_(model, session.float_model(), session.data.calibration_ids[: section.steps + SEQUENCES_ASIDE], settings, track=session.track)
-    return save_base(model, session.tokenizer, scratch, session.recipe.model.source), base_size(model), report
+    identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)
+    if report.solver_scales:
+        save_file(report.solver_scales, scratch / SOLVER_SCALES)
+    return identity, base_size(model), {f.name: getattr(report, f.name) for f in fields(report) if f.name != "solver_scales"}
 
 
 def calibrate_base(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
@@ -177,12 +179,13 @@ def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> tuple[P
         return weight_out_in(floats.get_submodule(path)).detach()
 
     moments, found = Moments(session.path / "base" / MOMENTS) if adapter.init == "qera" else None, {}
+    scales = solver_scales(session.path / "base")
     if adapter.rank_budget is not None:
         budget = RankBudget(adapter.rank_budget, adapter.rank_cap or 4 * adapter.rank)
-        ranks = rank_by_layer(model, budget, weight, moments, track=session.track)
+        ranks = rank_by_layer(model, budget, weight, moments, track=session.track, solver_scales=scales)
         model = attach(model.unload(), with_ranks(shape_of(adapter), ranks), session.recipe.seed)
         found["ranks"] = ranks
-    reports = initialize_adapter_(model, adapter.init, weight, moments, share=adapter.correcting_share, track=session.track)
+    reports = initialize_adapter_(model, adapter.init, weight, moments, share=adapter.correcting_share, track=session.track, solver_scales=scales)
     return model, {"method": adapter.init, **found, "layers": {path: asdict(report) for path, report in reports.items()}}
 
 

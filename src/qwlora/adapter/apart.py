@@ -3,7 +3,7 @@
 Between forward and backward pass a checkpointed model keeps each layer's input [batch, tokens, hidden]. On a processor malloc puts these among the blocks that
 a layer needs for a moment, and they hold the holes open: 550 MB of holes in a step of SmolLM2 at 4 x 512 tokens by PEFT's own forward, where what is kept
 weighs 141 MB. Here the output of each checkpointed layer is copied into a mapping of its own, which the system has back when the backward pass has used it; and
-holes that backward passes leave go back after every few layers. The numbers are the same.
+holes that either pass leaves go back after every few layers. The numbers are the same.
 
 Nothing is done on other devices, whose allocators keep large blocks apart, nor outside Linux.
 """
@@ -51,11 +51,13 @@ def _move(trims: bool, layer: Any, inputs: Any, output: Any) -> Any:
 
 
 class _Moved(torch.autograd.Function):
-    """A copy in its own mapping, in huge pages where the system has them."""
+    """A copy in its own mapping, in huge pages where the system has them; `trims` says whether holes go back, in either pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, trims: bool) -> Tensor:
         ctx.trims = trims
+        if trims:
+            give_back()
         mapping = mmap.mmap(-1, x.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)

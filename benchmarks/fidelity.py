@@ -3,9 +3,9 @@
     python benchmarks/fidelity.py [--model smollm2|gemma3] [--only SUBSTRING ...] [--aimet PYTHON]
 
 Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all; qera-inputs is qera as published, to which
-all of a layer's outputs are alike; R was damped by 0.01 in its rows here), with and without tuning, bitsandbytes' NF4, the seed's helper (per-tensor int4,
-computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and the float model with LoRA, all trained on the same sequences in the same
-order. Columns: true bits of a weight, perplexity of the base, at the adapter's start, after the steps, and that over float LoRA's, for tuned bases on all of
+all of a layer's outputs are alike, and which corrects what tuning moved, too; R was damped by 0.01 in its rows here), with and without tuning, bitsandbytes'
+NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and the float model with LoRA, all
+trained on the same sequences in the same order. Columns: true bits of a weight, perplexity of the base, at the adapter's start, after the steps, and that over float LoRA's, for tuned bases on all of
 the held-out text too; seconds of one thread. Training computes in bfloat16 (autocast), everything else in float32; a base of a perplexity above 1,000 is not
 trained. A finished row is in the result file and is not computed again; several processes may fill one file. Delete it to begin anew. The table lies beside it,
 as Markdown.
@@ -133,8 +133,10 @@ class Bench:
         if self.base_perplexity > UNUSABLE and row.init == "zero" and row.solver != "seed":
             return result
         adapted = attach(model, LoraShape(rank=16, alpha=32.0), seed=0)
-        init, moments = (row.init, self.moments) if row.init != "qera-inputs" else ("qera", of_inputs(self.moments))
-        initialize_adapter_(adapted, init, self.weight, moments, share=row.share)  # type: ignore[arg-type]
+        if row.init == "qera-inputs":
+            initialize_adapter_(adapted, "qera", self.weight, of_inputs(self.moments), share=row.share)
+        else:
+            initialize_adapter_(adapted, row.init, self.weight, self.moments, share=row.share, solver_scales=self.solver_scales)  # type: ignore[arg-type]
         result["start"] = self.base_perplexity if row.init == "zero" else self.perplexity(adapted)
         if row.recovery:
             self.train(adapted, teacher=self.reference)
@@ -154,7 +156,8 @@ class Bench:
             if row.tuned:
                 model = self.base(replace(row, tuned=0))
                 began = time.perf_counter() - self.quantize_seconds
-                tune_scales_(model, self.reference, self.training[: row.tuned + SEQUENCES_ASIDE], TuningSettings(row.tuned, compute=COMPUTE))
+                learnt = self.training[: row.tuned + SEQUENCES_ASIDE]
+                self.solver_scales = tune_scales_(model, self.reference, learnt, TuningSettings(row.tuned, compute=COMPUTE)).solver_scales
             else:
                 model, began = copy.deepcopy(self.reference), time.perf_counter()
                 self.round_(model, row)
@@ -165,6 +168,7 @@ class Bench:
     def round_(self, model: nn.Module, row: Row) -> None:
         """Make the row's base of the float model, in place."""
         self.moments, self.bits, self.worse = Moments(), 32.0, 0
+        self.solver_scales: dict[str, torch.Tensor] = {}
         if row.solver == "nf4":
             self.bits = nf4_(model)
         elif row.solver == "seed":

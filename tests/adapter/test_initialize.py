@@ -38,7 +38,7 @@ def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
 
     moment = Moment(correlated(columns), correlated(out))
     b, a, found, error = Measure(moment).best_correction(difference, 5)
-    r, g = damped(moment.input), damped(moment.output)
+    r, g = damped(moment.input, 0.1), damped(moment.output, 1.0)
     assert error == pytest.approx(float((g @ difference @ r * difference).sum()), rel=1e-4)
     assert Measure(moment).of(difference) == error
     singular = torch.linalg.svdvals(root(g) @ difference @ root(r))
@@ -48,8 +48,8 @@ def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
     torch.testing.assert_close(b.norm(dim=0), (a @ torch.linalg.cholesky(r)).norm(dim=1))
 
 
-def damped(matrix: Tensor) -> Tensor:
-    return matrix + 0.1 * matrix.diagonal().mean() * torch.eye(len(matrix))
+def damped(matrix: Tensor, share: float) -> Tensor:
+    return matrix + share * matrix.diagonal().mean() * torch.eye(len(matrix))
 
 
 def root(matrix: Tensor) -> Tensor:

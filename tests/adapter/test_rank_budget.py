@@ -95,7 +95,7 @@ def test_gains_are_the_squared_singular_values_over_the_energy(shape: tuple[int,
     assert found == pytest.approx((singular[:6].square() / float(weight.square().sum())).tolist(), rel=1e-3)
     assert len(rank_gains(weight, weight - quantized, 100)) == 24
     r, g = (x.T @ x for x in (torch.randn(300, n, generator=generator) @ torch.randn(n, n, generator=generator) for n in shape[::-1]))
-    inner, outer = (torch.linalg.cholesky(m + 0.1 * m.diagonal().mean() * torch.eye(len(m))) for m in (r, g))
+    inner, outer = (torch.linalg.cholesky(m + share * m.diagonal().mean() * torch.eye(len(m))) for m, share in ((r, 0.1), (g, 1.0)))
     whole, lost = ((outer.T @ matrix @ inner).double() for matrix in (weight, weight - quantized))
     singular = torch.linalg.svdvals(lost)
     assert rank_gains(weight, weight - quantized, 6, Moment(r, g)) == pytest.approx((singular[:6].square() / whole.square().sum()).tolist(), rel=1e-3)

@@ -35,7 +35,7 @@ from qwlora.grid.packed_tensor import PackedTensor
 from qwlora.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
-_DAMPING = 0.1  # of the mean of a moment's diagonal
+_DAMPING_INPUT, _DAMPING_OUTPUT = 0.1, 1.0  # of the mean of a moment's diagonal; G is of few tokens that the model does not expect, and less certain than R
 _WHOLE = 2048  # the smaller side of a matrix up to which its Gram matrix is decomposed whole; larger ones by random projection
 _OVERSAMPLED, _POWERS = 32, 4
 _NOTHING = 1e-6  # of the largest singular value: one below this is rounding
@@ -144,8 +144,8 @@ class Measure:
     def __init__(self, moment: Moment | None):
         if isinstance(moment, Tensor):
             raise TrainingError("a layer's moments are R and G (qwlora.Moment), not a matrix; of R alone make Moment(R)")
-        self._inner = None if moment is None else _root(moment.input)
-        self._outer = None if moment is None or moment.output is None else _root(moment.output)
+        self._inner = None if moment is None else _root(moment.input, _DAMPING_INPUT)
+        self._outer = None if moment is None or moment.output is None else _root(moment.output, _DAMPING_OUTPUT)
 
     def of(self, matrix: Float[Tensor, "out in"]) -> float:
         """What `matrix` costs as an error. Never quite zero, so that it divides."""
@@ -203,11 +203,10 @@ def _quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, Lor
         yield canonical_name(name), module
 
 
-def _root(moment: Tensor) -> Tensor:
-    """Lower triangular L of the damped moment."""
+def _root(moment: Tensor, damping: float) -> Tensor:
+    """Lower triangular L of the moment, damped by at least a share of its diagonal's mean."""
     if not bool(moment.isfinite().all()):
         raise TrainingError("the moments hold nan or infinity; quantize again, or observe them again with observe_moments")
-    damping = _DAMPING
     mean = float(moment.diagonal().mean()) or 1.0
     while True:
         damped = moment.clone()

@@ -408,13 +408,20 @@ def test_interrupted_quantizing_keeps_the_blocks_that_are_done(recipe_for: Any, 
     assert results["base"]["fingerprint"] == whole["base"]["fingerprint"]
 
 
-def test_quantizing_alone_goes_through_the_files_and_makes_the_same_base(recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
-    """The whole run quantizes the float model that its perplexity was measured of; `qwlora quantize` never has it in memory."""
+def test_quantizing_alone_goes_through_the_files_and_makes_the_same_base(
+    recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole run quantizes the float model that its perplexity was measured of; `qwlora quantize` never has it in memory, here on a disk without links."""
+
+    def refuse(*names: str) -> None:
+        raise OSError("no links here")
+
     changes = ("base.solver=gptq", "base.calibration_sequences=2", "adapters=[{name: first, steps: 1, warmup_steps: 0, rank: 2, init: qera}]")
     model = shutil.copytree(checkpoints["qwen3"], tmp_path / "model")
     GenerationConfig(eos_token_id=[7, 8], temperature=0.5, do_sample=True).save_pretrained(model)
     recipe = recipe_for("qwen3", model={"source": str(model)})
     whole, _ = run_recipe(recipe, tmp_path / "whole", *changes)
+    monkeypatch.setattr("os.link", refuse)
     alone, _ = run_recipe(recipe, tmp_path / "alone", *changes, verbs=("quantize",))
     assert alone["base"] == whole["base"]
     for out in ("whole", "alone"):

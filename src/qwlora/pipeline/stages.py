@@ -5,6 +5,7 @@ The returned mapping is the stage's part of `results.json`.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -71,9 +72,17 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
         identity, report = _quantize(session, scratch, work)
         size = report.size
     if (work / MOMENTS).is_dir():
-        shutil.copytree(work / MOMENTS, scratch / MOMENTS)  # a kill from here on finds them beside the finished parts
+        shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=_link)  # a kill from here on finds them beside the finished parts
     layers = {name: asdict(layer) for name, layer in report.layers.items()}
     return {"base": {**asdict(size), "bits_per_weight": size.bits_per_weight, "fingerprint": identity, "layers": layers, **measured}}
+
+
+def _link(source: str, target: str) -> None:
+    """One file under both names, or a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, QuantizeReport]:

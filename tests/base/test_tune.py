@@ -23,6 +23,7 @@ from qwlora.base.rules import Rule
 from qwlora.base.storage import load_base
 from qwlora.base.tunable import Tunable
 from qwlora.base.tune import TuningSettings, _Comparison, tune_scales_
+from qwlora.base.tuning_state import TuningState
 from qwlora.data import load_documents
 from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.grid.fingerprint import fingerprint
@@ -334,6 +335,68 @@ def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
         load_recipe(recipe_for(), ("base={solver: keep, tuning: {steps: 4}}",))
     with pytest.raises(RecipeError, match="learning_rate and compute: nothing is tuned without steps"):
         load_recipe(recipe_for(), ("base.tuning={learning_rate: 0.01, compute: bfloat16}",))
+
+
+def steps_run(track_stops_at: int | None, ran: list[int]) -> Any:
+    def track(items: Any, description: str, total: int | None = None) -> Any:
+        for item in items:
+            if description == "tuning scales":
+                if item == track_stops_at:
+                    raise KeyboardInterrupt
+                ran.append(item)
+            yield item
+
+    return track
+
+
+@pytest.mark.parametrize("stops_at", [1, 7, 11])
+def test_tuning_that_was_interrupted_goes_on_and_ends_with_the_same_bits(stops_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwlora.base.tuning_state._SECONDS_BETWEEN", 0.0)
+    reference = tiny_model("llama")
+    solved = copy.deepcopy(reference)
+    quantize_(solved, "w3-block32")
+
+    def tuned(work: Path | None, stops: int | None = None, **changes: Any) -> tuple[str, list[int]]:
+        model, ran, settings = copy.deepcopy(solved), [], TuningSettings(**({"steps": 12, "learning_rate": 1e-2} | changes))
+        tune_scales_(model, reference, ids(12), settings, work=work, track=steps_run(stops, ran))  # nine to learn from, so that they come again
+        return fingerprint(model), ran
+
+    whole = tuned(None)
+    work = tmp_path / "work"
+    with pytest.raises(KeyboardInterrupt):
+        tuned(work, stops_at)
+    state = (work / "tuning.safetensors").read_bytes()
+    assert tuned(work) == (whole[0], list(range(stops_at, 12)))
+    (work / "tuning.safetensors").write_bytes(state)
+    assert tuned(work, seed=1)[1] == list(range(12)), "another call begins"
+    for damaged in (state[: len(state) // 2], b"", b"something else"):
+        (work / "tuning.safetensors").write_bytes(damaged)
+        assert tuned(work) == whole
+
+
+def test_a_state_is_written_once_in_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 59.0, 61.0, 61.0, 100.0, 122.0, 122.0, 122.0])
+    monkeypatch.setattr("qwlora.base.tuning_state.monotonic", lambda: next(clock))
+    state, made = TuningState(tmp_path / "work", ["key"]), []
+    for number in range(4):
+        state.write(lambda number=number: made.append(number) or {"number": torch.tensor(number)})
+    assert made == [1, 3]
+    assert TuningState(None, ["key"]).read() is None
+    monkeypatch.undo()
+    assert TuningState(tmp_path / "work", ["key"]).read() == {"number": 3}
+    assert TuningState(tmp_path / "work", ["another"]).read() is None
+
+
+def test_a_job_goes_on_tuning_where_it_was_interrupted(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwlora.base.tuning_state._SECONDS_BETWEEN", 0.0)
+    recipe = load_recipe(recipe_for(), ("base.weights.bitwidth=3", "base.tuning.steps=6", "base.tuning.learning_rate=0.01"))
+    ran: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "stopped", verbs=("quantize",), track=steps_run(4, ran))
+    found = [run(recipe, tmp_path / name, verbs=("quantize",), track=steps_run(None, ran))["base"]["fingerprint"] for name in ("stopped", "whole")]
+    assert ran == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]
+    assert found[0] == found[1]
+    assert not list((tmp_path / "stopped" / ".qwlora" / "work").glob("*"))
 
 
 def test_a_job_starts_its_adapter_at_what_the_solver_lost(recipe_for: Any, tmp_path: Path) -> None:

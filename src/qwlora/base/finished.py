@@ -38,14 +38,14 @@ class FinishedParts:
         self.folder, self.moments = folder, moments
         self._digest, self._file = hashlib.sha256(), Path()
         if folder is not None:
-            self._take_in([REVISION, moments is not None and MOMENTS_REVISION, *tree_leaves(list(batches))])
+            take_in(self._digest, [REVISION, moments is not None and MOMENTS_REVISION, *tree_leaves(list(batches))])
 
     def begin(self, part: str, floats: Mapping[str, Tensor], plan: Mapping[str, Assignment]) -> None:
         """The next part, and its tensors before they are quantized."""
         if self.folder is None:
             return
         for name, tensor in floats.items():
-            self._take_in([name, plan[name], tensor])
+            take_in(self._digest, [name, plan[name], tensor])
         self._file = self.folder / f"{canonical_name(part)}.safetensors"
 
     def read(self) -> Part | None:
@@ -83,6 +83,8 @@ class FinishedParts:
         save_file({k: t.contiguous() for k, t in tensors.items()}, scratch, metadata={"layers": json.dumps(records), "key": self._digest.hexdigest()})
         scratch.replace(self._file)
 
-    def _take_in(self, things: Iterable[Any]) -> None:
-        for thing in things:
-            self._digest.update(f"{tensor_digest('', '', thing) if isinstance(thing, Tensor) else thing}\0".encode())
+
+def take_in(digest: Any, things: Iterable[Any]) -> None:
+    """Let tensors, by their values, and other things, as they are written, go into a digest of hashlib's."""
+    for thing in things:
+        digest.update(f"{tensor_digest('', '', thing) if isinstance(thing, Tensor) else thing}\0".encode())

@@ -16,18 +16,23 @@ norm tweaking (Li et al. 2023, https://arxiv.org/abs/2309.02784) for the norms.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from qwlora.base.calibrated import arguments_of, batches_of
+from qwlora.base.revision import TUNING_REVISION
 from qwlora.base.tunable import Tunable
+from qwlora.base.tuning_state import TuningState
 from qwlora.errors import CalibrationError, GridError
 from qwlora.gradients import frozen
+from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.names import canonical_name
 from qwlora.progress import Track, untracked
 
@@ -91,6 +96,7 @@ def tune_scales_(
     calibration: Tensor | Sequence[Mapping[str, Any]],
     settings: TuningSettings | None = None,
     *,
+    work: Path | None = None,
     track: Track = untracked,
 ) -> TuningReport:
     """Tune the scales of the packed linear layers and the weights of the norms in `model`, in place, so that its logits come near those of `teacher`.
@@ -98,6 +104,7 @@ def tune_scales_(
     Args:
         teacher: the float model.
         calibration: token ids [sequences, tokens], or the models' keyword arguments batch by batch; at least two.
+        work: a folder for the state; the same call goes on from what it finds there, and ends with the same bits.
 
     Raises:
         GridError: no linear layer is packed.
@@ -116,6 +123,7 @@ def tune_scales_(
     aside = batches[-min(SEQUENCES_ASIDE, max(1, len(batches) // 4)) :]
     learnt = batches[: len(batches) - len(aside)]
     compare = _Comparison(model, teacher)
+    state = TuningState(work, _made_from(settings, batches, model, teacher))
     training = [m for one in (model, teacher) for m in one.modules() if m.training]
     model.eval()
     teacher.eval()
@@ -123,7 +131,7 @@ def tune_scales_(
         with frozen(model), frozen(teacher):
             before = compare.mean(aside)
             with tuned.learning():
-                _descend(tuned.by_rate(settings.learning_rate), compare, learnt, settings, track)
+                _Descent(tuned.by_rate(settings.learning_rate), settings).run(compare, learnt, state, track)
             as_it_was, kept = tuned.state(), False
             scales = {canonical_name(name): layer.tensor.parts.scale for name, layer in tuned.layers.items()}
             try:
@@ -139,35 +147,66 @@ def tune_scales_(
             m.training = True
 
 
-def _descend(
-    by_rate: Mapping[float, list[nn.Parameter]], compare: _Comparison, batches: Sequence[Mapping[str, Any]], settings: TuningSettings, track: Track
-) -> None:
+def _made_from(settings: TuningSettings, batches: Sequence[Mapping[str, Any]], model: nn.Module, teacher: nn.Module) -> Iterator[Any]:
+    """What decides over the numbers."""
+    yield from (TUNING_REVISION, settings, *tree_leaves(list(batches)), fingerprint(model))
+    yield from teacher.parameters()
+
+
+class _Descent:
     """AdamW on the divergence, one sequence a step, all of them before any again."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW([{"params": group, "lr": rate} for rate, group in by_rate.items()], weight_decay=0)
-    factors = [factor for group in by_rate.values() for factor in group]
-    warmup = min(5, settings.steps)
 
-    def rate(step: int) -> float:
-        return min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / settings.steps))
+    def __init__(self, by_rate: Mapping[float, list[nn.Parameter]], settings: TuningSettings):
+        self.steps, self.compute = settings.steps, settings.compute
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.factors = [factor for group in by_rate.values() for factor in group]
+        self.optimizer = torch.optim.AdamW([{"params": group, "lr": rate} for rate, group in by_rate.items()], weight_decay=0)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.done, self.order = 0, list[int]()
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    order: list[int] = []
-    for step in track(range(settings.steps), "tuning scales", settings.steps):
-        order = order or torch.randperm(len(batches), generator=generator).tolist()
-        loss = compare(batches[order.pop()], settings.compute, generator)
-        if not bool(torch.isfinite(loss)):
-            raise CalibrationError(
-                f"tuning scales: the divergence is {float(loss.detach())} at step {step + 1}; take a lower learning rate, or compute float32"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(factors, _CLIP)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            for factor in factors:
-                factor.clamp_(-_FURTHEST, _FURTHEST)
+    def _rate(self, step: int) -> float:
+        return min(1, (step + 1) / min(5, self.steps)) * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
+
+    def run(self, compare: _Comparison, batches: Sequence[Mapping[str, Any]], kept: TuningState, track: Track) -> None:
+        """All steps, or those that are left of what is kept."""
+        if (state := kept.read()) is not None:
+            self._restore_(state)
+        for step in track(range(self.done, self.steps), "tuning scales", self.steps - self.done):
+            self.order = self.order or torch.randperm(len(batches), generator=self.generator).tolist()
+            loss = compare(batches[self.order.pop()], self.compute, self.generator)
+            if not bool(torch.isfinite(loss)):
+                raise CalibrationError(
+                    f"tuning scales: the divergence is {float(loss.detach())} at step {step + 1}; take a lower learning rate, or compute float32"
+                )
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.factors, _CLIP)
+            self.optimizer.step()
+            self.schedule.step()
+            with torch.no_grad():
+                for factor in self.factors:
+                    factor.clamp_(-_FURTHEST, _FURTHEST)
+            self.done = step + 1
+            kept.write(self._state)
+
+    def _state(self) -> dict[str, Tensor]:
+        numbers = {"order": torch.tensor(self.order, dtype=torch.int64), "done": torch.tensor(self.done), "generator": self.generator.get_state()}
+        for i, factor in enumerate(self.factors):
+            numbers |= {f"factor/{i}": factor.detach(), **{f"{name}/{i}": value for name, value in self.optimizer.state[factor].items()}}
+        return numbers
+
+    @torch.no_grad()
+    def _restore_(self, numbers: dict[str, Tensor]) -> None:
+        self.order, self.done = numbers.pop("order").tolist(), int(numbers.pop("done"))
+        self.generator.set_state(numbers.pop("generator"))
+        for i, factor in enumerate(self.factors):
+            factor.copy_(numbers.pop(f"factor/{i}"))
+        for key, value in numbers.items():
+            name, _, number = key.partition("/")
+            self.optimizer.state[self.factors[int(number)]][name] = value
+        self.schedule.last_epoch = self.done
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._rate(self.done)
 
 
 class _Comparison:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwlora.base.revision import MOMENTS_REVISION, REVISION
+from qwlora.base.revision import MOMENTS_REVISION, REVISION, TUNING_REVISION
 from qwlora.base.source import fetch
 from qwlora.data import Documents
 from qwlora.recipe import Recipe
@@ -22,7 +22,6 @@ from qwlora.simulation.estimator import Estimator
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
 SIMULATION_FORMAT = 3  # of simulation/NAME; 2: the adapter lies in it; 3: says what calibration left float
 SAMPLE_REVISION = 2  # of what observers with a sample keep; 2: fewer values
-TUNING_REVISION = 3  # of what tuning leaves; 2: norms are tuned as well; 3: the solver's scales are kept
 INIT_REVISION = 3  # of how svd and qera start; 2: qera weighs outputs; 3: what the solver lost is corrected, not what tuning moved
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 

@@ -67,7 +67,7 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
         shutil.rmtree(solved, ignore_errors=True)
         solved.mkdir(parents=True)
         _, report = _quantize(session, solved, work)
-        identity, size, measured["tuning"] = _tune(session, solved, scratch)
+        identity, size, measured["tuning"] = _tune(session, solved, scratch, work)
     else:
         identity, report = _quantize(session, scratch, work)
         size = report.size
@@ -112,11 +112,12 @@ def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, Quantiz
     return save_base(model, session.tokenizer, scratch, source), report
 
 
-def _tune(session: Session, solved: Path, scratch: Path) -> tuple[str, BaseSize, Results]:
+def _tune(session: Session, solved: Path, scratch: Path, work: Path) -> tuple[str, BaseSize, Results]:
     """Write the base in `solved` once more, its scales and norms tuned; and beside it the scales before, for adapters' starts."""
     section, model = session.recipe.base.tuning, load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=session.recipe.seed)
-    report = tune_scales_(model, session.float_model(), session.data.calibration_ids[: section.steps + SEQUENCES_ASIDE], settings, track=session.track)
+    sequences = session.data.calibration_ids[: section.steps + SEQUENCES_ASIDE]
+    report = tune_scales_(model, session.float_model(), sequences, settings, work=work, track=session.track)
     identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)
     if report.solver_scales:
         save_file(report.solver_scales, scratch / SOLVER_SCALES)

@@ -1,0 +1,58 @@
+"""Where tuning stands, in a file, so that a call that was killed goes on from there and ends with the same bits.
+
+A state is found again by the same call only: its key is a digest of the revision, the settings, the batches and both models. It is written once in a while, by
+the clock, since a step may take a second or an hour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwlora.base.finished import take_in
+
+_SECONDS_BETWEEN = 60.0
+
+
+class TuningState:
+    """The file; without a folder nothing is kept.
+
+    Args:
+        made_from: what the key is a digest of.
+    """
+
+    def __init__(self, folder: Path | None, made_from: Iterable[Any]):
+        self._file, self._key = None if folder is None else folder / "tuning.safetensors", ""
+        if folder is not None:
+            take_in(digest := hashlib.sha256(), made_from)
+            self._key = digest.hexdigest()
+        self._written = monotonic()
+
+    def read(self) -> dict[str, Tensor] | None:
+        """What the same call left; None if it must begin."""
+        if self._file is None:
+            return None
+        try:
+            with safe_open(self._file, "pt") as opened:
+                if (opened.metadata() or {}).get("key") != self._key:
+                    return None
+            return load_file(self._file)
+        except (OSError, SafetensorError):
+            return None
+
+    def write(self, state: Callable[[], dict[str, Tensor]]) -> None:
+        """Keep what `state` gives, if it is time to."""
+        if self._file is None or monotonic() - self._written < _SECONDS_BETWEEN:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self._file.with_name(f".{self._file.name}.part")
+        save_file(state(), scratch, metadata={"key": self._key})
+        scratch.replace(self._file)
+        self._written = monotonic()

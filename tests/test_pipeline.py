@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -413,9 +414,16 @@ def test_quantizing_alone_goes_through_the_files_and_makes_the_same_base(
 ) -> None:
     """The whole run quantizes the float model that its perplexity was measured of; `qwlora quantize` never has it in memory, here on a disk without links."""
 
+    linked: list[str] = []
+
     def refuse(*names: str) -> None:
         raise OSError("no links here")
 
+    def link(source: str, target: str, own: Any = os.link) -> None:
+        linked.append(Path(target).name)
+        own(source, target)
+
+    monkeypatch.setattr("os.link", link)
     changes = ("base.solver=gptq", "base.calibration_sequences=2", "adapters=[{name: first, steps: 1, warmup_steps: 0, rank: 2, init: qera}]")
     model = shutil.copytree(checkpoints["qwen3"], tmp_path / "model")
     GenerationConfig(eos_token_id=[7, 8], temperature=0.5, do_sample=True).save_pretrained(model)
@@ -428,3 +436,4 @@ def test_quantizing_alone_goes_through_the_files_and_makes_the_same_base(
         assert load_base(tmp_path / out / "base").generation_config.eos_token_id == [7, 8]
     files = [{f.name: f.read_bytes() for f in (tmp_path / out / "base" / "moments").iterdir()} for out in ("whole", "alone")]
     assert files[0] == files[1]
+    assert sorted(linked) == sorted(files[0])

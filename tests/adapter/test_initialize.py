@@ -11,14 +11,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from conftest import tiny_model
-from qwlora.adapter.initialize import Measure, initialize_adapter_
+from qwlora.adapter.initialize import Measure, initialize_adapter_, solver_difference
 from qwlora.base.calibrated import observe_moments
-from qwlora.base.packed import weight_out_in
+from qwlora.base.packed import PackedLinear, weight_out_in
 from qwlora.base.quantize import quantize_
+from qwlora.base.tunable import Tunable
 from qwlora.base.tune import TuningSettings, tune_scales_
 from qwlora.errors import TrainingError
 from qwlora.grid.fingerprint import fingerprint
+from qwlora.grid.float_offset import measure_float_offset
 from qwlora.grid.moment import Moment, Moments
+from qwlora.grid.scheme import PerBlock, Scheme
 
 
 def correlated(columns: int) -> Tensor:
@@ -30,17 +33,15 @@ def correlated(columns: int) -> Tensor:
 def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
     """Against the Eckart-Young bound: the error of a truncated SVD, in the norm of inputs and outputs, by symmetric roots where the code has Cholesky's."""
     difference = torch.randn(out, columns, generator=torch.Generator().manual_seed(0))
-    b, a, found, error = Measure(None).best_correction(difference, 5)
-    assert error == pytest.approx(float(difference.square().sum()))
+    b, a, found = Measure(None).best_correction(difference, 5)
     singular = torch.linalg.svdvals(difference)
     assert float((difference - b @ a).square().sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
     torch.testing.assert_close(found, singular[:5], rtol=1e-3, atol=0)
 
     moment = Moment(correlated(columns), correlated(out))
-    b, a, found, error = Measure(moment).best_correction(difference, 5)
+    b, a, found = Measure(moment).best_correction(difference, 5)
     r, g = damped(moment.input, 0.1), damped(moment.output, 1.0)
-    assert error == pytest.approx(float((g @ difference @ r * difference).sum()), rel=1e-4)
-    assert Measure(moment).of(difference) == error
+    assert Measure(moment).of(difference) == pytest.approx(float((g @ difference @ r * difference).sum()), rel=1e-4)
     singular = torch.linalg.svdvals(root(g) @ difference @ root(r))
     left = difference - b @ a
     assert float((g @ left @ r * left).sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
@@ -159,11 +160,27 @@ def test_what_tuning_moved_is_not_corrected(scheme: str) -> None:
     assert report.kept
     adapted, unaware = started(copy.deepcopy(model), report.solver_scales), started(copy.deepcopy(model), None)
     for name, correction in solved.items():
-        torch.testing.assert_close(adapted[name], correction, rtol=0, atol=2e-3 * float(correction.abs().max()))
+        assert torch.equal(adapted[name], correction)
         assert not torch.allclose(unaware[name], correction, rtol=0, atol=2e-3 * float(correction.abs().max()))
     name = next(iter(report.solver_scales))
     with pytest.raises(TrainingError, match=rf"{name}: the scale before tuning is \[3\] and the layer's .*; they are not of one base"):
-        started(model, report.solver_scales | {name: torch.ones(3)})
+        started(copy.deepcopy(model), report.solver_scales | {name: torch.ones(3)})
+    with pytest.raises(TrainingError, match=r"the model has no embed, model\.layers\.9\.mlp, whose scale before tuning was given"):
+        started(model, {"model.layers.9.mlp": torch.ones(3), "embed": torch.ones(3)} | report.solver_scales)
+
+
+def test_a_float_offset_is_what_the_solver_made_as_well() -> None:
+    weight, scheme = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)) + 3, Scheme(4, False, PerBlock(8), float_offset=True)
+    encoding = measure_float_offset(weight, scheme)
+    model = torch.nn.Sequential(PackedLinear.from_codes(encoding.quantize(weight), encoding, torch.zeros(24)))
+    solved, before = model[0].tensor.dequantize(), model[0].tensor.parts.scale
+    tuned = Tunable(model)
+    with torch.no_grad():
+        tuned.factors["0"].copy_(torch.linspace(-0.2, 0.3, 24 * 4).view(24, 4))
+    tuned.multiply_()
+    layer = get_peft_model(model, LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
+    torch.testing.assert_close(solver_difference("0", layer, weight, {"0": before}), weight - solved, rtol=0, atol=2e-6)
+    assert float((solver_difference("0", layer, weight, {}) - (weight - solved)).abs().max()) > 0.1
 
 
 def test_what_cannot_be_started_says_why() -> None:

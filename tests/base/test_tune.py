@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import BatchEncoding, T5Config, T5ForConditionalGeneration
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -22,7 +22,7 @@ from qwlora.base.quantize import quantize_
 from qwlora.base.rules import Rule
 from qwlora.base.storage import load_base
 from qwlora.base.tunable import Tunable
-from qwlora.base.tune import TuningSettings, _Comparison, tune_scales_
+from qwlora.base.tune import TuningSettings, _Comparison, _made_from, tune_scales_
 from qwlora.base.tuning_state import TuningState
 from qwlora.data import load_documents
 from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
@@ -325,7 +325,7 @@ def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
     one, two = (packed(load_base(tmp_path / name / "base")) for name in ("plain", "tuned"))
     assert all(torch.equal(one[name].codes, two[name].codes) for name in one)
     files, with_scales = (sorted(p.name for p in (tmp_path / name / "base").iterdir()) for name in ("plain", "tuned"))
-    assert with_scales == sorted([*files, SOLVER_SCALES])
+    assert with_scales == sorted([*files, "tuning"])
     assert solver_scales(tmp_path / "plain" / "base") == {}
     kept = solver_scales(tmp_path / "tuned" / "base")
     assert kept.keys() == one.keys()
@@ -335,6 +335,12 @@ def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
         load_recipe(recipe_for(), ("base={solver: keep, tuning: {steps: 4}}",))
     with pytest.raises(RecipeError, match="learning_rate and compute: nothing is tuned without steps"):
         load_recipe(recipe_for(), ("base.tuning={learning_rate: 0.01, compute: bfloat16}",))
+
+
+@pytest.fixture
+def each_step_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwlora.base.tuning_state._SECONDS_BETWEEN", 0)
+    monkeypatch.setattr("qwlora.base.tuning_state._TIMES_WRITING", 0)
 
 
 def steps_run(track_stops_at: int | None, ran: list[int]) -> Any:
@@ -349,16 +355,17 @@ def steps_run(track_stops_at: int | None, ran: list[int]) -> Any:
     return track
 
 
+@pytest.mark.usefixtures("each_step_written")
 @pytest.mark.parametrize("stops_at", [1, 7, 11])
-def test_tuning_that_was_interrupted_goes_on_and_ends_with_the_same_bits(stops_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.base.tuning_state._SECONDS_BETWEEN", 0.0)
+def test_tuning_that_was_interrupted_goes_on_and_ends_with_the_same_bits(stops_at: int, tmp_path: Path) -> None:
     reference = tiny_model("llama")
     solved = copy.deepcopy(reference)
     quantize_(solved, "w3-block32")
 
-    def tuned(work: Path | None, stops: int | None = None, **changes: Any) -> tuple[str, list[int]]:
-        model, ran, settings = copy.deepcopy(solved), [], TuningSettings(**({"steps": 12, "learning_rate": 1e-2} | changes))
-        tune_scales_(model, reference, ids(12), settings, work=work, track=steps_run(stops, ran))  # nine to learn from, so that they come again
+    def tuned(work: Path | None, stops: int | None = None, seed: int = 0) -> tuple[str, list[int]]:
+        model, ran, settings = copy.deepcopy(solved), [], TuningSettings(steps=12, learning_rate=1e-2, seed=seed)
+        report = tune_scales_(model, reference, ids(12), settings, work=work, track=steps_run(stops, ran))  # nine to learn from, so that they come again
+        assert report.resumed_from_step == ran[0]
         return fingerprint(model), ran
 
     whole = tuned(None)
@@ -374,21 +381,53 @@ def test_tuning_that_was_interrupted_goes_on_and_ends_with_the_same_bits(stops_a
         assert tuned(work) == whole
 
 
+def test_a_state_is_of_all_that_decides() -> None:
+    reference, tokens = tiny_model("llama"), ids(4, 1500)
+    solved = copy.deepcopy(reference)
+    quantize_(solved, "w3-block32")
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+    def key(model: nn.Module = solved, teacher: nn.Module = reference, settings: TuningSettings | None = None, batch: Any = None) -> str:
+        batches = [{"input_ids": tokens}] if batch is None else [batch]
+        return TuningState(Path("nowhere"), _made_from(settings or TuningSettings(), batches, model, teacher))._key
+
+    other = copy.deepcopy(reference)
+    other.config.rms_norm_eps = 0.1
+    moved = copy.deepcopy(solved)
+    with torch.no_grad():
+        moved.model.norm.weight[0] += 1
+        trained = get_peft_model(copy.deepcopy(solved), config)
+        again = copy.deepcopy(trained)
+        again.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight[0, 0] = 1
+    later = tokens.clone()
+    later[2, 700] += 1
+    keys = [
+        key(),
+        key(settings=TuningSettings(seed=1)),
+        *(key(teacher=teacher) for teacher in (other, copy.deepcopy(reference).bfloat16())),
+        *(key(model) for model in (moved, trained, again)),
+        *(key(batch=batch) for batch in ({"input_ids": later}, BatchEncoding({"input_ids": later[:3]}), BatchEncoding({"input_ids": tokens[:3]}))),
+        *(key(batch={"input_ids": tokens, name: tokens}) for name in ("attention_mask", "token_type_ids")),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0] == key(batch=BatchEncoding({"input_ids": tokens}))
+
+
 def test_a_state_is_written_once_in_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 59.0, 61.0, 61.0, 100.0, 122.0, 122.0, 122.0])
+    clock = iter([0.0, 59.0, 61.0, 66.0, 126.0, 165.0, 166.0, 166.0, 166.0])  # writing takes 5 s, and then none
     monkeypatch.setattr("qwlora.base.tuning_state.monotonic", lambda: next(clock))
     state, made = TuningState(tmp_path / "work", ["key"]), []
-    for number in range(4):
+    for number in range(5):
         state.write(lambda number=number: made.append(number) or {"number": torch.tensor(number)})
-    assert made == [1, 3]
+    assert made == [1, 4]
     assert TuningState(None, ["key"]).read() is None
     monkeypatch.undo()
-    assert TuningState(tmp_path / "work", ["key"]).read() == {"number": 3}
+    assert TuningState(tmp_path / "work", ["key"]).read() == {"number": 4}
     assert TuningState(tmp_path / "work", ["another"]).read() is None
 
 
-def test_a_job_goes_on_tuning_where_it_was_interrupted(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.base.tuning_state._SECONDS_BETWEEN", 0.0)
+@pytest.mark.usefixtures("each_step_written")
+def test_a_job_goes_on_tuning_where_it_was_interrupted(recipe_for: Any, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_for(), ("base.weights.bitwidth=3", "base.tuning.steps=6", "base.tuning.learning_rate=0.01"))
     ran: list[int] = []
     with pytest.raises(KeyboardInterrupt):
@@ -403,7 +442,9 @@ def test_a_job_starts_its_adapter_at_what_the_solver_lost(recipe_for: Any, tmp_p
     def lost(name: str, *changes: str) -> dict[str, Any]:
         asked = ("base.weights.bitwidth=3", "adapters.0.init=qera", "adapters.0.steps=2", *changes)
         run(load_recipe(recipe_for(), asked), tmp_path / name, verbs=("quantize", "train"))
-        layers: dict[str, Any] = json.loads((tmp_path / name / "results.json").read_text())["train"]["first"]["init"]["layers"]
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["base"].get("tuning", {}).get("kept", False) == bool(set(changes) & set(tuning))
+        layers: dict[str, Any] = results["train"]["first"]["init"]["layers"]
         return layers
 
     tuning = ("base.tuning.steps=12", "base.tuning.learning_rate=0.01")
@@ -413,7 +454,7 @@ def test_a_job_starts_its_adapter_at_what_the_solver_lost(recipe_for: Any, tmp_p
             assert tuned[path] == pytest.approx(errors, rel=1e-3)
     base = tmp_path / "tuned0" / "base"
     (base / SOLVER_SCALES).write_bytes(b"no safetensors")
-    with pytest.raises(SourceError, match=rf"base '{base}': {SOLVER_SCALES} cannot be read \(.*\); delete it and quantize again"):
+    with pytest.raises(SourceError, match=rf"base '{base}': solver_scales.safetensors cannot be read \(.*\); delete it and quantize again"):
         solver_scales(base)
 
 

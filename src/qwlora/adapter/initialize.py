@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,14 +28,13 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwlora.errors import TrainingError
-from qwlora.grid.encoding import aligned, grouped
 from qwlora.grid.moment import Moment
 from qwlora.grid.names import canonical_name
 from qwlora.grid.packed_tensor import PackedTensor
 from qwlora.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
-_DAMPING_INPUT, _DAMPING_OUTPUT = 0.1, 1.0  # of the mean of a moment's diagonal; G is of few tokens that the model does not expect, and less certain than R
+_DAMPING_INPUT, _DAMPING_OUTPUT = 0.1, 1.0  # of the mean of a moment's diagonal; few tokens have large gradients, so G is less certain than R
 _WHOLE = 2048  # the smaller side of a matrix up to which its Gram matrix is decomposed whole; larger ones by random projection
 _OVERSAMPLED, _POWERS = 32, 4
 _NOTHING = 1e-6  # of the largest singular value: one below this is rounding
@@ -85,6 +84,7 @@ def initialize_adapter_(
         raise TrainingError(f"init {init} corrects what quantization lost, but no layer with adapter {adapter!r} is quantized; use init zero")
     if init == "qera":
         check_moments(layers, moments or {})
+    check_scales(model, solver_scales or {})
     reports = {}
     for path in track(list(layers), "starting the adapter", len(layers)):
         moment = moments[path] if init == "qera" and moments is not None else None
@@ -107,6 +107,16 @@ def check_moments(layers: Iterable[str], moments: Mapping[str, Moment]) -> None:
         )
 
 
+def check_scales(model: nn.Module, solver_scales: Mapping[str, Tensor]) -> None:
+    """See that each scale before tuning is of a module of `model`.
+
+    Raises:
+        TrainingError: one is not.
+    """
+    if unknown := sorted(solver_scales.keys() - {canonical_name(name) for name, _ in model.named_modules()}):
+        raise TrainingError(f"the model has no {', '.join(unknown[:3])}, whose scale before tuning was given; give those of this base, by canonical paths")
+
+
 def solver_difference(path: str, layer: LoraLayer, weight: Float[Tensor, "out in"], solver_scales: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
     """D of the layer at `path`: what is between its float weight and what the solver made of that.
 
@@ -115,23 +125,22 @@ def solver_difference(path: str, layer: LoraLayer, weight: Float[Tensor, "out in
     """
     base: Any = layer.get_base_layer()
     tensor: PackedTensor = base.tensor
-    quantized = tensor.dequantize()
-    if (before := solver_scales.get(path)) is None:
-        return weight - quantized
-    scale, granularity = tensor.parts.scale, tensor.scheme.granularity
-    if before.shape != scale.shape:
-        raise TrainingError(f"{path}: the scale before tuning is {list(before.shape)} and the layer's {list(scale.shape)}; they are not of one base")
-    untuned = aligned(before.float() / scale.float(), granularity, quantized.ndim)
-    return weight - (grouped(quantized, granularity) * untuned).view(quantized.shape)
+    if (before := solver_scales.get(path)) is not None:
+        scale, minimum = tensor.parts.scale, tensor.parts.minimum
+        if before.shape != scale.shape:
+            raise TrainingError(f"{path}: the scale before tuning is {list(before.shape)} and the layer's {list(scale.shape)}; they are not of one base")
+        before = before.to(scale.device)
+        minimum = None if minimum is None else minimum.float() * (before.float() / scale.float())
+        tensor = replace(tensor, parts=tensor.parts._replace(scale=before, minimum=minimum))
+    return weight - tensor.dequantize()
 
 
 class Correction(NamedTuple):
-    """B and A of the module's equation for scaling 1, S, falling, and what the difference costs without them. Of a lower rank where the matrix has no more."""
+    """B and A of the module's equation for scaling 1, and S, falling. Of a lower rank where the matrix has no more."""
 
     b: Float[Tensor, "out rank"]
     a: Float[Tensor, "rank in"]
     singular: Float[Tensor, " rank"]
-    error: float
 
 
 class Measure:
@@ -149,28 +158,24 @@ class Measure:
 
     def of(self, matrix: Float[Tensor, "out in"]) -> float:
         """What `matrix` costs as an error. Never quite zero, so that it divides."""
-        return _energy(self._weighed(matrix))
+        energy = torch.linalg.vector_norm(self._weighed(matrix), dtype=torch.float64).square()
+        return float(energy.clamp(min=torch.finfo(torch.float32).tiny))
 
     def best_correction(self, difference: Float[Tensor, "out in"], rank: int) -> Correction:
         """The best of its rank for `difference` D."""
-        weighed = self._weighed(difference)
-        b, s, a = _leading(weighed, rank)
+        b, s, a = _leading(self._weighed(difference), rank)
         b = b * s
         if self._outer is not None:
             b = torch.linalg.solve_triangular(self._outer.T, b, upper=True)
         if self._inner is not None:
             a = torch.linalg.solve_triangular(self._inner, a, upper=False, left=False)
         balance = b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
-        return Correction(b * balance, a / balance.unsqueeze(1), s, _energy(weighed))
+        return Correction(b * balance, a / balance.unsqueeze(1), s)
 
     def _weighed(self, matrix: Tensor) -> Tensor:
         """K^T M L."""
         matrix = matrix if self._inner is None else matrix @ self._inner
         return matrix if self._outer is None else self._outer.T @ matrix
-
-
-def _energy(matrix: Tensor) -> float:
-    return float(matrix.double().square().sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def corrected_ranks(rank: int, share: float) -> int:
@@ -180,14 +185,14 @@ def corrected_ranks(rank: int, share: float) -> int:
 
 def _start(layer: LoraLayer, adapter: str, weight: Tensor, difference: Tensor, moment: Moment | None, share: float) -> InitReport:
     scaling, measure = float(layer.scaling[adapter]), Measure(moment)
-    b, a, singular, error = measure.best_correction(difference, corrected_ranks(layer.r[adapter], share))
+    b, a, singular = measure.best_correction(difference, corrected_ranks(layer.r[adapter], share))
     used = int((singular > _NOTHING * singular[0]).sum())
     with torch.no_grad():  # A keeps PEFT's start in the other ranks, and in those that the difference does not have
         layer.lora_A[adapter].weight[:used] = a[:used] / scaling**0.5
         layer.lora_B[adapter].weight[:, :used] = b[:, :used] / scaling**0.5
         layer.lora_B[adapter].weight[:, used:] = 0
-    whole, corrected = measure.of(weight), float(singular[:used].double().square().sum())
-    return InitReport(error / whole, max(error - corrected, 0.0) / whole)
+    whole, before, after = (measure.of(matrix) for matrix in (weight, difference, difference - b[:, :used] @ a[:used]))
+    return InitReport(before / whole, after / whole)
 
 
 def _quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:

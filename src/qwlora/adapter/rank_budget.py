@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from qwlora.adapter.attach import LoraShape
-from qwlora.adapter.initialize import Measure, _quantized_layers, check_moments, solver_difference
+from qwlora.adapter.initialize import Measure, _quantized_layers, check_moments, check_scales, solver_difference
 from qwlora.errors import TrainingError
 from qwlora.grid.moment import Moment
 from qwlora.progress import Track, untracked
@@ -66,6 +66,7 @@ def rank_by_layer(
         raise TrainingError(f"ranks by layer follow what quantization lost, but no layer with adapter {adapter!r} is quantized; give one rank for all")
     if moments is not None:
         check_moments(layers, moments)
+    check_scales(model, solver_scales or {})
     costs = {path: int(sum(layer.get_base_layer().weight.shape)) for path, layer in layers.items()}
     parameters = int(budget.share * sum(costs[path] * layer.r[adapter] for path, layer in layers.items()))
     gains = {}

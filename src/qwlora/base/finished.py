@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from qwlora.base.revision import MOMENTS_REVISION, REVISION
 from qwlora.base.rules import Assignment
 from qwlora.base.tensors import LayerReport
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.fingerprint import tensor_digest
+from qwlora.grid.fingerprint import take_in
 from qwlora.grid.moment import Moments
 from qwlora.grid.names import canonical_name
 from qwlora.grid.quantized import QuantizedTensor
@@ -38,7 +38,7 @@ class FinishedParts:
         self.folder, self.moments = folder, moments
         self._digest, self._file = hashlib.sha256(), Path()
         if folder is not None:
-            take_in(self._digest, [REVISION, moments is not None and MOMENTS_REVISION, *tree_leaves(list(batches))])
+            take_in(self._digest, [REVISION, moments is not None and MOMENTS_REVISION, *named_inputs(batches)])
 
     def begin(self, part: str, floats: Mapping[str, Tensor], plan: Mapping[str, Assignment]) -> None:
         """The next part, and its tensors before they are quantized."""
@@ -84,7 +84,8 @@ class FinishedParts:
         scratch.replace(self._file)
 
 
-def take_in(digest: Any, things: Iterable[Any]) -> None:
-    """Let tensors, by their values, and other things, as they are written, go into a digest of hashlib's."""
-    for thing in things:
-        digest.update(f"{tensor_digest('', '', thing) if isinstance(thing, Tensor) else thing}\0".encode())
+def named_inputs(batches: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    """Each batch's inputs, every one behind its name."""
+    for batch in batches:
+        for path, value in tree_flatten_with_path(dict(batch))[0]:
+            yield from (keystr(path), value)

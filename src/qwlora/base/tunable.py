@@ -180,4 +180,4 @@ def _multiply_(layer: PackedLayer, factor: Tensor) -> None:
         scale = storable_scale(scale)
     layer.scale = narrowest(scale)
     if parts.minimum is not None:
-        layer.minimum = narrowest(parts.minimum.float() * factor)
+        layer.minimum = narrowest(parts.minimum.float() * (scale / parts.scale.float()))

@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
 from qwlora.base.calibrated import arguments_of, batches_of
+from qwlora.base.finished import named_inputs
 from qwlora.base.revision import TUNING_REVISION
 from qwlora.base.tunable import Tunable
 from qwlora.base.tuning_state import TuningState
 from qwlora.errors import CalibrationError, GridError
 from qwlora.gradients import frozen
-from qwlora.grid.fingerprint import fingerprint
+from qwlora.grid.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.grid.names import canonical_name
 from qwlora.progress import Track, untracked
 
@@ -79,6 +79,7 @@ class TuningReport:
         norms: whose weights were tuned.
         before, after: the divergence of the float model's next token from the quantized one's, in nats, on the sequences kept aside.
         kept: whether what was tuned is in the model.
+        resumed_from_step: 0, or the step behind which a call that was killed went on.
         solver_scales: the layers' scales before, by their canonical paths, if it is: an adapter's start corrects what the solver lost.
     """
 
@@ -87,7 +88,8 @@ class TuningReport:
     before: float
     after: float
     kept: bool
-    solver_scales: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    resumed_from_step: int = 0
+    solver_scales: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 def tune_scales_(
@@ -104,11 +106,12 @@ def tune_scales_(
     Args:
         teacher: the float model.
         calibration: token ids [sequences, tokens], or the models' keyword arguments batch by batch; at least two.
-        work: a folder for the state; the same call goes on from what it finds there, and ends with the same bits.
+        work: a folder for the state; the same call, with as many threads, goes on from what it finds there and ends with the same bits.
 
     Raises:
         GridError: no linear layer is packed.
         CalibrationError: there are fewer than two sequences, the two models share a norm, their logits are of different shapes, or the divergence is no number.
+        SafetensorError: `work` cannot be written to.
     """
     settings = settings or TuningSettings()
     tuned = Tunable(model)
@@ -131,7 +134,7 @@ def tune_scales_(
         with frozen(model), frozen(teacher):
             before = compare.mean(aside)
             with tuned.learning():
-                _Descent(tuned.by_rate(settings.learning_rate), settings).run(compare, learnt, state, track)
+                resumed = _Descent(tuned.by_rate(settings.learning_rate), settings).run(compare, learnt, state, track)
             as_it_was, kept = tuned.state(), False
             scales = {canonical_name(name): layer.tensor.parts.scale for name, layer in tuned.layers.items()}
             try:
@@ -141,7 +144,7 @@ def tune_scales_(
             finally:
                 if not kept:
                     tuned.restore_(as_it_was)
-        return TuningReport(len(tuned.layers), len(tuned.norms), before, after, kept, scales if kept else {})
+        return TuningReport(len(tuned.layers), len(tuned.norms), before, after, kept, resumed, scales if kept else {})
     finally:
         for m in training:
             m.training = True
@@ -149,8 +152,9 @@ def tune_scales_(
 
 def _made_from(settings: TuningSettings, batches: Sequence[Mapping[str, Any]], model: nn.Module, teacher: nn.Module) -> Iterator[Any]:
     """What decides over the numbers."""
-    yield from (TUNING_REVISION, settings, *tree_leaves(list(batches)), fingerprint(model))
-    yield from teacher.parameters()
+    yield from (TUNING_REVISION, settings, *named_inputs(batches), adapter_fingerprint(model))
+    for one in (model, teacher):
+        yield from (fingerprint(one), sorted({str(p.dtype) for p in one.parameters()}))
 
 
 class _Descent:
@@ -167,11 +171,12 @@ class _Descent:
     def _rate(self, step: int) -> float:
         return min(1, (step + 1) / min(5, self.steps)) * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
 
-    def run(self, compare: _Comparison, batches: Sequence[Mapping[str, Any]], kept: TuningState, track: Track) -> None:
-        """All steps, or those that are left of what is kept."""
+    def run(self, compare: _Comparison, batches: Sequence[Mapping[str, Any]], kept: TuningState, track: Track) -> int:
+        """All steps, or those behind what is kept; returns how many were."""
         if (state := kept.read()) is not None:
             self._restore_(state)
-        for step in track(range(self.done, self.steps), "tuning scales", self.steps - self.done):
+        resumed = self.done
+        for step in track(range(resumed, self.steps), "tuning scales", self.steps - resumed):
             self.order = self.order or torch.randperm(len(batches), generator=self.generator).tolist()
             loss = compare(batches[self.order.pop()], self.compute, self.generator)
             if not bool(torch.isfinite(loss)):
@@ -188,6 +193,7 @@ class _Descent:
                     factor.clamp_(-_FURTHEST, _FURTHEST)
             self.done = step + 1
             kept.write(self._state)
+        return resumed
 
     def _state(self) -> dict[str, Tensor]:
         numbers = {"order": torch.tensor(self.order, dtype=torch.int64), "done": torch.tensor(self.done), "generator": self.generator.get_state()}
@@ -201,9 +207,11 @@ class _Descent:
         self.generator.set_state(numbers.pop("generator"))
         for i, factor in enumerate(self.factors):
             factor.copy_(numbers.pop(f"factor/{i}"))
+        moments: dict[int, dict[str, Tensor]] = {}
         for key, value in numbers.items():
             name, _, number = key.partition("/")
-            self.optimizer.state[self.factors[int(number)]][name] = value
+            moments.setdefault(int(number), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.schedule.last_epoch = self.done
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._rate(self.done)

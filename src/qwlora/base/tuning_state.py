@@ -1,7 +1,8 @@
 """Where tuning stands, in a file, so that a call that was killed goes on from there and ends with the same bits.
 
-A state is found again by the same call only: its key is a digest of the revision, the settings, the batches and both models. It is written once in a while, by
-the clock, since a step may take a second or an hour.
+A state is found again by the same call only: its key is a digest of all that decides over the numbers. One that is damaged is not taken up. It is written once
+in a while, by the clock, since a step may take a second or an hour: each minute, or when twenty times as long has passed as writing takes. It weighs three
+float32 numbers for each that is tuned.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwlora.base.finished import take_in
+from qwlora.grid.fingerprint import take_in
 
-_SECONDS_BETWEEN = 60.0
+_SECONDS_BETWEEN, _TIMES_WRITING = 60.0, 20
 
 
 class TuningState:
@@ -33,7 +34,7 @@ class TuningState:
         if folder is not None:
             take_in(digest := hashlib.sha256(), made_from)
             self._key = digest.hexdigest()
-        self._written = monotonic()
+        self._due = monotonic() + _SECONDS_BETWEEN
 
     def read(self) -> dict[str, Tensor] | None:
         """What the same call left; None if it must begin."""
@@ -44,15 +45,15 @@ class TuningState:
                 if (opened.metadata() or {}).get("key") != self._key:
                     return None
             return load_file(self._file)
-        except (OSError, SafetensorError):
+        except (FileNotFoundError, SafetensorError):
             return None
 
     def write(self, state: Callable[[], dict[str, Tensor]]) -> None:
         """Keep what `state` gives, if it is time to."""
-        if self._file is None or monotonic() - self._written < _SECONDS_BETWEEN:
+        if self._file is None or (began := monotonic()) < self._due:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
         scratch = self._file.with_name(f".{self._file.name}.part")
         save_file(state(), scratch, metadata={"key": self._key})
         scratch.replace(self._file)
-        self._written = monotonic()
+        self._due = (now := monotonic()) + max(_SECONDS_BETWEEN, _TIMES_WRITING * (now - began))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -89,6 +89,12 @@ def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
     for chunk in tensor.detach().flatten().split(_CHUNK):
         digest.update(chunk.cpu().to(kind).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def take_in(digest: Any, things: Iterable[Any]) -> None:
+    """Let tensors, by their values, and other things, as they are written, go into a digest of hashlib's."""
+    for thing in things:
+        digest.update(f"{tensor_digest('', '', thing) if isinstance(thing, Tensor) else thing}\0".encode())
 
 
 def config_numbers(model: nn.Module) -> dict[str, Any]:

@@ -47,7 +47,7 @@ MOMENTS = "moments"  # of the base's layers, beside it
 BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
 ADAPTER = "adapter"  # in the folder of its simulation: the factors that the encodings there are of
 SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it
-SOLVER_SCALES = "solver_scales.safetensors"  # of the base's layers before they were tuned, beside it
+SOLVER_SCALES = "tuning/solver_scales.safetensors"  # of the base's layers before they were tuned, beside it
 
 
 def learned_scales(adapter: Path) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def learned_scales(adapter: Path) -> dict[str, Tensor]:
     Raises:
         SourceError: their file is damaged.
     """
-    return _tensors(adapter / SCALES, f"adapter {str(adapter)!r}", "train it again")
+    return _read_tensors(adapter / SCALES, f"adapter {str(adapter)!r}", "train it again")
 
 
 def solver_scales(base: Path) -> dict[str, Tensor]:
@@ -65,14 +65,14 @@ def solver_scales(base: Path) -> dict[str, Tensor]:
     Raises:
         SourceError: their file is damaged.
     """
-    return _tensors(base / SOLVER_SCALES, f"base {str(base)!r}", "delete it and quantize again")
+    return _read_tensors(base / SOLVER_SCALES, f"base {str(base)!r}", "delete it and quantize again")
 
 
-def _tensors(path: Path, of: str, remedy: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path, owner: str, remedy: str) -> dict[str, Tensor]:
     try:
         return load_file(path) if path.exists() else {}
     except (OSError, SafetensorError) as error:
-        raise SourceError(f"{of}: {path.name} cannot be read ({error}); {remedy}") from error
+        raise SourceError(f"{owner}: {path.name} cannot be read ({error}); {remedy}") from error
 
 
 class Session:

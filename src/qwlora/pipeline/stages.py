@@ -120,6 +120,7 @@ def _tune(session: Session, solved: Path, scratch: Path, work: Path) -> tuple[st
     report = tune_scales_(model, session.float_model(), sequences, settings, work=work, track=session.track)
     identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)
     if report.solver_scales:
+        (scratch / SOLVER_SCALES).parent.mkdir()
         save_file(report.solver_scales, scratch / SOLVER_SCALES)
     return identity, base_size(model), {f.name: getattr(report, f.name) for f in fields(report) if f.name != "solver_scales"}
 

@@ -172,7 +172,7 @@ def test_what_tuning_moved_is_not_corrected(scheme: str) -> None:
 def test_a_float_offset_is_what_the_solver_made_as_well() -> None:
     weight, scheme = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)) + 3, Scheme(4, False, PerBlock(8), float_offset=True)
     encoding = measure_float_offset(weight, scheme)
-    model = torch.nn.Sequential(PackedLinear.from_codes(encoding.quantize(weight), encoding, torch.zeros(24)))
+    model = torch.nn.Sequential(PackedLinear.from_codes(encoding.quantize(weight), encoding, torch.nn.Parameter(torch.zeros(24))))
     solved, before = model[0].tensor.dequantize(), model[0].tensor.parts.scale
     tuned = Tunable(model)
     with torch.no_grad():

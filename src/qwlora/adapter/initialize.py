@@ -79,7 +79,7 @@ def initialize_adapter_(
     if not 0 < share <= 1:
         raise TrainingError(f"the share of ranks that init {init} corrects with is in (0, 1], not {share:g}")
     adapter = adapter or model.active_adapter
-    layers = dict(_quantized_layers(model, adapter))
+    layers = dict(quantized_layers(model, adapter))
     if not layers:
         raise TrainingError(f"init {init} corrects what quantization lost, but no layer with adapter {adapter!r} is quantized; use init zero")
     if init == "qera":
@@ -195,8 +195,12 @@ def _start(layer: LoraLayer, adapter: str, weight: Tensor, difference: Tensor, m
     return InitReport(before / whole, after / whole)
 
 
-def _quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
-    """Layers with a packed matrix, which is what has `tensor` and is a Linear."""
+def quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
+    """Layers with a packed matrix, which is what has `tensor` and is a Linear, by canonical path.
+
+    Raises:
+        TrainingError: the adapter is DoRA.
+    """
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
             continue

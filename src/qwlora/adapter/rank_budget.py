@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from qwlora.adapter.attach import LoraShape
-from qwlora.adapter.initialize import Measure, _quantized_layers, check_moments, check_scales, solver_difference
+from qwlora.adapter.initialize import Measure, check_moments, check_scales, quantized_layers, solver_difference
 from qwlora.errors import TrainingError
 from qwlora.grid.moment import Moment
 from qwlora.progress import Track, untracked
@@ -61,7 +61,7 @@ def rank_by_layer(
         TrainingError: there is no quantized layer, a moment is missing, a scale is another layer's, or the budget does not give each a rank of one.
     """
     adapter = adapter or model.active_adapter
-    layers = dict(_quantized_layers(model, adapter))
+    layers = dict(quantized_layers(model, adapter))
     if not layers:
         raise TrainingError(f"ranks by layer follow what quantization lost, but no layer with adapter {adapter!r} is quantized; give one rank for all")
     if moments is not None:

@@ -57,8 +57,8 @@ def test_what_is_moved_and_what_is_not() -> None:
         assert apart._move(True, layer, (), x) is None
 
 
-@pytest.mark.parametrize(("worth", "trims"), [(1, 2), (2**40, 0)])
-def test_holes_go_back_after_every_sixth_large_layer_of_either_pass(worth: int, trims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("worth", "trims"), [(1, 3), (2**40, 0)])
+def test_holes_go_back_after_every_third_large_layer_of_either_pass(worth: int, trims: int, monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[int] = []
     monkeypatch.setattr(apart, "give_back", lambda: trimmed.append(1))
     monkeypatch.setattr(apart, "_LARGE_BYTES", 1)

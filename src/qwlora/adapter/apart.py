@@ -25,7 +25,7 @@ from qwlora.memory import give_back
 
 _LARGE_BYTES = 2**20  # below this a copy costs more than a hole
 _WORTH_TRIMMING = 2**22  # of a layer's input: the layer makes some twenty times as much, and giving that back takes longer than it saves below this
-_LAYERS_BETWEEN = 6  # trimming before each layer takes four times as long and saves no more
+_LAYERS_BETWEEN = 3  # trimming at each layer takes longer and saves no more
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
@@ -27,6 +26,7 @@ from qwlora.grid.moment import Moments
 from qwlora.grid.names import canonical_name
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Scheme
+from qwlora.grid.tensor_file import write_tensors
 
 Part = tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]
 
@@ -78,10 +78,7 @@ class FinishedParts:
             assert isinstance(q.encoding, Encoding)
             tensors |= {f"{name}/codes": q.codes, f"{name}/scale": q.encoding.scale, f"{name}/offset": q.encoding.offset}
             records[name] = {"scheme": q.encoding.scheme.to_json(), "report": asdict(reports[name])}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self._file.with_name(f".{self._file.name}.part")
-        save_file({k: t.contiguous() for k, t in tensors.items()}, scratch, metadata={"layers": json.dumps(records), "key": self._digest.hexdigest()})
-        scratch.replace(self._file)
+        write_tensors(self._file, tensors, {"layers": json.dumps(records), "key": self._digest.hexdigest()})
 
 
 def named_inputs(batches: Sequence[Mapping[str, Any]]) -> Iterator[Any]:

@@ -14,10 +14,11 @@ from time import monotonic
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qwlora.grid.fingerprint import take_in
+from qwlora.grid.tensor_file import write_tensors
 
 _SECONDS_BETWEEN, _TIMES_WRITING = 60.0, 20
 
@@ -52,8 +53,5 @@ class TuningState:
         """Keep what `state` gives, if it is time to."""
         if self._file is None or (began := monotonic()) < self._due:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self._file.with_name(f".{self._file.name}.part")
-        save_file(state(), scratch, metadata={"key": self._key})
-        scratch.replace(self._file)
+        write_tensors(self._file, state(), {"key": self._key})
         self._due = (now := monotonic()) + max(_SECONDS_BETWEEN, _TIMES_WRITING * (now - began))

@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qwlora.errors import CalibrationError, SourceError
+from qwlora.grid.tensor_file import write_tensors
 
 
 class SecondMoment:
@@ -81,11 +82,9 @@ class Moment(NamedTuple):
     output: Float[Tensor, "out out"] | None = None
 
 
-def output_energy(matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None, output: Float[Tensor, "out out"] | None = None) -> float:
-    """`tr(G M R M^T)`: the mean square of what a matrix makes of inputs with moment R, outputs weighing as in G; each is 1 unless given. Never quite zero, so
-    that it divides."""
+def output_energy(matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None) -> float:
+    """`tr(M R M^T)`: the mean square of what a matrix makes of inputs with moment R, which is 1 unless given. Never quite zero, so that it divides."""
     weighted = matrix if moment is None else matrix @ moment
-    weighted = weighted if output is None else output @ weighted
     return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
@@ -96,7 +95,7 @@ def _symmetric(upper: Tensor) -> Tensor:
 
 def _triangle(matrix: Float[Tensor, "n n"]) -> Float[Tensor, " entries"]:
     """What is not there twice."""
-    return matrix[tuple(torch.triu_indices(*matrix.shape))].contiguous()
+    return matrix[tuple(torch.triu_indices(*matrix.shape))]
 
 
 def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
@@ -130,10 +129,8 @@ class Moments(Mapping[str, Moment]):
         if self.folder is None:
             self._home[layer] = moment
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file, scratch = self.folder / f"{layer}.safetensors", self.folder / f".{layer}.part"
-        save_file({name: _triangle(matrix) for name, matrix in moment._asdict().items() if matrix is not None}, scratch, metadata={"layer": layer})
-        scratch.replace(file)
+        file = self.folder / f"{layer}.safetensors"
+        write_tensors(file, {name: _triangle(matrix) for name, matrix in moment._asdict().items() if matrix is not None}, {"layer": layer})
         self._home[layer] = file
 
     def __getitem__(self, layer: str) -> Moment:

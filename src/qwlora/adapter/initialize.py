@@ -4,14 +4,12 @@
     svd     minimize |E|^2,                          E = D - s B A,      D = W - W_hat,   s the adapter's scaling
     qera    minimize tr(G E R E^T),                  R + damping = L L^T,   G + damping = K K^T,      R and G from `base/observe.py`
 
-    U S V^T = svd(K^T D L)  (K = L = 1 for svd),     B = c K^-T U_k S_k^1/2 / sqrt(s),        A = S_k^1/2 V_k^T L^-1 / (c sqrt(s))
+    U S V^T = svd(K^T D L)  (K = L = 1 for svd),     B = K^-T U_k S_k C / sqrt(s),        A = C^-1 V_k^T L^-1 / sqrt(s)
 
-A step of Adam moves every number by as much, whatever its size: one of B moves the outputs by sqrt(tr G) |A L|, one of A by sqrt(tr R) |K^T B|, in the measure
-above. c = (tr G / tr R)^1/4 makes the two alike, and the sum of the two least; B is smaller by `_LEAN` than that and A larger, so that B learns more of the
-two (as in LoRA+, Hayou et al. 2024, https://arxiv.org/abs/2402.12354), as it does in ranks that start at zero.
-
-The first k of an adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. Where scales were tuned after the
-solver, W_hat is what the solver made: tuned layers make up for one another, and what tuning did is not to be undone. R and G are of the model before that, too.
+C is diagonal and makes a column of B as long as its row of A L. A step of Adam moves every number by as much, so the outputs by sqrt(out) |A L| for one of B and
+by sqrt(tr R) |B| for one of A: where inputs are so large that A's would be the farther, B is shorter, by sqrt(out / tr R), and both are alike. The first k of an
+adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. Where scales were tuned after the solver, W_hat is what
+the solver made: tuned layers make up for one another, and what tuning did is not to be undone. R and G are of the model before that, too.
 
 Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution, that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475) too,
 is this one for G = 1: there all of a layer's outputs matter alike.
@@ -38,7 +36,6 @@ from qwlora.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
 _DAMPING_INPUT, _DAMPING_OUTPUT = 0.1, 1.0  # of the mean of a moment's diagonal; few tokens have large gradients, so G is less certain than R
-_LEAN = 3.0  # a step of B moves the outputs its square times as far as one of A
 _WHOLE = 2048  # the smaller side of a matrix up to which its Gram matrix is decomposed whole; larger ones by random projection
 _OVERSAMPLED, _POWERS = 32, 4
 _NOTHING = 1e-6  # of the largest singular value: one below this is rounding
@@ -167,15 +164,18 @@ class Measure:
 
     def best_correction(self, difference: Float[Tensor, "out in"], rank: int) -> Correction:
         """The best of its rank for `difference` D."""
-        u, s, vt = _leading(self._weighed(difference), rank)
-        out, columns = difference.shape
-        even = (_trace(self._outer, out) / _trace(self._inner, columns)) ** 0.25
-        b, a = u * s.sqrt() * (even / _LEAN), vt * s.sqrt().unsqueeze(1) * (_LEAN / even)
+        b, s, a = _leading(self._weighed(difference), rank)
+        b = b * s
         if self._outer is not None:
             b = torch.linalg.solve_triangular(self._outer.T, b, upper=True)
         if self._inner is not None:
             a = torch.linalg.solve_triangular(self._inner, a, upper=False, left=False)
-        return Correction(b, a, s)
+        balance = self._shorter(len(difference)) * b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+        return Correction(b * balance, a / balance.unsqueeze(1), s)
+
+    def _shorter(self, out: int) -> float:
+        """What B is multiplied by, and A divided, because inputs are large."""
+        return 1.0 if self._inner is None else min(1.0, out / float(self._inner.square().sum(dtype=torch.float64))) ** 0.25
 
     def _weighed(self, matrix: Tensor) -> Tensor:
         """K^T M L."""
@@ -229,11 +229,6 @@ def _root(moment: Tensor, damping: float) -> Tensor:
         if not int(failed):
             return lower
         damping *= 10
-
-
-def _trace(root: Tensor | None, size: int) -> float:
-    """Of the moment that has this root; of the identity where there is none."""
-    return float(size) if root is None else float(root.square().sum(dtype=torch.float64))
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

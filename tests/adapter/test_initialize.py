@@ -46,7 +46,22 @@ def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
     left = difference - b @ a
     assert float((g @ left @ r * left).sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
     torch.testing.assert_close(found, singular[:5], rtol=1e-3, atol=0)
-    torch.testing.assert_close(b.norm(dim=0), (a @ torch.linalg.cholesky(r)).norm(dim=1))
+
+
+@pytest.mark.parametrize(("size", "farther"), [(1e-4, False), (1e3, True)])
+def test_where_inputs_are_large_a_step_of_b_moves_the_outputs_as_far_as_one_of_a(size: float, farther: bool) -> None:
+    """Steps are as Adam's: every entry by as much, of any sign. Where inputs are small, B's columns are as long as A L's rows."""
+    out, columns, rank = 40, 24, 3
+    difference, r = torch.randn(out, columns, generator=torch.Generator().manual_seed(0)), correlated(columns) * size
+    b, a, _ = Measure(Moment(r, correlated(out))).best_correction(difference, rank)
+    inputs = torch.linalg.cholesky(damped(r, 0.1))
+    as_long = torch.allclose(b.norm(dim=0), (a @ inputs).norm(dim=1), rtol=1e-4)
+    signs = torch.Generator().manual_seed(1)
+    steps = [(torch.randn(out, rank, generator=signs).sign(), torch.randn(rank, columns, generator=signs).sign()) for _ in range(2000)]
+    of_b = sum(float((step @ a @ inputs).square().sum()) for step, _ in steps)
+    of_a = sum(float((b @ step @ inputs).square().sum()) for _, step in steps)
+    alike = (of_b / of_a) ** 0.5 == pytest.approx(1, rel=0.1)
+    assert (as_long, alike) == (not farther, farther)
 
 
 def damped(matrix: Tensor, share: float) -> Tensor:

@@ -3,12 +3,12 @@
     python benchmarks/fidelity.py [--model smollm2|gemma3] [--only SUBSTRING ...] [--aimet PYTHON]
 
 Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all; qera-inputs is qera as published, to which
-all of a layer's outputs are alike, and which corrects what tuning moved, too; R was damped by 0.01 in its rows here), with and without tuning, bitsandbytes'
-NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and the float model with LoRA, all
-trained on the same sequences in the same order. Columns: true bits of a weight, perplexity of the base, at the adapter's start, after the steps, and that over
-float LoRA's, for tuned bases on all of the held-out text too; seconds of one thread. Training computes in bfloat16 (autocast), everything else in float32; a
-base of a perplexity above 1,000 is not trained. A finished row is in the result file and is not computed again; several processes may fill one file. Delete it
-to begin anew. The table lies beside it, as Markdown.
+all of a layer's outputs are alike, and which corrects what tuning moved, too; in its rows here R was damped by 0.01 and B as long as A L everywhere), with
+and without tuning, bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and
+the float model with LoRA, all trained on the same sequences in the same order. Columns: true bits of a weight, perplexity of the base, at the adapter's start,
+after the steps, and that over float LoRA's, for tuned bases on all of the held-out text too; seconds of one thread. Training computes in bfloat16 (autocast),
+everything else in float32; a base of a perplexity above 1,000 is not trained. A finished row is in the result file and is not computed again; several processes
+may fill one file. Delete it to begin anew. The table lies beside it, as Markdown.
 SmolLM2 is 576 wide, which 128 does not divide: its blocks are of 192 there.
 """
 

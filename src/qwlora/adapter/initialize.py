@@ -10,8 +10,7 @@ C is diagonal and makes a column of B as long as its row of A L. A step of Adam 
 and by sqrt(tr R) |B| for one of A: where inputs are so large that A's would be the farther, B is shorter, by sqrt(out / tr R), and both are alike.
 
 The first k of an adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. Where scales were tuned after the
-solver, W_hat is what the solver made: tuned layers make up for one another, and what tuning did is not to be undone. R and G are of the model before that,
-too.
+solver, W_hat is what the solver made: tuned layers make up for one another, and what tuning did is not to be undone. R and G are of the model before.
 
 Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution, that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475) too,
 is this one for G = 1: there all of a layer's outputs matter alike.

@@ -46,6 +46,8 @@ def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
     left = difference - b @ a
     assert float((g @ left @ r * left).sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
     torch.testing.assert_close(found, singular[:5], rtol=1e-3, atol=0)
+    as_long = min(1.0, out / float(r.trace())) ** 0.5
+    torch.testing.assert_close(b.norm(dim=0), as_long * (a @ torch.linalg.cholesky(r)).norm(dim=1))
 
 
 @pytest.mark.parametrize(("size", "farther"), [(1e-4, False), (1e3, True)])

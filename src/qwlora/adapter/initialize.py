@@ -7,7 +7,7 @@
     U S V^T = svd(K^T D L)  (K = L = 1 for svd),     B = K^-T U_k S_k C / sqrt(s),        A = C^-1 V_k^T L^-1 / sqrt(s)
 
 C is diagonal and makes a column of B as long as its row of A L. A step of Adam moves every number by as much, so the outputs by sqrt(out) |A L| for one of B
-and by sqrt(tr R) |B| for one of A: where inputs are so large that A's would be the farther, B is shorter, by sqrt(out / tr R), and both are alike.
+and by sqrt(tr R) |B| for one of A: where inputs are so large that A's would be the farther, B is sqrt(out / tr R) times as long as A L, and both are alike.
 
 The first k of an adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. Where scales were tuned after the
 solver, W_hat is what the solver made: tuned layers make up for one another, and what tuning did is not to be undone. R and G are of the model before.
@@ -175,7 +175,7 @@ class Measure:
         return Correction(b * balance, a / balance.unsqueeze(1), s)
 
     def _shorter(self, out: int) -> float:
-        """What B is multiplied by, and A divided, because inputs are large."""
+        """What B is multiplied by, and A divided, where inputs are large: the root of how long B is beside A L."""
         return 1.0 if self._inner is None else min(1.0, out / float(self._inner.square().sum(dtype=torch.float64))) ** 0.25
 
     def _weighed(self, matrix: Tensor) -> Tensor:

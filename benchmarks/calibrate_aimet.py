@@ -23,8 +23,13 @@ from turns import make_row, peak_of, seconds_of_turns
 
 
 def load(folder: Path) -> nn.Module:
-    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "float.safetensors")
-    model = llama(config["model"], weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    config, weights = (
+        json.loads((folder / "config.json").read_text()),
+        load_file(folder / "float.safetensors"),
+    )
+    model = llama(
+        config["model"], weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
+    )
     adapt_(model, load_file(folder / "adapter.safetensors"), config["scaling"])
     return ForwardLogits(model).eval()
 
@@ -32,10 +37,14 @@ def load(folder: Path) -> nn.Module:
 def main() -> None:
     folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
-    inputs = tuple(load_file(folder / "batch.safetensors")[name] for name in ("input_ids", "attention_mask"))
+    inputs = tuple(
+        load_file(folder / "batch.safetensors")[name] for name in ("input_ids", "attention_mask")
+    )
     parts: dict[str, Any] = {"plain": load(folder)}
     began = time.thread_time()
-    parts["simulation"] = QuantizationSimModel(load(folder), inputs, default_output_bw=16, default_param_bw=4, in_place=True)
+    parts["simulation"] = QuantizationSimModel(
+        load(folder), inputs, default_output_bw=16, default_param_bw=4, in_place=True
+    )
     made_seconds = time.thread_time() - began
     passes: list[float] = []
 
@@ -51,16 +60,32 @@ def main() -> None:
         (model.model if isinstance(model, QuantizationSimModel) else model)(*inputs)
 
     calibrate(parts["simulation"])
-    ways = {"plain": ("plain", run), "simulate": ("simulation", run), "calibrate": ("simulation", calibrate)}
+    ways = {
+        "plain": ("plain", run),
+        "simulate": ("simulation", run),
+        "calibrate": ("simulation", calibrate),
+    }
     peaks = {way: peak_of(parts, part, use) for way, (part, use) in ways.items()}
     passes.clear()
-    timed = seconds_of_turns({way: lambda part=part, use=use: use(parts[part]) for way, (part, use) in ways.items()}, rounds)
+    timed = seconds_of_turns(
+        {way: lambda part=part, use=use: use(parts[part]) for way, (part, use) in ways.items()},
+        rounds,
+    )
     timed["observe"] = passes[1:]
     modules = [m for m in parts["simulation"].model.modules() if isinstance(m, QuantizationMixin)]
-    quantizers = sum(q is not None for m in modules for q in (*m.input_quantizers, *m.output_quantizers))
+    quantizers = sum(
+        q is not None for m in modules for q in (*m.input_quantizers, *m.output_quantizers)
+    )
     rows = [make_row("aimet-torch", way, timed, peaks[way]) for way in ways]
     observed = make_row("aimet-torch", "observe", timed, {})
-    rows.append({**observed, "what": "the forward pass within calibrate", "quantizers": quantizers, "simulation_seconds": round(made_seconds, 1)})
+    rows.append(
+        {
+            **observed,
+            "what": "the forward pass within calibrate",
+            "quantizers": quantizers,
+            "simulation_seconds": round(made_seconds, 1),
+        }
+    )
     print(json.dumps(rows))
 
 

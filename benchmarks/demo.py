@@ -19,7 +19,15 @@ ROOT = Path(__file__).parent.parent
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "qwlora", "run", str(ROOT / "recipes" / "demo.yaml"), "--out", f"{folder}/demo"]
+        command = [
+            sys.executable,
+            "-m",
+            "qwlora",
+            "run",
+            str(ROOT / "recipes" / "demo.yaml"),
+            "--out",
+            f"{folder}/demo",
+        ]
         seconds = []
         for _ in range(2):  # the second run skips everything
             began = time.perf_counter()
@@ -27,7 +35,12 @@ def main() -> None:
             seconds.append(round(time.perf_counter() - began, 1))
         results = json.loads(Path(folder, "demo", "results.json").read_text())
     results["train"]["topics"].pop("losses")
-    record = {"machine": machine_line(), "seconds": seconds[0], "second_run_seconds": seconds[1], "results": results}
+    record = {
+        "machine": machine_line(),
+        "seconds": seconds[0],
+        "second_run_seconds": seconds[1],
+        "results": results,
+    }
     (ROOT / "benchmarks" / "results" / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

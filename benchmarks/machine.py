@@ -17,6 +17,9 @@ def machine_line() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    processor = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return f"{processor}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}"

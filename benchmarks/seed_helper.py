@@ -19,4 +19,7 @@ def rounded(parameter: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    save_file({name: rounded(parameter) for name, parameter in load_file(sys.argv[1]).items()}, sys.argv[2])
+    save_file(
+        {name: rounded(parameter) for name, parameter in load_file(sys.argv[1]).items()},
+        sys.argv[2],
+    )

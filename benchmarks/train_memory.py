@@ -43,7 +43,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "ours-checkpointing, head int8": {"base": "w4-head8", "checkpointing": True},
     "ours-bf16-checkpointing, head int8": {"base": "w4-head8", "checkpointing": True, "half": True},
 }
-GOALS = {"ours": (0.78, 1.02), "ours-checkpointing": (0.25, 1.2), "ours-bf16-checkpointing": (0.17, 0.9)}
+GOALS = {
+    "ours": (0.78, 1.02),
+    "ours-checkpointing": (0.25, 1.2),
+    "ours-bf16-checkpointing": (0.17, 0.9),
+}
 
 
 def prepare(folder: Path) -> None:
@@ -55,7 +59,9 @@ def prepare(folder: Path) -> None:
     from qwlora.grid.scheme import parse_scheme
 
     model = load_model(SOURCE)
-    model.hf_quantizer = None  # it was dequantized while loading, and is a float model like any other
+    model.hf_quantizer = (
+        None  # it was dequantized while loading, and is a float model like any other
+    )
     model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(folder / "float")
     for name, rules in (("w4", []), ("w4-head8", [Rule("lm_head", parse_scheme("w8-block32"))])):
@@ -65,7 +71,9 @@ def prepare(folder: Path) -> None:
         save_base(base, load_tokenizer(SOURCE), folder / name, SOURCE)
 
 
-def measure(folder: Path, steps: int, base: str = "", checkpointing: bool = False, half: bool = False) -> dict[str, Any]:
+def measure(
+    folder: Path, steps: int, base: str = "", checkpointing: bool = False, half: bool = False
+) -> dict[str, Any]:
     """One way, in this process."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -77,7 +85,11 @@ def measure(folder: Path, steps: int, base: str = "", checkpointing: bool = Fals
     torch.set_num_threads(2)
     reset_peak_rss()
     imported = peak_rss_bytes()
-    inner = load_base(folder / base) if base else AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32)
+    inner = (
+        load_base(folder / base)
+        if base
+        else AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32)
+    )
     inner.config.use_cache = False
     model = get_peft_model(inner, LoraConfig(r=16, target_modules="all-linear")).train()
     if checkpointing:
@@ -85,7 +97,9 @@ def measure(folder: Path, steps: int, base: str = "", checkpointing: bool = Fals
     if base:
         chunk_loss_(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    ids = torch.randint(0, inner.config.vocab_size, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, inner.config.vocab_size, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0)
+    )
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -103,7 +117,13 @@ def measure(folder: Path, steps: int, base: str = "", checkpointing: bool = Fals
             losses.append(step())
             seconds.append(time.perf_counter() - began)
     timed = seconds[1:] or seconds
-    return {"imported_bytes": imported, "loaded_bytes": loaded, "peak_bytes": peak_rss_bytes(), "seconds": statistics.median(timed), "losses": losses}
+    return {
+        "imported_bytes": imported,
+        "loaded_bytes": loaded,
+        "peak_bytes": peak_rss_bytes(),
+        "seconds": statistics.median(timed),
+        "losses": losses,
+    }
 
 
 def compare(names: list[str], steps: int, rounds: int) -> list[dict[str, Any]]:
@@ -112,16 +132,45 @@ def compare(names: list[str], steps: int, rounds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, "--prepare", folder], check=True)
         for name in names * rounds:
-            command = [sys.executable, __file__, "--way", name, "--folder", folder, "--steps", str(steps)]
-            found[name].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+            command = [
+                sys.executable,
+                __file__,
+                "--way",
+                name,
+                "--folder",
+                folder,
+                "--steps",
+                str(steps),
+            ]
+            found[name].append(
+                json.loads(
+                    subprocess.run(
+                        command, check=True, capture_output=True, text=True
+                    ).stdout.splitlines()[-1]
+                )
+            )
     rows = []
     for name, runs in found.items():
-        peak, above = (max(r["peak_bytes"] - start * r["imported_bytes"] for r in runs) for start in (0, 1))
-        row = {"way": name, **runs[0], "peak_bytes": peak, "seconds": statistics.median(r["seconds"] for r in runs)}
+        peak, above = (
+            max(r["peak_bytes"] - start * r["imported_bytes"] for r in runs) for start in (0, 1)
+        )
+        row = {
+            "way": name,
+            **runs[0],
+            "peak_bytes": peak,
+            "seconds": statistics.median(r["seconds"] for r in runs),
+        }
         if plain := found.get("plain"):
             row["ratio"] = round(peak / max(r["peak_bytes"] for r in plain), 3)
-            row["ratio_above_imports"] = round(above / max(r["peak_bytes"] - r["imported_bytes"] for r in plain), 3)
-            row["time_ratio"] = round(statistics.median(a["seconds"] / b["seconds"] for a, b in zip(runs, plain, strict=True)), 3)
+            row["ratio_above_imports"] = round(
+                above / max(r["peak_bytes"] - r["imported_bytes"] for r in plain), 3
+            )
+            row["time_ratio"] = round(
+                statistics.median(
+                    a["seconds"] / b["seconds"] for a, b in zip(runs, plain, strict=True)
+                ),
+                3,
+            )
         if goals := GOALS.get(name.removesuffix(", head int8")):
             row["goal"], row["time_goal"] = goals
         rows.append(row)
@@ -132,7 +181,9 @@ def compare(names: list[str], steps: int, rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", nargs="*", default=list(WAYS), help="ways, by name")
-    parser.add_argument("--steps", type=int, default=3, help="steps in a process; the first is not timed")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="steps in a process; the first is not timed"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="processes for each way")
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
@@ -144,7 +195,12 @@ def main() -> None:
         print(json.dumps(measure(given.folder, given.steps, **WAYS[given.way])))
     else:
         rows = compare(given.only, given.steps, given.rounds)
-        RESULT.write_text(json.dumps({"machine": machine_line(), "tokens": [BATCH, TOKENS], "rows": rows}, indent=1) + "\n")
+        RESULT.write_text(
+            json.dumps(
+                {"machine": machine_line(), "tokens": [BATCH, TOKENS], "rows": rows}, indent=1
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,18 @@ CLOCK = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 def adapted(base: nn.Module) -> PeftModel:
     torch.manual_seed(0)
-    config = LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    config = LoraConfig(
+        r=16,
+        target_modules=[
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ],
+    )
     return get_peft_model(base, config, autocast_adapter_dtype=False).train()
 
 
@@ -55,7 +66,9 @@ def packed(base: nn.Module, bits: int) -> tuple[nn.Module, float]:
     base = copy.deepcopy(base)
     quantize_(base, SCHEMES[bits], solver="search")  # whose block scales float16 holds
     layers = [layer for layer in packed_weights(base).values() if not layer.is_tied]
-    return base, sum(layer.own_bytes for layer in layers) / sum(4 * math.prod(layer.tensor.shape) for layer in layers)
+    return base, sum(layer.own_bytes for layer in layers) / sum(
+        4 * math.prod(layer.tensor.shape) for layer in layers
+    )
 
 
 def nf4(base: nn.Module) -> tuple[nn.Module, float]:
@@ -65,8 +78,16 @@ def nf4(base: nn.Module) -> tuple[nn.Module, float]:
     held = floats = 0
     for path, module in list(base.named_modules()):
         if isinstance(module, nn.Linear) and path != "lm_head":
-            layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            layer = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.float32,
+                quant_type="nf4",
+            )
+            layer.weight = bnb.nn.Params4bit(
+                module.weight.data, requires_grad=False, quant_type="nf4"
+            )
             base.set_submodule(path, layer.to("cpu"))
             held += layer.weight.nbytes + layer.weight.quant_state.absmax.nbytes
             floats += 4 * module.weight.numel()
@@ -85,7 +106,10 @@ def group(base: nn.Module, bits: int) -> dict[str, tuple[PeftModel, float]]:
 
 
 def group_of_others(base: nn.Module) -> dict[str, tuple[PeftModel, float]]:
-    found = {"plain float32": (adapted(copy.deepcopy(base)), 1.0), "plain bfloat16": (adapted(copy.deepcopy(base).to(torch.bfloat16)), 0.5)}
+    found = {
+        "plain float32": (adapted(copy.deepcopy(base)), 1.0),
+        "plain bfloat16": (adapted(copy.deepcopy(base).to(torch.bfloat16)), 0.5),
+    }
     if HAS_NF4:
         frozen, resident = nf4(base)
         found["bitsandbytes NF4"] = adapted(frozen), resident
@@ -100,7 +124,9 @@ def step_seconds(peft: PeftModel, ids: torch.Tensor) -> float:
     return seconds
 
 
-def measure(models: dict[str, PeftModel], shape: tuple[int, int], repeats: int) -> dict[str, list[float]]:
+def measure(
+    models: dict[str, PeftModel], shape: tuple[int, int], repeats: int
+) -> dict[str, list[float]]:
     """Seconds of a step in each turn; the first turn warms up and does not count."""
     ids = torch.randint(0, 49152, shape, generator=torch.Generator().manual_seed(0))
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -117,11 +143,15 @@ def ratios(seconds: dict[str, list[float]], candidate: str, to: str) -> list[flo
     return [taken / other for taken, other in zip(seconds[candidate], seconds[to], strict=True)]
 
 
-def rows_of(name: str, candidates: dict[str, tuple[PeftModel, float]], repeats: int) -> list[dict[str, Any]]:
+def rows_of(
+    name: str, candidates: dict[str, tuple[PeftModel, float]], repeats: int
+) -> list[dict[str, Any]]:
     """The rows of one group."""
     rows = []
     for shape in SHAPES:
-        seconds = measure({candidate: model for candidate, (model, _) in candidates.items()}, shape, repeats)
+        seconds = measure(
+            {candidate: model for candidate, (model, _) in candidates.items()}, shape, repeats
+        )
         for candidate, (_, resident) in candidates.items():
             row = {
                 "group": name,
@@ -131,9 +161,17 @@ def rows_of(name: str, candidates: dict[str, tuple[PeftModel, float]], repeats: 
                 "resident": round(resident, 4),
             }
             to_plain = ratios(seconds, candidate, "plain float32")
-            row |= {"ratio": round(statistics.median(to_plain), 3), "ratios": [round(min(to_plain), 3), round(max(to_plain), 3)]}
+            row |= {
+                "ratio": round(statistics.median(to_plain), 3),
+                "ratios": [round(min(to_plain), 3), round(max(to_plain), 3)],
+            }
             if candidate.endswith("bfloat16"):
-                row["to_its_float32"] = round(statistics.median(ratios(seconds, candidate, candidate.replace("bfloat16", "float32"))), 3)
+                row["to_its_float32"] = round(
+                    statistics.median(
+                        ratios(seconds, candidate, candidate.replace("bfloat16", "float32"))
+                    ),
+                    3,
+                )
             rows.append(row)
             print(row, flush=True)
     return rows
@@ -144,29 +182,68 @@ def goals(rows: list[dict[str, Any]]) -> dict[str, bool]:
     ours = [row for row in rows if row["candidate"].startswith("w")]
     floats = [row for row in ours if row["candidate"].endswith(" float32")]
     return {
-        **{f"step at {tokens} tokens <= {limit}": all(r["ratio"] <= limit for r in floats if r["tokens"] == tokens) for tokens, limit in LIMITS.items()},
-        "resident <= (bits + 0.6) / 32": all(r["resident"] <= (int(r["candidate"][1]) + 0.6) / 32 for r in floats),
-        "bfloat16 faster than float32": all(r["to_its_float32"] < 1 for r in ours if "to_its_float32" in r),
+        **{
+            f"step at {tokens} tokens <= {limit}": all(
+                r["ratio"] <= limit for r in floats if r["tokens"] == tokens
+            )
+            for tokens, limit in LIMITS.items()
+        },
+        "resident <= (bits + 0.6) / 32": all(
+            r["resident"] <= (int(r["candidate"][1]) + 0.6) / 32 for r in floats
+        ),
+        "bfloat16 faster than float32": all(
+            r["to_its_float32"] < 1 for r in ours if "to_its_float32" in r
+        ),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", nargs="*", choices=[*(f"w{bits}" for bits in BITS), "others"], help="groups; all by default")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=[*(f"w{bits}" for bits in BITS), "others"],
+        help="groups; all by default",
+    )
     options = parser.parse_args()
     base = load_model(SOURCE)
-    makers: dict[str, Callable[[], dict[str, tuple[PeftModel, float]]]] = {f"w{bits}": partial(group, base, bits) for bits in BITS}
+    makers: dict[str, Callable[[], dict[str, tuple[PeftModel, float]]]] = {
+        f"w{bits}": partial(group, base, bits) for bits in BITS
+    }
     makers["others"] = partial(group_of_others, base)
-    rows = [row for name in options.only or makers for row in rows_of(name, makers[name](), options.repeats)]
+    rows = [
+        row
+        for name in options.only or makers
+        for row in rows_of(name, makers[name](), options.repeats)
+    ]
     if options.repeats > 1 and RESULT.exists():
-        rows += [row for row in json.loads(RESULT.read_text())["rows"] if row["group"] not in {found["group"] for found in rows}]
+        rows += [
+            row
+            for row in json.loads(RESULT.read_text())["rows"]
+            if row["group"] not in {found["group"] for found in rows}
+        ]
     held = goals(rows)
     print(held)
     if options.repeats > 1:
-        nf4_version = f"bitsandbytes {version('bitsandbytes')}" if HAS_NF4 else "bitsandbytes not installed"
+        nf4_version = (
+            f"bitsandbytes {version('bitsandbytes')}" if HAS_NF4 else "bitsandbytes not installed"
+        )
         clock = "processor" if torch.get_num_threads() == 1 else "wall"
-        RESULT.write_text(json.dumps({"machine": f"{machine_line()}, {nf4_version}", "clock": clock, "held": held, "rows": rows}, indent=1) + "\n")
+        RESULT.write_text(
+            json.dumps(
+                {
+                    "machine": f"{machine_line()}, {nf4_version}",
+                    "clock": clock,
+                    "held": held,
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

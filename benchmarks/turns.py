@@ -19,7 +19,11 @@ from typing import Any
 from qwlora.memory import peak_rss_bytes, reset_peak_rss
 
 
-def seconds_of_turns(ways: Mapping[str, Callable[[], object]], rounds: int, before: Mapping[str, Callable[[], object]] | None = None) -> dict[str, list[float]]:
+def seconds_of_turns(
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int,
+    before: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, list[float]]:
     """Processor seconds of this thread, for each round; one round before them warms up and does not count, nor does what is to be done `before` a way."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
@@ -33,14 +37,24 @@ def seconds_of_turns(ways: Mapping[str, Callable[[], object]], rounds: int, befo
     return seconds
 
 
-def make_row(tool: str, way: str, seconds: Mapping[str, list[float]], peak: Mapping[str, int]) -> dict[str, Any]:
+def make_row(
+    tool: str, way: str, seconds: Mapping[str, list[float]], peak: Mapping[str, int]
+) -> dict[str, Any]:
     """A way's seconds, its ratio to `plain`, its memory."""
-    return {"tool": tool, "way": way, "ratio": ratio(seconds, way, "plain"), "seconds": [round(s, 3) for s in seconds[way]], **peak}
+    return {
+        "tool": tool,
+        "way": way,
+        "ratio": ratio(seconds, way, "plain"),
+        "seconds": [round(s, 3) for s in seconds[way]],
+        **peak,
+    }
 
 
 def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> float:
     """The median over the rounds of one way's seconds over another's."""
-    return round(statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True)), 3)
+    return round(
+        statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True)), 3
+    )
 
 
 def peak_of(parts: dict[str, Any], needed: str, use: Callable[[Any], object]) -> dict[str, int]:
@@ -63,7 +77,10 @@ def peak_of(parts: dict[str, Any], needed: str, use: Callable[[Any], object]) ->
         reset_peak_rss()
         resident = peak_rss_bytes()
         use(part)
-        os.write(writing, json.dumps({"resident_bytes": resident, "peak_bytes": peak_rss_bytes()}).encode())
+        os.write(
+            writing,
+            json.dumps({"resident_bytes": resident, "peak_bytes": peak_rss_bytes()}).encode(),
+        )
         os._exit(0)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

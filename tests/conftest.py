@@ -12,7 +12,9 @@ import torch
 import yaml
 from jaxtyping import install_import_hook
 
-SHAPES_CHECKED = [f"qwlora.{m}" for m in ("grid.encoding", "grid.observer", "grid.packing", "evaluate")]
+SHAPES_CHECKED = [
+    f"qwlora.{m}" for m in ("grid.encoding", "grid.observer", "grid.packing", "evaluate")
+]
 with install_import_hook(SHAPES_CHECKED, "beartype.beartype"):
     import qwlora.base.quantize
     import qwlora.evaluate  # noqa: F401 (imported here so that their signatures' shapes are checked)
@@ -36,25 +38,67 @@ transformers_logging.disable_progress_bar()
 
 VOCABULARY = 260
 ARCHITECTURES = ("llama", "gpt2", "opt", "qwen3")
-WORDS = ["the", "integer", "grid", "holds", "a", "weight", "in", "four", "bits", "and", "scale", "so", "that", "what", "was", "trained", "is", "computed"]
+WORDS = [
+    "the",
+    "integer",
+    "grid",
+    "holds",
+    "a",
+    "weight",
+    "in",
+    "four",
+    "bits",
+    "and",
+    "scale",
+    "so",
+    "that",
+    "what",
+    "was",
+    "trained",
+    "is",
+    "computed",
+]
 
 
 def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
     """Two layers of width 64, random weights that are large enough to matter."""
     torch.manual_seed(seed)
     ids = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
-    llama = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, **ids}
+    llama = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        **ids,
+    }
     model: PreTrainedModel
     match architecture:
         case "llama":
-            model = LlamaForCausalLM(LlamaConfig(**llama, tie_word_embeddings=True, max_position_embeddings=128))
+            model = LlamaForCausalLM(
+                LlamaConfig(**llama, tie_word_embeddings=True, max_position_embeddings=128)
+            )
         case "qwen3":
-            model = Qwen3ForCausalLM(Qwen3Config(**llama, head_dim=16, tie_word_embeddings=False, max_position_embeddings=128))
+            model = Qwen3ForCausalLM(
+                Qwen3Config(
+                    **llama, head_dim=16, tie_word_embeddings=False, max_position_embeddings=128
+                )
+            )
         case "gpt2":
-            model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **ids))
+            model = GPT2LMHeadModel(
+                GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **ids)
+            )
         case "opt":
             model = OPTForCausalLM(
-                OPTConfig(hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, word_embed_proj_dim=64, **ids)
+                OPTConfig(
+                    hidden_size=64,
+                    ffn_dim=128,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    max_position_embeddings=128,
+                    word_embed_proj_dim=64,
+                    **ids,
+                )
             )
         case _:
             raise AssertionError(architecture)
@@ -76,7 +120,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def text(seed: int, words: int) -> str:
     """Words in a seeded order."""
     generator = torch.Generator().manual_seed(seed)
-    return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (words,), generator=generator).tolist())
+    return " ".join(
+        WORDS[i] for i in torch.randint(len(WORDS), (words,), generator=generator).tolist()
+    )
 
 
 @pytest.fixture(scope="session")
@@ -106,8 +152,15 @@ def recipe_for(tmp_path: Path, corpus: Path, checkpoints: dict[str, Path]) -> An
         content = {
             "name": "tiny",
             "model": {"source": str(checkpoints[architecture])},
-            "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequences": 4},
-            "adapters": [{"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "checkpoint_steps": 2}],
+            "data": {
+                "source": str(corpus),
+                "sequence_tokens": 32,
+                "evaluation_sequences": 4,
+                "calibration_sequences": 4,
+            },
+            "adapters": [
+                {"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "checkpoint_steps": 2}
+            ],
             "verify": {"sequences": 2, "layer_tokens": 16},
             **sections,
         }
@@ -126,7 +179,11 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     def mount(options: str) -> Path:
         folder = tmp_path / f"disk{len(made)}"
         folder.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
+            capture_output=True,
+            check=False,
+        ).returncode:
             pytest.skip("mounting a file system needs root")
         made.append(folder)
         return folder

@@ -15,7 +15,9 @@ from conftest import byte_tokenizer
 from qwlora.cli import main
 
 
-def run_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[int, str, str]:
+def run_cli(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
+) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.argv", ["qwlora", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         main()
@@ -40,47 +42,81 @@ def refused(call: Any, recipe: Path, out: Path, *arguments: str) -> str:
 
 
 def test_missing_model_path(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    assert "model '/not/there' does not exist" in refused(call, recipe_for(model={"source": "/not/there"}), tmp_path / "out")
+    assert "model '/not/there' does not exist" in refused(
+        call, recipe_for(model={"source": "/not/there"}), tmp_path / "out"
+    )
 
 
 def test_unknown_key(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    assert "did you mean solver?" in refused(call, recipe_for(base={"solvr": "rtn"}), tmp_path / "out")
+    assert "did you mean solver?" in refused(
+        call, recipe_for(base={"solvr": "rtn"}), tmp_path / "out"
+    )
 
 
 def test_block_size_that_does_not_divide(call: Any, recipe_for: Any, tmp_path: Path) -> None:
     message = refused(call, recipe_for(), tmp_path / "out", "--set", "base.weights.block_size=48")
-    assert "14 of 14 layers do not fit their scheme; choose a block size that divides their input" in message
-    assert "model.layers.0.self_attn.q_proj.weight: int4 symmetric per block 48 does not fit: blocks of 48 do not divide the last axis" in message
+    assert (
+        "14 of 14 layers do not fit their scheme; choose a block size that divides their input"
+        in message
+    )
+    assert (
+        "model.layers.0.self_attn.q_proj.weight: int4 symmetric per block 48 does not fit: blocks of 48 do not divide the last axis"
+        in message
+    )
 
 
 def test_empty_text(call: Any, recipe_for: Any, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
-    assert "holds no text" in refused(call, recipe_for(data={"source": str(tmp_path / "empty.txt")}), tmp_path / "out")
+    assert "holds no text" in refused(
+        call, recipe_for(data={"source": str(tmp_path / "empty.txt")}), tmp_path / "out"
+    )
 
 
 def test_text_shorter_than_one_sequence(call: Any, recipe_for: Any, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a few words only")
-    message = refused(call, recipe_for(data={"source": str(tmp_path / "short.txt"), "sequence_tokens": 32}), tmp_path / "out")
+    message = refused(
+        call,
+        recipe_for(data={"source": str(tmp_path / "short.txt"), "sequence_tokens": 32}),
+        tmp_path / "out",
+    )
     assert "the training text has 13 tokens, but one sequence needs 32" in message
 
 
 def test_text_that_is_not_text(call: Any, recipe_for: Any, tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    assert "is not UTF-8 text: byte 1 of the line" in refused(call, recipe_for(data={"source": str(tmp_path / "binary.txt")}), tmp_path / "out")
+    assert "is not UTF-8 text: byte 1 of the line" in refused(
+        call, recipe_for(data={"source": str(tmp_path / "binary.txt")}), tmp_path / "out"
+    )
 
 
-def test_damaged_model(call: Any, recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+def test_damaged_model(
+    call: Any, recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in checkpoints["llama"].iterdir():
-        (broken / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])
-    assert "cannot be loaded" in refused(call, recipe_for(model={"source": str(broken)}), tmp_path / "out")
+        (broken / file.name).write_bytes(
+            file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None]
+        )
+    assert "cannot be loaded" in refused(
+        call, recipe_for(model={"source": str(broken)}), tmp_path / "out"
+    )
 
 
 def test_tokenizer_of_another_model(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    small = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4))
+    small = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        )
+    )
     small.save_pretrained(tmp_path / "small")
-    assert "tokenizer" in refused(call, recipe_for(model={"source": str(tmp_path / "small")}), tmp_path / "out")
+    assert "tokenizer" in refused(
+        call, recipe_for(model={"source": str(tmp_path / "small")}), tmp_path / "out"
+    )
     byte_tokenizer().save_pretrained(tmp_path / "small")
     message = refused(call, recipe_for(model={"source": str(tmp_path / "small")}), tmp_path / "out")
     assert "but the model knows 50 tokens: they do not belong together" in message
@@ -89,7 +125,9 @@ def test_tokenizer_of_another_model(call: Any, recipe_for: Any, tmp_path: Path) 
 def test_directory_of_something_else(call: Any, recipe_for: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")
-    assert "is not empty and was not made by qwlora" in refused(call, recipe_for(), tmp_path / "out")
+    assert "is not empty and was not made by qwlora" in refused(
+        call, recipe_for(), tmp_path / "out"
+    )
 
 
 def test_out_is_a_file(call: Any, recipe_for: Any, tmp_path: Path) -> None:
@@ -97,9 +135,13 @@ def test_out_is_a_file(call: Any, recipe_for: Any, tmp_path: Path) -> None:
     assert "is a file; --out names a directory" in refused(call, recipe_for(), tmp_path / "out")
 
 
-def test_unwritable_parent(call: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_parent(
+    call: Any, recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: False if Path(path) == tmp_path else access(path, mode))  # tests may run as root
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: False if Path(path) == tmp_path else access(path, mode)
+    )  # tests may run as root
     assert "is not writable" in refused(call, recipe_for(), tmp_path / "out")
 
 
@@ -135,8 +177,17 @@ def test_json_is_the_only_output(call: Any, recipe_for: Any, tmp_path: Path) -> 
     assert json.loads(out) == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
-def test_failed_proof_exits_with_one_and_names_the_limit(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    code, _, errors = call("run", recipe_for("gpt2"), "--out", tmp_path / "out", "--set", "verify.perplexity_difference=1e-14")
+def test_failed_proof_exits_with_one_and_names_the_limit(
+    call: Any, recipe_for: Any, tmp_path: Path
+) -> None:
+    code, _, errors = call(
+        "run",
+        recipe_for("gpt2"),
+        "--out",
+        tmp_path / "out",
+        "--set",
+        "verify.perplexity_difference=1e-14",
+    )
     assert code == 1
     assert "export/onnx/first: the exported file does not compute what was simulated" in errors
     assert "from the simulation's" in errors

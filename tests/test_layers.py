@@ -43,7 +43,11 @@ def room(module: str) -> str:
 def imports(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            yield from ([node.module] if node.module != "qwlora" else [f"qwlora.{a.name}" for a in node.names])
+            yield from (
+                [node.module]
+                if node.module != "qwlora"
+                else [f"qwlora.{a.name}" for a in node.names]
+            )
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
@@ -90,4 +94,6 @@ def test_names_that_are_loaded_later_are_listed() -> None:
 
 
 def test_every_module_has_a_place() -> None:
-    assert {p.relative_to(PACKAGE).with_suffix("").parts[0] for p in PACKAGE.rglob("*.py")} - {"__init__"} <= RANK.keys()
+    assert {p.relative_to(PACKAGE).with_suffix("").parts[0] for p in PACKAGE.rglob("*.py")} - {
+        "__init__"
+    } <= RANK.keys()

@@ -12,7 +12,9 @@ import torch
 
 from qwlora.memory import give_back, peak_rss_bytes, reset_peak_rss
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="resident memory is read from /proc"
+)
 
 
 def resident_bytes() -> int:

@@ -38,7 +38,16 @@ def adapted(architecture: str, size: float, **options: Any) -> Any:
     model = tiny_model(architecture)
     quantize_(model, "w4-block32")
     torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **options))
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=4,
+            target_modules="all-linear",
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+            **options,
+        ),
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -47,19 +56,27 @@ def adapted(architecture: str, size: float, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
-def test_merged_into_floats_it_computes_what_base_and_adapter_compute(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"]
+)
+def test_merged_into_floats_it_computes_what_base_and_adapter_compute(
+    architecture: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     """Once written and read again by transformers, too."""
     model = adapted(architecture, 0.1, **options)
     with torch.no_grad():
         expected = model(IDS).logits
         merged = merged_model(model, "float")
         assert not any(is_packed(module) for module in merged.modules())
-        assert {name: type(module) for name, module in merged.named_modules()} == {n: type(m) for n, m in tiny_model(architecture).named_modules()}
+        assert {name: type(module) for name, module in merged.named_modules()} == {
+            n: type(m) for n, m in tiny_model(architecture).named_modules()
+        }
         torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
         merged.save_pretrained(tmp_path)
         again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert not any(
+            report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        )
         assert torch.equal(again.eval()(IDS).logits, merged(IDS).logits)
 
 
@@ -75,15 +92,22 @@ def tied_and_adapted(architecture: str, targets: list[str], rules: list[Rule] | 
     quantize_(model, "w4-block32", rules=rules or [])
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # what is tested here
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"))
+        warnings.filterwarnings(
+            "ignore", "Model has `tie_word_embeddings=True`"
+        )  # what is tested here
+        model = get_peft_model(
+            model,
+            LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"),
+        )
     return model.eval()
 
 
 @pytest.mark.parametrize("architecture", ENDS)
 @pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["embedding", "head", "both"])
 @pytest.mark.parametrize("is_packed_too", [False, True], ids=["float", "packed"])
-def test_a_tied_layer_that_has_an_adapter_is_merged_by_itself(architecture: str, which: tuple[int, ...], is_packed_too: bool, tmp_path: Path) -> None:
+def test_a_tied_layer_that_has_an_adapter_is_merged_by_itself(
+    architecture: str, which: tuple[int, ...], is_packed_too: bool, tmp_path: Path
+) -> None:
     rules = [Rule(ENDS[architecture][1], parse_scheme("w8-block32"))] if is_packed_too else []
     model = tied_and_adapted(architecture, [ENDS[architecture][i] for i in which], rules)
     with torch.no_grad():
@@ -92,21 +116,33 @@ def test_a_tied_layer_that_has_an_adapter_is_merged_by_itself(architecture: str,
         torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
         merged.save_pretrained(tmp_path)
         again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-        assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert not any(
+            report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        )
         assert not again.config.tie_word_embeddings
         assert torch.equal(again.eval()(IDS).logits, merged(IDS).logits)
 
 
 @pytest.mark.parametrize("which", [None, 0, 1], ids=["neither", "embedding", "head"])
-def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(which: int | None, tmp_path: Path) -> None:
-    rules, targets = [Rule("lm_head", parse_scheme("w8-block32"))], ["q_proj"] if which is None else [ENDS["llama"][which]]
-    model, twin = tied_and_adapted("llama", targets, rules), tied_and_adapted("llama", targets, rules)
+def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(
+    which: int | None, tmp_path: Path
+) -> None:
+    rules, targets = (
+        [Rule("lm_head", parse_scheme("w8-block32"))],
+        ["q_proj"] if which is None else [ENDS["llama"][which]],
+    )
+    model, twin = (
+        tied_and_adapted("llama", targets, rules),
+        tied_and_adapted("llama", targets, rules),
+    )
     merged, floats = merged_model(model, "requantized"), merged_model(twin, "float")
     assert all(is_packed(merged.get_submodule(path)) for path in ENDS["llama"])
     assert merged.get_submodule("lm_head").is_tied == (which is None)
     if which is not None:  # the other is as it was
         other = ENDS["llama"][1 - which]
-        torch.testing.assert_close(merged.get_submodule(other).tensor.dequantize(), floats.get_submodule(other).weight)
+        torch.testing.assert_close(
+            merged.get_submodule(other).tensor.dequantize(), floats.get_submodule(other).weight
+        )
         assert not torch.equal(*(merged.get_submodule(path).codes for path in ENDS["llama"]))
     save_base(merged, byte_tokenizer(), tmp_path, "here")
     with torch.no_grad():
@@ -115,8 +151,15 @@ def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(which: int | 
 
 def test_a_tie_that_no_configuration_undoes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tied_and_adapted("llama", ["lm_head"])
-    monkeypatch.setattr(type(model.get_base_model()), "get_expanded_tied_weights_keys", lambda *_, **__: {"lm_head.weight": "model.embed_tokens.weight"})
-    with pytest.raises(MergeError, match=r"lm_head: LlamaForCausalLM always ties this layer, .*keep the adapter separate"):
+    monkeypatch.setattr(
+        type(model.get_base_model()),
+        "get_expanded_tied_weights_keys",
+        lambda *_, **__: {"lm_head.weight": "model.embed_tokens.weight"},
+    )
+    with pytest.raises(
+        MergeError,
+        match=r"lm_head: LlamaForCausalLM always ties this layer, .*keep the adapter separate",
+    ):
         merged_model(model, "float")
 
 
@@ -145,7 +188,9 @@ def test_a_small_delta_is_swallowed_whole_and_a_large_one_is_not() -> None:
     shares = [layer.share for layer in swallowed(model).values()]
     assert min(shares) == 1
     merged = merged_model(model, "requantized")
-    assert all(torch.equal(layer.codes, base[name]) for name, layer in packed_weights(merged).items())
+    assert all(
+        torch.equal(layer.codes, base[name]) for name, layer in packed_weights(merged).items()
+    )
     layers = swallowed(adapted("llama", 10.0))
     assert all(layer.share < 0.5 and layer.rms_steps > 1 for layer in layers.values())
 
@@ -165,16 +210,26 @@ def test_unpacking_gives_back_the_classes_and_the_tie() -> None:
 def test_fused_experts_say_that_they_cannot_be_merged() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=260, num_local_experts=2)).eval()
     quantize_(model, "w4-block32")
-    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     with pytest.raises(MergeError, match=r"experts.*keep the adapter separate"):
         merged_model(wrapped, "float")
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path) -> Path:
+def job(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path
+) -> Path:
     import yaml
 
     folder = tmp_path_factory.mktemp("merge")
@@ -182,7 +237,9 @@ def job(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], 
         "name": "tiny",
         "model": {"source": str(checkpoints["llama"])},
         "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4},
-        "adapters": [{"name": "first", "rank": 4, "steps": 20, "learning_rate": 0.01, "warmup_steps": 1}],
+        "adapters": [
+            {"name": "first", "rank": 4, "steps": 20, "learning_rate": 0.01, "warmup_steps": 1}
+        ],
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     run(load_recipe(folder / "recipe.yaml"), folder / "out", ("quantize", "train"))
@@ -190,7 +247,12 @@ def job(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], 
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "qwlora", *map(str, arguments)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "qwlora", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_path: Path) -> None:
@@ -199,7 +261,9 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
     verdict = json.loads(checked.stdout)
     assert 0 < verdict["share"] < 1
     assert verdict["adapted"] < verdict["base"]
-    assert set(verdict["layers"]) == {name.removesuffix(".weight") for name in packed_weights(load_base(job / "base"))}
+    assert set(verdict["layers"]) == {
+        name.removesuffix(".weight") for name in packed_weights(load_base(job / "base"))
+    }
     (tmp_path / ".float.part").mkdir()  # a merge that was killed left this
     merged = command("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
     assert merged.returncode == 0, merged.stderr
@@ -208,7 +272,11 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
     again = command("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
-    assert (again.returncode, again.stdout, "is not empty" in again.stderr) == (2, "", True)  # before the verdict
+    assert (again.returncode, again.stdout, "is not empty" in again.stderr) == (
+        2,
+        "",
+        True,
+    )  # before the verdict
     rounded = command("merge", job, "first", "--into", "requantized", "--out", tmp_path / "base")
     assert rounded.returncode == 0, rounded.stderr
     assert len(packed_weights(load_base(tmp_path / "base"))) == 14
@@ -222,7 +290,10 @@ def test_a_terminal_sees_how_far_the_verdict_is(job: Path) -> None:
     with open(ours, "rb", buffering=0) as terminal:
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
         with subprocess.Popen(
-            [sys.executable, "-m", "qwlora", "merge-check", str(job), "first"], stdout=subprocess.PIPE, stderr=theirs, env=environment
+            [sys.executable, "-m", "qwlora", "merge-check", str(job), "first"],
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            env=environment,
         ) as process:
             os.close(theirs)
             seen = b""
@@ -237,7 +308,9 @@ def test_a_terminal_sees_how_far_the_verdict_is(job: Path) -> None:
     assert b"perplexity, merged" not in printed
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(job: Path, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(
+    job: Path, tmp_path: Path
+) -> None:
     (tmp_path / "notes.txt").write_text("x")
     for place, message in (
         (tmp_path / "notes.txt", "is a file; --out names a directory"),
@@ -253,15 +326,22 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(job: Path,
 
 
 @pytest.mark.parametrize(("into", "size"), [("float", "300k"), ("requantized", "16k")])
-def test_a_full_disk_is_an_error_of_ours_and_keeps_nothing(job: Path, mounted: Any, into: Any, size: str) -> None:
+def test_a_full_disk_is_an_error_of_ours_and_keeps_nothing(
+    job: Path, mounted: Any, into: Any, size: str
+) -> None:
     session, _ = open_job(job)
     disk = mounted(f"size={size}")
-    with pytest.raises(DirectoryError, match=r"new/merged': no space left on the disk. Nothing half-written was kept; free some space and run again"):
+    with pytest.raises(
+        DirectoryError,
+        match=r"new/merged': no space left on the disk. Nothing half-written was kept; free some space and run again",
+    ):
         write_merged(session, "first", into, disk / "new" / "merged")
     assert list(disk.iterdir()) == []
 
 
-def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(job: Path, mounted: Any, tmp_path: Path) -> None:
+def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(
+    job: Path, mounted: Any, tmp_path: Path
+) -> None:
     disk = mounted("ro")
     for place in (disk / "merged", disk):
         with pytest.raises(DirectoryError, match="is not writable; choose another --out"):
@@ -273,7 +353,10 @@ def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(job: Path, mou
 
 
 def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:
-    assert "has no trained adapter 'other'; the recipe's are first" in command("merge-check", job, "other").stderr
+    assert (
+        "has no trained adapter 'other'; the recipe's are first"
+        in command("merge-check", job, "other").stderr
+    )
     assert "is no job's directory" in command("merge-check", tmp_path, "first").stderr
     wrong = command("merge", job, "first", "--into", "gold", "--out", tmp_path / "x")
     assert (wrong.returncode, "neither float nor requantized" in wrong.stderr) == (2, True)

@@ -35,13 +35,17 @@ from qwlora.pipeline.run import run
 from qwlora.recipe import load_recipe
 
 
-def run_recipe(path: Path, out: Path, *changes: str, **options: Any) -> tuple[dict[str, Any], list[str]]:
+def run_recipe(
+    path: Path, out: Path, *changes: str, **options: Any
+) -> tuple[dict[str, Any], list[str]]:
     said: list[str] = []
     return run(load_recipe(path, changes), out, say=said.append, **options), said
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints: dict[str, Path]) -> dict[str, Path]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints: dict[str, Path]
+) -> dict[str, Path]:
     """A finished run of each architecture."""
     outs = {}
     for architecture in ARCHITECTURES:
@@ -50,7 +54,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints
             "name": "tiny",
             "model": {"source": str(checkpoints[architecture])},
             "data": {"source": str(corpus), "sequence_tokens": 32},
-            "adapters": [{"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "learning_rate": 5e-3}],
+            "adapters": [
+                {"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "learning_rate": 5e-3}
+            ],
             "verify": {"sequences": 4, "layer_tokens": 16},
         }
         (out.parent / f"{architecture}.yaml").write_text(yaml.safe_dump(recipe))
@@ -64,7 +70,9 @@ def test_results_hold_the_contract(finished: dict[str, Path], architecture: str)
     results = json.loads((finished[architecture] / "results.json").read_text())
     perplexity = results["perplexity"]
     assert perplexity["adapted"]["first"] < perplexity["base"]
-    assert perplexity["simulated"]["first"] == pytest.approx(perplexity["adapted"]["first"], rel=0.01)
+    assert perplexity["simulated"]["first"] == pytest.approx(
+        perplexity["adapted"]["first"], rel=0.01
+    )
     parity = results["parity"]["onnx"]["first"]
     assert parity["perplexity"] == pytest.approx(parity["simulated_perplexity"], rel=0.003)
     assert parity["top1_agreement"] >= parity["floor_top1_agreement"]
@@ -76,24 +84,46 @@ def test_results_hold_the_contract(finished: dict[str, Path], architecture: str)
     assert results["train"]["first"]["steps"] == 6
     assert results["train"]["first"]["trainable_parameters"] > 0
     assert results["train"]["first"]["peak_rss_bytes"] > 0
-    assert set(results["stages"]) == {"quantize", "train", "calibrate", "export", "verify", "evaluate"}
+    assert set(results["stages"]) == {
+        "quantize",
+        "train",
+        "calibrate",
+        "export",
+        "verify",
+        "evaluate",
+    }
 
 
 @pytest.mark.parametrize("is_quantized", [False, True])
-def test_sequences_longer_than_the_learned_positions_are_refused_before_anything_is_written(recipe_for: Any, tmp_path: Path, is_quantized: bool) -> None:
+def test_sequences_longer_than_the_learned_positions_are_refused_before_anything_is_written(
+    recipe_for: Any, tmp_path: Path, is_quantized: bool
+) -> None:
     path, out = recipe_for("gpt2"), tmp_path / "out"
     if is_quantized:
         run(load_recipe(path), out, ("quantize",))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SourceError, match=r"160 tokens, but GPT2LMHeadModel has positions for 128 .*: set data.sequence_tokens to 128 at most"):
+    with pytest.raises(
+        SourceError,
+        match=r"160 tokens, but GPT2LMHeadModel has positions for 128 .*: set data.sequence_tokens to 128 at most",
+    ):
         run(load_recipe(path, ("data.sequence_tokens=160",)), out)
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_sequences_longer_than_rotary_positions_are_spoken_of(recipe_for: Any, tmp_path: Path) -> None:
+def test_sequences_longer_than_rotary_positions_are_spoken_of(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     said: list[str] = []
-    run(load_recipe(recipe_for(), ("data.sequence_tokens=160",)), tmp_path / "out", ("quantize",), say=said.append)
-    assert "sequences have 160 tokens, but LlamaForCausalLM has positions for 128 (max_position_embeddings)" in said[0]
+    run(
+        load_recipe(recipe_for(), ("data.sequence_tokens=160",)),
+        tmp_path / "out",
+        ("quantize",),
+        say=said.append,
+    )
+    assert (
+        "sequences have 160 tokens, but LlamaForCausalLM has positions for 128 (max_position_embeddings)"
+        in said[0]
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -103,25 +133,41 @@ def test_exported_names_and_encodings_agree(finished: dict[str, Path], architect
     graph = onnx.load(folder / "model.onnx").graph
     tensors = {o for node in graph.node for o in node.output} | {i.name for i in graph.initializer}
     encodings = json.loads((folder / "model.encodings").read_text())
-    names = [e["name"] for part in ("activation_encodings", "param_encodings") for e in encodings[part]]
+    names = [
+        e["name"] for part in ("activation_encodings", "param_encodings") for e in encodings[part]
+    ]
     assert encodings["version"] == "1.0.0"
     assert len(names) == len(set(names))
     assert set(names) <= tensors
     # nothing of the model's weights is left float in the file: what is float there is scales and constants of the code
     floats = {i.name for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT}
-    assert all(n.endswith(".scale") or "inv_freq" in n or not np.prod(i.dims) > 1 for n in floats for i in graph.initializer if i.name == n)
+    assert all(
+        n.endswith(".scale") or "inv_freq" in n or not np.prod(i.dims) > 1
+        for n in floats
+        for i in graph.initializer
+        if i.name == n
+    )
     parameters = dict(
-        AutoModelForCausalLM.from_pretrained(json.loads((finished[architecture] / "base" / "base.json").read_text())["source"]).named_parameters()
+        AutoModelForCausalLM.from_pretrained(
+            json.loads((finished[architecture] / "base" / "base.json").read_text())["source"]
+        ).named_parameters()
     )
     assert set(parameters) <= set(names)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_exported_integers_are_the_trained_integers(finished: dict[str, Path], architecture: str) -> None:
+def test_exported_integers_are_the_trained_integers(
+    finished: dict[str, Path], architecture: str
+) -> None:
     import qwlora
 
     base = qwlora.load_base(finished[architecture] / "base")
-    exported = {i.name: i for i in onnx.load(finished[architecture] / "export" / "onnx" / "first" / "model.onnx").graph.initializer}
+    exported = {
+        i.name: i
+        for i in onnx.load(
+            finished[architecture] / "export" / "onnx" / "first" / "model.onnx"
+        ).graph.initializer
+    }
     layers = {name: m for name, m in base.named_modules() if isinstance(m, qwlora.PackedLinear)}
     assert layers
     for name, layer in layers.items():
@@ -136,27 +182,49 @@ def test_exported_integers_are_the_trained_integers(finished: dict[str, Path], a
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(finished: dict[str, Path], architecture: str) -> None:
+def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(
+    finished: dict[str, Path], architecture: str
+) -> None:
     """Some of its factors are others than those that were trained, with the same product."""
     import qwlora
 
     out = finished[architecture]
-    model = qwlora.load_adapter(qwlora.load_base(out / "base"), out / "export" / "onnx" / "first" / "adapter").eval()
-    factors = {canonical_name(path): p.detach() for path, p in model.named_parameters() if is_adapter_name(path)}
-    entries = json.loads((out / "export" / "onnx" / "first" / "model.encodings").read_text())["param_encodings"]
+    model = qwlora.load_adapter(
+        qwlora.load_base(out / "base"), out / "export" / "onnx" / "first" / "adapter"
+    ).eval()
+    factors = {
+        canonical_name(path): p.detach()
+        for path, p in model.named_parameters()
+        if is_adapter_name(path)
+    }
+    entries = json.loads((out / "export" / "onnx" / "first" / "model.encodings").read_text())[
+        "param_encodings"
+    ]
     exported = {entry["name"]: entry["scale"] for entry in entries}
     trained = load_file(out / "adapters" / "first" / "adapter_model.safetensors")
     assert factors
     for name, factor in factors.items():
-        np.testing.assert_allclose(exported[name], measure(factor, Scheme(8, granularity=PerChannel(0))).scale.flatten(), rtol=1e-6)
-    assert any(not any(t.shape == factor.shape and torch.equal(t, factor) for t in trained.values()) for factor in factors.values())
+        np.testing.assert_allclose(
+            exported[name],
+            measure(factor, Scheme(8, granularity=PerChannel(0))).scale.flatten(),
+            rtol=1e-6,
+        )
+    assert any(
+        not any(t.shape == factor.shape and torch.equal(t, factor) for t in trained.values())
+        for factor in factors.values()
+    )
     assert qwlora.load_simulation(out / "simulation" / "first", model).encodings
 
 
 def _gemm_weights(out: Path) -> set[str]:
     """Layers that torch exports as Gemm, whose weight keeps the layout [out, in]."""
     graph = onnx.load(out / "export" / "onnx" / "first" / "model.onnx").graph
-    return {i.removesuffix(".weight") for node in graph.node if node.op_type == "Gemm" for i in node.input}
+    return {
+        i.removesuffix(".weight")
+        for node in graph.node
+        if node.op_type == "Gemm"
+        for i in node.input
+    }
 
 
 def test_session_options_beside_the_file_make_it_faithful(finished: dict[str, Path]) -> None:
@@ -175,8 +243,12 @@ def test_session_options_beside_the_file_make_it_faithful(finished: dict[str, Pa
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # PEFT, about GPT-2; it then sets it right
-def test_peft_alone_loads_the_adapter_on_the_float_model(finished: dict[str, Path], checkpoints: dict[str, Path], architecture: str) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:fan_in_fan_out is set to False"
+)  # PEFT, about GPT-2; it then sets it right
+def test_peft_alone_loads_the_adapter_on_the_float_model(
+    finished: dict[str, Path], checkpoints: dict[str, Path], architecture: str
+) -> None:
     folder = finished[architecture] / "adapters" / "first"
     model = AutoModelForCausalLM.from_pretrained(checkpoints[architecture])
     ids = torch.arange(20)[None]
@@ -187,7 +259,13 @@ def test_peft_alone_loads_the_adapter_on_the_float_model(finished: dict[str, Pat
 
 def test_second_run_skips_everything_and_says_so(finished: dict[str, Path]) -> None:
     out = finished["llama"]
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and ".qwlora" not in p.parts and p.name not in ("results.json", "recipe.yaml")}
+    before = {
+        p: p.stat().st_mtime_ns
+        for p in out.rglob("*")
+        if p.is_file()
+        and ".qwlora" not in p.parts
+        and p.name not in ("results.json", "recipe.yaml")
+    }
     results, said = run_recipe(out / "recipe.yaml", out)
     assert all("skipped" in line for line in said)
     assert len(said) == 9
@@ -200,13 +278,24 @@ def test_changed_section_reruns_it_and_what_follows(recipe_for: Any, tmp_path: P
     run_recipe(path, out)
     _, said = run_recipe(path, out, "simulation.activation_bitwidth=8", "verify.layer_tokens=12")
     skipped = {line.split(":")[0] for line in said if "skipped" in line}
-    assert skipped == {"evaluate/float", "quantize", "evaluate/base", "train/first", "evaluate/adapted/first"}
+    assert skipped == {
+        "evaluate/float",
+        "quantize",
+        "evaluate/base",
+        "train/first",
+        "evaluate/adapted/first",
+    }
     partial, _ = run_recipe(path, out, "base.weights.bitwidth=3", verbs=("quantize",))
     assert set(partial["perplexity"]) == {"float"}  # nothing of the other base is shown
     assert "train" not in partial
     results, said = run_recipe(path, out, "base.weights.bitwidth=3")
-    assert {line.split(":")[0] for line in said if "skipped" in line} == {"evaluate/float", "quantize"}
-    assert results["base"]["bits_per_weight"] == 3.5  # 3 bits, and half a bit for the scale of 32 in float16
+    assert {line.split(":")[0] for line in said if "skipped" in line} == {
+        "evaluate/float",
+        "quantize",
+    }
+    assert (
+        results["base"]["bits_per_weight"] == 3.5
+    )  # 3 bits, and half a bit for the scale of 32 in float16
 
 
 def test_damaged_artifact_is_made_again(recipe_for: Any, tmp_path: Path) -> None:
@@ -214,13 +303,18 @@ def test_damaged_artifact_is_made_again(recipe_for: Any, tmp_path: Path) -> None
     run_recipe(path, out)
     (out / "export" / "onnx" / "first" / "model.encodings").unlink()
     _, said = run_recipe(path, out)
-    assert {line.split(":")[0] for line in said if "done" in line} == {"export/onnx/first", "verify/onnx/first"}
+    assert {line.split(":")[0] for line in said if "done" in line} == {
+        "export/onnx/first",
+        "verify/onnx/first",
+    }
     (out / "base" / "model.safetensors").write_bytes(b"")
     _, said = run_recipe(path, out)
     assert "quantize: done" in " ".join(said)
 
 
-def test_another_adapter_in_the_place_of_the_trained_one_is_noticed(recipe_for: Any, tmp_path: Path) -> None:
+def test_another_adapter_in_the_place_of_the_trained_one_is_noticed(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     path, out = recipe_for(), tmp_path / "out"
     run_recipe(path, out)
     weights = out / "adapters" / "first" / "adapter_model.safetensors"
@@ -228,24 +322,44 @@ def test_another_adapter_in_the_place_of_the_trained_one_is_noticed(recipe_for: 
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # the same size
     _, said = run_recipe(path, out)
     done = {line.split(":")[0] for line in said if "done" in line}
-    assert done == {"train/first", "evaluate/adapted/first", "calibrate/first", "evaluate/simulated/first", "export/onnx/first", "verify/onnx/first"}
+    assert done == {
+        "train/first",
+        "evaluate/adapted/first",
+        "calibrate/first",
+        "evaluate/simulated/first",
+        "export/onnx/first",
+        "verify/onnx/first",
+    }
     assert weights.read_bytes() == content
 
 
 def test_two_adapters_share_one_base(recipe_for: Any, tmp_path: Path) -> None:
-    adapters = [{"name": n, "rank": r, "steps": 2, "warmup_steps": 0} for n, r in (("a", 2), ("b", 4))]
+    adapters = [
+        {"name": n, "rank": r, "steps": 2, "warmup_steps": 0} for n, r in (("a", 2), ("b", 4))
+    ]
     out = tmp_path / "out"
     results, _ = run_recipe(recipe_for(adapters=adapters), out)
     assert set(results["perplexity"]["adapted"]) == set(results["parity"]["onnx"]) == {"a", "b"}
-    identities = {json.loads((out / "adapters" / n / "qwlora.json").read_text())["base_fingerprint"] for n in "ab"}
+    identities = {
+        json.loads((out / "adapters" / n / "qwlora.json").read_text())["base_fingerprint"]
+        for n in "ab"
+    }
     assert identities == {results["base"]["fingerprint"]}
 
 
-def test_verbs_do_their_stage_only_and_name_what_is_missing(recipe_for: Any, tmp_path: Path) -> None:
+def test_verbs_do_their_stage_only_and_name_what_is_missing(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     path, out = recipe_for(), tmp_path / "out"
-    with pytest.raises(DirectoryError, match=rf"train needs quantize, missing or out of date in '{out}'. Run first: qwlora quantize --out {out}$"):
+    with pytest.raises(
+        DirectoryError,
+        match=rf"train needs quantize, missing or out of date in '{out}'. Run first: qwlora quantize --out {out}$",
+    ):
         run_recipe(path, out, verbs=("train",))
-    with pytest.raises(DirectoryError, match=r"export needs quantize, train/first, calibrate/first, .*qwlora quantize .* && qwlora train .* && qwlora cal"):
+    with pytest.raises(
+        DirectoryError,
+        match=r"export needs quantize, train/first, calibrate/first, .*qwlora quantize .* && qwlora train .* && qwlora cal",
+    ):
         run_recipe(path, out, verbs=("export",))
     assert not out.exists()
     for verb in ("quantize", "train", "calibrate", "export", "verify", "evaluate"):
@@ -265,7 +379,9 @@ def test_directory_of_another_recipe_is_refused(recipe_for: Any, tmp_path: Path)
         run_recipe(recipe_for(), out, "name=other")
 
 
-def test_directory_works_from_anywhere(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path) -> None:
+def test_directory_works_from_anywhere(
+    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path
+) -> None:
     monkeypatch.chdir(corpus.parent)
     run_recipe(recipe_for(), tmp_path / "out", f"data.source={corpus.name}", verbs=("quantize",))
     monkeypatch.chdir(tmp_path)
@@ -273,11 +389,15 @@ def test_directory_works_from_anywhere(recipe_for: Any, tmp_path: Path, monkeypa
     assert said == ["quantize: skipped, nothing that it depends on has changed"]
 
 
-def test_adapter_of_another_base_is_refused_with_both_fingerprints(recipe_for: Any, tmp_path: Path) -> None:
+def test_adapter_of_another_base_is_refused_with_both_fingerprints(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     import qwlora
 
     for bitwidth, out in ((4, tmp_path / "four"), (3, tmp_path / "three")):
-        run_recipe(recipe_for(), out, f"base.weights.bitwidth={bitwidth}", verbs=("quantize", "train"))
+        run_recipe(
+            recipe_for(), out, f"base.weights.bitwidth={bitwidth}", verbs=("quantize", "train")
+        )
     base = qwlora.load_base(tmp_path / "three" / "base")
     with pytest.raises(FingerprintError) as caught:
         qwlora.load_adapter(base, tmp_path / "four" / "adapters" / "first")
@@ -292,7 +412,9 @@ def test_interrupted_training_goes_on_to_the_same_adapter(recipe_for: Any, tmp_p
     path = recipe_for(adapters=adapters)
     command = [sys.executable, "-m", "qwlora", "run", str(path), "--out"]
     interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
-    process = subprocess.Popen([*command, str(interrupted)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, str(interrupted)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not list((interrupted / ".qwlora" / "work").glob("*/checkpoint-*")):
         assert process.poll() is None, process.communicate()
@@ -311,19 +433,35 @@ def test_interrupted_training_goes_on_to_the_same_adapter(recipe_for: Any, tmp_p
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(
+    recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     model = tiny_model("llama")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    grids = {f"{n}.weight": measure(m.weight.detach(), Scheme(4, granularity=PerChannel(0))) for n, m in layers.items()}
+    layers = {
+        n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    }
+    grids = {
+        f"{n}.weight": measure(m.weight.detach(), Scheme(4, granularity=PerChannel(0)))
+        for n, m in layers.items()
+    }
     entries = [encoding_to_entry(name, grid) for name, grid in grids.items()]
-    (tmp_path / "model.encodings").write_text(json.dumps({"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}))
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": text(i, 3), "completion": " " + text(i + 50, 3)}) for i in range(30)))
+    (tmp_path / "model.encodings").write_text(
+        json.dumps({"version": "1.0.0", "activation_encodings": [], "param_encodings": entries})
+    )
+    (tmp_path / "data.jsonl").write_text(
+        "\n".join(
+            json.dumps({"prompt": text(i, 3), "completion": " " + text(i + 50, 3)})
+            for i in range(30)
+        )
+    )
     path = recipe_for(
         model={"source": str(checkpoints["llama"]), "encodings": str(tmp_path / "model.encodings")},
         data={"source": str(tmp_path / "data.jsonl"), "sequence_tokens": 64},
         base={"solver": "keep"},
     )
-    results, _ = run_recipe(path, tmp_path / "out", "adapters.0.init=qera", verbs=("quantize", "train"))
+    results, _ = run_recipe(
+        path, tmp_path / "out", "adapters.0.init=qera", verbs=("quantize", "train")
+    )
     started = results["train"]["first"]["init"]["layers"]
     assert set(started) == set(layers)
     assert all(layer["after"] < layer["before"] for layer in started.values())
@@ -335,50 +473,90 @@ def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(recipe_
     assert results["data"]["packing"] == "documents"
 
 
-def test_a_folder_is_quantized_without_the_whole_model_whatever_the_data(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_quantized_without_the_whole_model_whatever_the_data(
+    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(source: str) -> None:
         raise AssertionError(f"{source} is loaded whole")
 
     monkeypatch.setattr("qwlora.pipeline.session.load_model", refuse)
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": text(i, 3), "completion": " " + text(i + 50, 3)}) for i in range(30)))
+    (tmp_path / "data.jsonl").write_text(
+        "\n".join(
+            json.dumps({"prompt": text(i, 3), "completion": " " + text(i + 50, 3)})
+            for i in range(30)
+        )
+    )
     path = recipe_for(data={"source": str(tmp_path / "data.jsonl"), "sequence_tokens": 64})
     _, said = run_recipe(path, tmp_path / "out", verbs=("quantize",))
     assert "packing documents" in said[0]
     assert packed_weights(load_base(tmp_path / "out" / "base"))
 
 
-def test_a_model_that_can_only_be_loaded_whole_is_and_that_is_said(recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_that_can_only_be_loaded_whole_is_and_that_is_said(
+    recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "pickled"
     shutil.copytree(checkpoints["llama"], folder)
     torch.save(tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    _, said = run_recipe(recipe_for(model={"source": str(folder)}), tmp_path / "out", verbs=("quantize",))
-    assert any(line.startswith("the model is loaded whole, since its weights cannot be read tensor by tensor: ") and "a pickle" in line for line in said)
+    _, said = run_recipe(
+        recipe_for(model={"source": str(folder)}), tmp_path / "out", verbs=("quantize",)
+    )
+    assert any(
+        line.startswith(
+            "the model is loaded whole, since its weights cannot be read tensor by tensor: "
+        )
+        and "a pickle" in line
+        for line in said
+    )
     _, whole = run_recipe(recipe_for(), tmp_path / "folder", verbs=("quantize",))
     assert not any("loaded whole" in line for line in whole)
-    assert len({fingerprint(load_base(tmp_path / name / "base")) for name in ("out", "folder")}) == 1
+    assert (
+        len({fingerprint(load_base(tmp_path / name / "base")) for name in ("out", "folder")}) == 1
+    )
 
 
-def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
+    recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     """A file of an exporter that is not known lists blocks [in, out], and lacks a layer."""
     model = tiny_model("llama")
-    weights = {f"{n}.weight": m.weight.detach() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "up_proj" not in n and n != "lm_head"}
-    grids = {name: measure(weight, Scheme(4, granularity=PerBlock(8))) for name, weight in weights.items()}
+    weights = {
+        f"{n}.weight": m.weight.detach()
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and "up_proj" not in n and n != "lm_head"
+    }
+    grids = {
+        name: measure(weight, Scheme(4, granularity=PerBlock(8)))
+        for name, weight in weights.items()
+    }
     entries = [encoding_to_entry(name, grid, transposed=True) for name, grid in grids.items()]
     file = {"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}
     (tmp_path / "model.encodings").write_text(json.dumps(file))
     section = {"source": str(checkpoints["llama"]), "encodings": str(tmp_path / "model.encodings")}
-    with pytest.raises(EncodingsFileError, match=r"say model.keep_float: \[model.layers.0.mlp.up_proj\] in the recipe"):
-        run_recipe(recipe_for(model=section, base={"solver": "keep"}), tmp_path / "out", verbs=("quantize",))
+    with pytest.raises(
+        EncodingsFileError,
+        match=r"say model.keep_float: \[model.layers.0.mlp.up_proj\] in the recipe",
+    ):
+        run_recipe(
+            recipe_for(model=section, base={"solver": "keep"}),
+            tmp_path / "out",
+            verbs=("quantize",),
+        )
     section |= {"keep_float": ["*.up_proj"], "block_order": "tensor"}
-    run_recipe(recipe_for(model=section, base={"solver": "keep"}), tmp_path / "out", verbs=("quantize",))
+    run_recipe(
+        recipe_for(model=section, base={"solver": "keep"}), tmp_path / "out", verbs=("quantize",)
+    )
     packed = packed_weights(load_base(tmp_path / "out" / "base"))
     assert set(packed) == set(grids)
     assert all(torch.equal(packed[name].encoding.scale, grid.scale) for name, grid in grids.items())
 
 
 def test_floats_hold_no_integers_to_keep(recipe_for: Any, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"holds no integers to keep; choose another base\.solver, or give model\.encodings"):
+    with pytest.raises(
+        SourceError,
+        match=r"holds no integers to keep; choose another base\.solver, or give model\.encodings",
+    ):
         run_recipe(recipe_for(base={"solver": "keep"}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -388,11 +566,16 @@ def test_integers_of_a_base_are_kept(recipe_for: Any, tmp_path: Path) -> None:
     path = recipe_for(model={"source": str(tmp_path / "first" / "base")}, base={"solver": "keep"})
     second, _ = run_recipe(path, tmp_path / "second", verbs=("quantize",))
     assert second["base"]["fingerprint"] == first["base"]["fingerprint"]
-    with pytest.raises(SourceError, match=r"is quantized already; take its integers as they are \(base.solver: keep\)"):
+    with pytest.raises(
+        SourceError,
+        match=r"is quantized already; take its integers as they are \(base.solver: keep\)",
+    ):
         run_recipe(path, tmp_path / "third", "base.solver=rtn", verbs=("quantize",))
 
 
-def test_interrupted_quantizing_keeps_the_blocks_that_are_done(recipe_for: Any, tmp_path: Path) -> None:
+def test_interrupted_quantizing_keeps_the_blocks_that_are_done(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     path, out = recipe_for(base={"solver": "gptq"}), tmp_path / "out"
 
     def interrupted(items: Any, description: str, total: int | None = None) -> Any:
@@ -424,7 +607,11 @@ def test_quantizing_alone_goes_through_the_files_and_makes_the_same_base(
         own(source, target)
 
     monkeypatch.setattr("os.link", link)
-    changes = ("base.solver=gptq", "base.calibration_sequences=2", "adapters=[{name: first, steps: 1, warmup_steps: 0, rank: 2, init: qera}]")
+    changes = (
+        "base.solver=gptq",
+        "base.calibration_sequences=2",
+        "adapters=[{name: first, steps: 1, warmup_steps: 0, rank: 2, init: qera}]",
+    )
     model = shutil.copytree(checkpoints["qwen3"], tmp_path / "model")
     GenerationConfig(eos_token_id=[7, 8], temperature=0.5, do_sample=True).save_pretrained(model)
     recipe = recipe_for("qwen3", model={"source": str(model)})
@@ -434,6 +621,9 @@ def test_quantizing_alone_goes_through_the_files_and_makes_the_same_base(
     assert alone["base"] == whole["base"]
     for out in ("whole", "alone"):
         assert load_base(tmp_path / out / "base").generation_config.eos_token_id == [7, 8]
-    files = [{f.name: f.read_bytes() for f in (tmp_path / out / "base" / "moments").iterdir()} for out in ("whole", "alone")]
+    files = [
+        {f.name: f.read_bytes() for f in (tmp_path / out / "base" / "moments").iterdir()}
+        for out in ("whole", "alone")
+    ]
     assert files[0] == files[1]
     assert sorted(linked) == sorted(files[0])

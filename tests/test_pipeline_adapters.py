@@ -18,12 +18,17 @@ from qwlora.pipeline.run import open_job, run
 from qwlora.recipe import load_recipe
 from qwlora.simulation.encodings_file import load_encodings
 
-TWO = [{"name": n, "rank": 4, "steps": 2, "warmup_steps": 0, "learning_rate": rate} for n, rate in (("a", 5e-3), ("b", 2e-2))]
+TWO = [
+    {"name": n, "rank": 4, "steps": 2, "warmup_steps": 0, "learning_rate": rate}
+    for n, rate in (("a", 5e-3), ("b", 2e-2))
+]
 VERBS = ("quantize", "train", "calibrate", "evaluate")
 EIGHT_BITS = "simulation.activation_bitwidth=8"
 
 
-def run_recipe(path: Path, out: Path, *changes: str, verbs: tuple[str, ...] = VERBS) -> tuple[dict[str, Any], list[str]]:
+def run_recipe(
+    path: Path, out: Path, *changes: str, verbs: tuple[str, ...] = VERBS
+) -> tuple[dict[str, Any], list[str]]:
     said: list[str] = []
     return run(load_recipe(path, changes), out, verbs, say=said.append), said
 
@@ -37,55 +42,93 @@ def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) ->
     found = {}
     for mode in ("adapter_only", "none"):
         results, said = run_recipe(path, out, EIGHT_BITS, f"simulation.base_activations={mode}")
-        assert done(said) >= {"calibrate", "calibrate/a", "calibrate/b", "evaluate/simulated/a", "evaluate/simulated/b"}
+        assert done(said) >= {
+            "calibrate",
+            "calibrate/a",
+            "calibrate/b",
+            "evaluate/simulated/a",
+            "evaluate/simulated/b",
+        }
         encodings = {n: load_encodings(out / "simulation" / n) for n in "ab"}
         assert encodings["a"].keys() == encodings["b"].keys()
-        differ = {n for n, e in encodings["a"].items() if not torch.equal(e.scale, encodings["b"][n].scale)}
+        differ = {
+            n
+            for n, e in encodings["a"].items()
+            if not torch.equal(e.scale, encodings["b"][n].scale)
+        }
         found[mode] = (results, differ)
     own = {name.rpartition(".")[2] for name in found["adapter_only"][1]}
     assert own == {"linear", "mul", "add", "weight"}
-    assert all("lora_" in name or name.endswith(("_proj.mul", "_proj.add")) for name in found["adapter_only"][1])
+    assert all(
+        "lora_" in name or name.endswith(("_proj.mul", "_proj.add"))
+        for name in found["adapter_only"][1]
+    )
     assert not found["none"][1]
-    assert (out / "simulation" / "a" / "simulation.encodings").read_bytes() == (out / "simulation" / "b" / "simulation.encodings").read_bytes()
+    assert (out / "simulation" / "a" / "simulation.encodings").read_bytes() == (
+        out / "simulation" / "b" / "simulation.encodings"
+    ).read_bytes()
     results = found["none"][0]
     assert results["sharing"]["captures"] == 1
     for name in "ab":
         own_perplexity = results["simulation"][name]["perplexity_with_own_encodings"]
-        assert own_perplexity == found["adapter_only"][0]["simulation"][name]["perplexity_with_own_encodings"]
+        assert (
+            own_perplexity
+            == found["adapter_only"][0]["simulation"][name]["perplexity_with_own_encodings"]
+        )
         assert results["perplexity"]["simulated"][name] == pytest.approx(own_perplexity, rel=0.05)
         assert results["perplexity"]["simulated"][name] != own_perplexity
 
     session, _ = open_job(out, "a", (EIGHT_BITS, "simulation.base_activations=none"))
-    restored = session.simulation("a").encodings  # weights on grids that their own values do not give among them
-    assert restored.keys() > encodings["a"].keys()  # those of the base's packed weights lie in the base
-    assert all(torch.equal(restored[name].scale, encoding.scale) for name, encoding in encodings["a"].items())
+    restored = session.simulation(
+        "a"
+    ).encodings  # weights on grids that their own values do not give among them
+    assert (
+        restored.keys() > encodings["a"].keys()
+    )  # those of the base's packed weights lie in the base
+    assert all(
+        torch.equal(restored[name].scale, encoding.scale)
+        for name, encoding in encodings["a"].items()
+    )
 
 
 def test_another_adapter_changes_what_is_shared(recipe_for: Any, tmp_path: Path) -> None:
     path = recipe_for(adapters=TWO)
     keys = {}
     for steps in (2, 3):
-        recipe = load_recipe(path, (f"adapters.1.steps={steps}", "simulation.base_activations=none"))
-        documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
+        recipe = load_recipe(
+            path, (f"adapters.1.steps={steps}", "simulation.base_activations=none")
+        )
+        documents = load_documents(
+            recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
+        )
         keys[steps] = {stage.name: stage.key for stage in make_plan(recipe, documents)}
     changed = {name for name in keys[2] if keys[2][name] != keys[3][name]}
     assert {"calibrate", "calibrate/a", "calibrate/b", "export/onnx/a"} <= changed
     assert "train/a" not in changed
 
 
-def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(recipe_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
+    recipe_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def keys(init: str) -> dict[str, str]:
         recipe = load_recipe(recipe_for(), ("base.solver=rtn", f"adapters.0.init={init}"))
-        documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
+        documents = load_documents(
+            recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
+        )
         return {stage.name: stage.key for stage in make_plan(recipe, documents)}
 
     before = {init: keys(init) for init in ("zero", "svd", "qera")}
-    for revision, remade in (("MOMENTS_REVISION", {"qera": ["quantize", "train/first"]}), ("INIT_REVISION", {"svd": ["train/first"], "qera": ["train/first"]})):
+    for revision, remade in (
+        ("MOMENTS_REVISION", {"qera": ["quantize", "train/first"]}),
+        ("INIT_REVISION", {"svd": ["train/first"], "qera": ["train/first"]}),
+    ):
         with monkeypatch.context() as patched:
             patched.setattr(f"qwlora.pipeline.plan.{revision}", "another")
             for init, old in before.items():
                 new = keys(init)
-                assert [name for name in ("quantize", "train/first") if new[name] != old[name]] == remade.get(init, [])
+                assert [
+                    name for name in ("quantize", "train/first") if new[name] != old[name]
+                ] == remade.get(init, [])
 
 
 def test_the_adapter_is_equalized_for_its_grid(recipe_for: Any, tmp_path: Path) -> None:
@@ -94,10 +137,16 @@ def test_the_adapter_is_equalized_for_its_grid(recipe_for: Any, tmp_path: Path) 
     results, _ = run_recipe(path, out, four)
     layers = results["simulation"]["a"]["equalize"]["layers"]
     assert set(layers) == {
-        f"model.layers.{i}.{n}" for i in range(2) for n in [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+        f"model.layers.{i}.{n}"
+        for i in range(2)
+        for n in [f"self_attn.{p}_proj" for p in "qkvo"]
+        + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
     }
     assert all(report["after"] <= report["before"] for report in layers.values())
-    assert any(report["after"] < report["before"] and report["method"] != "none" for report in layers.values())
+    assert any(
+        report["after"] < report["before"] and report["method"] != "none"
+        for report in layers.values()
+    )
     results, _ = run_recipe(path, out, four, "simulation.equalize=none")
     assert results["simulation"]["a"]["equalize"] == {"method": "none", "layers": {}}
 
@@ -108,61 +157,125 @@ def test_the_adapter_is_equalized_for_its_grid(recipe_for: Any, tmp_path: Path) 
         ({"rank": 8}, "have one shape, and rank differs among them"),
         ({"rank_pattern": {"q_proj": 2}}, "have one shape, and rank_pattern differs among them"),
         ({"rank": 8, "dora": True}, "have one shape, and rank, dora differ among them"),
-        ({"init": "svd", "rank_budget": 0.5}, "rank_budget gives b ranks of its own, .* leave rank_budget out"),
+        (
+            {"init": "svd", "rank_budget": 0.5},
+            "rank_budget gives b ranks of its own, .* leave rank_budget out",
+        ),
     ],
 )
-def test_adapters_that_share_everything_have_one_shape(recipe_for: Any, change: dict[str, Any], problem: str) -> None:
+def test_adapters_that_share_everything_have_one_shape(
+    recipe_for: Any, change: dict[str, Any], problem: str
+) -> None:
     path = recipe_for(adapters=[TWO[0], {**TWO[1], **change}])
     with pytest.raises(RecipeError, match=f"{problem}.*, or say adapter_only"):
         load_recipe(path, ("simulation.base_activations=none",))
-    assert load_recipe(path, ("simulation.base_activations=adapter_only",)).simulation.base_activations == "adapter_only"
+    assert (
+        load_recipe(path, ("simulation.base_activations=adapter_only",)).simulation.base_activations
+        == "adapter_only"
+    )
 
 
 def test_what_is_one_shape(recipe_for: Any) -> None:
     none = {"base_activations": "none"}
-    targets = [{"target_modules": ["q_proj", "v_proj"]}, {"target_modules": r".*\.[qv]_proj", "alpha": 4}]
-    recipe = load_recipe(recipe_for(simulation=none, adapters=[{**adapter, **change} for adapter, change in zip(TWO, targets, strict=True)]))
-    assert [adapter.target_modules for adapter in recipe.adapters] == [change["target_modules"] for change in targets]
+    targets = [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r".*\.[qv]_proj", "alpha": 4},
+    ]
+    recipe = load_recipe(
+        recipe_for(
+            simulation=none,
+            adapters=[{**adapter, **change} for adapter, change in zip(TWO, targets, strict=True)],
+        )
+    )
+    assert [adapter.target_modules for adapter in recipe.adapters] == [
+        change["target_modules"] for change in targets
+    ]
     goes_on = {"name": "b", "start": "a", "steps": 2, "warmup_steps": 0}
-    recipe = load_recipe(recipe_for(simulation=none, adapters=[{**TWO[0], "init": "svd", "rank_budget": 0.5}, goes_on]))
+    recipe = load_recipe(
+        recipe_for(
+            simulation=none, adapters=[{**TWO[0], "init": "svd", "rank_budget": 0.5}, goes_on]
+        )
+    )
     assert recipe.start_of(recipe.adapters[1]) == recipe.adapters[0]
 
 
-def test_adapters_from_elsewhere_that_cannot_share_everything_are_found_before_training(recipe_for: Any, tmp_path: Path) -> None:
-    elsewhere = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+def test_adapters_from_elsewhere_that_cannot_share_everything_are_found_before_training(
+    recipe_for: Any, tmp_path: Path
+) -> None:
+    elsewhere = get_peft_model(
+        tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     elsewhere.save_pretrained(tmp_path / "elsewhere", save_embedding_layers=False)
-    begins = {"name": "b", "start": str(tmp_path / "elsewhere"), "unknown_base": "accept", "steps": 2, "warmup_steps": 0}
-    path, out = recipe_for(adapters=[TWO[0], begins], simulation={"base_activations": "none"}), tmp_path / "out"
+    begins = {
+        "name": "b",
+        "start": str(tmp_path / "elsewhere"),
+        "unknown_base": "accept",
+        "steps": 2,
+        "warmup_steps": 0,
+    }
+    path, out = (
+        recipe_for(adapters=[TWO[0], begins], simulation={"base_activations": "none"}),
+        tmp_path / "out",
+    )
     message = r"adapters a and b cannot share every encoding .*: 24 weights differ, for example .*lora_A.weight, \[4, 128\] and none; give them one shape"
     with pytest.raises(TrainingError, match=message):
         run_recipe(path, out)
     assert not out.exists()
 
 
-ONE_RULE_EACH = [{"match": f"*.{layer}.lora_A.weight", "of": "weights", "bitwidth": 4} for layer in ("q_proj", "up_proj")]
+ONE_RULE_EACH = [
+    {"match": f"*.{layer}.lora_A.weight", "of": "weights", "bitwidth": 4}
+    for layer in ("q_proj", "up_proj")
+]
 
 
 def on_different_layers() -> list[dict[str, Any]]:
-    return [{**adapter, "target_modules": [layer]} for adapter, layer in zip(TWO, ("q_proj", "up_proj"), strict=True)]
+    return [
+        {**adapter, "target_modules": [layer]}
+        for adapter, layer in zip(TWO, ("q_proj", "up_proj"), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("workflow", ["qw-lora", "qwa-lora"])
-def test_a_rule_may_be_for_one_adapter_alone(recipe_for: Any, tmp_path: Path, workflow: str) -> None:
+def test_a_rule_may_be_for_one_adapter_alone(
+    recipe_for: Any, tmp_path: Path, workflow: str
+) -> None:
     """And for none of the base's values, where that is calibrated first."""
-    path, out = recipe_for(workflow=workflow, adapters=on_different_layers(), simulation={"rules": ONE_RULE_EACH}), tmp_path / "out"
+    path, out = (
+        recipe_for(
+            workflow=workflow, adapters=on_different_layers(), simulation={"rules": ONE_RULE_EACH}
+        ),
+        tmp_path / "out",
+    )
     _, said = run_recipe(path, out, verbs=("quantize", "calibrate-base", "train", "calibrate"))
     assert done(said) >= {"train/a", "train/b", "calibrate/a", "calibrate/b"}
     for name, layer in (("a", "self_attn.q_proj"), ("b", "mlp.up_proj")):
-        assert load_encodings(out / "simulation" / name)[f"model.layers.0.{layer}.lora_A.weight"].scheme.bitwidth == 4
+        assert (
+            load_encodings(out / "simulation" / name)[
+                f"model.layers.0.{layer}.lora_A.weight"
+            ].scheme.bitwidth
+            == 4
+        )
     assert explain_job(out, "b")[0] == "b"
-    with pytest.raises(CalibrationError, match=r"1 of the placement rules do nothing:\n  '\*.k_proj.lora_A.weight' matches no value"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"1 of the placement rules do nothing:\n  '\*.k_proj.lora_A.weight' matches no value",
+    ):
         explain_job(out, "b", ("simulation.rules.0.match='*.k_proj.lora_A.weight'",))
 
 
 @pytest.mark.parametrize("workflow", ["qw-lora", "qwa-lora"])
-def test_a_rule_that_does_nothing_in_the_whole_job_is_refused_before_training(recipe_for: Any, tmp_path: Path, workflow: str) -> None:
+def test_a_rule_that_does_nothing_in_the_whole_job_is_refused_before_training(
+    recipe_for: Any, tmp_path: Path, workflow: str
+) -> None:
     wrong = {"rules": [*ONE_RULE_EACH, {"match": "*.sofmax", "bitwidth": 8}]}
-    path, out = recipe_for(workflow=workflow, adapters=on_different_layers(), simulation=wrong), tmp_path / "out"
-    with pytest.raises(CalibrationError, match=r"1 of the placement rules do nothing:\n  '\*.sofmax' matches no value; near are .*softmax"):
+    path, out = (
+        recipe_for(workflow=workflow, adapters=on_different_layers(), simulation=wrong),
+        tmp_path / "out",
+    )
+    with pytest.raises(
+        CalibrationError,
+        match=r"1 of the placement rules do nothing:\n  '\*.sofmax' matches no value; near are .*softmax",
+    ):
         run_recipe(path, out, verbs=("quantize", "calibrate-base", "train"))
     assert not (out / "adapters").exists()

@@ -18,11 +18,27 @@ from qwlora.pipeline.session import SCALES, learned_scales
 from qwlora.recipe import load_recipe
 from qwlora.simulation.encodings_file import load_activations
 
-FIRST = {"name": "first", "rank": 4, "steps": 4, "warmup_steps": 1, "checkpoint_steps": 2, "learning_rate": 5e-3}
-SECOND = {"name": "second", "rank": 2, "steps": 4, "warmup_steps": 0, "learning_rate": 5e-3, "range_learning_rate": 0.05}
+FIRST = {
+    "name": "first",
+    "rank": 4,
+    "steps": 4,
+    "warmup_steps": 1,
+    "checkpoint_steps": 2,
+    "learning_rate": 5e-3,
+}
+SECOND = {
+    "name": "second",
+    "rank": 2,
+    "steps": 4,
+    "warmup_steps": 0,
+    "learning_rate": 5e-3,
+    "range_learning_rate": 0.05,
+}
 
 
-def run_recipe(path: Path, out: Path, *changes: str, **options: Any) -> tuple[dict[str, Any], list[str]]:
+def run_recipe(
+    path: Path, out: Path, *changes: str, **options: Any
+) -> tuple[dict[str, Any], list[str]]:
     said: list[str] = []
     return run(load_recipe(path, changes), out, say=said.append, **options), said
 
@@ -34,32 +50,59 @@ def done(said: list[str]) -> list[str]:
 def test_damaged_scales_are_named(tmp_path: Path) -> None:
     assert learned_scales(tmp_path) == {}
     (tmp_path / SCALES).write_bytes(b"no safetensors")
-    with pytest.raises(SourceError, match=rf"adapter '{tmp_path}': {SCALES} cannot be read \(.*\); train it again"):
+    with pytest.raises(
+        SourceError, match=rf"adapter '{tmp_path}': {SCALES} cannot be read \(.*\); train it again"
+    ):
         learned_scales(tmp_path)
 
 
 def test_the_whole_job(recipe_for: Any, tmp_path: Path) -> None:
-    path, out = recipe_for(workflow="qwa-lora", adapters=[FIRST, SECOND], simulation={"activation_bitwidth": 8}), tmp_path / "out"
-    results, said = run_recipe(path, out, verbs=("quantize", "calibrate-base", "train", "calibrate", "evaluate"))
+    path, out = (
+        recipe_for(
+            workflow="qwa-lora", adapters=[FIRST, SECOND], simulation={"activation_bitwidth": 8}
+        ),
+        tmp_path / "out",
+    )
+    results, said = run_recipe(
+        path, out, verbs=("quantize", "calibrate-base", "train", "calibrate", "evaluate")
+    )
     order = done(said)
     assert order.index("quantize") < order.index("calibrate-base") < order.index("train/first")
     assert results["base_simulation"]["encodings"] > 0
-    assert all(results["perplexity"]["simulated"][n] < results["perplexity"]["base"] for n in ("first", "second"))
+    assert all(
+        results["perplexity"]["simulated"][n] < results["perplexity"]["base"]
+        for n in ("first", "second")
+    )
     base = load_activations(out / "base_simulation")
     kept, learned = (load_activations(out / "simulation" / n) for n in ("first", "second"))
     assert set(base) < set(kept)
-    assert all(torch.equal(kept[n].scale, e.scale) and torch.equal(kept[n].offset, e.offset) for n, e in base.items())
+    assert all(
+        torch.equal(kept[n].scale, e.scale) and torch.equal(kept[n].offset, e.offset)
+        for n, e in base.items()
+    )
     scales = load_file(out / "adapters" / "second" / "activation_scales.safetensors")
     assert not (out / "adapters" / "first" / "activation_scales.safetensors").exists()
     assert set(scales) == set(base)
     assert all(torch.equal(learned[n].scale, scale) for n, scale in scales.items())
     assert sum(not torch.equal(scale, base[n].scale) for n, scale in scales.items()) > len(base) / 2
 
-    _, said = run_recipe(out / "recipe.yaml", out, verbs=("quantize", "calibrate-base", "train", "calibrate", "evaluate"))
+    _, said = run_recipe(
+        out / "recipe.yaml",
+        out,
+        verbs=("quantize", "calibrate-base", "train", "calibrate", "evaluate"),
+    )
     assert done(said) == []
-    _, said = run_recipe(path, out, "adapters.0.steps=5", verbs=("quantize", "calibrate-base", "train"))
+    _, said = run_recipe(
+        path, out, "adapters.0.steps=5", verbs=("quantize", "calibrate-base", "train")
+    )
     assert done(said) == ["train/first"]
-    _, said = run_recipe(path, out, "adapters.0.steps=5", "simulation.activation_bitwidth=16", verbs=("quantize", "calibrate-base", "train"))
+    _, said = run_recipe(
+        path,
+        out,
+        "adapters.0.steps=5",
+        "simulation.activation_bitwidth=16",
+        verbs=("quantize", "calibrate-base", "train"),
+    )
     assert done(said) == ["calibrate-base", "train/first", "train/second"]
 
 
@@ -71,7 +114,9 @@ def test_export_is_proved(recipe_for: Any, tmp_path: Path) -> None:
     assert parity["perplexity"] == pytest.approx(parity["simulated_perplexity"], rel=0.003)
     exported = json.loads((out / "export" / "onnx" / "second" / "model.encodings").read_text())
     by_name = {e["name"]: e for e in exported["activation_encodings"]}
-    for name, scale in load_file(out / "adapters" / "second" / "activation_scales.safetensors").items():
+    for name, scale in load_file(
+        out / "adapters" / "second" / "activation_scales.safetensors"
+    ).items():
         assert by_name[name]["scale"] == [float(scale)]
     assert len(done(said)) == 10
 
@@ -79,7 +124,9 @@ def test_export_is_proved(recipe_for: Any, tmp_path: Path) -> None:
 def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for: Any, tmp_path: Path) -> None:
     """PEFT's adapters often have some, and a graph of evaluation has none."""
     config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.05, task_type="CAUSAL_LM")
-    get_peft_model(tiny_model("llama"), config).save_pretrained(tmp_path / "from", save_embedding_layers=False)
+    get_peft_model(tiny_model("llama"), config).save_pretrained(
+        tmp_path / "from", save_embedding_layers=False
+    )
     steps = {"steps": 2, "warmup_steps": 0}
     adapters = [
         {"name": "kept", "start": str(tmp_path / "from"), "unknown_base": "accept", "steps": 0},
@@ -90,17 +137,24 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for: Any, tmp_pat
     _, said = run_recipe(path, out, verbs=("quantize", "calibrate-base", "train"))
     told = [line for line in said if "dropout" in line]
     assert told == [
-        f"adapter {name}: {tmp_path / 'from'} has dropout 0.05; with workflow qwa-lora it is trained without dropout" for name in ("first", "second")
+        f"adapter {name}: {tmp_path / 'from'} has dropout 0.05; with workflow qwa-lora it is trained without dropout"
+        for name in ("first", "second")
     ]
     assert said.index(told[0]) < said.index("train/first ...")
-    dropouts = {n: json.loads((out / "adapters" / n / "adapter_config.json").read_text())["lora_dropout"] for n in ("kept", "first", "second")}
+    dropouts = {
+        n: json.loads((out / "adapters" / n / "adapter_config.json").read_text())["lora_dropout"]
+        for n in ("kept", "first", "second")
+    }
     assert dropouts == {"kept": 0.05, "first": 0.0, "second": 0.0}
 
 
 def test_training_asks_for_the_calibration_first(recipe_for: Any, tmp_path: Path) -> None:
     path, out = recipe_for(workflow="qwa-lora"), tmp_path / "out"
     run_recipe(path, out, verbs=("quantize",))
-    with pytest.raises(DirectoryError, match=r"train needs calibrate-base, missing or out of date .* Run first: qwlora calibrate-base --out"):
+    with pytest.raises(
+        DirectoryError,
+        match=r"train needs calibrate-base, missing or out of date .* Run first: qwlora calibrate-base --out",
+    ):
         run_recipe(path, out, verbs=("train",))
     _, said = run_recipe(path, out, verbs=("calibrate-base",))
     assert done(said) == ["calibrate-base"]
@@ -124,14 +178,24 @@ def test_what_cannot_go_together_is_one_error(recipe_for: Any) -> None:
         "data.packing documents",
     ):
         assert part in problem
-    with pytest.raises(RecipeError, match="workflow qw-lora: adapter second: range_learning_rate goes with workflow qwa-lora"):
+    with pytest.raises(
+        RecipeError,
+        match="workflow qw-lora: adapter second: range_learning_rate goes with workflow qwa-lora",
+    ):
         load_recipe(recipe_for(adapters=[SECOND]))
     assert load_recipe(recipe_for(workflow="qwa-lora", adapters=[FIRST])).adapters[0].loss is None
 
 
-def test_documents_that_share_a_sequence_are_found_out_before_anything_is_written(recipe_for: Any, tmp_path: Path) -> None:
+def test_documents_that_share_a_sequence_are_found_out_before_anything_is_written(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     source = tmp_path / "pairs.jsonl"
-    source.write_text("".join(json.dumps({"prompt": f"what is {i}", "completion": f"it is {i}"}) + "\n" for i in range(40)))
+    source.write_text(
+        "".join(
+            json.dumps({"prompt": f"what is {i}", "completion": f"it is {i}"}) + "\n"
+            for i in range(40)
+        )
+    )
     path = recipe_for(workflow="qwa-lora", data={"source": str(source), "sequence_tokens": 64})
     with pytest.raises(TrainingError, match="documents share a sequence"):
         run_recipe(path, tmp_path / "out")

@@ -23,21 +23,33 @@ def examples(section: str) -> list[str]:
 
 
 def test_the_result_of_a_job_generates_and_its_file_computes_the_same(
-    tmp_path: Path, recipe_for: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    recipe_for: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe = load_recipe(recipe_for(), ("simulation.activation_bitwidth=8", "simulation.adapter_weights.bitwidth=4"))
+    recipe = load_recipe(
+        recipe_for(), ("simulation.activation_bitwidth=8", "simulation.adapter_weights.bitwidth=4")
+    )
     run(recipe, tmp_path / "out", ("quantize", "train", "calibrate", "export"))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for code in examples("How to use the result"):
         exec(compile(code, "README.md", "exec"), names)
     start = names["tokenizer"].decode(names["inputs"]["input_ids"][0])
-    assert [line.startswith(start) and len(line) > len(start) for line in capsys.readouterr().out.splitlines()] == [True, True]
+    assert [
+        line.startswith(start) and len(line) > len(start)
+        for line in capsys.readouterr().out.splitlines()
+    ] == [True, True]
     expected = names["simulation"].logits(names["inputs"]["input_ids"])
-    assert float((torch.from_numpy(names["logits"]) - expected).abs().max()) < 0.02 * float(expected.abs().max())
+    assert float((torch.from_numpy(names["logits"]) - expected).abs().max()) < 0.02 * float(
+        expected.abs().max()
+    )
 
 
-def test_python_example_runs_and_proves_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_example_runs_and_proves_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (code,) = examples("In Python")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -59,12 +71,18 @@ def test_every_path_in_the_tree_exists() -> None:
     assert len(paths) > 8
     assert [p for p in paths if not (ROOT / p).exists()] == []
     listed = {Path(p) for p in paths}
-    folders = {p.relative_to(ROOT) for p in (ROOT / "src" / "qwlora").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    folders = {
+        p.relative_to(ROOT)
+        for p in (ROOT / "src" / "qwlora").iterdir()
+        if p.is_dir() and p.name != "__pycache__"
+    }
     assert folders <= listed
 
 
 def test_links_lead_somewhere() -> None:
-    assert [target for target in re.findall(r"\]\(([^)#]+)\)", README) if not (ROOT / target).exists()] == []
+    assert [
+        target for target in re.findall(r"\]\(([^)#]+)\)", README) if not (ROOT / target).exists()
+    ] == []
 
 
 def test_make_targets_exist() -> None:

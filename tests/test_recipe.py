@@ -25,34 +25,91 @@ def problems(path: Path, *changes: str) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.sequence_tokns=5", "data.sequence_tokns: unknown key; did you mean sequence_tokens?"),
+        (
+            "data.sequence_tokns=5",
+            "data.sequence_tokns: unknown key; did you mean sequence_tokens?",
+        ),
         ("bse.solver=rtn", "bse: unknown key; did you mean base?"),
         ("base.weights.bitwith=3", "base.weights.bitwith: unknown key; did you mean bitwidth?"),
         ("adapters.0.rnk=3", "adapters.0.rnk: unknown key; did you mean rank?"),
-        ("base.weights.bitwidth=9", "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 9)"),
-        ("base.weights.bitwidth=four", "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 'four')"),
-        ("base.weights={granularity: channel, block_size: 32}", "base.weights: block_size goes with granularity block, not channel; remove one"),
+        (
+            "base.weights.bitwidth=9",
+            "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 9)",
+        ),
+        (
+            "base.weights.bitwidth=four",
+            "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 'four')",
+        ),
+        (
+            "base.weights={granularity: channel, block_size: 32}",
+            "base.weights: block_size goes with granularity block, not channel; remove one",
+        ),
         ("adapters.0.warmup_steps=6", "adapters.0: warmup_steps (6) must be fewer than steps (6)"),
-        ("adapters.0.name=../x", "adapters.0.name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9_-]*$' (given: '../x')"),
+        (
+            "adapters.0.name=../x",
+            "adapters.0.name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9_-]*$' (given: '../x')",
+        ),
         ("adapters.0.alpha=.inf", "adapters.0.alpha: Input should be a finite number (given: inf)"),
-        ("adapters.0.learning_rate=1e9", "adapters.0.learning_rate: Input should be less than or equal to 1 (given: 1000000000.0)"),
-        ("adapters.0.rank=99999999999", "adapters.0.rank: Input should be less than 2147483648 (given: 99999999999)"),
-        ("seed=4294967296", "seed: Input should be less than or equal to 4294967295 (given: 4294967296)"),
-        ("simulation.still_share=.inf", "simulation.still_share: Input should be a finite number (given: inf)"),
+        (
+            "adapters.0.learning_rate=1e9",
+            "adapters.0.learning_rate: Input should be less than or equal to 1 (given: 1000000000.0)",
+        ),
+        (
+            "adapters.0.rank=99999999999",
+            "adapters.0.rank: Input should be less than 2147483648 (given: 99999999999)",
+        ),
+        (
+            "seed=4294967296",
+            "seed: Input should be less than or equal to 4294967295 (given: 4294967296)",
+        ),
+        (
+            "simulation.still_share=.inf",
+            "simulation.still_share: Input should be a finite number (given: inf)",
+        ),
         ("adapters=[]", "adapters: List should have at least 1 item after validation, not 0"),
-        ("adapters=[{name: a}, {name: a}]", "adapters: two adapters are named a; names are folders and must differ"),
+        (
+            "adapters=[{name: a}, {name: a}]",
+            "adapters: two adapters are named a; names are folders and must differ",
+        ),
         ("data.held_out=1.5", "data.held_out: Input should be less than 1 (given: 1.5)"),
-        ("model.keep_float=[lm_head]", "model: keep_float: for reading encodings, which are not given; give model.encodings, or leave this out"),
-        ("model.block_order=rows", "model.block_order: Input should be 'channel' or 'tensor' (given: 'rows')"),
+        (
+            "model.keep_float=[lm_head]",
+            "model: keep_float: for reading encodings, which are not given; give model.encodings, or leave this out",
+        ),
+        (
+            "model.block_order=rows",
+            "model.block_order: Input should be 'channel' or 'tensor' (given: 'rows')",
+        ),
         ("model={}", "model.source: required and not given"),
         ("simulation.polcy=npu", "simulation.polcy: unknown key; did you mean policy?"),
-        ("simulation.policy=gpu", "simulation.policy: Input should be 'npu', 'matmul-inputs' or 'weights-only' (given: 'gpu')"),
-        ("simulation.percentile=40", "simulation.percentile: Input should be greater than 50 (given: 40)"),
-        ("simulation.percentile=.nan", "simulation.percentile: Input should be a finite number (given: nan)"),
-        ("simulation.rules=[{match: x, minimum: .nan}]", "simulation.rules.0.minimum: Input should be a finite number (given: nan)"),
-        ("simulation.rules=[{match: x, maximum: .inf}]", "simulation.rules.0.maximum: Input should be a finite number (given: inf)"),
-        ("adapters.0.learning_rate=.inf", "adapters.0.learning_rate: Input should be a finite number (given: inf)"),
-        ("simulation.rules=[{match: x, bits: 8}]", "simulation.rules.0.bits: unknown key; did you mean bitwidth?"),
+        (
+            "simulation.policy=gpu",
+            "simulation.policy: Input should be 'npu', 'matmul-inputs' or 'weights-only' (given: 'gpu')",
+        ),
+        (
+            "simulation.percentile=40",
+            "simulation.percentile: Input should be greater than 50 (given: 40)",
+        ),
+        (
+            "simulation.percentile=.nan",
+            "simulation.percentile: Input should be a finite number (given: nan)",
+        ),
+        (
+            "simulation.rules=[{match: x, minimum: .nan}]",
+            "simulation.rules.0.minimum: Input should be a finite number (given: nan)",
+        ),
+        (
+            "simulation.rules=[{match: x, maximum: .inf}]",
+            "simulation.rules.0.maximum: Input should be a finite number (given: inf)",
+        ),
+        (
+            "adapters.0.learning_rate=.inf",
+            "adapters.0.learning_rate: Input should be a finite number (given: inf)",
+        ),
+        (
+            "simulation.rules=[{match: x, bits: 8}]",
+            "simulation.rules.0.bits: unknown key; did you mean bitwidth?",
+        ),
         (
             "simulation.rules=[{match: lm_head, keep: float, bitwidth: 8}]",
             "simulation.rules.0: rule 'lm_head': a value that stays float has no bitwidth; remove that, or keep",
@@ -72,32 +129,56 @@ def test_each_mistake_is_named(recipe_for: Any, change: str, message: str) -> No
 
 
 def test_all_mistakes_are_shown_together(recipe_for: Any) -> None:
-    path = recipe_for(model={"source": "/not/there"}, data={"source": "/not/there.txt", "sequence_tokens": "x"}, sead=1)
+    path = recipe_for(
+        model={"source": "/not/there"},
+        data={"source": "/not/there.txt", "sequence_tokens": "x"},
+        sead=1,
+    )
     found = problems(path, "base.weights.bitwidth=1")
-    assert [p.split(":")[0] for p in found] == ["model.source", "data.source", "data.sequence_tokens", "base.weights.bitwidth", "sead"]
+    assert [p.split(":")[0] for p in found] == [
+        "model.source",
+        "data.source",
+        "data.sequence_tokens",
+        "base.weights.bitwidth",
+        "sead",
+    ]
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("/not/there", "does not exist. Give a folder with config.json, a .gguf file"),
-        ("package:not_installed_here/model.gguf", "the Python package 'not_installed_here' is not installed; install it"),
+        (
+            "package:not_installed_here/model.gguf",
+            "the Python package 'not_installed_here' is not installed; install it",
+        ),
         ("{tmp}", "has no config.json"),
         ("{tmp}/notes.txt", "is not a .gguf file; for a Hugging Face checkpoint give its folder"),
     ],
 )
-def test_missing_models_are_found_early(recipe_for: Any, tmp_path: Path, source: str, message: str) -> None:
+def test_missing_models_are_found_early(
+    recipe_for: Any, tmp_path: Path, source: str, message: str
+) -> None:
     (tmp_path / "notes.txt").write_text("x")
     (found,) = problems(recipe_for(model={"source": source.format(tmp=tmp_path)}))
     assert found.startswith("model.source: ")
     assert message in found
 
 
-@pytest.mark.parametrize(("encodings", "what"), [("/not/there.encodings", "does not exist"), ("{tmp}", "is a folder")])
-def test_missing_encodings_are_found_early(recipe_for: Any, tmp_path: Path, encodings: str, what: str) -> None:
+@pytest.mark.parametrize(
+    ("encodings", "what"), [("/not/there.encodings", "does not exist"), ("{tmp}", "is a folder")]
+)
+def test_missing_encodings_are_found_early(
+    recipe_for: Any, tmp_path: Path, encodings: str, what: str
+) -> None:
     given = encodings.format(tmp=tmp_path)
-    found = problems(recipe_for(), f"model.encodings={given}", "base.solver=keep", "data.source=/not/there.txt")
-    assert found[0] == f"model.encodings: {given!r} {what}. Give the .encodings or .json file that AIMET wrote"
+    found = problems(
+        recipe_for(), f"model.encodings={given}", "base.solver=keep", "data.source=/not/there.txt"
+    )
+    assert (
+        found[0]
+        == f"model.encodings: {given!r} {what}. Give the .encodings or .json file that AIMET wrote"
+    )
     assert [p.split(":")[0] for p in found] == ["model.encodings", "data.source"]
 
 
@@ -110,7 +191,10 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
 
 
 def test_exponents_are_numbers(recipe_for: Any) -> None:
-    assert load_recipe(recipe_for(), ("adapters.0.learning_rate=5e-4",)).adapters[0].learning_rate == 5e-4
+    assert (
+        load_recipe(recipe_for(), ("adapters.0.learning_rate=5e-4",)).adapters[0].learning_rate
+        == 5e-4
+    )
 
 
 def test_setting_one_value_keeps_the_other_defaults(recipe_for: Any) -> None:
@@ -126,15 +210,24 @@ def test_the_resolved_recipe_reads_back_as_itself(recipe_for: Any, tmp_path: Pat
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
 
-def test_starter_recipe_is_valid_as_it_is_and_with_every_default_taken_out_of_its_comment(recipe_for: Any) -> None:
+def test_starter_recipe_is_valid_as_it_is_and_with_every_default_taken_out_of_its_comment(
+    recipe_for: Any,
+) -> None:
     given = yaml.safe_load(recipe_for().read_text())
     assert set(yaml.safe_load(starter_recipe())) == {"model", "data", "adapters"}
-    uncommented = "\n".join(re.sub(r"^( *)# ", r"\1", line) for line in starter_recipe().split("\n")[2:])
+    uncommented = "\n".join(
+        re.sub(r"^( *)# ", r"\1", line) for line in starter_recipe().split("\n")[2:]
+    )
     content = yaml.safe_load(uncommented)
     assert set(content) == set(Recipe.model_fields)
-    content |= {"model": given["model"], "data": {**content["data"], "source": given["data"]["source"]}}
+    content |= {
+        "model": given["model"],
+        "data": {**content["data"], "source": given["data"]["source"]},
+    }
     given["data"] = {"source": given["data"]["source"]}
-    assert Recipe.model_validate(content) == Recipe.model_validate({"model": given["model"], "data": given["data"], "adapters": [{"name": "first"}]})
+    assert Recipe.model_validate(content) == Recipe.model_validate(
+        {"model": given["model"], "data": given["data"], "adapters": [{"name": "first"}]}
+    )
 
 
 def test_validation_and_help_need_no_torch(recipe_for: Any) -> None:

@@ -22,23 +22,51 @@ RULES = 'simulation.rules=[{match: "*.softmax", bitwidth: 8, observer: percentil
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path) -> Path:
+def job(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path
+) -> Path:
     """A job with an adapter that is calibrated, and one that is not trained."""
     folder = tmp_path_factory.mktemp("job")
-    data = {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 2, "calibration_sequences": 3}
-    adapters = [{"name": "first", "rank": 4, "steps": 1, "warmup_steps": 0}, {"name": "second", "steps": 1, "warmup_steps": 0}]
-    simulation = {"calibration_tokens": 33, "observer": "sqnr", "still_share": 100.0, "still_batches": 3}
-    content = {"model": {"source": str(checkpoints["llama"])}, "data": data, "adapters": adapters, "simulation": simulation}
+    data = {
+        "source": str(corpus),
+        "sequence_tokens": 32,
+        "evaluation_sequences": 2,
+        "calibration_sequences": 3,
+    }
+    adapters = [
+        {"name": "first", "rank": 4, "steps": 1, "warmup_steps": 0},
+        {"name": "second", "steps": 1, "warmup_steps": 0},
+    ]
+    simulation = {
+        "calibration_tokens": 33,
+        "observer": "sqnr",
+        "still_share": 100.0,
+        "still_batches": 3,
+    }
+    content = {
+        "model": {"source": str(checkpoints["llama"])},
+        "data": data,
+        "adapters": adapters,
+        "simulation": simulation,
+    }
     (folder / "recipe.yaml").write_text(json.dumps(content))
-    recipe = load_recipe(folder / "recipe.yaml", ("adapters=[{name: first, rank: 4, steps: 1, warmup_steps: 0}]",))
+    recipe = load_recipe(
+        folder / "recipe.yaml", ("adapters=[{name: first, rank: 4, steps: 1, warmup_steps: 0}]",)
+    )
     results = run(recipe, folder / "out", ("quantize", "train", "calibrate"))
     measured = results["simulation"]["first"]
-    assert (measured["calibration_tokens"], measured["stopped_early"], measured["unseen"]) == (64, False, [])
+    assert (measured["calibration_tokens"], measured["stopped_early"], measured["unseen"]) == (
+        64,
+        False,
+        [],
+    )
     (folder / "out" / "recipe.yaml").write_text(json.dumps(content))
     return folder / "out"
 
 
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
+def call(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any
+) -> tuple[int, str, str]:
     monkeypatch.setattr("sys.argv", ["qwlora", "simulate", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         main()
@@ -46,7 +74,9 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
     return int(caught.value.code or 0), captured.out, captured.err
 
 
-def test_alike_values_are_one_line(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alike_values_are_one_line(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = call(capsys, monkeypatch, job, "--explain", "--set", RULES)
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert code == 0
@@ -67,7 +97,9 @@ def test_alike_values_are_one_line(job: Path, capsys: pytest.CaptureFixture[str]
     assert sum(int(row[1]) for row in rows) == sum(counts)
 
 
-def test_json_has_every_value_and_what_was_calibrated(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_has_every_value_and_what_was_calibrated(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, out, _ = call(capsys, monkeypatch, job, "--json")
     found = json.loads(out)
     assert (found["adapter"], found["policy"], found["unknown"]) == ("first", "npu", {})
@@ -81,26 +113,50 @@ def test_json_has_every_value_and_what_was_calibrated(job: Path, capsys: pytest.
     assert {v.decision.value for v in changed.values if v.kind == "activation"} == {"float"}
 
 
-def test_costs_are_switched_on_one_by_one(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_switched_on_one_by_one(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = call(capsys, monkeypatch, job, "--costs", "--json")
     account = json.loads(out)
     assert code == 0
-    assert list(account["perplexity"]) == ["base", "adapted", "adapter_weights", "parameters", "activations"]
+    assert list(account["perplexity"]) == [
+        "base",
+        "adapted",
+        "adapter_weights",
+        "parameters",
+        "activations",
+    ]
     assert len(account["sensitivity"]) == len(account["layer_sqnr_db"]) == 10
     assert "unshared" not in account
-    code, out, _ = call(capsys, monkeypatch, job, "--costs", "--set", "simulation.base_activations=adapter_only", "--json")
+    code, out, _ = call(
+        capsys,
+        monkeypatch,
+        job,
+        "--costs",
+        "--set",
+        "simulation.base_activations=adapter_only",
+        "--json",
+    )
     assert json.loads(out)["unshared"] == "adapter_only"
     code, out, _ = call(capsys, monkeypatch, job, "--costs")
-    assert f"adapter weights {account['perplexity']['adapter_weights']:.4f}" in [" ".join(line.split()) for line in out.splitlines()]
+    assert f"adapter weights {account['perplexity']['adapter_weights']:.4f}" in [
+        " ".join(line.split()) for line in out.splitlines()
+    ]
 
 
-def test_a_suggestion_is_what_its_rules_give(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suggestion_is_what_its_rules_give(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = call(capsys, monkeypatch, job, "--suggest", "1", "--json")
     loose = json.loads(out)
     assert code == 0
     assert (loose["wide"], loose["rules"], loose["measured"]) == ([], [], loose["all_narrow"])
     reference = loose["limit"] / 2
-    assert (reference, loose["sequences"], loose["kept"]) == (pytest.approx(loose["float_activations"]), 2, 0)
+    assert (reference, loose["sequences"], loose["kept"]) == (
+        pytest.approx(loose["float_activations"]),
+        2,
+        0,
+    )
     share = (loose["all_narrow"] + loose["all_wide"]) / 2 / reference - 1
     assert 0 < share < 0.1, "of 8 bits on this model"
     _, out, _ = call(capsys, monkeypatch, job, "--suggest", share, "--json")
@@ -108,39 +164,84 @@ def test_a_suggestion_is_what_its_rules_give(job: Path, capsys: pytest.CaptureFi
     assert 0 < len(found["wide"]) < found["narrow"]
     assert found["measured"] <= found["limit"]
     rules = json.dumps(found["rules"])
-    _, out, _ = call(capsys, monkeypatch, job, "--costs", "--json", "--set", "simulation.activation_bitwidth=8", "--set", f"simulation.rules={rules}")
+    _, out, _ = call(
+        capsys,
+        monkeypatch,
+        job,
+        "--costs",
+        "--json",
+        "--set",
+        "simulation.activation_bitwidth=8",
+        "--set",
+        f"simulation.rules={rules}",
+    )
     assert json.loads(out)["perplexity"]["activations"] == found["measured"]
     assert found["fresh"] is None, "the job evaluates on two sequences, and both were searched"
-    _, out, _ = call(capsys, monkeypatch, job, "--suggest", "1", "--json", "--set", "data.evaluation_sequences=6")
+    _, out, _ = call(
+        capsys, monkeypatch, job, "--suggest", "1", "--json", "--set", "data.evaluation_sequences=6"
+    )
     fresh = json.loads(out)["fresh"]
     assert fresh["measured"] > fresh["float_activations"] > 1
     assert fresh["sequences"] == 2
 
 
-def test_a_suggestion_counts_and_prints_the_rules_that_are_there(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suggestion_counts_and_prints_the_rules_that_are_there(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a resolved recipe holds them, with every key."""
     own = [{"match": "*.softmax", "bitwidth": 16}, {"match": "lm_head", "keep": "float"}]
     section = json.dumps([SimulationRule(**rule).model_dump(mode="json") for rule in own])
-    _, out, _ = call(capsys, monkeypatch, job, "--suggest", "1", "--json", "--set", f"simulation.rules={section}")
+    _, out, _ = call(
+        capsys, monkeypatch, job, "--suggest", "1", "--json", "--set", f"simulation.rules={section}"
+    )
     found = json.loads(out)
     assert (found["rules"], found["wide"], found["kept"]) == (own, [], 2)
     lines = list(_suggestion_lines(found))
-    assert lines[0].endswith(f"0 of {found['narrow']} activations at 16 bits, the others at 8; 2 more keep the grids that the recipe's rules give")
+    assert lines[0].endswith(
+        f"0 of {found['narrow']} activations at 16 bits, the others at 8; 2 more keep the grids that the recipe's rules give"
+    )
     assert lines[-2:] == [f"    - {json.dumps(rule)}" for rule in own]
 
 
-@pytest.mark.parametrize(("share", "message"), [("5", "for 5 % give 0.05"), ("-0.1", "0.05 is 5 %"), ("nan", "0.05 is 5 %")])
-def test_a_share_is_between_zero_and_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, share: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [("5", "for 5 % give 0.05"), ("-0.1", "0.05 is 5 %"), ("nan", "0.05 is 5 %")],
+)
+def test_a_share_is_between_zero_and_one(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    share: str,
+    message: str,
+) -> None:
     code, _, errors = call(capsys, monkeypatch, tmp_path, f"--suggest={share}")
     assert (code, f"{share} is no share between 0 and 1; {message}" in errors) == (2, True)
 
 
 def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
-    found = {"adapter": "first", "wide": ["a"], "narrow": 3, "kept": 0, "rules": [], "sequences": 4, "float_activations": 2.0}
+    found = {
+        "adapter": "first",
+        "wide": ["a"],
+        "narrow": 3,
+        "kept": 0,
+        "rules": [],
+        "sequences": 4,
+        "float_activations": 2.0,
+    }
     found |= {"measured": 2.1, "limit": 2.2, "all_wide": 2.05, "all_narrow": 3.0}
-    assert any(line.startswith("the search measured all evaluation sequences") for line in _suggestion_lines({**found, "fresh": None}))
-    assert any("base_activations: none" in line for line in _suggestion_lines({**found, "fresh": None, "unshared": "none"}))
-    lines = list(_suggestion_lines({**found, "fresh": {"sequences": 12, "measured": 2.2, "float_activations": 2.0}}))
+    assert any(
+        line.startswith("the search measured all evaluation sequences")
+        for line in _suggestion_lines({**found, "fresh": None})
+    )
+    assert any(
+        "base_activations: none" in line
+        for line in _suggestion_lines({**found, "fresh": None, "unshared": "none"})
+    )
+    lines = list(
+        _suggestion_lines(
+            {**found, "fresh": {"sequences": 12, "measured": 2.2, "float_activations": 2.0}}
+        )
+    )
     assert lines[:4] == [
         "adapter first: 1 of 4 activations at 16 bits, the others at 8",
         "perplexity on the 4 held-out sequences that were searched 2.1000, +5.0% on float activations' 2.0000",
@@ -150,21 +251,29 @@ def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
     assert lines[-1] == "  rules: []"
 
 
-def test_what_cannot_be_shown(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_cannot_be_shown(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     code, _, errors = call(capsys, monkeypatch, tmp_path)
     assert code == 2
     assert "is no job's directory: it has no recipe.yaml" in errors
     code, _, errors = call(capsys, monkeypatch, job, "--adapter", "second")
     assert code == 2
     assert "has no trained adapter 'second'; the recipe's are first, second. Train it" in errors
-    code, _, errors = call(capsys, monkeypatch, job, "--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]")
+    code, _, errors = call(
+        capsys, monkeypatch, job, "--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]"
+    )
     assert code == 2
     assert "'lm_hed' matches no value; near are lm_head" in errors
 
 
 @pytest.mark.parametrize("changes", [("activation_bitwidth", 8), ("residual_adds", "quantize")])
 def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: tuple[str, Any]
+    job: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    changes: tuple[str, Any],
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(job, out)
@@ -176,7 +285,9 @@ def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
         assert (code, said) == (2, "")
         assert "the calibration of adapter 'first'" in errors
         assert f"calibrate again: qwlora calibrate --out {out}" in errors
-    assert call(capsys, monkeypatch, out, "--set", "simulation.policy=weights-only")[0] == 0, "of a change nothing is calibrated"
+    assert call(capsys, monkeypatch, out, "--set", "simulation.policy=weights-only")[0] == 0, (
+        "of a change nothing is calibrated"
+    )
     shutil.rmtree(out / "simulation" / "first")
     code, said, _ = call(capsys, monkeypatch, out, "--explain")
     assert code == 0, "a placement without a calibration"
@@ -187,17 +298,25 @@ def test_an_adapter_that_left_the_recipe_is_not_shown_by_it(job: Path, tmp_path:
     shutil.copytree(job, out)
     (out / "adapters" / "first").rename(out / "adapters" / "before")
     (out / "simulation" / "first").rename(out / "simulation" / "before")
-    with pytest.raises(CalibrationError, match=r"adapter 'before' in .* is left from another recipe; this one's are first, second"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"adapter 'before' in .* is left from another recipe; this one's are first, second",
+    ):
         explain_job(out, "before")
 
 
-def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(job: Path, tmp_path: Path) -> None:
+def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(
+    job: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(job, out)
     records = json.loads((out / ".qwlora" / "stages.json").read_text())
     del records["calibrate/first"]  # as training leaves it
     (out / ".qwlora" / "stages.json").write_text(json.dumps(records))
-    with pytest.raises(CalibrationError, match="is of another recipe, adapter or base than those that are there now; calibrate again: qwlora calibrate"):
+    with pytest.raises(
+        CalibrationError,
+        match="is of another recipe, adapter or base than those that are there now; calibrate again: qwlora calibrate",
+    ):
         explain_job(out)
 
 
@@ -210,23 +329,36 @@ def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(job: Pa
         ),
         ("adapters.1.rank=2", "--set adapters.1.rank=2: train/second would have to run again"),
         ("data.sequence_tokens=16", "train/first, train/second would have to run again"),
-        ("verify.sequences=1", "--set verify.sequences=1: nothing that is looked at here depends on it; leave it out"),
+        (
+            "verify.sequences=1",
+            "--set verify.sequences=1: nothing that is looked at here depends on it; leave it out",
+        ),
     ],
 )
 def test_a_change_that_needs_another_stage_is_refused(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, change: str, message: str
+    job: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    message: str,
 ) -> None:
-    code, out, errors = call(capsys, monkeypatch, job, "--set", "simulation.activation_bitwidth=8", "--set", change)
+    code, out, errors = call(
+        capsys, monkeypatch, job, "--set", "simulation.activation_bitwidth=8", "--set", change
+    )
     assert (code, out) == (2, "")
     assert message in errors
     if "again" in message:
         assert f"qwlora run {job / 'recipe.yaml'} --out {job} --set {change}" in errors
 
 
-def test_an_adapter_of_another_base_is_refused(job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(job, other)
-    (other / "adapters" / "first" / "qwlora.json").write_text(json.dumps({"format": 1, "base_fingerprint": "0" * 64}))
+    (other / "adapters" / "first" / "qwlora.json").write_text(
+        json.dumps({"format": 1, "base_fingerprint": "0" * 64})
+    )
     code, out, errors = call(capsys, monkeypatch, other)
     assert (code, out) == (2, "")
     assert f"was trained on the base with fingerprint {'0' * 64}, but this base has" in errors
@@ -235,7 +367,14 @@ def test_an_adapter_of_another_base_is_refused(job: Path, capsys: pytest.Capture
 def test_tables_of_alike_things() -> None:
     names = [("a.0.x", 1), ("a.1.x", 1), ("a.2.x", 2), ("a.5.x", 1), ("b", 1), ("a.0.y", 3)]
     groups = alike(names, lambda n: n[0], lambda n: n[1])
-    assert [(name, len(group)) for name, group in groups] == [("a.*.x (0-1,5)", 3), ("a.2.x", 1), ("b", 1), ("a.0.y", 1)]
-    same = alike([("a.0.x", 1), ("a.0.x", 2), ("a.1.x", 1), ("a.1.x", 2)], lambda n: n[0], lambda n: n[1])
+    assert [(name, len(group)) for name, group in groups] == [
+        ("a.*.x (0-1,5)", 3),
+        ("a.2.x", 1),
+        ("b", 1),
+        ("a.0.y", 1),
+    ]
+    same = alike(
+        [("a.0.x", 1), ("a.0.x", 2), ("a.1.x", 1), ("a.1.x", 2)], lambda n: n[0], lambda n: n[1]
+    )
     assert [name for name, _ in same] == ["a.*.x", "a.*.x"]
     assert list(table([("one", "2"), ("three", "4")])) == ["one    2", "three  4"]

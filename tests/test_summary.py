@@ -10,7 +10,13 @@ import pytest
 from qwlora.pipeline.summary import _rows
 from qwlora.sizes import size
 
-PARITY = {"perplexity": 5.0, "simulated_perplexity": 5.01, "sequences": 8, "top1_agreement": 0.99, "floor_top1_agreement": 0.98}
+PARITY = {
+    "perplexity": 5.0,
+    "simulated_perplexity": 5.01,
+    "sequences": 8,
+    "top1_agreement": 0.99,
+    "floor_top1_agreement": 0.98,
+}
 PARITY |= {"layers": 3, "worst_layer_steps": 1.0, "worst_layer_mean_steps": 0.01}
 
 
@@ -21,7 +27,10 @@ def rows(**parts: Any) -> list[tuple[str, str]]:
 def test_a_parity_says_how_many_sequences_it_is_of() -> None:
     found = dict(rows(perplexity={"simulated": {"first": 6.0}}, parity={"onnx": {"first": PARITY}}))
     assert found["perplexity, simulated, adapter first"] == "6.000"
-    assert found["parity onnx first"] == "perplexity 5.000 in the runtime, 5.010 simulated (on 8 sequences)"
+    assert (
+        found["parity onnx first"]
+        == "perplexity 5.000 in the runtime, 5.010 simulated (on 8 sequences)"
+    )
 
 
 def test_the_words_of_the_table_are_explained() -> None:
@@ -32,7 +41,10 @@ def test_the_words_of_the_table_are_explained() -> None:
         assert f"| {word} |" in text
 
 
-@pytest.mark.parametrize(("count", "words"), [(0, "0.0 kB"), (45_678, "45.7 kB"), (100_000, "0.1 MB"), (1_234_567_890, "1,234.6 MB")])
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(0, "0.0 kB"), (45_678, "45.7 kB"), (100_000, "0.1 MB"), (1_234_567_890, "1,234.6 MB")],
+)
 def test_sizes_do_not_round_to_nothing(count: int, words: str) -> None:
     assert size(count) == words
     assert dict(rows(export={"onnx": {"first": {"bytes": count}}}))["onnx first"] == words

@@ -34,9 +34,23 @@ app = typer.Typer(
 )
 
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
-Out = Annotated[Path, typer.Option("--out", help="The job's directory: artifacts, exports, results.json.", show_default=False)]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe, like base.weights.bitwidth=3.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", help="The job's directory: artifacts, exports, results.json.", show_default=False
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one value of the recipe, like base.weights.bitwidth=3.",
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")
+]
 
 _SUMMARY = {
     "quantize": "Step 1: freeze the base's weights to packed integers.",
@@ -58,7 +72,12 @@ def run_all(recipe: RecipeFile, out: Out, changes: Changes = None, as_json: AsJs
 def _add_stage(verb: str) -> None:
     def stage(
         out: Out,
-        recipe: Annotated[Path | None, typer.Argument(help="The recipe; by default the one in the directory.", show_default=False)] = None,
+        recipe: Annotated[
+            Path | None,
+            typer.Argument(
+                help="The recipe; by default the one in the directory.", show_default=False
+            ),
+        ] = None,
         changes: Changes = None,
         as_json: AsJson = False,
     ) -> None:
@@ -78,7 +97,14 @@ def check(recipe: RecipeFile, changes: Changes = None) -> None:
 
     from qwlora.recipe import load_recipe
 
-    print(yaml.safe_dump(load_recipe(recipe, tuple(changes or ())).model_dump(mode="json"), sort_keys=False, width=150), end="")
+    print(
+        yaml.safe_dump(
+            load_recipe(recipe, tuple(changes or ())).model_dump(mode="json"),
+            sort_keys=False,
+            width=150,
+        ),
+        end="",
+    )
 
 
 @app.command()
@@ -97,7 +123,9 @@ def data(
 
 
 @app.command()
-def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.yaml")) -> None:
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.yaml"),
+) -> None:
     """Write a commented recipe to start from."""
     from qwlora.starter import starter_recipe
 
@@ -107,15 +135,24 @@ def init(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path
         path.write_text(starter_recipe())
     except OSError as error:
         raise RecipeError(str(path), [f"cannot be written: {error.strerror}"]) from error
-    print(f"wrote {path}; set model.source and data.source in it, then: qwlora run {path} --out out")
+    print(
+        f"wrote {path}; set model.source and data.source in it, then: qwlora run {path} --out out"
+    )
 
 
-def _run(recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool, verbs: Iterable[str]) -> None:
+def _run(
+    recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool, verbs: Iterable[str]
+) -> None:
     from qwlora.pipeline.run import run
     from qwlora.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, tuple(changes or ()))
-    given = [str(recipe_path), "--out", str(out), *(part for change in changes or () for part in ("--set", change))]
+    given = [
+        str(recipe_path),
+        "--out",
+        str(out),
+        *(part for change in changes or () for part in ("--set", change)),
+    ]
     try:
         results = run(
             recipe,
@@ -126,7 +163,10 @@ def _run(recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool,
             command=lambda verb: shlex.join(["qwlora", verb, *given]),
         )
     except KeyboardInterrupt as error:  # here, since typer would turn it into a bare exit code
-        _fail(f"interrupted{f', {error}' if str(error) else ''}. The same command goes on from here", 130)
+        _fail(
+            f"interrupted{f', {error}' if str(error) else ''}. The same command goes on from here",
+            130,
+        )
     if not results:  # not the first of several processes
         return
     if as_json:
@@ -154,7 +194,9 @@ def main() -> None:
     except QwloraError as error:
         _fail(str(error), 2)
     except Exception as error:
-        usage = getattr(error, "format_message", None)  # a wrong command line, in whichever click typer carries
+        usage = getattr(
+            error, "format_message", None
+        )  # a wrong command line, in whichever click typer carries
         if usage is None:
             raise
         _fail(usage(), 2)

@@ -13,11 +13,28 @@ from qwlora.cli_progress import bars
 if TYPE_CHECKING:
     from qwlora.pipeline.merge import Verdict
 
-Job = Annotated[Path, typer.Argument(metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False)]
+Job = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False
+    ),
+]
 Name = Annotated[str, typer.Argument(help="The adapter.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the verdict as JSON, with every layer, and nothing else.")]
-Target = Annotated[str, typer.Option("--into", help="float: a float model; requantized: rounded back onto the base's own grid.", show_default=False)]
-Out = Annotated[Path, typer.Option("--out", help="Where to write the merged model.", show_default=False)]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print the verdict as JSON, with every layer, and nothing else."),
+]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--into",
+        help="float: a float model; requantized: rounded back onto the base's own grid.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path, typer.Option("--out", help="Where to write the merged model.", show_default=False)
+]
 
 
 def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
@@ -54,6 +71,8 @@ def _lines(verdict: Verdict) -> list[str]:
     return [
         f"{verdict.share:.1%} of the adapter's delta is under half a step of the base's grid (most in {most})",
         f"perplexity: base {verdict.base:.3f}, with the adapter {verdict.adapted:.3f}, merged into the integers {verdict.merged:.3f}",
-        "the adapter gained nothing on this text" if verdict.kept is None else f"kept of what the adapter gained: {verdict.kept:.1%}",
+        "the adapter gained nothing on this text"
+        if verdict.kept is None
+        else f"kept of what the adapter gained: {verdict.kept:.1%}",
         verdict.recommendation(),
     ]

@@ -20,7 +20,12 @@ def bars(quiet: bool = False) -> Track:
         return untracked
 
     def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as progress:
             yield from progress.track(items, total=total, description=description)
 

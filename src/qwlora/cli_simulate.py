@@ -21,14 +21,41 @@ from qwlora.cli_table import alike, table
 if TYPE_CHECKING:
     from qwlora.simulation.explain import Explained, Explanation
 
-Job = Annotated[Path, typer.Argument(metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False)]
-Explain = Annotated[bool, typer.Option("--explain", help="List every value with its grid and the rule that decided, alike ones in one line.")]
-Name = Annotated[str | None, typer.Option("--adapter", help="Which adapter; the recipe's first unless given.", show_default=False)]
+Job = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False
+    ),
+]
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="List every value with its grid and the rule that decided, alike ones in one line.",
+    ),
+]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter", help="Which adapter; the recipe's first unless given.", show_default=False
+    ),
+]
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="See what a change of simulation.* would place, like simulation.policy=matmul-inputs.", show_default=False),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="See what a change of simulation.* would place, like simulation.policy=matmul-inputs.",
+        show_default=False,
+    ),
 ]
-Costs = Annotated[bool, typer.Option("--costs", help="Measure what each part costs in perplexity, and list the dearest activations.")]
+Costs = Annotated[
+    bool,
+    typer.Option(
+        "--costs",
+        help="Measure what each part costs in perplexity, and list the dearest activations.",
+    ),
+]
 Share = Annotated[
     float | None,
     typer.Option(
@@ -38,17 +65,27 @@ Share = Annotated[
         "on a few held-out sequences; 0.05 is 5 %.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print every value as JSON, and nothing else.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print every value as JSON, and nothing else.")
+]
 
 
 def simulate(
-    job: Job, explain: Explain = False, adapter: Name = None, changes: Changes = None, costs: Costs = False, suggest: Share = None, as_json: AsJson = False
+    job: Job,
+    explain: Explain = False,
+    adapter: Name = None,
+    changes: Changes = None,
+    costs: Costs = False,
+    suggest: Share = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what the simulation quantizes: counts, or with --explain every value and why; with --costs and --suggest, what that does to perplexity."""
     if explain + costs + (suggest is not None) > 1:
         raise typer.BadParameter("--explain, --costs and --suggest are asked one at a time")
     if suggest is not None and not 0 <= suggest <= 1:
-        raise typer.BadParameter(f"{suggest:g} is no share between 0 and 1; {f'for {suggest:g} % give {suggest / 100:g}' if suggest > 1 else '0.05 is 5 %'}")
+        raise typer.BadParameter(
+            f"{suggest:g} is no share between 0 and 1; {f'for {suggest:g} % give {suggest / 100:g}' if suggest > 1 else '0.05 is 5 %'}"
+        )
     asked = tuple(changes or ())
     if costs:
         from qwlora.pipeline.accounting import account_job
@@ -59,28 +96,56 @@ def simulate(
         from qwlora.pipeline.accounting import suggest_job
 
         suggestion = suggest_job(job, adapter, asked, suggest, bars(as_json))
-        print(json.dumps(suggestion, indent=1) if as_json else "\n".join(_suggestion_lines(suggestion)))
+        print(
+            json.dumps(suggestion, indent=1)
+            if as_json
+            else "\n".join(_suggestion_lines(suggestion))
+        )
     else:
         from qwlora.pipeline.explain import explain_job
 
         name, found = explain_job(job, adapter, asked)
-        print(json.dumps({"adapter": name, **found.to_json()}, indent=1) if as_json else "\n".join(_lines(name, found, explain)))
+        print(
+            json.dumps({"adapter": name, **found.to_json()}, indent=1)
+            if as_json
+            else "\n".join(_lines(name, found, explain))
+        )
 
 
 def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
     yield f"adapter {account['adapter']}"
     yield from _unshared(account)
-    yield from table([("perplexity", ""), *((what.replace("_", " "), f"{value:.4f}") for what, value in account["perplexity"].items())])
+    yield from table(
+        [
+            ("perplexity", ""),
+            *(
+                (what.replace("_", " "), f"{value:.4f}")
+                for what, value in account["perplexity"].items()
+            ),
+        ]
+    )
     yield ""
-    rows = [(s["name"], str(s["bitwidth"]), f"{s['cost']:.3g}", f"{s['sqnr_db']:.1f}") for s in account["sensitivity"]]
+    rows = [
+        (s["name"], str(s["bitwidth"]), f"{s['cost']:.3g}", f"{s['sqnr_db']:.1f}")
+        for s in account["sensitivity"]
+    ]
     yield from table([("dearest activations", "bits", "nats a token", "SQNR, dB"), *rows])
     yield ""
-    yield from table([("furthest from float", "SQNR, dB"), *((name, f"{db:.1f}") for name, db in account["layer_sqnr_db"].items())])
+    yield from table(
+        [
+            ("furthest from float", "SQNR, dB"),
+            *((name, f"{db:.1f}") for name, db in account["layer_sqnr_db"].items()),
+        ]
+    )
 
 
 def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
     wide, searched = len(found["wide"]), len(found["wide"]) + found["narrow"]
-    rest = f"; {found['kept']} more keep the grids that the recipe's rules give" if found["kept"] else ""
+    rest = (
+        f"; {found['kept']} more keep the grids that the recipe's rules give"
+        if found["kept"]
+        else ""
+    )
     yield f"adapter {found['adapter']}: {wide} of {searched} activations at 16 bits, the others at 8{rest}"
     plain, limit = found["float_activations"], found["limit"]
     yield f"perplexity on the {found['sequences']} held-out sequences that were searched {_beside(found['measured'], plain)}"
@@ -114,21 +179,45 @@ def _lines(name: str, found: Explanation, everything: bool) -> Iterator[str]:
     yield f"adapter {name}, policy {found.policy}: {', '.join(f'{counts[d]} {d}' for d in ('quantize', 'share', 'float'))}"
     if everything:
         rows = [("value", "count", "class", "decision", "grid", "reason")]
-        for pattern, values in alike(found.values, _name, lambda v: (v.module_class, v.decision, v.reason, _grid(v))):
+        for pattern, values in alike(
+            found.values, _name, lambda v: (v.module_class, v.decision, v.reason, _grid(v))
+        ):
             first = values[0]
-            rows.append((pattern, str(len(values)), first.module_class, first.decision.value, _grid(first), first.reason))
+            rows.append(
+                (
+                    pattern,
+                    str(len(values)),
+                    first.module_class,
+                    first.decision.value,
+                    _grid(first),
+                    first.reason,
+                )
+            )
         yield from table(rows)
     else:
-        by_reason = Counter((value.kind, value.decision.value, value.grid, value.reason) for value in found.values)
-        yield from table([("tensor", "count", "decision", "grid", "reason"), *((k, str(n), d, g, r) for (k, d, g, r), n in by_reason.items())])
+        by_reason = Counter(
+            (value.kind, value.decision.value, value.grid, value.reason) for value in found.values
+        )
+        yield from table(
+            [
+                ("tensor", "count", "decision", "grid", "reason"),
+                *((k, str(n), d, g, r) for (k, d, g, r), n in by_reason.items()),
+            ]
+        )
     if found.unknown:
-        listed = ", ".join(f"{operator} ({count})" for operator, count in sorted(found.unknown.items()))
+        listed = ", ".join(
+            f"{operator} ({count})" for operator, count in sorted(found.unknown.items())
+        )
         yield f"operators that no rule knows: {listed}; see the reason of each, and give a rule if it is wrong"
 
 
 def _name(value: Explained) -> str:
     """Where a value is, without the number that tells equal ones apart."""
-    return value.name if value.operator in ("weight", "input") else f"{value.module or 'output'}.{value.operator}"
+    return (
+        value.name
+        if value.operator in ("weight", "input")
+        else f"{value.module or 'output'}.{value.operator}"
+    )
 
 
 def _grid(value: Explained) -> str:

@@ -9,7 +9,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def alike(items: Sequence[T], name_of: Callable[[T], str], kind_of: Callable[[T], Hashable]) -> list[tuple[str, list[T]]]:
+def alike(
+    items: Sequence[T], name_of: Callable[[T], str], kind_of: Callable[[T], Hashable]
+) -> list[tuple[str, list[T]]]:
     """Groups of items of one kind whose names differ in numbers alone, each with a name for the group; in order of the first of each."""
     groups: dict[tuple[str, Hashable], list[T]] = {}
     for item in items:

@@ -35,7 +35,9 @@ class RecipeError(QwloraError, ValueError):
         self.source = source
         self.problems = tuple(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{source}: {count} in the recipe", *(f"  - {p}" for p in self.problems)]))
+        super().__init__(
+            "\n".join([f"{source}: {count} in the recipe", *(f"  - {p}" for p in self.problems)])
+        )
 
 
 class SourceError(QwloraError, ValueError):

@@ -26,14 +26,31 @@ def logits_of(model: Callable[..., Any]) -> Logits:
     return logits
 
 
-def negative_log_likelihood(logits: Float[Tensor, "batch tokens vocabulary"], labels: Int64[Tensor, "batch tokens"]) -> float:
+def negative_log_likelihood(
+    logits: Float[Tensor, "batch tokens vocabulary"], labels: Int64[Tensor, "batch tokens"]
+) -> float:
     """Sum over the tokens with a label (plain ids are labels too) but each sequence's first, in nats."""
-    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"))
+    return float(
+        torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+    )
 
 
 @torch.no_grad()
-def perplexity(logits: Logits, sequences: Sequences | Int64[Tensor, "count tokens"], description: str, track: Track = untracked) -> float:
+def perplexity(
+    logits: Logits,
+    sequences: Sequences | Int64[Tensor, "count tokens"],
+    description: str,
+    track: Track = untracked,
+) -> float:
     """Perplexity of `logits(ids)` on the learnt tokens of `sequences` (all, if they are plain ids), one sequence at a time."""
     data = as_sequences(sequences)
-    total = sum(negative_log_likelihood(logits(ids[None]), labels[None]) for ids, labels in track(data.rows(), description, len(data)))
+    total = sum(
+        negative_log_likelihood(logits(ids[None]), labels[None])
+        for ids, labels in track(data.rows(), description, len(data))
+    )
     return math.exp(total / data.learnt_tokens)

@@ -8,7 +8,9 @@ from pathlib import Path
 from qwlora.errors import SourceError
 
 
-def downloaded(what: str, repository: str, files: Sequence[str], besides: Sequence[str] | None = None) -> Path:
+def downloaded(
+    what: str, repository: str, files: Sequence[str], besides: Sequence[str] | None = None
+) -> Path:
     """The local folder with those files of `repository` that match one of the globs `files`, and none of `besides`.
 
     Args:
@@ -20,6 +22,16 @@ def downloaded(what: str, repository: str, files: Sequence[str], besides: Sequen
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(files), ignore_patterns=None if besides is None else list(besides)))
-    except Exception as error:  # offline, not found, private: the hub's client has a dozen classes for them
-        raise SourceError(f"{what} {repository!r}: there is no such path here, and it cannot be had from the hub either:\n  {error}") from error
+        return Path(
+            snapshot_download(
+                repository,
+                allow_patterns=list(files),
+                ignore_patterns=None if besides is None else list(besides),
+            )
+        )
+    except (
+        Exception
+    ) as error:  # offline, not found, private: the hub's client has a dozen classes for them
+        raise SourceError(
+            f"{what} {repository!r}: there is no such path here, and it cannot be had from the hub either:\n  {error}"
+        ) from error

@@ -16,7 +16,9 @@ T = TypeVar("T")
 class Track(Protocol):
     """`for item in track(items, "what is going on", total): ...`"""
 
-    def __call__(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]: ...
+    def __call__(
+        self, items: Iterable[T], description: str, total: int | None = None
+    ) -> Iterator[T]: ...
 
 
 def untracked(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -15,7 +15,11 @@ _HEAD = """\
 # A QWLoRA recipe. Run it with: qwlora run THIS_FILE --out out
 # Lines that begin with '#' show defaults; take the '#' away to change one.
 """
-_PLACEHOLDERS = {"model.source": "path/to/model", "data.source": "path/to/text", "adapters.name": "first"}
+_PLACEHOLDERS = {
+    "model.source": "path/to/model",
+    "data.source": "path/to/text",
+    "adapters.name": "first",
+}
 
 
 def starter_recipe() -> str:
@@ -39,7 +43,11 @@ def _section(kind: type[BaseModel], path: str, depth: int) -> list[str]:
             lines += body if required else [f"# {line.replace('# ', '', 1)}" for line in body]
         else:
             default = _PLACEHOLDERS.get(where) if field.is_required() else field.default
-            value = yaml.safe_dump(default, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+            value = (
+                yaml.safe_dump(default, default_flow_style=True)
+                .removesuffix("\n")
+                .removesuffix("\n...")
+            )
             lines.append(f"{'' if field.is_required() else '# '}{name}: {value}{_comment(field)}")
     return lines
 

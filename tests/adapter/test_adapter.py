@@ -40,7 +40,9 @@ def drawn(model: Any) -> Any:
 def test_training_anything_else_is_refused() -> None:
     model = attach(base(), LoraShape(4, 8), seed=0)
     model.get_input_embeddings().weight.requires_grad_(True)
-    with pytest.raises(TrainingError, match=r"training would move .*embed_tokens.weight; only lora_A and lora_B"):
+    with pytest.raises(
+        TrainingError, match=r"training would move .*embed_tokens.weight; only lora_A and lora_B"
+    ):
         check_trainable(model)
     with pytest.raises(TrainingError, match="no trainable parameter"):
         check_trainable(base())
@@ -48,9 +50,14 @@ def test_training_anything_else_is_refused() -> None:
 
 @pytest.mark.parametrize("rank", [129, 2**31 - 1])
 def test_a_rank_above_every_layer_is_refused_before_training(rank: int) -> None:
-    with pytest.raises(TrainingError, match=rf"rank {rank} is above both sides of every layer that has it; the largest, .*mlp.\w+_proj, is 128 x 64"):
+    with pytest.raises(
+        TrainingError,
+        match=rf"rank {rank} is above both sides of every layer that has it; the largest, .*mlp.\w+_proj, is 128 x 64",
+    ):
         check_shape(tiny_model("llama"), LoraShape(rank, 8))
-    with pytest.raises(TrainingError, match=rf"rank {rank} is above both sides of .*self_attn.q_proj, is 64 x 64"):
+    with pytest.raises(
+        TrainingError, match=rf"rank {rank} is above both sides of .*self_attn.q_proj, is 64 x 64"
+    ):
         check_shape(tiny_model("llama"), LoraShape(4, 8, rank_pattern={"q_proj": rank}))
     check_shape(tiny_model("llama"), LoraShape(128, 8))
 
@@ -58,16 +65,27 @@ def test_a_rank_above_every_layer_is_refused_before_training(rank: int) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"target_modules": ["no_such_layer"]}, r"LoRA cannot be attached to target_modules \['no_such_layer'\]"),
-        ({"target_modules": ["q_proj", "w_proj"]}, r"does not have: target_modules 'w_proj'\. Its layers are, for example, q_proj, k_proj"),
+        (
+            {"target_modules": ["no_such_layer"]},
+            r"LoRA cannot be attached to target_modules \['no_such_layer'\]",
+        ),
+        (
+            {"target_modules": ["q_proj", "w_proj"]},
+            r"does not have: target_modules 'w_proj'\. Its layers are, for example, q_proj, k_proj",
+        ),
         ({"rank_pattern": {"q_prj": 2}}, "rank_pattern 'q_prj'"),
         ({"alpha_pattern": {"q_prj": 2}}, "alpha_pattern 'q_prj'"),
-        ({"layers": [1, 5], "target_modules": ["q_proj"]}, "layers 5: the model has layers 0 to 1; choose among these"),
+        (
+            {"layers": [1, 5], "target_modules": ["q_proj"]},
+            "layers 5: the model has layers 0 to 1; choose among these",
+        ),
         ({"layers": [5]}, "layers 5: the model has layers 0 to 1"),
         ({"target_modules": ["mlp"]}, "cannot be attached"),
     ],
 )
-def test_what_the_model_does_not_have_is_named_without_its_weights(shape: dict[str, Any], message: str) -> None:
+def test_what_the_model_does_not_have_is_named_without_its_weights(
+    shape: dict[str, Any], message: str
+) -> None:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -80,22 +98,31 @@ def test_what_the_model_does_not_have_is_named_without_its_weights(shape: dict[s
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
-def test_every_linear_module_of_chosen_layers_gets_an_adapter(architecture: str, tmp_path: Path) -> None:
+def test_every_linear_module_of_chosen_layers_gets_an_adapter(
+    architecture: str, tmp_path: Path
+) -> None:
     everywhere = attach(base(architecture), LoraShape(4, 8), seed=0).targeted_module_names
     chosen = [name for name in everywhere if ".1." in name]
     model = attach(base(architecture), LoraShape(4, 8, layers=[1]), seed=0)
     assert model.targeted_module_names == chosen
     check_shape(tiny_model(architecture), LoraShape(4, 8, layers=[1]))  # of which GPT-2 has Conv1D
-    assert attach(base(architecture), LoraShape(4, 8, layers=[0, 1]), seed=0).targeted_module_names == everywhere
+    assert (
+        attach(base(architecture), LoraShape(4, 8, layers=[0, 1]), seed=0).targeted_module_names
+        == everywhere
+    )
     save_adapter(model, tmp_path)
-    assert PeftModel.from_pretrained(base(architecture), str(tmp_path)).targeted_module_names == chosen
+    assert (
+        PeftModel.from_pretrained(base(architecture), str(tmp_path)).targeted_module_names == chosen
+    )
 
 
 KINDS: dict[str, LoraShape] = {
     "plain": LoraShape(4, 8),
     "rslora": LoraShape(4, 8, rslora=True),
     "dora": LoraShape(4, 8, dora=True),
-    "patterns": LoraShape(4, 8, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8}, alpha_pattern={"q_proj": 3}),
+    "patterns": LoraShape(
+        4, 8, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.up_proj": 8}, alpha_pattern={"q_proj": 3}
+    ),
     "layers": LoraShape(4, 8, target_modules=["q_proj", "down_proj"], layers=[1]),
     "embedding": LoraShape(4, 8, target_modules=["embed_tokens", "q_proj"]),
 }
@@ -105,12 +132,21 @@ KINDS: dict[str, LoraShape] = {
 def test_each_kind_is_saved_plain_and_comes_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
     model = drawn(attach(base("qwen3"), KINDS[kind], seed=0))
     save_adapter(model, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "qwlora.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "qwlora.json",
+    ]
     with torch.no_grad():
-        assert torch.equal(load_adapter(base("qwen3"), tmp_path).eval()(IDS).logits, model(IDS).logits)
+        assert torch.equal(
+            load_adapter(base("qwen3"), tmp_path).eval()(IDS).logits, model(IDS).logits
+        )
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (kind == "rslora", kind == "dora")
-    assert check_trainable(attach_existing(base("qwen3"), str(tmp_path))) == check_trainable(attach(base("qwen3"), KINDS[kind], seed=0))
+    assert check_trainable(attach_existing(base("qwen3"), str(tmp_path))) == check_trainable(
+        attach(base("qwen3"), KINDS[kind], seed=0)
+    )
 
 
 def test_shape_is_as_asked() -> None:
@@ -129,12 +165,30 @@ def test_convolution_gets_an_adapter(tmp_path: Path) -> None:
 
     def convolutional() -> PreTrainedModel:
         torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 2,
+        }
         ids = {"vocab_size": 260, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
-        return Lfm2ForCausalLM(Lfm2Config(**sizes, **ids, layer_types=["conv", "full_attention"])).requires_grad_(False).eval()
+        return (
+            Lfm2ForCausalLM(Lfm2Config(**sizes, **ids, layer_types=["conv", "full_attention"]))
+            .requires_grad_(False)
+            .eval()
+        )
 
-    model = drawn(attach(convolutional(), LoraShape(4, 8, target_modules=["conv.conv", "q_proj"], rank_pattern={"conv": 16}), seed=0))
-    convolutions = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv1d) and "lora_A" in n]
+    model = drawn(
+        attach(
+            convolutional(),
+            LoraShape(4, 8, target_modules=["conv.conv", "q_proj"], rank_pattern={"conv": 16}),
+            seed=0,
+        )
+    )
+    convolutions = [
+        n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv1d) and "lora_A" in n
+    ]
     assert len(convolutions) == 1
     save_adapter(model, tmp_path)
     with torch.no_grad():
@@ -160,7 +214,9 @@ assert not [m for m in sys.modules if m.split(".")[0] == "qwlora"]
 """
 
 
-def test_peft_alone_loads_every_kind_onto_the_float_model(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+def test_peft_alone_loads_every_kind_onto_the_float_model(
+    tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
     expected = {}
     for kind, shape in KINDS.items():
         model = drawn(attach(tiny_model("qwen3").requires_grad_(False), shape, seed=0))
@@ -168,7 +224,11 @@ def test_peft_alone_loads_every_kind_onto_the_float_model(tmp_path: Path, checkp
         with torch.no_grad():
             expected[kind] = model(IDS).logits
     folders = [str(tmp_path / kind) for kind in KINDS]
-    subprocess.run([sys.executable, "-c", ALONE, str(checkpoints["qwen3"]), *folders], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", ALONE, str(checkpoints["qwen3"]), *folders],
+        check=True,
+        capture_output=True,
+    )
     for kind, logits in expected.items():
         torch.testing.assert_close(torch.load(tmp_path / kind / "logits.pt"), logits)
 
@@ -176,11 +236,18 @@ def test_peft_alone_loads_every_kind_onto_the_float_model(tmp_path: Path, checkp
 def test_adapter_that_peft_saved_needs_a_word(tmp_path: Path) -> None:
     model = drawn(get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear")))
     model.save_pretrained(str(tmp_path))
-    with pytest.raises(SourceError, match=r"does not say which base it belongs to.*say so: unknown_base accept"):
+    with pytest.raises(
+        SourceError, match=r"does not say which base it belongs to.*say so: unknown_base accept"
+    ):
         load_adapter(base(), tmp_path)
     with torch.no_grad():
-        assert torch.equal(load_adapter(base(), tmp_path, unknown_base="accept").eval()(IDS).logits, model(IDS).logits)
-        assert torch.equal(attach_existing(base(), str(tmp_path), "accept").eval()(IDS).logits, model(IDS).logits)
+        assert torch.equal(
+            load_adapter(base(), tmp_path, unknown_base="accept").eval()(IDS).logits,
+            model(IDS).logits,
+        )
+        assert torch.equal(
+            attach_existing(base(), str(tmp_path), "accept").eval()(IDS).logits, model(IDS).logits
+        )
     with pytest.raises(SourceError, match="unknown_base is refuse or accept, not 'maybe'"):
         load_adapter(base(), tmp_path, unknown_base="maybe")
     save_adapter(model, tmp_path)
@@ -193,19 +260,26 @@ def test_adapter_that_peft_saved_needs_a_word(tmp_path: Path) -> None:
 def test_what_is_no_lora_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is neither a folder nor a hub id"):
         attach_existing(base(), str(tmp_path / "nothing" / "here"))
-    with pytest.raises(SourceError, match=r"holds no PEFT adapter: adapter_config.json cannot be read"):
+    with pytest.raises(
+        SourceError, match=r"holds no PEFT adapter: adapter_config.json cannot be read"
+    ):
         attach_existing(base(), str(tmp_path))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(SourceError, match="is of PEFT's type IA3, and only LORA"):
         attach_existing(base(), str(tmp_path))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(SourceError, match=r"has no adapter_model.safetensors; older formats run code"):
+    with pytest.raises(
+        SourceError, match=r"has no adapter_model.safetensors; older formats run code"
+    ):
         attach_existing(base(), str(tmp_path))
 
 
 def test_adapter_of_another_shape_of_model_is_refused(tmp_path: Path) -> None:
-    save_adapter(get_peft_model(base("qwen3"), LoraConfig(r=2, target_modules=["k_proj", "o_proj"])), tmp_path)
+    save_adapter(
+        get_peft_model(base("qwen3"), LoraConfig(r=2, target_modules=["k_proj", "o_proj"])),
+        tmp_path,
+    )
     (tmp_path / "qwlora.json").unlink()
     with pytest.raises(SourceError, match="does not fit GPT2LMHeadModel"):
         attach_existing(base("gpt2"), str(tmp_path), "accept")
@@ -214,7 +288,9 @@ def test_adapter_of_another_shape_of_model_is_refused(tmp_path: Path) -> None:
 def test_adapter_without_a_fingerprint_is_refused(tmp_path: Path) -> None:
     model = get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear"))
     save_adapter(model, tmp_path)
-    assert json.loads((tmp_path / "qwlora.json").read_text())["base_fingerprint"] == fingerprint(model)
+    assert json.loads((tmp_path / "qwlora.json").read_text())["base_fingerprint"] == fingerprint(
+        model
+    )
     for content in ("", "[]", '{"base_fingerprint": 3}'):
         (tmp_path / "qwlora.json").write_text(content)
         with pytest.raises(SourceError):
@@ -229,16 +305,35 @@ def cut_short(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut_short, r"adapter_model.safetensors cannot be read \(.*\); copy it again from where it came, or train it again"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"has no adapter_model.safetensors"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), r"adapter_config.json cannot be read"),
-        (lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}'), "does not fit Llama"),
+        (
+            cut_short,
+            r"adapter_model.safetensors cannot be read \(.*\); copy it again from where it came, or train it again",
+        ),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            r"has no adapter_model.safetensors",
+        ),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{"),
+            r"adapter_config.json cannot be read",
+        ),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text(
+                '{"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}'
+            ),
+            "does not fit Llama",
+        ),
     ],
 )
-def test_a_damaged_adapter_is_named_with_the_remedy(tmp_path: Path, damage: Any, message: str) -> None:
+def test_a_damaged_adapter_is_named_with_the_remedy(
+    tmp_path: Path, damage: Any, message: str
+) -> None:
     save_adapter(get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path)
     damage(tmp_path)
-    for load in (lambda: load_adapter(base(), tmp_path), lambda: attach_existing(base(), str(tmp_path))):
+    for load in (
+        lambda: load_adapter(base(), tmp_path),
+        lambda: attach_existing(base(), str(tmp_path)),
+    ):
         with pytest.raises(SourceError, match=message) as caught:
             load()
         assert str(tmp_path) in str(caught.value)
@@ -246,7 +341,12 @@ def test_a_damaged_adapter_is_named_with_the_remedy(tmp_path: Path, damage: Any,
 
 def own_loop(model: Any, steps: int = 8) -> list[float]:
     """The seed's guide: a plain loop over any dataloader."""
-    batches = torch.utils.data.DataLoader(torch.arange(256).view(8, 32), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(0))
+    batches = torch.utils.data.DataLoader(
+        torch.arange(256).view(8, 32),
+        batch_size=2,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     losses = []
     while len(losses) < steps:
@@ -310,6 +410,8 @@ def test_a_base_that_your_own_code_froze(by: str, tmp_path: Path) -> None:
     assert fingerprint(model) == identity
     save_adapter(model, tmp_path)
     with torch.no_grad():
-        assert torch.equal(load_adapter(frozen(), tmp_path).eval()(IDS).logits, model.eval()(IDS).logits)
+        assert torch.equal(
+            load_adapter(frozen(), tmp_path).eval()(IDS).logits, model.eval()(IDS).logits
+        )
     with pytest.raises(FingerprintError):
         load_adapter(base(), tmp_path)

@@ -19,7 +19,10 @@ def gradients(architecture: str, active: bool) -> dict[str, Tensor]:
     model = tiny_model(architecture).train()
     model.config.use_cache = False
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    ids, hooks = torch.arange(64).view(2, 32), [len(layer._forward_hooks) for layer in model.modules()]
+    ids, hooks = (
+        torch.arange(64).view(2, 32),
+        [len(layer._forward_hooks) for layer in model.modules()],
+    )
     with torch.random.fork_rng(), kept_apart(model) if active else contextlib.nullcontext():
         torch.manual_seed(0)  # GPT-2 has dropout
         model(input_ids=ids, labels=ids).loss.backward()
@@ -32,7 +35,9 @@ def test_gradients_are_the_same_bits(architecture: str, monkeypatch: pytest.Monk
     moved: list[int] = []
     own = apart._Moved.apply
     monkeypatch.setattr(apart, "_LARGE_BYTES", 1)
-    monkeypatch.setattr(apart._Moved, "apply", lambda x, trims: moved.append(x.nbytes) or own(x, trims))
+    monkeypatch.setattr(
+        apart._Moved, "apply", lambda x, trims: moved.append(x.nbytes) or own(x, trims)
+    )
     expected, found = gradients(architecture, active=False), gradients(architecture, active=True)
     assert len(moved) >= 2
     assert expected.keys() == found.keys()
@@ -58,12 +63,20 @@ def test_what_is_moved_and_what_is_not() -> None:
 
 
 @pytest.mark.parametrize(("worth", "trims"), [(1, 3), (2**40, 0)])
-def test_holes_go_back_after_every_third_large_layer_of_either_pass(worth: int, trims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_holes_go_back_after_every_third_large_layer_of_either_pass(
+    worth: int, trims: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trimmed: list[int] = []
     monkeypatch.setattr(apart, "give_back", lambda: trimmed.append(1))
     monkeypatch.setattr(apart, "_LARGE_BYTES", 1)
     monkeypatch.setattr(apart, "_WORTH_TRIMMING", worth)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 7, "num_attention_heads": 4, "vocab_size": 300}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 4,
+        "vocab_size": 300,
+    }
     model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.arange(64).view(2, 32)

@@ -41,7 +41,10 @@ def one_seed() -> None:
 
 def linear(rank: int, out: int = 36, columns: int = 24, dora: bool = False) -> PeftModel:
     return get_peft_model(
-        nn.Sequential(nn.Linear(columns, out)), LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=False, use_dora=dora)
+        nn.Sequential(nn.Linear(columns, out)),
+        LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=["0"], init_lora_weights=False, use_dora=dora
+        ),
     )
 
 
@@ -58,9 +61,15 @@ def planted(rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return a, torch.randn(36, rank, generator=generator) / apportioned
 
 
-def loss_on_grid(model: PeftModel, scheme: Scheme, product: Tensor, moment: Tensor | None = None) -> float:
+def loss_on_grid(
+    model: PeftModel, scheme: Scheme, product: Tensor, moment: Tensor | None = None
+) -> float:
     a, b = (measure(x, scheme).fake_quantize(x).double() for x in factors(model))
-    root = torch.eye(24, dtype=torch.float64) if moment is None else torch.linalg.cholesky(moment.double())
+    root = (
+        torch.eye(24, dtype=torch.float64)
+        if moment is None
+        else torch.linalg.cholesky(moment.double())
+    )
     return float(((b @ a - product) @ root).square().sum() / (product @ root).square().sum())
 
 
@@ -74,8 +83,20 @@ def loss_on_grid(model: PeftModel, scheme: Scheme, product: Tensor, moment: Tens
     granularity=st.sampled_from([PerChannel(0), PerTensor()]),
     weighted=st.booleans(),
 )
-def test_the_product_stays_and_auto_never_loses(rank: int, method: Equalization, seed: int, zeros: int, bits: int, granularity: object, weighted: bool) -> None:
-    model, scheme, generator = linear(rank), Scheme(bits, granularity=granularity), torch.Generator().manual_seed(seed)  # type: ignore[arg-type]
+def test_the_product_stays_and_auto_never_loses(
+    rank: int,
+    method: Equalization,
+    seed: int,
+    zeros: int,
+    bits: int,
+    granularity: object,
+    weighted: bool,
+) -> None:
+    model, scheme, generator = (
+        linear(rank),
+        Scheme(bits, granularity=granularity),
+        torch.Generator().manual_seed(seed),
+    )  # type: ignore[arg-type]
     a, b = planted(rank, generator)
     for factor, index in [(a, slice(0, zeros)), (b.T, slice(zeros, zeros + 1))]:
         factor[index] = 0
@@ -93,7 +114,9 @@ def test_the_product_stays_and_auto_never_loses(rank: int, method: Equalization,
 
     new_a, new_b = (x.double() for x in factors(model))
     sizes = (new_b.abs() @ new_a.abs()).clamp(min=1e-30)  # what float32 rounds each product against
-    assert bool(((new_b @ new_a - product).abs() <= 1e-6 * sizes.maximum(product.abs().max())).all())
+    assert bool(
+        ((new_b @ new_a - product).abs() <= 1e-6 * sizes.maximum(product.abs().max())).all()
+    )
     assert bool(new_a.isfinite().all() and new_b.isfinite().all())
     after = loss_on_grid(model, scheme, product, moment) if product.any() else 0.0
     assert report.before == pytest.approx(before, rel=1e-3, abs=1e-12)
@@ -122,7 +145,10 @@ def test_powers_follow_the_term_that_is_large() -> None:
     """Where only B is on a coarse grid its columns become equally long; where only the activation is, the ranges of its components do."""
     a, b = planted(8, torch.Generator().manual_seed(5))
     ranges = {}
-    for name, weights, rank_space in (("weights", EIGHT, None), ("activation", Scheme(16, granularity=PerChannel(0)), Scheme(4, symmetric=False))):
+    for name, weights, rank_space in (
+        ("weights", EIGHT, None),
+        ("activation", Scheme(16, granularity=PerChannel(0)), Scheme(4, symmetric=False)),
+    ):
         model = linear(8)
         for stored, value in zip(factors(model), (a, b), strict=True):
             stored.copy_(value)
@@ -147,23 +173,37 @@ def test_the_rotation_is_orthogonal_and_flat(rank: int) -> None:
 
 
 def test_embeddings_and_convolutions_too_and_groups_are_left_alone() -> None:
-    model = get_peft_model(Layers(), LoraConfig(r=6, lora_alpha=12, target_modules=["table", "linear", "image"], init_lora_weights=False))
-    layers = {name: model.base_model.model.get_submodule(name) for name in ("table", "linear", "image")}
+    model = get_peft_model(
+        Layers(),
+        LoraConfig(
+            r=6, lora_alpha=12, target_modules=["table", "linear", "image"], init_lora_weights=False
+        ),
+    )
+    layers = {
+        name: model.base_model.model.get_submodule(name) for name in ("table", "linear", "image")
+    }
     before = {name: layer.get_delta_weight("default") for name, layer in layers.items()}
     old = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
     reports = equalize_adapter_(model, FOUR, "hadamard")
     assert set(reports) == set(layers)
     for name, layer in layers.items():
         assert torch.allclose(layer.get_delta_weight("default"), before[name], atol=1e-5)
-    assert not any(torch.equal(p, old[name]) for name, p in model.named_parameters() if "lora_" in name)
+    assert not any(
+        torch.equal(p, old[name]) for name, p in model.named_parameters() if "lora_" in name
+    )
 
     with pytest.warns(UserWarning, match="groups"):
-        grouped = get_peft_model(Layers(), LoraConfig(r=8, target_modules=["grouped"], init_lora_weights=False))
+        grouped = get_peft_model(
+            Layers(), LoraConfig(r=8, target_modules=["grouped"], init_lora_weights=False)
+        )
     assert equalize_adapter_(grouped, FOUR) == {}
 
 
 def test_what_one_layer_learnt_for_several_is_left_alone() -> None:
-    model = get_peft_model(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)),
+        LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False),
+    )
     first, second = model.base_model.model
     second.lora_A["default"].weight = first.lora_A["default"].weight
     kept = first.lora_A["default"].weight.clone()
@@ -180,11 +220,15 @@ def test_dora_computes_the_same() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_model_computes_the_same_and_peft_still_loads_the_adapter(architecture: str, tmp_path: object) -> None:
+def test_a_model_computes_the_same_and_peft_still_loads_the_adapter(
+    architecture: str, tmp_path: object
+) -> None:
     model = tiny_model(architecture)
     quantize_(model, "w4-block32")
     plain = copy.deepcopy(model)
-    adapted = get_peft_model(model, LoraConfig(r=6, target_modules="all-linear", init_lora_weights=False)).eval()
+    adapted = get_peft_model(
+        model, LoraConfig(r=6, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
     ids = torch.randint(0, 250, (2, 12))
     with torch.no_grad():
         before = adapted(ids).logits
@@ -194,7 +238,9 @@ def test_a_model_computes_the_same_and_peft_still_loads_the_adapter(architecture
         assert len(reports) == sum("lora_A" in name for name, _ in adapted.named_parameters())
         assert torch.allclose(after, before, atol=1e-3 * float(before.abs().max()))
         write_adapter(adapted, tmp_path)  # type: ignore[arg-type]
-        assert torch.equal(PeftModel.from_pretrained(plain, str(tmp_path)).eval()(ids).logits, after)
+        assert torch.equal(
+            PeftModel.from_pretrained(plain, str(tmp_path)).eval()(ids).logits, after
+        )
 
 
 def test_an_adapter_that_does_nothing_is_left_alone() -> None:
@@ -219,5 +265,7 @@ def test_what_cannot_be_equalized_says_why() -> None:
         equalize_adapter_(linear(4), FOUR, adapter="summary")
     model = linear(4)
     factors(model)[1][0, 0] = torch.nan
-    with pytest.raises(CalibrationError, match="0: lora_A or lora_B holds nan or infinity; train the adapter again"):
+    with pytest.raises(
+        CalibrationError, match="0: lora_A or lora_B holds nan or infinity; train the adapter again"
+    ):
         equalize_adapter_(model, FOUR)

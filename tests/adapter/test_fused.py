@@ -23,7 +23,9 @@ def adapted(architecture: str = "llama", **options: Any) -> PeftModel:
     model = tiny_model(architecture)
     model.config.use_cache = False
     quantize_(model, "w4-block32", "rtn")
-    found = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)).train()
+    found = get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    ).train()
     generator = torch.Generator().manual_seed(1)
     for name, p in found.named_parameters():
         if "lora_B" in name:
@@ -34,11 +36,17 @@ def adapted(architecture: str = "llama", **options: Any) -> PeftModel:
 def learnt(model: PeftModel, active: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Loss and gradients."""
     model.zero_grad()
-    with fused(model) if active else torch.enable_grad(), torch.random.fork_rng(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with (
+        fused(model) if active else torch.enable_grad(),
+        torch.random.fork_rng(),
+        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+    ):
         torch.manual_seed(0)  # dropout
         loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.fixture
@@ -46,13 +54,25 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the weights that `AddedProduct` multiplies with, going forward."""
     shapes: list[tuple[int, ...]] = []
     own = AddedProduct.forward
-    monkeypatch.setattr(AddedProduct, "forward", staticmethod(lambda ctx, y, x, bias, weight: shapes.append(weight.shape) or own(ctx, y, x, bias, weight)))
+    monkeypatch.setattr(
+        AddedProduct,
+        "forward",
+        staticmethod(
+            lambda ctx, y, x, bias, weight: (
+                shapes.append(weight.shape) or own(ctx, y, x, bias, weight)
+            )
+        ),
+    )
     return shapes
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}, {"use_rslora": True, "lora_alpha": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_dropout": 0.3}, {"use_rslora": True, "lora_alpha": 5}], ids=str
+)
 @pytest.mark.parametrize(("architecture", "layers"), [("llama", 14), ("gpt2", 8)])
-def test_loss_and_gradients_are_pefts(architecture: str, layers: int, options: dict[str, Any], added: list[Any]) -> None:
+def test_loss_and_gradients_are_pefts(
+    architecture: str, layers: int, options: dict[str, Any], added: list[Any]
+) -> None:
     model = adapted(architecture, **options)
     expected = learnt(model, active=False)
     assert not added
@@ -65,8 +85,17 @@ def test_loss_and_gradients_are_pefts(architecture: str, layers: int, options: d
 
 def test_under_autocast_it_is_about_as_near_to_float32_as_pefts() -> None:
     model = adapted()
-    exact, own, found = (learnt(model, *how) for how in ((False,), (False, torch.bfloat16), (True, torch.bfloat16)))
-    off = [sum(float((one[name] - value).norm() ** 2) for name, value in exact.items() if name != "loss") for one in (own, found)]
+    exact, own, found = (
+        learnt(model, *how) for how in ((False,), (False, torch.bfloat16), (True, torch.bfloat16))
+    )
+    off = [
+        sum(
+            float((one[name] - value).norm() ** 2)
+            for name, value in exact.items()
+            if name != "loss"
+        )
+        for one in (own, found)
+    ]
     assert 0 < off[1] < 1.1 * off[0]
 
 
@@ -89,7 +118,9 @@ def dora() -> PeftModel:
 
 def two() -> PeftModel:
     model = adapted()
-    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.add_adapter(
+        "other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
     model.base_model.set_adapter(["default", "other"])
     return model
 

@@ -25,7 +25,9 @@ from qwlora.grid.scheme import PerBlock, Scheme
 
 
 def correlated(columns: int) -> Tensor:
-    x = torch.randn(500, columns, generator=torch.Generator().manual_seed(1)) @ torch.randn(columns, columns, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(500, columns, generator=torch.Generator().manual_seed(1)) @ torch.randn(
+        columns, columns, generator=torch.Generator().manual_seed(2)
+    )
     return x.T @ x / len(x)
 
 
@@ -35,31 +37,48 @@ def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
     difference = torch.randn(out, columns, generator=torch.Generator().manual_seed(0))
     b, a, found = Measure(None).best_correction(difference, 5)
     singular = torch.linalg.svdvals(difference)
-    assert float((difference - b @ a).square().sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
+    assert float((difference - b @ a).square().sum()) == pytest.approx(
+        float(singular[5:].square().sum()), rel=1e-3
+    )
     torch.testing.assert_close(found, singular[:5], rtol=1e-3, atol=0)
 
     moment = Moment(correlated(columns), correlated(out))
     b, a, found = Measure(moment).best_correction(difference, 5)
     r, g = damped(moment.input, 0.1), damped(moment.output, 1.0)
-    assert Measure(moment).of(difference) == pytest.approx(float((g @ difference @ r * difference).sum()), rel=1e-4)
+    assert Measure(moment).of(difference) == pytest.approx(
+        float((g @ difference @ r * difference).sum()), rel=1e-4
+    )
     singular = torch.linalg.svdvals(root(g) @ difference @ root(r))
     left = difference - b @ a
-    assert float((g @ left @ r * left).sum()) == pytest.approx(float(singular[5:].square().sum()), rel=1e-3)
+    assert float((g @ left @ r * left).sum()) == pytest.approx(
+        float(singular[5:].square().sum()), rel=1e-3
+    )
     torch.testing.assert_close(found, singular[:5], rtol=1e-3, atol=0)
     as_long = min(1.0, out / float(r.trace())) ** 0.5
     torch.testing.assert_close(b.norm(dim=0), as_long * (a @ torch.linalg.cholesky(r)).norm(dim=1))
 
 
 @pytest.mark.parametrize(("size", "farther"), [(1e-4, False), (1e3, True)])
-def test_where_inputs_are_large_a_step_of_b_moves_the_outputs_as_far_as_one_of_a(size: float, farther: bool) -> None:
+def test_where_inputs_are_large_a_step_of_b_moves_the_outputs_as_far_as_one_of_a(
+    size: float, farther: bool
+) -> None:
     """Steps are as Adam's: every entry by as much, of any sign. Where inputs are small, B's columns are as long as A L's rows."""
     out, columns, rank = 40, 24, 3
-    difference, r = torch.randn(out, columns, generator=torch.Generator().manual_seed(0)), correlated(columns) * size
+    difference, r = (
+        torch.randn(out, columns, generator=torch.Generator().manual_seed(0)),
+        correlated(columns) * size,
+    )
     b, a, _ = Measure(Moment(r, correlated(out))).best_correction(difference, rank)
     inputs = torch.linalg.cholesky(damped(r, 0.1))
     as_long = torch.allclose(b.norm(dim=0), (a @ inputs).norm(dim=1), rtol=1e-4)
     signs = torch.Generator().manual_seed(1)
-    steps = [(torch.randn(out, rank, generator=signs).sign(), torch.randn(rank, columns, generator=signs).sign()) for _ in range(2000)]
+    steps = [
+        (
+            torch.randn(out, rank, generator=signs).sign(),
+            torch.randn(rank, columns, generator=signs).sign(),
+        )
+        for _ in range(2000)
+    ]
     of_b = sum(float((step @ a @ inputs).square().sum()) for step, _ in steps)
     of_a = sum(float((b @ step @ inputs).square().sum()) for _, step in steps)
     alike = (of_b / of_a) ** 0.5 == pytest.approx(1, rel=0.1)
@@ -84,12 +103,20 @@ def test_a_rank_beyond_the_matrix_corrects_everything() -> None:
 
 @pytest.mark.parametrize("made_elsewhere", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_start_brings_the_outputs_nearer_to_the_float_model(architecture: str, made_elsewhere: bool) -> None:
+def test_the_start_brings_the_outputs_nearer_to_the_float_model(
+    architecture: str, made_elsewhere: bool
+) -> None:
     model = tiny_model(architecture)
     reference = copy.deepcopy(model)
     ids = torch.randint(0, 250, (8, 32), generator=torch.Generator().manual_seed(0))
     moments = Moments()
-    quantize_(model, "w2-block32-asymmetric", "gptq", calibration=ids, moments=None if made_elsewhere else moments)
+    quantize_(
+        model,
+        "w2-block32-asymmetric",
+        "gptq",
+        calibration=ids,
+        moments=None if made_elsewhere else moments,
+    )
     if made_elsewhere:
         observe_moments(model, ids, moments)
     identity = fingerprint(model)
@@ -100,8 +127,13 @@ def test_the_start_brings_the_outputs_nearer_to_the_float_model(architecture: st
 
     base, found = distance(model), {}
     for init in ("svd", "qera"):
-        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-        reports = initialize_adapter_(adapted, init, lambda path: weight_out_in(reference.get_submodule(path)), moments)
+        adapted = get_peft_model(
+            copy.deepcopy(model),
+            LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        reports = initialize_adapter_(
+            adapted, init, lambda path: weight_out_in(reference.get_submodule(path)), moments
+        )
         assert all(report.after < report.before for report in reports.values())
         assert fingerprint(adapted) == identity
         found[init] = distance(adapted)
@@ -111,8 +143,12 @@ def test_the_start_brings_the_outputs_nearer_to_the_float_model(architecture: st
 
 @pytest.mark.parametrize("nothing", ["difference", "gradient"])
 def test_where_there_is_nothing_to_correct_the_factors_are_numbers(nothing: str) -> None:
-    difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * (nothing != "difference")
-    found = Measure(Moment(correlated(8), correlated(6) * (nothing != "gradient"))).best_correction(difference, 3)
+    difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * (
+        nothing != "difference"
+    )
+    found = Measure(Moment(correlated(8), correlated(6) * (nothing != "gradient"))).best_correction(
+        difference, 3
+    )
     assert all(bool(torch.as_tensor(x).isfinite().all()) for x in found)
     assert not (found.b @ found.a).any() or nothing == "gradient"
     with pytest.raises(TrainingError, match="the moments hold nan or infinity; quantize again"):
@@ -128,11 +164,19 @@ def test_ranks_that_a_layer_does_not_have_can_still_learn() -> None:
     adapted = get_peft_model(model, LoraConfig(r=80, target_modules=["q_proj"]))
     layer = next(module for module in adapted.modules() if isinstance(module, LoraLayer))
     own = layer.lora_A["default"].weight.detach().clone()
-    initialize_adapter_(adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)), share=1)
+    initialize_adapter_(
+        adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)), share=1
+    )
     after = layer.lora_A["default"].weight
     assert torch.equal(after[64:], own[64:])
     assert not torch.equal(after[:64], own[:64])
-    initialize_adapter_(adapted, "svd", lambda path: adapted.get_submodule("base_model.model." + path).get_base_layer().tensor.dequantize())
+    initialize_adapter_(
+        adapted,
+        "svd",
+        lambda path: (
+            adapted.get_submodule("base_model.model." + path).get_base_layer().tensor.dequantize()
+        ),
+    )
     assert not layer.lora_B["default"].weight.any(), "nothing was lost, so nothing is corrected"
     assert layer.lora_A["default"].weight.abs().sum(1).min() > 0
 
@@ -142,10 +186,16 @@ def test_ranks_beyond_the_share_start_as_peft_does(share: float, ranks: int) -> 
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
     quantize_(model, "w3-block32")
-    adapted = get_peft_model(model, LoraConfig(r=5, lora_alpha=15, target_modules=["q_proj", "down_proj"]))
-    layers = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
+    adapted = get_peft_model(
+        model, LoraConfig(r=5, lora_alpha=15, target_modules=["q_proj", "down_proj"])
+    )
+    layers = {
+        name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)
+    }
     own = {name: layer.lora_A["default"].weight.detach().clone() for name, layer in layers.items()}
-    reports = initialize_adapter_(adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)), share=share)
+    reports = initialize_adapter_(
+        adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)), share=share
+    )
     assert layers
     for name, layer in layers.items():
         path = name.removeprefix("base_model.model.")
@@ -153,13 +203,18 @@ def test_ranks_beyond_the_share_start_as_peft_does(share: float, ranks: int) -> 
         assert not layer.lora_B["default"].weight[:, ranks:].any()
         weight = weight_out_in(reference.get_submodule(path)).detach()
         difference = weight - layer.get_base_layer().tensor.dequantize()
-        left = difference - 3 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+        left = (
+            difference
+            - 3 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+        )
         bound = torch.linalg.svdvals(difference)[ranks:].square().sum()
         assert float(left.square().sum()) == pytest.approx(float(bound), rel=1e-3)
         assert reports[path].after == pytest.approx(float(bound / weight.square().sum()), rel=1e-3)
 
 
-@pytest.mark.parametrize("scheme", ["w3-block32", "w2-block32-asymmetric", "w3-channel", "w3-tensor", "w4-lpbq32"])
+@pytest.mark.parametrize(
+    "scheme", ["w3-block32", "w2-block32-asymmetric", "w3-channel", "w3-tensor", "w4-lpbq32"]
+)
 def test_what_tuning_moved_is_not_corrected(scheme: str) -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
@@ -168,48 +223,89 @@ def test_what_tuning_moved_is_not_corrected(scheme: str) -> None:
 
     def started(base: torch.nn.Module, scales: dict[str, Tensor] | None) -> dict[str, Tensor]:
         adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
-        initialize_adapter_(adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)), solver_scales=scales)
-        layers = {name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)}
-        return {name: (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach() for name, layer in layers.items()}
+        initialize_adapter_(
+            adapted,
+            "svd",
+            lambda path: weight_out_in(reference.get_submodule(path)),
+            solver_scales=scales,
+        )
+        layers = {
+            name: module
+            for name, module in adapted.named_modules()
+            if isinstance(module, LoraLayer)
+        }
+        return {
+            name: (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+            for name, layer in layers.items()
+        }
 
     solved = started(copy.deepcopy(model), None)
     report = tune_scales_(model, reference, ids, TuningSettings(steps=10, learning_rate=0.02))
     assert report.kept
-    adapted, unaware = started(copy.deepcopy(model), report.solver_scales), started(copy.deepcopy(model), None)
+    adapted, unaware = (
+        started(copy.deepcopy(model), report.solver_scales),
+        started(copy.deepcopy(model), None),
+    )
     for name, correction in solved.items():
         assert torch.equal(adapted[name], correction)
-        assert not torch.allclose(unaware[name], correction, rtol=0, atol=2e-3 * float(correction.abs().max()))
+        assert not torch.allclose(
+            unaware[name], correction, rtol=0, atol=2e-3 * float(correction.abs().max())
+        )
     name = next(iter(report.solver_scales))
-    with pytest.raises(TrainingError, match=rf"{name}: the scale before tuning is \[3\] and the layer's .*; they are not of one base"):
+    with pytest.raises(
+        TrainingError,
+        match=rf"{name}: the scale before tuning is \[3\] and the layer's .*; they are not of one base",
+    ):
         started(copy.deepcopy(model), report.solver_scales | {name: torch.ones(3)})
-    with pytest.raises(TrainingError, match=r"the model has no embed, model\.layers\.9\.mlp, whose scale before tuning was given"):
-        started(model, {"model.layers.9.mlp": torch.ones(3), "embed": torch.ones(3)} | report.solver_scales)
+    with pytest.raises(
+        TrainingError,
+        match=r"the model has no embed, model\.layers\.9\.mlp, whose scale before tuning was given",
+    ):
+        started(
+            model,
+            {"model.layers.9.mlp": torch.ones(3), "embed": torch.ones(3)} | report.solver_scales,
+        )
 
 
 def test_a_float_offset_is_what_the_solver_made_as_well() -> None:
-    weight, scheme = torch.randn(24, 32, generator=torch.Generator().manual_seed(0)) + 3, Scheme(4, False, PerBlock(8), float_offset=True)
+    weight, scheme = (
+        torch.randn(24, 32, generator=torch.Generator().manual_seed(0)) + 3,
+        Scheme(4, False, PerBlock(8), float_offset=True),
+    )
     encoding = measure_float_offset(weight, scheme)
-    model = torch.nn.Sequential(PackedLinear.from_codes(encoding.quantize(weight), encoding, torch.nn.Parameter(torch.zeros(24))))
+    model = torch.nn.Sequential(
+        PackedLinear.from_codes(
+            encoding.quantize(weight), encoding, torch.nn.Parameter(torch.zeros(24))
+        )
+    )
     solved, before = model[0].tensor.dequantize(), model[0].tensor.parts.scale
     tuned = Tunable(model)
     with torch.no_grad():
         tuned.factors["0"].copy_(torch.linspace(-0.2, 0.3, 24 * 4).view(24, 4))
     tuned.multiply_()
     layer = get_peft_model(model, LoraConfig(r=2, target_modules=["0"])).base_model.model[0]
-    torch.testing.assert_close(solver_difference("0", layer, weight, {"0": before}), weight - solved, rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        solver_difference("0", layer, weight, {"0": before}), weight - solved, rtol=0, atol=2e-6
+    )
     assert float((solver_difference("0", layer, weight, {}) - (weight - solved)).abs().max()) > 0.1
 
 
 def test_what_cannot_be_started_says_why() -> None:
     def attached(dora: bool = False) -> torch.nn.Module:
-        return get_peft_model(model, LoraConfig(r=4, use_dora=dora, target_modules="all-linear", task_type="CAUSAL_LM"))
+        return get_peft_model(
+            model,
+            LoraConfig(r=4, use_dora=dora, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
 
     model = tiny_model("llama")
     with pytest.raises(TrainingError, match="no layer with adapter 'default' is quantized"):
         initialize_adapter_(attached(), "svd", lambda path: torch.empty(0))
     model = tiny_model("llama")
     quantize_(model, "w4-block32")
-    with pytest.raises(TrainingError, match=r"there are no moments of model\.layers\.0\.self_attn\.q_proj, .* which init qera needs"):
+    with pytest.raises(
+        TrainingError,
+        match=r"there are no moments of model\.layers\.0\.self_attn\.q_proj, .* which init qera needs",
+    ):
         initialize_adapter_(attached(), "qera", lambda path: torch.empty(0))
     model = tiny_model("llama")
     quantize_(model, "w4-block32")

@@ -27,10 +27,15 @@ WEIGHTS = "adapter_model.safetensors"
 def job(tmp_path: Path) -> Path:
     """A job's directory with two adapters that PEFT wrote, of one base."""
     for name, more in (("a", {}), ("b", {"use_dora": True, "rank_pattern": {"q_proj": 3}})):
-        model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], **more))
+        model = get_peft_model(
+            tiny_model("llama"),
+            LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], **more),
+        )
         save_adapter(model, tmp_path / "adapters" / name)
     (tmp_path / "base").mkdir()
-    identity = json.loads((tmp_path / "adapters" / "a" / "qwlora.json").read_text())["base_fingerprint"]
+    identity = json.loads((tmp_path / "adapters" / "a" / "qwlora.json").read_text())[
+        "base_fingerprint"
+    ]
     (tmp_path / "base" / "base.json").write_text(json.dumps({"fingerprint": identity}))
     (tmp_path / ".qwlora" / "work").mkdir(parents=True)
     (tmp_path / ".qwlora" / "work" / "adapter_config.json").write_text("{}")
@@ -40,9 +45,15 @@ def job(tmp_path: Path) -> Path:
 def test_facts_are_the_adapters(job: Path) -> None:
     a, b = (facts(folder, job) for folder in find_adapters(job))
     weights = load_file(job / "adapters" / "a" / WEIGHTS)
-    assert a == AdapterFacts("adapters/a", "LoRA", 2, 4, 4, sum(t.numel() for t in weights.values()), base_beside(job))
+    assert a == AdapterFacts(
+        "adapters/a", "LoRA", 2, 4, 4, sum(t.numel() for t in weights.values()), base_beside(job)
+    )
     assert (b.kind, b.modules) == ("DoRA", 4)
-    assert problems(job / "adapters" / "a", base_beside(job)) == problems(job / "adapters" / "b", base_beside(job)) == []
+    assert (
+        problems(job / "adapters" / "a", base_beside(job))
+        == problems(job / "adapters" / "b", base_beside(job))
+        == []
+    )
 
 
 def damaged(folder: Path, **changes: Any) -> None:
@@ -75,15 +86,27 @@ def test_each_damage_is_named(job: Path, change: dict[str, Any], message: str) -
 @pytest.fixture
 def on_experts(tmp_path: Path) -> Path:
     """PEFT's own adapter on two fused parameters of four experts each, and on attention."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=260, num_local_experts=4))
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)).save_pretrained(str(tmp_path))
+    get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
+    ).save_pretrained(str(tmp_path))
     return tmp_path
 
 
 def test_adapters_on_experts_are_good(on_experts: Path) -> None:
-    assert sorted(len(t) for n, t in load_file(on_experts / WEIGHTS).items() if "lora_A" in n) == [2, 8, 8]
+    assert sorted(len(t) for n, t in load_file(on_experts / WEIGHTS).items() if "lora_A" in n) == [
+        2,
+        8,
+        8,
+    ]
     assert problems(on_experts, None) == []
     config = json.loads((on_experts / "adapter_config.json").read_text())
     config["target_parameters"] = ["gate_up_proj", "down_proj"]  # PEFT takes the ends of names
@@ -94,12 +117,22 @@ def test_adapters_on_experts_are_good(on_experts: Path) -> None:
 @pytest.mark.parametrize(
     ("layer", "rank", "message"),
     [
-        ("mlp.experts.lora_A", 7, "experts.lora_A.weight has rank 7, and adapter_config.json says 2 for each expert"),
-        ("experts.base_layer.lora_A", 6, "experts.base_layer.lora_A.weight has rank 6, and lora_B beside it 8"),
+        (
+            "mlp.experts.lora_A",
+            7,
+            "experts.lora_A.weight has rank 7, and adapter_config.json says 2 for each expert",
+        ),
+        (
+            "experts.base_layer.lora_A",
+            6,
+            "experts.base_layer.lora_A.weight has rank 6, and lora_B beside it 8",
+        ),
         ("q_proj.lora_A", 8, "q_proj.lora_A.weight has rank 8, and adapter_config.json says 2"),
     ],
 )
-def test_wrong_ranks_beside_experts_are_named(on_experts: Path, layer: str, rank: int, message: str) -> None:
+def test_wrong_ranks_beside_experts_are_named(
+    on_experts: Path, layer: str, rank: int, message: str
+) -> None:
     tensors = load_file(on_experts / WEIGHTS)
     name = next(n for n in tensors if f"{layer}.weight" in n)
     save_file({**tensors, name: torch.zeros(rank, tensors[name].shape[1])}, on_experts / WEIGHTS)
@@ -133,14 +166,21 @@ def test_files_that_cannot_be_read_are_named(job: Path) -> None:
 def test_base_of_another_job_is_named(job: Path) -> None:
     assert "but the base here has 0000" in problems(job / "adapters" / "a", "0" * 64)[0]
     (job / "adapters" / "a" / "qwlora.json").unlink()
-    assert "does not say which base" in problems(job / "adapters" / "a", base_beside(job), "refuse")[0]
+    assert (
+        "does not say which base" in problems(job / "adapters" / "a", base_beside(job), "refuse")[0]
+    )
     assert problems(job / "adapters" / "a", base_beside(job)) == []
     (job / "adapters" / "a" / "qwlora.json").write_text("{}")
     assert "does not say which base" in problems(job / "adapters" / "a", base_beside(job))[0]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "qwlora", "adapters", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "qwlora", "adapters", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_commands(job: Path) -> None:
@@ -160,10 +200,14 @@ def test_commands(job: Path) -> None:
 
 def test_an_adapter_that_was_trained_and_is_gone_is_missing(job: Path) -> None:
     record = {"key": "", "seconds": 1.0}
-    (job / ".qwlora" / "stages.json").write_text(json.dumps({"quantize": record, "train/a": record, "train/c": record}))
+    (job / ".qwlora" / "stages.json").write_text(
+        json.dumps({"quantize": record, "train/a": record, "train/c": record})
+    )
     checked = command("check", str(job))
     assert checked.returncode == 1
-    message = f"adapters/c: missing, and was trained here; train it again: qwlora train --out {job}\n"
+    message = (
+        f"adapters/c: missing, and was trained here; train it again: qwlora train --out {job}\n"
+    )
     assert checked.stdout == f"{message}adapters/a: good\nadapters/b: good\n"
     shutil.rmtree(job / "adapters")
     checked = command("check", str(job))
@@ -171,7 +215,9 @@ def test_an_adapter_that_was_trained_and_is_gone_is_missing(job: Path) -> None:
 
 
 def test_adapters_that_peft_saved_are_good(tmp_path: Path) -> None:
-    get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(tmp_path / "a"))
+    get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        str(tmp_path / "a")
+    )
     checked = command("check", str(tmp_path))
     assert (checked.returncode, checked.stdout) == (0, "a: good; says no base\n"), checked.stderr
     asked = command("check", str(tmp_path), "--needs-base")
@@ -185,4 +231,7 @@ def test_an_adapter_that_cannot_be_read_leaves_the_others_in_the_list(job: Path)
     assert "adapters/b" in listed.stdout
     assert f"adapters/a': {WEIGHTS} cannot be read" in listed.stderr
     listed = command("list", str(job), "--json")
-    assert (listed.returncode, [a["name"] for a in json.loads(listed.stdout)["adapters"]]) == (2, ["adapters/b"])
+    assert (listed.returncode, [a["name"] for a in json.loads(listed.stdout)["adapters"]]) == (
+        2,
+        ["adapters/b"],
+    )

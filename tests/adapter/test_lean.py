@@ -36,21 +36,38 @@ def learnt(lean: bool, half: bool) -> dict[str, Tensor]:
             optimizer.step()
             optimizer.zero_grad()
     assert state(model) == before
-    return {name: p.detach() - start[name] for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name: p.detach() - start[name] for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def state(model: torch.nn.Module) -> list[Any]:
     """What a context might leave changed."""
-    modules = [(len(m._forward_hooks), "forward" in m.__dict__, getattr(m, "cast_input_dtype_enabled", None)) for m in model.modules()]
+    modules = [
+        (
+            len(m._forward_hooks),
+            "forward" in m.__dict__,
+            getattr(m, "cast_input_dtype_enabled", None),
+        )
+        for m in model.modules()
+    ]
     return [torch.get_float32_matmul_precision(), *modules]
 
 
 @pytest.mark.parametrize(("half", "near"), [(False, 1e-5), (True, 2e-2)])
-def test_an_own_loop_learns_what_it_learnt_without(half: bool, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_own_loop_learns_what_it_learnt_without(
+    half: bool, near: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     used: dict[str, int] = {}
     for owner in (AddedProduct, apart._Moved):
         own = owner.apply
-        monkeypatch.setattr(owner, "apply", lambda *args, own=own, name=owner.__name__: used.update({name: used.get(name, 0) + 1}) or own(*args))
+        monkeypatch.setattr(
+            owner,
+            "apply",
+            lambda *args, own=own, name=owner.__name__: (
+                used.update({name: used.get(name, 0) + 1}) or own(*args)
+            ),
+        )
     monkeypatch.setattr(apart, "_LARGE_BYTES", 1)
     expected = learnt(False, half)
     assert not used

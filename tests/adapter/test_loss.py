@@ -41,18 +41,49 @@ from qwlora.grid.packed_tensor import PackedTensor
 from qwlora.grid.scheme import parse_scheme
 
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, **IDS}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    **IDS,
+}
 WITH_A_STEP_BETWEEN_HEAD_AND_LOSS: dict[str, Callable[[], PreTrainedModel]] = {
-    "soft cap": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0, tie_word_embeddings=False)),
+    "soft cap": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **SMALL,
+            num_key_value_heads=1,
+            head_dim=16,
+            final_logit_softcapping=2.0,
+            tie_word_embeddings=False,
+        )
+    ),
     "divided": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=3.0)),
     "multiplied": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.3)),
 }
 OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
     "router": lambda: MixtralForCausalLM(
-        MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5)
+        MixtralConfig(
+            **SMALL,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            output_router_logits=True,
+            router_aux_loss_coef=0.5,
+        )
     ),
-    "projected": lambda: OPTForCausalLM(OPTConfig(hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16, **IDS)),
-    "head by another name": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, attn_implementation="eager")),
+    "projected": lambda: OPTForCausalLM(
+        OPTConfig(
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            word_embed_proj_dim=16,
+            **IDS,
+        )
+    ),
+    "head by another name": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**SMALL, attn_implementation="eager")
+    ),
 }
 
 
@@ -74,7 +105,9 @@ def loss_and_gradients(model: torch.nn.Module, **more: Any) -> tuple[Tensor, dic
     model.zero_grad()
     loss = model(**batch(), **more).loss
     loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_same(model: torch.nn.Module, chunk_tokens: int = 7, **more: Any) -> None:
@@ -86,7 +119,13 @@ def assert_same(model: torch.nn.Module, chunk_tokens: int = 7, **more: Any) -> N
     assert chunked_gradients.keys() == gradients.keys()
     largest = max(float(g.abs().max()) for g in gradients.values())
     for name, gradient in gradients.items():
-        torch.testing.assert_close(chunked_gradients[name], gradient, rtol=1e-5, atol=2e-6 * largest, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            chunked_gradients[name],
+            gradient,
+            rtol=1e-5,
+            atol=2e-6 * largest,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *WITH_A_STEP_BETWEEN_HEAD_AND_LOSS, *OTHERS])
@@ -99,7 +138,9 @@ def test_loss_and_every_gradient_are_the_models_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3", "soft cap"])
 def test_an_adapter_on_the_head_gets_its_gradients(name: str) -> None:
-    model = get_peft_model(built(name), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)).eval()
+    model = get_peft_model(
+        built(name), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    ).eval()
     assert_same(model)
     assert any("lm_head.lora_A" in n for n in loss_and_gradients(model)[1])
 
@@ -107,7 +148,12 @@ def test_an_adapter_on_the_head_gets_its_gradients(name: str) -> None:
 def test_packed_base_and_packed_head() -> None:
     model = tiny_model("qwen3")  # its head is not tied, so it is packed too
     quantize_(model, "w4-block32")
-    assert_same(get_peft_model(model.requires_grad_(False), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval())
+    assert_same(
+        get_peft_model(
+            model.requires_grad_(False),
+            LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+        ).eval()
+    )
 
 
 def test_shifted_labels_and_a_batch_that_fits_one_chunk() -> None:
@@ -122,7 +168,11 @@ class _Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple) else (result,):
-            if isinstance(tensor, Tensor) and tensor.shape[-1:] == (VOCABULARY,) and len(tensor) not in (32, 64):  # the head's weight, transposed
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.shape[-1:] == (VOCABULARY,)
+                and len(tensor) not in (32, 64)
+            ):  # the head's weight, transposed
                 self.numbers = max(self.numbers, tensor.numel())
         return result
 
@@ -147,7 +197,9 @@ def test_without_gradients_and_without_labels() -> None:
         torch.testing.assert_close(model(**batch()).loss, own, rtol=1e-6, atol=0)
     inputs = {k: v for k, v in batch().items() if k != "labels"}
     assert model(**inputs).logits.shape == (3, 21, VOCABULARY)
-    assert model.generate(**{k: v[:1] for k, v in inputs.items()}, max_new_tokens=2, do_sample=False).shape == (1, 23)
+    assert model.generate(
+        **{k: v[:1] for k, v in inputs.items()}, max_new_tokens=2, do_sample=False
+    ).shape == (1, 23)
 
 
 def test_bfloat16_autocast_is_close() -> None:
@@ -158,23 +210,48 @@ def test_bfloat16_autocast_is_close() -> None:
         loss, chunked = loss_and_gradients(model)
     torch.testing.assert_close(loss, own, rtol=1e-2, atol=0)
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.nn.functional.cosine_similarity(chunked[name].flatten(), gradients[name].flatten(), dim=0) > 0.999
+    assert (
+        torch.nn.functional.cosine_similarity(
+            chunked[name].flatten(), gradients[name].flatten(), dim=0
+        )
+        > 0.999
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [7, 100, None])
-def test_a_sum_over_slices_of_the_vocabulary_is_the_cross_entropy(bias: bool, rows: int | None) -> None:
+def test_a_sum_over_slices_of_the_vocabulary_is_the_cross_entropy(
+    bias: bool, rows: int | None
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, offset = torch.randn(100, 16, generator=generator), torch.randn(100, generator=generator) if bias else None
-    hidden = (torch.randn(30, 16, generator=generator) * 5).requires_grad_()  # logits up to 80: a sum without its maximum would overflow
+    weight, offset = (
+        torch.randn(100, 16, generator=generator),
+        torch.randn(100, generator=generator) if bias else None,
+    )
+    hidden = (
+        torch.randn(30, 16, generator=generator) * 5
+    ).requires_grad_()  # logits up to 80: a sum without its maximum would overflow
     targets = torch.randint(0, 100, (30,), generator=generator)
-    own = torch.nn.functional.cross_entropy(torch.nn.functional.linear(hidden, weight, offset), targets, reduction="sum")
+    own = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(hidden, weight, offset), targets, reduction="sum"
+    )
     (gradient,) = torch.autograd.grad(own * 0.3, hidden)
-    found = sliced_cross_entropy(hidden, targets, lambda start, stop: weight[start:stop], 100, offset, rows)
+    found = sliced_cross_entropy(
+        hidden, targets, lambda start, stop: weight[start:stop], 100, offset, rows
+    )
     torch.testing.assert_close(found, own, rtol=1e-6, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(found * 0.3, hidden)[0], gradient, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(found * 0.3, hidden)[0], gradient, rtol=1e-4, atol=1e-5
+    )
     with torch.no_grad():
-        torch.testing.assert_close(sliced_cross_entropy(hidden, targets, lambda start, stop: weight[start:stop], 100, offset, rows), own, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            sliced_cross_entropy(
+                hidden, targets, lambda start, stop: weight[start:stop], 100, offset, rows
+            ),
+            own,
+            rtol=1e-6,
+            atol=0,
+        )
 
 
 def test_a_sum_over_many_slices_is_not_of_rounded_numbers() -> None:
@@ -183,7 +260,12 @@ def test_a_sum_over_many_slices_is_not_of_rounded_numbers() -> None:
     hidden = torch.randn(64, 64, generator=generator, dtype=torch.bfloat16).requires_grad_()
     targets = torch.randint(0, 8192, (64,), generator=generator)
     one, many = (
-        torch.autograd.grad(sliced_cross_entropy(hidden, targets, lambda start, stop: weight[start:stop], 8192, None, rows), hidden)[0].float()
+        torch.autograd.grad(
+            sliced_cross_entropy(
+                hidden, targets, lambda start, stop: weight[start:stop], 8192, None, rows
+            ),
+            hidden,
+        )[0].float()
         for rows in (8192, 16)
     )
     assert (many - one).norm() < 4e-3 * one.norm()
@@ -193,14 +275,24 @@ def test_the_gradient_of_a_nearly_certain_token_is_as_exact_as_any_other_in_bflo
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 64, generator=generator).bfloat16()
     targets = torch.randint(0, 512, (32,), generator=generator)
-    hidden = (weight[targets].float() * torch.linspace(0.1, 0.3, 32).unsqueeze(1)).bfloat16().requires_grad_()
+    hidden = (
+        (weight[targets].float() * torch.linspace(0.1, 0.3, 32).unsqueeze(1))
+        .bfloat16()
+        .requires_grad_()
+    )
     exact = hidden.detach().double().requires_grad_()
-    each = torch.nn.functional.cross_entropy(torch.nn.functional.linear(exact, weight.double()), targets, reduction="none")
+    each = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(exact, weight.double()), targets, reduction="none"
+    )
     assert each.min() < 0.01 < 1 < each.max()
     (gradient,) = torch.autograd.grad(each.sum(), exact)
-    found = sliced_cross_entropy(hidden, targets, lambda start, stop: weight[start:stop], 512, None, 64)
+    found = sliced_cross_entropy(
+        hidden, targets, lambda start, stop: weight[start:stop], 512, None, 64
+    )
     off = torch.autograd.grad(found, hidden)[0].double() - gradient
-    assert (off.norm(dim=1) / gradient.norm(dim=1)).max() < 0.1  # logits are rounded, which alone makes 0.05
+    assert (
+        off.norm(dim=1) / gradient.norm(dim=1)
+    ).max() < 0.1  # logits are rounded, which alone makes 0.05
 
 
 @pytest.mark.parametrize("label", [VOCABULARY, -3])
@@ -208,7 +300,10 @@ def test_labels_beyond_the_vocabulary_are_refused(label: int) -> None:
     model, given = tiny_model("llama"), batch()
     chunk_loss_(model)
     given["labels"][1, 3] = label
-    with pytest.raises(TrainingError, match=rf"labels go from .*{label}.*, but the model knows {VOCABULARY} tokens; what is not to be learnt has label -100"):
+    with pytest.raises(
+        TrainingError,
+        match=rf"labels go from .*{label}.*, but the model knows {VOCABULARY} tokens; what is not to be learnt has label -100",
+    ):
         model(**given)
 
 
@@ -228,7 +323,9 @@ class _Roundings(TorchDispatchMode):
 def test_the_heads_weight_is_never_rounded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwlora.adapter.sliced_cross_entropy.SLICE_LOGITS", 600)
     model = tiny_model("llama").requires_grad_(False)
-    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    peft = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         own, gradients = loss_and_gradients(peft)
         chunk_loss_(peft)
@@ -236,18 +333,29 @@ def test_the_heads_weight_is_never_rounded_whole(monkeypatch: pytest.MonkeyPatch
             loss, chunked = loss_and_gradients(peft)
     torch.testing.assert_close(loss, own, rtol=1e-3, atol=0)
     for name, gradient in gradients.items():
-        assert torch.nn.functional.cosine_similarity(chunked[name].flatten(), gradient.flatten(), dim=0) > 0.999, name
+        assert (
+            torch.nn.functional.cosine_similarity(
+                chunked[name].flatten(), gradient.flatten(), dim=0
+            )
+            > 0.999
+        ), name
     assert largest.numbers < VOCABULARY * 64
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])  # whose head is tied to the embedding, and is not
-def test_a_packed_head_is_never_unpacked_whole(monkeypatch: pytest.MonkeyPatch, name: str, half: bool) -> None:
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3"]
+)  # whose head is tied to the embedding, and is not
+def test_a_packed_head_is_never_unpacked_whole(
+    monkeypatch: pytest.MonkeyPatch, name: str, half: bool
+) -> None:
     monkeypatch.setattr("qwlora.adapter.sliced_cross_entropy.SLICE_LOGITS", 600)
     model = tiny_model(name)
     quantize_(model, "w4-block32", "rtn", rules=[Rule("lm_head", parse_scheme("w8-block32"))])
     assert type(model.get_output_embeddings()) is PackedLinear
-    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    peft = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         own, gradients = loss_and_gradients(peft)
         chunk_loss_(peft)
@@ -261,7 +369,9 @@ def test_a_packed_head_is_never_unpacked_whole(monkeypatch: pytest.MonkeyPatch, 
         loss, chunked = loss_and_gradients(peft)
     torch.testing.assert_close(loss, own, rtol=1e-3 if half else 1e-6, atol=0)
     for key, gradient in gradients.items():
-        assert torch.nn.functional.cosine_similarity(chunked[key].flatten(), gradient.flatten(), dim=0) > (0.999 if half else 0.99999), key
+        assert torch.nn.functional.cosine_similarity(
+            chunked[key].flatten(), gradient.flatten(), dim=0
+        ) > (0.999 if half else 0.99999), key
     assert max(shape[0] for shape in unpacked) < VOCABULARY
 
 
@@ -282,17 +392,35 @@ def smoothed(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> 
 def test_what_is_not_this_loss_is_refused_by_name() -> None:
     model = tiny_model("llama")
     model.loss_function = smoothed
-    with pytest.raises(TrainingError, match=r"LlamaForCausalLM cannot be trained with the chunked loss: on a small batch its own loss is .*`loss: whole`"):
+    with pytest.raises(
+        TrainingError,
+        match=r"LlamaForCausalLM cannot be trained with the chunked loss: on a small batch its own loss is .*`loss: whole`",
+    ):
         chunk_loss_(model)
-    with pytest.raises(TrainingError, match="LlamaModel cannot be trained with the chunked loss: it has no output head"):
+    with pytest.raises(
+        TrainingError,
+        match="LlamaModel cannot be trained with the chunked loss: it has no output head",
+    ):
         chunk_loss_(LlamaModel(tiny_model("llama").config))
     with pytest.raises(TrainingError, match="Linear is not a model of transformers"):
         chunk_loss_(torch.nn.Linear(2, 2))
 
 
 def test_a_loss_that_needs_the_logits_is_refused() -> None:
-    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=32, d_ff=32, d_kv=16, num_layers=1, num_heads=2, decoder_start_token_id=0))
-    with pytest.raises(TrainingError, match="T5ForConditionalGeneration cannot be trained with the chunked loss"):
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_ff=32,
+            d_kv=16,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
+    )
+    with pytest.raises(
+        TrainingError, match="T5ForConditionalGeneration cannot be trained with the chunked loss"
+    ):
         chunk_loss_(model)
 
 

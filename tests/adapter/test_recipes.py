@@ -15,7 +15,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from qwlora import quantize_, save_adapter
@@ -43,15 +49,35 @@ def problems(path: Path, change: str) -> str:
 
 def test_many_kinds_of_adapter_on_one_base(recipe_for: Any, tmp_path: Path) -> None:
     kinds: dict[str, dict[str, Any]] = {
-        "plain": {"evaluation_steps": 1, "patience": 1, "accumulation_steps": 2, "batch_sequences": 2},
+        "plain": {
+            "evaluation_steps": 1,
+            "patience": 1,
+            "accumulation_steps": 2,
+            "batch_sequences": 2,
+        },
         "rs": {"rslora": True, "compute": "bfloat16"},
-        "some": {"target_modules": ["q_proj", "down_proj"], "layers": [1], "rank_pattern": {"q_proj": 3}, "loss": "whole"},
+        "some": {
+            "target_modules": ["q_proj", "down_proj"],
+            "layers": [1],
+            "rank_pattern": {"q_proj": 3},
+            "loss": "whole",
+        },
         "slim": {"gradient_checkpointing": True, "clip": 0.5, "weight_decay": 0.1},
     }
-    results = trains(recipe_for(adapters=[{"name": n, **FAST, **k} for n, k in kinds.items()]), tmp_path / "out")
-    prints = {json.loads((tmp_path / "out" / "adapters" / n / "qwlora.json").read_text())["base_fingerprint"] for n in kinds}
+    results = trains(
+        recipe_for(adapters=[{"name": n, **FAST, **k} for n, k in kinds.items()]), tmp_path / "out"
+    )
+    prints = {
+        json.loads((tmp_path / "out" / "adapters" / n / "qwlora.json").read_text())[
+            "base_fingerprint"
+        ]
+        for n in kinds
+    }
     assert prints == {results["base"]["fingerprint"]}
-    configs = {n: json.loads((tmp_path / "out" / "adapters" / n / "adapter_config.json").read_text()) for n in kinds}
+    configs = {
+        n: json.loads((tmp_path / "out" / "adapters" / n / "adapter_config.json").read_text())
+        for n in kinds
+    }
     assert [c["use_rslora"] for c in configs.values()] == [False, True, False, False]
     assert configs["some"]["layers_to_transform"] == [1]
     assert configs["some"]["rank_pattern"] == {"q_proj": 3}
@@ -60,9 +86,17 @@ def test_many_kinds_of_adapter_on_one_base(recipe_for: Any, tmp_path: Path) -> N
     assert next(step for step, _ in results["train"]["plain"]["evaluations"]) == 1
 
 
-def test_wrong_modules_are_found_before_anything_is_written(recipe_for: Any, tmp_path: Path) -> None:
-    adapters = [{"name": "right", **FAST}, {"name": "wrong", **FAST, "target_modules": ["q_proj", "qproj"]}]
-    with pytest.raises(TrainingError, match="adapter wrong: the adapter asks for what the model does not have: target_modules 'qproj'"):
+def test_wrong_modules_are_found_before_anything_is_written(
+    recipe_for: Any, tmp_path: Path
+) -> None:
+    adapters = [
+        {"name": "right", **FAST},
+        {"name": "wrong", **FAST, "target_modules": ["q_proj", "qproj"]},
+    ]
+    with pytest.raises(
+        TrainingError,
+        match="adapter wrong: the adapter asks for what the model does not have: target_modules 'qproj'",
+    ):
         trains(recipe_for(adapters=adapters), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -76,42 +110,72 @@ def test_adapter_goes_on_from_another(recipe_for: Any, tmp_path: Path) -> None:
         {"name": "same", "start": str(first), "steps": 0},
     ]
     results = trains(recipe_for(adapters=adapters), tmp_path / "out")
-    weights = {n: load_file(tmp_path / "out" / "adapters" / n / "adapter_model.safetensors") for n in ("first", "second", "same")}
+    weights = {
+        n: load_file(tmp_path / "out" / "adapters" / n / "adapter_model.safetensors")
+        for n in ("first", "second", "same")
+    }
     assert all(torch.equal(weights["same"][k], v) for k, v in weights["first"].items())
     assert not all(torch.equal(weights["second"][k], v) for k, v in weights["first"].items())
     assert results["train"]["same"]["steps"] == 0
     assert results["train"]["second"]["losses"][0] < results["train"]["first"]["losses"][0]
 
 
-def test_adapter_trained_elsewhere_needs_a_word(recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_adapter_trained_elsewhere_needs_a_word(
+    recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     elsewhere = tmp_path / "elsewhere"
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(checkpoints["llama"]),
+        LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+    )
     model.save_pretrained(str(elsewhere))
     path = recipe_for(adapters=[{"name": "taken", "start": str(elsewhere), "steps": 0}])
     with pytest.raises(SourceError, match="does not say which base it belongs to"):
         trains(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     trains(path, tmp_path / "out", "adapters.0.unknown_base=accept")
-    taken = PeftModel.from_pretrained(load_base(tmp_path / "out" / "base"), str(tmp_path / "out" / "adapters" / "taken")).eval()
+    taken = PeftModel.from_pretrained(
+        load_base(tmp_path / "out" / "base"), str(tmp_path / "out" / "adapters" / "taken")
+    ).eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        assert torch.equal(PeftModel.from_pretrained(load_base(tmp_path / "out" / "base"), str(elsewhere)).eval()(ids).logits, taken(ids).logits)
+        assert torch.equal(
+            PeftModel.from_pretrained(load_base(tmp_path / "out" / "base"), str(elsewhere))
+            .eval()(ids)
+            .logits,
+            taken(ids).logits,
+        )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("adapters.0.start=/not/there", "adapters.0.start: adapter '/not/there' does not exist. Give another's name, a folder with adapter_config.json"),
-        ("adapters.0={name: a, start: a/b, rank: 4, dora: true}", "adapters.0: dora, rank: an adapter that goes on from start has the shape of that one"),
-        ("adapters.0={name: a, steps: 0}", "adapters.0: steps is 0, so nothing would be learnt; give start"),
+        (
+            "adapters.0.start=/not/there",
+            "adapters.0.start: adapter '/not/there' does not exist. Give another's name, a folder with adapter_config.json",
+        ),
+        (
+            "adapters.0={name: a, start: a/b, rank: 4, dora: true}",
+            "adapters.0: dora, rank: an adapter that goes on from start has the shape of that one",
+        ),
+        (
+            "adapters.0={name: a, steps: 0}",
+            "adapters.0: steps is 0, so nothing would be learnt; give start",
+        ),
         ("adapters.0={name: a, unknown_base: accept}", "adapters.0: unknown_base goes with start"),
         (
             "adapters.0={name: a, rank_pattern: {'*.down_proj': 8, 'mlp.(up': 2}}",
             r"adapters.0.rank_pattern: '*.down_proj' is no regular expression, which PEFT takes here: nothing to repeat; "
             r"what is meant as a glob is written .*\.down_proj; 'mlp.(up' is no regular",
         ),
-        ("adapters.0={name: a, alpha_pattern: {'*up_proj': 8}}", "adapters.0.alpha_pattern: '*up_proj' is no regular expression"),
-        ("adapters.0.target_modules='*.down_proj'", "adapters.0.target_modules: '*.down_proj' is no regular expression"),
+        (
+            "adapters.0={name: a, alpha_pattern: {'*up_proj': 8}}",
+            "adapters.0.alpha_pattern: '*up_proj' is no regular expression",
+        ),
+        (
+            "adapters.0.target_modules='*.down_proj'",
+            "adapters.0.target_modules: '*.down_proj' is no regular expression",
+        ),
         (
             "adapters.0={name: a, target_parameters: [mlp.experts.down_proj], dropout: 0.1, dora: true, layers: [0]}",
             "adapters.0: dropout, dora, layers: PEFT's adapters on target_parameters do not have that; remove it, or target_parameters",
@@ -120,15 +184,24 @@ def test_adapter_trained_elsewhere_needs_a_word(recipe_for: Any, checkpoints: di
             "adapters=[{name: a, target_parameters: [x.up]}, {name: b, target_parameters: [x.down]}]",
             "simulation.base_activations adapter_only: PEFT takes adapters together only with the same target_parameters; give those that have any the same",
         ),
-        ("adapters.0={name: a, patience: 2}", "adapters.0: patience counts evaluations, and there are none"),
+        (
+            "adapters.0={name: a, patience: 2}",
+            "adapters.0: patience counts evaluations, and there are none",
+        ),
     ],
 )
 def test_what_cannot_be_is_found_in_the_recipe(recipe_for: Any, change: str, message: str) -> None:
-    path = recipe_for(simulation={"base_activations": "adapter_only"}) if "base_activations" in message else recipe_for()
+    path = (
+        recipe_for(simulation={"base_activations": "adapter_only"})
+        if "base_activations" in message
+        else recipe_for()
+    )
     assert message in problems(path, change)
 
 
-def test_start_that_holds_no_adapter_is_found_before_anything_is_written(recipe_for: Any, tmp_path: Path, corpus: Path) -> None:
+def test_start_that_holds_no_adapter_is_found_before_anything_is_written(
+    recipe_for: Any, tmp_path: Path, corpus: Path
+) -> None:
     path = recipe_for(adapters=[{"name": "a", "start": str(corpus), "steps": 0}])
     with pytest.raises(SourceError, match=r"adapter a: .* holds no PEFT adapter"):
         trains(path, tmp_path / "out")
@@ -139,15 +212,34 @@ def test_start_that_holds_no_adapter_is_found_before_anything_is_written(recipe_
     ("target", "message"),
     [
         (["c_attn"], "does not fit LlamaForCausalLM: Target modules .*c_attn"),
-        (["lm_head"], r"weights differ, for example .*lm_head.lora_A.*, here \[2, 64\], there \[2, 48\]"),
+        (
+            ["lm_head"],
+            r"weights differ, for example .*lm_head.lora_A.*, here \[2, 64\], there \[2, 48\]",
+        ),
     ],
 )
-def test_start_that_does_not_fit_is_found_before_anything_is_written(recipe_for: Any, tmp_path: Path, target: list[str], message: str) -> None:
-    sizes = {"n_embd": 48, "n_layer": 1, "n_head": 4, "n_positions": 128, "vocab_size": 260, "tie_word_embeddings": False}
+def test_start_that_does_not_fit_is_found_before_anything_is_written(
+    recipe_for: Any, tmp_path: Path, target: list[str], message: str
+) -> None:
+    sizes = {
+        "n_embd": 48,
+        "n_layer": 1,
+        "n_head": 4,
+        "n_positions": 128,
+        "vocab_size": 260,
+        "tie_word_embeddings": False,
+    }
     save_adapter(
-        get_peft_model(GPT2LMHeadModel(GPT2Config(**sizes)), LoraConfig(r=2, target_modules=target, fan_in_fan_out=target == ["c_attn"])), tmp_path / "a"
+        get_peft_model(
+            GPT2LMHeadModel(GPT2Config(**sizes)),
+            LoraConfig(r=2, target_modules=target, fan_in_fan_out=target == ["c_attn"]),
+        ),
+        tmp_path / "a",
     )
-    path = recipe_for("qwen3" if target == ["lm_head"] else "llama", adapters=[{"name": "a", "start": str(tmp_path / "a"), "steps": 0}])
+    path = recipe_for(
+        "qwen3" if target == ["lm_head"] else "llama",
+        adapters=[{"name": "a", "start": str(tmp_path / "a"), "steps": 0}],
+    )
     with pytest.raises(SourceError, match=message):
         trains(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -159,50 +251,97 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 @pytest.fixture
 def mixtral(tmp_path: Path) -> dict[str, Any]:
     """Sections of a recipe for a model of two layers of four experts."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=VOCABULARY, num_local_experts=4)).save_pretrained(tmp_path / "mixtral")
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    MixtralForCausalLM(
+        MixtralConfig(**sizes, vocab_size=VOCABULARY, num_local_experts=4)
+    ).save_pretrained(tmp_path / "mixtral")
     byte_tokenizer().save_pretrained(tmp_path / "mixtral")
     return {"model": {"source": str(tmp_path / "mixtral")}, "base": {"weights": {"block_size": 16}}}
 
 
-def test_fused_experts_get_adapters_by_recipe(recipe_for: Any, mixtral: dict[str, Any], tmp_path: Path) -> None:
+def test_fused_experts_get_adapters_by_recipe(
+    recipe_for: Any, mixtral: dict[str, Any], tmp_path: Path
+) -> None:
     some = {**FAST, "target_modules": ["q_proj"], "target_parameters": EXPERTS}
-    adapters = [{"name": "some", **some, "rank_pattern": {"down_proj": 3}}, {"name": "further", "start": "some", "steps": 1, "warmup_steps": 0}]
+    adapters = [
+        {"name": "some", **some, "rank_pattern": {"down_proj": 3}},
+        {"name": "further", "start": "some", "steps": 1, "warmup_steps": 0},
+    ]
     trains(recipe_for(**mixtral, adapters=adapters), tmp_path / "out")
     for folder in (tmp_path / "out" / "adapters" / name for name in ("some", "further")):
-        shapes = {n.partition("layers.0.")[2]: list(t.shape) for n, t in load_file(folder / "adapter_model.safetensors").items() if "layers.0" in n}
+        shapes = {
+            n.partition("layers.0.")[2]: list(t.shape)
+            for n, t in load_file(folder / "adapter_model.safetensors").items()
+            if "layers.0" in n
+        }
         assert shapes == {
-            "mlp.experts.base_layer.lora_A.weight": [8, 32],  # gate_up_proj: two ranks for each of four experts
+            "mlp.experts.base_layer.lora_A.weight": [
+                8,
+                32,
+            ],  # gate_up_proj: two ranks for each of four experts
             "mlp.experts.base_layer.lora_B.weight": [128, 8],
             "mlp.experts.lora_A.weight": [12, 64],
             "mlp.experts.lora_B.weight": [32, 12],
             "self_attn.q_proj.lora_A.weight": [2, 32],
             "self_attn.q_proj.lora_B.weight": [32, 2],
         }
-    adapted = load_adapter(load_base(tmp_path / "out" / "base"), tmp_path / "out" / "adapters" / "some")
+    adapted = load_adapter(
+        load_base(tmp_path / "out" / "base"), tmp_path / "out" / "adapters" / "some"
+    )
     plain = load_base(tmp_path / "out" / "base")
     with torch.no_grad():
-        assert not torch.equal(adapted(torch.arange(20)[None]).logits, plain(torch.arange(20)[None]).logits)
+        assert not torch.equal(
+            adapted(torch.arange(20)[None]).logits, plain(torch.arange(20)[None]).logits
+        )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["experts.down_prj"], r"'experts.down_prj' is no parameter of MixtralForCausalLM; near are mlp.experts.down_proj"),
-        (["self_attn.q_proj.weight"], r"'self_attn.q_proj.weight' is a layer's own; give the layer in target_modules"),
+        (
+            ["experts.down_prj"],
+            r"'experts.down_prj' is no parameter of MixtralForCausalLM; near are mlp.experts.down_proj",
+        ),
+        (
+            ["self_attn.q_proj.weight"],
+            r"'self_attn.q_proj.weight' is a layer's own; give the layer in target_modules",
+        ),
         (["input_layernorm.weight"], r"'input_layernorm.weight' is a layer's own"),
     ],
 )
-def test_wrong_experts_are_found_before_anything_is_written(recipe_for: Any, mixtral: dict[str, Any], tmp_path: Path, change: list[str], message: str) -> None:
-    path = recipe_for(**mixtral, adapters=[{"name": "a", **FAST, "target_modules": ["q_proj"], "target_parameters": [EXPERTS[0], *change]}])
-    with pytest.raises(TrainingError, match=rf"adapter a: LoRA cannot be attached: target_parameters {message}"):
+def test_wrong_experts_are_found_before_anything_is_written(
+    recipe_for: Any, mixtral: dict[str, Any], tmp_path: Path, change: list[str], message: str
+) -> None:
+    path = recipe_for(
+        **mixtral,
+        adapters=[
+            {
+                "name": "a",
+                **FAST,
+                "target_modules": ["q_proj"],
+                "target_parameters": [EXPERTS[0], *change],
+            }
+        ],
+    )
+    with pytest.raises(
+        TrainingError, match=rf"adapter a: LoRA cannot be attached: target_parameters {message}"
+    ):
         trains(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_experts_where_there_are_none_and_in_some_layers_are_refused() -> None:
     shape = LoraShape(2, 4, target_parameters=EXPERTS[:1], layers=[0])
-    with pytest.raises(TrainingError, match=r"layers: PEFT adapts target_parameters in all layers; remove one; .*it has no fused experts, which this is for"):
+    with pytest.raises(
+        TrainingError,
+        match=r"layers: PEFT adapts target_parameters in all layers; remove one; .*it has no fused experts, which this is for",
+    ):
         attach(tiny_model("llama"), shape, 0)
 
 
@@ -210,45 +349,83 @@ def with_whole_layers(path: Path, architecture: str, layers: list[str]) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=layers)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
-        get_peft_model(tiny_model(architecture), config).save_pretrained(str(path), save_embedding_layers=False)
+        get_peft_model(tiny_model(architecture), config).save_pretrained(
+            str(path), save_embedding_layers=False
+        )
 
 
-@pytest.mark.parametrize(("architecture", "layers"), [("qwen3", ["lm_head"]), ("llama", ["embed_tokens"])])
+@pytest.mark.parametrize(
+    ("architecture", "layers"), [("qwen3", ["lm_head"]), ("llama", ["embed_tokens"])]
+)
 @pytest.mark.parametrize("where", ["quantize", "base", "keep"])
 def test_a_start_with_whole_layers_where_the_base_is_packed_is_refused(
     recipe_for: Any, tmp_path: Path, architecture: str, layers: list[str], where: str
 ) -> None:
     with_whole_layers(tmp_path / "start", architecture, layers)
-    start = {"name": "a", "start": str(tmp_path / "start"), "unknown_base": "accept", "steps": 2, "warmup_steps": 0}
-    path, packed = recipe_for(architecture, adapters=[start]), "base.rules=[{match: lm_head, bitwidth: 8}]"
+    start = {
+        "name": "a",
+        "start": str(tmp_path / "start"),
+        "unknown_base": "accept",
+        "steps": 2,
+        "warmup_steps": 0,
+    }
+    path, packed = (
+        recipe_for(architecture, adapters=[start]),
+        "base.rules=[{match: lm_head, bitwidth: 8}]",
+    )
     if where != "quantize":
         run(load_recipe(path, (packed,)), tmp_path / "out", ("quantize",))
-    changes = (f"model.source={tmp_path / 'out' / 'base'}", "base.solver=keep") if where == "keep" else (packed,)
+    changes = (
+        (f"model.source={tmp_path / 'out' / 'base'}", "base.solver=keep")
+        if where == "keep"
+        else (packed,)
+    )
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
-        SourceError, match=rf"adapter a: .*modules_to_save hold .*{layers[0]} whole, as floats, .*before the other rules: {{match: .*{layers[0]}, "
+        SourceError,
+        match=rf"adapter a: .*modules_to_save hold .*{layers[0]} whole, as floats, .*before the other rules: {{match: .*{layers[0]}, ",
     ):
-        run(load_recipe(path, changes), tmp_path / ("kept" if where == "keep" else "out"), ("train",) if where == "base" else ("quantize", "train"))
+        run(
+            load_recipe(path, changes),
+            tmp_path / ("kept" if where == "keep" else "out"),
+            ("train",) if where == "base" else ("quantize", "train"),
+        )
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_start_with_whole_layers_goes_on_where_they_are_float(recipe_for: Any, tmp_path: Path) -> None:
+def test_a_start_with_whole_layers_goes_on_where_they_are_float(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     with_whole_layers(tmp_path / "start", "qwen3", ["lm_head"])
-    start = {"name": "a", "start": str(tmp_path / "start"), "unknown_base": "accept", "steps": 1, "warmup_steps": 0}
+    start = {
+        "name": "a",
+        "start": str(tmp_path / "start"),
+        "unknown_base": "accept",
+        "steps": 1,
+        "warmup_steps": 0,
+    }
     trains(
         recipe_for("qwen3", adapters=[start]),
         tmp_path / "out",
         "base.rules=[{match: lm_head, keep: float}, {match: '*_head', bitwidth: 8}, {match: '*', bitwidth: 4}]",
     )
-    assert any("lm_head.weight" in name for name in load_file(tmp_path / "out" / "adapters" / "a" / "adapter_model.safetensors"))
+    assert any(
+        "lm_head.weight" in name
+        for name in load_file(tmp_path / "out" / "adapters" / "a" / "adapter_model.safetensors")
+    )
 
 
 @pytest.mark.parametrize("layers", [["lm_head"], ["mlp"]])
-def test_whole_layers_on_integers_are_named_when_they_are_attached(tmp_path: Path, layers: list[str]) -> None:
+def test_whole_layers_on_integers_are_named_when_they_are_attached(
+    tmp_path: Path, layers: list[str]
+) -> None:
     with_whole_layers(tmp_path, "qwen3", layers)
     model = tiny_model("qwen3")
     quantize_(model, "w4-block32", rules=[Rule("*", parse_scheme("w4-block32"))])
-    with pytest.raises(SourceError, match=rf"does not fit: its modules_to_save hold .*{layers[0]}.* whole, as floats, but the base holds integers there"):
+    with pytest.raises(
+        SourceError,
+        match=rf"does not fit: its modules_to_save hold .*{layers[0]}.* whole, as floats, but the base holds integers there",
+    ):
         attach_existing(model, str(tmp_path), "accept")
 
 
@@ -268,12 +445,21 @@ def started(launcher: list[str], program: list[str]) -> subprocess.CompletedProc
         "PYTHONPATH": ":".join(filter(None, [tests, os.environ.get("PYTHONPATH")])),
     }
     command = [sys.executable, "-m", *[a.replace("PORT", str(port)) for a in launcher], *program]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
 
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc-per-node=2", "--master-port=PORT"],
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--main_process_port=PORT", "--mixed_precision=no"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=2",
+        "--num_machines=1",
+        "--main_process_port=PORT",
+        "--mixed_precision=no",
+    ],
 }
 FSDP2 = [
     *[a for a in LAUNCHERS["accelerate"] if a != "--cpu"],
@@ -282,7 +468,15 @@ FSDP2 = [
     "--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP",
     "--fsdp_reshard_after_forward=true",
 ]
-DISTRIBUTED = {"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "batch_sequences": 4, "learning_rate": 5e-3, "evaluation_steps": 3}
+DISTRIBUTED = {
+    "name": "first",
+    "rank": 4,
+    "steps": 6,
+    "warmup_steps": 1,
+    "batch_sequences": 4,
+    "learning_rate": 5e-3,
+    "evaluation_steps": 3,
+}
 
 
 def assert_same_adapter(one: Path, two: Path) -> None:
@@ -292,22 +486,32 @@ def assert_same_adapter(one: Path, two: Path) -> None:
     difference = max(float((a[n] - b[n]).abs().max()) for n in a)
     moved = max(float(t.abs().max()) for n, t in a.items() if "lora_B" in n)
     assert difference < 1e-3 * moved, (difference, moved)
-    identities = {json.loads((d / "adapters" / "first" / "qwlora.json").read_text())["base_fingerprint"] for d in (one, two)}
+    identities = {
+        json.loads((d / "adapters" / "first" / "qwlora.json").read_text())["base_fingerprint"]
+        for d in (one, two)
+    }
     assert len(identities) == 1
-    losses = [json.loads((d / "results.json").read_text())["train"]["first"]["losses"] for d in (one, two)]
+    losses = [
+        json.loads((d / "results.json").read_text())["train"]["first"]["losses"] for d in (one, two)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [*LAUNCHERS, "fsdp2"])
-def test_two_processes_train_the_adapter_of_one(recipe_for: Any, tmp_path: Path, launcher: str) -> None:
+def test_two_processes_train_the_adapter_of_one(
+    recipe_for: Any, tmp_path: Path, launcher: str
+) -> None:
     path = recipe_for(adapters=[DISTRIBUTED])
     trains(path, tmp_path / "one")
     result = launched(FSDP2 if launcher == "fsdp2" else LAUNCHERS[launcher], path, tmp_path / "two")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("quantize: done") == 1  # only the first speaks and writes
     assert_same_adapter(tmp_path / "one", tmp_path / "two")
-    whole, held = (json.loads((tmp_path / d / "results.json").read_text())["train"]["first"]["base_bytes"] for d in ("one", "two"))
+    whole, held = (
+        json.loads((tmp_path / d / "results.json").read_text())["train"]["first"]["base_bytes"]
+        for d in ("one", "two")
+    )
     assert held < 0.51 * whole if launcher == "fsdp2" else held == whole
 
 
@@ -339,13 +543,19 @@ def test_a_sharded_run_goes_on_and_ends_once(tmp_path: Path, compute: str) -> No
 
     def steps(folder: str, count: int) -> dict[str, Any]:
         (tmp_path / folder).mkdir(exist_ok=True)
-        result = started(FSDP2, [str(script), str(Path(__file__).parent), str(tmp_path / folder), str(count), compute])
+        result = started(
+            FSDP2,
+            [str(script), str(Path(__file__).parent), str(tmp_path / folder), str(count), compute],
+        )
         assert result.returncode == 0, result.stderr
         found: dict[str, Any] = torch.load(tmp_path / folder / f"result-{count}.pt")
         return found
 
     first, again, whole = steps("parts", 4), steps("parts", 4), steps("whole", 8)
-    assert (again["resumed"], again["losses"]) == (4, first["losses"])  # it was through, and nothing was trained
+    assert (again["resumed"], again["losses"]) == (
+        4,
+        first["losses"],
+    )  # it was through, and nothing was trained
     assert all(torch.equal(w, again["weights"][n]) for n, w in first["weights"].items())
     further = steps("parts", 8)
     assert (further["resumed"], further["losses"]) == (4, whole["losses"])
@@ -354,13 +564,21 @@ def test_a_sharded_run_goes_on_and_ends_once(tmp_path: Path, compute: str) -> No
 
 @pytest.mark.slow
 def test_a_batch_that_cannot_be_divided_is_named(recipe_for: Any, tmp_path: Path) -> None:
-    result = launched(LAUNCHERS["torchrun"], recipe_for(adapters=[{**DISTRIBUTED, "batch_sequences": 3}]), tmp_path / "two")
+    result = launched(
+        LAUNCHERS["torchrun"],
+        recipe_for(adapters=[{**DISTRIBUTED, "batch_sequences": 3}]),
+        tmp_path / "two",
+    )
     assert result.returncode != 0
     assert "batch_sequences (3) cannot be divided among 2 processes" in result.stderr
 
 
-def test_patterns_that_are_no_regular_expressions_are_one_error(checkpoints: dict[str, Path]) -> None:
-    shape = LoraShape(2, 4, target_modules="*_proj", rank_pattern={"*.down_proj": 8, "(?i)up_proj": 3})
+def test_patterns_that_are_no_regular_expressions_are_one_error(
+    checkpoints: dict[str, Path],
+) -> None:
+    shape = LoraShape(
+        2, 4, target_modules="*_proj", rank_pattern={"*.down_proj": 8, "(?i)up_proj": 3}
+    )
     with pytest.raises(TrainingError) as caught:
         attach(AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), shape, 0)
     assert str(caught.value) == (
@@ -373,7 +591,9 @@ def test_patterns_that_are_no_regular_expressions_are_one_error(checkpoints: dic
 
 def test_attach_is_seeded(recipe_for: Any, checkpoints: dict[str, Path]) -> None:
     def start(seed: int) -> dict[str, torch.Tensor]:
-        model = attach(AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), LoraShape(2, 4), seed)
+        model = attach(
+            AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), LoraShape(2, 4), seed
+        )
         return {n: p for n, p in model.named_parameters() if "lora_A" in n}
 
     first, again, other = start(0), start(0), start(1)

@@ -11,7 +11,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedModel
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PreTrainedModel,
+)
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import quantize_
@@ -28,7 +36,9 @@ def pair(architecture: str) -> tuple[Any, PreTrainedModel]:
     teacher = tiny_model(architecture)
     model = copy.deepcopy(teacher)
     quantize_(model, "w2-block32-asymmetric")
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")), teacher
+    return get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    ), teacher
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -40,7 +50,9 @@ def test_the_distance_is_that_of_the_states_before_the_heads(architecture: str) 
     model(input_ids=IDS[:2], labels=IDS[:2])
     found = recovery.distance({"input_ids": IDS[:2], "labels": IDS[:2]})
     recovery.remove()
-    assert float(found.detach()) == pytest.approx(float((h - g).square().sum() / g.square().sum()), rel=1e-4)
+    assert float(found.detach()) == pytest.approx(
+        float((h - g).square().sum() / g.square().sum()), rel=1e-4
+    )
     assert found.requires_grad
     assert teacher(IDS[:1]).logits.shape[-1] == 260, "the float model runs through again"
 
@@ -56,20 +68,46 @@ def test_padding_does_not_count() -> None:
         (far, size), (other_far, other_size) = terms(IDS[:1]), terms(IDS[1:2, :10])
     recovery = Recovery(model, teacher)
     ids, labels = IDS[:2].clone(), IDS[:2].clone()
-    ids[1, 10:], labels[1, 10:], labels[:, :4] = 0, -100, -100  # padding behind; a question is not learnt, and counts
+    ids[1, 10:], labels[1, 10:], labels[:, :4] = (
+        0,
+        -100,
+        -100,
+    )  # padding behind; a question is not learnt, and counts
     without: dict[str, Tensor] = {"input_ids": ids, "labels": labels}
-    for inputs in (without, {"input_ids": ids, "attention_mask": (torch.arange(24) < torch.tensor([[24], [10]])).long()}):
+    for inputs in (
+        without,
+        {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(24) < torch.tensor([[24], [10]])).long(),
+        },
+    ):
         model(**inputs)
-        assert float(recovery.distance(inputs).detach()) == pytest.approx(float((far + other_far) / (size + other_size)), rel=1e-4)
-    nothing = {"input_ids": ids, "labels": torch.full_like(ids, -100)}  # in a batch of several that make a step
+        assert float(recovery.distance(inputs).detach()) == pytest.approx(
+            float((far + other_far) / (size + other_size)), rel=1e-4
+        )
+    nothing = {
+        "input_ids": ids,
+        "labels": torch.full_like(ids, -100),
+    }  # in a batch of several that make a step
     model(input_ids=ids)
     assert float(recovery.distance(nothing).detach()) == 0
 
 
-SIZES = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 CHANGE_LOGITS: dict[str, Callable[[], PreTrainedModel]] = {
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=5.0, pad_token_id=0)),
-    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0, pad_token_id=0)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=5.0, pad_token_id=0)
+    ),
+    "granite": lambda: GraniteForCausalLM(
+        GraniteConfig(**SIZES, logits_scaling=4.0, pad_token_id=0)
+    ),
     "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25, pad_token_id=0)),
 }
 
@@ -82,36 +120,66 @@ def test_models_that_change_their_logits_are_recovered(name: str, tmp_path: Path
         teacher = CHANGE_LOGITS[name]().eval()
         model = copy.deepcopy(teacher)
         quantize_(model, "w2-block32-asymmetric")
-        adapted = get_peft_model(model, LoraConfig(r=8, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"))
-        losses.append(train_adapter(adapted, IDS, TrainingSettings(2, 5e-3, 4, 1, "cosine", 30, 0, loss=loss), tmp_path / loss, teacher=teacher).losses)
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                r=8, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+        )
+        losses.append(
+            train_adapter(
+                adapted,
+                IDS,
+                TrainingSettings(2, 5e-3, 4, 1, "cosine", 30, 0, loss=loss),
+                tmp_path / loss,
+                teacher=teacher,
+            ).losses
+        )
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_the_float_model_goes_where_the_model_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_float_model_goes_where_the_model_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, teacher = pair("llama")
     sent: list[object] = []
     monkeypatch.setattr(teacher, "to", lambda device: (sent.append(device), teacher)[1])
-    train_adapter(model, IDS, TrainingSettings(1, 5e-3, 4, 0, "cosine", 30, 0), tmp_path, teacher=teacher)
+    train_adapter(
+        model, IDS, TrainingSettings(1, 5e-3, 4, 0, "cosine", 30, 0), tmp_path, teacher=teacher
+    )
     assert sent == [next(model.parameters()).device]
 
 
 @pytest.mark.parametrize("loss", ["chunked", "whole"])
-def test_training_to_recover_comes_nearer_to_the_float_model_than_training_on_the_text(loss: str, tmp_path: Path) -> None:
+def test_training_to_recover_comes_nearer_to_the_float_model_than_training_on_the_text(
+    loss: str, tmp_path: Path
+) -> None:
     distances = {}
     for name in ("base", "text", "recovery"):
         model, teacher = pair("llama")
         if name != "base":
             settings = TrainingSettings(30, 5e-3, 4, 1, "cosine", 30, 0, loss=loss)
-            train_adapter(model, IDS, settings, tmp_path / name, teacher=teacher if name == "recovery" else None)
+            train_adapter(
+                model,
+                IDS,
+                settings,
+                tmp_path / name,
+                teacher=teacher if name == "recovery" else None,
+            )
         with torch.no_grad():
-            distances[name] = float((model.eval()(IDS).logits - teacher(IDS).logits).square().mean())
+            distances[name] = float(
+                (model.eval()(IDS).logits - teacher(IDS).logits).square().mean()
+            )
     assert distances["recovery"] < 0.8 * distances["base"]
     assert distances["recovery"] < 0.8 * distances["text"]
 
 
 def test_one_recovery_is_the_start_of_two_adapters(recipe_for: Any, tmp_path: Path) -> None:
     plain = {"rank": 4, "steps": 4, "warmup_steps": 1}
-    adapters = [{"name": "back", "objective": "recovery", **plain}, *({"name": n, "start": "back", "steps": 2, "warmup_steps": 1} for n in ("one", "two"))]
+    adapters = [
+        {"name": "back", "objective": "recovery", **plain},
+        *({"name": n, "start": "back", "steps": 2, "warmup_steps": 1} for n in ("one", "two")),
+    ]
     recipe = load_recipe(recipe_for(adapters=adapters))
     said: list[str] = []
     results = run(recipe, tmp_path / "out", ("quantize", "train"), say=said.append)
@@ -119,12 +187,22 @@ def test_one_recovery_is_the_start_of_two_adapters(recipe_for: Any, tmp_path: Pa
     changed = load_recipe(recipe_for(adapters=[{**adapters[0], "steps": 5}, *adapters[1:]]))
     said.clear()
     run(changed, tmp_path / "out", ("quantize", "train"), say=said.append)
-    assert [line for line in said if "skipped" in line] == ["quantize: skipped, nothing that it depends on has changed"]
+    assert [line for line in said if "skipped" in line] == [
+        "quantize: skipped, nothing that it depends on has changed"
+    ]
 
 
-def test_a_start_that_comes_later_and_a_recovery_without_floats_are_refused(recipe_for: Any) -> None:
+def test_a_start_that_comes_later_and_a_recovery_without_floats_are_refused(
+    recipe_for: Any,
+) -> None:
     later = [{"name": "one", "start": "two"}, {"name": "two"}]
     with pytest.raises(RecipeError, match="one starts from two, which must be listed before it"):
         load_recipe(recipe_for(adapters=later))
-    with pytest.raises(RecipeError, match="adapters back: recovery, and a start other than zero, need floats"):
-        load_recipe(recipe_for(adapters=[{"name": "back", "objective": "recovery"}], base={"solver": "keep"}))
+    with pytest.raises(
+        RecipeError, match="adapters back: recovery, and a start other than zero, need floats"
+    ):
+        load_recipe(
+            recipe_for(
+                adapters=[{"name": "back", "objective": "recovery"}], base={"solver": "keep"}
+            )
+        )

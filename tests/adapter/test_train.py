@@ -31,7 +31,15 @@ from qwlora.adapter.watch import Divergence, divergence
 from qwlora.errors import MissingExtraError, TrainingError
 
 SHAPE = LoraShape(rank=4, alpha=8)
-SETTINGS = TrainingSettings(steps=6, learning_rate=5e-3, batch_sequences=2, warmup_steps=1, schedule="constant", checkpoint_steps=2, seed=0)
+SETTINGS = TrainingSettings(
+    steps=6,
+    learning_rate=5e-3,
+    batch_sequences=2,
+    warmup_steps=1,
+    schedule="constant",
+    checkpoint_steps=2,
+    seed=0,
+)
 IDS = torch.arange(256).view(8, 32)
 
 
@@ -54,7 +62,10 @@ def trained(work: Path, architecture: str = "llama", **settings: Any) -> dict[st
 @pytest.mark.parametrize("shape", [{}, {"dora": True, "target_modules": ["q_proj", "up_proj"]}])
 def test_training_moves_the_adapter_only(tmp_path: Path, shape: dict[str, Any]) -> None:
     model = adapted(**shape)
-    before, identity = {n: p.detach().clone() for n, p in model.named_parameters()}, fingerprint(model)
+    before, identity = (
+        {n: p.detach().clone() for n, p in model.named_parameters()},
+        fingerprint(model),
+    )
     report = train_adapter(model, IDS, SETTINGS, tmp_path)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n in before if ".lora_" in n}
@@ -78,7 +89,9 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_is_given_back_where_it_is_saved_for_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+def test_memory_is_given_back_where_it_is_saved_for_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
     given: list[int] = []
     monkeypatch.setattr("qwlora.adapter.loss.give_back", lambda: given.append(1))
     monkeypatch.setattr("qwlora.adapter.loss._MANY", 1)
@@ -86,7 +99,9 @@ def test_memory_is_given_back_where_it_is_saved_for_time(tmp_path: Path, monkeyp
     assert len(given) == (3 * SETTINGS.steps if checkpointing else 0)
 
 
-def test_a_process_keeps_to_one_device_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_keeps_to_one_device_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class TwoDevices(TrainingArguments):
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -95,7 +110,9 @@ def test_a_process_keeps_to_one_device_of_several(tmp_path: Path, monkeypatch: p
     alone = train_adapter(adapted(), IDS, SETTINGS, tmp_path / "alone")
     monkeypatch.setattr("qwlora.adapter.train.TrainingArguments", TwoDevices)
     model, seen = adapted(), []
-    model.register_forward_pre_hook(lambda *given: seen.append(tuple(given[2]["input_ids"].shape)), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda *given: seen.append(tuple(given[2]["input_ids"].shape)), with_kwargs=True
+    )
     assert train_adapter(model, IDS, SETTINGS, tmp_path / "two").losses == alone.losses
     assert set(seen) == {(2, 32)}
 
@@ -122,7 +139,9 @@ def test_accumulation_is_one_large_batch(tmp_path: Path, loss: str, architecture
     results = []
     for batch, accumulation in ((4, 1), (1, 4)):
         model = adapted(architecture)
-        settings = replace(SETTINGS, batch_sequences=batch, accumulation_steps=accumulation, loss=loss, steps=2)
+        settings = replace(
+            SETTINGS, batch_sequences=batch, accumulation_steps=accumulation, loss=loss, steps=2
+        )
         report = train_adapter(model, Uneven(), settings, tmp_path / f"{batch}")
         results.append((report.losses, weights(model)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
@@ -142,26 +161,48 @@ def test_bfloat16_trains_near_float32(tmp_path: Path) -> None:
 def test_bfloat16_reaches_the_adapter_as_bfloat16(tmp_path: Path) -> None:
     """PEFT would make float32 of it and autocast bfloat16 again, the same bits; with DoRA too it trains."""
     model, seen = adapted(), []
-    model.get_base_model().model.layers[0].mlp.down_proj.lora_A["default"].register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
-    train_adapter(model, IDS, replace(SETTINGS, compute="bfloat16", steps=1, warmup_steps=0), tmp_path / "plain")
+    model.get_base_model().model.layers[0].mlp.down_proj.lora_A[
+        "default"
+    ].register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    train_adapter(
+        model,
+        IDS,
+        replace(SETTINGS, compute="bfloat16", steps=1, warmup_steps=0),
+        tmp_path / "plain",
+    )
     assert seen[-1] == torch.bfloat16  # before that the loss is tried in float32
-    train_adapter(adapted(dora=True), IDS, replace(SETTINGS, compute="bfloat16", steps=1, warmup_steps=0), tmp_path / "dora")
+    train_adapter(
+        adapted(dora=True),
+        IDS,
+        replace(SETTINGS, compute="bfloat16", steps=1, warmup_steps=0),
+        tmp_path / "dora",
+    )
     assert model.get_base_model().model.layers[0].mlp.down_proj.cast_input_dtype_enabled
 
 
 def test_the_best_evaluation_is_kept_and_waiting_ends(tmp_path: Path) -> None:
-    other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3))  # gets worse as IDS is learnt
-    settings = replace(SETTINGS, steps=40, learning_rate=2e-2, evaluation_steps=1, patience=3, checkpoint_steps=100)
+    other = torch.randint(
+        0, 256, (4, 32), generator=torch.Generator().manual_seed(3)
+    )  # gets worse as IDS is learnt
+    settings = replace(
+        SETTINGS, steps=40, learning_rate=2e-2, evaluation_steps=1, patience=3, checkpoint_steps=100
+    )
     model = adapted()
     report = train_adapter(model, IDS, settings, tmp_path, held_out=other)
     losses = dict(report.evaluations)
     assert report.best_step == min(losses, key=losses.__getitem__)
     assert report.steps == report.best_step + 3 < 40
     with torch.no_grad():
-        assert float(model.eval()(input_ids=other, labels=other).loss) == pytest.approx(losses[report.best_step], rel=1e-5)
+        assert float(model.eval()(input_ids=other, labels=other).loss) == pytest.approx(
+            losses[report.best_step], rel=1e-5
+        )
     again = adapted()  # killed after the last step: the same adapter, from the checkpoints
     restored = train_adapter(again, IDS, settings, tmp_path, held_out=other)
-    assert (restored.best_step, restored.steps, restored.losses) == (report.best_step, report.steps, report.losses)
+    assert (restored.best_step, restored.steps, restored.losses) == (
+        report.best_step,
+        report.steps,
+        report.losses,
+    )
     assert all(torch.equal(w, weights(model)[n]) for n, w in weights(again).items())
 
 
@@ -181,18 +222,31 @@ def killed_after(step: int) -> Any:
 def test_a_killed_run_stops_early_where_the_whole_one_does(tmp_path: Path, patience: int) -> None:
     """Killed after each evaluation that was no better, between it and the next."""
     other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3))
-    settings = replace(SETTINGS, steps=60, learning_rate=2e-2, evaluation_steps=3, patience=patience, checkpoint_steps=1)
+    settings = replace(
+        SETTINGS,
+        steps=60,
+        learning_rate=2e-2,
+        evaluation_steps=3,
+        patience=patience,
+        checkpoint_steps=1,
+    )
     whole = adapted()
     expected = train_adapter(whole, IDS, settings, tmp_path / "whole", held_out=other)
     assert expected.best_step is not None
     assert expected.steps == expected.best_step + 3 * patience < 60
     for step in range(expected.best_step + 2, expected.steps, 3):
         with pytest.raises(KeyboardInterrupt):
-            train_adapter(adapted(), IDS, settings, tmp_path / "killed", killed_after(step), held_out=other)
+            train_adapter(
+                adapted(), IDS, settings, tmp_path / "killed", killed_after(step), held_out=other
+            )
     resumed = adapted()
     found = train_adapter(resumed, IDS, settings, tmp_path / "killed", held_out=other)
     assert found.resumed_from_step > expected.best_step
-    assert (found.steps, found.best_step, found.losses) == (expected.steps, expected.best_step, expected.losses)
+    assert (found.steps, found.best_step, found.losses) == (
+        expected.steps,
+        expected.best_step,
+        expected.losses,
+    )
     assert found.evaluations == expected.evaluations
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(resumed).items())
 
@@ -206,7 +260,9 @@ def test_loss_that_is_no_number_stops_with_step_layer_and_checkpoint(tmp_path: P
     train_adapter(adapted(), IDS, SETTINGS, tmp_path)
     model = adapted()
     layer = model.get_base_model().model.layers[1].mlp.up_proj
-    layer.register_forward_hook(lambda module, inputs, output: output * (torch.nan if len(calls) > 3 else 1))
+    layer.register_forward_hook(
+        lambda module, inputs, output: output * (torch.nan if len(calls) > 3 else 1)
+    )
     calls: list[int] = []
     model.get_base_model().model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     message = (
@@ -224,7 +280,10 @@ def test_gradient_that_is_no_number_stops_before_the_step(tmp_path: Path) -> Non
         if "layers.0.mlp.up_proj.lora_A" in name:
             parameter.register_hook(lambda g: g * torch.inf)
     before = weights(model)
-    with pytest.raises(TrainingError, match=r"a gradient is not finite at step 1; from the top .* model.layers.0.mlp.up_proj.lora_A.weight was the first"):
+    with pytest.raises(
+        TrainingError,
+        match=r"a gradient is not finite at step 1; from the top .* model.layers.0.mlp.up_proj.lora_A.weight was the first",
+    ):
         train_adapter(model, IDS, SETTINGS, tmp_path)
     assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
 
@@ -233,19 +292,32 @@ def test_divergence_with_finite_numbers_stops(tmp_path: Path) -> None:
     message = r"training diverged: the loss is \d+\.\d+ at step \d+, and has been above .* for 5 steps .*checkpoint.*divergence: ignore goes on"
     settings = replace(SETTINGS, steps=60, learning_rate=10.0, clip=0.0)
     with pytest.raises(TrainingError, match=message):
-        train_adapter(adapted("qwen3", target_modules=["lm_head"]), IDS, settings, tmp_path / "stop")
+        train_adapter(
+            adapted("qwen3", target_modules=["lm_head"]), IDS, settings, tmp_path / "stop"
+        )
     ignoring = replace(settings, divergence="ignore")
-    assert train_adapter(adapted("qwen3", target_modules=["lm_head"]), IDS, ignoring, tmp_path / "ignore").steps == 60
+    assert (
+        train_adapter(
+            adapted("qwen3", target_modules=["lm_head"]), IDS, ignoring, tmp_path / "ignore"
+        ).steps
+        == 60
+    )
 
 
 @pytest.mark.parametrize(
     ("losses", "diverged"),
     [
         ([3.0] * 10, False),
-        ([3.0, 2.5, 2.2, 2.1, 2.0, 4.0, 4.0, 4.0, 4.0, 9.0], False),  # below twice the lowest mean, 2.36, for most of the five
+        (
+            [3.0, 2.5, 2.2, 2.1, 2.0, 4.0, 4.0, 4.0, 4.0, 9.0],
+            False,
+        ),  # below twice the lowest mean, 2.36, for most of the five
         ([3.0, 2.5, 2.2, 2.1, 2.0, 5.0, 5.0, 5.0, 5.0, 5.0], True),
         ([0.01] * 5 + [0.2] * 5, False),  # twenty times, but less than a nat
-        ([3.0, 8.0, 9.0, 9.0, 9.0, 9.0], True),  # from the beginning: worse than chance, and than the first step
+        (
+            [3.0, 8.0, 9.0, 9.0, 9.0, 9.0],
+            True,
+        ),  # from the beginning: worse than chance, and than the first step
         ([9.0, 9.0, 9.0, 9.0, 9.0, 9.0], False),  # a bad base is not a diverged run
         ([3.0, 9.0, 9.0], False),
     ],
@@ -258,7 +330,12 @@ def test_rule_of_divergence(losses: list[float], diverged: bool) -> None:
 def mixed(steps: int, seed: int, share: float = 0.5) -> list[float]:
     """Code and prose in random order, after some learning."""
     generator = random.Random(seed)
-    return [(0.6 if generator.random() < share else 2.7) + 2 * math.exp(-step / 20) + generator.gauss(0, 0.1) for step in range(steps)]
+    return [
+        (0.6 if generator.random() < share else 2.7)
+        + 2 * math.exp(-step / 20)
+        + generator.gauss(0, 0.1)
+        for step in range(steps)
+    ]
 
 
 def first_alarm(losses: list[float], start: int = 1) -> tuple[int, Divergence] | None:
@@ -274,16 +351,23 @@ def test_data_of_two_kinds_raises_no_alarm(share: float) -> None:
 
 @pytest.mark.parametrize("healthy", [100, 300, 3000])
 @pytest.mark.parametrize(("times", "steps"), [(2.5, 50), (8.0, 15)])
-def test_divergence_on_data_of_two_kinds_is_found_soon(healthy: int, times: float, steps: int) -> None:
+def test_divergence_on_data_of_two_kinds_is_found_soon(
+    healthy: int, times: float, steps: int
+) -> None:
     for seed in range(5):
         losses = mixed(healthy + 100, seed)
-        climbing = [loss * (1 + (times - 1) * min(1, (i - healthy) / 10)) if i >= healthy else loss for i, loss in enumerate(losses)]
+        climbing = [
+            loss * (1 + (times - 1) * min(1, (i - healthy) / 10)) if i >= healthy else loss
+            for i, loss in enumerate(losses)
+        ]
         found = first_alarm(climbing, healthy)
         assert found is not None
         assert healthy < found[0] <= healthy + 10 + steps
 
 
-def checkpoint(work: Path, step: int, state: str | None = "{}", kept: int | None = None, sharded: bool = False) -> Path:
+def checkpoint(
+    work: Path, step: int, state: str | None = "{}", kept: int | None = None, sharded: bool = False
+) -> Path:
     """A checkpoint as the Trainer leaves one, of whose adapter the first `kept` bytes are there."""
     folder = work / f"checkpoint-{step}"
     folder.mkdir(parents=True)
@@ -299,11 +383,23 @@ def checkpoint(work: Path, step: int, state: str | None = "{}", kept: int | None
     return folder
 
 
-@pytest.mark.parametrize("broken", [{"state": '{"global'}, {"state": None}, {"kept": -1}, {"kept": 0}, {"kept": -1, "sharded": True}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"state": '{"global'},
+        {"state": None},
+        {"kept": -1},
+        {"kept": 0},
+        {"kept": -1, "sharded": True},
+    ],
+)
 def test_broken_checkpoint_is_not_resumed_from(tmp_path: Path, broken: dict[str, Any]) -> None:
     whole = checkpoint(tmp_path, 2)
     checkpoint(tmp_path, 10, **broken)
-    assert [last_checkpoint(tmp_path) for _ in "01"] == [whole, whole]  # what a process finds does not change what the next one does
+    assert [last_checkpoint(tmp_path) for _ in "01"] == [
+        whole,
+        whole,
+    ]  # what a process finds does not change what the next one does
     delete_newer(tmp_path, whole)
     assert list(tmp_path.iterdir()) == [whole]
 
@@ -315,11 +411,15 @@ def test_checkpoint_of_a_sharded_run_needs_no_whole_adapter(tmp_path: Path) -> N
     assert checkpoint(tmp_path, 6, kept=0, sharded=True) == last_checkpoint(tmp_path)
 
 
-def test_broken_checkpoints_are_deleted_when_all_processes_have_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_checkpoints_are_deleted_when_all_processes_have_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = checkpoint(tmp_path, 10, kept=-1)
     os.utime(broken, (time.time() + 10**6,) * 2)  # rotation would delete it last
     seen: list[bool] = []
-    monkeypatch.setattr("accelerate.Accelerator.wait_for_everyone", lambda _: seen.append(broken.exists()))
+    monkeypatch.setattr(
+        "accelerate.Accelerator.wait_for_everyone", lambda _: seen.append(broken.exists())
+    )
     train_adapter(adapted(), IDS, SETTINGS, tmp_path)
     assert seen[0]
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*"))[-1] == "checkpoint-6"
@@ -328,7 +428,9 @@ def test_broken_checkpoints_are_deleted_when_all_processes_have_looked(tmp_path:
 
 def test_unknown_logger_is_found_before_anything() -> None:
     check_loggers([])
-    with pytest.raises(MissingExtraError, match="report_to 'blackboard': blackboard is not supported"):
+    with pytest.raises(
+        MissingExtraError, match="report_to 'blackboard': blackboard is not supported"
+    ):
         check_loggers(["blackboard"])
 
 
@@ -343,7 +445,13 @@ def test_loggers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             told.append(logs)
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Recorder)
-    train_adapter(adapted(), IDS, replace(SETTINGS, report_to=("tensorboard",)), tmp_path, logs=tmp_path / "logs")
+    train_adapter(
+        adapted(),
+        IDS,
+        replace(SETTINGS, report_to=("tensorboard",)),
+        tmp_path,
+        logs=tmp_path / "logs",
+    )
     assert len([t for t in told if "loss" in t and "grad_norm" in t]) == 6
 
 
@@ -360,15 +468,29 @@ print("begins", flush=True)
 train_adapter(model, IDS, KILLED, Path(sys.argv[2]) / "work", held_out=IDS[:2] + 1)
 save_adapter(model, Path(sys.argv[2]) / "adapter")
 """
-KILLED = replace(SETTINGS, steps=24, accumulation_steps=2, schedule="cosine", checkpoint_steps=2, evaluation_steps=6, patience=3)
+KILLED = replace(
+    SETTINGS,
+    steps=24,
+    accumulation_steps=2,
+    schedule="cosine",
+    checkpoint_steps=2,
+    evaluation_steps=6,
+    patience=3,
+)
 
 
 def run_to_the_end(folder: Path, kill_after: tuple[float, ...] = ()) -> bytes:
     """The adapter of a run that is killed so many seconds after it began to train, each time anew, and begun again."""
     command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(folder)]
-    environment = {"PYTHONPATH": ":".join([str(Path(__file__).parent.parent), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    environment = {
+        "PYTHONPATH": ":".join([str(Path(__file__).parent.parent), *filter(None, sys.path)]),
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+    }
     for seconds in kill_after:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        ) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "begins\n"
             time.sleep(seconds)
@@ -379,12 +501,16 @@ def run_to_the_end(folder: Path, kill_after: tuple[float, ...] = ()) -> bytes:
 
 def steps_survived(folder: Path) -> int:
     found = last_checkpoint(folder / "work")
-    return int(json.loads((found / "trainer_state.json").read_text())["global_step"]) if found else 0
+    return (
+        int(json.loads((found / "trainer_state.json").read_text())["global_step"]) if found else 0
+    )
 
 
 def killed_moments(folder: Path, count: int, whole_seconds: float) -> bytes:
     generator = random.Random(folder.name)
-    return run_to_the_end(folder, tuple(generator.uniform(0.1, whole_seconds) / 2 for _ in range(count)))
+    return run_to_the_end(
+        folder, tuple(generator.uniform(0.1, whole_seconds) / 2 for _ in range(count))
+    )
 
 
 def test_killed_twice_ends_with_the_same_bits(tmp_path: Path) -> None:

@@ -28,8 +28,14 @@ batches, then every quantized value and the logits of another batch. A code that
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--table", type=Path, help="write the table of what was compared into this file")
-    parser.addoption("--simulations", type=Path, help="the folder that write_simulations.py wrote; without it those tests are skipped")
+    parser.addoption(
+        "--table", type=Path, help="write the table of what was compared into this file"
+    )
+    parser.addoption(
+        "--simulations",
+        type=Path,
+        help="the folder that write_simulations.py wrote; without it those tests are skipped",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +45,11 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     path = request.config.getoption("--table")
     if path and not request.session.testsfailed:
         path.parent.mkdir(parents=True, exist_ok=True)
-        head = HEAD.format(aimet=version("aimet-torch"), torch=version("torch").split("+")[0], python=platform.python_version())
+        head = HEAD.format(
+            aimet=version("aimet-torch"),
+            torch=version("torch").split("+")[0],
+            python=platform.python_version(),
+        )
         path.write_text(head + collected.to_markdown())
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-pytest.importorskip("aimet_torch", reason="runs in an environment with aimet-torch: make test-aimet")
+pytest.importorskip(
+    "aimet_torch", reason="runs in an environment with aimet-torch: make test-aimet"
+)
 pytest.importorskip("transformers", reason="make test-aimet installs it")
 
 from aimet_torch.nn.modules.custom import Add, Concat, MatMul, Multiply, Neg
@@ -27,7 +29,9 @@ class ForwardLogits(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=False)[0]
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, return_dict=False
+        )[0]
 
 
 class Lora(nn.Module):
@@ -69,7 +73,14 @@ def make_modules_(model: nn.Module) -> None:
         attention = layer.self_attn
         for name in ("mul", "mul_1", "mul_2", "mul_3", "mul_4"):
             attention.add_module(name, Multiply())
-        for name, module in {"neg": Neg(), "neg_1": Neg(), "cat": Concat(-1), "cat_1": Concat(-1), "add": Add(), "add_1": Add()}.items():
+        for name, module in {
+            "neg": Neg(),
+            "neg_1": Neg(),
+            "cat": Concat(-1),
+            "cat_1": Concat(-1),
+            "add": Add(),
+            "add_1": Add(),
+        }.items():
             attention.add_module(name, module)
         attention.matmul, attention.matmul_1, attention.softmax = MatMul(), MatMul(), nn.Softmax(-1)
         attention.forward = types.MethodType(_attend, attention)
@@ -80,7 +91,15 @@ def make_modules_(model: nn.Module) -> None:
 def adapt_(model: nn.Module, adapter: dict[str, Tensor], scaling: float) -> None:
     """Put a LoRA on every linear layer that `adapter` has weights for."""
     for path in sorted({name.partition(".lora_")[0] for name in adapter}):
-        model.set_submodule(path, Lora(model.get_submodule(path), adapter[f"{path}.lora_A.weight"], adapter[f"{path}.lora_B.weight"], scaling))
+        model.set_submodule(
+            path,
+            Lora(
+                model.get_submodule(path),
+                adapter[f"{path}.lora_A.weight"],
+                adapter[f"{path}.lora_B.weight"],
+                scaling,
+            ),
+        )
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -93,14 +112,32 @@ def _gate(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(self.mul(self.act_fn(self.gate_proj(x)), self.up_proj(x)))
 
 
-def _attend(self: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor, **_: Any) -> tuple[Tensor, None]:
+def _attend(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor,
+    **_: Any,
+) -> tuple[Tensor, None]:
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-    query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
+    query, key, value = (
+        project(hidden_states).view(shape).transpose(1, 2)
+        for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
     cos, sin = (table.unsqueeze(1) for table in position_embeddings)
     half = self.head_dim // 2
-    query = self.add(self.mul(query, cos), self.mul_1(self.cat(self.neg(query[..., half:]), query[..., :half]), sin))
-    key = self.add_1(self.mul_2(key, cos), self.mul_3(self.cat_1(self.neg_1(key[..., half:]), key[..., :half]), sin))
+    query = self.add(
+        self.mul(query, cos),
+        self.mul_1(self.cat(self.neg(query[..., half:]), query[..., :half]), sin),
+    )
+    key = self.add_1(
+        self.mul_2(key, cos),
+        self.mul_3(self.cat_1(self.neg_1(key[..., half:]), key[..., :half]), sin),
+    )
     key, value = (x.repeat_interleave(self.num_key_value_groups, dim=1) for x in (key, value))
-    scores = self.mul_4(self.matmul(query, key.transpose(2, 3)), self.scaling) + attention_mask[..., : key.shape[-2]]
+    scores = (
+        self.mul_4(self.matmul(query, key.transpose(2, 3)), self.scaling)
+        + attention_mask[..., : key.shape[-2]]
+    )
     attended = self.matmul_1(self.softmax(scores), value).transpose(1, 2)
     return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1)), None

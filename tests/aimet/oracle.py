@@ -6,11 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("aimet_torch", reason="runs in an environment with aimet-torch: make test-aimet")
+pytest.importorskip(
+    "aimet_torch", reason="runs in an environment with aimet-torch: make test-aimet"
+)
 
 from aimet_torch.nn import QuantizationMixin
 from aimet_torch.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize
-from aimet_torch.quantization.encoding_analyzer import EncodingAnalyzer, MinMaxEncodingAnalyzer, PercentileEncodingAnalyzer, SqnrEncodingAnalyzer
+from aimet_torch.quantization.encoding_analyzer import (
+    EncodingAnalyzer,
+    MinMaxEncodingAnalyzer,
+    PercentileEncodingAnalyzer,
+    SqnrEncodingAnalyzer,
+)
 from aimet_torch.quantsim import QuantizationSimModel
 
 from qwlora.grid.encoding import Encoding
@@ -31,7 +38,9 @@ __all__ = [
 ]
 
 
-def aimet_shape(scheme: Scheme, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+def aimet_shape(
+    scheme: Scheme, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     """AIMET's (shape of the parameters, block size) for a scheme and a tensor's shape."""
     match scheme.granularity:
         case PerTensor():
@@ -43,10 +52,21 @@ def aimet_shape(scheme: Scheme, shape: tuple[int, ...]) -> tuple[tuple[int, ...]
             return (*shape[:-1], shape[-1] // size), (*(1 for _ in shape[:-1]), size)
 
 
-def aimet_quantizer(x: Tensor, scheme: Scheme, analyzer: type[EncodingAnalyzer] = MinMaxEncodingAnalyzer, **options: float) -> QuantizeDequantize:
+def aimet_quantizer(
+    x: Tensor,
+    scheme: Scheme,
+    analyzer: type[EncodingAnalyzer] = MinMaxEncodingAnalyzer,
+    **options: float,
+) -> QuantizeDequantize:
     """A calibrated AIMET quantizer."""
     shape, block_size = aimet_shape(scheme, tuple(x.shape))
-    quantizer = QuantizeDequantize(shape, scheme.bitwidth, scheme.symmetric, analyzer(shape, block_size=block_size, **options), block_size)
+    quantizer = QuantizeDequantize(
+        shape,
+        scheme.bitwidth,
+        scheme.symmetric,
+        analyzer(shape, block_size=block_size, **options),
+        block_size,
+    )
     with torch.no_grad(), quantizer.compute_encodings():
         quantizer(x)
     return quantizer
@@ -58,7 +78,9 @@ def aimet_low_power_quantizer(x: Tensor, scheme: Scheme) -> GroupedBlockQuantize
     shape, block_size = aimet_shape(scheme, tuple(x.shape))
     bitwidth = scheme.bitwidth + scheme.granularity.scale_bitwidth
     analyzer = MinMaxEncodingAnalyzer(shape, block_size=block_size)
-    quantizer = GroupedBlockQuantizeDequantize(shape, scheme.bitwidth, True, bitwidth, analyzer, block_size, block_grouping=(1, -1))
+    quantizer = GroupedBlockQuantizeDequantize(
+        shape, scheme.bitwidth, True, bitwidth, analyzer, block_size, block_grouping=(1, -1)
+    )
     with torch.no_grad(), quantizer.compute_encodings():
         quantizer(x)
     return quantizer
@@ -73,7 +95,11 @@ def aimet_numbers(quantizer: QuantizeDequantize) -> tuple[Tensor, Tensor]:
 
 def ulps(a: Tensor, b: Tensor) -> int:
     """The largest distance of two lots of positive float32 numbers, in representable numbers."""
-    return int((a.contiguous().view(torch.int32).long() - b.contiguous().view(torch.int32).long()).abs().max())
+    return int(
+        (a.contiguous().view(torch.int32).long() - b.contiguous().view(torch.int32).long())
+        .abs()
+        .max()
+    )
 
 
 def compare(row: Comparison, x: Tensor, encoding: Encoding, quantizer: QuantizeDequantize) -> None:

@@ -34,6 +34,18 @@ class Table:
             "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for r in self.rows:
-            cells = (r.name, r.tensors, r.scales, r.values, r.scales_differ, f"{r.worst_ulps} ulp", r.offsets_differ, r.values_differ, r.shortcut_differ)
-            lines.append("| " + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in cells) + " |")
+            cells = (
+                r.name,
+                r.tensors,
+                r.scales,
+                r.values,
+                r.scales_differ,
+                f"{r.worst_ulps} ulp",
+                r.offsets_differ,
+                r.values_differ,
+                r.shortcut_differ,
+            )
+            lines.append(
+                "| " + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in cells) + " |"
+            )
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"

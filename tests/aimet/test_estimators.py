@@ -25,7 +25,9 @@ from .test_smollm2 import TENSORS, weights
 
 pytestmark = [pytest.mark.aimet, pytest.mark.filterwarnings("ignore")]
 BITWIDTHS = (2, 3, 4, 6, 8, 16)
-SCHEMES = [Scheme(b, s, g) for b in BITWIDTHS for s in (True, False) for g in (PerTensor(), PerChannel(0))]
+SCHEMES = [
+    Scheme(b, s, g) for b in BITWIDTHS for s in (True, False) for g in (PerTensor(), PerChannel(0))
+]
 SCHEMES += [Scheme(b, s, PerBlock(64)) for b in (3, 4) for s in (True, False)]
 ALLOWED = 1 + 1e-6
 
@@ -34,7 +36,10 @@ def datasets(rows: int = 8, columns: int = 512) -> dict[str, Tensor]:
     """[rows, columns], of the shapes that weights and activations have."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(rows, columns, generator=generator)
-    some, half = torch.rand(rows, columns, generator=generator) < 0.005, torch.rand(rows, columns, generator=generator) < 0.5
+    some, half = (
+        torch.rand(rows, columns, generator=generator) < 0.005,
+        torch.rand(rows, columns, generator=generator) < 0.5,
+    )
     return {
         "normal": normal,
         "shifted": normal + 1.5,
@@ -69,8 +74,20 @@ def ours(x: Tensor, scheme: Scheme, kind, *options) -> Encoding:
 
 CASES = [
     pytest.param(SqnrObserver, 3.0, 3.0, "SQNR (gamma 3)", id="sqnr"),
-    pytest.param(SquaredErrorObserver, 1.0, 1.0, "squared error (AIMET: SQNR with gamma 1)", id="squared-error"),
-    pytest.param(SquaredErrorObserver, 1.0, 3.0, "squared error (AIMET: SQNR with its default gamma 3)", id="squared-error-default"),
+    pytest.param(
+        SquaredErrorObserver,
+        1.0,
+        1.0,
+        "squared error (AIMET: SQNR with gamma 1)",
+        id="squared-error",
+    ),
+    pytest.param(
+        SquaredErrorObserver,
+        1.0,
+        3.0,
+        "squared error (AIMET: SQNR with its default gamma 3)",
+        id="squared-error-default",
+    ),
 ]
 
 
@@ -82,7 +99,13 @@ def error_ratio(x: Tensor, scheme: Scheme, kind, gamma: float, their_gamma: floa
 
 def note(table: Table, what: str, ratios: list[float]) -> None:
     ratios.sort()
-    largest = f"1 + {ratios[-1] - 1:.1e}" if ratios[-1] > 1 else f"1 - {1 - ratios[-1]:.1e}" if ratios[-1] < 1 else "1 exactly (the same grid)"
+    largest = (
+        f"1 + {ratios[-1] - 1:.1e}"
+        if ratios[-1] > 1
+        else f"1 - {1 - ratios[-1]:.1e}"
+        if ratios[-1] < 1
+        else "1 exactly (the same grid)"
+    )
     table.notes.append(
         f"**{what}**: error on the data over AIMET's in {len(ratios)} cases: least {ratios[0]:.3f}, median {ratios[len(ratios) // 2]:.4f}, "
         f"largest {largest} (allowed 1 + {ALLOWED - 1:.0e}); above 1 in {sum(r > 1 for r in ratios)}."
@@ -91,8 +114,16 @@ def note(table: Table, what: str, ratios: list[float]) -> None:
 
 @pytest.mark.parametrize(("kind", "gamma", "their_gamma", "name"), CASES)
 def test_error_is_not_larger(kind, gamma, their_gamma, name, table: Table):
-    ratios = [error_ratio(x, scheme, kind, gamma, their_gamma) for x in datasets().values() for scheme in SCHEMES]
-    note(table, f"{name}, {len(datasets())} sets of 4,096 values, {len(SCHEMES)} schemes, per tensor, channel and block", ratios)
+    ratios = [
+        error_ratio(x, scheme, kind, gamma, their_gamma)
+        for x in datasets().values()
+        for scheme in SCHEMES
+    ]
+    note(
+        table,
+        f"{name}, {len(datasets())} sets of 4,096 values, {len(SCHEMES)} schemes, per tensor, channel and block",
+        ratios,
+    )
     assert ratios[-1] <= ALLOWED
     assert ratios[len(ratios) // 2] < 1
 
@@ -100,7 +131,11 @@ def test_error_is_not_larger(kind, gamma, their_gamma, name, table: Table):
 @pytest.mark.parametrize(("kind", "gamma", "their_gamma", "name"), CASES[:2])
 def test_error_is_not_larger_through_bins(kind, gamma, their_gamma, name, table: Table):
     schemes = [s for s in SCHEMES if isinstance(s.granularity, PerTensor) and s.bitwidth < 16]
-    ratios = [error_ratio(x, s, kind, gamma, their_gamma) for x in datasets(64, 8192).values() for s in schemes]
+    ratios = [
+        error_ratio(x, s, kind, gamma, their_gamma)
+        for x in datasets(64, 8192).values()
+        for s in schemes
+    ]
     note(
         table,
         f"{name}, {len(datasets())} sets of 524,288 values, more than are kept, so both sides choose through bins, {len(schemes)} schemes",
@@ -118,15 +153,22 @@ def test_percentile(percentile, table: Table):
         for scheme in SCHEMES:
             if scheme.bitwidth == 2 and scheme.symmetric:
                 continue  # AIMET spares the positive end's clipping for min-max at 2 bits but not here
-            mine, aimet = ours(x, scheme, PercentileObserver, percentile), theirs(x, scheme, PercentileEncodingAnalyzer, percentile=percentile)
+            mine, aimet = (
+                ours(x, scheme, PercentileObserver, percentile),
+                theirs(x, scheme, PercentileEncodingAnalyzer, percentile=percentile),
+            )
             rows = x.reshape(mine.scale.numel(), -1).sort(1).values
             outside = int(rows.shape[1] * (100 - percentile) / 100 + 1e-9)
-            low, high = (end.view(mine.scale.shape) for end in (rows[:, outside], rows[:, -1 - outside]))
+            low, high = (
+                end.view(mine.scale.shape) for end in (rows[:, outside], rows[:, -1 - outside])
+            )
             exact = encoding_from_range(low, high, scheme)
             assert torch.equal(mine.scale, exact.scale)
             assert torch.equal(mine.offset, exact.offset)
             bin_width = (rows[:, -1] - rows[:, 0]) / 2048
-            apart = ((aimet.scale - exact.scale).abs().flatten().double() * scheme.steps / bin_width).max()
+            apart = (
+                (aimet.scale - exact.scale).abs().flatten().double() * scheme.steps / bin_width
+            ).max()
             aimets.append(float(apart))
             ratios.append(weighted_error(x, mine, 1.0) / weighted_error(x, aimet, 1.0))
     aimets.sort()
@@ -146,9 +188,15 @@ def test_every_weight_of_smollm2(table: Table):
     for i, weight in enumerate(weights()):
         per_tensor.append(error_ratio(weight, Scheme(4), SqnrObserver, 3.0, 3.0))
         if weight.ndim == 2 and 0 < i < 10:
-            per_channel.append(error_ratio(weight, Scheme(4, granularity=PerChannel(0)), SqnrObserver, 3.0, 3.0))
+            per_channel.append(
+                error_ratio(weight, Scheme(4, granularity=PerChannel(0)), SqnrObserver, 3.0, 3.0)
+            )
     assert len(per_tensor) == TENSORS
     note(table, "SQNR, every tensor of SmolLM2-135M, int4 symmetric per tensor", per_tensor)
-    note(table, "SQNR, the matrices of SmolLM2-135M's first block, int4 symmetric per channel", per_channel)
+    note(
+        table,
+        "SQNR, the matrices of SmolLM2-135M's first block, int4 symmetric per channel",
+        per_channel,
+    )
     assert per_tensor[-1] <= ALLOWED
     assert per_channel[-1] <= ALLOWED

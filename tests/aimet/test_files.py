@@ -23,7 +23,10 @@ from qwlora.grid.observer import measure  # noqa: E402
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme  # noqa: E402
 
 GRIDS = [
-    Scheme(bitwidth, symmetric, granularity) for bitwidth in (4, 8) for symmetric in (True, False) for granularity in (PerTensor(), PerChannel(0), PerBlock(16))
+    Scheme(bitwidth, symmetric, granularity)
+    for bitwidth in (4, 8)
+    for symmetric in (True, False)
+    for granularity in (PerTensor(), PerChannel(0), PerBlock(16))
 ]
 
 
@@ -32,8 +35,14 @@ def simulated(scheme: Scheme) -> tuple[torch.nn.Module, object]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 24, bias=False)).eval()
     sim = aimet_torch.QuantizationSimModel(model, torch.randn(2, 64), default_param_bw=8)
-    shape, block = {PerTensor: ((), None), PerChannel: ((24, 1), None), PerBlock: ((24, 4), (1, 16))}[type(scheme.granularity)]
-    quantizer = QuantizeDequantize(shape, qmin=0, qmax=2**scheme.bitwidth - 1, symmetric=False, block_size=block)
+    shape, block = {
+        PerTensor: ((), None),
+        PerChannel: ((24, 1), None),
+        PerBlock: ((24, 4), (1, 16)),
+    }[type(scheme.granularity)]
+    quantizer = QuantizeDequantize(
+        shape, qmin=0, qmax=2**scheme.bitwidth - 1, symmetric=False, block_size=block
+    )
     sim.model[0].param_quantizers["weight"] = quantizer
     return model, sim
 
@@ -43,8 +52,12 @@ def file_of(name: str, encoding: GridEncoding) -> EncodingsFile:
     value = IntegerEncoding(
         name=name,
         bitwidth=encoding.scheme.bitwidth,
-        scale=encoding.scale.flatten().numpy().astype(np.float64) if encoding.scale.ndim else encoding.scale.numpy().astype(np.float64),
-        offset=encoding.offset.flatten().numpy().astype(np.int64) if encoding.offset.ndim else encoding.offset.numpy().astype(np.int64),
+        scale=encoding.scale.flatten().numpy().astype(np.float64)
+        if encoding.scale.ndim
+        else encoding.scale.numpy().astype(np.float64),
+        offset=encoding.offset.flatten().numpy().astype(np.int64)
+        if encoding.offset.ndim
+        else encoding.offset.numpy().astype(np.int64),
         symmetric=encoding.scheme.symmetric,
         signed=None,
         axis=None,

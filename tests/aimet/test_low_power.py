@@ -21,14 +21,19 @@ def test_low_power_blocks(bitwidth, comparison):
     for scale_bitwidth in (1, 2, 4, 8):
         for size in (2, 16, 64):
             for seed in range(5):
-                x = torch.randn(8, 256, generator=torch.Generator().manual_seed(seed)) ** (1 + 2 * (seed % 2)) * 10.0 ** -(seed % 3)
+                x = torch.randn(8, 256, generator=torch.Generator().manual_seed(seed)) ** (
+                    1 + 2 * (seed % 2)
+                ) * 10.0 ** -(seed % 3)
                 scheme = Scheme(bitwidth, granularity=LowPowerBlock(size, scale_bitwidth))
                 encoding, quantizer = measure(x, scheme), aimet_low_power_quantizer(x, scheme)
                 compare(comparison, x, encoding, quantizer)
                 row, integers = split_scales(encoding.scale, scheme)
                 theirs = quantizer.get_encodings()
                 assert torch.equal(row, theirs.per_channel_scale.detach().flatten())
-                assert torch.equal(integers, theirs.per_block_int_scale.detach().to(torch.int32).view(integers.shape))
+                assert torch.equal(
+                    integers,
+                    theirs.per_block_int_scale.detach().to(torch.int32).view(integers.shape),
+                )
     assert comparison.scales_differ == comparison.offsets_differ == comparison.values_differ == 0
 
 

@@ -26,9 +26,15 @@ def random_case(kind: type, seed: int) -> tuple[torch.Tensor, Scheme]:
     size = pick(1, 2, 16, 32)
     shape = [pick(1, 3, 8) for _ in range(axes)]
     shape[-1] = size * pick(1, 2, 5)
-    granularity = {PerTensor: PerTensor(), PerChannel: PerChannel(pick(*range(axes))), PerBlock: PerBlock(size)}[kind]
+    granularity = {
+        PerTensor: PerTensor(),
+        PerChannel: PerChannel(pick(*range(axes))),
+        PerBlock: PerBlock(size),
+    }[kind]
     scheme = Scheme(pick(*BITWIDTHS), pick(True, False), granularity)
-    x = torch.randn(shape, generator=generator) * pick(1e-12, 1e-5, 1e-2, 1.0, 1e4) + pick(0.0, 0.0, 3.0, -3.0)
+    x = torch.randn(shape, generator=generator) * pick(1e-12, 1e-5, 1e-2, 1.0, 1e4) + pick(
+        0.0, 0.0, 3.0, -3.0
+    )
     return x * pick(*[1.0] * 19, 0.0), scheme
 
 
@@ -57,7 +63,9 @@ def test_a_stream_of_batches(bitwidth, symmetric):
     assert int(quantizer.get_offset()) + quantizer.qmin == int(observer.encoding().offset)
 
 
-@pytest.mark.parametrize("scheme", [Scheme(8, False), Scheme(4), Scheme(2), Scheme(4, granularity=PerBlock(4))], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [Scheme(8, False), Scheme(4), Scheme(2), Scheme(4, granularity=PerBlock(4))], ids=str
+)
 @pytest.mark.parametrize("stretch", [0.7, 1.0, 1.6])
 def test_gradient_of_the_input(scheme, stretch):
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))

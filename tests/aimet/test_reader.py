@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 pytestmark = [pytest.mark.aimet, pytest.mark.filterwarnings("ignore")]
-pytest.importorskip("aimet_torch", reason="runs in an environment with aimet-torch: make test-aimet")
+pytest.importorskip(
+    "aimet_torch", reason="runs in an environment with aimet-torch: make test-aimet"
+)
 
 from aimet_torch.common import quantsim  # noqa: E402
 from aimet_torch.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize  # noqa: E402
@@ -20,7 +22,14 @@ from qwlora.encodings import read  # noqa: E402
 from qwlora.errors import SourceError  # noqa: E402
 from qwlora.grid.scheme import LowPowerBlock, PerBlock  # noqa: E402
 
-SHAPES = {"tensor": (12, 16), "channel": (24, 12), "asymmetric": (16, 24), "block": (12, 16), "block_asymmetric": (32, 12), "lpbq": (16, 32)}
+SHAPES = {
+    "tensor": (12, 16),
+    "channel": (24, 12),
+    "asymmetric": (16, 24),
+    "block": (12, 16),
+    "block_asymmetric": (32, 12),
+    "lpbq": (16, 32),
+}
 
 
 class Layers(nn.Module):
@@ -46,8 +55,17 @@ def simulation() -> tuple[QuantizationSimModel, Layers, torch.Tensor]:
         "channel": QuantizeDequantize((24, 1), bitwidth=4, symmetric=True),
         "asymmetric": QuantizeDequantize((16, 1), bitwidth=4, symmetric=False),
         "block": QuantizeDequantize((12, 4), bitwidth=4, symmetric=True, block_size=(1, 4)),
-        "block_asymmetric": QuantizeDequantize((32, 3), bitwidth=2, symmetric=False, block_size=(1, 4)),
-        "lpbq": GroupedBlockQuantizeDequantize((16, 4), bitwidth=4, symmetric=True, decompressed_bw=8, block_size=(1, 8), block_grouping=(1, 4)),
+        "block_asymmetric": QuantizeDequantize(
+            (32, 3), bitwidth=2, symmetric=False, block_size=(1, 4)
+        ),
+        "lpbq": GroupedBlockQuantizeDequantize(
+            (16, 4),
+            bitwidth=4,
+            symmetric=True,
+            decompressed_bw=8,
+            block_size=(1, 8),
+            block_grouping=(1, 4),
+        ),
     }
     for name, quantizer in quantizers.items():
         getattr(sim.model, name).param_quantizers["weight"] = quantizer
@@ -55,7 +73,9 @@ def simulation() -> tuple[QuantizationSimModel, Layers, torch.Tensor]:
     return sim, model, x
 
 
-def exported(folder: Path, exporter: str, version: str) -> tuple[QuantizationSimModel, Layers, Path]:
+def exported(
+    folder: Path, exporter: str, version: str
+) -> tuple[QuantizationSimModel, Layers, Path]:
     sim, model, x = simulation()
     if exporter == "torch":
         before, quantsim.encoding_version = quantsim.encoding_version, version
@@ -64,8 +84,21 @@ def exported(folder: Path, exporter: str, version: str) -> tuple[QuantizationSim
         finally:
             quantsim.encoding_version = before
         torch_file = folder / "model_torch.encodings"
-        return sim, model, torch_file if version == "0.6.1" and not (folder / "model.encodings").exists() else folder / "model.encodings"
-    sim.onnx.export((x,), str(folder / "model.onnx"), input_names=["x"], output_names=["y"], dynamo=exporter == "dynamo", encoding_version=version)
+        return (
+            sim,
+            model,
+            torch_file
+            if version == "0.6.1" and not (folder / "model.encodings").exists()
+            else folder / "model.encodings",
+        )
+    sim.onnx.export(
+        (x,),
+        str(folder / "model.onnx"),
+        input_names=["x"],
+        output_names=["y"],
+        dynamo=exporter == "dynamo",
+        encoding_version=version,
+    )
     return sim, model, folder / "model.encodings"
 
 
@@ -80,14 +113,22 @@ def test_grids_round_as_aimets_quantizers(tmp_path: Path, exporter: str, version
         numbered = f"{name}.weight" not in file.by_name
         entry = file.by_name[f"{name}.weight_0" if numbered else f"{name}.weight"]
         assert numbered == (exporter != "torch")
-        placement = Placement(shape, flipped=numbered, block_order="tensor" if numbered else "channel")
+        placement = Placement(
+            shape, flipped=numbered, block_order="tensor" if numbered else "channel"
+        )
         if version == "0.6.1" and ("block" in name or name == "lpbq"):
-            with pytest.raises(SourceError, match=r"0.6.1 lists the scales of blocks as if they were channels"):
+            with pytest.raises(
+                SourceError, match=r"0.6.1 lists the scales of blocks as if they were channels"
+            ):
                 grid_of(entry, placement, version)
             continue
         grid = grid_of(entry, placement, version)
         weight = getattr(model, name).weight.detach()
-        theirs = getattr(sim.model, name).param_quantizers["weight"](getattr(sim.model, name).weight).detach()
+        theirs = (
+            getattr(sim.model, name)
+            .param_quantizers["weight"](getattr(sim.model, name).weight)
+            .detach()
+        )
         assert torch.equal(grid.fake_quantize(weight), theirs)
         assert isinstance(grid.scheme.granularity, LowPowerBlock) == (name == "lpbq")
         assert isinstance(grid.scheme.granularity, PerBlock) == ("block" in name or name == "lpbq")

@@ -20,7 +20,14 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Scheme
 
 from .llama import ForwardLogits, adapt_, llama, make_modules_
-from .oracle import QuantizationMixin, QuantizationSimModel, QuantizeDequantize, aimet_numbers, aimet_shape, ulps
+from .oracle import (
+    QuantizationMixin,
+    QuantizationSimModel,
+    QuantizeDequantize,
+    aimet_numbers,
+    aimet_shape,
+    ulps,
+)
 from .table import Comparison, Table
 
 load_file = pytest.importorskip("safetensors.torch").load_file
@@ -47,7 +54,11 @@ class Ours:
 
     def activation_of(self, path: str) -> str | None:
         """Our name for the output of AIMET's module at `path`."""
-        named = [n for n in self.encodings if f"values.{n}" in self.results and (n == path or n.rpartition(".")[0] == path)]
+        named = [
+            n
+            for n in self.encodings
+            if f"values.{n}" in self.results and (n == path or n.rpartition(".")[0] == path)
+        ]
         exact = [n for n in named if n == path] or named
         assert len(exact) <= 1, f"{path} could be {exact}"
         return exact[0] if exact else None
@@ -68,13 +79,30 @@ class Pair:
 def pair(request: pytest.FixtureRequest) -> Pair:
     folder = request.config.getoption("--simulations")
     if folder is None:
-        pytest.skip("our half is not written: make test-aimet, or tests/aimet/write_simulations.py FOLDER and --simulations FOLDER")
+        pytest.skip(
+            "our half is not written: make test-aimet, or tests/aimet/write_simulations.py FOLDER and --simulations FOLDER"
+        )
     here = folder / f"{request.param}"
-    tensors = {part: load_file(here / f"{part}.safetensors") for part in ("float", "adapter", "batches", "results", "encodings")}
+    tensors = {
+        part: load_file(here / f"{part}.safetensors")
+        for part in ("float", "adapter", "batches", "results", "encodings")
+    }
     record = json.loads((here / "case.json").read_text())
     schemes = {name: Scheme.from_json(scheme) for name, scheme in record["schemes"].items()}
-    encodings = {name: Encoding(s, tensors["encodings"][f"{name}.scale"], tensors["encodings"][f"{name}.offset"]) for name, s in schemes.items()}
-    ours = Ours(record, encodings, tensors["float"], tensors["adapter"], tensors["batches"], tensors["results"])
+    encodings = {
+        name: Encoding(
+            s, tensors["encodings"][f"{name}.scale"], tensors["encodings"][f"{name}.offset"]
+        )
+        for name, s in schemes.items()
+    }
+    ours = Ours(
+        record,
+        encodings,
+        tensors["float"],
+        tensors["adapter"],
+        tensors["batches"],
+        tensors["results"],
+    )
     return make_pair(ours)
 
 
@@ -90,7 +118,9 @@ def make_pair(ours: Ours) -> Pair:
     with torch.no_grad():
         plain = wrapped(*example)
         bitwidth = ours.encodings["lm_head.linear"].scheme.bitwidth
-        simulation = QuantizationSimModel(wrapped, example, default_output_bw=bitwidth, default_param_bw=8)
+        simulation = QuantizationSimModel(
+            wrapped, example, default_output_bw=bitwidth, default_param_bw=8
+        )
     activations: dict[str, list[nn.Module]] = {}
     parameters: dict[str, nn.Module] = {}
     for path, module in quantized_modules(simulation):
@@ -99,7 +129,9 @@ def make_pair(ours: Ours) -> Pair:
             place_output_(path, module, ours)
         for name, quantizer in placed(path, module, ours):
             activations.setdefault(name, []).append(quantizer)
-    calibration = [batch for name, batch in sorted(ours.batches.items()) if name.startswith("calibration")]
+    calibration = [
+        batch for name, batch in sorted(ours.batches.items()) if name.startswith("calibration")
+    ]
     simulation.compute_encodings(lambda m: [m(*inputs(batch)) for batch in calibration])
     return Pair(ours, simulation, plain, activations, parameters)
 
@@ -114,20 +146,26 @@ def quantized_modules(simulation: QuantizationSimModel) -> Iterator[tuple[str, n
             yield path.removeprefix("model."), module
 
 
-def place_parameters_(path: str, module: nn.Module, ours: Ours, found: dict[str, nn.Module]) -> None:
+def place_parameters_(
+    path: str, module: nn.Module, ours: Ours, found: dict[str, nn.Module]
+) -> None:
     """Quantizers of our schemes on the parameters; which ones have an encoding is the same on both sides."""
     for kind in module.param_quantizers:
         name = f"{path.removesuffix('.linear')}.{kind}"
         scheme = ours.encodings[name].scheme
         shape, block_size = aimet_shape(scheme, tuple(getattr(module, kind).shape))
-        found[name] = module.param_quantizers[kind] = QuantizeDequantize(shape, scheme.bitwidth, scheme.symmetric, block_size=block_size)
+        found[name] = module.param_quantizers[kind] = QuantizeDequantize(
+            shape, scheme.bitwidth, scheme.symmetric, block_size=block_size
+        )
 
 
 def place_output_(path: str, module: nn.Module, ours: Ours) -> None:
     """Our placement: each value is quantized where it is made, and nowhere else."""
     name = ours.activation_of(path)
     scheme = ours.encodings[name].scheme if name else None
-    module.output_quantizers[0] = QuantizeDequantize((), scheme.bitwidth, scheme.symmetric) if scheme else None
+    module.output_quantizers[0] = (
+        QuantizeDequantize((), scheme.bitwidth, scheme.symmetric) if scheme else None
+    )
     for i in range(len(module.input_quantizers)):
         module.input_quantizers[i] = None
 
@@ -147,7 +185,9 @@ def values_of(pair: Pair) -> dict[str, Tensor]:
     """Outputs of AIMET's modules in one simulated forward, by our names."""
     seen: dict[str, Tensor] = {}
     handles = [
-        module.register_forward_hook(lambda m, i, output, name=name: seen.__setitem__(name, output.detach()))
+        module.register_forward_hook(
+            lambda m, i, output, name=name: seen.__setitem__(name, output.detach())
+        )
         for path, module in quantized_modules(pair.simulation)
         if (name := pair.ours.activation_of(path)) and module.output_quantizers[0] is not None
     ]
@@ -165,7 +205,9 @@ def test_the_two_models_are_one(pair: Pair) -> None:
 
 
 def test_same_values_are_quantized(pair: Pair) -> None:
-    ours = {name.removeprefix("values.") for name in pair.ours.results if name.startswith("values.")}
+    ours = {
+        name.removeprefix("values.") for name in pair.ours.results if name.startswith("values.")
+    }
     assert set(pair.activations) == ours
     assert set(pair.parameters) == set(pair.ours.encodings) - ours
     assert len(ours) > 15
@@ -180,10 +222,16 @@ def test_encodings_and_values_are_equal(pair: Pair, comparison: Comparison, tabl
                 scale, offset = aimet_numbers(quantizer)
                 comparison.tensors += 1
                 comparison.scales += scale.numel()
-                comparison.worst_ulps = max(comparison.worst_ulps, ulps(scale, encoding.scale.flatten()))
+                comparison.worst_ulps = max(
+                    comparison.worst_ulps, ulps(scale, encoding.scale.flatten())
+                )
                 comparison.scales_differ += int((scale != encoding.scale.flatten()).sum())
                 comparison.offsets_differ += int((offset != encoding.offset.flatten()).sum())
-    expected = {n.removeprefix("values."): v for n, v in pair.ours.results.items() if n.startswith("values.")} | {"logits": pair.ours.results["simulated"]}
+    expected = {
+        n.removeprefix("values."): v
+        for n, v in pair.ours.results.items()
+        if n.startswith("values.")
+    } | {"logits": pair.ours.results["simulated"]}
     dividing = values_of(pair)
     with torch.no_grad():
         shortcut = values_of(pair)
@@ -194,7 +242,11 @@ def test_encodings_and_values_are_equal(pair: Pair, comparison: Comparison, tabl
     largest = float(expected["logits"].abs().max())
     moved, apart, between = (
         float((a - b).abs().max()) / largest
-        for a, b in ((expected["logits"], pair.plain), (dividing["logits"], expected["logits"]), (shortcut["logits"], expected["logits"]))
+        for a, b in (
+            (expected["logits"], pair.plain),
+            (dividing["logits"], expected["logits"]),
+            (shortcut["logits"], expected["logits"]),
+        )
     )
     table.notes.append(
         f"**{name}**: logits of {value.shape[0]} x {value.shape[1]} tokens against the float model's: {moved:.2g} of the largest apart; against AIMET's: "

@@ -68,7 +68,10 @@ CASES = [
     Case("placed by us, W4 per block, A8, LoRA int8", "w4-block32", A8, rank=4),
 ]
 # What AIMET's graph of a Llama misses: every operator that is a function and not a module, but for the product that down_proj reads.
-UNSEEN_BY_AIMET = tuple(PlacementRule(path, keep="float", of="activations") for path in ("model.embed_tokens", "model.rotary_emb", "*.self_attn"))
+UNSEEN_BY_AIMET = tuple(
+    PlacementRule(path, keep="float", of="activations")
+    for path in ("model.embed_tokens", "model.rotary_emb", "*.self_attn")
+)
 
 
 def ids(seed: int) -> Tensor:
@@ -85,10 +88,20 @@ def make_model(case: Case) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     model: nn.Module = LlamaForCausalLM(LlamaConfig(**MODEL, attn_implementation="eager")).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(4 * parameter if parameter.ndim > 1 else 1 + 0.2 * torch.randn_like(parameter))
+            parameter.copy_(
+                4 * parameter if parameter.ndim > 1 else 1 + 0.2 * torch.randn_like(parameter)
+            )
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     if case.rank:
-        model = get_peft_model(model, LoraConfig(r=case.rank, lora_alpha=3 * case.rank, target_modules="all-linear", init_lora_weights=False)).eval()
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=case.rank,
+                lora_alpha=3 * case.rank,
+                target_modules="all-linear",
+                init_lora_weights=False,
+            ),
+        ).eval()
     with torch.no_grad():
         plain = model(**inputs(ids(EVALUATION_SEED)), use_cache=False).logits
     quantize_(model, case.base, "rtn")
@@ -98,22 +111,54 @@ def make_model(case: Case) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
 def write(case: Case, folder: Path) -> None:
     folder.mkdir(parents=True)
     model, weights, plain = make_model(case)
-    evaluation, calibration = ids(EVALUATION_SEED), [ids(seed) for seed in range(CALIBRATION_BATCHES)]
+    evaluation, calibration = (
+        ids(EVALUATION_SEED),
+        [ids(seed) for seed in range(CALIBRATION_BATCHES)],
+    )
     channel = Scheme(8, granularity=PerChannel(0))
     rules = UNSEEN_BY_AIMET if case.as_aimet else ()
-    schemes = SimulationSchemes(case.activations, adapter_weights=channel, parameters=channel, rules=rules)
+    schemes = SimulationSchemes(
+        case.activations, adapter_weights=channel, parameters=channel, rules=rules
+    )
     simulation = simulate(model, inputs(evaluation), schemes)
     simulation.calibrate([inputs(batch) for batch in calibration])
-    parts = {f"{name}.{part}": getattr(e, part).clone().contiguous() for name, e in simulation.encodings.items() for part in ("scale", "offset")}
+    parts = {
+        f"{name}.{part}": getattr(e, part).clone().contiguous()
+        for name, e in simulation.encodings.items()
+        for part in ("scale", "offset")
+    }
     save_file(parts, folder / "encodings.safetensors")
     save_file(weights, folder / "float.safetensors")
-    adapter = {canonical_name(name): p.detach().clone() for name, p in model.named_parameters() if is_adapter_name(name)}
+    adapter = {
+        canonical_name(name): p.detach().clone()
+        for name, p in model.named_parameters()
+        if is_adapter_name(name)
+    }
     save_file(adapter, folder / "adapter.safetensors")
-    save_file({"evaluation": evaluation, **{f"calibration.{i}": batch for i, batch in enumerate(calibration)}}, folder / "batches.safetensors")
-    values = {f"values.{name}": value.contiguous() for name, value in simulation.values(evaluation).items()}
-    save_file({"plain": plain, "simulated": simulation.logits(evaluation), **values}, folder / "results.safetensors")
-    record = {"name": case.name, "model": MODEL, "as_aimet": case.as_aimet, "scaling": 3.0 if case.rank else None}
-    record["schemes"] = {name: encoding.scheme.to_json() for name, encoding in simulation.encodings.items()}
+    save_file(
+        {
+            "evaluation": evaluation,
+            **{f"calibration.{i}": batch for i, batch in enumerate(calibration)},
+        },
+        folder / "batches.safetensors",
+    )
+    values = {
+        f"values.{name}": value.contiguous()
+        for name, value in simulation.values(evaluation).items()
+    }
+    save_file(
+        {"plain": plain, "simulated": simulation.logits(evaluation), **values},
+        folder / "results.safetensors",
+    )
+    record = {
+        "name": case.name,
+        "model": MODEL,
+        "as_aimet": case.as_aimet,
+        "scaling": 3.0 if case.rank else None,
+    }
+    record["schemes"] = {
+        name: encoding.scheme.to_json() for name, encoding in simulation.encodings.items()
+    }
     (folder / "case.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

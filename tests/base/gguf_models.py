@@ -12,7 +12,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations import GGUF_CONFIG_MAPPING
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
 from transformers.pytorch_utils import Conv1D
 
 HALVES: dict[str, tuple[int, ...]] = {
@@ -46,7 +50,11 @@ def with_one_zero(values: torch.Tensor) -> torch.Tensor:
 
 def metadata_of(arch: str, config: PretrainedConfig, key: str) -> dict[str, Any]:
     """The pairs that transformers reads for `config`, by its own table."""
-    pairs = {f"{arch}.{name}": getattr(config, hf_name, None) for name, hf_name in GGUF_CONFIG_MAPPING[key].items() if hf_name}
+    pairs = {
+        f"{arch}.{name}": getattr(config, hf_name, None)
+        for name, hf_name in GGUF_CONFIG_MAPPING[key].items()
+        if hf_name
+    }
     return {name: value for name, value in pairs.items() if value is not None}
 
 
@@ -57,7 +65,9 @@ def stored_shapes(arch: str, config: PretrainedConfig) -> dict[str, tuple[int, .
     processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config.to_dict())
     shapes = {}
     for name, parameter in get_gguf_hf_weights_map(model, processor).items():
-        if parameter not in model.state_dict() or (name == "output.weight" and config.tie_word_embeddings):
+        if parameter not in model.state_dict() or (
+            name == "output.weight" and config.tie_word_embeddings
+        ):
             continue
         shape = tuple(model.state_dict()[parameter].shape)
         module = model.get_submodule(parameter.rpartition(".")[0])
@@ -87,21 +97,33 @@ def write_file(
         elif isinstance(value, str):
             writer.add_string(key, value)
         else:
-            (writer.add_bool if isinstance(value, bool) else writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+            (
+                writer.add_bool
+                if isinstance(value, bool)
+                else writer.add_uint32
+                if isinstance(value, int)
+                else writer.add_float32
+            )(key, value)
     writer.add_token_list([f"t{i}" for i in range(tokens)])
     for seed, (name, shape) in enumerate(shapes.items()):
         kind = kind_of(name, shape)
         if kind in KINDS:
             rows = int(np.prod(shape[:-1]))
             data = random_rows(kind, rows, shape[-1], seed)
-            writer.add_tensor(name, data.reshape(*shape[:-1], -1), raw_dtype=GGMLQuantizationType[kind])
+            writer.add_tensor(
+                name, data.reshape(*shape[:-1], -1), raw_dtype=GGMLQuantizationType[kind]
+            )
             continue
         values = np.random.default_rng(seed).normal(size=shape).astype(np.float32) * 0.05
         values = -abs(values) - 0.01 if name.endswith("ssm_a") else values
         if kind == "F64":
             writer.add_tensor(name, values.astype(np.float64) / 3)
             continue
-        writer.add_tensor(name, gguf.quants.quantize(values, GGMLQuantizationType[kind]), raw_dtype=GGMLQuantizationType[kind])
+        writer.add_tensor(
+            name,
+            gguf.quants.quantize(values, GGMLQuantizationType[kind]),
+            raw_dtype=GGMLQuantizationType[kind],
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -22,7 +22,9 @@ FILES = Path(__file__).parent / "files"
 IN, OUT = 64, 32
 
 
-def measured(weight: torch.Tensor, bits: int, group: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def measured(
+    weight: torch.Tensor, bits: int, group: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points [out, groups], min-max, as these libraries find them."""
     grouped = weight.unflatten(1, (-1, group))
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
@@ -37,7 +39,10 @@ def measured(weight: torch.Tensor, bits: int, group: int, symmetric: bool) -> tu
 def gptq() -> None:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.quantization.config import QuantizeConfig
-    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module, convert_gptq_v2_to_v1_format_module
+    from gptqmodel.utils.model import (
+        convert_gptq_v1_to_v2_format_module,
+        convert_gptq_v2_to_v1_format_module,
+    )
 
     for version in (1, 2):
         tensors, expected = {}, {}
@@ -47,14 +52,29 @@ def gptq() -> None:
                     case = f"w{bits}-{'symmetric' if symmetric else 'asymmetric'}-{group}"
                     torch.manual_seed(bits)
                     linear = torch.nn.Linear(IN, OUT, bias=True)
-                    linear.weight.data[0].abs_()  # a zero point of 0, from which version 1 subtracts one
+                    linear.weight.data[
+                        0
+                    ].abs_()  # a zero point of 0, from which version 1 subtracts one
                     scale, zero = measured(linear.weight.data, bits, group, symmetric)
                     index = torch.arange(IN, dtype=torch.int32) // group
-                    layer = TorchLinear(bits, group, symmetric, False, IN, OUT, True, torch.int32, register_buffers=True)
+                    layer = TorchLinear(
+                        bits,
+                        group,
+                        symmetric,
+                        False,
+                        IN,
+                        OUT,
+                        True,
+                        torch.int32,
+                        register_buffers=True,
+                    )
                     layer.pack(linear, scale, zero, index)
                     if version == 1:
                         convert_gptq_v2_to_v1_format_module(layer, QuantizeConfig(bits=bits))
-                    tensors |= {f"{case}.{part}": getattr(layer, part).clone() for part in ("qweight", "qzeros", "scales", "g_idx", "bias")}
+                    tensors |= {
+                        f"{case}.{part}": getattr(layer, part).clone()
+                        for part in ("qweight", "qzeros", "scales", "g_idx", "bias")
+                    }
                     if version == 1:
                         convert_gptq_v1_to_v2_format_module(layer, bits, torch.int32)
                     layer.scales = layer.scales.float()
@@ -71,10 +91,16 @@ def scattered() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(IN, OUT, bias=False)
     scale, zero = measured(linear.weight.data, 4, 16, False)
-    for case, index in (("scattered", torch.arange(IN) % 4), ("runs", torch.tensor([2, 0, 3, 1]).repeat_interleave(16))):
+    for case, index in (
+        ("scattered", torch.arange(IN) % 4),
+        ("runs", torch.tensor([2, 0, 3, 1]).repeat_interleave(16)),
+    ):
         layer = TorchLinear(4, 16, False, True, IN, OUT, False, torch.int32, register_buffers=True)
         layer.pack(linear, scale, zero, index.int())
-        tensors |= {f"{case}.{part}": getattr(layer, part).clone() for part in ("qweight", "qzeros", "scales", "g_idx")}
+        tensors |= {
+            f"{case}.{part}": getattr(layer, part).clone()
+            for part in ("qweight", "qzeros", "scales", "g_idx")
+        }
         layer.scales = layer.scales.float()
         layer.post_init()
         expected[f"{case}.weight"] = layer.dequantize_weight().t().float().contiguous()
@@ -93,14 +119,24 @@ def awq() -> None:
             scale, zero = measured(linear.weight.data, 4, group, False)
             each = [t.repeat_interleave(group, 1) for t in (scale, zero)]
             codes = (torch.round(linear.weight.data / each[0]) + each[1]).clamp(0, 15)
-            linear.weight.data = (codes - each[1]) * each[0]  # AutoAWQ packs weights that are on the grid already
+            linear.weight.data = (codes - each[1]) * each[
+                0
+            ]  # AutoAWQ packs weights that are on the grid already
             if kind == "gemm":
-                layer = WQLinear_GEMM.from_linear(linear, 4, group, scales=scale.t().contiguous(), zeros=zero.t().contiguous())
-                expected = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.float(), 4, group).t().contiguous()
+                layer = WQLinear_GEMM.from_linear(
+                    linear, 4, group, scales=scale.t().contiguous(), zeros=zero.t().contiguous()
+                )
+                expected = (
+                    dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.float(), 4, group)
+                    .t()
+                    .contiguous()
+                )
             else:  # AutoAWQ unpacks gemv on a GPU only; these are the integers that it was given to pack
                 layer = WQLinear_GEMV.from_linear(linear, 4, group, scales=scale, zeros=zero)
                 expected = linear.weight.data
-            tensors = {f"layer.{part}": getattr(layer, part) for part in ("qweight", "qzeros", "scales")}
+            tensors = {
+                f"layer.{part}": getattr(layer, part) for part in ("qweight", "qzeros", "scales")
+            }
             written(f"awq-{kind}-{group}", tensors, {"layer.weight": expected})
 
 
@@ -113,18 +149,39 @@ def llama() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
         config.bos_token_id = config.eos_token_id = config.pad_token_id = 1
         LlamaForCausalLM(config).half().save_pretrained(directory)
         tokenizer = Tokenizer(models.WordLevel({f"{i}": i for i in range(64)}, unk_token="0"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="0", eos_token="1", pad_token="1", bos_token="1").save_pretrained(directory)
-        model = GPTQModel.load(directory, QuantizeConfig(bits=4, group_size=32, sym=False, desc_act=False), dtype=torch.float16)
-        model.quantize([{"input_ids": torch.randint(64, (64,)).tolist(), "attention_mask": [1] * 64} for _ in range(32)], batch_size=1)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="0", eos_token="1", pad_token="1", bos_token="1"
+        ).save_pretrained(directory)
+        model = GPTQModel.load(
+            directory,
+            QuantizeConfig(bits=4, group_size=32, sym=False, desc_act=False),
+            dtype=torch.float16,
+        )
+        model.quantize(
+            [
+                {"input_ids": torch.randint(64, (64,)).tolist(), "attention_mask": [1] * 64}
+                for _ in range(32)
+            ],
+            batch_size=1,
+        )
         target = FILES / "gptqmodel-llama"
         shutil.rmtree(target, ignore_errors=True)
         model.save(str(target))
-        loaded = GPTQModel.load(str(target), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
+        loaded = GPTQModel.load(
+            str(target), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16
+        )
         expected = {}
         for name, module in loaded.model.named_modules():
             if hasattr(module, "dequantize_weight"):
@@ -135,13 +192,20 @@ def llama() -> None:
             if file.name not in ("config.json", "model.safetensors", "expected.safetensors"):
                 file.unlink()
         record = json.loads((target / "config.json").read_text())
-        del record["quantization_config"]["meta"]["offload_to_disk_path"]  # of the machine that ran this
+        del record["quantization_config"]["meta"][
+            "offload_to_disk_path"
+        ]  # of the machine that ran this
         (target / "config.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def written(folder: str, tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def written(
+    folder: str, tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
     (FILES / folder).mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, FILES / folder / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        FILES / folder / "model.safetensors",
+    )
     save_file(expected, FILES / folder / "expected.safetensors")
 
 

@@ -6,7 +6,14 @@ import copy
 
 from torch import Tensor, nn
 
-from qwlora.base.packed import is_packable, pack_module, pack_parameter_, parameter_out_in, tie_weights_, weight_out_in
+from qwlora.base.packed import (
+    is_packable,
+    pack_module,
+    pack_parameter_,
+    parameter_out_in,
+    tie_weights_,
+    weight_out_in,
+)
 from qwlora.grid.float_offset import measure_float_offset
 from qwlora.grid.observer import measure
 from qwlora.grid.quantized import QuantizedTensor
@@ -17,14 +24,19 @@ def quantized(weight: Tensor, scheme: Scheme | str) -> QuantizedTensor:
     """Codes of the min-max grid."""
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     weight = weight.detach().float()
-    encoding = measure_float_offset(weight, scheme) if scheme.float_offset else measure(weight, scheme)
+    encoding = (
+        measure_float_offset(weight, scheme) if scheme.float_offset else measure(weight, scheme)
+    )
     return QuantizedTensor(encoding.quantize(weight), encoding)
 
 
 def packed_and_twin(model: nn.Module, scheme: Scheme | str) -> tuple[nn.Module, nn.Module]:
     """`model` with everything packed that can be, and a float model that holds exactly what its codes stand for."""
     twin = copy.deepcopy(model)
-    tied = {id(p): sum(p is q for m in model.modules() for q in m._parameters.values()) for p in model.parameters()}
+    tied = {
+        id(p): sum(p is q for m in model.modules() for q in m._parameters.values())
+        for p in model.parameters()
+    }
     for path, module in list(model.named_modules()):
         if path.endswith("lm_head") and tied[id(module.weight)] > 1:
             continue
@@ -33,13 +45,20 @@ def packed_and_twin(model: nn.Module, scheme: Scheme | str) -> tuple[nn.Module, 
             model.set_submodule(path, pack_module(module, found))
             weight = twin.get_submodule(path).weight
             values = found.dequantize().view(weight.shape if weight.ndim > 2 else found.codes.shape)
-            weight.data = values if weight.shape == values.shape and isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d) else values.T
+            weight.data = (
+                values
+                if weight.shape == values.shape
+                and isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d)
+                else values.T
+            )
             continue
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.ndim == 3:
                 found = quantized(parameter_out_in(module, name), scheme)
                 turned = pack_parameter_(module, name, found).turned
-                twin.get_submodule(path)._parameters[name].data = found.dequantize().mT.contiguous() if turned else found.dequantize()
+                twin.get_submodule(path)._parameters[name].data = (
+                    found.dequantize().mT.contiguous() if turned else found.dequantize()
+                )
     if hasattr(model, "tie_weights"):
         tie_weights_(model)
     return model, twin

@@ -16,7 +16,16 @@ from qwlora.errors import MergeError
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import parse_scheme
 
-SCHEMES = ["w4-block32", "w3-block16", "w2-block32-asymmetric", "w8-channel", "w4-tensor", "w5-channel-asymmetric", "w6-block8", "w7-tensor-asymmetric"]
+SCHEMES = [
+    "w4-block32",
+    "w3-block16",
+    "w2-block32-asymmetric",
+    "w8-channel",
+    "w4-tensor",
+    "w5-channel-asymmetric",
+    "w6-block8",
+    "w7-tensor-asymmetric",
+]
 
 
 def packed(scheme: str, bias: bool = True) -> tuple[PackedLinear, torch.Tensor]:
@@ -32,7 +41,9 @@ def packed(scheme: str, bias: bool = True) -> tuple[PackedLinear, torch.Tensor]:
 def test_layer_computes_with_exactly_its_integers(scheme: str) -> None:
     layer, weight = packed(scheme)
     x = torch.randn(3, 7, 96)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, layer.bias), rtol=0, atol=0)
+    torch.testing.assert_close(
+        layer(x), nn.functional.linear(x, weight, layer.bias), rtol=0, atol=0
+    )
     assert torch.equal(torch.Tensor(layer.weight), weight)
     assert torch.equal(layer.encoding.dequantize(layer.codes), weight)
 
@@ -97,7 +108,9 @@ def test_merging_is_refused_and_changes_nothing() -> None:
     model = tiny_model("llama")
     quantize_(model, "w4-block32")
     before = fingerprint(model)
-    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
     for merge in (wrapped.merge_adapter, lambda: wrapped.merge_adapter(safe_merge=True)):
         with pytest.raises(MergeError, match="Keep the adapter separate"):
             merge()
@@ -107,8 +120,12 @@ def test_merging_is_refused_and_changes_nothing() -> None:
 def test_presets_and_integer_block_scales_are_packed_too(tmp_path: Path) -> None:
     model = tiny_model("llama")
     quantize_(model, "w3g64")
-    assert {str(m.scheme) for m in model.modules() if isinstance(m, PackedLinear)} == {"int3 symmetric per block 64"}
+    assert {str(m.scheme) for m in model.modules() if isinstance(m, PackedLinear)} == {
+        "int3 symmetric per block 64"
+    }
     model = tiny_model("llama")
     quantize_(model, "w4-lpbq16", solver="rtn")
     save_base(model, byte_tokenizer(), tmp_path, "somewhere")
-    assert {str(m.scheme) for m in load_base(tmp_path).modules() if isinstance(m, PackedLinear)} == {"int4 symmetric per block 16 with int4 scales"}
+    assert {
+        str(m.scheme) for m in load_base(tmp_path).modules() if isinstance(m, PackedLinear)
+    } == {"int4 symmetric per block 16 with int4 scales"}

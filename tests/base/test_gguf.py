@@ -11,7 +11,11 @@ import gguf
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
 from transformers.pytorch_utils import Conv1D
 
 from base.gguf_models import KINDS, in_turn, metadata_of, stored_shapes, with_one_zero, write_file
@@ -23,26 +27,75 @@ from qwlora.base.source import load_model
 from qwlora.errors import MissingExtraError, SourceError
 from qwlora.grid.quantized import QuantizedTensor
 
-SMALL = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 64}
+SMALL = {
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+}
 FEED_FORWARD = {"intermediate_size": 512}
 # what GGUF calls the architecture, what transformers' table of keys calls it, and the configuration
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("llama", "llama", {"model_type": "llama", **SMALL, **FEED_FORWARD, "tie_word_embeddings": False, "head_dim": 64}),  # rows of q and k
-    "gpt2": ("gpt2", "gpt2", {"model_type": "gpt2", "n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 96}),  # matrices turned
-    "gemma3": ("gemma3", "gemma3", {"model_type": "gemma3_text", **SMALL, **FEED_FORWARD, "head_dim": 64, "sliding_window": 32}),  # norms less one
-    "bloom": ("bloom", "bloom", {"model_type": "bloom", "hidden_size": 256, "n_layer": 2, "n_head": 4, "vocab_size": 96}),  # q, k, v shuffled
+    "llama": (
+        "llama",
+        "llama",
+        {
+            "model_type": "llama",
+            **SMALL,
+            **FEED_FORWARD,
+            "tie_word_embeddings": False,
+            "head_dim": 64,
+        },
+    ),  # rows of q and k
+    "gpt2": (
+        "gpt2",
+        "gpt2",
+        {"model_type": "gpt2", "n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 96},
+    ),  # matrices turned
+    "gemma3": (
+        "gemma3",
+        "gemma3",
+        {
+            "model_type": "gemma3_text",
+            **SMALL,
+            **FEED_FORWARD,
+            "head_dim": 64,
+            "sliding_window": 32,
+        },
+    ),  # norms less one
+    "bloom": (
+        "bloom",
+        "bloom",
+        {"model_type": "bloom", "hidden_size": 256, "n_layer": 2, "n_head": 4, "vocab_size": 96},
+    ),  # q, k, v shuffled
     "qwen3moe": (  # experts joined
         "qwen3moe",
         "qwen3_moe",
         {
-            **{"model_type": "qwen3_moe", **SMALL, **FEED_FORWARD, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768},
+            **{
+                "model_type": "qwen3_moe",
+                **SMALL,
+                **FEED_FORWARD,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 768,
+            },
             **{"head_dim": 64, "tie_word_embeddings": False},
         },
     ),
     "mamba": (
         "mamba",
         "mamba",
-        {"model_type": "mamba", "hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 96, "state_size": 8, "intermediate_size": 512},
+        {
+            "model_type": "mamba",
+            "hidden_size": 256,
+            "num_hidden_layers": 2,
+            "vocab_size": 96,
+            "state_size": 8,
+            "intermediate_size": 512,
+        },
     ),
 }
 
@@ -56,15 +109,26 @@ def small_file(folder: Path, name: str, kinds: tuple[str, ...] = KINDS) -> Path:
 
     def kind_of(stored: str, shape: tuple[int, ...]) -> str:
         if "_exps" in stored:  # those that are joined have one type
-            return experts.setdefault(stored.split(".")[1] + ("down" if "down" in stored else "gate_up"), choose(stored, shape))
+            return experts.setdefault(
+                stored.split(".")[1] + ("down" if "down" in stored else "gate_up"),
+                choose(stored, shape),
+            )
         return choose(stored, shape)
 
-    return write_file(folder / f"{name}.gguf", arch, metadata_of(arch, config, key), stored_shapes(arch, config), kind_of)
+    return write_file(
+        folder / f"{name}.gguf",
+        arch,
+        metadata_of(arch, config, key),
+        stored_shapes(arch, config),
+        kind_of,
+    )
 
 
 def compare(path: Path) -> dict[str, Any]:
     """Every parameter of transformers' load of the file against ours; gives ours."""
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     wanted = dict(model.named_parameters())
     checkpoint = GgufCheckpoint(path)
     assert set(checkpoint.names()) == set(wanted)
@@ -72,7 +136,9 @@ def compare(path: Path) -> dict[str, Any]:
     for name, value in read.items():
         values = value.dequantize() if isinstance(value, QuantizedTensor) else value
         want = wanted[name].detach()
-        if isinstance(value, QuantizedTensor) and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
+        if isinstance(value, QuantizedTensor) and isinstance(
+            model.get_submodule(name.rpartition(".")[0]), Conv1D
+        ):
             values = values.T  # a quantized matrix is [out, in] whatever way round its layer has it
         assert torch.equal(with_one_zero(values.contiguous()), with_one_zero(want)), name
     return read
@@ -100,26 +166,68 @@ def hybrid_file(folder: Path, value_head_dim: int, experts: bool, kinds: tuple[s
         "ssm_dt.bias": (value_heads,),
         "ssm_out.weight": (hidden, values),
     }
-    full = {"attn_q.weight": (512, hidden), "attn_k.weight": (128, hidden), "attn_v.weight": (128, hidden), "attn_output.weight": (hidden, 256)}
+    full = {
+        "attn_q.weight": (512, hidden),
+        "attn_k.weight": (128, hidden),
+        "attn_v.weight": (128, hidden),
+        "attn_output.weight": (hidden, 256),
+    }
     full |= {"attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)}
-    both: dict[str, tuple[int, ...]] = {"attn_norm.weight": (hidden,), "post_attention_norm.weight": (hidden,)}
+    both: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (hidden,),
+        "post_attention_norm.weight": (hidden,),
+    }
     if experts:
         both |= {"ffn_gate_inp.weight": (4, hidden), "ffn_gate_inp_shexp.weight": (hidden,)}
-        both |= {f"ffn_{part}_exps.weight": (4, 512, hidden) for part in ("gate", "up")} | {"ffn_down_exps.weight": (4, hidden, 512)}
-        both |= {f"ffn_{part}_shexp.weight": (512, hidden) for part in ("gate", "up")} | {"ffn_down_shexp.weight": (hidden, 512)}
+        both |= {f"ffn_{part}_exps.weight": (4, 512, hidden) for part in ("gate", "up")} | {
+            "ffn_down_exps.weight": (4, hidden, 512)
+        }
+        both |= {f"ffn_{part}_shexp.weight": (512, hidden) for part in ("gate", "up")} | {
+            "ffn_down_shexp.weight": (hidden, 512)
+        }
     else:
-        both |= {"ffn_gate.weight": (512, hidden), "ffn_up.weight": (512, hidden), "ffn_down.weight": (hidden, 512)}
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (96, hidden), "output_norm.weight": (hidden,)}
+        both |= {
+            "ffn_gate.weight": (512, hidden),
+            "ffn_up.weight": (512, hidden),
+            "ffn_down.weight": (hidden, 512),
+        }
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (96, hidden),
+        "output_norm.weight": (hidden,),
+    }
     for block, own in enumerate((linear, full)):
         shapes |= {f"blk.{block}.{name}": shape for name, shape in (own | both).items()}
     numbers = {
-        **{"context_length": 64, "embedding_length": hidden, "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 64},
-        **{"attention.layer_norm_rms_epsilon": 1e-6, "full_attention_interval": 2, "block_count": 2, "feed_forward_length": 512, "rope.freq_base": 1e6},
-        **{"ssm.conv_kernel": 4, "ssm.state_size": key_dim, "ssm.group_count": key_heads, "ssm.time_step_rank": value_heads, "ssm.inner_size": values},
+        **{
+            "context_length": 64,
+            "embedding_length": hidden,
+            "attention.head_count": 4,
+            "attention.head_count_kv": 2,
+            "attention.key_length": 64,
+        },
+        **{
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "full_attention_interval": 2,
+            "block_count": 2,
+            "feed_forward_length": 512,
+            "rope.freq_base": 1e6,
+        },
+        **{
+            "ssm.conv_kernel": 4,
+            "ssm.state_size": key_dim,
+            "ssm.group_count": key_heads,
+            "ssm.time_step_rank": value_heads,
+            "ssm.inner_size": values,
+        },
         **{"rope.dimension_sections": [3, 3, 2, 0], "rope.dimension_count": 16},
     }
     if experts:
-        numbers |= {"expert_feed_forward_length": 512, "expert_shared_feed_forward_length": 512, "expert_count": 4, "expert_used_count": 2}
+        numbers |= {
+            "expert_feed_forward_length": 512,
+            "expert_shared_feed_forward_length": 512,
+            "expert_count": 4,
+            "expert_used_count": 2,
+        }
     choose = in_turn(kinds)
     joined: dict[str, str] = {}
 
@@ -128,29 +236,46 @@ def hybrid_file(folder: Path, value_head_dim: int, experts: bool, kinds: tuple[s
             return joined.setdefault(name.split(".")[1], choose(name, shape))
         return kinds[0] if name.endswith("ssm_out.weight") else choose(name, shape)
 
-    return write_file(folder / f"{arch}.gguf", arch, {f"{arch}.{key}": value for key, value in numbers.items()}, shapes, kind_of)
+    return write_file(
+        folder / f"{arch}.gguf",
+        arch,
+        {f"{arch}.{key}": value for key, value in numbers.items()},
+        shapes,
+        kind_of,
+    )
 
 
-NEWER = tuple(kind for kind in KINDS if kind not in ("Q5_0", "Q5_1"))  # transformers has no Q5_0 and Q5_1 there
+NEWER = tuple(
+    kind for kind in KINDS if kind not in ("Q5_0", "Q5_1")
+)  # transformers has no Q5_0 and Q5_1 there
 
 
 @pytest.mark.parametrize("first", [0, 3, 6])
 @pytest.mark.parametrize("experts", [False, True])
-def test_conversions_move_rows_and_whole_blocks_of_columns(tmp_path: Path, experts: bool, first: int) -> None:
+def test_conversions_move_rows_and_whole_blocks_of_columns(
+    tmp_path: Path, experts: bool, first: int
+) -> None:
     read = compare(hybrid_file(tmp_path, 64, experts, NEWER[first:] + NEWER[:first]))
     assert isinstance(read["model.layers.0.linear_attn.out_proj.weight"], QuantizedTensor)
-    assert not experts or isinstance(read["model.layers.1.mlp.experts.gate_up_proj"], QuantizedTensor)
+    assert not experts or isinstance(
+        read["model.layers.1.mlp.experts.gate_up_proj"], QuantizedTensor
+    )
 
 
 def test_columns_that_leave_their_blocks_are_refused(tmp_path: Path) -> None:
     checkpoint = GgufCheckpoint(hybrid_file(tmp_path, 16, False, ("Q8_0",)))
-    with pytest.raises(SourceError, match=r"'blk.0.ssm_out.weight' \(Q8_0, .*moves columns of this tensor out of their blocks of 32"):
+    with pytest.raises(
+        SourceError,
+        match=r"'blk.0.ssm_out.weight' \(Q8_0, .*moves columns of this tensor out of their blocks of 32",
+    ):
         checkpoint.read("model.layers.0.linear_attn.out_proj.weight")
 
 
 def test_values_that_transformers_changes_are_refused(tmp_path: Path) -> None:
     arch, key, settings = ARCHITECTURES["gemma3"]
-    config = AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
+    config = AutoConfig.for_model(
+        settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"}
+    )
     choose = in_turn()
     path = write_file(
         tmp_path / "m.gguf",
@@ -159,41 +284,72 @@ def test_values_that_transformers_changes_are_refused(tmp_path: Path) -> None:
         stored_shapes(arch, config),
         lambda name, shape: "Q8_0" if name == "blk.1.attn_norm.weight" else choose(name, shape),
     )
-    with pytest.raises(SourceError, match=r"'blk.1.attn_norm.weight' \(Q8_0, .*transformers changes the values of this tensor"):
+    with pytest.raises(
+        SourceError,
+        match=r"'blk.1.attn_norm.weight' \(Q8_0, .*transformers changes the values of this tensor",
+    ):
         GgufCheckpoint(path).read("model.layers.1.input_layernorm.weight")
 
 
 def test_joined_experts_of_two_types_are_refused(tmp_path: Path) -> None:
     arch, key, settings = ARCHITECTURES["qwen3moe"]
-    config = AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
+    config = AutoConfig.for_model(
+        settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"}
+    )
     path = write_file(
         tmp_path / "m.gguf",
         arch,
         metadata_of(arch, config, key),
         stored_shapes(arch, config),
-        lambda name, shape: "Q8_0" if name == "blk.0.ffn_up_exps.weight" else "Q4_K" if "exps" in name else "F32",
+        lambda name, shape: (
+            "Q8_0" if name == "blk.0.ffn_up_exps.weight" else "Q4_K" if "exps" in name else "F32"
+        ),
     )
-    with pytest.raises(SourceError, match=r"blk.0.ffn_gate_exps.weight \(Q4_K\), blk.0.ffn_up_exps.weight \(Q8_0\), and one tensor has one grid"):
+    with pytest.raises(
+        SourceError,
+        match=r"blk.0.ffn_gate_exps.weight \(Q4_K\), blk.0.ffn_up_exps.weight \(Q8_0\), and one tensor has one grid",
+    ):
         GgufCheckpoint(path).read("model.layers.0.mlp.experts.gate_up_proj")
 
 
 def test_types_that_no_grid_expresses_are_named(tmp_path: Path) -> None:
     arch, key, settings = ARCHITECTURES["llama"]
-    config = AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
+    config = AutoConfig.for_model(
+        settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"}
+    )
     kinds = {"blk.0.ffn_up.weight": "TQ2_0", "blk.1.attn_q.weight": "MXFP4"}
-    path = write_file(tmp_path / "m.gguf", arch, metadata_of(arch, config, key), stored_shapes(arch, config), lambda name, shape: kinds.get(name, "F16"))
+    path = write_file(
+        tmp_path / "m.gguf",
+        arch,
+        metadata_of(arch, config, key),
+        stored_shapes(arch, config),
+        lambda name, shape: kinds.get(name, "F16"),
+    )
     expected = r"blk.0.ffn_up.weight \(TQ2_0\), blk.1.attn_q.weight \(MXFP4\): no grid .* expresses MXFP4, TQ2_0; take a file of Q4_0, .*"
     with pytest.raises(SourceError, match=expected):
         GgufCheckpoint(path)
 
 
-def llama(folder: Path, kinds: dict[str, str], extra: dict[str, tuple[int, ...]] | None = None, *, metadata: Any = None, **changes: Any) -> Path:
+def llama(
+    folder: Path,
+    kinds: dict[str, str],
+    extra: dict[str, tuple[int, ...]] | None = None,
+    *,
+    metadata: Any = None,
+    **changes: Any,
+) -> Path:
     """A small llama, F32 but for `kinds`."""
     arch, key, settings = ARCHITECTURES["llama"]
     settings = {k: v for k, v in settings.items() if k != "model_type"} | changes
     config = AutoConfig.for_model("llama", **settings)
     shapes = stored_shapes(arch, config) | (extra or {})
-    return write_file(folder / "m.gguf", arch, metadata_of(arch, config, key) | (metadata or {}), shapes, lambda name, shape: kinds.get(name, "F32"))
+    return write_file(
+        folder / "m.gguf",
+        arch,
+        metadata_of(arch, config, key) | (metadata or {}),
+        shapes,
+        lambda name, shape: kinds.get(name, "F32"),
+    )
 
 
 def test_a_tied_head_comes_once_and_first(tmp_path: Path) -> None:
@@ -204,43 +360,69 @@ def test_a_tied_head_comes_once_and_first(tmp_path: Path) -> None:
     assert names[0] == "model.embed_tokens.weight"
     assert "lm_head.weight" not in names
     assert GgufCheckpoint(llama(untied, {})).names()[-1] == "lm_head.weight"
-    with pytest.raises(SourceError, match=r"'lm_head.weight' is no parameter of LlamaForCausalLM \(of tied ones, the first counts\)"):
+    with pytest.raises(
+        SourceError,
+        match=r"'lm_head.weight' is no parameter of LlamaForCausalLM \(of tied ones, the first counts\)",
+    ):
         GgufCheckpoint(tied / "m.gguf").read("lm_head.weight")
 
 
 def test_copies_of_a_tied_tensor_that_differ_are_refused(tmp_path: Path) -> None:
     arch, key, settings = ARCHITECTURES["bloom"]  # transformers ties it whatever the file holds
-    config = AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
+    config = AutoConfig.for_model(
+        settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"}
+    )
     shapes = stored_shapes(arch, config) | {"output.weight": (96, 256)}
-    path = write_file(tmp_path / "m.gguf", arch, metadata_of(arch, config, key), shapes, lambda name, shape: "F32")
-    with pytest.raises(SourceError, match=r"token_embd.weight, output.weight hold different values, but the model .* ties them"):
+    path = write_file(
+        tmp_path / "m.gguf", arch, metadata_of(arch, config, key), shapes, lambda name, shape: "F32"
+    )
+    with pytest.raises(
+        SourceError,
+        match=r"token_embd.weight, output.weight hold different values, but the model .* ties them",
+    ):
         GgufCheckpoint(path)
 
 
 def test_floats_of_64_bits_stay_what_they_are(tmp_path: Path) -> None:
     path = llama(tmp_path, {"blk.1.ffn_norm.weight": "F64"})
-    stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.ffn_norm.weight")
+    stored = next(
+        tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.ffn_norm.weight"
+    )
     read = GgufCheckpoint(path).read("model.layers.1.post_attention_layernorm.weight")
     assert isinstance(read, torch.Tensor)
     assert read.dtype == torch.float64
     assert torch.equal(read, torch.tensor(stored.data))
 
 
-SCALED = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.original_context_length": 32}
+SCALED = {
+    "llama.rope.scaling.type": "yarn",
+    "llama.rope.scaling.factor": 4.0,
+    "llama.rope.scaling.original_context_length": 32,
+}
 
 
 @pytest.mark.parametrize(
     ("metadata", "extra", "message"),
     [
         ({}, {"rope_freqs.weight": (8,)}, r"\(rope_freqs.weight\), as llama.cpp computes"),
-        (SCALED, {}, r"\(llama.rope.scaling.type = yarn, llama.rope.scaling.factor = 4.0, llama.rope.scaling.original_context_length = 32\), as llama.cpp"),
+        (
+            SCALED,
+            {},
+            r"\(llama.rope.scaling.type = yarn, llama.rope.scaling.factor = 4.0, llama.rope.scaling.original_context_length = 32\), as llama.cpp",
+        ),
         ({"llama.rope.scale_linear": 2.0}, {}, r"\(llama.rope.scale_linear = 2.0\)"),
     ],
 )
-def test_positions_that_transformers_does_not_read_are_announced(tmp_path: Path, metadata: dict[str, Any], extra: dict[str, Any], message: str) -> None:
+def test_positions_that_transformers_does_not_read_are_announced(
+    tmp_path: Path, metadata: dict[str, Any], extra: dict[str, Any], message: str
+) -> None:
     """By both ways of opening the file; and the model's positions are the plain ones that the warning says."""
     path = llama(tmp_path, {}, extra, metadata=metadata)
-    with pytest.warns(UserWarning, match=message + r".*rope_parameters \{.*'rope_type': 'default'.*Give the model's Hugging Face folder as the source"):
+    with pytest.warns(
+        UserWarning,
+        match=message
+        + r".*rope_parameters \{.*'rope_type': 'default'.*Give the model's Hugging Face folder as the source",
+    ):
         checkpoint = GgufCheckpoint(path)
     assert not extra.keys() & set(checkpoint.names())
     with pytest.warns(UserWarning, match=message):
@@ -256,7 +438,12 @@ def test_the_remedies_for_positions_can_be_followed(tmp_path: Path) -> None:
         checkpoint = open_checkpoint(path)
     with pytest.warns(UserWarning, match="Hugging Face folder as the source"):
         plain = load_model(str(path))
-    scaled = {**checkpoint.config.rope_parameters, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    scaled = {
+        **checkpoint.config.rope_parameters,
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
     checkpoint.config.rope_parameters = scaled
     found = load_precomputed(checkpoint)
     plain.config.rope_parameters = scaled
@@ -268,8 +455,17 @@ def test_the_remedies_for_positions_can_be_followed(tmp_path: Path) -> None:
         assert not torch.equal(found(ids).logits, plain(ids).logits)
 
 
-@pytest.mark.parametrize("metadata", [{"llama.rope.scaling.type": "none"}, {"llama.rope.scaling.factor": 1.0}, {"llama.rope.scaling.attn_factor": 1.0}])
-def test_scalings_that_change_nothing_are_no_reason_to_warn(tmp_path: Path, metadata: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.rope.scaling.type": "none"},
+        {"llama.rope.scaling.factor": 1.0},
+        {"llama.rope.scaling.attn_factor": 1.0},
+    ],
+)
+def test_scalings_that_change_nothing_are_no_reason_to_warn(
+    tmp_path: Path, metadata: dict[str, Any]
+) -> None:
     path = llama(tmp_path, {}, metadata=metadata)
     assert GgufCheckpoint(path).names()
     load_model(str(path))
@@ -278,8 +474,14 @@ def test_scalings_that_change_nothing_are_no_reason_to_warn(tmp_path: Path, meta
 def test_the_configuration_is_transformers_own(tmp_path: Path) -> None:
     for name in ("llama", "gemma3", "mamba"):
         path = small_file(tmp_path, name)
-        wanted, found = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict(), GgufCheckpoint(path).config.to_dict()
-        assert {key for key in wanted | found if wanted.get(key) != found.get(key)} <= {"_name_or_path", "dtype"}
+        wanted, found = (
+            AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict(),
+            GgufCheckpoint(path).config.to_dict(),
+        )
+        assert {key for key in wanted | found if wanted.get(key) != found.get(key)} <= {
+            "_name_or_path",
+            "dtype",
+        }
         assert found["vocab_size"] == 96
 
 
@@ -287,19 +489,54 @@ def test_the_configuration_is_transformers_own(tmp_path: Path) -> None:
     ("model_type", "settings"),
     [
         ("falcon", {"hidden_size": 64, "num_attention_heads": 4}),
-        ("phi3", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "pad_token_id": 0}),
-        ("stablelm", {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}),
-        ("qwen2_moe", {"hidden_size": 64, "num_attention_heads": 4, "num_experts": 2, "moe_intermediate_size": 32, "intermediate_size": 64}),
+        (
+            "phi3",
+            {
+                "hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "intermediate_size": 64,
+                "pad_token_id": 0,
+            },
+        ),
+        (
+            "stablelm",
+            {
+                "hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "intermediate_size": 64,
+            },
+        ),
+        (
+            "qwen2_moe",
+            {
+                "hidden_size": 64,
+                "num_attention_heads": 4,
+                "num_experts": 2,
+                "moe_intermediate_size": 32,
+                "intermediate_size": 64,
+            },
+        ),
         ("gpt2", {"hidden_size": 64, "n_head": 4}),
     ],
 )
-def test_names_are_found_without_visiting_every_module(model_type: str, settings: dict[str, Any]) -> None:
+def test_names_are_found_without_visiting_every_module(
+    model_type: str, settings: dict[str, Any]
+) -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, vocab_size=96, num_hidden_layers=1, **settings))
-    for kind in (TENSOR_PROCESSORS.get(model_type.replace("_", ""), TensorProcessor), TensorProcessor):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, vocab_size=96, num_hidden_layers=1, **settings)
+        )
+    for kind in (
+        TENSOR_PROCESSORS.get(model_type.replace("_", ""), TensorProcessor),
+        TensorProcessor,
+    ):
         wanted = get_gguf_hf_weights_map(model, kind(config={}))
         found = get_gguf_hf_weights_map(_Above(model), kind(config={}))
-        assert {stored: name for stored, name in wanted.items() if name in model.state_dict()} == {k: v for k, v in found.items() if v in model.state_dict()}
+        assert {stored: name for stored, name in wanted.items() if name in model.state_dict()} == {
+            k: v for k, v in found.items() if v in model.state_dict()
+        }
 
 
 def test_without_the_gguf_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,9 +554,15 @@ def test_without_the_gguf_package_the_extra_is_named(monkeypatch: pytest.MonkeyP
         (lambda x: x[:, :32], "changes the values of this tensor, or mixes rows and columns"),
         (lambda x: x[[0, 0, 1, 2]], "changes the values of this tensor, or mixes rows and columns"),
         (lambda x: x[:3], "changes the values of this tensor, or mixes rows and columns"),
-        (lambda x: torch.where(x > 1001, x, 0), "changes the values of this tensor, or mixes rows and columns"),
+        (
+            lambda x: torch.where(x > 1001, x, 0),
+            "changes the values of this tensor, or mixes rows and columns",
+        ),
         (lambda x: x.double(), "changes the values of this tensor, or mixes rows and columns"),
-        (lambda x: x.reshape(2, 96).roll(1, 1).view(4, 48), "changes the values of this tensor, or mixes rows and columns"),
+        (
+            lambda x: x.reshape(2, 96).roll(1, 1).view(4, 48),
+            "changes the values of this tensor, or mixes rows and columns",
+        ),
         (lambda x: x.view(7), "conversion of this tensor fails"),
     ],
 )
@@ -335,7 +578,14 @@ def test_what_is_no_move_is_refused(change: Any, message: str) -> None:
 
 def test_moves_are_told() -> None:
     order = torch.tensor([2, 0, 3, 1])
-    move = moved(Making("p", ("a",), lambda tensors: tensors["a"][order].T), [(4, 48)], 16, "tensor a")
+    move = moved(
+        Making("p", ("a",), lambda tensors: tensors["a"][order].T), [(4, 48)], 16, "tensor a"
+    )
     assert (move.rows.tolist(), move.columns, move.turned) == (order.tolist(), None, True)
-    move = moved(Making("p", ("a", "b"), lambda tensors: torch.cat([tensors["b"], tensors["a"]])), [(4, 48), (2, 48)], 16, "tensor a")
+    move = moved(
+        Making("p", ("a", "b"), lambda tensors: torch.cat([tensors["b"], tensors["a"]])),
+        [(4, 48), (2, 48)],
+        16,
+        "tensor a",
+    )
     assert (move.rows.tolist(), move.columns, move.turned) == ([4, 5, 0, 1, 2, 3], None, False)

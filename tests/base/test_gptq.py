@@ -13,13 +13,23 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.observer import measure
 from qwlora.grid.scheme import Scheme, parse_scheme
 
-SCHEMES = ["w4-channel", "w4-tensor", "w4-block32", "w3-block64", "w2-block32-asymmetric", "w4-lpbq64", "w8-channel-asymmetric"]
+SCHEMES = [
+    "w4-channel",
+    "w4-tensor",
+    "w4-block32",
+    "w3-block64",
+    "w2-block32-asymmetric",
+    "w4-lpbq64",
+    "w8-channel-asymmetric",
+]
 
 
 def problem(out: int = 48, columns: int = 128, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A weight, and the moment of correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator) * torch.logspace(0, -2, columns).unsqueeze(1)
+    mixing = torch.randn(columns, columns, generator=generator) * torch.logspace(
+        0, -2, columns
+    ).unsqueeze(1)
     x = torch.randn(1000, columns, generator=generator) @ mixing
     return torch.randn(out, columns, generator=generator) * 0.02, x.T @ x / len(x)
 
@@ -30,15 +40,21 @@ def output_error(difference: Tensor, moment: Tensor) -> float:
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("activation_order", [False, True])
-def test_the_output_error_falls_from_rounding_to_gptq_to_its_refinement(name: str, activation_order: bool) -> None:
+def test_the_output_error_falls_from_rounding_to_gptq_to_its_refinement(
+    name: str, activation_order: bool
+) -> None:
     weight, moment = problem()
     scheme = parse_scheme(name)
     rounded = output_error(weight - measure(weight, scheme).fake_quantize(weight), moment)
-    plain, _ = gptq(weight, moment, scheme, GptqSettings(activation_order=activation_order, sweeps=0))
+    plain, _ = gptq(
+        weight, moment, scheme, GptqSettings(activation_order=activation_order, sweeps=0)
+    )
     refined, report = gptq(weight, moment, scheme, GptqSettings(activation_order=activation_order))
     errors = [output_error(weight - q.dequantize(), moment) for q in (plain, refined)]
     assert errors[1] < errors[0] < 0.7 * rounded
-    assert report.relative_error == pytest.approx(errors[1] / output_error(weight, moment), rel=1e-3)
+    assert report.relative_error == pytest.approx(
+        errors[1] / output_error(weight, moment), rel=1e-3
+    )
     assert int(refined.codes.max()) <= scheme.steps
 
 
@@ -87,13 +103,21 @@ def test_a_moment_of_few_tokens_is_damped_until_it_can_be_factored(tokens: int) 
     moment = x.T @ x / tokens
     found, report = gptq(weight, moment, parse_scheme("w4-channel"))
     assert report.damping >= 0.01
-    assert output_error(weight - found.dequantize(), moment) < output_error(weight - measure(weight, parse_scheme("w4-channel")).fake_quantize(weight), moment)
+    assert output_error(weight - found.dequantize(), moment) < output_error(
+        weight - measure(weight, parse_scheme("w4-channel")).fake_quantize(weight), moment
+    )
 
 
 def test_without_damping_a_moment_that_cannot_be_factored_gets_some() -> None:
     weight, _ = problem()
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
-    assert 0 < gptq(weight, x.T @ x / 3, parse_scheme("w4-channel"), GptqSettings(damping=0.0))[1].damping < 0.01
+    assert (
+        0
+        < gptq(weight, x.T @ x / 3, parse_scheme("w4-channel"), GptqSettings(damping=0.0))[
+            1
+        ].damping
+        < 0.01
+    )
 
 
 def test_impossible_settings_are_refused() -> None:
@@ -118,7 +142,10 @@ def test_fit_is_never_worse_than_the_min_max_range(name: str) -> None:
     weight, moment = problem()
     scheme = parse_scheme(name)
     importance = moment.diagonal()
-    errors = [float(((e.fake_quantize(weight) - weight).square() * importance).sum()) for e in (fit(weight, scheme, importance), measure(weight, scheme))]
+    errors = [
+        float(((e.fake_quantize(weight) - weight).square() * importance).sum())
+        for e in (fit(weight, scheme, importance), measure(weight, scheme))
+    ]
     if name != "w4-lpbq64":  # whose integer scales are found from free ones
         assert errors[0] <= errors[1] * 1.001
 
@@ -128,7 +155,9 @@ def test_block_scales_survive_float16() -> None:
     scale = fit(weight, parse_scheme("w4-block32")).scale
     assert torch.equal(scale, scale.half().float())
     tiny = torch.tensor([1e-7, 1e6, 0.1])
-    assert torch.equal(storable_scale(tiny)[:2], tiny[:2]), "scales that float16 would round badly stay as they are"
+    assert torch.equal(storable_scale(tiny)[:2], tiny[:2]), (
+        "scales that float16 would round badly stay as they are"
+    )
 
 
 def test_a_clipping_penalty_widens_the_grid() -> None:

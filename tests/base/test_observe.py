@@ -45,14 +45,20 @@ def rows(seed: int = 0) -> Tensor:
 def test_a_token_weighs_what_its_error_moves_in_the_output_relative_to_that() -> None:
     x = rows()
     y = nn.Sequential(Part(nn.Identity()))(x)[0].detach()
-    expected = x[0].T @ (x[0] * (400 / y.square().sum(-1, keepdim=True))) / (400 / y.square().sum(-1)).sum()
+    expected = (
+        x[0].T
+        @ (x[0] * (400 / y.square().sum(-1, keepdim=True)))
+        / (400 / y.square().sum(-1)).sum()
+    )
     error = (observed(nn.Identity(), x).input.matrix - expected).norm() / expected.norm()
     assert error < 0.05, "one probe of 400 outputs is within some percent of the mean"
 
 
 def test_what_all_tokens_read_is_all_that_counts() -> None:
     x = rows()
-    torch.testing.assert_close(observed(lambda z: z[:, :1].expand_as(z), x).input.matrix, x[0, 0].outer(x[0, 0]))
+    torch.testing.assert_close(
+        observed(lambda z: z[:, :1].expand_as(z), x).input.matrix, x[0, 0].outer(x[0, 0])
+    )
 
 
 def test_a_token_with_a_huge_output_hardly_counts_and_one_of_zeros_is_no_infinity() -> None:
@@ -60,7 +66,12 @@ def test_a_token_with_a_huge_output_hardly_counts_and_one_of_zeros_is_no_infinit
     spiked, silent = x.clone(), x.clone()
     spiked[0, 0] *= 5000
     silent[0, 0] = 0
-    without, *others = (moment / moment.trace() for moment in (observed(nn.Identity(), batch).input.matrix for batch in (x[:, 1:], spiked, silent)))
+    without, *others = (
+        moment / moment.trace()
+        for moment in (
+            observed(nn.Identity(), batch).input.matrix for batch in (x[:, 1:], spiked, silent)
+        )
+    )
     assert all((other - without).norm() < 0.3 * without.norm() for other in others)
 
 
@@ -120,14 +131,24 @@ def test_half_precision(dtype: torch.dtype) -> None:
 def test_the_layers_of_a_block_against_its_jacobian(architecture: str) -> None:
     """w_t and G from all derivatives of a block's output; those found from many probes of the same three tokens."""
     model, ids = tiny_model(architecture), torch.tensor([[7, 3, 200]])
-    part = next(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)) + ".1"
-    products = [f"{part}.{path}.weight" for path, module in model.get_submodule(part).named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    part = (
+        next(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
+        + ".1"
+    )
+    products = [
+        f"{part}.{path}.weight"
+        for path, module in model.get_submodule(part).named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
     with Lockstep(model, [part], [{"input_ids": ids, "use_cache": False}] * 300) as lockstep:
         lockstep.advance()
         found = observe(model, part, products, lockstep)
         for name in products:
             for side, expected in _by_jacobian(model, name, lockstep).items():
-                assert (getattr(found[name], side).matrix - expected).norm() < {"input": 0.12, "output": 0.3}[side] * expected.norm(), (name, side)
+                assert (getattr(found[name], side).matrix - expected).norm() < {
+                    "input": 0.12,
+                    "output": 0.3,
+                }[side] * expected.norm(), (name, side)
 
 
 def _by_jacobian(model: nn.Module, name: str, lockstep: Lockstep) -> dict[str, Tensor]:
@@ -147,19 +168,30 @@ def _by_jacobian(model: nn.Module, name: str, lockstep: Lockstep) -> dict[str, T
 
     module = model.get_submodule(name.removesuffix(".weight"))
     width = module.nf if isinstance(module, Conv1D) else module.out_features
-    derivatives = torch.autograd.functional.jacobian(outcome, torch.zeros(1, 3, width))  # [*y, 1, 3, width]
+    derivatives = torch.autograd.functional.jacobian(
+        outcome, torch.zeros(1, 3, width)
+    )  # [*y, 1, 3, width]
     by_token = derivatives.flatten(0, -4).squeeze(1).transpose(0, 1)  # [3, y, width]
     weights = by_token.square().sum((1, 2))
     rows_ = by_token.flatten(0, 1)
-    return {"input": (seen["x"].T * weights) @ seen["x"] / weights.sum(), "output": rows_.T @ rows_ / 3}
+    return {
+        "input": (seen["x"].T * weights) @ seen["x"] / weights.sum(),
+        "output": rows_.T @ rows_ / 3,
+    }
 
 
 def test_what_cannot_be_followed_is_named() -> None:
-    with pytest.raises(CalibrationError, match=r"no tensor in the result of 0 can be differentiated back to its layers; solver gptq, .* by a rule"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"no tensor in the result of 0 can be differentiated back to its layers; solver gptq, .* by a rule",
+    ):
         observed(torch.Tensor.detach, rows())
     with pytest.raises(CalibrationError, match="no tensor in the result of 0"):
         observed(lambda z: z.detach() + torch.zeros(1, requires_grad=True), rows())
-    with pytest.raises(CalibrationError, match=r"0\.layer\.weight: the gradient of the layer's output holds nan or infinity"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"0\.layer\.weight: the gradient of the layer's output holds nan or infinity",
+    ):
         observed(lambda z: (z - z).sqrt(), rows())
 
     class Forward(torch.autograd.Function):

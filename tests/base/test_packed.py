@@ -12,7 +12,16 @@ from transformers.pytorch_utils import Conv1D
 
 from base.packing import quantized
 from qwlora import PackedLinear
-from qwlora.base.packed import PackedEmbedding, PackedLayer, empty_packed, is_packable, is_packed, pack_module, pack_tied, weight_out_in
+from qwlora.base.packed import (
+    PackedEmbedding,
+    PackedLayer,
+    empty_packed,
+    is_packable,
+    is_packed,
+    pack_module,
+    pack_tied,
+    weight_out_in,
+)
 from qwlora.errors import GridError, MergeError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
@@ -22,7 +31,10 @@ SCHEMES = [
     *(Scheme(bits, False, PerBlock(16)) for bits in (2, 3, 5)),
     *(Scheme(4, False, granularity) for granularity in (PerTensor(), PerChannel(0), PerChannel(1))),
     *(Scheme(bits, granularity=LowPowerBlock(16)) for bits in (2, 4)),
-    *(Scheme(4, False, granularity, float_offset=True) for granularity in (PerTensor(), PerChannel(0), PerBlock(16))),
+    *(
+        Scheme(4, False, granularity, float_offset=True)
+        for granularity in (PerTensor(), PerChannel(0), PerBlock(16))
+    ),
 ]
 
 
@@ -57,18 +69,25 @@ def cases() -> dict[str, tuple[nn.Module, torch.Tensor]]:
         "conv1d": (nn.Conv1d(4, 8, 4, padding="same", dilation=3), torch.randn(2, 4, 20)),
         "conv1d stride": (nn.Conv1d(4, 8, 8, stride=3, padding=2), torch.randn(2, 4, 20)),
         "conv2d": (nn.Conv2d(8, 6, (4, 2), padding=(1, 0), groups=2), torch.randn(2, 8, 7, 9)),
-        "conv2d reflect": (nn.Conv2d(4, 6, 4, padding="same", padding_mode="reflect"), torch.randn(2, 4, 7, 9)),
+        "conv2d reflect": (
+            nn.Conv2d(4, 6, 4, padding="same", padding_mode="reflect"),
+            torch.randn(2, 4, 7, 9),
+        ),
     }
 
 
-def pair(name: str, scheme: Scheme | str = "w4-block16") -> tuple[nn.Module, nn.Module, torch.Tensor]:
+def pair(
+    name: str, scheme: Scheme | str = "w4-block16"
+) -> tuple[nn.Module, nn.Module, torch.Tensor]:
     """A packed layer, its float twin, an input."""
     module, x = cases()[name]
     found = quantized(weight_out_in(module), scheme)
     layer = pack_module(module, found)
     twin = copy.deepcopy(module)
     values = found.dequantize()
-    twin.weight.data = values.T.contiguous() if isinstance(module, Conv1D) else values.view(module.weight.shape)
+    twin.weight.data = (
+        values.T.contiguous() if isinstance(module, Conv1D) else values.view(module.weight.shape)
+    )
     return layer, twin, x
 
 
@@ -103,16 +122,24 @@ def test_every_kind_computes_what_its_twin_computes_and_keeps_codes_only(name: s
     assert not any(t.numel() == twin.weight.numel() for t in kept)
     expected = twin(x)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    leaves = [[t for t in (x, getattr(m, "bias", None)) if t is not None and t.requires_grad] for m in (layer, twin)]
+    leaves = [
+        [t for t in (x, getattr(m, "bias", None)) if t is not None and t.requires_grad]
+        for m in (layer, twin)
+    ]
     if leaves[0]:
         seed = torch.randn_like(expected)
-        torch.testing.assert_close(torch.autograd.grad(found, leaves[0], seed), torch.autograd.grad(expected, leaves[1], seed))
+        torch.testing.assert_close(
+            torch.autograd.grad(found, leaves[0], seed),
+            torch.autograd.grad(expected, leaves[1], seed),
+        )
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", cases())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_casting_the_model_changes_the_computation_and_not_the_grid(name: str, dtype: torch.dtype) -> None:
+def test_casting_the_model_changes_the_computation_and_not_the_grid(
+    name: str, dtype: torch.dtype
+) -> None:
     layer, twin, x = pair(name)
     before = layer.quantized
     layer.to(dtype)
@@ -159,7 +186,11 @@ def test_copies_are_independent() -> None:
 
 def test_scales_that_halves_hold_stay_halves() -> None:
     found = quantized(torch.randn(40, 96), "w4-block16")
-    layer = PackedLinear.from_codes(found.codes, Encoding(found.encoding.scheme, found.encoding.scale.half().float(), found.encoding.offset), None)
+    layer = PackedLinear.from_codes(
+        found.codes,
+        Encoding(found.encoding.scheme, found.encoding.scale.half().float(), found.encoding.offset),
+        None,
+    )
     for move in (layer.float, layer.double, layer.bfloat16, layer.half):
         assert move().scale.dtype == torch.float16
 
@@ -196,9 +227,17 @@ def test_a_tied_head_shares_one_storage_through_everything(tied: nn.ModuleDict) 
 
 def test_a_look_at_a_weight_answers_without_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _, _ = pair("linear")
-    monkeypatch.setattr("qwlora.grid.packed_tensor.PackedTensor.dequantize", lambda *_: pytest.fail("unpacked"))
+    monkeypatch.setattr(
+        "qwlora.grid.packed_tensor.PackedTensor.dequantize", lambda *_: pytest.fail("unpacked")
+    )
     weight = layer.weight
-    assert (weight.shape, weight.ndim, weight.dtype, weight.device.type, weight.numel()) == ((40, 96), 2, torch.float32, "cpu", 3840)
+    assert (weight.shape, weight.ndim, weight.dtype, weight.device.type, weight.numel()) == (
+        (40, 96),
+        2,
+        torch.float32,
+        "cpu",
+        3840,
+    )
     assert not weight.requires_grad
     assert weight.T.shape == (96, 40)
     assert weight.data is not None
@@ -207,7 +246,9 @@ def test_a_look_at_a_weight_answers_without_unpacking(monkeypatch: pytest.Monkey
 def test_a_look_gives_its_values_to_any_operation() -> None:
     layer, twin, _ = pair("linear")
     weight = layer.weight
-    torch.testing.assert_close(torch.linalg.norm(weight, dim=1), torch.linalg.norm(twin.weight, dim=1))
+    torch.testing.assert_close(
+        torch.linalg.norm(weight, dim=1), torch.linalg.norm(twin.weight, dim=1)
+    )
     assert torch.equal(weight[3:5], twin.weight[3:5])
     assert torch.equal(weight.T @ torch.eye(40), twin.weight.T)
     assert torch.equal(torch.cat([weight, weight]), torch.cat([twin.weight, twin.weight]))
@@ -229,7 +270,9 @@ def test_a_look_gives_its_values_to_any_operation() -> None:
 )
 def test_writing_to_a_weight_is_refused(write) -> None:
     layer, _, _ = pair("linear")
-    with pytest.raises(MergeError, match=r"packed integers: .*qwlora merge-check.*Keep the adapter separate"):
+    with pytest.raises(
+        MergeError, match=r"packed integers: .*qwlora merge-check.*Keep the adapter separate"
+    ):
         write(layer.weight)
     with pytest.raises(MergeError):
         layer.weight = nn.Parameter(torch.zeros(40, 96))
@@ -252,7 +295,10 @@ def test_everything_about_the_module_is_kept() -> None:
 
 def test_what_cannot_be_packed_is_refused() -> None:
     module = nn.Linear(96, 40)
-    with pytest.raises(GridError, match=r"codes of shape \[40, 64\] do not stand for the weight of Linear.*\[40, 96\]"):
+    with pytest.raises(
+        GridError,
+        match=r"codes of shape \[40, 64\] do not stand for the weight of Linear.*\[40, 96\]",
+    ):
         pack_module(module, quantized(torch.randn(40, 64), "w4-block16"))
     with pytest.raises(GridError, match="LayerNorm has no weight that can be packed"):
         pack_module(nn.LayerNorm(4), quantized(torch.randn(40, 64), "w4-block16"))

@@ -9,7 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from base.packing import packed_and_twin
 from conftest import ARCHITECTURES, tiny_model
@@ -31,13 +39,18 @@ class Mixed(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         hidden = self.linear(self.embedding(ids)).view(ids.shape[0], 4, -1)
-        return self.conv1d(hidden).square().sum() + self.conv2d(hidden.unsqueeze(-1).expand(-1, -1, -1, 4)).square().sum()
+        return (
+            self.conv1d(hidden).square().sum()
+            + self.conv2d(hidden.unsqueeze(-1).expand(-1, -1, -1, 4)).square().sum()
+        )
 
 
 def mixed(**options: Any) -> tuple[nn.Module, nn.Module, LoraConfig]:
     torch.manual_seed(0)
     targets = ["embedding", "linear", "conv1d", "conv2d"]
-    return *packed_and_twin(Mixed(), "w4-block16"), LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **options)
+    return *packed_and_twin(Mixed(), "w4-block16"), LoraConfig(
+        r=2, target_modules=targets, init_lora_weights=False, **options
+    )
 
 
 def adapted(model: nn.Module, config: LoraConfig, seed: int = 1) -> nn.Module:
@@ -58,12 +71,23 @@ def same_step(ours: nn.Module, twin: nn.Module, call: Any, **close: float) -> in
     return len(gradients[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.0, "use_dora": True, "use_rslora": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"lora_dropout": 0.0, "use_dora": True, "use_rslora": True},
+    ],
+    ids=str,
+)
 def test_pefts_lora_learns_as_on_the_float_twin(options: dict[str, Any]) -> None:
     model, twin, config = mixed(**options)
     ours, theirs = adapted(model, config), adapted(twin, config)
     ids = IDS[:, :8] % 32
-    assert same_step(ours, theirs, lambda m: m(ids), rtol=1e-4, atol=1e-4) == (12 if options.get("use_dora") else 8)
+    assert same_step(ours, theirs, lambda m: m(ids), rtol=1e-4, atol=1e-4) == (
+        12 if options.get("use_dora") else 8
+    )
 
 
 def test_adapters_switch_rest_and_add_up() -> None:
@@ -99,8 +123,15 @@ def test_no_merge_gets_through_and_nothing_changes(options: dict[str, Any], safe
     model, _, config = mixed(**options)
     peft = adapted(model, config)
     before, result = fingerprint(peft), peft(IDS[:, :8] % 32)
-    merges = [lambda: peft.merge_adapter(safe_merge=safe), lambda: peft.merge_and_unload(safe_merge=safe)]
-    merges += [lambda layer=layer: layer.merge(safe_merge=safe) for layer in peft.modules() if hasattr(layer, "merge") and hasattr(layer, "base_layer")]
+    merges = [
+        lambda: peft.merge_adapter(safe_merge=safe),
+        lambda: peft.merge_and_unload(safe_merge=safe),
+    ]
+    merges += [
+        lambda layer=layer: layer.merge(safe_merge=safe)
+        for layer in peft.modules()
+        if hasattr(layer, "merge") and hasattr(layer, "base_layer")
+    ]
     assert len(merges) == 6
     for merge in merges:
         with pytest.raises(MergeError, match="qwlora merge-check"):
@@ -121,17 +152,27 @@ def test_starts_that_change_the_base_are_refused(start: str) -> None:
 def test_whole_models_with_embeddings_and_tied_heads(architecture: str) -> None:
     model, twin = packed_and_twin(tiny_model(architecture), "w4-block32")
     packed = packed_weights(model)
-    assert all(is_packed(m) for n, m in model.named_modules() if n == "lm_head" or isinstance(m, nn.Linear | nn.Embedding))
+    assert all(
+        is_packed(m)
+        for n, m in model.named_modules()
+        if n == "lm_head" or isinstance(m, nn.Linear | nn.Embedding)
+    )
     head = packed["lm_head.weight"]
     assert head.is_tied is model.config.tie_word_embeddings
     model.tie_weights()
-    assert {p.dtype for p in model.state_dict().values()} <= {torch.float32, torch.float16, torch.uint8}
+    assert {p.dtype for p in model.state_dict().values()} <= {
+        torch.float32,
+        torch.float16,
+        torch.uint8,
+    }
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, twin(IDS).logits, rtol=1e-5, atol=1e-4)
     again = copy.deepcopy(model)
     again.load_state_dict(model.state_dict(), assign=True)
     moved = packed_weights(again)["lm_head.weight"]
-    assert (moved.tensor.parts.packed is again.get_input_embeddings().packed) is model.config.tie_word_embeddings
+    assert (
+        moved.tensor.parts.packed is again.get_input_embeddings().packed
+    ) is model.config.tie_word_embeddings
     assert fingerprint(again) == fingerprint(model)
 
 
@@ -152,7 +193,11 @@ def experts(kind: str, implementation: str | None = None) -> PreTrainedModel:
         case "mixtral":
             model = MixtralForCausalLM(MixtralConfig(**size, **counts))
         case "qwen3":
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**size, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48))
+            model = Qwen3MoeForCausalLM(
+                Qwen3MoeConfig(
+                    **size, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+                )
+            )
         case _:
             model = GptOssForCausalLM(GptOssConfig(**size, **counts))
     with torch.no_grad():
@@ -166,19 +211,37 @@ def experts(kind: str, implementation: str | None = None) -> PreTrainedModel:
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])
 @pytest.mark.parametrize("implementation", [None, "eager", "batched_mm"])
-def test_experts_compute_and_learn_as_their_floats_do(kind: str, implementation: str | None) -> None:
+def test_experts_compute_and_learn_as_their_floats_do(
+    kind: str, implementation: str | None
+) -> None:
     model, twin = packed_and_twin(experts(kind, implementation), "w4-block16-asymmetric")
-    assert sum(name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in packed_weights(model)) == 4
+    assert (
+        sum(
+            name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+            for name in packed_weights(model)
+        )
+        == 4
+    )
     assert not any(module.training for module in model.modules())
     attention = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    count = same_step(adapted(model, attention), adapted(twin, attention), lambda m: m(input_ids=IDS, labels=IDS).loss, rtol=1e-3, atol=1e-4)
+    count = same_step(
+        adapted(model, attention),
+        adapted(twin, attention),
+        lambda m: m(input_ids=IDS, labels=IDS).loss,
+        rtol=1e-3,
+        atol=1e-4,
+    )
     assert count == 8
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
 def test_frozen_experts_keep_no_floats(kind: str) -> None:
     model, _ = packed_and_twin(experts(kind), "w4-block16")
-    sizes = {layer.tensor.shape[1] * layer.tensor.shape[2] for layer in packed_weights(model).values() if len(layer.tensor.shape) == 3}
+    sizes = {
+        layer.tensor.shape[1] * layer.tensor.shape[2]
+        for layer in packed_weights(model).values()
+        if len(layer.tensor.shape) == 3
+    }
     kept: list[torch.Tensor] = []
     hidden = torch.randn(1, 3, 32, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -215,7 +278,9 @@ def test_experts_survive_state_dicts_and_refuse_writes() -> None:
     with pytest.raises(MergeError):
         block.down_proj = nn.Parameter(torch.zeros(4, 32, 64))
     assert block.down_proj.shape == (4, 32, 64)
-    assert torch.equal(block.down_proj[2] + 0, block.packed_parameters.down_proj.tensor.dequantize()[2])
+    assert torch.equal(
+        block.down_proj[2] + 0, block.packed_parameters.down_proj.tensor.dequantize()[2]
+    )
     with pytest.raises(RuntimeError, match="zero_point"):
         model.load_state_dict(other.state_dict())
     twin = copy.deepcopy(model)
@@ -233,9 +298,19 @@ def test_compiled_training_step_is_one_graph_that_keeps_codes(backend: str) -> N
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         compiled(input_ids=IDS, labels=IDS)
-    floats = {tuple(layer.weight_shape) for layer in model.modules() if isinstance(layer, PackedLayer)}
-    assert not {tuple(t.shape) for t in kept if t.is_floating_point()} & (floats | {shape[::-1] for shape in floats})
-    same_step(ours, theirs, lambda m: (compiled if m is ours else m)(input_ids=IDS, labels=IDS).loss, rtol=1e-3, atol=1e-4)
+    floats = {
+        tuple(layer.weight_shape) for layer in model.modules() if isinstance(layer, PackedLayer)
+    }
+    assert not {tuple(t.shape) for t in kept if t.is_floating_point()} & (
+        floats | {shape[::-1] for shape in floats}
+    )
+    same_step(
+        ours,
+        theirs,
+        lambda m: (compiled if m is ours else m)(input_ids=IDS, labels=IDS).loss,
+        rtol=1e-3,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
@@ -245,7 +320,18 @@ def test_gradient_checkpointing_and_generation() -> None:
     ours, theirs = adapted(model, config).train(), adapted(twin, config).train()
     ours.gradient_checkpointing_enable()
     ours.enable_input_require_grads()
-    same_step(ours, theirs, lambda m: m(input_ids=IDS, labels=IDS, use_cache=False).loss, rtol=1e-4, atol=1e-5)
+    same_step(
+        ours,
+        theirs,
+        lambda m: m(input_ids=IDS, labels=IDS, use_cache=False).loss,
+        rtol=1e-4,
+        atol=1e-5,
+    )
     ours.gradient_checkpointing_disable()
-    options = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
+    options = {
+        "input_ids": IDS,
+        "attention_mask": torch.ones_like(IDS),
+        "max_new_tokens": 4,
+        "do_sample": False,
+    }
     assert torch.equal(ours.eval().generate(**options), theirs.eval().generate(**options))

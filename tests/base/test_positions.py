@@ -31,14 +31,39 @@ from qwlora.base.positions import check_positions
 from qwlora.errors import SourceError
 
 GPT: dict[str, Any] = {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
-BERT: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+BERT: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
 WIDE: dict[str, Any] = {**BERT, "intermediate_size": 32}
 TABLES: dict[str, tuple[PreTrainedConfig, str, int]] = {
     "gpt2": (GPT2Config(**GPT), "transformer.wpe", 16),
-    "opt": (OPTConfig(**BERT, ffn_dim=32, word_embed_proj_dim=32), "model.decoder.embed_positions", 16),
+    "opt": (
+        OPTConfig(**BERT, ffn_dim=32, word_embed_proj_dim=32),
+        "model.decoder.embed_positions",
+        16,
+    ),
     "bert": (BertConfig(**WIDE, is_decoder=True), "bert.embeddings.position_embeddings", 16),
-    "roberta": (RobertaConfig(**WIDE, is_decoder=True), "roberta.embeddings.position_embeddings", 14),
-    "neo": (GPTNeoConfig(vocab_size=99, hidden_size=32, num_layers=1, num_heads=2, attention_types=[[["global"], 1]], max_position_embeddings=16), "wpe", 16),
+    "roberta": (
+        RobertaConfig(**WIDE, is_decoder=True),
+        "roberta.embeddings.position_embeddings",
+        14,
+    ),
+    "neo": (
+        GPTNeoConfig(
+            vocab_size=99,
+            hidden_size=32,
+            num_layers=1,
+            num_heads=2,
+            attention_types=[[["global"], 1]],
+            max_position_embeddings=16,
+        ),
+        "wpe",
+        16,
+    ),
     "bigcode": (GPTBigCodeConfig(**GPT), "transformer.wpe", 16),
     "openai": (OpenAIGPTConfig(**GPT), "transformer.positions_embed", 16),
     "gptj": (GPTJConfig(**GPT, rotary_dim=8), "rotary_emb.embed_positions", 16),
@@ -62,20 +87,30 @@ def test_a_table_ends_where_the_model_fails(kind: str) -> None:
             model(ids, use_cache=False)
     assert check_positions(empty(config), rows) is None
     with pytest.raises(
-        SourceError, match=rf"have {rows + 1} tokens, but .* has positions for {rows} \(the table .*{name}\): set data.sequence_tokens to {rows}"
+        SourceError,
+        match=rf"have {rows + 1} tokens, but .* has positions for {rows} \(the table .*{name}\): set data.sequence_tokens to {rows}",
     ):
         check_positions(empty(config), rows + 1)
 
 
-@pytest.mark.parametrize("config", [LlamaConfig(**WIDE), FalconConfig(**BERT)], ids=["llama", "falcon"])
+@pytest.mark.parametrize(
+    "config", [LlamaConfig(**WIDE), FalconConfig(**BERT)], ids=["llama", "falcon"]
+)
 def test_computed_positions_are_spoken_of(config: PreTrainedConfig) -> None:
     model = empty(config)
     assert check_positions(model, 16) is None
-    assert "has positions for 16 (max_position_embeddings) and computes the others" in str(check_positions(model, 17))
+    assert "has positions for 16 (max_position_embeddings) and computes the others" in str(
+        check_positions(model, 17)
+    )
 
 
 def test_a_model_without_positions_has_no_end() -> None:
-    assert check_positions(empty(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2)), 1000) is None
+    assert (
+        check_positions(
+            empty(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2)), 1000
+        )
+        is None
+    )
 
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -90,7 +125,10 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0]
         (LINEAR, 64),
         (YARN, 64),
         ({**YARN, "original_max_position_embeddings": 16}, 64),
-        ({**LLAMA3, "original_max_position_embeddings": 2}, 16),  # the stated count is the scaled one, as in Llama 3.1
+        (
+            {**LLAMA3, "original_max_position_embeddings": 2},
+            16,
+        ),  # the stated count is the scaled one, as in Llama 3.1
         ({**LLAMA3, "original_max_position_embeddings": 8}, 32),
         ({**LONG, "original_max_position_embeddings": 4}, 16),
         ({**LONG, "original_max_position_embeddings": 16}, None),
@@ -106,12 +144,24 @@ def test_scaled_positions_reach_further(rope: dict[str, Any], reach: int | None)
     else:
         assert check_positions(model, reach) is None
         origin = "max_position_embeddings" if reach == 16 else "max_position_embeddings 16, scaled"
-        assert f"has positions for {reach} ({origin}) and computes the others" in str(check_positions(model, reach + 1))
+        assert f"has positions for {reach} ({origin}) and computes the others" in str(
+            check_positions(model, reach + 1)
+        )
 
 
 def test_layers_of_two_kinds_reach_as_far_as_the_further() -> None:
-    layers = {"full_attention": {**LINEAR, "rope_theta": 1e4}, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    model = empty(Gemma3TextConfig(**{**WIDE, "num_hidden_layers": 2}, num_key_value_heads=1, head_dim=16, rope_parameters=layers))
+    layers = {
+        "full_attention": {**LINEAR, "rope_theta": 1e4},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    model = empty(
+        Gemma3TextConfig(
+            **{**WIDE, "num_hidden_layers": 2},
+            num_key_value_heads=1,
+            head_dim=16,
+            rope_parameters=layers,
+        )
+    )
     assert check_positions(model, 64) is None
     assert "has positions for 64" in str(check_positions(model, 65))
 
@@ -125,8 +175,18 @@ class LearnedPositionalEmbedding(nn.Embedding):
 
 
 @pytest.mark.parametrize("rows", [5, 24, 25, 40])
-@pytest.mark.parametrize(("name", "kind"), [("wpe", Places), ("pos_emb", Places), ("embed_positions", Places), ("places", LearnedPositionalEmbedding)])
-def test_a_table_named_after_positions_may_have_any_size(rows: int, name: str, kind: type[nn.Embedding]) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("wpe", Places),
+        ("pos_emb", Places),
+        ("embed_positions", Places),
+        ("places", LearnedPositionalEmbedding),
+    ],
+)
+def test_a_table_named_after_positions_may_have_any_size(
+    rows: int, name: str, kind: type[nn.Embedding]
+) -> None:
     model = empty(LlamaConfig(**WIDE))
     model.model.add_module(name, kind(rows, 32))
     last = 16 if rows == 24 else rows  # up to 8 more may be no positions

@@ -14,12 +14,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPTNeoConfig, GPTNeoForCausalLM, MixtralConfig, MixtralForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
-from qwlora.base.packed import is_packable, is_packed, packed_weights, parameter_out_in, weight_out_in
+from qwlora.base.packed import (
+    is_packable,
+    is_packed,
+    packed_weights,
+    parameter_out_in,
+    weight_out_in,
+)
 from qwlora.base.precomputed import LazyModel, load_precomputed
 from qwlora.base.rules import Rule
 from qwlora.base.stream import quantize_checkpoint
@@ -36,7 +50,14 @@ def model_of(kind: str) -> PreTrainedModel:
     if kind != "mixtral":
         return tiny_model(kind)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 260,
+    }
     return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, pad_token_id=0)).eval()
 
 
@@ -64,10 +85,16 @@ class Held:
                 return value.clone()
             array = value.numpy().copy()  # alive as long as any tensor on its memory is
             self.given.append(weakref.ref(array))
-            self.most_alive = max(self.most_alive, sum(a().nbytes for a in self.given if a() is not None))  # type: ignore[union-attr]
+            self.most_alive = max(
+                self.most_alive, sum(a().nbytes for a in self.given if a() is not None)
+            )  # type: ignore[union-attr]
             return torch.from_numpy(array)
         if key != "weight":
-            return quantized(parameter_out_in(module, key), self.scheme) if value.ndim == 3 else value.clone()
+            return (
+                quantized(parameter_out_in(module, key), self.scheme)
+                if value.ndim == 3
+                else value.clone()
+            )
         return quantized(weight_out_in(module), self.scheme)
 
 
@@ -84,13 +111,19 @@ def float_twin(checkpoint: Held) -> PreTrainedModel:
         value = checkpoint.read(name)
         if isinstance(value, QuantizedTensor):
             parameter, weight = twin.get_parameter(name), value.dequantize()
-            parameter.data.copy_(weight.T if isinstance(twin.get_submodule(name.rpartition(".")[0]), Conv1D) else weight.view(parameter.shape))
+            parameter.data.copy_(
+                weight.T
+                if isinstance(twin.get_submodule(name.rpartition(".")[0]), Conv1D)
+                else weight.view(parameter.shape)
+            )
     return twin
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", ["w4-block32", "w3-block16-asymmetric", "w8-channel"])
-def test_an_assembled_model_computes_what_its_float_twin_computes(kind: str, scheme: str, tmp_path: Path) -> None:
+def test_an_assembled_model_computes_what_its_float_twin_computes(
+    kind: str, scheme: str, tmp_path: Path
+) -> None:
     checkpoint = Held(model_of(kind), parse_scheme(scheme))
     model = load_precomputed(checkpoint)
     with torch.no_grad():
@@ -122,22 +155,32 @@ def test_a_tied_tensor_is_read_once_and_its_codes_are_held_once() -> None:
 
 def test_a_tied_tensor_may_be_stored_under_its_other_name() -> None:
     checkpoint = Held(tiny_model("llama"))
-    checkpoint.order = ["lm_head.weight" if n == "model.embed_tokens.weight" else n for n in checkpoint.order]
+    checkpoint.order = [
+        "lm_head.weight" if n == "model.embed_tokens.weight" else n for n in checkpoint.order
+    ]
     model = load_precomputed(checkpoint)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, tiny_model("llama")(IDS).logits)
 
 
 def test_narrow_floats_become_float32() -> None:
-    model, narrow = load_precomputed(Held(tiny_model("llama").bfloat16())), tiny_model("llama").bfloat16()
+    model, narrow = (
+        load_precomputed(Held(tiny_model("llama").bfloat16())),
+        tiny_model("llama").bfloat16(),
+    )
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(torch.equal(p, narrow.get_parameter(n).float()) for n, p in model.named_parameters())
 
 
 def test_all_wrong_names_are_told_together() -> None:
     checkpoint = Held(tiny_model("llama"))
-    checkpoint.order = [n for n in checkpoint.order if "q_proj" not in n] + ["model.layers.9.mlp.up_proj.weight"]
-    with pytest.raises(SourceError, match=r"missing: .*0.self_attn.q_proj.weight, .*1.self_attn.q_proj.weight; unknown to the model: .*9.mlp.up_proj.weight"):
+    checkpoint.order = [n for n in checkpoint.order if "q_proj" not in n] + [
+        "model.layers.9.mlp.up_proj.weight"
+    ]
+    with pytest.raises(
+        SourceError,
+        match=r"missing: .*0.self_attn.q_proj.weight, .*1.self_attn.q_proj.weight; unknown to the model: .*9.mlp.up_proj.weight",
+    ):
         load_precomputed(checkpoint)
 
 
@@ -155,12 +198,26 @@ class Changed(Held):
 
 def test_a_tensor_of_another_shape_is_named() -> None:
     up = "model.layers.0.mlp.up_proj.weight"
-    with pytest.raises(SourceError, match=rf"{up} has shape \[64, 128\] in the files, but \[128, 64\] in the model"):
+    with pytest.raises(
+        SourceError, match=rf"{up} has shape \[64, 128\] in the files, but \[128, 64\] in the model"
+    ):
         load_precomputed(Changed(up, lambda t: t.T))
-    with pytest.raises(SourceError, match=rf"{up} is int4 symmetric per block 32 in the files, and cannot be packed: .*\[64, 128\]"):
-        load_precomputed(Changed(up, lambda q: quantized(torch.randn(64, 128), q.encoding.scheme), parse_scheme("w4-block32")))
+    with pytest.raises(
+        SourceError,
+        match=rf"{up} is int4 symmetric per block 32 in the files, and cannot be packed: .*\[64, 128\]",
+    ):
+        load_precomputed(
+            Changed(
+                up,
+                lambda q: quantized(torch.randn(64, 128), q.encoding.scheme),
+                parse_scheme("w4-block32"),
+            )
+        )
     norm = "model.norm.weight"
-    with pytest.raises(SourceError, match=rf"{norm} is int8 symmetric per tensor in the files, and cannot be packed"):
+    with pytest.raises(
+        SourceError,
+        match=rf"{norm} is int8 symmetric per tensor in the files, and cannot be packed",
+    ):
         load_precomputed(Changed(norm, lambda t: quantized(t, parse_scheme("w8-tensor"))))
 
 
@@ -170,16 +227,31 @@ def test_a_configuration_of_no_language_model_is_refused() -> None:
     with pytest.raises(SourceError, match="builds no causal language model"):
         load_precomputed(checkpoint)
     checkpoint.config = GPT2Config(n_layer=200_000, n_embd=8, n_head=1, vocab_size=9)
-    with pytest.raises(SourceError, match=r"asks for more than .* parameters, many times what the files hold"):
+    with pytest.raises(
+        SourceError, match=r"asks for more than .* parameters, many times what the files hold"
+    ):
         load_precomputed(checkpoint)
 
 
 def test_a_configuration_cannot_make_buffers_that_fill_memory() -> None:
     """GPT-Neo makes a mask of all positions by all positions."""
-    checkpoint = Held(GPTNeoForCausalLM(GPTNeoConfig(hidden_size=16, num_layers=1, attention_types=[[["global"], 1]], num_heads=2, vocab_size=99)))
+    checkpoint = Held(
+        GPTNeoForCausalLM(
+            GPTNeoConfig(
+                hidden_size=16,
+                num_layers=1,
+                attention_types=[[["global"], 1]],
+                num_heads=2,
+                vocab_size=99,
+            )
+        )
+    )
     assert load_precomputed(checkpoint).config.max_position_embeddings == 2048
     checkpoint.config.max_position_embeddings = 10**6
-    with pytest.raises(SourceError, match=r"asks for a buffer transformer.h.0.attn.attention.bias of shape \[1, 1, 1000000, 1000000\]"):
+    with pytest.raises(
+        SourceError,
+        match=r"asks for a buffer transformer.h.0.attn.attention.bias of shape \[1, 1, 1000000, 1000000\]",
+    ):
         load_precomputed(checkpoint)
 
 
@@ -210,7 +282,11 @@ def test_a_model_runs_with_one_block_in_memory_at_a_time() -> None:
     lazy = LazyModel(checkpoint)
     there: list[set[str]] = []
     for block in lazy.model.model.layers:
-        block.mlp.register_forward_hook(lambda *_: there.append({n for n, p in lazy.model.named_parameters() if ".layers." in n and not p.is_meta}))
+        block.mlp.register_forward_hook(
+            lambda *_: there.append(
+                {n for n, p in lazy.model.named_parameters() if ".layers." in n and not p.is_meta}
+            )
+        )
     with lazy.in_passing() as model:
         assert torch.equal(model(IDS).logits, tiny_model("llama")(IDS).logits)
         assert torch.equal(model(IDS).logits, tiny_model("llama")(IDS).logits)
@@ -221,11 +297,26 @@ def test_a_model_runs_with_one_block_in_memory_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_streaming_writes_the_base_that_quantizing_in_memory_writes(kind: str, tmp_path: Path) -> None:
+def test_streaming_writes_the_base_that_quantizing_in_memory_writes(
+    kind: str, tmp_path: Path
+) -> None:
     (tmp_path / "streamed").mkdir()
-    rules = [Rule("*.down_proj", parse_scheme("w8-channel")), Rule("*.k_proj", None), Rule("*embed_tokens", parse_scheme("w4-block16"))]
+    rules = [
+        Rule("*.down_proj", parse_scheme("w8-channel")),
+        Rule("*.k_proj", None),
+        Rule("*embed_tokens", parse_scheme("w4-block16")),
+    ]
     rules = rules if kind in ("llama", "qwen3") else []
-    streamed = quantize_checkpoint(Held(model_of(kind)), byte_tokenizer(), tmp_path / "streamed", "x", "w4-block32", "rtn", rules=rules, shard_bytes=30_000)
+    streamed = quantize_checkpoint(
+        Held(model_of(kind)),
+        byte_tokenizer(),
+        tmp_path / "streamed",
+        "x",
+        "w4-block32",
+        "rtn",
+        rules=rules,
+        shard_bytes=30_000,
+    )
     model = model_of(kind)
     report = quantize_(model, "w4-block32", "rtn", rules=rules)
     assert streamed.fingerprint == fingerprint(model)
@@ -240,7 +331,16 @@ def test_streaming_holds_one_module_and_a_shard(kind: str, tmp_path: Path, left:
     checkpoint = Held(model_of(kind))
     sizes = [p.nbytes for p in checkpoint.model.parameters()]
     rules = [Rule("*embed_tokens", parse_scheme("w4-block16"))]
-    quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn", rules=rules, shard_bytes=10_000)
+    quantize_checkpoint(
+        checkpoint,
+        byte_tokenizer(),
+        tmp_path,
+        "x",
+        "w4-block32",
+        "rtn",
+        rules=rules,
+        shard_bytes=10_000,
+    )
     assert left == [], "only shapes are left of the model"
     assert checkpoint.most_alive <= 2 * max(sizes) + 10_000
     assert checkpoint.most_alive < sum(sizes) / 2, "a model of more than one block"
@@ -250,15 +350,26 @@ def test_streaming_keeps_the_integers_of_a_checkpoint(tmp_path: Path) -> None:
     checkpoint = Held(tiny_model("llama"), parse_scheme("w4-block32"))
     identity = quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", None).fingerprint
     assert identity == fingerprint(load_precomputed(checkpoint)) == fingerprint(load_base(tmp_path))
-    with pytest.raises(SourceError, match=r"q_proj.weight is integers already in the files; leave the scheme out"):
+    with pytest.raises(
+        SourceError, match=r"q_proj.weight is integers already in the files; leave the scheme out"
+    ):
         quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn")
 
 
 def test_an_interrupted_stream_leaves_no_base(tmp_path: Path) -> None:
     up = "model.layers.1.mlp.up_proj.weight"
-    quantize_checkpoint(Held(tiny_model("llama")), byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn")
+    quantize_checkpoint(
+        Held(tiny_model("llama")), byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn"
+    )
     with pytest.raises(CalibrationError, match=f"{up}: "):
-        quantize_checkpoint(Changed(up, lambda t: t * torch.nan), byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn")
+        quantize_checkpoint(
+            Changed(up, lambda t: t * torch.nan),
+            byte_tokenizer(),
+            tmp_path,
+            "x",
+            "w4-block32",
+            "rtn",
+        )
     with pytest.raises(SourceError, match="is not a QWLoRA base"):
         load_base(tmp_path)
 
@@ -274,4 +385,12 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_read(tmp_path: Pa
     with pytest.raises(GridError, match="block 48"):
         quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block48", "rtn")
     with pytest.raises(GridError, match=r"'\*.nowhere' matches no layer"):
-        quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn", rules=[Rule("*.nowhere", None)])
+        quantize_checkpoint(
+            checkpoint,
+            byte_tokenizer(),
+            tmp_path,
+            "x",
+            "w4-block32",
+            "rtn",
+            rules=[Rule("*.nowhere", None)],
+        )

@@ -39,13 +39,25 @@ def token_ids(count: int = 6, tokens: int = 24) -> Tensor:
 
 def mixture() -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=260, num_local_experts=4, max_position_embeddings=64)).eval()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return MixtralForCausalLM(
+        MixtralConfig(**sizes, vocab_size=260, num_local_experts=4, max_position_embeddings=64)
+    ).eval()
 
 
 def linear_names(model: nn.Module) -> list[str]:
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D") and module is not head]
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and module is not head
+    ]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -56,7 +68,9 @@ def test_every_linear_is_taken_but_the_output_head(architecture: str) -> None:
     assert {type(model.get_submodule(name)) for name in names} == {PackedLinear}
     assert len(packed_weights(model)) == len(names) == len(report.layers)
     assert not isinstance(model.get_output_embeddings(), PackedLinear)
-    assert report.size.weights == sum(layer.tensor.codes.numel() for layer in packed_weights(model).values())
+    assert report.size.weights == sum(
+        layer.tensor.codes.numel() for layer in packed_weights(model).values()
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -81,7 +95,10 @@ def test_rules_mix_grids_and_solvers_and_keep_layers_float() -> None:
         Rule("lm_head", parse_scheme("w8-channel")),
     ]
     report = quantize_(model, "w4-block32", "search", rules=rules)
-    schemes = {name.removesuffix(".weight"): str(layer.scheme) for name, layer in packed_weights(model).items()}
+    schemes = {
+        name.removesuffix(".weight"): str(layer.scheme)
+        for name, layer in packed_weights(model).items()
+    }
     assert not any(name.startswith("model.layers.0") for name in schemes)
     assert schemes["model.layers.1.mlp.down_proj"] == "int8 symmetric per block 16"
     assert schemes["model.layers.1.mlp.up_proj"] == "int4 symmetric per block 32"
@@ -95,7 +112,10 @@ def test_a_tied_embedding_is_packed_once_when_a_rule_names_it_or_its_head() -> N
         quantize_(model, "w4-block32", rules=[Rule(pattern, parse_scheme("w8-block32"))])
         layers = packed_weights(model)
         assert layers["lm_head.weight"].is_tied
-        assert layers["lm_head.weight"].tensor.parts.packed is layers["model.embed_tokens.weight"].tensor.parts.packed
+        assert (
+            layers["lm_head.weight"].tensor.parts.packed
+            is layers["model.embed_tokens.weight"].tensor.parts.packed
+        )
         assert model(token_ids()).logits.shape == whole(token_ids()).logits.shape
 
 
@@ -103,7 +123,10 @@ def test_fused_experts_are_packed_by_default_a_channel_being_a_row_of_one() -> N
     model = mixture()
     before = model(token_ids()).logits
     report = quantize_(model, "w8-channel", "search")
-    assert report.layers["model.layers.0.mlp.experts.gate_up_proj"].scheme == "int8 symmetric per block 32"
+    assert (
+        report.layers["model.layers.0.mlp.experts.gate_up_proj"].scheme
+        == "int8 symmetric per block 32"
+    )
     assert report.size.float_weights < 2.2 * 260 * 32
     assert (model(token_ids()).logits - before).abs().max() < 0.05 * before.abs().max()
 
@@ -115,18 +138,31 @@ def test_gptq_beats_rounding_in_every_layer_and_says_so() -> None:
     assert all(layer.error < layer.rtn_error for layer in report.layers.values())
     ids = torch.randint(0, 250, (8, 32), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        errors = [float((m(ids).logits - reference(ids).logits).square().mean()) for m in (model, rounded)]
+        errors = [
+            float((m(ids).logits - reference(ids).logits).square().mean()) for m in (model, rounded)
+        ]
     assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_moments_are_those_of_the_inputs_that_the_quantized_parts_before_make(architecture: str) -> None:
+def test_moments_are_those_of_the_inputs_that_the_quantized_parts_before_make(
+    architecture: str,
+) -> None:
     """Against a model whose first part alone is quantized: what the second part then sees, and does not see without that."""
     ids, found = token_ids(8), []
     for first in (parse_scheme("w2-block32"), None):
         model, moments = tiny_model(architecture), Moments()
-        part = next(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
-        quantize_(model, "w2-block32", "gptq", rules=[Rule(f"{part}.0.*", first)], calibration=ids, moments=moments)
+        part = next(
+            path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)
+        )
+        quantize_(
+            model,
+            "w2-block32",
+            "gptq",
+            rules=[Rule(f"{part}.0.*", first)],
+            calibration=ids,
+            moments=moments,
+        )
         found.append({path: moments[path] for path in moments if path.startswith(f"{part}.1.")})
     beside = Moments()
     half = tiny_model(architecture)
@@ -134,19 +170,30 @@ def test_moments_are_those_of_the_inputs_that_the_quantized_parts_before_make(ar
     quantize_(half, "w2-block32", "gptq", calibration=ids, moments=beside)
     assert set(found[0]) == set(beside)
     for path in beside:
-        for of_half, whole, without in zip(beside[path], found[0][path], found[1][path], strict=True):
+        for of_half, whole, without in zip(
+            beside[path], found[0][path], found[1][path], strict=True
+        ):
             torch.testing.assert_close(of_half, whole)
             assert (of_half - without).norm() > 0.01 * of_half.norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_moments_of_a_packed_model_are_those_of_the_floats_that_it_stands_for(architecture: str) -> None:
+def test_moments_of_a_packed_model_are_those_of_the_floats_that_it_stands_for(
+    architecture: str,
+) -> None:
     ids = token_ids(8)
     model, twin = packed_and_twin(tiny_model(architecture), "w4-block32")
     found, beside = observe_moments(model, ids), Moments()
     part = next(path for path, module in twin.named_modules() if isinstance(module, nn.ModuleList))
     for seen in (0, 1):  # by the other way, each part while the one before it holds the same floats
-        quantize_(copy.deepcopy(twin), "w4-block32", "rtn", rules=[Rule(f"{part}.{1 - seen}.*", None)], calibration=ids, moments=beside)
+        quantize_(
+            copy.deepcopy(twin),
+            "w4-block32",
+            "rtn",
+            rules=[Rule(f"{part}.{1 - seen}.*", None)],
+            calibration=ids,
+            moments=beside,
+        )
     assert len(beside) >= 8
     for path in beside:
         torch.testing.assert_close(tuple(found[path]), tuple(beside[path]))
@@ -156,7 +203,11 @@ def test_moments_of_a_packed_model_are_those_of_the_floats_that_it_stands_for(ar
 def test_a_head_has_no_moment_of_outputs_as_large_as_the_vocabulary(tied: bool) -> None:
     model = tiny_model("llama")
     model.config.tie_word_embeddings = tied
-    model.lm_head.weight = model.model.embed_tokens.weight if tied else nn.Parameter(model.lm_head.weight.detach().clone())
+    model.lm_head.weight = (
+        model.model.embed_tokens.weight
+        if tied
+        else nn.Parameter(model.lm_head.weight.detach().clone())
+    )
     rules, ids, moments = [Rule("lm_head", parse_scheme("w8-block32"))], token_ids(), Moments()
     quantize_(model, "w4-block32", "gptq", rules=rules, calibration=ids, moments=moments)
     for found in (moments, observe_moments(model, ids)):
@@ -174,9 +225,17 @@ def test_only_layers_that_follow_their_inputs_need_to_be_differentiated() -> Non
     model = tiny_model("llama")
     inner = model.model.layers[0].forward
     model.model.layers[0].forward = torch.no_grad()(inner)
-    with pytest.raises(CalibrationError, match=r"no tensor in the result of model\.layers\.0 can be differentiated"):
+    with pytest.raises(
+        CalibrationError, match=r"no tensor in the result of model\.layers\.0 can be differentiated"
+    ):
         quantize_(model, "w4-block32", "gptq", calibration=token_ids())
-    report = quantize_(model, "w4-block32", "gptq", rules=[Rule("model.layers.0.*", parse_scheme("w4-block32"), "search")], calibration=token_ids())
+    report = quantize_(
+        model,
+        "w4-block32",
+        "gptq",
+        rules=[Rule("model.layers.0.*", parse_scheme("w4-block32"), "search")],
+        calibration=token_ids(),
+    )
     assert report.layers["model.layers.0.mlp.up_proj.weight"].solver == "search"
     assert report.layers["model.layers.1.mlp.up_proj.weight"].solver == "gptq"
 
@@ -193,7 +252,9 @@ def test_a_killed_run_goes_on_at_the_last_finished_part(tmp_path: Path) -> None:
         raise KilledError
 
     with pytest.raises(KilledError):
-        quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, track=killing)
+        quantize_(
+            tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, track=killing
+        )
     (finished,) = tmp_path.iterdir()
     stamp = finished.stat().st_mtime_ns
     model = tiny_model("llama")
@@ -206,35 +267,60 @@ def test_a_killed_run_goes_on_at_the_last_finished_part(tmp_path: Path) -> None:
 def test_another_call_does_not_take_finished_parts(tmp_path: Path, what: str) -> None:
     ids = token_ids()
     one_layer = [Rule("model.layers.*.down_proj", None)] if what == "rules" else []
-    quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, rules=one_layer)
-    scheme, calibration = "w4-block32" if what == "scheme" else "w3-block32", ids.flip(0, 1) if what == "calibration" else ids
+    quantize_(
+        tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, rules=one_layer
+    )
+    scheme, calibration = (
+        "w4-block32" if what == "scheme" else "w3-block32",
+        ids.flip(0, 1) if what == "calibration" else ids,
+    )
     models = [tiny_model("llama", seed=1 if what == "weights" else 0) for _ in range(2)]
     settings = GptqSettings(activation_order=True) if what == "settings" else None
-    report = quantize_(models[0], scheme, "gptq", calibration=calibration, work=tmp_path, gptq=settings)
+    report = quantize_(
+        models[0], scheme, "gptq", calibration=calibration, work=tmp_path, gptq=settings
+    )
     assert report == quantize_(models[1], scheme, "gptq", calibration=calibration, gptq=settings)
     assert fingerprint(models[0]) == fingerprint(models[1])
 
 
 def test_a_finished_part_whose_moments_are_gone_is_made_again(tmp_path: Path) -> None:
     ids, first = token_ids(), Moments(tmp_path / "first")
-    quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=first)
+    quantize_(
+        tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=first
+    )
     (tmp_path / "first" / "model.layers.1.mlp.up_proj.safetensors").unlink()
     again = Moments(tmp_path / "first")
-    quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=again)
+    quantize_(
+        tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=again
+    )
     assert again.keys() == first.keys()
-    assert all(torch.equal(a, b) for name in first for a, b in zip(again[name], first[name], strict=True))
+    assert all(
+        torch.equal(a, b) for name in first for a, b in zip(again[name], first[name], strict=True)
+    )
 
 
-def test_a_finished_part_with_moments_of_another_revision_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_part_with_moments_of_another_revision_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = token_ids()
     solved: list[str] = []
     own = calibrated.solve_tensor
-    monkeypatch.setattr(calibrated, "solve_tensor", lambda name, *rest: solved.append(name) or own(name, *rest))
-    for moments, revision, again in ((True, "1", True), (True, "1", False), (True, "2", True), (False, "2", True), (False, "3", False)):
+    monkeypatch.setattr(
+        calibrated, "solve_tensor", lambda name, *rest: solved.append(name) or own(name, *rest)
+    )
+    for moments, revision, again in (
+        (True, "1", True),
+        (True, "1", False),
+        (True, "2", True),
+        (False, "2", True),
+        (False, "3", False),
+    ):
         solved.clear()
         monkeypatch.setattr("qwlora.base.finished.MOMENTS_REVISION", revision)
         found = Moments(tmp_path / f"moments{revision}") if moments else None
-        quantize_(tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=found)
+        quantize_(
+            tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=found
+        )
         assert bool(solved) == again
 
 
@@ -243,11 +329,17 @@ def test_lockstep_pauses_all_batches_before_each_part_and_leaves_no_trace() -> N
     expected = model(ids[:1]).logits
     order, calls = [], []
     hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-    with Lockstep(model, ["lm_head", "model.layers.1", "model.layers.0"], [{"input_ids": row[None]} for row in ids]) as lockstep:
+    with Lockstep(
+        model,
+        ["lm_head", "model.layers.1", "model.layers.0"],
+        [{"input_ids": row[None]} for row in ids],
+    ) as lockstep:
         while part := lockstep.advance():
             order.append(part)
             if part == "model.layers.0":
-                assert [output.shape for output in lockstep.repeat()] == [torch.Size([1, 24, 64])] * 3
+                assert [output.shape for output in lockstep.repeat()] == [
+                    torch.Size([1, 24, 64])
+                ] * 3
     hook.remove()
     assert order == ["model.layers.0", "model.layers.1", "lm_head"]
     assert len(calls) == 6
@@ -263,7 +355,10 @@ def test_an_error_inside_the_model_reaches_the_caller() -> None:
 
 
 def test_what_cannot_be_quantized_is_named() -> None:
-    with pytest.raises(GridError, match=r"14 of 14 layers do not fit.*\n.*q_proj.*block 48 does not fit: blocks of 48 do not divide .*\[64, 64\]"):
+    with pytest.raises(
+        GridError,
+        match=r"14 of 14 layers do not fit.*\n.*q_proj.*block 48 does not fit: blocks of 48 do not divide .*\[64, 64\]",
+    ):
         quantize_(tiny_model("llama"), "w4-block48")
     with pytest.raises(GridError, match="scheme 'int4' is not understood"):
         quantize_(tiny_model("llama"), "int4")
@@ -273,14 +368,22 @@ def test_what_cannot_be_quantized_is_named() -> None:
         quantize_(tiny_model("llama"), "w4-block32", solver="gptq")
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
-    with pytest.raises(CalibrationError, match=r"model.layers.1.mlp.up_proj.weight: the observed range is not finite"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"model.layers.1.mlp.up_proj.weight: the observed range is not finite",
+    ):
         quantize_(model, "w4-block32")
     with pytest.raises(GridError, match="no layer left"):
         quantize_(nn.ReLU(), "w4-block32")
 
 
 def test_rules_that_cannot_be_followed_are_gathered() -> None:
-    rules = [Rule("*.dwn_proj", None), Rule("*.k_proj", None), Rule("lm_hed", None), Rule("model.embed_tokens", parse_scheme("w8-block32"), "gptq")]
+    rules = [
+        Rule("*.dwn_proj", None),
+        Rule("*.k_proj", None),
+        Rule("lm_hed", None),
+        Rule("model.embed_tokens", parse_scheme("w8-block32"), "gptq"),
+    ]
     with pytest.raises(GridError, match=r"3 of the base's rules") as caught:
         quantize_(tiny_model("llama"), "w4-block32", rules=rules)
     message = str(caught.value)
@@ -298,14 +401,31 @@ def test_a_layer_that_no_batch_reaches_is_named() -> None:
 
 def test_what_stands_beside_the_body_of_a_model_is_a_head_and_stays_float() -> None:
     """Whatever it is called: transformers names the body, the rest makes the result from it."""
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=260, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2))  # names none
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=260, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    )  # names none
     assert sum(found.by_default for found in find_tensors(t5).values()) == 16
-    config = GPT2Config(vocab_size=260, n_positions=64, n_embd=32, n_layer=1, n_head=2, num_labels=3, pad_token_id=0)
-    for wrap in (lambda m: m, lambda m: get_peft_model(m, LoraConfig(target_modules=["c_attn"], task_type="SEQ_CLS", fan_in_fan_out=True))):
+    config = GPT2Config(
+        vocab_size=260, n_positions=64, n_embd=32, n_layer=1, n_head=2, num_labels=3, pad_token_id=0
+    )
+    for wrap in (
+        lambda m: m,
+        lambda m: get_peft_model(
+            m, LoraConfig(target_modules=["c_attn"], task_type="SEQ_CLS", fan_in_fan_out=True)
+        ),
+    ):
         found = find_tensors(wrap(GPT2ForSequenceClassification(config)))
-        assert {c.paths[0].rpartition(".")[2] for c in found.values() if c.by_default} == {"c_attn", "c_proj", "c_fc"}
+        assert {c.paths[0].rpartition(".")[2] for c in found.values() if c.by_default} == {
+            "c_attn",
+            "c_proj",
+            "c_fc",
+        }
         assert ("score",) in [c.paths for c in found.values()], "a rule still reaches it"
-    report = quantize_(GPT2ForSequenceClassification(config), "w4-block32", rules=[Rule("score", parse_scheme("w8-block32"))])
+    report = quantize_(
+        GPT2ForSequenceClassification(config),
+        "w4-block32",
+        rules=[Rule("score", parse_scheme("w8-block32"))],
+    )
     assert report.layers["score.weight"].scheme.startswith("int8")
 
 

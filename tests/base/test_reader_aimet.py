@@ -17,7 +17,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from qwlora.base.readers.aimet import AimetCheckpoint
 from qwlora.base.readers.aimet_grids import Placement, grid_of
 from qwlora.base.readers.open_checkpoint import open_checkpoint
-from qwlora.encodings import EncodingsFile, FloatEncoding, IntegerEncoding, LpbqEncoding, read, write
+from qwlora.encodings import (
+    EncodingsFile,
+    FloatEncoding,
+    IntegerEncoding,
+    LpbqEncoding,
+    read,
+    write,
+)
 from qwlora.encodings.model import Encoding as Entry
 from qwlora.errors import EncodingsFileError, SourceError
 from qwlora.grid.encoding import Encoding
@@ -27,7 +34,14 @@ from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Granularity, LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
 GOLDEN = Path(__file__).parent.parent / "encodings" / "files"
-SIZES = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
@@ -38,7 +52,9 @@ def llama(tied: bool = False) -> PreTrainedModel:
 
 def gpt2() -> PreTrainedModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=48, n_embd=32, n_layer=1, n_head=2, n_positions=32))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=48, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    )
 
 
 # Grids of AIMET's own files
@@ -51,13 +67,27 @@ def grids(file: str, version: str) -> dict[str, Encoding]:
     for layer, shape in (("block", (6, 8)), ("lpbq", (8, 6))):
         folded = f"{layer}.weight_0"  # the ONNX exporter's name of a weight stored [in, out]
         name = folded if folded in entries else f"{layer}.weight"
-        found[layer] = grid_of(entries[name], Placement(shape, flipped=name == folded, block_order="tensor" if name == folded else "channel"), version)
+        found[layer] = grid_of(
+            entries[name],
+            Placement(
+                shape, flipped=name == folded, block_order="tensor" if name == folded else "channel"
+            ),
+            version,
+        )
     return found
 
 
-@pytest.mark.parametrize(("file", "version"), [("aimet-1.0.0", "1.0.0"), ("aimet-2.0.0", "2.0.0"), ("aimet-2.1.0", "2.1.0")])
-def test_three_versions_of_aimets_onnx_exporter_say_the_grids_of_its_torch_exporter(file: str, version: str) -> None:
-    expected, found = grids("aimet-export-1.0.0.encodings", "1.0.0"), grids(f"{file}.encodings", version)
+@pytest.mark.parametrize(
+    ("file", "version"),
+    [("aimet-1.0.0", "1.0.0"), ("aimet-2.0.0", "2.0.0"), ("aimet-2.1.0", "2.1.0")],
+)
+def test_three_versions_of_aimets_onnx_exporter_say_the_grids_of_its_torch_exporter(
+    file: str, version: str
+) -> None:
+    expected, found = (
+        grids("aimet-export-1.0.0.encodings", "1.0.0"),
+        grids(f"{file}.encodings", version),
+    )
     for layer in ("block", "lpbq"):
         assert torch.equal(found[layer].scale, expected[layer].scale)
         assert torch.equal(found[layer].offset, expected[layer].offset)
@@ -68,9 +98,15 @@ def test_three_versions_of_aimets_onnx_exporter_say_the_grids_of_its_torch_expor
 
 def test_the_order_of_a_flat_list_is_not_guessed() -> None:
     entry = read(GOLDEN / "aimet-1.0.0.encodings").by_name["block.weight_0"]
-    with pytest.raises(SourceError, match=r"is one flat list of blocks, whose order the file does not say.*model.block_order: channel or tensor in the recipe"):
+    with pytest.raises(
+        SourceError,
+        match=r"is one flat list of blocks, whose order the file does not say.*model.block_order: channel or tensor in the recipe",
+    ):
         grid_of(entry, Placement((6, 8), flipped=True), "1.0.0")
-    right, wrong = (grid_of(entry, Placement((6, 8), True, 0, order), "1.0.0") for order in ("tensor", "channel"))
+    right, wrong = (
+        grid_of(entry, Placement((6, 8), True, 0, order), "1.0.0")
+        for order in ("tensor", "channel")
+    )
     assert not torch.equal(right.scale, wrong.scale)
 
 
@@ -83,23 +119,60 @@ def test_an_order_that_changes_nothing_need_not_be_known() -> None:
 
 def test_blocks_that_0_6_1_lists_as_channels() -> None:
     entry = read(GOLDEN / "aimet-0.6.1.encodings").by_name["block.weight_0"]
-    with pytest.raises(SourceError, match=r"has 12 scales, but axis 0 of \[6, 8\] has 6; version 0.6.1 lists the scales of blocks as if they were channels"):
+    with pytest.raises(
+        SourceError,
+        match=r"has 12 scales, but axis 0 of \[6, 8\] has 6; version 0.6.1 lists the scales of blocks as if they were channels",
+    ):
         grid_of(entry, Placement((6, 8), flipped=True), "0.6.1")
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (IntegerEncoding("w", 4, np.ones(6), np.full(6, -8), True, axis=0, zero_point_shift=0.5), "zero point shift of half a step"),
-        (IntegerEncoding("w", 4, np.ones((3, 8)), np.full((3, 8), -8), True, axis=0, block_size=2), "has blocks along the output"),
-        (IntegerEncoding("w", 4, np.ones((6, 4)), np.full((6, 4), -8), True, axis=1, block_size=4), r"has \[6, 4\] blocks, but .* needs \[6, 2\]"),
-        (IntegerEncoding("w", 4, np.ones(5), np.full(5, -8), True, block_size=4), r"has 5 blocks, but a matrix of shape \[6, 8\] needs \[6, 2\]"),
-        (IntegerEncoding("w", 4, np.ones(12), np.full(12, -8), True, block_size=3), "has blocks of 3, which do not divide"),
-        (IntegerEncoding("w", 4, np.ones(7), np.full(7, -8), True, axis=0), r"has 7 scales, but axis 0 of \[6, 8\] has 6$"),
-        (IntegerEncoding("w", 4, np.ones(()), np.array(3), False), r"an offset is outside \[-15, 0\]"),
-        (IntegerEncoding("w", 4, np.array(1e-60), np.array(-8), True), "a scale is a finite positive number"),
-        (LpbqEncoding("w", 4, 4, np.ones((6, 2), dtype=int), np.ones((5, 1)), axis=1), "cannot share evenly"),
-        (FloatEncoding("w", 8, "float8e4m3fn", np.ones(())), "is a float of 8 bits, which is no grid of integers"),
+        (
+            IntegerEncoding("w", 4, np.ones(6), np.full(6, -8), True, axis=0, zero_point_shift=0.5),
+            "zero point shift of half a step",
+        ),
+        (
+            IntegerEncoding(
+                "w", 4, np.ones((3, 8)), np.full((3, 8), -8), True, axis=0, block_size=2
+            ),
+            "has blocks along the output",
+        ),
+        (
+            IntegerEncoding(
+                "w", 4, np.ones((6, 4)), np.full((6, 4), -8), True, axis=1, block_size=4
+            ),
+            r"has \[6, 4\] blocks, but .* needs \[6, 2\]",
+        ),
+        (
+            IntegerEncoding("w", 4, np.ones(5), np.full(5, -8), True, block_size=4),
+            r"has 5 blocks, but a matrix of shape \[6, 8\] needs \[6, 2\]",
+        ),
+        (
+            IntegerEncoding("w", 4, np.ones(12), np.full(12, -8), True, block_size=3),
+            "has blocks of 3, which do not divide",
+        ),
+        (
+            IntegerEncoding("w", 4, np.ones(7), np.full(7, -8), True, axis=0),
+            r"has 7 scales, but axis 0 of \[6, 8\] has 6$",
+        ),
+        (
+            IntegerEncoding("w", 4, np.ones(()), np.array(3), False),
+            r"an offset is outside \[-15, 0\]",
+        ),
+        (
+            IntegerEncoding("w", 4, np.array(1e-60), np.array(-8), True),
+            "a scale is a finite positive number",
+        ),
+        (
+            LpbqEncoding("w", 4, 4, np.ones((6, 2), dtype=int), np.ones((5, 1)), axis=1),
+            "cannot share evenly",
+        ),
+        (
+            FloatEncoding("w", 8, "float8e4m3fn", np.ones(())),
+            "is a float of 8 bits, which is no grid of integers",
+        ),
     ],
 )
 def test_entries_that_are_no_grid(entry: Entry, message: str) -> None:
@@ -113,7 +186,11 @@ def test_low_power_scales_without_their_largest_integer_are_blocks() -> None:
     found = grid_of(entry, Placement((6, 8)), "2.0.0")
     assert found.scheme == Scheme(4, True, PerBlock(4))
     assert found.scale.tolist() == [[0.75, 0.5]] * 6
-    halves = grid_of(LpbqEncoding("w", 4, 2, np.full((6, 4), 2), np.tile([[0.25, 0.5]], (6, 1)), axis=1), Placement((6, 8)), "2.0.0")
+    halves = grid_of(
+        LpbqEncoding("w", 4, 2, np.full((6, 4), 2), np.tile([[0.25, 0.5]], (6, 1)), axis=1),
+        Placement((6, 8)),
+        "2.0.0",
+    )
     assert halves.scale[0].tolist() == [0.5, 0.5, 1.0, 1.0]
 
 
@@ -122,7 +199,11 @@ def test_low_power_scales_without_their_largest_integer_are_blocks() -> None:
 
 def entry_of(name: str, encoding: Encoding, version: str, flipped: bool = False) -> Entry:
     """What AIMET writes for a grid of a matrix [out, in]: nested with axes in 2.x, flat before; transposed for its ONNX exporter's [in, out]."""
-    scheme, scale, offset = encoding.scheme, encoding.scale.double().numpy(), encoding.offset.long().numpy()
+    scheme, scale, offset = (
+        encoding.scheme,
+        encoding.scale.double().numpy(),
+        encoding.offset.long().numpy(),
+    )
     granularity, split = scheme.granularity, version < "2"
     if isinstance(granularity, LowPowerBlock):
         row, integers = (t.numpy() for t in split_scales(encoding.scale, scheme))
@@ -130,8 +211,24 @@ def entry_of(name: str, encoding: Encoding, version: str, flipped: bool = False)
         integers, row = (integers.T, row.T) if flipped else (integers, row)
         if split:
             decompressed = scheme.bitwidth + granularity.scale_bitwidth
-            return LpbqEncoding(name, scheme.bitwidth, granularity.size, integers.reshape(-1), row.reshape(-1), decompressed)
-        return LpbqEncoding(name, scheme.bitwidth, granularity.size, integers, row, None, 0 if flipped else 1, 1 if flipped else 0)
+            return LpbqEncoding(
+                name,
+                scheme.bitwidth,
+                granularity.size,
+                integers.reshape(-1),
+                row.reshape(-1),
+                decompressed,
+            )
+        return LpbqEncoding(
+            name,
+            scheme.bitwidth,
+            granularity.size,
+            integers,
+            row,
+            None,
+            0 if flipped else 1,
+            1 if flipped else 0,
+        )
     block_size = granularity.size if isinstance(granularity, PerBlock) else None
     axis = None
     if block_size is not None:
@@ -142,15 +239,32 @@ def entry_of(name: str, encoding: Encoding, version: str, flipped: bool = False)
     if split:
         axis = None
         scale, offset = (a.reshape(-1) if a.ndim else a for a in (scale, offset))
-    symmetric = scheme.symmetric if split else bool((encoding.offset == scheme.symmetric_offset).all())
-    return IntegerEncoding(name, scheme.bitwidth, scale, offset, symmetric, None if split else symmetric, axis, block_size)
+    symmetric = (
+        scheme.symmetric if split else bool((encoding.offset == scheme.symmetric_offset).all())
+    )
+    return IntegerEncoding(
+        name,
+        scheme.bitwidth,
+        scale,
+        offset,
+        symmetric,
+        None if split else symmetric,
+        axis,
+        block_size,
+    )
 
 
-def saved(folder: Path, entries: list[Entry], version: str, model: PreTrainedModel, **more: Any) -> Path:
+def saved(
+    folder: Path, entries: list[Entry], version: str, model: PreTrainedModel, **more: Any
+) -> Path:
     model.save_pretrained(folder)
     rest: dict[str, Any] = {"producer": {"package": "aimet-torch", "version": "2.42.0"}}
     if version < "2":
-        rest |= {"parameters": frozenset(e.name for e in entries), "excluded_layers": (), "quantizer_args": {}}
+        rest |= {
+            "parameters": frozenset(e.name for e in entries),
+            "excluded_layers": (),
+            "quantizer_args": {},
+        }
     write(EncodingsFile(version, tuple(entries), **rest | more), folder / "model.encodings")
     return folder / "model.encodings"
 
@@ -160,15 +274,22 @@ def matrices(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("version", ["0.6.1", "1.0.0", "2.0.0", "2.1.0"])
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(8), LowPowerBlock(8)], ids=str)
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerChannel(0), PerBlock(8), LowPowerBlock(8)], ids=str
+)
 @pytest.mark.parametrize("folded", [False, True])
-def test_every_version_gives_the_grid_that_was_written(tmp_path: Path, version: str, granularity: Granularity, folded: bool) -> None:
+def test_every_version_gives_the_grid_that_was_written(
+    tmp_path: Path, version: str, granularity: Granularity, folded: bool
+) -> None:
     """Names and layouts of both of AIMET's exporters: the parameter's own, and `NAME_0` for a tensor stored [in, out]."""
     if version == "0.6.1" and isinstance(granularity, PerBlock):
         pytest.skip("0.6.1 has no blocks")
     scheme = Scheme(4, True, granularity)
     expected = {name: measure(value, scheme) for name, value in matrices(llama()).items()}
-    entries = [entry_of(f"{name}_0" if folded else name, encoding, version, flipped=folded) for name, encoding in expected.items()]
+    entries = [
+        entry_of(f"{name}_0" if folded else name, encoding, version, flipped=folded)
+        for name, encoding in expected.items()
+    ]
     checkpoint = open_checkpoint(tmp_path, saved(tmp_path, entries, version, llama()))
     for name, value in llama().named_parameters():
         found = checkpoint.read(name)
@@ -183,16 +304,23 @@ def test_every_version_gives_the_grid_that_was_written(tmp_path: Path, version: 
 
 @pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(8)], ids=str)
-def test_a_layer_that_stores_its_weight_in_by_out(tmp_path: Path, version: str, granularity: Granularity) -> None:
+def test_a_layer_that_stores_its_weight_in_by_out(
+    tmp_path: Path, version: str, granularity: Granularity
+) -> None:
     """GPT-2's Conv1D: integers are [out, in], and a flat list of blocks needs its order."""
     scheme = Scheme(4, False, granularity)
     floats = {name: value for name, value in matrices(gpt2()).items() if ".h." in name}
     expected = {name: measure(value.t(), scheme) for name, value in floats.items()}
-    entries = [entry_of(name, encoding, version, flipped=True) for name, encoding in expected.items()]
+    entries = [
+        entry_of(name, encoding, version, flipped=True) for name, encoding in expected.items()
+    ]
     encodings = saved(tmp_path, entries, version, gpt2())
     arguments: dict[str, Any] = {"keep_float": ["lm_head"]}
     if version == "1.0.0" and isinstance(granularity, PerBlock):
-        with pytest.raises(EncodingsFileError, match=r"'transformer.h.0.attn.c_attn.weight' is one flat list of blocks, whose order the file does not say"):
+        with pytest.raises(
+            EncodingsFileError,
+            match=r"'transformer.h.0.attn.c_attn.weight' is one flat list of blocks, whose order the file does not say",
+        ):
             open_checkpoint(tmp_path, encodings, **arguments)
         arguments["block_order"] = "tensor"
     checkpoint = open_checkpoint(tmp_path, encodings, **arguments)
@@ -204,10 +332,19 @@ def test_a_layer_that_stores_its_weight_in_by_out(tmp_path: Path, version: str, 
 
 
 def test_a_file_of_another_producer_needs_the_order_of_its_blocks(tmp_path: Path) -> None:
-    expected = {name: measure(value, Scheme(4, True, PerBlock(8))) for name, value in matrices(llama()).items()}
-    entries = [entry_of(name, encoding, "1.0.0", flipped=True) for name, encoding in expected.items()]
-    encodings = saved(tmp_path, entries, "1.0.0", llama(), producer={"package": "aimet-onnx", "version": "2.42.0"})
-    with pytest.raises(EncodingsFileError, match=r"9 problems(.|\n)*whose order the file does not say"):
+    expected = {
+        name: measure(value, Scheme(4, True, PerBlock(8)))
+        for name, value in matrices(llama()).items()
+    }
+    entries = [
+        entry_of(name, encoding, "1.0.0", flipped=True) for name, encoding in expected.items()
+    ]
+    encodings = saved(
+        tmp_path, entries, "1.0.0", llama(), producer={"package": "aimet-onnx", "version": "2.42.0"}
+    )
+    with pytest.raises(
+        EncodingsFileError, match=r"9 problems(.|\n)*whose order the file does not say"
+    ):
         open_checkpoint(tmp_path, encodings)
     found = open_checkpoint(tmp_path, encodings, block_order="tensor").read(DOWN)
     assert isinstance(found, QuantizedTensor)
@@ -233,8 +370,14 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
         open_checkpoint(tmp_path, saved(tmp_path, list(entries.values()), "1.0.0", llama()))
     assert len(raised.value.problems) == 4
     message = str(raised.value)
-    assert f"'layers.0.mlp.down_proj.weight' is listed as a parameter, but the model has none of that name (near: {DOWN})" in message
-    assert f"'{DOWN}', the weight of a Linear layer, has no entry (near: layers.0.mlp.down_proj.weight)" in message
+    assert (
+        f"'layers.0.mlp.down_proj.weight' is listed as a parameter, but the model has none of that name (near: {DOWN})"
+        in message
+    )
+    assert (
+        f"'{DOWN}', the weight of a Linear layer, has no entry (near: layers.0.mlp.down_proj.weight)"
+        in message
+    )
     assert (
         "'lm_head.weight', the weight of a Linear layer, has no entry; say model.keep_float: [lm_head] in the recipe (keep_float=['lm_head'] in Python) if"
         in message
@@ -244,7 +387,9 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
 
 def test_activations_of_2_x_are_not_taken_for_parameters(tmp_path: Path) -> None:
     entries = [*all_entries(llama()).values(), per_tensor("/model/layers.0/Add_output_0", 16)]
-    found = open_checkpoint(tmp_path, saved(tmp_path, [e.replace(signed=True) for e in entries], "2.0.0", llama()))
+    found = open_checkpoint(
+        tmp_path, saved(tmp_path, [e.replace(signed=True) for e in entries], "2.0.0", llama())
+    )
     assert isinstance(found.read(DOWN), QuantizedTensor)
 
 
@@ -254,8 +399,13 @@ def test_what_stays_float(tmp_path: Path) -> None:
     entries = all_entries(llama())
     for name in ("lm_head.weight", DOWN, up):
         del entries[name]
-    entries |= {up: FloatEncoding(up, 16), "model.embed_tokens.weight": per_tensor("model.embed_tokens.weight", 16)}
-    encodings = saved(tmp_path, list(entries.values()), "1.0.0", llama(), excluded_layers=("lm_head",))
+    entries |= {
+        up: FloatEncoding(up, 16),
+        "model.embed_tokens.weight": per_tensor("model.embed_tokens.weight", 16),
+    }
+    encodings = saved(
+        tmp_path, list(entries.values()), "1.0.0", llama(), excluded_layers=("lm_head",)
+    )
     checkpoint = AimetCheckpoint(tmp_path, encodings, keep_float=["*.down_proj", "model.embed*"])
     floats = dict(llama().named_parameters())
     for name in ("lm_head.weight", DOWN, up, norm, "model.embed_tokens.weight"):
@@ -263,9 +413,18 @@ def test_what_stays_float(tmp_path: Path) -> None:
         assert isinstance(found, torch.Tensor)
         assert torch.equal(found, floats[name])
     with pytest.raises(
-        EncodingsFileError, match=r"is a float of 8 bits, which is no grid of integers; quantize it to integers in AIMET, or say model.keep_float: "
+        EncodingsFileError,
+        match=r"is a float of 8 bits, which is no grid of integers; quantize it to integers in AIMET, or say model.keep_float: ",
     ):
-        AimetCheckpoint(tmp_path, saved(tmp_path, [FloatEncoding(DOWN, 8), *all_entries(llama()).values()][:2], "1.0.0", llama()))
+        AimetCheckpoint(
+            tmp_path,
+            saved(
+                tmp_path,
+                [FloatEncoding(DOWN, 8), *all_entries(llama()).values()][:2],
+                "1.0.0",
+                llama(),
+            ),
+        )
 
 
 def test_vectors_stay_float_on_their_grid(tmp_path: Path) -> None:
@@ -284,15 +443,33 @@ def test_vectors_stay_float_on_their_grid(tmp_path: Path) -> None:
 def test_tied_weights_have_one_grid(tmp_path: Path) -> None:
     entries = all_entries(llama(tied=True))
     head = per_tensor("lm_head.weight")
-    for both in ([*entries.values(), head], [*(e for n, e in entries.items() if "embed" not in n), head]):
-        found = open_checkpoint(tmp_path, saved(tmp_path, both, "1.0.0", llama(tied=True))).read("model.embed_tokens.weight")
+    for both in (
+        [*entries.values(), head],
+        [*(e for n, e in entries.items() if "embed" not in n), head],
+    ):
+        found = open_checkpoint(tmp_path, saved(tmp_path, both, "1.0.0", llama(tied=True))).read(
+            "model.embed_tokens.weight"
+        )
         assert isinstance(found, QuantizedTensor)
-    with pytest.raises(EncodingsFileError, match=r"'lm_head.weight' are tied in the model, but have different grids"):
-        open_checkpoint(tmp_path, saved(tmp_path, [*entries.values(), per_tensor("lm_head.weight", 8)], "1.0.0", llama(tied=True)))
+    with pytest.raises(
+        EncodingsFileError,
+        match=r"'lm_head.weight' are tied in the model, but have different grids",
+    ):
+        open_checkpoint(
+            tmp_path,
+            saved(
+                tmp_path,
+                [*entries.values(), per_tensor("lm_head.weight", 8)],
+                "1.0.0",
+                llama(tied=True),
+            ),
+        )
 
 
 def test_a_float_that_is_nan(tmp_path: Path) -> None:
     model = llama()
     model.get_parameter(DOWN).data[0, 0] = torch.nan
     with pytest.raises(SourceError, match=f"'{DOWN}': 1 of 2048 values are nan"):
-        open_checkpoint(tmp_path, saved(tmp_path, list(all_entries(model).values()), "1.0.0", model)).read(DOWN)
+        open_checkpoint(
+            tmp_path, saved(tmp_path, list(all_entries(model).values()), "1.0.0", model)
+        ).read(DOWN)

@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme, apply_quantization_config
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+)
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -42,10 +47,17 @@ def grouped(weight: Tensor, arguments: QuantizationArgs) -> Tensor:
             return weight.unflatten(1, (-1, arguments.group_size))  # type: ignore[arg-type]
         case _:
             rows, columns = arguments.block_structure or [1, 1]
-            return weight.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2).flatten(2)
+            return (
+                weight.unflatten(1, (-1, columns))
+                .unflatten(0, (-1, rows))
+                .transpose(1, 2)
+                .flatten(2)
+            )
 
 
-def compressed(weight: Tensor, layout: str, record: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+def compressed(
+    weight: Tensor, layout: str, record: dict[str, Any], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], Tensor]:
     """(what the library stores of a layer, what it makes of that with scales in float32)."""
     arguments = QuantizationArgs(**record)
     scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
@@ -54,20 +66,38 @@ def compressed(weight: Tensor, layout: str, record: dict[str, Any], dtype: torch
     if arguments.strategy == "channel":
         scale, zero = scale.view(-1, 1), zero.view(-1, 1)
     compressor = BaseCompressor.get_value_from_registry(layout)
-    held = compressor.compress({"weight": weight, "weight_scale": scale.to(dtype), "weight_zero_point": zero}, scheme)
+    held = compressor.compress(
+        {"weight": weight, "weight_scale": scale.to(dtype), "weight_zero_point": zero}, scheme
+    )
     held = {name: tensor for name, tensor in held.items() if tensor is not None}
-    wide = compressor.decompress({**held, "weight_scale": held["weight_scale"].float()}, scheme)["weight"]
+    wide = compressor.decompress({**held, "weight_scale": held["weight_scale"].float()}, scheme)[
+        "weight"
+    ]
     assert wide.dtype == torch.float32
     return held, wide
 
 
 def settings_of(layout: str, record: dict[str, Any], **more: Any) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": record, "input_activations": None, "output_activations": None}
-    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}, "ignore": ["lm_head"], **more}
+    group = {
+        "targets": ["Linear"],
+        "weights": record,
+        "input_activations": None,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        **more,
+    }
 
 
 def opened(folder: Path, held: dict[str, Tensor], settings: dict[str, Any]) -> CompressedTensors:
-    save_file({f"layer.{part}": tensor.contiguous() for part, tensor in held.items()}, folder / "model.safetensors")
+    save_file(
+        {f"layer.{part}": tensor.contiguous() for part, tensor in held.items()},
+        folder / "model.safetensors",
+    )
     return CompressedTensors(SafetensorsFiles(folder), settings)
 
 
@@ -81,7 +111,9 @@ def read(tensors: CompressedTensors) -> QuantizedTensor:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("layout", ["pack-quantized", "int-quantized", "naive-quantized"])
-def test_layers_equal_the_librarys(tmp_path: Path, layout: str, strategy: str, symmetric: bool, dtype: torch.dtype) -> None:
+def test_layers_equal_the_librarys(
+    tmp_path: Path, layout: str, strategy: str, symmetric: bool, dtype: torch.dtype
+) -> None:
     for bits in (2, 3, 4, 5, 6, 7, 8) if layout == "pack-quantized" else (4, 8):
         weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(bits))
         record = {"num_bits": bits, "type": "int", "symmetric": symmetric, **STRATEGIES[strategy]}
@@ -89,8 +121,15 @@ def test_layers_equal_the_librarys(tmp_path: Path, layout: str, strategy: str, s
         found = read(opened(tmp_path, held, settings_of(layout, record)))
         assert torch.equal(found.dequantize(), expected)
         assert found.encoding.scheme.bitwidth == bits
-        assert found.encoding.scheme.symmetric >= symmetric  # an asymmetric tensor may happen to have its zero in the middle
-        granularity = {"tensor": PerTensor(), "channel": PerChannel(0), "group": PerBlock(16), "block": PerBlock(32)}[strategy]
+        assert (
+            found.encoding.scheme.symmetric >= symmetric
+        )  # an asymmetric tensor may happen to have its zero in the middle
+        granularity = {
+            "tensor": PerTensor(),
+            "channel": PerChannel(0),
+            "group": PerBlock(16),
+            "block": PerBlock(32),
+        }[strategy]
         assert found.encoding.scheme.granularity == granularity
         assert bool((found.dequantize() - weight).abs().max() < 4)
 
@@ -101,17 +140,24 @@ def test_rows_that_do_not_fill_words_or_blocks(tmp_path: Path) -> None:
     record = {"num_bits": 8, "type": "int", "symmetric": True, **STRATEGIES["block"]}
     held, expected = compressed(weight, "int-quantized", record, torch.float32)
     held["weight"] = held["weight"][:21].contiguous()
-    assert torch.equal(read(opened(tmp_path, held, settings_of("int-quantized", record))).dequantize(), expected[:21])
+    assert torch.equal(
+        read(opened(tmp_path, held, settings_of("int-quantized", record))).dequantize(),
+        expected[:21],
+    )
     record = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "channel"}
     held, _ = compressed(weight[:, :20], "pack-quantized", record, torch.float32)
-    with pytest.raises(SourceError, match="is so narrow that its words do not tell whether codes of 3 bits run on"):
+    with pytest.raises(
+        SourceError, match="is so narrow that its words do not tell whether codes of 3 bits run on"
+    ):
         read(opened(tmp_path, held, settings_of("pack-quantized", record)))
 
 
 def gapped(codes: Tensor, bits: int) -> Tensor:
     """Rows of codes in int32 words of `32 // bits` whole codes."""
     per_word = 32 // bits
-    padded = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.shape[1] % per_word)).unflatten(1, (-1, per_word))
+    padded = torch.nn.functional.pad(
+        codes.to(torch.int64), (0, -codes.shape[1] % per_word)
+    ).unflatten(1, (-1, per_word))
     words = (padded << (bits * torch.arange(per_word))).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
@@ -121,34 +167,67 @@ def gapped(codes: Tensor, bits: int) -> Tensor:
 def test_the_older_packing_has_gaps(tmp_path: Path, bits: int, symmetric: bool) -> None:
     """compressed-tensors 0.13 kept `32 // bits` whole codes in a word; the same codes in the newer packing are what the library decompresses."""
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(bits))
-    record = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": 16}
+    record = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "group",
+        "group_size": 16,
+    }
     held, expected = compressed(weight, "pack-quantized", record, torch.float32)
     found = read(opened(tmp_path, held, settings_of("pack-quantized", record)))
     older = {**held, "weight_packed": gapped(found.codes, bits)}
     if not symmetric:
         older["weight_zero_point"] = gapped(-found.encoding.offset.t(), bits).t()
     assert older["weight_packed"].shape != held["weight_packed"].shape
-    assert torch.equal(read(opened(tmp_path, older, settings_of("pack-quantized", record))).dequantize(), expected)
+    assert torch.equal(
+        read(opened(tmp_path, older, settings_of("pack-quantized", record))).dequantize(), expected
+    )
 
 
-def model_folder(folder: Path, groups: dict[str, Any], layouts: dict[str, tuple[str, dict[str, Any]]], **more: Any) -> dict[str, Tensor]:
+def model_folder(
+    folder: Path,
+    groups: dict[str, Any],
+    layouts: dict[str, tuple[str, dict[str, Any]]],
+    **more: Any,
+) -> dict[str, Tensor]:
     """A tiny llama whose layers ending in a key of `layouts` are compressed; the values that must come out."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     stored, expected = {}, {}
     for name, value in load_file(folder / "model.safetensors").items():
-        layout = next((layout for end, layout in layouts.items() if name.endswith(f"{end}.weight")), None)
+        layout = next(
+            (layout for end, layout in layouts.items() if name.endswith(f"{end}.weight")), None
+        )
         if layout is None:
             stored[name] = expected[name] = value
             continue
         held, expected[name] = compressed(value, *layout, torch.bfloat16)
-        stored |= {f"{name.removesuffix('weight')}{part}": tensor.contiguous() for part, tensor in held.items()}
+        stored |= {
+            f"{name.removesuffix('weight')}{part}": tensor.contiguous()
+            for part, tensor in held.items()
+        }
     layer = "model.layers.0.self_attn."
-    stored |= {f"{layer}q_proj.input_scale": torch.ones(1), f"{layer}q_proj.input_zero_point": torch.zeros(1), f"{layer}k_scale": torch.ones(1)}
+    stored |= {
+        f"{layer}q_proj.input_scale": torch.ones(1),
+        f"{layer}q_proj.input_zero_point": torch.zeros(1),
+        f"{layer}k_scale": torch.ones(1),
+    }
     save_file(stored, folder / "model.safetensors")
     record = json.loads((folder / "config.json").read_text())
-    record["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": groups, **more}
+    record["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "config_groups": groups,
+        **more,
+    }
     (folder / "config.json").write_text(json.dumps(record))
     return expected
 
@@ -158,18 +237,30 @@ def test_a_whole_checkpoint_of_two_groups(tmp_path: Path) -> None:
     eight = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     four = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
     groups = {
-        "group_0": {"targets": [r"re:.*self_attn.*"], "weights": eight, "input_activations": {"num_bits": 8, "dynamic": True}, "format": "int-quantized"},
+        "group_0": {
+            "targets": [r"re:.*self_attn.*"],
+            "weights": eight,
+            "input_activations": {"num_bits": 8, "dynamic": True},
+            "format": "int-quantized",
+        },
         "group_1": {"targets": ["Linear"], "weights": four, "format": "pack-quantized"},
     }
-    layouts: dict[str, tuple[str, dict[str, Any]]] = {"self_attn.q_proj": ("int-quantized", eight), "self_attn.o_proj": ("int-quantized", eight)}
+    layouts: dict[str, tuple[str, dict[str, Any]]] = {
+        "self_attn.q_proj": ("int-quantized", eight),
+        "self_attn.o_proj": ("int-quantized", eight),
+    }
     layouts |= {"up_proj": ("pack-quantized", four), "down_proj": ("pack-quantized", four)}
     expected = model_folder(tmp_path, groups, layouts, format="mixed-precision")
     checkpoint = open_checkpoint(tmp_path)
     assert set(checkpoint.names()) == expected.keys()
     for name, value in expected.items():
         found = checkpoint.read(name)
-        assert isinstance(found, QuantizedTensor) == any(name.endswith(f"{end}.weight") for end in layouts)
-        assert torch.equal(found.dequantize() if isinstance(found, QuantizedTensor) else found, value)
+        assert isinstance(found, QuantizedTensor) == any(
+            name.endswith(f"{end}.weight") for end in layouts
+        )
+        assert torch.equal(
+            found.dequantize() if isinstance(found, QuantizedTensor) else found, value
+        )
 
 
 INTEGER = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
@@ -178,62 +269,147 @@ INTEGER = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
 @pytest.mark.parametrize(
     ("record", "more", "message"),
     [
-        ({"num_bits": 8, "type": "float"}, {"format": "float-quantized"}, "format 'float-quantized' holds no integers on a grid"),
-        (INTEGER, {"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized' holds no integers"),
-        (INTEGER, {"format": "marlin-24"}, "format 'marlin-24' holds no integers on a grid, or in another layout"),
+        (
+            {"num_bits": 8, "type": "float"},
+            {"format": "float-quantized"},
+            "format 'float-quantized' holds no integers on a grid",
+        ),
+        (
+            INTEGER,
+            {"format": "nvfp4-pack-quantized"},
+            "format 'nvfp4-pack-quantized' holds no integers",
+        ),
+        (
+            INTEGER,
+            {"format": "marlin-24"},
+            "format 'marlin-24' holds no integers on a grid, or in another layout",
+        ),
         ({**INTEGER, "type": "float"}, {}, "weights are float4; a grid holds integers"),
         ({**INTEGER, "num_bits": 16}, {}, "num_bits is 16; 2 to 8 are read"),
-        ({**INTEGER, "strategy": "tensor_group"}, {}, "strategy 'tensor_group' is not read; tensor, channel, group, block are"),
+        (
+            {**INTEGER, "strategy": "tensor_group"},
+            {},
+            "strategy 'tensor_group' is not read; tensor, channel, group, block are",
+        ),
         ({**INTEGER, "group_size": "16"}, {}, "group_size is '16'"),
-        ({**INTEGER, "strategy": "block"}, {}, r"block_structure is None; \[rows, columns\] is needed"),
-        (INTEGER, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights \\('sparse-24-bitmask'\\) are not read"),
-        (INTEGER, {"transform_config": {"config_groups": {"R1": {}}}}, "the model is rotated as it runs"),
+        (
+            {**INTEGER, "strategy": "block"},
+            {},
+            r"block_structure is None; \[rows, columns\] is needed",
+        ),
+        (
+            INTEGER,
+            {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "sparse weights \\('sparse-24-bitmask'\\) are not read",
+        ),
+        (
+            INTEGER,
+            {"transform_config": {"config_groups": {"R1": {}}}},
+            "the model is rotated as it runs",
+        ),
         (INTEGER, {"config_groups": {}}, "no config group quantizes weights"),
-        (INTEGER, {"config_groups": {"group_0": {"weights": INTEGER}}}, "config group 'group_0' has no list of targets"),
-        (INTEGER, {"config_groups": {"group_0": {"targets": ["re:("], "weights": INTEGER}}}, r"target 're:\(' is no regular expression"),
+        (
+            INTEGER,
+            {"config_groups": {"group_0": {"weights": INTEGER}}},
+            "config group 'group_0' has no list of targets",
+        ),
+        (
+            INTEGER,
+            {"config_groups": {"group_0": {"targets": ["re:("], "weights": INTEGER}}},
+            r"target 're:\(' is no regular expression",
+        ),
         (INTEGER, {"config_groups": [INTEGER]}, r"config_groups is .*; an object is needed"),
-        (INTEGER, {"config_groups": {"group_0": {"targets": ["Linear"], "weights": [4]}}}, r"group 'group_0': weights is '\[4\]'; an object is needed"),
+        (
+            INTEGER,
+            {"config_groups": {"group_0": {"targets": ["Linear"], "weights": [4]}}},
+            r"group 'group_0': weights is '\[4\]'; an object is needed",
+        ),
         (INTEGER, {"transform_config": True}, "transform_config is 'True'; an object is needed"),
         (INTEGER, {"sparsity_config": "x"}, "sparsity_config is 'x'; an object is needed"),
     ],
 )
-def test_settings_that_are_refused(tmp_path: Path, record: dict[str, Any], more: dict[str, Any], message: str) -> None:
+def test_settings_that_are_refused(
+    tmp_path: Path, record: dict[str, Any], more: dict[str, Any], message: str
+) -> None:
     with pytest.raises(SourceError, match=message):
-        opened(tmp_path, {"weight": torch.zeros(2, 2)}, {**settings_of("pack-quantized", record), **more})
+        opened(
+            tmp_path,
+            {"weight": torch.zeros(2, 2)},
+            {**settings_of("pack-quantized", record), **more},
+        )
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"weight_scale": None, "weight_packed": torch.zeros(OUT, 8, dtype=torch.int32)}, "'layer.weight_scale' is missing"),
-        ({"weight_shape": torch.tensor([OUT, 2**40])}, r"weight_shape \[24, 1099511627776\] and weight_packed \[24, 8\] do not belong together"),
+        (
+            {"weight_scale": None, "weight_packed": torch.zeros(OUT, 8, dtype=torch.int32)},
+            "'layer.weight_scale' is missing",
+        ),
+        (
+            {"weight_shape": torch.tensor([OUT, 2**40])},
+            r"weight_shape \[24, 1099511627776\] and weight_packed \[24, 8\] do not belong together",
+        ),
         ({"weight_shape": torch.tensor([OUT, 60])}, "groups of 16 do not divide rows of 60"),
-        ({"weight_scale": torch.full((OUT, 4), torch.nan)}, r"tensor 'layer.weight' \(compressed-tensors\): a scale is a finite positive number"),
-        ({"weight_scale": torch.ones(OUT, 3)}, r"there are scales of shape \[24, 3\], but group on \[24, 64\] needs \[24, 4\]"),
-        ({"weight_zero_point": torch.full((OUT, 4), 100, dtype=torch.int8)}, "an offset is outside"),
+        (
+            {"weight_scale": torch.full((OUT, 4), torch.nan)},
+            r"tensor 'layer.weight' \(compressed-tensors\): a scale is a finite positive number",
+        ),
+        (
+            {"weight_scale": torch.ones(OUT, 3)},
+            r"there are scales of shape \[24, 3\], but group on \[24, 64\] needs \[24, 4\]",
+        ),
+        (
+            {"weight_zero_point": torch.full((OUT, 4), 100, dtype=torch.int8)},
+            "an offset is outside",
+        ),
         ({"weight_zero_point": torch.zeros(OUT, 4)}, "zero points are torch.float32"),
-        ({"weight_zero_point": torch.zeros(3, 3, dtype=torch.int32)}, "packed zero points have shape"),
-        ({"weight_packed": torch.zeros(OUT, 9, dtype=torch.int32)}, "9 words a row do not hold 64 codes of 4 bits"),
-        ({"weight_g_idx": torch.arange(IN, dtype=torch.int32) % 4}, "quantized in activation order with scattered groups"),
+        (
+            {"weight_zero_point": torch.zeros(3, 3, dtype=torch.int32)},
+            "packed zero points have shape",
+        ),
+        (
+            {"weight_packed": torch.zeros(OUT, 9, dtype=torch.int32)},
+            "9 words a row do not hold 64 codes of 4 bits",
+        ),
+        (
+            {"weight_g_idx": torch.arange(IN, dtype=torch.int32) % 4},
+            "quantized in activation order with scattered groups",
+        ),
     ],
 )
 def test_damaged_layers(tmp_path: Path, parts: dict[str, Any], message: str) -> None:
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
     held: dict[str, Any] = compressed(weight, "pack-quantized", INTEGER, torch.float32)[0] | parts
     with pytest.raises(SourceError, match=message):
-        read(opened(tmp_path, {part: tensor for part, tensor in held.items() if tensor is not None}, settings_of("pack-quantized", INTEGER)))
+        read(
+            opened(
+                tmp_path,
+                {part: tensor for part, tensor in held.items() if tensor is not None},
+                settings_of("pack-quantized", INTEGER),
+            )
+        )
 
 
 def test_group_order_that_changes_nothing(tmp_path: Path) -> None:
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
     held, expected = compressed(weight, "pack-quantized", INTEGER, torch.float32)
     for order in (torch.arange(IN) // 16, torch.full((IN,), -1)):
-        found = read(opened(tmp_path, {**held, "weight_g_idx": order.int()}, settings_of("pack-quantized", INTEGER)))
+        found = read(
+            opened(
+                tmp_path,
+                {**held, "weight_g_idx": order.int()},
+                settings_of("pack-quantized", INTEGER),
+            )
+        )
         assert torch.equal(found.dequantize(), expected)
 
 
 def test_codes_outside_their_bits(tmp_path: Path) -> None:
-    held = {"weight": torch.full((OUT, IN), 9, dtype=torch.int8), "weight_scale": torch.ones(OUT, 4)}
+    held = {
+        "weight": torch.full((OUT, IN), 9, dtype=torch.int8),
+        "weight_scale": torch.ones(OUT, 4),
+    }
     with pytest.raises(SourceError, match="holds 9 to 9, outside 4 bits"):
         read(opened(tmp_path, held, settings_of("int-quantized", INTEGER)))
     held["weight"] = held["weight"].float()
@@ -261,13 +437,32 @@ EIGHT = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 )
 def test_groups_are_the_librarys(tmp_path: Path, targets: tuple[list[str], list[str]]) -> None:
     """Every layer that the library would quantize, with the bits that the library would give it."""
-    groups = {f"group_{i}": {"targets": names, "weights": weights} for i, (names, weights) in enumerate(zip(targets, (INTEGER, EIGHT), strict=True))}
-    config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    groups = {
+        f"group_{i}": {"targets": names, "weights": weights}
+        for i, (names, weights) in enumerate(zip(targets, (INTEGER, EIGHT), strict=True))
+    }
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     asked = LlamaForCausalLM(config)
-    apply_quantization_config(asked, QuantizationConfig(config_groups=groups, quantization_status="frozen"))
-    schemes = {path: module.quantization_scheme.weights for path, module in asked.named_modules() if hasattr(module, "quantization_scheme")}
+    apply_quantization_config(
+        asked, QuantizationConfig(config_groups=groups, quantization_status="frozen")
+    )
+    schemes = {
+        path: module.quantization_scheme.weights
+        for path, module in asked.named_modules()
+        if hasattr(module, "quantization_scheme")
+    }
     assert len(schemes) > 1
-    layouts = {path: ("pack-quantized", INTEGER if weights.num_bits == 4 else EIGHT) for path, weights in schemes.items()}
+    layouts = {
+        path: ("pack-quantized", INTEGER if weights.num_bits == 4 else EIGHT)
+        for path, weights in schemes.items()
+    }
     expected = model_folder(tmp_path, groups, layouts, format="pack-quantized")
     checkpoint = open_checkpoint(tmp_path)
     for path, weights in schemes.items():
@@ -279,9 +474,13 @@ def test_groups_are_the_librarys(tmp_path: Path, targets: tuple[list[str], list[
 
 def test_a_layer_that_no_group_means(tmp_path: Path) -> None:
     settings = settings_of("pack-quantized", INTEGER)
-    settings["config_groups"] = {f"group_{i}": {"targets": [target], "weights": INTEGER} for i, target in enumerate(("Embedding", "lm_head"))}
+    settings["config_groups"] = {
+        f"group_{i}": {"targets": [target], "weights": INTEGER}
+        for i, target in enumerate(("Embedding", "lm_head"))
+    }
     held, _ = compressed(torch.randn(OUT, IN), "pack-quantized", INTEGER, torch.float32)
     with pytest.raises(
-        SourceError, match=r"no config group has a target that fits this layer, its name, a pattern or a class \(Linear\); name it in the targets"
+        SourceError,
+        match=r"no config group has a target that fits this layer, its name, a pattern or a class \(Linear\); name it in the targets",
     ):
         read(opened(tmp_path, held, settings))

@@ -44,35 +44,58 @@ def write(folder: Path, record: dict[str, Any], files: dict[str, Any] | None = N
         ({"model_type": "gemma2", "num_hidden_layers": MANY}, "num_hidden_layers"),
         ({"model_type": "gpt2", "n_layer": MANY}, "n_layer"),
         ({"model_type": "bart", "decoder_layers": MANY}, "decoder_layers"),
-        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": MANY}}, "text_config.num_hidden_layers"),
+        (
+            {"model_type": "gemma3", "text_config": {"num_hidden_layers": MANY}},
+            "text_config.num_hidden_layers",
+        ),
         ({"model_type": "gpt_neo", "attention_types": [[["global"], MANY]]}, "attention_types"),
         ({"model_type": "llama", "num_labels": MANY}, "num_labels"),
     ],
 )
-def test_counts_are_checked_before_transformers_reads_them(tmp_path: Path, record: dict[str, Any], key: str, expanded: list[Any]) -> None:
+def test_counts_are_checked_before_transformers_reads_them(
+    tmp_path: Path, record: dict[str, Any], key: str, expanded: list[Any]
+) -> None:
     write(tmp_path, record)
-    for opening in (open_checkpoint, lambda folder: load_model(str(folder)), lambda folder: load_tokenizer(str(folder))):
-        with pytest.raises(SourceError, match=rf"config.json': {key} is {MANY}, but a model of these files has at most \d+; it is damaged"):
+    for opening in (
+        open_checkpoint,
+        lambda folder: load_model(str(folder)),
+        lambda folder: load_tokenizer(str(folder)),
+    ):
+        with pytest.raises(
+            SourceError,
+            match=rf"config.json': {key} is {MANY}, but a model of these files has at most \d+; it is damaged",
+        ):
             opening(tmp_path)
     assert not expanded
 
 
 def test_the_file_that_config_json_names_is_checked(tmp_path: Path, expanded: list[Any]) -> None:
     other = {"model_type": "qwen3", "num_hidden_layers": MANY}
-    write(tmp_path, {"model_type": "qwen3", "configuration_files": ["config.4.0.0.json"]}, {"config.4.0.0.json": other})
+    write(
+        tmp_path,
+        {"model_type": "qwen3", "configuration_files": ["config.4.0.0.json"]},
+        {"config.4.0.0.json": other},
+    )
     with pytest.raises(SourceError, match=f"num_hidden_layers is {MANY}"):
         open_checkpoint(tmp_path)
     assert not expanded
 
 
-@pytest.mark.parametrize("opening", [load_base, open_checkpoint, lambda folder: inspect_source(str(folder))])
-def test_counts_of_a_base(tmp_path: Path, opening: Callable[[Path], Any], expanded: list[Any]) -> None:
+@pytest.mark.parametrize(
+    "opening", [load_base, open_checkpoint, lambda folder: inspect_source(str(folder))]
+)
+def test_counts_of_a_base(
+    tmp_path: Path, opening: Callable[[Path], Any], expanded: list[Any]
+) -> None:
     model = tiny_model("llama")
     quantize_(model, "w4-block32", "rtn")
     save_base(model, byte_tokenizer(), tmp_path, "somewhere")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": MANY}))
-    with pytest.raises(SourceError, match=f"config.json': num_hidden_layers is {MANY}, but a model of these files has at most 128"):
+    with pytest.raises(
+        SourceError,
+        match=f"config.json': num_hidden_layers is {MANY}, but a model of these files has at most 128",
+    ):
         opening(tmp_path)
     assert not expanded
 
@@ -82,12 +105,17 @@ def test_more_parameters_than_files_hold(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 120}))
-    with pytest.raises(SourceError, match=r"config.json asks for more than \d+ parameters, many times what the files hold; it belongs to another model"):
+    with pytest.raises(
+        SourceError,
+        match=r"config.json asks for more than \d+ parameters, many times what the files hold; it belongs to another model",
+    ):
         open_checkpoint(tmp_path)
 
 
 def test_counts_of_what_is_not_there_are_no_reason_to_refuse(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "max_window_layers": 94, "vocabulary": {"size": MANY}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "max_window_layers": 94, "vocabulary": {"size": MANY}})
+    )
     assert open_checkpoint(tmp_path).names()

@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from qwlora.base.readers.folder import FloatCheckpoint, FolderCheckpoint
 from qwlora.base.readers.open_checkpoint import open_checkpoint
@@ -22,7 +30,14 @@ from qwlora.grid.observer import measure
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 def llama(**more: Any) -> PreTrainedModel:
@@ -37,7 +52,9 @@ def mixtral() -> PreTrainedModel:
 
 def gpt2() -> PreTrainedModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32)
+    )
 
 
 def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -46,7 +63,9 @@ def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def same(checkpoint: FolderCheckpoint, model: PreTrainedModel) -> bool:
     expected = parameters(model)
-    return list(checkpoint.names()) == list(expected) and all(torch.equal(checkpoint.read(name), value) for name, value in expected.items())  # type: ignore[arg-type]
+    return list(checkpoint.names()) == list(expected) and all(
+        torch.equal(checkpoint.read(name), value) for name, value in expected.items()
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("model", [llama, mixtral, gpt2])
@@ -76,12 +95,21 @@ def test_tied_weights_count_once_under_either_name(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     table = tensors.pop("model.embed_tokens.weight")
-    for stored in ({"lm_head.weight": table}, {"lm_head.weight": table, "model.embed_tokens.weight": table.clone()}):
+    for stored in (
+        {"lm_head.weight": table},
+        {"lm_head.weight": table, "model.embed_tokens.weight": table.clone()},
+    ):
         save_file({**tensors, **stored}, tmp_path / "model.safetensors")
         assert same(FloatCheckpoint(tmp_path), model)
-    save_file({**tensors, "lm_head.weight": table, "model.embed_tokens.weight": table + 1}, tmp_path / "model.safetensors")
+    save_file(
+        {**tensors, "lm_head.weight": table, "model.embed_tokens.weight": table + 1},
+        tmp_path / "model.safetensors",
+    )
     checkpoint = FloatCheckpoint(tmp_path)
-    with pytest.raises(SourceError, match=r"config.json ties 'model.embed_tokens.weight' and 'lm_head.weight', but the files hold different values"):
+    with pytest.raises(
+        SourceError,
+        match=r"config.json ties 'model.embed_tokens.weight' and 'lm_head.weight', but the files hold different values",
+    ):
         checkpoint.read("model.embed_tokens.weight")
     with pytest.raises(SourceError, match=r"'lm_head.weight' is no parameter of LlamaForCausalLM"):
         checkpoint.read("lm_head.weight")
@@ -90,7 +118,10 @@ def test_tied_weights_count_once_under_either_name(tmp_path: Path) -> None:
 def test_old_buffers_are_left_out(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, tmp_path / "model.safetensors")
+    save_file(
+        {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)},
+        tmp_path / "model.safetensors",
+    )
     assert same(FloatCheckpoint(tmp_path), llama())
 
 
@@ -111,7 +142,9 @@ class Quantized:
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(16)], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_quantized_experts_become_one_quantized_tensor(tmp_path: Path, granularity: Granularity, symmetric: bool) -> None:
+def test_quantized_experts_become_one_quantized_tensor(
+    tmp_path: Path, granularity: Granularity, symmetric: bool
+) -> None:
     """The values are those of each expert, quantized alone, joined as transformers joins floats."""
     mixtral().save_pretrained(tmp_path)
     scheme = Scheme(4, symmetric, granularity)
@@ -129,14 +162,21 @@ def test_quantized_experts_become_one_quantized_tensor(tmp_path: Path, granulari
         assert isinstance(down, QuantizedTensor)
         assert fused.codes.shape == (3, 128, 32)
         for i in range(3):
-            assert torch.equal(fused.dequantize()[i], torch.cat([expert(layer, i, "w1"), expert(layer, i, "w3")]))
+            assert torch.equal(
+                fused.dequantize()[i], torch.cat([expert(layer, i, "w1"), expert(layer, i, "w3")])
+            )
             assert torch.equal(down.dequantize()[i], expert(layer, i, "w2"))
 
 
 def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
     mixtral().save_pretrained(tmp_path)
-    checkpoint = FolderCheckpoint(tmp_path, lambda files: Quantized(files, Scheme(4), only="experts.1"))
-    with pytest.raises(SourceError, match=r"'model.layers.0.mlp.experts.down_proj' is made of both \(.*experts.0.w2.weight is float and .*experts.1.w2.weight"):
+    checkpoint = FolderCheckpoint(
+        tmp_path, lambda files: Quantized(files, Scheme(4), only="experts.1")
+    )
+    with pytest.raises(
+        SourceError,
+        match=r"'model.layers.0.mlp.experts.down_proj' is made of both \(.*experts.0.w2.weight is float and .*experts.1.w2.weight",
+    ):
         checkpoint.read("model.layers.0.mlp.experts.down_proj")
 
     class Mixed(Quantized):
@@ -145,7 +185,10 @@ def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
             return super().read(name)
 
     mixed = FolderCheckpoint(tmp_path, lambda files: Mixed(files, Scheme(4), only="experts"))
-    with pytest.raises(SourceError, match=r"the parts of parameter 'model.layers.0.mlp.experts.down_proj' have different grids"):
+    with pytest.raises(
+        SourceError,
+        match=r"the parts of parameter 'model.layers.0.mlp.experts.down_proj' have different grids",
+    ):
         mixed.read("model.layers.0.mlp.experts.down_proj")
 
 
@@ -153,21 +196,41 @@ def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda t, c: t.pop("model.norm.weight"), "'model.norm.weight' is missing from the files"),
-        (lambda t, c: t.update({"model.extra.weight": torch.ones(2)}), "'model.extra.weight' is in the files, but no parameter of LlamaForCausalLM"),
-        (lambda t, c: t.update({"model.norm.weight": torch.ones(33)}), r"'model.norm.weight' has shape \[33\] in the files, but \[32\] in config.json's model"),
-        (lambda t, c: c.update(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, but a model of these files has at most 128"),
+        (
+            lambda t, c: t.update({"model.extra.weight": torch.ones(2)}),
+            "'model.extra.weight' is in the files, but no parameter of LlamaForCausalLM",
+        ),
+        (
+            lambda t, c: t.update({"model.norm.weight": torch.ones(33)}),
+            r"'model.norm.weight' has shape \[33\] in the files, but \[32\] in config.json's model",
+        ),
+        (
+            lambda t, c: c.update(num_hidden_layers=10**9),
+            "num_hidden_layers is 1000000000, but a model of these files has at most 128",
+        ),
         (lambda t, c: c.update(model_type="nonesuch"), "config.json cannot be read"),
-        (lambda t, c: c.update(vocab_size=-3), r"config.json \(LlamaConfig\) builds no causal language model"),
+        (
+            lambda t, c: c.update(vocab_size=-3),
+            r"config.json \(LlamaConfig\) builds no causal language model",
+        ),
         (
             lambda t, c: c.update(quantization_config={"quant_method": "hqq"}),
             "quant_method 'hqq' is not read; gptq, awq, compressed-tensors, GGUF files and floats with",
         ),
-        (lambda t, c: c.update(quantization_config="gptq"), 'quantization_config is "gptq"; an object is needed'),
+        (
+            lambda t, c: c.update(quantization_config="gptq"),
+            'quantization_config is "gptq"; an object is needed',
+        ),
     ],
 )
-def test_folders_that_do_not_fit_their_configuration(tmp_path: Path, change: Any, message: str) -> None:
+def test_folders_that_do_not_fit_their_configuration(
+    tmp_path: Path, change: Any, message: str
+) -> None:
     llama().save_pretrained(tmp_path)
-    tensors, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    tensors, config = (
+        load_file(tmp_path / "model.safetensors"),
+        json.loads((tmp_path / "config.json").read_text()),
+    )
     change(tensors, config)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -180,7 +243,9 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "absent")
     with pytest.raises(SourceError, match=r"config.json' cannot be read"):
         open_checkpoint(tmp_path)
-    with pytest.raises(SourceError, match="holds integers already; encodings belong to a folder of floats"):
+    with pytest.raises(
+        SourceError, match="holds integers already; encodings belong to a folder of floats"
+    ):
         open_checkpoint(tmp_path / "model.gguf", encodings="x")
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     with pytest.raises(SourceError, match=r"is quantized already \(awq\)"):
@@ -207,7 +272,10 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
     [
         (b"", "is 0 bytes long, but its header claims None: it is truncated"),
         (header(b"{}", length=10**12), "its header claims 1000000000000"),
-        (header({"a": entry()}, b"\0" * 4), "tensor 'a' ends at byte 8, but the file has 4 bytes of data: it is truncated"),
+        (
+            header({"a": entry()}, b"\0" * 4),
+            "tensor 'a' ends at byte 8, but the file has 4 bytes of data: it is truncated",
+        ),
         (
             header({"a": entry(shape=[2**40, 2**40])}, b"\0" * 8),
             r"tensor 'a' has shape \[1099511627776, 1099511627776\] of F32, which does not fill the 8 bytes",
@@ -220,7 +288,10 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
         (header({"a": entry(dtype="Q9")}, b"\0" * 8), "tensor 'a' has type 'Q9'"),
         (header({"a": 3}), "tensor 'a' has type None"),
         (
-            header(b'{"a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}, "a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"\0" * 8),
+            header(
+                b'{"a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}, "a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+                b"\0" * 8,
+            ),
             "'a' is there twice",
         ),
         (header(b"[1]"), "the header is no JSON object"),
@@ -251,11 +322,23 @@ def test_overlapping_tensors_are_not_read(tmp_path: Path) -> None:
             "tensor 'a' is said to lie in '../outside.safetensors', which is no .safetensors file of this folder",
         ),
         ({"weight_map": {"a": "/etc/passwd"}}, "tensor 'a' is said to lie in '/etc/passwd'"),
-        ({"weight_map": {"a": "..\\x.safetensors"}}, "which is no .safetensors file of this folder"),
-        ({"weight_map": {"a": "absent.safetensors"}}, "file 'absent.safetensors', which should hold tensor 'a', is missing"),
-        ({"weight_map": {"a": "one.safetensors", "z": "one.safetensors"}}, "the index puts tensor 'z' here, but the file has none of that name"),
+        (
+            {"weight_map": {"a": "..\\x.safetensors"}},
+            "which is no .safetensors file of this folder",
+        ),
+        (
+            {"weight_map": {"a": "absent.safetensors"}},
+            "file 'absent.safetensors', which should hold tensor 'a', is missing",
+        ),
+        (
+            {"weight_map": {"a": "one.safetensors", "z": "one.safetensors"}},
+            "the index puts tensor 'z' here, but the file has none of that name",
+        ),
         ({"weight_map": {"b": "one.safetensors"}}, "the index puts tensor 'b' here"),
-        ({"weight_map": {"a": "one.safetensors"}}, "tensor 'c' is here, but the index does not put it here"),
+        (
+            {"weight_map": {"a": "one.safetensors"}},
+            "tensor 'c' is here, but the index does not put it here",
+        ),
         ({"weight_map": {"a": 3}}, "weight_map must say for each tensor the file that holds it"),
         ({}, "weight_map must say"),
         (b'{"weight_map": {"a": "one.safetensors", "a": "one.safetensors"}}', "'a' is there twice"),
@@ -265,13 +348,17 @@ def test_overlapping_tensors_are_not_read(tmp_path: Path) -> None:
 def test_damaged_indices(tmp_path: Path, index: Any, message: str) -> None:
     save_file({"a": torch.ones(2), "c": torch.ones(2)}, tmp_path / "one.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path.parent / "outside.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_bytes(index if isinstance(index, bytes) else json.dumps(index).encode())
+    (tmp_path / "model.safetensors.index.json").write_bytes(
+        index if isinstance(index, bytes) else json.dumps(index).encode()
+    )
     with pytest.raises(SourceError, match=message):
         SafetensorsFiles(tmp_path)
 
 
 def test_no_files_or_pickles(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"has neither model.safetensors nor model.safetensors.index.json"):
+    with pytest.raises(
+        SourceError, match=r"has neither model.safetensors nor model.safetensors.index.json"
+    ):
         SafetensorsFiles(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(SourceError, match=r"holds pytorch_model.bin, a pickle"):
@@ -280,22 +367,35 @@ def test_no_files_or_pickles(tmp_path: Path) -> None:
 
 def test_the_only_file_under_another_name_is_read(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path, max_shard_size="20KB")
-    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "gptq_model-4bit-128g.safetensors.index.json")
+    (tmp_path / "model.safetensors.index.json").rename(
+        tmp_path / "gptq_model-4bit-128g.safetensors.index.json"
+    )
     assert same(FloatCheckpoint(tmp_path), llama())
     (tmp_path / "another.safetensors.index.json").write_text("{}")
     with pytest.raises(
-        SourceError, match=r"which of another.safetensors.index.json, gptq_model-4bit-128g.safetensors.index.json to read; name the one that is"
+        SourceError,
+        match=r"which of another.safetensors.index.json, gptq_model-4bit-128g.safetensors.index.json to read; name the one that is",
     ):
         SafetensorsFiles(tmp_path)
     for index in tmp_path.glob("*.index.json"):
         index.unlink()
-    with pytest.raises(SourceError, match=r"has neither .* does not say which of model-00001-of.* more to read; name the one that is meant model.safetensors,"):
+    with pytest.raises(
+        SourceError,
+        match=r"has neither .* does not say which of model-00001-of.* more to read; name the one that is meant model.safetensors,",
+    ):
         SafetensorsFiles(tmp_path)
 
 
 def test_reading_one_tensor_leaves_the_rest_on_disk(tmp_path: Path) -> None:
     """200 MB in the file; resident memory grows by what is read."""
-    save_file({"large": torch.zeros(50_000_000), "small": torch.arange(3), "half": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    save_file(
+        {
+            "large": torch.zeros(50_000_000),
+            "small": torch.arange(3),
+            "half": torch.ones(2, dtype=torch.bfloat16),
+        },
+        tmp_path / "model.safetensors",
+    )
 
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -303,7 +403,11 @@ def test_reading_one_tensor_leaves_the_rest_on_disk(tmp_path: Path) -> None:
     before = resident_bytes()
     files = SafetensorsFiles(tmp_path)
     assert files.read("small").tolist() == [0, 1, 2]
-    assert (files.dtype("half"), files.shape("large"), sorted(files.names())) == ("BF16", (50_000_000,), ["half", "large", "small"])
+    assert (files.dtype("half"), files.shape("large"), sorted(files.names())) == (
+        "BF16",
+        (50_000_000,),
+        ["half", "large", "small"],
+    )
     assert files.read("half").dtype == torch.bfloat16
     mapped = files.read("large")
     assert resident_bytes() - before < 20_000_000

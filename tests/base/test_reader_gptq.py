@@ -23,7 +23,10 @@ LAYER = "w4-asymmetric-32"
 
 
 def opened(folder: Path, version: int = 1, **settings: Any) -> GptqTensors:
-    return GptqTensors(SafetensorsFiles(folder), {"bits": 4, "checkpoint_format": {1: "gptq", 2: "gptq_v2"}[version], **settings})
+    return GptqTensors(
+        SafetensorsFiles(folder),
+        {"bits": 4, "checkpoint_format": {1: "gptq", 2: "gptq_v2"}[version], **settings},
+    )
 
 
 def read(tensors: GptqTensors, name: str) -> QuantizedTensor:
@@ -41,24 +44,41 @@ def test_layers_equal_gptqmodels(version: int, bits: int, kind: str, group: int)
     found = read(opened(folder, version, bits=bits, dynamic={"all": {}}), name)
     assert torch.equal(found.dequantize(), load_file(folder / "expected.safetensors")[name])
     scheme = found.encoding.scheme
-    assert (scheme.bitwidth, scheme.symmetric, scheme.granularity) == (bits, kind == "symmetric", PerBlock(32) if group == 32 else PerChannel(0))
+    assert (scheme.bitwidth, scheme.symmetric, scheme.granularity) == (
+        bits,
+        kind == "symmetric",
+        PerBlock(32) if group == 32 else PerChannel(0),
+    )
 
 
 def test_the_golden_files_hold_a_zero_point_of_zero() -> None:
     """From which version 1 subtracts one: the case in which readers differ."""
     for version in (1, 2):
-        assert int(read(opened(FILES / f"gptq-v{version}", version), f"{LAYER}.weight").encoding.offset.max()) == 0
+        assert (
+            int(
+                read(
+                    opened(FILES / f"gptq-v{version}", version), f"{LAYER}.weight"
+                ).encoding.offset.max()
+            )
+            == 0
+        )
 
 
 def test_a_version_read_as_the_other_is_another_weight() -> None:
     expected = load_file(FILES / "gptq-v1" / "expected.safetensors")[f"{LAYER}.weight"]
-    assert not torch.equal(read(opened(FILES / "gptq-v1", 2), f"{LAYER}.weight").dequantize(), expected)
+    assert not torch.equal(
+        read(opened(FILES / "gptq-v1", 2), f"{LAYER}.weight").dequantize(), expected
+    )
 
 
 def test_a_whole_checkpoint_of_gptqmodel() -> None:
     folder = FILES / "gptqmodel-llama"
     checkpoint, expected = open_checkpoint(folder), load_file(folder / "expected.safetensors")
-    quantized = {name: value for name in checkpoint.names() if isinstance(value := checkpoint.read(name), QuantizedTensor)}
+    quantized = {
+        name: value
+        for name in checkpoint.names()
+        if isinstance(value := checkpoint.read(name), QuantizedTensor)
+    }
     assert quantized.keys() == expected.keys()
     assert len(expected) == 7
     for name, value in quantized.items():
@@ -87,7 +107,10 @@ def test_group_order_of_whole_runs_is_a_grid() -> None:
 
 
 def test_scattered_activation_order_is_refused() -> None:
-    with pytest.raises(SourceError, match=r"layer 'scattered' \(GPTQ\) was quantized in activation order.*desc_act=False"):
+    with pytest.raises(
+        SourceError,
+        match=r"layer 'scattered' \(GPTQ\) was quantized in activation order.*desc_act=False",
+    ):
         opened(FILES / "gptq-order", 2).read("scattered.weight")
 
 
@@ -96,13 +119,18 @@ def changed(tmp_path: Path, **parts: Any) -> Path:
     held = load_file(FILES / "gptq-v1" / "model.safetensors")
     layer = {part: held[f"{LAYER}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
     layer |= parts
-    save_file({f"{LAYER}.{part}": tensor for part, tensor in layer.items() if tensor is not None}, tmp_path / "model.safetensors")
+    save_file(
+        {f"{LAYER}.{part}": tensor for part, tensor in layer.items() if tensor is not None},
+        tmp_path / "model.safetensors",
+    )
     return tmp_path
 
 
 def test_g_idx_may_be_absent(tmp_path: Path) -> None:
     expected = load_file(FILES / "gptq-v1" / "expected.safetensors")[f"{LAYER}.weight"]
-    assert torch.equal(read(opened(changed(tmp_path, g_idx=None)), f"{LAYER}.weight").dequantize(), expected)
+    assert torch.equal(
+        read(opened(changed(tmp_path, g_idx=None)), f"{LAYER}.weight").dequantize(), expected
+    )
 
 
 def test_a_negative_scale_is_autorounds_alone(tmp_path: Path) -> None:
@@ -110,7 +138,9 @@ def test_a_negative_scale_is_autorounds_alone(tmp_path: Path) -> None:
     scales = load_file(FILES / "gptq-v1" / "model.safetensors")[f"{LAYER}.scales"].clone()
     scales[0, ::2] *= -1
     folder = changed(tmp_path, scales=scales)
-    with pytest.raises(SourceError, match="16 scales are negative, which only AutoRound's files may have"):
+    with pytest.raises(
+        SourceError, match="16 scales are negative, which only AutoRound's files may have"
+    ):
         opened(folder).read(f"{LAYER}.weight")
     expected = load_file(FILES / "gptq-v1" / "expected.safetensors")[f"{LAYER}.weight"].clone()
     expected[::2, :32] *= -1
@@ -123,15 +153,30 @@ def test_a_negative_scale_is_autorounds_alone(tmp_path: Path) -> None:
     ("parts", "message"),
     [
         ({"qzeros": None}, r"layer 'w4-asymmetric-32' \(GPTQ\) has no tensor 'qzeros'"),
-        ({"scales": torch.full((2, 32), torch.nan)}, r"'w4-asymmetric-32' \(GPTQ\): a scale is a finite positive number, but 64 of 64"),
+        (
+            {"scales": torch.full((2, 32), torch.nan)},
+            r"'w4-asymmetric-32' \(GPTQ\): a scale is a finite positive number, but 64 of 64",
+        ),
         ({"scales": torch.zeros(2, 32)}, "a scale is a finite positive number"),
         ({"scales": torch.ones(2, 31)}, r"do not belong to one layer of 64 inputs"),
-        ({"scales": torch.ones(3, 32), "qzeros": torch.zeros(3, 4, dtype=torch.int32)}, "3 groups do not divide rows of 64 evenly"),
-        ({"scales": torch.ones(0, 32), "qzeros": torch.zeros(0, 4, dtype=torch.int32)}, "0 groups do not divide"),
+        (
+            {"scales": torch.ones(3, 32), "qzeros": torch.zeros(3, 4, dtype=torch.int32)},
+            "3 groups do not divide rows of 64 evenly",
+        ),
+        (
+            {"scales": torch.ones(0, 32), "qzeros": torch.zeros(0, 4, dtype=torch.int32)},
+            "0 groups do not divide",
+        ),
         ({"qweight": torch.zeros(8, 32, dtype=torch.int64)}, "packed in I64; only words of int32"),
         ({"qweight": torch.zeros(8, dtype=torch.int32)}, "must be matrices"),
-        ({"qweight": torch.zeros(9, 32, dtype=torch.int32)}, "9 words do not hold 64 codes of 4 bits"),
-        ({"g_idx": torch.full((64,), 2, dtype=torch.int32)}, "g_idx names group 2 or 2, but there are 2"),
+        (
+            {"qweight": torch.zeros(9, 32, dtype=torch.int32)},
+            "9 words do not hold 64 codes of 4 bits",
+        ),
+        (
+            {"g_idx": torch.full((64,), 2, dtype=torch.int32)},
+            "g_idx names group 2 or 2, but there are 2",
+        ),
         ({"g_idx": torch.full((64,), -1, dtype=torch.int32)}, "g_idx names group -1 or -1"),
     ],
 )
@@ -165,7 +210,10 @@ def test_zero_biases_that_the_model_does_not_have(tmp_path: Path) -> None:
     save_file({**tensors, bias: torch.zeros(64)}, folder / "model.safetensors")
     assert bias not in open_checkpoint(folder).names()
     save_file({**tensors, bias: torch.ones(64)}, folder / "model.safetensors")
-    with pytest.raises(SourceError, match=r"'model.layers.0.mlp.down_proj.bias' is in the files, but no parameter of LlamaForCausalLM"):
+    with pytest.raises(
+        SourceError,
+        match=r"'model.layers.0.mlp.down_proj.bias' is in the files, but no parameter of LlamaForCausalLM",
+    ):
         open_checkpoint(folder)
 
 

@@ -31,7 +31,12 @@ RULES = [
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     model = tiny_model("llama")
-    quantize_(model, "w4-block32", "rtn", rules=[*RULES, Rule("model.embed_tokens", parse_scheme("w6-block8"))])
+    quantize_(
+        model,
+        "w4-block32",
+        "rtn",
+        rules=[*RULES, Rule("model.embed_tokens", parse_scheme("w6-block8"))],
+    )
     save_base(model, byte_tokenizer(), tmp_path, "somewhere")
     return tmp_path
 
@@ -61,13 +66,19 @@ def test_parts_that_do_not_fit_are_named(base: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     block_scale = tensors.pop(f"{UP}.block_scale")
     save_file(tensors, base / "model.safetensors")
-    with pytest.raises(SourceError, match=rf"{UP}.block_scale is missing, but int4 symmetric per block 16 with int4 scales needs \[128, 2\]; quantize again"):
+    with pytest.raises(
+        SourceError,
+        match=rf"{UP}.block_scale is missing, but int4 symmetric per block 16 with int4 scales needs \[128, 2\]; quantize again",
+    ):
         BaseCheckpoint(base).read(f"{UP}.weight")
     save_file({**tensors, f"{UP}.block_scale": block_scale}, base / "model.safetensors")
     record = json.loads((base / "base.json").read_text())
     record["layers"][UP]["shape"] = [128, 32]
     (base / "base.json").write_text(json.dumps(record))
-    with pytest.raises((SourceError, FingerprintError), match=rf"{UP}.packed is \[128, 32\], but .* needs \[128, 16\]"):
+    with pytest.raises(
+        (SourceError, FingerprintError),
+        match=rf"{UP}.packed is \[128, 32\], but .* needs \[128, 16\]",
+    ):
         BaseCheckpoint(base).read(f"{UP}.weight")
 
 

@@ -30,19 +30,31 @@ def folder(tmp_path: Path) -> Path:
 
 def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
     tensors = {**load_file(folder / "model.safetensors"), name: value}
-    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {key: tensor for key, tensor in tensors.items() if tensor is not None},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def test_a_whole_checkpoint_is_loaded(folder: Path) -> None:
-    assert torch.equal(load_model(str(folder)).get_parameter(DOWN), tiny_model("llama").get_parameter(DOWN))
+    assert torch.equal(
+        load_model(str(folder)).get_parameter(DOWN), tiny_model("llama").get_parameter(DOWN)
+    )
 
 
 def test_what_is_missing_is_not_made_up(folder: Path) -> None:
     change(folder, DOWN, None)
-    with pytest.raises(SourceError, match=rf"do not hold, or hold in another shape, {DOWN} of LlamaForCausalLM\. Download it again"):
+    with pytest.raises(
+        SourceError,
+        match=rf"do not hold, or hold in another shape, {DOWN} of LlamaForCausalLM\. Download it again",
+    ):
         load_model(str(folder))
     change(folder, "model.layers.1.mlp.down.weight", torch.ones(2))
-    with pytest.raises(SourceError, match=r"LlamaForCausalLM; the files hold model.layers.1.mlp.down.weight, which it does not have\."):
+    with pytest.raises(
+        SourceError,
+        match=r"LlamaForCausalLM; the files hold model.layers.1.mlp.down.weight, which it does not have\.",
+    ):
         load_model(str(folder))
 
 
@@ -52,20 +64,29 @@ def test_what_has_another_shape_is_not_made_up(folder: Path) -> None:
         load_model(str(folder))
 
 
-def test_integers_are_not_loaded_as_floats(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_integers_are_not_loaded_as_floats(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     model, base = tiny_model("llama"), tmp_path_factory.mktemp("base")
     quantize_(model, "w4-block32", "rtn")
     save_base(model, byte_tokenizer(), base, "somewhere")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
+    )
     for source in (folder, base):
         assert not locate(str(source)).holds_floats
-        with pytest.raises(SourceError, match=r"holds integers; they can be kept \(base.solver: keep\)"):
+        with pytest.raises(
+            SourceError, match=r"holds integers; they can be kept \(base.solver: keep\)"
+        ):
             load_model(str(source))
 
 
 def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
-    with pytest.raises(SourceError, match=r"has no tokenizer: its files \(tokenizer.json and the like\) belong beside the weights"):
+    with pytest.raises(
+        SourceError,
+        match=r"has no tokenizer: its files \(tokenizer.json and the like\) belong beside the weights",
+    ):
         load_tokenizer(str(folder))
     byte_tokenizer().save_pretrained(folder)
     assert load_tokenizer(str(folder))("a")["input_ids"]
@@ -74,7 +95,9 @@ def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
 def test_a_folder_of_gguf_files_names_them(tmp_path: Path) -> None:
     for name in ("b.gguf", "a.gguf"):
         (tmp_path / name).touch()
-    with pytest.raises(SourceError, match=r"has no config.json; give one of its files: a.gguf, b.gguf$"):
+    with pytest.raises(
+        SourceError, match=r"has no config.json; give one of its files: a.gguf, b.gguf$"
+    ):
         locate(str(tmp_path))
 
 
@@ -82,12 +105,16 @@ def test_a_folder_of_gguf_files_names_them(tmp_path: Path) -> None:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
     """A hub without a network: folders by id, of which the client's own filter takes what is asked for."""
 
-    def download(repository: str, allow_patterns: list[str], ignore_patterns: list[str] | None) -> str:
+    def download(
+        repository: str, allow_patterns: list[str], ignore_patterns: list[str] | None
+    ) -> str:
         there, cache = tmp_path / "hub" / repository, tmp_path / "cache" / repository
         if not there.is_dir():
             raise OSError("404 Client Error")
         files = [str(p.relative_to(there)) for p in there.rglob("*") if p.is_file()]
-        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+        for file in filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
             (cache / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(there / file, cache / file)
         return str(cache)
@@ -109,7 +136,9 @@ def test_a_hub_id_is_downloaded_and_read_like_a_folder(hub: Callable[[str], Path
     byte_tokenizer().save_pretrained(folder)
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.safetensors").write_bytes(b"another format of the same weights")
-    assert torch.equal(load_model("owner/floats").get_parameter(DOWN), tiny_model("llama").get_parameter(DOWN))
+    assert torch.equal(
+        load_model("owner/floats").get_parameter(DOWN), tiny_model("llama").get_parameter(DOWN)
+    )
     assert load_tokenizer("owner/floats")("a")["input_ids"]
     assert not (fetch("owner/floats").path / "onnx").exists()
 
@@ -130,5 +159,8 @@ def test_integers_and_single_files_are_had_from_the_hub(hub: Callable[[str], Pat
 
 
 def test_what_the_hub_does_not_have_is_named(hub: Callable[[str], Path]) -> None:
-    with pytest.raises(SourceError, match=r"model 'owner/nothing': there is no such path here, and it cannot be had from the hub either:\n  404 Client Error"):
+    with pytest.raises(
+        SourceError,
+        match=r"model 'owner/nothing': there is no such path here, and it cannot be had from the hub either:\n  404 Client Error",
+    ):
         load_model("owner/nothing")

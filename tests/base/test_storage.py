@@ -34,7 +34,15 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("scheme", [parse_scheme("w4-block32"), Scheme(3, symmetric=False, granularity=PerChannel(0)), parse_scheme("w4-lpbq16")], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        parse_scheme("w4-block32"),
+        Scheme(3, symmetric=False, granularity=PerChannel(0)),
+        parse_scheme("w4-lpbq16"),
+    ],
+    ids=str,
+)
 def test_base_on_disk_is_the_same_base(tmp_path: Path, architecture: str, scheme: Scheme) -> None:
     model = tiny_model(architecture)
     quantize_(model, scheme, "rtn")
@@ -47,7 +55,9 @@ def test_base_on_disk_is_the_same_base(tmp_path: Path, architecture: str, scheme
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-def test_a_large_base_lies_in_shards_and_is_the_same(base: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_large_base_lies_in_shards_and_is_the_same(
+    base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     model, folder = load_base(base), tmp_path_factory.mktemp("shards")
     writer = BaseWriter(folder, shard_bytes=20_000)
     writer.add(model)
@@ -60,7 +70,9 @@ def test_a_large_base_lies_in_shards_and_is_the_same(base: Path, tmp_path_factor
     with torch.no_grad():
         assert torch.equal(load_base(folder)(IDS).logits, model(IDS).logits)
     save_base(model, byte_tokenizer(), folder, "somewhere")
-    assert [p.name for p in folder.glob("model*")] == ["model.safetensors"], "nothing of the older, larger base remains"
+    assert [p.name for p in folder.glob("model*")] == ["model.safetensors"], (
+        "nothing of the older, larger base remains"
+    )
     assert fingerprint(load_base(folder)) == fingerprint(model)
 
 
@@ -68,7 +80,9 @@ def test_a_narrower_type_keeps_grid_frequencies_and_fingerprint(base: Path) -> N
     model, narrow = load_base(base), load_base(base, dtype=torch.bfloat16)
     assert narrow.dtype == narrow(IDS).logits.dtype == torch.bfloat16
     assert fingerprint(narrow) == fingerprint(model)
-    assert torch.equal(narrow.get_submodule(LAYER).encoding.scale, model.get_submodule(LAYER).encoding.scale)
+    assert torch.equal(
+        narrow.get_submodule(LAYER).encoding.scale, model.get_submodule(LAYER).encoding.scale
+    )
     assert torch.equal(narrow.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     wrapped = get_peft_model(narrow, LoraConfig(r=2, target_modules="all-linear"))
     assert fingerprint(wrapped) == fingerprint(model)
@@ -92,12 +106,19 @@ def test_floats_that_were_narrow_are_stored_narrow_and_come_back_exact(tmp_path:
     stored, loaded = load_file(tmp_path / "model.safetensors"), load_base(tmp_path)
     assert stored["model.embed_tokens.weight"].element_size() == 2
     assert loaded.get_parameter("model.embed_tokens.weight").dtype == torch.float32
-    assert torch.equal(loaded.get_parameter("model.embed_tokens.weight"), model.get_parameter("model.embed_tokens.weight"))
+    assert torch.equal(
+        loaded.get_parameter("model.embed_tokens.weight"),
+        model.get_parameter("model.embed_tokens.weight"),
+    )
 
 
 def test_the_files_are_mapped_not_copied(base: Path) -> None:
     layer = load_base(base).get_submodule(LAYER)
-    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(base / "model.safetensors"))]
+    mapped = [
+        line
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(base / "model.safetensors"))
+    ]
     spans = [[int(edge, 16) for edge in line.split()[0].split("-")] for line in mapped]
     assert any(low <= layer.packed.data_ptr() < high for low, high in spans)
 
@@ -108,7 +129,9 @@ def edit_record(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "base.json").write_text(json.dumps(record))
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], sign: bool = False) -> None:
+def edit_tensors(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], sign: bool = False
+) -> None:
     """Rewrite the tensors; `sign` makes base.json agree, as somebody would who means harm."""
     tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
     change(tensors)
@@ -116,19 +139,27 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any],
     if sign:
         with pytest.raises(FingerprintError) as caught:
             load_base(folder)
-        edit_record(folder, lambda r: r.update(fingerprint=str(caught.value).split("has fingerprint ")[1][:64]))
+        edit_record(
+            folder,
+            lambda r: r.update(fingerprint=str(caught.value).split("has fingerprint ")[1][:64]),
+        )
 
 
 def test_a_changed_tensor_or_configuration_is_named(base: Path) -> None:
     path = base / "model.safetensors"
     whole = path.read_bytes()
     edit_tensors(base, lambda t: t[f"{LAYER}.packed"][0].bitwise_xor_(1))
-    with pytest.raises(FingerprintError, match=rf"base.json says .*: {LAYER}.packed changed after saving. Copy it again, or quantize again"):
+    with pytest.raises(
+        FingerprintError,
+        match=rf"base.json says .*: {LAYER}.packed changed after saving. Copy it again, or quantize again",
+    ):
         load_base(base)
     path.write_bytes(whole)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    with pytest.raises(FingerprintError, match=r"config.json or its fingerprint changed after saving"):
+    with pytest.raises(
+        FingerprintError, match=r"config.json or its fingerprint changed after saving"
+    ):
         load_base(base)
 
 
@@ -166,7 +197,9 @@ def retype(tensors: dict[str, torch.Tensor]) -> None:
         (add, "../../outside is not part of the model"),
     ],
 )
-def test_tensors_of_another_kind_are_named_before_any_is_read(base: Path, change: Any, message: str) -> None:
+def test_tensors_of_another_kind_are_named_before_any_is_read(
+    base: Path, change: Any, message: str
+) -> None:
     edit_tensors(base, change)
     with pytest.raises(SourceError, match=message.replace("8192", "4096")):
         load_base(base)
@@ -179,7 +212,10 @@ def test_impossible_scales_are_named_though_fingerprints_agree(base: Path, scale
 
     edit_tensors(base, change)
     resign(base)
-    with pytest.raises(GridError, match=rf"layer {LAYER}: a scale is a finite positive number, but 1 of .*quantize again"):
+    with pytest.raises(
+        GridError,
+        match=rf"layer {LAYER}: a scale is a finite positive number, but 1 of .*quantize again",
+    ):
         load_base(base)
 
 
@@ -191,7 +227,17 @@ def resign(folder: Path) -> None:
 
     record = json.loads((folder / "base.json").read_text())
     tensors = load_file(folder / "model.safetensors")
-    kinds = {name: next((str(parse(layer)) for path, layer in record["layers"].items() if name.startswith(path + ".")), "") for name in tensors}
+    kinds = {
+        name: next(
+            (
+                str(parse(layer))
+                for path, layer in record["layers"].items()
+                if name.startswith(path + ".")
+            ),
+            "",
+        )
+        for name in tensors
+    }
     digests = {name: tensor_digest(name, kinds[name], t) for name, t in tensors.items()}
     numbers = config_numbers(empty_model(read_config(folder, len(tensors)), len(tensors)))
     edit_record(folder, lambda r: r.update(fingerprint=combined(digests, numbers), tensors=digests))
@@ -227,21 +273,34 @@ def test_absurd_layers_are_refused_by_name(base: Path, name: str, layer: Any) ->
     def change(record: dict[str, Any]) -> None:
         layers = record["layers"]
         known = layers[LAYER]
-        absurd = {**known, **layer, "scheme": {**known.get("scheme", {}), **layer}} if isinstance(layer, dict) else layer
+        absurd = (
+            {**known, **layer, "scheme": {**known.get("scheme", {}), **layer}}
+            if isinstance(layer, dict)
+            else layer
+        )
         layers[name] = absurd
 
     edit_record(base, change)
-    with pytest.raises((GridError, SourceError), match=rf"describes layer '{name}' in a way that its model cannot have .*; quantize again|the offset"):
+    with pytest.raises(
+        (GridError, SourceError),
+        match=rf"describes layer '{name}' in a way that its model cannot have .*; quantize again|the offset",
+    ):
         load_base(base)
 
 
 def test_base_json_itself(base: Path) -> None:
     good = (base / "base.json").read_text()
     for text, message in {
-        json.dumps(json.loads(good) | {"format": 1}): "has format 1, but this version reads format 3; quantize again",
-        json.dumps(json.loads(good) | {"format": 99}): "has format 99, but this version reads format 3; update qwlora",
+        json.dumps(
+            json.loads(good) | {"format": 1}
+        ): "has format 1, but this version reads format 3; quantize again",
+        json.dumps(
+            json.loads(good) | {"format": 99}
+        ): "has format 99, but this version reads format 3; update qwlora",
         json.dumps(json.loads(good) | {"format": None}): "has format None",
-        json.dumps(json.loads(good) | {"layers": [], "source": 3}): "does not say source and layers as it should",
+        json.dumps(
+            json.loads(good) | {"layers": [], "source": 3}
+        ): "does not say source and layers as it should",
         "[]": "holds no JSON object",
         "{": "cannot be read",
         "[" * 100_000: "cannot be read",
@@ -256,8 +315,13 @@ def test_base_json_itself(base: Path) -> None:
 
 def test_an_index_cannot_point_outside(base: Path) -> None:
     (base / "model.safetensors").rename(base.parent / "elsewhere.safetensors")
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}))
-    with pytest.raises(SourceError, match=r"'../elsewhere.safetensors', which is no .safetensors file of this folder"):
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}})
+    )
+    with pytest.raises(
+        SourceError,
+        match=r"'../elsewhere.safetensors', which is no .safetensors file of this folder",
+    ):
         load_base(base)
 
 

@@ -30,8 +30,17 @@ def tokens() -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_base_that_quantizing_in_memory_makes(kind: str, tmp_path: Path, tokens: Tensor) -> None:
-    rules = [Rule("*.layers.0.mlp.down_proj", None), Rule("*embed_tokens", parse_scheme("w4-block16"), "search")] if kind in ("llama", "qwen3") else []
+def test_the_base_that_quantizing_in_memory_makes(
+    kind: str, tmp_path: Path, tokens: Tensor
+) -> None:
+    rules = (
+        [
+            Rule("*.layers.0.mlp.down_proj", None),
+            Rule("*embed_tokens", parse_scheme("w4-block16"), "search"),
+        ]
+        if kind in ("llama", "qwen3")
+        else []
+    )
     model = model_of(kind)
     memory, streamed = Moments(tmp_path / "memory"), Moments(tmp_path / "streamed")
     report = quantize_(model, "w4-block32", "gptq", rules=rules, calibration=tokens, moments=memory)
@@ -53,14 +62,27 @@ def test_the_base_that_quantizing_in_memory_makes(kind: str, tmp_path: Path, tok
     loaded = load_base(tmp_path / "base")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-    assert {f.name: f.read_bytes() for f in (tmp_path / "memory").iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / "streamed").iterdir()}
+    assert {f.name: f.read_bytes() for f in (tmp_path / "memory").iterdir()} == {
+        f.name: f.read_bytes() for f in (tmp_path / "streamed").iterdir()
+    }
 
 
 def deep() -> PreTrainedModel:
     """Eight blocks, each larger than what is outside of them."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 258, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, bos_token_id=256, eos_token_id=256, pad_token_id=257)).eval()
+    sizes = {
+        "vocab_size": 258,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **sizes, tie_word_embeddings=True, bos_token_id=256, eos_token_id=256, pad_token_id=257
+        )
+    ).eval()
 
 
 def test_a_block_or_two_are_in_memory(tmp_path: Path, tokens: Tensor, left: list[str]) -> None:
@@ -69,8 +91,21 @@ def test_a_block_or_two_are_in_memory(tmp_path: Path, tokens: Tensor, left: list
     block = sum(p.nbytes for p in model.model.layers[0].parameters())
     outside = model.model.embed_tokens.weight.nbytes + model.model.norm.weight.nbytes
     checkpoint = Held(model)
-    quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "gptq", calibration=tokens, shard_bytes=10_000)
-    assert [name for name in left if not name.startswith("model.layers.7.")] == ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    quantize_checkpoint(
+        checkpoint,
+        byte_tokenizer(),
+        tmp_path,
+        "x",
+        "w4-block32",
+        "gptq",
+        calibration=tokens,
+        shard_bytes=10_000,
+    )
+    assert [name for name in left if not name.startswith("model.layers.7.")] == [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
     assert checkpoint.most_alive <= outside + 2 * block + 20_000
     assert checkpoint.most_alive < sum(p.nbytes for p in model.parameters()) / 2
 
@@ -86,11 +121,22 @@ def test_goes_on_after_the_last_finished_part(tmp_path: Path, tokens: Tensor) ->
     base.mkdir()
     ask: dict[str, Any] = {"calibration": tokens, "work": work}
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(Held(tiny_model("llama")), byte_tokenizer(), base, "x", "w4-block32", "gptq", track=stopped, **ask)
+        quantize_checkpoint(
+            Held(tiny_model("llama")),
+            byte_tokenizer(),
+            base,
+            "x",
+            "w4-block32",
+            "gptq",
+            track=stopped,
+            **ask,
+        )
     assert [file.name for file in work.iterdir()] == ["model.layers.0.safetensors"]
     with pytest.raises(SourceError, match="is not a QWLoRA base"):
         load_base(base)
-    identity = quantize_checkpoint(Held(tiny_model("llama")), byte_tokenizer(), base, "x", "w4-block32", "gptq", **ask).fingerprint
+    identity = quantize_checkpoint(
+        Held(tiny_model("llama")), byte_tokenizer(), base, "x", "w4-block32", "gptq", **ask
+    ).fingerprint
     model = tiny_model("llama")
     quantize_(model, "w4-block32", "gptq", calibration=tokens)
     assert identity == fingerprint(model) == fingerprint(load_base(base))
@@ -98,14 +144,33 @@ def test_goes_on_after_the_last_finished_part(tmp_path: Path, tokens: Tensor) ->
 
 def test_integers_are_not_quantized_again(tmp_path: Path, tokens: Tensor) -> None:
     checkpoint = Held(tiny_model("llama"), parse_scheme("w4-block32"))
-    with pytest.raises(SourceError, match=r"q_proj.weight is integers already in the files; leave the scheme out"):
-        quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "gptq", calibration=tokens)
+    with pytest.raises(
+        SourceError, match=r"q_proj.weight is integers already in the files; leave the scheme out"
+    ):
+        quantize_checkpoint(
+            checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "gptq", calibration=tokens
+        )
 
 
-def test_layers_that_no_batch_reaches_are_named(tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda self, input_ids, **_: self.model.embed_tokens(input_ids))
-    with pytest.raises(CalibrationError, match=r"layers that no calibration batch reaches: model\.layers\.0\.self_attn\.q_proj"):
-        quantize_checkpoint(Held(tiny_model("llama")), byte_tokenizer(), tmp_path, "x", "w4-block32", "gptq", calibration=tokens)
+def test_layers_that_no_batch_reaches_are_named(
+    tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        LlamaForCausalLM, "forward", lambda self, input_ids, **_: self.model.embed_tokens(input_ids)
+    )
+    with pytest.raises(
+        CalibrationError,
+        match=r"layers that no calibration batch reaches: model\.layers\.0\.self_attn\.q_proj",
+    ):
+        quantize_checkpoint(
+            Held(tiny_model("llama")),
+            byte_tokenizer(),
+            tmp_path,
+            "x",
+            "w4-block32",
+            "gptq",
+            calibration=tokens,
+        )
 
 
 def test_a_part_that_runs_again_is_refused(tmp_path: Path) -> None:

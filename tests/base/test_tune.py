@@ -52,7 +52,9 @@ def ids(sequences: int = 48, tokens: int = 32) -> Tensor:
 
 
 def packed(model: nn.Module) -> dict[str, PackedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)
+    }
 
 
 def divergence(model: nn.Module, reference: nn.Module, batch: Tensor) -> float:
@@ -65,7 +67,9 @@ def divergence(model: nn.Module, reference: nn.Module, batch: Tensor) -> float:
 def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     model, scheme = nn.Sequential(nn.Linear(32, 24)), SCHEMES[name]
     weight = model[0].weight.detach()
-    encoding = measure_float_offset(weight, scheme) if scheme.float_offset else measure(weight, scheme)
+    encoding = (
+        measure_float_offset(weight, scheme) if scheme.float_offset else measure(weight, scheme)
+    )
     layer = PackedLinear.from_codes(encoding.quantize(weight), encoding, model[0].bias)  # type: ignore[arg-type]
     model[0] = layer
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
@@ -79,7 +83,11 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     found = x.grad, factor.grad
     x.grad, own = None, factor.detach().clone().requires_grad_()
     values = layer.tensor.dequantize()
-    times = (1 + own).repeat_interleave(values.shape[1] // own.shape[1], 1) if own.ndim == 2 else (1 + own).view(-1, 1)
+    times = (
+        (1 + own).repeat_interleave(values.shape[1] // own.shape[1], 1)
+        if own.ndim == 2
+        else (1 + own).view(-1, 1)
+    )
     expected = F.linear(x, values * times, layer.bias)
     expected.sin().sum().backward()
     assert torch.allclose(y, expected, atol=1e-5)
@@ -90,19 +98,34 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     assert torch.allclose(found[0], x.grad, atol=1e-4)
     assert torch.allclose(found[1], own.grad, rtol=1e-3, atol=1e-3)
     tuned.multiply_()
-    assert torch.allclose(layer.tensor.dequantize(), (values * times).detach(), rtol=2e-3, atol=2e-4), "what was tuned is what is stored"
+    assert torch.allclose(
+        layer.tensor.dequantize(), (values * times).detach(), rtol=2e-3, atol=2e-4
+    ), "what was tuned is what is stored"
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("architecture", "scheme"), [("llama", "w3-block32"), ("llama", "w3-channel"), ("llama", "w2-block32-asymmetric"), ("gpt2", "w3-block32")]
+    ("architecture", "scheme"),
+    [
+        ("llama", "w3-block32"),
+        ("llama", "w3-channel"),
+        ("llama", "w2-block32-asymmetric"),
+        ("gpt2", "w3-block32"),
+    ],
 )
-def test_the_model_comes_nearer_and_no_code_moves(architecture: str, scheme: str, compute: str) -> None:
+def test_the_model_comes_nearer_and_no_code_moves(
+    architecture: str, scheme: str, compute: str
+) -> None:
     model = tiny_model(architecture)
     reference = copy.deepcopy(model)
     quantize_(model, scheme)
-    before, far = {name: layer.tensor for name, layer in packed(model).items()}, divergence(model, reference, ids()[:40])
-    report = tune_scales_(model, reference, ids(), TuningSettings(steps=30, learning_rate=1e-2, compute=compute))
+    before, far = (
+        {name: layer.tensor for name, layer in packed(model).items()},
+        divergence(model, reference, ids()[:40]),
+    )
+    report = tune_scales_(
+        model, reference, ids(), TuningSettings(steps=30, learning_rate=1e-2, compute=compute)
+    )
     assert report.kept
     assert report.layers == len(before)
     assert report.after == pytest.approx(divergence(model, reference, ids()[40:]), rel=1e-4)
@@ -154,7 +177,9 @@ def test_long_sequences_are_compared_at_some_positions(monkeypatch: pytest.Monke
     reference = copy.deepcopy(model)
     quantize_(model, "w3-block32")
     made: list[int] = []
-    reference.register_forward_hook(lambda module, args, output: made.append(output.logits.shape[1]))
+    reference.register_forward_hook(
+        lambda module, args, output: made.append(output.logits.shape[1])
+    )
     assert tune_scales_(model, reference, ids(), TuningSettings(steps=20, learning_rate=1e-2)).kept
     assert set(made) == {8}
 
@@ -162,17 +187,31 @@ def test_long_sequences_are_compared_at_some_positions(monkeypatch: pytest.Monke
 def test_decoders_are_compared_where_their_own_mask_is() -> None:
     torch.manual_seed(0)
     ids_of = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-    model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, **ids_of)).eval()
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, **ids_of)
+    ).eval()
     reference = copy.deepcopy(model)
     quantize_(model, "w2-block32-asymmetric", "rtn")
-    short, tokens = torch.tensor([[1] * 4 + [0] * 12]), torch.randint(2, 50, (1, 16), generator=torch.Generator().manual_seed(0))
+    short, tokens = (
+        torch.tensor([[1] * 4 + [0] * 12]),
+        torch.randint(2, 50, (1, 16), generator=torch.Generator().manual_seed(0)),
+    )
     batch = {"input_ids": tokens, "attention_mask": short, "decoder_input_ids": tokens}
     other = {**batch, "decoder_input_ids": torch.cat([tokens[:, :8], tokens[:, :8]], 1)}
-    found = [tune_scales_(copy.deepcopy(model), reference, [batch, b], TuningSettings(steps=1)).before for b in (batch, other)]
+    found = [
+        tune_scales_(copy.deepcopy(model), reference, [batch, b], TuningSettings(steps=1)).before
+        for b in (batch, other)
+    ]
     assert found[0] != pytest.approx(found[1], rel=1e-4), "tokens behind the encoder's mask count"
     half = torch.tensor([[1] * 8 + [0] * 8])
     found = [
-        tune_scales_(copy.deepcopy(model), reference, [batch, {**b, "decoder_attention_mask": half}], TuningSettings(steps=1)).before for b in (batch, other)
+        tune_scales_(
+            copy.deepcopy(model),
+            reference,
+            [batch, {**b, "decoder_attention_mask": half}],
+            TuningSettings(steps=1),
+        ).before
+        for b in (batch, other)
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
@@ -190,7 +229,9 @@ def test_labels_are_left_out_and_modes_and_adapters_stay(monkeypatch: pytest.Mon
     batches = [{"input_ids": row[None], "labels": row[None]} for row in ids(6)]
     assert tune_scales_(adapted, reference, batches, TuningSettings(steps=2)).norms == 5
     assert [m.training for m in adapted.modules()] == modes
-    assert all(torch.equal(p, state[name]) for name, p in adapted.named_parameters() if "lora" in name)
+    assert all(
+        torch.equal(p, state[name]) for name, p in adapted.named_parameters() if "lora" in name
+    )
 
 
 def test_an_interruption_leaves_the_scales_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +264,10 @@ def test_norms_are_told_apart_and_their_gain_is_tuned() -> None:
     with torch.no_grad():
         narrow.weight.copy_(torch.tensor([0.1, 0.3, 1.7, 1e-3, 9.0, 1.0]).bfloat16())
     model = nn.Sequential(gemma, shared, again, narrow, counts, no_norm)
-    tuned, before = Tunable(model), {name: module.weight.clone() for name, module in model.named_children()}
+    tuned, before = (
+        Tunable(model),
+        {name: module.weight.clone() for name, module in model.named_children()},
+    )
     assert set(tuned.norms) == {"0", "1", "2", "3"}
     assert set(tuned.factors) == {"0", "1", "3"}, "what is shared has one factor"
     f = torch.tensor([0.1, -0.1, 0.2, -0.2, 0.05, 0.3])
@@ -237,20 +281,41 @@ def test_norms_are_told_apart_and_their_gain_is_tuned() -> None:
     tuned.multiply_()
     torch.testing.assert_close(learnt[0], plain * (1 + f))
     for module, y in zip((gemma, shared, again, narrow), learnt, strict=True):
-        torch.testing.assert_close(module(x), y, rtol=4e-3 if module is narrow or module is gemma else 1e-6, atol=4e-3)
-    assert torch.equal(narrow.weight, narrow.weight.bfloat16().float()), "it stays of the type that held it"
+        torch.testing.assert_close(
+            module(x), y, rtol=4e-3 if module is narrow or module is gemma else 1e-6, atol=4e-3
+        )
+    assert torch.equal(narrow.weight, narrow.weight.bfloat16().float()), (
+        "it stays of the type that held it"
+    )
     assert not torch.equal(narrow.weight, before["3"])
-    assert all(torch.equal(module.weight, before[name]) for name, module in model.named_children() if name in "45")
+    assert all(
+        torch.equal(module.weight, before[name])
+        for name, module in model.named_children()
+        if name in "45"
+    )
     assert int(counts.num_batches_tracked) == 0
 
 
 def test_scales_of_few_weights_and_of_many_bits_learn_slowly() -> None:
     model = tiny_model("llama")
-    quantize_(model, "w3-block32", rules=[Rule("*.down_proj", parse_scheme("w4-channel")), Rule("*.q_proj", parse_scheme("w2-channel"))])
+    quantize_(
+        model,
+        "w3-block32",
+        rules=[
+            Rule("*.down_proj", parse_scheme("w4-channel")),
+            Rule("*.q_proj", parse_scheme("w2-channel")),
+        ],
+    )
     tuned = Tunable(model)
-    rates = {id(factor): rate for rate, factors in tuned.by_rate(3e-3).items() for factor in factors}
-    assert rates[id(tuned.factors["model.layers.0.mlp.up_proj"])] == pytest.approx(3e-3 * 32**0.5 / 8)
-    assert rates[id(tuned.factors["model.layers.0.mlp.down_proj"])] == pytest.approx(3e-3 * 128**0.5 / 16)  # 128 inputs
+    rates = {
+        id(factor): rate for rate, factors in tuned.by_rate(3e-3).items() for factor in factors
+    }
+    assert rates[id(tuned.factors["model.layers.0.mlp.up_proj"])] == pytest.approx(
+        3e-3 * 32**0.5 / 8
+    )
+    assert rates[id(tuned.factors["model.layers.0.mlp.down_proj"])] == pytest.approx(
+        3e-3 * 128**0.5 / 16
+    )  # 128 inputs
     assert rates[id(tuned.factors["model.layers.0.self_attn.q_proj"])] == 3e-3
     assert rates[id(tuned.factors["model.norm"])] == 3e-3
     assert len(rates) == len(tuned.factors)
@@ -260,7 +325,10 @@ def test_a_failure_while_learning_leaves_the_modules_as_they_were() -> None:
     model = tiny_model("gpt2")
     reference = copy.deepcopy(model)
     quantize_(model, "w3-block32")
-    state, kinds = {name: tensor.clone() for name, tensor in model.state_dict().items()}, [type(m) for m in model.modules()]
+    state, kinds = (
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        [type(m) for m in model.modules()],
+    )
     with torch.no_grad():
         reference.transformer.ln_f.weight.fill_(float("nan"))
     with pytest.raises(CalibrationError, match="the divergence is nan"):
@@ -279,7 +347,10 @@ def test_padding_is_not_compared() -> None:
     padded["attention_mask"][:, 20:] = 0
     other = {**padded, "input_ids": padded["input_ids"].clone()}
     other["input_ids"][:, 20:] = 7
-    found = [tune_scales_(copy.deepcopy(model), reference, [full, batch], TuningSettings(steps=1)).before for batch in (padded, other, full)]
+    found = [
+        tune_scales_(copy.deepcopy(model), reference, [full, batch], TuningSettings(steps=1)).before
+        for batch in (padded, other, full)
+    ]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     assert found[0] != pytest.approx(found[2], rel=1e-4)
 
@@ -293,38 +364,62 @@ def test_what_cannot_be_tuned_says_why() -> None:
     with pytest.raises(CalibrationError, match="at least two sequences"):
         tune_scales_(model, reference, ids(1))
     reference.model.norm, kept = model.model.norm, reference.model.norm
-    with pytest.raises(CalibrationError, match=r"share the weight of 'model\.norm', which is tuned; quantize a deep copy"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"share the weight of 'model\.norm', which is tuned; quantize a deep copy",
+    ):
         tune_scales_(model, reference, ids())
     reference.model.norm = kept
     larger = tiny_model("llama")
     larger.resize_token_embeddings(300)
-    with pytest.raises(CalibrationError, match=r"the float model's logits are \[1, 32, 300\], the quantized one's"):
+    with pytest.raises(
+        CalibrationError, match=r"the float model's logits are \[1, 32, 300\], the quantized one's"
+    ):
         tune_scales_(model, larger, ids())
-    with pytest.raises(CalibrationError, match="compares logits, and LlamaModel makes none; leave tuning out"):
+    with pytest.raises(
+        CalibrationError, match="compares logits, and LlamaModel makes none; leave tuning out"
+    ):
         tune_scales_(model.model, reference.model, ids())
     with torch.no_grad():
         reference.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(CalibrationError, match="the divergence is nan at step 1; take a lower learning rate, or compute float32"):
+    with pytest.raises(
+        CalibrationError,
+        match="the divergence is nan at step 1; take a lower learning rate, or compute float32",
+    ):
         tune_scales_(model, reference, ids())
-    for wrong in ({"steps": 0}, {"learning_rate": float("nan")}, {"learning_rate": 1.0}, {"compute": "float16"}):
+    for wrong in (
+        {"steps": 0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": 1.0},
+        {"compute": "float16"},
+    ):
         with pytest.raises(CalibrationError, match="at least 1 step"):
             TuningSettings(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
     def base_of(name: str, *changes: str) -> dict[str, Any]:
-        run(load_recipe(recipe_for(), ("base.weights.bitwidth=3", *changes)), tmp_path / name, verbs=("quantize",))
+        run(
+            load_recipe(recipe_for(), ("base.weights.bitwidth=3", *changes)),
+            tmp_path / name,
+            verbs=("quantize",),
+        )
         results: dict[str, Any] = json.loads((tmp_path / name / "results.json").read_text())["base"]
         return results
 
-    plain, tuned = base_of("plain"), base_of("tuned", "base.tuning.steps=12", "base.tuning.learning_rate=0.01")
+    plain, tuned = (
+        base_of("plain"),
+        base_of("tuned", "base.tuning.steps=12", "base.tuning.learning_rate=0.01"),
+    )
     assert tuned["tuning"]["kept"]
     assert tuned["tuning"]["after"] < tuned["tuning"]["before"]
     assert plain["fingerprint"] != tuned["fingerprint"]
     assert "tuning" not in plain
     one, two = (packed(load_base(tmp_path / name / "base")) for name in ("plain", "tuned"))
     assert all(torch.equal(one[name].codes, two[name].codes) for name in one)
-    files, with_scales = (sorted(p.name for p in (tmp_path / name / "base").iterdir()) for name in ("plain", "tuned"))
+    files, with_scales = (
+        sorted(p.name for p in (tmp_path / name / "base").iterdir()) for name in ("plain", "tuned")
+    )
     assert with_scales == sorted([*files, "tuning"])
     assert solver_scales(tmp_path / "plain" / "base") == {}
     kept = solver_scales(tmp_path / "tuned" / "base")
@@ -333,7 +428,9 @@ def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
     assert any(not torch.equal(kept[name], layer.tensor.parts.scale) for name, layer in two.items())
     with pytest.raises(RecipeError, match="remove tuning"):
         load_recipe(recipe_for(), ("base={solver: keep, tuning: {steps: 4}}",))
-    with pytest.raises(RecipeError, match="learning_rate and compute: nothing is tuned without steps"):
+    with pytest.raises(
+        RecipeError, match="learning_rate and compute: nothing is tuned without steps"
+    ):
         load_recipe(recipe_for(), ("base.tuning={learning_rate: 0.01, compute: bfloat16}",))
 
 
@@ -357,14 +454,22 @@ def steps_run(track_stops_at: int | None, ran: list[int]) -> Any:
 
 @pytest.mark.usefixtures("each_step_written")
 @pytest.mark.parametrize("stops_at", [1, 7, 11])
-def test_tuning_that_was_interrupted_goes_on_and_ends_with_the_same_bits(stops_at: int, tmp_path: Path) -> None:
+def test_tuning_that_was_interrupted_goes_on_and_ends_with_the_same_bits(
+    stops_at: int, tmp_path: Path
+) -> None:
     reference = tiny_model("llama")
     solved = copy.deepcopy(reference)
     quantize_(solved, "w3-block32")
 
     def tuned(work: Path | None, stops: int | None = None, seed: int = 0) -> tuple[str, list[int]]:
-        model, ran, settings = copy.deepcopy(solved), [], TuningSettings(steps=12, learning_rate=1e-2, seed=seed)
-        report = tune_scales_(model, reference, ids(12), settings, work=work, track=steps_run(stops, ran))  # nine to learn from, so that they come again
+        model, ran, settings = (
+            copy.deepcopy(solved),
+            [],
+            TuningSettings(steps=12, learning_rate=1e-2, seed=seed),
+        )
+        report = tune_scales_(
+            model, reference, ids(12), settings, work=work, track=steps_run(stops, ran)
+        )  # nine to learn from, so that they come again
         assert report.resumed_from_step == ran[0]
         return fingerprint(model), ran
 
@@ -387,9 +492,16 @@ def test_a_state_is_of_all_that_decides() -> None:
     quantize_(solved, "w3-block32")
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
-    def key(model: nn.Module = solved, teacher: nn.Module = reference, settings: TuningSettings | None = None, batch: Any = None) -> str:
+    def key(
+        model: nn.Module = solved,
+        teacher: nn.Module = reference,
+        settings: TuningSettings | None = None,
+        batch: Any = None,
+    ) -> str:
         batches = [{"input_ids": tokens}] if batch is None else [batch]
-        return TuningState(Path("nowhere"), _made_from(settings or TuningSettings(), batches, model, teacher))._key
+        return TuningState(
+            Path("nowhere"), _made_from(settings or TuningSettings(), batches, model, teacher)
+        )._key
 
     other = copy.deepcopy(reference)
     other.config.rms_norm_eps = 0.1
@@ -406,15 +518,29 @@ def test_a_state_is_of_all_that_decides() -> None:
         key(settings=TuningSettings(seed=1)),
         *(key(teacher=teacher) for teacher in (other, copy.deepcopy(reference).bfloat16())),
         *(key(model) for model in (moved, trained, again)),
-        *(key(batch=batch) for batch in ({"input_ids": later}, BatchEncoding({"input_ids": later[:3]}), BatchEncoding({"input_ids": tokens[:3]}))),
-        *(key(batch={"input_ids": tokens, name: tokens}) for name in ("attention_mask", "token_type_ids")),
+        *(
+            key(batch=batch)
+            for batch in (
+                {"input_ids": later},
+                BatchEncoding({"input_ids": later[:3]}),
+                BatchEncoding({"input_ids": tokens[:3]}),
+            )
+        ),
+        *(
+            key(batch={"input_ids": tokens, name: tokens})
+            for name in ("attention_mask", "token_type_ids")
+        ),
     ]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0] == key(batch=BatchEncoding({"input_ids": tokens}))
 
 
-def test_a_state_is_written_once_in_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 59.0, 61.0, 66.0, 126.0, 165.0, 166.0, 166.0, 166.0])  # writing takes 5 s, and then none
+def test_a_state_is_written_once_in_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(
+        [0.0, 59.0, 61.0, 66.0, 126.0, 165.0, 166.0, 166.0, 166.0]
+    )  # writing takes 5 s, and then none
     monkeypatch.setattr("qwlora.base.tuning_state.monotonic", lambda: next(clock))
     state, made = TuningState(tmp_path / "work", ["key"]), []
     for number in range(5):
@@ -428,11 +554,19 @@ def test_a_state_is_written_once_in_a_while(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.usefixtures("each_step_written")
 def test_a_job_goes_on_tuning_where_it_was_interrupted(recipe_for: Any, tmp_path: Path) -> None:
-    recipe = load_recipe(recipe_for(), ("base.weights.bitwidth=3", "base.tuning.steps=6", "base.tuning.learning_rate=0.01"))
+    recipe = load_recipe(
+        recipe_for(),
+        ("base.weights.bitwidth=3", "base.tuning.steps=6", "base.tuning.learning_rate=0.01"),
+    )
     ran: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "stopped", verbs=("quantize",), track=steps_run(4, ran))
-    found = [run(recipe, tmp_path / name, verbs=("quantize",), track=steps_run(None, ran))["base"]["fingerprint"] for name in ("stopped", "whole")]
+    found = [
+        run(recipe, tmp_path / name, verbs=("quantize",), track=steps_run(None, ran))["base"][
+            "fingerprint"
+        ]
+        for name in ("stopped", "whole")
+    ]
     assert ran == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]
     assert found[0] == found[1]
     assert not list((tmp_path / "stopped" / ".qwlora" / "work").glob("*"))
@@ -443,36 +577,70 @@ def test_a_job_starts_its_adapter_at_what_the_solver_lost(recipe_for: Any, tmp_p
         asked = ("base.weights.bitwidth=3", "adapters.0.init=qera", "adapters.0.steps=2", *changes)
         run(load_recipe(recipe_for(), asked), tmp_path / name, verbs=("quantize", "train"))
         results = json.loads((tmp_path / name / "results.json").read_text())
-        assert results["base"].get("tuning", {}).get("kept", False) == bool(set(changes) & set(tuning))
+        assert results["base"].get("tuning", {}).get("kept", False) == bool(
+            set(changes) & set(tuning)
+        )
         layers: dict[str, Any] = results["train"]["first"]["init"]["layers"]
         return layers
 
     tuning = ("base.tuning.steps=12", "base.tuning.learning_rate=0.01")
     for budget in ((), ("adapters.0.rank_budget=0.5",)):
-        plain, tuned = (lost(f"{name}{len(budget)}", *changes, *budget) for name, changes in (("plain", ()), ("tuned", tuning)))
+        plain, tuned = (
+            lost(f"{name}{len(budget)}", *changes, *budget)
+            for name, changes in (("plain", ()), ("tuned", tuning))
+        )
         for path, errors in plain.items():
             assert tuned[path] == pytest.approx(errors, rel=1e-3)
     base = tmp_path / "tuned0" / "base"
     (base / SOLVER_SCALES).write_bytes(b"no safetensors")
-    with pytest.raises(SourceError, match=rf"base '{base}': solver_scales.safetensors cannot be read \(.*\); delete it and quantize again"):
+    with pytest.raises(
+        SourceError,
+        match=rf"base '{base}': solver_scales.safetensors cannot be read \(.*\); delete it and quantize again",
+    ):
         solver_scales(base)
 
 
-def test_what_a_recipe_cannot_tune_is_found_before_any_work(recipe_for: Any, tmp_path: Path) -> None:
-    no_linear = ("base.tuning.steps=4", 'base.rules=[{match: "model.layers.*", keep: float}, {match: "model.embed_tokens", bitwidth: 8}]')
-    with pytest.raises(GridError, match="tunes the scales of linear layers, and the recipe packs none; leave tuning out"):
+def test_what_a_recipe_cannot_tune_is_found_before_any_work(
+    recipe_for: Any, tmp_path: Path
+) -> None:
+    no_linear = (
+        "base.tuning.steps=4",
+        'base.rules=[{match: "model.layers.*", keep: float}, {match: "model.embed_tokens", bitwidth: 8}]',
+    )
+    with pytest.raises(
+        GridError,
+        match="tunes the scales of linear layers, and the recipe packs none; leave tuning out",
+    ):
         run(load_recipe(recipe_for(), no_linear), tmp_path / "out", verbs=("quantize",))
     (short := tmp_path / "short.txt").write_text("a b c d e f g h " * 6)
-    data = {"source": str(short), "sequence_tokens": 32, "held_out": 0.5, "evaluation_sequences": 1, "calibration_sequences": 1}
-    with pytest.raises(SourceError, match=r"base\.tuning takes at least two training sequences, and the text makes 1"):
-        run(load_recipe(recipe_for(data=data), ("base.tuning.steps=4",)), tmp_path / "out", verbs=("quantize",))
+    data = {
+        "source": str(short),
+        "sequence_tokens": 32,
+        "held_out": 0.5,
+        "evaluation_sequences": 1,
+        "calibration_sequences": 1,
+    }
+    with pytest.raises(
+        SourceError,
+        match=r"base\.tuning takes at least two training sequences, and the text makes 1",
+    ):
+        run(
+            load_recipe(recipe_for(data=data), ("base.tuning.steps=4",)),
+            tmp_path / "out",
+            verbs=("quantize",),
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_tuning_otherwise_solves_nothing_again(recipe_for: Any) -> None:
     def stage(*changes: str) -> Any:
         recipe = load_recipe(recipe_for(), ("base.solver=rtn", *changes))
-        plan = make_plan(recipe, load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()))
+        plan = make_plan(
+            recipe,
+            load_documents(
+                recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
+            ),
+        )
         return next(s for s in plan if s.name == "quantize")
 
     plain, tuned, more = stage(), stage("base.tuning.steps=4"), stage("base.tuning.steps=8")

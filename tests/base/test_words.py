@@ -23,8 +23,13 @@ def codes(draw):
 def test_a_row_is_one_little_endian_bit_stream(case):
     bitwidth, q = case
     words = -(-q.shape[1] * bitwidth // 32)
-    streams = [sum(int(code) << (bitwidth * i) for i, code in enumerate(row)).to_bytes(4 * words, "little") for row in q]
-    packed = torch.from_numpy(np.frombuffer(b"".join(streams), dtype="<i4").reshape(len(q), words).copy())
+    streams = [
+        sum(int(code) << (bitwidth * i) for i, code in enumerate(row)).to_bytes(4 * words, "little")
+        for row in q
+    ]
+    packed = torch.from_numpy(
+        np.frombuffer(b"".join(streams), dtype="<i4").reshape(len(q), words).copy()
+    )
     assert torch.equal(unpack_words(packed, bitwidth, q.shape[1]), torch.from_numpy(q))
 
 

@@ -61,10 +61,15 @@ def smollm2() -> PreTrainedTokenizerBase:
 
 def conversation(*contents: str) -> Conversation:
     """User and assistant in turn."""
-    return Conversation(tuple({"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)), "chat.jsonl:7")
+    return Conversation(
+        tuple({"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)),
+        "chat.jsonl:7",
+    )
 
 
-TALK = conversation("What is 2+2?", "It is 4.", "assistant\nIt is 4.<end>?", "  Yes, as I said:\n\n It is 4.")
+TALK = conversation(
+    "What is 2+2?", "It is 4.", "assistant\nIt is 4.<end>?", "  Yes, as I said:\n\n It is 4."
+)
 
 
 def with_template(template: str) -> PreTrainedTokenizerBase:
@@ -93,14 +98,19 @@ def learnt_text(tokenizer: Any, ids: list[int], learnt: list[bool]) -> list[str]
 @pytest.mark.parametrize("last_only", [False, True])
 def test_the_derived_mask_is_that_of_the_markers(template: str, last_only: bool) -> None:
     marked, plain = with_template(template), with_template(unmarked(template))
-    oracle = marked.apply_chat_template(list(TALK.messages), return_dict=True, return_assistant_tokens_mask=True)
+    oracle = marked.apply_chat_template(
+        list(TALK.messages), return_dict=True, return_assistant_tokens_mask=True
+    )
     for tokenizer in (marked, plain):
         ids, learnt = encode_conversation(TALK, tokenizer, last_only)
         assert ids == oracle["input_ids"]
         if not last_only:
             assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
         spoken = learnt_text(tokenizer, ids, learnt)
-        assert [s.strip() for s in spoken] == ["It is 4.<end>", "Yes, as I said:\n\n It is 4.<end>"][-1 if last_only else 0 :]
+        assert [s.strip() for s in spoken] == [
+            "It is 4.<end>",
+            "Yes, as I said:\n\n It is 4.<end>",
+        ][-1 if last_only else 0 :]
 
 
 def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
@@ -109,14 +119,25 @@ def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     words = "user: Hi there. user assistant: Hello you, assistant Hi, again. assistant [INST] [/INST] <turn>user <turn>assistant\n"
-    tokenizer.train_from_iterator([words] * 9, trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template)
+    tokenizer.train_from_iterator(
+        [words] * 9,
+        trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=template,
+    )
 
 
 @pytest.mark.parametrize("template", [LLAMA2, MISTRAL, SPEAKERS, LINES])
 def test_without_a_generation_prompt_the_first_word_is_learnt_with_its_space(template: str) -> None:
     talk = conversation("Hi there.", "Hello you, Hi.", "Hi, again.", "Hello again.")
-    oracle = sentencepiece_tokenizer(template).apply_chat_template(list(talk.messages), return_dict=True, return_assistant_tokens_mask=True)
+    oracle = sentencepiece_tokenizer(template).apply_chat_template(
+        list(talk.messages), return_dict=True, return_assistant_tokens_mask=True
+    )
     tokenizer = sentencepiece_tokenizer(unmarked(template))
     ids, learnt = encode_conversation(talk, tokenizer)
     assert ids == oracle["input_ids"]
@@ -126,10 +147,15 @@ def test_without_a_generation_prompt_the_first_word_is_learnt_with_its_space(tem
 
 def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase) -> None:
     tokenizer = smollm2
-    talk = conversation("What is 2+2?", "It is 4.", "assistant\nIt is 4.?", "Yes, as I said:\n\n It is 4.")
+    talk = conversation(
+        "What is 2+2?", "It is 4.", "assistant\nIt is 4.?", "Yes, as I said:\n\n It is 4."
+    )
     ids, learnt = encode_conversation(talk, tokenizer)
     assert ids == tokenizer.apply_chat_template(list(talk.messages))["input_ids"]
-    assert learnt_text(tokenizer, ids, learnt) == ["It is 4.<|im_end|>", "Yes, as I said:\n\n It is 4.<|im_end|>"]
+    assert learnt_text(tokenizer, ids, learnt) == [
+        "It is 4.<|im_end|>",
+        "Yes, as I said:\n\n It is 4.<|im_end|>",
+    ]
     first = learnt.index(True)
     assert tokenizer.decode(ids[:first]).endswith("<|im_start|>assistant\n")
     # transformers' own mask, for the same template with markers around what it renders of the assistant's messages
@@ -138,35 +164,66 @@ def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase
     assert body in marked.chat_template
     spoken = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
     marked.chat_template = marked.chat_template.replace(
-        body, "{% if message['role'] == 'assistant' %}{{'<|im_start|>assistant\n'}}" + spoken + "{% else %}" + body + "{% endif %}"
+        body,
+        "{% if message['role'] == 'assistant' %}{{'<|im_start|>assistant\n'}}"
+        + spoken
+        + "{% else %}"
+        + body
+        + "{% endif %}",
     )
-    oracle = marked.apply_chat_template(list(talk.messages), return_dict=True, return_assistant_tokens_mask=True)
+    oracle = marked.apply_chat_template(
+        list(talk.messages), return_dict=True, return_assistant_tokens_mask=True
+    )
     assert ids == oracle["input_ids"]
     assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
 
 
-def test_a_token_that_begins_in_the_header_is_not_the_assistants(smollm2: PreTrainedTokenizerBase) -> None:
+def test_a_token_that_begins_in_the_header_is_not_the_assistants(
+    smollm2: PreTrainedTokenizerBase,
+) -> None:
     ids, learnt = encode_conversation(conversation("What is 2+2?", "  It is 4."), smollm2)
-    assert smollm2.decode(ids[learnt.index(True) - 1]) == "\n "  # the header's newline and the first space: one token
+    assert (
+        smollm2.decode(ids[learnt.index(True) - 1]) == "\n "
+    )  # the header's newline and the first space: one token
     assert learnt_text(smollm2, ids, learnt) == [" It is 4.<|im_end|>"]
 
 
 def test_a_template_that_renders_the_past_otherwise_is_refused_and_taken_apart() -> None:
     tokenizer = with_template(FORGETS)
-    with pytest.raises(SourceError, match=r"chat.jsonl:7: message 2: the chat template renders this message otherwise .* Use data.turns: apart"):
+    with pytest.raises(
+        SourceError,
+        match=r"chat.jsonl:7: message 2: the chat template renders this message otherwise .* Use data.turns: apart",
+    ):
         encode_conversation(TALK, tokenizer)
     apart = encode_documents([TALK], tokenizer, "apart")
     assert [learnt_text(tokenizer, t.ids, t.learnt) for t in apart] == [
         ["<think></think>It is 4.<end>"],
         ["<think></think>  Yes, as I said:\n\n It is 4.<end>"],
     ]
-    assert [tokenizer.decode(t.ids) for t in apart] == [tokenizer.apply_chat_template(list(TALK.messages[:n]), tokenize=False) for n in (2, 4)]
+    assert [tokenizer.decode(t.ids) for t in apart] == [
+        tokenizer.apply_chat_template(list(TALK.messages[:n]), tokenize=False) for n in (2, 4)
+    ]
 
 
-TOOLS = ({"type": "function", "function": {"name": "weather", "description": "says <end>", "parameters": {"type": "object"}}}, {"name": "time"})
+TOOLS = (
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "says <end>",
+            "parameters": {"type": "object"},
+        },
+    },
+    {"name": "time"},
+)
 CALLS = [
     {"role": "user", "content": "Weather?"},
-    {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Graz"}}}]},
+    {
+        "role": "assistant",
+        "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Graz"}}}
+        ],
+    },
     {"role": "tool", "content": "sun"},
     {"role": "assistant", "content": "It is sunny."},
 ]
@@ -184,12 +241,21 @@ WITH_TOOLS = """\
 @pytest.mark.parametrize("turns", ["together", "apart"])
 def test_tools_are_rendered_and_never_learnt(template: str, turns: str) -> None:
     tokenizer = with_template(template)
-    encoded = encode_documents([Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS)], tokenizer, turns)
+    encoded = encode_documents(
+        [Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS)], tokenizer, turns
+    )
     assert len(encoded) == (2 if turns == "apart" else 1)
     for tokens in encoded:
-        before = tokenizer.decode([i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag])
+        before = tokenizer.decode(
+            [i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag]
+        )
         assert all(json.dumps(tool) in before for tool in TOOLS)
-    whole = tokenizer.apply_chat_template(CALLS, tools=list(TOOLS), return_dict=True, return_assistant_tokens_mask="{% gen" in template)
+    whole = tokenizer.apply_chat_template(
+        CALLS,
+        tools=list(TOOLS),
+        return_dict=True,
+        return_assistant_tokens_mask="{% gen" in template,
+    )
     assert encoded[-1].ids == whole["input_ids"]
     said = [json.dumps(CALLS[1]["tool_calls"]) + "<end>", "It is sunny.<end>"]
     assert [text for t in encoded for text in learnt_text(tokenizer, t.ids, t.learnt)] == said
@@ -205,13 +271,16 @@ def test_a_template_of_its_own_for_tools_is_used() -> None:
 
 def test_a_template_that_leaves_tools_out_is_refused() -> None:
     with pytest.raises(
-        SourceError, match=r"chat.jsonl:7: the model's chat template takes no notice of tools.* in data.chat_template, or take the field 'tools' out"
+        SourceError,
+        match=r"chat.jsonl:7: the model's chat template takes no notice of tools.* in data.chat_template, or take the field 'tools' out",
     ):
-        encode_conversation(Conversation(TALK.messages, "chat.jsonl:7", TOOLS), with_template(CHATML))
+        encode_conversation(
+            Conversation(TALK.messages, "chat.jsonl:7", TOOLS), with_template(CHATML)
+        )
     needs_them = "{{ raise_exception('no tools') if not tools }}" + CHATML
-    assert encode_conversation(Conversation(TALK.messages, "chat.jsonl:7", TOOLS), with_template(needs_them)) == encode_conversation(
-        TALK, with_template(CHATML)
-    )
+    assert encode_conversation(
+        Conversation(TALK.messages, "chat.jsonl:7", TOOLS), with_template(needs_them)
+    ) == encode_conversation(TALK, with_template(CHATML))
 
 
 def greeting(*contents: str) -> Conversation:
@@ -219,8 +288,13 @@ def greeting(*contents: str) -> Conversation:
     return Conversation(conversation("", *contents).messages[1:], "chat.jsonl:7")
 
 
-SPOKEN_TO = greeting("  Hello! assistant\n", "Hi, assistant", "It is 4.\n\nHello!", "Hello!", "Hello!")
-DEFAULT_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|start|>system\nHello! <|start|>assistant\nHello! assistant<end>\n{% endif %}" + CHATML
+SPOKEN_TO = greeting(
+    "  Hello! assistant\n", "Hi, assistant", "It is 4.\n\nHello!", "Hello!", "Hello!"
+)
+DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|start|>system\nHello! <|start|>assistant\nHello! assistant<end>\n{% endif %}"
+    + CHATML
+)
 SEPARATED = """\
 {% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}{{ message['role'] }}: {% if message['role'] == 'assistant' %}\
 {% generation %}{{ message['content'] }}<end>{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}\
@@ -229,24 +303,38 @@ THINKS = CHATML.replace("{% generation %}", "{% generation %}<think></think>")
 ENDS = THINKS + "{% if not add_generation_prompt %}<|the end of it all|>{% endif %}"
 
 
-@pytest.mark.parametrize("template", [CHATML, BRACKETS, MODEL_TURNS, DEFAULT_SYSTEM, SEPARATED, THINKS])
+@pytest.mark.parametrize(
+    "template", [CHATML, BRACKETS, MODEL_TURNS, DEFAULT_SYSTEM, SEPARATED, THINKS]
+)
 def test_an_assistant_that_speaks_first_is_learnt(template: str) -> None:
     marked, plain = with_template(template), with_template(unmarked(template))
-    oracle = marked.apply_chat_template(list(SPOKEN_TO.messages), return_dict=True, return_assistant_tokens_mask=True)
+    oracle = marked.apply_chat_template(
+        list(SPOKEN_TO.messages), return_dict=True, return_assistant_tokens_mask=True
+    )
     ids, learnt = encode_conversation(SPOKEN_TO, plain)
     assert ids == oracle["input_ids"]
     assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
-    assert [text.removeprefix("<think></think>").strip() for text in learnt_text(plain, ids, learnt)] == [
-        m["content"].strip() + ("\n" if template not in (BRACKETS, MODEL_TURNS) and m["content"].endswith("\n") else "") + "<end>"
+    assert [
+        text.removeprefix("<think></think>").strip() for text in learnt_text(plain, ids, learnt)
+    ] == [
+        m["content"].strip()
+        + ("\n" if template not in (BRACKETS, MODEL_TURNS) and m["content"].endswith("\n") else "")
+        + "<end>"
         for m in SPOKEN_TO.messages[::2]
     ]
 
 
-@pytest.mark.parametrize("template", [LLAMA2, MISTRAL, SPEAKERS, LINES, "Hello you, Hi there. again.\n" + LINES])
+@pytest.mark.parametrize(
+    "template", [LLAMA2, MISTRAL, SPEAKERS, LINES, "Hello you, Hi there. again.\n" + LINES]
+)
 @pytest.mark.parametrize("first", ["Hello you, Hi", " Hi there.", "again.", " again."])
-def test_an_assistant_that_speaks_first_is_learnt_without_a_generation_prompt(template: str, first: str) -> None:
+def test_an_assistant_that_speaks_first_is_learnt_without_a_generation_prompt(
+    template: str, first: str
+) -> None:
     talk = greeting(first, "Hi, again.", "Hello again.")
-    oracle = sentencepiece_tokenizer(template).apply_chat_template(list(talk.messages), return_dict=True, return_assistant_tokens_mask=True)
+    oracle = sentencepiece_tokenizer(template).apply_chat_template(
+        list(talk.messages), return_dict=True, return_assistant_tokens_mask=True
+    )
     ids, learnt = encode_conversation(talk, sentencepiece_tokenizer(unmarked(template)))
     assert ids == oracle["input_ids"]
     assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
@@ -261,24 +349,37 @@ def test_an_assistant_that_speaks_first_has_turns_and_tools() -> None:
     apart = encode_documents([talk], tokenizer, "apart")
     assert [learnt_text(tokenizer, t.ids, t.learnt) for t in apart] == [[text] for text in said]
     (alone,) = encode_documents([greeting("Hello!")], with_template(unmarked(ENDS)))
-    assert learnt_text(tokenizer, alone.ids, alone.learnt) == ["<think></think>Hello!<end>\n<|the end of it all|>"]
+    assert learnt_text(tokenizer, alone.ids, alone.learnt) == [
+        "<think></think>Hello!<end>\n<|the end of it all|>"
+    ]
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         (
-            "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('the user speaks first') }}{% endif %}" + unmarked(CHATML),
+            "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('the user speaks first') }}{% endif %}"
+            + unmarked(CHATML),
             r"chat.jsonl:7: the model's chat template refuses these messages \(assistant, user, assistant, user, assistant\): the user speaks first",
         ),
         (
-            "{% if messages | length == 1 and messages[0]['role'] == 'assistant' %}{{ raise_exception('no question') }}{% endif %}" + unmarked(CHATML),
+            "{% if messages | length == 1 and messages[0]['role'] == 'assistant' %}{{ raise_exception('no question') }}{% endif %}"
+            + unmarked(CHATML),
             r"chat.jsonl:7: the model's chat template refuses these messages \(assistant\): no question",
         ),
-        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "message 1: the chat template has no generation prompt and changes the content"),
-        (FORGETS, r"message 1: the chat template renders this message otherwise .* Use data.turns: apart"),
         (
-            unmarked(CHATML).replace("{{ message['role'] }}", "{{ 'bot' if message['role'] == 'assistant' else message['role'] }}"),
+            "{% for m in messages %}{{ m['role'] }}{% endfor %}",
+            "message 1: the chat template has no generation prompt and changes the content",
+        ),
+        (
+            FORGETS,
+            r"message 1: the chat template renders this message otherwise .* Use data.turns: apart",
+        ),
+        (
+            unmarked(CHATML).replace(
+                "{{ message['role'] }}",
+                "{{ 'bot' if message['role'] == 'assistant' else message['role'] }}",
+            ),
             "message 1: the chat template renders this message otherwise",
         ),
     ],
@@ -297,8 +398,14 @@ def test_an_assistant_that_cannot_speak_first_is_refused(template: str, message:
             r"chat.jsonl:7: the model's chat template refuses these messages \(user, assistant, .*roles must alternate",
         ),
         ("{{ messages[0]['role' }}", "chat.jsonl:7: the model's chat template refuses"),
-        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "message 2: the chat template has no generation prompt and changes the content"),
-        ("{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}", "leaves nothing of what the assistant says to learn from"),
+        (
+            "{% for m in messages %}{{ m['role'] }}{% endfor %}",
+            "message 2: the chat template has no generation prompt and changes the content",
+        ),
+        (
+            "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}",
+            "leaves nothing of what the assistant says to learn from",
+        ),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(template: str, message: str) -> None:
@@ -311,49 +418,82 @@ def test_slow_tokenizers_are_refused() -> None:
         chat_template = CHATML
         is_fast = False
 
-    with pytest.raises(SourceError, match=r"the tokenizer \(Slow\) does not say where its tokens stand in a text"):
+    with pytest.raises(
+        SourceError, match=r"the tokenizer \(Slow\) does not say where its tokens stand in a text"
+    ):
         encode_conversation(TALK, Slow())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("prompt", "completion"), [("Question: hi Answer:", " yes"), ("Hello ", "world"), ("2+2=", "4<|im_end|>")])
-def test_a_completion_follows_its_prompt_as_it_will_at_inference(smollm2: PreTrainedTokenizerBase, prompt: str, completion: str) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("Question: hi Answer:", " yes"), ("Hello ", "world"), ("2+2=", "4<|im_end|>")],
+)
+def test_a_completion_follows_its_prompt_as_it_will_at_inference(
+    smollm2: PreTrainedTokenizerBase, prompt: str, completion: str
+) -> None:
     tokenizer = smollm2
     (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer)
     given = [i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag]
     assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
-    assert tokenizer.decode(tokens.ids[len(given) :]) == completion.removesuffix("<|im_end|>") + "<|im_end|>"
+    assert (
+        tokenizer.decode(tokens.ids[len(given) :])
+        == completion.removesuffix("<|im_end|>") + "<|im_end|>"
+    )
 
 
 def prefixing_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """One that puts a space before every text, as SentencePiece does: by normalizers (Llama 2) or by Metaspace."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     if kind == "normalizers":
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
         tokenizer.decoder = decoders.Metaspace(prepend_scheme=kind)
     words = ["Q: hi A: yes no, maybe.\n", "Hello world", "yes", "world.\n"] * 9
-    tokenizer.train_from_iterator(words, trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.train_from_iterator(
+        words, trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 @pytest.mark.parametrize("kind", ["normalizers", "first", "always"])
 @pytest.mark.parametrize(
     ("prompt", "completion"),
-    [("Q: hi A: ", "yes"), ("Q: hi A:", " yes"), ("Q: hi A: ", " yes"), ("Q: hi A:\n", "yes"), ("Hello ", "world.\n"), ("Q: hi A: ", "\nmaybe"), ("Hel", "lo")],
+    [
+        ("Q: hi A: ", "yes"),
+        ("Q: hi A:", " yes"),
+        ("Q: hi A: ", " yes"),
+        ("Q: hi A:\n", "yes"),
+        ("Hello ", "world.\n"),
+        ("Q: hi A: ", "\nmaybe"),
+        ("Hel", "lo"),
+    ],
 )
-def test_no_space_comes_between_prompt_and_completion(kind: str, prompt: str, completion: str) -> None:
+def test_no_space_comes_between_prompt_and_completion(
+    kind: str, prompt: str, completion: str
+) -> None:
     tokenizer = prefixing_tokenizer(kind)
     (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer)
     given = [i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag]
     assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
-    assert tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False) == prompt + completion + "</s>"
+    assert (
+        tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False)
+        == prompt + completion + "</s>"
+    )
     assert tokenizer.unk_token_id not in tokens.ids
 
 
 def test_what_cannot_be_tokenized_apart_is_learnt_from_the_token_that_both_share() -> None:
-    words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "wor": 2, "world": 3, "ld": 4}, unk_token="[UNK]"))
+    words = Tokenizer(
+        models.WordPiece({"[UNK]": 0, "a": 1, "wor": 2, "world": 3, "ld": 4}, unk_token="[UNK]")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.decoder = decoders.WordPiece()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")

@@ -9,7 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BloomConfig, BloomForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, MambaConfig, MambaForCausalLM, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 from conftest import VOCABULARY, tiny_model
 from qwlora.data.cut import cut, joined_ids
@@ -26,7 +34,10 @@ def records(count: int, longest: int, seed: int = 0) -> list[Tokens]:
     """Documents of which the second half is learnt."""
     chance = random.Random(seed)
     lengths = [chance.randint(2, longest) for _ in range(count)]
-    return [Tokens([chance.randrange(256) for _ in range(n)], [i >= n // 2 for i in range(n)]) for n in lengths]
+    return [
+        Tokens([chance.randrange(256) for _ in range(n)], [i >= n // 2 for i in range(n)])
+        for n in lengths
+    ]
 
 
 def sliding_model() -> PreTrainedModel:
@@ -47,7 +58,12 @@ def sliding_model() -> PreTrainedModel:
     return Gemma3ForCausalLM(config).eval()
 
 
-MODELS = {"llama": lambda: tiny_model("llama"), "qwen3": lambda: tiny_model("qwen3"), "gpt2": lambda: tiny_model("gpt2"), "sliding": sliding_model}
+MODELS = {
+    "llama": lambda: tiny_model("llama"),
+    "qwen3": lambda: tiny_model("qwen3"),
+    "gpt2": lambda: tiny_model("gpt2"),
+    "sliding": sliding_model,
+}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -72,7 +88,9 @@ def test_logits_in_a_pack_are_those_of_the_document_alone(name: str, attention: 
             alone = model(torch.tensor([document.ids]), use_cache=False).logits[0]
             torch.testing.assert_close(logits[row, start:end], alone, rtol=1e-4, atol=1e-4)
     assert not waiting
-    joined = model(packed.input_ids, use_cache=False).logits  # the test can fail: without positions the documents mix
+    joined = model(
+        packed.input_ids, use_cache=False
+    ).logits  # the test can fail: without positions the documents mix
     assert not torch.allclose(joined, logits, rtol=1e-4, atol=1e-2)
 
 
@@ -82,13 +100,23 @@ def test_loss_of_packs_is_the_mean_over_the_learnt_tokens_of_all_documents() -> 
     padded, _ = cut(documents, 64, "none", [], PAD, "training")
     total, learnt = 0.0, 0
     for document in documents:
-        labels = torch.tensor([i if flag and k else IGNORED for k, (i, flag) in enumerate(zip(document.ids, document.learnt, strict=True))])
+        labels = torch.tensor(
+            [
+                i if flag and k else IGNORED
+                for k, (i, flag) in enumerate(zip(document.ids, document.learnt, strict=True))
+            ]
+        )
         logits = model(torch.tensor([document.ids]), use_cache=False).logits[0]
-        total += float(torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").detach())
+        total += float(
+            torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").detach()
+        )
         learnt += int((labels != IGNORED).sum())
     assert counts.learnt_tokens == packed.learnt_tokens == padded.learnt_tokens == learnt
     for sequences in (packed, padded):
-        batch = {name: torch.stack([sequences[i][name] for i in range(len(sequences))]) for name in sequences[0]}
+        batch = {
+            name: torch.stack([sequences[i][name] for i in range(len(sequences))])
+            for name in sequences[0]
+        }
         found = float(model(**batch, use_cache=False, num_items_in_batch=learnt).loss.detach())
         assert found == pytest.approx(total / learnt, rel=1e-5)
     found = perplexity(lambda ids: model(ids, use_cache=False).logits, padded, "")
@@ -103,14 +131,36 @@ def test_models_that_keep_documents_apart_are_accepted(name: str) -> None:
 @torch.no_grad()
 def test_models_that_mix_documents_are_refused() -> None:
     torch.manual_seed(0)
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, eos_token_id=256, pad_token_id=257, bos_token_id=256))
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=4, eos_token_id=256, pad_token_id=257, bos_token_id=256))
+    mamba = MambaForCausalLM(
+        MambaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            eos_token_id=256,
+            pad_token_id=257,
+            bos_token_id=256,
+        )
+    )
+    bloom = BloomForCausalLM(
+        BloomConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            n_layer=2,
+            n_head=4,
+            eos_token_id=256,
+            pad_token_id=257,
+            bos_token_id=256,
+        )
+    )
     for parameter in bloom.parameters():
         if parameter.ndim > 1:
             parameter.mul_(4)
     for model in (mamba.train(), bloom, tiny_model("opt")):
         name = type(model).__name__
-        with pytest.raises(SourceError, match=rf"{name} .*data.packing: documents would train each on the one before it. Choose data.packing: none"):
+        with pytest.raises(
+            SourceError,
+            match=rf"{name} .*data.packing: documents would train each on the one before it. Choose data.packing: none",
+        ):
             check_isolation(model)
     assert mamba.training
 
@@ -128,13 +178,20 @@ def test_models_that_mix_documents_are_refused() -> None:
     assert isolation_leak(NoPositions()) is None  # type: ignore[arg-type]
 
 
-document_lists = st.lists(st.tuples(st.integers(1, 25), st.booleans(), st.integers(0, 25)), min_size=1, max_size=12)
+document_lists = st.lists(
+    st.tuples(st.integers(1, 25), st.booleans(), st.integers(0, 25)), min_size=1, max_size=12
+)
 
 
 @settings(deadline=None, max_examples=80)
 @given(document_lists, st.sampled_from(["join", "documents", "none"]), st.integers(8, 20))
-def test_every_token_is_in_a_sequence_or_counted_as_dropped(shapes: list[tuple[int, bool, int]], packing: str, width: int) -> None:
-    documents = [Tokens([k * 30 + i for i in range(n)], [i >= prompt for i in range(n)]) for k, (n, _, prompt) in enumerate(shapes)]
+def test_every_token_is_in_a_sequence_or_counted_as_dropped(
+    shapes: list[tuple[int, bool, int]], packing: str, width: int
+) -> None:
+    documents = [
+        Tokens([k * 30 + i for i in range(n)], [i >= prompt for i in range(n)])
+        for k, (n, _, prompt) in enumerate(shapes)
+    ]
     try:
         found, counts = cut(documents, width, packing, [], -1, "training")
     except SourceError:
@@ -143,9 +200,15 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(shapes: list[tuple[i
     assert counts.sequences == len(found)
     assert found.input_ids.shape == found.labels.shape == (counts.sequences, counts.sequence_tokens)
     assert counts.sequence_tokens <= width
-    assert int((found.input_ids >= 0).sum()) + counts.dropped_tokens == counts.tokens == sum(len(d.ids) for d in documents)
+    assert (
+        int((found.input_ids >= 0).sum()) + counts.dropped_tokens
+        == counts.tokens
+        == sum(len(d.ids) for d in documents)
+    )
     assert int((found.input_ids < 0).sum()) == counts.padding_tokens
-    assert counts.truncated_tokens == (0 if packing == "join" else sum(max(0, len(d.ids) - width) for d in documents))
+    assert counts.truncated_tokens == (
+        0 if packing == "join" else sum(max(0, len(d.ids) - width) for d in documents)
+    )
     assert counts.learnt_tokens == found.learnt_tokens > 0
     wanted = {i for d in documents for i, flag in zip(d.ids, d.learnt, strict=True) if flag}
     learnt = found.labels != IGNORED
@@ -153,14 +216,24 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(shapes: list[tuple[i
     assert torch.equal(found.labels[learnt], found.input_ids[learnt])
     assert learnt[:, 1:].any(dim=1).all()
     if found.position_ids is not None:
-        assert not learnt[found.position_ids == 0].any()  # no document is learnt from the one before it
+        assert not learnt[
+            found.position_ids == 0
+        ].any()  # no document is learnt from the one before it
 
 
 def test_running_text_is_cut_into_pieces_each_begun_and_nothing_is_lost() -> None:
     text = Tokens(list(range(25)), [True] * 25, divisible=True)
     found, counts = cut([text], 10, "none", [99], -1, "training")
-    assert found.input_ids.tolist() == [[99, *range(9)], [99, *range(9, 18)], [99, *range(18, 25), -1, -1]]
-    assert found.labels.tolist() == [[-100, *range(9)], [-100, *range(9, 18)], [-100, *range(18, 25), -100, -100]]
+    assert found.input_ids.tolist() == [
+        [99, *range(9)],
+        [99, *range(9, 18)],
+        [99, *range(18, 25), -1, -1],
+    ]
+    assert found.labels.tolist() == [
+        [-100, *range(9)],
+        [-100, *range(9, 18)],
+        [-100, *range(18, 25), -100, -100],
+    ]
     assert (counts.dropped_tokens, counts.truncated_documents, counts.padding_tokens) == (0, 0, 2)
     packed, _ = cut([text], 10, "documents", [99], -1, "training")
     assert packed.position_ids is not None
@@ -168,15 +241,24 @@ def test_running_text_is_cut_into_pieces_each_begun_and_nothing_is_lost() -> Non
 
 
 def test_what_is_too_long_is_truncated_and_counted() -> None:
-    documents = [Tokens(list(range(12)), [False] * 6 + [True] * 6), Tokens(list(range(20)), [False] * 12 + [True] * 8), Tokens([1, 2, 3], [False, True, True])]
+    documents = [
+        Tokens(list(range(12)), [False] * 6 + [True] * 6),
+        Tokens(list(range(20)), [False] * 12 + [True] * 8),
+        Tokens([1, 2, 3], [False, True, True]),
+    ]
     _, counts = cut(documents, 10, "documents", [], -1, "training")
     assert (counts.documents, counts.tokens, counts.sequences) == (3, 35, 2)
     assert (counts.truncated_documents, counts.truncated_tokens) == (2, 12)
     assert (counts.dropped_documents, counts.dropped_tokens) == (1, 22)
     assert counts.learnt_tokens == 4 + 2
-    with pytest.raises(SourceError, match=r"of the 1 held-out documents none has a learnt token within its first 10 tokens: raise data.sequence_tokens"):
+    with pytest.raises(
+        SourceError,
+        match=r"of the 1 held-out documents none has a learnt token within its first 10 tokens: raise data.sequence_tokens",
+    ):
         cut(documents[1:2], 10, "none", [], -1, "held-out")
-    with pytest.raises(SourceError, match="no sequence of the training part has a token that is learnt"):
+    with pytest.raises(
+        SourceError, match="no sequence of the training part has a token that is learnt"
+    ):
         cut([Tokens(list(range(12)), [True] + [False] * 11)], 10, "join", [], -1, "training")
 
 
@@ -184,18 +266,27 @@ def test_calibration_sees_no_padding() -> None:
     ids = joined_ids(records(5, 30), 16, [7], "training")
     assert ids.shape[1] == 16
     assert not (ids == PAD).any()
-    assert joined_ids([Tokens([1, 2, 3], [False, True, True])], 16, [7], "training").tolist() == [[1, 2, 3]]
+    assert joined_ids([Tokens([1, 2, 3], [False, True, True])], 16, [7], "training").tolist() == [
+        [1, 2, 3]
+    ]
 
 
 def test_rows_end_with_the_last_learnt_token() -> None:
-    sequences = Sequences(torch.arange(8).view(2, 4), torch.tensor([[-100, 1, -100, -100], [-100, -100, -100, 7]]))
-    assert [(ids.tolist(), labels.tolist()) for ids, labels in sequences.rows()] == [([0, 1], [-100, 1]), ([4, 5, 6, 7], [-100, -100, -100, 7])]
+    sequences = Sequences(
+        torch.arange(8).view(2, 4), torch.tensor([[-100, 1, -100, -100], [-100, -100, -100, 7]])
+    )
+    assert [(ids.tolist(), labels.tolist()) for ids, labels in sequences.rows()] == [
+        ([0, 1], [-100, 1]),
+        ([4, 5, 6, 7], [-100, -100, -100, 7]),
+    ]
     assert sequences.learnt_tokens == 2
     assert set(sequences.first(1)[0]) == {"input_ids", "labels"}
 
 
 def test_sequences_are_spread_evenly_and_none_is_lost() -> None:
-    sequences = Sequences(torch.arange(20).view(10, 2), torch.arange(20).view(10, 2), torch.arange(20).view(10, 2))
+    sequences = Sequences(
+        torch.arange(20).view(10, 2), torch.arange(20).view(10, 2), torch.arange(20).view(10, 2)
+    )
     chosen, others = sequences.spread(4)
     assert chosen.input_ids[:, 0].tolist() == [0, 4, 10, 14]
     assert others.input_ids[:, 0].tolist() == [2, 6, 8, 12, 16, 18]

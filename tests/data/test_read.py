@@ -17,7 +17,16 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from qwlora.data import Columns, Completion, Conversation, Document, Reading, Text, load_documents, locate_documents
+from qwlora.data import (
+    Columns,
+    Completion,
+    Conversation,
+    Document,
+    Reading,
+    Text,
+    load_documents,
+    locate_documents,
+)
 from qwlora.data.read import read_documents
 from qwlora.errors import MissingExtraError, SourceError
 
@@ -26,8 +35,14 @@ datasets.disable_progress_bars()
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "text": [{"text": "first, “quoted”\nand a second line"}, {"text": "NA"}, {"text": "third"}],
-    "completions": [{"prompt": "2+2=", "completion": " 4"}, {"prompt": "a,b", "completion": 'say "x"'}],
-    "conversations": [{"messages": TALK}, {"messages": [{"role": "system", "content": "Be kind."}, *TALK]}],
+    "completions": [
+        {"prompt": "2+2=", "completion": " 4"},
+        {"prompt": "a,b", "completion": 'say "x"'},
+    ],
+    "conversations": [
+        {"messages": TALK},
+        {"messages": [{"role": "system", "content": "Be kind."}, *TALK]},
+    ],
 }
 
 
@@ -52,7 +67,9 @@ def write_jsonl(path: Path, records: list[Any]) -> None:
 
 
 def write_csv(path: Path, records: list[dict[str, str]]) -> None:
-    datasets.Dataset.from_list(records).to_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",")
+    datasets.Dataset.from_list(records).to_csv(
+        path, sep="\t" if path.suffix.lower() == ".tsv" else ","
+    )
 
 
 def write_parquet(path: Path, records: list[Any]) -> None:
@@ -98,7 +115,15 @@ WRITERS: dict[str, Callable[[Path, list[Any]], None]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "kind"), [(n, k) for n in WRITERS for k in RECORDS if not (k == "conversations" and n.lower().endswith(("csv", "tsv")))])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (n, k)
+        for n in WRITERS
+        for k in RECORDS
+        if not (k == "conversations" and n.lower().endswith(("csv", "tsv")))
+    ],
+)
 def test_each_format_holds_each_kind(tmp_path: Path, name: str, kind: str) -> None:
     WRITERS[name](tmp_path / name, RECORDS[kind])
     found = read(tmp_path / name)
@@ -108,7 +133,10 @@ def test_each_format_holds_each_kind(tmp_path: Path, name: str, kind: str) -> No
 
 WRONG_LINES = [
     ('{"text": "a"', "this is not JSON: Expecting ',' delimiter at character 13"),
-    ("[", "this is not JSON: Expecting value at character 2. A .jsonl file holds one whole object a line"),
+    (
+        "[",
+        "this is not JSON: Expecting value at character 2. A .jsonl file holds one whole object a line",
+    ),
     ('{"text": "a', "this is not JSON: Unterminated string starting at character 10"),
     ('{"text": NaN}', "this is not JSON that can be used: NaN is not a value of JSON"),
     ('{"text": "a", "text": "b"}', "the key 'text' stands twice in one object"),
@@ -144,14 +172,32 @@ WRONG_MESSAGES = [
     ([], "'messages' is empty"),
     ([user()], "no message is the assistant's, so there is nothing to learn from it"),
     (["Hi"], "message 1 must be an object with role and content, and is a string"),
-    ([user(), {"from": "gpt", "value": "Hello"}], "message 2: 'role' is missing; there are from, value"),
+    (
+        [user(), {"from": "gpt", "value": "Hello"}],
+        "message 2: 'role' is missing; there are from, value",
+    ),
     ([user(), {"role": "assistant"}], "message 2: 'content' is missing; there are role"),
     ([user(), {"role": "assistant", "content": None}], "message 2: 'content' is null"),
-    ([user(), {"role": "asistant", "content": "Hello"}], "message 2: unknown role 'asistant'; did you mean 'assistant'?"),
-    ([user(), {"role": "bot", "content": "Hello"}], "message 2: unknown role 'bot'; there are system, developer, user, assistant, tool"),
-    ([user(), {"role": 3, "content": "Hello"}], "message 2: 'role' must be a string, and is a number"),
-    ([user([{"type": "text", "text": "Hi"}]), TALK[1]], "message 1: 'content' must be a string, and is a list"),
-    ([user(), {"role": "assistant", "content": " \n"}], "message 2: the assistant's content is empty"),
+    (
+        [user(), {"role": "asistant", "content": "Hello"}],
+        "message 2: unknown role 'asistant'; did you mean 'assistant'?",
+    ),
+    (
+        [user(), {"role": "bot", "content": "Hello"}],
+        "message 2: unknown role 'bot'; there are system, developer, user, assistant, tool",
+    ),
+    (
+        [user(), {"role": 3, "content": "Hello"}],
+        "message 2: 'role' must be a string, and is a number",
+    ),
+    (
+        [user([{"type": "text", "text": "Hi"}]), TALK[1]],
+        "message 1: 'content' must be a string, and is a list",
+    ),
+    (
+        [user(), {"role": "assistant", "content": " \n"}],
+        "message 2: the assistant's content is empty",
+    ),
 ]
 
 
@@ -163,21 +209,51 @@ def test_a_bad_conversation_is_named(tmp_path: Path, messages: Any, message: str
 
 
 def test_a_call_of_a_tool_needs_no_content(tmp_path: Path) -> None:
-    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    write_jsonl(tmp_path / "tools.jsonl", [{"messages": [user(), calls, {"role": "tool", "content": ""}]}])
+    calls = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+    }
+    write_jsonl(
+        tmp_path / "tools.jsonl", [{"messages": [user(), calls, {"role": "tool", "content": ""}]}]
+    )
     (found,) = read(tmp_path / "tools.jsonl")
     assert isinstance(found, Conversation)
     assert found.messages[1] == {k: v for k, v in calls.items() if v is not None}
 
 
 def tool(name: str, **properties: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+    return {
+        "type": "function",
+        "function": {"name": name, "parameters": {"type": "object", "properties": properties}},
+    }
 
 
-TOOLS = [tool("weather", city={"type": "string"}), tool("time", zone={"type": "string", "description": "as UTC+1"})]
+TOOLS = [
+    tool("weather", city={"type": "string"}),
+    tool("time", zone={"type": "string", "description": "as UTC+1"}),
+]
 TOOL_RECORDS = [
-    {"messages": [user(), {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Graz"}}}]}], "tools": TOOLS},
-    {"messages": [user(), {"role": "assistant", "tool_calls": [{"function": {"name": "time", "arguments": {"zone": "Z"}}}]}], "tools": TOOLS[1:]},
+    {
+        "messages": [
+            user(),
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Graz"}}}],
+            },
+        ],
+        "tools": TOOLS,
+    },
+    {
+        "messages": [
+            user(),
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "time", "arguments": {"zone": "Z"}}}],
+            },
+        ],
+        "tools": TOOLS[1:],
+    },
     {"messages": TALK, "tools": None},
 ]
 
@@ -185,35 +261,68 @@ TOOL_RECORDS = [
 @pytest.mark.parametrize("as_string", [False, True])
 @pytest.mark.parametrize("name", [n for n in WRITERS if not n.lower().endswith(("csv", "tsv"))])
 def test_tools_are_read_beside_messages(tmp_path: Path, name: str, as_string: bool) -> None:
-    written = [{**r, "tools": json.dumps(r["tools"]) if as_string else r["tools"]} for r in TOOL_RECORDS]
+    written = [
+        {**r, "tools": json.dumps(r["tools"]) if as_string else r["tools"]} for r in TOOL_RECORDS
+    ]
     WRITERS[name](tmp_path / name, written)
-    assert without_place(read(tmp_path / name)) == [Conversation(tuple(r["messages"]), tools=tuple(r["tools"] or ())) for r in TOOL_RECORDS]
+    assert without_place(read(tmp_path / name)) == [
+        Conversation(tuple(r["messages"]), tools=tuple(r["tools"] or ())) for r in TOOL_RECORDS
+    ]
 
 
 def test_tools_may_be_in_one_file_and_not_in_another(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [{"messages": TALK}])
     write_parquet(tmp_path / "b.parquet", [{"messages": TALK, "tools": TOOLS}])
     write_jsonl(
-        tmp_path / "c.jsonl", [{"messages": TALK}, {"messages": TALK, "tools": TOOLS}, {"messages": TALK, "tools": []}, {"messages": TALK, "tools": ""}]
+        tmp_path / "c.jsonl",
+        [
+            {"messages": TALK},
+            {"messages": TALK, "tools": TOOLS},
+            {"messages": TALK, "tools": []},
+            {"messages": TALK, "tools": ""},
+        ],
     )
-    assert [len(d.tools) for d in read(tmp_path) if isinstance(d, Conversation)] == [0, 2, 0, 2, 0, 0]
-    write_jsonl(tmp_path / "text.jsonl", [{"text": "a", "tools": 3}])  # a column of this name means something beside messages only
+    assert [len(d.tools) for d in read(tmp_path) if isinstance(d, Conversation)] == [
+        0,
+        2,
+        0,
+        2,
+        0,
+        0,
+    ]
+    write_jsonl(
+        tmp_path / "text.jsonl", [{"text": "a", "tools": 3}]
+    )  # a column of this name means something beside messages only
     assert without_place(read(tmp_path / "text.jsonl")) == [Text("a")]
 
 
 def test_conversations_with_other_tools_are_others() -> None:
     talk = tuple(TALK)
-    assert Conversation(talk).identity == Conversation(talk, "elsewhere").identity == json.dumps(TALK, sort_keys=True)
-    assert Conversation(talk, tools=tuple(TOOLS)).identity != Conversation(talk, tools=tuple(TOOLS[1:])).identity != Conversation(talk).identity
+    assert (
+        Conversation(talk).identity
+        == Conversation(talk, "elsewhere").identity
+        == json.dumps(TALK, sort_keys=True)
+    )
+    assert (
+        Conversation(talk, tools=tuple(TOOLS)).identity
+        != Conversation(talk, tools=tuple(TOOLS[1:])).identity
+        != Conversation(talk).identity
+    )
 
 
 WRONG_TOOLS = [
     (3, "'tools' must be a list of tools, or the JSON of one, and is a number"),
     (TOOLS[0], "'tools' must be a list of tools, or the JSON of one, and is an object"),
-    ("weather", "'tools' is a string and must be the JSON of a list of tools then, and is not: Expecting value"),
+    (
+        "weather",
+        "'tools' is a string and must be the JSON of a list of tools then, and is not: Expecting value",
+    ),
     ('"weather"', "'tools' must be a list of tools, or the JSON of one, and is a string"),
     (json.dumps(TOOLS[0]), "'tools' must be a list of tools, or the JSON of one, and is an object"),
-    ([TOOLS[0], "weather"], "tool 2 must be an object that defines it (a JSON schema), and is a string"),
+    (
+        [TOOLS[0], "weather"],
+        "tool 2 must be an object that defines it (a JSON schema), and is a string",
+    ),
     ('[{"name": NaN}]', "'tools' holds what JSON cannot: Out of range float"),
     ([{"name": "\ud800"}], "'tools' holds half a surrogate pair at character 11"),
 ]
@@ -227,13 +336,21 @@ def test_bad_tools_are_named(tmp_path: Path, tools: Any, message: str) -> None:
 
 
 def test_tools_that_no_json_holds_are_named(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "bad.parquet", [{"messages": TALK, "tools": [{"since": datetime.date(2020, 1, 1)}]}])
-    with pytest.raises(SourceError, match=r"bad.parquet row 1: 'tools' holds what JSON cannot: Object of type date"):
+    write_parquet(
+        tmp_path / "bad.parquet",
+        [{"messages": TALK, "tools": [{"since": datetime.date(2020, 1, 1)}]}],
+    )
+    with pytest.raises(
+        SourceError, match=r"bad.parquet row 1: 'tools' holds what JSON cannot: Object of type date"
+    ):
         read(tmp_path / "bad.parquet")
 
 
 def test_an_empty_completion_is_named(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}])
+    write_jsonl(
+        tmp_path / "bad.jsonl",
+        [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}],
+    )
     with pytest.raises(SourceError, match=r"bad.jsonl:2: 'completion' is empty"):
         read(tmp_path / "bad.jsonl")
 
@@ -242,8 +359,15 @@ def test_empty_records_may_be_skipped_and_are_counted(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "some.jsonl", [{"text": "a"}, {"text": ""}, {}, {"text": "b"}])
     documents, skipped = read_documents(str(tmp_path / "some.jsonl"), Reading(skip_empty=True))
     assert (len(documents), skipped) == (2, 2)
-    assert load_documents(str(tmp_path / "some.jsonl"), 0.5, 0, Reading(skip_empty=True)).skipped_records == 2
-    write_jsonl(tmp_path / "some.jsonl", [{"text": "a"}, {"text": 3}])  # only what is empty may be skipped
+    assert (
+        load_documents(
+            str(tmp_path / "some.jsonl"), 0.5, 0, Reading(skip_empty=True)
+        ).skipped_records
+        == 2
+    )
+    write_jsonl(
+        tmp_path / "some.jsonl", [{"text": "a"}, {"text": 3}]
+    )  # only what is empty may be skipped
     with pytest.raises(SourceError, match="must be a string"):
         read(tmp_path / "some.jsonl", Reading(skip_empty=True))
 
@@ -251,14 +375,34 @@ def test_empty_records_may_be_skipped_and_are_counted(tmp_path: Path) -> None:
 WRONG_TABLES = [
     ("a.csv", b"", "the file is empty; its first line must name the columns"),
     ("a.csv", b"text,text\na,b\n", ":1: two columns are named 'text'"),
-    ("a.csv", b'prompt,completion\n"two\nlines",b\na,b,c\n', ":4: this record has 3 fields, and the header 2; a field with a comma in it needs quotes"),
-    ("a.tsv", b"prompt\tcompletion\na\tb\na\tb\tc\n", ":3: this record has 3 fields, and the header 2; a field with a tab in it needs quotes"),
+    (
+        "a.csv",
+        b'prompt,completion\n"two\nlines",b\na,b,c\n',
+        ":4: this record has 3 fields, and the header 2; a field with a comma in it needs quotes",
+    ),
+    (
+        "a.tsv",
+        b"prompt\tcompletion\na\tb\na\tb\tc\n",
+        ":3: this record has 3 fields, and the header 2; a field with a tab in it needs quotes",
+    ),
     ("a.csv", b'text\na\n"b" c\n', ":3: this is not CSV: ',' expected after '\"'"),
     ("a.csv", b'text\na\n""\n', ":3: 'text' is empty"),
     ("a.csv", b"messages\nhello\n", ":2: 'messages' must be a list of messages"),
-    ("a.csv", b"txt\nhello\n", "are among its columns (txt); name them in the recipe, perhaps data.text_column: txt"),
-    ("a.csv", b"text\na\xff\n", ":2: this is not UTF-8 text: byte 2 of the line (0xff) cannot be decoded"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', ":2: this is not UTF-8 text: byte 11 of the line (0xe9)"),
+    (
+        "a.csv",
+        b"txt\nhello\n",
+        "are among its columns (txt); name them in the recipe, perhaps data.text_column: txt",
+    ),
+    (
+        "a.csv",
+        b"text\na\xff\n",
+        ":2: this is not UTF-8 text: byte 2 of the line (0xff) cannot be decoded",
+    ),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "\xe9"}\n',
+        ":2: this is not UTF-8 text: byte 11 of the line (0xe9)",
+    ),
     ("a.txt", b"good\nbad \xff\n", ":2: this is not UTF-8 text: byte 5 of the line (0xff)"),
     ("a.jsonl", b"\n", "holds no text: no record is in it"),
     (
@@ -266,14 +410,30 @@ WRONG_TABLES = [
         b'{"a": 1}\n',
         ":1: neither text, nor prompt and completion, nor messages are among its columns (a); name them in the recipe (data.text_column",
     ),
-    ("a.jsonl", b'{"text": "a", "messages": []}\n', ":1: both text and messages are there, and only one of them can be learnt from: say which in the recipe"),
+    (
+        "a.jsonl",
+        b'{"text": "a", "messages": []}\n',
+        ":1: both text and messages are there, and only one of them can be learnt from: say which in the recipe",
+    ),
     ("a.parquet", b"PAR1 not really", "this is not a Parquet file"),
     ("a.arrow", b"not arrow at all", "this is not an Arrow file"),
     ("a.feather", b"not arrow either", "this is not an Arrow file"),
     ("a.json", b"[]", "holds no text: no record is in it"),
-    ("a.json", b'[\n{"text": "a"},\n{"text" "b"}]', ":3: this is not JSON: Expecting ':' delimiter at character 9"),
-    ("a.json", b'[{"text": "a"}, {"text": NaN}]', "this is not JSON that can be used: NaN is not a value of JSON"),
-    ("a.json", b'[{"text": "a"}, {"text": 3}]', " record 2: 'text' must be a string, and is a number"),
+    (
+        "a.json",
+        b'[\n{"text": "a"},\n{"text" "b"}]',
+        ":3: this is not JSON: Expecting ':' delimiter at character 9",
+    ),
+    (
+        "a.json",
+        b'[{"text": "a"}, {"text": NaN}]',
+        "this is not JSON that can be used: NaN is not a value of JSON",
+    ),
+    (
+        "a.json",
+        b'[{"text": "a"}, {"text": 3}]',
+        " record 2: 'text' must be a string, and is a number",
+    ),
     (
         "a.json",
         b'{\n "text": "a"\n}',
@@ -291,12 +451,18 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message:
 
 
 @pytest.mark.parametrize("name", ["data.parquet", "data.arrow", "data.feather", "saved"])
-@pytest.mark.parametrize(("value", "message"), [(float("nan"), "nan"), (None, "null"), (2.5, "a number")])
-def test_a_bad_row_of_a_table_is_counted(tmp_path: Path, name: str, value: Any, message: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "message"), [(float("nan"), "nan"), (None, "null"), (2.5, "a number")]
+)
+def test_a_bad_row_of_a_table_is_counted(
+    tmp_path: Path, name: str, value: Any, message: str
+) -> None:
     column = pa.array([1.0, value]) if value is not None else pa.array(["a", None])
     records = pa.table({"text": column.cast(pa.string()) if value is None else column}).to_pylist()
     WRITERS[name](tmp_path / name, [{"text": v["text"]} for v in records][::-1])
-    with pytest.raises(SourceError, match=rf"{name}.* row 1: 'text' must be a string, and is {message}"):
+    with pytest.raises(
+        SourceError, match=rf"{name}.* row 1: 'text' must be a string, and is {message}"
+    ):
         read(tmp_path / name)
 
 
@@ -304,7 +470,10 @@ def test_a_bad_row_of_a_table_is_counted(tmp_path: Path, name: str, value: Any, 
 def test_a_damaged_saved_dataset_is_named(tmp_path: Path, file: str) -> None:
     write_saved(tmp_path / "saved", RECORDS["text"])
     (tmp_path / "saved" / file).write_text("{")
-    with pytest.raises(SourceError, match=r"saved: this folder has dataset_info.json or dataset_dict.json, but datasets cannot load it: "):
+    with pytest.raises(
+        SourceError,
+        match=r"saved: this folder has dataset_info.json or dataset_dict.json, but datasets cannot load it: ",
+    ):
         read(tmp_path / "saved")
 
 
@@ -312,12 +481,21 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"question": "2+2=", "answer": "4", "text": "x"}])
     reading = Reading(Columns(prompt="question", completion="answer"))
     assert without_place(read(tmp_path / "a.jsonl", reading)) == [Completion("2+2=", "4")]
-    with pytest.raises(SourceError, match=r"a.jsonl:1: there is no column 'anser' \(data.completion_column\); did you mean 'answer'\?"):
+    with pytest.raises(
+        SourceError,
+        match=r"a.jsonl:1: there is no column 'anser' \(data.completion_column\); did you mean 'answer'\?",
+    ):
         read(tmp_path / "a.jsonl", Reading(Columns(prompt="question", completion="anser")))
-    with pytest.raises(SourceError, match=r"a.jsonl:1: there is no column 'x' \(data.text_column\); there are question, answer, text"):
+    with pytest.raises(
+        SourceError,
+        match=r"a.jsonl:1: there is no column 'x' \(data.text_column\); there are question, answer, text",
+    ):
         read(tmp_path / "a.jsonl", Reading(Columns(text="x")))
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(SourceError, match=r"is running text and has no columns; take data.text_column out of the recipe"):
+    with pytest.raises(
+        SourceError,
+        match=r"is running text and has no columns; take data.text_column out of the recipe",
+    ):
         read(tmp_path / "a.txt", Reading(Columns(text="x")))
 
 
@@ -326,17 +504,28 @@ def test_a_folder_holds_one_kind(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", RECORDS["text"])
     assert without_place(read(tmp_path)) == expected("text") * 2
     write_csv(tmp_path / "c.csv", RECORDS["completions"])
-    with pytest.raises(SourceError, match=r"c.csv: this table has prompt\+completion, what was read before it text; a source holds one kind"):
+    with pytest.raises(
+        SourceError,
+        match=r"c.csv: this table has prompt\+completion, what was read before it text; a source holds one kind",
+    ):
         read(tmp_path)
     (tmp_path / "d.txt").write_text("text")
-    with pytest.raises(SourceError, match=r"holds running text \(d.txt\) and records \(a.jsonl\); a source holds one kind"):
+    with pytest.raises(
+        SourceError,
+        match=r"holds running text \(d.txt\) and records \(a.jsonl\); a source holds one kind",
+    ):
         read(tmp_path)
 
 
 def test_splits_of_a_folder_are_named_as_on_the_hub(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     (clone / "data").mkdir(parents=True)
-    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001", "validation"):
+    for name in (
+        "train-00000-of-00002",
+        "train-00001-of-00002",
+        "test-00000-of-00001",
+        "validation",
+    ):
         write_parquet(clone / "data" / f"{name}.parquet", [{"text": name}])
     (clone / "README.md").write_text("# A card, which is no document")
     (clone / "dataset_infos.json").write_text('{\n"default": {}}')
@@ -350,23 +539,35 @@ def test_splits_of_a_folder_are_named_as_on_the_hub(tmp_path: Path) -> None:
     assert names(clone, "test") == ["test-00000-of-00001"]
     assert names(clone, "validation") == ["validation"]
     assert len(names(clone, None)) == 4
-    with pytest.raises(SourceError, match=r"named after the split 'rain', as rain-0.parquet or rain/0.parquet; there are data/test-00000-of-00001.parquet, "):
+    with pytest.raises(
+        SourceError,
+        match=r"named after the split 'rain', as rain-0.parquet or rain/0.parquet; there are data/test-00000-of-00001.parquet, ",
+    ):
         read(clone, Reading(split="rain"))
     for folder in ("train", "dev", "more"):
         (tmp_path / "folders" / folder).mkdir(parents=True)
         write_jsonl(tmp_path / "folders" / folder / "0.jsonl", [{"text": folder}])
-    assert (names(tmp_path / "folders", "train"), names(tmp_path / "folders", "validation")) == (["train"], ["dev"])
+    assert (names(tmp_path / "folders", "train"), names(tmp_path / "folders", "validation")) == (
+        ["train"],
+        ["dev"],
+    )
     assert names(tmp_path / "folders", "more") == ["more"]
 
 
 def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", RECORDS["text"])
     for source in (str(tmp_path / "train.jsonl"), "python:string:ascii_letters"):
-        with pytest.raises(SourceError, match=r"has no splits, so data.split: train has no meaning; take it out of the recipe"):
+        with pytest.raises(
+            SourceError,
+            match=r"has no splits, so data.split: train has no meaning; take it out of the recipe",
+        ):
             read(source, Reading(split="train"))
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("text")
-    with pytest.raises(SourceError, match=r"no file or folder in it is named after the split 'train'.*there are a.txt: .*or take it out"):
+    with pytest.raises(
+        SourceError,
+        match=r"no file or folder in it is named after the split 'train'.*there are a.txt: .*or take it out",
+    ):
         read(tmp_path / "texts", Reading(split="train"))
 
 
@@ -375,7 +576,9 @@ def test_json_in_a_folder_is_read_or_named(tmp_path: Path) -> None:
     write_json(tmp_path / "b.json", RECORDS["text"])
     assert without_place(read(tmp_path)) == expected("text") * 2
     (tmp_path / "c.json").write_text('{"version": 1}')
-    with pytest.raises(SourceError, match=r"c.json:1: the field 'text' is missing; there are version"):
+    with pytest.raises(
+        SourceError, match=r"c.json:1: the field 'text' is missing; there are version"
+    ):
         read(tmp_path)
     (tmp_path / "README.md").write_text("read alone, it is a document")
     for name in ("a.jsonl", "b.json", "c.json"):
@@ -387,7 +590,10 @@ NOT_READ = [
     ("train.json.gz", ".gz files are not read: unpack it first"),
     ("train.jsonl.ZST", ".zst files are not read: unpack it first"),
     ("train.xlsx", ".xlsx files are not read: save its records as .jsonl, .csv or .parquet"),
-    ("train.jsonl.bak", "its name speaks of .jsonl records and ends otherwise: let it end in .jsonl, or in .txt if it is running text"),
+    (
+        "train.jsonl.bak",
+        "its name speaks of .jsonl records and ends otherwise: let it end in .jsonl, or in .txt if it is running text",
+    ),
     ("train.CSV~", "its name speaks of .csv records"),
     ("train.jsonlines_old", "its name speaks of .jsonlines records"),
     ("train.json5", "its name speaks of .json records"),
@@ -395,7 +601,9 @@ NOT_READ = [
 
 
 @pytest.mark.parametrize(("name", "message"), NOT_READ)
-def test_records_that_are_not_read_are_refused_alone_and_in_a_folder(tmp_path: Path, name: str, message: str) -> None:
+def test_records_that_are_not_read_are_refused_alone_and_in_a_folder(
+    tmp_path: Path, name: str, message: str
+) -> None:
     write_jsonl(tmp_path / name, RECORDS["text"])
     with pytest.raises(SourceError, match=re.escape(f"data source '{tmp_path / name}': {message}")):
         read(tmp_path / name)
@@ -404,7 +612,10 @@ def test_records_that_are_not_read_are_refused_alone_and_in_a_folder(tmp_path: P
         (folder / "data").mkdir(parents=True)
         write_jsonl(folder / "data" / name, RECORDS["text"])
         write_jsonl(folder / beside, RECORDS["text"])
-        with pytest.raises(SourceError, match=re.escape(f"holds data/{name}: {message}") + ".*; or take it out of the folder"):
+        with pytest.raises(
+            SourceError,
+            match=re.escape(f"holds data/{name}: {message}") + ".*; or take it out of the folder",
+        ):
             read(folder)
 
 
@@ -412,16 +623,31 @@ def test_of_a_split_only_its_own_files_must_be_read(tmp_path: Path) -> None:
     for name in ("train.jsonl", "test.jsonl.gz", "test-2.jsonl.gz", "images.zip"):
         write_jsonl(tmp_path / name, RECORDS["text"])
     assert without_place(read(tmp_path, Reading(split="train"))) == expected("text")
-    with pytest.raises(SourceError, match=r"holds test-2.jsonl.gz and 1 more: .gz files are not read: unpack it first"):
+    with pytest.raises(
+        SourceError,
+        match=r"holds test-2.jsonl.gz and 1 more: .gz files are not read: unpack it first",
+    ):
         read(tmp_path, Reading(split="test"))
 
 
 def test_a_folder_may_hold_other_files_besides_but_a_card_is_not_its_data(tmp_path: Path) -> None:
-    others = ("LICENSE", "LICENSE.txt", ".gitattributes", "dataset_infos.json", "data.jsonl.sha256", "data.jsonl.dvc", "picture.png", "loader.py")
+    others = (
+        "LICENSE",
+        "LICENSE.txt",
+        ".gitattributes",
+        "dataset_infos.json",
+        "data.jsonl.sha256",
+        "data.jsonl.dvc",
+        "picture.png",
+        "loader.py",
+    )
     others += ("Thumbs.db", "data.csv.py", "data.jsonl.sha1")
     for name in ("README.md", *others):
         (tmp_path / name).write_text("# about")
-    with pytest.raises(SourceError, match=r"holds a dataset's card \(LICENSE.txt\) and no data that is read; there is Thumbs.db and 7 more: give records as"):
+    with pytest.raises(
+        SourceError,
+        match=r"holds a dataset's card \(LICENSE.txt\) and no data that is read; there is Thumbs.db and 7 more: give records as",
+    ):
         read(tmp_path)
     write_jsonl(tmp_path / "data.jsonl", RECORDS["text"])
     assert without_place(read(tmp_path)) == expected("text")
@@ -438,9 +664,13 @@ def test_splits_of_a_saved_dataset(tmp_path: Path) -> None:
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
     assert without_place(read(tmp_path / "both")) == [Text("train")]
     assert without_place(read(tmp_path / "both", Reading(split="test"))) == [Text("test")]
-    with pytest.raises(SourceError, match=r"there is no split 'tset': set data.split to one of train, test"):
+    with pytest.raises(
+        SourceError, match=r"there is no split 'tset': set data.split to one of train, test"
+    ):
         read(tmp_path / "both", Reading(split="tset"))
-    datasets.DatasetDict({"a": parts["train"], "b": parts["test"]}).save_to_disk(str(tmp_path / "neither"))
+    datasets.DatasetDict({"a": parts["train"], "b": parts["test"]}).save_to_disk(
+        str(tmp_path / "neither")
+    )
     with pytest.raises(SourceError, match=r"it has several splits: set data.split to one of a, b"):
         read(tmp_path / "neither")
     parts["train"].save_to_disk(str(tmp_path / "one"))
@@ -456,7 +686,10 @@ def test_a_hub_id_is_asked_for_what_the_recipe_says(monkeypatch: pytest.MonkeyPa
 
     def load_dataset(source: str, name: str | None = None) -> datasets.DatasetDict:
         asked.append((source, name))
-        return datasets.DatasetDict(train=datasets.Dataset.from_list([{"body": "a"}]), test=datasets.Dataset.from_list([{"body": "b"}]))
+        return datasets.DatasetDict(
+            train=datasets.Dataset.from_list([{"body": "a"}]),
+            test=datasets.Dataset.from_list([{"body": "b"}]),
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     locate_documents("owner/name")
@@ -469,21 +702,44 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match="data source 'no-owner/no-dataset' is no file or folder here, and datasets cannot load it from the hub"):
+    with pytest.raises(
+        SourceError,
+        match="data source 'no-owner/no-dataset' is no file or folder here, and datasets cannot load it from the hub",
+    ):
         read("no-owner/no-dataset")
 
 
-@pytest.mark.parametrize("source", ["corpus/train.jsonl", "corpus/train.JSONL", "corpus/train.jsonl.gz", "/not/there", "./corpus/x", "a/b/c"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "corpus/train.jsonl",
+        "corpus/train.JSONL",
+        "corpus/train.jsonl.gz",
+        "/not/there",
+        "./corpus/x",
+        "a/b/c",
+    ],
+)
 def test_a_mistaken_path_is_no_hub_id(source: str) -> None:
-    with pytest.raises(SourceError, match=r"does not exist. Give a file \(text, .jsonl.*hub id like owner/name"):
+    with pytest.raises(
+        SourceError, match=r"does not exist. Give a file \(text, .jsonl.*hub id like owner/name"
+    ):
         locate_documents(source)
 
 
-@pytest.mark.parametrize(("name", "module"), [("data.parquet", "pyarrow"), ("data.arrow", "pyarrow"), ("saved", "datasets")])
-def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("data.parquet", "pyarrow"), ("data.arrow", "pyarrow"), ("saved", "datasets")],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str
+) -> None:
     WRITERS[name](tmp_path / name, RECORDS["text"])
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingExtraError, match=rf"{module} is needed to read .*{name}' and is not installed: pip install 'qwlora\[data\]'"):
+    with pytest.raises(
+        MissingExtraError,
+        match=rf"{module} is needed to read .*{name}' and is not installed: pip install 'qwlora\[data\]'",
+    ):
         read(tmp_path / name)
 
 

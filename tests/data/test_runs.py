@@ -29,7 +29,13 @@ TEMPLATE = """\
 
 def conversations(count: int) -> list[dict[str, Any]]:
     """Records of one to two turns."""
-    turns = [({"role": "user", "content": f"{i}+{i}?"}, {"role": "assistant", "content": f"it is {2 * i}"}) for i in range(count)]
+    turns = [
+        (
+            {"role": "user", "content": f"{i}+{i}?"},
+            {"role": "assistant", "content": f"it is {2 * i}"},
+        )
+        for i in range(count)
+    ]
     return [{"messages": [*turn, *(turn if i % 2 else ())]} for i, turn in enumerate(turns)]
 
 
@@ -38,7 +44,12 @@ def chat(tmp_path: Path) -> dict[str, Any]:
     """A recipe's data section."""
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, conversations(30))))
     (tmp_path / "template.jinja").write_text(TEMPLATE)
-    return {"source": str(tmp_path / "chat.jsonl"), "chat_template": str(tmp_path / "template.jinja"), "sequence_tokens": 96, "evaluation_sequences": 4}
+    return {
+        "source": str(tmp_path / "chat.jsonl"),
+        "chat_template": str(tmp_path / "template.jinja"),
+        "sequence_tokens": 96,
+        "evaluation_sequences": 4,
+    }
 
 
 @pytest.mark.parametrize("loss", ["chunked", "whole"])
@@ -52,17 +63,35 @@ def test_labels_and_positions_reach_the_model(tmp_path: Path, loss: str) -> None
     model = attach(tiny_model("llama"), LoraShape(rank=2, alpha=4.0), seed=0)
     seen: list[dict[str, Any]] = []
     inner = model.get_base_model().model
-    inner.register_forward_pre_hook(lambda module, args, given: seen.append(given), with_kwargs=True)
+    inner.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given), with_kwargs=True
+    )
     labels: list[torch.Tensor] = []
-    model.register_forward_pre_hook(lambda module, args, given: labels.append(given["labels"]) if given.get("labels") is not None else None, with_kwargs=True)
-    settings = TrainingSettings(steps=3, learning_rate=1e-3, batch_sequences=2, warmup_steps=0, schedule="constant", checkpoint_steps=5, seed=0, loss=loss)
+    model.register_forward_pre_hook(
+        lambda module, args, given: (
+            labels.append(given["labels"]) if given.get("labels") is not None else None
+        ),
+        with_kwargs=True,
+    )
+    settings = TrainingSettings(
+        steps=3,
+        learning_rate=1e-3,
+        batch_sequences=2,
+        warmup_steps=0,
+        schedule="constant",
+        checkpoint_steps=5,
+        seed=0,
+        loss=loss,
+    )
     report = train_adapter(model, data.train, settings, tmp_path / "work")
     given = [g for g in seen if g["input_ids"].shape[-1] == 96]
     assert len(given) == len(labels) == 3
     rows = {tuple(row.tolist()): i for i, row in enumerate(data.train.input_ids)}
     assert data.train.position_ids is not None
     for arguments, batch in zip(given, labels, strict=True):
-        assert arguments.get("attention_mask") is None  # with a mask, or a cache, documents would see each other
+        assert (
+            arguments.get("attention_mask") is None
+        )  # with a mask, or a cache, documents would see each other
         assert arguments.get("past_key_values") is None
         index = [rows[tuple(row.tolist())] for row in arguments["input_ids"]]
         assert torch.equal(arguments["position_ids"], data.train.position_ids[index])
@@ -78,12 +107,18 @@ def test_labels_and_positions_reach_the_model(tmp_path: Path, loss: str) -> None
             with torch.no_grad():
                 logits = model(row[None, start:end], use_cache=False).logits[0]
             target = labels[0][i, start + 1 : end]
-            total += float(torch.nn.functional.cross_entropy(logits[:-1], target, reduction="sum", ignore_index=IGNORED))
+            total += float(
+                torch.nn.functional.cross_entropy(
+                    logits[:-1], target, reduction="sum", ignore_index=IGNORED
+                )
+            )
             count += int((target != IGNORED).sum())
     assert report.losses[0] == pytest.approx(total / count, rel=1e-4)
 
 
-def test_the_mask_is_shown(recipe_for: Any, chat: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_mask_is_shown(
+    recipe_for: Any, chat: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = recipe_for(data=chat)
     app(["data", str(path)], standalone_mode=False)
     shown = capsys.readouterr().out
@@ -91,7 +126,10 @@ def test_the_mask_is_shown(recipe_for: Any, chat: dict[str, Any], capsys: pytest
     _, _, example = shown.partition("what is learnt stands in ⟦ ⟧")
     assert re.search(r"<\|user\|>", example.replace(" ", ""))
     assert example.count("⟦") == len(re.findall("assistant", example.replace(" ", ""))) > 1
-    app(["data", str(path), "--json", "--sequence", "1", "--set", "data.packing=none"], standalone_mode=False)
+    app(
+        ["data", str(path), "--json", "--sequence", "1", "--set", "data.packing=none"],
+        standalone_mode=False,
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["data"]["packing"] == "none"
     assert sum(r["tokens"] for r in found["documents"][0] if r["learnt"]) > 0
@@ -102,8 +140,19 @@ def test_the_mask_is_shown(recipe_for: Any, chat: dict[str, Any], capsys: pytest
 @pytest.mark.slow
 def test_a_run_on_conversations(recipe_for: Any, chat: dict[str, Any], tmp_path: Path) -> None:
     said: list[str] = []
-    adapters = [{"name": "first", "rank": 4, "steps": 12, "warmup_steps": 1, "learning_rate": 1e-2, "evaluation_steps": 6}]
-    results = run(load_recipe(recipe_for(data=chat, adapters=adapters)), tmp_path / "out", say=said.append)
+    adapters = [
+        {
+            "name": "first",
+            "rank": 4,
+            "steps": 12,
+            "warmup_steps": 1,
+            "learning_rate": 1e-2,
+            "evaluation_steps": 6,
+        }
+    ]
+    results = run(
+        load_recipe(recipe_for(data=chat, adapters=adapters)), tmp_path / "out", say=said.append
+    )
     assert said[0].startswith("data (conversations, packing documents): training ")
     assert "tokens learnt; held out " in said[0]
     data = results["data"]
@@ -114,29 +163,60 @@ def test_a_run_on_conversations(recipe_for: Any, chat: dict[str, Any], tmp_path:
     parity = results["parity"]["onnx"]["first"]
     assert parity["perplexity"] == pytest.approx(parity["simulated_perplexity"], rel=0.003)
     assert parity["tokens"] < data["held_out"]["tokens"]
-    assert run(load_recipe(recipe_for(data=chat, adapters=adapters)), tmp_path / "out", say=said.append) == results
+    assert (
+        run(
+            load_recipe(recipe_for(data=chat, adapters=adapters)), tmp_path / "out", say=said.append
+        )
+        == results
+    )
     assert all("skipped" in line for line in said[-9:])
 
 
-def test_a_model_that_mixes_documents_is_refused_until_the_recipe_chooses(recipe_for: Any, chat: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"OPTForCausalLM mixes documents that share a sequence .* Choose data.packing: none"):
+def test_a_model_that_mixes_documents_is_refused_until_the_recipe_chooses(
+    recipe_for: Any, chat: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        SourceError,
+        match=r"OPTForCausalLM mixes documents that share a sequence .* Choose data.packing: none",
+    ):
         run(load_recipe(recipe_for("opt", data=chat)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    results = run(load_recipe(recipe_for("opt", data={**chat, "packing": "none"})), tmp_path / "out", ("quantize", "train"))
+    results = run(
+        load_recipe(recipe_for("opt", data={**chat, "packing": "none"})),
+        tmp_path / "out",
+        ("quantize", "train"),
+    )
     assert results["train"]["first"]["steps"] == 6
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.packing=dense", "data.packing: Input should be 'join', 'documents' or 'none' (given: 'dense')"),
-        ("data.chat_template=/not/there.jinja", "data.chat_template: '/not/there.jinja' is not a file"),
-        ("data={source: x, text_column: a, messages_column: b}", "text_column and messages_column: a source is learnt from in one way; give one"),
-        ("data.source=corpus/train.jsonl", "data.source: data source 'corpus/train.jsonl' does not exist. Give a file (text, .jsonl"),
-        ("data.mesages_column=x", "data.mesages_column: unknown key; did you mean messages_column?"),
+        (
+            "data.packing=dense",
+            "data.packing: Input should be 'join', 'documents' or 'none' (given: 'dense')",
+        ),
+        (
+            "data.chat_template=/not/there.jinja",
+            "data.chat_template: '/not/there.jinja' is not a file",
+        ),
+        (
+            "data={source: x, text_column: a, messages_column: b}",
+            "text_column and messages_column: a source is learnt from in one way; give one",
+        ),
+        (
+            "data.source=corpus/train.jsonl",
+            "data.source: data source 'corpus/train.jsonl' does not exist. Give a file (text, .jsonl",
+        ),
+        (
+            "data.mesages_column=x",
+            "data.mesages_column: unknown key; did you mean messages_column?",
+        ),
     ],
 )
-def test_the_recipe_names_what_is_wrong_with_its_data(recipe_for: Any, change: str, message: str) -> None:
+def test_the_recipe_names_what_is_wrong_with_its_data(
+    recipe_for: Any, change: str, message: str
+) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_for(), (change,))
     assert any(message in problem for problem in caught.value.problems)

@@ -14,19 +14,28 @@ from qwlora.errors import SourceError
 
 
 def paragraphs(name: str, count: int) -> str:
-    return "\n\n".join(f"Paragraph {i} of document {name}: " + "words that fill the line and the next one too " * 3 for i in range(count))
+    return "\n\n".join(
+        f"Paragraph {i} of document {name}: " + "words that fill the line and the next one too " * 3
+        for i in range(count)
+    )
 
 
 def test_no_document_and_no_paragraph_is_on_both_sides(tmp_path: Path) -> None:
     shared = "This paragraph stands in every one of the documents, and it is longer than a line, so it would teach the held-out text."
     for i in range(10):
-        (tmp_path / f"{i}.md").write_text(f"{paragraphs(str(i), 4)}\n\n{shared.replace(' ', chr(10) if i % 2 else ' ', 3)}\n\nshort")
+        (tmp_path / f"{i}.md").write_text(
+            f"{paragraphs(str(i), 4)}\n\n{shared.replace(' ', chr(10) if i % 2 else ' ', 3)}\n\nshort"
+        )
     documents = load_documents(str(tmp_path), 0.3, seed=1)
     assert len(documents.held_out) == 3
     assert len(documents.train) == 7
     assert not any(shared in " ".join(d.text.split()) for d in documents.train)
     assert all("short" in d.text for d in documents.train)
-    assert load_documents(str(tmp_path), 0.3, seed=1).digest == documents.digest != load_documents(str(tmp_path), 0.3, seed=2).digest
+    assert (
+        load_documents(str(tmp_path), 0.3, seed=1).digest
+        == documents.digest
+        != load_documents(str(tmp_path), 0.3, seed=2).digest
+    )
 
 
 @pytest.mark.parametrize("text", [paragraphs("one", 40), "title\n\n" + "no paragraphs here " * 500])
@@ -48,7 +57,9 @@ def test_each_sequence_begins_as_the_tokenizer_begins_a_text() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<begin>"})
     begin = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", begin)])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", begin)]
+    )
     ids = sequences(["abcdefgh"], tokenizer, 4, "training")
     assert (ids[:, 0] == begin).all()
     assert "".join(tokenizer.convert_ids_to_tokens(ids[:, 1:].flatten())) == "abcdefgh<end>"
@@ -71,7 +82,9 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
         load_documents(str(tmp_path), 0.2, 0)
     with pytest.raises(SourceError, match="cannot be read: No such file or directory"):
         load_documents(str(tmp_path / "no.txt"), 0.2, 0)
-    with pytest.raises(SourceError, match="the held-out text has 3 tokens, but one sequence needs 64"):
+    with pytest.raises(
+        SourceError, match="the held-out text has 3 tokens, but one sequence needs 64"
+    ):
         sequences(["ab"], byte_tokenizer(), 64, "held-out")
 
 
@@ -85,18 +98,30 @@ def test_the_same_answer_is_not_on_both_sides(tmp_path: Path) -> None:
     held = {d.completion for d in documents.held_out if isinstance(d, Completion)} - {"yes"}
     assert held
     assert held.isdisjoint(d.completion for d in documents.train if isinstance(d, Completion))
-    assert {(d.prompt, d.completion) for d in documents.held_out}.isdisjoint((d.prompt, d.completion) for d in documents.train)  # type: ignore[union-attr]
-    assert documents.overlapping_documents == 42 - len(documents.train) - len(documents.held_out) > 0
-    assert any(d.completion == "yes" for d in documents.train if isinstance(d, Completion))  # a short answer may be right twice
+    assert {(d.prompt, d.completion) for d in documents.held_out}.isdisjoint(
+        (d.prompt, d.completion) for d in documents.train
+    )  # type: ignore[union-attr]
+    assert (
+        documents.overlapping_documents == 42 - len(documents.train) - len(documents.held_out) > 0
+    )
+    assert any(
+        d.completion == "yes" for d in documents.train if isinstance(d, Completion)
+    )  # a short answer may be right twice
 
 
 def test_one_conversation_is_too_few(tmp_path: Path) -> None:
-    (tmp_path / "one.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}')
-    with pytest.raises(SourceError, match=r"one.jsonl:1: this is the only record, and at least two are needed"):
+    (tmp_path / "one.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+    )
+    with pytest.raises(
+        SourceError, match=r"one.jsonl:1: this is the only record, and at least two are needed"
+    ):
         load_documents(str(tmp_path / "one.jsonl"), 0.2, 0)
 
 
 def test_records_that_all_say_the_same_leave_nothing_to_train_on(tmp_path: Path) -> None:
     (tmp_path / "same.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
-    with pytest.raises(SourceError, match="everything in the training part stands in the held-out part too"):
+    with pytest.raises(
+        SourceError, match="everything in the training part stands in the held-out part too"
+    ):
         load_documents(str(tmp_path / "same.jsonl"), 0.2, 0)

@@ -43,15 +43,28 @@ def simulation(float8: bool) -> tuple[QuantizationSimModel, torch.Tensor]:
     x = torch.randn(3, 2, 2, 1)
     sim = QuantizationSimModel(Network().eval(), x, default_param_bw=8, default_output_bw=8)
     m = sim.model
-    m.channel.param_quantizers["weight"] = QuantizeDequantize((4, 1, 1, 1), bitwidth=8, symmetric=True)
-    m.block.param_quantizers["weight"] = QuantizeDequantize((6, 2), bitwidth=4, symmetric=True, block_size=(1, 4))
+    m.channel.param_quantizers["weight"] = QuantizeDequantize(
+        (4, 1, 1, 1), bitwidth=8, symmetric=True
+    )
+    m.block.param_quantizers["weight"] = QuantizeDequantize(
+        (6, 2), bitwidth=4, symmetric=True, block_size=(1, 4)
+    )
     m.lpbq.param_quantizers["weight"] = GroupedBlockQuantizeDequantize(
-        (8, 3), bitwidth=4, symmetric=True, decompressed_bw=8, block_size=(1, 2), block_grouping=(1, 3)
+        (8, 3),
+        bitwidth=4,
+        symmetric=True,
+        decompressed_bw=8,
+        block_size=(1, 2),
+        block_grouping=(1, 3),
     )
     m.float16.param_quantizers["weight"] = FloatQuantizeDequantize(dtype=torch.float16)
-    m.shifted.param_quantizers["weight"] = QuantizeDequantize((4, 1), bitwidth=2, symmetric=True, zero_point_shift=0.5)
+    m.shifted.param_quantizers["weight"] = QuantizeDequantize(
+        (4, 1), bitwidth=2, symmetric=True, zero_point_shift=0.5
+    )
     if float8:
-        m.float8.param_quantizers["weight"] = FloatQuantizeDequantize(exponent_bits=4, mantissa_bits=3, finite=True, unsigned_zero=False, shape=())
+        m.float8.param_quantizers["weight"] = FloatQuantizeDequantize(
+            exponent_bits=4, mantissa_bits=3, finite=True, unsigned_zero=False, shape=()
+        )
     sim.compute_encodings(lambda model: model(x))
     return sim, x
 
@@ -61,16 +74,29 @@ def main() -> None:
     for version in ("0.6.1", "1.0.0", "2.0.0", "2.1.0"):
         with tempfile.TemporaryDirectory() as directory:
             sim, x = simulation(float8=version >= "2")
-            sim.onnx.export((x,), str(Path(directory) / "model.onnx"), input_names=["x"], output_names=["y"], dynamo=False, encoding_version=version)
+            sim.onnx.export(
+                (x,),
+                str(Path(directory) / "model.onnx"),
+                input_names=["x"],
+                output_names=["y"],
+                dynamo=False,
+                encoding_version=version,
+            )
             for file in Path(directory).iterdir():
                 print(file)
-                target = FILES / (f"aimet-{version}.encodings" if file.suffix == ".encodings" else f"{file.name}")
+                target = FILES / (
+                    f"aimet-{version}.encodings" if file.suffix == ".encodings" else f"{file.name}"
+                )
                 target.write_bytes(file.read_bytes())
     quantsim.encoding_version = "1.0.0"
     sim, x = simulation(float8=False)
     with tempfile.TemporaryDirectory() as directory:
-        sim.export(directory, "model", x)  # the older exporter: other names, blocks in another order, float16 entries
-        (FILES / "aimet-export-1.0.0.encodings").write_bytes((Path(directory) / "model.encodings").read_bytes())
+        sim.export(
+            directory, "model", x
+        )  # the older exporter: other names, blocks in another order, float16 entries
+        (FILES / "aimet-export-1.0.0.encodings").write_bytes(
+            (Path(directory) / "model.encodings").read_bytes()
+        )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ from random_files import FILES
 import qwlora.cli
 from qwlora.encodings import convert, read
 
-NEW, OLD, LEGACY = (str(FILES / f"aimet-{version}.encodings") for version in ("2.0.0", "1.0.0", "0.6.1"))
+NEW, OLD, LEGACY = (
+    str(FILES / f"aimet-{version}.encodings") for version in ("2.0.0", "1.0.0", "0.6.1")
+)
 MODEL = str(FILES / "model.onnx")
 Run = Callable[..., tuple[int, str, str]]
 
@@ -42,17 +44,26 @@ def test_show_lists_every_encoding(run: Run) -> None:
     assert code == 0
     assert lines[0] == "version 2.0.0, by aimet-torch 2.42.0, 14 encodings"
     assert lines[1].split() == ["name", "section", "type", "granularity", "scale", "offset"]
-    assert "block.weight_0            -        int4 symmetric   block axis 0 of 4  0.0261785 .. 0.0502113      -8" in lines
+    assert (
+        "block.weight_0            -        int4 symmetric   block axis 0 of 4  0.0261785 .. 0.0502113      -8"
+        in lines
+    )
     assert any(line.startswith("channel.bias ") and line.endswith("-2147483648") for line in lines)
     assert len(lines) == 16
-    assert "block.weight_0            parameter   int4 symmetric  block of 4 " in run("show", OLD)[1]
+    assert (
+        "block.weight_0            parameter   int4 symmetric  block of 4 " in run("show", OLD)[1]
+    )
 
 
 def test_show_json_is_alike_for_all_versions(run: Run) -> None:
     code, out, _ = run("show", OLD, "--json")
     record = json.loads(out)
     assert code == 0
-    assert (record["version"], len(record["encodings"]), "x" in record["parameters"]) == ("1.0.0", 13, False)
+    assert (record["version"], len(record["encodings"]), "x" in record["parameters"]) == (
+        "1.0.0",
+        13,
+        False,
+    )
     entry = next(e for e in record["encodings"] if e["name"] == "x")
     assert entry == {
         "granularity": "tensor",
@@ -106,13 +117,30 @@ def test_convert_refuses_a_loss_until_it_is_accepted(run: Run, tmp_path: Path) -
     assert len(read(target).encodings) == 12
 
 
-def test_convert_takes_what_is_lacking_from_the_model_and_the_options(run: Run, tmp_path: Path) -> None:
+def test_convert_takes_what_is_lacking_from_the_model_and_the_options(
+    run: Run, tmp_path: Path
+) -> None:
     pytest.importorskip("onnx")
     target = str(tmp_path / "out.encodings")
     code, _, err = run("convert", NEW, "--to", "1.0.0", "--lossy", "--onnx", MODEL)
     assert code == 2
     assert "lpbq.weight_0: its decompressed bitwidth (--decompressed-bitwidth)" in err
-    assert run("convert", NEW, "--to", "1.0.0", "--lossy", "--onnx", MODEL, "--decompressed-bitwidth", "8", "--out", target)[0] == 0
+    assert (
+        run(
+            "convert",
+            NEW,
+            "--to",
+            "1.0.0",
+            "--lossy",
+            "--onnx",
+            MODEL,
+            "--decompressed-bitwidth",
+            "8",
+            "--out",
+            target,
+        )[0]
+        == 0
+    )
     assert read(target).by_name["lpbq.weight_0"] == read(OLD).by_name["lpbq.weight_0"]
 
 
@@ -149,4 +177,9 @@ def test_bad_input_exits_2(run: Run, arguments: list[str], message: str) -> None
 
 def test_the_command_line_answers_without_torch() -> None:
     program = "import sys; from qwlora import cli_encodings; print(sorted({'torch', 'onnx', 'transformers'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )

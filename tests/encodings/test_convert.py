@@ -38,7 +38,9 @@ def is_held(e: Encoding, source: str, target: str) -> bool:
     if isinstance(e, FloatEncoding):
         return to_split == from_split
     if isinstance(e, LpbqEncoding):
-        return target != "0.6.1" and (to_split or not from_split or e.decompressed_bitwidth == DECOMPRESSED_BITWIDTH)
+        return target != "0.6.1" and (
+            to_split or not from_split or e.decompressed_bitwidth == DECOMPRESSED_BITWIDTH
+        )
     if target == "0.6.1" and (e.block_size is not None or e.scale.shape == (1,)):
         return False
     if to_split:
@@ -48,7 +50,9 @@ def is_held(e: Encoding, source: str, target: str) -> bool:
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 @given(st.data())
-def test_an_encoding_comes_back_exactly_or_its_loss_is_listed(source: str, target: str, data: st.DataObject) -> None:
+def test_an_encoding_comes_back_exactly_or_its_loss_is_listed(
+    source: str, target: str, data: st.DataObject
+) -> None:
     encoding, facts = data.draw(encodings(source))
     graph = {"w": facts}
     parameters = frozenset({"w"} if facts.parameter else ()) if source < "2" else None
@@ -68,15 +72,21 @@ def test_an_encoding_comes_back_exactly_or_its_loss_is_listed(source: str, targe
         assert not caught.value.lacking
         assert all(line.startswith("w: ") for line in caught.value.lost)
         kept = through_json(convert(file, target, lossy=True, **known))
-        assert len(kept.encodings) == (0 if any("whole encoding" in line for line in caught.value.lost) else 1)
+        assert len(kept.encodings) == (
+            0 if any("whole encoding" in line for line in caught.value.lost) else 1
+        )
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 @given(st.data())
-def test_a_file_comes_back_exactly_or_its_loss_is_listed(source: str, target: str, data: st.DataObject) -> None:
+def test_a_file_comes_back_exactly_or_its_loss_is_listed(
+    source: str, target: str, data: st.DataObject
+) -> None:
     file, graph = data.draw(files(source))
     known = {"graph": graph, "decompressed_bitwidth": DECOMPRESSED_BITWIDTH}
-    told = source < "2" <= target and (file.excluded_layers is not None or file.quantizer_args is not None)
+    told = source < "2" <= target and (
+        file.excluded_layers is not None or file.quantizer_args is not None
+    )
     if told or not all(is_held(e, source, target) for e in file.encodings):
         with pytest.raises(ConversionError) as caught:
             convert(file, target, **known)
@@ -87,7 +97,9 @@ def test_a_file_comes_back_exactly_or_its_loss_is_listed(source: str, target: st
         assert all(kept.by_name[e.name] for e in file.encodings if is_held(e, source, target))
     else:
         there = through_json(convert(file, target, **known))
-        positive = tuple(e.replace(axis=0) if getattr(e, "axis", None) == -2 else e for e in file.encodings)
+        positive = tuple(
+            e.replace(axis=0) if getattr(e, "axis", None) == -2 else e for e in file.encodings
+        )
         assert through_json(convert(there, source, **known)) == file.replace(encodings=positive)
 
 
@@ -102,7 +114,11 @@ def test_a_version_holds_what_it_says(version: str, data: st.DataObject) -> None
 @given(st.data())
 def test_reals_are_the_same_in_every_version(data: st.DataObject) -> None:
     """`(q + offset) * scale` of 1.0.0 and `(q - y_zero_point) * y_scale` of 2.0.0, from the JSON alone."""
-    encoding, facts = data.draw(encodings("1.0.0").filter(lambda pair: isinstance(pair[0], IntegerEncoding) and pair[0].granularity == "channel"))
+    encoding, facts = data.draw(
+        encodings("1.0.0").filter(
+            lambda pair: isinstance(pair[0], IntegerEncoding) and pair[0].granularity == "channel"
+        )
+    )
     assert isinstance(encoding, IntegerEncoding)
     file = EncodingsFile("1.0.0", (encoding,), frozenset({"w"}))
     old = to_document(file)["param_encodings"][0]
@@ -113,7 +129,9 @@ def test_reals_are_the_same_in_every_version(data: st.DataObject) -> None:
         for i, scale in enumerate(old["scale"]):
             shift = old.get("zero_point_shift", [0] * len(old["scale"]))[i]
             zero_point = new.get("y_zero_point", [0] * len(old["scale"]))[i]
-            assert (code + old["offset"][i] + shift) * scale == (stored - zero_point) * new["y_scale"][i]
+            assert (code + old["offset"][i] + shift) * scale == (stored - zero_point) * new[
+                "y_scale"
+            ][i]
 
 
 CONV = {"w": TensorFacts(True, (2, 6), 0, 1)}
@@ -123,7 +141,9 @@ LPBQ = LpbqEncoding("w", 4, 3, [1, 2, 3, 4], [0.1, 0.2], 8)
 
 
 def one(version: str, encoding: Encoding, **fields: object) -> EncodingsFile:
-    return EncodingsFile(version, (encoding,), frozenset({"w"}) if version < "2" else None, **fields)  # type: ignore[arg-type]
+    return EncodingsFile(
+        version, (encoding,), frozenset({"w"}) if version < "2" else None, **fields
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -131,14 +151,22 @@ def one(version: str, encoding: Encoding, **fields: object) -> EncodingsFile:
     [
         (BLOCK, "0.6.1", ["w: granularity block"]),
         (LPBQ, "0.6.1", ["w: the whole encoding, LPBQ of 4 bits"]),
-        (LPBQ, "2.1.0", ["w: decompressed_bitwidth 8; to come back needs its decompressed bitwidth (--decompressed-bitwidth)"]),
+        (
+            LPBQ,
+            "2.1.0",
+            [
+                "w: decompressed_bitwidth 8; to come back needs its decompressed bitwidth (--decompressed-bitwidth)"
+            ],
+        ),
         (FloatEncoding("w", 16), "2.0.0", ["w: the whole encoding, floats of 16 bits"]),
         (IntegerEncoding("w", 8, 0.1, -128, False), "2.0.0", ["w: symmetric False"]),
         (IntegerEncoding("w", 8, 0.1, 0, True), "2.0.0", ["w: symmetric True"]),
         (IntegerEncoding("w", 8, [0.1], [-128], True), "0.6.1", ["w: granularity channel"]),
     ],
 )
-def test_what_is_lost_from_1_0_0_is_named_and_nothing_else(encoding: Encoding, target: str, lost: list[str]) -> None:
+def test_what_is_lost_from_1_0_0_is_named_and_nothing_else(
+    encoding: Encoding, target: str, lost: list[str]
+) -> None:
     with pytest.raises(ConversionError) as caught:
         convert(one("1.0.0", encoding), target, graph=CONV)
     assert list(caught.value.lost) == lost
@@ -153,14 +181,21 @@ def test_what_is_lost_from_1_0_0_is_named_and_nothing_else(encoding: Encoding, t
         (IntegerEncoding("w", 8, [0.1, 0.2], [-128, -128], True, True, axis=-2), []),
         (
             IntegerEncoding("w", 8, [0.1] * 6, [-128] * 6, True, True, axis=1),
-            ["w: axis 1; to come back needs its channel axis: there are 6 scales, but axis 0 has 2 in the graph"],
+            [
+                "w: axis 1; to come back needs its channel axis: there are 6 scales, but axis 0 has 2 in the graph"
+            ],
         ),
         (IntegerEncoding("w", 8, 0.1, -128, True, False), ["w: signed False"]),
         (IntegerEncoding("w", 8, 0.1, -100, False, True), ["w: signed True"]),
-        (FloatEncoding("w", 8, "float8e5m2", 1.0), ["w: the whole encoding, floats of 8 bits (float8e5m2)"]),
+        (
+            FloatEncoding("w", 8, "float8e5m2", 1.0),
+            ["w: the whole encoding, floats of 8 bits (float8e5m2)"],
+        ),
     ],
 )
-def test_what_is_lost_from_2_0_0_is_named_and_nothing_else(encoding: Encoding, lost: list[str]) -> None:
+def test_what_is_lost_from_2_0_0_is_named_and_nothing_else(
+    encoding: Encoding, lost: list[str]
+) -> None:
     file = one("2.0.0", encoding)
     if not lost:
         assert convert(file, "1.0.0", graph=CONV).parameters == {"w"}
@@ -171,7 +206,9 @@ def test_what_is_lost_from_2_0_0_is_named_and_nothing_else(encoding: Encoding, l
 
 
 def test_without_a_graph_the_sections_and_file_fields_are_lost_to_2_x() -> None:
-    file = one("1.0.0", IntegerEncoding("w", 8, 0.1, -128, True), excluded_layers=(), quantizer_args={})
+    file = one(
+        "1.0.0", IntegerEncoding("w", 8, 0.1, -128, True), excluded_layers=(), quantizer_args={}
+    )
     with pytest.raises(ConversionError) as caught:
         convert(file, "2.0.0")
     assert list(caught.value.lost) == [
@@ -188,19 +225,53 @@ def test_without_a_graph_the_sections_and_file_fields_are_lost_to_2_x() -> None:
     [
         (one("1.0.0", CHANNEL), "2.0.0", {}, "w: its channel axis; give the model's graph"),
         (one("1.0.0", BLOCK), "2.0.0", {}, "w: its block axis and the shape"),
-        (one("1.0.0", BLOCK), "2.0.0", {"w": TensorFacts(True, (6, 2), 1, 0)}, "w: the order of its block scales.*--block-order"),
-        (one("1.0.0", BLOCK), "2.0.0", {"w": TensorFacts(True, (2, 9), 0, 1)}, "blocks of 3 on a tensor of \\[2, 9\\] are not 4"),
-        (one("1.0.0", CHANNEL), "2.0.0", {"w": TensorFacts(True, (3, 2), 0, 1)}, "there are 2 scales, but axis 0 has 3"),
+        (
+            one("1.0.0", BLOCK),
+            "2.0.0",
+            {"w": TensorFacts(True, (6, 2), 1, 0)},
+            "w: the order of its block scales.*--block-order",
+        ),
+        (
+            one("1.0.0", BLOCK),
+            "2.0.0",
+            {"w": TensorFacts(True, (2, 9), 0, 1)},
+            "blocks of 3 on a tensor of \\[2, 9\\] are not 4",
+        ),
+        (
+            one("1.0.0", CHANNEL),
+            "2.0.0",
+            {"w": TensorFacts(True, (3, 2), 0, 1)},
+            "there are 2 scales, but axis 0 has 3",
+        ),
         (one("1.0.0", LPBQ), "2.1.0", {}, "w: its block axis"),
         (
-            one("2.0.0", LPBQ.replace(block_scale=[[1, 2]], channel_scale=[[0.1]], axis=1, channel_axis=0, decompressed_bitwidth=None)),
+            one(
+                "2.0.0",
+                LPBQ.replace(
+                    block_scale=[[1, 2]],
+                    channel_scale=[[0.1]],
+                    axis=1,
+                    channel_axis=0,
+                    decompressed_bitwidth=None,
+                ),
+            ),
             "1.0.0",
             CONV,
             "decompressed bitwidth",
         ),
-        (one("2.0.0", IntegerEncoding("w", 8, 0.1, -128, True, True)), "1.0.0", {}, "whether it is a parameter"),
         (
-            one("2.0.0", LPBQ.replace(block_scale=[[[1]]], channel_scale=[[[0.1]]], axis=1, decompressed_bitwidth=None)),
+            one("2.0.0", IntegerEncoding("w", 8, 0.1, -128, True, True)),
+            "1.0.0",
+            {},
+            "whether it is a parameter",
+        ),
+        (
+            one(
+                "2.0.0",
+                LPBQ.replace(
+                    block_scale=[[[1]]], channel_scale=[[[0.1]]], axis=1, decompressed_bitwidth=None
+                ),
+            ),
             "2.1.0",
             {},
             "channel axis, which its shapes leave open",
@@ -208,7 +279,9 @@ def test_without_a_graph_the_sections_and_file_fields_are_lost_to_2_x() -> None:
     ],
 )
 @pytest.mark.parametrize("lossy", [False, True])
-def test_what_is_lacking_is_never_invented(file: EncodingsFile, target: str, graph: dict[str, TensorFacts], lacking: str, lossy: bool) -> None:
+def test_what_is_lacking_is_never_invented(
+    file: EncodingsFile, target: str, graph: dict[str, TensorFacts], lacking: str, lossy: bool
+) -> None:
     with pytest.raises(ConversionError, match=lacking):
         convert(file, target, lossy, graph=graph)
 
@@ -216,7 +289,11 @@ def test_what_is_lacking_is_never_invented(file: EncodingsFile, target: str, gra
 def test_blocks_take_their_shape_from_the_graph() -> None:
     converted = convert(one("1.0.0", BLOCK), "2.0.0", graph=CONV).encodings[0]
     assert isinstance(converted, IntegerEncoding)
-    assert (converted.scale.tolist(), converted.axis, converted.signed) == ([[0.1, 0.2], [0.3, 0.4]], 1, True)
+    assert (converted.scale.tolist(), converted.axis, converted.signed) == (
+        [[0.1, 0.2], [0.3, 0.4]],
+        1,
+        True,
+    )
 
 
 def test_a_channel_scale_of_two_axes_is_lost_to_2_1_0() -> None:
@@ -257,7 +334,10 @@ def test_aimets_older_exporter_lists_blocks_by_output_channel() -> None:
     pytest.importorskip("onnx")
     names = {"block.weight": "block.weight_0", "lpbq.weight": "lpbq.weight_0"}
     facts = read_graph(FILES / "model.onnx")
-    old, new = read(FILES / "aimet-export-1.0.0.encodings"), read(FILES / "aimet-2.0.0.encodings").by_name
+    old, new = (
+        read(FILES / "aimet-export-1.0.0.encodings"),
+        read(FILES / "aimet-2.0.0.encodings").by_name,
+    )
     some = tuple(e for e in old.encodings if e.name in names)
     file = EncodingsFile("1.0.0", some, frozenset(names))
     graph = {name: facts[other] for name, other in names.items()}
@@ -271,8 +351,12 @@ MATMUL = TensorFacts(True, (6, 2), 1, 0)
 
 @pytest.mark.parametrize("target", ["2.0.0", "2.1.0"])
 @pytest.mark.parametrize("encoding", [BLOCK, LPBQ], ids=["block", "LPBQ"])
-@pytest.mark.parametrize(("order", "nested"), [("tensor", [[1, 2], [3, 4]]), ("channel", [[1, 3], [2, 4]])])
-def test_both_orders_come_back(order: BlockOrder, nested: list[list[int]], encoding: Encoding, target: str) -> None:
+@pytest.mark.parametrize(
+    ("order", "nested"), [("tensor", [[1, 2], [3, 4]]), ("channel", [[1, 3], [2, 4]])]
+)
+def test_both_orders_come_back(
+    order: BlockOrder, nested: list[list[int]], encoding: Encoding, target: str
+) -> None:
     known = {"graph": {"w": MATMUL}, "block_order": order, "decompressed_bitwidth": 8}
     file = one("1.0.0", encoding)
     there = convert(file, target, lossy=isinstance(encoding, LpbqEncoding), **known)
@@ -295,7 +379,9 @@ def test_the_producer_says_the_order_where_it_is_ours() -> None:
 
 
 def test_blocks_whose_order_nobody_says_are_not_flattened() -> None:
-    nested = IntegerEncoding("w", 4, [[0.1, 0.2], [0.3, 0.4]], [[-8, -8], [-8, -8]], True, True, axis=0, block_size=3)
+    nested = IntegerEncoding(
+        "w", 4, [[0.1, 0.2], [0.3, 0.4]], [[-8, -8], [-8, -8]], True, True, axis=0, block_size=3
+    )
     with pytest.raises(ConversionError) as caught:
         convert(one("2.0.0", nested), "1.0.0", graph={"w": MATMUL})
     assert caught.value.lost

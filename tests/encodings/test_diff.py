@@ -7,11 +7,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_files import FILES, files
 
-from qwlora.encodings import VERSIONS, Difference, Encoding, EncodingsFile, FloatEncoding, IntegerEncoding, LpbqEncoding, diff, read
+from qwlora.encodings import (
+    VERSIONS,
+    Difference,
+    Encoding,
+    EncodingsFile,
+    FloatEncoding,
+    IntegerEncoding,
+    LpbqEncoding,
+    diff,
+    read,
+)
 
 
 def one(encoding: Encoding, version: str = "2.0.0", parameter: bool | None = None) -> EncodingsFile:
-    return EncodingsFile(version, (encoding,), None if parameter is None else frozenset({encoding.name} if parameter else ()))
+    return EncodingsFile(
+        version,
+        (encoding,),
+        None if parameter is None else frozenset({encoding.name} if parameter else ()),
+    )
 
 
 A = IntegerEncoding("w", 8, [1.0, 2.0], [-128, -128], True, True, axis=0)
@@ -36,12 +50,17 @@ def test_a_file_differs_from_itself_in_nothing(version: str, data: st.DataObject
         (A.replace(axis=1), Difference("w", "axis", "0", "1")),
         (A.replace(zero_point_shift=0.5), Difference("w", "zero_point_shift", "0.0", "0.5")),
         (A.replace(block_size=2), Difference("w", "granularity", "channel", "block")),
-        (FloatEncoding("w", 8, "float8e5m2", [1.0, 2.0], 0), Difference("w", "kind", "Integer", "Float")),
+        (
+            FloatEncoding("w", 8, "float8e5m2", [1.0, 2.0], 0),
+            Difference("w", "kind", "Integer", "Float"),
+        ),
     ],
 )
 def test_each_field_is_compared(other: Encoding, difference: Difference) -> None:
     found = diff(one(A), one(other))
-    assert [(d.name, d.field, d.first, d.second) for d in found] == [(difference.name, difference.field, difference.first, difference.second)]
+    assert [(d.name, d.field, d.first, d.second) for d in found] == [
+        (difference.name, difference.field, difference.first, difference.second)
+    ]
     assert found[0].relative == pytest.approx(difference.relative)
 
 
@@ -65,18 +84,35 @@ def test_what_a_version_does_not_say_is_no_difference() -> None:
     assert diff(one(flat, "1.0.0", True), one(A)) == []
     nested = LpbqEncoding("w", 4, 2, [[1, 2]], [[0.5]], None, 1, 0)
     assert diff(one(LpbqEncoding("w", 4, 2, [1, 2], [0.5], 8), "1.0.0", True), one(nested)) == []
-    assert [d.field for d in diff(one(LpbqEncoding("w", 4, 2, [1, 3], [0.5], 8), "1.0.0", True), one(nested))] == ["block_scale"]
-    assert [d.field for d in diff(one(A), one(A.replace(scale=[1.0], offset=[-128])))] == ["scale", "offset"]
+    assert [
+        d.field
+        for d in diff(one(LpbqEncoding("w", 4, 2, [1, 3], [0.5], 8), "1.0.0", True), one(nested))
+    ] == ["block_scale"]
+    assert [d.field for d in diff(one(A), one(A.replace(scale=[1.0], offset=[-128])))] == [
+        "scale",
+        "offset",
+    ]
 
 
 def test_sections_and_file_fields_are_compared() -> None:
     found = diff(one(A, "1.0.0", True), one(A, "1.0.0", False))
     assert [str(d) for d in found] == ["w, section: a parameter | an activation"]
-    first, second = (EncodingsFile("1.0.0", (), frozenset(), layers, {"bits": bits}) for layers, bits in (((), 8), (("norm",), 4)))
+    first, second = (
+        EncodingsFile("1.0.0", (), frozenset(), layers, {"bits": bits})
+        for layers, bits in (((), 8), (("norm",), 4))
+    )
     assert [d.field for d in diff(first, second)] == ["excluded_layers", "quantizer_args"]
 
 
 def test_aimets_files_differ_where_its_simulations_do() -> None:
     found = diff(read(FILES / "aimet-1.0.0.encodings"), read(FILES / "aimet-2.0.0.encodings"))
-    assert [(d.name, d.field) for d in found] == [("y", "scale"), ("y", "offset"), ("float8.weight_0", "kind"), ("channel.bias", "only in the second")]
-    assert str(found[0]) == "y, scale: 6.240290531422943e-05 | 6.211872096173465e-05 (relative difference 0.00455)"
+    assert [(d.name, d.field) for d in found] == [
+        ("y", "scale"),
+        ("y", "offset"),
+        ("float8.weight_0", "kind"),
+        ("channel.bias", "only in the second"),
+    ]
+    assert (
+        str(found[0])
+        == "y, scale: 6.240290531422943e-05 | 6.211872096173465e-05 (relative difference 0.00455)"
+    )

@@ -16,12 +16,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_files import FILES, files
 
-from qwlora.encodings import VERSIONS, EncodingsFile, FloatEncoding, IntegerEncoding, LpbqEncoding, read, schema, write
+from qwlora.encodings import (
+    VERSIONS,
+    EncodingsFile,
+    FloatEncoding,
+    IntegerEncoding,
+    LpbqEncoding,
+    read,
+    schema,
+    write,
+)
 from qwlora.encodings.document import load_json, parse, to_document
 from qwlora.errors import ConversionError, EncodingsFileError, QwloraError
 from qwlora.export.aimet import encoding_to_entry
 
-GOLDEN = {version: json.loads((FILES / f"aimet-{version}.encodings").read_text()) for version in VERSIONS}
+GOLDEN = {
+    version: json.loads((FILES / f"aimet-{version}.encodings").read_text()) for version in VERSIONS
+}
 
 
 def is_valid(document: Any, version: str) -> bool:
@@ -41,7 +52,9 @@ def test_an_aimet_file_is_read_and_written_back_field_by_field(version: str) -> 
 
 def test_aimet_says_the_same_grid_in_every_version() -> None:
     """The four files hold the same simulation."""
-    by_version = {version: read(FILES / f"aimet-{version}.encodings").by_name for version in VERSIONS}
+    by_version = {
+        version: read(FILES / f"aimet-{version}.encodings").by_name for version in VERSIONS
+    }
     for version, encodings in by_version.items():
         channel, shifted = encodings["channel.weight"], encodings["shifted.weight_0"]
         assert isinstance(channel, IntegerEncoding)
@@ -58,11 +71,18 @@ def test_aimet_says_the_same_grid_in_every_version() -> None:
 
 
 def test_lpbq_of_aimet_reads_alike_in_three_versions() -> None:
-    old, middle, new = (read(FILES / f"aimet-{v}.encodings").by_name["lpbq.weight_0"] for v in VERSIONS[1:])
+    old, middle, new = (
+        read(FILES / f"aimet-{v}.encodings").by_name["lpbq.weight_0"] for v in VERSIONS[1:]
+    )
     assert isinstance(old, LpbqEncoding)
     assert isinstance(middle, LpbqEncoding)
     assert (old.bitwidth, old.decompressed_bitwidth, old.block_size, old.axis) == (4, 8, 2, None)
-    assert (middle.bitwidth, middle.decompressed_bitwidth, middle.axis, middle.channel_axis) == (4, None, 0, 1)
+    assert (middle.bitwidth, middle.decompressed_bitwidth, middle.axis, middle.channel_axis) == (
+        4,
+        None,
+        0,
+        1,
+    )
     assert middle == new
     assert (middle.block_scale.shape, middle.channel_scale.shape) == ((3, 8), (1, 8))
     assert (middle.block_scale.reshape(-1) == old.block_scale).all()
@@ -75,12 +95,19 @@ def test_lpbq_of_aimet_reads_alike_in_three_versions() -> None:
 def test_aimets_two_exporters_list_blocks_in_two_orders() -> None:
     """Why 1.0.0 blocks of a MatMul's weight [in, out] are not converted without a word: `sim.export` lists them by output channel, `sim.onnx.export` as
     they lie."""
-    lying, older = read(FILES / "aimet-1.0.0.encodings"), read(FILES / "aimet-export-1.0.0.encodings")
+    lying, older = (
+        read(FILES / "aimet-1.0.0.encodings"),
+        read(FILES / "aimet-export-1.0.0.encodings"),
+    )
     assert to_document(older) == json.loads((FILES / "aimet-export-1.0.0.encodings").read_text())
     assert older.by_name["float16.weight"] == FloatEncoding("float16.weight", 16)
     for name in ("block", "lpbq"):
         one, other = lying.by_name[f"{name}.weight_0"], older.by_name[f"{name}.weight"]
-        a, b = (e.block_scale if isinstance(e, LpbqEncoding) else e.scale for e in (one, other) if not isinstance(e, FloatEncoding))
+        a, b = (
+            e.block_scale if isinstance(e, LpbqEncoding) else e.scale
+            for e in (one, other)
+            if not isinstance(e, FloatEncoding)
+        )
         outputs = 6 if name == "block" else 8
         assert a.tolist() != b.tolist()
         assert a.reshape(-1, outputs).T.reshape(-1).tolist() == b.tolist()
@@ -93,7 +120,9 @@ def test_what_the_exporter_writes_is_an_entry() -> None:
 
     for granularity, shape in ((PerTensor(), ()), (PerChannel(0), (2,)), (PerBlock(4), (2, 3))):
         scheme = Scheme(4, granularity=granularity)
-        entry = encoding_to_entry("w", Encoding(scheme, torch.full(shape, 0.5), torch.full(shape, -8, dtype=torch.int32)))
+        entry = encoding_to_entry(
+            "w", Encoding(scheme, torch.full(shape, 0.5), torch.full(shape, -8, dtype=torch.int32))
+        )
         document = {"version": "1.0.0", "activation_encodings": [], "param_encodings": [entry]}
         file, findings = parse(document)
         assert file is not None, findings
@@ -110,13 +139,30 @@ def test_what_is_written_satisfies_the_schema(version: str, data: st.DataObject)
 
 def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    ):
         yield from nodes(inner, (*path, key))
 
 
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just(10**400) | st.sampled_from([-0.0, 1e308, 5e-324, 2**63]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["x", "x_scale", "axis", "name", "scale", "offset"]), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.just(10**400)
+    | st.sampled_from([-0.0, 1e308, 5e-324, 2**63]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["x", "x_scale", "axis", "name", "scale", "offset"]), inner, max_size=3
+        )
+    ),
     max_leaves=5,
 )
 PATHS = {version: list(nodes(document)) for version, document in GOLDEN.items()}
@@ -124,7 +170,9 @@ PATHS = {version: list(nodes(document)) for version, document in GOLDEN.items()}
 
 @pytest.mark.parametrize("version", VERSIONS)
 @given(st.data())
-def test_a_changed_file_is_refused_with_findings_or_is_a_file_that_its_schema_takes(version: str, data: st.DataObject) -> None:
+def test_a_changed_file_is_refused_with_findings_or_is_a_file_that_its_schema_takes(
+    version: str, data: st.DataObject
+) -> None:
     document = copy.deepcopy(GOLDEN[version])
     for _ in range(data.draw(st.integers(1, 3))):
         *outer, last = data.draw(st.sampled_from(PATHS[version]).filter(lambda path: path != ()))
@@ -146,8 +194,13 @@ def test_a_changed_file_is_refused_with_findings_or_is_a_file_that_its_schema_ta
         assert parse(to_document(file)) == (file, [])
 
 
-@given(st.binary(max_size=60) | st.text(alphabet='[]{}":,0123456789eE.-NaInfty \\u', max_size=60).map(str.encode))
-def test_any_bytes_give_a_value_or_our_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+@given(
+    st.binary(max_size=60)
+    | st.text(alphabet='[]{}":,0123456789eE.-NaInfty \\u', max_size=60).map(str.encode)
+)
+def test_any_bytes_give_a_value_or_our_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.encodings"
     path.write_bytes(content)
     try:
@@ -168,8 +221,14 @@ def test_any_bytes_give_a_value_or_our_error(tmp_path_factory: pytest.TempPathFa
         (b'{"version": "1.0.0", "version": "1.0.0"}', "has the key 'version' twice in one object"),
         (b"[]", "file: is a list; an object is needed"),
         (b"{}", "file, version: is missing"),
-        (b'{"version": "0.7"}', "file, version: is '0.7'; one of 0.6.1, 1.0.0, 2.0.0, 2.1.0 is needed"),
-        (b'{"version": "2.0.0", "encodings": [], "excluded_layers": []}', "file, excluded_layers: is not a field"),
+        (
+            b'{"version": "0.7"}',
+            "file, version: is '0.7'; one of 0.6.1, 1.0.0, 2.0.0, 2.1.0 is needed",
+        ),
+        (
+            b'{"version": "2.0.0", "encodings": [], "excluded_layers": []}',
+            "file, excluded_layers: is not a field",
+        ),
     ],
 )
 def test_a_file_that_is_none_says_why(tmp_path: Path, content: bytes, message: str) -> None:
@@ -197,7 +256,9 @@ def changed(version: str, section: str, name: str, **fields: Any) -> dict[str, A
     """AIMET's file with fields of one entry replaced, or removed where the value is `...`."""
     document = copy.deepcopy(GOLDEN[version])
     entries = document[section]
-    entry = entries[name][0] if version == "0.6.1" else next(e for e in entries if e["name"] == name)
+    entry = (
+        entries[name][0] if version == "0.6.1" else next(e for e in entries if e["name"] == name)
+    )
     entry.update(fields)
     for key in [key for key, value in fields.items() if value is ...]:
         del entry[key]
@@ -205,63 +266,293 @@ def changed(version: str, section: str, name: str, **fields: Any) -> dict[str, A
 
 
 BAD_FIELDS = [
-    ("0.6.1", "param_encodings", "channel.weight", {"bitwidth": 4}, "bitwidth: differs among the channels"),
-    ("0.6.1", "activation_encodings", "x", {"bitwidth": 33}, "bitwidth: is 33; an integer from 1 to 32"),
-    ("0.6.1", "activation_encodings", "x", {"is_symmetric": False}, "is_symmetric: is False; a non-empty string"),
-    ("0.6.1", "activation_encodings", "x", {"min": -3.0}, "min: is -3.0 in item 0, but scale and offset make it -2.17"),
+    (
+        "0.6.1",
+        "param_encodings",
+        "channel.weight",
+        {"bitwidth": 4},
+        "bitwidth: differs among the channels",
+    ),
+    (
+        "0.6.1",
+        "activation_encodings",
+        "x",
+        {"bitwidth": 33},
+        "bitwidth: is 33; an integer from 1 to 32",
+    ),
+    (
+        "0.6.1",
+        "activation_encodings",
+        "x",
+        {"is_symmetric": False},
+        "is_symmetric: is False; a non-empty string",
+    ),
+    (
+        "0.6.1",
+        "activation_encodings",
+        "x",
+        {"min": -3.0},
+        "min: is -3.0 in item 0, but scale and offset make it -2.17",
+    ),
     ("0.6.1", "activation_encodings", "x", {"max": ...}, "max: is missing"),
-    ("0.6.1", "activation_encodings", "x", {"index_bw": 4}, "is vector quantization, which is not supported"),
+    (
+        "0.6.1",
+        "activation_encodings",
+        "x",
+        {"index_bw": 4},
+        "is vector quantization, which is not supported",
+    ),
     ("0.6.1", "activation_encodings", "x", {"extra": 1}, "extra: is not a field of this entry"),
-    ("0.6.1", "param_encodings", "shifted.weight_0", {"zero_point_shift": 0.25}, "zero_point_shift: differs"),
+    (
+        "0.6.1",
+        "param_encodings",
+        "shifted.weight_0",
+        {"zero_point_shift": 0.25},
+        "zero_point_shift: differs",
+    ),
     ("1.0.0", "activation_encodings", "x", {"scale": [0.0]}, "scale: must be above 0"),
-    ("1.0.0", "activation_encodings", "x", {"scale": [math.nan]}, "scale: 1 of 1 values are not finite"),
-    ("1.0.0", "activation_encodings", "x", {"scale": [1e39]}, "scale: must be above 0 and at most 3.4e\\+38"),
-    ("1.0.0", "activation_encodings", "x", {"scale": [True]}, "scale: holds true or false; numbers are needed"),
-    ("1.0.0", "activation_encodings", "x", {"scale": [10**400]}, "scale: holds an integer that no float can hold"),
+    (
+        "1.0.0",
+        "activation_encodings",
+        "x",
+        {"scale": [math.nan]},
+        "scale: 1 of 1 values are not finite",
+    ),
+    (
+        "1.0.0",
+        "activation_encodings",
+        "x",
+        {"scale": [1e39]},
+        "scale: must be above 0 and at most 3.4e\\+38",
+    ),
+    (
+        "1.0.0",
+        "activation_encodings",
+        "x",
+        {"scale": [True]},
+        "scale: holds true or false; numbers are needed",
+    ),
+    (
+        "1.0.0",
+        "activation_encodings",
+        "x",
+        {"scale": [10**400]},
+        "scale: holds an integer that no float can hold",
+    ),
     ("1.0.0", "activation_encodings", "x", {"scale": [[0.1]]}, "scale: has 2 axes"),
-    ("1.0.0", "activation_encodings", "x", {"scale": [0.1, 0.2], "offset": [0, 0]}, "scale: has 2 values; PER_TENSOR has one"),
-    ("1.0.0", "activation_encodings", "x", {"offset": [-1.5]}, "offset: holds -1.5; integers are needed"),
+    (
+        "1.0.0",
+        "activation_encodings",
+        "x",
+        {"scale": [0.1, 0.2], "offset": [0, 0]},
+        "scale: has 2 values; PER_TENSOR has one",
+    ),
+    (
+        "1.0.0",
+        "activation_encodings",
+        "x",
+        {"offset": [-1.5]},
+        "offset: holds -1.5; integers are needed",
+    ),
     ("1.0.0", "activation_encodings", "x", {"offset": [2**70]}, "offset: is an integer of 71 bits"),
-    ("1.0.0", "activation_encodings", "x", {"is_sym": "False"}, "is_sym: is 'False'; true or false is needed"),
-    ("1.0.0", "activation_encodings", "x", {"enc_type": "VECTOR"}, "enc_type: is vector quantization"),
+    (
+        "1.0.0",
+        "activation_encodings",
+        "x",
+        {"is_sym": "False"},
+        "is_sym: is 'False'; true or false is needed",
+    ),
+    (
+        "1.0.0",
+        "activation_encodings",
+        "x",
+        {"enc_type": "VECTOR"},
+        "enc_type: is vector quantization",
+    ),
     ("1.0.0", "activation_encodings", "x", {"bw": ...}, "bw: is missing"),
     ("1.0.0", "activation_encodings", "x", {"bw": True}, "bw: is True; an integer is needed"),
-    ("1.0.0", "param_encodings", "channel.weight", {"offset": [-128]}, "offset: has 1 values, but scale has 4"),
-    ("1.0.0", "param_encodings", "channel.weight", {"block_size": 2}, "block_size: is not a field of this entry"),
-    ("1.0.0", "param_encodings", "block.weight_0", {"block_size": -1}, "block_size: is -1; an integer from 1"),
-    ("1.0.0", "param_encodings", "shifted.weight_0", {"zero_point_shift": [0.5]}, "zero_point_shift: must be a list as long as scale"),
-    ("1.0.0", "param_encodings", "lpbq.weight_0", {"compressed_bw": 9}, "compressed_bw: is 9, more than bw, 8"),
-    ("1.0.0", "param_encodings", "lpbq.weight_0", {"compressed_bw": 5}, "per_block_int_scale: reaches 16; with 5 of 8 bits it ends at 8"),
-    ("1.0.0", "param_encodings", "lpbq.weight_0", {"offset": [0] * 8}, "offset: must be -128 for each of the 8 scales"),
-    ("1.0.0", "param_encodings", "lpbq.weight_0", {"is_sym": False}, "is_sym: is false; LPBQ is symmetric"),
-    ("1.0.0", "param_encodings", "lpbq.weight_0", {"per_block_int_scale": [1] * 9}, "per_block_int_scale: has 9 values, which 8 channels cannot share"),
+    (
+        "1.0.0",
+        "param_encodings",
+        "channel.weight",
+        {"offset": [-128]},
+        "offset: has 1 values, but scale has 4",
+    ),
+    (
+        "1.0.0",
+        "param_encodings",
+        "channel.weight",
+        {"block_size": 2},
+        "block_size: is not a field of this entry",
+    ),
+    (
+        "1.0.0",
+        "param_encodings",
+        "block.weight_0",
+        {"block_size": -1},
+        "block_size: is -1; an integer from 1",
+    ),
+    (
+        "1.0.0",
+        "param_encodings",
+        "shifted.weight_0",
+        {"zero_point_shift": [0.5]},
+        "zero_point_shift: must be a list as long as scale",
+    ),
+    (
+        "1.0.0",
+        "param_encodings",
+        "lpbq.weight_0",
+        {"compressed_bw": 9},
+        "compressed_bw: is 9, more than bw, 8",
+    ),
+    (
+        "1.0.0",
+        "param_encodings",
+        "lpbq.weight_0",
+        {"compressed_bw": 5},
+        "per_block_int_scale: reaches 16; with 5 of 8 bits it ends at 8",
+    ),
+    (
+        "1.0.0",
+        "param_encodings",
+        "lpbq.weight_0",
+        {"offset": [0] * 8},
+        "offset: must be -128 for each of the 8 scales",
+    ),
+    (
+        "1.0.0",
+        "param_encodings",
+        "lpbq.weight_0",
+        {"is_sym": False},
+        "is_sym: is false; LPBQ is symmetric",
+    ),
+    (
+        "1.0.0",
+        "param_encodings",
+        "lpbq.weight_0",
+        {"per_block_int_scale": [1] * 9},
+        "per_block_int_scale: has 9 values, which 8 channels cannot share",
+    ),
     ("2.0.0", "encodings", "x", {"output_dtype": "int33"}, "output_dtype: is 'int33'"),
     ("2.0.0", "encodings", "x", {"output_dtype": "float16"}, "output_dtype: is 'float16'"),
     ("2.0.0", "encodings", "x", {"y_zero_point": 0.25}, "y_zero_point: must hold integers"),
-    ("2.0.0", "encodings", "channel.weight", {"y_zero_point": [-0.5, 0, 0, 0]}, "y_zero_point: must hold integers within"),
-    ("2.0.0", "encodings", "x", {"y_zero_point": [149]}, "y_zero_point: has shape \\[1\\], but y_scale \\[\\]"),
+    (
+        "2.0.0",
+        "encodings",
+        "channel.weight",
+        {"y_zero_point": [-0.5, 0, 0, 0]},
+        "y_zero_point: must hold integers within",
+    ),
+    (
+        "2.0.0",
+        "encodings",
+        "x",
+        {"y_zero_point": [149]},
+        "y_zero_point: has shape \\[1\\], but y_scale \\[\\]",
+    ),
     ("2.0.0", "encodings", "x", {"y_zero_point": 1e300}, "y_zero_point: must hold integers within"),
     ("2.0.0", "encodings", "x", {"axis": 0}, "y_scale: is one number; with an axis"),
-    ("2.0.0", "encodings", "channel.weight", {"axis": ...}, "axis: is missing; a y_scale that is a list needs one"),
+    (
+        "2.0.0",
+        "encodings",
+        "channel.weight",
+        {"axis": ...},
+        "axis: is missing; a y_scale that is a list needs one",
+    ),
     ("2.0.0", "encodings", "block.weight_0", {"axis": 2}, "axis: is 2, outside scales of 2 axes"),
-    ("2.0.0", "encodings", "block.weight_0", {"block_size": ...}, "y_scale: has 2 axes; without a block_size"),
-    ("2.0.0", "encodings", "block.weight_0", {"y_scale": [[0.1], [0.1, 0.2]]}, "y_scale: holds lists of different lengths"),
+    (
+        "2.0.0",
+        "encodings",
+        "block.weight_0",
+        {"block_size": ...},
+        "y_scale: has 2 axes; without a block_size",
+    ),
+    (
+        "2.0.0",
+        "encodings",
+        "block.weight_0",
+        {"y_scale": [[0.1], [0.1, 0.2]]},
+        "y_scale: holds lists of different lengths",
+    ),
     ("2.0.0", "encodings", "block.weight_0", {"y_scale": []}, "y_scale: is empty"),
-    ("2.0.0", "encodings", "block.weight_0", {"y_scale": [[[[[[[[[0.1]]]]]]]]]}, "y_scale: is nested deeper than 8 lists"),
-    ("2.0.0", "encodings", "lpbq.weight_0", {"output_dtype": "uint4"}, "output_dtype: is unsigned; LPBQ"),
-    ("2.0.0", "encodings", "lpbq.weight_0", {"per_channel_float_scale": [[0.1] * 3]}, "per_channel_float_scale: has shape \\[1, 3\\], which does not divide"),
-    ("2.0.0", "encodings", "lpbq.weight_0", {"per_block_int_scale": [[0] * 8] * 3}, "per_block_int_scale: is 0; an integer from 1"),
-    ("2.0.0", "encodings", "x", {"y_scale": {"x": [1], "x_scale": [1.0], "axis": 0}}, "y_scale: is an object, which is how 2.1.0 writes LPBQ"),
-    ("2.1.0", "encodings", "x", {"per_block_int_scale": [1]}, "per_block_int_scale: is how 2.0.0 writes LPBQ"),
-    ("2.1.0", "encodings", "float8.weight_0", {"y_scale": {"x": [1.0], "x_scale": 1.0}}, "y_scale: .*NVFP4.* not supported"),
-    ("2.1.0", "encodings", "lpbq.weight_0", {"y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 1}}, "y_scale.x_scale: has 1 values, but axis 1 of x has 2"),
-    ("2.1.0", "encodings", "lpbq.weight_0", {"y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 2}}, "y_scale.axis: is 2, outside"),
-    ("2.1.0", "encodings", "lpbq.weight_0", {"y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 0, "n": 1}}, "y_scale.n: is not a field"),
+    (
+        "2.0.0",
+        "encodings",
+        "block.weight_0",
+        {"y_scale": [[[[[[[[[0.1]]]]]]]]]},
+        "y_scale: is nested deeper than 8 lists",
+    ),
+    (
+        "2.0.0",
+        "encodings",
+        "lpbq.weight_0",
+        {"output_dtype": "uint4"},
+        "output_dtype: is unsigned; LPBQ",
+    ),
+    (
+        "2.0.0",
+        "encodings",
+        "lpbq.weight_0",
+        {"per_channel_float_scale": [[0.1] * 3]},
+        "per_channel_float_scale: has shape \\[1, 3\\], which does not divide",
+    ),
+    (
+        "2.0.0",
+        "encodings",
+        "lpbq.weight_0",
+        {"per_block_int_scale": [[0] * 8] * 3},
+        "per_block_int_scale: is 0; an integer from 1",
+    ),
+    (
+        "2.0.0",
+        "encodings",
+        "x",
+        {"y_scale": {"x": [1], "x_scale": [1.0], "axis": 0}},
+        "y_scale: is an object, which is how 2.1.0 writes LPBQ",
+    ),
+    (
+        "2.1.0",
+        "encodings",
+        "x",
+        {"per_block_int_scale": [1]},
+        "per_block_int_scale: is how 2.0.0 writes LPBQ",
+    ),
+    (
+        "2.1.0",
+        "encodings",
+        "float8.weight_0",
+        {"y_scale": {"x": [1.0], "x_scale": 1.0}},
+        "y_scale: .*NVFP4.* not supported",
+    ),
+    (
+        "2.1.0",
+        "encodings",
+        "lpbq.weight_0",
+        {"y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 1}},
+        "y_scale.x_scale: has 1 values, but axis 1 of x has 2",
+    ),
+    (
+        "2.1.0",
+        "encodings",
+        "lpbq.weight_0",
+        {"y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 2}},
+        "y_scale.axis: is 2, outside",
+    ),
+    (
+        "2.1.0",
+        "encodings",
+        "lpbq.weight_0",
+        {"y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 0, "n": 1}},
+        "y_scale.n: is not a field",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("version", "section", "name", "fields", "message"), BAD_FIELDS)
-def test_a_bad_field_is_named(tmp_path: Path, version: str, section: str, name: str, fields: dict[str, Any], message: str) -> None:
+def test_a_bad_field_is_named(
+    tmp_path: Path, version: str, section: str, name: str, fields: dict[str, Any], message: str
+) -> None:
     path = tmp_path / "bad.encodings"
     path.write_text(json.dumps(changed(version, section, name, **fields)))
     with pytest.raises(EncodingsFileError, match=f"{name}[:,] {message}") as caught:
@@ -278,7 +569,12 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     path.write_text(json.dumps(document))
     with pytest.raises(EncodingsFileError) as caught:
         read(path)
-    for part in ("x, bw: is 0", "new, bw: is missing", "new, dtype: is missing", "file, mystery: is not a field"):
+    for part in (
+        "x, bw: is 0",
+        "new, bw: is missing",
+        "new, dtype: is missing",
+        "file, mystery: is not a field",
+    ):
         assert any(part in problem for problem in caught.value.problems), caught.value.problems
 
 
@@ -311,7 +607,9 @@ def test_a_written_file_reads_back(tmp_path: Path, version: str) -> None:
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "out.encodings"
     path.write_text("before")
-    file = EncodingsFile("1.0.0", (IntegerEncoding("w", 8, 0.1, 0, False, signed=True),), frozenset())
+    file = EncodingsFile(
+        "1.0.0", (IntegerEncoding("w", 8, 0.1, 0, False, signed=True),), frozenset()
+    )
     with pytest.raises(ConversionError, match="w: signed True"):
         write(file, path)
     with pytest.raises(EncodingsFileError, match="scale: must be above 0"):
@@ -328,7 +626,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_values_refuse_what_cannot_be() -> None:
-    with pytest.raises(EncodingsFileError, match=r"'w'.*\n.*scale has shape \[2\] but offset \[1\]"):
+    with pytest.raises(
+        EncodingsFileError, match=r"'w'.*\n.*scale has shape \[2\] but offset \[1\]"
+    ):
         IntegerEncoding("w", 8, [0.1, 0.2], [0], False)
     with pytest.raises(EncodingsFileError, match=r"offset holds -0\.5; integers are needed"):
         IntegerEncoding("w", 8, [0.1, 0.1], [-1, -0.5], False)
@@ -336,7 +636,9 @@ def test_values_refuse_what_cannot_be() -> None:
         IntegerEncoding("w", 8, 0.1, float("inf"), False)
     with pytest.raises(EncodingsFileError, match="'w': encodings have distinct names"):
         EncodingsFile("2.0.0", (FloatEncoding("w", 16), FloatEncoding("w", 16)))
-    with pytest.raises(EncodingsFileError, match="'v': is named as a parameter, but has no encoding"):
+    with pytest.raises(
+        EncodingsFileError, match="'v': is named as a parameter, but has no encoding"
+    ):
         EncodingsFile("1.0.0", (), frozenset({"v"}))
 
 

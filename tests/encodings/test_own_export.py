@@ -23,7 +23,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
     model = tiny_model("llama")
     quantize_(model, "w4-block32")
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
     ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     simulation = simulate(adapted, batch)
@@ -37,10 +39,14 @@ def findings(bundle: Path) -> list[Finding]:
     return validate(bundle / "model.encodings", bundle / "model.onnx")
 
 
-def test_every_warning_is_of_a_float_that_an_op_computes(bundle: Path, findings: list[Finding]) -> None:
+def test_every_warning_is_of_a_float_that_an_op_computes(
+    bundle: Path, findings: list[Finding]
+) -> None:
     model = infer_shapes(onnx.load(bundle / "model.onnx"))
     ops = {name: node.op_type for node in model.graph.node for name in node.output}
-    kinds = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
+    kinds = {
+        v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)
+    }
     assert {f.severity for f in findings} == {"warning"}
     stored = {f.where for f in findings if f.where not in ops}
     assert all(name.endswith("inv_freq") for name in stored)
@@ -59,6 +65,10 @@ def test_its_blocks_convert_to_2_x_and_back(bundle: Path) -> None:
     parameters = {name: file.by_name[name] for name in file.parameters}
     assert {e.granularity for e in parameters.values()} >= {"block", "channel"}
     for version in ("2.0.0", "2.1.0"):
-        there = convert(file, version, lossy=True, graph=graph)  # `excluded_layers` and `quantizer_args` have no place in 2.x
-        back = convert(there, "1.0.0", lossy=True, graph=graph)  # an asymmetric activation may happen to be centred
+        there = convert(
+            file, version, lossy=True, graph=graph
+        )  # `excluded_layers` and `quantizer_args` have no place in 2.x
+        back = convert(
+            there, "1.0.0", lossy=True, graph=graph
+        )  # an asymmetric activation may happen to be centred
         assert {name: back.by_name[name] for name in parameters} == parameters

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 from random_files import FILES
 
-from qwlora.encodings import Encoding, EncodingsFile, Finding, IntegerEncoding, LpbqEncoding, TensorFacts, read, read_graph, validate
+from qwlora.encodings import (
+    Encoding,
+    EncodingsFile,
+    Finding,
+    IntegerEncoding,
+    LpbqEncoding,
+    TensorFacts,
+    read,
+    read_graph,
+    validate,
+)
 from qwlora.encodings.validate import lines
 from qwlora.errors import EncodingsFileError, MissingExtraError
 
@@ -43,19 +53,40 @@ def model_file(path: Path) -> Path:
         helper.make_node("Constant", [], ["constant"], value=weight("", 2, 2)),
         helper.make_node("Add", ["constant", "constant"], ["y"]),
     ]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8]), helper.make_tensor_value_info("m", TensorProto.FLOAT, [2, 8])]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8]),
+        helper.make_tensor_value_info("m", TensorProto.FLOAT, [2, 8]),
+    ]
     inputs.append(helper.make_tensor_value_info("ids", TensorProto.INT64, [2]))
-    stored = [weight("conv", 4, 3, 1, 1), weight("bias", 4), weight("deconv", 4, 5, 1, 1), weight("gemm_t", 6, 8), weight("gemm", 8, 6), weight("matmul", 8, 7)]
+    stored = [
+        weight("conv", 4, 3, 1, 1),
+        weight("bias", 4),
+        weight("deconv", 4, 5, 1, 1),
+        weight("gemm_t", 6, 8),
+        weight("gemm", 8, 6),
+        weight("matmul", 8, 7),
+    ]
     stored += [weight("both", 8, 8), weight("table", 9, 4), weight("tied", 9, 4)]
     gone = [helper.make_tensor_value_info("gone", TensorProto.FLOAT, [1])]
-    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 2])], stored, value_info=gone)
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        inputs,
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 2])],
+        stored,
+        value_info=gone,
+    )
     onnx.save(helper.make_model(graph), str(path))
     return path
 
 
 def test_axes_come_from_the_op_that_reads_the_tensor(tmp_path: Path) -> None:
     graph = read_graph(model_file(tmp_path / "m.onnx"))
-    axes = {name: (facts.channel_axis, facts.block_axis) for name, facts in graph.items() if facts.parameter}
+    axes = {
+        name: (facts.channel_axis, facts.block_axis)
+        for name, facts in graph.items()
+        if facts.parameter
+    }
     assert axes == {
         "conv": (0, 1),
         "bias": (0, None),
@@ -81,13 +112,17 @@ def test_aimets_files_fit_aimets_model(version: str) -> None:
     findings = validate(FILES / f"aimet-{version}.encodings", MODEL)
     assert [f for f in findings if f.severity == "error"] == []
     unnamed = {f.where for f in findings if "without an encoding" in f.message}
-    assert unnamed == {"/channel/Conv_output_0", "onnx::MatMul_111"} | ({"channel.bias"} if version == "1.0.0" else set())
+    assert unnamed == {"/channel/Conv_output_0", "onnx::MatMul_111"} | (
+        {"channel.bias"} if version == "1.0.0" else set()
+    )
     assert all(f.severity == "warning" for f in findings)
 
 
 def test_blocks_that_0_6_1_lists_as_channels_are_found_beside_the_model() -> None:
     assert validate(FILES / "aimet-0.6.1.encodings") == []
-    errors = [str(f) for f in validate(FILES / "aimet-0.6.1.encodings", MODEL) if f.severity == "error"]
+    errors = [
+        str(f) for f in validate(FILES / "aimet-0.6.1.encodings", MODEL) if f.severity == "error"
+    ]
     assert errors == [
         "block.weight_0, scale: has 12 values, but axis 1 of a tensor of shape [8, 6] has 6",
         "lpbq.weight_0, scale: has 24 values, but axis 1 of a tensor of shape [6, 8] has 8",
@@ -100,7 +135,14 @@ def plumbing_file(path: Path) -> Path:
 
     def constant(name: str, value: Any, kind: int = TensorProto.INT64) -> Any:
         values = value if isinstance(value, list) else [value]
-        return helper.make_node("Constant", [], [name], value=helper.make_tensor("", kind, [len(values)] if isinstance(value, list) else [], values))
+        return helper.make_node(
+            "Constant",
+            [],
+            [name],
+            value=helper.make_tensor(
+                "", kind, [len(values)] if isinstance(value, list) else [], values
+            ),
+        )
 
     node = helper.make_node
     nodes = [
@@ -126,9 +168,18 @@ def plumbing_file(path: Path) -> Path:
         constant("epsilon", 1e-5, TensorProto.FLOAT),
         node("Add", ["mixed", "epsilon"], ["y"]),
     ]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, "n", 8]), helper.make_tensor_value_info("ids", TensorProto.INT64, [2, "n"])]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, "n", 8]),
+        helper.make_tensor_value_info("ids", TensorProto.INT64, [2, "n"]),
+    ]
     table = helper.make_tensor("table", TensorProto.FLOAT, [9, 8], [1.0] * 72)
-    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, "n", 8])], [table])
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        inputs,
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, "n", 8])],
+        [table],
+    )
     onnx.checker.check_model(helper.make_model(graph), full_check=True)
     onnx.save(helper.make_model(graph), str(path))
     return path
@@ -137,7 +188,14 @@ def plumbing_file(path: Path) -> Path:
 def test_only_what_carries_values_wants_an_encoding(tmp_path: Path) -> None:
     graph = read_graph(plumbing_file(tmp_path / "m.onnx"))
     wanted = {name: facts.computed_by for name, facts in graph.items() if facts.wanted}
-    computed = {"sum": "Add", "scores": "MatMul", "masked": "Add", "weights": "Softmax", "mixed": "MatMul", "y": "Add"}
+    computed = {
+        "sum": "Add",
+        "scores": "MatMul",
+        "masked": "Add",
+        "weights": "Softmax",
+        "mixed": "MatMul",
+        "y": "Add",
+    }
     assert wanted == {"x": None, "table": None, **computed}
 
 
@@ -147,39 +205,103 @@ def test_every_wanted_tensor_is_warned_of_and_no_other(tmp_path: Path) -> None:
     for left_out in ([], ["sum"], ["table", "y"]):
         some = tuple(integers(name, 1.0) for name in every if name not in left_out)
         found = validate(EncodingsFile("1.0.0", some, frozenset({"table"} - set(left_out))), model)
-        assert sorted((f.severity, f.where) for f in found) == sorted(("warning", name) for name in left_out)
+        assert sorted((f.severity, f.where) for f in found) == sorted(
+            ("warning", name) for name in left_out
+        )
     after_the_cast = tuple(integers("same" if name == "weights" else name, 1.0) for name in every)
     assert validate(EncodingsFile("1.0.0", after_the_cast, frozenset({"table"})), model) == []
 
 
 def test_warnings_that_say_the_same_share_a_line(tmp_path: Path) -> None:
-    findings = [Finding("warning", f"t{i}", "", "is odd") for i in range(9)] + [Finding("warning", "u", "", "is rare"), Finding("error", "t", "", "is odd")]
-    assert lines(findings) == ["warning: 9 tensors (t0, t1, t2 ...): each is odd", "warning: u: is rare", "error: t: is odd"]
+    findings = [Finding("warning", f"t{i}", "", "is odd") for i in range(9)] + [
+        Finding("warning", "u", "", "is rare"),
+        Finding("error", "t", "", "is odd"),
+    ]
+    assert lines(findings) == [
+        "warning: 9 tensors (t0, t1, t2 ...): each is odd",
+        "warning: u: is rare",
+        "error: t: is odd",
+    ]
 
 
-def errors_of(tmp_path: Path, version: str, encoding: Encoding, parameter: bool = True) -> list[str]:
-    file = EncodingsFile(version, (encoding,), frozenset({encoding.name} if parameter else ()) if version < "2" else None)
-    return [str(f) for f in validate(file, model_file(tmp_path / "m.onnx")) if f.severity == "error"]
+def errors_of(
+    tmp_path: Path, version: str, encoding: Encoding, parameter: bool = True
+) -> list[str]:
+    file = EncodingsFile(
+        version,
+        (encoding,),
+        frozenset({encoding.name} if parameter else ()) if version < "2" else None,
+    )
+    return [
+        str(f) for f in validate(file, model_file(tmp_path / "m.onnx")) if f.severity == "error"
+    ]
 
 
-def integers(name: str, scale: Any, axis: int | None = None, block_size: int | None = None) -> IntegerEncoding:
+def integers(
+    name: str, scale: Any, axis: int | None = None, block_size: int | None = None
+) -> IntegerEncoding:
     import numpy as np
 
-    return IntegerEncoding(name, 4, scale, np.full(np.shape(scale), -8), True, None if axis is None else True, axis, block_size)
+    return IntegerEncoding(
+        name,
+        4,
+        scale,
+        np.full(np.shape(scale), -8),
+        True,
+        None if axis is None else True,
+        axis,
+        block_size,
+    )
 
 
 @pytest.mark.parametrize(
     ("version", "encoding", "error"),
     [
-        ("1.0.0", integers("nobody", 1.0), "nobody, name: is not the name of a tensor in the graph"),
-        ("1.0.0", integers("m", 1.0), "m, section: says a parameter, but it is an activation of the graph"),
-        ("1.0.0", integers("gemm", [1.0] * 8), "gemm, scale: has 8 values, but axis 1 of a tensor of shape [8, 6] has 6"),
-        ("1.0.0", integers("table", [1.0] * 5), "table, scale: has 5 values, but axis 0 of a tensor of shape [9, 4] has 9"),
-        ("1.0.0", integers("both", [1.0] * 5), "both, scale: has 5 values, but no axis of a tensor of shape [8, 8] is as long"),
-        ("1.0.0", integers("gemm", [1.0] * 8, block_size=4), "gemm, scale: has 8 values, which blocks of 4 on a tensor of shape [8, 6] do not give"),
-        ("1.0.0", integers("gemm", [1.0] * 16, block_size=3), "gemm, scale: has 16 values, which blocks of 3 on a tensor of shape [8, 6] do not give"),
-        ("2.0.0", integers("gemm", [1.0] * 6, axis=2), "gemm, axis: is 2, outside a tensor of shape [8, 6]"),
-        ("2.0.0", integers("gemm", [1.0] * 6, axis=0), "gemm, scale: has 6 values, but axis 0 of a tensor of shape [8, 6] has 8"),
+        (
+            "1.0.0",
+            integers("nobody", 1.0),
+            "nobody, name: is not the name of a tensor in the graph",
+        ),
+        (
+            "1.0.0",
+            integers("m", 1.0),
+            "m, section: says a parameter, but it is an activation of the graph",
+        ),
+        (
+            "1.0.0",
+            integers("gemm", [1.0] * 8),
+            "gemm, scale: has 8 values, but axis 1 of a tensor of shape [8, 6] has 6",
+        ),
+        (
+            "1.0.0",
+            integers("table", [1.0] * 5),
+            "table, scale: has 5 values, but axis 0 of a tensor of shape [9, 4] has 9",
+        ),
+        (
+            "1.0.0",
+            integers("both", [1.0] * 5),
+            "both, scale: has 5 values, but no axis of a tensor of shape [8, 8] is as long",
+        ),
+        (
+            "1.0.0",
+            integers("gemm", [1.0] * 8, block_size=4),
+            "gemm, scale: has 8 values, which blocks of 4 on a tensor of shape [8, 6] do not give",
+        ),
+        (
+            "1.0.0",
+            integers("gemm", [1.0] * 16, block_size=3),
+            "gemm, scale: has 16 values, which blocks of 3 on a tensor of shape [8, 6] do not give",
+        ),
+        (
+            "2.0.0",
+            integers("gemm", [1.0] * 6, axis=2),
+            "gemm, axis: is 2, outside a tensor of shape [8, 6]",
+        ),
+        (
+            "2.0.0",
+            integers("gemm", [1.0] * 6, axis=0),
+            "gemm, scale: has 6 values, but axis 0 of a tensor of shape [8, 6] has 8",
+        ),
         (
             "2.0.0",
             integers("gemm", [[1.0] * 6] * 4, axis=0, block_size=4),
@@ -192,7 +314,9 @@ def integers(name: str, scale: Any, axis: int | None = None, block_size: int | N
         ),
     ],
 )
-def test_what_does_not_fit_the_model_is_an_error(tmp_path: Path, version: str, encoding: Encoding, error: str) -> None:
+def test_what_does_not_fit_the_model_is_an_error(
+    tmp_path: Path, version: str, encoding: Encoding, error: str
+) -> None:
     assert errors_of(tmp_path, version, encoding) == [error]
 
 
@@ -214,23 +338,45 @@ def test_what_fits_the_model_is_none(tmp_path: Path, version: str, encoding: Enc
 
 
 def test_an_activation_that_is_stored_in_the_model_is_an_error(tmp_path: Path) -> None:
-    assert errors_of(tmp_path, "1.0.0", integers("gemm", 1.0), parameter=False) == ["gemm, section: says an activation, but it is a parameter of the graph"]
+    assert errors_of(tmp_path, "1.0.0", integers("gemm", 1.0), parameter=False) == [
+        "gemm, section: says an activation, but it is a parameter of the graph"
+    ]
 
 
 def test_an_offset_outside_its_codes_is_an_error_and_an_odd_one_a_warning() -> None:
-    some = [("fine", 0, False), ("lowest", -255, False), ("positive", 1, False), ("low", -256, False), ("odd", -100, True)]
-    file = EncodingsFile("1.0.0", tuple(IntegerEncoding(name, 8, [1.0, 1.0], [-128, offset], symmetric) for name, offset, symmetric in some), frozenset())
+    some = [
+        ("fine", 0, False),
+        ("lowest", -255, False),
+        ("positive", 1, False),
+        ("low", -256, False),
+        ("odd", -100, True),
+    ]
+    file = EncodingsFile(
+        "1.0.0",
+        tuple(
+            IntegerEncoding(name, 8, [1.0, 1.0], [-128, offset], symmetric)
+            for name, offset, symmetric in some
+        ),
+        frozenset(),
+    )
     assert [(f.severity, f.where, f.field) for f in validate(file)] == [
         ("error", "positive", "offset"),
         ("error", "low", "offset"),
         ("warning", "odd", "offset"),
     ]
-    assert validate(file)[0].message == "is 1, outside [-255, 0], in 1 of 2 grids: zero is not on the grid"
+    assert (
+        validate(file)[0].message
+        == "is 1, outside [-255, 0], in 1 of 2 grids: zero is not on the grid"
+    )
 
 
 def test_what_is_wrong_inside_the_json_are_findings(tmp_path: Path) -> None:
     path = tmp_path / "bad.encodings"
-    path.write_text(json.dumps({"version": "1.0.0", "param_encodings": [{"name": "w"}], "activation_encodings": 5}))
+    path.write_text(
+        json.dumps(
+            {"version": "1.0.0", "param_encodings": [{"name": "w"}], "activation_encodings": 5}
+        )
+    )
     found = [str(f) for f in validate(path)]
     assert "activation_encodings: is 5; a list of entries is needed" in found
     assert "w, bw: is missing" in found
@@ -240,7 +386,9 @@ def test_what_is_wrong_inside_the_json_are_findings(tmp_path: Path) -> None:
 
 
 def test_a_value_that_its_version_cannot_hold_is_found_before_it_is_written() -> None:
-    file = EncodingsFile("1.0.0", (IntegerEncoding("w", 8, 1.0, 0, False, signed=True),), frozenset())
+    file = EncodingsFile(
+        "1.0.0", (IntegerEncoding("w", 8, 1.0, 0, False, signed=True),), frozenset()
+    )
     assert [f.message for f in validate(file)] == ["1.0.0 cannot hold, or needs: w: signed True"]
     negative = EncodingsFile("1.0.0", (IntegerEncoding("w", 8, -1.0, 0, False),), frozenset())
     assert "w, scale: must be above 0" in validate(negative)[0].message

@@ -12,7 +12,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
-from qwlora import PerChannel, Scheme, Simulation, SimulationSchemes, export_onnx, quantize_, simulate, verify_onnx
+from qwlora import (
+    PerChannel,
+    Scheme,
+    Simulation,
+    SimulationSchemes,
+    export_onnx,
+    quantize_,
+    simulate,
+    verify_onnx,
+)
 from qwlora.encodings import validate
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
 from qwlora.export import extras
@@ -26,7 +35,9 @@ def made(scheme: str, folder: Path, schemes: SimulationSchemes | None = None) ->
     model = tiny_model("llama")
     quantize_(model, scheme)
     torch.manual_seed(1)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
     batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
     simulation = simulate(adapted, batch, schemes)
     simulation.calibrate([batch])
@@ -40,7 +51,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Simulation]:
     return folder, made("w4-block32", folder)
 
 
-@pytest.mark.parametrize("scheme", ["w3-channel", "w2-block32-asymmetric", "w8-tensor", "w6-block16-asymmetric"])
+@pytest.mark.parametrize(
+    "scheme", ["w3-channel", "w2-block32-asymmetric", "w8-tensor", "w6-block16-asymmetric"]
+)
 def test_every_grid_is_exported_exactly(tmp_path: Path, scheme: str) -> None:
     parity = verify_onnx(tmp_path, made(scheme, tmp_path), IDS, layer_tokens=16)
     check_parity(parity, Limits(), scheme)
@@ -48,18 +61,37 @@ def test_every_grid_is_exported_exactly(tmp_path: Path, scheme: str) -> None:
 
 
 def test_eight_bit_activations(tmp_path: Path) -> None:
-    simulation = made("w4-block32", tmp_path, SimulationSchemes(activations=Scheme(8, symmetric=False)))
+    simulation = made(
+        "w4-block32", tmp_path, SimulationSchemes(activations=Scheme(8, symmetric=False))
+    )
     check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), Limits(), "a8")
-    kinds = {i.data_type for i in onnx.load(tmp_path / "model.onnx").graph.initializer if i.name.endswith(".zero_point")}
+    kinds = {
+        i.data_type
+        for i in onnx.load(tmp_path / "model.onnx").graph.initializer
+        if i.name.endswith(".zero_point")
+    }
     assert kinds == {onnx.TensorProto.UINT8}
 
 
-@pytest.mark.parametrize(("bitwidth", "symmetric", "container"), [(5, False, "uint8"), (12, True, "int16"), (12, False, "uint16")])
-def test_adapter_weights_of_every_width(tmp_path: Path, bitwidth: int, symmetric: bool, container: str) -> None:
-    simulation = made("w4-block32", tmp_path, SimulationSchemes(adapter_weights=Scheme(bitwidth, symmetric, PerChannel(0))))
+@pytest.mark.parametrize(
+    ("bitwidth", "symmetric", "container"),
+    [(5, False, "uint8"), (12, True, "int16"), (12, False, "uint16")],
+)
+def test_adapter_weights_of_every_width(
+    tmp_path: Path, bitwidth: int, symmetric: bool, container: str
+) -> None:
+    simulation = made(
+        "w4-block32",
+        tmp_path,
+        SimulationSchemes(adapter_weights=Scheme(bitwidth, symmetric, PerChannel(0))),
+    )
     check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), Limits(), "it")
     name = "model.layers.0.mlp.up_proj.lora_A.weight"
-    stored = next(onnx.numpy_helper.to_array(i) for i in onnx.load(tmp_path / "model.onnx").graph.initializer if i.name == f"{name}.codes")
+    stored = next(
+        onnx.numpy_helper.to_array(i)
+        for i in onnx.load(tmp_path / "model.onnx").graph.initializer
+        if i.name == f"{name}.codes"
+    )
     assert stored.dtype == container
     codes = simulation.encodings[name].quantize(simulation.adapter_weights[name])
     np.testing.assert_array_equal(stored, (codes - symmetric * 2 ** (bitwidth - 1)).T.numpy())
@@ -67,7 +99,9 @@ def test_adapter_weights_of_every_width(tmp_path: Path, bitwidth: int, symmetric
 
 
 def test_bits_without_an_onnx_type_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="ONNX has no 6-bit QuantizeLinear for activations; use 8 or 16 bits"):
+    with pytest.raises(
+        ExportError, match="ONNX has no 6-bit QuantizeLinear for activations; use 8 or 16 bits"
+    ):
         made("w4-block32", tmp_path, SimulationSchemes(activations=Scheme(6, symmetric=False)))
 
 
@@ -78,13 +112,32 @@ def test_aimet_entries_say_what_the_grid_says(bundle: tuple[Path, Simulation]) -
     weight = parameters["model.layers.0.mlp.up_proj.weight"]
     encoding = simulation.encodings["model.layers.0.mlp.up_proj.weight"]
     assert weight["enc_type"] == "PER_BLOCK"
-    assert (weight["bw"], weight["block_size"], weight["is_sym"], set(weight["offset"])) == (4, 32, True, {-8})
+    assert (weight["bw"], weight["block_size"], weight["is_sym"], set(weight["offset"])) == (
+        4,
+        32,
+        True,
+        {-8},
+    )
     np.testing.assert_array_equal(np.float32(weight["scale"]), encoding.scale.T.flatten().numpy())
-    stored = next(i for i in onnx.load(folder / "model.onnx").graph.initializer if i.name == "model.layers.0.mlp.up_proj.weight.scale")
-    np.testing.assert_array_equal(np.float32(weight["scale"]), onnx.numpy_helper.to_array(stored).flatten())
+    stored = next(
+        i
+        for i in onnx.load(folder / "model.onnx").graph.initializer
+        if i.name == "model.layers.0.mlp.up_proj.weight.scale"
+    )
+    np.testing.assert_array_equal(
+        np.float32(weight["scale"]), onnx.numpy_helper.to_array(stored).flatten()
+    )
     lora = parameters["model.layers.0.mlp.up_proj.lora_A.weight"]
-    assert (lora["enc_type"], lora["bw"], len(lora["scale"]), set(lora["offset"])) == ("PER_CHANNEL", 8, 4, {-128})
-    assert all(e["bw"] == 16 and e["enc_type"] == "PER_TENSOR" and not e["is_sym"] for e in record["activation_encodings"])
+    assert (lora["enc_type"], lora["bw"], len(lora["scale"]), set(lora["offset"])) == (
+        "PER_CHANNEL",
+        8,
+        4,
+        {-128},
+    )
+    assert all(
+        e["bw"] == 16 and e["enc_type"] == "PER_TENSOR" and not e["is_sym"]
+        for e in record["activation_encodings"]
+    )
     assert len(parameters) == sum(m.kind is not Kind.ACTIVATION for m in simulation.marks)
 
 
@@ -96,32 +149,55 @@ def test_the_validator_finds_nothing_wrong_with_the_bundle(bundle: tuple[Path, S
     record["param_encodings"][0]["scale"][0] = -1.0
     record["activation_encodings"][3]["name"] = "no.such.tensor"
     (folder / "wrong.encodings").write_text(json.dumps(record))
-    assert len([f for f in validate(folder / "wrong.encodings", folder / "model.onnx") if f.severity == "error"]) >= 1
+    assert (
+        len(
+            [
+                f
+                for f in validate(folder / "wrong.encodings", folder / "model.onnx")
+                if f.severity == "error"
+            ]
+        )
+        >= 1
+    )
 
 
 def test_file_carries_its_metadata_and_axis_names(bundle: tuple[Path, Simulation]) -> None:
     model = onnx.load(bundle[0] / "model.onnx")
     assert {p.key: p.value for p in model.metadata_props}["qwlora.note"] == "test"
-    assert [[d.dim_param for d in i.type.tensor_type.shape.dim] for i in model.graph.input] == [["batch", "tokens"]] * 2
+    assert [[d.dim_param for d in i.type.tensor_type.shape.dim] for i in model.graph.input] == [
+        ["batch", "tokens"]
+    ] * 2
     assert {n.domain for n in model.graph.node} == {""}
 
 
 def test_a_wrong_file_fails_the_proof(bundle: tuple[Path, Simulation], tmp_path: Path) -> None:
     folder, simulation = bundle
     model = onnx.load(folder / "model.onnx")
-    scale = next(i for i in model.graph.initializer if i.name == "model.layers.1.mlp.up_proj.weight.scale")
-    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(1.01), scale.name))
+    scale = next(
+        i for i in model.graph.initializer if i.name == "model.layers.1.mlp.up_proj.weight.scale"
+    )
+    scale.CopyFrom(
+        onnx.numpy_helper.from_array(
+            onnx.numpy_helper.to_array(scale) * np.float32(1.01), scale.name
+        )
+    )
     onnx.save(model, tmp_path / "model.onnx")
     parity = verify_onnx(tmp_path, simulation, IDS, layer_tokens=16)
     assert parity.worst_layer == "model.layers.1.mlp.up_proj.linear"
-    with pytest.raises(VerificationError, match=r"layer model.layers.1.mlp.up_proj.linear is [\d.]+ steps off \(limit 2\)"):
+    with pytest.raises(
+        VerificationError,
+        match=r"layer model.layers.1.mlp.up_proj.linear is [\d.]+ steps off \(limit 2\)",
+    ):
         check_parity(parity, Limits(), "it")
 
 
 def test_each_limit_is_held(bundle: tuple[Path, Simulation]) -> None:
     good = verify_onnx(bundle[0], bundle[1], IDS, layer_tokens=16)
     for change, message in (
-        ({"perplexity": good.simulated_perplexity * 1.01}, "perplexity .* is 1.00% from the simulation's"),
+        (
+            {"perplexity": good.simulated_perplexity * 1.01},
+            "perplexity .* is 1.00% from the simulation's",
+        ),
         ({"perplexity": float("nan")}, "perplexity nan"),
         ({"top1_agreement": 0.5}, "below the floor"),
         ({"worst_layer_steps": 2.5}, "is 2.50 steps off"),
@@ -131,9 +207,14 @@ def test_each_limit_is_held(bundle: tuple[Path, Simulation]) -> None:
             check_parity(Parity(**{**good.to_json(), **change}), Limits(), "it")
 
 
-def test_unreadable_file_and_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: tuple[Path, Simulation]) -> None:
+def test_unreadable_file_and_missing_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: tuple[Path, Simulation]
+) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no")
     with pytest.raises(Exception, match=r"model.onnx|onnx"):
         verify_onnx(tmp_path, bundle[1], IDS, layer_tokens=16)
-    with pytest.raises(MissingExtraError, match=r"not_there is needed here and is not installed: pip install 'qwlora\[onnx\]'"):
+    with pytest.raises(
+        MissingExtraError,
+        match=r"not_there is needed here and is not installed: pip install 'qwlora\[onnx\]'",
+    ):
         extras.require("not_there", "onnx")

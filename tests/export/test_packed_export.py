@@ -34,7 +34,9 @@ def exported(scheme: Scheme, folder: Path) -> tuple[torch.nn.Module, Simulation]
     """A llama whose embedding, head and layers are all packed."""
     model, _ = packed_and_twin(tiny_model("llama"), scheme)
     torch.manual_seed(1)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)).eval()
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    ).eval()
     simulation = simulate(adapted, BATCH)
     simulation.calibrate([BATCH])
     export_onnx(simulation.graph(), folder)
@@ -53,7 +55,10 @@ def test_the_file_computes_what_was_simulated(tmp_path: Path, scheme: Scheme) ->
     types = {i.data_type for name, i in arrays.items() if name.endswith((".scale", ".minimum"))}
     assert types == {onnx.TensorProto.FLOAT}
     assert all(f"{name}.codes" in arrays for name in weights)
-    assert not any(np.prod(i.dims) == 260 * 64 and i.data_type == onnx.TensorProto.FLOAT for i in arrays.values())  # no float copy of the embedding
+    assert not any(
+        np.prod(i.dims) == 260 * 64 and i.data_type == onnx.TensorProto.FLOAT
+        for i in arrays.values()
+    )  # no float copy of the embedding
     entries = json.loads((tmp_path / "model.encodings").read_text())
     named = {entry["name"] for entry in entries["param_encodings"]}
     left_out = {name.removesuffix(".weight") for name in weights} if scheme.float_offset else set()
@@ -66,8 +71,12 @@ def test_float_offsets_come_back_from_disk(tmp_path: Path) -> None:
     simulation = simulate(model.eval(), BATCH)
     simulation.calibrate([BATCH])
     save_simulation(simulation, tmp_path)
-    assert "lm_head.weight" not in load_encodings(tmp_path)  # no encodings file can hold it, and the base does
-    with pytest.raises(CalibrationError, match=r"has float offsets, which no encodings file can hold"):
+    assert "lm_head.weight" not in load_encodings(
+        tmp_path
+    )  # no encodings file can hold it, and the base does
+    with pytest.raises(
+        CalibrationError, match=r"has float offsets, which no encodings file can hold"
+    ):
         save_simulation(simulation, tmp_path / "whole", with_base=True)
     again = load_simulation(tmp_path, model)
     found = again.encodings["lm_head.weight"]

@@ -13,7 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwlora import Scheme, Simulation, SimulationSchemes, export_onnx, quantize_, simulate, verify_onnx_outputs
+from qwlora import (
+    Scheme,
+    Simulation,
+    SimulationSchemes,
+    export_onnx,
+    quantize_,
+    simulate,
+    verify_onnx_outputs,
+)
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.onnx_runtime import OnnxModel
 from qwlora.export.verify_outputs import Difference, OutputLimits, check_output_parity
@@ -34,7 +42,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Simulation]:
     return folder, simulation
 
 
-def test_an_image_model_of_eight_bits_computes_what_was_simulated(bundle: tuple[Path, Simulation]) -> None:
+def test_an_image_model_of_eight_bits_computes_what_was_simulated(
+    bundle: tuple[Path, Simulation],
+) -> None:
     folder, simulation = bundle
     parity = verify_onnx_outputs(folder, simulation, BATCHES)
     check_output_parity(parity, OutputLimits(), NAME)
@@ -70,10 +80,15 @@ def test_integer_kernels_of_the_runtime_compute_something_else(tmp_path: Path) -
     assert careless.sqnr["output"] < faithful.sqnr["output"] - 10
 
 
-def test_inputs_and_outputs_have_names_and_shapes_of_any_rank(bundle: tuple[Path, Simulation]) -> None:
+def test_inputs_and_outputs_have_names_and_shapes_of_any_rank(
+    bundle: tuple[Path, Simulation],
+) -> None:
     folder, simulation = bundle
     file = onnx.load(folder / "model.onnx", load_external_data=False)
-    shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in [*file.graph.input, *file.graph.output]}
+    shapes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in [*file.graph.input, *file.graph.output]
+    }
     assert shapes == {"pixel_values": ["batch", 3, 16, 16], "logits": ["batch", 5]}
     assert "pixel_values" in simulation.encodings
     tensors = {o for node in file.graph.node for o in node.output}
@@ -85,12 +100,23 @@ def test_inputs_and_outputs_have_names_and_shapes_of_any_rank(bundle: tuple[Path
 def test_a_wrong_file_fails_the_proof(bundle: tuple[Path, Simulation], tmp_path: Path) -> None:
     folder, simulation = bundle
     file = onnx.load(folder / "model.onnx")
-    scale = next(i for i in file.graph.initializer if i.name == "classifier.weight.scale" or i.name == "vit.layernorm.weight.scale")
-    scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale) * np.float32(1.1), scale.name))
+    scale = next(
+        i
+        for i in file.graph.initializer
+        if i.name == "classifier.weight.scale" or i.name == "vit.layernorm.weight.scale"
+    )
+    scale.CopyFrom(
+        onnx.numpy_helper.from_array(
+            onnx.numpy_helper.to_array(scale) * np.float32(1.1), scale.name
+        )
+    )
     onnx.save(file, tmp_path / "model.onnx")
     (tmp_path / "session_options.json").write_text((folder / "session_options.json").read_text())
     parity = verify_onnx_outputs(tmp_path, simulation, BATCHES)
-    with pytest.raises(VerificationError, match=r"output logits is .* dB from the simulation's \(limit .*\n  layer .* is .* steps off \(limit 2\)"):
+    with pytest.raises(
+        VerificationError,
+        match=r"output logits is .* dB from the simulation's \(limit .*\n  layer .* is .* steps off \(limit 2\)",
+    ):
         check_output_parity(parity, OutputLimits(), NAME)
 
 
@@ -98,7 +124,10 @@ def test_each_limit_is_held(bundle: tuple[Path, Simulation]) -> None:
     good = verify_onnx_outputs(*bundle, BATCHES)
     for change, message in (
         ({"sqnr": {"logits": math.nan}}, "output logits is nan dB"),
-        ({"sqnr": {"logits": 30.0}, "floor_sqnr": {"logits": 40.0}}, r"30.0 dB from the simulation's \(limit 34.0 dB, floor 40.0 dB\)"),
+        (
+            {"sqnr": {"logits": 30.0}, "floor_sqnr": {"logits": 40.0}},
+            r"30.0 dB from the simulation's \(limit 34.0 dB, floor 40.0 dB\)",
+        ),
         ({"worst_layer_steps": 2.5}, "is 2.50 steps off"),
         ({"worst_layer_mean_steps": 0.06}, "0.0600 steps off on average"),
     ):
@@ -109,7 +138,9 @@ def test_each_limit_is_held(bundle: tuple[Path, Simulation]) -> None:
 def test_missing_inputs_and_batches_are_named(bundle: tuple[Path, Simulation]) -> None:
     with pytest.raises(VerificationError, match="at least one batch"):
         verify_onnx_outputs(*bundle, [])
-    with pytest.raises(ExportError, match="the exported model takes pixel_values; pixel_values was not given"):
+    with pytest.raises(
+        ExportError, match="the exported model takes pixel_values; pixel_values was not given"
+    ):
         OnnxModel(bundle[0]).run({})
 
 
@@ -128,21 +159,47 @@ def test_a_file_with_a_cache_continues_what_another_began(tmp_path: Path) -> Non
     quantize_(model, "w4-block32")
     ids = torch.randint(3, 256, (2, 14), generator=torch.Generator().manual_seed(7))
     first, second = ids[:, :9], ids[:, 9:]
-    prefill = simulate(model, {"input_ids": first, "attention_mask": torch.ones_like(first), "use_cache": True})
+    prefill = simulate(
+        model, {"input_ids": first, "attention_mask": torch.ones_like(first), "use_cache": True}
+    )
     prefill.calibrate([{"input_ids": ids}])
-    cache = [tuple(prefill.outputs({"input_ids": first})[f"present.{layer}.{part}"] for part in ("key", "value")) for layer in range(2)]
+    cache = [
+        tuple(
+            prefill.outputs({"input_ids": first})[f"present.{layer}.{part}"]
+            for part in ("key", "value")
+        )
+        for layer in range(2)
+    ]
     follow = {"input_ids": second, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
     decode = simulate(model, follow)
     decode.restore(prefill.encodings)
-    for name, simulation, batch in (("prefill", prefill, {"input_ids": first}), ("decode", decode, follow)):
+    for name, simulation, batch in (
+        ("prefill", prefill, {"input_ids": first}),
+        ("decode", decode, follow),
+    ):
         export_onnx(simulation.graph(), tmp_path / name)
-        check_output_parity(verify_onnx_outputs(tmp_path / name, simulation, [batch]), OutputLimits(), name)
+        check_output_parity(
+            verify_onnx_outputs(tmp_path / name, simulation, [batch]), OutputLimits(), name
+        )
     begun = OnnxModel(tmp_path / "prefill").run(prefill.bind({"input_ids": first}))
     runtime = OnnxModel(tmp_path / "decode")
-    state = {f"past_key_values.{layer}.{part}": begun[f"present.{layer}.{part}"] for layer in range(2) for part in ("key", "value")}
+    state = {
+        f"past_key_values.{layer}.{part}": begun[f"present.{layer}.{part}"]
+        for layer in range(2)
+        for part in ("key", "value")
+    }
     expected = prefill.outputs({"input_ids": ids})["logits"]
     for position in range(9, 14):  # a token at a time
-        step = {"input_ids": ids[:, position : position + 1], "attention_mask": torch.ones(2, position + 1, dtype=torch.int64)}
+        step = {
+            "input_ids": ids[:, position : position + 1],
+            "attention_mask": torch.ones(2, position + 1, dtype=torch.int64),
+        }
         found = runtime.run({**step, **state})
-        state = {name.replace("present", "past_key_values"): value for name, value in found.items() if name.startswith("present")}
-        assert float((found["logits"][:, 0] - expected[:, position]).abs().max()) < 0.01 * float(expected.abs().max())
+        state = {
+            name.replace("present", "past_key_values"): value
+            for name, value in found.items()
+            if name.startswith("present")
+        }
+        assert float((found["logits"][:, 0] - expected[:, position]).abs().max()) < 0.01 * float(
+            expected.abs().max()
+        )

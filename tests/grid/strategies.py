@@ -23,16 +23,26 @@ magnitudes = st.sampled_from([1e-3, 1.0, 300.0])
 def matrices(draw: st.DrawFn, rows: int | None = None, columns: int | None = None) -> Tensor:
     """Float32 [rows, columns] with ties, zeros and one magnitude."""
     shape = (rows or draw(st.integers(1, 4)), columns or draw(st.sampled_from([1, 2, 4, 6, 8])))
-    values = draw(hnp.arrays(np.float32, shape, elements=st.floats(-1, 1, width=32, allow_subnormal=False)))
+    values = draw(
+        hnp.arrays(np.float32, shape, elements=st.floats(-1, 1, width=32, allow_subnormal=False))
+    )
     return torch.from_numpy(values) * draw(magnitudes)
 
 
 @st.composite
-def schemes_for(draw: st.DrawFn, shape: tuple[int, ...], bitwidths: Sequence[int] = BITWIDTHS) -> Scheme:
+def schemes_for(
+    draw: st.DrawFn, shape: tuple[int, ...], bitwidths: Sequence[int] = BITWIDTHS
+) -> Scheme:
     """A scheme that fits tensors of `shape`."""
     sizes = [size for size in range(1, shape[-1] + 1) if shape[-1] % size == 0]
     axes = range(-len(shape), len(shape))
-    granularity = draw(st.one_of(st.just(PerTensor()), st.sampled_from([PerChannel(a) for a in axes]), st.sampled_from([PerBlock(s) for s in sizes])))
+    granularity = draw(
+        st.one_of(
+            st.just(PerTensor()),
+            st.sampled_from([PerChannel(a) for a in axes]),
+            st.sampled_from([PerBlock(s) for s in sizes]),
+        )
+    )
     return Scheme(draw(st.sampled_from(bitwidths)), draw(st.booleans()), granularity)
 
 

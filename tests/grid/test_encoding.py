@@ -28,7 +28,9 @@ def test_error_is_at_most_half_a_step_inside_the_grid(case):
     x, scheme = case
     encoding = measure(x, scheme)
     scale, offset = (per_value(p, scheme, x).double() for p in (encoding.scale, encoding.offset))
-    inside = torch.minimum(torch.maximum(x.double(), offset * scale), (offset + scheme.steps) * scale).float()
+    inside = torch.minimum(
+        torch.maximum(x.double(), offset * scale), (offset + scheme.steps) * scale
+    ).float()
     error = (encoding.fake_quantize(inside).double() - inside).abs()
     assert (error <= scale / 2 + 2**-22 * inside.abs()).all()
 
@@ -38,9 +40,13 @@ def test_error_is_at_most_half_a_step_inside_the_grid(case):
 def test_measured_grid_reaches_both_ends(case):
     x, scheme = case
     encoding = measure(x, scheme)
-    reach = 0.5 if scheme.symmetric else 1.0  # an asymmetric grid is shifted by up to half a step so that zero is exact
+    reach = (
+        0.5 if scheme.symmetric else 1.0
+    )  # an asymmetric grid is shifted by up to half a step so that zero is exact
     error = (encoding.fake_quantize(x) - x).abs()
-    assert (error <= reach * per_value(encoding.scale, scheme, x) * 1.00001 + 2**-22 * x.abs()).all()
+    assert (
+        error <= reach * per_value(encoding.scale, scheme, x) * 1.00001 + 2**-22 * x.abs()
+    ).all()
 
 
 @thorough
@@ -74,8 +80,12 @@ def test_codes_are_in_range_and_follow_the_equation(case, stretch):
     codes = encoding.quantize(x * stretch)
     assert codes.min() >= 0
     assert codes.max() <= 2**scheme.bitwidth - 1
-    for value, code, s, o in zip((x * stretch).flatten(), codes.flatten(), scale.flatten(), offset.flatten(), strict=True):
-        assert int(code) == min(max(round(float(value / s)) - int(o), 0), scheme.steps)  # Python rounds half to even too
+    for value, code, s, o in zip(
+        (x * stretch).flatten(), codes.flatten(), scale.flatten(), offset.flatten(), strict=True
+    ):
+        assert int(code) == min(
+            max(round(float(value / s)) - int(o), 0), scheme.steps
+        )  # Python rounds half to even too
 
 
 @thorough
@@ -146,13 +156,21 @@ def test_no_gradient_is_kept_when_none_is_asked_for():
 
 def test_division_rounds_half_to_even():
     encoding = Encoding(Scheme(4), torch.tensor(0.5), torch.tensor(-8, dtype=torch.int32))
-    assert encoding.quantize(torch.tensor([0.25, 0.75, 1.25, -0.25, -0.75])).tolist() == [8, 10, 10, 8, 6]
+    assert encoding.quantize(torch.tensor([0.25, 0.75, 1.25, -0.25, -0.75])).tolist() == [
+        8,
+        10,
+        10,
+        8,
+        6,
+    ]
 
 
 def test_division_is_not_multiplication_by_the_reciprocal():
     scale = torch.tensor(0.0437)
     x = (torch.arange(-127, 127) + 0.5) * scale
-    assert not torch.equal(torch.round(x / scale), torch.round(x * (1 / scale))), "this data must tell the two apart"
+    assert not torch.equal(torch.round(x / scale), torch.round(x * (1 / scale))), (
+        "this data must tell the two apart"
+    )
     encoding = Encoding(Scheme(8), scale, torch.tensor(-128, dtype=torch.int32))
     assert torch.equal(encoding.quantize(x).int() - 128, torch.round(x / scale).int())
 
@@ -191,17 +209,31 @@ def test_fake_quantize_in_place_is_fake_quantize_bit_for_bit_and_in_the_same_mem
 
 def test_fake_quantize_in_place_refuses_what_others_still_need():
     encoding, x = measure(torch.randn(4, 4), Scheme(4)), torch.randn(4, 4, requires_grad=True)
-    with pytest.raises(GridError, match=r"writes over what a gradient would need; use fake_quantize, or torch\.no_grad\(\)"):
+    with pytest.raises(
+        GridError,
+        match=r"writes over what a gradient would need; use fake_quantize, or torch\.no_grad\(\)",
+    ):
         encoding.fake_quantize_(x)
     with torch.no_grad():
         assert encoding.fake_quantize_(x) is x
-        with pytest.raises(GridError, match=r"shape \[4, 4\] with strides \[1, 0\] is expanded and cannot be written over"):
+        with pytest.raises(
+            GridError,
+            match=r"shape \[4, 4\] with strides \[1, 0\] is expanded and cannot be written over",
+        ):
             encoding.fake_quantize_(torch.randn(4, 1).expand(4, 4))
 
 
 def test_a_value_gives_the_same_numbers_whether_a_gradient_is_asked_for_or_not():
-    encoding, x = measure(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), Scheme(4, False, PerChannel(0))), torch.randn(8, 8)
-    assert torch.equal(encoding.fake_quantize(x.clone().requires_grad_()).detach(), encoding.fake_quantize(x))
+    encoding, x = (
+        measure(
+            torch.randn(8, 8, generator=torch.Generator().manual_seed(0)),
+            Scheme(4, False, PerChannel(0)),
+        ),
+        torch.randn(8, 8),
+    )
+    assert torch.equal(
+        encoding.fake_quantize(x.clone().requires_grad_()).detach(), encoding.fake_quantize(x)
+    )
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(1), PerBlock(2)])
@@ -215,7 +247,9 @@ def test_a_strided_tensor_is_quantized_like_its_copy(granularity):
 def test_infinity_gets_the_last_code_and_nan_is_refused():
     encoding = measure(torch.tensor([-1.0, 1.0]), Scheme(4))
     assert encoding.quantize(torch.tensor([math.inf, -math.inf])).tolist() == [15, 0]
-    assert encoding.fake_quantize(torch.tensor([math.nan])).isnan().all(), "a nan stays visible in a simulation"
+    assert encoding.fake_quantize(torch.tensor([math.nan])).isnan().all(), (
+        "a nan stays visible in a simulation"
+    )
     with pytest.raises(GridError, match="1 of 2 values are nan, which has no code"):
         encoding.quantize(torch.tensor([math.nan, 0.0]))
 
@@ -232,7 +266,11 @@ def test_a_tensor_of_another_shape_is_refused(case):
     x, scheme = case
     assume(not isinstance(scheme.granularity, PerTensor))
     encoding = measure(x, scheme)
-    other = torch.zeros(5, 5, 7, 2 * x.shape[-1]) if isinstance(scheme.granularity, PerBlock) else torch.zeros([n + 1 for n in x.shape])
+    other = (
+        torch.zeros(5, 5, 7, 2 * x.shape[-1])
+        if isinstance(scheme.granularity, PerBlock)
+        else torch.zeros([n + 1 for n in x.shape])
+    )
     for act in (encoding.fake_quantize, encoding.quantize):
         with pytest.raises(GridError, match="needs scales of shape"):
             act(other)
@@ -240,15 +278,22 @@ def test_a_tensor_of_another_shape_is_refused(case):
 
 def test_impossible_encodings_are_refused(monkeypatch):
     zero = torch.tensor(0, dtype=torch.int32)
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as in a user's process, where signatures are not checked
+    monkeypatch.setattr(
+        jaxtyping.config, "jaxtyping_disable", True
+    )  # as in a user's process, where signatures are not checked
     with pytest.raises(GridError, match=r"scale has shape \[2\] but offset \[\]"):
         Encoding(Scheme(4), torch.ones(2), zero)
     for bad in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(GridError, match=rf"a scale is a finite positive number, but 1 of 2 are not, {bad} the first"):
+        with pytest.raises(
+            GridError,
+            match=rf"a scale is a finite positive number, but 1 of 2 are not, {bad} the first",
+        ):
             Encoding(Scheme(4), torch.tensor([1.0, bad]), zero.expand(2))
     for bad in (1, -16):
         with pytest.raises(GridError, match=r"an offset is outside \[-15, 0\]"):
-            Encoding(Scheme(4, symmetric=False), torch.tensor(1.0), torch.tensor(bad, dtype=torch.int32))
+            Encoding(
+                Scheme(4, symmetric=False), torch.tensor(1.0), torch.tensor(bad, dtype=torch.int32)
+            )
 
 
 @thorough
@@ -258,11 +303,19 @@ def test_gradient_of_a_learned_scale_is_that_of_lsq(case, stretch):
     measured = measure(x, scheme)
     encoding = Encoding(scheme, measured.scale.clone().requires_grad_(), measured.offset)
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gradient = torch.autograd.grad(encoding.fake_quantize((x * stretch).double()), encoding.scale, upstream)[0]
+    gradient = torch.autograd.grad(
+        encoding.fake_quantize((x * stretch).double()), encoding.scale, upstream
+    )[0]
 
     scale, offset = (per_value(p, scheme, x).double() for p in (measured.scale, measured.offset))
     ratio = (x * stretch).double() / scale
-    expected = torch.where(ratio.round() < offset, offset, torch.where(ratio.round() > offset + scheme.steps, offset + scheme.steps, ratio.round() - ratio))
+    expected = torch.where(
+        ratio.round() < offset,
+        offset,
+        torch.where(
+            ratio.round() > offset + scheme.steps, offset + scheme.steps, ratio.round() - ratio
+        ),
+    )
     leaf = measured.scale.double().requires_grad_()
     (spread,) = torch.autograd.grad(per_value(leaf, scheme, x), leaf, upstream * expected)
     assert gradient.dtype == torch.float32
@@ -275,7 +328,12 @@ def test_a_step_along_the_learned_scales_gradient_lowers_the_error():
     scale = measured.scale.clone().requires_grad_()
     errors = []
     for _ in range(30):
-        error = (Encoding(measured.scheme, scale, measured.offset).fake_quantize(x) - x).square().mean(1).sum()
+        error = (
+            (Encoding(measured.scheme, scale, measured.offset).fake_quantize(x) - x)
+            .square()
+            .mean(1)
+            .sum()
+        )
         (gradient,) = torch.autograd.grad(error, scale)
         scale = (scale - 0.05 * gradient).detach().requires_grad_()
         errors.append(float(error.detach()))

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.distribution import Distribution, _share
-from qwlora.grid.estimators import DistributionObserver, MovingAverageObserver, PercentileObserver, SqnrObserver, SquaredErrorObserver, rows_of_groups
+from qwlora.grid.estimators import (
+    DistributionObserver,
+    MovingAverageObserver,
+    PercentileObserver,
+    SqnrObserver,
+    SquaredErrorObserver,
+    rows_of_groups,
+)
 from qwlora.grid.histogram import Histogram
 from qwlora.grid.observer import MinMaxObserver, measure, search
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
@@ -59,7 +66,11 @@ def counted(x, groups=1):
 
 
 @brief
-@given(cases(bitwidths=(4,)), st.lists(st.just(0.0) | st.floats(1e-6, 1e6), min_size=2, max_size=4), st.randoms())
+@given(
+    cases(bitwidths=(4,)),
+    st.lists(st.just(0.0) | st.floats(1e-6, 1e6), min_size=2, max_size=4),
+    st.randoms(),
+)
 def test_counts_do_not_depend_on_order_or_division(case, factors, random):
     x, scheme = case
     batches = [rows_of_groups(x * f, scheme) for f in factors]
@@ -79,15 +90,25 @@ def test_long_rows_are_counted_in_pieces(groups):
     half = 32768 if groups == 2 else 4096
     assert histogram.half == half
     for row in range(groups):
-        bins = np.trunc(x[row].numpy().astype(np.float64) * half / 2.0 ** int(histogram.exponent[row])).astype(int) + half - 1
-        assert np.array_equal(histogram.counts[row].numpy(), np.bincount(bins, minlength=2 * half - 1))
+        bins = (
+            np.trunc(
+                x[row].numpy().astype(np.float64) * half / 2.0 ** int(histogram.exponent[row])
+            ).astype(int)
+            + half
+            - 1
+        )
+        assert np.array_equal(
+            histogram.counts[row].numpy(), np.bincount(bins, minlength=2 * half - 1)
+        )
 
 
 def test_thousands_of_short_rows_are_counted_in_pieces():
     x = gaussian(3000, 2)
     histogram = counted(x, 3000)
     assert (histogram.counts.sum(1) == 2).all()
-    assert float(histogram.counts[2999].nonzero()[0]) == float(torch.trunc(x[2999].min() * 4096 / 2.0 ** int(histogram.exponent[2999])) + 4095)
+    assert float(histogram.counts[2999].nonzero()[0]) == float(
+        torch.trunc(x[2999].min() * 4096 / 2.0 ** int(histogram.exponent[2999])) + 4095
+    )
 
 
 def test_exact_zeros_lie_in_the_centre_of_their_bin():
@@ -108,7 +129,10 @@ def test_merge_of_two_streams_is_the_whole(case, kind, factor, most_kept):
         patch.setattr(Distribution, "most_kept", property(lambda self: most_kept))
         whole = observed(kind, scheme, *batches).encoding()
         for at in (1, 2):
-            first, second = observed(kind, scheme, *batches[:at]), observed(kind, scheme, *batches[at:])
+            first, second = (
+                observed(kind, scheme, *batches[:at]),
+                observed(kind, scheme, *batches[at:]),
+            )
             first.merge(second)
             merged = first.encoding()
             if kind is MovingAverageObserver:
@@ -123,12 +147,16 @@ def test_merge_of_two_streams_is_the_whole(case, kind, factor, most_kept):
 @pytest.mark.parametrize(("groups", "most"), [(1, 131070), (17, 16382)])
 def test_values_are_kept_while_they_take_no_more_room_than_bins(groups, most):
     x = gaussian(groups, most)
-    observer = observed(DistributionObserver, Scheme(8, granularity=PerChannel(0)), x[:, :-1], x[:, -1:])
+    observer = observed(
+        DistributionObserver, Scheme(8, granularity=PerChannel(0)), x[:, :-1], x[:, -1:]
+    )
     assert observer.seen.kept == most
     assert observer.seen.histogram is None
     observer.update(x[:, :1])
     assert observer.seen.kept == 0
-    assert torch.equal(observer.seen.histogram.counts, counted(torch.cat([x, x[:, :1]], 1), groups).counts)
+    assert torch.equal(
+        observer.seen.histogram.counts, counted(torch.cat([x, x[:, :1]], 1), groups).counts
+    )
 
 
 def test_what_is_kept_is_a_copy():
@@ -144,24 +172,36 @@ def exact_error(x, scale, offset, steps, gamma):
     x = x.double().flatten()
     steps_of_x = torch.round(x / scale)
     clipped = (steps_of_x < offset) | (steps_of_x > offset + steps)
-    return float(((steps_of_x.clamp(offset, offset + steps) * scale - x).square() * torch.where(clipped, gamma, 1.0)).sum())
+    return float(
+        (
+            (steps_of_x.clamp(offset, offset + steps) * scale - x).square()
+            * torch.where(clipped, gamma, 1.0)
+        ).sum()
+    )
 
 
 def nets_least_error(x, scheme, gamma):
     """The least error among the grids that AIMET's analyzer tries, from its description."""
     low, high, steps = min(float(x.min()), 0.0), max(float(x.max()), 0.0), scheme.steps
     if scheme.symmetric:
-        grids = [(2 * max(high, -low) / steps * k / 100, scheme.symmetric_offset) for k in range(1, 102)]
+        grids = [
+            (2 * max(high, -low) / steps * k / 100, scheme.symmetric_offset) for k in range(1, 102)
+        ]
     else:
         widest = (high - low) / steps
         observed_offset = round(low / widest)
         grids = []
         for k in range(1, 18):
-            for o in [*{round(-steps + i * steps / min(steps, 19)) for i in range(min(steps, 19) + 1)}, observed_offset]:
+            for o in [
+                *{round(-steps + i * steps / min(steps, 19)) for i in range(min(steps, 19) + 1)},
+                observed_offset,
+            ]:
                 first = max(k / 16 * widest * o, observed_offset * widest)
                 last = min(k / 16 * widest * (o + steps), (observed_offset + steps) * widest)
                 scale = (last - first) / steps
-                grids += [(scale, min(0, max(-steps, round(first / scale))))] if scale > 1e-30 else []
+                grids += (
+                    [(scale, min(0, max(-steps, round(first / scale))))] if scale > 1e-30 else []
+                )
     return min(exact_error(x, scale, offset, steps, gamma) for scale, offset in grids)
 
 
@@ -195,7 +235,9 @@ def test_bins_choose_almost_as_well_as_values(bitwidth, tolerance, symmetric):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Distribution, "most_kept", property(lambda self: 0))
         binned = observed(SqnrObserver, scheme, x).encoding()
-    errors = [exact_error(x, float(e.scale), int(e.offset), scheme.steps, 3.0) for e in (binned, exact)]
+    errors = [
+        exact_error(x, float(e.scale), int(e.offset), scheme.steps, 3.0) for e in (binned, exact)
+    ]
     assert errors[0] <= errors[1] * (1 + tolerance)
 
 
@@ -207,7 +249,11 @@ def test_squared_error_is_near_the_exact_search_and_below_minmax(bitwidth, symme
     scheme = Scheme(bitwidth, symmetric, granularity)
     found, exact, minmax = (
         float((e.fake_quantize(x) - x).double().square().sum())
-        for e in (observed(SquaredErrorObserver, scheme, x).encoding(), search(x, scheme), measure(x, scheme))
+        for e in (
+            observed(SquaredErrorObserver, scheme, x).encoding(),
+            search(x, scheme),
+            measure(x, scheme),
+        )
     )
     assert found <= minmax
     assert found <= 1.02 * exact
@@ -215,9 +261,13 @@ def test_squared_error_is_near_the_exact_search_and_below_minmax(bitwidth, symme
 
 def test_sqnr_clips_less_than_squared_error():
     x = gaussian(1, 10000)
-    plain, weighted = (observed(kind, Scheme(4), x).encoding() for kind in (SquaredErrorObserver, SqnrObserver))
+    plain, weighted = (
+        observed(kind, Scheme(4), x).encoding() for kind in (SquaredErrorObserver, SqnrObserver)
+    )
     assert float(plain.scale) < float(weighted.scale) < float(measure(x, Scheme(4)).scale)
-    assert equal(weighted, observed(lambda s: SquaredErrorObserver(s, gamma=3.0), Scheme(4), x).encoding())
+    assert equal(
+        weighted, observed(lambda s: SquaredErrorObserver(s, gamma=3.0), Scheme(4), x).encoding()
+    )
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)])
@@ -246,7 +296,10 @@ def test_a_percentile_is_that_of_the_data(percentile, granularity, binned):
         assert np.array_equal(found_high, high)
 
 
-@pytest.mark.parametrize(("count", "percentile", "outside"), [(1000, 99.9, 1), (100, 99, 1), (1000, 90, 100), (999, 99.9, 0), (10**9, 99.9999, 1000)])
+@pytest.mark.parametrize(
+    ("count", "percentile", "outside"),
+    [(1000, 99.9, 1), (100, 99, 1), (1000, 90, 100), (999, 99.9, 0), (10**9, 99.9999, 1000)],
+)
 def test_a_whole_share_is_whole(count, percentile, outside):
     assert _share(count, percentile) == outside
 
@@ -254,7 +307,9 @@ def test_a_whole_share_is_whole(count, percentile, outside):
 def test_the_hundredth_percentile_is_minmax():
     x = gaussian(4, 100)
     for scheme in (Scheme(8, False), Scheme(4, True, PerChannel(0))):
-        assert equal(observed(lambda s: PercentileObserver(s, 100), scheme, x).encoding(), measure(x, scheme))
+        assert equal(
+            observed(lambda s: PercentileObserver(s, 100), scheme, x).encoding(), measure(x, scheme)
+        )
 
 
 def test_a_percentile_leaves_outliers_outside():
@@ -264,7 +319,12 @@ def test_a_percentile_leaves_outliers_outside():
 
 
 def test_moving_average_by_hand():
-    observer = observed(lambda s: MovingAverageObserver(s, 0.5), Scheme(8, False), torch.tensor([-1.0, 1.0]), torch.tensor([-2.0, 4.0]))
+    observer = observed(
+        lambda s: MovingAverageObserver(s, 0.5),
+        Scheme(8, False),
+        torch.tensor([-1.0, 1.0]),
+        torch.tensor([-2.0, 4.0]),
+    )
     assert float(observer.high) == pytest.approx((0.25 * 1 + 0.5 * 4) / 0.75)
     assert float(observer.low) == pytest.approx(-(0.25 * 1 + 0.5 * 2) / 0.75)
     same = observed(MovingAverageObserver, Scheme(8, False), *[torch.tensor([-3.0, 5.0])] * 3)
@@ -282,13 +342,21 @@ def test_all_zero_and_one_value(kind, bitwidth, symmetric, granularity):
     for value in (0.75, -0.75, 1e-30, -1e30):
         x = torch.full((2, 4), value)
         encoding = observed(kind, scheme, x).encoding()
-        assert ((encoding.fake_quantize(x) - x).abs().flatten() <= 0.51 * encoding.scale.max()).all()
+        assert (
+            (encoding.fake_quantize(x) - x).abs().flatten() <= 0.51 * encoding.scale.max()
+        ).all()
 
 
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_values_that_are_not_finite_are_refused(kind, bad):
-    observer = observed(kind, Scheme(8), torch.tensor([1.0, 2.0]), torch.tensor([bad, 1.0]), torch.tensor([1.0, 2.0]))
+    observer = observed(
+        kind,
+        Scheme(8),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([bad, 1.0]),
+        torch.tensor([1.0, 2.0]),
+    )
     with pytest.raises(CalibrationError, match="the observed range is not finite"):
         observer.encoding()
 
@@ -304,17 +372,36 @@ def test_no_data_is_refused(kind):
 @pytest.mark.parametrize("kind", EVERY)
 def test_what_does_not_fit_together_is_not_merged(kind):
     observer = observed(kind, Scheme(8), torch.ones(3))
-    with pytest.raises(CalibrationError, match="an observer of int4 symmetric per tensor cannot be merged into one of int8"):
+    with pytest.raises(
+        CalibrationError,
+        match="an observer of int4 symmetric per tensor cannot be merged into one of int8",
+    ):
         observer.merge(kind(Scheme(4)))
-    expected = "a moving average is merged with one of the same momentum only" if kind is MovingAverageObserver else "a MinMaxObserver cannot be merged into a"
+    expected = (
+        "a moving average is merged with one of the same momentum only"
+        if kind is MovingAverageObserver
+        else "a MinMaxObserver cannot be merged into a"
+    )
     with pytest.raises(CalibrationError, match=expected):
         observer.merge(observed(MinMaxObserver, Scheme(8), torch.ones(3)))
-    by_channel = [observed(kind, Scheme(8, granularity=PerChannel(0)), torch.ones(n, 2)) for n in (3, 4)]
-    with pytest.raises(CalibrationError, match=r"\[4\] ranges were observed where there were \[3\] before"):
+    by_channel = [
+        observed(kind, Scheme(8, granularity=PerChannel(0)), torch.ones(n, 2)) for n in (3, 4)
+    ]
+    with pytest.raises(
+        CalibrationError, match=r"\[4\] ranges were observed where there were \[3\] before"
+    ):
         by_channel[0].merge(by_channel[1])
 
 
-@pytest.mark.parametrize(("kind", "option"), [(PercentileObserver, 50), (PercentileObserver, 101), (MovingAverageObserver, 0), (MovingAverageObserver, 1.5)])
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        (PercentileObserver, 50),
+        (PercentileObserver, 101),
+        (MovingAverageObserver, 0),
+        (MovingAverageObserver, 1.5),
+    ],
+)
 def test_impossible_options_are_refused(kind, option):
     with pytest.raises(CalibrationError, match=rf"(percentile|momentum) {option} is not in "):
         kind(Scheme(8), option)

@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.fingerprint import adapter_fingerprint, base_tensors, fingerprint, keep_fingerprint_
+from qwlora.grid.fingerprint import (
+    adapter_fingerprint,
+    base_tensors,
+    fingerprint,
+    keep_fingerprint_,
+)
 from qwlora.grid.names import adapter_of, is_adapter_name
 from qwlora.grid.observer import measure
 from qwlora.grid.packing import pack
@@ -134,8 +139,12 @@ def test_an_adapter_leaves_it_alone(model):
     peft = pytest.importorskip("peft")
     before = fingerprint(model)
     names = set(base_tensors(model))
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["head", "norm"][:1], init_lora_weights=False))
-    assert any("lora_A" in name for name, _ in wrapped.named_parameters()), "the adapter must be there"
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["head", "norm"][:1], init_lora_weights=False)
+    )
+    assert any("lora_A" in name for name, _ in wrapped.named_parameters()), (
+        "the adapter must be there"
+    )
     assert fingerprint(wrapped) == fingerprint(wrapped.base_model.model) == before
     assert set(base_tensors(wrapped)) == names
     wrapped.base_model.model.norm.bias.data[0] += 1
@@ -156,14 +165,24 @@ class Layered(nn.Module):
 def with_adapters(*names):
     """Every kind of parameter that PEFT's LoRA has, its values counted from the adapter's place among `names`."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["layers.0", "layers.1", "words"], use_dora=True, lora_bias=False, modules_to_save=["head"])
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["layers.0", "layers.1", "words"],
+        use_dora=True,
+        lora_bias=False,
+        modules_to_save=["head"],
+    )
     wrapped = peft.get_peft_model(Layered(), config, adapter_name=names[0])
     for name in names[1:]:
         wrapped.add_adapter(name, config)
     with torch.no_grad():
         for place, name in enumerate(names):
             for path, p in wrapped.named_parameters():
-                if f".{name}." in f"{path}." and is_adapter_name(path) and path.rsplit(f".{name}", 1)[1] in ("", ".weight", ".bias"):
+                if (
+                    f".{name}." in f"{path}."
+                    and is_adapter_name(path)
+                    and path.rsplit(f".{name}", 1)[1] in ("", ".weight", ".bias")
+                ):
                     p.copy_((torch.arange(p.numel()) / 64 + place).view_as(p))
     return wrapped
 
@@ -177,8 +196,20 @@ def test_an_adapter_is_known_whatever_its_name():
         assert adapter_fingerprint(both) == adapter_fingerprint(ordinary)
     before = adapter_fingerprint(both)
     paths = [path for path, _ in both.named_parameters() if is_adapter_name(path)]
-    kinds = {part for path in paths for part in path.split(".") if part.startswith("lora_") or part == "modules_to_save"}
-    assert kinds == {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save"}
+    kinds = {
+        part
+        for path in paths
+        for part in path.split(".")
+        if part.startswith("lora_") or part == "modules_to_save"
+    }
+    assert kinds == {
+        "lora_A",
+        "lora_B",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "modules_to_save",
+    }
     for path in paths:
         p = both.get_parameter(path)
         p.data.neg_()
@@ -187,12 +218,23 @@ def test_an_adapter_is_known_whatever_its_name():
 
 
 def test_the_fingerprint_of_an_adapter_stays_over_versions():
-    assert adapter_fingerprint(with_adapters("first")) == "2e2f91c2cd0d4b7fbdf81797c88868edc550ae58ae6995df3c854ef31589a06c"
+    assert (
+        adapter_fingerprint(with_adapters("first"))
+        == "2e2f91c2cd0d4b7fbdf81797c88868edc550ae58ae6995df3c854ef31589a06c"
+    )
 
 
 def test_tied_tensors_are_listed_once(model):
     names = set(base_tensors(model))
-    assert names == {"fc.packed", "fc.scale", "fc.offset", "fc.bias", "norm.weight", "norm.bias", "head.weight"}
+    assert names == {
+        "fc.packed",
+        "fc.scale",
+        "fc.offset",
+        "fc.bias",
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+    }
     assert base_tensors(model)["fc.packed"][0] == "int4 asymmetric per block 8"
     assert base_tensors(model)["fc.bias"][0] == ""
 
@@ -201,7 +243,14 @@ def tiny_llama(**changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 32,
+    }
     return LlamaForCausalLM(LlamaConfig(**sizes | {"pad_token_id": 0} | changes)).eval()
 
 
@@ -218,7 +267,10 @@ def tiny_llama(**changes):
 )
 def test_what_the_configuration_says_of_the_computation_changes_it_though_no_tensor_does(changes):
     plain, changed = tiny_llama(), tiny_llama(**changes)
-    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), changed.state_dict().values(), strict=True)), "a test of the configuration"
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(plain.state_dict().values(), changed.state_dict().values(), strict=True)
+    ), "a test of the configuration"
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert not torch.equal(plain(ids).logits, changed(ids).logits)
@@ -228,7 +280,15 @@ def test_what_the_configuration_says_of_the_computation_changes_it_though_no_ten
 def test_what_the_configuration_says_besides_leaves_it_alone():
     model = tiny_llama()
     before = fingerprint(model)
-    model.config.update({"_name_or_path": "elsewhere", "use_cache": False, "pad_token_id": 3, "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"})
+    model.config.update(
+        {
+            "_name_or_path": "elsewhere",
+            "use_cache": False,
+            "pad_token_id": 3,
+            "architectures": ["LlamaForCausalLM"],
+            "dtype": "bfloat16",
+        }
+    )
     model.config.transformers_version = "5.24.9"
     assert fingerprint(model) == before
     model.config.rms_norm_eps = 1e-3

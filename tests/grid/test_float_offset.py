@@ -21,7 +21,11 @@ SCHEME = Scheme(4, False, PerBlock(32), float_offset=True)
 
 
 @brief
-@given(matrices(columns=8), st.sampled_from([2, 3, 4, 5, 6, 8]), st.sampled_from([PerTensor(), PerChannel(0), PerBlock(4)]))
+@given(
+    matrices(columns=8),
+    st.sampled_from([2, 3, 4, 5, 6, 8]),
+    st.sampled_from([PerTensor(), PerChannel(0), PerBlock(4)]),
+)
 def test_every_value_is_within_half_a_step_and_the_lowest_is_exact(x, bitwidth, granularity):
     encoding = measure_float_offset(x, Scheme(bitwidth, False, granularity, float_offset=True))
     error = (encoding.fake_quantize(x) - x).abs()
@@ -36,8 +40,13 @@ def test_values_are_those_of_ggufs_q4_1():
     gguf = pytest.importorskip("gguf")
     x = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
     kind = gguf.GGMLQuantizationType.Q4_1
-    stored = gguf.quantize(x, kind).reshape(6, 2, 20)  # a block: float16 scale and minimum, then code j low and code j + 16 high in byte j
-    scale, minimum = (torch.from_numpy(stored[..., i : i + 2].copy().view(np.float16)[..., 0].astype(np.float32)) for i in (0, 2))
+    stored = gguf.quantize(x, kind).reshape(
+        6, 2, 20
+    )  # a block: float16 scale and minimum, then code j low and code j + 16 high in byte j
+    scale, minimum = (
+        torch.from_numpy(stored[..., i : i + 2].copy().view(np.float16)[..., 0].astype(np.float32))
+        for i in (0, 2)
+    )
     low, high = stored[..., 4:] & 0xF, stored[..., 4:] >> 4
     codes = torch.from_numpy(np.concatenate([low, high], axis=-1).reshape(6, 64))
     ours = FloatOffsetEncoding(SCHEME, scale, minimum).dequantize(codes)
@@ -45,7 +54,10 @@ def test_values_are_those_of_ggufs_q4_1():
 
 
 def test_an_encoding_with_integer_offsets_refuses_it():
-    with pytest.raises(GridError, match="int4 float-offset per block 32: this grid has float offsets and so no integer encoding"):
+    with pytest.raises(
+        GridError,
+        match="int4 float-offset per block 32: this grid has float offsets and so no integer encoding",
+    ):
         measure(torch.ones(2, 32), SCHEME)
     with pytest.raises(GridError, match="FloatOffsetEncoding holds it"):
         Encoding(SCHEME, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32))
@@ -54,18 +66,28 @@ def test_an_encoding_with_integer_offsets_refuses_it():
 def test_whoever_asks_for_its_offset_is_refused():
     encoding = measure_float_offset(torch.randn(2, 32), SCHEME)
     assert not isinstance(encoding, Encoding)
-    with pytest.raises(GridError, match=r"the grid is scale \* q \+ minimum with a float minimum, which has no integer offset"):
+    with pytest.raises(
+        GridError,
+        match=r"the grid is scale \* q \+ minimum with a float minimum, which has no integer offset",
+    ):
         _ = encoding.offset
 
 
 def test_impossible_ones_are_refused(monkeypatch):
     one = torch.ones(1)
-    with pytest.raises(GridError, match="a symmetric grid has no float offset; say symmetric=False"):
+    with pytest.raises(
+        GridError, match="a symmetric grid has no float offset; say symmetric=False"
+    ):
         Scheme(4, float_offset=True)
-    with pytest.raises(GridError, match="int4 asymmetric per tensor: this grid has integer offsets; Encoding holds it"):
+    with pytest.raises(
+        GridError,
+        match="int4 asymmetric per tensor: this grid has integer offsets; Encoding holds it",
+    ):
         FloatOffsetEncoding(Scheme(4, False), one, one)
     for scale, minimum in ((0.0, 0.0), (math.nan, 0.0), (1.0, math.inf)):
-        with pytest.raises(GridError, match="a scale is not a finite positive number, or a minimum is not finite"):
+        with pytest.raises(
+            GridError, match="a scale is not a finite positive number, or a minimum is not finite"
+        ):
             FloatOffsetEncoding(SCHEME, one * scale, one * minimum)
     with pytest.raises(GridError, match="needs scales of shape"):
         FloatOffsetEncoding(SCHEME, one, one).quantize(torch.ones(2, 32))
@@ -88,5 +110,11 @@ def test_one_value_is_exact():
 
 
 def test_json():
-    assert SCHEME.to_json() == {"bitwidth": 4, "symmetric": False, "axis": None, "block_size": 32, "float_offset": True}
+    assert SCHEME.to_json() == {
+        "bitwidth": 4,
+        "symmetric": False,
+        "axis": None,
+        "block_size": 32,
+        "float_offset": True,
+    }
     assert Scheme.from_json(SCHEME.to_json()) == SCHEME

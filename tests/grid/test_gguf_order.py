@@ -17,7 +17,9 @@ ONE = np.frombuffer(np.float16(1).tobytes(), np.uint8)
 def meant(fields: torch.Tensor, bitwidth: int) -> torch.Tensor:
     """Codes of blocks by the gguf package: their values at scale 1, and the middle code added."""
     raw = np.concatenate([np.tile(ONE, (len(fields), 1)), fields.numpy()], axis=1)
-    return torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[KINDS[bitwidth]])) + 2 ** (bitwidth - 1)
+    return torch.from_numpy(
+        gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[KINDS[bitwidth]])
+    ) + 2 ** (bitwidth - 1)
 
 
 @pytest.mark.parametrize("bitwidth", [4, 5, 8])

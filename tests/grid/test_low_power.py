@@ -25,14 +25,19 @@ def test_scales_are_integers_times_the_rows_scale(x, scale_bitwidth, bitwidth):
     assert row.shape == x.shape[:1]
     assert integers.shape == (x.shape[0], 4)
     assert integers.min() >= 1
-    assert (integers.max(-1).values == 2**scale_bitwidth).all(), "the largest block must use the whole integer range"
+    assert (integers.max(-1).values == 2**scale_bitwidth).all(), (
+        "the largest block must use the whole integer range"
+    )
     assert torch.equal(integers * row.unsqueeze(-1), encoding.scale)
 
 
 @brief
 @given(matrices(columns=8))
 def test_scales_are_the_nearest_such_products(x):
-    plain, low_power = measure(x, Scheme(4, granularity=PerBlock(2))).scale, measure(x, SCHEME).scale
+    plain, low_power = (
+        measure(x, Scheme(4, granularity=PerBlock(2))).scale,
+        measure(x, SCHEME).scale,
+    )
     row = plain.amax(-1, keepdim=True) / 16
     assert torch.equal(low_power.amax(-1), plain.amax(-1))
     assert ((low_power - plain).abs() <= torch.where(plain < row / 2, row, row / 2) * 1.00001).all()
@@ -56,7 +61,10 @@ def test_search_is_never_worse_than_measure_in_any_row():
     for seed in range(20):
         x = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed)) ** 3
         scheme = Scheme(3, granularity=LowPowerBlock(16))
-        errors = [(find(x, scheme).fake_quantize(x) - x).double().square().sum(-1) for find in (search, measure)]
+        errors = [
+            (find(x, scheme).fake_quantize(x) - x).double().square().sum(-1)
+            for find in (search, measure)
+        ]
         assert (errors[0] <= errors[1] * 1.00001).all()
         assert errors[0].sum() < 0.98 * errors[1].sum()
         split_scales(search(x, scheme).scale, scheme)
@@ -71,14 +79,23 @@ def test_it_is_a_block_to_whoever_knows_only_blocks():
 
 
 def test_other_scales_are_refused():
-    with pytest.raises(GridError, match="1 of 2 block scales are not an integer times their row's scale; pass them through to_integer_scales"):
+    with pytest.raises(
+        GridError,
+        match="1 of 2 block scales are not an integer times their row's scale; pass them through to_integer_scales",
+    ):
         split_scales(torch.tensor([[1.0, 0.3]]), SCHEME)
-    with pytest.raises(GridError, match=r"int4 symmetric per block 2: only blocks with integer scales \(LowPowerBlock\) have them"):
+    with pytest.raises(
+        GridError,
+        match=r"int4 symmetric per block 2: only blocks with integer scales \(LowPowerBlock\) have them",
+    ):
         to_integer_scales(torch.ones(1, 2), Scheme(4, granularity=PerBlock(2)))
 
 
 def test_impossible_schemes_are_refused():
-    with pytest.raises(GridError, match=r"blocks with integer scales \(LPBQ\) are symmetric; say symmetric=True, or use PerBlock"):
+    with pytest.raises(
+        GridError,
+        match=r"blocks with integer scales \(LPBQ\) are symmetric; say symmetric=True, or use PerBlock",
+    ):
         Scheme(4, False, LowPowerBlock(32))
     for bits in (0, 9):
         with pytest.raises(GridError, match=f"a block's integer scale has 1 to 8 bits, not {bits}"):
@@ -91,5 +108,11 @@ def test_names_and_json():
     scheme = parse_scheme("w4-lpbq64")
     assert scheme == Scheme(4, granularity=LowPowerBlock(64))
     assert str(scheme) == "int4 symmetric per block 64 with int4 scales"
-    assert scheme.to_json() == {"bitwidth": 4, "symmetric": True, "axis": None, "block_size": 64, "scale_bitwidth": 4}
+    assert scheme.to_json() == {
+        "bitwidth": 4,
+        "symmetric": True,
+        "axis": None,
+        "block_size": 64,
+        "scale_bitwidth": 4,
+    }
     assert Scheme.from_json(scheme.to_json()) == scheme

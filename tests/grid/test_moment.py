@@ -50,7 +50,12 @@ def test_what_has_no_moment_says_so() -> None:
 
 
 def test_a_folder_gives_back_what_was_put_in_it(tmp_path: Path) -> None:
-    moment = Moment(*(seen(torch.randn(20, n, generator=torch.Generator().manual_seed(n))).matrix for n in (6, 4)))
+    moment = Moment(
+        *(
+            seen(torch.randn(20, n, generator=torch.Generator().manual_seed(n))).matrix
+            for n in (6, 4)
+        )
+    )
     Moments(tmp_path).put("a.q", moment)
     again = Moments(tmp_path)
     Moments(tmp_path).put("head", Moment(moment.input))
@@ -60,7 +65,10 @@ def test_a_folder_gives_back_what_was_put_in_it(tmp_path: Path) -> None:
     assert torch.equal(again["a.q"].input, moment.input)
     assert torch.equal(again["a.q"].output, moment.output)
     save_file({"triangle": torch.ones(3)}, tmp_path / "old.safetensors", metadata={"layer": "b.q"})
-    with pytest.raises(SourceError, match=r"old\.safetensors.*holds triangle, not input and output\); delete them and quantize again"):
+    with pytest.raises(
+        SourceError,
+        match=r"old\.safetensors.*holds triangle, not input and output\); delete them and quantize again",
+    ):
         Moments(tmp_path)
     (tmp_path / "old.safetensors").unlink()
     (tmp_path / "broken.safetensors").write_bytes(b"no")

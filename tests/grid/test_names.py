@@ -10,15 +10,30 @@ from qwlora.grid.names import adapter_of, canonical_name, is_adapter_name, is_fa
     [
         ("", ""),
         ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
-        ("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight", "model.layers.0.mlp.up_proj.weight"),
-        ("base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight", "model.layers.0.mlp.up_proj.lora_A.weight"),
-        ("base_model.model.model.embed_tokens.lora_embedding_B.default", "model.embed_tokens.lora_embedding_B"),
+        (
+            "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight",
+            "model.layers.0.mlp.up_proj.weight",
+        ),
+        (
+            "base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight",
+            "model.layers.0.mlp.up_proj.lora_A.weight",
+        ),
+        (
+            "base_model.model.model.embed_tokens.lora_embedding_B.default",
+            "model.embed_tokens.lora_embedding_B",
+        ),
         ("base_model.model.base_model.model.fc.base_layer.base_layer.bias", "fc.bias"),
         ("base_model.model.experts.base_layer.lora_A.x.weight", "experts.base_layer.lora_A.weight"),
-        ("base_model.model.experts.base_layer.base_layer.lora_A.x.weight", "experts.base_layer.base_layer.lora_A.weight"),
+        (
+            "base_model.model.experts.base_layer.base_layer.lora_A.x.weight",
+            "experts.base_layer.base_layer.lora_A.weight",
+        ),
         ("base_model.model.experts.base_layer.base_layer.gate_up_proj", "experts.gate_up_proj"),
         ("base_model.model.lm_head.original_module.weight", "lm_head.weight"),
-        ("base_model.model.classifier.modules_to_save.topics.weight", "classifier.modules_to_save.weight"),
+        (
+            "base_model.model.classifier.modules_to_save.topics.weight",
+            "classifier.modules_to_save.weight",
+        ),
         ("base_model.model.classifier.modules_to_save.topics", "classifier.modules_to_save"),
         ("fc.lora_B.lora_A.weight", "fc.lora_B.weight"),
         ("base_model.encoder.weight", "base_model.encoder.weight"),
@@ -26,7 +41,12 @@ from qwlora.grid.names import adapter_of, canonical_name, is_adapter_name, is_fa
 )
 def test_wrappers_are_taken_out(path, name):
     assert canonical_name(path) == name
-    assert canonical_name(canonical_name(path) if "lora_" not in path and "modules_to_save" not in path else path) == name
+    assert (
+        canonical_name(
+            canonical_name(path) if "lora_" not in path and "modules_to_save" not in path else path
+        )
+        == name
+    )
 
 
 @pytest.mark.parametrize(

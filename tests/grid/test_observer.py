@@ -18,7 +18,9 @@ EVERY = [PerTensor(), PerChannel(0), PerChannel(-1), PerBlock(2)]
 
 
 def equal(a, b) -> bool:
-    return a.scheme == b.scheme and torch.equal(a.scale, b.scale) and torch.equal(a.offset, b.offset)
+    return (
+        a.scheme == b.scheme and torch.equal(a.scale, b.scale) and torch.equal(a.offset, b.offset)
+    )
 
 
 def squared_error(encoding, x):
@@ -47,9 +49,14 @@ def test_range_holds_every_value_and_no_more(case):
 @pytest.mark.parametrize("bitwidth", BITWIDTHS)
 def test_scale_by_hand(bitwidth):
     x, steps = torch.tensor([-3.0, 5.0]), 2**bitwidth - 1
-    symmetric, asymmetric = measure(x, Scheme(bitwidth)), measure(x, Scheme(bitwidth, symmetric=False))
+    symmetric, asymmetric = (
+        measure(x, Scheme(bitwidth)),
+        measure(x, Scheme(bitwidth, symmetric=False)),
+    )
     divisor = 2 if bitwidth == 2 else 2 ** (bitwidth - 1) - 1
-    assert float(symmetric.scale) == pytest.approx(max(5 / divisor, 3 / 2 ** (bitwidth - 1)), rel=3e-7)
+    assert float(symmetric.scale) == pytest.approx(
+        max(5 / divisor, 3 / 2 ** (bitwidth - 1)), rel=3e-7
+    )
     assert int(symmetric.offset) == -(2 ** (bitwidth - 1))
     assert float(asymmetric.scale) == pytest.approx(8 / steps, rel=3e-7)
     assert int(asymmetric.offset) == round(-3 / (8 / steps))
@@ -57,7 +64,9 @@ def test_scale_by_hand(bitwidth):
 
 def test_the_negative_end_has_one_code_more():
     assert float(measure(torch.tensor([-8.0, 7.0]), Scheme(4)).scale) == 1.0
-    assert measure(torch.tensor([-8.0, 7.0]), Scheme(4)).fake_quantize(torch.tensor([-8.0, 7.0])).tolist() == [-8, 7]
+    assert measure(torch.tensor([-8.0, 7.0]), Scheme(4)).fake_quantize(
+        torch.tensor([-8.0, 7.0])
+    ).tolist() == [-8, 7]
 
 
 @thorough
@@ -114,7 +123,9 @@ def test_search_is_never_worse_than_measure_in_any_group(case):
 def test_search_is_better_on_a_gaussian(granularity):
     x = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
     scheme = Scheme(3, granularity=granularity)
-    assert squared_error(search(x, scheme), x).sum() < 0.8 * squared_error(measure(x, scheme), x).sum()
+    assert (
+        squared_error(search(x, scheme), x).sum() < 0.8 * squared_error(measure(x, scheme), x).sum()
+    )
 
 
 @pytest.mark.parametrize("granularity", EVERY)
@@ -125,7 +136,9 @@ def test_all_zero_is_exact_and_has_the_smallest_scale(find, bitwidth, symmetric,
     x = torch.zeros(3, 4)
     encoding = find(x, Scheme(bitwidth, symmetric, granularity))
     smallest = min(torch.finfo(torch.float32).eps, 0.01 / (2**bitwidth - 1))
-    assert encoding.scale.flatten().tolist() == pytest.approx([smallest] * encoding.scale.numel(), rel=1e-5)
+    assert encoding.scale.flatten().tolist() == pytest.approx(
+        [smallest] * encoding.scale.numel(), rel=1e-5
+    )
     assert torch.equal(encoding.fake_quantize(x), x)
 
 
@@ -135,7 +148,9 @@ def test_one_value_is_represented_within_half_a_step(value, granularity):
     x = torch.full((3, 4), value)
     for symmetric in (True, False):
         encoding = measure(x, Scheme(8, symmetric, granularity))
-        assert ((encoding.fake_quantize(x) - x).abs().flatten() <= 0.5001 * encoding.scale.max()).all()
+        assert (
+            (encoding.fake_quantize(x) - x).abs().flatten() <= 0.5001 * encoding.scale.max()
+        ).all()
 
 
 @pytest.mark.parametrize("granularity", EVERY)
@@ -164,21 +179,30 @@ def test_a_range_too_wide_for_float32_is_refused():
 def test_no_data_is_refused():
     with pytest.raises(CalibrationError, match="no data was observed"):
         MinMaxObserver(Scheme(8)).encoding()
-    with pytest.raises(CalibrationError, match=r"a tensor of shape \[0, 4\] holds no values to measure"):
+    with pytest.raises(
+        CalibrationError, match=r"a tensor of shape \[0, 4\] holds no values to measure"
+    ):
         measure(torch.empty(0, 4), Scheme(8))
-    with pytest.raises(CalibrationError, match=r"a tensor of shape \[0, 4\] holds no values to measure"):
+    with pytest.raises(
+        CalibrationError, match=r"a tensor of shape \[0, 4\] holds no values to measure"
+    ):
         MinMaxObserver(Scheme(8)).update(torch.empty(0, 4))
 
 
 def test_another_number_of_groups_is_refused():
     observer = MinMaxObserver(Scheme(8, granularity=PerChannel(0)))
     observer.update(torch.ones(3, 4))
-    with pytest.raises(CalibrationError, match=r"\[1\] ranges were observed where there were \[3\] before"):
+    with pytest.raises(
+        CalibrationError, match=r"\[1\] ranges were observed where there were \[3\] before"
+    ):
         observer.update(torch.ones(1, 4))
 
 
 def test_observers_of_two_schemes_do_not_merge():
-    with pytest.raises(CalibrationError, match="an observer of int4 symmetric per tensor cannot be merged into one of int8 symmetric per tensor"):
+    with pytest.raises(
+        CalibrationError,
+        match="an observer of int4 symmetric per tensor cannot be merged into one of int8 symmetric per tensor",
+    ):
         MinMaxObserver(Scheme(8)).merge(MinMaxObserver(Scheme(4)))
 
 

@@ -52,7 +52,9 @@ def test_gradient_of_linear_is_that_of_the_floats():
     found = linear(x, *arguments(packed))
     assert torch.equal(found, expected)
     seed = torch.randn_like(found)
-    torch.testing.assert_close(torch.autograd.grad(found, x, seed), torch.autograd.grad(expected, x, seed))
+    torch.testing.assert_close(
+        torch.autograd.grad(found, x, seed), torch.autograd.grad(expected, x, seed)
+    )
 
 
 def test_quantized_marks_and_changes_nothing():

@@ -20,7 +20,9 @@ import ml_dtypes  # noqa: E402  (comes with onnx)
 def codes(draw):
     bitwidth = draw(st.integers(1, 8))
     shape = draw(hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=19))
-    return bitwidth, torch.from_numpy(draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 2**bitwidth - 1))))
+    return bitwidth, torch.from_numpy(
+        draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 2**bitwidth - 1)))
+    )
 
 
 @thorough
@@ -42,7 +44,9 @@ def golden(q, bitwidth):
         if width == 1:
             found += np.packbits(plane).tobytes()
         else:
-            found += (sum(int(code) << (width * i) for i, code in enumerate(plane))).to_bytes(len(plane) * width // 8, "little")
+            found += (sum(int(code) << (width * i) for i, code in enumerate(plane))).to_bytes(
+                len(plane) * width // 8, "little"
+            )
         place += width
     return found
 
@@ -67,7 +71,9 @@ def test_dense(bitwidth):
     assert packed_row_bytes(0, bitwidth) == 0
 
 
-@pytest.mark.parametrize(("bitwidth", "kind"), [(2, "uint2"), (2, "int2"), (4, "uint4"), (4, "int4")])
+@pytest.mark.parametrize(
+    ("bitwidth", "kind"), [(2, "uint2"), (2, "int2"), (4, "uint4"), (4, "int4")]
+)
 def test_order_is_that_of_onnx(bitwidth, kind):
     rng = np.random.default_rng(0)
     q = rng.integers(0, 2**bitwidth, (5, 16))

@@ -8,11 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwlora.errors import GridError
-from qwlora.grid.scheme import BITWIDTHS, PerBlock, PerChannel, PerTensor, Scheme, granularity_of, parse_scheme
+from qwlora.grid.scheme import (
+    BITWIDTHS,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    Scheme,
+    granularity_of,
+    parse_scheme,
+)
 
 from .strategies import brief
 
-granularities = st.one_of(st.just(PerTensor()), st.builds(PerChannel, st.integers(-4, 3)), st.builds(PerBlock, st.integers(1, 256)))
+granularities = st.one_of(
+    st.just(PerTensor()),
+    st.builds(PerChannel, st.integers(-4, 3)),
+    st.builds(PerBlock, st.integers(1, 256)),
+)
 schemes = st.builds(Scheme, st.sampled_from(BITWIDTHS), st.booleans(), granularities)
 
 
@@ -42,7 +54,11 @@ def test_scale_shape(granularity, shape, expected):
     [
         (PerChannel(2), (4, 4), r"channel axis 2 is outside a tensor of shape \[4, 4\]"),
         (PerChannel(-3), (4, 4), r"channel axis -3 is outside"),
-        (PerBlock(3), (4, 4), r"blocks of 3 do not divide the last axis of a tensor of shape \[4, 4\]"),
+        (
+            PerBlock(3),
+            (4, 4),
+            r"blocks of 3 do not divide the last axis of a tensor of shape \[4, 4\]",
+        ),
         (PerBlock(1), (), r"blocks of 1 do not divide the last axis of a tensor of shape \[\]"),
     ],
 )
@@ -88,7 +104,10 @@ def test_short_names(text, scheme):
     assert parse_scheme(text) == scheme
 
 
-@pytest.mark.parametrize("text", ["", "w4", "int4-channel", "w4-block", "w4-block32-symmetric", "w4-channel ", "W4-channel"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "w4", "int4-channel", "w4-block", "w4-block32-symmetric", "w4-channel ", "W4-channel"],
+)
 def test_a_short_name_that_is_not_one_is_refused(text):
     with pytest.raises(GridError, match="is not understood; write it like w4-block32"):
         parse_scheme(text)

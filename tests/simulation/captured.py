@@ -27,9 +27,14 @@ def adapted() -> PeftModel:
     model.set_attn_implementation("eager")  # what is captured, so that bits can be compared
     quantize_(model, "w4-block32", solver="rtn")
     torch.manual_seed(1)
-    made = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)).eval()
+    made = get_peft_model(
+        model,
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False),
+    ).eval()
     with torch.no_grad():
-        made.get_parameter("base_model.model.model.layers.0.self_attn.v_proj.lora_B.default.weight").zero_()
+        made.get_parameter(
+            "base_model.model.model.layers.0.self_attn.v_proj.lora_B.default.weight"
+        ).zero_()
     return made
 
 

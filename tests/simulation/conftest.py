@@ -25,9 +25,7 @@ the simulated adapter has 8 bits, and that is what A16 is bounded by. "File" is 
 same between two simulations that differ only in what float32 leaves open ("equal": bit for bit), "steps" the largest difference of any layer that is fed by
 the simulation, in steps of its own grid.
 """
-COLUMNS = (
-    "architecture, inputs, nodes, encodings, capture s, calibration s, W4A16 dB, W4A8 dB, A16 file dB, floor dB, steps, A8 file dB, floor dB, steps, export s"
-)
+COLUMNS = "architecture, inputs, nodes, encodings, capture s, calibration s, W4A16 dB, W4A8 dB, A16 file dB, floor dB, steps, A8 file dB, floor dB, steps, export s"
 
 
 @dataclass
@@ -38,8 +36,23 @@ class Table:
     rows: dict[str, list[str]] = field(default_factory=dict)
 
     def to_markdown(self, order: list[str]) -> str:
-        lines = [f"| {' | '.join(COLUMNS.split(', '))} |", "|---|---|" + "--:|" * (COLUMNS.count(",") - 1)]
-        return "\n".join([*lines, *(f"| {' | '.join([name, *self.rows[name]])} |" for name in order if name in self.rows)]) + "\n"
+        lines = [
+            f"| {' | '.join(COLUMNS.split(', '))} |",
+            "|---|---|" + "--:|" * (COLUMNS.count(",") - 1),
+        ]
+        return (
+            "\n".join(
+                [
+                    *lines,
+                    *(
+                        f"| {' | '.join([name, *self.rows[name]])} |"
+                        for name in order
+                        if name in self.rows
+                    ),
+                ]
+            )
+            + "\n"
+        )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,5 +68,9 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     yield collected
     if path and not request.session.testsfailed:
         names = ("torch", "transformers", "diffusers", "peft", "onnxruntime")
-        head = HEAD.format(option=OPTION, python=platform.python_version(), **{n: version(n).split("+")[0] for n in names})
+        head = HEAD.format(
+            option=OPTION,
+            python=platform.python_version(),
+            **{n: version(n).split("+")[0] for n in names},
+        )
         path.write_text(f"{head}\n{collected.to_markdown(list(ALL))}")

@@ -46,7 +46,11 @@ def on(*layers: str) -> LoraConfig:
 
 
 def shape(rank: int = 4, alpha: float = 8, **given: object) -> LoraConfig:
-    return LoraConfig(r=rank, lora_alpha=alpha, **{"target_modules": "all-linear", "init_lora_weights": False, **given})  # type: ignore[arg-type]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        **{"target_modules": "all-linear", "init_lora_weights": False, **given},
+    )  # type: ignore[arg-type]
 
 
 def eager(architecture: str) -> PreTrainedModel:
@@ -99,7 +103,11 @@ def captures_once(model: PeftModel) -> Iterator[None]:
         if candidate is not model:
             return capture_anew(candidate, example_inputs)
         (active,) = candidate.active_adapters
-        return known[active] if active in known else known.setdefault(active, capture_anew(candidate, example_inputs))
+        return (
+            known[active]
+            if active in known
+            else known.setdefault(active, capture_anew(candidate, example_inputs))
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwlora.simulation.adapters.capture", capture)
@@ -117,9 +125,15 @@ def calibrated(model: PeftModel) -> dict[str, AdapterSimulations]:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "adapters", "captures"), [("llama", ["first", "second", "wide", "narrow", "strong"], 4), ("gpt2", ["first", "second"], 1)]
+    ("architecture", "adapters", "captures"),
+    [
+        ("llama", ["first", "second", "wide", "narrow", "strong"], 4),
+        ("gpt2", ["first", "second"], 1),
+    ],
 )
-def test_each_adapter_alone_computes_what_peft_computes(architecture: str, adapters: list[str], captures: int, request: pytest.FixtureRequest) -> None:
+def test_each_adapter_alone_computes_what_peft_computes(
+    architecture: str, adapters: list[str], captures: int, request: pytest.FixtureRequest
+) -> None:
     model = request.getfixturevalue("model") if architecture == "llama" else adapted(architecture)
     simulations = simulate_adapters(model, inputs())
     assert list(simulations) == [*adapters, "base"]
@@ -133,7 +147,9 @@ def test_each_adapter_alone_computes_what_peft_computes(architecture: str, adapt
 
 
 def test_where_zeros_are_not_the_base_it_is_captured() -> None:
-    model = get_peft_model(eager("llama"), shape(target_modules=["v_proj"], use_dora=True), adapter_name="first").eval()
+    model = get_peft_model(
+        eager("llama"), shape(target_modules=["v_proj"], use_dora=True), adapter_name="first"
+    ).eval()
     simulations = simulate_adapters(model, inputs())
     assert simulations.captures == 2
     assert not simulations["base"].adapter_weights
@@ -142,14 +158,22 @@ def test_where_zeros_are_not_the_base_it_is_captured() -> None:
         assert torch.equal(unquantized(simulations[name], batch), peft_logits(model, name, batch))
 
 
-def test_an_inactive_adapter_is_in_no_graph(model: PeftModel, calibrated: dict[str, AdapterSimulations]) -> None:
+def test_an_inactive_adapter_is_in_no_graph(
+    model: PeftModel, calibrated: dict[str, AdapterSimulations]
+) -> None:
     for name, simulation in calibrated["all"].items():
         program = simulation.program
         used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
         addresses = {
-            program.state_dict[s.target].data_ptr() for s in program.graph_signature.input_specs if s.arg.name in used and s.target in program.state_dict
+            program.state_dict[s.target].data_ptr()
+            for s in program.graph_signature.input_specs
+            if s.arg.name in used and s.target in program.state_dict
         }
-        owners = {path.split(".")[-2]: p.data_ptr() in addresses for path, p in model.named_parameters() if "lora_" in path}
+        owners = {
+            path.split(".")[-2]: p.data_ptr() in addresses
+            for path, p in model.named_parameters()
+            if "lora_" in path
+        }
         assert owners == {other: other == name for other in model.peft_config}
 
 
@@ -171,96 +195,159 @@ DORA = (
 )
 
 
-@pytest.mark.parametrize(("architecture", "dora"), [*((architecture, False) for architecture in ARCHITECTURES), ("llama", True)])
-def test_every_part_of_a_branch_has_an_encoding_of_its_own(architecture: str, dora: bool, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "dora"),
+    [*((architecture, False) for architecture in ARCHITECTURES), ("llama", True)],
+)
+def test_every_part_of_a_branch_has_an_encoding_of_its_own(
+    architecture: str, dora: bool, request: pytest.FixtureRequest
+) -> None:
     if dora:  # on a float base
-        model = get_peft_model(eager(architecture), shape(use_dora=True), adapter_name="first").eval()
+        model = get_peft_model(
+            eager(architecture), shape(use_dora=True), adapter_name="first"
+        ).eval()
     else:
-        model = request.getfixturevalue("model") if architecture == "llama" else adapted(architecture)
+        model = (
+            request.getfixturevalue("model") if architecture == "llama" else adapted(architecture)
+        )
     simulation = simulate_adapters(model, inputs(), adapters=["first"])["first"]
     simulation.calibrate([inputs()])
     own = branch_nodes(simulation.program)
     names = {m.name for m in simulation.marks if m.node in own}
-    layers = [name.removesuffix(".lora_A.weight") for name in simulation.adapter_weights if name.endswith("lora_A.weight")]
-    assert len(layers) == sum(name.endswith("lora_A.first.weight") for name, _ in model.named_parameters())
+    layers = [
+        name.removesuffix(".lora_A.weight")
+        for name in simulation.adapter_weights
+        if name.endswith("lora_A.weight")
+    ]
+    assert len(layers) == sum(
+        name.endswith("lora_A.first.weight") for name, _ in model.named_parameters()
+    )
     parts = DORA.split() if dora else ["lora_A.linear", "lora_B.linear", "mul", "add"]
     assert names == {f"{layer}.{part}" for layer in layers for part in parts}
     encodings = simulation.encodings
     for layer in layers:
         weights = [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"]
-        assert len({id(encodings[name]) for name in weights + [f"{layer}.{part}" for part in parts]}) == 2 + len(parts)
+        assert len(
+            {id(encodings[name]) for name in weights + [f"{layer}.{part}" for part in parts]}
+        ) == 2 + len(parts)
 
 
-def test_encodings_of_the_base_are_the_same_in_all_adapters(calibrated: dict[str, AdapterSimulations]) -> None:
+def test_encodings_of_the_base_are_the_same_in_all_adapters(
+    calibrated: dict[str, AdapterSimulations],
+) -> None:
     for simulations in calibrated.values():
         graphs = [simulation.graph() for simulation in simulations.values()]
-        names = [{m.name for m in graph.marks if m.kind in (Kind.BASE, Kind.PARAMETER)} for graph in graphs]
+        names = [
+            {m.name for m in graph.marks if m.kind in (Kind.BASE, Kind.PARAMETER)}
+            for graph in graphs
+        ]
         assert names[0]
         assert names[0] == names[1] == names[2]
         for name in names[0]:
-            assert all(torch.equal(graph.encodings[name].scale, graphs[0].encodings[name].scale) for graph in graphs)
+            assert all(
+                torch.equal(graph.encodings[name].scale, graphs[0].encodings[name].scale)
+                for graph in graphs
+            )
 
 
 @pytest.mark.parametrize("mode", ["all", "adapter_only", "none"])
-def test_what_is_shared_is_byte_for_byte_one_on_disk(calibrated: dict[str, AdapterSimulations], mode: str, tmp_path: Path) -> None:
+def test_what_is_shared_is_byte_for_byte_one_on_disk(
+    calibrated: dict[str, AdapterSimulations], mode: str, tmp_path: Path
+) -> None:
     simulations = calibrated[mode]
     content, entries = {}, {}
     for name, simulation in simulations.items():
         (tmp_path / name).mkdir()
         save_simulation(simulation, tmp_path / name)
-        content[name] = {n: (e.scale.numpy().tobytes(), e.offset.numpy().tobytes()) for n, e in load_encodings(tmp_path / name).items()}
+        content[name] = {
+            n: (e.scale.numpy().tobytes(), e.offset.numpy().tobytes())
+            for n, e in load_encodings(tmp_path / name).items()
+        }
         write_encodings(simulation.graph(), tmp_path / name / "model.encodings")
         written = json.loads((tmp_path / name / "model.encodings").read_text())
-        entries[name] = {e["name"]: json.dumps(e) for part in ("activation_encodings", "param_encodings") for e in written[part]}
-    for first, second in ((content["first"], content["second"]), (entries["first"], entries["second"])):
+        entries[name] = {
+            e["name"]: json.dumps(e)
+            for part in ("activation_encodings", "param_encodings")
+            for e in written[part]
+        }
+    for first, second in (
+        (content["first"], content["second"]),
+        (entries["first"], entries["second"]),
+    ):
         assert first.keys() == second.keys()
         differ = {name for name, one in first.items() if one != second[name]}
-        own = {m.name for m in simulations["first"].marks if m.node in branch_nodes(simulations["first"].program)}
+        own = {
+            m.name
+            for m in simulations["first"].marks
+            if m.node in branch_nodes(simulations["first"].program)
+        }
         belong = own | set(simulations["first"].adapter_weights)
         if mode == "none":
             assert not differ
         elif mode == "adapter_only":
             assert differ <= belong
-            assert {name.rpartition(".")[2] for name in differ} == {"linear", "mul", "add", "weight"}
+            assert {name.rpartition(".")[2] for name in differ} == {
+                "linear",
+                "mul",
+                "add",
+                "weight",
+            }
         else:
             assert differ - belong
     whole = [(tmp_path / name / "model.encodings").read_bytes() for name in simulations]
     assert (whole[0] == whole[1] == whole[2]) is (mode == "none")
 
 
-def test_shared_encodings_are_those_of_all_data_together(calibrated: dict[str, AdapterSimulations]) -> None:
+def test_shared_encodings_are_those_of_all_data_together(
+    calibrated: dict[str, AdapterSimulations],
+) -> None:
     simulations, alone = calibrated["none"], calibrated["all"]
-    activations = [name for name in simulations.shared if not is_adapter_name(name) or name.endswith("linear")]
+    activations = [
+        name for name in simulations.shared if not is_adapter_name(name) or name.endswith("linear")
+    ]
     assert set(activations) == set(simulations["first"].quantizers)
     for name in activations:
         seen = [alone[adapter].quantizers[name].observer for adapter in alone]
-        low, high = torch.stack([o.low for o in seen]).amin(0), torch.stack([o.high for o in seen]).amax(0)
+        low, high = (
+            torch.stack([o.low for o in seen]).amin(0),
+            torch.stack([o.high for o in seen]).amax(0),
+        )
         expected = encoding_from_range(low, high, EIGHT_BITS.activations)
         assert torch.equal(simulations.shared[name].scale, expected.scale)
         assert torch.equal(simulations.shared[name].offset, expected.offset)
     for name, weight in simulations["first"].adapter_weights.items():
         both = torch.cat([weight, simulations["second"].adapter_weights[name]], 1)
-        scale = both.amax(1).maximum(-both.amin(1) * 127.5 / 128) / 127.5  # never above the joint range's own step
+        scale = (
+            both.amax(1).maximum(-both.amin(1) * 127.5 / 128) / 127.5
+        )  # never above the joint range's own step
         assert bool((simulations.shared[name].scale >= scale * 0.999).all())
 
 
-def test_sharing_costs_what_it_costs(model: PeftModel, calibrated: dict[str, AdapterSimulations]) -> None:
+def test_sharing_costs_what_it_costs(
+    model: PeftModel, calibrated: dict[str, AdapterSimulations]
+) -> None:
     batch = inputs(seed=1)
     expected = {name: peft_logits(model, name, batch) for name in ("first", "second", "base")}
 
     def error(simulations: AdapterSimulations, name: str) -> float:
         with torch.no_grad():
-            return float((simulations[name].outputs(batch)["logits"] - expected[name]).square().mean())
+            return float(
+                (simulations[name].outputs(batch)["logits"] - expected[name]).square().mean()
+            )
 
     simulations = calibrated["none"]
     before = {name: simulations[name].outputs(batch)["logits"] for name in simulations}
     names = {id(simulation): name for name, simulation in simulations.items()}
-    costs = simulations.cost_of_sharing(lambda simulation: error(simulations, names[id(simulation)]))
+    costs = simulations.cost_of_sharing(
+        lambda simulation: error(simulations, names[id(simulation)])
+    )
     for name, cost in costs.items():
         assert cost.own == error(calibrated["all"], name)
         assert cost.shared == error(simulations, name)
         assert torch.equal(simulations[name].outputs(batch)["logits"], before[name])
-    assert costs["base"].shared > costs["base"].own  # it pays for ranges ten times wider than its own
+    assert (
+        costs["base"].shared > costs["base"].own
+    )  # it pays for ranges ten times wider than its own
 
 
 def test_each_adapter_may_see_its_own_data(model: PeftModel) -> None:
@@ -268,14 +355,18 @@ def test_each_adapter_may_see_its_own_data(model: PeftModel) -> None:
     with pytest.raises(CalibrationError, match="at least one batch"):
         simulations.observe({"first": [inputs()]})
     simulations = simulate_adapters(model, inputs(), EIGHT_BITS, "all", ["first", "second"])
-    simulations.calibrate({"first": [inputs(seed=1)], "second": [inputs(seed=2)], "base": [inputs(seed=3)]})
+    simulations.calibrate(
+        {"first": [inputs(seed=1)], "second": [inputs(seed=2)], "base": [inputs(seed=3)]}
+    )
     alone = simulate_adapters(model, inputs(), EIGHT_BITS, "all", ["second"])
     alone.calibrate([inputs(seed=2)])
     for name, encoding in alone["second"].encodings.items():
         assert torch.equal(simulations["second"].encodings[name].scale, encoding.scale)
 
 
-def test_a_later_adapter_takes_the_encodings_that_are_fixed(model: PeftModel, calibrated: dict[str, AdapterSimulations]) -> None:
+def test_a_later_adapter_takes_the_encodings_that_are_fixed(
+    model: PeftModel, calibrated: dict[str, AdapterSimulations]
+) -> None:
     fixed = calibrated["adapter_only"].shared
     later = simulate_adapters(model, inputs(), EIGHT_BITS, "adapter_only", ["second"])
     later.calibrate([inputs(seed=9)], fixed)
@@ -284,43 +375,72 @@ def test_a_later_adapter_takes_the_encodings_that_are_fixed(model: PeftModel, ca
         assert later["second"].encodings[name] is encoding
     own = later["second"].quantizers["model.layers.0.self_attn.q_proj.lora_B.linear"].encoding
     assert own is not None
-    assert not torch.equal(own.scale, calibrated["adapter_only"]["second"].encodings["model.layers.0.self_attn.q_proj.lora_B.linear"].scale)
+    assert not torch.equal(
+        own.scale,
+        calibrated["adapter_only"]["second"]
+        .encodings["model.layers.0.self_attn.q_proj.lora_B.linear"]
+        .scale,
+    )
     missing = {name: encoding for name, encoding in fixed.items() if "layers.1" not in name}
-    with pytest.raises(CalibrationError, match=r"shared activations have no encoding, model\.layers\.1.* first; observe every adapter"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"shared activations have no encoding, model\.layers\.1.* first; observe every adapter",
+    ):
         later.freeze(missing)
 
 
 def test_a_head_that_is_trained_whole_keeps_its_bits_and_no_name_of_an_adapter() -> None:
     """PEFT puts the classifier into `modules_to_save` by itself; biases of lora_B are no factor either."""
-    config = BertConfig(vocab_size=260, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=3)
+    config = BertConfig(
+        vocab_size=260,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_labels=3,
+    )
     torch.manual_seed(0)
     bert = BertForSequenceClassification(config).eval()
     report = quantize_(bert, "w4-block32")
     assert "bert.pooler.dense.weight" in report.layers
     assert "classifier.weight" not in report.layers
-    both = get_peft_model(bert, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", lora_bias=True), adapter_name="first")
-    both.add_adapter("second", LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", lora_bias=True))
+    both = get_peft_model(
+        bert,
+        LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", lora_bias=True),
+        adapter_name="first",
+    )
+    both.add_adapter(
+        "second", LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", lora_bias=True)
+    )
     schemes = SimulationSchemes(adapter_weights=Scheme(4, granularity=PerChannel(0)))
     names, prints = [], []
     for name in ("first", "second"):
         both.set_adapter(name)
         simulation = simulate(both.eval(), inputs(), schemes)
-        bits = {weight: frozen.encoding.scheme.bitwidth for weight, frozen in simulation.weights.items()}
+        bits = {
+            weight: frozen.encoding.scheme.bitwidth for weight, frozen in simulation.weights.items()
+        }
         assert {bits[f"classifier.modules_to_save.{key}"] for key in ("weight", "bias")} == {16}
         layer = "bert.encoder.layer.0.attention.self.query"
-        assert [bits[f"{layer}.{key}"] for key in ("lora_A.weight", "lora_B.weight", "lora_B.bias")] == [4, 4, 16]
+        assert [
+            bits[f"{layer}.{key}"] for key in ("lora_A.weight", "lora_B.weight", "lora_B.bias")
+        ] == [4, 4, 16]
         names.append([mark.name for mark in simulation.marks])
         prints.append(adapter_fingerprint(both))
     assert names[0] == names[1]
     assert prints[0] != prints[1]
 
 
-def test_a_simulation_of_one_of_several_comes_back_from_disk(model: PeftModel, calibrated: dict[str, AdapterSimulations], tmp_path: Path) -> None:
+def test_a_simulation_of_one_of_several_comes_back_from_disk(
+    model: PeftModel, calibrated: dict[str, AdapterSimulations], tmp_path: Path
+) -> None:
     batch = inputs(seed=4)
     simulation = calibrated["none"]["second"]
     simulation.save(tmp_path)
     model.set_adapter("second")
-    again = load_simulation(tmp_path, model)  # its weights on grids that their own values do not give
+    again = load_simulation(
+        tmp_path, model
+    )  # its weights on grids that their own values do not give
     assert torch.equal(again.outputs(batch)["logits"], simulation.outputs(batch)["logits"])
     model.set_adapter("first")
     with pytest.raises(CalibrationError, match="is a simulation of the adapter with fingerprint"):
@@ -328,7 +448,9 @@ def test_a_simulation_of_one_of_several_comes_back_from_disk(model: PeftModel, c
 
 
 @pytest.mark.parametrize("mode", ["none", "all"])
-def test_the_adapter_that_adds_zero_comes_back_from_disk(model: PeftModel, calibrated: dict[str, AdapterSimulations], mode: str, tmp_path: Path) -> None:
+def test_the_adapter_that_adds_zero_comes_back_from_disk(
+    model: PeftModel, calibrated: dict[str, AdapterSimulations], mode: str, tmp_path: Path
+) -> None:
     batch, simulation = inputs(seed=4), calibrated[mode]["base"]
     simulation.save(tmp_path)
     model.set_adapter("second")
@@ -336,37 +458,67 @@ def test_the_adapter_that_adds_zero_comes_back_from_disk(model: PeftModel, calib
     assert torch.equal(again.outputs(batch)["logits"], simulation.outputs(batch)["logits"])
     assert again.encodings.keys() == simulation.encodings.keys()
     model.set_adapter("wide")
-    with pytest.raises(GridError, match=r"a tensor of shape \[6, 64\] needs scales of shape \[6\], not \[4\]"):
+    with pytest.raises(
+        GridError, match=r"a tensor of shape \[6, 64\] needs scales of shape \[6\], not \[4\]"
+    ):
         load_simulation(tmp_path, model)
-    with model.disable_adapter(), pytest.raises(CalibrationError, match=r"simulation of an adapter that adds zero; give it a model with an adapter of that"):
+    with (
+        model.disable_adapter(),
+        pytest.raises(
+            CalibrationError,
+            match=r"simulation of an adapter that adds zero; give it a model with an adapter of that",
+        ),
+    ):
         load_simulation(tmp_path, model)
     model.set_adapter("first")
 
 
 def test_what_cannot_be_shared_says_why(model: PeftModel) -> None:
-    simulations = simulate_adapters(model, inputs(), base_activations="none", adapters=["first", "wide"])
-    with pytest.raises(CalibrationError, match=r"q_proj\.lora_A\.weight differs among the adapters .* give the adapters one rank, or share less"):
+    simulations = simulate_adapters(
+        model, inputs(), base_activations="none", adapters=["first", "wide"]
+    )
+    with pytest.raises(
+        CalibrationError,
+        match=r"q_proj\.lora_A\.weight differs among the adapters .* give the adapters one rank, or share less",
+    ):
         simulations.calibrate([inputs()])
-    simulations = simulate_adapters(model, inputs(), base_activations="none", adapters=["first", "narrow"])
-    with pytest.raises(CalibrationError, match=r"values have an encoding with one adapter and none with another, .* first; .* the same target_modules"):
+    simulations = simulate_adapters(
+        model, inputs(), base_activations="none", adapters=["first", "narrow"]
+    )
+    with pytest.raises(
+        CalibrationError,
+        match=r"values have an encoding with one adapter and none with another, .* first; .* the same target_modules",
+    ):
         simulations.calibrate([inputs()])
-    simulations = simulate_adapters(model, inputs(), base_activations="none", adapters=["first", "second"])
+    simulations = simulate_adapters(
+        model, inputs(), base_activations="none", adapters=["first", "second"]
+    )
     simulations["second"]._drop("lm_head.linear", "no data came by in calibration")
-    with pytest.raises(CalibrationError, match=r"1 values have an encoding .*, lm_head.linear first; one adapter's data did not reach it; calibrate on more"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"1 values have an encoding .*, lm_head.linear first; one adapter's data did not reach it; calibrate on more",
+    ):
         simulations.calibrate([inputs()])
 
 
 def test_names_that_cannot_be(model: PeftModel) -> None:
-    with pytest.raises(CaptureError, match="the model has no adapter third; it has first, second, wide"):
+    with pytest.raises(
+        CaptureError, match="the model has no adapter third; it has first, second, wide"
+    ):
         simulate_adapters(model, inputs(), adapters=["first", "third"])
     with pytest.raises(CaptureError, match="an adapter is named 'base'"):
         simulate_adapters(adapted(base=shape()), inputs())
 
 
-def test_an_adapter_that_was_bound_is_exported_with_its_own_weights(calibrated: dict[str, AdapterSimulations], tmp_path: Path) -> None:
+def test_an_adapter_that_was_bound_is_exported_with_its_own_weights(
+    calibrated: dict[str, AdapterSimulations], tmp_path: Path
+) -> None:
     simulation = calibrated["adapter_only"]["second"]
     export_onnx(simulation.graph(), tmp_path)
-    initializers = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    initializers = {
+        i.name: onnx.numpy_helper.to_array(i)
+        for i in onnx.load(tmp_path / "model.onnx").graph.initializer
+    }
     for name, weight in simulation.adapter_weights.items():
         encoding = simulation.encodings[name]
         codes = encoding.quantize(weight).int().numpy() - 128
@@ -379,17 +531,36 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
     quantize_(model, "w4-block32", solver="rtn")
     with_first = get_peft_model(model, on("q_proj"), adapter_name="first")
     with_first.add_adapter("second", on("up_proj"))
-    rules = [PlacementRule(f"*.{layer}.lora_A.weight", of="weights", bitwidth=4) for layer in ("q_proj", "up_proj")]
-    simulations = simulate_adapters(with_first.eval(), inputs(), SimulationSchemes(rules=rules), base_activations="all")
-    assert [list(simulations[name].placement.idle) for name in ("first", "second", "base")] == [[1], [0], [1]]
+    rules = [
+        PlacementRule(f"*.{layer}.lora_A.weight", of="weights", bitwidth=4)
+        for layer in ("q_proj", "up_proj")
+    ]
+    simulations = simulate_adapters(
+        with_first.eval(), inputs(), SimulationSchemes(rules=rules), base_activations="all"
+    )
+    assert [list(simulations[name].placement.idle) for name in ("first", "second", "base")] == [
+        [1],
+        [0],
+        [1],
+    ]
     for name, layer in (("first", "layers.0.self_attn.q_proj"), ("second", "layers.0.mlp.up_proj")):
-        assert simulations[name].encoding_of_weight(f"model.{layer}.lora_A.weight").scheme.bitwidth == 4
+        assert (
+            simulations[name].encoding_of_weight(f"model.{layer}.lora_A.weight").scheme.bitwidth
+            == 4
+        )
     simulations.calibrate([inputs()])
     simulations["first"].save(tmp_path)
     with_first.set_adapter("first")
     assert load_simulation(tmp_path, with_first).placement.idle.keys() == {1}
-    wrong = [*rules, PlacementRule("*.k_proj.lora_A.weight", of="weights", bitwidth=4), PlacementRule("*.up_proj.lora_B.weight", bitwidth=4)]
+    wrong = [
+        *rules,
+        PlacementRule("*.k_proj.lora_A.weight", of="weights", bitwidth=4),
+        PlacementRule("*.up_proj.lora_B.weight", bitwidth=4),
+    ]
     with pytest.raises(CalibrationError, match="2 of the placement rules do nothing:") as caught:
         simulate_adapters(with_first, inputs(), SimulationSchemes(rules=wrong))
     assert "'*.k_proj.lora_A.weight' matches no value; near are " in str(caught.value)
-    assert "'*.up_proj.lora_B.weight' matches weights only, model.layers.0.mlp.up_proj.lora_B.weight the first" in str(caught.value)
+    assert (
+        "'*.up_proj.lora_B.weight' matches weights only, model.layers.0.mlp.up_proj.lora_B.weight the first"
+        in str(caught.value)
+    )

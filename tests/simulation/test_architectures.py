@@ -25,14 +25,19 @@ from simulation.conftest import Table
 from simulation.tiny_architectures import ALL, inputs, make
 
 SEEDS = range(3)
-BELOW_FLOOR = {16: 6.0, 8: 15.0}  # at 8 bits one value that falls on the other side of a border is 30 dB of a tiny output
+BELOW_FLOOR = {
+    16: 6.0,
+    8: 15.0,
+}  # at 8 bits one value that falls on the other side of a border is 30 dB of a tiny output
 
 
 def adapted(name: str) -> nn.Module:
     """A packed model with a LoRA on every linear layer."""
     model = make(name)
     report = quantize_(model, "w4-block32")
-    linear = [path.removesuffix(".weight") for path in report.layers]  # where PEFT does not know the model
+    linear = [
+        path.removesuffix(".weight") for path in report.layers
+    ]  # where PEFT does not know the model
     torch.manual_seed(1)
     targets = "all-linear" if isinstance(model, PreTrainedModel) else linear
     return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
@@ -55,12 +60,21 @@ def train(model: nn.Module, name: str) -> None:
         optimizer.zero_grad()
         assert math.isfinite(float(loss))
     model.eval()
-    assert sum(not torch.equal(old, new) for old, new in zip(before, learnt, strict=True)) > len(learnt) / 2
+    assert (
+        sum(not torch.equal(old, new) for old, new in zip(before, learnt, strict=True))
+        > len(learnt) / 2
+    )
 
 
-def simulated(model: nn.Module, captured: Captured, name: str, bitwidth: int) -> tuple[Simulation, float, float]:
+def simulated(
+    model: nn.Module, captured: Captured, name: str, bitwidth: int
+) -> tuple[Simulation, float, float]:
     """(simulation, SQNR of its primary output against the model's, seconds of calibration)."""
-    simulation = Simulation(captured, SimulationSchemes(Scheme(bitwidth, symmetric=False), rules=ALL[name].rules), base_encodings(model))
+    simulation = Simulation(
+        captured,
+        SimulationSchemes(Scheme(bitwidth, symmetric=False), rules=ALL[name].rules),
+        base_encodings(model),
+    )
     start = time.perf_counter()
     simulation.calibrate([inputs(name, seed) for seed in SEEDS])
     seconds = time.perf_counter() - start
@@ -68,29 +82,54 @@ def simulated(model: nn.Module, captured: Captured, name: str, bitwidth: int) ->
     for seed in SEEDS:
         with torch.no_grad(), visible_implementations(model):
             expected = primary(model(**inputs(name, seed)))
-        difference.update(simulation.outputs(inputs(name, seed))[captured.interface.primary], expected)
+        difference.update(
+            simulation.outputs(inputs(name, seed))[captured.interface.primary], expected
+        )
     return simulation, difference.sqnr, seconds
 
 
-def exported(simulation: Simulation, name: str, bitwidth: int, folder: Path) -> tuple[OutputParity, float]:
+def exported(
+    simulation: Simulation, name: str, bitwidth: int, folder: Path
+) -> tuple[OutputParity, float]:
     start = time.perf_counter()
     export_onnx(simulation.graph(), folder)
     seconds = time.perf_counter() - start
     parity = verify_onnx_outputs(folder, simulation, [inputs(name, seed) for seed in range(2)])
     tiny = ALL[name]
-    check_output_parity(parity, OutputLimits(layer_steps=tiny.layer_steps, layer_mean_steps=tiny.layer_mean_steps, below_floor=BELOW_FLOOR[bitwidth]), name)
+    check_output_parity(
+        parity,
+        OutputLimits(
+            layer_steps=tiny.layer_steps,
+            layer_mean_steps=tiny.layer_mean_steps,
+            below_floor=BELOW_FLOOR[bitwidth],
+        ),
+        name,
+    )
     return parity, seconds
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if tiny.slow else []) for name, tiny in ALL.items()])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if tiny.slow else [])
+        for name, tiny in ALL.items()
+    ],
+)
 def test_the_whole_job(name: str, table: Table, tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what libraries say about their own arguments and optional parts
+        warnings.simplefilter(
+            "ignore"
+        )  # what libraries say about their own arguments and optional parts
         model = adapted(name)
         train(model, name)
         start = time.perf_counter()
         captured = capture(model, inputs(name))
-        row = [_shapes(captured), str(len(captured.program.graph.nodes)), "", f"{time.perf_counter() - start:.1f}"]
+        row = [
+            _shapes(captured),
+            str(len(captured.program.graph.nodes)),
+            "",
+            f"{time.perf_counter() - start:.1f}",
+        ]
         found = {bitwidth: simulated(model, captured, name, bitwidth) for bitwidth in (16, 8)}
     simulation = found[16][0]
     packed = {m for m in simulation.marks if m.kind is Kind.BASE}
@@ -101,7 +140,11 @@ def test_the_whole_job(name: str, table: Table, tmp_path: Path) -> None:
     row += [f"{found[16][2]:.1f}", f"{found[16][1]:.1f}", f"{found[8][1]:.1f}"]
     for bitwidth in (16, 8) if table.wanted else (16,):
         parity, seconds = exported(found[bitwidth][0], name, bitwidth, tmp_path / str(bitwidth))
-        row += [_decibel(parity.sqnr[parity.primary]), _decibel(parity.floor_sqnr[parity.primary]), f"{parity.worst_layer_steps:.2f}"]
+        row += [
+            _decibel(parity.sqnr[parity.primary]),
+            _decibel(parity.floor_sqnr[parity.primary]),
+            f"{parity.worst_layer_steps:.2f}",
+        ]
     table.rows[name] = [*row, f"{seconds:.0f}"]
 
 
@@ -110,5 +153,8 @@ def _decibel(value: float) -> str:
 
 
 def _shapes(captured: Captured) -> str:
-    shown = (f"{name} [{', '.join(str(size) for size in captured.interface.shapes[name])}]" for name in captured.interface.inputs)
+    shown = (
+        f"{name} [{', '.join(str(size) for size in captured.interface.shapes[name])}]"
+        for name in captured.interface.inputs
+    )
     return "; ".join(shown)

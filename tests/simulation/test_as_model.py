@@ -22,10 +22,14 @@ def adapted(architecture: str) -> PeftModel:
     model = tiny_model(architecture)
     quantize_(model, "w4-block32")
     torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
 
 
-def batch(rows: int = 2, tokens: int = 12, seed: int = 0, positions: bool = False) -> dict[str, Tensor]:
+def batch(
+    rows: int = 2, tokens: int = 12, seed: int = 0, positions: bool = False
+) -> dict[str, Tensor]:
     ids = torch.randint(0, 256, (rows, tokens), generator=torch.Generator().manual_seed(seed))
     made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return made | ({"position_ids": torch.arange(tokens).expand(rows, -1)} if positions else {})
@@ -43,7 +47,9 @@ def pair(request: pytest.FixtureRequest) -> tuple[Simulation, PreTrainedModel]:
     return simulation, simulation.model()
 
 
-def test_calls_give_the_models_own_output_with_simulated_logits(pair: tuple[Simulation, PreTrainedModel]) -> None:
+def test_calls_give_the_models_own_output_with_simulated_logits(
+    pair: tuple[Simulation, PreTrainedModel],
+) -> None:
     simulation, model = pair
     own = simulation.origin.model.get_base_model()
     given = batch(3, 9, seed=4)
@@ -58,13 +64,17 @@ def test_calls_give_the_models_own_output_with_simulated_logits(pair: tuple[Simu
     assert not output.logits.requires_grad
 
 
-def test_loss_is_cross_entropy_of_the_simulated_logits(pair: tuple[Simulation, PreTrainedModel]) -> None:
+def test_loss_is_cross_entropy_of_the_simulated_logits(
+    pair: tuple[Simulation, PreTrainedModel],
+) -> None:
     _, model = pair
     given = batch(3, 9, seed=4)
     labels = given["input_ids"].clone()
     labels[:, :4] = -100
     output = model(**given, labels=labels)
-    expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    expected = nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
     torch.testing.assert_close(output.loss, expected)
     summed = model(**given, labels=labels, num_items_in_batch=torch.tensor(10))
     torch.testing.assert_close(summed.loss, expected * (labels != -100).sum() / 10)
@@ -80,7 +90,10 @@ def test_generate_is_an_argmax_loop(pair: tuple[Simulation, PreTrainedModel]) ->
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
     assert torch.equal(model.generate(ids, **settings), expected)
-    assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **settings), expected)  # lm-eval asks for a cache
+    assert torch.equal(
+        model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **settings),
+        expected,
+    )  # lm-eval asks for a cache
     assert torch.equal(model.generate(ids[:, :1], **settings)[:, :1], ids[:, :1])
 
 
@@ -94,13 +107,25 @@ def test_left_padding_changes_nothing(pair: tuple[Simulation, PreTrainedModel]) 
     for row, alone in ((0, short), (1, long)):
         expected = model(input_ids=alone).logits[0]
         # a value on the edge between two 16-bit steps may fall to either side
-        torch.testing.assert_close(logits[row, -alone.shape[1] :], expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
-    together = model.generate(padded, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+        torch.testing.assert_close(
+            logits[row, -alone.shape[1] :],
+            expected,
+            rtol=0,
+            atol=2e-3 * float(expected.abs().max()),
+        )
+    together = model.generate(
+        padded, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=-1
+    )
     for row, alone in ((0, short), (1, long)):
-        assert torch.equal(together[row, -4:], model.generate(alone, max_new_tokens=4, do_sample=False, eos_token_id=-1)[0, -4:])
+        assert torch.equal(
+            together[row, -4:],
+            model.generate(alone, max_new_tokens=4, do_sample=False, eos_token_id=-1)[0, -4:],
+        )
 
 
-def test_loglikelihoods_over_padded_batches_as_an_evaluation_harness_asks_for_them(pair: tuple[Simulation, PreTrainedModel]) -> None:
+def test_loglikelihoods_over_padded_batches_as_an_evaluation_harness_asks_for_them(
+    pair: tuple[Simulation, PreTrainedModel],
+) -> None:
     """Context and continuation, padded on the right, no mask; the logits of the continuation are read."""
     _, model = pair
     texts = [batch(1, tokens, seed=tokens)["input_ids"][0] for tokens in (5, 8, 11)]
@@ -108,11 +133,15 @@ def test_loglikelihoods_over_padded_batches_as_an_evaluation_harness_asks_for_th
     together = model(padded).logits.log_softmax(-1)
     for row, ids in enumerate(texts):
         alone = model(ids[None]).logits[0].log_softmax(-1)
-        scores = [s[-4:-1].gather(1, ids[-3:, None]).sum() for s in (together[row, : len(ids)], alone)]
+        scores = [
+            s[-4:-1].gather(1, ids[-3:, None]).sum() for s in (together[row, : len(ids)], alone)
+        ]
         torch.testing.assert_close(scores[0], scores[1], rtol=1e-3, atol=1e-2)
 
 
-def test_what_an_evaluation_harness_does_with_a_model_that_it_is_given(pair: tuple[Simulation, PreTrainedModel]) -> None:
+def test_what_an_evaluation_harness_does_with_a_model_that_it_is_given(
+    pair: tuple[Simulation, PreTrainedModel],
+) -> None:
     """The calls of lm-eval 0.4.13 (`HFLM(pretrained=model)`), on models whose head is tied to their embeddings, and one whose head is not."""
     _, model = pair
     assert model.eval() is model
@@ -126,7 +155,14 @@ def test_what_an_evaluation_harness_does_with_a_model_that_it_is_given(pair: tup
     never = StoppingCriteriaList([lambda ids, scores, **_: torch.zeros(len(ids), dtype=torch.bool)])
     with torch.autocast(device_type="cpu", enabled=False):
         found = model.generate(
-            input_ids=context, max_length=12, stopping_criteria=never, pad_token_id=257, use_cache=True, attention_mask=mask, do_sample=False, eos_token_id=-1
+            input_ids=context,
+            max_length=12,
+            stopping_criteria=never,
+            pad_token_id=257,
+            use_cache=True,
+            attention_mask=mask,
+            do_sample=False,
+            eos_token_id=-1,
         )
     assert found.shape == (2, 12)
     alone = model.generate(long, max_length=12, do_sample=False, eos_token_id=-1)
@@ -134,9 +170,14 @@ def test_what_an_evaluation_harness_does_with_a_model_that_it_is_given(pair: tup
 
 
 @pytest.mark.parametrize("call", ["get_input_embeddings", "get_output_embeddings"])
-def test_a_simulated_model_has_no_layers_to_hand_out(pair: tuple[Simulation, PreTrainedModel], call: str) -> None:
+def test_a_simulated_model_has_no_layers_to_hand_out(
+    pair: tuple[Simulation, PreTrainedModel], call: str
+) -> None:
     _, model = pair
-    with pytest.raises(CaptureError, match=r"is one graph and has no embedding layers; those that it was captured from are simulation.origin.model's"):
+    with pytest.raises(
+        CaptureError,
+        match=r"is one graph and has no embedding layers; those that it was captured from are simulation.origin.model's",
+    ):
         getattr(model, call)()
     with pytest.raises(CaptureError, match="is one graph and has no embedding layers"):
         getattr(model, call.replace("get", "set"))(nn.Embedding(2, 2))
@@ -149,17 +190,28 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
     model, given = simulation.model(), batch()
     plain = model(**given).logits
     positions = torch.arange(12)[None]
-    assert torch.equal(model(**given, position_ids=positions).logits, plain)  # says what the graph assumes
-    with pytest.raises(CaptureError, match=r"position_ids: the graph was captured with input_ids, attention_mask and counts positions from the first token"):
+    assert torch.equal(
+        model(**given, position_ids=positions).logits, plain
+    )  # says what the graph assumes
+    with pytest.raises(
+        CaptureError,
+        match=r"position_ids: the graph was captured with input_ids, attention_mask and counts positions from the first token",
+    ):
         model(**given, position_ids=positions + 1)
-    with pytest.raises(CaptureError, match="token_type_ids: the graph was captured without this argument"):
+    with pytest.raises(
+        CaptureError, match="token_type_ids: the graph was captured without this argument"
+    ):
         model(**given, token_type_ids=torch.zeros(2, 12))
-    with pytest.raises(CaptureError, match="nonsense: the graph was captured without this argument"):
+    with pytest.raises(
+        CaptureError, match="nonsense: the graph was captured without this argument"
+    ):
         model(**given, nonsense=1)
     for name in ("output_hidden_states", "output_attentions", "use_cache"):
         with pytest.raises(CaptureError, match=f"{name}: the simulated graph gives logits"):
             model(**given, **{name: True})
-    with pytest.raises(CaptureError, match="input_ids: the graph was captured with this argument; give it"):
+    with pytest.raises(
+        CaptureError, match="input_ids: the graph was captured with this argument; give it"
+    ):
         model(attention_mask=given["attention_mask"])
     with pytest.raises(CaptureError, match="input_ids: given twice"):
         model(given["input_ids"], input_ids=given["input_ids"])
@@ -167,8 +219,14 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
         model.train()
     with pytest.raises(CaptureError, match="is no checkpoint"):
         model.save_pretrained("somewhere")
-    with pytest.raises(CaptureError, match="put position_ids among the example inputs"):  # padding on the left would give other positions
-        model.generate(given["input_ids"], attention_mask=torch.tensor([[0] * 3 + [1] * 9, [1] * 12]), max_new_tokens=1)
+    with pytest.raises(
+        CaptureError, match="put position_ids among the example inputs"
+    ):  # padding on the left would give other positions
+        model.generate(
+            given["input_ids"],
+            attention_mask=torch.tensor([[0] * 3 + [1] * 9, [1] * 12]),
+            max_new_tokens=1,
+        )
 
 
 def test_an_encoder_with_a_decoder_is_called_and_does_not_generate() -> None:
@@ -177,7 +235,10 @@ def test_an_encoder_with_a_decoder_is_called_and_does_not_generate() -> None:
     simulation.calibrate([given])
     model = simulation.model()
     assert torch.equal(model(**given).logits, simulation.outputs(given)["logits"])
-    with pytest.raises(CaptureError, match=r"generate runs the encoder of SimulatedT5\w+ apart from its decoder, .* \(decoder_input_ids\)"):
+    with pytest.raises(
+        CaptureError,
+        match=r"generate runs the encoder of SimulatedT5\w+ apart from its decoder, .* \(decoder_input_ids\)",
+    ):
         model.generate(given["input_ids"], max_new_tokens=2)
 
 
@@ -185,7 +246,10 @@ def test_positions_of_a_masked_batch_are_asked_for() -> None:
     model = calibrated(adapted("gpt2"), positions=True).model()
     given = batch()
     given["attention_mask"][0, :3] = 0
-    with pytest.raises(CaptureError, match="position_ids: the graph was captured with them, and a masked batch needs them"):
+    with pytest.raises(
+        CaptureError,
+        match="position_ids: the graph was captured with them, and a masked batch needs them",
+    ):
         model(**given)
 
 
@@ -209,7 +273,10 @@ def test_moves_whole_to_another_device_and_leaves_the_users_model_behind() -> No
     assert output.logits.shape == (3, 7, 260)
     assert all(torch.equal(p, before[name]) for name, p in user.named_parameters())
     assert user(**batch()).logits.device.type == "cpu"
-    assert {observer.ends.device.type for observer in (q.observer for q in model.simulation.quantizers.values())} == {"meta"}
+    assert {
+        observer.ends.device.type
+        for observer in (q.observer for q in model.simulation.quantizers.values())
+    } == {"meta"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -219,13 +286,18 @@ def test_another_type_is_refused_whichever_it_computes_in(dtype: torch.dtype) ->
     assert expected.dtype == dtype
     for cast in (nn.Module.float, nn.Module.bfloat16, nn.Module.half, nn.Module.double):
         if not (cast is nn.Module.float and dtype == torch.float32):
-            with pytest.raises(CaptureError, match="computes in the type that it was captured in; cast the model, and simulate it again"):
+            with pytest.raises(
+                CaptureError,
+                match="computes in the type that it was captured in; cast the model, and simulate it again",
+            ):
                 cast(simulation.model())
     simulation.to("cpu")
     assert torch.equal(simulation.logits(batch()["input_ids"]), expected)
 
 
-def test_the_grid_of_an_activation_goes_to_another_device_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_grid_of_an_activation_goes_to_another_device_and_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """On CUDA tensors without numbers, which know where they are: there is no such device here, and the meta device computes with any lone number."""
     simulation = calibrated(adapted("llama"))
     (quantizer, *_) = simulation.quantizers.values()
@@ -233,8 +305,12 @@ def test_the_grid_of_an_activation_goes_to_another_device_and_comes_back(monkeyp
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         for device in ("cuda:0", "cpu"):
             simulation._place_encodings(torch.device(device))
-            encodings = [q.encoding for q in simulation.quantizers.values() if q.encoding is not None]
-            assert {str(tensor.device) for e in encodings for tensor in (e.scale, e.offset)} == {device}
+            encodings = [
+                q.encoding for q in simulation.quantizers.values() if q.encoding is not None
+            ]
+            assert {str(tensor.device) for e in encodings for tensor in (e.scale, e.offset)} == {
+                device
+            }
             quantizer.mode = Mode.RECIPROCAL
             assert str(quantizer(torch.ones(2, 3, device=device)).device) == device
 

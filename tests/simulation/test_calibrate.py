@@ -26,7 +26,11 @@ IDS = BATCHES[0]["input_ids"]
 
 def encodings(made: Simulation) -> dict[str, tuple[float, int, int]]:
     found = {name: q.encoding for name, q in made.quantizers.items()}
-    return {name: (float(e.scale), int(e.offset), e.scheme.bitwidth) for name, e in found.items() if e is not None}
+    return {
+        name: (float(e.scale), int(e.offset), e.scheme.bitwidth)
+        for name, e in found.items()
+        if e is not None
+    }
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,10 @@ def whole() -> Simulation:
 def test_observing_goes_on_and_freezing_fixes(whole: Simulation) -> None:
     made = simulation()
     made.observe(BATCHES[:1])
-    with pytest.raises(CalibrationError, match=r"activations have no encoding yet, .* first; call calibrate, or freeze"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"activations have no encoding yet, .* first; call calibrate, or freeze",
+    ):
         made.graph()
     made.freeze()
     early = encodings(made)
@@ -55,15 +62,23 @@ def test_a_calibration_without_a_batch_is_no_success(nothing: Any) -> None:
     made = simulation()
     made.calibrate(BATCHES[:1])
     before = encodings(made)
-    with pytest.raises(CalibrationError, match="calibration needs at least one batch, and none was given"):
+    with pytest.raises(
+        CalibrationError, match="calibration needs at least one batch, and none was given"
+    ):
         made.calibrate(nothing)
     if isinstance(nothing, list):
         assert encodings(made) == before
 
 
-@pytest.mark.parametrize("observer", ["min-max", "percentile", "squared-error", "sqnr", "moving-average"])
+@pytest.mark.parametrize(
+    "observer", ["min-max", "percentile", "squared-error", "sqnr", "moving-average"]
+)
 def test_every_observer_gives_every_activation_an_encoding(observer: str) -> None:
-    made = simulation(SimulationSchemes(Scheme(8, symmetric=False), observer=Estimator(observer, percentile=99.0, momentum=0.5)))
+    made = simulation(
+        SimulationSchemes(
+            Scheme(8, symmetric=False), observer=Estimator(observer, percentile=99.0, momentum=0.5)
+        )
+    )
     made.calibrate(BATCHES)
     assert encodings(made).keys() == made.quantizers.keys()
     for name, quantizer in made.quantizers.items():
@@ -76,7 +91,9 @@ def test_every_observer_gives_every_activation_an_encoding(observer: str) -> Non
         assert scale * offset >= min(low, 0) - 2 * scale
     up = made.quantizers["model.layers.0.mlp.up_proj.linear"]
     width = float(up.observer.high or 0) - float(up.observer.low or 0)
-    assert (encodings(made)[up.name][0] * 255 == pytest.approx(width, rel=1e-5)) is (observer == "min-max")
+    assert (encodings(made)[up.name][0] * 255 == pytest.approx(width, rel=1e-5)) is (
+        observer == "min-max"
+    )
 
 
 def test_the_unit_is_tokens() -> None:
@@ -97,7 +114,10 @@ def test_stops_when_ranges_stand_still() -> None:
     growing = simulation()
     assert not growing.calibrate(BATCHES, stillness=Stillness(share=0.0, batches=1)).stopped_early
     assert growing.calibrate(BATCHES, stillness=Stillness(share=10.0, batches=1)).stopped_early
-    with pytest.raises(CalibrationError, match="stand still by a share of at least 0 for at least 1 batch, not -1 and 4"):
+    with pytest.raises(
+        CalibrationError,
+        match="stand still by a share of at least 0 for at least 1 batch, not -1 and 4",
+    ):
         Stillness(-1)
 
 
@@ -118,32 +138,53 @@ def test_processes_share_the_work(whole: Simulation, tmp_path: Path) -> None:
     sampled[0].merge(sampled[1])
     sampled[0].freeze()
     assert encodings(sampled[0]).keys() == sampled[0].quantizers.keys()
-    with pytest.raises(CalibrationError, match=r"lm_head.linear|embed_tokens.embedding: it was observed without a sample"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"lm_head.linear|embed_tokens.embedding: it was observed without a sample",
+    ):
         sampled[0].merge(third)
-    with pytest.raises(CalibrationError, match=r"name values that this graph does not quantize: model.*; they belong to another model or placement"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"name values that this graph does not quantize: model.*; they belong to another model or placement",
+    ):
         simulation(SimulationSchemes(policy="matmul-inputs")).merge(third)
     with pytest.raises(CalibrationError, match="do not say how much was seen"):
         first.take_in({})
 
 
 def test_another_scheme_needs_no_data() -> None:
-    made, direct = simulation(), simulation(SimulationSchemes(rules=[PlacementRule("*.mlp.*", bitwidth=8, symmetric=True)]))
+    made, direct = (
+        simulation(),
+        simulation(SimulationSchemes(rules=[PlacementRule("*.mlp.*", bitwidth=8, symmetric=True)])),
+    )
     made.calibrate(BATCHES)
     direct.calibrate(BATCHES)
     before = encodings(made)
     changed = made.set_scheme("*.mlp.*", Scheme(8))
-    assert len(changed) == 2 * (2 + 1 + 5 + 1)  # gate, up; the activation; down with its adapter; the product
-    with pytest.raises(CalibrationError, match=r"18 activations have no encoding yet, model.layers.0.mlp.*; call calibrate, or freeze"):
+    assert len(changed) == 2 * (
+        2 + 1 + 5 + 1
+    )  # gate, up; the activation; down with its adapter; the product
+    with pytest.raises(
+        CalibrationError,
+        match=r"18 activations have no encoding yet, model.layers.0.mlp.*; call calibrate, or freeze",
+    ):
         made.logits(IDS)
     made.freeze()
     assert encodings(made) == encodings(direct)
     assert {name for name, e in encodings(made).items() if e != before[name]} == set(changed)
-    with pytest.raises(CalibrationError, match=r"'\*.mpl.up_proj.linear' matches nothing that is quantized; near are model.layers.0"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"'\*.mpl.up_proj.linear' matches nothing that is quantized; near are model.layers.0",
+    ):
         made.set_scheme("*.mpl.up_proj.linear", Scheme(8))
 
 
 def test_what_was_taken_over_stays(whole: Simulation) -> None:
-    taken = {name: e for name, e in whole.encodings.items() if name.startswith("model.layers.0.") and name in whole.quantizers}
+    taken = {
+        name: e
+        for name, e in whole.encodings.items()
+        if name.startswith("model.layers.0.") and name in whole.quantizers
+    }
     made, other = simulation(), simulation()
     made.take_over(taken)  # type: ignore[arg-type]
     made.observe(BATCHES[:1])
@@ -156,8 +197,15 @@ def test_what_was_taken_over_stays(whole: Simulation) -> None:
     assert set(changed) == set(made.quantizers) - set(taken)
     made.freeze()
     assert all(made.quantizers[name].encoding is encoding for name, encoding in taken.items())
-    assert all(encodings(made)[name] != first[name] for name in changed if not made.quantizers[name].is_constant)
-    with pytest.raises(CalibrationError, match=r"'\*.0.mlp.\*' matches only activations whose encodings were taken over, model.layers.0.mlp.* the first"):
+    assert all(
+        encodings(made)[name] != first[name]
+        for name in changed
+        if not made.quantizers[name].is_constant
+    )
+    with pytest.raises(
+        CalibrationError,
+        match=r"'\*.0.mlp.\*' matches only activations whose encodings were taken over, model.layers.0.mlp.* the first",
+    ):
         made.set_scheme("*.0.mlp.*", Scheme(8))
 
 
@@ -172,12 +220,17 @@ def test_quantizers_can_be_switched_off(whole: Simulation) -> None:
     with whole.only("*.1.mlp.*", "*.lora_?.weight"):
         on = {name for name, q in whole.quantizers.items() if q.mode is Mode.SIMULATE}
         assert on == {name for name in whole.quantizers if ".1.mlp." in name}
-        assert {name for name, w in whole.weights.items() if w.mode is Mode.SIMULATE} == {name for name in whole.weights if "lora" in name}
+        assert {name for name, w in whole.weights.items() if w.mode is Mode.SIMULATE} == {
+            name for name in whole.weights if "lora" in name
+        }
         some = whole.logits(IDS)
     assert not torch.equal(some, plain)
     assert not torch.equal(some, simulated)
     assert torch.equal(whole.logits(IDS), simulated)
-    with pytest.raises(CalibrationError, match="matches nothing that is quantized"), whole.only("*.nothing"):
+    with (
+        pytest.raises(CalibrationError, match="matches nothing that is quantized"),
+        whole.only("*.nothing"),
+    ):
         pass
 
 
@@ -186,11 +239,15 @@ def test_constants_and_what_saw_nothing_are_named(whole: Simulation) -> None:
     made.observe(BATCHES)
     name = "model.layers.0.mlp.mul"
     made.quantizers[name].observer = SampleObserver(False)  # as of an expert that no token chose
-    with pytest.raises(CalibrationError, match=f"1 activations saw no data: {name}; give other batches"):
+    with pytest.raises(
+        CalibrationError, match=f"1 activations saw no data: {name}; give other batches"
+    ):
         made.freeze()
     report = made.freeze(allow_unseen=True)
     assert report.unseen == (name,)
-    assert report.constants == tuple(f"model.layers.0.self_attn.v_proj.{part}" for part in ("lora_B.linear", "mul"))
+    assert report.constants == tuple(
+        f"model.layers.0.self_attn.v_proj.{part}" for part in ("lora_B.linear", "mul")
+    )
     assert name not in made.encodings
     (placed,) = (p for p in made.explanation if p.name == name)
     assert (placed.decision, placed.reason) == (Decision.FLOAT, "no data came by in calibration")
@@ -198,7 +255,10 @@ def test_constants_and_what_saw_nothing_are_named(whole: Simulation) -> None:
     made.freeze()
     made.quantizers["lm_head.linear"].observer.update(torch.tensor([torch.nan]))
     made.set_scheme("lm_head.linear", Scheme(8))
-    with pytest.raises(CalibrationError, match=r"lm_head.linear: the observed range is not finite \(nan or infinity"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"lm_head.linear: the observed range is not finite \(nan or infinity",
+    ):
         made.freeze()
 
 
@@ -209,18 +269,25 @@ def test_nothing_observed() -> None:
 
 
 def test_masks_lose_their_quantizer() -> None:
-    made = simulation(SimulationSchemes(rules=[PlacementRule("*.self_attn.add_2", force=True, bitwidth=16)]))  # scores and mask
+    made = simulation(
+        SimulationSchemes(rules=[PlacementRule("*.self_attn.add_2", force=True, bitwidth=16)])
+    )  # scores and mask
     name = "model.layers.0.self_attn.add_2"
     assert name in made.quantizers
     report = made.calibrate(BATCHES)
     assert name in report.masks
     assert name not in made.encodings
-    assert next(p for p in made.explanation if p.name == name).reason == "a mask: values beyond 1e30"
+    assert (
+        next(p for p in made.explanation if p.name == name).reason == "a mask: values beyond 1e30"
+    )
     assert made.logits(IDS).isfinite().all()
 
 
 def test_writing_in_place_changes_no_bit(whole: Simulation) -> None:
-    expected, in_place = whole.logits(IDS), {name: q.in_place for name, q in whole.quantizers.items()}
+    expected, in_place = (
+        whole.logits(IDS),
+        {name: q.in_place for name, q in whole.quantizers.items()},
+    )
     assert sum(in_place.values()) == len(in_place)
     values: dict[str, Tensor] = whole.values(IDS)
     for quantizer in whole.quantizers.values():

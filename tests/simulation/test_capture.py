@@ -25,16 +25,35 @@ class Nested(nn.Module):
         super().__init__()
         self.text, self.image = nn.Linear(8, 16), nn.Conv2d(3, 4, 2, stride=2)
 
-    def forward(self, sample: Tensor, added: dict[str, Tensor], rest: tuple[Tensor, None, int], scale: float = 1.0) -> dict[str, Any]:
+    def forward(
+        self,
+        sample: Tensor,
+        added: dict[str, Tensor],
+        rest: tuple[Tensor, None, int],
+        scale: float = 1.0,
+    ) -> dict[str, Any]:
         image = self.image(sample).flatten(2).mean(-1) * scale
         text = self.text(added["text"]) + rest[0] * rest[2]
-        return {"count": added["ids"].sum(-1), "sample": image, "parts": (text, None), "logits": text.sum(1) + image.sum(1, keepdim=True)}
+        return {
+            "count": added["ids"].sum(-1),
+            "sample": image,
+            "parts": (text, None),
+            "logits": text.sum(1) + image.sum(1, keepdim=True),
+        }
 
 
 def nested(batch: int = 2, tokens: int = 5, height: int = 8) -> dict[str, Any]:
     g = torch.Generator().manual_seed(batch)
-    added = {"text": torch.randn(batch, tokens, 8, generator=g), "ids": torch.randint(0, 9, (batch, tokens), generator=g)}
-    return {"sample": torch.randn(batch, 3, height, 6, generator=g), "added": added, "rest": (torch.randn(16, generator=g), None, 3), "scale": 0.5}
+    added = {
+        "text": torch.randn(batch, tokens, 8, generator=g),
+        "ids": torch.randint(0, 9, (batch, tokens), generator=g),
+    }
+    return {
+        "sample": torch.randn(batch, 3, height, 6, generator=g),
+        "added": added,
+        "rest": (torch.randn(16, generator=g), None, 3),
+        "scale": 0.5,
+    }
 
 
 def run(captured: Captured, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -47,7 +66,12 @@ def test_nested_arguments_and_every_output() -> None:
     captured = capture(model, nested())
     interface = captured.interface
     assert interface.inputs == ("sample", "added.text", "added.ids", "rest.0")
-    assert interface.outputs == ("count", "out_sample", "parts.0", "logits")  # one tensor of a name in a file
+    assert interface.outputs == (
+        "count",
+        "out_sample",
+        "parts.0",
+        "logits",
+    )  # one tensor of a name in a file
     assert interface.primary == "logits"
     assert interface.shapes["sample"] == ("batch", 3, "sample.2", "sample.3")
     assert interface.shapes["added.text"] == ("batch", "added.text.1", 8)
@@ -60,15 +84,22 @@ def test_nested_arguments_and_every_output() -> None:
             expected = model(**arguments)
         result = captured.result_of(run(captured, arguments))
         assert result["parts"][1] is None
-        assert all(torch.equal(result[name], expected[name]) for name in ("count", "sample", "logits"))
+        assert all(
+            torch.equal(result[name], expected[name]) for name in ("count", "sample", "logits")
+        )
         assert torch.equal(result["parts"][0], expected["parts"][0])
 
 
 def test_arguments_that_the_graph_does_not_take_are_refused() -> None:
     captured = capture(Nested().eval(), nested())
-    with pytest.raises(CaptureError, match=r"input rest\.0 has shape \[15\]; the graph takes \[16\]"):
+    with pytest.raises(
+        CaptureError, match=r"input rest\.0 has shape \[15\]; the graph takes \[16\]"
+    ):
         captured.bind({**nested(), "rest": (torch.ones(15), None, 3)})
-    with pytest.raises(CaptureError, match=r"rest\.2: the graph was captured with 3 here and holds it as a constant; to use 4, capture again"):
+    with pytest.raises(
+        CaptureError,
+        match=r"rest\.2: the graph was captured with 3 here and holds it as a constant; to use 4, capture again",
+    ):
         captured.bind({**nested(), "rest": (torch.ones(16), None, 4)})
     with pytest.raises(CaptureError, match="example inputs hold no tensor with an axis"):
         capture(Nested().eval(), {"sample": torch.tensor(1.0)})
@@ -98,9 +129,14 @@ class Chain(nn.Module):
 
 
 def test_the_first_module_that_differs_is_named() -> None:
-    with pytest.raises(CaptureError, match=r"output output differs by .* first module whose output differs is middle \(Steps\)\. Look there for randomness"):
+    with pytest.raises(
+        CaptureError,
+        match=r"output output differs by .* first module whose output differs is middle \(Steps\)\. Look there for randomness",
+    ):
         capture(Chain(Steps()).eval(), {"x": torch.randn(4, 8)})
-    assert capture(Chain(nn.ReLU()).eval(), {"x": torch.randn(4, 8)}).interface.outputs == ("output",)
+    assert capture(Chain(nn.ReLU()).eval(), {"x": torch.randn(4, 8)}).interface.outputs == (
+        "output",
+    )
 
 
 class Branch(nn.Module):
@@ -125,9 +161,17 @@ class Positions(nn.Module):
 
 def test_axes_are_open_where_the_model_allows_it() -> None:
     branch = capture(Branch().eval(), {"x": torch.randn(2, 12, 4)})
-    assert branch.interface.shapes["x"] == ("batch", "x.1", "x.2")  # proved on the path that was captured, with 11
+    assert branch.interface.shapes["x"] == (
+        "batch",
+        "x.1",
+        "x.2",
+    )  # proved on the path that was captured, with 11
     positions = capture(Positions().eval(), {"x": torch.randn(2, 8, 4), "y": torch.randn(2, 9, 4)})
-    assert positions.interface.shapes == {"x": ("batch", 8, 4), "y": ("batch", "y.1", 4), "output": ("batch", 8, 4)}
+    assert positions.interface.shapes == {
+        "x": ("batch", 8, 4),
+        "y": ("batch", "y.1", 4),
+        "output": ("batch", 8, 4),
+    }
 
 
 ABOUT_EXPERTS = "ignore:The following (rank|alpha)_pattern keys"  # PEFT about fused experts that it wraps all the same
@@ -137,7 +181,9 @@ def packed(name: str) -> nn.Module:
     model = make(name)
     quantize_(model, "w4-block32")
     torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
 
 
 @pytest.mark.filterwarnings(ABOUT_EXPERTS)
@@ -151,9 +197,17 @@ def test_capture_leaves_the_model_as_it_was() -> None:
     captured = capture(model, inputs("Qwen3-MoE"))
     assert (config._attn_implementation, config._experts_implementation) == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    operators = [str(node.target) for node in captured.program.graph.nodes if "experts" in str(node.meta.get("nn_module_stack"))]
-    assert sum("aten.bmm" in operator for operator in operators) == 4  # two products in each of two layers
-    assert sum("aten.baddbmm" in operator for operator in operators) == 4  # and two weights with their adapters
+    operators = [
+        str(node.target)
+        for node in captured.program.graph.nodes
+        if "experts" in str(node.meta.get("nn_module_stack"))
+    ]
+    assert (
+        sum("aten.bmm" in operator for operator in operators) == 4
+    )  # two products in each of two layers
+    assert (
+        sum("aten.baddbmm" in operator for operator in operators) == 4
+    )  # and two weights with their adapters
     assert sum("softmax" in str(node.target) for node in captured.program.graph.nodes) >= 4
     with pytest.raises(CaptureError, match="at least two tokens"):
         capture(model, {"input_ids": torch.ones(2, 1, dtype=torch.int64)})
@@ -175,7 +229,9 @@ def test_attended_positions_of_padded_batches_equal_the_users_model() -> None:
     attended = mask.bool()
     torch.testing.assert_close(logits[attended], users[attended], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits[1, 13:], alone, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(captured.named(run(captured, {"input_ids": ids}))["logits"][1, 13:], alone, atol=1e-3)
+    assert not torch.allclose(
+        captured.named(run(captured, {"input_ids": ids}))["logits"][1, 13:], alone, atol=1e-3
+    )
 
 
 IDS = torch.randint(3, 256, (2, 14), generator=torch.Generator().manual_seed(7))
@@ -183,46 +239,85 @@ SPLIT = 9
 
 
 def pairs(outputs: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return [(outputs[f"present.{layer}.key"], outputs[f"present.{layer}.value"]) for layer in range(2)]
+    return [
+        (outputs[f"present.{layer}.key"], outputs[f"present.{layer}.value"]) for layer in range(2)
+    ]
 
 
-@pytest.mark.parametrize("name", ["Llama", pytest.param("GPT-2", marks=pytest.mark.slow), pytest.param("Gemma 3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Llama",
+        pytest.param("GPT-2", marks=pytest.mark.slow),
+        pytest.param("Gemma 3", marks=pytest.mark.slow),
+    ],
+)
 def test_prefill_and_decode_are_one_model(name: str) -> None:
     """The graph with a cache behind the one that makes it: together the full forward, float and simulated, on one set of encodings."""
     model = packed(name)
     first, second = IDS[:, :SPLIT], IDS[:, SPLIT:]
-    prefill = capture(model, {"input_ids": first, "attention_mask": torch.ones_like(first), "use_cache": True})
+    prefill = capture(
+        model, {"input_ids": first, "attention_mask": torch.ones_like(first), "use_cache": True}
+    )
     made = prefill.named(run(prefill, {"input_ids": first}))
-    follow = {"input_ids": second, "attention_mask": torch.ones_like(IDS), "past_key_values": pairs(made)}
+    follow = {
+        "input_ids": second,
+        "attention_mask": torch.ones_like(IDS),
+        "past_key_values": pairs(made),
+    }
     decode = capture(model, follow)
     assert decode.interface.shapes["past_key_values.1.value"][2] == "past"
-    assert decode.interface.cached == {f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")}
+    assert decode.interface.cached == {
+        f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")
+    }
     with torch.no_grad():
         full = model(input_ids=IDS, use_cache=False).logits
     torch.testing.assert_close(made["logits"], full[:, :SPLIT], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(decode.named(run(decode, follow))["logits"], full[:, SPLIT:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        decode.named(run(decode, follow))["logits"], full[:, SPLIT:], atol=1e-5, rtol=1e-4
+    )
     unmasked = {name: value for name, value in follow.items() if name != "attention_mask"}
     assert torch.equal(decode.bind(unmasked)[1], follow["attention_mask"])
-    assert torch.equal(run(decode, unmasked)[0], run(decode, {**follow, "past_key_values": cache_of(pairs(made))})[0])
+    assert torch.equal(
+        run(decode, unmasked)[0],
+        run(decode, {**follow, "past_key_values": cache_of(pairs(made))})[0],
+    )
     with torch.no_grad():
-        one_more = decode.named(run(decode, {**follow, "input_ids": second[:, :1], "attention_mask": torch.ones(2, SPLIT + 1, dtype=torch.int64)}))
+        one_more = decode.named(
+            run(
+                decode,
+                {
+                    **follow,
+                    "input_ids": second[:, :1],
+                    "attention_mask": torch.ones(2, SPLIT + 1, dtype=torch.int64),
+                },
+            )
+        )
     torch.testing.assert_close(one_more["logits"], full[:, SPLIT : SPLIT + 1], atol=1e-5, rtol=1e-4)
 
-    before, after = (Simulation(captured, SimulationSchemes(), base_encodings(model)) for captured in (prefill, decode))
+    before, after = (
+        Simulation(captured, SimulationSchemes(), base_encodings(model))
+        for captured in (prefill, decode)
+    )
     before.calibrate([{"input_ids": IDS}])
     after.restore(before.encodings, before.dropped)
     assert list(after.encodings) == list(before.encodings)
     expected = before.outputs({"input_ids": IDS})["logits"]
     cache = pairs(before.outputs({"input_ids": first}))
     found = after.outputs({**follow, "past_key_values": cache})
-    assert float((found["logits"] - expected[:, SPLIT:]).abs().max()) < 0.01 * float(expected.abs().max())
+    assert float((found["logits"] - expected[:, SPLIT:]).abs().max()) < 0.01 * float(
+        expected.abs().max()
+    )
     key = found["present.0.key"]
     assert torch.equal(key[:, :, :SPLIT], cache[0][0])  # it lay on its grid already
 
 
 def test_a_cache_of_an_encoder_with_a_decoder_is_refused() -> None:
     for more in ({"use_cache": True}, {"past_key_values": cache_of([])}):
-        with pytest.raises(CaptureError, match=r"T5ForConditionalGeneration has an encoder and a decoder.*EncoderDecoderCache.*use_cache=False"):
+        with pytest.raises(
+            CaptureError,
+            match=r"T5ForConditionalGeneration has an encoder and a decoder.*EncoderDecoderCache.*use_cache=False",
+        ):
             capture(packed("T5"), {**inputs("T5"), **more})
 
 
@@ -234,7 +329,11 @@ def test_a_simulation_is_called_like_its_model() -> None:
     with torch.no_grad():
         result = simulation(**batch, use_cache=False)
         assert type(result) is type(model(**batch))
-        assert torch.equal(result.logits, simulation(batch["input_ids"], batch["attention_mask"]).logits)
-        assert torch.equal(simulation(batch["input_ids"]).logits, simulation.logits(batch["input_ids"]))
+        assert torch.equal(
+            result.logits, simulation(batch["input_ids"], batch["attention_mask"]).logits
+        )
+        assert torch.equal(
+            simulation(batch["input_ids"]).logits, simulation.logits(batch["input_ids"])
+        )
     with pytest.raises(CaptureError, match="labels: the graph was captured without this argument"):
         simulation(**batch, labels=batch["input_ids"])

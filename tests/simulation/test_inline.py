@@ -27,7 +27,12 @@ class Wrapped(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.first, self.second, self.third, self.kind = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32), kind
+        self.first, self.second, self.third, self.kind = (
+            nn.Linear(32, 32),
+            nn.Linear(32, 32),
+            nn.Linear(32, 32),
+            kind,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -59,7 +64,9 @@ def test_layers_under_wrappers_are_simulated_and_exported(tmp_path: Path) -> Non
     made = simulate(model, {"x": X})
     made.calibrate([{"x": X}])
     layers = ("first", "second", "third")
-    assert {m.name for m in made.marks if m.kind is Kind.BASE} == {f"{layer}.weight" for layer in layers}
+    assert {m.name for m in made.marks if m.kind is Kind.BASE} == {
+        f"{layer}.weight" for layer in layers
+    }
     assert {f"{layer}.linear" for layer in layers} <= set(made.encodings)
     assert next(p for p in made.explanation if p.operator == "relu").name == "output.relu"
     with torch.no_grad(), made.only():
@@ -77,9 +84,18 @@ def test_autocast_that_changes_no_type_is_laid_open() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("autocast", r"the model computes under torch.autocast\('cpu', torch.bfloat16\), which lets operators compute in another type .* leave autocast out"),
-        ("branch", "the model runs cond, an operator that holds a graph of its own.*nothing of it could be quantized.*capture again"),
-        ("operator", r"third\.weight: its codes are read by linear, so the graph does not show the weight.*layer\(x\)"),
+        (
+            "autocast",
+            r"the model computes under torch.autocast\('cpu', torch.bfloat16\), which lets operators compute in another type .* leave autocast out",
+        ),
+        (
+            "branch",
+            "the model runs cond, an operator that holds a graph of its own.*nothing of it could be quantized.*capture again",
+        ),
+        (
+            "operator",
+            r"third\.weight: its codes are read by linear, so the graph does not show the weight.*layer\(x\)",
+        ),
     ],
 )
 def test_what_the_graph_would_hide_is_refused(kind: str, message: str) -> None:
@@ -92,17 +108,31 @@ def test_adapted_experts_are_base_weight_and_factors(tmp_path: Path) -> None:
     """PEFT adds the factors' product to the weight under autocast that is off: no activation, and on no grid of its own."""
     model = make("Mixtral")
     quantize_(model, "w4-block32")
-    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], init_lora_weights=False)
+    config = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        init_lora_weights=False,
+    )
     torch.manual_seed(1)
     adapted = get_peft_model(model, config).eval()
     schemes = SimulationSchemes(rules=(PlacementRule("*.mlp.gate", bitwidth=16),))
     made = simulate(adapted, inputs("Mixtral"), schemes)
     experts = "model.layers.0.mlp.experts"
     kinds = {m.name: m.kind for m in made.marks if m.name.startswith(experts)}
-    assert {name for name, kind in kinds.items() if kind is Kind.BASE} == {f"{experts}.gate_up_proj", f"{experts}.down_proj"}
+    assert {name for name, kind in kinds.items() if kind is Kind.BASE} == {
+        f"{experts}.gate_up_proj",
+        f"{experts}.down_proj",
+    }
     assert sum(kind is Kind.ADAPTER for kind in kinds.values()) == 4
-    sums = {p.operator: p for p in made.explanation if p.module == experts and p.operator in ("baddbmm", "index")}
-    assert {p.reason for p in sums.values()} == {"a weight that is made of weights, which have grids of their own"}
+    sums = {
+        p.operator: p
+        for p in made.explanation
+        if p.module == experts and p.operator in ("baddbmm", "index")
+    }
+    assert {p.reason for p in sums.values()} == {
+        "a weight that is made of weights, which have grids of their own"
+    }
     assert {p.decision for p in sums.values()} == {Decision.FLOAT}
     made.calibrate([inputs("Mixtral", seed) for seed in range(2)])
     batch = inputs("Mixtral")

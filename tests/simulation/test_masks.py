@@ -30,7 +30,9 @@ class Attention(nn.Module):
         hidden = self.up(x)
         scores, masked = hidden @ hidden.transpose(1, 2), (1 - attention_mask.float()).unsqueeze(1)
         if self.mask == "sinks":
-            scores = torch.cat([scores + masked * LOWEST, self.sinks.expand(len(x), x.shape[1], 1)], -1)
+            scores = torch.cat(
+                [scores + masked * LOWEST, self.sinks.expand(len(x), x.shape[1], 1)], -1
+            )
             scores = scores - scores.max(-1, keepdim=True).values
             return self.down(scores.softmax(-1)[..., :-1] @ x)
         if self.mask == "sub":
@@ -45,7 +47,10 @@ class Attention(nn.Module):
 def given(seed: int) -> dict[str, Tensor]:
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[0, :2] = 0
-    return {"x": torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(seed)), "attention_mask": mask}
+    return {
+        "x": torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(seed)),
+        "attention_mask": mask,
+    }
 
 
 def attention(mask: str, *rules: PlacementRule) -> Simulation:
@@ -65,8 +70,12 @@ def relative_error(simulation: Simulation, batch: dict[str, Tensor]) -> float:
 def test_masked_scores_are_float_up_to_the_softmax(mask: str) -> None:
     made = attention(mask)
     reasons = {p.operator: p.reason for p in made.explanation}
-    between = {"sinks": ("add", "cat", "max", "sub"), "sub": ("sub", "div")}.get(mask, (mask, "div"))
-    assert {operator for operator, reason in reasons.items() if reason == "combined with a mask"} == set(between)
+    between = {"sinks": ("add", "cat", "max", "sub"), "sub": ("sub", "div")}.get(
+        mask, (mask, "div")
+    )
+    assert {
+        operator for operator, reason in reasons.items() if reason == "combined with a mask"
+    } == set(between)
     assert made.calibrate([given(seed) for seed in range(3)]).masks == ()
     assert "output.softmax" in made.encodings
     assert relative_error(made, given(0)) < 1e-3
@@ -78,11 +87,17 @@ def test_what_only_a_mask_holds_loses_its_quantizer_whatever_made_it(mask: str) 
     report = made.calibrate([given(seed) for seed in range(3)])
     assert {f"output.{mask}", "output.div"} <= set(report.masks)
     assert relative_error(made, given(0)) < 1e-3
-    assert next(p for p in made.explanation if p.name == "output.div").reason == "a mask: values beyond 1e30"
+    assert (
+        next(p for p in made.explanation if p.name == "output.div").reason
+        == "a mask: values beyond 1e30"
+    )
 
 
 def test_a_fixed_range_of_masked_scores_is_kept() -> None:
-    rules = (PlacementRule("output.add_", force=True, minimum=-50.0, maximum=50.0), PlacementRule("output.div", force=True, minimum=-50.0))
+    rules = (
+        PlacementRule("output.add_", force=True, minimum=-50.0, maximum=50.0),
+        PlacementRule("output.div", force=True, minimum=-50.0),
+    )
     made = attention("add_", *rules)
     assert made.calibrate([given(seed) for seed in range(3)]).masks == ()
     encodings = made.encodings
@@ -95,7 +110,9 @@ def test_an_overflow_is_no_mask() -> None:
     made = attention("sub")
     made.observe([given(0)])
     made.quantizers["down.linear"].observer.update(torch.tensor([torch.inf]))
-    with pytest.raises(CalibrationError, match=r"down.linear: the observed range is not finite \(nan or infinity"):
+    with pytest.raises(
+        CalibrationError, match=r"down.linear: the observed range is not finite \(nan or infinity"
+    ):
         made.freeze()
 
 
@@ -104,7 +121,10 @@ def test_a_mask_among_the_inputs_loses_its_quantizer() -> None:
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             return (x @ x.transpose(1, 2) + mask).softmax(-1)
 
-    batch = {"x": given(0)["x"], "mask": torch.where(torch.ones(6, 6).tril() > 0, 0.0, LOWEST).expand(2, 6, 6).contiguous()}
+    batch = {
+        "x": given(0)["x"],
+        "mask": torch.where(torch.ones(6, 6).tril() > 0, 0.0, LOWEST).expand(2, 6, 6).contiguous(),
+    }
     made = simulate(Masked().eval(), batch)
     assert set(made.calibrate([batch]).masks) == {"mask", "output.add"}
     assert next(p for p in made.placement.weights if p.name == "mask").decision is Decision.FLOAT
@@ -123,8 +143,12 @@ def test_what_a_mask_chose_of_the_hidden_states_is_no_score() -> None:
             return self.layer((x * mask.unsqueeze(-1)).relu()).softmax(-1)
 
     placement = place(torch.export.export(Masked(), tuple(given(0).values())))
-    assert [p.operator for p in placement.explanation if p.reason == "combined with a mask"] == ["mul"]
-    assert {"relu", "linear", "softmax"} <= {p.operator for p in placement.explanation if p.decision is Decision.QUANTIZE}
+    assert [p.operator for p in placement.explanation if p.reason == "combined with a mask"] == [
+        "mul"
+    ]
+    assert {"relu", "linear", "softmax"} <= {
+        p.operator for p in placement.explanation if p.decision is Decision.QUANTIZE
+    }
 
 
 def test_what_integers_look_up_is_no_score() -> None:
@@ -138,17 +162,27 @@ def test_what_integers_look_up_is_no_score() -> None:
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             distance = torch.arange(x.shape[1]) - torch.arange(x.shape[1])[:, None]
             bias = self.bias(torch.where(distance > 3, 3, distance).clamp(0, 3)).squeeze(-1)
-            return ((x @ x.transpose(1, 2) + bias) + (1 - mask.float()).unsqueeze(1) * LOWEST).softmax(-1)
+            return (
+                (x @ x.transpose(1, 2) + bias) + (1 - mask.float()).unsqueeze(1) * LOWEST
+            ).softmax(-1)
 
     placement = place(torch.export.export(Biased(), tuple(given(0).values())))
     decisions = {p.name: p.decision for p in placement.explanation}
-    assert [decisions[name] for name in ("bias.embedding", "output.squeeze", "output.add")] == [Decision.QUANTIZE, Decision.SHARE, Decision.QUANTIZE]
-    assert [p.name for p in placement.explanation if p.reason == "combined with a mask"] == ["output.add_1"]
+    assert [decisions[name] for name in ("bias.embedding", "output.squeeze", "output.add")] == [
+        Decision.QUANTIZE,
+        Decision.SHARE,
+        Decision.QUANTIZE,
+    ]
+    assert [p.name for p in placement.explanation if p.reason == "combined with a mask"] == [
+        "output.add_1"
+    ]
 
 
 def test_attention_sinks_of_a_model() -> None:
     torch.manual_seed(0)
-    config = t.GptOssConfig(**DECODER, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+    config = t.GptOssConfig(
+        **DECODER, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
+    )
     config._attn_implementation = "eager"
     model = t.GptOssForCausalLM(config)
     quantize_(model, "w4-block32", solver="rtn")

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.estimators import MovingAverageObserver, PercentileObserver, SqnrObserver, SquaredErrorObserver
+from qwlora.grid.estimators import (
+    MovingAverageObserver,
+    PercentileObserver,
+    SqnrObserver,
+    SquaredErrorObserver,
+)
 from qwlora.grid.observer import MinMaxObserver
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.simulation.estimate import estimate
@@ -36,7 +41,9 @@ DATA: dict[str, Callable[[], Tensor]] = {
     "relu": lambda: torch.randn(SHAPE).relu(),
     "channels": lambda: torch.randn(SHAPE) * torch.linspace(-3, 3, SHAPE[-1]).exp(),
     "rows far out beside one value": lambda: far_rows(),
-    "massive": lambda: torch.where((torch.arange(96) == 3).unsqueeze(1) & (torch.arange(384) < 40), 50.0, torch.randn(SHAPE)),
+    "massive": lambda: torch.where(
+        (torch.arange(96) == 3).unsqueeze(1) & (torch.arange(384) < 40), 50.0, torch.randn(SHAPE)
+    ),
 }
 
 
@@ -71,7 +78,10 @@ def observed(batches: list[Tensor]) -> SampleObserver:
 
 def error(encoding: Encoding, x: Tensor, gamma: float = 1.0) -> float:
     squared = (encoding.fake_quantize(x) - x).square()
-    low, high = (float(encoding.scale * (encoding.offset + steps)) for steps in (-0.5, encoding.scheme.steps + 0.5))
+    low, high = (
+        float(encoding.scale * (encoding.offset + steps))
+        for steps in (-0.5, encoding.scheme.steps + 0.5)
+    )
     return float((squared * torch.where((x < low) | (x > high), gamma, 1.0)).sum())
 
 
@@ -84,7 +94,9 @@ def test_ends_are_exact(name: str, symmetric: bool) -> None:
     for x in batches:
         grid.update(x)
     found, expected = encoding_of(batches, scheme, ESTIMATORS[name]), grid.encoding()
-    torch.testing.assert_close(found.scale, expected.scale, rtol=0 if name == "min-max" else 1e-6, atol=0)
+    torch.testing.assert_close(
+        found.scale, expected.scale, rtol=0 if name == "min-max" else 1e-6, atol=0
+    )
     assert torch.equal(found.offset, expected.offset)
 
 
@@ -101,8 +113,12 @@ def test_where_all_values_fit_percentiles_are_the_grids(shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("data", list(DATA))
-@pytest.mark.parametrize(("bitwidth", "symmetric"), [(4, False), (4, True), (8, False), (8, True), (16, False)])
-def test_least_errors_are_near_those_of_a_search_over_all_data(data: str, bitwidth: int, symmetric: bool) -> None:
+@pytest.mark.parametrize(
+    ("bitwidth", "symmetric"), [(4, False), (4, True), (8, False), (8, True), (16, False)]
+)
+def test_least_errors_are_near_those_of_a_search_over_all_data(
+    data: str, bitwidth: int, symmetric: bool
+) -> None:
     batches = [DATA[data]() for _ in range(3)]
     x, scheme = torch.cat(batches), Scheme(bitwidth, symmetric)
     for name, gamma in (("squared-error", 1.0), ("sqnr", 3.0)):
@@ -115,7 +131,10 @@ def test_least_errors_are_near_those_of_a_search_over_all_data(data: str, bitwid
 def test_clipping_pays_where_a_few_values_lie_far_out() -> None:
     batches = [DATA["heavy"]() for _ in range(3)]
     x, scheme = torch.cat(batches), Scheme(4, symmetric=False)
-    errors = {name: error(encoding_of(batches, scheme, estimator), x) for name, estimator in ESTIMATORS.items()}
+    errors = {
+        name: error(encoding_of(batches, scheme, estimator), x)
+        for name, estimator in ESTIMATORS.items()
+    }
     assert errors["squared-error"] < errors["percentile"] < errors["min-max"] / 2
 
 
@@ -123,7 +142,9 @@ def test_percentiles_of_a_sample_are_near_those_of_all() -> None:
     batches = [DATA["heavy"]() for _ in range(4)]
     x = torch.cat(batches)
     for percentile in (99.0, 99.9, 99.99):
-        found = encoding_of(batches, Scheme(16, symmetric=False), Estimator("percentile", percentile))
+        found = encoding_of(
+            batches, Scheme(16, symmetric=False), Estimator("percentile", percentile)
+        )
         outside = float((x > float(found.scale * (found.offset + 65535))).float().mean())
         assert outside == pytest.approx(1 - percentile / 100, rel=0.25)
 
@@ -160,13 +181,17 @@ def test_a_batch_after_a_short_one_gives_no_more_than_its_share(shape: tuple[int
     for i in range(1, 41):
         before = observer.count
         observer.update(torch.randn(shape) + 100 * i)
-        most = max(most, int(((observer.sample > 100 * i - 50) & (observer.sample < 100 * i + 50)).sum()))
+        most = max(
+            most, int(((observer.sample > 100 * i - 50) & (observer.sample < 100 * i + 50)).sum())
+        )
         assert len(observer.sample) <= VALUES
         assert observer.count == before + torch.Size(shape).numel()
     assert VALUES_A_BATCH / 8 < most <= VALUES_A_BATCH
     stride = observer.row_stride * observer.column_stride
     assert len(observer.sample) == pytest.approx(observer.count / stride, rel=0.2)
-    of_batch = torch.bincount((observer.sample / 100).round().long(), minlength=41)[1:] / len(observer.sample)
+    of_batch = torch.bincount((observer.sample / 100).round().long(), minlength=41)[1:] / len(
+        observer.sample
+    )
     assert float(of_batch[:20].sum()) == pytest.approx(0.5, abs=0.1)
 
 
@@ -174,7 +199,9 @@ def test_a_sample_does_not_depend_on_how_values_lie_in_memory() -> None:
     batches = [torch.randn(3, 70, 4, 80) for _ in range(3)]
     turned = observed([x.transpose(1, 2) for x in batches])
     assert not batches[0].transpose(1, 2).is_contiguous()
-    assert torch.equal(turned.sample, observed([x.transpose(1, 2).contiguous() for x in batches]).sample)
+    assert torch.equal(
+        turned.sample, observed([x.transpose(1, 2).contiguous() for x in batches]).sample
+    )
 
 
 def test_tails_hold_what_lies_beyond_their_bounds() -> None:
@@ -204,8 +231,12 @@ def test_halves_merge(tmp_path: Path) -> None:
             far = [o.tails[side][o.tails[side] >= bounds[side]].sort().values for o in (one, whole)]
             assert torch.equal(*far)
             assert len(far[0]) > 50
-        assert len(one.sample) == pytest.approx(one.count / (one.row_stride * one.column_stride), rel=0.1)
-        assert float(one.sample.square().mean()) == pytest.approx(float(torch.cat(batches).square().mean()), rel=0.1)
+        assert len(one.sample) == pytest.approx(
+            one.count / (one.row_stride * one.column_stride), rel=0.1
+        )
+        assert float(one.sample.square().mean()) == pytest.approx(
+            float(torch.cat(batches).square().mean()), rel=0.1
+        )
     few = [torch.randn(10, 10) for _ in range(4)]
     left, right = observed(few[:2]), observed(few[2:])
     left.merge(right)
@@ -213,13 +244,17 @@ def test_halves_merge(tmp_path: Path) -> None:
     left.merge(SampleObserver(False))  # saw nothing
     ends_only = SampleObserver(False)
     ends_only.update(few[0])
-    with pytest.raises(CalibrationError, match="observed without a sample, which this observer needs"):
+    with pytest.raises(
+        CalibrationError, match="observed without a sample, which this observer needs"
+    ):
         left.merge(ends_only)
 
 
 def test_quantizer_says_what_it_cannot_do() -> None:
     for scheme in (Scheme(8, granularity=PerChannel(0)), Scheme(4, False, float_offset=True)):
-        with pytest.raises(CalibrationError, match="it: an activation has one scale and an integer offset, not int"):
+        with pytest.raises(
+            CalibrationError, match="it: an activation has one scale and an integer offset, not int"
+        ):
             Quantizer("it", scheme)
     quantizer = Quantizer("it", Scheme(8))
     quantizer.mode = Mode.SIMULATE
@@ -227,9 +262,14 @@ def test_quantizer_says_what_it_cannot_do() -> None:
         quantizer(torch.ones(2))
     quantizer.observer.update(torch.ones(2))
     quantizer.estimator = Estimator("sqnr")
-    with pytest.raises(CalibrationError, match="observer sqnr needs a sample, and it was observed without one"):
+    with pytest.raises(
+        CalibrationError, match="observer sqnr needs a sample, and it was observed without one"
+    ):
         estimate([quantizer])
-    for bad, message in ((torch.nan, r"not finite \(nan or infinity in the data\)"), (3e38, "wider than float32 can hold; look for values that are masks")):
+    for bad, message in (
+        (torch.nan, r"not finite \(nan or infinity in the data\)"),
+        (3e38, "wider than float32 can hold; look for values that are masks"),
+    ):
         quantizer = Quantizer("it", Scheme(8, symmetric=False))
         quantizer.observer.update(torch.tensor([bad, -bad]))
         with pytest.raises(CalibrationError, match=f"it: the observed range is {message}"):

@@ -56,7 +56,9 @@ class EveryKind(nn.Module):
 
 @pytest.fixture(scope="module")
 def every_kind() -> ExportedProgram:
-    return torch.export.export(EveryKind(), (torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.long)))
+    return torch.export.export(
+        EveryKind(), (torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.long))
+    )
 
 
 MOVED, OWNED = "moves data; its input's encoding holds it", "inside OddNorm, which is one operation"
@@ -78,7 +80,9 @@ NPU = {
 }
 
 
-def decisions(program: ExportedProgram, *arguments: Any, **options: Any) -> dict[str, tuple[Decision, str]]:
+def decisions(
+    program: ExportedProgram, *arguments: Any, **options: Any
+) -> dict[str, tuple[Decision, str]]:
     placement = place(program, *arguments, **options)
     return {p.name: (p.decision, p.reason) for p in (*placement.weights, *placement.explanation)}
 
@@ -101,7 +105,14 @@ def test_matmul_inputs_and_weights_only(every_kind: ExportedProgram) -> None:
 
 def test_names_do_not_depend_on_what_is_decided(every_kind: ExportedProgram) -> None:
     names = [{p.node: p.name for p in place(every_kind, policy).explanation} for policy in POLICIES]
-    names.append({p.node: p.name for p in place(every_kind, "npu", [PlacementRule("output.add", keep="float")]).explanation})
+    names.append(
+        {
+            p.node: p.name
+            for p in place(
+                every_kind, "npu", [PlacementRule("output.add", keep="float")]
+            ).explanation
+        }
+    )
     assert all(found == names[0] for found in names)
     assert len(set(names[0].values())) == len(names[0])
 
@@ -110,11 +121,18 @@ def test_second_factors_are_symmetric_where_asked(every_kind: ExportedProgram) -
     special = place(every_kind, symmetric_matmul_second_input=True).overrides
     assert {name for name, overrides in special.items() if overrides.symmetric} == {"down.linear"}
     rule = PlacementRule("down.linear", symmetric=False)
-    assert not any(o.symmetric for o in place(every_kind, rules=[rule], symmetric_matmul_second_input=True).overrides.values())
+    assert not any(
+        o.symmetric
+        for o in place(
+            every_kind, rules=[rule], symmetric_matmul_second_input=True
+        ).overrides.values()
+    )
     made = simulation(SimulationSchemes(symmetric_matmul_second_input=True))
     symmetric = {name for name, q in made.quantizers.items() if q.scheme.symmetric}
     attention = "model.layers.{}.self_attn."
-    assert symmetric == {attention.format(i) + name for i in range(2) for name in ("add_1", "v_proj.add")}  # rotated keys, and values
+    assert symmetric == {
+        attention.format(i) + name for i in range(2) for name in ("add_1", "v_proj.add")
+    }  # rotated keys, and values
 
 
 def test_a_policy_of_ones_own(every_kind: ExportedProgram) -> None:
@@ -122,15 +140,25 @@ def test_a_policy_of_ones_own(every_kind: ExportedProgram) -> None:
         "linear",
         (
             PolicyRule(Decision.QUANTIZE, "up", operators=frozenset({"linear"}), path="up*"),
-            PolicyRule(Decision.QUANTIZE, "class", module_class="^OddN", operators=frozenset({"mean"})),
+            PolicyRule(
+                Decision.QUANTIZE, "class", module_class="^OddN", operators=frozenset({"mean"})
+            ),
             PolicyRule(Decision.FLOAT, "the rest"),
         ),
     )
     found = decisions(every_kind, linear_only)
-    assert {name for name, (d, _) in found.items() if d is Decision.QUANTIZE} == {"up.linear", "norm.mean"}
-    with pytest.raises(CalibrationError, match="policy 'open' must end with a rule that fits every value"):
+    assert {name for name, (d, _) in found.items() if d is Decision.QUANTIZE} == {
+        "up.linear",
+        "norm.mean",
+    }
+    with pytest.raises(
+        CalibrationError, match="policy 'open' must end with a rule that fits every value"
+    ):
         Policy("open", linear_only.rules[:1])
-    with pytest.raises(CalibrationError, match="placement policy 'gpu' is not one of npu, matmul-inputs, weights-only"):
+    with pytest.raises(
+        CalibrationError,
+        match="placement policy 'gpu' is not one of npu, matmul-inputs, weights-only",
+    ):
         place(every_kind, "gpu")
 
 
@@ -147,21 +175,41 @@ def test_matmul_inputs_of_a_model_are_all_and_only_those() -> None:
         for argument in node.args[:2] if node.target in is_product else ():
             while argument.op == "call_function" and argument.target in MOVES:
                 argument = argument.args[0]
-            if argument.op == "call_module" and isinstance(made.get_submodule("graph_module." + argument.target), Quantizer):
+            if argument.op == "call_module" and isinstance(
+                made.get_submodule("graph_module." + argument.target), Quantizer
+            ):
                 read.add(made.get_submodule("graph_module." + argument.target).name)
             else:  # a weight
-                assert argument.op == "get_attr" or argument.target is torch.ops.qwlora.dequantize.default or "lora" in str(argument.args[0].target)
+                assert (
+                    argument.op == "get_attr"
+                    or argument.target is torch.ops.qwlora.dequantize.default
+                    or "lora" in str(argument.args[0].target)
+                )
     assert read == set(made.quantizers)
-    assert len(read) == 2 * 11 + 1  # a layer: two norms, q, k, v, softmax, the mixed values, the product of the MLP, and what three lora_A give; the last norm
+    assert (
+        len(read) == 2 * 11 + 1
+    )  # a layer: two norms, q, k, v, softmax, the mixed values, the product of the MLP, and what three lora_A give; the last norm
     assert {m.kind for m in made.marks} == {Kind.BASE, Kind.ADAPTER, Kind.ACTIVATION}
 
 
 aten = torch.ops.aten
-MOVES = {aten.view.default, aten.transpose.int, aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor, aten.to.dtype}
+MOVES = {
+    aten.view.default,
+    aten.transpose.int,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.to.dtype,
+}
 
 
 def test_with_weights_only_the_rest_is_float() -> None:
-    made = simulation(SimulationSchemes(policy="weights-only", adapter_weights=Scheme(16, granularity=PerChannel(0))))
+    made = simulation(
+        SimulationSchemes(
+            policy="weights-only", adapter_weights=Scheme(16, granularity=PerChannel(0))
+        )
+    )
     assert {m.kind for m in made.marks} == {Kind.BASE, Kind.ADAPTER}
     ids = batch()["input_ids"]
     with torch.no_grad(), visible_implementations(adapted()):
@@ -189,15 +237,28 @@ def test_users_rules_come_first() -> None:
     assert (other.scheme.bitwidth, other.estimator.name) == (4, "percentile")
     names = {m.name: m.kind for m in made.marks}
     assert "lm_head.linear" not in names
-    assert [name for name in names if "1.self_attn.v_proj" in name] == ["model.layers.1.self_attn.v_proj.weight"]  # integers of step 1 stay
-    assert str(made.weights["model.layers.0.mlp.down_proj.lora_A.weight"].encoding.scheme) == "int4 asymmetric per channel"
-    assert str(made.weights["model.layers.0.mlp.down_proj.lora_B.weight"].encoding.scheme) == "int8 symmetric per channel"
+    assert [name for name in names if "1.self_attn.v_proj" in name] == [
+        "model.layers.1.self_attn.v_proj.weight"
+    ]  # integers of step 1 stay
+    assert (
+        str(made.weights["model.layers.0.mlp.down_proj.lora_A.weight"].encoding.scheme)
+        == "int4 asymmetric per channel"
+    )
+    assert (
+        str(made.weights["model.layers.0.mlp.down_proj.lora_B.weight"].encoding.scheme)
+        == "int8 symmetric per channel"
+    )
     assert made.quantizers["model.layers.1.add"].scheme.bitwidth == 8
     assert "model.layers.0.add" not in names
     reasons = {p.name: p.reason for p in (*made.explanation, *made.placement.weights)}
-    assert reasons["model.layers.0.self_attn.softmax"] == "makes new values; rule '*.0.self_attn.softmax'"
+    assert (
+        reasons["model.layers.0.self_attn.softmax"]
+        == "makes new values; rule '*.0.self_attn.softmax'"
+    )
     assert reasons["lm_head.linear"] == "rule 'lm_head'"
-    assert reasons["model.layers.1.self_attn.v_proj.lora_B.weight"] == "rule '*.1.self_attn.v_proj*'"
+    assert (
+        reasons["model.layers.1.self_attn.v_proj.lora_B.weight"] == "rule '*.1.self_attn.v_proj*'"
+    )
 
 
 def test_one_end_of_a_range_can_be_fixed() -> None:
@@ -205,18 +266,35 @@ def test_one_end_of_a_range_can_be_fixed() -> None:
     made.calibrate([batch()])
     quantizer = made.quantizers["model.layers.0.mlp.mul"]
     assert quantizer.encoding is not None
-    assert float(quantizer.encoding.scale) == pytest.approx((1000 - float(quantizer.observer.low or 0)) / 65535)
+    assert float(quantizer.encoding.scale) == pytest.approx(
+        (1000 - float(quantizer.observer.low or 0)) / 65535
+    )
 
 
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (PlacementRule("*.self_attn.sofmax", bitwidth=8), r"'\*.self_attn.sofmax' matches no value; near are model.layers.0.self_attn.softmax"),
+        (
+            PlacementRule("*.self_attn.sofmax", bitwidth=8),
+            r"'\*.self_attn.sofmax' matches no value; near are model.layers.0.self_attn.softmax",
+        ),
         (PlacementRule("lm_haed", keep="float"), r"'lm_haed' matches no value; near are lm_head"),
-        (PlacementRule("*.input_layernorm.pow", bitwidth=8), "matches nothing that the policy npu quantizes.*; force: true quantizes it anyway"),
-        (PlacementRule("*.q_proj.weight", bitwidth=8, of="weights"), "matches weights that step 1 made integers only, model.layers.0.self_attn.q_proj.weight"),
-        (PlacementRule("*.lora_A.weight", bitwidth=8), "matches weights only, .*lora_A.weight the first; of: weights is for"),
-        (PlacementRule("*.softmax", keep="float"), "'[*].softmax' matches only what an earlier rule decides about"),
+        (
+            PlacementRule("*.input_layernorm.pow", bitwidth=8),
+            "matches nothing that the policy npu quantizes.*; force: true quantizes it anyway",
+        ),
+        (
+            PlacementRule("*.q_proj.weight", bitwidth=8, of="weights"),
+            "matches weights that step 1 made integers only, model.layers.0.self_attn.q_proj.weight",
+        ),
+        (
+            PlacementRule("*.lora_A.weight", bitwidth=8),
+            "matches weights only, .*lora_A.weight the first; of: weights is for",
+        ),
+        (
+            PlacementRule("*.softmax", keep="float"),
+            "'[*].softmax' matches only what an earlier rule decides about",
+        ),
     ],
 )
 def test_a_rule_that_does_nothing_is_refused(rule: PlacementRule, message: str) -> None:
@@ -228,16 +306,25 @@ def test_a_rule_that_does_nothing_is_refused(rule: PlacementRule, message: str) 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"keep": "float", "bitwidth": 8}, "a value that stays float has no bitwidth; remove that, or keep"),
+        (
+            {"keep": "float", "bitwidth": 8},
+            "a value that stays float has no bitwidth; remove that, or keep",
+        ),
         ({"keep": "float", "force": True}, "a value that stays float has no force"),
         ({}, "it changes nothing; give keep: float, or a bitwidth"),
         ({"bitwidth": 17}, "bitwidth 17 is not one of 2 to 16"),
         ({"minimum": 0.5, "maximum": 1.0}, "the range 0.5 to 1.0 must have zero in it"),
         ({"maximum": -1.0}, "the range None to -1.0 must have zero in it"),
-        ({"minimum": 0.0, "maximum": 0.0}, "the range 0.0 to 0.0 must have zero in it, and something beside it"),
+        (
+            {"minimum": 0.0, "maximum": 0.0},
+            "the range 0.0 to 0.0 must have zero in it, and something beside it",
+        ),
         ({"minimum": float("nan")}, "minimum must be finite; leave out what the data decides"),
         ({"minimum": float("-inf"), "maximum": float("inf")}, "minimum and maximum must be finite"),
-        ({"of": "weights", "observer": "sqnr"}, "a weight's range comes from its values: observer is for activations"),
+        (
+            {"of": "weights", "observer": "sqnr"},
+            "a weight's range comes from its values: observer is for activations",
+        ),
     ],
 )
 def test_rules_that_contradict_themselves(given: dict[str, Any], message: str) -> None:
@@ -263,8 +350,13 @@ class Clock(nn.Module):
 def test_angles_stay_float() -> None:
     found = decisions(torch.export.export(Clock(), (torch.rand(3), torch.rand(3, 8))))
     angle = (Decision.FLOAT, "an angle: only sine and cosine read it")
-    assert [found[name] for name in ("time", "output.mul", "output.unsqueeze", "output.mul_2")] == [angle] * 4
-    assert all(found[name][0] is Decision.QUANTIZE for name in ("shared", "output.mul_1", "output.sin", "output.cos", "output.cat"))
+    assert [found[name] for name in ("time", "output.mul", "output.unsqueeze", "output.mul_2")] == [
+        angle
+    ] * 4
+    assert all(
+        found[name][0] is Decision.QUANTIZE
+        for name in ("shared", "output.mul_1", "output.sin", "output.cos", "output.cat")
+    )
     assert found["output.exp"] == (Decision.FLOAT, "computed from integers alone")
 
 
@@ -279,13 +371,17 @@ class Timed(nn.Module):
         angle = 1000 * time.float().unsqueeze(-1) * torch.exp(-torch.arange(4.0))
         embedded = self.layer((torch.cat([angle.sin(), angle.cos()], -1) * 0.5).unsqueeze(1))
         scores = embedded.transpose(1, 2) @ embedded
-        return (scores + (1 - ids.float()).unsqueeze(1) * -3e38).softmax(-1) @ angle.sin().unsqueeze(1).repeat(1, 8, 1)
+        return (scores + (1 - ids.float()).unsqueeze(1) * -3e38).softmax(
+            -1
+        ) @ angle.sin().unsqueeze(1).repeat(1, 8, 1)
 
 
 @pytest.mark.parametrize("name", ["npu", "matmul-inputs"])
 def test_what_a_product_reads_is_quantized_though_it_comes_from_integers(name: str) -> None:
     for time in (torch.arange(3), torch.arange(3.0)):
-        placement = place(torch.export.export(Timed(), (time, torch.ones(3, 8, dtype=torch.long))), name)
+        placement = place(
+            torch.export.export(Timed(), (time, torch.ones(3, 8, dtype=torch.long))), name
+        )
         found = {p.node: (p.decision, p.reason) for p in placement.explanation}
         assert [found[node][0] for node in ("mul_2", "sin_1", "softmax")] == [Decision.QUANTIZE] * 3
         assert [found[node][0] for node in ("unsqueeze_1", "repeat")] == [Decision.SHARE] * 2

@@ -32,7 +32,9 @@ def adapted(architecture: str) -> PeftModel:
     model = tiny_model(architecture)
     quantize_(model, "w4-block32")
     torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+    return get_peft_model(
+        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,9 @@ def simulations() -> dict[str, tuple[PeftModel, Simulation]]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_captured_graph_computes_what_the_model_computes_with_padding_too(architecture: str) -> None:
+def test_captured_graph_computes_what_the_model_computes_with_padding_too(
+    architecture: str,
+) -> None:
     model = adapted(architecture)
     graph = capture(model, inputs()).program.module(check_guards=False)
     padded = inputs(3, 24, seed=5)
@@ -88,14 +92,18 @@ def test_capture_refuses_what_it_cannot_prove() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_value_is_decided_about_and_every_weight_has_an_encoding(simulations: dict[str, tuple[PeftModel, Simulation]], architecture: str) -> None:
+def test_every_value_is_decided_about_and_every_weight_has_an_encoding(
+    simulations: dict[str, tuple[PeftModel, Simulation]], architecture: str
+) -> None:
     model, simulation = simulations[architecture]
     graph = simulation.graph()
     decided = {p.node for p in simulation.explanation}
     floats = {
         n.name
         for n in graph.program.graph.nodes
-        if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor) and n.meta["val"].is_floating_point()
+        if n.op == "call_function"
+        and isinstance(n.meta.get("val"), torch.Tensor)
+        and n.meta["val"].is_floating_point()
     }
     bases = {m.node for m in graph.marks if m.kind is Kind.BASE}
     assert decided == floats - bases
@@ -107,11 +115,21 @@ def test_every_value_is_decided_about_and_every_weight_has_an_encoding(simulatio
     assert len({m.name for m in graph.marks}) == len(graph.marks)
 
 
-def test_decisions_by_operator_and_module_class(simulations: dict[str, tuple[PeftModel, Simulation]]) -> None:
-    decisions = {(p.module, p.operator): (p.decision, p.reason) for p in simulations["llama"][1].explanation}
+def test_decisions_by_operator_and_module_class(
+    simulations: dict[str, tuple[PeftModel, Simulation]],
+) -> None:
+    decisions = {
+        (p.module, p.operator): (p.decision, p.reason) for p in simulations["llama"][1].explanation
+    }
     layer = "model.layers.0"
-    assert decisions[f"{layer}.input_layernorm", "rsqrt"] == (Decision.FLOAT, "inside LlamaRMSNorm, which is one operation")
-    assert decisions[f"{layer}.input_layernorm", "mul"] == (Decision.QUANTIZE, "output of LlamaRMSNorm")
+    assert decisions[f"{layer}.input_layernorm", "rsqrt"] == (
+        Decision.FLOAT,
+        "inside LlamaRMSNorm, which is one operation",
+    )
+    assert decisions[f"{layer}.input_layernorm", "mul"] == (
+        Decision.QUANTIZE,
+        "output of LlamaRMSNorm",
+    )
     assert decisions[f"{layer}.self_attn", "softmax"][0] is Decision.QUANTIZE
     assert decisions[f"{layer}.self_attn", "add"] == (Decision.FLOAT, "combined with a mask")
     assert decisions[layer, "add"] == (Decision.FLOAT, "a residual addition")
@@ -125,27 +143,41 @@ def test_residual_additions_get_encodings_when_asked() -> None:
     model = adapted("llama")
     simulation = simulate(model, inputs(), SimulationSchemes(quantize_residual_adds=True))
     names = {m.name for m in simulation.marks}
-    assert {f"model.layers.{i}.add" for i in range(2)} | {f"model.layers.{i}.add_1" for i in range(2)} <= names
+    assert {f"model.layers.{i}.add" for i in range(2)} | {
+        f"model.layers.{i}.add_1" for i in range(2)
+    } <= names
     assert not any(p.reason == "a residual addition" for p in simulation.explanation)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_simulation_is_close_at_16_bits_and_not_the_same(simulations: dict[str, tuple[PeftModel, Simulation]], architecture: str) -> None:
+def test_simulation_is_close_at_16_bits_and_not_the_same(
+    simulations: dict[str, tuple[PeftModel, Simulation]], architecture: str
+) -> None:
     model, _ = simulations[architecture]
-    batch = inputs(seed=0)  # one of those that set the ranges: beyond them values are clipped, at any bitwidth
+    batch = inputs(
+        seed=0
+    )  # one of those that set the ranges: beyond them values are clipped, at any bitwidth
     with torch.no_grad():
         expected = model(**batch, use_cache=False).logits
     errors = {}
     for bitwidth in (8, 16):
         fine_adapter = Scheme(16, granularity=PerChannel(0))
-        simulation = simulate(model, inputs(), SimulationSchemes(Scheme(bitwidth, symmetric=False), adapter_weights=fine_adapter))
+        simulation = simulate(
+            model,
+            inputs(),
+            SimulationSchemes(Scheme(bitwidth, symmetric=False), adapter_weights=fine_adapter),
+        )
         simulation.calibrate([inputs(seed=s) for s in range(4)])
-        errors[bitwidth] = float((simulation.logits(batch["input_ids"]) - expected).abs().max() / expected.abs().max())
+        errors[bitwidth] = float(
+            (simulation.logits(batch["input_ids"]) - expected).abs().max() / expected.abs().max()
+        )
     assert 0 < errors[16] < 0.01
     assert errors[8] > 3 * errors[16]
 
 
-def test_simulated_values_lie_on_their_grids(simulations: dict[str, tuple[PeftModel, Simulation]]) -> None:
+def test_simulated_values_lie_on_their_grids(
+    simulations: dict[str, tuple[PeftModel, Simulation]],
+) -> None:
     simulation = simulations["llama"][1]
     encodings = simulation.encodings
     values = simulation.values(inputs()["input_ids"])
@@ -155,13 +187,19 @@ def test_simulated_values_lie_on_their_grids(simulations: dict[str, tuple[PeftMo
         assert len(value.unique()) <= 2**16
 
 
-def test_base_encodings_are_those_of_the_packed_layers(simulations: dict[str, tuple[PeftModel, Simulation]]) -> None:
+def test_base_encodings_are_those_of_the_packed_layers(
+    simulations: dict[str, tuple[PeftModel, Simulation]],
+) -> None:
     model, simulation = simulations["gpt2"]
     packed = model.get_submodule("base_model.model.transformer.h.0.attn.c_attn.base_layer")
-    assert torch.equal(simulation.encodings["transformer.h.0.attn.c_attn.weight"].scale, packed.scale)
+    assert torch.equal(
+        simulation.encodings["transformer.h.0.attn.c_attn.weight"].scale, packed.scale
+    )
 
 
-def test_perturbed_logits_differ_a_little(simulations: dict[str, tuple[PeftModel, Simulation]]) -> None:
+def test_perturbed_logits_differ_a_little(
+    simulations: dict[str, tuple[PeftModel, Simulation]],
+) -> None:
     simulation, ids = simulations["llama"][1], inputs()["input_ids"]
     before = simulation.logits(ids)
     perturbed = simulation.perturbed_logits(ids)
@@ -171,13 +209,28 @@ def test_perturbed_logits_differ_a_little(simulations: dict[str, tuple[PeftModel
 
 def test_calibration_says_what_is_missing() -> None:
     simulation = simulate(adapted("llama"), inputs())
-    with pytest.raises(CalibrationError, match=r"activations have no encoding yet, .* first; call calibrate"):
+    with pytest.raises(
+        CalibrationError, match=r"activations have no encoding yet, .* first; call calibrate"
+    ):
         simulation.graph()
-    uses = (lambda: simulation(**inputs()), lambda: simulation.outputs(inputs()), lambda: simulation.logits(inputs()["input_ids"]), simulation.model)
-    uses = (*uses, lambda: simulation.primary(inputs()), lambda: simulation.values(inputs()), lambda: simulation.perturbed_outputs(inputs()))
+    uses = (
+        lambda: simulation(**inputs()),
+        lambda: simulation.outputs(inputs()),
+        lambda: simulation.logits(inputs()["input_ids"]),
+        simulation.model,
+    )
+    uses = (
+        *uses,
+        lambda: simulation.primary(inputs()),
+        lambda: simulation.values(inputs()),
+        lambda: simulation.perturbed_outputs(inputs()),
+    )
     simulation.observe([inputs()])  # what was observed alone is no encoding
     for use in uses:
-        with pytest.raises(CalibrationError, match=r"activations have no encoding yet, .* first; call calibrate, .* `with simulation.only\(\):`"):
+        with pytest.raises(
+            CalibrationError,
+            match=r"activations have no encoding yet, .* first; call calibrate, .* `with simulation.only\(\):`",
+        ):
             use()
     with simulation.only("*.lora_A.weight"):
         assert torch.isfinite(simulation.logits(inputs()["input_ids"])).all()
@@ -185,7 +238,10 @@ def test_calibration_says_what_is_missing() -> None:
     for use in uses:
         use()
     simulation.set_scheme("*.softmax", Scheme(8, symmetric=False))
-    with pytest.raises(CalibrationError, match=r"2 activations have no encoding yet, model.layers.0.self_attn.softmax first"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"2 activations have no encoding yet, model.layers.0.self_attn.softmax first",
+    ):
         simulation.outputs(inputs())
     simulation = simulate(adapted("llama"), inputs())
     with pytest.raises(CalibrationError, match="at least one batch"):
@@ -193,13 +249,18 @@ def test_calibration_says_what_is_missing() -> None:
     model = adapted("llama")
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(torch.nan)
-    with pytest.raises(CalibrationError, match=r"model.layers.0.self_attn.q_proj.lora_A.weight: the observed range is not finite"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"model.layers.0.self_attn.q_proj.lora_A.weight: the observed range is not finite",
+    ):
         simulate(model, inputs())
 
 
 def with_relu(inplace: bool) -> Simulation:
     torch.manual_seed(0)
-    simulation = simulate(nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 8)).eval(), RELU_INPUTS)
+    simulation = simulate(
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 8)).eval(), RELU_INPUTS
+    )
     simulation.calibrate([RELU_INPUTS])
     return simulation
 
@@ -211,9 +272,15 @@ def test_what_an_operator_overwrites_was_seen_before(tmp_path: Path) -> None:
     simulation, plain = with_relu(inplace=True), with_relu(inplace=False)
     values, expected = simulation.values(RELU_INPUTS), plain.values(RELU_INPUTS)
     assert float(values["0.linear"].min()) < 0
-    assert all(torch.equal(values[name.replace("relu", "relu_")], value) for name, value in expected.items())
+    assert all(
+        torch.equal(values[name.replace("relu", "relu_")], value)
+        for name, value in expected.items()
+    )
     export_onnx(simulation.graph(), tmp_path)
     assert verify_onnx_outputs(tmp_path, simulation, [RELU_INPUTS]).worst_layer_steps <= 1
-    costs = [sensitivities(s, [RELU_INPUTS], lambda output, _: output.square().sum()) for s in (simulation, plain)]
+    costs = [
+        sensitivities(s, [RELU_INPUTS], lambda output, _: output.square().sum())
+        for s in (simulation, plain)
+    ]
     assert [c.cost for c in costs[0]] == pytest.approx([c.cost for c in costs[1]])
     assert all(c.cost > 0 for c in costs[0])

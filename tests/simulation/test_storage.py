@@ -14,7 +14,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from conftest import ARCHITECTURES, tiny_model
-from qwlora import PerBlock, PerChannel, Scheme, SimulationSchemes, load_simulation, quantize_, simulate
+from qwlora import (
+    PerBlock,
+    PerChannel,
+    Scheme,
+    SimulationSchemes,
+    load_simulation,
+    quantize_,
+    simulate,
+)
 from qwlora.base.packed import pack_at_
 from qwlora.encodings import IntegerEncoding, read, validate
 from qwlora.errors import CalibrationError, CaptureError
@@ -29,11 +37,16 @@ from qwlora.simulation.rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
 
 
-def adapted(architecture: str = "llama", scheme: str = "w4-block32", seed: int = 1, **lora: Any) -> PeftModel:
+def adapted(
+    architecture: str = "llama", scheme: str = "w4-block32", seed: int = 1, **lora: Any
+) -> PeftModel:
     model = tiny_model(architecture)
     quantize_(model, scheme)
     torch.manual_seed(seed)
-    return get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **lora})).eval()
+    return get_peft_model(
+        model,
+        LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **lora}),
+    ).eval()
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
@@ -50,13 +63,24 @@ def calibrated(model: PeftModel, schemes: SimulationSchemes | None = None) -> Si
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "schemes",
-    [None, SimulationSchemes(Scheme(8, symmetric=True), Scheme(4, symmetric=False, granularity=PerChannel(0)), quantize_residual_adds=True)],
+    [
+        None,
+        SimulationSchemes(
+            Scheme(8, symmetric=True),
+            Scheme(4, symmetric=False, granularity=PerChannel(0)),
+            quantize_residual_adds=True,
+        ),
+    ],
 )
-def test_it_comes_back_with_the_same_bits(tmp_path: Path, architecture: str, schemes: SimulationSchemes | None) -> None:
+def test_it_comes_back_with_the_same_bits(
+    tmp_path: Path, architecture: str, schemes: SimulationSchemes | None
+) -> None:
     simulation = calibrated(adapted(architecture), schemes)
     simulation.save(tmp_path / "new" / "folder")
     again = load_simulation(tmp_path / "new" / "folder", adapted(architecture))
-    assert torch.equal(again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"]))
+    assert torch.equal(
+        again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"])
+    )
     assert again.origin.schemes == simulation.origin.schemes
     assert list(again.encodings) == list(simulation.encodings)
     for name, encoding in simulation.encodings.items():
@@ -80,34 +104,60 @@ def test_its_encodings_are_a_valid_2_1_0_file_keyed_by_module_path(tmp_path: Pat
     assert (entry.bitwidth, entry.signed, entry.axis) == (8, True, 0)
     softmax = file.by_name["model.layers.0.self_attn.softmax"]
     assert isinstance(softmax, IntegerEncoding)
-    assert (softmax.bitwidth, softmax.signed, softmax.axis, int(softmax.offset)) == (16, False, None, 0)
-    assert set(load_activations(tmp_path)) == {m.name for m in simulation.marks if m.kind is Kind.ACTIVATION}
+    assert (softmax.bitwidth, softmax.signed, softmax.axis, int(softmax.offset)) == (
+        16,
+        False,
+        None,
+        0,
+    )
+    assert set(load_activations(tmp_path)) == {
+        m.name for m in simulation.marks if m.kind is Kind.ACTIVATION
+    }
     assert not list(tmp_path.glob("*.p*"))
 
 
 def test_a_base_with_float_offsets_is_no_obstacle(tmp_path: Path) -> None:
     def model() -> PeftModel:
         base = tiny_model("llama").requires_grad_(False)
-        for name in [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith("_proj")]:
+        for name in [
+            n
+            for n, m in base.named_modules()
+            if isinstance(m, torch.nn.Linear) and n.endswith("_proj")
+        ]:
             weight = base.get_submodule(name).weight
-            encoding = measure_float_offset(weight, Scheme(4, symmetric=False, granularity=PerBlock(32), float_offset=True))
+            encoding = measure_float_offset(
+                weight, Scheme(4, symmetric=False, granularity=PerBlock(32), float_offset=True)
+            )
             pack_at_(base, f"{name}.weight", QuantizedTensor(encoding.quantize(weight), encoding))
         torch.manual_seed(1)
-        return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
+        return get_peft_model(
+            base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        ).eval()
 
     simulation = calibrated(model())
     simulation.save(tmp_path)
-    assert torch.equal(load_simulation(tmp_path, model()).logits(batch()["input_ids"]), simulation.logits(batch()["input_ids"]))
+    assert torch.equal(
+        load_simulation(tmp_path, model()).logits(batch()["input_ids"]),
+        simulation.logits(batch()["input_ids"]),
+    )
 
 
 def test_rules_policy_and_observer_come_back(tmp_path: Path) -> None:
-    rules = [PlacementRule("*.self_attn.softmax", bitwidth=8, minimum=0.0, maximum=1.0), PlacementRule("*.down_proj", keep="float")]
-    simulation = calibrated(adapted(), SimulationSchemes(rules=rules, observer="percentile", symmetric_matmul_second_input=True))
+    rules = [
+        PlacementRule("*.self_attn.softmax", bitwidth=8, minimum=0.0, maximum=1.0),
+        PlacementRule("*.down_proj", keep="float"),
+    ]
+    simulation = calibrated(
+        adapted(),
+        SimulationSchemes(rules=rules, observer="percentile", symmetric_matmul_second_input=True),
+    )
     simulation.save(tmp_path)
     again = load_simulation(tmp_path, adapted())
     assert again.origin.schemes == simulation.origin.schemes
     assert isinstance(again.origin.schemes.rules[0], PlacementRule)
-    assert torch.equal(again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"]))
+    assert torch.equal(
+        again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"])
+    )
 
 
 def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path) -> None:
@@ -115,14 +165,20 @@ def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path
     ids = batch()["input_ids"]
     with torch.no_grad():
         past = model(ids[:, :8], use_cache=True).past_key_values
-    given = {"input_ids": ids[:, 8:], "attention_mask": torch.ones_like(ids), "past_key_values": [(layer.keys, layer.values) for layer in past.layers]}
+    given = {
+        "input_ids": ids[:, 8:],
+        "attention_mask": torch.ones_like(ids),
+        "past_key_values": [(layer.keys, layer.values) for layer in past.layers],
+    }
     simulation = simulate(model, given)
     simulation.calibrate([given])
     simulation.save(tmp_path)
     again = load_simulation(tmp_path, adapted())
     assert again.captured.interface == simulation.captured.interface
     assert torch.equal(again.outputs(given)["logits"], simulation.outputs(given)["logits"])
-    keys = next(value for value in explain(again, "npu").values if value.name == "past_key_values.0.key")
+    keys = next(
+        value for value in explain(again, "npu").values if value.name == "past_key_values.0.key"
+    )
     assert (keys.decision, keys.grid) == ("share", "")
     assert keys.reason == "comes from a cache: the encoding with which it was kept holds it"
     with pytest.raises(CaptureError, match="capture without past_key_values"):
@@ -132,23 +188,34 @@ def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path
 def test_an_adapter_that_shares_all_its_encodings_comes_back(tmp_path: Path) -> None:
     model = adapted()
     torch.manual_seed(2)
-    model.add_adapter("second", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.add_adapter(
+        "second", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
     simulations = simulate_adapters(model.eval(), batch(), base_activations="none")
     simulations.calibrate([batch(s) for s in range(2)])
     simulations["default"].save(tmp_path)
     again = load_simulation(tmp_path, adapted())
-    assert torch.equal(again.logits(batch(9)["input_ids"]), simulations["default"].logits(batch(9)["input_ids"]))
+    assert torch.equal(
+        again.logits(batch(9)["input_ids"]), simulations["default"].logits(batch(9)["input_ids"])
+    )
 
 
 def test_what_a_folder_held_stays_until_all_is_written(tmp_path: Path) -> None:
     simulation = calibrated(adapted())
     simulation.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    simulation.origin = replace(simulation.origin, example_inputs={**batch(), "device": torch.device("cpu")})
-    with pytest.raises(CalibrationError, match="example input device is a device, which JSON cannot hold"):
+    simulation.origin = replace(
+        simulation.origin, example_inputs={**batch(), "device": torch.device("cpu")}
+    )
+    with pytest.raises(
+        CalibrationError, match="example input device is a device, which JSON cannot hold"
+    ):
         simulation.save(tmp_path)
     simulation.origin = replace(simulation.origin, example_inputs=batch())
-    with mock.patch("qwlora.simulation.storage.save_file", side_effect=OSError("disk full")), pytest.raises(OSError, match="disk full"):
+    with (
+        mock.patch("qwlora.simulation.storage.save_file", side_effect=OSError("disk full")),
+        pytest.raises(OSError, match="disk full"),
+    ):
         simulation.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     never = tmp_path / "never"
@@ -165,10 +232,15 @@ def test_two_arguments_may_be_one_tensor(tmp_path: Path) -> None:
     simulation = simulate(model, given)
     simulation.calibrate([batch()])
     simulation.save(tmp_path)
-    assert torch.equal(load_simulation(tmp_path, model).outputs(batch())["logits"], simulation.outputs(batch())["logits"])
+    assert torch.equal(
+        load_simulation(tmp_path, model).outputs(batch())["logits"],
+        simulation.outputs(batch())["logits"],
+    )
     distinct = calibrated(adapted())
     with simulation.only(), distinct.only():
-        assert torch.equal(simulation.outputs(batch())["logits"], distinct.outputs(batch())["logits"])
+        assert torch.equal(
+            simulation.outputs(batch())["logits"], distinct.outputs(batch())["logits"]
+        )
 
 
 def test_only_what_calibration_left_float_comes_back_without_an_encoding(tmp_path: Path) -> None:
@@ -179,9 +251,14 @@ def test_only_what_calibration_left_float_comes_back_without_an_encoding(tmp_pat
     assert record["dropped"] == ["model.layers.0.self_attn.softmax"]
     again = load_simulation(tmp_path, adapted())
     assert again.dropped == {"model.layers.0.self_attn.softmax"}
-    assert torch.equal(again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"]))
+    assert torch.equal(
+        again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"])
+    )
     (tmp_path / "simulation.json").write_text(json.dumps({**record, "dropped": []}))
-    with pytest.raises(CalibrationError, match=r"1 activations have no encoding, model.layers.0.self_attn.softmax first: .* another placement"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"1 activations have no encoding, model.layers.0.self_attn.softmax first: .* another placement",
+    ):
         load_simulation(tmp_path, adapted())
 
 
@@ -189,9 +266,16 @@ def test_it_is_captured_where_the_model_is(tmp_path: Path, monkeypatch: pytest.M
     """On the meta device, which has no numbers to compare: what is handed to the capture is looked at."""
     calibrated(adapted()).save(tmp_path)
     record = json.loads((tmp_path / "simulation.json").read_text())
-    monkeypatch.setattr("qwlora.simulation.storage.fingerprint", lambda model: record["base_fingerprint"])
-    monkeypatch.setattr("qwlora.simulation.storage.adapter_fingerprint", lambda model: record["adapter_fingerprint"])
-    with mock.patch("qwlora.simulation.storage.simulate", side_effect=InterruptedError) as simulated, pytest.raises(InterruptedError):
+    monkeypatch.setattr(
+        "qwlora.simulation.storage.fingerprint", lambda model: record["base_fingerprint"]
+    )
+    monkeypatch.setattr(
+        "qwlora.simulation.storage.adapter_fingerprint", lambda model: record["adapter_fingerprint"]
+    )
+    with (
+        mock.patch("qwlora.simulation.storage.simulate", side_effect=InterruptedError) as simulated,
+        pytest.raises(InterruptedError),
+    ):
         load_simulation(tmp_path, adapted().to("meta"))
     (_, examples, _), _ = simulated.call_args
     assert {tensor.device.type for tensor in examples.values()} == {"meta"}
@@ -199,7 +283,10 @@ def test_it_is_captured_where_the_model_is(tmp_path: Path, monkeypatch: pytest.M
 
 def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
     calibrated(adapted()).save(tmp_path)
-    with pytest.raises(CalibrationError, match=r"a simulation of the base with fingerprint \w{64}, but this model's is \w{64}; give it the model"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"a simulation of the base with fingerprint \w{64}, but this model's is \w{64}; give it the model",
+    ):
         load_simulation(tmp_path, adapted(scheme="w8-channel"))
     for other in (adapted(seed=2), adapted(lora_alpha=99), adapted(r=2)):
         with pytest.raises(CalibrationError, match="a simulation of the adapter with fingerprint"):
@@ -212,12 +299,16 @@ def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
 
 def test_adapter_fingerprint_is_of_the_active_adapter_whatever_its_name() -> None:
     model, alone = adapted(), adapted()
-    model.add_adapter("second", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    model.add_adapter(
+        "second", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
     assert adapter_fingerprint(model) == adapter_fingerprint(alone)
     model.set_adapter("second")
     assert adapter_fingerprint(model) not in (adapter_fingerprint(alone), None)
     renamed = adapted()
-    state = {n.replace(".default.", ".other."): p for n, p in renamed.named_parameters() if "lora_" in n}
+    state = {
+        n.replace(".default.", ".other."): p for n, p in renamed.named_parameters() if "lora_" in n
+    }
     renamed.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
     renamed.set_adapter("other")
     with torch.no_grad():
@@ -234,9 +325,14 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     path = tmp_path / "simulation.encodings"
     text = path.read_text()
     document = json.loads(text)
-    document["encodings"] = [e for e in document["encodings"] if e["name"] != "model.layers.1.self_attn.softmax"]
+    document["encodings"] = [
+        e for e in document["encodings"] if e["name"] != "model.layers.1.self_attn.softmax"
+    ]
     path.write_text(json.dumps(document))
-    with pytest.raises(CalibrationError, match=r"1 encodings are missing from .*, model.layers.1.self_attn.softmax first"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"1 encodings are missing from .*, model.layers.1.self_attn.softmax first",
+    ):
         load_simulation(tmp_path, adapted())
     path.write_text(text[:-20])
     with pytest.raises(CalibrationError, match="is not JSON"):

@@ -16,7 +16,14 @@ from qwlora.simulation.structure import Structure, cache_of
 
 LEAVES = st.one_of(st.none(), st.sampled_from([0, 1, 2.5, "a"]), st.integers(1, 3).map(torch.ones))
 KEYS = st.sampled_from(["a", "b", "ab"])
-NESTED = st.recursive(LEAVES, lambda inner: st.one_of(st.lists(inner, max_size=3), st.tuples(inner, inner), st.dictionaries(KEYS, inner, max_size=3)))
+NESTED = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.tuples(inner, inner),
+        st.dictionaries(KEYS, inner, max_size=3),
+    ),
+)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -25,7 +32,11 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
-        return type(one) is type(other) and len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+        return (
+            type(one) is type(other)
+            and len(one) == len(other)
+            and all(same(a, b) for a, b in zip(one, other, strict=True))
+        )
     return one == other
 
 
@@ -39,9 +50,20 @@ def test_filling_gives_back_what_was_flattened(value: dict[str, Any]) -> None:
 
 def test_names_are_paths_and_types_come_back() -> None:
     x = torch.ones(2)
-    value = {"ids": x, "added": {"text": x, "scale": 2.0}, "parts": (x, None, [x]), "encoder_outputs": BaseModelOutput(last_hidden_state=x)}
+    value = {
+        "ids": x,
+        "added": {"text": x, "scale": 2.0},
+        "parts": (x, None, [x]),
+        "encoder_outputs": BaseModelOutput(last_hidden_state=x),
+    }
     structure, tensors = Structure.of(value)
-    assert structure.names == ("ids", "added.text", "parts.0", "parts.2.0", "encoder_outputs.last_hidden_state")
+    assert structure.names == (
+        "ids",
+        "added.text",
+        "parts.0",
+        "parts.2.0",
+        "encoder_outputs.last_hidden_state",
+    )
     filled = structure.fill(dict(zip(structure.names, tensors, strict=True)))
     assert isinstance(filled["encoder_outputs"], BaseModelOutput)
     assert Structure.of(x)[0].names == ("output",)
@@ -50,12 +72,22 @@ def test_names_are_paths_and_types_come_back() -> None:
 def test_a_cache_is_its_keys_and_values() -> None:
     pairs = [(torch.rand(1, 2, 3, 4), torch.rand(1, 2, 3, 4)) for _ in range(2)]
     structure, tensors = Structure.of({"past": cache_of(pairs)}, "present")
-    assert structure.names == ("present.0.key", "present.0.value", "present.1.key", "present.1.value")
+    assert structure.names == (
+        "present.0.key",
+        "present.0.value",
+        "present.1.key",
+        "present.1.value",
+    )
     assert structure.cached == set(structure.names)
     back = structure.fill(dict(zip(structure.names, tensors, strict=True)))["past"]
     assert isinstance(back, DynamicCache)
     assert back.layers[1].values is pairs[1][1]
-    assert [t is part for t, part in zip(structure.flatten({"past": pairs}), [p for pair in pairs for p in pair], strict=True)] == [True] * 4
+    assert [
+        t is part
+        for t, part in zip(
+            structure.flatten({"past": pairs}), [p for pair in pairs for p in pair], strict=True
+        )
+    ] == [True] * 4
     with pytest.raises(CaptureError, match="captured with a cache of 2 layers, not of 1"):
         structure.flatten({"past": pairs[:1]})
     with pytest.raises(CaptureError, match="has no key and value of each layer"):
@@ -65,18 +97,35 @@ def test_a_cache_is_its_keys_and_values() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"x": torch.ones(1), "n": 3, "more": {"y": torch.ones(1)}}, "n: the graph was captured with 2 here and holds it as a constant"),
-        ({"n": 2, "more": {"y": torch.ones(1)}}, "x: the graph was captured with this argument; give it"),
-        ({"x": torch.ones(1), "n": 2, "more": {}}, "more.y: the graph was captured with this argument; give it"),
-        ({"x": torch.ones(1), "n": 2, "more": {"y": torch.ones(1), "z": 1}}, "more.z: the graph was captured without this argument"),
-        ({"x": 1, "n": 2, "more": {"y": torch.ones(1)}}, "x: the graph was captured with a tensor here, not with 1"),
+        (
+            {"x": torch.ones(1), "n": 3, "more": {"y": torch.ones(1)}},
+            "n: the graph was captured with 2 here and holds it as a constant",
+        ),
+        (
+            {"n": 2, "more": {"y": torch.ones(1)}},
+            "x: the graph was captured with this argument; give it",
+        ),
+        (
+            {"x": torch.ones(1), "n": 2, "more": {}},
+            "more.y: the graph was captured with this argument; give it",
+        ),
+        (
+            {"x": torch.ones(1), "n": 2, "more": {"y": torch.ones(1), "z": 1}},
+            "more.z: the graph was captured without this argument",
+        ),
+        (
+            {"x": 1, "n": 2, "more": {"y": torch.ones(1)}},
+            "x: the graph was captured with a tensor here, not with 1",
+        ),
     ],
 )
 def test_another_structure_is_refused(value: dict[str, Any], message: str) -> None:
     structure, _ = Structure.of({"x": torch.ones(1), "n": 2, "more": {"y": torch.ones(1)}})
     with pytest.raises(CaptureError, match=message):
         structure.flatten(value)
-    assert len(structure.flatten({"x": torch.ones(1), "more": {"y": torch.ones(1)}, "z": None})) == 2  # constants and None may be left out
+    assert (
+        len(structure.flatten({"x": torch.ones(1), "more": {"y": torch.ones(1)}, "z": None})) == 2
+    )  # constants and None may be left out
 
 
 def test_two_tensors_of_one_name_are_refused() -> None:

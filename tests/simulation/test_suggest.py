@@ -36,12 +36,18 @@ def loss(made: Simulation) -> float:
 def test_costs_are_the_squared_products_of_gradient_and_error() -> None:
     """Against autograd at one value: the input of the graph's last product, whose gradient is that of the loss through the head alone."""
     made = calibrated(4)
-    name = "model.norm.mul_1" if "model.norm.mul_1" in made.quantizers else next(n for n in reversed(made.quantizers) if ".norm." in n)
+    name = (
+        "model.norm.mul_1"
+        if "model.norm.mul_1" in made.quantizers
+        else next(n for n in reversed(made.quantizers) if ".norm." in n)
+    )
     found = {s.name: s for s in sensitivities(made, BATCHES)}[name]
     quantizer, expected, noise = made.quantizers[name], 0.0, 0.0
     for one in BATCHES:
         kept: list[torch.Tensor] = []
-        hook = quantizer.register_forward_hook(lambda *args, kept=kept: kept.append(args[2].detach().requires_grad_()) or kept[0])
+        hook = quantizer.register_forward_hook(
+            lambda *args, kept=kept: kept.append(args[2].detach().requires_grad_()) or kept[0]
+        )
         with made.only(), torch.enable_grad():
             value = next_token_loss(made.primary(one), one)
         hook.remove()
@@ -116,7 +122,10 @@ def test_the_fewest_dearest_values_get_the_wide_grid() -> None:
 
 def test_what_a_rule_decided_is_not_searched() -> None:
     """Nor is the sign of a grid changed."""
-    own = (PlacementRule("*.q_proj.linear", bitwidth=4, minimum=-3.0), PlacementRule("*.v_proj.linear", symmetric=True))
+    own = (
+        PlacementRule("*.q_proj.linear", bitwidth=4, minimum=-3.0),
+        PlacementRule("*.v_proj.linear", symmetric=True),
+    )
     schemes = SimulationSchemes(NARROW, rules=own, symmetric_matmul_second_input=True)
     made = simulation(schemes)
     made.calibrate(BATCHES)
@@ -134,18 +143,34 @@ def test_what_a_rule_decided_is_not_searched() -> None:
 
 def test_rules_are_exact_where_names_fit_their_neighbours() -> None:
     """`m.mul` is the name of one value and fits all products of `m`; and a glob's star passes dots."""
-    values = [f"model.layers.{layer}.{value}" for value in ("mlp.mul", "mlp.mul_1", "mul") for layer in (0, 1)]
+    values = [
+        f"model.layers.{layer}.{value}"
+        for value in ("mlp.mul", "mlp.mul_1", "mul")
+        for layer in (0, 1)
+    ]
     names = {value: (value, value.rpartition(".")[0], value.removesuffix("_1")) for value in values}
-    for chosen in (combination for size in range(len(values) + 1) for combination in combinations(values, size)):
+    for chosen in (
+        combination for size in range(len(values) + 1) for combination in combinations(values, size)
+    ):
         rules = rules_for(chosen, names, 8, 16)
-        given = {value: next((rule.bitwidth for rule in rules if rule.fits(fitting)), 8) for value, fitting in names.items()}
+        given = {
+            value: next((rule.bitwidth for rule in rules if rule.fits(fitting)), 8)
+            for value, fitting in names.items()
+        }
         assert given == {value: 16 if value in chosen else 8 for value in values}, chosen
-    assert [rule.match for rule in rules_for(values, names, 8, 16)] == ["model.layers.*.mlp.mul", "model.layers.*.mlp.mul_1", "model.layers.*.mul"]
+    assert [rule.match for rule in rules_for(values, names, 8, 16)] == [
+        "model.layers.*.mlp.mul",
+        "model.layers.*.mlp.mul_1",
+        "model.layers.*.mul",
+    ]
 
 
 def test_a_limit_that_nothing_keeps_is_refused() -> None:
     made = calibrated(8)
-    with pytest.raises(CalibrationError, match=r"with every activation at 8 bits the measure is .* above the limit of 0: no mixture keeps it"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"with every activation at 8 bits the measure is .* above the limit of 0: no mixture keeps it",
+    ):
         suggest(made, BATCHES, lambda: loss(made), 0.0, 2, 8)
 
 

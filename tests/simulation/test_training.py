@@ -30,7 +30,16 @@ from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training import TrainingGraph, with_scales
 
 SHAPE = LoraShape(rank=4, alpha=8)
-SETTINGS = TrainingSettings(steps=6, learning_rate=5e-3, batch_sequences=2, warmup_steps=1, schedule="constant", checkpoint_steps=2, seed=0, loss="whole")
+SETTINGS = TrainingSettings(
+    steps=6,
+    learning_rate=5e-3,
+    batch_sequences=2,
+    warmup_steps=1,
+    schedule="constant",
+    checkpoint_steps=2,
+    seed=0,
+    loss="whole",
+)
 IDS = torch.tensor([list(text(seed, 40).encode()[:32]) for seed in range(8)])
 W8 = SimulationSchemes(activations=Scheme(8, symmetric=False))
 
@@ -53,7 +62,13 @@ def plant_(model: PreTrainedModel) -> None:
         for layer in model.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.weight[5] = 300.0
-            for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+            for linear in (
+                layer.self_attn.q_proj,
+                layer.self_attn.k_proj,
+                layer.self_attn.v_proj,
+                layer.mlp.gate_proj,
+                layer.mlp.up_proj,
+            ):
                 linear.weight[:, 5] = 0.0
 
 
@@ -65,15 +80,21 @@ def calibrated_base(architecture: str = "llama", planted: bool = False) -> Mappi
     return {name: q.encoding for name, q in simulation.quantizers.items() if q.encoding is not None}
 
 
-def graph_of(model: PeftModel, encodings: Mapping[str, Encoding], learns_ranges: bool = False) -> TrainingGraph:
+def graph_of(
+    model: PeftModel, encodings: Mapping[str, Encoding], learns_ranges: bool = False
+) -> TrainingGraph:
     return TrainingGraph(simulate(model.eval(), inputs(IDS[:2, :16]), W8), encodings, learns_ranges)
 
 
-def through(work: Path, architecture: str = "llama", rate: float | None = None, **settings: Any) -> Any:
+def through(
+    work: Path, architecture: str = "llama", rate: float | None = None, **settings: Any
+) -> Any:
     encodings = calibrated_base(architecture)
     adapted = attach(base(architecture), SHAPE, seed=0)
     graph = graph_of(adapted, encodings, learns_ranges=rate is not None)
-    report = train_adapter(adapted, IDS, replace(SETTINGS, range_learning_rate=rate, **settings), work, through=graph)
+    report = train_adapter(
+        adapted, IDS, replace(SETTINGS, range_learning_rate=rate, **settings), work, through=graph
+    )
     return adapted, graph, report, encodings
 
 
@@ -82,14 +103,21 @@ def weights(model: PeftModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_training_through_the_graph_moves_the_adapter_and_nothing_else(tmp_path: Path, architecture: str) -> None:
+def test_training_through_the_graph_moves_the_adapter_and_nothing_else(
+    tmp_path: Path, architecture: str
+) -> None:
     model = base(architecture)
     encodings = calibrated_base(architecture)
     adapted = attach(model, SHAPE, seed=0)
-    before, identity = {n: p.detach().clone() for n, p in adapted.named_parameters()}, fingerprint(adapted)
+    before, identity = (
+        {n: p.detach().clone() for n, p in adapted.named_parameters()},
+        fingerprint(adapted),
+    )
     graph = graph_of(adapted, encodings)
     report = train_adapter(adapted, IDS, SETTINGS, tmp_path, through=graph)
-    assert {n for n, p in adapted.named_parameters() if not torch.equal(p, before[n])} == {n for n in before if ".lora_" in n}
+    assert {n for n, p in adapted.named_parameters() if not torch.equal(p, before[n])} == {
+        n for n in before if ".lora_" in n
+    }
     assert fingerprint(adapted) == identity
     assert report.losses[-1] < report.losses[0]
     assert "forward" not in adapted.get_base_model().__dict__
@@ -98,9 +126,19 @@ def test_training_through_the_graph_moves_the_adapter_and_nothing_else(tmp_path:
         assert float(model.loss_function(graph(**inputs(IDS)), IDS, 260)) < report.losses[0]
 
 
-@pytest.mark.parametrize(("architecture", "shape"), [*((architecture, SHAPE) for architecture in ARCHITECTURES), ("llama", replace(SHAPE, dora=True))])
-def test_without_quantizers_it_is_plain_training(tmp_path: Path, architecture: str, shape: LoraShape, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.adapter.lean.fused", lambda model: contextlib.nullcontext())  # one sum is rounded otherwise than the graph's two
+@pytest.mark.parametrize(
+    ("architecture", "shape"),
+    [
+        *((architecture, SHAPE) for architecture in ARCHITECTURES),
+        ("llama", replace(SHAPE, dora=True)),
+    ],
+)
+def test_without_quantizers_it_is_plain_training(
+    tmp_path: Path, architecture: str, shape: LoraShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "qwlora.adapter.lean.fused", lambda model: contextlib.nullcontext()
+    )  # one sum is rounded otherwise than the graph's two
     plain = base(architecture)
     plain.set_attn_implementation("eager")
     for module in plain.modules():
@@ -120,7 +158,9 @@ def test_without_quantizers_it_is_plain_training(tmp_path: Path, architecture: s
     exact = architecture in ("llama", "qwen3")  # no biases, which are added apart from the product
     assert report.losses == (expected.losses if exact else pytest.approx(expected.losses, rel=1e-5))
     for name, weight in weights(other).items():
-        torch.testing.assert_close(weight, weights(adapted)[name], rtol=0, atol=0 if exact else 2e-3)
+        torch.testing.assert_close(
+            weight, weights(adapted)[name], rtol=0, atol=0 if exact else 2e-3
+        )
 
 
 def off(simulation: Simulation) -> None:
@@ -134,7 +174,10 @@ def test_the_gradient_is_straight_through_and_stops_where_values_are_clamped() -
     model = base()
     encodings = calibrated_base()
     adapted = attach(model, SHAPE, seed=0)
-    clamped = {n: replace(e, scale=e.scale * 1e-9) if n == "model.norm.mul" else e for n, e in encodings.items()}  # all logits come through it
+    clamped = {
+        n: replace(e, scale=e.scale * 1e-9) if n == "model.norm.mul" else e
+        for n, e in encodings.items()
+    }  # all logits come through it
     for found, flows in ((encodings, True), (clamped, False)):
         graph_of(adapted, found)(**inputs(IDS)).square().mean().backward()
         gradients = [p.grad for n, p in adapted.named_parameters() if "lora_B" in n]
@@ -170,7 +213,9 @@ def test_codes_are_kept_for_backward_and_unpacked_weights_are_not() -> None:
     graph = graph_of(attach(model, SHAPE, seed=0), {})
     kept: list[tuple[int, ...]] = []
     shapes = {tuple(m.weight_shape) for m in model.modules() if hasattr(m, "weight_shape")}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.dtype, tuple(t.shape))) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append((t.dtype, tuple(t.shape))) or t, lambda t: t
+    ):
         graph(**inputs(IDS))
     floats = [shape for dtype, shape in kept if dtype == torch.float32]
     assert shapes
@@ -184,10 +229,14 @@ def test_ranges_are_learned_stay_positive_and_start_where_they_were(tmp_path: Pa
     graph = graph_of(adapted, encodings, learns_ranges=True)
     fixed = graph_of(attach(base(), SHAPE, seed=0), encodings)
     assert torch.equal(graph(**inputs(IDS)), fixed(**inputs(IDS)))
-    report = train_adapter(adapted, IDS, replace(SETTINGS, steps=20, range_learning_rate=0.5), tmp_path, through=graph)
+    report = train_adapter(
+        adapted, IDS, replace(SETTINGS, steps=20, range_learning_rate=0.5), tmp_path, through=graph
+    )
     scales = graph.scales()
     assert set(scales) == set(encodings)
-    moved = [name for name, scale in scales.items() if not torch.equal(scale, encodings[name].scale)]
+    moved = [
+        name for name, scale in scales.items() if not torch.equal(scale, encodings[name].scale)
+    ]
     assert len(moved) > 0.9 * len(scales)
     assert all(float(s) > 0 for s in scales.values())
     assert report.losses[-1] < report.losses[0]
@@ -195,7 +244,9 @@ def test_ranges_are_learned_stay_positive_and_start_where_they_were(tmp_path: Pa
     with torch.no_grad():
         again = graph_of(adapted, learned)
         assert torch.equal(again(**inputs(IDS)), graph(**inputs(IDS)))
-    with pytest.raises(CalibrationError, match=r"learned scales belong to no activation of the base: strange"):
+    with pytest.raises(
+        CalibrationError, match=r"learned scales belong to no activation of the base: strange"
+    ):
         with_scales(encodings, {"strange": torch.tensor(1.0)})
 
 
@@ -220,7 +271,9 @@ def test_goes_on_with_the_same_bits_after_a_stop(tmp_path: Path, rate: float | N
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(again).items())
     assert graph.scales().keys() == graph_again.scales().keys()
     assert all(torch.equal(s, graph.scales()[n]) for n, s in graph_again.scales().items())
-    restored, graph_restored, _, _ = through(tmp_path / "cut", rate=rate)  # everything is done already
+    restored, graph_restored, _, _ = through(
+        tmp_path / "cut", rate=rate
+    )  # everything is done already
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(restored).items())
     assert all(torch.equal(s, graph.scales()[n]) for n, s in graph_restored.scales().items())
 
@@ -237,8 +290,13 @@ through(Path({work!r}), rate=1e-2, steps=400)
 @pytest.mark.slow
 def test_goes_on_with_the_same_bits_after_a_kill(tmp_path: Path) -> None:
     script = _KILLED.format(tests=str(Path(__file__).parent.parent), work=str(tmp_path / "cut"))
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "cut").glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while (
+        not list((tmp_path / "cut").glob("checkpoint-*/trainer_state.json"))
+        and process.poll() is None
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -254,28 +312,45 @@ def test_the_best_evaluation_is_of_the_simulated_model_and_keeps_its_ranges(tmp_
     encodings = calibrated_base()
     adapted = attach(model, SHAPE, seed=0)
     graph = graph_of(adapted, encodings, learns_ranges=True)
-    settings = replace(SETTINGS, steps=12, learning_rate=3e-2, evaluation_steps=2, range_learning_rate=0.3, patience=2)
+    settings = replace(
+        SETTINGS,
+        steps=12,
+        learning_rate=3e-2,
+        evaluation_steps=2,
+        range_learning_rate=0.3,
+        patience=2,
+    )
     other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3))
-    report: TrainingReport = train_adapter(adapted, IDS, settings, tmp_path, held_out=other, through=graph)
+    report: TrainingReport = train_adapter(
+        adapted, IDS, settings, tmp_path, held_out=other, through=graph
+    )
     losses = dict(report.evaluations)
     assert report.best_step == min(losses, key=losses.__getitem__) < report.steps
     with torch.no_grad():
-        assert float(model.loss_function(graph(**inputs(other)), other, 260)) == pytest.approx(losses[report.best_step], rel=1e-5)
+        assert float(model.loss_function(graph(**inputs(other)), other, 260)) == pytest.approx(
+            losses[report.best_step], rel=1e-5
+        )
 
 
-def simulated_loss(model: PeftModel, encodings: Mapping[str, Encoding] | None, ids: Tensor) -> float:
+def simulated_loss(
+    model: PeftModel, encodings: Mapping[str, Encoding] | None, ids: Tensor
+) -> float:
     """After the last calibration: of the adapter's own values, or of all of them."""
     simulation = simulate(model.eval(), inputs(IDS[:2, :16]), W8)
     if encodings is not None:
         simulation.take_over(encodings)
     simulation.calibrate([inputs(IDS)])
     if encodings is not None:
-        assert all(torch.equal(simulation.encodings[n].scale, e.scale) for n, e in encodings.items())
+        assert all(
+            torch.equal(simulation.encodings[n].scale, e.scale) for n, e in encodings.items()
+        )
     return float(model.get_base_model().loss_function(simulation.logits(ids), ids, 260))
 
 
 def test_through_the_graph_is_better_where_activations_are_the_problem(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, steps=60, batch_sequences=4, learning_rate=3e-3, checkpoint_steps=100)
+    settings = replace(
+        SETTINGS, steps=60, batch_sequences=4, learning_rate=3e-3, checkpoint_steps=100
+    )
     after = attach(base(planted=True), SHAPE, seed=0)
     train_adapter(after, IDS, settings, tmp_path / "qw")
     model, encodings = base(planted=True), calibrated_base(planted=True)
@@ -292,16 +367,24 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
     graph = graph_of(adapted, encodings)
     for settings, message in (
         ({"loss": "chunked"}, "in which there is no chunked loss; leave that out"),
-        ({"loss": "chunked", "gradient_checkpointing": True}, "there is no chunked loss, no gradient checkpointing"),
+        (
+            {"loss": "chunked", "gradient_checkpointing": True},
+            "there is no chunked loss, no gradient checkpointing",
+        ),
         ({"compute": "bfloat16"}, "there is no bfloat16"),
-        ({"range_learning_rate": 1e-3}, "range_learning_rate goes with a graph that learns activation ranges"),
+        (
+            {"range_learning_rate": 1e-3},
+            "range_learning_rate goes with a graph that learns activation ranges",
+        ),
     ):
         with pytest.raises(TrainingError, match=message):
             train_adapter(adapted, IDS, replace(SETTINGS, **settings), tmp_path, through=graph)
     with pytest.raises(TrainingError, match="there is no recovery"):
         train_adapter(adapted, IDS, SETTINGS, tmp_path, through=graph, teacher=tiny_model("llama"))
     assert "forward" not in adapted.get_base_model().__dict__
-    with pytest.raises(CalibrationError, match="encodings name activations that the graph does not have: strange"):
+    with pytest.raises(
+        CalibrationError, match="encodings name activations that the graph does not have: strange"
+    ):
         graph_of(adapted, {"strange": next(iter(encodings.values()))})
     with pytest.raises(TrainingError, match="the adapter has dropout"):
         graph_of(attach(base(), replace(SHAPE, dropout=0.1), seed=0), encodings)
@@ -312,7 +395,13 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
     learning = graph_of(attach(base(), SHAPE, seed=0), encodings, learns_ranges=True)
     train_adapter(attach(base(), SHAPE, seed=0), IDS, SETTINGS, tmp_path / "fixed")
     with pytest.raises(TrainingError, match="holds no activation ranges"):
-        train_adapter(attach(base(), SHAPE, seed=0), IDS, replace(SETTINGS, range_learning_rate=1e-3), tmp_path / "fixed", through=learning)
+        train_adapter(
+            attach(base(), SHAPE, seed=0),
+            IDS,
+            replace(SETTINGS, range_learning_rate=1e-3),
+            tmp_path / "fixed",
+            through=learning,
+        )
 
 
 def test_a_value_that_the_policy_quantizes_in_the_base_alone_is_passed_over() -> None:
@@ -322,7 +411,11 @@ def test_a_value_that_the_policy_quantizes_in_the_base_alone_is_passed_over() ->
     alone = simulate(model, inputs(IDS[:2, :16]), schemes)
     alone.calibrate([inputs(IDS[:2])])
     encodings = {name: q.encoding for name, q in alone.quantizers.items() if q.encoding is not None}
-    graph = TrainingGraph(simulate(attach(model, SHAPE, seed=0).eval(), inputs(IDS[:2, :16]), schemes), encodings, learns_ranges=True)
+    graph = TrainingGraph(
+        simulate(attach(model, SHAPE, seed=0).eval(), inputs(IDS[:2, :16]), schemes),
+        encodings,
+        learns_ranges=True,
+    )
     value = "model.layers.0.self_attn.v_proj"
     assert f"{value}.linear" in encodings
     assert f"{value}.linear" not in graph.names

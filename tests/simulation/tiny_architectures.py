@@ -14,9 +14,21 @@ from qwlora.simulation.rules import PlacementRule
 
 VOCABULARY = 256
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-DECODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, **IDS}
+DECODER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    **IDS,
+}
 DECODER |= {"max_position_embeddings": 128}
-ENCODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENCODER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 MOE = {"num_experts_per_tok": 2}
 
 Inputs = dict[str, Any]
@@ -150,11 +162,21 @@ def _flux() -> nn.Module:
 
 
 def _latents(g: torch.Generator) -> Inputs:
-    return {"sample": _noise(g, 2, 4, 16, 16), "timestep": torch.tensor([10, 500]), "encoder_hidden_states": _noise(g, 2, 7, 32)}
+    return {
+        "sample": _noise(g, 2, 4, 16, 16),
+        "timestep": torch.tensor([10, 500]),
+        "encoder_hidden_states": _noise(g, 2, 7, 32),
+    }
 
 
 def _latents_xl(g: torch.Generator) -> Inputs:
-    return {**_latents(g), "added_cond_kwargs": {"text_embeds": _noise(g, 2, 32), "time_ids": torch.full((2, 6), 16.0)}}
+    return {
+        **_latents(g),
+        "added_cond_kwargs": {
+            "text_embeds": _noise(g, 2, 32),
+            "time_ids": torch.full((2, 6), 16.0),
+        },
+    }
 
 
 def _joint(g: torch.Generator) -> Inputs:
@@ -181,13 +203,48 @@ def _packed_latents(g: torch.Generator) -> Inputs:
 
 
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, **IDS}
-OPT = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": 64, **IDS}
+OPT = {
+    "hidden_size": 64,
+    "ffn_dim": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "word_embed_proj_dim": 64,
+    **IDS,
+}
 NEOX = {**ENCODER, **IDS, "max_position_embeddings": 128}
 QWEN3_MOE = {**DECODER, **MOE, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32}
-WHISPER = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 128}
-WHISPER |= {"decoder_ffn_dim": 128, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32, "decoder_start_token_id": 1, **IDS}
-T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0, "vocab_size": VOCABULARY}
-GEMMA3 = {**DECODER, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+WHISPER = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 128,
+}
+WHISPER |= {
+    "decoder_ffn_dim": 128,
+    "num_mel_bins": 8,
+    "max_source_positions": 20,
+    "max_target_positions": 32,
+    "decoder_start_token_id": 1,
+    **IDS,
+}
+T5 = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "vocab_size": VOCABULARY,
+}
+GEMMA3 = {
+    **DECODER,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
 # At 8 bits two experts may be equally likely, and who is then the second of them no two runtimes agree about.
 ROUTER = (PlacementRule("*.mlp.gate", bitwidth=16),)
@@ -202,13 +259,28 @@ ALL: dict[str, Tiny] = {
     "Gemma 3": Tiny(lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**GEMMA3)), _text),
     "Phi-3": Tiny(lambda: t.Phi3ForCausalLM(t.Phi3Config(**DECODER)), _text),
     "Mistral": Tiny(lambda: t.MistralForCausalLM(t.MistralConfig(**DECODER)), _text),
-    "Mixtral": Tiny(lambda: t.MixtralForCausalLM(t.MixtralConfig(**DECODER, **MOE, num_local_experts=4)), _text, rules=ROUTER),
-    "Qwen3-MoE": Tiny(lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**QWEN3_MOE)), _text, slow=False, rules=ROUTER),
+    "Mixtral": Tiny(
+        lambda: t.MixtralForCausalLM(t.MixtralConfig(**DECODER, **MOE, num_local_experts=4)),
+        _text,
+        rules=ROUTER,
+    ),
+    "Qwen3-MoE": Tiny(
+        lambda: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**QWEN3_MOE)),
+        _text,
+        slow=False,
+        rules=ROUTER,
+    ),
     "BERT, classification": Tiny(
-        lambda: t.BertForSequenceClassification(t.BertConfig(**ENCODER, vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=3)), _typed, slow=False
+        lambda: t.BertForSequenceClassification(
+            t.BertConfig(**ENCODER, vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=3)
+        ),
+        _typed,
+        slow=False,
     ),
     "ViT, classification": Tiny(
-        lambda: t.ViTForImageClassification(t.ViTConfig(**ENCODER, image_size=16, patch_size=4, num_channels=3, num_labels=5)),
+        lambda: t.ViTForImageClassification(
+            t.ViTConfig(**ENCODER, image_size=16, patch_size=4, num_channels=3, num_labels=5)
+        ),
         lambda g: {"pixel_values": _noise(g, 2, 3, 16, 16)},
         slow=False,
     ),
@@ -216,8 +288,13 @@ ALL: dict[str, Tiny] = {
         lambda: t.WhisperForConditionalGeneration(t.WhisperConfig(**WHISPER)),
         lambda g: {"input_features": _noise(g, 2, 8, 40), "decoder_input_ids": _ids(g, tokens=7)},
     ),
-    "T5": Tiny(lambda: t.T5ForConditionalGeneration(t.T5Config(**T5)), _sequence_to_sequence, slow=False),
-    "CLIP text": Tiny(lambda: t.CLIPTextModel(t.CLIPTextConfig(**ENCODER, **IDS, max_position_embeddings=32)), _text),
+    "T5": Tiny(
+        lambda: t.T5ForConditionalGeneration(t.T5Config(**T5)), _sequence_to_sequence, slow=False
+    ),
+    "CLIP text": Tiny(
+        lambda: t.CLIPTextModel(t.CLIPTextConfig(**ENCODER, **IDS, max_position_embeddings=32)),
+        _text,
+    ),
     "Stable Diffusion UNet": Tiny(_unet, _latents),
     "Stable Diffusion XL UNet": Tiny(_unet_xl, _latents_xl, layer_steps=8, layer_mean_steps=0.25),
     "SD3": Tiny(_sd3, _joint, slow=False),

@@ -24,15 +24,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qwlora.memory import give_back
 
 _LARGE_BYTES = 2**20  # below this a copy costs more than a hole
-_WORTH_TRIMMING = 2**22  # of a layer's input: the layer makes some twenty times as much, and giving that back takes longer than it saves below this
+_WORTH_TRIMMING = (
+    2**22
+)  # of a layer's input: the layer makes some twenty times as much, and giving that back takes longer than it saves below this
 _LAYERS_BETWEEN = 3  # trimming at each layer takes longer and saves no more
 
 
 @contextlib.contextmanager
 def kept_apart(model: nn.Module) -> Iterator[None]:
     """While it lasts, the checkpointed layers of `model` hand their outputs on in mappings of their own."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if sys.platform == "linux" else []
-    hooks = [layer.register_forward_hook(functools.partial(_move, number % _LAYERS_BETWEEN == 0)) for number, layer in enumerate(reversed(layers))]
+    layers = (
+        [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if sys.platform == "linux"
+        else []
+    )
+    hooks = [
+        layer.register_forward_hook(functools.partial(_move, number % _LAYERS_BETWEEN == 0))
+        for number, layer in enumerate(reversed(layers))
+    ]
     try:
         yield
     finally:

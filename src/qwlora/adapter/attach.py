@@ -26,7 +26,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.provenance import FILE, WEIGHTS, base_of, check_adapter, of_parameters, read_config, reading
+from qwlora.adapter.provenance import (
+    FILE,
+    WEIGHTS,
+    base_of,
+    check_adapter,
+    of_parameters,
+    read_config,
+    reading,
+)
 from qwlora.errors import SourceError, TrainingError
 from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.names import canonical_name, is_adapter_name, parameter_name, pattern_problem
@@ -58,7 +66,11 @@ class LoraShape:
 
     def config(self, model: nn.Module) -> LoraConfig:
         """PEFT's configuration, for `model`: with chosen layers PEFT takes no word for target modules, so `all-linear` becomes their names in a layer."""
-        everything = self.layers is not None and isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+        everything = (
+            self.layers is not None
+            and isinstance(self.target_modules, str)
+            and self.target_modules.lower() == "all-linear"
+        )
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -88,12 +100,18 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     try:
         with of_parameters():  # what matches nothing is an error below
-            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # PEFT corrects it, by the kind of layer that it finds
+            warnings.filterwarnings(
+                "ignore", "fan_in_fan_out is set to"
+            )  # PEFT corrects it, by the kind of layer that it finds
             adapted = get_peft_model(model, shape.config(model))
     except (ValueError, TypeError) as error:
-        raise TrainingError(f"LoRA cannot be attached to target_modules {shape.target_modules!r}: {error}") from error
+        raise TrainingError(
+            f"LoRA cannot be attached to target_modules {shape.target_modules!r}: {error}"
+        ) from error
     if lost := list(_unmatched(adapted, shape)):
-        raise TrainingError(f"the adapter asks for what the model does not have: {'; '.join(lost)}. Its layers are, for example, {_examples(adapted)}")
+        raise TrainingError(
+            f"the adapter asks for what the model does not have: {'; '.join(lost)}. Its layers are, for example, {_examples(adapted)}"
+        )
     return adapted
 
 
@@ -111,17 +129,25 @@ def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[
     largest: dict[int, tuple[int, int, str]] = {}
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer):
-            weight = module.get_param()[0] if isinstance(module, ParamWrapper) else module.get_base_layer().weight
+            weight = (
+                module.get_param()[0]
+                if isinstance(module, ParamWrapper)
+                else module.get_base_layer().weight
+            )
             sides = sorted((weight.shape[0], weight[0].numel()), reverse=True)
             for rank in module.r.values():
                 largest[rank] = max(largest.get(rank, (0, 0, "")), (*sides, canonical_name(name)))
     for rank, (longer, shorter, name) in largest.items():
         if rank > longer:
-            raise TrainingError(f"rank {rank} is above both sides of every layer that has it; the largest, {name}, is {longer} x {shorter}. Lower the rank")
+            raise TrainingError(
+                f"rank {rank} is above both sides of every layer that has it; the largest, {name}, is {longer} x {shorter}. Lower the rank"
+            )
     return _shapes(adapted)
 
 
-def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "refuse", seed: int = 0) -> PeftModel:
+def attach_existing(
+    model: PreTrainedModel, source: str, unknown_base: str = "refuse", seed: int = 0
+) -> PeftModel:
     """The adapter at `source`, a PEFT folder or a hub id, on `model`, to go on from or to use as it is.
 
     Args:
@@ -135,7 +161,11 @@ def attach_existing(model: PreTrainedModel, source: str, unknown_base: str = "re
     folder = adapter_folder(source)
     check_start(source, unknown_base)
     check_adapter(folder, fingerprint(model), unknown_base)
-    packed = [parameter_name(name).removesuffix(".weight") for name, module in model.named_modules() if isinstance(getattr(module, "scheme", None), Scheme)]
+    packed = [
+        parameter_name(name).removesuffix(".weight")
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scheme", None), Scheme)
+    ]
     if lost := saved_among(source, packed):
         raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(lost)}")
     with reading(source, model):
@@ -156,7 +186,9 @@ def without_dropout_(model: PeftModel) -> None:
         config.lora_dropout = 0.0
 
 
-def check_start(source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None) -> dict[str, tuple[int, ...]]:
+def check_start(
+    source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None
+) -> dict[str, tuple[int, ...]]:
     """What `attach_existing` would refuse, as far as it can be seen before there is a base; `skeleton`, a model without weights, is changed by it.
 
     Returns:
@@ -169,11 +201,17 @@ def check_start(source: str, unknown_base: str = "refuse", skeleton: PreTrainedM
     try:
         kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{source!r} holds no PEFT adapter: adapter_config.json cannot be read ({error})") from error
+        raise SourceError(
+            f"{source!r} holds no PEFT adapter: adapter_config.json cannot be read ({error})"
+        ) from error
     if kind != "LORA":
-        raise SourceError(f"adapter {source!r} is of PEFT's type {kind}, and only LORA can be trained and exported here")
+        raise SourceError(
+            f"adapter {source!r} is of PEFT's type {kind}, and only LORA can be trained and exported here"
+        )
     if not (folder / WEIGHTS).exists():
-        raise SourceError(f"adapter {source!r} has no {WEIGHTS}; older formats run code when they are read: load it with PEFT and save it again")
+        raise SourceError(
+            f"adapter {source!r} has no {WEIGHTS}; older formats run code when they are read: load it with PEFT and save it again"
+        )
     if unknown_base == "refuse" or (folder / FILE).exists():
         base_of(folder)
     return {} if skeleton is None else _check_fit(skeleton, source, folder)
@@ -183,13 +221,17 @@ def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> dict[str
     """Names and shapes in the weight file are those that the adapter's configuration gives on this model."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about this model's embeddings and convolutions; they come again when it is attached
+            warnings.simplefilter(
+                "ignore"
+            )  # about this model's embeddings and convolutions; they come again when it is attached
             adapted = get_peft_model(skeleton, LoraConfig.from_pretrained(str(folder)))
         wanted = _shapes(adapted)
         with safe_open(folder / WEIGHTS, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-        raise SourceError(f"adapter {source!r} does not fit {type(skeleton).__name__}: {error}") from error
+        raise SourceError(
+            f"adapter {source!r} does not fit {type(skeleton).__name__}: {error}"
+        ) from error
     if wrong := sorted(name for name in wanted if found.get(name) != wanted[name]):
         name = wrong[0]
         raise SourceError(
@@ -201,13 +243,24 @@ def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> dict[str
 
 def _shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
     """The shape of each weight of the adapter, by its name in a file of PEFT's."""
-    return {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    return {
+        name: tuple(t.shape)
+        for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
 
 
 def saved_among(source: str, paths: Iterable[str]) -> list[str]:
     """Which of the layers at `paths` the adapter at `source` holds whole: PEFT's modules_to_save, by the ends of their paths, with all that is in them."""
     names = read_config(adapter_folder(source)).get("modules_to_save") or ()
-    return [path for path in paths if any(part.endswith(name) for name in names for part in accumulate(path.split("."), "{}.{}".format))]
+    return [
+        path
+        for path in paths
+        if any(
+            part.endswith(name)
+            for name in names
+            for part in accumulate(path.split("."), "{}.{}".format)
+        )
+    ]
 
 
 def saved_on_integers(paths: Sequence[str]) -> str:
@@ -242,7 +295,9 @@ def check_trainable(model: nn.Module) -> int:
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     strangers = [name for name in trainable if not is_adapter_name(name)]
     if strangers:
-        raise TrainingError(f"training would move {', '.join(strangers[:3])}; only lora_A and lora_B and what else the adapter adds may be trained")
+        raise TrainingError(
+            f"training would move {', '.join(strangers[:3])}; only lora_A and lora_B and what else the adapter adds may be trained"
+        )
     if not trainable:
         raise TrainingError("the model has no trainable parameter: attach a LoRA adapter first")
     return sum(trainable.values())
@@ -250,7 +305,9 @@ def check_trainable(model: nn.Module) -> int:
 
 def _linear_in_layers(model: nn.Module) -> list[str]:
     """Names, below the first number in their path, of the modules that PEFT's `all-linear` takes: `mlp.up_proj`. Whole paths would be taken in every layer."""
-    names = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    names = (
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    )
     found = (re.match(r".*?\.\d+\.(.+)", name) for name in names)
     return sorted({match[1] for match in found if match})
 
@@ -261,46 +318,92 @@ def _missing_layers(model: nn.Module, asked: Sequence[int]) -> str | None:
     numbers = {int(match[1]) for match in found if match}
     if not (beyond := [number for number in asked if number not in numbers]):
         return None
-    held = f"layers {min(numbers)} to {max(numbers)}; choose among these" if numbers else "no numbered layers; leave layers out"
+    held = (
+        f"layers {min(numbers)} to {max(numbers)}; choose among these"
+        if numbers
+        else "no numbered layers; leave layers out"
+    )
     return f"layers {', '.join(map(str, beyond))}: the model has {held}"
 
 
 def _irregular(shape: LoraShape) -> list[str]:
     """What of the shape's patterns PEFT would fail on."""
-    given = [("target_modules", shape.target_modules, False)] if isinstance(shape.target_modules, str) else []
+    given = (
+        [("target_modules", shape.target_modules, False)]
+        if isinstance(shape.target_modules, str)
+        else []
+    )
     given += [(what, key, True) for what, patterns in _patterns(shape) for key in patterns]
-    return [f"{what} {problem}" for what, pattern, is_end in given if (problem := pattern_problem(pattern, is_end))]
+    return [
+        f"{what} {problem}"
+        for what, pattern, is_end in given
+        if (problem := pattern_problem(pattern, is_end))
+    ]
 
 
 def _no_experts(model: nn.Module, shape: LoraShape) -> list[str]:
     """What of target_parameters PEFT would not find, or take for something else than it is."""
     if not shape.target_parameters:
         return []
-    found = {f"{path}.{name}": (module, p) for path, module in model.named_modules() for name, p in module.named_parameters(recurse=False)}
-    banks = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name, (_, p) in found.items() if p.ndim == 3})
-    lost = [] if shape.layers is None else ["layers: PEFT adapts target_parameters in all layers; remove one"]
+    found = {
+        f"{path}.{name}": (module, p)
+        for path, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False)
+    }
+    banks = sorted(
+        {re.sub(r"^.*?\.\d+\.", "", name) for name, (_, p) in found.items() if p.ndim == 3}
+    )
+    lost = (
+        []
+        if shape.layers is None
+        else ["layers: PEFT adapts target_parameters in all layers; remove one"]
+    )
     for target in shape.target_parameters:
-        there = [entry for name, entry in found.items() if name == target or name.endswith(f".{target}")]
+        there = [
+            entry for name, entry in found.items() if name == target or name.endswith(f".{target}")
+        ]
         if not there:
             near = difflib.get_close_matches(target, banks, n=3, cutoff=0.3) or banks[:3]
-            remedy = f"near are {', '.join(near)}" if near else "it has no fused experts, which this is for; give layers in target_modules"
-            lost.append(f"target_parameters {target!r} is no parameter of {type(model).__name__}; {remedy}")
-        elif any(isinstance(module, nn.Linear | Conv1D | nn.Embedding) or p.ndim not in (2, 3) for module, p in there):
-            lost.append(f"target_parameters {target!r} is a layer's own; give the layer in target_modules")
+            remedy = (
+                f"near are {', '.join(near)}"
+                if near
+                else "it has no fused experts, which this is for; give layers in target_modules"
+            )
+            lost.append(
+                f"target_parameters {target!r} is no parameter of {type(model).__name__}; {remedy}"
+            )
+        elif any(
+            isinstance(module, nn.Linear | Conv1D | nn.Embedding) or p.ndim not in (2, 3)
+            for module, p in there
+        ):
+            lost.append(
+                f"target_parameters {target!r} is a layer's own; give the layer in target_modules"
+            )
     return lost
 
 
 def _patterns(shape: LoraShape) -> list[tuple[str, list[str]]]:
-    return [("rank_pattern", list(shape.rank_pattern)), ("alpha_pattern", list(shape.alpha_pattern))]
+    return [
+        ("rank_pattern", list(shape.rank_pattern)),
+        ("alpha_pattern", list(shape.alpha_pattern)),
+    ]
 
 
 def _unmatched(model: PeftModel, shape: LoraShape) -> list[str]:
     names: list[str] = model.targeted_module_names + model.base_model.targeted_parameter_names
     lost = []
     if isinstance(shape.target_modules, list):
-        lost += [f"target_modules {t!r}" for t in shape.target_modules if not any(n == t or n.endswith(f".{t}") for n in _all_names(model, shape, names))]
+        lost += [
+            f"target_modules {t!r}"
+            for t in shape.target_modules
+            if not any(n == t or n.endswith(f".{t}") for n in _all_names(model, shape, names))
+        ]
     for what, keys in _patterns(shape):
-        lost += [f"{what} {key!r}" for key in keys if not any(re.match(rf"(.*\.)?({key})$", n) for n in names)]
+        lost += [
+            f"{what} {key!r}"
+            for key in keys
+            if not any(re.match(rf"(.*\.)?({key})$", n) for n in names)
+        ]
     numbers = {int(part) for n in names for part in n.split(".") if part.isdigit()}
     lost += [f"layer {number}" for number in shape.layers or () if number not in numbers]
     return lost
@@ -308,9 +411,17 @@ def _unmatched(model: PeftModel, shape: LoraShape) -> list[str]:
 
 def _all_names(model: PeftModel, shape: LoraShape, targeted: list[str]) -> list[str]:
     """Where a target may be found: with chosen layers, a module outside them is no mistake of the target's."""
-    return targeted if shape.layers is None else [n for n, _ in model.get_base_model().named_modules()]
+    return (
+        targeted if shape.layers is None else [n for n, _ in model.get_base_model().named_modules()]
+    )
 
 
 def _examples(model: PeftModel) -> str:
-    layers = (canonical_name(n) for n, m in model.get_base_model().named_modules() if isinstance(m, nn.Linear) and not is_adapter_name(n))
-    return ", ".join(list(dict.fromkeys(n.rpartition(".")[2] for n in layers))[:8]) or ", ".join(model.targeted_module_names[:4])
+    layers = (
+        canonical_name(n)
+        for n, m in model.get_base_model().named_modules()
+        if isinstance(m, nn.Linear) and not is_adapter_name(n)
+    )
+    return ", ".join(list(dict.fromkeys(n.rpartition(".")[2] for n in layers))[:8]) or ", ".join(
+        model.targeted_module_names[:4]
+    )

@@ -20,7 +20,10 @@ STATE = "trainer_state.json"
 
 def last_checkpoint(work: Path) -> Path | None:
     """The newest checkpoint that is whole. Nothing is deleted: other processes look too, and all have to find the same."""
-    return next((c for c in sorted(work.glob("checkpoint-*"), key=step_of, reverse=True) if _is_whole(c)), None)
+    return next(
+        (c for c in sorted(work.glob("checkpoint-*"), key=step_of, reverse=True) if _is_whole(c)),
+        None,
+    )
 
 
 def delete_newer(work: Path, last: Path | None) -> None:
@@ -35,7 +38,11 @@ def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: b
     state = read_state(last)
     if state["global_step"] < steps and not (patience and waited(last) >= patience):
         return None
-    chosen = last.with_name(f"checkpoint-{state['best_global_step']}") if keeps_best and state.get("best_global_step") else last
+    chosen = (
+        last.with_name(f"checkpoint-{state['best_global_step']}")
+        if keeps_best and state.get("best_global_step")
+        else last
+    )
     return chosen if (chosen / WEIGHTS).exists() else None
 
 
@@ -54,13 +61,21 @@ def _is_whole(checkpoint: Path) -> bool:
 def waited(checkpoint: Path) -> int:
     """How many evaluations in a row, up to `checkpoint`, were without a better one, as the early stopping there had counted."""
     stopping = read_state(checkpoint).get("stateful_callbacks", {}).get("EarlyStoppingCallback")
-    return int(stopping["attributes"]["early_stopping_patience_counter"]) if isinstance(stopping, dict) else 0
+    return (
+        int(stopping["attributes"]["early_stopping_patience_counter"])
+        if isinstance(stopping, dict)
+        else 0
+    )
 
 
 def last_good(work: Path) -> str:
     """Where the newest whole checkpoint is, for a message."""
     whole = [c for c in work.glob("checkpoint-*") if (c / STATE).exists()]
-    return f"the last good checkpoint is {max(whole, key=step_of)}" if whole else "no checkpoint was written yet"
+    return (
+        f"the last good checkpoint is {max(whole, key=step_of)}"
+        if whole
+        else "no checkpoint was written yet"
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

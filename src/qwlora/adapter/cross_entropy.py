@@ -17,7 +17,9 @@ from torch import Tensor, nn
 HeadPath = Callable[[Tensor], Tensor]
 
 
-def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: HeadPath, trained: list[nn.Parameter], chunk_tokens: int) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: HeadPath, trained: list[nn.Parameter], chunk_tokens: int
+) -> Tensor:
     """Sum of the cross-entropies of `head(hidden)`, `chunk_tokens` at a time.
 
     Args:
@@ -30,7 +32,9 @@ def chunked_cross_entropy(hidden: Tensor, targets: Tensor, head: HeadPath, train
         A scalar in float32, in nats.
     """
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
-    result: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, head, chunk_tokens, wants_gradient, *trained)
+    result: Tensor = _ChunkedCrossEntropy.apply(
+        hidden, targets, head, chunk_tokens, wants_gradient, *trained
+    )
     return result
 
 
@@ -38,23 +42,38 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Gradients are ready when forward ends; backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: HeadPath, chunk_tokens: int, wants_gradient: bool, *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: HeadPath,
+        chunk_tokens: int,
+        wants_gradient: bool,
+        *trained: Tensor,
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_gradient else hidden.new_empty(0)
         gradients = [torch.zeros_like(p) for p in trained] if wants_gradient else []
         buffer: Tensor | None = None
         for start in range(0, len(hidden), chunk_tokens):
-            part, rows = slice(start, start + chunk_tokens), targets[start : start + chunk_tokens, None]
+            part, rows = (
+                slice(start, start + chunk_tokens),
+                targets[start : start + chunk_tokens, None],
+            )
             with torch.set_grad_enabled(wants_gradient):
                 chunk = hidden[part].detach().requires_grad_(wants_gradient)
                 logits = head(chunk)
-            buffer = torch.empty_like(logits, dtype=torch.float32) if buffer is None else buffer  # one for all chunks
+            buffer = (
+                torch.empty_like(logits, dtype=torch.float32) if buffer is None else buffer
+            )  # one for all chunks
             scores = torch.log_softmax(logits.detach().float(), dim=-1, out=buffer[: len(logits)])
             total -= scores.gather(1, rows).sum()
             if wants_gradient:
                 scores = scores.exp_()
                 scores.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=scores.dtype))
-                gradient[part], *more = torch.autograd.grad(logits, (chunk, *trained), scores.to(logits.dtype), allow_unused=True)
+                gradient[part], *more = torch.autograd.grad(
+                    logits, (chunk, *trained), scores.to(logits.dtype), allow_unused=True
+                )
                 for sum_, one in zip(gradients, more, strict=True):
                     if one is not None:
                         sum_ += one

@@ -85,7 +85,9 @@ def equalize_adapter_(
     """
     adapter = adapter or model.active_adapter
     if adapter not in model.peft_config:
-        raise TrainingError(f"the model has no adapter {adapter!r}; it has {', '.join(model.peft_config)}")
+        raise TrainingError(
+            f"the model has no adapter {adapter!r}; it has {', '.join(model.peft_config)}"
+        )
     pairs = dict(_pairs(model, adapter))
     if method == "none":
         return {}
@@ -95,7 +97,9 @@ def equalize_adapter_(
         found = moments.get(path) if moments is not None else None
         moment = None if found is None else found.input
         if not bool(a.isfinite().all() and b.isfinite().all()):
-            raise CalibrationError(f"{path}: lora_A or lora_B holds nan or infinity; train the adapter again")
+            raise CalibrationError(
+                f"{path}: lora_A or lora_B holds nan or infinity; train the adapter again"
+            )
         grids = _Grids(a.flatten(1), b.flatten(1), moment, scheme, rank_space)
         chosen, (new_a, new_b), reports[path] = _choose(grids, method)
         if chosen != "none":
@@ -107,7 +111,14 @@ def equalize_adapter_(
 class _Grids:
     """Two factors, and what replacing them costs on the grids they will lie on."""
 
-    def __init__(self, a: Float[Tensor, "rank in"], b: Float[Tensor, "out rank"], moment: Tensor | None, scheme: Scheme, rank_space: Scheme | None):
+    def __init__(
+        self,
+        a: Float[Tensor, "rank in"],
+        b: Float[Tensor, "out rank"],
+        moment: Tensor | None,
+        scheme: Scheme,
+        rank_space: Scheme | None,
+    ):
         self.a, self.b, self.dtype = a.double(), b.double(), a.dtype
         self.moment = None if moment is None else moment.double()
         self.scheme, self.rank_space = scheme, rank_space
@@ -115,7 +126,9 @@ class _Grids:
 
     def error(self, pair: Pair) -> float:
         """The relative error of the product, `pair` being in the weights' type."""
-        a, b = (measure(x, self.scheme).fake_quantize(x).double() for x in (x.float() for x in pair))
+        a, b = (
+            measure(x, self.scheme).fake_quantize(x).double() for x in (x.float() for x in pair)
+        )
         error = self._energy(torch.cat([b, -self.b], 1), torch.cat([a, self.a]))
         if self.rank_space is not None:
             spread = self.gram(a).diagonal().max().clamp(min=0).sqrt()
@@ -148,7 +161,10 @@ def _choose(grids: _Grids, method: Equalization) -> tuple[Equalization, Pair, Eq
 
 
 def _diagonals(grids: _Grids) -> Iterator[Pair]:
-    lengths, spreads = _usable(grids.b.norm(dim=0)), _usable(grids.gram(grids.a).diagonal().clamp(min=0).sqrt())
+    lengths, spreads = (
+        _usable(grids.b.norm(dim=0)),
+        _usable(grids.gram(grids.a).diagonal().clamp(min=0).sqrt()),
+    )
     for power in _POWERS:
         m = lengths**power * spreads ** (power - 1)
         m = m / m.log().mean().exp()  # neither factor grows at the other's cost
@@ -166,7 +182,11 @@ def _rotations(grids: _Grids) -> Iterator[Pair]:
     flat = flat_rotation(rank)
     generator = torch.Generator().manual_seed(0)
     for index in range(_SIGNS if rank > 1 else 1):
-        signs = torch.randint(0, 2, (rank,), generator=generator).double() * 2 - 1 if index else torch.ones(rank, dtype=torch.float64)
+        signs = (
+            torch.randint(0, 2, (rank,), generator=generator).double() * 2 - 1
+            if index
+            else torch.ones(rank, dtype=torch.float64)
+        )
         rotation = (flat * signs).to(a.device)
         yield rotation @ a, b @ rotation.T
 
@@ -174,7 +194,10 @@ def _rotations(grids: _Grids) -> Iterator[Pair]:
 def _balanced(grids: _Grids) -> Pair:
     """U S^(1/2) and S^(1/2) V^T of the module's text, from matrices of the rank's size."""
     lengths = _usable(grids.a.norm(dim=1))
-    a, b = grids.a / lengths.unsqueeze(1), grids.b * lengths  # small components must not drown in the rounding of large ones
+    a, b = (
+        grids.a / lengths.unsqueeze(1),
+        grids.b * lengths,
+    )  # small components must not drown in the rounding of large ones
     mean = 1.0 if grids.moment is None else float(grids.moment.diagonal().mean())
     values, vectors = torch.linalg.eigh(grids.gram(a) + mean * a @ a.T)
     there = values > values[-1] * len(a) * torch.finfo(values.dtype).eps
@@ -185,7 +208,9 @@ def _balanced(grids: _Grids) -> Pair:
     new_a = s.sqrt().unsqueeze(1) * vt @ (vectors * inverse) @ vectors.T @ a
     new_b = left @ u * s.sqrt()
     missing = len(a) - len(s)
-    return torch.nn.functional.pad(new_a, (0, 0, 0, missing)), torch.nn.functional.pad(new_b, (0, missing))
+    return torch.nn.functional.pad(new_a, (0, 0, 0, missing)), torch.nn.functional.pad(
+        new_b, (0, missing)
+    )
 
 
 def flat_rotation(size: int) -> Float[Tensor, "size size"]:
@@ -196,7 +221,9 @@ def flat_rotation(size: int) -> Float[Tensor, "size size"]:
     """
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while size % 2 == 0:
-        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard)
+        hadamard = torch.kron(
+            torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard
+        )
         size //= 2
     hadamard /= math.sqrt(len(hadamard))
     turns = torch.arange(size, dtype=torch.float64)
@@ -220,4 +247,8 @@ def _pairs(model: PeftModel, adapter: str) -> Iterator[tuple[str, Pair]]:
         if len(a) == b.shape[1] == module.r[adapter] and not variant:
             found.append((canonical_name(name), (a.data, b.data)))
     readers = Counter(x.data_ptr() for _, pair in found for x in pair)
-    yield from ((path, (a, b)) for path, (a, b) in found if readers[a.data_ptr()] == readers[b.data_ptr()] == 1)
+    yield from (
+        (path, (a, b))
+        for path, (a, b) in found
+        if readers[a.data_ptr()] == readers[b.data_ptr()] == 1
+    )

@@ -28,7 +28,11 @@ from qwlora.grid.packed_tensor import compute_dtype
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
     """While it lasts, the LoRA layers of `model` that can compute as one sum."""
-    layers: list[Any] = [m for m in model.modules() if type(m) is LoraLinear and "forward" not in m.__dict__ and hasattr(m.base_layer, "add_to")]
+    layers: list[Any] = [
+        m
+        for m in model.modules()
+        if type(m) is LoraLinear and "forward" not in m.__dict__ and hasattr(m.base_layer, "add_to")
+    ]
     for layer in layers:
         layer.forward = functools.partial(_forward, layer)
     try:
@@ -47,9 +51,16 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if x.ndim < 2 or dtype == x.dtype != down.weight.dtype:
         return LoraLinear.forward(layer, x)
     x = x.to(dtype)
-    return layer.base_layer.add_to(up(down(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]), x)
+    return layer.base_layer.add_to(
+        up(down(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]), x
+    )
 
 
 def _can(layer: Any, adapter: str) -> bool:
     plain = not (layer.disable_adapters or layer.merged or adapter in layer.lora_variant)
-    return plain and layer.lora_B[adapter].bias is None and layer.base_layer.is_plain and not torch.compiler.is_compiling()
+    return (
+        plain
+        and layer.lora_B[adapter].bias is None
+        and layer.base_layer.is_plain
+        and not torch.compiler.is_compiling()
+    )

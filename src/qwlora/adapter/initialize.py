@@ -36,7 +36,10 @@ from qwlora.grid.packed_tensor import PackedTensor
 from qwlora.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
-_DAMPING_INPUT, _DAMPING_OUTPUT = 0.1, 1.0  # of the mean of a moment's diagonal; few tokens have large gradients, so G is less certain than R
+_DAMPING_INPUT, _DAMPING_OUTPUT = (
+    0.1,
+    1.0,
+)  # of the mean of a moment's diagonal; few tokens have large gradients, so G is less certain than R
 _WHOLE = 2048  # the smaller side of a matrix up to which its Gram matrix is decomposed whole; larger ones by random projection
 _OVERSAMPLED, _POWERS = 32, 4
 _NOTHING = 1e-6  # of the largest singular value: one below this is rounding
@@ -79,11 +82,15 @@ def initialize_adapter_(
     if init == "zero":
         return {}
     if not 0 < share <= 1:
-        raise TrainingError(f"the share of ranks that init {init} corrects with is in (0, 1], not {share:g}")
+        raise TrainingError(
+            f"the share of ranks that init {init} corrects with is in (0, 1], not {share:g}"
+        )
     adapter = adapter or model.active_adapter
     layers = dict(quantized_layers(model, adapter))
     if not layers:
-        raise TrainingError(f"init {init} corrects what quantization lost, but no layer with adapter {adapter!r} is quantized; use init zero")
+        raise TrainingError(
+            f"init {init} corrects what quantization lost, but no layer with adapter {adapter!r} is quantized; use init zero"
+        )
     if init == "qera":
         check_moments(layers, moments or {})
     check_scales(model, solver_scales or {})
@@ -115,11 +122,20 @@ def check_scales(model: nn.Module, solver_scales: Mapping[str, Tensor]) -> None:
     Raises:
         TrainingError: one is not.
     """
-    if unknown := sorted(solver_scales.keys() - {canonical_name(name) for name, _ in model.named_modules()}):
-        raise TrainingError(f"the model has no {', '.join(unknown[:3])}, whose scale before tuning was given; give those of this base, by canonical paths")
+    if unknown := sorted(
+        solver_scales.keys() - {canonical_name(name) for name, _ in model.named_modules()}
+    ):
+        raise TrainingError(
+            f"the model has no {', '.join(unknown[:3])}, whose scale before tuning was given; give those of this base, by canonical paths"
+        )
 
 
-def solver_difference(path: str, layer: LoraLayer, weight: Float[Tensor, "out in"], solver_scales: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
+def solver_difference(
+    path: str,
+    layer: LoraLayer,
+    weight: Float[Tensor, "out in"],
+    solver_scales: Mapping[str, Tensor],
+) -> Float[Tensor, "out in"]:
     """D of the layer at `path`: what is between its float weight and what the solver made of that.
 
     Raises:
@@ -130,7 +146,9 @@ def solver_difference(path: str, layer: LoraLayer, weight: Float[Tensor, "out in
     if (before := solver_scales.get(path)) is not None:
         scale, minimum = tensor.parts.scale, tensor.parts.minimum
         if before.shape != scale.shape:
-            raise TrainingError(f"{path}: the scale before tuning is {list(before.shape)} and the layer's {list(scale.shape)}; they are not of one base")
+            raise TrainingError(
+                f"{path}: the scale before tuning is {list(before.shape)} and the layer's {list(scale.shape)}; they are not of one base"
+            )
         before = before.to(scale.device)
         minimum = None if minimum is None else minimum.float() * (before.float() / scale.float())
         tensor = replace(tensor, parts=tensor.parts._replace(scale=before, minimum=minimum))
@@ -154,9 +172,15 @@ class Measure:
 
     def __init__(self, moment: Moment | None):
         if isinstance(moment, Tensor):
-            raise TrainingError("a layer's moments are R and G (qwlora.Moment), not a matrix; of R alone make Moment(R)")
+            raise TrainingError(
+                "a layer's moments are R and G (qwlora.Moment), not a matrix; of R alone make Moment(R)"
+            )
         self._inner = None if moment is None else _root(moment.input, _DAMPING_INPUT)
-        self._outer = None if moment is None or moment.output is None else _root(moment.output, _DAMPING_OUTPUT)
+        self._outer = (
+            None
+            if moment is None or moment.output is None
+            else _root(moment.output, _DAMPING_OUTPUT)
+        )
 
     def of(self, matrix: Float[Tensor, "out in"]) -> float:
         """What `matrix` costs as an error. Never quite zero, so that it divides."""
@@ -171,12 +195,19 @@ class Measure:
             b = torch.linalg.solve_triangular(self._outer.T, b, upper=True)
         if self._inner is not None:
             a = torch.linalg.solve_triangular(self._inner, a, upper=False, left=False)
-        balance = self._shorter(len(difference)) * b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+        balance = (
+            self._shorter(len(difference))
+            * b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+        )
         return Correction(b * balance, a / balance.unsqueeze(1), s)
 
     def _shorter(self, out: int) -> float:
         """What B is multiplied by, and A divided, where inputs are large: the root of how long B is beside A L."""
-        return 1.0 if self._inner is None else min(1.0, out / float(self._inner.square().sum(dtype=torch.float64))) ** 0.25
+        return (
+            1.0
+            if self._inner is None
+            else min(1.0, out / float(self._inner.square().sum(dtype=torch.float64))) ** 0.25
+        )
 
     def _weighed(self, matrix: Tensor) -> Tensor:
         """K^T M L."""
@@ -189,15 +220,26 @@ def corrected_ranks(rank: int, share: float) -> int:
     return math.ceil(share * rank - 1e-9)
 
 
-def _start(layer: LoraLayer, adapter: str, weight: Tensor, difference: Tensor, moment: Moment | None, share: float) -> InitReport:
+def _start(
+    layer: LoraLayer,
+    adapter: str,
+    weight: Tensor,
+    difference: Tensor,
+    moment: Moment | None,
+    share: float,
+) -> InitReport:
     scaling, measure = float(layer.scaling[adapter]), Measure(moment)
     b, a, singular = measure.best_correction(difference, corrected_ranks(layer.r[adapter], share))
     used = int((singular > _NOTHING * singular[0]).sum())
-    with torch.no_grad():  # A keeps PEFT's start in the other ranks, and in those that the difference does not have
+    with (
+        torch.no_grad()
+    ):  # A keeps PEFT's start in the other ranks, and in those that the difference does not have
         layer.lora_A[adapter].weight[:used] = a[:used] / scaling**0.5
         layer.lora_B[adapter].weight[:, :used] = b[:, :used] / scaling**0.5
         layer.lora_B[adapter].weight[:, used:] = 0
-    whole, before, after = (measure.of(matrix) for matrix in (weight, difference, difference - b[:, :used] @ a[:used]))
+    whole, before, after = (
+        measure.of(matrix) for matrix in (weight, difference, difference - b[:, :used] @ a[:used])
+    )
     return InitReport(before / whole, after / whole)
 
 
@@ -214,14 +256,18 @@ def quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, Lora
         if not isinstance(base, nn.Linear) or not hasattr(base, "tensor"):
             continue
         if module.use_dora.get(adapter):
-            raise TrainingError(f"{canonical_name(name)}: the start of a DoRA adapter fixes its magnitudes too; only init zero does that")
+            raise TrainingError(
+                f"{canonical_name(name)}: the start of a DoRA adapter fixes its magnitudes too; only init zero does that"
+            )
         yield canonical_name(name), module
 
 
 def _root(moment: Tensor, damping: float) -> Tensor:
     """Lower triangular L of the moment, damped by at least a share of its diagonal's mean."""
     if not bool(moment.isfinite().all()):
-        raise TrainingError("the moments hold nan or infinity; quantize again, or observe them again with observe_moments")
+        raise TrainingError(
+            "the moments hold nan or infinity; quantize again, or observe them again with observe_moments"
+        )
     mean = float(moment.diagonal().mean()) or 1.0
     while True:
         damped = moment.clone()
@@ -238,12 +284,19 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     kept = min(rank, rows, columns)
     if min(rows, columns) <= _WHOLE:
         wide = matrix if rows <= columns else matrix.T
-        u = torch.linalg.eigh(wide.double() @ wide.double().T).eigenvectors[:, -kept:].flip(1).to(matrix.dtype)
+        u = (
+            torch.linalg.eigh(wide.double() @ wide.double().T)
+            .eigenvectors[:, -kept:]
+            .flip(1)
+            .to(matrix.dtype)
+        )
     else:
         wide = matrix if rows <= columns else matrix.T
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            u, *_ = torch.svd_lowrank(wide, q=min(kept + _OVERSAMPLED, rows, columns), niter=_POWERS)
+            u, *_ = torch.svd_lowrank(
+                wide, q=min(kept + _OVERSAMPLED, rows, columns), niter=_POWERS
+            )
         u = u[:, :kept]
     projected = u.T @ wide
     s = projected.norm(dim=1)

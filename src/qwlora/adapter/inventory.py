@@ -46,7 +46,11 @@ def find_adapters(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise SourceError(f"{str(folder)!r} is not a folder")
-    found = sorted(p.parent for p in folder.rglob("adapter_config.json") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    found = sorted(
+        p.parent
+        for p in folder.rglob("adapter_config.json")
+        if not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
     if not found:
         raise SourceError(f"no adapter is in {str(folder)!r}: no adapter_config.json below it")
     return found
@@ -80,7 +84,9 @@ def base_beside(folder: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{str(folder / 'base')!r}: base.json cannot be read ({error}); quantize again") from error
+        raise SourceError(
+            f"{str(folder / 'base')!r}: base.json cannot be read ({error}); quantize again"
+        ) from error
     return str(found)
 
 
@@ -107,7 +113,9 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
     except QwloraError as error:
         return [*found, str(error)]
     if base is not None and said != base:
-        found.append(f"it was trained on the base with fingerprint {said[:16]}..., but the base here has {base[:16]}...: train it again on this one")
+        found.append(
+            f"it was trained on the base with fingerprint {said[:16]}..., but the base here has {base[:16]}...: train it again on this one"
+        )
     return found
 
 
@@ -120,7 +128,12 @@ def _weight_problems(adapter: Path, config: dict[str, Any]) -> Iterator[str]:
     if not shapes:
         yield f"{WEIGHTS} holds no weights"
     yield from _rank_problems(shapes, config)
-    for first, second in (("lora_A", "lora_B"), ("lora_B", "lora_A"), ("lora_embedding_A", "lora_embedding_B"), ("lora_embedding_B", "lora_embedding_A")):
+    for first, second in (
+        ("lora_A", "lora_B"),
+        ("lora_B", "lora_A"),
+        ("lora_embedding_A", "lora_embedding_B"),
+        ("lora_embedding_B", "lora_embedding_A"),
+    ):
         for name in sorted(shapes):
             if f".{first}" in name and name.replace(f".{first}", f".{second}") not in shapes:
                 yield f"{name} has no {second} beside it"
@@ -128,15 +141,25 @@ def _weight_problems(adapter: Path, config: dict[str, Any]) -> Iterator[str]:
 
 def _rank_problems(shapes: dict[str, list[int]], config: dict[str, Any]) -> Iterator[str]:
     """lora_A [rank, in] and lora_B [out, rank]; of a parameter that target_parameters names, [experts * rank, in] and [out, experts * rank]."""
-    rank, parameters = config.get("r"), [name for name in config.get("target_parameters") or () if isinstance(name, str)]
+    rank, parameters = (
+        config.get("r"),
+        [name for name in config.get("target_parameters") or () if isinstance(name, str)],
+    )
     for name, shape in shapes.items():
         if not name.endswith(".lora_A.weight"):
             continue
-        rows, columns = shape[:1], shapes.get(name.replace(".lora_A", ".lora_B"), [0, *shape[:1]])[1:2]
+        rows, columns = (
+            shape[:1],
+            shapes.get(name.replace(".lora_A", ".lora_B"), [0, *shape[:1]])[1:2],
+        )
         is_bank = _reached(name.removesuffix(".lora_A.weight"), parameters)
-        fits = rows == [rank] or (is_bank and bool(rows) and isinstance(rank, int) and rank > 0 and rows[0] % rank == 0)
+        fits = rows == [rank] or (
+            is_bank and bool(rows) and isinstance(rank, int) and rank > 0 and rows[0] % rank == 0
+        )
         if not fits and not config.get("rank_pattern"):
-            yield f"{name} has rank {_one(rows)}, and adapter_config.json says {rank}" + (" for each expert" if is_bank else "")
+            yield f"{name} has rank {_one(rows)}, and adapter_config.json says {rank}" + (
+                " for each expert" if is_bank else ""
+            )
         elif rows != columns:
             yield f"{name} has rank {_one(rows)}, and lora_B beside it {_one(columns)}"
 
@@ -157,9 +180,15 @@ def _weights(adapter: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]:
     try:
         with safe_open(adapter / WEIGHTS, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, file.get_slice(name).get_shape(), file.get_tensor(name) if read else None
+                yield (
+                    name,
+                    file.get_slice(name).get_shape(),
+                    file.get_tensor(name) if read else None,
+                )
     except (OSError, SafetensorError) as error:
-        raise SourceError(f"adapter {str(adapter)!r}: {WEIGHTS} cannot be read ({error})") from error
+        raise SourceError(
+            f"adapter {str(adapter)!r}: {WEIGHTS} cannot be read ({error})"
+        ) from error
 
 
 def _count(shape: list[int]) -> int:

@@ -30,5 +30,10 @@ def lean_steps(model: PeftModel, autocast: bool = False) -> Iterator[None]:
         autocast: whether its forward runs under autocast, which casts what goes into products; PEFT would cast it first to float32.
     """
     device = next(model.parameters()).device
-    with kept_apart(model), disable_input_dtype_casting(model, autocast), fused(model), float32_by_onednn(device):
+    with (
+        kept_apart(model),
+        disable_input_dtype_casting(model, autocast),
+        fused(model),
+        float32_by_onednn(device),
+    ):
         yield

@@ -34,7 +34,9 @@ from qwlora.errors import TrainingError
 from qwlora.grid.packed_tensor import PackedTensor, compute_dtype
 from qwlora.memory import give_back
 
-CHUNK_LOGITS = 2**23  # numbers in a chunk of logits; a little more than 32 MiB, which glibc's malloc gives back to the system when it is freed
+CHUNK_LOGITS = (
+    2**23
+)  # numbers in a chunk of logits; a little more than 32 MiB, which glibc's malloc gives back to the system when it is freed
 IGNORED = -100
 _PROBE_TOKENS = 8
 _MANY = 1024  # tokens of a step from which on it is worth the time to give back what malloc keeps
@@ -80,7 +82,10 @@ class ChunkedLoss:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._give_back(kwargs["labels"].numel())
-        with _swapped(self._head, "forward", self._capture), _swapped(self._model, "_loss_function", self._loss):
+        with (
+            _swapped(self._head, "forward", self._capture),
+            _swapped(self._model, "_loss_function", self._loss),
+        ):
             self._captured.clear()
             output = self._own_forward(*args, **kwargs)
         self._captured.clear()
@@ -92,10 +97,18 @@ class ChunkedLoss:
         self._captured.append(hidden)
         return hidden[..., :0]
 
-    def _loss(self, logits: Tensor | None = None, labels: Tensor | None = None, vocab_size: int | None = None, **kwargs: Any) -> Tensor:
+    def _loss(
+        self,
+        logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """Stands where `ForCausalLMLoss` of transformers stands, with its arguments; the logits are an empty stand-in."""
         if len(self._captured) != 1 or self._captured[0].ndim != 3:
-            raise _refusal(self._model, f"its forward calls the output head {len(self._captured)} times")
+            raise _refusal(
+                self._model, f"its forward calls the output head {len(self._captured)} times"
+            )
         targets = kwargs.get("shift_labels")
         if targets is None:
             assert labels is not None
@@ -103,12 +116,16 @@ class ChunkedLoss:
         ignored = kwargs.get("ignore_index", IGNORED)
         return self._mean(self._captured[0], targets, ignored, kwargs.get("num_items_in_batch"))
 
-    def _mean(self, hidden: Tensor, targets: Tensor, ignored: int, items: Tensor | int | None) -> Tensor:
+    def _mean(
+        self, hidden: Tensor, targets: Tensor, ignored: int, items: Tensor | int | None
+    ) -> Tensor:
         hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
         kept = targets != ignored
         count = int(kept.sum())
         if not count and items is None:
-            raise TrainingError("a batch has no token to learn from: every label in it is -100. Leave such sequences out of the training data")
+            raise TrainingError(
+                "a batch has no token to learn from: every label in it is -100. Leave such sequences out of the training data"
+            )
         if count < len(targets):
             hidden, targets = hidden[kept], targets[kept]
         self._give_back(len(targets))  # what malloc kept of the forward pass
@@ -116,12 +133,20 @@ class ChunkedLoss:
             self._check_labels(*(int(end) for end in targets.aminmax()))
         total = self._sum(hidden, targets)
         self._give_back(len(targets))
-        return total / (count if items is None else items.to(total.device) if isinstance(items, Tensor) else items)
+        return total / (
+            count
+            if items is None
+            else items.to(total.device)
+            if isinstance(items, Tensor)
+            else items
+        )
 
     def _check_labels(self, lowest: int, highest: int) -> None:
         known = vocabulary_size(self._model)
         if lowest < 0 or highest >= known:
-            raise TrainingError(f"labels go from {lowest} to {highest}, but the model knows {known} tokens; what is not to be learnt has label -100")
+            raise TrainingError(
+                f"labels go from {lowest} to {highest}, but the model knows {known} tokens; what is not to be learnt has label -100"
+            )
 
     def _give_back(self, tokens: int) -> None:
         """Between the parts of a step that is checkpointed, to save memory for time, and large enough to be worth it."""
@@ -131,9 +156,15 @@ class ChunkedLoss:
     def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The sum over tokens: by slices of the head's weight where all of it would have to be made for every chunk of tokens, else by chunks."""
         trained = [p for p in self._head.parameters() if p.requires_grad]
-        alone = self._body is None and not trained and getattr(self._own_head, "__func__", None) is type(self._head).forward
+        alone = (
+            self._body is None
+            and not trained
+            and getattr(self._own_head, "__func__", None) is type(self._head).forward
+        )
         if alone and (rows := _made_for_products(self._head, compute_dtype(hidden))) is not None:
-            return sliced_cross_entropy(hidden, targets, rows, self._head.out_features, self._head.bias)  # type: ignore[arg-type]
+            return sliced_cross_entropy(
+                hidden, targets, rows, self._head.out_features, self._head.bias
+            )  # type: ignore[arg-type]
         tokens = self._chunk_tokens or CHUNK_LOGITS // vocabulary_size(self._model) + 1
         return chunked_cross_entropy(hidden, targets, self._head_path, trained, tokens)
 
@@ -151,7 +182,9 @@ class ChunkedLoss:
             _swapped(self._head, "forward", lambda *_, **__: logits[None]),
         ):
             ids = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
-            result: Tensor = self._own_forward(input_ids=ids, use_cache=False, return_dict=True).logits
+            result: Tensor = self._own_forward(
+                input_ids=ids, use_cache=False, return_dict=True
+            ).logits
         return result[0]
 
     def _check(self) -> None:
@@ -162,7 +195,10 @@ class ChunkedLoss:
         training = self._model.training
         self._model.eval()
         try:
-            with torch.random.fork_rng(devices=[]), torch.autocast(self._head_device().type, enabled=False):
+            with (
+                torch.random.fork_rng(devices=[]),
+                torch.autocast(self._head_device().type, enabled=False),
+            ):
                 torch.manual_seed(0)
                 self._find_postprocessing()
                 self._compare()
@@ -170,13 +206,22 @@ class ChunkedLoss:
             self._model.train(training)
 
     def _batch(self) -> dict[str, Tensor]:
-        ids = torch.randint(0, vocabulary_size(self._model), (2, _PROBE_TOKENS)).to(self._head_device())
+        ids = torch.randint(0, vocabulary_size(self._model), (2, _PROBE_TOKENS)).to(
+            self._head_device()
+        )
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _find_postprocessing(self) -> None:
         batch, called, shapes = self._batch(), [], []
-        candidates = {id(m): m for m in (self._model.base_model, self._model.get_decoder()) if isinstance(m, nn.Module) and m is not self._model}
-        hooks = [m.register_forward_hook(lambda module, _, output: called.append((module, type(output)))) for m in candidates.values()]
+        candidates = {
+            id(m): m
+            for m in (self._model.base_model, self._model.get_decoder())
+            if isinstance(m, nn.Module) and m is not self._model
+        }
+        hooks = [
+            m.register_forward_hook(lambda module, _, output: called.append((module, type(output))))
+            for m in candidates.values()
+        ]
         sent: list[Tensor] = []
 
         def answer(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -194,15 +239,22 @@ class ChunkedLoss:
             for hook in hooks:
                 hook.remove()
         if not sent or received.shape != sent[0].shape:
-            raise _refusal(self._model, "its logits are not what its output head gives, one for one")
+            raise _refusal(
+                self._model, "its logits are not what its output head gives, one for one"
+            )
         if torch.equal(received.float(), sent[0].float()):
             return
         if not called or not issubclass(called[-1][1], ModelOutput):
-            raise _refusal(self._model, "what it does between output head and loss cannot be run by itself")
+            raise _refusal(
+                self._model, "what it does between output head and loss cannot be run by itself"
+            )
         self._body = called[-1]
         with torch.no_grad():
             if not torch.equal(self._postprocess(sent[0].flatten(0, 1)), received.flatten(0, 1)):
-                raise _refusal(self._model, "what it does between output head and loss cannot be run a chunk of tokens at a time")
+                raise _refusal(
+                    self._model,
+                    "what it does between output head and loss cannot be run a chunk of tokens at a time",
+                )
 
     def _compare(self) -> None:
         batch = self._batch()
@@ -217,7 +269,9 @@ class ChunkedLoss:
 
             self._captured.clear()
             with torch.enable_grad(), _swapped(self._head, "forward", from_here):
-                loss = self._own_forward(**batch, labels=labels, use_cache=False, return_dict=True).loss
+                loss = self._own_forward(
+                    **batch, labels=labels, use_cache=False, return_dict=True
+                ).loss
                 return loss.detach().float(), torch.autograd.grad(loss, inputs[-1])[0].float()
 
         own_loss, own_gradient = measured(self._own_head)
@@ -228,11 +282,20 @@ class ChunkedLoss:
             raise _refusal(self._model, f"its forward needs the logits ({error})") from error
         self._captured.clear()
         tolerance = 1e-4 if inputs[-1].dtype == torch.float32 else 3e-2
-        if not torch.allclose(loss, own_loss, rtol=tolerance) or (gradient - own_gradient).norm() > 10 * tolerance * own_gradient.norm():
-            raise _refusal(self._model, f"on a small batch its own loss is {own_loss:.6f}, and in chunks {loss:.6f}")
+        if (
+            not torch.allclose(loss, own_loss, rtol=tolerance)
+            or (gradient - own_gradient).norm() > 10 * tolerance * own_gradient.norm()
+        ):
+            raise _refusal(
+                self._model,
+                f"on a small batch its own loss is {own_loss:.6f}, and in chunks {loss:.6f}",
+            )
 
     def _head_device(self) -> torch.device:
-        return next((t.device for t in (*self._head.parameters(), *self._head.buffers())), torch.device("cpu"))
+        return next(
+            (t.device for t in (*self._head.parameters(), *self._head.buffers())),
+            torch.device("cpu"),
+        )
 
 
 def chunk_loss_(model: nn.Module, chunk_tokens: int | None = None) -> ChunkedLoss:
@@ -244,14 +307,20 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside `model`, which may be wrapped by PEFT."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
-        raise TrainingError(f"{type(inner).__name__} is not a model of transformers; the chunked loss cannot find its head. Use your own loss (loss: whole)")
+        raise TrainingError(
+            f"{type(inner).__name__} is not a model of transformers; the chunked loss cannot find its head. Use your own loss (loss: whole)"
+        )
     return inner
 
 
 def _made_for_products(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
     """Rows of the head's weight in `dtype`, if products do not read them as they lie in memory: they are packed, or float32 under autocast."""
-    if isinstance(head, nn.Linear) and isinstance(packed := getattr(head, "tensor", None), PackedTensor):
-        return lambda start, stop: packed.dequantize(dtype, torch.arange(start, stop, device=packed.parts.packed.device))
+    if isinstance(head, nn.Linear) and isinstance(
+        packed := getattr(head, "tensor", None), PackedTensor
+    ):
+        return lambda start, stop: packed.dequantize(
+            dtype, torch.arange(start, stop, device=packed.parts.packed.device)
+        )
     if type(head) is nn.Linear and head.weight.dtype == torch.float32 != dtype:
         return lambda start, stop: head.weight[start:stop].to(dtype)
     return None
@@ -259,7 +328,10 @@ def _made_for_products(head: nn.Module, dtype: torch.dtype) -> WeightRows | None
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Entries of the vocabulary, as the embedding counts them."""
-    return int(getattr(model.get_input_embeddings(), "num_embeddings", None) or model.config.get_text_config().vocab_size)
+    return int(
+        getattr(model.get_input_embeddings(), "num_embeddings", None)
+        or model.config.get_text_config().vocab_size
+    )
 
 
 @contextlib.contextmanager

@@ -48,7 +48,9 @@ def swallowed(model: PeftModel, adapter: str | None = None) -> dict[str, Swallow
             continue
         encoding = getattr(module.get_base_layer(), "encoding", None)
         if isinstance(encoding, Encoding | FloatOffsetEncoding):
-            found[canonical_name(name)] = _of_layer(module.get_delta_weight(adapter).flatten(1).float(), encoding)
+            found[canonical_name(name)] = _of_layer(
+                module.get_delta_weight(adapter).flatten(1).float(), encoding
+            )
     return found
 
 
@@ -69,7 +71,11 @@ def untie_(model: PeftModel, adapter: str | None = None) -> list[list[str]]:
             sharing.setdefault(id(weight), []).append(canonical_name(name))
     untied = {}
     for module in model.modules():
-        layer = module.get_base_layer() if isinstance(module, LoraLayer) and _carries(module, adapter) else None
+        layer = (
+            module.get_base_layer()
+            if isinstance(module, LoraLayer) and _carries(module, adapter)
+            else None
+        )
         weight = layer._parameters.get("weight") if layer is not None else None
         if layer is not None and weight is not None and len(sharing.get(id(weight), ())) > 1:
             layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
@@ -83,8 +89,12 @@ def _forget_ties_(model: PreTrainedModel, layers: set[str]) -> None:
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
     model.all_tied_weights_keys = ties = model.get_expanded_tied_weights_keys(all_submodels=True)
-    if tied := sorted(layers & {name.removesuffix(".weight") for pair in ties.items() for name in pair}):
-        raise MergeError(f"{tied[0]}: {type(model).__name__} always ties this layer, so an adapter on it cannot be merged; keep the adapter separate")
+    if tied := sorted(
+        layers & {name.removesuffix(".weight") for pair in ties.items() for name in pair}
+    ):
+        raise MergeError(
+            f"{tied[0]}: {type(model).__name__} always ties this layer, so an adapter on it cannot be merged; keep the adapter separate"
+        )
 
 
 def _carries(module: LoraLayer, adapter: str) -> bool:
@@ -94,4 +104,6 @@ def _carries(module: LoraLayer, adapter: str) -> bool:
 def _of_layer(delta: Tensor, encoding: Encoding | FloatOffsetEncoding) -> Swallowed:
     granularity = encoding.scheme.granularity
     steps = grouped(delta, granularity) / aligned(encoding.scale, granularity, delta.ndim)
-    return Swallowed(int((steps.abs() < 0.5).sum()), steps.numel(), float(steps.square().mean().sqrt()))
+    return Swallowed(
+        int((steps.abs() < 0.5).sum()), steps.numel(), float(steps.square().mean().sqrt())
+    )

@@ -38,7 +38,9 @@ def save_adapter(model: PeftModel, folder: str | Path, base_fingerprint: str | N
         old.unlink()  # never an old statement beside new weights
     write_adapter(model, folder)
     record = {"format": FORMAT, "base_fingerprint": base_fingerprint or fingerprint(model)}
-    for config in folder.rglob("adapter_config.json"):  # PEFT gives each named adapter a folder of its own
+    for config in folder.rglob(
+        "adapter_config.json"
+    ):  # PEFT gives each named adapter a folder of its own
         (config.parent / FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -47,7 +49,12 @@ def write_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | Non
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, is_trainable: bool = False, unknown_base: str = "refuse") -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    is_trainable: bool = False,
+    unknown_base: str = "refuse",
+) -> PeftModel:
     """Attach the adapter in `folder` to the base `model`.
 
     Args:
@@ -77,9 +84,13 @@ def reading(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[
     except (QwloraError, MemoryError, torch.OutOfMemoryError, PermissionError):
         raise
     except (OSError, SafetensorError) as error:
-        raise SourceError(f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); {again}") from error
+        raise SourceError(
+            f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); {again}"
+        ) from error
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise SourceError(f"adapter {str(folder)!r} does not fit {type(model).__name__}: {error}") from error
+        raise SourceError(
+            f"adapter {str(folder)!r} does not fit {type(model).__name__}: {error}"
+        ) from error
 
 
 @contextmanager
@@ -97,7 +108,9 @@ def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refu
     if not (folder / "adapter_config.json").exists():
         raise SourceError(f"{str(folder)!r} holds no adapter: adapter_config.json is not there")
     if not any(folder.glob("adapter_model.*")):
-        raise SourceError(f"adapter {str(folder)!r} has no {WEIGHTS}; copy it again from where it came, or train it again")
+        raise SourceError(
+            f"adapter {str(folder)!r} has no {WEIGHTS}; copy it again from where it came, or train it again"
+        )
     read_config(folder)
     if unknown_base == "accept" and not (folder / FILE).exists():
         return
@@ -118,7 +131,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, ValueError) as error:
-        raise SourceError(f"adapter {str(folder)!r}: adapter_config.json cannot be read ({error}); copy it again, or train it again") from error
+        raise SourceError(
+            f"adapter {str(folder)!r}: adapter_config.json cannot be read ({error}); copy it again, or train it again"
+        ) from error
     if not isinstance(config, dict):
         raise SourceError(f"adapter {str(folder)!r}: adapter_config.json is not a mapping")
     return config
@@ -139,5 +154,7 @@ def base_of(folder: Path) -> str:
             "If PEFT saved it and you know its base, say so: unknown_base accept. Save it with qwlora.save_adapter"
         ) from error
     if not isinstance(found, str):
-        raise SourceError(f"adapter {str(folder)!r}: {FILE} names no base (base_fingerprint is {found!r})")
+        raise SourceError(
+            f"adapter {str(folder)!r}: {FILE} names no base (base_fingerprint is {found!r})"
+        )
     return found

@@ -21,7 +21,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from qwlora.adapter.attach import LoraShape
-from qwlora.adapter.initialize import Measure, check_moments, check_scales, quantized_layers, solver_difference
+from qwlora.adapter.initialize import (
+    Measure,
+    check_moments,
+    check_scales,
+    quantized_layers,
+    solver_difference,
+)
 from qwlora.errors import TrainingError
 from qwlora.grid.moment import Moment
 from qwlora.progress import Track, untracked
@@ -63,28 +69,38 @@ def rank_by_layer(
     adapter = adapter or model.active_adapter
     layers = dict(quantized_layers(model, adapter))
     if not layers:
-        raise TrainingError(f"ranks by layer follow what quantization lost, but no layer with adapter {adapter!r} is quantized; give one rank for all")
+        raise TrainingError(
+            f"ranks by layer follow what quantization lost, but no layer with adapter {adapter!r} is quantized; give one rank for all"
+        )
     if moments is not None:
         check_moments(layers, moments)
     check_scales(model, solver_scales or {})
     costs = {path: int(sum(layer.get_base_layer().weight.shape)) for path, layer in layers.items()}
-    parameters = int(budget.share * sum(costs[path] * layer.r[adapter] for path, layer in layers.items()))
+    parameters = int(
+        budget.share * sum(costs[path] * layer.r[adapter] for path, layer in layers.items())
+    )
     gains = {}
     for path in track(list(layers), "choosing ranks", len(layers)):
         weight = weights(path).detach().float()
         difference = solver_difference(path, layers[path], weight, solver_scales or {})
-        gains[path] = rank_gains(weight, difference, budget.cap, None if moments is None else moments[path])
+        gains[path] = rank_gains(
+            weight, difference, budget.cap, None if moments is None else moments[path]
+        )
     return spread_ranks(gains, costs, parameters)
 
 
-def rank_gains(weight: Tensor, difference: Tensor, count: int, moment: Moment | None = None) -> list[float]:
+def rank_gains(
+    weight: Tensor, difference: Tensor, count: int, moment: Moment | None = None
+) -> list[float]:
     """g(1) to g(count) of a layer, falling; fewer where the matrix has fewer ranks."""
     measure = Measure(moment)
     singular = measure.best_correction(difference, count).singular.double()
     return sorted((singular.square() / measure.of(weight)).tolist(), reverse=True)
 
 
-def spread_ranks(gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:
+def spread_ranks(
+    gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int
+) -> dict[str, int]:
     """Ranks of at least one and at most `len(gains[name])`, `costs[name]` parameters each, `budget` in all; equal gains go to the earlier name.
 
     Raises:
@@ -92,10 +108,16 @@ def spread_ranks(gains: Mapping[str, Sequence[float]], costs: Mapping[str, int],
     """
     ranks, left = dict.fromkeys(gains, 1), budget - sum(costs[name] for name in gains)
     if left < 0:
-        raise TrainingError(f"a budget of {budget:,} parameters does not give each of {len(gains)} layers a rank of 1, which takes {budget - left:,}; raise it")
+        raise TrainingError(
+            f"a budget of {budget:,} parameters does not give each of {len(gains)} layers a rank of 1, which takes {budget - left:,}; raise it"
+        )
 
     def next_rank(order: int, name: str) -> list[tuple[float, int, str]]:
-        return [(-gains[name][ranks[name]] / costs[name], order, name)] if ranks[name] < len(gains[name]) else []
+        return (
+            [(-gains[name][ranks[name]] / costs[name], order, name)]
+            if ranks[name] < len(gains[name])
+            else []
+        )
 
     waiting = [item for order, name in enumerate(gains) for item in next_rank(order, name)]
     heapq.heapify(waiting)
@@ -116,4 +138,8 @@ def with_ranks(shape: LoraShape, ranks: Mapping[str, int]) -> LoraShape:
         times = rank / shape.rank
         return shape.alpha * (math.sqrt(times) if shape.rslora else times)
 
-    return replace(shape, rank_pattern=dict(ranks), alpha_pattern={path: alpha(rank) for path, rank in ranks.items()})
+    return replace(
+        shape,
+        rank_pattern=dict(ranks),
+        alpha_pattern={path: alpha(rank) for path, rank in ranks.items()},
+    )

@@ -46,7 +46,11 @@ class Recovery:
 
     def distance(self, inputs: Mapping[str, Any]) -> Tensor:
         """The second term of the loss, for the inputs of the model's last forward."""
-        given = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}
+        given = {
+            name: value
+            for name, value in inputs.items()
+            if name not in ("labels", "num_items_in_batch")
+        }
         with torch.no_grad(), contextlib.suppress(_AtHeadError):
             self._teacher(**given, use_cache=False)
         h, g = self._student_state, self._teacher_state
@@ -54,7 +58,9 @@ class Recovery:
         assert g is not None
         self._student_state = self._teacher_state = None
         if h.shape != g.shape:
-            raise TrainingError(f"the float model's last hidden state is {list(g.shape)}, the base's {list(h.shape)}: they are not one model")
+            raise TrainingError(
+                f"the float model's last hidden state is {list(g.shape)}, the base's {list(h.shape)}: they are not one model"
+            )
         real = _real(inputs, h)[..., None]
         off, size = ((x.square() * real).sum() for x in (h.float() - g.float(), g.float()))
         return off / size.clamp_min(torch.finfo(size.dtype).tiny)
@@ -68,7 +74,9 @@ class Recovery:
         self._student_state = None
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._student_state is None:  # the chunked loss calls the head again, with less, where the model changes its logits
+        if (
+            self._student_state is None
+        ):  # the chunked loss calls the head again, with less, where the model changes its logits
             self._student_state = args[0]
 
     def _stop(self, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -32,7 +32,9 @@ def switch_on_(accelerator: Any) -> bool:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = DistributedType.FSDP
     if accelerator.state.distributed_type != DistributedType.FSDP:
-        raise TrainingError(f"the launcher asks for FSDP, but the processes are {accelerator.state.distributed_type.value}, which accelerate does not shard")
+        raise TrainingError(
+            f"the launcher asks for FSDP, but the processes are {accelerator.state.distributed_type.value}, which accelerate does not shard"
+        )
     return True
 
 
@@ -51,8 +53,12 @@ def prepare_sharding_(trainer: Any) -> None:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        raise TrainingError("the base is packed integers, which FSDP version 1 cannot shard: launch with --fsdp_version 2")
-    plugin.cpu_ram_efficient_loading = False  # every process has loaded the base; it would be emptied and sent again
+        raise TrainingError(
+            "the base is packed integers, which FSDP version 1 cannot shard: launch with --fsdp_version 2"
+        )
+    plugin.cpu_ram_efficient_loading = (
+        False  # every process has loaded the base; it would be emptied and sent again
+    )
     plugin.mixed_precision_policy = None
     for layer in trainer.model.modules():
         if isinstance(getattr(layer, "scheme", None), Scheme):
@@ -61,7 +67,11 @@ def prepare_sharding_(trainer: Any) -> None:
 
 def base_bytes(model: nn.Module) -> int:
     """Bytes of the base that this process holds: its shards, and what is whole."""
-    tensors = [t for name, t in (*model.named_parameters(), *model.named_buffers()) if not is_adapter_name(name)]
+    tensors = [
+        t
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+        if not is_adapter_name(name)
+    ]
     return sum(t.to_local().nbytes if isinstance(t, DTensor) else t.nbytes for t in tensors)
 
 
@@ -83,7 +93,9 @@ def gather_(trainer: Any) -> None:
         for name, shard in list(module._parameters.items()):
             if isinstance(shard, DTensor):
                 if id(shard) not in whole:
-                    whole[id(shard)] = nn.Parameter(shard.full_tensor().detach(), requires_grad=shard.requires_grad)
+                    whole[id(shard)] = nn.Parameter(
+                        shard.full_tensor().detach(), requires_grad=shard.requires_grad
+                    )
                 module._parameters[name] = whole[id(shard)]
         if isinstance(getattr(module, "scheme", None), Scheme):
             _make_buffers(module)

@@ -24,7 +24,12 @@ WeightRows = Callable[[int, int], Tensor]
 
 
 def sliced_cross_entropy(
-    hidden: Tensor, targets: Tensor, weight_rows: WeightRows, vocabulary: int, bias: Tensor | None, slice_rows: int | None = None
+    hidden: Tensor,
+    targets: Tensor,
+    weight_rows: WeightRows,
+    vocabulary: int,
+    bias: Tensor | None,
+    slice_rows: int | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of `F.linear(hidden, weight, bias)`, the products computed in the type of the weight's rows.
 
@@ -42,7 +47,9 @@ def sliced_cross_entropy(
     rows = slice_rows or SLICE_LOGITS // max(1, len(hidden)) + 1
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
     slices = [(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
-    result: Tensor = _SlicedCrossEntropy.apply(hidden, targets, weight_rows, bias, slices, wants_gradient)
+    result: Tensor = _SlicedCrossEntropy.apply(
+        hidden, targets, weight_rows, bias, slices, wants_gradient
+    )
     return result
 
 
@@ -51,11 +58,21 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, weight_rows: WeightRows, bias: Tensor | None, slices: list[tuple[int, int]], wants_gradient: bool
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weight_rows: WeightRows,
+        bias: Tensor | None,
+        slices: list[tuple[int, int]],
+        wants_gradient: bool,
     ) -> Tensor:
-        picked, others = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(2))  # the target's logit; sum of exp of all others
+        picked, others = (
+            hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(2)
+        )  # the target's logit; sum of exp of all others
         highest = torch.full_like(picked, -torch.inf)
-        gradient = torch.zeros_like(hidden if wants_gradient else hidden[:0], dtype=torch.float32)  # sum of exp of all others times their rows of W
+        gradient = torch.zeros_like(
+            hidden if wants_gradient else hidden[:0], dtype=torch.float32
+        )  # sum of exp of all others times their rows of W
         own_row = torch.zeros_like(gradient)
         x = hidden
         for start, stop in slices:

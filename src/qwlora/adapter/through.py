@@ -26,7 +26,16 @@ from qwlora.adapter.loss import causal_model
 from qwlora.errors import TrainingError
 
 RANGES = "activation_ranges.safetensors"
-_NOT_INPUTS = frozenset({"labels", "num_items_in_batch", "use_cache", "return_dict", "output_attentions", "output_hidden_states"})
+_NOT_INPUTS = frozenset(
+    {
+        "labels",
+        "num_items_in_batch",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+    }
+)
 
 
 class Through(Protocol):
@@ -52,12 +61,18 @@ class TrainedThrough:
 
     def __init__(self, model: nn.Module, through: Through, processes: int, **asked: bool):
         if wrong := [name for name, is_asked in asked.items() if is_asked]:
-            raise TrainingError(f"training goes through a graph, in which there is no {', no '.join(wrong).replace('_', ' ')}; leave that out")
+            raise TrainingError(
+                f"training goes through a graph, in which there is no {', no '.join(wrong).replace('_', ' ')}; leave that out"
+            )
         if processes > 1:
-            raise TrainingError(f"training goes through a graph, which {processes} processes cannot share; start one")
+            raise TrainingError(
+                f"training goes through a graph, which {processes} processes cannot share; start one"
+            )
         self._model, self._through = causal_model(model), through
         if getattr(self._model.config, "output_router_logits", False):
-            raise TrainingError("the model adds its routers' balance to the loss (output_router_logits), which is not in the graph; switch it off")
+            raise TrainingError(
+                "the model adds its routers' balance to the loss (output_router_logits), which is not in the graph; switch it off"
+            )
         self._model.__dict__["forward"] = self._make_forward()
 
     def remove(self) -> None:
@@ -67,13 +82,21 @@ class TrainedThrough:
     def _make_forward(self) -> Callable[..., Any]:
         @functools.wraps(self._model.forward)
         def forward(**kwargs: Any) -> CausalLMOutput:
-            logits = self._through(**{name: value for name, value in kwargs.items() if name not in _NOT_INPUTS})
+            logits = self._through(
+                **{name: value for name, value in kwargs.items() if name not in _NOT_INPUTS}
+            )
             labels = kwargs.get("labels")
             if labels is None:
                 return CausalLMOutput(logits=logits)
             vocabulary = self._model.config.get_text_config().vocab_size
-            items = {"num_items_in_batch": kwargs["num_items_in_batch"]} if kwargs.get("num_items_in_batch") is not None else {}
-            loss = self._model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **items)
+            items = (
+                {"num_items_in_batch": kwargs["num_items_in_batch"]}
+                if kwargs.get("num_items_in_batch") is not None
+                else {}
+            )
+            loss = self._model.loss_function(
+                logits=logits, labels=labels, vocab_size=vocabulary, **items
+            )
             return CausalLMOutput(loss=loss, logits=logits)
 
         return forward
@@ -89,7 +112,9 @@ class RangesCallback(TrainerCallback):
         self.ranges.grad = None
 
 
-def add_ranges_(optimizer: torch.optim.Optimizer, ranges: nn.Parameter, learning_rate: float) -> None:
+def add_ranges_(
+    optimizer: torch.optim.Optimizer, ranges: nn.Parameter, learning_rate: float
+) -> None:
     """Let the optimizer move ranges too."""
     optimizer.add_param_group({"params": [ranges], "lr": learning_rate, "weight_decay": 0.0})
 
@@ -108,8 +133,12 @@ def load_ranges_(ranges: nn.Parameter, folder: Path) -> None:
     try:
         found = load_file(folder / RANGES)["ranges"]
     except (OSError, KeyError, SafetensorError) as error:
-        raise TrainingError(f"checkpoint {folder} holds no activation ranges ({error}); delete it, and train from the beginning") from error
+        raise TrainingError(
+            f"checkpoint {folder} holds no activation ranges ({error}); delete it, and train from the beginning"
+        ) from error
     if found.shape != ranges.shape:
-        raise TrainingError(f"checkpoint {folder} holds {found.numel()} activation ranges, and the graph has {ranges.numel()}; delete it, and train again")
+        raise TrainingError(
+            f"checkpoint {folder} holds {found.numel()} activation ranges, and the graph has {ranges.numel()}; delete it, and train again"
+        )
     with torch.no_grad():
         ranges.copy_(found)

@@ -28,7 +28,15 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, TrainingArguments
 
 from qwlora.adapter.attach import check_trainable
-from qwlora.adapter.checkpoints import delete_newer, final_checkpoint, last_checkpoint, last_good, read_state, step_of, waited
+from qwlora.adapter.checkpoints import (
+    delete_newer,
+    final_checkpoint,
+    last_checkpoint,
+    last_good,
+    read_state,
+    step_of,
+    waited,
+)
 from qwlora.adapter.lean import lean_steps
 from qwlora.adapter.loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
 from qwlora.adapter.provenance import WEIGHTS, reading
@@ -124,10 +132,14 @@ def train_adapter(
         raise TrainingError("evaluation_steps asks for evaluation, but there is no held-out text")
     ranges = through.ranges if through is not None else None
     if (ranges is not None) != (settings.range_learning_rate is not None):
-        raise TrainingError("range_learning_rate goes with a graph that learns activation ranges; give both or neither")
+        raise TrainingError(
+            "range_learning_rate goes with a graph that learns activation ranges; give both or neither"
+        )
     last = last_checkpoint(work)
     if last and (
-        final := final_checkpoint(last, settings.steps, settings.patience, settings.evaluation_steps is not None)
+        final := final_checkpoint(
+            last, settings.steps, settings.patience, settings.evaluation_steps is not None
+        )
     ):  # stopped between the last step and the artifact
         if ranges is not None:
             load_ranges_(ranges, final)
@@ -138,9 +150,17 @@ def train_adapter(
     watch = Watch(track, settings.checkpoint_steps, vocabulary, lambda: last_good(work))
     early = _early_stopping(settings, last)
     with _logging_to(logs, settings.report_to):
-        trainer = AdapterTrainer(model, arguments, train_dataset=_dataset(sequences), eval_dataset=_dataset(held_out), callbacks=[watch, *early])
+        trainer = AdapterTrainer(
+            model,
+            arguments,
+            train_dataset=_dataset(sequences),
+            eval_dataset=_dataset(held_out),
+            callbacks=[watch, *early],
+        )
         _drop_newer(trainer, work, last)
-        trainer.recovery = Recovery(model, teacher.to(arguments.device)) if teacher is not None else None  # type: ignore[arg-type] # transformers hides the signature
+        trainer.recovery = (
+            Recovery(model, teacher.to(arguments.device)) if teacher is not None else None
+        )  # type: ignore[arg-type] # transformers hides the signature
         if through is not None:
             _take_ranges_(trainer, through, settings)
         prepare_sharding_(trainer)
@@ -149,7 +169,13 @@ def train_adapter(
     return _report(trainer.state, watch, settings, step_of(last) if last else 0, trainable)
 
 
-def _run(trainer: AdapterTrainer, model: PeftModel, watch: Watch, stand_in: ChunkedLoss | TrainedThrough | None, last: Path | None) -> None:
+def _run(
+    trainer: AdapterTrainer,
+    model: PeftModel,
+    watch: Watch,
+    stand_in: ChunkedLoss | TrainedThrough | None,
+    last: Path | None,
+) -> None:
     """Train; afterwards the model has its own forward again."""
     try:
         with _interruptible(watch), lean_steps(model, trainer.args.bf16):
@@ -179,12 +205,23 @@ def _early_stopping(settings: TrainingSettings, last: Path | None) -> list[Early
     return [stopping]
 
 
-def _stand_in(model: PeftModel, through: Through | None, settings: TrainingSettings, teacher: PreTrainedModel | None) -> ChunkedLoss | TrainedThrough | None:
+def _stand_in(
+    model: PeftModel,
+    through: Through | None,
+    settings: TrainingSettings,
+    teacher: PreTrainedModel | None,
+) -> ChunkedLoss | TrainedThrough | None:
     """What takes the place of the model's forward while it is trained."""
     if through is None:
         return chunk_loss_(model) if settings.loss == "chunked" else None
-    asked = {"chunked_loss": settings.loss == "chunked", "gradient_checkpointing": settings.gradient_checkpointing, "recovery": teacher is not None}
-    return TrainedThrough(model, through, _world_size(), **asked, bfloat16=settings.compute == "bfloat16")
+    asked = {
+        "chunked_loss": settings.loss == "chunked",
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "recovery": teacher is not None,
+    }
+    return TrainedThrough(
+        model, through, _world_size(), **asked, bfloat16=settings.compute == "bfloat16"
+    )
 
 
 def _take_ranges_(trainer: AdapterTrainer, through: Through, settings: TrainingSettings) -> None:
@@ -192,7 +229,10 @@ def _take_ranges_(trainer: AdapterTrainer, through: Through, settings: TrainingS
     through.to(trainer.args.device)
     trainer.goes_through = True
     if through.ranges is not None:
-        trainer.ranges, trainer.range_learning_rate = through.ranges, settings.range_learning_rate or 0.0
+        trainer.ranges, trainer.range_learning_rate = (
+            through.ranges,
+            settings.range_learning_rate or 0.0,
+        )
         trainer.add_callback(RangesCallback(through.ranges))
 
 
@@ -212,7 +252,13 @@ def check_loggers(report_to: Sequence[str]) -> None:
             raise MissingExtraError(f"report_to {name!r}: {error}") from error
 
 
-def _report(state: TrainerState, watch: Watch, settings: TrainingSettings, resumed_from_step: int, trainable: int) -> TrainingReport:
+def _report(
+    state: TrainerState,
+    watch: Watch,
+    settings: TrainingSettings,
+    resumed_from_step: int,
+    trainable: int,
+) -> TrainingReport:
     timed = watch.step_seconds[1:] or watch.step_seconds or [0.0]
     return TrainingReport(
         steps=state.global_step,
@@ -226,20 +272,32 @@ def _report(state: TrainerState, watch: Watch, settings: TrainingSettings, resum
     )
 
 
-def _restore(model: PeftModel, last: Path, final: Path, settings: TrainingSettings, trainable: int) -> TrainingReport:
+def _restore(
+    model: PeftModel, last: Path, final: Path, settings: TrainingSettings, trainable: int
+) -> TrainingReport:
     with reading(final, model):
         set_peft_model_state_dict(model, load_file(final / WEIGHTS))
     state = read_state(last)
     losses = tuple(float(e["loss"]) for e in state["log_history"] if "loss" in e)
     best = state.get("best_global_step") if settings.evaluation_steps else None
-    return TrainingReport(state["global_step"], 0.0, state["global_step"], trainable, losses, _evaluations(state["log_history"]), best)
+    return TrainingReport(
+        state["global_step"],
+        0.0,
+        state["global_step"],
+        trainable,
+        losses,
+        _evaluations(state["log_history"]),
+        best,
+    )
 
 
 def _evaluations(history: list[dict[str, float]]) -> tuple[tuple[int, float], ...]:
     return tuple((int(e["step"]), float(e["eval_loss"])) for e in history if "eval_loss" in e)
 
 
-def _dataset(sequences: Dataset[dict[str, Tensor]] | Tensor | None) -> Dataset[dict[str, Tensor]] | None:
+def _dataset(
+    sequences: Dataset[dict[str, Tensor]] | Tensor | None,
+) -> Dataset[dict[str, Tensor]] | None:
     return as_sequences(sequences) if isinstance(sequences, Tensor) else sequences
 
 
@@ -249,7 +307,9 @@ def _world_size() -> int:
 
 def _arguments(settings: TrainingSettings, work: Path, processes: int) -> TrainingArguments:
     if settings.batch_sequences % processes:
-        raise TrainingError(f"batch_sequences ({settings.batch_sequences}) cannot be divided among {processes} processes; give a multiple")
+        raise TrainingError(
+            f"batch_sequences ({settings.batch_sequences}) cannot be divided among {processes} processes; give a multiple"
+        )
     evaluates = settings.evaluation_steps is not None
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -284,9 +344,13 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False if processes > 1 else None,
-        ddp_broadcast_buffers=False if processes > 1 else None,  # the packed base, which never changes, would be sent at every step
+        ddp_broadcast_buffers=False
+        if processes > 1
+        else None,  # the packed base, which never changes, would be sent at every step
     )
-    if arguments.n_gpu > 1:  # a process keeps to one device: the Trainer would give each a batch, and a copy of the model that has its own loss
+    if (
+        arguments.n_gpu > 1
+    ):  # a process keeps to one device: the Trainer would give each a batch, and a copy of the model that has its own loss
         arguments._n_gpu = 1
     return arguments
 

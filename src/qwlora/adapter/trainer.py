@@ -42,7 +42,9 @@ class AdapterTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
-        self._loss_shifts_labels = True  # the Trainer counts targets by the name of the loss, which not every model has
+        self._loss_shifts_labels = (
+            True  # the Trainer counts targets by the name of the loss, which not every model has
+        )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
@@ -65,28 +67,49 @@ class AdapterTrainer(Trainer):
         found = super().compute_loss(model, inputs, *args, **kwargs)
         if self.recovery is None:
             return found
-        distance = self.recovery.distance(inputs) / (self.args.gradient_accumulation_steps if model.training else 1)
+        distance = self.recovery.distance(inputs) / (
+            self.args.gradient_accumulation_steps if model.training else 1
+        )
         return (found[0] + distance, *found[1:]) if isinstance(found, tuple) else found + distance
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = switch_on_(self.accelerator)
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager[Any]:
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[Any]:
         """Accelerate wraps a model's forward in autocast, but not a sharded one's: there FSDP2's own policy would do, which is off (`shard.py`)."""
         return self.accelerator.autocast() if is_sharded(self) else contextlib.nullcontext()
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         sharded = is_sharded(self)
         if not bool(loss.isfinite()):
             unseen = sharded or self.goes_through  # the layers are elsewhere, or do not run
             name = None if unseen else self._first_output(inputs)
-            where = f"the output of {name} was the first that is not finite" if name else "" if unseen else "every layer's output was finite"
+            where = (
+                f"the output of {name} was the first that is not finite"
+                if name
+                else ""
+                if unseen
+                else "every layer's output was finite"
+            )
             self._stop(f"the loss is {float(loss)}", where)
-        if not sharded and (name := first_gradient_not_finite(self.accelerator.unwrap_model(self.model))):
-            self._stop("a gradient is not finite", f"from the top of the model, that of {name} was the first")
-        if self.ranges is not None and self.ranges.grad is not None and not bool(self.ranges.grad.isfinite().all()):
+        if not sharded and (
+            name := first_gradient_not_finite(self.accelerator.unwrap_model(self.model))
+        ):
+            self._stop(
+                "a gradient is not finite",
+                f"from the top of the model, that of {name} was the first",
+            )
+        if (
+            self.ranges is not None
+            and self.ranges.grad is not None
+            and not bool(self.ranges.grad.isfinite().all())
+        ):
             self._stop("a gradient is not finite", "that of the activation ranges")
         return loss
 
@@ -113,10 +136,16 @@ class AdapterTrainer(Trainer):
         if is_sharded(self):
             state = whole_adapter(self.accelerator.unwrap_model(self.model))
             if self.args.should_save:
-                write_adapter(self.accelerator.unwrap_model(self.model), Path(str(output_dir or self.args.output_dir)), state)
+                write_adapter(
+                    self.accelerator.unwrap_model(self.model),
+                    Path(str(output_dir or self.args.output_dir)),
+                    state,
+                )
         super().save_model(output_dir, _internal_call)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
             write_adapter(self.accelerator.unwrap_model(self.model), folder, state_dict)

@@ -65,7 +65,9 @@ def _lost(before: Sequence[float], window: int, steps: int) -> float:
     sums = torch.nn.functional.pad(values.cumsum(0), (1, 0))
     lowest = float((sums[window:] - sums[:-window]).min()) / window
     spread = float(values.diff().square().mean() / 2) ** 0.5
-    return max(2 * lowest, lowest + 1, lowest + 3 * math.sqrt(2 * math.log(len(before)) / steps) * spread)
+    return max(
+        2 * lowest, lowest + 1, lowest + 3 * math.sqrt(2 * math.log(len(before)) / steps) * spread
+    )
 
 
 class Watch(TrainerCallback):
@@ -77,26 +79,47 @@ class Watch(TrainerCallback):
         last_good: says where the newest whole checkpoint is, for the message of an error.
     """
 
-    def __init__(self, track: Track, checkpoint_steps: int, vocabulary: int | None, last_good: Callable[[], str]):
-        self.track, self.checkpoint_steps, self.vocabulary, self.last_good = track, checkpoint_steps, vocabulary, last_good
+    def __init__(
+        self,
+        track: Track,
+        checkpoint_steps: int,
+        vocabulary: int | None,
+        last_good: Callable[[], str],
+    ):
+        self.track, self.checkpoint_steps, self.vocabulary, self.last_good = (
+            track,
+            checkpoint_steps,
+            vocabulary,
+            last_good,
+        )
         self.step_seconds: list[float] = []
         self.interrupted = False
         self.base_bytes = 0
         self._began = 0.0
         self._bar: Iterator[int] = iter(())
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
         self.base_bytes = base_bytes(given["model"])
-        self._bar = self.track(range(state.global_step, args.max_steps), "training", args.max_steps - state.global_step)
+        self._bar = self.track(
+            range(state.global_step, args.max_steps), "training", args.max_steps - state.global_step
+        )
         next(self._bar, None)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         next(self._bar, None)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self._began = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.step_seconds.append(time.perf_counter() - self._began)
         next(self._bar, None)
         if state.global_step % self.checkpoint_steps == 0:
@@ -104,7 +127,14 @@ class Watch(TrainerCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
         if self.vocabulary is None or "loss" not in (logs or {}):
             return
         losses = losses_of(state)
@@ -133,8 +163,17 @@ def first_output_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str
 
     def hook(name: str) -> Callable[..., None]:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple | list) else output.values() if isinstance(output, dict) else (output,)
-            if not found and any(isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors):
+            tensors = (
+                output
+                if isinstance(output, tuple | list)
+                else output.values()
+                if isinstance(output, dict)
+                else (output,)
+            )
+            if not found and any(
+                isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all())
+                for t in tensors
+            ):
                 found.append(canonical_name(name) or "the model itself")
 
         return look
@@ -154,4 +193,8 @@ def first_gradient_not_finite(model: nn.Module) -> str | None:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if not gradients or bool(torch.stack([g.isfinite().all() for g in gradients.values()]).all()):
         return None
-    return next(canonical_name(name) for name in reversed(gradients) if not bool(gradients[name].isfinite().all()))
+    return next(
+        canonical_name(name)
+        for name in reversed(gradients)
+        if not bool(gradients[name].isfinite().all())
+    )

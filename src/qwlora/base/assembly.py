@@ -54,11 +54,15 @@ def meta_model(config: PretrainedConfig, tensors: int) -> PreTrainedModel:
 
 def _built(config: PretrainedConfig) -> PreTrainedModel:
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     except SourceError:
         raise
     except Exception as error:  # a configuration from a file reaches any line of any model's code
-        raise SourceError(f"config.json ({type(config).__name__}) builds no causal language model: {error or type(error).__name__}") from error
+        raise SourceError(
+            f"config.json ({type(config).__name__}) builds no causal language model: {error or type(error).__name__}"
+        ) from error
     return model
 
 
@@ -66,7 +70,9 @@ def blocks_of(model: nn.Module) -> list[str]:
     """The paths of a model's blocks: the members of its outermost `ModuleList`s."""
     found: list[str] = []
     for path, module in model.named_modules():  # an outer list comes before those in it
-        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{block}.") or path == block for block in found):
+        if isinstance(module, nn.ModuleList) and not any(
+            path.startswith(f"{block}.") or path == block for block in found
+        ):
             found += [f"{path}.{name}" if path else name for name, _ in module.named_children()]
     return found
 
@@ -75,7 +81,11 @@ def tensor_places(model: nn.Module) -> dict[str, list[Place]]:
     """Places of each parameter and saved buffer, by the name of the first."""
     places: dict[int, list[Place]] = {}
     for path, module in model.named_modules():
-        saved = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        saved = {
+            key: buffer
+            for key, buffer in module._buffers.items()
+            if key not in module._non_persistent_buffers_set
+        }
         for key, tensor in (module._parameters | saved).items():
             if tensor is not None:
                 places.setdefault(id(tensor), []).append((path, key))
@@ -106,7 +116,9 @@ def put_(model: nn.Module, places: Iterable[Place], tensor: Tensor) -> None:
     for path, key in places:
         module = model.get_submodule(path)
         if key in module._parameters:
-            parameter = nn.Parameter(tensor, requires_grad=False) if parameter is None else parameter
+            parameter = (
+                nn.Parameter(tensor, requires_grad=False) if parameter is None else parameter
+            )
             module._parameters[key] = parameter
         else:
             module._buffers[key] = tensor
@@ -121,7 +133,9 @@ def _check_buffers(model: nn.Module) -> None:
     """Refuse buffers that are made whatever the files hold, and would fill memory."""
     for name, buffer in model.named_buffers():
         if buffer.nbytes > MOST_BUFFER_BYTES:
-            raise SourceError(f"config.json asks for a buffer {name} of shape {list(buffer.shape)}, more than any model has; it is damaged")
+            raise SourceError(
+                f"config.json asks for a buffer {name} of shape {list(buffer.shape)}, more than any model has; it is damaged"
+            )
 
 
 @contextmanager
@@ -133,7 +147,9 @@ def _at_most(count: int) -> Iterator[None]:
         nonlocal seen
         seen += 1
         if seen > count:
-            raise SourceError(f"config.json asks for more than {count} parameters, many times what the files hold; it belongs to another model")
+            raise SourceError(
+                f"config.json asks for more than {count} parameters, many times what the files hold; it belongs to another model"
+            )
 
     hook = register_module_parameter_registration_hook(registered)
     try:

@@ -49,8 +49,18 @@ def quantize_parts_(
             finished.begin(part, {name: tensor_out_in(model, name) for name in parts[part]}, plan)
             kept = finished.read()
             if kept is None:
-                follow = [name for name in parts[part] if moments is not None or plan[name].solver in CALIBRATED]
-                kept = _solve_part(model, parts[part], plan, observe(model, part, follow, lockstep, moments is not None), moments)
+                follow = [
+                    name
+                    for name in parts[part]
+                    if moments is not None or plan[name].solver in CALIBRATED
+                ]
+                kept = _solve_part(
+                    model,
+                    parts[part],
+                    plan,
+                    observe(model, part, follow, lockstep, moments is not None),
+                    moments,
+                )
                 finished.write(*kept)
             quantized, reports = kept
             for name in parts[part]:
@@ -66,7 +76,11 @@ def quantize_parts_(
 
 
 def observe_moments(
-    model: nn.Module, calibration: Tensor | Sequence[Mapping[str, Any]], moments: Moments | None = None, *, track: Track = untracked
+    model: nn.Module,
+    calibration: Tensor | Sequence[Mapping[str, Any]],
+    moments: Moments | None = None,
+    *,
+    track: Track = untracked,
 ) -> Moments:
     """The moments (`grid/moment.py`) of a quantized model's packed linear layers: what starts that follow the data need, where a base was made elsewhere.
 
@@ -79,9 +93,18 @@ def observe_moments(
         CalibrationError: an input holds nan or infinity, or a part cannot be differentiated.
     """
     moments = moments if moments is not None else Moments()
-    parts = parts_of(model, {f"{path}.weight": None for path, module in model.named_modules() if isinstance(module, nn.Linear) and is_packed(module)})
+    parts = parts_of(
+        model,
+        {
+            f"{path}.weight": None
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and is_packed(module)
+        },
+    )
     if not parts:
-        raise GridError("no linear layer of the model is packed, so there is nothing to observe; quantize it first")
+        raise GridError(
+            "no linear layer of the model is packed, so there is nothing to observe; quantize it first"
+        )
     with _lockstep(model, list(parts), batches_of(calibration)) as lockstep:
         for _ in track(range(len(parts)), "observing", len(parts)):
             part = lockstep.advance()
@@ -94,15 +117,23 @@ def observe_moments(
     return moments
 
 
-def batches_of(calibration: Tensor | Sequence[Mapping[str, Any]] | None) -> Sequence[Mapping[str, Any]]:
+def batches_of(
+    calibration: Tensor | Sequence[Mapping[str, Any]] | None,
+) -> Sequence[Mapping[str, Any]]:
     """The model's keyword arguments, batch by batch.
 
     Raises:
         GridError: there are none.
     """
     if calibration is None:
-        raise GridError("solver gptq and moments need calibration data: token ids, or batches of the model's inputs")
-    return [{"input_ids": row.unsqueeze(0)} for row in calibration] if isinstance(calibration, Tensor) else calibration
+        raise GridError(
+            "solver gptq and moments need calibration data: token ids, or batches of the model's inputs"
+        )
+    return (
+        [{"input_ids": row.unsqueeze(0)} for row in calibration]
+        if isinstance(calibration, Tensor)
+        else calibration
+    )
 
 
 def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[str]]:
@@ -110,12 +141,16 @@ def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[
     blocks = blocks_of(model)
     parts: dict[str, list[str]] = {}
     for layer in tensors:
-        part = next((block for block in blocks if layer.startswith(f"{block}.")), layer.rpartition(".")[0])
+        part = next(
+            (block for block in blocks if layer.startswith(f"{block}.")), layer.rpartition(".")[0]
+        )
         parts.setdefault(part, []).append(layer)
     return parts
 
 
-def _lockstep(model: nn.Module, parts: Sequence[str], batches: Sequence[Mapping[str, Any]]) -> Lockstep:
+def _lockstep(
+    model: nn.Module, parts: Sequence[str], batches: Sequence[Mapping[str, Any]]
+) -> Lockstep:
     keep = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
     return Lockstep(model, parts, [{**batch, **keep} for batch in batches])
 
@@ -126,12 +161,20 @@ def arguments_of(model: nn.Module) -> set[str]:
     return set(inspect.signature(inner.forward).parameters)
 
 
-def _solve_part(model: nn.Module, tensors: Sequence[str], plan: Mapping[str, Assignment], seen: dict[str, Observed], moments: Moments | None) -> Part:
+def _solve_part(
+    model: nn.Module,
+    tensors: Sequence[str],
+    plan: Mapping[str, Assignment],
+    seen: dict[str, Observed],
+    moments: Moments | None,
+) -> Part:
     """Codes and report of each tensor; R and G go to `moments`, and out of `seen`."""
     quantized, reports = {}, {}
     for name in tensors:
         moment = seen.pop(name).moment if name in seen else None
-        quantized[name], reports[name] = solve_tensor(name, tensor_out_in(model, name), plan[name], None if moment is None else moment.input)
+        quantized[name], reports[name] = solve_tensor(
+            name, tensor_out_in(model, name), plan[name], None if moment is None else moment.input
+        )
         if moments is not None and moment is not None:
             moments.put(canonical_name(name).removesuffix(".weight"), moment)
     return quantized, reports

@@ -34,13 +34,20 @@ Part = tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]
 class FinishedParts:
     """See the module's text. `begin` each part in order; then `read` it, and `write` it if that found nothing. Without a folder nothing is kept."""
 
-    def __init__(self, folder: Path | None, batches: Sequence[Mapping[str, Any]], moments: Moments | None):
+    def __init__(
+        self, folder: Path | None, batches: Sequence[Mapping[str, Any]], moments: Moments | None
+    ):
         self.folder, self.moments = folder, moments
         self._digest, self._file = hashlib.sha256(), Path()
         if folder is not None:
-            take_in(self._digest, [REVISION, moments is not None and MOMENTS_REVISION, *named_inputs(batches)])
+            take_in(
+                self._digest,
+                [REVISION, moments is not None and MOMENTS_REVISION, *named_inputs(batches)],
+            )
 
-    def begin(self, part: str, floats: Mapping[str, Tensor], plan: Mapping[str, Assignment]) -> None:
+    def begin(
+        self, part: str, floats: Mapping[str, Tensor], plan: Mapping[str, Assignment]
+    ) -> None:
         """The next part, and its tensors before they are quantized."""
         if self.folder is None:
             return
@@ -60,15 +67,29 @@ class FinishedParts:
                 records = json.loads(metadata["layers"])
                 quantized = {}
                 for name, record in records.items():
-                    codes, scale, offset = (opened.get_tensor(f"{name}/{part}") for part in ("codes", "scale", "offset"))
-                    quantized[name] = QuantizedTensor(codes, Encoding(Scheme.from_json(record["scheme"]), scale, offset))
+                    codes, scale, offset = (
+                        opened.get_tensor(f"{name}/{part}") for part in ("codes", "scale", "offset")
+                    )
+                    quantized[name] = QuantizedTensor(
+                        codes, Encoding(Scheme.from_json(record["scheme"]), scale, offset)
+                    )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
         reports = {name: LayerReport(**record["report"]) for name, record in records.items()}
-        observed = {canonical_name(name).removesuffix(".weight") for name, report in reports.items() if report.error is not None}
-        return None if self.moments is not None and not observed <= set(self.moments) else (quantized, reports)
+        observed = {
+            canonical_name(name).removesuffix(".weight")
+            for name, report in reports.items()
+            if report.error is not None
+        }
+        return (
+            None
+            if self.moments is not None and not observed <= set(self.moments)
+            else (quantized, reports)
+        )
 
-    def write(self, quantized: Mapping[str, QuantizedTensor], reports: Mapping[str, LayerReport]) -> None:
+    def write(
+        self, quantized: Mapping[str, QuantizedTensor], reports: Mapping[str, LayerReport]
+    ) -> None:
         """Keep the part that was begun."""
         if self.folder is None:
             return
@@ -76,9 +97,15 @@ class FinishedParts:
         records = {}
         for name, q in quantized.items():
             assert isinstance(q.encoding, Encoding)
-            tensors |= {f"{name}/codes": q.codes, f"{name}/scale": q.encoding.scale, f"{name}/offset": q.encoding.offset}
+            tensors |= {
+                f"{name}/codes": q.codes,
+                f"{name}/scale": q.encoding.scale,
+                f"{name}/offset": q.encoding.offset,
+            }
             records[name] = {"scheme": q.encoding.scheme.to_json(), "report": asdict(reports[name])}
-        write_tensors(self._file, tensors, {"layers": json.dumps(records), "key": self._digest.hexdigest()})
+        write_tensors(
+            self._file, tensors, {"layers": json.dumps(records), "key": self._digest.hexdigest()}
+        )
 
 
 def named_inputs(batches: Sequence[Mapping[str, Any]]) -> Iterator[Any]:

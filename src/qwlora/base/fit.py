@@ -46,10 +46,15 @@ def fit(
         CalibrationError: the weight holds nan or infinity.
     """
     scheme.scale_shape(tuple(weight.shape))
-    x, h = rows_of_groups(weight.float(), scheme), None if importance is None else rows_of_groups(importance.expand_as(weight), scheme)
+    x, h = (
+        rows_of_groups(weight.float(), scheme),
+        None if importance is None else rows_of_groups(importance.expand_as(weight), scheme),
+    )
     flat = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
     low, high = x.amin(-1), x.amax(-1)
-    storable = isinstance(scheme.granularity, PerBlock) and not isinstance(scheme.granularity, LowPowerBlock)
+    storable = isinstance(scheme.granularity, PerBlock) and not isinstance(
+        scheme.granularity, LowPowerBlock
+    )
     best = _Best(x, h, flat, storable, clipping_penalty)
     for fraction in fractions:
         candidate = encoding_from_range(low * fraction, high * fraction, flat)
@@ -75,8 +80,21 @@ def storable_scale(scale: Float[Tensor, "*groups"]) -> Float[Tensor, "*groups"]:
 class _Best:
     """The best grid so far of each row of `x` [groups, n]."""
 
-    def __init__(self, x: Tensor, importance: Tensor | None, scheme: Scheme, storable: bool, clipping_penalty: float):
-        self.x, self.importance, self.scheme, self.storable, self.clipping_penalty = x, importance, scheme, storable, clipping_penalty
+    def __init__(
+        self,
+        x: Tensor,
+        importance: Tensor | None,
+        scheme: Scheme,
+        storable: bool,
+        clipping_penalty: float,
+    ):
+        self.x, self.importance, self.scheme, self.storable, self.clipping_penalty = (
+            x,
+            importance,
+            scheme,
+            storable,
+            clipping_penalty,
+        )
         self.error = x.new_full(x.shape[:1], torch.inf)
         self.scale = x.new_ones(x.shape[0])
         self.offset = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
@@ -88,7 +106,9 @@ class _Best:
         if self.importance is not None:
             values.mul_(self.importance)
         if self.clipping_penalty != 1:
-            values = torch.where(self._clipped(scale, offset), values * self.clipping_penalty, values)
+            values = torch.where(
+                self._clipped(scale, offset), values * self.clipping_penalty, values
+            )
         error = values.sum(-1)
         better = error < self.error
         self.error = torch.where(better, error, self.error)

@@ -65,7 +65,10 @@ class GptqReport:
 
 
 def gptq(
-    weight: Float[Tensor, "out in"], moment: Float[Tensor, "in in"], scheme: Scheme, settings: GptqSettings | None = None
+    weight: Float[Tensor, "out in"],
+    moment: Float[Tensor, "in in"],
+    scheme: Scheme,
+    settings: GptqSettings | None = None,
 ) -> tuple[QuantizedTensor, GptqReport]:
     """Codes and encoding of `weight` for inputs with the second moment `moment`.
 
@@ -77,12 +80,18 @@ def gptq(
     weight = weight.detach().float()
     columns = weight.shape[1]
     if moment.shape != (columns, columns):
-        raise GridError(f"a weight with {columns} inputs needs a moment of shape {[columns, columns]}, not {list(moment.shape)}")
+        raise GridError(
+            f"a weight with {columns} inputs needs a moment of shape {[columns, columns]}, not {list(moment.shape)}"
+        )
     if not bool(torch.isfinite(weight).all() and torch.isfinite(moment).all()):
         raise CalibrationError("the weight or the moment of its input holds nan or infinity")
     scheme.scale_shape(tuple(weight.shape))
     hessian, upper, damping = _factor(moment.float(), settings.damping)
-    order = torch.argsort(moment.diagonal(), descending=True) if settings.activation_order else torch.arange(columns, device=weight.device)
+    order = (
+        torch.argsort(moment.diagonal(), descending=True)
+        if settings.activation_order
+        else torch.arange(columns, device=weight.device)
+    )
     if settings.activation_order:
         _, upper, damping = _factor(moment.float()[order][:, order], settings.damping)
     result = _Rounding(weight, upper, order, scheme, beforehand=settings.activation_order).run()
@@ -91,7 +100,9 @@ def gptq(
         for _ in range(settings.sweeps):
             refined.sweep()
         result = refined.result()
-    return result, GptqReport(damping, output_energy(weight - result.dequantize(), moment) / output_energy(weight, moment))
+    return result, GptqReport(
+        damping, output_energy(weight - result.dequantize(), moment) / output_energy(weight, moment)
+    )
 
 
 def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
@@ -115,13 +126,23 @@ def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
 class _Rounding:
     """One pass over the columns in `order`; `upper` is U for that order. Held transposed, [in, out], so that a column lies in one piece."""
 
-    def __init__(self, weight: Tensor, upper: Tensor, order: Tensor, scheme: Scheme, beforehand: bool):
+    def __init__(
+        self, weight: Tensor, upper: Tensor, order: Tensor, scheme: Scheme, beforehand: bool
+    ):
         self.shape, self.upper, self.order, self.scheme = weight.shape, upper, order, scheme
         self.weight = weight.T[order].contiguous()
         self.importance = upper.diagonal().square().reciprocal()
-        self.size = scheme.granularity.size if isinstance(scheme.granularity, PerBlock) else weight.shape[1]
-        late = isinstance(scheme.granularity, PerBlock) and not isinstance(scheme.granularity, LowPowerBlock) and not beforehand
-        self.block_scheme = Scheme(scheme.bitwidth, scheme.symmetric, PerBlock(self.size)) if late else None
+        self.size = (
+            scheme.granularity.size if isinstance(scheme.granularity, PerBlock) else weight.shape[1]
+        )
+        late = (
+            isinstance(scheme.granularity, PerBlock)
+            and not isinstance(scheme.granularity, LowPowerBlock)
+            and not beforehand
+        )
+        self.block_scheme = (
+            Scheme(scheme.bitwidth, scheme.symmetric, PerBlock(self.size)) if late else None
+        )
         self.run_of_scale = _columns_of_a_scale(scheme)
         if beforehand and self.run_of_scale is not None:
             self.run_of_scale = 1  # neighbours in the order are of different blocks
@@ -130,7 +151,10 @@ class _Rounding:
 
     def run(self) -> QuantizedTensor:
         columns = len(self.weight)
-        scale, offset = (_per_column(t, self.scheme, self.shape).T.contiguous() for t in (self.encoding.scale, self.encoding.offset))
+        scale, offset = (
+            _per_column(t, self.scheme, self.shape).T.contiguous()
+            for t in (self.encoding.scale, self.encoding.offset)
+        )
         steps = torch.empty_like(self.weight)
         places = self.order
         for start in range(0, columns, _RUN):
@@ -139,17 +163,33 @@ class _Rounding:
             for first, last in self._spans(start, stop):
                 if self.block_scheme is not None and first % self.size == 0:
                     self._choose(first, scale, offset, errors, start)
-                errors[first - start : last - start] = self._round(first, last, scale[places[first:last]], offset[places[first:last]], steps)
-                self.weight[last:stop].addmm_(self.upper[first:last, last:stop].T, errors[first - start : last - start], alpha=-1)
+                errors[first - start : last - start] = self._round(
+                    first, last, scale[places[first:last]], offset[places[first:last]], steps
+                )
+                self.weight[last:stop].addmm_(
+                    self.upper[first:last, last:stop].T,
+                    errors[first - start : last - start],
+                    alpha=-1,
+                )
             self.weight[stop:].addmm_(self.upper[start:stop, stop:].T, errors, alpha=-1)
         groups = self.scheme.scale_shape(tuple(self.shape))
-        encoding = Encoding(self.scheme, *(_per_group(t.T, self.scheme).reshape(groups).contiguous() for t in (scale, offset.int())))
+        encoding = Encoding(
+            self.scheme,
+            *(
+                _per_group(t.T, self.scheme).reshape(groups).contiguous()
+                for t in (scale, offset.int())
+            ),
+        )
         return QuantizedTensor((steps - offset).to(torch.uint8).T.contiguous(), encoding)
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Columns that share their scales, so that all are rounded in units of one."""
         run = self.run_of_scale
-        yield from pairwise([start, stop] if run is None else [start, *range((start // run + 1) * run, stop, run), stop])
+        yield from pairwise(
+            [start, stop]
+            if run is None
+            else [start, *range((start // run + 1) * run, stop, run), stop]
+        )
 
     def _round(self, first: int, last: int, scale: Tensor, offset: Tensor, steps: Tensor) -> Tensor:
         """Round columns `first` to `last`; returns e of each. `w / s` and `n` are what is computed with, which saves two passes a column."""
@@ -174,7 +214,9 @@ class _Rounding:
         if behind < last and i > start:
             block = block.clone()
             block[behind - i :] -= self.upper[start:i, behind:last].T @ errors[: i - start]
-        found = fit(block.T.contiguous(), self.block_scheme, self.importance[i:last], fractions=COARSE)  # type: ignore[arg-type]
+        found = fit(
+            block.T.contiguous(), self.block_scheme, self.importance[i:last], fractions=COARSE
+        )  # type: ignore[arg-type]
         scale[i:last] = found.scale.T
         offset[i:last] = found.offset.T
 
@@ -225,7 +267,12 @@ class _Refinement:
     def __init__(self, weight: Tensor, hessian: Tensor, start: QuantizedTensor):
         encoding = start.encoding
         assert isinstance(encoding, Encoding)
-        self.shape, self.hessian, self.scheme, self.encoding = weight.shape, hessian, encoding.scheme, encoding
+        self.shape, self.hessian, self.scheme, self.encoding = (
+            weight.shape,
+            hessian,
+            encoding.scheme,
+            encoding,
+        )
         self.weight = weight.T.contiguous()
         self.scale = _per_column(encoding.scale, self.scheme, weight.shape).T.contiguous()
         self.offset = _per_column(encoding.offset, self.scheme, weight.shape).T.contiguous()
@@ -247,8 +294,13 @@ class _Refinement:
             self._codes(first, min(first + width, len(self.weight)))
 
     def result(self) -> QuantizedTensor:
-        scale = _per_group(self.scale.T, self.scheme).reshape(self.encoding.scale.shape).contiguous()
-        return QuantizedTensor((self.steps - self.offset).to(torch.uint8).T.contiguous(), Encoding(self.scheme, scale, self.encoding.offset))
+        scale = (
+            _per_group(self.scale.T, self.scheme).reshape(self.encoding.scale.shape).contiguous()
+        )
+        return QuantizedTensor(
+            (self.steps - self.offset).to(torch.uint8).T.contiguous(),
+            Encoding(self.scheme, scale, self.encoding.offset),
+        )
 
     def _scales(self, size: int, storable: bool) -> None:
         for first in range(0, len(self.weight), size):
@@ -258,7 +310,11 @@ class _Refinement:
             old = self.scale[first].clone()
             wanted = old + (steps * self._gradient[block]).sum(0) / curvature
             new = storable_scale(wanted) if storable else wanted
-            usable = torch.isfinite(wanted) & (wanted > 0) & ((new - wanted).abs() < (old - wanted).abs())
+            usable = (
+                torch.isfinite(wanted)
+                & (wanted > 0)
+                & ((new - wanted).abs() < (old - wanted).abs())
+            )
             new = torch.where(usable, new, old)
             self.scale[block] = new
             self._gradient.addmm_(self.hessian[:, block], steps * (new - old), alpha=-1)
@@ -272,7 +328,12 @@ class _Refinement:
         gradient, after = self._gradient[columns] / s, torch.empty_like(before)
         inverse = inside.diagonal().reciprocal().tolist()
         for i, factor in enumerate(inverse):
-            torch.clamp(torch.add(before[i], gradient[i], alpha=factor, out=after[i]).round_(), low, high, out=after[i])
+            torch.clamp(
+                torch.add(before[i], gradient[i], alpha=factor, out=after[i]).round_(),
+                low,
+                high,
+                out=after[i],
+            )
             change = torch.sub(after[i], before[i])
             gradient[i + 1 :].addr_(inside[i, i + 1 :], change, alpha=-1)
         moved = (after - before).mul_(s)

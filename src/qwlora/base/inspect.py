@@ -62,7 +62,11 @@ class TensorView:
     def to_json(self) -> dict[str, Any]:
         """Plain values; `exact` says that the SQNR is infinite, for which JSON has no number."""
         exact = None if self.sqnr_db is None else math.isinf(self.sqnr_db)
-        return asdict(self) | {"bits_per_weight": self.bits_per_weight, "sqnr_db": None if exact else self.sqnr_db, "exact": exact}
+        return asdict(self) | {
+            "bits_per_weight": self.bits_per_weight,
+            "sqnr_db": None if exact else self.sqnr_db,
+            "exact": exact,
+        }
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,21 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         parts = {"all": self.tensors, "integers": [t for t in self.tensors if t.is_integers]}
-        totals = {name: {"weights": weights(v), "bytes": size_bytes(v), "bits_per_weight": bits_per_weight(v)} for name, v in parts.items()}
-        return {"kind": self.kind, "source": self.source, "fingerprint": self.fingerprint, "totals": totals, "tensors": [t.to_json() for t in self.tensors]}
+        totals = {
+            name: {
+                "weights": weights(v),
+                "bytes": size_bytes(v),
+                "bits_per_weight": bits_per_weight(v),
+            }
+            for name, v in parts.items()
+        }
+        return {
+            "kind": self.kind,
+            "source": self.source,
+            "fingerprint": self.fingerprint,
+            "totals": totals,
+            "tensors": [t.to_json() for t in self.tensors],
+        }
 
 
 def weights(views: Iterable[TensorView]) -> int:
@@ -100,7 +117,12 @@ def bits_per_weight(views: Sequence[TensorView]) -> float:
     return 8 * size_bytes(views) / weights(views) if weights(views) else 0.0
 
 
-def inspect_source(source: str, against: str | None = None, track: Track = untracked, encodings: AimetFile | None = None) -> Inspection:
+def inspect_source(
+    source: str,
+    against: str | None = None,
+    track: Track = untracked,
+    encodings: AimetFile | None = None,
+) -> Inspection:
     """What `source` holds: a base, a Hugging Face folder of floats or integers, a GGUF file.
 
     Args:
@@ -117,7 +139,9 @@ def inspect_source(source: str, against: str | None = None, track: Track = untra
     if against is not None:
         other = open_files(path_of(against))
         if not opened.tensors.keys() & other.tensors.keys():
-            raise SourceError(f"{source!r} and {against!r} have no tensor of the same name; are they one model?")
+            raise SourceError(
+                f"{source!r} and {against!r} have no tensor of the same name; are they one model?"
+            )
         views = [_compared(view, opened, other) for view in track(views, "comparing", len(views))]
     return Inspection(opened.kind, source, tuple(views), opened.fingerprint)
 
@@ -144,7 +168,10 @@ def _views(opened: Opened) -> list[TensorView]:
         else:
             if stored not in known:
                 shape, grid = _described(opened.read(name))
-                known[stored] = shape, grid if kinds[stored] == 1 else re.sub(" a?symmetric", "", grid)
+                known[stored] = (
+                    shape,
+                    grid if kinds[stored] == 1 else re.sub(" a?symmetric", "", grid),
+                )
             found = known[stored]
         views.append(TensorView(name, *found, sum(part.bytes for part in stored)))
     return views
@@ -162,14 +189,18 @@ def _compared(view: TensorView, opened: Opened, other: Opened) -> TensorView:
     ours, theirs = opened.read(view.name), other.read(view.name)
     w_hat, w = _like(ours, theirs, opened, view.name), _like(theirs, ours, other, view.name)
     if w.shape != w_hat.shape:
-        raise SourceError(f"{view.name} is {list(w_hat.shape)} in one source and {list(w.shape)} in the other; they are not one model")
+        raise SourceError(
+            f"{view.name} is {list(w_hat.shape)} in one source and {list(w.shape)} in the other; they are not one model"
+        )
     if isinstance(ours, QuantizedTensor):
         view = replace(view, grid=str(ours.encoding.scheme))
     noise, signal = (float(values.double().square().sum()) for values in (w - w_hat, w))
     return replace(view, sqnr_db=sqnr_db(signal, noise))
 
 
-def _like(value: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor, opened: Opened, name: str) -> Tensor:
+def _like(
+    value: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor, opened: Opened, name: str
+) -> Tensor:
     """The values; floats the way round that integers have, if the other ones are integers."""
     if isinstance(value, QuantizedTensor):
         return value.dequantize()

@@ -75,23 +75,43 @@ def open_files(path: Path, encodings: AimetFile | None = None) -> Opened:
     if (path / RECORD).is_file():
         return _open_base(path)
     if not (path / "config.json").is_file():
-        raise SourceError(f"{str(path)!r} is no base, no Hugging Face folder (it has no config.json) and no .gguf file")
+        raise SourceError(
+            f"{str(path)!r} is no base, no Hugging Face folder (it has no config.json) and no .gguf file"
+        )
     method, _ = quantization_of(path)
     return _open_folder(path, method)
 
 
 def _open_base(folder: Path) -> Opened:
     base = BaseCheckpoint(folder)
-    stored = {name: tuple(_stored(base.files, found, found.rpartition(".")[2]) for found in parts) for name, parts in base.stored.items()}
+    stored = {
+        name: tuple(_stored(base.files, found, found.rpartition(".")[2]) for found in parts)
+        for name, parts in base.stored.items()
+    }
     schemes = {name: (scheme, shape) for name, (_, scheme, shape) in base.layers.items()}
-    return Opened("QWLoRA base", stored, base.read, lambda: _turned(empty_model(base.config, len(stored))), base.record["fingerprint"], schemes)
+    return Opened(
+        "QWLoRA base",
+        stored,
+        base.read,
+        lambda: _turned(empty_model(base.config, len(stored))),
+        base.record["fingerprint"],
+        schemes,
+    )
 
 
 def _open_aimet(folder: Path, encodings: AimetFile) -> Opened:
-    checkpoint = open_checkpoint(folder, encodings.path, keep_float=encodings.keep_float, block_order=encodings.block_order)
+    checkpoint = open_checkpoint(
+        folder, encodings.path, keep_float=encodings.keep_float, block_order=encodings.block_order
+    )
     assert isinstance(checkpoint, AimetCheckpoint)
     floats = checkpoint.floats
-    return Opened("float checkpoint with AIMET encodings", _held(floats), checkpoint.read, lambda: _turned(floats.model), schemes=checkpoint.schemes())
+    return Opened(
+        "float checkpoint with AIMET encodings",
+        _held(floats),
+        checkpoint.read,
+        lambda: _turned(floats.model),
+        schemes=checkpoint.schemes(),
+    )
 
 
 def _open_folder(folder: Path, method: str | None) -> Opened:
@@ -99,13 +119,25 @@ def _open_folder(folder: Path, method: str | None) -> Opened:
         files = SafetensorsFiles(folder)
         try:
             checkpoint = open_checkpoint(folder)
-        except SourceError:  # of a kind that has no language model: its headers can be shown all the same
-            return Opened("float checkpoint", {name: (_stored(files, name, "weight"),) for name in files.names()}, files.read, frozenset)
+        except (
+            SourceError
+        ):  # of a kind that has no language model: its headers can be shown all the same
+            return Opened(
+                "float checkpoint",
+                {name: (_stored(files, name, "weight"),) for name in files.names()},
+                files.read,
+                frozenset,
+            )
     else:
         checkpoint = open_checkpoint(folder)
     assert isinstance(checkpoint, FolderCheckpoint)
     model = checkpoint.model
-    return Opened("float checkpoint" if method is None else f"{method} checkpoint", _held(checkpoint), checkpoint.read, lambda: _turned(model))
+    return Opened(
+        "float checkpoint" if method is None else f"{method} checkpoint",
+        _held(checkpoint),
+        checkpoint.read,
+        lambda: _turned(model),
+    )
 
 
 def _held(checkpoint: FolderCheckpoint) -> dict[str, tuple[Stored, ...]]:
@@ -116,7 +148,11 @@ def _held(checkpoint: FolderCheckpoint) -> dict[str, tuple[Stored, ...]]:
         raw.setdefault(name.rpartition(".")[0], []).append(name)
     tensors = {}
     for name in checkpoint.names():
-        names = [found for stored in checkpoint.stored_names(name) for found in _behind(stored, files, raw)]
+        names = [
+            found
+            for stored in checkpoint.stored_names(name)
+            for found in _behind(stored, files, raw)
+        ]
         tensors[name] = tuple(_stored(files, found, found.rpartition(".")[2]) for found in names)
     return tensors
 
@@ -126,14 +162,20 @@ def _open_gguf(path: Path) -> Opened:
     held, tensors = checkpoint.file.tensors, {}  # type: ignore[attr-defined]
     for name in checkpoint.names():
         sources = [held[stored] for stored in checkpoint.stored_names(name)]  # type: ignore[attr-defined]
-        tensors[name] = tuple(Stored("weight", source.kind, source.shape, source.size_bytes) for source in sources)
+        tensors[name] = tuple(
+            Stored("weight", source.kind, source.shape, source.size_bytes) for source in sources
+        )
     model = checkpoint.model  # type: ignore[attr-defined]
     return Opened("GGUF file", tensors, checkpoint.read, lambda: _turned(model))
 
 
 def _behind(stored: str, files: SafetensorsFiles, raw: Mapping[str, list[str]]) -> list[str]:
     """The files' own tensors behind one that a reader makes: itself, or all of its layer but the bias."""
-    return [stored] if stored in files else [name for name in raw.get(stored.rpartition(".")[0], []) if not name.endswith(".bias")]
+    return (
+        [stored]
+        if stored in files
+        else [name for name in raw.get(stored.rpartition(".")[0], []) if not name.endswith(".bias")]
+    )
 
 
 def _turned(model: nn.Module) -> frozenset[str]:
@@ -142,7 +184,11 @@ def _turned(model: nn.Module) -> frozenset[str]:
     for path, module in model.named_modules():
         turned = ["weight"] if isinstance(module, Conv1D) else []
         if getattr(module, "is_transposed", False):
-            turned += [key for key, parameter in module._parameters.items() if parameter is not None and parameter.ndim == 3]
+            turned += [
+                key
+                for key, parameter in module._parameters.items()
+                if parameter is not None and parameter.ndim == 3
+            ]
         found |= {place_name((path, key)) for key in turned}
     return frozenset(found)
 

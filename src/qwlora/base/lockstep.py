@@ -89,7 +89,9 @@ class Lockstep:
         CalibrationError: the batches do not meet the parts in one order.
     """
 
-    def __init__(self, model: nn.Module, parts: Sequence[str], batches: Sequence[Mapping[str, Any]]):
+    def __init__(
+        self, model: nn.Module, parts: Sequence[str], batches: Sequence[Mapping[str, Any]]
+    ):
         self.model = model
         self._waiting = set(parts)
         self._current: _Batch | None = None
@@ -101,7 +103,12 @@ class Lockstep:
     def __enter__(self) -> Lockstep:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for batch in self.batches:
             batch.stop()
         for name in list(self._gated):
@@ -114,7 +121,9 @@ class Lockstep:
             batch.resume()
         places = {batch.at for batch in self.batches}
         if len(places) > 1:
-            raise CalibrationError(f"the calibration batches do not run through the model's parts in one order: some stand at {', '.join(map(str, places))}")
+            raise CalibrationError(
+                f"the calibration batches do not run through the model's parts in one order: some stand at {', '.join(map(str, places))}"
+            )
         (place,) = places
         if place is not None:
             self._waiting.discard(place)

@@ -50,15 +50,23 @@ class Observed:
         return Moment(self.input.matrix, None if self.output is None else self.output.matrix)
 
 
-def observe(model: nn.Module, part: str, tensors: Sequence[str], lockstep: Lockstep, outputs: bool = True) -> dict[str, Observed]:
+def observe(
+    model: nn.Module, part: str, tensors: Sequence[str], lockstep: Lockstep, outputs: bool = True
+) -> dict[str, Observed]:
     """Run the part that `lockstep` stands before, and give R and, with `outputs`, G for each matrix product in `tensors` whose errors move the part's output.
     A layer that is the whole part, such as a head, has no G: it would be a multiple of 1.
 
     Raises:
         CalibrationError: the part's result does not depend on its layers in a way that can be differentiated, or an input or a gradient is not finite.
     """
-    modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in tensors if name.endswith(".weight")}
-    products = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    modules = {
+        name: model.get_submodule(name.removesuffix(".weight"))
+        for name in tensors
+        if name.endswith(".weight")
+    }
+    products = {
+        name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)
+    }
     found: dict[str, Observed] = {}
     if not products:
         return found
@@ -66,10 +74,15 @@ def observe(model: nn.Module, part: str, tensors: Sequence[str], lockstep: Locks
         seeds = count()
         for result in lockstep.repeat():
             if calls:
-                gradients = _gradients(canonical_name(part), result, [z for _, _, z in calls], next(seeds))
+                gradients = _gradients(
+                    canonical_name(part), result, [z for _, _, z in calls], next(seeds)
+                )
                 for (name, x, _), gradient in zip(calls, gradients, strict=True):
                     if name not in found:
-                        found[name] = Observed(SecondMoment(), SecondMoment() if outputs and name != f"{part}.weight" else None)
+                        found[name] = Observed(
+                            SecondMoment(),
+                            SecondMoment() if outputs and name != f"{part}.weight" else None,
+                        )
                     _take_in(found[name], canonical_name(name), x, gradient)
                 del gradients, gradient, x
             del result  # before the next batch runs
@@ -77,19 +90,25 @@ def observe(model: nn.Module, part: str, tensors: Sequence[str], lockstep: Locks
     return {name: observed for name, observed in found.items() if observed.input.weight > 0}
 
 
-def _gradients(part: str, result: Any, outputs: Sequence[Tensor], seed: int) -> Sequence[Tensor | None]:
+def _gradients(
+    part: str, result: Any, outputs: Sequence[Tensor], seed: int
+) -> Sequence[Tensor | None]:
     """dp / dz of each of the layers' outputs."""
     remedy = "solver gptq, init qera and rank_budget need that; for its layers take solver search, by a rule, and init zero or svd"
     try:
         for y in _tensors(result):
             if y.requires_grad:
                 probe = _probe(y, torch.Generator().manual_seed(seed))
-                gradients = torch.autograd.grad(y, outputs, probe, retain_graph=True, allow_unused=True)
+                gradients = torch.autograd.grad(
+                    y, outputs, probe, retain_graph=True, allow_unused=True
+                )
                 if any(gradient is not None for gradient in gradients):
                     return gradients
     except (RuntimeError, NotImplementedError) as error:
         raise CalibrationError(f"{part} cannot be differentiated ({error}); {remedy}") from error
-    raise CalibrationError(f"no tensor in the result of {part} can be differentiated back to its layers; {remedy}")
+    raise CalibrationError(
+        f"no tensor in the result of {part} can be differentiated back to its layers; {remedy}"
+    )
 
 
 def _take_in(observed: Observed, layer: str, x: Tensor, gradient: Tensor | None) -> None:
@@ -119,14 +138,19 @@ def _recorded(products: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Ten
     calls: list[tuple[str, Tensor, Tensor]] = []
 
     def record(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
             x = args[0] if args else next(iter(kwargs.values()))
             calls.append((name, x.detach().clone(), output.requires_grad_()))
             return output.clone()
 
         return hook
 
-    hooks = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in products.items()]
+    hooks = [
+        module.register_forward_hook(record(name), with_kwargs=True)
+        for name, module in products.items()
+    ]
     try:
         yield calls
     finally:
@@ -134,7 +158,9 @@ def _recorded(products: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Ten
             hook.remove()
 
 
-def _probe(y: Float[Tensor, "*tokens features"], generator: torch.Generator) -> Float[Tensor, "*tokens features"]:
+def _probe(
+    y: Float[Tensor, "*tokens features"], generator: torch.Generator
+) -> Float[Tensor, "*tokens features"]:
     """`r / |y|`."""
     length = y.detach().float().norm(dim=-1, keepdim=True)
     usual = length[length > 0]

@@ -25,18 +25,26 @@ def join_parts(parts: Sequence[Path]) -> Path:
         SourceError: a part is missing, the first is not called `NAME.gguf` with something behind it, or the cache cannot be written.
     """
     if missing := [part for part in parts if not part.is_file()]:
-        raise SourceError(f"{str(missing[0])!r}, part {parts.index(missing[0]) + 1} of {len(parts)} of a model, is not there; install or download all parts")
+        raise SourceError(
+            f"{str(missing[0])!r}, part {parts.index(missing[0]) + 1} of {len(parts)} of a model, is not there; install or download all parts"
+        )
     stem, found, _ = parts[0].name.partition(SUFFIX)
     if not found:
-        raise SourceError(f"{str(parts[0])!r} is no part of a {SUFFIX} file; parts are joined for those alone (NAME{SUFFIX}.part00+NAME{SUFFIX}.part01)")
-    identity = "\0".join(f"{part.resolve()}\0{part.stat().st_size}\0{part.stat().st_mtime_ns}" for part in parts)
+        raise SourceError(
+            f"{str(parts[0])!r} is no part of a {SUFFIX} file; parts are joined for those alone (NAME{SUFFIX}.part00+NAME{SUFFIX}.part01)"
+        )
+    identity = "\0".join(
+        f"{part.resolve()}\0{part.stat().st_size}\0{part.stat().st_mtime_ns}" for part in parts
+    )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwlora" / "joined"
     target = cache / hashlib.sha256(identity.encode()).hexdigest()[:16] / f"{stem}{SUFFIX}"
     try:
         if not target.is_file():
             _write(target, parts)
     except OSError as error:
-        raise SourceError(f"the parts of {target.name!r} cannot be joined in {str(cache)!r}: {error}; set XDG_CACHE_HOME to a folder with room") from error
+        raise SourceError(
+            f"the parts of {target.name!r} cannot be joined in {str(cache)!r}: {error}; set XDG_CACHE_HOME to a folder with room"
+        ) from error
     return target
 
 

@@ -43,15 +43,21 @@ def check_positions(model: PreTrainedModel, count: int) -> str | None:
         return None
     found = f"sequences have {count} tokens, but {type(model).__name__} has positions for {rows}"
     if table:
-        raise SourceError(f"{found} (the table {table[0]}): set data.sequence_tokens to {rows} at most")
-    origin = "max_position_embeddings" if rows == stated else f"max_position_embeddings {stated}, scaled"
+        raise SourceError(
+            f"{found} (the table {table[0]}): set data.sequence_tokens to {rows} at most"
+        )
+    origin = (
+        "max_position_embeddings" if rows == stated else f"max_position_embeddings {stated}, scaled"
+    )
     return f"{found} ({origin}) and computes the others without having been trained on them; expect worse results, or lower data.sequence_tokens"
 
 
 def _reach(config: Any, stated: int) -> int | None:
     """Up to which position rotary embeddings were trained or scaled; None where they are scaled and that is not known."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    by_layers = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]  # one for each type of layer, or one
+    by_layers = [p for p in parameters.values() if isinstance(p, dict)] or [
+        parameters
+    ]  # one for each type of layer, or one
     reaches = [stated]
     for rope in by_layers:
         kind, factor = rope.get("rope_type", "default"), rope.get("factor")
@@ -66,10 +72,19 @@ def _table(model: PreTrainedModel, stated: int | None) -> tuple[str, int] | None
     """The name of the model's table of positions, and how many positions it has."""
     if found := min(_beside_tokens(model, stated), key=lambda entry: entry[0], default=None):
         return found[1:]
-    return next(((name, len(buffer)) for name, buffer in model.named_buffers() if buffer.ndim == 2 and len(buffer) == stated), None)
+    return next(
+        (
+            (name, len(buffer))
+            for name, buffer in model.named_buffers()
+            if buffer.ndim == 2 and len(buffer) == stated
+        ),
+        None,
+    )
 
 
-def _beside_tokens(model: PreTrainedModel, stated: int | None) -> Iterator[tuple[tuple[bool, bool], str, int]]:
+def _beside_tokens(
+    model: PreTrainedModel, stated: int | None
+) -> Iterator[tuple[tuple[bool, bool], str, int]]:
     """The embeddings beside that of the tokens which are named after positions, or have as many rows; the surest have the smallest key."""
     tokens = model.get_input_embeddings()
     for path, module in model.named_modules():
@@ -81,7 +96,13 @@ def _beside_tokens(model: PreTrainedModel, stated: int | None) -> Iterator[tuple
                 continue
             named = bool(_NAME.search(key) or _CLASS.search(type(table).__name__))
             fits = stated is not None and 0 <= table.num_embeddings - stated <= _OFFSETS
-            unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from the row behind its padding
+            unused = (
+                0 if table.padding_idx is None else table.padding_idx + 1
+            )  # RoBERTa counts from the row behind its padding
             rows = table.num_embeddings - max(unused, int(getattr(table, "offset", 0)))
             if named or fits:
-                yield (not fits, not named), f"{path}.{key}".removeprefix("."), min(stated, rows) if fits and stated else rows
+                yield (
+                    (not fits, not named),
+                    f"{path}.{key}".removeprefix("."),
+                    min(stated, rows) if fits and stated else rows,
+                )

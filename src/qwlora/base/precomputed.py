@@ -16,7 +16,17 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from qwlora.base.assembly import Place, blocks_of, empty_model, is_below, listed, place_name, put_, tensor_at, tensor_places
+from qwlora.base.assembly import (
+    Place,
+    blocks_of,
+    empty_model,
+    is_below,
+    listed,
+    place_name,
+    put_,
+    tensor_at,
+    tensor_places,
+)
 from qwlora.base.checkpoint import Checkpoint
 from qwlora.base.packed import pack_at_, tie_weights_
 from qwlora.errors import GridError, SourceError
@@ -52,10 +62,16 @@ class LazyModel:
         if folder is not None and (folder / "generation_config.json").is_file():
             self.model.generation_config = GenerationConfig.from_pretrained(folder)
         self.places = tensor_places(self.model)
-        first = {place_name(place): name for name, places in self.places.items() for place in places}
-        self.stored = {first.get(name, name): name for name in checkpoint.names()}  # a tied tensor may be stored under any of its names
+        first = {
+            place_name(place): name for name, places in self.places.items() for place in places
+        }
+        self.stored = {
+            first.get(name, name): name for name in checkpoint.names()
+        }  # a tied tensor may be stored under any of its names
         if wrong := _wrong_names(set(self.stored), set(self.places)):
-            raise SourceError(f"the files and config.json ({type(self.model).__name__}) disagree: {wrong}. Is the configuration another model's?")
+            raise SourceError(
+                f"the files and config.json ({type(self.model).__name__}) disagree: {wrong}. Is the configuration another model's?"
+            )
 
     def materialize_(self, path: str = "", track: Track = untracked) -> nn.Module:
         """Load what is below module `path` and has no data yet: floats as float32, integers packed. Returns the module that is there now.
@@ -63,7 +79,11 @@ class LazyModel:
         Raises:
             SourceError: a tensor cannot be read, or has another shape than its parameter.
         """
-        names = [name for name in self.stored if any(is_below(place, path) for place in self._waiting(name))]
+        names = [
+            name
+            for name in self.stored
+            if any(is_below(place, path) for place in self._waiting(name))
+        ]
         for name in track(names, "reading", len(names)):
             self.load_(name)
         return self.model.get_submodule(path)
@@ -86,12 +106,19 @@ class LazyModel:
     @contextmanager
     def in_passing(self) -> Iterator[PreTrainedModel]:
         """The model, ready to run: its blocks (members of outermost module lists) have their data only while they run, what is in none of them throughout."""
-        blocks = [path for path in blocks_of(self.model) if type(self.model.get_submodule(path)).forward is not nn.Module.forward]
+        blocks = [
+            path
+            for path in blocks_of(self.model)
+            if type(self.model.get_submodule(path)).forward is not nn.Module.forward
+        ]
         self.load_outside_(blocks)
         hooks = []
         for path in blocks:
             block = self.model.get_submodule(path)
-            hooks += [block.register_forward_pre_hook(_ignoring(self.materialize_, path)), block.register_forward_hook(_ignoring(self.release_, path))]
+            hooks += [
+                block.register_forward_pre_hook(_ignoring(self.materialize_, path)),
+                block.register_forward_hook(_ignoring(self.release_, path)),
+            ]
         try:
             yield self.model
         finally:
@@ -116,14 +143,18 @@ class LazyModel:
         expected = tensor_at(self.model, places[0])
         assert expected is not None
         if value.shape != expected.shape:
-            raise SourceError(f"{name} has shape {list(value.shape)} in the files, but {list(expected.shape)} in the model that config.json builds")
+            raise SourceError(
+                f"{name} has shape {list(value.shape)} in the files, but {list(expected.shape)} in the model that config.json builds"
+            )
         put_(self.model, places, value.to(torch.float32) if value.is_floating_point() else value)
 
     def _pack_(self, name: str, value: QuantizedTensor) -> None:
         try:
             pack_at_(self.model, name, value)
         except GridError as error:
-            raise SourceError(f"{name} is {value.encoding.scheme} in the files, and cannot be packed: {error}") from error
+            raise SourceError(
+                f"{name} is {value.encoding.scheme} in the files, and cannot be packed: {error}"
+            ) from error
         if len(self.places[name]) > 1:
             tie_weights_(self.model)
 

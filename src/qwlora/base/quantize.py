@@ -88,7 +88,9 @@ def quantize_(
     else:
         reports = {}
         for name in track(list(plan), "quantizing", len(plan)):
-            quantized, reports[canonical_name(name)] = solve_tensor(name, tensor_out_in(model, name), plan[name])
+            quantized, reports[canonical_name(name)] = solve_tensor(
+                name, tensor_out_in(model, name), plan[name]
+            )
             pack_at_(model, name, quantized)
     if isinstance(model, PreTrainedModel):
         tie_weights_(model)
@@ -97,7 +99,13 @@ def quantize_(
     return QuantizeReport(base_size(model), reports)
 
 
-def plan_layers(model: nn.Module, scheme: Scheme, solver: str, rules: Sequence[Rule] = (), gptq: GptqSettings | None = None) -> dict[str, Assignment]:
+def plan_layers(
+    model: nn.Module,
+    scheme: Scheme,
+    solver: str,
+    rules: Sequence[Rule] = (),
+    gptq: GptqSettings | None = None,
+) -> dict[str, Assignment]:
     """Grid and solver of each tensor that `quantize_` would replace, by its name in the model; raises what it would raise."""
     for named in {solver, *(rule.solver for rule in rules if rule.solver)}:
         check_solver(named)
@@ -105,7 +113,9 @@ def plan_layers(model: nn.Module, scheme: Scheme, solver: str, rules: Sequence[R
     for name, todo in assign(find_tensors(model), scheme, solver, rules).items():
         shape = tuple(tensor_out_in(model, name).shape)
         granularity = todo.scheme.granularity
-        if len(shape) == 3 and isinstance(granularity, PerChannel):  # a channel of a bank of experts is a row of one of them
+        if len(shape) == 3 and isinstance(
+            granularity, PerChannel
+        ):  # a channel of a bank of experts is a row of one of them
             todo = replace(todo, scheme=replace(todo.scheme, granularity=PerBlock(shape[-1])))
         try:
             todo.scheme.scale_shape(shape)
@@ -113,8 +123,12 @@ def plan_layers(model: nn.Module, scheme: Scheme, solver: str, rules: Sequence[R
             misfits.append(f"{canonical_name(name)}: {todo.scheme} does not fit: {error}")
         plan[name] = replace(todo, gptq=gptq or todo.gptq)
     if misfits:
-        shown = "\n  ".join(misfits[:5] + ([f"and {len(misfits) - 5} more"] if len(misfits) > 5 else []))
-        raise GridError(f"{len(misfits)} of {len(plan)} layers do not fit their scheme; choose a block size that divides their input\n  {shown}")
+        shown = "\n  ".join(
+            misfits[:5] + ([f"and {len(misfits) - 5} more"] if len(misfits) > 5 else [])
+        )
+        raise GridError(
+            f"{len(misfits)} of {len(plan)} layers do not fit their scheme; choose a block size that divides their input\n  {shown}"
+        )
     if not plan:
         raise GridError("the model has no layer left to quantize")
     return plan
@@ -151,17 +165,29 @@ def _heads(model: nn.Module) -> set[nn.Module]:
         return set()
     output = inner.get_output_embeddings()
     body = set(inner.base_model.modules())
-    return {getattr(output, "base_layer", output), *(module for module in inner.modules() if module not in body)}
+    return {
+        getattr(output, "base_layer", output),
+        *(module for module in inner.modules() if module not in body),
+    }
 
 
 def is_bank(module: nn.Module, key: str) -> bool:
     """Whether the parameter is a stack of matrices, one an expert."""
     parameter = module._parameters.get(key)
-    return parameter is not None and parameter.ndim == 3 and parameter.is_floating_point() and min(parameter.shape) > 1
+    return (
+        parameter is not None
+        and parameter.ndim == 3
+        and parameter.is_floating_point()
+        and min(parameter.shape) > 1
+    )
 
 
 def base_size(model: nn.Module) -> BaseSize:
     """Bytes and count of all packed weights in `model`."""
     own = [layer for layer in packed_weights(model).values() if not layer.is_tied]
     floats = sum(p.numel() for name, p in model.named_parameters() if not is_adapter_name(name))
-    return BaseSize(sum(layer.own_bytes for layer in own), sum(math.prod(layer.tensor.shape) for layer in own), floats)
+    return BaseSize(
+        sum(layer.own_bytes for layer in own),
+        sum(math.prod(layer.tensor.shape) for layer in own),
+        floats,
+    )

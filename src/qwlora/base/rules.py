@@ -59,7 +59,9 @@ class Candidate:
     calibrated: bool
 
 
-def assign(candidates: Mapping[str, Candidate], scheme: Scheme, solver: str, rules: Sequence[Rule]) -> dict[str, Assignment]:
+def assign(
+    candidates: Mapping[str, Candidate], scheme: Scheme, solver: str, rules: Sequence[Rule]
+) -> dict[str, Assignment]:
     """Grid and solver of each tensor that is quantized, in the candidates' order.
 
     Where the base's own solver follows inputs and a tensor has none to follow (embeddings, kernels, fused experts), `search` takes its place.
@@ -68,11 +70,24 @@ def assign(candidates: Mapping[str, Candidate], scheme: Scheme, solver: str, rul
         GridError: rules match nothing (all are named, with near names), or one gives a tensor a solver that cannot solve it.
     """
     names = [path for candidate in candidates.values() for path in candidate.paths]
-    problems = [f"{rule.match!r} matches no layer{_near(rule.match, names)}" for rule in rules if not any(fnmatchcase(name, rule.match) for name in names)]
+    problems = [
+        f"{rule.match!r} matches no layer{_near(rule.match, names)}"
+        for rule in rules
+        if not any(fnmatchcase(name, rule.match) for name in names)
+    ]
     found = {}
     for tensor, candidate in candidates.items():
-        rule = next((rule for rule in rules if any(fnmatchcase(path, rule.match) for path in candidate.paths)), None)
-        if (rule is None and not candidate.by_default) or (rule is not None and rule.scheme is None):
+        rule = next(
+            (
+                rule
+                for rule in rules
+                if any(fnmatchcase(path, rule.match) for path in candidate.paths)
+            ),
+            None,
+        )
+        if (rule is None and not candidate.by_default) or (
+            rule is not None and rule.scheme is None
+        ):
             continue
         chosen = rule.solver if rule is not None else None
         if chosen in CALIBRATED and not candidate.calibrated:
@@ -80,15 +95,24 @@ def assign(candidates: Mapping[str, Candidate], scheme: Scheme, solver: str, rul
                 f"{candidate.paths[0]}: solver {chosen} follows the inputs of a matrix product and cannot solve this tensor; choose search, sqnr or rtn"
             )
         own = "search" if solver in CALIBRATED and not candidate.calibrated else solver
-        found[tensor] = Assignment(scheme if rule is None or rule.scheme is None else rule.scheme, chosen or own)
+        found[tensor] = Assignment(
+            scheme if rule is None or rule.scheme is None else rule.scheme, chosen or own
+        )
     if problems:
-        raise GridError("\n  ".join([f"{len(problems)} of the base's rules cannot be followed:", *problems]))
+        raise GridError(
+            "\n  ".join([f"{len(problems)} of the base's rules cannot be followed:", *problems])
+        )
     return found
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
     """Names like the pattern: of whole paths, or of their last parts."""
     ends = {name.rpartition(".")[2]: name for name in names}
-    near = [ends[end] for end in difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.5)]
+    near = [
+        ends[end]
+        for end in difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.5)
+    ]
     near = near or difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-    return f"; near are {', '.join(near)}" if near else f"; the layers are {', '.join(names[:5])} ..."
+    return (
+        f"; near are {', '.join(near)}" if near else f"; the layers are {', '.join(names[:5])} ..."
+    )

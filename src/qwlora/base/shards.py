@@ -26,7 +26,11 @@ class ShardWriter:
         self._waiting: dict[str, Tensor] = {}
         self._waiting_bytes = self._total_bytes = 0
         self._shards: list[list[str]] = []
-        for old in [*folder.glob("model*.safetensors"), folder / INDEX, *folder.glob(".shard-*.part")]:
+        for old in [
+            *folder.glob("model*.safetensors"),
+            folder / INDEX,
+            *folder.glob(".shard-*.part"),
+        ]:
             old.unlink(missing_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -42,13 +46,26 @@ class ShardWriter:
         """Write what waits, and give all files their names."""
         self._write()
         count = len(self._shards)
-        names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        names = (
+            [SINGLE]
+            if count == 1
+            else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        )
         for i, name in enumerate(names):
-            self._part(i).chmod(self.folder.stat().st_mode & 0o666)  # safetensors writes for its owner alone
+            self._part(i).chmod(
+                self.folder.stat().st_mode & 0o666
+            )  # safetensors writes for its owner alone
             self._part(i).replace(self.folder / name)
         if count > 1:
-            placed = {tensor: name for name, tensors in zip(names, self._shards, strict=True) for tensor in tensors}
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(placed.items()))}
+            placed = {
+                tensor: name
+                for name, tensors in zip(names, self._shards, strict=True)
+                for tensor in tensors
+            }
+            index = {
+                "metadata": {"total_size": self._total_bytes},
+                "weight_map": dict(sorted(placed.items())),
+            }
             (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
     def _write(self) -> None:

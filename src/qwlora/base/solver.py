@@ -21,7 +21,11 @@ from qwlora.grid.observer import measure
 from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 
-_DATA_FREE: dict[str, Callable[[Tensor, Scheme], Encoding]] = {"rtn": measure, "search": fit, "sqnr": partial(fit, clipping_penalty=3.0)}
+_DATA_FREE: dict[str, Callable[[Tensor, Scheme], Encoding]] = {
+    "rtn": measure,
+    "search": fit,
+    "sqnr": partial(fit, clipping_penalty=3.0),
+}
 CALIBRATED = ("gptq",)
 SOLVERS = (*_DATA_FREE, *CALIBRATED)
 
@@ -37,7 +41,11 @@ def check_solver(solver: str) -> None:
 
 
 def solve(
-    weight: Tensor, scheme: Scheme, solver: str, moment: Tensor | None = None, settings: GptqSettings | None = None
+    weight: Tensor,
+    scheme: Scheme,
+    solver: str,
+    moment: Tensor | None = None,
+    settings: GptqSettings | None = None,
 ) -> tuple[QuantizedTensor, GptqReport | None]:
     """Quantize `weight` [out, in], or `[experts, out, in]` by a solver that looks at weights alone; what gptq says of itself.
 
@@ -54,5 +62,7 @@ def solve(
         encoding = _DATA_FREE[solver](weight, scheme)
         return QuantizedTensor(encoding.quantize(weight), encoding), None
     if moment is None:
-        raise CalibrationError("no calibration batch reaches this layer, or its output moves nothing there; give it solver search, or keep it float, by a rule")
+        raise CalibrationError(
+            "no calibration batch reaches this layer, or its output moves nothing there; give it solver search, or keep it float, by a rule"
+        )
     return gptq(weight, moment, scheme, settings)

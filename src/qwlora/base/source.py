@@ -55,7 +55,9 @@ class Location:
         if "base.json" in names:
             return False
         config = (self.path / "config.json").read_text(errors="replace")
-        return not names & {"quantize_config.json", "quant_config.json"} and not re.search(r'"(quantization|compression)_config"\s*:\s*\{', config)
+        return not names & {"quantize_config.json", "quant_config.json"} and not re.search(
+            r'"(quantization|compression)_config"\s*:\s*\{', config
+        )
 
 
 def locate(source: str) -> Location:
@@ -65,7 +67,10 @@ def locate(source: str) -> Location:
         SourceError: nothing is there, or what is there is not a model.
     """
     if "+" in source and not Path(source).expanduser().exists():
-        parts = [_inside_package(part) if part.startswith("package:") else Path(part).expanduser() for part in source.split("+")]
+        parts = [
+            _inside_package(part) if part.startswith("package:") else Path(part).expanduser()
+            for part in source.split("+")
+        ]
         path = join_parts(parts)
         return Location(str(path.parent), path.name, tuple(parts))
     if source.startswith("package:"):
@@ -83,11 +88,17 @@ def locate(source: str) -> Location:
     if path.is_dir():
         if not (path / "config.json").exists():
             held = sorted(p.name for p in path.glob("*.gguf"))
-            remedy = f"give one of its files: {', '.join(held[:5])}" if held else "give the folder of a Hugging Face checkpoint, or a .gguf file"
+            remedy = (
+                f"give one of its files: {', '.join(held[:5])}"
+                if held
+                else "give the folder of a Hugging Face checkpoint, or a .gguf file"
+            )
             raise SourceError(f"model folder {source!r} has no config.json; {remedy}")
         return Location(str(path), None, tuple(sorted(p for p in path.iterdir() if p.is_file())))
     if path.suffix != ".gguf":
-        raise SourceError(f"model file {source!r} is not a .gguf file; for a Hugging Face checkpoint give its folder")
+        raise SourceError(
+            f"model file {source!r} is not a .gguf file; for a Hugging Face checkpoint give its folder"
+        )
     return Location(str(path.parent), path.name, (path,))
 
 
@@ -100,7 +111,9 @@ def fetch(source: str) -> Location:
     location = locate(source)
     if location.files:
         return location
-    folder = _downloaded(location.pretrained, *([location.gguf_file] if location.gguf_file else _HUB_FILES))
+    folder = _downloaded(
+        location.pretrained, *([location.gguf_file] if location.gguf_file else _HUB_FILES)
+    )
     if not location.gguf_file and not any(folder.glob("*.safetensors")):
         folder = _downloaded(location.pretrained, *_HUB_FILES, "*.bin")
     return locate(str(folder / location.gguf_file if location.gguf_file else folder))
@@ -108,14 +121,18 @@ def fetch(source: str) -> Location:
 
 @cache
 def _downloaded(repository: str, *files: str) -> Path:
-    return downloaded("model", repository, files, None if any("/" in file for file in files) else ["*/*"])  # other formats of the same weights
+    return downloaded(
+        "model", repository, files, None if any("/" in file for file in files) else ["*/*"]
+    )  # other formats of the same weights
 
 
 def _inside_package(source: str) -> Path:
     package, _, rest = source.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if re.fullmatch(r"\w+", package) else None
     if spec is None or not spec.submodule_search_locations:
-        raise SourceError(f"model {source!r}: the Python package {package!r} is not installed; install it (pip install {package.replace('_', '-')})")
+        raise SourceError(
+            f"model {source!r}: the Python package {package!r} is not installed; install it (pip install {package.replace('_', '-')})"
+        )
     return Path(next(iter(spec.submodule_search_locations))) / rest
 
 
@@ -123,7 +140,9 @@ def _readable(source: str) -> Location:
     """`fetch`, and see that what reads it is installed and that `check_counts_of` has nothing against it."""
     location = fetch(source)
     if location.gguf_file and importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(f"gguf is needed to read {source!r} and is not installed: pip install 'qwlora[gguf]'")
+        raise MissingExtraError(
+            f"gguf is needed to read {source!r} and is not installed: pip install 'qwlora[gguf]'"
+        )
     check_counts_of(location)
     return location
 
@@ -156,15 +175,36 @@ def load_model(source: str) -> PreTrainedModel:
 
     location = _readable(source)
     if not location.holds_floats:
-        raise SourceError(f"model {source!r} holds integers; they can be kept (base.solver: keep), but there is no float model to load")
+        raise SourceError(
+            f"model {source!r} holds integers; they can be kept (base.solver: keep), but there is no float model to load"
+        )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(location.pretrained, dtype=torch.float32, output_loading_info=True, **location.arguments())
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, ImportError, SafetensorError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location.pretrained,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **location.arguments(),
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        NotImplementedError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         raise SourceError(f"model {source!r} cannot be loaded: {error}") from error
     model: PreTrainedModel = loaded[0]
     found = loaded[1]
-    if wrong := sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"]):  # which would be random numbers now
-        unknown = f"; the files hold {_listed(sorted(found['unexpected_keys']))}, which it does not have" if found["unexpected_keys"] else ""
+    if wrong := sorted(found["missing_keys"]) + sorted(
+        name for name, *_ in found["mismatched_keys"]
+    ):  # which would be random numbers now
+        unknown = (
+            f"; the files hold {_listed(sorted(found['unexpected_keys']))}, which it does not have"
+            if found["unexpected_keys"]
+            else ""
+        )
         raise SourceError(
             f"model {source!r}: its files do not hold, or hold in another shape, {_listed(wrong)} of {type(model).__name__}{unknown}. "
             "Download it again, or give a checkpoint of the whole language model"
@@ -202,7 +242,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
     location = _readable(source)
     without = f"model {source!r} has no tokenizer: its files (tokenizer.json and the like) belong beside the weights"
-    if not location.gguf_file and not any(re.match("(tokenizer|vocab|spiece|sentencepiece)", file.name) for file in location.files):
+    if not location.gguf_file and not any(
+        re.match("(tokenizer|vocab|spiece|sentencepiece)", file.name) for file in location.files
+    ):
         raise SourceError(without)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.pretrained, **location.arguments())

@@ -27,7 +27,13 @@ from qwlora.base.readers.configuration import read_config
 from qwlora.base.readers.safetensors_files import SafetensorsFiles, read_json
 from qwlora.base.shards import SHARD_BYTES, ShardWriter
 from qwlora.errors import FingerprintError, GridError, SourceError
-from qwlora.grid.fingerprint import base_tensors, combined, config_numbers, keep_fingerprint_, tensor_digest
+from qwlora.grid.fingerprint import (
+    base_tensors,
+    combined,
+    config_numbers,
+    keep_fingerprint_,
+    tensor_digest,
+)
 from qwlora.grid.names import canonical_name
 from qwlora.grid.packed_tensor import narrowest
 from qwlora.grid.scheme import Scheme
@@ -35,10 +41,20 @@ from qwlora.grid.scheme import Scheme
 FORMAT = 3
 RECORD = "base.json"
 _FLOATS = ("F32", "BF16", "F16")
-_TYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL", torch.float64: "F64"}
+_TYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.float64: "F64",
+}
 
 
-def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, source: str) -> str:
+def save_base(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, source: str
+) -> str:
     """Write the base inside `model` into `folder`, which must exist; returns its fingerprint."""
     writer = BaseWriter(Path(folder))
     writer.add(model)
@@ -64,10 +80,20 @@ class BaseWriter:
             self._digests[full] = tensor_digest(full, layout, tensor)
             self._shards.add(full, narrowest(tensor) if tensor.dtype == torch.float32 else tensor)
         for below, layer in module.named_modules(prefix=path):
-            if isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied and not layer.tensor.parts.packed.is_meta:
-                self._layers[canonical_name(below)] = {"shape": list(layer.tensor.shape), **layer.scheme.to_json()}
+            if (
+                isinstance(layer, PackedLayer)
+                and is_packed(layer)
+                and not layer.is_tied
+                and not layer.tensor.parts.packed.is_meta
+            ):
+                self._layers[canonical_name(below)] = {
+                    "shape": list(layer.tensor.shape),
+                    **layer.scheme.to_json(),
+                }
 
-    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    def finish(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
+    ) -> str:
         """Write what remains; `model` gives the configuration. Returns the fingerprint."""
         self._shards.finish()
         model.config.save_pretrained(self.folder)
@@ -75,14 +101,22 @@ class BaseWriter:
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(self.folder)
         identity = combined(self._digests, config_numbers(model))
-        record = {"format": FORMAT, "fingerprint": identity, "source": source, "layers": self._layers, "tensors": self._digests}
+        record = {
+            "format": FORMAT,
+            "fingerprint": identity,
+            "source": source,
+            "layers": self._layers,
+            "tensors": self._digests,
+        }
         part = self.folder / f".{RECORD}.part"
         part.write_text(json.dumps(record, indent=1) + "\n")
         part.replace(self.folder / RECORD)
         return identity
 
 
-def load_base(folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_base(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
     """Load a base that `save_base` wrote.
 
     Args:
@@ -107,7 +141,9 @@ def load_base(folder: str | Path, dtype: torch.dtype = torch.float32, device: st
         keep_fingerprint_(model, now, record["fingerprint"])
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.name_or_path = record["source"] if Path(record["source"]).is_dir() else ""  # what PEFT writes into an adapter as its base
+    model.name_or_path = (
+        record["source"] if Path(record["source"]).is_dir() else ""
+    )  # what PEFT writes into an adapter as its base
     model.to(device)  # type: ignore[arg-type] # transformers hides the signature of Module.to
     return model
 
@@ -124,10 +160,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     found = record.get("format")
     if found != FORMAT:
         remedy = "update qwlora" if isinstance(found, int) and found > FORMAT else "quantize again"
-        raise SourceError(f"base {str(folder)!r} has format {found!r}, but this version reads format {FORMAT}; {remedy}")
+        raise SourceError(
+            f"base {str(folder)!r} has format {found!r}, but this version reads format {FORMAT}; {remedy}"
+        )
     kinds = {"fingerprint": str, "source": str, "layers": dict, "tensors": dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]:
-        raise SourceError(f"base {str(folder)!r}: {RECORD} does not say {' and '.join(wrong)} as it should; quantize again")
+        raise SourceError(
+            f"base {str(folder)!r}: {RECORD} does not say {' and '.join(wrong)} as it should; quantize again"
+        )
     return record
 
 
@@ -153,45 +193,85 @@ def _impossible(name: str, error: Exception, where: str) -> str:
 
 def _scheme(record: dict[str, Any]) -> Scheme:
     """The scheme of a record whose values have the types that they should have: what is counted with is an int, never 4.0 or true."""
-    natural = ("bitwidth", *(key for key in ("axis", "block_size", "scale_bitwidth") if record.get(key) is not None))
+    natural = (
+        "bitwidth",
+        *(key for key in ("axis", "block_size", "scale_bitwidth") if record.get(key) is not None),
+    )
     flags = ("symmetric", *(key for key in ("float_offset",) if key in record))
-    if wrong := [key for key in natural if type(record[key]) is not int] + [key for key in flags if type(record[key]) is not bool]:
+    if wrong := [key for key in natural if type(record[key]) is not int] + [
+        key for key in flags if type(record[key]) is not bool
+    ]:
         raise GridError(f"{wrong[0]} is {record[wrong[0]]!r}")
-    if not (isinstance(record["shape"], list) and all(type(length) is int and length > 0 for length in record["shape"])):
+    if not (
+        isinstance(record["shape"], list)
+        and all(type(length) is int and length > 0 for length in record["shape"])
+    ):
         raise GridError(f"its shape is {record['shape']!r}")
     return Scheme.from_json(record)
 
 
-def _place_packed_(model: PreTrainedModel, layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], where: str) -> None:
+def _place_packed_(
+    model: PreTrainedModel, layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], where: str
+) -> None:
     """Packed layers without contents, where base.json says; what the model ties to one reads its codes."""
     for name, (scheme, shape) in layers.items():
         try:
             layer = place_empty_(model, name, scheme)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            OverflowError,
+        ) as error:
             raise GridError(_impossible(name, error, where)) from error
         if layer.tensor.shape != shape:
-            raise GridError(_impossible(name, GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}"), where))
+            raise GridError(
+                _impossible(
+                    name,
+                    GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}"),
+                    where,
+                )
+            )
     tie_weights_(model)
 
 
-def _check_headers(model: PreTrainedModel, files: SafetensorsFiles, places: Mapping[str, list[Place]], where: str) -> None:
+def _check_headers(
+    model: PreTrainedModel, files: SafetensorsFiles, places: Mapping[str, list[Place]], where: str
+) -> None:
     """Names, shapes and types of all tensors, before any is read."""
     wrong = [f"{name} is missing" for name in sorted(places.keys() - set(files.names()))]
-    wrong += [f"{name} is not part of the model" for name in sorted(set(files.names()) - places.keys())]
+    wrong += [
+        f"{name} is not part of the model" for name in sorted(set(files.names()) - places.keys())
+    ]
     for name in places.keys() & set(files.names()):
         expected = tensor_at(model, places[name][0])
         assert expected is not None
         kinds = _FLOATS if expected.is_floating_point() else (_TYPES[expected.dtype],)
         if files.shape(name) != tuple(expected.shape) or files.dtype(name) not in kinds:
-            found, wanted = (f"{list(shape)} of {kind}" for shape, kind in ((files.shape(name), files.dtype(name)), (expected.shape, " or ".join(kinds))))
+            found, wanted = (
+                f"{list(shape)} of {kind}"
+                for shape, kind in (
+                    (files.shape(name), files.dtype(name)),
+                    (expected.shape, " or ".join(kinds)),
+                )
+            )
             wrong.append(f"{name} is {found}, not {wanted}")
     if wrong:
         shown = "\n  ".join(wrong[:5] + ([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []))
-        raise SourceError(f"{where}: its tensors are not those that {RECORD} and config.json describe; quantize again\n  {shown}")
+        raise SourceError(
+            f"{where}: its tensors are not those that {RECORD} and config.json describe; quantize again\n  {shown}"
+        )
 
 
 def _read_(
-    model: PreTrainedModel, files: SafetensorsFiles, places: Mapping[str, list[Place]], record: Mapping[str, Any], dtype: torch.dtype, where: str
+    model: PreTrainedModel,
+    files: SafetensorsFiles,
+    places: Mapping[str, list[Place]],
+    record: Mapping[str, Any],
+    dtype: torch.dtype,
+    where: str,
 ) -> str:
     """Map every tensor, check its digest, put it in its places; returns the fingerprint of the model as it is then."""
     layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}

@@ -83,10 +83,14 @@ def quantize_checkpoint(
             layers = quantize_parts_(lazy.model, plan, batches, moments, work, track)
     else:
         layers = _module_by_module(lazy, writer, plan, track)
-    return Streamed(writer.finish(lazy.model, tokenizer, source), QuantizeReport(base_size(lazy.model), layers))
+    return Streamed(
+        writer.finish(lazy.model, tokenizer, source), QuantizeReport(base_size(lazy.model), layers)
+    )
 
 
-def _module_by_module(lazy: LazyModel, writer: BaseWriter, plan: Mapping[str, Assignment], track: Track) -> dict[str, LayerReport]:
+def _module_by_module(
+    lazy: LazyModel, writer: BaseWriter, plan: Mapping[str, Assignment], track: Track
+) -> dict[str, LayerReport]:
     reports = {}
     modules: dict[str, list[str]] = {}
     for name in lazy.stored:
@@ -106,7 +110,9 @@ def _quantize_(lazy: LazyModel, name: str, todo: Assignment) -> LayerReport:
     """Pack the tensor `name`, everywhere that it is read."""
     (path, key), *others = lazy.places[name]
     if key not in lazy.model.get_submodule(path)._parameters:
-        raise SourceError(f"{name} is integers already in the files; leave the scheme out to keep them, or start from a float checkpoint")
+        raise SourceError(
+            f"{name} is integers already in the files; leave the scheme out to keep them, or start from a float checkpoint"
+        )
     quantized, report = solve_tensor(name, tensor_out_in(lazy.model, name), todo)
     pack_at_(lazy.model, name, quantized)
     if others:

@@ -40,7 +40,9 @@ class PartsOnDemand:
         GridError: the model runs a part again that was let go.
     """
 
-    def __init__(self, lazy: LazyModel, writer: BaseWriter, parts: Mapping[str, Sequence[str]], batches: int):
+    def __init__(
+        self, lazy: LazyModel, writer: BaseWriter, parts: Mapping[str, Sequence[str]], batches: int
+    ):
         self.lazy, self.writer, self.parts, self.batches = lazy, writer, parts, batches
         self._arrivals = dict.fromkeys(parts, 0)
         self._order: list[str] = []
@@ -54,7 +56,12 @@ class PartsOnDemand:
             self._hooks.append(self.lazy.model.get_submodule(path).register_forward_pre_hook(hook))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for hook in self._hooks:
             hook.remove()
         if kind is not None:
@@ -65,7 +72,9 @@ class PartsOnDemand:
     def _hook(self, path: str) -> Any:
         def arrived(module: nn.Module, args: tuple[Any, ...]) -> None:
             if path in self._gone:
-                raise GridError(f"{path} runs again after a part behind it, so this model cannot be quantized part by part from its files; load it whole")
+                raise GridError(
+                    f"{path} runs again after a part behind it, so this model cannot be quantized part by part from its files; load it whole"
+                )
             if not self._arrivals[path]:
                 self._order.append(path)
                 self.lazy.materialize_(path)
@@ -78,7 +87,11 @@ class PartsOnDemand:
 
     def _let_go(self, path: str) -> None:
         """Write a part and keep its shapes, unless something in it is read elsewhere too."""
-        if any(self._is_shared(name) for name, places in self.lazy.places.items() if any(is_below(place, path) for place in places)):
+        if any(
+            self._is_shared(name)
+            for name, places in self.lazy.places.items()
+            if any(is_below(place, path) for place in places)
+        ):
             return
         self._gone.add(path)
         part = self.lazy.model.get_submodule(path)
@@ -94,4 +107,6 @@ class PartsOnDemand:
     def _check_floats(self, names: Sequence[str]) -> None:
         for name in names:
             if tensor_at(self.lazy.model, self.lazy.places[name][0]) is None:
-                raise SourceError(f"{name} is integers already in the files; leave the scheme out to keep them, or start from a float checkpoint")
+                raise SourceError(
+                    f"{name} is integers already in the files; leave the scheme out to keep them, or start from a float checkpoint"
+                )

@@ -37,10 +37,16 @@ def tensor_out_in(model: nn.Module, name: str) -> Tensor:
     """The float tensor `name` as [out, in], or [experts, out, in]."""
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    return weight_out_in(module) if key == "weight" and is_packable(module) else parameter_out_in(module, key)
+    return (
+        weight_out_in(module)
+        if key == "weight" and is_packable(module)
+        else parameter_out_in(module, key)
+    )
 
 
-def solve_tensor(name: str, weight: Tensor, todo: Assignment, moment: Tensor | None = None) -> tuple[QuantizedTensor, LayerReport]:
+def solve_tensor(
+    name: str, weight: Tensor, todo: Assignment, moment: Tensor | None = None
+) -> tuple[QuantizedTensor, LayerReport]:
     """Quantize one tensor, and say how well.
 
     Raises:
@@ -54,6 +60,14 @@ def solve_tensor(name: str, weight: Tensor, todo: Assignment, moment: Tensor | N
     if moment is None:
         return quantized, LayerReport(str(todo.scheme), todo.solver)
     whole = output_energy(weight, moment)
-    own_error = report.relative_error if report else output_energy(weight - quantized.dequantize(), moment) / whole
-    rtn_error = output_energy(weight - measure(weight, todo.scheme).fake_quantize(weight), moment) / whole
-    return quantized, LayerReport(str(todo.scheme), todo.solver, own_error, rtn_error, report.damping if report else None)
+    own_error = (
+        report.relative_error
+        if report
+        else output_energy(weight - quantized.dequantize(), moment) / whole
+    )
+    rtn_error = (
+        output_energy(weight - measure(weight, todo.scheme).fake_quantize(weight), moment) / whole
+    )
+    return quantized, LayerReport(
+        str(todo.scheme), todo.solver, own_error, rtn_error, report.damping if report else None
+    )

@@ -21,7 +21,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
+from torch.nn.utils.parametrize import (
+    is_parametrized,
+    register_parametrization,
+    remove_parametrizations,
+)
 
 from qwlora.base.fit import storable_scale
 from qwlora.base.packed import PackedLayer, PackedLinear, is_packed
@@ -31,7 +35,10 @@ from qwlora.grid.names import is_adapter_name
 from qwlora.grid.packed_tensor import Parts, compute_dtype, narrowest
 from qwlora.grid.scheme import LowPowerBlock, PerBlock
 
-_CHECKPOINTS = (torch.bfloat16, torch.float16)  # types that models are published in, the likelier first
+_CHECKPOINTS = (
+    torch.bfloat16,
+    torch.float16,
+)  # types that models are published in, the likelier first
 
 
 class Tunable:
@@ -39,11 +46,25 @@ class Tunable:
 
     def __init__(self, model: nn.Module):
         modules = dict(model.named_modules())
-        self.layers = {name: m for name, m in modules.items() if type(m) is PackedLinear and is_packed(m) and not m.is_tied}
-        gains = {name: _gain_beside_weight(m) for name, m in modules.items() if not is_adapter_name(f"{name}.weight")}
-        self.norms: dict[str, Any] = {name: modules[name] for name, beside in gains.items() if beside is not None}
-        self.factors = {name: _factor(layer.tensor.parts.scale) for name, layer in self.layers.items()}
-        by_weight: dict[int, _Times] = {}  # norms that share a weight share its factor, under the first one's name
+        self.layers = {
+            name: m
+            for name, m in modules.items()
+            if type(m) is PackedLinear and is_packed(m) and not m.is_tied
+        }
+        gains = {
+            name: _gain_beside_weight(m)
+            for name, m in modules.items()
+            if not is_adapter_name(f"{name}.weight")
+        }
+        self.norms: dict[str, Any] = {
+            name: modules[name] for name, beside in gains.items() if beside is not None
+        }
+        self.factors = {
+            name: _factor(layer.tensor.parts.scale) for name, layer in self.layers.items()
+        }
+        by_weight: dict[
+            int, _Times
+        ] = {}  # norms that share a weight share its factor, under the first one's name
         for name, norm in self.norms.items():
             if id(norm.weight) not in by_weight:
                 self.factors[name] = _factor(norm.weight)
@@ -56,7 +77,10 @@ class Tunable:
         for name, factor in self.factors.items():
             layer, share = self.layers.get(name), 1.0
             if layer is not None:
-                share = math.sqrt(math.prod(layer.tensor.shape) / factor.numel()) / 2**layer.scheme.bitwidth
+                share = (
+                    math.sqrt(math.prod(layer.tensor.shape) / factor.numel())
+                    / 2**layer.scheme.bitwidth
+                )
             groups.setdefault(highest * min(1.0, share), []).append(factor)
         return groups
 
@@ -84,7 +108,9 @@ class Tunable:
 
     def state(self) -> dict[str, Parts | Tensor]:
         """What is in the modules now, by name."""
-        return {name: layer.tensor.parts for name, layer in self.layers.items()} | {name: norm.weight.detach().clone() for name, norm in self.norms.items()}
+        return {name: layer.tensor.parts for name, layer in self.layers.items()} | {
+            name: norm.weight.detach().clone() for name, norm in self.norms.items()
+        }
 
     @torch.no_grad()
     def multiply_(self) -> None:
@@ -93,7 +119,11 @@ class Tunable:
             _multiply_(layer, 1 + self.factors[name])
         for name, norm in self.norms.items():
             if name in self.factors:
-                norm.weight.copy_(self._times[name](norm.weight).to(narrowest(norm.weight, (*_CHECKPOINTS, norm.weight.dtype)).dtype))
+                norm.weight.copy_(
+                    self._times[name](norm.weight).to(
+                        narrowest(norm.weight, (*_CHECKPOINTS, norm.weight.dtype)).dtype
+                    )
+                )
 
     @torch.no_grad()
     def restore_(self, state: Mapping[str, Any]) -> None:
@@ -112,15 +142,31 @@ def _factor(numbers: Tensor) -> nn.Parameter:
 def _gain_beside_weight(module: nn.Module) -> float | None:
     """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if by neither, or if it counts what it sees: then it is not tuned."""
     weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != 1 or not weight.is_floating_point() or [*module.children(), *module.buffers()]:
+    if (
+        weight is None
+        or weight.ndim != 1
+        or not weight.is_floating_point()
+        or [*module.children(), *module.buffers()]
+    ):
         return None
     x = torch.linspace(-1, 2, 2 * len(weight), device=weight.device).view(2, -1)
-    others = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in module.named_parameters(recurse=False) if name != "weight"}
+    others = {
+        name: torch.zeros_like(p, dtype=torch.float32)
+        for name, p in module.named_parameters(recurse=False)
+        if name != "weight"
+    }
     try:
-        at = [functional_call(module, {"weight": torch.full_like(weight, w, dtype=torch.float32), **others}, (x,)) for w in (0.0, 1.0, 2.0)]
+        at = [
+            functional_call(
+                module, {"weight": torch.full_like(weight, w, dtype=torch.float32), **others}, (x,)
+            )
+            for w in (0.0, 1.0, 2.0)
+        ]
     except (RuntimeError, TypeError, ValueError):
         return None
-    if not all(isinstance(y, Tensor) and y.shape == x.shape for y in at) or not torch.allclose(at[2] - at[1], at[1] - at[0], atol=1e-5):
+    if not all(isinstance(y, Tensor) and y.shape == x.shape for y in at) or not torch.allclose(
+        at[2] - at[1], at[1] - at[0], atol=1e-5
+    ):
         return None
     if not bool(at[0].any()):
         return 0.0
@@ -151,21 +197,40 @@ class _TunedProduct(torch.autograd.Function):
         ctx.part, ctx.dtype, ctx.x_dtype = part, compute_dtype(x), x.dtype
         x = x.to(ctx.dtype)
         ctx.save_for_backward(x, factor)
-        return F.linear(x, _times(part, part.unpacked(torch.float32), factor).to(ctx.dtype), None if bias is None else bias.to(ctx.dtype))
+        return F.linear(
+            x,
+            _times(part, part.unpacked(torch.float32), factor).to(ctx.dtype),
+            None if bias is None else bias.to(ctx.dtype),
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         x, factor = ctx.saved_tensors
         values = ctx.part.unpacked(torch.float32)
-        of_x = (gradient @ _times(ctx.part, values, factor).to(ctx.dtype)).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
-        of_weight = (gradient.reshape(-1, gradient.shape[-1]).mT @ x.reshape(-1, x.shape[-1])).float()
+        of_x = (
+            (gradient @ _times(ctx.part, values, factor).to(ctx.dtype)).to(ctx.x_dtype)
+            if ctx.needs_input_grad[0]
+            else None
+        )
+        of_weight = (
+            gradient.reshape(-1, gradient.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+        ).float()
         granularity = ctx.part.owner.scheme.granularity
-        return of_x, grouped(of_weight.mul_(values), granularity).sum_to_size(_aligned(ctx.part, factor).shape).view(factor.shape), None, None
+        return (
+            of_x,
+            grouped(of_weight.mul_(values), granularity)
+            .sum_to_size(_aligned(ctx.part, factor).shape)
+            .view(factor.shape),
+            None,
+            None,
+        )
 
 
 def _times(part: Part, values: Float[Tensor, "out in"], factor: Tensor) -> Float[Tensor, "out in"]:
-    return (grouped(values, part.owner.scheme.granularity) * (1 + _aligned(part, factor))).view(values.shape)
+    return (grouped(values, part.owner.scheme.granularity) * (1 + _aligned(part, factor))).view(
+        values.shape
+    )
 
 
 def _aligned(part: Part, factor: Tensor) -> Tensor:

@@ -63,7 +63,11 @@ class TuningSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.learning_rate < 1 or self.compute not in ("float32", "bfloat16"):
+        if (
+            self.steps < 1
+            or not 0 < self.learning_rate < 1
+            or self.compute not in ("float32", "bfloat16")
+        ):
             raise CalibrationError(
                 f"tuning takes at least 1 step, a learning rate between 0 and 1, and computes in float32 or bfloat16, not {self.steps}, {self.learning_rate:g} "
                 f"and {self.compute}"
@@ -116,13 +120,19 @@ def tune_scales_(
     settings = settings or TuningSettings()
     tuned = Tunable(model)
     if not tuned.layers:
-        raise GridError("no linear layer of the model is packed, so there are no scales to tune; quantize it first")
+        raise GridError(
+            "no linear layer of the model is packed, so there are no scales to tune; quantize it first"
+        )
     own = {id(parameter) for parameter in teacher.parameters()}
     if shared := next((name for name, norm in tuned.norms.items() if id(norm.weight) in own), None):
-        raise CalibrationError(f"the quantized model and the float one share the weight of {shared!r}, which is tuned; quantize a deep copy of the float model")
+        raise CalibrationError(
+            f"the quantized model and the float one share the weight of {shared!r}, which is tuned; quantize a deep copy of the float model"
+        )
     batches = batches_of(calibration)
     if len(batches) < 2:
-        raise CalibrationError("tuning scales takes at least two sequences: one of them is kept aside to see whether it helped")
+        raise CalibrationError(
+            "tuning scales takes at least two sequences: one of them is kept aside to see whether it helped"
+        )
     aside = batches[-min(SEQUENCES_ASIDE, max(1, len(batches) // 4)) :]
     learnt = batches[: len(batches) - len(aside)]
     compare = _Comparison(model, teacher)
@@ -134,9 +144,14 @@ def tune_scales_(
         with frozen(model), frozen(teacher):
             before = compare.mean(aside)
             with tuned.learning():
-                resumed = _Descent(tuned.by_rate(settings.learning_rate), settings).run(compare, learnt, state, track)
+                resumed = _Descent(tuned.by_rate(settings.learning_rate), settings).run(
+                    compare, learnt, state, track
+                )
             as_it_was, kept = tuned.state(), False
-            scales = {canonical_name(name): layer.tensor.parts.scale for name, layer in tuned.layers.items()}
+            scales = {
+                canonical_name(name): layer.tensor.parts.scale
+                for name, layer in tuned.layers.items()
+            }
             try:
                 tuned.multiply_()
                 after = compare.mean(aside)
@@ -144,13 +159,26 @@ def tune_scales_(
             finally:
                 if not kept:
                     tuned.restore_(as_it_was)
-        return TuningReport(len(tuned.layers), len(tuned.norms), before, after, kept, resumed, scales if kept else {})
+        return TuningReport(
+            len(tuned.layers),
+            len(tuned.norms),
+            before,
+            after,
+            kept,
+            resumed,
+            scales if kept else {},
+        )
     finally:
         for m in training:
             m.training = True
 
 
-def _made_from(settings: TuningSettings, batches: Sequence[Mapping[str, Any]], model: nn.Module, teacher: nn.Module) -> Iterator[Any]:
+def _made_from(
+    settings: TuningSettings,
+    batches: Sequence[Mapping[str, Any]],
+    model: nn.Module,
+    teacher: nn.Module,
+) -> Iterator[Any]:
     """What decides over the numbers."""
     yield from (TUNING_REVISION, settings, *named_inputs(batches), adapter_fingerprint(model))
     for one in (model, teacher):
@@ -164,20 +192,32 @@ class _Descent:
         self.steps, self.compute = settings.steps, settings.compute
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.factors = [factor for group in by_rate.values() for factor in group]
-        self.optimizer = torch.optim.AdamW([{"params": group, "lr": rate} for rate, group in by_rate.items()], weight_decay=0)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "lr": rate} for rate, group in by_rate.items()], weight_decay=0
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.done, self.order = 0, list[int]()
 
     def _rate(self, step: int) -> float:
-        return min(1, (step + 1) / min(5, self.steps)) * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
+        return min(1, (step + 1) / min(5, self.steps)) * (
+            0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+        )
 
-    def run(self, compare: _Comparison, batches: Sequence[Mapping[str, Any]], kept: TuningState, track: Track) -> int:
+    def run(
+        self,
+        compare: _Comparison,
+        batches: Sequence[Mapping[str, Any]],
+        kept: TuningState,
+        track: Track,
+    ) -> int:
         """All steps, or those behind what is kept; returns how many were."""
         if (state := kept.read()) is not None:
             self._restore_(state)
         resumed = self.done
         for step in track(range(resumed, self.steps), "tuning scales", self.steps - resumed):
-            self.order = self.order or torch.randperm(len(batches), generator=self.generator).tolist()
+            self.order = (
+                self.order or torch.randperm(len(batches), generator=self.generator).tolist()
+            )
             loss = compare(batches[self.order.pop()], self.compute, self.generator)
             if not bool(torch.isfinite(loss)):
                 raise CalibrationError(
@@ -196,9 +236,16 @@ class _Descent:
         return resumed
 
     def _state(self) -> dict[str, Tensor]:
-        numbers = {"order": torch.tensor(self.order, dtype=torch.int64), "done": torch.tensor(self.done), "generator": self.generator.get_state()}
+        numbers = {
+            "order": torch.tensor(self.order, dtype=torch.int64),
+            "done": torch.tensor(self.done),
+            "generator": self.generator.get_state(),
+        }
         for i, factor in enumerate(self.factors):
-            numbers |= {f"factor/{i}": factor.detach(), **{f"{name}/{i}": value for name, value in self.optimizer.state[factor].items()}}
+            numbers |= {
+                f"factor/{i}": factor.detach(),
+                **{f"{name}/{i}": value for name, value in self.optimizer.state[factor].items()},
+            }
         return numbers
 
     @torch.no_grad()
@@ -224,10 +271,14 @@ class _Comparison:
         self.model, self.teacher = model, teacher
         self.takes = arguments_of(model) & arguments_of(teacher)
 
-    def __call__(self, batch: Mapping[str, Any], compute: str, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, batch: Mapping[str, Any], compute: str, generator: torch.Generator
+    ) -> Tensor:
         """Mean KL in nats, over the batch's positions, or some of them where it has many."""
         given = {name: value for name, value in batch.items() if name != "labels"}
-        mask = given.get("decoder_attention_mask" if "decoder_input_ids" in given else "attention_mask")
+        mask = given.get(
+            "decoder_attention_mask" if "decoder_input_ids" in given else "attention_mask"
+        )
         if "use_cache" in self.takes:
             given["use_cache"] = False
         if (chosen := self._chosen(given, generator)) is not None:
@@ -237,8 +288,12 @@ class _Comparison:
         with torch.no_grad():
             g = _logits(self.teacher, given, compute)
         if g.shape != h.shape:
-            raise CalibrationError(f"the float model's logits are {list(g.shape)}, the quantized one's {list(h.shape)}: they are not one model")
-        divergence = F.kl_div(h.float().log_softmax(-1), g.float().log_softmax(-1), log_target=True, reduction="none").sum(-1)
+            raise CalibrationError(
+                f"the float model's logits are {list(g.shape)}, the quantized one's {list(h.shape)}: they are not one model"
+            )
+        divergence = F.kl_div(
+            h.float().log_softmax(-1), g.float().log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1)
         if not isinstance(mask, Tensor) or mask.shape != divergence.shape:
             return divergence.mean()
         real = mask.to(divergence)
@@ -247,19 +302,36 @@ class _Comparison:
     @torch.no_grad()
     def mean(self, batches: Sequence[Mapping[str, Any]]) -> float:
         """Over several batches, in float32 and always at the same positions."""
-        return float(torch.stack([self(batch, "float32", torch.Generator().manual_seed(0)) for batch in batches]).mean())
+        return float(
+            torch.stack(
+                [self(batch, "float32", torch.Generator().manual_seed(0)) for batch in batches]
+            ).mean()
+        )
 
     def _chosen(self, given: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
         """Positions whose logits are made; all of them if they are few or the model makes no others."""
         ids = given.get("input_ids")
-        if "logits_to_keep" not in self.takes or "decoder_input_ids" in given or not isinstance(ids, Tensor) or ids.shape[-1] <= _POSITIONS:
+        if (
+            "logits_to_keep" not in self.takes
+            or "decoder_input_ids" in given
+            or not isinstance(ids, Tensor)
+            or ids.shape[-1] <= _POSITIONS
+        ):
             return None
-        return torch.randperm(ids.shape[-1], generator=generator)[:_POSITIONS].sort().values.to(ids.device)
+        return (
+            torch.randperm(ids.shape[-1], generator=generator)[:_POSITIONS]
+            .sort()
+            .values.to(ids.device)
+        )
 
 
 def _logits(model: nn.Module, given: Mapping[str, Any], compute: str) -> Tensor:
-    with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=compute == "bfloat16"):
+    with torch.autocast(
+        next(model.parameters()).device.type, torch.bfloat16, enabled=compute == "bfloat16"
+    ):
         logits = getattr(model(**given), "logits", None)
     if not isinstance(logits, Tensor):
-        raise CalibrationError(f"tuning scales compares logits, and {type(model).__name__} makes none; leave tuning out")
+        raise CalibrationError(
+            f"tuning scales compares logits, and {type(model).__name__} makes none; leave tuning out"
+        )
     return logits

@@ -34,7 +34,9 @@ __all__ = [
 ]
 
 
-def load_documents(source: str, held_out: float, seed: int, reading: Reading | None = None) -> Documents:
+def load_documents(
+    source: str, held_out: float, seed: int, reading: Reading | None = None
+) -> Documents:
     """Read and split `source`; the share `held_out` of its characters (at least one document) is kept from training.
 
     Raises:

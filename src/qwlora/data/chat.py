@@ -36,7 +36,9 @@ Messages = Sequence[Mapping[str, Any]]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, last_only: bool = False) -> tuple[list[int], list[bool]]:
+def encode_conversation(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, last_only: bool = False
+) -> tuple[list[int], list[bool]]:
     """(ids, whether each is learnt), both [tokens].
 
     Args:
@@ -51,7 +53,9 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
             "or give prompt and completion"
         )
     if not tokenizer.is_fast:
-        raise SourceError(f"the tokenizer ({type(tokenizer).__name__}) does not say where its tokens stand in a text; conversations need a fast tokenizer")
+        raise SourceError(
+            f"the tokenizer ({type(tokenizer).__name__}) does not say where its tokens stand in a text; conversations need a fast tokenizer"
+        )
     _check_tools_are_rendered(conversation, tokenizer)
     if _GENERATION.search(tokenizer.get_chat_template(tools=_tools(conversation))):
         ids, learnt = _encode_marked(conversation, tokenizer)
@@ -62,26 +66,37 @@ def encode_conversation(conversation: Conversation, tokenizer: PreTrainedTokeniz
     else:
         text = _render(conversation.messages, conversation, tokenizer)
         spans = _assistant_spans(conversation, text, tokenizer, last_only)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
         learnt = [any(start <= first < end for start, end in spans) for first, _ in offsets]
     if not any(learnt):
-        raise SourceError(f"{conversation.where}: the chat template leaves nothing of what the {ASSISTANT} says to learn from")
+        raise SourceError(
+            f"{conversation.where}: the chat template leaves nothing of what the {ASSISTANT} says to learn from"
+        )
     return ids, learnt
 
 
 def turns_apart(conversation: Conversation) -> list[Conversation]:
     """The conversation up to each of the assistant's messages."""
-    ends = [i + 1 for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
+    ends = [
+        i + 1 for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT
+    ]
     return [replace(conversation, messages=conversation.messages[:end]) for end in ends]
 
 
 def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many elements both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
 
 
-def _encode_marked(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+def _encode_marked(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
     try:
         encoded: Any = tokenizer.apply_chat_template(
             [dict(m) for m in conversation.messages],
@@ -96,9 +111,19 @@ def _encode_marked(conversation: Conversation, tokenizer: PreTrainedTokenizerBas
     return encoded["input_ids"], [bool(flag) for flag in encoded["assistant_masks"]]
 
 
-def _render(messages: Messages, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, prompt: bool = False) -> str:
+def _render(
+    messages: Messages,
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: bool = False,
+) -> str:
     try:
-        rendered: Any = tokenizer.apply_chat_template([dict(m) for m in messages], tools=_tools(conversation), tokenize=False, add_generation_prompt=prompt)
+        rendered: Any = tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            tools=_tools(conversation),
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
     except Exception as error:  # Jinja's errors, and whatever a template raises
         raise _refused(messages, conversation.where, error) from error
     return str(rendered)
@@ -108,7 +133,9 @@ def _tools(conversation: Conversation) -> list[Any] | None:
     return [dict(tool) for tool in conversation.tools] or None
 
 
-def _check_tools_are_rendered(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_tools_are_rendered(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase
+) -> None:
     if not conversation.tools:
         return
     rendered = _render(conversation.messages, conversation, tokenizer)
@@ -125,18 +152,33 @@ def _check_tools_are_rendered(conversation: Conversation, tokenizer: PreTrainedT
 
 def _refused(messages: Messages, where: str, error: Exception) -> SourceError:
     roles = ", ".join(m["role"] for m in messages)
-    return SourceError(f"{where}: the model's chat template refuses these messages ({roles}): {error}")
+    return SourceError(
+        f"{where}: the model's chat template refuses these messages ({roles}): {error}"
+    )
 
 
-def _assistant_spans(conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, last_only: bool) -> list[tuple[int, int]]:
+def _assistant_spans(
+    conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, last_only: bool
+) -> list[tuple[int, int]]:
     """(start, end) in characters of `text` of each message of the assistant, or of the last."""
-    endings = tuple({*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)})
+    endings = tuple(
+        {
+            *tokenizer.all_special_tokens,
+            *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
+        }
+    )
     spans = []
-    spoken_by_assistant = [i for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT]
+    spoken_by_assistant = [
+        i for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT
+    ]
     for i in spoken_by_assistant[-1 if last_only else 0 :]:
         where = f"{conversation.where}: message {i + 1}"
         after = _render(conversation.messages[: i + 1], conversation, tokenizer)
-        start = _start_after_others(conversation, i, after, tokenizer, where) if i else _start_of_greeting(conversation, after, tokenizer, where)
+        start = (
+            _start_after_others(conversation, i, after, tokenizer, where)
+            if i
+            else _start_of_greeting(conversation, after, tokenizer, where)
+        )
         if start is None or not text.startswith(after):
             raise SourceError(
                 f"{where}: the chat template renders this message otherwise when another follows or before it is answered, so which tokens are the "
@@ -148,7 +190,9 @@ def _assistant_spans(conversation: Conversation, text: str, tokenizer: PreTraine
     return spans
 
 
-def _start_after_others(conversation: Conversation, i: int, text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> int | None:
+def _start_after_others(
+    conversation: Conversation, i: int, text: str, tokenizer: PreTrainedTokenizerBase, where: str
+) -> int | None:
     """Where the assistant begins in `text`, which ends with message i; None if what is before it is not the beginning of `text`."""
     before = _render(conversation.messages[:i], conversation, tokenizer, prompt=True)
     if not text.startswith(before):
@@ -158,25 +202,35 @@ def _start_after_others(conversation: Conversation, i: int, text: str, tokenizer
     return len(before)
 
 
-def _start_of_greeting(conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> int | None:
+def _start_of_greeting(
+    conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, where: str
+) -> int | None:
     """The same for a message with none before it: after the last generation prompt in what is there whatever the message says."""
     greeting = conversation.messages[0]
     content = greeting.get("content") or ""
     other = next(c for c in "abc" if c not in (content[:1], content.strip()[:1]))
-    header = text[: shared(text, _render([{**greeting, "content": other}], conversation, tokenizer))]
+    header = text[
+        : shared(text, _render([{**greeting, "content": other}], conversation, tokenizer))
+    ]
     question = [{"role": "user", "content": "a"}]
-    unasked, asked = (_render(question, conversation, tokenizer, prompt) for prompt in (False, True))
+    unasked, asked = (
+        _render(question, conversation, tokenizer, prompt) for prompt in (False, True)
+    )
     if unasked == asked:
         return _content_start(greeting, text, 0, where, earliest=len(header))
     prompt = asked[shared(unasked, asked) :].lstrip()
     return header.rfind(prompt) + len(prompt) if prompt in header else None
 
 
-def _content_start(message: Mapping[str, Any], text: str, start: int, where: str, earliest: int = 0) -> int:
+def _content_start(
+    message: Mapping[str, Any], text: str, start: int, where: str, earliest: int = 0
+) -> int:
     """Where the content begins, with the spaces before it, for a template whose generation prompt is empty."""
     content = (message.get("content") or "").strip()
     found = text.find(content, max(start, earliest)) if content else -1
     if found < 0:
-        raise SourceError(f"{where}: the chat template has no generation prompt and changes the content, so which tokens are the {ASSISTANT}'s cannot be told")
+        raise SourceError(
+            f"{where}: the chat template has no generation prompt and changes the content, so which tokens are the {ASSISTANT}'s cannot be told"
+        )
     header = text[start:found]
     return start + len(header.rstrip(" ")) if header.strip() else start

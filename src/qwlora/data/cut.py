@@ -58,7 +58,14 @@ class Counts:
         return asdict(self)
 
 
-def cut(encoded: Sequence[Tokens], sequence_tokens: int, packing: str, start: Sequence[int], padding: int, part: str) -> tuple[Sequences, Counts]:
+def cut(
+    encoded: Sequence[Tokens],
+    sequence_tokens: int,
+    packing: str,
+    start: Sequence[int],
+    padding: int,
+    part: str,
+) -> tuple[Sequences, Counts]:
     """Sequences of at most `sequence_tokens`.
 
     Args:
@@ -75,9 +82,18 @@ def cut(encoded: Sequence[Tokens], sequence_tokens: int, packing: str, start: Se
         found = _join(encoded, sequence_tokens, start, part)
     else:
         pieces = _pieces(encoded, sequence_tokens, start, part, counts)
-        bins = _pack([len(p.ids) for p in pieces], sequence_tokens) if packing == "documents" else [[i] for i in range(len(pieces))]
+        bins = (
+            _pack([len(p.ids) for p in pieces], sequence_tokens)
+            if packing == "documents"
+            else [[i] for i in range(len(pieces))]
+        )
         width = sequence_tokens if packing == "documents" else max(len(p.ids) for p in pieces)
-        found = _fill([[pieces[i] for i in one] for one in bins], width, padding, positions=packing == "documents")
+        found = _fill(
+            [[pieces[i] for i in one] for one in bins],
+            width,
+            padding,
+            positions=packing == "documents",
+        )
         counts.padding_tokens = found.input_ids.numel() - sum(len(p.ids) for p in pieces)
     counts.sequences, counts.sequence_tokens = found.input_ids.shape
     counts.learnt_tokens = found.learnt_tokens
@@ -87,7 +103,9 @@ def cut(encoded: Sequence[Tokens], sequence_tokens: int, packing: str, start: Se
     return found, counts
 
 
-def joined_ids(encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str) -> Tensor:
+def joined_ids(
+    encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str
+) -> Tensor:
     """All tokens one after another, int64 [count, tokens], learnt or not: what ranges and statistics of activations are measured on.
 
     Raises:
@@ -105,10 +123,14 @@ def joined_ids(encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[
             f"the {part} text has {len(ids)} tokens, but one sequence needs {fresh}: give more text, lower data.sequence_tokens, or change data.held_out"
         )
     rows = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
-    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, len(start)), rows], dim=1)
+    return torch.cat(
+        [torch.tensor(start, dtype=torch.int64).expand(count, len(start)), rows], dim=1
+    )
 
 
-def _join(encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str) -> Sequences:
+def _join(
+    encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str
+) -> Sequences:
     import torch
 
     from qwlora.grid.sequences import IGNORED, Sequences
@@ -116,22 +138,34 @@ def _join(encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int],
     ids = joined_ids(encoded, sequence_tokens, start, part)
     if all(t.divisible for t in encoded):
         return Sequences(ids, ids)
-    learnt = torch.tensor([flag for tokens in encoded for flag in tokens.learnt][: ids.numel()]).view(ids.shape)
+    learnt = torch.tensor(
+        [flag for tokens in encoded for flag in tokens.learnt][: ids.numel()]
+    ).view(ids.shape)
     labels = ids.masked_fill(~learnt, IGNORED)
-    kept = (labels[:, 1:] != IGNORED).any(dim=1)  # a batch of sequences without a learnt token has no loss
+    kept = (labels[:, 1:] != IGNORED).any(
+        dim=1
+    )  # a batch of sequences without a learnt token has no loss
     if not kept.any():
-        raise SourceError(f"no sequence of the {part} part has a token that is learnt: raise data.sequence_tokens, or choose another data.packing")
+        raise SourceError(
+            f"no sequence of the {part} part has a token that is learnt: raise data.sequence_tokens, or choose another data.packing"
+        )
     return Sequences(ids[kept], labels[kept])
 
 
-def _pieces(encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str, counts: Counts) -> list[Tokens]:
+def _pieces(
+    encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str, counts: Counts
+) -> list[Tokens]:
     """Documents of at most `sequence_tokens`, each with something to learn."""
     pieces: list[Tokens] = []
     fresh = sequence_tokens - len(start)
     for tokens in encoded:
         if tokens.divisible:
             parts = [
-                Tokens([*start, *tokens.ids[at : at + fresh]], [False] * len(start) + tokens.learnt[at : at + fresh]) for at in range(0, len(tokens.ids), fresh)
+                Tokens(
+                    [*start, *tokens.ids[at : at + fresh]],
+                    [False] * len(start) + tokens.learnt[at : at + fresh],
+                )
+                for at in range(0, len(tokens.ids), fresh)
             ]
         else:
             parts = [Tokens(tokens.ids[:sequence_tokens], tokens.learnt[:sequence_tokens])]
@@ -141,7 +175,11 @@ def _pieces(encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int
                 counts.dropped_tokens += over
         kept = [p for p in parts if any(p.learnt[1:])]
         counts.dropped_documents += not kept
-        counts.dropped_tokens += sum(len(p.ids) - (len(start) if tokens.divisible else 0) for p in parts if not any(p.learnt[1:]))
+        counts.dropped_tokens += sum(
+            len(p.ids) - (len(start) if tokens.divisible else 0)
+            for p in parts
+            if not any(p.learnt[1:])
+        )
         pieces += kept
     if not pieces:
         raise SourceError(
@@ -181,7 +219,12 @@ def _fill(rows: Sequence[Sequence[Tokens]], width: int, padding: int, positions:
         for tokens in documents:
             end = at + len(tokens.ids)
             ids[row, at:end] = torch.tensor(tokens.ids)
-            labels[row, at:end] = torch.tensor([i if flag and k else IGNORED for k, (i, flag) in enumerate(zip(tokens.ids, tokens.learnt, strict=True))])
+            labels[row, at:end] = torch.tensor(
+                [
+                    i if flag and k else IGNORED
+                    for k, (i, flag) in enumerate(zip(tokens.ids, tokens.learnt, strict=True))
+                ]
+            )
             places[row, at:end] = torch.arange(end - at)
             at = end
         places[row, at:] = torch.arange(width - at)

@@ -86,7 +86,11 @@ class Conversation:
     @property
     def identity(self) -> str:
         """The same for two documents that say the same."""
-        return json.dumps([self.messages, self.tools] if self.tools else self.messages, sort_keys=True, default=str)
+        return json.dumps(
+            [self.messages, self.tools] if self.tools else self.messages,
+            sort_keys=True,
+            default=str,
+        )
 
     @property
     def answers(self) -> tuple[str, ...]:

@@ -42,7 +42,9 @@ class Tokens:
     divisible: bool = False
 
 
-def encode_documents(documents: Sequence[Document | str], tokenizer: PreTrainedTokenizerBase, turns: str = "together") -> list[Tokens]:
+def encode_documents(
+    documents: Sequence[Document | str], tokenizer: PreTrainedTokenizerBase, turns: str = "together"
+) -> list[Tokens]:
     """Tokens of each document; of each turn, if `turns` is `apart`.
 
     Raises:
@@ -59,7 +61,10 @@ def encode_documents(documents: Sequence[Document | str], tokenizer: PreTrainedT
             encoded.append(_encode_completion(document, tokenizer, start))
         else:
             apart = turns == "apart"
-            encoded += [Tokens(*encode_conversation(c, tokenizer, last_only=apart)) for c in _conversations(document, apart)]
+            encoded += [
+                Tokens(*encode_conversation(c, tokenizer, last_only=apart))
+                for c in _conversations(document, apart)
+            ]
     return encoded
 
 
@@ -73,15 +78,25 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def _encode_completion(document: Completion, tokenizer: PreTrainedTokenizerBase, start: list[int]) -> Tokens:
+def _encode_completion(
+    document: Completion, tokenizer: PreTrainedTokenizerBase, start: list[int]
+) -> Tokens:
     prompt, completion = _prompt_and_completion(document, tokenizer)
     if completion[-1:] != _end(tokenizer):
         completion = [*completion, *_end(tokenizer)]
-    return Tokens([*start, *prompt, *completion], [False] * (len(start) + len(prompt)) + [True] * len(completion))
+    return Tokens(
+        [*start, *prompt, *completion],
+        [False] * (len(start) + len(prompt)) + [True] * len(completion),
+    )
 
 
-def _prompt_and_completion(document: Completion, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    prompt, both = _ids(document.prompt, tokenizer), _ids(document.prompt + document.completion, tokenizer)
+def _prompt_and_completion(
+    document: Completion, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    prompt, both = (
+        _ids(document.prompt, tokenizer),
+        _ids(document.prompt + document.completion, tokenizer),
+    )
     if both[: len(prompt)] == prompt:
         return prompt, both[len(prompt) :]
     text = _decoded(both, tokenizer)

@@ -33,7 +33,11 @@ def check_isolation(model: PreTrainedModel | PeftModel) -> None:
     """
     leak = isolation_leak(model)
     if leak is None or leak > _LEAK:
-        how = "takes no position_ids" if leak is None else f"mixes documents that share a sequence ({leak:.0%} of what it does without positions of their own)"
+        how = (
+            "takes no position_ids"
+            if leak is None
+            else f"mixes documents that share a sequence ({leak:.0%} of what it does without positions of their own)"
+        )
         name = type(getattr(model, "get_base_model", lambda: model)()).__name__
         raise SourceError(
             f"{name} {how}, so data.packing: documents would train each on the one before it. Choose data.packing: none (padding), or join (mixed)"
@@ -46,16 +50,27 @@ def isolation_leak(model: PreTrainedModel | PeftModel) -> float | None:
 
     embedding: Any = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randint(embedding.weight.shape[0], (2, _DOCUMENT_TOKENS), generator=generator)
+    first, second = torch.randint(
+        embedding.weight.shape[0], (2, _DOCUMENT_TOKENS), generator=generator
+    )
     on, again = torch.arange(2 * _DOCUMENT_TOKENS), torch.arange(_DOCUMENT_TOKENS).repeat(2)
-    ids, positions = torch.stack([torch.cat([second, first]), *[torch.cat([first, second])] * 2]), torch.stack([on, on, again])
+    ids, positions = (
+        torch.stack([torch.cat([second, first]), *[torch.cat([first, second])] * 2]),
+        torch.stack([on, on, again]),
+    )
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logits: Tensor = model(input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False).logits.float()
-        alone, joined, apart = logits[0, :_DOCUMENT_TOKENS], logits[1, _DOCUMENT_TOKENS:], logits[2, _DOCUMENT_TOKENS:]
+            logits: Tensor = model(
+                input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False
+            ).logits.float()
+        alone, joined, apart = (
+            logits[0, :_DOCUMENT_TOKENS],
+            logits[1, _DOCUMENT_TOKENS:],
+            logits[2, _DOCUMENT_TOKENS:],
+        )
     except TypeError as error:
         if "position_ids" not in str(error):
             raise

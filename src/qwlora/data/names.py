@@ -17,10 +17,43 @@ RECORD_SUFFIXES = (*JSON_LINES_SUFFIXES, ".json", ".csv", ".tsv", ".parquet", ".
 SUFFIXES = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
 _UNPACK, _SAVE = "unpack it first", "save its records as .jsonl, .csv or .parquet"
 _NOT_READ = {
-    **dict.fromkeys((".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z", ".rar", ".lz4", ".lzma", ".br"), _UNPACK),
-    **dict.fromkeys((".xlsx", ".xls", ".ods", ".orc", ".avro", ".pkl", ".pickle", ".sqlite", ".sqlite3", ".db", ".tfrecord"), _SAVE),
+    **dict.fromkeys(
+        (
+            ".gz",
+            ".tgz",
+            ".bz2",
+            ".xz",
+            ".zst",
+            ".zip",
+            ".tar",
+            ".7z",
+            ".rar",
+            ".lz4",
+            ".lzma",
+            ".br",
+        ),
+        _UNPACK,
+    ),
+    **dict.fromkeys(
+        (
+            ".xlsx",
+            ".xls",
+            ".ods",
+            ".orc",
+            ".avro",
+            ".pkl",
+            ".pickle",
+            ".sqlite",
+            ".sqlite3",
+            ".db",
+            ".tfrecord",
+        ),
+        _SAVE,
+    ),
 }
-_RECORD_WITHIN = re.compile(rf"({'|'.join(map(re.escape, sorted(RECORD_SUFFIXES, key=len, reverse=True)))})(?![a-z])")
+_RECORD_WITHIN = re.compile(
+    rf"({'|'.join(map(re.escape, sorted(RECORD_SUFFIXES, key=len, reverse=True)))})(?![a-z])"
+)
 _MADE_OF_RECORDS = (".py", ".sh", ".html", ".png", ".svg", ".jpg", ".jpeg", ".pdf")  # a.csv.py
 
 

@@ -58,7 +58,12 @@ class Prepared:
 
     def largest_id(self) -> int:
         """The largest token there is."""
-        return int(max(t.max() for t in (self.train.input_ids, self.held_out.input_ids, self.calibration_ids)))
+        return int(
+            max(
+                t.max()
+                for t in (self.train.input_ids, self.held_out.input_ids, self.calibration_ids)
+            )
+        )
 
     def positions(self) -> int:
         """How many positions the longest sequence has, or the longest document where several share one."""
@@ -75,16 +80,37 @@ def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cutting: C
     """
     kind, packing = documents.kind, cutting.packing_of(documents.kind)
     start, tokens = start_tokens(tokenizer), cutting.sequence_tokens
-    padding = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    padding = next(
+        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+    )
     train = encode_documents(documents.train, tokenizer, cutting.turns)
     held_out = encode_documents(documents.held_out, tokenizer, cutting.turns)
     train_sequences, train_counts = cut(train, tokens, packing, start, padding, "training")
-    held_out_sequences, held_out_counts = cut(held_out, tokens, "none" if packing == "documents" else packing, start, padding, "held-out")
-    calibration = train_sequences.input_ids if kind == "text" and packing == "join" else joined_ids(train, tokens, start, "training")
-    return Prepared(kind, packing, train_sequences, held_out_sequences, calibration, train_counts, held_out_counts)
+    held_out_sequences, held_out_counts = cut(
+        held_out, tokens, "none" if packing == "documents" else packing, start, padding, "held-out"
+    )
+    calibration = (
+        train_sequences.input_ids
+        if kind == "text" and packing == "join"
+        else joined_ids(train, tokens, start, "training")
+    )
+    return Prepared(
+        kind,
+        packing,
+        train_sequences,
+        held_out_sequences,
+        calibration,
+        train_counts,
+        held_out_counts,
+    )
 
 
-def sequences(documents: Sequence[Document | str], tokenizer: PreTrainedTokenizerBase, sequence_tokens: int, part: str) -> Tensor:
+def sequences(
+    documents: Sequence[Document | str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_tokens: int,
+    part: str,
+) -> Tensor:
     """Token ids [count, sequence_tokens], int64, of documents one after another.
 
     Args:
@@ -93,7 +119,9 @@ def sequences(documents: Sequence[Document | str], tokenizer: PreTrainedTokenize
     Raises:
         SourceError: the documents are shorter than one sequence.
     """
-    return joined_ids(encode_documents(documents, tokenizer), sequence_tokens, start_tokens(tokenizer), part)
+    return joined_ids(
+        encode_documents(documents, tokenizer), sequence_tokens, start_tokens(tokenizer), part
+    )
 
 
 def describe(documents: Documents, prepared: Prepared) -> dict[str, Any]:
@@ -115,8 +143,15 @@ def summary(description: dict[str, Any]) -> str:
     for part, name in (("train", "training"), ("held_out", "held out")):
         c = description[part]
         text = f"{name} {c['documents']:,} documents, {c['tokens']:,} tokens, {c['sequences']:,} sequences, {c['learnt_tokens']:,} tokens learnt"
-        lost = [(c["truncated_documents"], "documents truncated"), (c["dropped_documents"], "documents dropped"), (c["dropped_tokens"], "tokens dropped")]
+        lost = [
+            (c["truncated_documents"], "documents truncated"),
+            (c["dropped_documents"], "documents dropped"),
+            (c["dropped_tokens"], "tokens dropped"),
+        ]
         parts.append(", ".join([text, *(f"{count:,} {what}" for count, what in lost if count)]))
-    notes = [(description["skipped_records"], "empty records skipped"), (description["overlapping_documents"], "training documents that are held out removed")]
+    notes = [
+        (description["skipped_records"], "empty records skipped"),
+        (description["overlapping_documents"], "training documents that are held out removed"),
+    ]
     parts += [f"{count:,} {what}" for count, what in notes if count]
     return f"data ({description['kind']}, packing {description['packing']}): " + "; ".join(parts)

@@ -58,7 +58,9 @@ def locate_documents(source: str) -> None:
         except (ImportError, ValueError):
             found = False
         if not found:
-            raise SourceError(f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module")
+            raise SourceError(
+                f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module"
+            )
     elif not Path(source).expanduser().exists() and not _is_hub_id(source):
         raise SourceError(
             f"data source {source!r} does not exist. Give a file (text, {', '.join(RECORD_SUFFIXES)}), a folder of such files "
@@ -87,10 +89,14 @@ class _Reader:
             try:
                 if self.fields is None and isinstance(record, dict) and record:
                     self.fields = choose_fields(record, self.reading.columns, where)
-                self.documents.append(make_document(record, self.fields or Fields("text", {"text": "text"}), where))
+                self.documents.append(
+                    make_document(record, self.fields or Fields("text", {"text": "text"}), where)
+                )
             except EmptyRecordError as error:
                 if not self.reading.skip_empty:
-                    raise SourceError(f"{error}. Take the record out, or set data.empty_records: skip") from error
+                    raise SourceError(
+                        f"{error}. Take the record out, or set data.empty_records: skip"
+                    ) from error
                 self.skipped += 1
 
     def file(self, path: Path) -> None:
@@ -135,11 +141,15 @@ class _Reader:
 
     def _no_split(self, where: str) -> None:
         if self.reading.split is not None:
-            raise SourceError(f"{where} has no splits, so data.split: {self.reading.split} has no meaning; take it out of the recipe")
+            raise SourceError(
+                f"{where} has no splits, so data.split: {self.reading.split} has no meaning; take it out of the recipe"
+            )
 
     def _no_columns(self, where: str) -> None:
         if asked := self.reading.columns.asked:
-            raise SourceError(f"{where} is running text and has no columns; take data.{next(iter(asked))}_column out of the recipe")
+            raise SourceError(
+                f"{where} is running text and has no columns; take data.{next(iter(asked))}_column out of the recipe"
+            )
 
 
 def read_documents(source: str, reading: Reading) -> tuple[list[Document], int]:
@@ -163,5 +173,7 @@ def read_documents(source: str, reading: Reading) -> tuple[list[Document], int]:
         reader.table(*tables.read_hub(source, reading.split, reading.subset), source)
     documents = [d for d in reader.documents if not isinstance(d, Text) or d.text.strip()]
     if not documents:
-        raise SourceError(f"data source {source!r} holds no text: {'every document in it is empty' if reader.documents else 'no record is in it'}")
+        raise SourceError(
+            f"data source {source!r} holds no text: {'every document in it is empty' if reader.documents else 'no record is in it'}"
+        )
     return documents, reader.skipped

@@ -15,7 +15,9 @@ from qwlora.errors import SourceError
 _LINE = 80
 
 
-def split_documents(documents: Sequence[Document], held_out: float, seed: int, skipped: int = 0) -> Documents:
+def split_documents(
+    documents: Sequence[Document], held_out: float, seed: int, skipped: int = 0
+) -> Documents:
     """Keep the share `held_out` of all characters, and at least one document, from training.
 
     A single text is split by position, at a paragraph's end if one is near.
@@ -26,25 +28,46 @@ def split_documents(documents: Sequence[Document], held_out: float, seed: int, s
     if len(documents) == 1:
         (only,) = documents
         if not isinstance(only, Text):
-            raise SourceError(f"{only.where}: this is the only record, and at least two are needed: one to train on, one to evaluate on")
+            raise SourceError(
+                f"{only.where}: this is the only record, and at least two are needed: one to train on, one to evaluate on"
+            )
         text = only.text
         wanted_cut = int(len(text) * (1 - held_out))
         near = text.rfind("\n\n", wanted_cut - len(text) // 20, wanted_cut)
         cut = near + 2 if near >= 0 else wanted_cut
-        return _without_overlap((Text(text[:cut], only.where),), (Text(text[cut:], only.where),), skipped)
+        return _without_overlap(
+            (Text(text[:cut], only.where),), (Text(text[cut:], only.where),), skipped
+        )
     shuffled = list(documents)
     random.Random(seed).shuffle(shuffled)
-    wanted, count, characters = held_out * sum(d.characters for d in shuffled), 1, shuffled[0].characters
+    wanted, count, characters = (
+        held_out * sum(d.characters for d in shuffled),
+        1,
+        shuffled[0].characters,
+    )
     while characters < wanted and count < len(shuffled) - 1:
         characters += shuffled[count].characters
         count += 1
     return _without_overlap(tuple(shuffled[count:]), tuple(shuffled[:count]), skipped)
 
 
-def _without_overlap(train: tuple[Document, ...], held_out: tuple[Document, ...], skipped: int) -> Documents:
-    paragraphs = {p for document in held_out if isinstance(document, Text) for p in map(_normal, document.text.split("\n\n")) if len(p) > _LINE}
+def _without_overlap(
+    train: tuple[Document, ...], held_out: tuple[Document, ...], skipped: int
+) -> Documents:
+    paragraphs = {
+        p
+        for document in held_out
+        if isinstance(document, Text)
+        for p in map(_normal, document.text.split("\n\n"))
+        if len(p) > _LINE
+    }
     identities = {_normal(d.identity) for d in held_out if not isinstance(d, Text)}
-    answers = {answer for document in held_out for answer in map(_normal, document.answers) if len(answer) > _LINE}
+    answers = {
+        answer
+        for document in held_out
+        for answer in map(_normal, document.answers)
+        if len(answer) > _LINE
+    }
     kept: list[Document] = []
     removed_paragraphs = 0
     for document in train:
@@ -54,10 +77,14 @@ def _without_overlap(train: tuple[Document, ...], held_out: tuple[Document, ...]
             removed_paragraphs += len(every) - len(others)
             if (text := "\n\n".join(others)).strip():
                 kept.append(Text(text, document.where))
-        elif _normal(document.identity) not in identities and answers.isdisjoint(map(_normal, document.answers)):
+        elif _normal(document.identity) not in identities and answers.isdisjoint(
+            map(_normal, document.answers)
+        ):
             kept.append(document)
     if not kept and any(d.characters for d in train):
-        raise SourceError("everything in the training part stands in the held-out part too, so nothing is left to train on: the documents repeat each other")
+        raise SourceError(
+            "everything in the training part stands in the held-out part too, so nothing is left to train on: the documents repeat each other"
+        )
     return Documents(tuple(kept), held_out, skipped, len(train) - len(kept), removed_paragraphs)
 
 

@@ -92,11 +92,17 @@ def read_arrow(path: Path) -> tuple[list[str], Any]:
     pyarrow, ipc = _needed("pyarrow", path), _needed("pyarrow.ipc", path)
     try:
         with pyarrow.memory_map(str(path)) as source:
-            opened = ipc.open_file(source) if source.read(6) == b"ARROW1" else ipc.open_stream(pyarrow.memory_map(str(path)))
+            opened = (
+                ipc.open_file(source)
+                if source.read(6) == b"ARROW1"
+                else ipc.open_stream(pyarrow.memory_map(str(path)))
+            )
             table = opened.read_all()
     except (pyarrow.ArrowException, OSError) as error:
         raise SourceError(f"{path}: this is not an Arrow file: {error}") from error
-    return list(table.column_names), lambda wanted: _batches(table.select(list(wanted)).to_batches(), path, pyarrow)
+    return list(table.column_names), lambda wanted: _batches(
+        table.select(list(wanted)).to_batches(), path, pyarrow
+    )
 
 
 def _batches(batches: Any, path: Path, pyarrow: ModuleType) -> Rows:
@@ -137,7 +143,9 @@ def read_saved_dataset(path: Path, split: str | None) -> tuple[list[str], Any]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # each version, builder and file system raises its own
-        raise SourceError(f"{path}: this folder has {' or '.join(SAVED_DATASET)}, but datasets cannot load it: {error}") from error
+        raise SourceError(
+            f"{path}: this folder has {' or '.join(SAVED_DATASET)}, but datasets cannot load it: {error}"
+        ) from error
     return _dataset_rows(loaded, str(path), split, datasets)
 
 
@@ -152,19 +160,27 @@ def read_hub(source: str, split: str | None, subset: str | None) -> tuple[list[s
     try:
         loaded = datasets.load_dataset(source, name=subset)
     except Exception as error:  # the network, the hub, a builder: each raises its own
-        raise SourceError(f"data source {source!r} is no file or folder here, and datasets cannot load it from the hub: {_first_line(error)}") from error
+        raise SourceError(
+            f"data source {source!r} is no file or folder here, and datasets cannot load it from the hub: {_first_line(error)}"
+        ) from error
     return _dataset_rows(loaded, source, split, datasets)
 
 
-def _dataset_rows(loaded: Any, source: str, split: str | None, datasets: ModuleType) -> tuple[list[str], Any]:
+def _dataset_rows(
+    loaded: Any, source: str, split: str | None, datasets: ModuleType
+) -> tuple[list[str], Any]:
     if isinstance(loaded, datasets.DatasetDict):
         names = list(loaded)
         wanted = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
         if wanted is None or wanted not in names:
-            raise SourceError(f"{source}: {f'there is no split {split!r}' if split else 'it has several splits'}: set data.split to one of {', '.join(names)}")
+            raise SourceError(
+                f"{source}: {f'there is no split {split!r}' if split else 'it has several splits'}: set data.split to one of {', '.join(names)}"
+            )
         loaded, source = loaded[wanted], f"{source}[{wanted}]"
     elif split is not None:
-        raise SourceError(f"{source}: it has no splits, so data.split: {split} has no meaning; take it out of the recipe")
+        raise SourceError(
+            f"{source}: it has no splits, so data.split: {split} has no meaning; take it out of the recipe"
+        )
 
     def rows(wanted: Collection[str]) -> Rows:
         for number, row in enumerate(loaded.select_columns(list(wanted)), 1):
@@ -177,7 +193,9 @@ def _needed(module: str, source: Any) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(f"{module.partition('.')[0]} is needed to read {str(source)!r} and is not installed: pip install 'qwlora[data]'") from error
+        raise MissingExtraError(
+            f"{module.partition('.')[0]} is needed to read {str(source)!r} and is not installed: pip install 'qwlora[data]'"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -17,7 +17,15 @@ from qwlora.encodings.diff import Difference, diff
 from qwlora.encodings.document import read, write
 from qwlora.encodings.fields import Finding
 from qwlora.encodings.graph import TensorFacts, read_graph
-from qwlora.encodings.model import FLOAT_FORMATS, VERSIONS, Encoding, EncodingsFile, FloatEncoding, IntegerEncoding, LpbqEncoding
+from qwlora.encodings.model import (
+    FLOAT_FORMATS,
+    VERSIONS,
+    Encoding,
+    EncodingsFile,
+    FloatEncoding,
+    IntegerEncoding,
+    LpbqEncoding,
+)
 from qwlora.encodings.schema import schema
 from qwlora.encodings.validate import validate
 

@@ -33,7 +33,14 @@ from qwlora.encodings.diff import encoding_differences
 from qwlora.encodings.fields import shown
 from qwlora.encodings.graph import Graph, TensorFacts
 from qwlora.encodings.list_versions import channel_axis_of, channel_shape
-from qwlora.encodings.model import VERSIONS, Encoding, EncodingsFile, FloatEncoding, IntegerEncoding, LpbqEncoding
+from qwlora.encodings.model import (
+    VERSIONS,
+    Encoding,
+    EncodingsFile,
+    FloatEncoding,
+    IntegerEncoding,
+    LpbqEncoding,
+)
 from qwlora.errors import ConversionError
 
 BlockOrder = Literal["tensor", "channel"]
@@ -82,11 +89,17 @@ def convert(
         ConversionError: the version or the order is unknown; something would be lost and `lossy` is False; or something is lacking, lossy or not.
     """
     if version not in VERSIONS:
-        raise ConversionError(f"encodings version {shown(version)!r} is not one of {', '.join(VERSIONS)}", (), ())
+        raise ConversionError(
+            f"encodings version {shown(version)!r} is not one of {', '.join(VERSIONS)}", (), ()
+        )
     if block_order is None and (file.producer or {}).get("package") == _OUR_PACKAGE:
         block_order = "tensor"
     if block_order not in (None, *BLOCK_ORDERS):
-        raise ConversionError(f"block order {shown(str(block_order))!r} is not one of {', '.join(BLOCK_ORDERS)}", (), ())
+        raise ConversionError(
+            f"block order {shown(str(block_order))!r} is not one of {', '.join(BLOCK_ORDERS)}",
+            (),
+            (),
+        )
     there = _Target(version, graph or {}, decompressed_bitwidth, block_order)
     back = _Target(file.version, graph or {}, decompressed_bitwidth, block_order)
     lost: list[str] = []
@@ -109,7 +122,11 @@ def convert(
             lost.append(f"file: {field}")
     if lacking or (lost and not lossy):
         raise ConversionError(f"encodings {file.version} -> {version}", lost, lacking)
-    rest = {"excluded_layers": file.excluded_layers, "quantizer_args": file.quantizer_args} if there.split else {}
+    rest = (
+        {"excluded_layers": file.excluded_layers, "quantizer_args": file.quantizer_args}
+        if there.split
+        else {}
+    )
     return EncodingsFile(version, tuple(kept), parameters, producer=file.producer, **rest)  # type: ignore[arg-type]
 
 
@@ -118,34 +135,55 @@ def _lost_fields(encoding: Encoding, restored: Encoding | None, needs: list[str]
     if restored is None:
         return [f"{shown(encoding.name)}: {_described(encoding)}"]
     differences = encoding_differences(encoding, restored, unknown_differs=True)
-    lost = [f"{shown(encoding.name)}: {d.field} {d.first}" for d in differences if d.first != "not said"]
+    lost = [
+        f"{shown(encoding.name)}: {d.field} {d.first}" for d in differences if d.first != "not said"
+    ]
     return [*lost[:-1], f"{lost[-1]}; to come back needs {needs[0]}"] if lost and needs else lost
 
 
 def _described(encoding: Encoding) -> str:
-    kind = {IntegerEncoding: "integers", LpbqEncoding: "LPBQ", FloatEncoding: "floats"}[type(encoding)]
+    kind = {IntegerEncoding: "integers", LpbqEncoding: "LPBQ", FloatEncoding: "floats"}[
+        type(encoding)
+    ]
     name = encoding.format if isinstance(encoding, FloatEncoding) else None
     return f"{kind} of {encoding.bitwidth} bits{f' ({name})' if name else ''}"
 
 
-def _project_parameters(file: EncodingsFile, names: set[str], there: _Target, lacking: list[str]) -> tuple[frozenset[str] | None, list[str]]:
+def _project_parameters(
+    file: EncodingsFile, names: set[str], there: _Target, lacking: list[str]
+) -> tuple[frozenset[str] | None, list[str]]:
     """Which of `names` are parameters, in the target; and what is lost of that."""
     known = file.parameters
     if known is None and there.split:
         unknown = sorted(names - there.graph.keys())
-        lacking += [f"{shown(name)}: whether it is a parameter; give the model's graph (--onnx)" for name in unknown]
-        return frozenset(name for name in names if name in there.graph and there.graph[name].parameter), []
+        lacking += [
+            f"{shown(name)}: whether it is a parameter; give the model's graph (--onnx)"
+            for name in unknown
+        ]
+        return frozenset(
+            name for name in names if name in there.graph and there.graph[name].parameter
+        ), []
     if known is None or there.split:
         return (known & names if known is not None else None), []
-    unsaid = sorted(n for n in names if n not in there.graph or there.graph[n].parameter != (n in known))
+    unsaid = sorted(
+        n for n in names if n not in there.graph or there.graph[n].parameter != (n in known)
+    )
     if not unsaid:
         return None, []
-    return None, [f"file: which of {len(unsaid)} encodings are parameters and which activations ({shown(', '.join(unsaid))})"]
+    return None, [
+        f"file: which of {len(unsaid)} encodings are parameters and which activations ({shown(', '.join(unsaid))})"
+    ]
 
 
 def _with_positive_axis(encoding: Encoding, graph: Graph) -> Encoding:
     shape = graph.get(encoding.name, _UNKNOWN).shape
-    if isinstance(encoding, LpbqEncoding) or encoding.axis is None or encoding.axis >= 0 or shape is None or -encoding.axis > len(shape):
+    if (
+        isinstance(encoding, LpbqEncoding)
+        or encoding.axis is None
+        or encoding.axis >= 0
+        or shape is None
+        or -encoding.axis > len(shape)
+    ):
         return encoding
     return encoding.replace(axis=encoding.axis % len(shape))
 
@@ -158,7 +196,9 @@ def _project(encoding: Encoding, target: _Target) -> tuple[Encoding | None, list
         case LpbqEncoding():
             return _project_lpbq(encoding, target)
         case FloatEncoding():
-            if (encoding.scale is None) != target.split or (encoding.format is None) != target.split:
+            if (encoding.scale is None) != target.split or (
+                encoding.format is None
+            ) != target.split:
                 return None, []
             return encoding, []
 
@@ -167,21 +207,33 @@ def _project_integer(encoding: IntegerEncoding, target: _Target) -> tuple[Encodi
     facts = target.graph.get(encoding.name, _UNKNOWN)
     if target.split:
         encoding = _listed(encoding, facts.channel_axis, target.block_order, "scale", "offset")
-        one = encoding.granularity == "tensor" or (target.version == "0.6.1" and encoding.scale.size == 1)
+        one = encoding.granularity == "tensor" or (
+            target.version == "0.6.1" and encoding.scale.size == 1
+        )
         shape: tuple[int, ...] = () if one else (encoding.scale.size,)
         block_size = None if target.version == "0.6.1" else encoding.block_size
         scale, offset = encoding.scale.reshape(shape), encoding.offset.reshape(shape)
-        return encoding.replace(scale=scale, offset=offset, signed=None, axis=None, block_size=block_size), []
+        return encoding.replace(
+            scale=scale, offset=offset, signed=None, axis=None, block_size=block_size
+        ), []
     centred = bool((encoding.offset == encoding.centre).all())
     signed = encoding.symmetric if encoding.signed is None else encoding.signed
     changes: dict[str, Any] = {"symmetric": centred, "signed": signed}
     needs: list[str] = []
     if encoding.axis is None and encoding.granularity != "tensor":
-        layout = _channel_layout(encoding, facts) if encoding.block_size is None else _block_layout(encoding.scale.size, encoding.block_size, facts, target)
+        layout = (
+            _channel_layout(encoding, facts)
+            if encoding.block_size is None
+            else _block_layout(encoding.scale.size, encoding.block_size, facts, target)
+        )
         if isinstance(layout, str):
             needs.append(layout)
         else:
-            changes |= {"axis": layout.axis, "scale": layout.nested(encoding.scale), "offset": layout.nested(encoding.offset)}
+            changes |= {
+                "axis": layout.axis,
+                "scale": layout.nested(encoding.scale),
+                "offset": layout.nested(encoding.offset),
+            }
     return encoding.replace(**changes), needs
 
 
@@ -191,9 +243,14 @@ def _project_lpbq(encoding: LpbqEncoding, target: _Target) -> tuple[Encoding | N
     if target.version == "1.0.0":
         decompressed = encoding.decompressed_bitwidth or target.decompressed_bitwidth
         encoding = _listed(encoding, encoding.channel_axis, target.block_order, "block_scale")
-        flat = {"block_scale": encoding.block_scale.reshape(-1), "channel_scale": encoding.channel_scale.reshape(-1)}
+        flat = {
+            "block_scale": encoding.block_scale.reshape(-1),
+            "channel_scale": encoding.channel_scale.reshape(-1),
+        }
         needs = [] if decompressed else ["its decompressed bitwidth (--decompressed-bitwidth)"]
-        return encoding.replace(**flat, decompressed_bitwidth=decompressed, axis=None, channel_axis=None), needs
+        return encoding.replace(
+            **flat, decompressed_bitwidth=decompressed, axis=None, channel_axis=None
+        ), needs
     projected = encoding.replace(decompressed_bitwidth=None)
     if encoding.axis is None:
         facts = target.graph.get(encoding.name, _UNKNOWN)
@@ -202,17 +259,33 @@ def _project_lpbq(encoding: LpbqEncoding, target: _Target) -> tuple[Encoding | N
             return projected, [layout]
         channel, rank = facts.channel_axis, len(layout.shape)
         if channel is None or layout.shape[channel] != encoding.channel_scale.size:
-            return projected, [f"its channel axis: the graph's shape of it does not have {encoding.channel_scale.size} channels"]
-        channel_scale, block_scale = encoding.channel_scale.reshape(channel_shape(rank, channel)), layout.nested(encoding.block_scale)
-        projected = projected.replace(axis=layout.axis, channel_axis=channel, block_scale=block_scale, channel_scale=channel_scale)
+            return projected, [
+                f"its channel axis: the graph's shape of it does not have {encoding.channel_scale.size} channels"
+            ]
+        channel_scale, block_scale = (
+            encoding.channel_scale.reshape(channel_shape(rank, channel)),
+            layout.nested(encoding.block_scale),
+        )
+        projected = projected.replace(
+            axis=layout.axis,
+            channel_axis=channel,
+            block_scale=block_scale,
+            channel_scale=channel_scale,
+        )
     assert projected.axis is not None
     if target.version == "2.0.0":
-        return projected.replace(channel_axis=channel_axis_of(projected.channel_scale.shape, projected.axis)), []
+        return projected.replace(
+            channel_axis=channel_axis_of(projected.channel_scale.shape, projected.axis)
+        ), []
     along = [axis for axis, size in enumerate(projected.channel_scale.shape) if size > 1]
     channel = projected.channel_axis
-    if len(along) > 1 or (channel is not None and projected.channel_scale.size != projected.block_scale.shape[channel]):
+    if len(along) > 1 or (
+        channel is not None and projected.channel_scale.size != projected.block_scale.shape[channel]
+    ):
         return None, []
-    return projected, ([] if channel is not None else ["its channel axis, which its shapes leave open"])
+    return projected, (
+        [] if channel is not None else ["its channel axis, which its shapes leave open"]
+    )
 
 
 @dataclass(frozen=True)
@@ -227,16 +300,27 @@ class _Layout:
         if self.channel_first is None:
             return flat.reshape(self.shape)
         swapped = list(self.shape)
-        swapped[self.axis], swapped[self.channel_first] = swapped[self.channel_first], swapped[self.axis]
+        swapped[self.axis], swapped[self.channel_first] = (
+            swapped[self.channel_first],
+            swapped[self.axis],
+        )
         return flat.reshape(swapped).swapaxes(self.axis, self.channel_first)
 
 
 def _listed(encoding: T, channel_axis: int | None, order: BlockOrder | None, *fields: str) -> T:
     """With the axes of nested block scales swapped where a flat list by channel wants them so."""
     axis = encoding.axis
-    if order != "channel" or encoding.block_size is None or axis is None or channel_axis is None or channel_axis < axis:
+    if (
+        order != "channel"
+        or encoding.block_size is None
+        or axis is None
+        or channel_axis is None
+        or channel_axis < axis
+    ):
         return encoding
-    return encoding.replace(**{field: getattr(encoding, field).swapaxes(axis, channel_axis) for field in fields})
+    return encoding.replace(
+        **{field: getattr(encoding, field).swapaxes(axis, channel_axis) for field in fields}
+    )
 
 
 def _channel_layout(encoding: IntegerEncoding, facts: TensorFacts) -> _Layout | str:
@@ -248,12 +332,20 @@ def _channel_layout(encoding: IntegerEncoding, facts: TensorFacts) -> _Layout | 
     return _Layout(facts.channel_axis, encoding.scale.shape)
 
 
-def _block_layout(count: int, block_size: int, facts: TensorFacts, target: _Target) -> _Layout | str:
+def _block_layout(
+    count: int, block_size: int, facts: TensorFacts, target: _Target
+) -> _Layout | str:
     """How `count` block scales are nested, or what is lacking."""
     if facts.shape is None or facts.block_axis is None or facts.channel_axis is None:
         return "its block axis and the shape of its scales; give the model's graph (--onnx), in which the op that reads the tensor implies them"
-    shape = tuple(-(-size // block_size) if axis == facts.block_axis else size for axis, size in enumerate(facts.shape))
-    shape = tuple(size if axis in (facts.block_axis, facts.channel_axis) else 1 for axis, size in enumerate(shape))
+    shape = tuple(
+        -(-size // block_size) if axis == facts.block_axis else size
+        for axis, size in enumerate(facts.shape)
+    )
+    shape = tuple(
+        size if axis in (facts.block_axis, facts.channel_axis) else 1
+        for axis, size in enumerate(shape)
+    )
     if facts.shape[facts.block_axis] % block_size or _product(shape) != count:
         return f"the shape of its scales: blocks of {block_size} on a tensor of {list(facts.shape)} are not {count}"
     if facts.block_axis > facts.channel_axis:
@@ -263,7 +355,9 @@ def _block_layout(count: int, block_size: int, facts: TensorFacts, target: _Targ
             "the order of its block scales: 1.0.0 lists them as the tensor lies in some files and by channel in others, and these two differ here; "
             "say which (--block-order tensor, as AIMET's sim.onnx.export writes them, or --block-order channel, as its sim.export does)"
         )
-    return _Layout(facts.block_axis, shape, facts.channel_axis if target.block_order == "channel" else None)
+    return _Layout(
+        facts.block_axis, shape, facts.channel_axis if target.block_order == "channel" else None
+    )
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -16,16 +16,24 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-_RESHAPES = frozenset("Cast CastLike Identity Dropout Reshape Flatten Squeeze Unsqueeze Transpose Expand Tile DepthToSpace SpaceToDepth".split())  # noqa: SIM905
-_PICKS = frozenset("Slice Split Gather GatherElements GatherND Compress Concat Pad Where ScatterElements ScatterND ReverseSequence".split())  # noqa: SIM905
+_RESHAPES = frozenset(
+    "Cast CastLike Identity Dropout Reshape Flatten Squeeze Unsqueeze Transpose Expand Tile DepthToSpace SpaceToDepth".split()
+)  # noqa: SIM905
+_PICKS = frozenset(
+    "Slice Split Gather GatherElements GatherND Compress Concat Pad Where ScatterElements ScatterND ReverseSequence".split()
+)  # noqa: SIM905
 MOVES = _RESHAPES | _PICKS
 _QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
 _INTEGERS = frozenset("Shape Size NonZero ArgMax ArgMin QuantizeLinear NonMaxSuppression".split())  # noqa: SIM905
-_BOOLEANS = frozenset("Equal Greater GreaterOrEqual Less LessOrEqual And Or Not Xor IsNaN IsInf".split())  # noqa: SIM905
+_BOOLEANS = frozenset(
+    "Equal Greater GreaterOrEqual Less LessOrEqual And Or Not Xor IsNaN IsInf".split()
+)  # noqa: SIM905
 _FLOATS = frozenset({"DequantizeLinear"})
 
 
-def wanting(graph: Any, stored: Mapping[str, Any], is_float: Callable[[int], bool]) -> tuple[set[str], dict[str, str]]:
+def wanting(
+    graph: Any, stored: Mapping[str, Any], is_float: Callable[[int], bool]
+) -> tuple[set[str], dict[str, str]]:
     """(names that want an encoding, the op that computes each of them; stored tensors and inputs have none).
 
     Args:
@@ -35,11 +43,17 @@ def wanting(graph: Any, stored: Mapping[str, Any], is_float: Callable[[int], boo
     """
     floating = _floating(graph, stored, is_float)
     inside = _inside_quantizers(graph)
-    carrying = {v.name for v in graph.input if floating[v.name]} | {name for name, t in stored.items() if floating[name] and _size(t.dims) > 1}
+    carrying = {v.name for v in graph.input if floating[v.name]} | {
+        name for name, t in stored.items() if floating[name] and _size(t.dims) > 1
+    }
     wanted = carrying - inside
     computed_by: dict[str, str] = {}
     for node in graph.node:
-        if node.op_type == "Constant" or not (node.op_type == "DequantizeLinear" or carrying.intersection(node.input) or _has_subgraph(node)):
+        if node.op_type == "Constant" or not (
+            node.op_type == "DequantizeLinear"
+            or carrying.intersection(node.input)
+            or _has_subgraph(node)
+        ):
             continue
         for name in filter(None, node.output):
             if floating[name]:
@@ -47,7 +61,9 @@ def wanting(graph: Any, stored: Mapping[str, Any], is_float: Callable[[int], boo
                 if name not in inside and node.op_type not in MOVES:
                     wanted.add(name)
                     computed_by[name] = node.op_type
-    moved_inside = {name for name, outputs in moved_only(graph).items() if inside.issuperset(outputs)}
+    moved_inside = {
+        name for name, outputs in moved_only(graph).items() if inside.issuperset(outputs)
+    }
     return wanted - moved_inside, computed_by
 
 
@@ -60,11 +76,20 @@ def moved_only(graph: Any) -> dict[str, tuple[str, ...]]:
     return {name: tuple(outputs) for name, outputs in moved.items() if all(outputs)}
 
 
-def _floating(graph: Any, stored: Mapping[str, Any], is_float: Callable[[int], bool]) -> dict[str, bool]:
+def _floating(
+    graph: Any, stored: Mapping[str, Any], is_float: Callable[[int], bool]
+) -> dict[str, bool]:
     """Whether each tensor holds floats: as the file says, else as its op implies."""
-    said = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
-    known = {name: is_float(kind) for name, kind in said.items() if kind} | {name: is_float(t.data_type) for name, t in stored.items()}
-    floating = {v.name: known.get(v.name, True) for v in graph.input} | {name: known[name] for name in stored}
+    said = {
+        v.name: v.type.tensor_type.elem_type
+        for v in (*graph.value_info, *graph.input, *graph.output)
+    }
+    known = {name: is_float(kind) for name, kind in said.items() if kind} | {
+        name: is_float(t.data_type) for name, t in stored.items()
+    }
+    floating = {v.name: known.get(v.name, True) for v in graph.input} | {
+        name: known[name] for name in stored
+    }
     for node in graph.node:
         implied = _implied(node, floating, is_float)
         floating |= {name: known.get(name, implied) for name in node.output if name}

@@ -55,7 +55,9 @@ def diff(a: EncodingsFile, b: EncodingsFile, tolerance: float = 0.0) -> list[Dif
     return found
 
 
-def encoding_differences(a: Encoding, b: Encoding, tolerance: float = 0.0, unknown_differs: bool = False) -> list[Difference]:
+def encoding_differences(
+    a: Encoding, b: Encoding, tolerance: float = 0.0, unknown_differs: bool = False
+) -> list[Difference]:
     """The fields in which two encodings differ; with `unknown_differs`, also those that only one says, and shapes of equal content."""
     if type(a) is not type(b):
         return [Difference(a.name, "kind", _kind(a), _kind(b))]
@@ -75,7 +77,9 @@ def encoding_differences(a: Encoding, b: Encoding, tolerance: float = 0.0, unkno
     return found
 
 
-def _array_difference(name: str, field: str, a: Any, b: Any, tolerance: float, strict: bool) -> Difference | None:
+def _array_difference(
+    name: str, field: str, a: Any, b: Any, tolerance: float, strict: bool
+) -> Difference | None:
     flat = not strict and a.size == b.size and 1 in (a.ndim, b.ndim)
     if a.shape != b.shape and not flat:
         return Difference(name, field, f"shape {list(a.shape)}", f"shape {list(b.shape)}")
@@ -89,14 +93,26 @@ def _array_difference(name: str, field: str, a: Any, b: Any, tolerance: float, s
     if not unequal.any():
         return None
     i = int(unequal.argmax())
-    where = f" at {i}, and {int(unequal.sum()) - 1} more" if unequal.sum() > 1 else f" at {i}" if left.size > 1 else ""
+    where = (
+        f" at {i}, and {int(unequal.sum()) - 1} more"
+        if unequal.sum() > 1
+        else f" at {i}"
+        if left.size > 1
+        else ""
+    )
     return Difference(name, field, f"{left[i]}{where}", str(right[i]), relative)
 
 
 def _section_difference(name: str, a: EncodingsFile, b: EncodingsFile) -> list[Difference]:
-    if a.parameters is None or b.parameters is None or (name in a.parameters) == (name in b.parameters):
+    if (
+        a.parameters is None
+        or b.parameters is None
+        or (name in a.parameters) == (name in b.parameters)
+    ):
         return []
-    first, second = ("a parameter" if name in f else "an activation" for f in (a.parameters, b.parameters))
+    first, second = (
+        "a parameter" if name in f else "an activation" for f in (a.parameters, b.parameters)
+    )
     return [Difference(name, "section", first, second)]
 
 

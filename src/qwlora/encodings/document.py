@@ -55,7 +55,9 @@ def write(file: EncodingsFile, path: Path | str) -> None:
         scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     except (OSError, ValueError) as error:
-        raise EncodingsFileError(str(path), [f"cannot be written: {getattr(error, 'strerror', None) or error}"]) from error
+        raise EncodingsFileError(
+            str(path), [f"cannot be written: {getattr(error, 'strerror', None) or error}"]
+        ) from error
     finally:
         with suppress(OSError, ValueError):
             scratch.unlink(missing_ok=True)
@@ -67,15 +69,30 @@ def to_text(file: EncodingsFile) -> str:
     Raises:
         ConversionError, EncodingsFileError: as `write`.
     """
-    return "{\n" + ",\n".join(f" {json.dumps(key)}: {_lines(value)}" for key, value in to_document(file).items()) + "\n}\n"
+    return (
+        "{\n"
+        + ",\n".join(
+            f" {json.dumps(key)}: {_lines(value)}" for key, value in to_document(file).items()
+        )
+        + "\n}\n"
+    )
 
 
 def _lines(value: Any) -> str:
     """JSON; a list of objects, or an object of lists, with each on a line of its own."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n  " + ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n ]"
+        return (
+            "[\n  " + ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n ]"
+        )
     if isinstance(value, dict) and any(isinstance(entry, list) for entry in value.values()):
-        return "{\n  " + ",\n  ".join(f"{json.dumps(name)}: {json.dumps(entry, allow_nan=False)}" for name, entry in value.items()) + "\n }"
+        return (
+            "{\n  "
+            + ",\n  ".join(
+                f"{json.dumps(name)}: {json.dumps(entry, allow_nan=False)}"
+                for name, entry in value.items()
+            )
+            + "\n }"
+        )
     return json.dumps(value, allow_nan=False)
 
 
@@ -86,12 +103,18 @@ def to_document(file: EncodingsFile) -> dict[str, Any]:
         ConversionError, EncodingsFileError: as `write`.
     """
     if file.version not in VERSIONS:
-        raise EncodingsFileError("encodings", [f"version {shown(file.version)!r} is not one of {', '.join(VERSIONS)}"])
+        raise EncodingsFileError(
+            "encodings", [f"version {shown(file.version)!r} is not one of {', '.join(VERSIONS)}"]
+        )
     convert(file, file.version)
     document: dict[str, Any] = {"version": file.version}
     if file.producer is not None:
         document["producer"] = dict(file.producer)
-    document |= _build_sections(file) if file.version < "2" else {"encodings": [build_2(e, file.version) for e in file.encodings]}
+    document |= (
+        _build_sections(file)
+        if file.version < "2"
+        else {"encodings": [build_2(e, file.version) for e in file.encodings]}
+    )
     if file.excluded_layers is not None:
         document["excluded_layers"] = list(file.excluded_layers)
     if file.quantizer_args is not None:
@@ -104,10 +127,19 @@ def to_document(file: EncodingsFile) -> dict[str, Any]:
 
 def _build_sections(file: EncodingsFile) -> dict[str, Any]:
     assert file.parameters is not None, "convert asks for it"
-    members = [e for e in file.encodings if e.name not in file.parameters], [e for e in file.encodings if e.name in file.parameters]
+    members = (
+        [e for e in file.encodings if e.name not in file.parameters],
+        [e for e in file.encodings if e.name in file.parameters],
+    )
     if file.version == "0.6.1":
-        return {section: {e.name: build_0_6_1(e) for e in some} for section, some in zip(SECTIONS, members, strict=True)}
-    return {section: [build_1_0_0(e) for e in some] for section, some in zip(SECTIONS, members, strict=True)}
+        return {
+            section: {e.name: build_0_6_1(e) for e in some}
+            for section, some in zip(SECTIONS, members, strict=True)
+        }
+    return {
+        section: [build_1_0_0(e) for e in some]
+        for section, some in zip(SECTIONS, members, strict=True)
+    }
 
 
 def load_json(path: Path | str, limit_bytes: int = LIMIT_BYTES) -> Any:
@@ -120,7 +152,9 @@ def load_json(path: Path | str, limit_bytes: int = LIMIT_BYTES) -> Any:
         with open(path, "rb") as stream:
             content = stream.read(limit_bytes + 1)
     except (OSError, ValueError) as error:
-        raise EncodingsFileError(str(path), [f"cannot be read: {getattr(error, 'strerror', None) or error}"]) from error
+        raise EncodingsFileError(
+            str(path), [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
+        ) from error
     if len(content) > limit_bytes:
         raise EncodingsFileError(str(path), [f"is larger than {limit_bytes} bytes"])
     try:
@@ -154,9 +188,16 @@ def parse(document: Any) -> tuple[EncodingsFile | None, list[Finding]]:
     version = top.text("version", VERSIONS)
     if version is None:
         return None, findings
-    read_entries = {"0.6.1": _parse_entries_0_6_1, "1.0.0": _parse_entries_1_0_0}.get(version, _parse_entries_2)
+    read_entries = {"0.6.1": _parse_entries_0_6_1, "1.0.0": _parse_entries_1_0_0}.get(
+        version, _parse_entries_2
+    )
     sections = SECTIONS if version < "2" else ("encodings",)
-    parsed = [read_entries(top.value(section), section, version, findings) if top.has(section) else top.value(section) for section in sections]
+    parsed = [
+        read_entries(top.value(section), section, version, findings)
+        if top.has(section)
+        else top.value(section)
+        for section in sections
+    ]
     optional: dict[str, Callable[[Any], Any]] = {"producer": _producer}
     if version < "2":
         optional |= {"excluded_layers": _names, "quantizer_args": _plain_values}
@@ -170,7 +211,9 @@ def parse(document: Any) -> tuple[EncodingsFile | None, list[Finding]]:
     return EncodingsFile(version, encodings, parameters, **rest), findings
 
 
-def _parse_entries_0_6_1(section: Any, key: str, version: str, findings: list[Finding]) -> list[Encoding]:
+def _parse_entries_0_6_1(
+    section: Any, key: str, version: str, findings: list[Finding]
+) -> list[Encoding]:
     entries = Record(section, key, findings).values
     reports = ((name, items, Record({}, name or "''", findings)) for name, items in entries.items())
     parsed = [parse_0_6_1(name, items, report) for name, items, report in reports]
@@ -179,17 +222,28 @@ def _parse_entries_0_6_1(section: Any, key: str, version: str, findings: list[Fi
     return [e for e in parsed if e is not None]
 
 
-def _parse_entries_1_0_0(section: Any, key: str, version: str, findings: list[Finding]) -> list[Encoding]:
+def _parse_entries_1_0_0(
+    section: Any, key: str, version: str, findings: list[Finding]
+) -> list[Encoding]:
     return _parse_list(section, key, findings, parse_1_0_0)
 
 
-def _parse_entries_2(section: Any, key: str, version: str, findings: list[Finding]) -> list[Encoding]:
+def _parse_entries_2(
+    section: Any, key: str, version: str, findings: list[Finding]
+) -> list[Encoding]:
     return _parse_list(section, key, findings, lambda record: parse_2(record, version))
 
 
-def _parse_list(section: Any, key: str, findings: list[Finding], parse_entry: Callable[[Record], Encoding | None]) -> list[Encoding]:
+def _parse_list(
+    section: Any,
+    key: str,
+    findings: list[Finding],
+    parse_entry: Callable[[Record], Encoding | None],
+) -> list[Encoding]:
     if not isinstance(section, list):
-        findings.append(Finding("error", key, "", f"is {found(section)}; a list of entries is needed"))
+        findings.append(
+            Finding("error", key, "", f"is {found(section)}; a list of entries is needed")
+        )
         return []
     parsed = []
     for i, entry in enumerate(section):
@@ -202,7 +256,10 @@ def _parse_list(section: Any, key: str, findings: list[Finding], parse_entry: Ca
 def _duplicates(encodings: tuple[Encoding, ...]) -> list[Finding]:
     seen: set[str] = set()
     again = [e.name for e in encodings if e.name in seen or seen.add(e.name)]  # type: ignore[func-returns-value]
-    return [Finding("error", name, "name", "is there twice; one tensor has one encoding") for name in again]
+    return [
+        Finding("error", name, "name", "is there twice; one tensor has one encoding")
+        for name in again
+    ]
 
 
 def _optional(top: Record, key: str, check: Callable[[Any], Any]) -> Any:
@@ -232,6 +289,10 @@ def _plain_values(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FieldError(f"is {found(value)}; an object is needed")
     for key, v in value.items():
-        if not isinstance(v, str | bool | int | float) or (isinstance(v, float) and not np.isfinite(v)):
-            raise FieldError(f"has {found(v)} under {shown(key)!r}; a text, a finite number, true or false is needed")
+        if not isinstance(v, str | bool | int | float) or (
+            isinstance(v, float) and not np.isfinite(v)
+        ):
+            raise FieldError(
+                f"has {found(v)} under {shown(key)!r}; a text, a finite number, true or false is needed"
+            )
     return value

@@ -32,7 +32,9 @@ class Finding:
     message: str
 
     def __str__(self) -> str:
-        return f"{shown(self.where)}{f', {shown(self.field)}' if self.field else ''}: {self.message}"
+        return (
+            f"{shown(self.where)}{f', {shown(self.field)}' if self.field else ''}: {self.message}"
+        )
 
 
 class FieldError(Exception):
@@ -69,7 +71,11 @@ class Record:
 
     def error(self, key: str, message: str) -> None:
         """Note that something is wrong with `key`."""
-        self.findings.append(Finding("error", self.where, self.prefix + key if key else self.prefix.rstrip("."), message))
+        self.findings.append(
+            Finding(
+                "error", self.where, self.prefix + key if key else self.prefix.rstrip("."), message
+            )
+        )
 
     def has(self, key: str) -> bool:
         """Whether the field is there."""
@@ -114,7 +120,11 @@ class Record:
     def record(self, key: str) -> Record | None:
         """An object inside this one."""
         value = self.value(key)
-        return Record(value, self.where, self.findings, f"{self.prefix}{key}.") if key in self.values else None
+        return (
+            Record(value, self.where, self.findings, f"{self.prefix}{key}.")
+            if key in self.values
+            else None
+        )
 
     def close(self) -> None:
         """Note every field that was not asked for."""
@@ -162,7 +172,9 @@ def scales_of(value: Any) -> Floats:
     numbers = numbers_of(value)
     bad = ~((numbers > 0) & (numbers <= MAX_SCALE))
     if bad.any():
-        raise FieldError(f"must be above 0 and at most {MAX_SCALE:.3g}; {int(bad.sum())} of {numbers.size} values are not, the first is {numbers[bad][0]}")
+        raise FieldError(
+            f"must be above 0 and at most {MAX_SCALE:.3g}; {int(bad.sum())} of {numbers.size} values are not, the first is {numbers[bad][0]}"
+        )
     return numbers
 
 
@@ -170,14 +182,18 @@ def numbers_of(value: Any) -> Floats:
     """Finite numbers."""
     items, shape = _rectangle(value)
     if not set(map(type, items)) <= {int, float}:
-        raise FieldError(f"holds {_kind(next(i for i in items if type(i) not in (int, float)))}; numbers are needed")
+        raise FieldError(
+            f"holds {_kind(next(i for i in items if type(i) not in (int, float)))}; numbers are needed"
+        )
     try:
         numbers = np.array(items, dtype=np.float64)
     except OverflowError:
         raise FieldError("holds an integer that no float can hold") from None
     bad = ~np.isfinite(numbers)
     if bad.any():
-        raise FieldError(f"{int(bad.sum())} of {numbers.size} values are not finite, the first is {numbers[bad][0]}")
+        raise FieldError(
+            f"{int(bad.sum())} of {numbers.size} values are not finite, the first is {numbers[bad][0]}"
+        )
     return numbers.reshape(shape)
 
 
@@ -185,7 +201,9 @@ def integers_of(value: Any, low: int = -MAX_INTEGER) -> Integers:
     """Integers not below `low`."""
     items, shape = _rectangle(value)
     if set(map(type, items)) != {int}:
-        raise FieldError(f"holds {found(next(i for i in items if type(i) is not int))}; integers are needed")
+        raise FieldError(
+            f"holds {found(next(i for i in items if type(i) is not int))}; integers are needed"
+        )
     for extreme in (min(items), max(items)):
         integer_of(extreme, low)
     return np.array(items, dtype=np.int64).reshape(shape)
@@ -221,5 +239,13 @@ def _rectangle(value: Any) -> tuple[list[Any], tuple[int, ...]]:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null", int: "an integer", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+        int: "an integer",
+        float: "a number",
+    }
     return names[type(value)]

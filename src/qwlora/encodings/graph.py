@@ -57,28 +57,58 @@ def read_graph(path: Path | str) -> dict[str, TensorFacts]:
     try:
         import onnx
     except ImportError as error:
-        raise MissingExtraError("reading an ONNX model needs the package onnx: pip install 'qwlora[onnx]'") from error
+        raise MissingExtraError(
+            "reading an ONNX model needs the package onnx: pip install 'qwlora[onnx]'"
+        ) from error
     try:
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
-        raise EncodingsFileError(str(path), [f"cannot be read: {error.strerror or error}"]) from error
+        raise EncodingsFileError(
+            str(path), [f"cannot be read: {error.strerror or error}"]
+        ) from error
     except Exception as error:  # protobuf's errors share no class with each other
-        raise EncodingsFileError(str(path), [f"is not an ONNX model: {type(error).__name__}"]) from error
+        raise EncodingsFileError(
+            str(path), [f"is not an ONNX model: {type(error).__name__}"]
+        ) from error
     if not model.HasField("graph"):
         raise EncodingsFileError(str(path), ["is not an ONNX model: it holds no graph"])
-    return _facts(model.graph, {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE})
+    return _facts(
+        model.graph,
+        {
+            onnx.TensorProto.FLOAT,
+            onnx.TensorProto.FLOAT16,
+            onnx.TensorProto.BFLOAT16,
+            onnx.TensorProto.DOUBLE,
+        },
+    )
 
 
 def _facts(graph: Any, float_types: set[int]) -> dict[str, TensorFacts]:
-    constants = {node.output[0]: a.t for node in graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"}
+    constants = {
+        node.output[0]: a.t
+        for node in graph.node
+        if node.op_type == "Constant"
+        for a in node.attribute
+        if a.name == "value"
+    }
     stored = {t.name: t for t in graph.initializer} | constants
     shapes = {name: tuple(t.dims) for name, t in stored.items()}
     # in a file with QDQ nodes, the parameter is what DequantizeLinear makes of stored integers
-    shapes |= {node.output[0]: shapes[node.input[0]] for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored}
+    shapes |= {
+        node.output[0]: shapes[node.input[0]]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored
+    }
     wanted, computed_by = wanting(graph, stored, lambda kind: kind in float_types)
     moved = moved_only(graph)
     known = {
-        name: TensorFacts(False, shape, wanted=name in wanted, computed_by=computed_by.get(name), moved_to=moved.get(name, ()))
+        name: TensorFacts(
+            False,
+            shape,
+            wanted=name in wanted,
+            computed_by=computed_by.get(name),
+            moved_to=moved.get(name, ()),
+        )
         for name, shape in _activations(graph).items()
     }
     readers: dict[str, list[tuple[Any, int]]] = {}
@@ -94,31 +124,50 @@ def _facts(graph: Any, float_types: set[int]) -> dict[str, TensorFacts]:
 
 def _activations(graph: Any) -> dict[str, tuple[int, ...] | None]:
     """The shapes of what the graph is given and what its nodes make, as far as they are known."""
-    there = {value.name for value in graph.input} | {output for node in graph.node for output in node.output if output}
+    there = {value.name for value in graph.input} | {
+        output for node in graph.node for output in node.output if output
+    }
     shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(sorted(there))
     for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.name in there and value.type.tensor_type.HasField("shape"):  # exporters leave value_info of tensors that they removed
-            dims = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim)
+        if value.name in there and value.type.tensor_type.HasField(
+            "shape"
+        ):  # exporters leave value_info of tensors that they removed
+            dims = tuple(
+                d.dim_value if d.HasField("dim_value") else -1
+                for d in value.type.tensor_type.shape.dim
+            )
             shapes[value.name] = None if -1 in dims else dims
     return shapes
 
 
-def _axes_of(name: str, rank: int, readers: Mapping[str, list[tuple[Any, int]]]) -> Iterator[tuple[int | None, int | None]]:
+def _axes_of(
+    name: str, rank: int, readers: Mapping[str, list[tuple[Any, int]]]
+) -> Iterator[tuple[int | None, int | None]]:
     """Channel and block axis of a parameter of `rank` axes, from each op that reads it or its transpose (a tied head reads the embedding's)."""
     for node, position in readers.get(name, []):
         if node.op_type != "Transpose":
             yield _axes(node, position, rank)
             continue
-        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(reversed(range(rank))))
+        order = next(
+            (list(a.ints) for a in node.attribute if a.name == "perm"), list(reversed(range(rank)))
+        )
         for reader, its_position in readers.get(node.output[0], []):
-            yield tuple(None if axis is None or axis >= len(order) else order[axis] for axis in _axes(reader, its_position, rank))  # type: ignore[misc]
+            yield tuple(
+                None if axis is None or axis >= len(order) else order[axis]
+                for axis in _axes(reader, its_position, rank)
+            )  # type: ignore[misc]
 
 
 def _axes(node: Any, position: int, rank: int) -> tuple[int | None, int | None]:
     """Channel and block axis of a parameter of `rank` axes at this input of `node`."""
     if rank == 1:
         return 0, None
-    if node.op_type == "Gather" and position == 0 and rank == 2 and not any(a.name == "axis" and a.i for a in node.attribute):
+    if (
+        node.op_type == "Gather"
+        and position == 0
+        and rank == 2
+        and not any(a.name == "axis" and a.i for a in node.attribute)
+    ):
         return 0, 1
     if position != 1 or rank < 2:
         return None, None

@@ -26,7 +26,13 @@ from qwlora.errors import EncodingsFileError
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0", "2.1.0")
 MAX_BITWIDTH = 32
-FLOAT_FORMATS = {"float4e2m1": 4, "float8e4m3fn": 8, "float8e4m3fnuz": 8, "float8e5m2": 8, "float8e5m2fnuz": 8}
+FLOAT_FORMATS = {
+    "float4e2m1": 4,
+    "float8e4m3fn": 8,
+    "float8e4m3fnuz": 8,
+    "float8e5m2": 8,
+    "float8e5m2fnuz": 8,
+}
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -50,7 +56,12 @@ class _Value:
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        return isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and a.shape == b.shape and bool((a == b).all())
+        return (
+            isinstance(a, np.ndarray)
+            and isinstance(b, np.ndarray)
+            and a.shape == b.shape
+            and bool((a == b).all())
+        )
     return bool(a == b)
 
 
@@ -86,12 +97,17 @@ class IntegerEncoding(_Value):
     def __post_init__(self) -> None:
         _freeze(self, scale=np.float64, offset=np.int64)
         if self.scale.shape != self.offset.shape:
-            raise EncodingsFileError(repr(self.name), [f"scale has shape {list(self.scale.shape)} but offset {list(self.offset.shape)}"])
+            raise EncodingsFileError(
+                repr(self.name),
+                [f"scale has shape {list(self.scale.shape)} but offset {list(self.offset.shape)}"],
+            )
 
     @property
     def granularity(self) -> str:
         """`tensor`, `channel` or `block`."""
-        return "block" if self.block_size is not None else "channel" if self.scale.ndim else "tensor"
+        return (
+            "block" if self.block_size is not None else "channel" if self.scale.ndim else "tensor"
+        )
 
     @property
     def centre(self) -> int:
@@ -155,7 +171,13 @@ class FloatEncoding(_Value):
     @property
     def granularity(self) -> str:
         """`tensor`, `channel` or `block`."""
-        return "block" if self.block_size is not None else "channel" if self.scale is not None and self.scale.ndim else "tensor"
+        return (
+            "block"
+            if self.block_size is not None
+            else "channel"
+            if self.scale is not None and self.scale.ndim
+            else "tensor"
+        )
 
 
 Encoding = IntegerEncoding | LpbqEncoding | FloatEncoding
@@ -188,8 +210,14 @@ class EncodingsFile:
 
     def __post_init__(self) -> None:
         by_name = self.by_name
-        problems = [f"{n!r}: encodings have distinct names; this one is there twice" for n in _repeated(e.name for e in self.encodings)]
-        problems += [f"{n!r}: is named as a parameter, but has no encoding" for n in sorted((self.parameters or set()) - by_name.keys())]
+        problems = [
+            f"{n!r}: encodings have distinct names; this one is there twice"
+            for n in _repeated(e.name for e in self.encodings)
+        ]
+        problems += [
+            f"{n!r}: is named as a parameter, but has no encoding"
+            for n in sorted((self.parameters or set()) - by_name.keys())
+        ]
         if problems:
             raise EncodingsFileError("encodings", problems)
 
@@ -201,7 +229,10 @@ class EncodingsFile:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EncodingsFile):
             return NotImplemented
-        mine, theirs = ([getattr(f, field.name) for field in fields(f) if field.name != "encodings"] for f in (self, other))
+        mine, theirs = (
+            [getattr(f, field.name) for field in fields(f) if field.name != "encodings"]
+            for f in (self, other)
+        )
         return mine == theirs and self.by_name == other.by_name
 
     def replace(self, **changes: Any) -> EncodingsFile:
@@ -220,6 +251,8 @@ def _freeze(value: Any, **dtypes: Any) -> None:
         with np.errstate(invalid="ignore"):
             array = given.astype(dtype)
         if dtype is np.int64 and (array != given).any():
-            raise EncodingsFileError(repr(value.name), [f"{name} holds {given[array != given][0]}; integers are needed"])
+            raise EncodingsFileError(
+                repr(value.name), [f"{name} holds {given[array != given][0]}; integers are needed"]
+            )
         array.flags.writeable = False
         object.__setattr__(value, name, array)

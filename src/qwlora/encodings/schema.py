@@ -21,5 +21,11 @@ def schema(version: str) -> dict[str, Any]:
         EncodingsFileError: there is no such version.
     """
     if version not in VERSIONS:
-        raise EncodingsFileError(version, [f"no such encodings version; there are {', '.join(VERSIONS)}"])
-    return json.loads(resources.files("qwlora.encodings").joinpath(f"schemas/{version}.json").read_text(encoding="utf-8"))
+        raise EncodingsFileError(
+            version, [f"no such encodings version; there are {', '.join(VERSIONS)}"]
+        )
+    return json.loads(
+        resources.files("qwlora.encodings")
+        .joinpath(f"schemas/{version}.json")
+        .read_text(encoding="utf-8")
+    )

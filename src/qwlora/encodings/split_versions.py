@@ -24,7 +24,14 @@ from typing import Any
 import numpy as np
 
 from qwlora.encodings.fields import FieldError, Record, all_equal, integer_of, numbers_of, text_of
-from qwlora.encodings.model import MAX_BITWIDTH, Encoding, FloatEncoding, Floats, IntegerEncoding, LpbqEncoding
+from qwlora.encodings.model import (
+    MAX_BITWIDTH,
+    Encoding,
+    FloatEncoding,
+    Floats,
+    IntegerEncoding,
+    LpbqEncoding,
+)
 
 _VECTOR_FIELDS = ("rows_per_block", "cols_per_block", "vector_dim", "vector_stride", "index_bw")
 _REFUSED = "is vector quantization, which is not supported"
@@ -78,12 +85,25 @@ def _parse_integer_0_6_1(name: str, items: list[Any], report: Record) -> Encodin
     column("dtype", constant(lambda v: text_of(v, ("int",))))
     bitwidth = column("bitwidth", constant(lambda v: integer_of(v, 1, MAX_BITWIDTH)))
     symmetric = column("is_symmetric", constant(lambda v: text_of(v, ("True", "False")) == "True"))
-    scale = Record({"scale": [i.get("scale") for i in items]}, name, report.findings).scales("scale")
-    offset = Record({"offset": [i.get("offset") for i in items]}, name, report.findings).integers("offset")
+    scale = Record({"scale": [i.get("scale") for i in items]}, name, report.findings).scales(
+        "scale"
+    )
+    offset = Record({"offset": [i.get("offset") for i in items]}, name, report.findings).integers(
+        "offset"
+    )
     low, high = column("min", numbers_of), column("max", numbers_of)
     has_shift = any("zero_point_shift" in item for item in items)
     shift = column("zero_point_shift", constant(_shift_of)) if has_shift else 0.0
-    known = {"min", "max", "scale", "offset", "bitwidth", "dtype", "is_symmetric", "zero_point_shift"}
+    known = {
+        "min",
+        "max",
+        "scale",
+        "offset",
+        "bitwidth",
+        "dtype",
+        "is_symmetric",
+        "zero_point_shift",
+    }
     for key in sorted(set().union(*items) - known):
         report.error(key, "is not a field of this entry in this version")
     flat = all(a is not None and a.ndim == 1 for a in (scale, offset, low, high))
@@ -92,17 +112,29 @@ def _parse_integer_0_6_1(name: str, items: list[Any], report: Record) -> Encodin
             report.error("", "scale, offset, min and max are single numbers in each item")
         return None
     shape = () if len(items) == 1 else (len(items),)
-    encoding = IntegerEncoding(name, bitwidth, scale.reshape(shape), offset.reshape(shape), symmetric, zero_point_shift=shift)  # type: ignore[union-attr]
+    encoding = IntegerEncoding(
+        name,
+        bitwidth,
+        scale.reshape(shape),
+        offset.reshape(shape),
+        symmetric,
+        zero_point_shift=shift,
+    )  # type: ignore[union-attr]
     _check_range(encoding, low, high, report)
     return encoding
 
 
 def _check_range(encoding: IntegerEncoding, low: Floats, high: Floats, report: Record) -> None:
     for key, stated, computed in zip(("min", "max"), (low, high), _range(encoding), strict=True):
-        off = ~(np.abs(stated - computed) <= 0.5 * encoding.scale.reshape(-1) + 1e-5 * np.abs(computed))
+        off = ~(
+            np.abs(stated - computed) <= 0.5 * encoding.scale.reshape(-1) + 1e-5 * np.abs(computed)
+        )
         if off.any():
             i = int(off.argmax())
-            report.error(key, f"is {stated[i]} in item {i}, but scale and offset make it {computed[i]}; only one can be true")
+            report.error(
+                key,
+                f"is {stated[i]} in item {i}, but scale and offset make it {computed[i]}; only one can be true",
+            )
 
 
 def _shift_of(value: Any) -> float:
@@ -116,12 +148,19 @@ def build_0_6_1(encoding: Encoding) -> list[dict[str, Any]]:
     assert not isinstance(encoding, LpbqEncoding), "0.6.1 has no LPBQ; convert leaves none"
     if isinstance(encoding, FloatEncoding):
         return [{"bitwidth": encoding.bitwidth, "dtype": "float"}]
-    shared = {"bitwidth": encoding.bitwidth, "dtype": "int", "is_symmetric": str(encoding.symmetric)}
+    shared = {
+        "bitwidth": encoding.bitwidth,
+        "dtype": "int",
+        "is_symmetric": str(encoding.symmetric),
+    }
     if encoding.zero_point_shift:
         shared["zero_point_shift"] = encoding.zero_point_shift
     columns = (*_range(encoding), encoding.scale.reshape(-1), encoding.offset.reshape(-1))
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [{"min": low, "max": high, "scale": scale, "offset": offset, **shared} for low, high, scale, offset in rows]
+    return [
+        {"min": low, "max": high, "scale": scale, "offset": offset, **shared}
+        for low, high, scale, offset in rows
+    ]
 
 
 def _range(encoding: IntegerEncoding) -> tuple[Floats, Floats]:
@@ -145,24 +184,41 @@ def parse_1_0_0(record: Record) -> Encoding | None:
     if record.values.get("enc_type") == "VECTOR":
         record.error("enc_type", _REFUSED)
         return None
-    kinds = ("PER_TENSOR",) if dtype == "FLOAT" else ("PER_TENSOR", "PER_CHANNEL", "PER_BLOCK", "LPBQ")
+    kinds = (
+        ("PER_TENSOR",) if dtype == "FLOAT" else ("PER_TENSOR", "PER_CHANNEL", "PER_BLOCK", "LPBQ")
+    )
     kind = record.text("enc_type", kinds)
     if name is None or bitwidth is None or dtype is None or kind is None:
         return None
     if dtype == "FLOAT":
         record.close()
         return FloatEncoding(name, bitwidth)
-    return _parse_lpbq(name, bitwidth, record) if kind == "LPBQ" else _parse_integer(name, bitwidth, kind, record)
+    return (
+        _parse_lpbq(name, bitwidth, record)
+        if kind == "LPBQ"
+        else _parse_integer(name, bitwidth, kind, record)
+    )
 
 
 def _parse_integer(name: str, bitwidth: int, kind: str, record: Record) -> Encoding | None:
-    symmetric, scale, offset = record.boolean("is_sym"), record.scales("scale"), record.integers("offset")
+    symmetric, scale, offset = (
+        record.boolean("is_sym"),
+        record.scales("scale"),
+        record.integers("offset"),
+    )
     record.flat("scale", scale)
     record.flat("offset", offset)
     block_size = record.integer("block_size", 1) if kind == "PER_BLOCK" else None
     shift = _shifts(record, scale) if record.has("zero_point_shift") else 0.0
     record.close()
-    if scale is None or offset is None or symmetric is None or shift is None or scale.ndim != 1 or offset.ndim != 1:
+    if (
+        scale is None
+        or offset is None
+        or symmetric is None
+        or shift is None
+        or scale.ndim != 1
+        or offset.ndim != 1
+    ):
         return None
     if scale.shape != offset.shape:
         record.error("offset", f"has {offset.size} values, but scale has {scale.size}")
@@ -174,12 +230,19 @@ def _parse_integer(name: str, bitwidth: int, kind: str, record: Record) -> Encod
         scale, offset = scale.reshape(()), offset.reshape(())
     elif kind == "PER_BLOCK" and block_size is None:
         return None
-    return IntegerEncoding(name, bitwidth, scale, offset, symmetric, block_size=block_size, zero_point_shift=shift)
+    return IntegerEncoding(
+        name, bitwidth, scale, offset, symmetric, block_size=block_size, zero_point_shift=shift
+    )
 
 
 def _shifts(record: Record, scale: Floats | None) -> float | None:
     values = record.value("zero_point_shift")
-    if not isinstance(values, list) or not values or not all_equal(values) or (scale is not None and len(values) != scale.size):
+    if (
+        not isinstance(values, list)
+        or not values
+        or not all_equal(values)
+        or (scale is not None and len(values) != scale.size)
+    ):
         record.error("zero_point_shift", "must be a list as long as scale, of equal values")
         return None
     try:
@@ -191,39 +254,84 @@ def _shifts(record: Record, scale: Floats | None) -> float | None:
 
 def _parse_lpbq(name: str, decompressed: int, record: Record) -> Encoding | None:
     bitwidth, block_size = record.bitwidth("compressed_bw"), record.integer("block_size", 1)
-    scale, offset, block_scale = record.scales("scale"), record.integers("offset"), record.integers("per_block_int_scale", 1)
+    scale, offset, block_scale = (
+        record.scales("scale"),
+        record.integers("offset"),
+        record.integers("per_block_int_scale", 1),
+    )
     if record.boolean("is_sym") is False:
         record.error("is_sym", "is false; LPBQ is symmetric")
     for key, array in (("scale", scale), ("offset", offset), ("per_block_int_scale", block_scale)):
         record.flat(key, array)
     record.close()
-    if bitwidth is None or block_size is None or scale is None or offset is None or block_scale is None:
+    if (
+        bitwidth is None
+        or block_size is None
+        or scale is None
+        or offset is None
+        or block_scale is None
+    ):
         return None
     if bitwidth > decompressed:
         record.error("compressed_bw", f"is {bitwidth}, more than bw, {decompressed}")
         return None
     if offset.shape != scale.shape or (offset != -(2 ** (decompressed - 1))).any():
-        record.error("offset", f"must be {-(2 ** (decompressed - 1))} for each of the {scale.size} scales: LPBQ is symmetric")
+        record.error(
+            "offset",
+            f"must be {-(2 ** (decompressed - 1))} for each of the {scale.size} scales: LPBQ is symmetric",
+        )
     if block_scale.size % scale.size:
-        record.error("per_block_int_scale", f"has {block_scale.size} values, which {scale.size} channels cannot share evenly")
+        record.error(
+            "per_block_int_scale",
+            f"has {block_scale.size} values, which {scale.size} channels cannot share evenly",
+        )
     if block_scale.max() > 2 ** (decompressed - bitwidth):
-        record.error("per_block_int_scale", f"reaches {block_scale.max()}; with {bitwidth} of {decompressed} bits it ends at {2 ** (decompressed - bitwidth)}")
-    return LpbqEncoding(name, bitwidth, block_size, block_scale, scale, decompressed_bitwidth=decompressed)
+        record.error(
+            "per_block_int_scale",
+            f"reaches {block_scale.max()}; with {bitwidth} of {decompressed} bits it ends at {2 ** (decompressed - bitwidth)}",
+        )
+    return LpbqEncoding(
+        name, bitwidth, block_size, block_scale, scale, decompressed_bitwidth=decompressed
+    )
 
 
 def build_1_0_0(encoding: Encoding) -> dict[str, Any]:
     """The encoding's entry."""
     if isinstance(encoding, FloatEncoding):
-        return {"name": encoding.name, "dtype": "FLOAT", "bw": encoding.bitwidth, "enc_type": "PER_TENSOR"}
+        return {
+            "name": encoding.name,
+            "dtype": "FLOAT",
+            "bw": encoding.bitwidth,
+            "enc_type": "PER_TENSOR",
+        }
     if isinstance(encoding, LpbqEncoding):
         decompressed = encoding.decompressed_bitwidth
         assert decompressed is not None, "convert asks for it"
         scale = encoding.channel_scale.reshape(-1).tolist()
-        entry: dict[str, Any] = {"name": encoding.name, "dtype": "INT", "bw": decompressed, "is_sym": True, "enc_type": "LPBQ", "scale": scale}
-        entry |= {"offset": [-(2 ** (decompressed - 1))] * len(scale), "block_size": encoding.block_size, "compressed_bw": encoding.bitwidth}
+        entry: dict[str, Any] = {
+            "name": encoding.name,
+            "dtype": "INT",
+            "bw": decompressed,
+            "is_sym": True,
+            "enc_type": "LPBQ",
+            "scale": scale,
+        }
+        entry |= {
+            "offset": [-(2 ** (decompressed - 1))] * len(scale),
+            "block_size": encoding.block_size,
+            "compressed_bw": encoding.bitwidth,
+        }
         return entry | {"per_block_int_scale": encoding.block_scale.reshape(-1).tolist()}
-    entry = {"name": encoding.name, "dtype": "INT", "bw": encoding.bitwidth, "is_sym": encoding.symmetric}
-    entry |= {"enc_type": f"PER_{encoding.granularity.upper()}", "scale": encoding.scale.reshape(-1).tolist()}
+    entry = {
+        "name": encoding.name,
+        "dtype": "INT",
+        "bw": encoding.bitwidth,
+        "is_sym": encoding.symmetric,
+    }
+    entry |= {
+        "enc_type": f"PER_{encoding.granularity.upper()}",
+        "scale": encoding.scale.reshape(-1).tolist(),
+    }
     entry["offset"] = encoding.offset.reshape(-1).tolist()
     if encoding.block_size is not None:
         entry["block_size"] = encoding.block_size

@@ -15,14 +15,18 @@ from qwlora.encodings.model import Encoding, EncodingsFile, IntegerEncoding, Lpb
 from qwlora.errors import ConversionError, EncodingsFileError
 
 
-def validate(file: EncodingsFile | Path | str, onnx_path: Path | str | None = None) -> list[Finding]:
+def validate(
+    file: EncodingsFile | Path | str, onnx_path: Path | str | None = None
+) -> list[Finding]:
     """Findings about a file, or about a value before it is written; with a model, about names, shapes and axes too. Errors first.
 
     Raises:
         EncodingsFileError: the file is not there or not JSON, or the model is not ONNX. What is wrong inside the JSON is a finding.
         MissingExtraError: a model is given, and onnx is not installed.
     """
-    parsed, findings = _writable(file) if isinstance(file, EncodingsFile) else parse(load_json(file))
+    parsed, findings = (
+        _writable(file) if isinstance(file, EncodingsFile) else parse(load_json(file))
+    )
     graph = read_graph(onnx_path) if onnx_path is not None else None
     if parsed is not None:
         for encoding in parsed.encodings:
@@ -38,7 +42,10 @@ def _writable(file: EncodingsFile) -> tuple[EncodingsFile | None, list[Finding]]
     except EncodingsFileError as error:
         return None, [Finding("error", "file", "", problem) for problem in error.problems]
     except ConversionError as error:
-        return None, [Finding("error", "file", "", f"{file.version} cannot hold, or needs: {item}") for item in (*error.lost, *error.lacking)]
+        return None, [
+            Finding("error", "file", "", f"{file.version} cannot hold, or needs: {item}")
+            for item in (*error.lost, *error.lacking)
+        ]
     return file, []
 
 
@@ -59,29 +66,49 @@ def _against_graph(file: EncodingsFile, graph: Graph) -> Iterator[Finding]:
     for encoding in file.encodings:
         facts = graph.get(encoding.name)
         if facts is None:
-            yield Finding("error", encoding.name, "name", "is not the name of a tensor in the graph")
+            yield Finding(
+                "error", encoding.name, "name", "is not the name of a tensor in the graph"
+            )
             continue
         if file.parameters is not None and (encoding.name in file.parameters) != facts.parameter:
-            said, kind = ("a parameter", "an activation") if encoding.name in file.parameters else ("an activation", "a parameter")
-            yield Finding("error", encoding.name, "section", f"says {said}, but it is {kind} of the graph")
+            said, kind = (
+                ("a parameter", "an activation")
+                if encoding.name in file.parameters
+                else ("an activation", "a parameter")
+            )
+            yield Finding(
+                "error", encoding.name, "section", f"says {said}, but it is {kind} of the graph"
+            )
         if facts.shape is not None:
             yield from _shape_findings(encoding, facts, facts.shape)
     named = file.by_name.keys()
     for name, facts in graph.items():
         encoded_after = facts.moved_to and named >= set(facts.moved_to)
         if facts.wanted and name not in named and not encoded_after:
-            what = "a parameter of the graph" if facts.parameter else f"computed by {facts.computed_by}" if facts.computed_by else "an input of the graph"
-            yield Finding("warning", name, "", f"is {what}, without an encoding, and so stays float")
+            what = (
+                "a parameter of the graph"
+                if facts.parameter
+                else f"computed by {facts.computed_by}"
+                if facts.computed_by
+                else "an input of the graph"
+            )
+            yield Finding(
+                "warning", name, "", f"is {what}, without an encoding, and so stays float"
+            )
 
 
-def _shape_findings(encoding: Encoding, facts: TensorFacts, shape: tuple[int, ...]) -> Iterator[Finding]:
+def _shape_findings(
+    encoding: Encoding, facts: TensorFacts, shape: tuple[int, ...]
+) -> Iterator[Finding]:
     """Whether the scales fit a tensor of `shape`."""
     scale = encoding.block_scale if isinstance(encoding, LpbqEncoding) else encoding.scale
     axis, block_size = encoding.axis, encoding.block_size
     if scale is None or not scale.ndim:
         return
     if axis is not None and not -len(shape) <= axis < len(shape):
-        yield Finding("error", encoding.name, "axis", f"is {axis}, outside a tensor of shape {list(shape)}")
+        yield Finding(
+            "error", encoding.name, "axis", f"is {axis}, outside a tensor of shape {list(shape)}"
+        )
         return
     problem = None
     if block_size is None:
@@ -92,11 +119,19 @@ def _shape_findings(encoding: Encoding, facts: TensorFacts, shape: tuple[int, ..
             problem = f"has {scale.size} values, but axis {axis} of a tensor of shape {list(shape)} has {shape[axis]}"
     elif axis is None:
         axes = range(len(shape)) if facts.block_axis is None else (facts.block_axis,)
-        if not any(shape[a] % block_size == 0 and _blocks(shape, a, block_size, facts.channel_axis) == scale.size for a in axes):
+        if not any(
+            shape[a] % block_size == 0
+            and _blocks(shape, a, block_size, facts.channel_axis) == scale.size
+            for a in axes
+        ):
             problem = f"has {scale.size} values, which blocks of {block_size} on a tensor of shape {list(shape)} do not give"
     else:
         fits = len(shape) == scale.ndim and shape[axis] == scale.shape[axis] * block_size
-        if not fits or any(s not in (1, d) for i, (s, d) in enumerate(zip(scale.shape, shape, strict=True)) if i != axis):
+        if not fits or any(
+            s not in (1, d)
+            for i, (s, d) in enumerate(zip(scale.shape, shape, strict=True))
+            if i != axis
+        ):
             problem = f"has shape {list(scale.shape)}, which blocks of {block_size} on axis {axis} of a tensor of shape {list(shape)} do not give"
     if problem is not None:
         yield Finding("error", encoding.name, "scale", problem)
@@ -122,12 +157,18 @@ def lines(findings: list[Finding], shown_names: int = 3) -> list[str]:
             result.append(f"{finding.severity}: {finding}")
         elif finding is same[0]:
             names = ", ".join(shown(other.where) for other in same[:shown_names])
-            result.append(f"warning: {len(same)} tensors ({names} ...){f', {finding.field}' if finding.field else ''}: each {finding.message}")
+            result.append(
+                f"warning: {len(same)} tensors ({names} ...){f', {finding.field}' if finding.field else ''}: each {finding.message}"
+            )
     return result
 
 
 def summary(findings: list[Finding]) -> str:
     """`2 errors, 1 warning`, or `no findings`."""
     errors = sum(f.severity == "error" for f in findings)
-    counts = [f"{n} {word}{'' if n == 1 else 's'}" for n, word in ((errors, "error"), (len(findings) - errors, "warning")) if n]
+    counts = [
+        f"{n} {word}{'' if n == 1 else 's'}"
+        for n, word in ((errors, "error"), (len(findings) - errors, "warning"))
+        if n
+    ]
     return ", ".join(counts) or "no findings"

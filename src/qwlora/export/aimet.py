@@ -38,9 +38,16 @@ def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[st
     record = {
         "version": VERSION,
         "producer": {"package": "qwlora", "version": version("qwlora")},
-        "activation_encodings": [encoding_to_entry(name, _integer(graph, name)) for name in activations],
-        "param_encodings": [encoding_to_entry(name, _integer(graph, name), name in transposed) for name in parameters],
-        "excluded_layers": [name.removesuffix(".weight") for name in weights if name not in parameters],
+        "activation_encodings": [
+            encoding_to_entry(name, _integer(graph, name)) for name in activations
+        ],
+        "param_encodings": [
+            encoding_to_entry(name, _integer(graph, name), name in transposed)
+            for name in parameters
+        ],
+        "excluded_layers": [
+            name.removesuffix(".weight") for name in weights if name not in parameters
+        ],
         "quantizer_args": _quantizer_args(graph),
     }
     path.write_text(json.dumps(record) + "\n")
@@ -51,7 +58,12 @@ def encoding_to_entry(name: str, encoding: Encoding, transposed: bool = False) -
     scheme, scale, offset = encoding.scheme, encoding.scale, encoding.offset
     if transposed and scale.ndim == 2:
         scale, offset = scale.T, offset.T
-    entry: dict[str, Any] = {"name": name, "dtype": "INT", "bw": scheme.bitwidth, "is_sym": scheme.symmetric}
+    entry: dict[str, Any] = {
+        "name": name,
+        "dtype": "INT",
+        "bw": scheme.bitwidth,
+        "is_sym": scheme.symmetric,
+    }
     match scheme.granularity:
         case PerTensor():
             entry["enc_type"] = "PER_TENSOR"
@@ -80,6 +92,7 @@ def _quantizer_args(graph: QuantizedGraph) -> dict[str, Any]:
         "dtype": "int",
         "is_symmetric": weight.symmetric if weight else True,
         "param_bitwidth": weight.bitwidth if weight else 32,
-        "per_channel_quantization": weight is not None and not isinstance(weight.granularity, PerTensor),
+        "per_channel_quantization": weight is not None
+        and not isinstance(weight.granularity, PerTensor),
         "quant_scheme": "min_max",
     }

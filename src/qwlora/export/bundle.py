@@ -13,7 +13,9 @@ from qwlora.grid.graph import QuantizedGraph
 ENCODINGS_FILE = "model.encodings"
 
 
-def export_onnx(graph: QuantizedGraph, folder: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+def export_onnx(
+    graph: QuantizedGraph, folder: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write `model.onnx` (with its external data), `model.encodings` (AIMET 1.0.0) and `session_options.json` into `folder`.
 
     Args:

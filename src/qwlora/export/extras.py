@@ -17,4 +17,6 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(f"{module} is needed here and is not installed: pip install 'qwlora[{extra}]'") from error
+        raise MissingExtraError(
+            f"{module} is needed here and is not installed: pip install 'qwlora[{extra}]'"
+        ) from error

@@ -57,9 +57,13 @@ class LayerParity:
         """Each limit of layers that is not kept to, in words."""
         broken = []
         if not self.worst_layer_steps <= limits.layer_steps:
-            broken.append(f"layer {self.worst_layer} is {self.worst_layer_steps:.2f} steps off (limit {limits.layer_steps:g})")
+            broken.append(
+                f"layer {self.worst_layer} is {self.worst_layer_steps:.2f} steps off (limit {limits.layer_steps:g})"
+            )
         if not self.worst_layer_mean_steps <= limits.layer_mean_steps:
-            broken.append(f"one layer is {self.worst_layer_mean_steps:.4f} steps off on average (limit {limits.layer_mean_steps:g})")
+            broken.append(
+                f"one layer is {self.worst_layer_mean_steps:.4f} steps off on average (limit {limits.layer_mean_steps:g})"
+            )
         return broken
 
 
@@ -77,4 +81,9 @@ def compare_layers(folder: Path, reference: Reference, batch: Mapping[str, Any])
         steps = (outputs[name] - values[name]).abs() / graph.encodings[name].scale
         found.append(torch.stack([steps.max(), steps.mean()]))
     largest, mean = torch.stack(found).unbind(1)  # whose max is nan where one is
-    return LayerParity(activations[int(largest.argmax())], float(largest.max()), float(mean.max()), len(activations))
+    return LayerParity(
+        activations[int(largest.argmax())],
+        float(largest.max()),
+        float(mean.max()),
+        len(activations),
+    )

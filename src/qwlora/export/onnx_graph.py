@@ -31,7 +31,11 @@ def marked_program(graph: QuantizedGraph) -> ExportedProgram:
     last_input = [node for node in copied.nodes if node.op == "placeholder"][-1]
     for mark in reversed(graph.marks):
         node = nodes[mark.node]
-        insert_after(node, partial(_marker, name=mark.name), place=last_input if node.op == "placeholder" else node)
+        insert_after(
+            node,
+            partial(_marker, name=mark.name),
+            place=last_input if node.op == "placeholder" else node,
+        )
     return with_graph(graph.program, copied)
 
 
@@ -74,15 +78,36 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     from onnxscript import values
 
     opset = values.Opset(NAMESPACE, 1)
-    attribute = OpSchema.Attribute("name", OpSchema.AttrType.STRING, "the encoding's name", required=True)
-    marker = OpSchema(MARKER, NAMESPACE, 1, inputs=[_formal("x")], outputs=[_formal("y")], attributes=[attribute])
-    unpacker = OpSchema(DEQUANTIZE, NAMESPACE, 1, inputs=[_formal("packed", "tensor(uint8)")], outputs=[_formal("y")])
-    marker_op, unpacker_op = values.Op(opset, MARKER, marker), values.Op(opset, DEQUANTIZE, unpacker)
+    attribute = OpSchema.Attribute(
+        "name", OpSchema.AttrType.STRING, "the encoding's name", required=True
+    )
+    marker = OpSchema(
+        MARKER, NAMESPACE, 1, inputs=[_formal("x")], outputs=[_formal("y")], attributes=[attribute]
+    )
+    unpacker = OpSchema(
+        DEQUANTIZE,
+        NAMESPACE,
+        1,
+        inputs=[_formal("packed", "tensor(uint8)")],
+        outputs=[_formal("y")],
+    )
+    marker_op, unpacker_op = (
+        values.Op(opset, MARKER, marker),
+        values.Op(opset, DEQUANTIZE, unpacker),
+    )
 
     def translate_quantized(x: Any, name: str) -> Any:
         return marker_op(x, name=name)
 
-    def translate_dequantize(packed: Any, scale: Any, block_scale: Any, zero_point: Any, minimum: Any, count: int, layout: str) -> Any:
+    def translate_dequantize(
+        packed: Any,
+        scale: Any,
+        block_scale: Any,
+        zero_point: Any,
+        minimum: Any,
+        count: int,
+        layout: str,
+    ) -> Any:
         return unpacker_op(packed)  # the other numbers are written from the weight's encoding
 
     return {

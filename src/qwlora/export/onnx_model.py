@@ -83,24 +83,42 @@ class _Rewriter:
         ir = _ir()
         bits = 8 if encoding.scheme.bitwidth <= 8 else 16
         if encoding.scheme.bitwidth not in (8, 16):
-            raise ExportError(f"{name}: ONNX has no {encoding.scheme.bitwidth}-bit QuantizeLinear for activations; use 8 or 16 bits")
+            raise ExportError(
+                f"{name}: ONNX has no {encoding.scheme.bitwidth}-bit QuantizeLinear for activations; use 8 or 16 bits"
+            )
         scale = self._initializer(f"{name}.scale", encoding.scale.cpu().numpy())
-        zero_point = self._initializer(f"{name}.zero_point", (-encoding.offset).cpu().numpy().astype(f"uint{bits}"))
-        codes = ir.node("QuantizeLinear", [node.inputs[0], scale, zero_point], name=f"{name}/quantize")
+        zero_point = self._initializer(
+            f"{name}.zero_point", (-encoding.offset).cpu().numpy().astype(f"uint{bits}")
+        )
+        codes = ir.node(
+            "QuantizeLinear", [node.inputs[0], scale, zero_point], name=f"{name}/quantize"
+        )
         codes.outputs[0].name = f"{name}.codes"
-        values = ir.node("DequantizeLinear", [codes.outputs[0], scale, zero_point], name=f"{name}/dequantize")
+        values = ir.node(
+            "DequantizeLinear", [codes.outputs[0], scale, zero_point], name=f"{name}/dequantize"
+        )
         self._replace(node, [codes, values], activation_tensor(name, self.inputs))
 
-    def _weight(self, node: Any, name: str, encoding: Encoding | FloatOffsetEncoding, right_operand: bool) -> None:
+    def _weight(
+        self, node: Any, name: str, encoding: Encoding | FloatOffsetEncoding, right_operand: bool
+    ) -> None:
         ir = _ir()
         transposes = [user for user, _ in node.outputs[0].uses()]
-        transposed = right_operand and bool(transposes) and all(_is_matrix_transpose(user) for user in transposes)
+        transposed = (
+            right_operand
+            and bool(transposes)
+            and all(_is_matrix_transpose(user) for user in transposes)
+        )
         inputs, attributes = self._weight_initializers(node.inputs[0], name, encoding, transposed)
-        values = ir.node("DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize")
+        values = ir.node(
+            "DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize"
+        )
         nodes = [values]
         if isinstance(encoding, FloatOffsetEncoding):
             values.outputs[0].name = f"{name}.scaled"
-            nodes += self._add_minimum(values.outputs[0], name, encoding, transposed, tuple(node.inputs[0].shape))
+            nodes += self._add_minimum(
+                values.outputs[0], name, encoding, transposed, tuple(node.inputs[0].shape)
+            )
         self._replace(node, nodes, name)
         if transposed:
             self.transposed.add(name)
@@ -108,25 +126,52 @@ class _Rewriter:
                 ir.convenience.replace_all_uses_with(user.outputs[0], nodes[-1].outputs[0])
                 self.model.graph.remove(user, safe=True)
 
-    def _add_minimum(self, scaled: Any, name: str, encoding: FloatOffsetEncoding, transposed: bool, shape: tuple[int, ...]) -> list[Any]:
+    def _add_minimum(
+        self,
+        scaled: Any,
+        name: str,
+        encoding: FloatOffsetEncoding,
+        transposed: bool,
+        shape: tuple[int, ...],
+    ) -> list[Any]:
         """Nodes that add each group's minimum to a weight of `shape`; blocks get an axis of their own for it."""
         ir = _ir()
         granularity = encoding.scheme.granularity
         minimum = aligned(encoding.minimum, granularity, len(shape))
         if not isinstance(granularity, PerBlock):
             turned = minimum.mT if transposed and minimum.ndim else minimum
-            return [ir.node("Add", [scaled, self._initializer(f"{name}.minimum", turned.contiguous().numpy())], name=f"{name}/add")]
+            return [
+                ir.node(
+                    "Add",
+                    [scaled, self._initializer(f"{name}.minimum", turned.contiguous().numpy())],
+                    name=f"{name}/add",
+                )
+            ]
         rows, columns = shape
         split, whole = [rows, columns // granularity.size, granularity.size], [rows, columns]
         if transposed:
             minimum, split, whole = minimum.permute(1, 2, 0), [*split[1:], rows], [columns, rows]
-        apart = ir.node("Reshape", [scaled, self._initializer(f"{name}.blocks", np.array(split))], name=f"{name}/split")
-        added = ir.node("Add", [apart.outputs[0], self._initializer(f"{name}.minimum", minimum.contiguous().numpy())], name=f"{name}/add")
-        joined = ir.node("Reshape", [added.outputs[0], self._initializer(f"{name}.whole", np.array(whole))], name=f"{name}/join")
+        apart = ir.node(
+            "Reshape",
+            [scaled, self._initializer(f"{name}.blocks", np.array(split))],
+            name=f"{name}/split",
+        )
+        added = ir.node(
+            "Add",
+            [apart.outputs[0], self._initializer(f"{name}.minimum", minimum.contiguous().numpy())],
+            name=f"{name}/add",
+        )
+        joined = ir.node(
+            "Reshape",
+            [added.outputs[0], self._initializer(f"{name}.whole", np.array(whole))],
+            name=f"{name}/join",
+        )
         apart.outputs[0].name, added.outputs[0].name = f"{name}.apart", f"{name}.added"
         return [apart, added, joined]
 
-    def _weight_initializers(self, value: Any, name: str, encoding: Encoding | FloatOffsetEncoding, transposed: bool) -> tuple[list[Any], dict[str, Any]]:
+    def _weight_initializers(
+        self, value: Any, name: str, encoding: Encoding | FloatOffsetEncoding, transposed: bool
+    ) -> tuple[list[Any], dict[str, Any]]:
         """Codes, scale and, for asymmetric grids, zero point; shared among weights that are one tensor in the model."""
         attributes = _axis_attributes(encoding, transposed, len(value.shape))
         key = (id(value), transposed)
@@ -137,12 +182,19 @@ class _Rewriter:
             kind = _container(encoding)
             shift = encoding.scheme.symmetric_offset if encoding.scheme.symmetric else 0
             made = [
-                self._initializer(f"{name}.codes", (codes.to(torch.int32) + shift).contiguous().numpy().astype(kind)),
+                self._initializer(
+                    f"{name}.codes",
+                    (codes.to(torch.int32) + shift).contiguous().numpy().astype(kind),
+                ),
                 self._initializer(f"{name}.scale", scale.contiguous().numpy()),
             ]
             if isinstance(encoding, Encoding) and not encoding.scheme.symmetric:
                 offset = encoding.offset if encoding.offset.ndim < 2 else turn(encoding.offset)
-                made.append(self._initializer(f"{name}.zero_point", (-offset).contiguous().numpy().astype(kind)))
+                made.append(
+                    self._initializer(
+                        f"{name}.zero_point", (-offset).contiguous().numpy().astype(kind)
+                    )
+                )
             self.initializers[key] = tuple(made)
         return list(self.initializers[key]), attributes
 
@@ -168,7 +220,9 @@ class _Rewriter:
         if old.is_graph_output():
             identity = ir.node("Identity", [value])
             identity.outputs[0].type, identity.outputs[0].shape = old.type, old.shape
-            indices = [index for index, output in enumerate(self.model.graph.outputs) if output is old]
+            indices = [
+                index for index, output in enumerate(self.model.graph.outputs) if output is old
+            ]
             output_name = old.name
             old.name = f"{output_name}.marker"
             identity.outputs[0].name = output_name
@@ -180,13 +234,21 @@ class _Rewriter:
 
     def _check(self) -> None:
         seen: set[str] = set()
-        values = [*self.model.graph.inputs, *self.model.graph.initializers.values(), *(o for n in self.model.graph for o in n.outputs)]
+        values = [
+            *self.model.graph.inputs,
+            *self.model.graph.initializers.values(),
+            *(o for n in self.model.graph for o in n.outputs),
+        ]
         for value in values:
             if value.name in seen:
-                raise ExportError(f"two tensors of the exported graph would carry the name {value.name}")
+                raise ExportError(
+                    f"two tensors of the exported graph would carry the name {value.name}"
+                )
             seen.add(value.name)
         if missing := [name for name in self.graph.encodings if name not in seen]:
-            raise ExportError(f"encodings without a tensor in the exported graph: {', '.join(missing[:3])}")
+            raise ExportError(
+                f"encodings without a tensor in the exported graph: {', '.join(missing[:3])}"
+            )
 
 
 def activation_tensor(name: str, inputs: Collection[str]) -> str:
@@ -198,7 +260,9 @@ def _is_matrix_transpose(node: Any) -> bool:
     return node.op_type == "Transpose" and list(node.attributes["perm"].value) == [1, 0]
 
 
-def _axis_attributes(encoding: Encoding | FloatOffsetEncoding, transposed: bool, ndim: int) -> dict[str, Any]:
+def _axis_attributes(
+    encoding: Encoding | FloatOffsetEncoding, transposed: bool, ndim: int
+) -> dict[str, Any]:
     match encoding.scheme.granularity:
         case PerChannel(axis):
             return {"axis": 1 - axis if transposed else axis}

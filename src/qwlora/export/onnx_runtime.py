@@ -29,8 +29,13 @@ LAYERS_FILE = "layers.onnx"
 
 def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
     """Write the options that a faithful session of `graph` needs, as `add_session_config_entry` takes them."""
-    narrow = any(m.kind is Kind.ACTIVATION and graph.encodings[m.name].scheme.bitwidth <= 8 for m in graph.marks)
-    (folder / OPTIONS_FILE).write_text(json.dumps(SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if narrow else {}), indent=1) + "\n")
+    narrow = any(
+        m.kind is Kind.ACTIVATION and graph.encodings[m.name].scheme.bitwidth <= 8
+        for m in graph.marks
+    )
+    (folder / OPTIONS_FILE).write_text(
+        json.dumps(SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if narrow else {}), indent=1) + "\n"
+    )
 
 
 def read_session_options(folder: Path) -> dict[str, str]:
@@ -73,8 +78,12 @@ class OnnxModel:
         Raises:
             ExportError: an input is missing.
         """
-        found = self.session.run(None, {name: tensors[name].numpy() for name in _present(self.inputs, tensors)})
-        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, found, strict=True)}
+        found = self.session.run(
+            None, {name: tensors[name].numpy() for name in _present(self.inputs, tensors)}
+        )
+        return {
+            name: torch.from_numpy(value) for name, value in zip(self.outputs, found, strict=True)
+        }
 
 
 class OnnxLanguageModel(OnnxModel):
@@ -101,14 +110,21 @@ class OnnxLayers:
         """Each layer's own output, given the simulation's `values` at every layer's input, and the model's inputs by name."""
         inside = {activation_tensor(name, tensors): value for name, value in values.items()}
         known = {**tensors, **inside}
-        outputs = self.session.run([f"{n}.out" for n in self.activations], {name: known[name].numpy() for name in _present(self.wanted, known)})
-        return {name: torch.from_numpy(o) for name, o in zip(self.activations, outputs, strict=True)}
+        outputs = self.session.run(
+            [f"{n}.out" for n in self.activations],
+            {name: known[name].numpy() for name in _present(self.wanted, known)},
+        )
+        return {
+            name: torch.from_numpy(o) for name, o in zip(self.activations, outputs, strict=True)
+        }
 
 
 def _present(names: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
     names = list(names)
     if missing := [name for name in names if name not in tensors]:
-        raise ExportError(f"the exported model takes {', '.join(names)}; {missing[0]} was not given")
+        raise ExportError(
+            f"the exported model takes {', '.join(names)}; {missing[0]} was not given"
+        )
     return names
 
 

@@ -76,18 +76,26 @@ class _Comparison:
     def lowest_agreement(self) -> float:
         """Lower end of the 95 % (Wilson) interval for another sample of the same size: the variance of a difference of two is that of half as many tokens."""
         n, share, z = self.tokens / 2, self.agreement, 1.96
-        return (share + z * z / (2 * n) - z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))) / (1 + z * z / n)
+        return (
+            share + z * z / (2 * n) - z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        ) / (1 + z * z / n)
 
 
 def verify_onnx(
-    folder: str | Path, reference: Reference, sequences: Sequences | Int64[Tensor, "count tokens"], layer_tokens: int, track: Track = untracked
+    folder: str | Path,
+    reference: Reference,
+    sequences: Sequences | Int64[Tensor, "count tokens"],
+    layer_tokens: int,
+    track: Track = untracked,
 ) -> Parity:
     """Run the exported file in `folder` on `sequences` and compare; the layers on the first `layer_tokens` tokens of the first sequence.
 
     Where only some tokens are learnt (see `Sequences`), the logits that predict those are compared.
     """
     folder, data = Path(folder), as_sequences(sequences)
-    layers = compare_layers(folder, reference, {"input_ids": next(data.rows())[0][None, :layer_tokens]})
+    layers = compare_layers(
+        folder, reference, {"input_ids": next(data.rows())[0][None, :layer_tokens]}
+    )
     runtime = OnnxLanguageModel(folder)
     file, floor = _Comparison(), _Comparison()
     nll = {"file": 0.0, "simulation": 0.0}
@@ -95,7 +103,9 @@ def verify_onnx(
         expected = reference.logits(ids[None])
         found = runtime.logits(ids[None])
         predicting = (labels != IGNORED).roll(-1)
-        predicting[-1] = labels[-1] != IGNORED  # nothing follows the last token of a sequence; its logits are compared with it
+        predicting[-1] = (
+            labels[-1] != IGNORED
+        )  # nothing follows the last token of a sequence; its logits are compared with it
         file.update(found[:, predicting], expected[:, predicting])
         floor.update(reference.perturbed_logits(ids[None])[:, predicting], expected[:, predicting])
         nll["file"] += _nll(found, labels)
@@ -126,13 +136,24 @@ def check_parity(parity: Parity, limits: Limits, name: str) -> None:
     drift = abs(parity.perplexity / parity.simulated_perplexity - 1)
     if not drift <= limits.perplexity_difference:
         simulated = f"the simulation's {parity.simulated_perplexity:.4f}"
-        broken.append(f"perplexity {parity.perplexity:.4f} is {drift:.2%} from {simulated} (limit {limits.perplexity_difference:.2%})")
+        broken.append(
+            f"perplexity {parity.perplexity:.4f} is {drift:.2%} from {simulated} (limit {limits.perplexity_difference:.2%})"
+        )
     if not parity.top1_agreement >= parity.floor_top1_agreement:
-        broken.append(f"the likeliest token agrees in {parity.top1_agreement:.2%} of cases, below the floor of {parity.floor_top1_agreement:.2%}")
+        broken.append(
+            f"the likeliest token agrees in {parity.top1_agreement:.2%} of cases, below the floor of {parity.floor_top1_agreement:.2%}"
+        )
     broken += parity.broken_layer_limits(limits)
     if broken:
-        raise VerificationError(f"{name}: the exported file does not compute what was simulated\n  " + "\n  ".join(broken))
+        raise VerificationError(
+            f"{name}: the exported file does not compute what was simulated\n  "
+            + "\n  ".join(broken)
+        )
 
 
 def _nll(logits: Tensor, labels: Tensor) -> float:
-    return float(torch.nn.functional.cross_entropy(logits[0, :-1], labels[1:], ignore_index=IGNORED, reduction="sum"))
+    return float(
+        torch.nn.functional.cross_entropy(
+            logits[0, :-1], labels[1:], ignore_index=IGNORED, reduction="sum"
+        )
+    )

@@ -66,13 +66,23 @@ class _Outputs:
     file: dict[str, Difference] = field(default_factory=dict)
     floor: dict[str, Difference] = field(default_factory=dict)
 
-    def update(self, found: Mapping[str, Tensor], perturbed: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    def update(
+        self,
+        found: Mapping[str, Tensor],
+        perturbed: Mapping[str, Tensor],
+        expected: Mapping[str, Tensor],
+    ) -> None:
         for name, value in expected.items():
             self.file.setdefault(name, Difference()).update(found[name], value)
             self.floor.setdefault(name, Difference()).update(perturbed[name], value)
 
 
-def verify_onnx_outputs(folder: str | Path, reference: Reference, batches: Collection[Mapping[str, Any]], track: Track = untracked) -> OutputParity:
+def verify_onnx_outputs(
+    folder: str | Path,
+    reference: Reference,
+    batches: Collection[Mapping[str, Any]],
+    track: Track = untracked,
+) -> OutputParity:
     """Run the exported file in `folder` on `batches` (each the model's arguments by name) and compare every output; the layers on the first batch.
 
     Raises:
@@ -85,7 +95,11 @@ def verify_onnx_outputs(folder: str | Path, reference: Reference, batches: Colle
     runtime = OnnxModel(folder)
     layers = compare_layers(folder, reference, next(iter(batches)))
     for batch in track(batches, "verifying in ONNX Runtime", len(batches)):
-        outputs.update(runtime.run(reference.bind(batch)), reference.perturbed_outputs(batch), reference.outputs(batch))
+        outputs.update(
+            runtime.run(reference.bind(batch)),
+            reference.perturbed_outputs(batch),
+            reference.outputs(batch),
+        )
     return OutputParity(
         primary=reference.graph().interface.primary,
         sqnr={name: difference.sqnr for name, difference in outputs.file.items()},
@@ -105,7 +119,12 @@ def check_output_parity(parity: OutputParity, limits: OutputLimits, name: str) -
     for output, sqnr in parity.sqnr.items():
         least = min(limits.sqnr, parity.floor_sqnr[output] - limits.below_floor)
         if not sqnr >= least:
-            broken.append(f"output {output} is {sqnr:.1f} dB from the simulation's (limit {least:.1f} dB, floor {parity.floor_sqnr[output]:.1f} dB)")
+            broken.append(
+                f"output {output} is {sqnr:.1f} dB from the simulation's (limit {least:.1f} dB, floor {parity.floor_sqnr[output]:.1f} dB)"
+            )
     broken += parity.broken_layer_limits(limits)
     if broken:
-        raise VerificationError(f"{name}: the exported file does not compute what was simulated\n  " + "\n  ".join(broken))
+        raise VerificationError(
+            f"{name}: the exported file does not compute what was simulated\n  "
+            + "\n  ".join(broken)
+        )

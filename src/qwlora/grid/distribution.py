@@ -48,7 +48,9 @@ class Distribution:
         """How many values of a group take as much room as its bins."""
         return 2 * (2 * half_of(self.groups) - 1)
 
-    def update(self, x: Float[Tensor, "groups values"], magnitude: Float[Tensor, " groups"]) -> None:
+    def update(
+        self, x: Float[Tensor, "groups values"], magnitude: Float[Tensor, " groups"]
+    ) -> None:
         """Take in finite values whose largest magnitude in each group is `magnitude`."""
         if self.histogram is None and self.kept + x.shape[1] <= self.most_kept:
             self.values.append(x.to(torch.float32, copy=True))
@@ -62,23 +64,33 @@ class Distribution:
         for x in list(other.values):
             self.update(x, x.abs().amax(1))
 
-    def points(self, groups: slice, low: Float[Tensor, " groups"], high: Float[Tensor, " groups"]) -> Points:
+    def points(
+        self, groups: slice, low: Float[Tensor, " groups"], high: Float[Tensor, " groups"]
+    ) -> Points:
         """Everything seen of some groups, whose lowest and highest values are `low` and `high`."""
         if self.histogram is None:
             ascending = torch.cat([x[groups] for x in self.values], 1).sort(1).values.double()
             return Points(running_sums(torch.ones_like(ascending), ascending), ascending)
-        return _points_of_bins(self.histogram, groups, low.double().unsqueeze(1), high.double().unsqueeze(1))
+        return _points_of_bins(
+            self.histogram, groups, low.double().unsqueeze(1), high.double().unsqueeze(1)
+        )
 
-    def percentile_range(self, percentile: float) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
+    def percentile_range(
+        self, percentile: float
+    ) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
         """The narrowest range that leaves `(100 - percentile) %` of the values, rounded down, outside on either side; of bins, their outer edges."""
         if self.histogram is None:
             ascending = torch.cat(self.values, 1).sort(1).values
             outside = _share(ascending.shape[1], percentile)
             return ascending[:, outside], ascending[:, -1 - outside]
         seen = self.histogram.counts.cumsum(1)
-        outside_of = torch.tensor([[_share(count, percentile)] for count in seen[:, -1].tolist()], device=self.device)
+        outside_of = torch.tensor(
+            [[_share(count, percentile)] for count in seen[:, -1].tolist()], device=self.device
+        )
         lower, _ = self.histogram.edges(torch.searchsorted(seen, outside_of, right=True).squeeze(1))
-        _, upper = self.histogram.edges(torch.searchsorted(seen, seen[:, -1:] - outside_of).squeeze(1))
+        _, upper = self.histogram.edges(
+            torch.searchsorted(seen, seen[:, -1:] - outside_of).squeeze(1)
+        )
         return lower, upper
 
     def _bins(self) -> Histogram:
@@ -96,15 +108,24 @@ def _share(count: float, percentile: float) -> int:
     return math.floor(count * (100 - percentile) / 100 * (1 + 1e-12) + 1e-9)
 
 
-def _points_of_bins(histogram: Histogram, groups: slice, low: Float[Tensor, "groups 1"], high: Float[Tensor, "groups 1"]) -> Points:
+def _points_of_bins(
+    histogram: Histogram,
+    groups: slice,
+    low: Float[Tensor, "groups 1"],
+    high: Float[Tensor, "groups 1"],
+) -> Points:
     """The middles of the bins that hold something, and the empty ones between. Bin 0, as wide as two others, becomes two with half of its count each."""
     widths, half = histogram.widths()[groups].double(), histogram.half
-    reach = min(half, 1 + int((torch.maximum(-low, high).squeeze(1) / widths).max()))  # on either side of zero
+    reach = min(
+        half, 1 + int((torch.maximum(-low, high).squeeze(1) / widths).max())
+    )  # on either side of zero
     counts = torch.empty(len(widths), 2 * reach, dtype=torch.float64, device=widths.device)
     counts[:, :reach] = histogram.counts[groups, half - reach : half]
     counts[:, reach:] = histogram.counts[groups, half - 1 : half - 1 + reach]
     counts[:, reach - 1 : reach + 1] /= 2
-    middles = torch.arange(0.5 - reach, reach, device=widths.device, dtype=torch.float64) * widths.unsqueeze(1)
+    middles = torch.arange(
+        0.5 - reach, reach, device=widths.device, dtype=torch.float64
+    ) * widths.unsqueeze(1)
     middles[:, reach - 1 : reach + 1] = 0
     middles.clamp_(low, high)  # the outermost bins reach past the data; what is in them does not
     return Points(running_sums(counts, middles), bins=(widths.unsqueeze(1), low, high))
@@ -112,7 +133,9 @@ def _points_of_bins(histogram: Histogram, groups: slice, low: Float[Tensor, "gro
 
 def running_sums(counts: Tensor, places: Tensor) -> Tensor:
     """The `sums` of `Points`, of `counts` values at each of ascending `places`; overwrites `counts`."""
-    sums = torch.empty(3, counts.shape[0], counts.shape[1] + 1, dtype=torch.float64, device=counts.device)
+    sums = torch.empty(
+        3, counts.shape[0], counts.shape[1] + 1, dtype=torch.float64, device=counts.device
+    )
     sums[:, :, 0] = 0
     for power in range(3):
         torch.cumsum(counts if power == 0 else counts.mul_(places), 1, out=sums[power, :, 1:])
@@ -131,7 +154,10 @@ class Points:
 
     sums: Float[Tensor, "3 groups bounds"]
     places: Float[Tensor, "groups points"] | None = None
-    bins: tuple[Float[Tensor, "groups 1"], Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]] | None = None
+    bins: (
+        tuple[Float[Tensor, "groups 1"], Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]
+        | None
+    ) = None
 
     @property
     def count(self) -> int:
@@ -146,18 +172,29 @@ class Points:
         width, _, _ = self.bins
         return (bounds / width).add_((self.count + 1) / 2).clamp_(0, self.count).long()
 
-    def percentile_range(self, percentile: float) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
+    def percentile_range(
+        self, percentile: float
+    ) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
         """The narrowest range between places that leaves at most `(100 - percentile) %` of the counts outside on either side."""
         assert self.places is not None
         seen = self.sums[0, :, 1:].contiguous()
-        outside = torch.tensor([[float(_share(count, percentile))] for count in seen[:, -1].tolist()], dtype=seen.dtype, device=seen.device)
+        outside = torch.tensor(
+            [[float(_share(count, percentile))] for count in seen[:, -1].tolist()],
+            dtype=seen.dtype,
+            device=seen.device,
+        )
         slack = seen[:, -1:] * 1e-12  # counts that are not whole have float64's last bits
         first = torch.searchsorted(seen, outside + slack, right=True)
         last = torch.searchsorted(seen, seen[:, -1:] - outside - slack)
-        lower, upper = (self.places.gather(1, column.clamp(max=self.count - 1)).squeeze(1).float() for column in (first, last))
+        lower, upper = (
+            self.places.gather(1, column.clamp(max=self.count - 1)).squeeze(1).float()
+            for column in (first, last)
+        )
         return lower, upper
 
-    def outside(self, lower: Float[Tensor, "groups bounds"], upper: Float[Tensor, "groups bounds"]) -> tuple[Tensor, Tensor]:
+    def outside(
+        self, lower: Float[Tensor, "groups bounds"], upper: Float[Tensor, "groups bounds"]
+    ) -> tuple[Tensor, Tensor]:
         """The sums, [3, groups, bounds], of the points below `lower` and of those above `upper`. A bin is outside as soon as some of it may be."""
         if self.bins is not None:
             width, low, high = self.bins

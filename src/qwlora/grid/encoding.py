@@ -45,20 +45,26 @@ class Encoding:
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.offset.shape:
-            raise GridError(f"scale has shape {list(self.scale.shape)} but offset {list(self.offset.shape)}")
+            raise GridError(
+                f"scale has shape {list(self.scale.shape)} but offset {list(self.offset.shape)}"
+            )
         usable = torch.isfinite(self.scale) & (self.scale > 0)
         if not bool(usable.all()):
             raise GridError(
                 f"a scale is a finite positive number, but {int((~usable).sum())} of {usable.numel()} are not, {float(self.scale[~usable][0])} the first"
             )
         if self.scheme.float_offset:
-            raise GridError(f"{self.scheme}: this grid has float offsets and so no integer encoding; FloatOffsetEncoding holds it")
+            raise GridError(
+                f"{self.scheme}: this grid has float offsets and so no integer encoding; FloatOffsetEncoding holds it"
+            )
         if not self.offset.numel():
             return
         lowest, highest = int(self.offset.min()), int(self.offset.max())
         if not -self.scheme.steps <= lowest <= highest <= 0:
             raise GridError(f"an offset is outside [-{self.scheme.steps}, 0]")
-        if lowest == highest:  # clamping between two numbers costs half of clamping between two tensors
+        if (
+            lowest == highest
+        ):  # clamping between two numbers costs half of clamping between two tensors
             object.__setattr__(self, "uniform_offset", lowest)
 
     def quantize(self, x: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
@@ -68,9 +74,13 @@ class Encoding:
             GridError: `x` holds nan, or its shape does not fit the scheme.
         """
         x_grouped, scale, offset = self._grouped(x)
-        codes = torch.div(_wide(x_grouped), scale).round_().sub_(offset).clamp_(0, self.scheme.steps)
+        codes = (
+            torch.div(_wide(x_grouped), scale).round_().sub_(offset).clamp_(0, self.scheme.steps)
+        )
         if bool(codes.isnan().any()):
-            raise GridError(f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; look for what computed them")
+            raise GridError(
+                f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; look for what computed them"
+            )
         return codes.to(torch.uint8 if self.scheme.bitwidth <= 8 else torch.int32).view(x.shape)
 
     def dequantize(self, codes: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -88,8 +98,17 @@ class Encoding:
         wide = _wide(x_grouped)
         if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
             low, high = self._bounds(x, wide.dtype)
-            return torch.div(wide, scale).round_().clamp_(low, high).mul_(scale).to(x.dtype).view(x.shape)  # type: ignore[arg-type]
-        return _FakeQuantize.apply(wide, scale, *self._bounds(x, wide.dtype)).to(x.dtype).view(x.shape)
+            return (
+                torch.div(wide, scale)
+                .round_()
+                .clamp_(low, high)
+                .mul_(scale)
+                .to(x.dtype)
+                .view(x.shape)
+            )  # type: ignore[arg-type]
+        return (
+            _FakeQuantize.apply(wide, scale, *self._bounds(x, wide.dtype)).to(x.dtype).view(x.shape)
+        )
 
     def fake_quantize_(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """`fake_quantize` written over `x` itself, bit for bit the same; memory that is there already costs a fraction of memory that has to be fetched.
@@ -98,9 +117,13 @@ class Encoding:
             GridError: a gradient is wanted through `x`, or `x` is expanded, so that several of its values lie in one place.
         """
         if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
-            raise GridError("fake_quantize_ writes over what a gradient would need; use fake_quantize, or torch.no_grad()")
+            raise GridError(
+                "fake_quantize_ writes over what a gradient would need; use fake_quantize, or torch.no_grad()"
+            )
         if any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
-            raise GridError(f"a tensor of shape {list(x.shape)} with strides {list(x.stride())} is expanded and cannot be written over; use fake_quantize")
+            raise GridError(
+                f"a tensor of shape {list(x.shape)} with strides {list(x.stride())} is expanded and cannot be written over; use fake_quantize"
+            )
         x_grouped, scale, _ = self._grouped(x)
         if _wide(x) is not x:
             return x.copy_(self.fake_quantize(x))
@@ -110,16 +133,26 @@ class Encoding:
 
     def _bounds(self, x: Tensor, dtype: torch.dtype) -> tuple[Bound, Bound]:
         """The lowest and highest number of steps, as one number each if all groups have the same."""
-        low: Bound = self.uniform_offset if self.uniform_offset is not None else aligned(self.offset, self.scheme.granularity, x.ndim).to(dtype)
+        low: Bound = (
+            self.uniform_offset
+            if self.uniform_offset is not None
+            else aligned(self.offset, self.scheme.granularity, x.ndim).to(dtype)
+        )
         return low, low + self.scheme.steps
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x`, scale and offset in shapes that broadcast against each other."""
         expected = self.scheme.scale_shape(tuple(x.shape))
         if tuple(self.scale.shape) != expected:
-            raise GridError(f"a tensor of shape {list(x.shape)} needs scales of shape {list(expected)}, not {list(self.scale.shape)}")
+            raise GridError(
+                f"a tensor of shape {list(x.shape)} needs scales of shape {list(expected)}, not {list(self.scale.shape)}"
+            )
         granularity = self.scheme.granularity
-        return grouped(x, granularity), aligned(self.scale, granularity, x.ndim), aligned(self.offset, granularity, x.ndim)
+        return (
+            grouped(x, granularity),
+            aligned(self.scale, granularity, x.ndim),
+            aligned(self.offset, granularity, x.ndim),
+        )
 
 
 def grouped(x: Tensor, granularity: Granularity) -> Tensor:
@@ -161,7 +194,9 @@ class _FakeQuantize(torch.autograd.Function):
         return steps.mul_(scale)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: FunctionCtx, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         inside, scale, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
         for_x = gradient * inside if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         if not kept:

@@ -46,7 +46,9 @@ class DistributionObserver(MinMaxObserver):
         """Take in what `other` saw; equal, value for value, to having seen both streams."""
         super().merge(other)
         if not isinstance(other, DistributionObserver):
-            raise CalibrationError(f"a {type(other).__name__} cannot be merged into a {type(self).__name__}; it kept extremes only")
+            raise CalibrationError(
+                f"a {type(other).__name__} cannot be merged into a {type(self).__name__}; it kept extremes only"
+            )
         if other.seen is None:
             return
         if self.seen is None:
@@ -59,7 +61,9 @@ class DistributionObserver(MinMaxObserver):
         assert self.low is not None
         assert self.high is not None
         assert self.seen is not None
-        return self._choose(self.seen, self.low.flatten().float(), self.high.flatten().float(), minmax)
+        return self._choose(
+            self.seen, self.low.flatten().float(), self.high.flatten().float(), minmax
+        )
 
     def _choose(self, seen: Distribution, low: Tensor, high: Tensor, minmax: Encoding) -> Encoding:
         """The encoding, from what was seen of each group, its lowest and highest value, and the encoding of these."""
@@ -82,7 +86,11 @@ class PercentileObserver(DistributionObserver):
     def _choose(self, seen: Distribution, low: Tensor, high: Tensor, minmax: Encoding) -> Encoding:
         first, last = seen.percentile_range(self.percentile)
         shape = minmax.scale.shape
-        return encoding_from_range(torch.maximum(low, first).view(shape), torch.minimum(high, last).view(shape), self.scheme)
+        return encoding_from_range(
+            torch.maximum(low, first).view(shape),
+            torch.minimum(high, last).view(shape),
+            self.scheme,
+        )
 
 
 class SquaredErrorObserver(DistributionObserver):
@@ -94,7 +102,10 @@ class SquaredErrorObserver(DistributionObserver):
 
     def _choose(self, seen: Distribution, low: Tensor, high: Tensor, minmax: Encoding) -> Encoding:
         shape = minmax.scale.shape
-        scale, offset = (found.view(shape) for found in least_error_grid(seen, low, high, self.scheme, self.gamma))
+        scale, offset = (
+            found.view(shape)
+            for found in least_error_grid(seen, low, high, self.scheme, self.gamma)
+        )
         if isinstance(self.scheme.granularity, LowPowerBlock):
             scale = to_integer_scales(scale, self.scheme)
         return Encoding(self.scheme, scale, offset)
@@ -137,7 +148,9 @@ class MovingAverageObserver(MinMaxObserver):
 
     def _append(self, sums: Tensor, batches: int) -> None:
         self._check_groups(sums[0])
-        self._sums = sums if self._sums is None else self._sums * (1 - self.momentum) ** batches + sums
+        self._sums = (
+            sums if self._sums is None else self._sums * (1 - self.momentum) ** batches + sums
+        )
         self.batches += batches
         self.low, self.high = (self._sums / (1 - (1 - self.momentum) ** self.batches)).float()
 

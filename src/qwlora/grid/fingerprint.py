@@ -31,8 +31,19 @@ from qwlora.grid.scheme import Scheme
 
 VOLATILE = frozenset(
     {
-        *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"),  # where it came from, and as what it was loaded
-        *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),  # what a forward hands back
+        *(
+            "_name_or_path",
+            "architectures",
+            "transformers_version",
+            "dtype",
+            "torch_dtype",
+        ),  # where it came from, and as what it was loaded
+        *(
+            "use_cache",
+            "return_dict",
+            "output_attentions",
+            "output_hidden_states",
+        ),  # what a forward hands back
         *("bos_token_id", "eos_token_id", "pad_token_id"),
         *("id2label", "label2id", "problem_type"),  # of classifiers
         *("initializer_range", "init_std"),  # of weights that are read, not drawn
@@ -45,23 +56,37 @@ _KEPT = "_kept_fingerprint"
 def fingerprint(model: nn.Module) -> str:
     """Hex digest of the base inside `model`, which may carry adapters."""
     found = combined(tensor_digests(model), config_numbers(model))
-    kept = next((module.__dict__[_KEPT] for module in model.modules() if _KEPT in module.__dict__), None)
+    kept = next(
+        (module.__dict__[_KEPT] for module in model.modules() if _KEPT in module.__dict__), None
+    )
     return kept[1] if kept is not None and kept[0] == found else found
 
 
 def adapter_fingerprint(model: nn.Module) -> str | None:
     """SHA-256 over the active adapters of `model`: each weight under its name without the adapter's own, and the factor of each branch. None without one."""
-    if not hasattr(model, "peft_config") or any(getattr(m, "disable_adapters", False) is True for m in model.modules()):
+    if not hasattr(model, "peft_config") or any(
+        getattr(m, "disable_adapters", False) is True for m in model.modules()
+    ):
         return None
     active = getattr(model, "active_adapters", None)
     names = set(active() if callable(active) else active or ())
-    digests = {canonical_name(path): tensor_digest(canonical_name(path), "", p) for path, p in model.named_parameters() if adapter_of(path) in names}
+    digests = {
+        canonical_name(path): tensor_digest(canonical_name(path), "", p)
+        for path, p in model.named_parameters()
+        if adapter_of(path) in names
+    }
     scaling = {
-        canonical_name(path): {name: factor for name, factor in module.scaling.items() if name in names}
+        canonical_name(path): {
+            name: factor for name, factor in module.scaling.items() if name in names
+        }
         for path, module in model.named_modules()
         if isinstance(getattr(module, "scaling", None), dict)
     }
-    return combined(digests, {path: sorted(factors.values()) for path, factors in scaling.items()}) if digests else None
+    return (
+        combined(digests, {path: sorted(factors.values()) for path, factors in scaling.items()})
+        if digests
+        else None
+    )
 
 
 def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
@@ -79,12 +104,19 @@ def combined(digests: Mapping[str, str], numbers: Mapping[str, Any]) -> str:
 
 def tensor_digests(model: nn.Module) -> dict[str, str]:
     """The digest of each tensor of the base, by name."""
-    return {name: tensor_digest(name, layout, tensor) for name, (layout, tensor) in base_tensors(model).items()}
+    return {
+        name: tensor_digest(name, layout, tensor)
+        for name, (layout, tensor) in base_tensors(model).items()
+    }
 
 
 def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
     """SHA-256 of one tensor; floats narrower than float32 by their float32 values."""
-    kind = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+    kind = (
+        torch.promote_types(tensor.dtype, torch.float32)
+        if tensor.is_floating_point()
+        else tensor.dtype
+    )
     digest = hashlib.sha256(f"{name}\0{layout}\0{kind}\0{list(tensor.shape)}\0".encode())
     for chunk in tensor.detach().flatten().split(_CHUNK):
         digest.update(chunk.cpu().to(kind).view(torch.uint8).numpy().data)
@@ -94,7 +126,9 @@ def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
 def take_in(digest: Any, things: Iterable[Any]) -> None:
     """Let tensors, by their values, and other things, as they are written, go into a digest of hashlib's."""
     for thing in things:
-        digest.update(f"{tensor_digest('', '', thing) if isinstance(thing, Tensor) else thing}\0".encode())
+        digest.update(
+            f"{tensor_digest('', '', thing) if isinstance(thing, Tensor) else thing}\0".encode()
+        )
 
 
 def config_numbers(model: nn.Module) -> dict[str, Any]:
@@ -108,9 +142,13 @@ def _numbers(config: Any) -> dict[str, Any]:
     found = {}
     for key, value in config.to_dict().items():
         part = config.__dict__.get(key)
-        if hasattr(part, "to_dict"):  # the configuration of a part, as models of text and images have them
+        if hasattr(
+            part, "to_dict"
+        ):  # the configuration of a part, as models of text and images have them
             found[key] = _numbers(part)
-        elif key not in VOLATILE and defaults.get(key) != value:  # fields without a default count as None
+        elif (
+            key not in VOLATILE and defaults.get(key) != value
+        ):  # fields without a default count as None
             found[key] = value
     return found
 
@@ -122,7 +160,14 @@ def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     for path, module in model.named_modules():
         scheme = getattr(module, "scheme", None)
         layout = layout_text(scheme) if isinstance(scheme, Scheme) else ""
-        own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}
+        own = {
+            **module._parameters,
+            **{
+                k: b
+                for k, b in module._buffers.items()
+                if k not in module._non_persistent_buffers_set
+            },
+        }
         for key, tensor in own.items():
             name = f"{path}.{key}" if path else key
             if tensor is None or id(tensor) in seen or is_adapter_name(name):

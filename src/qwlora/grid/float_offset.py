@@ -43,8 +43,13 @@ class FloatOffsetEncoding:
         if not self.scheme.float_offset:
             raise GridError(f"{self.scheme}: this grid has integer offsets; Encoding holds it")
         if self.scale.shape != self.minimum.shape:
-            raise GridError(f"scale has shape {list(self.scale.shape)} but minimum {list(self.minimum.shape)}")
-        if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all() and torch.isfinite(self.minimum).all()):
+            raise GridError(
+                f"scale has shape {list(self.scale.shape)} but minimum {list(self.minimum.shape)}"
+            )
+        if not bool(
+            (torch.isfinite(self.scale) & (self.scale > 0)).all()
+            and torch.isfinite(self.minimum).all()
+        ):
             raise GridError("a scale is not a finite positive number, or a minimum is not finite")
 
     @property
@@ -59,7 +64,9 @@ class FloatOffsetEncoding:
         x_grouped, scale, minimum = self._grouped(x)
         codes = torch.div(x_grouped - minimum, scale).round_().clamp_(0, self.scheme.steps)
         if bool(codes.isnan().any()):
-            raise GridError(f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; look for what computed them")
+            raise GridError(
+                f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; look for what computed them"
+            )
         return codes.to(torch.uint8 if self.scheme.bitwidth <= 8 else torch.int32).view(x.shape)
 
     def dequantize(self, codes: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -74,9 +81,15 @@ class FloatOffsetEncoding:
     def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         expected = self.scheme.scale_shape(tuple(x.shape))
         if tuple(self.scale.shape) != expected:
-            raise GridError(f"a tensor of shape {list(x.shape)} needs scales of shape {list(expected)}, not {list(self.scale.shape)}")
+            raise GridError(
+                f"a tensor of shape {list(x.shape)} needs scales of shape {list(expected)}, not {list(self.scale.shape)}"
+            )
         granularity = self.scheme.granularity
-        return grouped(x, granularity), aligned(self.scale, granularity, x.ndim), aligned(self.minimum, granularity, x.ndim)
+        return (
+            grouped(x, granularity),
+            aligned(self.scale, granularity, x.ndim),
+            aligned(self.minimum, granularity, x.ndim),
+        )
 
 
 def measure_float_offset(x: Float[Tensor, "*shape"], scheme: Scheme) -> FloatOffsetEncoding:
@@ -88,6 +101,8 @@ def measure_float_offset(x: Float[Tensor, "*shape"], scheme: Scheme) -> FloatOff
     low, high = (bound.float() for bound in group_range(x, scheme))
     width = high - low
     if not bool(torch.isfinite(width).all()):
-        raise CalibrationError("the observed range is not finite (nan or infinity in the data), or wider than float32 can hold")
+        raise CalibrationError(
+            "the observed range is not finite (nan or infinity in the data), or wider than float32 can hold"
+        )
     smallest = min(torch.finfo(torch.float32).eps, 0.01 / scheme.steps)
     return FloatOffsetEncoding(scheme, (width / scheme.steps).clamp(min=smallest), low)

@@ -21,7 +21,9 @@ BLOCK = 32
 CODE_BYTES = {4: 16, 5: 20, 8: 32}
 
 
-def unpack_block_codes(fields: UInt8[Tensor, "*blocks bytes"], bitwidth: int) -> UInt8[Tensor, "*blocks 32"]:
+def unpack_block_codes(
+    fields: UInt8[Tensor, "*blocks bytes"], bitwidth: int
+) -> UInt8[Tensor, "*blocks 32"]:
     """Codes of blocks.
 
     Raises:
@@ -31,10 +33,16 @@ def unpack_block_codes(fields: UInt8[Tensor, "*blocks bytes"], bitwidth: int) ->
     if bitwidth == 8:
         return fields ^ 0x80
     low = halves(fields[..., -BLOCK // 2 :])
-    return low if bitwidth == 4 else low | bit_planes(fields[..., :4].unsqueeze(-1), 8, 1).flatten(-2) << 4
+    return (
+        low
+        if bitwidth == 4
+        else low | bit_planes(fields[..., :4].unsqueeze(-1), 8, 1).flatten(-2) << 4
+    )
 
 
-def pack_block_codes(codes: UInt8[Tensor, "*blocks 32"], bitwidth: int) -> UInt8[Tensor, "*blocks bytes"]:
+def pack_block_codes(
+    codes: UInt8[Tensor, "*blocks 32"], bitwidth: int
+) -> UInt8[Tensor, "*blocks bytes"]:
     """Undo `unpack_block_codes`.
 
     Raises:
@@ -49,7 +57,9 @@ def pack_block_codes(codes: UInt8[Tensor, "*blocks 32"], bitwidth: int) -> UInt8
     low = first | second << 4
     if bitwidth == 4:
         return low
-    fifth = (codes >> 4).unflatten(-1, (4, 8)) << torch.arange(8, dtype=torch.uint8, device=codes.device)
+    fifth = (codes >> 4).unflatten(-1, (4, 8)) << torch.arange(
+        8, dtype=torch.uint8, device=codes.device
+    )
     return torch.cat([fifth.sum(-1, dtype=torch.uint8), low], -1)
 
 
@@ -58,9 +68,13 @@ def halves(fields: UInt8[Tensor, "*rows bytes"]) -> UInt8[Tensor, "*rows codes"]
     return torch.cat([fields & 0xF, fields >> 4], -1)
 
 
-def bit_planes(fields: UInt8[Tensor, "*rows bytes"], count: int, width: int) -> UInt8[Tensor, "*rows codes"]:
+def bit_planes(
+    fields: UInt8[Tensor, "*rows bytes"], count: int, width: int
+) -> UInt8[Tensor, "*rows codes"]:
     """The first `width` bits of all bytes, then the next of all bytes, `count` times."""
-    shifts = torch.arange(0, count * width, width, dtype=torch.uint8, device=fields.device).unsqueeze(-1)
+    shifts = torch.arange(
+        0, count * width, width, dtype=torch.uint8, device=fields.device
+    ).unsqueeze(-1)
     return ((fields.unsqueeze(-2) >> shifts) & (2**width - 1)).flatten(-2)
 
 
@@ -68,4 +82,6 @@ def _check(found: int, expected: dict[int, int], bitwidth: int) -> None:
     if bitwidth not in expected:
         raise GridError(f"GGUF's simple blocks hold codes of 4, 5 or 8 bits, not {bitwidth}")
     if found != expected[bitwidth]:
-        raise GridError(f"the last axis of {bitwidth}-bit blocks is {expected[bitwidth]} long here, not {found}")
+        raise GridError(
+            f"the last axis of {bitwidth}-bit blocks is {expected[bitwidth]} long here, not {found}"
+        )

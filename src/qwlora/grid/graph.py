@@ -58,7 +58,12 @@ class Interface:
     @property
     def fixed(self) -> dict[str, dict[int, int]]:
         """Of every input, the axes whose size the graph holds as a constant."""
-        return {name: {axis: size for axis, size in enumerate(self.shapes[name]) if isinstance(size, int)} for name in self.inputs}
+        return {
+            name: {
+                axis: size for axis, size in enumerate(self.shapes[name]) if isinstance(size, int)
+            }
+            for name in self.inputs
+        }
 
 
 @dataclass(frozen=True)

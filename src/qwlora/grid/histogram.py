@@ -37,19 +37,33 @@ class Histogram:
 
     def __init__(self, groups: int, device: torch.device):
         self.half = half_of(groups)
-        self.counts: Int64[Tensor, "groups bins"] = torch.zeros(groups, 2 * self.half - 1, dtype=torch.int64, device=device)
+        self.counts: Int64[Tensor, "groups bins"] = torch.zeros(
+            groups, 2 * self.half - 1, dtype=torch.int64, device=device
+        )
         self.exponent = torch.full((groups,), _SMALLEST_EXPONENT, dtype=torch.int32, device=device)
 
-    def update(self, x: Float[Tensor, "groups values"], magnitude: Float[Tensor, " groups"]) -> None:
+    def update(
+        self, x: Float[Tensor, "groups values"], magnitude: Float[Tensor, " groups"]
+    ) -> None:
         """Count finite values whose largest magnitude in each group is `magnitude`."""
         _, exponent = torch.frexp(magnitude)
-        self._widen(torch.where(magnitude > 0, exponent, _SMALLEST_EXPONENT))  # zero has no exponent, but frexp says 0
-        rows = max(1, min(_VALUES_AT_ONCE // max(1, x.shape[1]), _BINS_AT_ONCE // self.counts.shape[1]))
-        for part, per_width, counts in zip(x.split(rows), self._per_width().split(rows), self.counts.split(rows), strict=True):
-            first = torch.arange(len(part), dtype=torch.int32, device=x.device).unsqueeze(1) * counts.shape[1] + (self.half - 1)
+        self._widen(
+            torch.where(magnitude > 0, exponent, _SMALLEST_EXPONENT)
+        )  # zero has no exponent, but frexp says 0
+        rows = max(
+            1, min(_VALUES_AT_ONCE // max(1, x.shape[1]), _BINS_AT_ONCE // self.counts.shape[1])
+        )
+        for part, per_width, counts in zip(
+            x.split(rows), self._per_width().split(rows), self.counts.split(rows), strict=True
+        ):
+            first = torch.arange(len(part), dtype=torch.int32, device=x.device).unsqueeze(
+                1
+            ) * counts.shape[1] + (self.half - 1)
             for piece in part.split(_VALUES_AT_ONCE, dim=1):
                 bins = (piece * per_width.unsqueeze(1)).to(first.dtype).add_(first)
-                counts += torch.bincount(bins.flatten(), minlength=counts.numel()).view(counts.shape)
+                counts += torch.bincount(bins.flatten(), minlength=counts.numel()).view(
+                    counts.shape
+                )
 
     def merge(self, other: Histogram) -> None:
         """Count what `other` counted."""
@@ -68,7 +82,9 @@ class Histogram:
         """The width of each group's bins; bin 0 is twice as wide."""
         return 1 / self._per_width()
 
-    def edges(self, columns: Int64[Tensor, " groups"]) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
+    def edges(
+        self, columns: Int64[Tensor, " groups"]
+    ) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
         """(lower, upper) edge of one column for each group."""
         place = columns - (self.half - 1)
         lower, upper = place - (place <= 0).long(), place + (place >= 0).long()
@@ -78,7 +94,10 @@ class Histogram:
         return torch.arange(1 - self.half, self.half, device=self.counts.device)
 
     def _per_width(self) -> Float[Tensor, " groups"]:
-        return torch.ldexp(torch.full(self.exponent.shape, float(self.half), device=self.exponent.device), -self.exponent)
+        return torch.ldexp(
+            torch.full(self.exponent.shape, float(self.half), device=self.exponent.device),
+            -self.exponent,
+        )
 
     def _widen(self, exponent: Tensor) -> None:
         """Let bins fall together until no exponent is smaller than `exponent`."""
@@ -86,6 +105,8 @@ class Histogram:
         if torch.equal(wanted, self.exponent):
             return
         doublings = (wanted - self.exponent).clamp(max=30).unsqueeze(1)
-        merged = torch.div(self._bins().unsqueeze(0), 2 ** doublings.long(), rounding_mode="trunc") + (self.half - 1)
+        merged = torch.div(
+            self._bins().unsqueeze(0), 2 ** doublings.long(), rounding_mode="trunc"
+        ) + (self.half - 1)
         self.counts = torch.zeros_like(self.counts).scatter_add_(1, merged, self.counts)
         self.exponent = wanted

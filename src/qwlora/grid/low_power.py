@@ -18,13 +18,17 @@ from qwlora.errors import GridError
 from qwlora.grid.scheme import LowPowerBlock, Scheme
 
 
-def to_integer_scales(scale: Float[Tensor, "*rows blocks"], scheme: Scheme) -> Float[Tensor, "*rows blocks"]:
+def to_integer_scales(
+    scale: Float[Tensor, "*rows blocks"], scheme: Scheme
+) -> Float[Tensor, "*rows blocks"]:
     """The nearest scales that are an integer times their row's scale; AIMET's rule."""
     row, integers = _factors(scale, _scale_bitwidth(scheme))
     return integers * row
 
 
-def split_scales(scale: Float[Tensor, "*rows blocks"], scheme: Scheme) -> tuple[Float[Tensor, "*rows"], Int[Tensor, "*rows blocks"]]:
+def split_scales(
+    scale: Float[Tensor, "*rows blocks"], scheme: Scheme
+) -> tuple[Float[Tensor, "*rows"], Int[Tensor, "*rows blocks"]]:
     """(row scales, integers) of low-power scales, whose product they are bit for bit.
 
     Raises:
@@ -33,7 +37,9 @@ def split_scales(scale: Float[Tensor, "*rows blocks"], scheme: Scheme) -> tuple[
     row, integers = _factors(scale, _scale_bitwidth(scheme))
     if not torch.equal(integers * row, scale):
         wrong = int((integers * row != scale).sum())
-        raise GridError(f"{wrong} of {scale.numel()} block scales are not an integer times their row's scale; pass them through to_integer_scales first")
+        raise GridError(
+            f"{wrong} of {scale.numel()} block scales are not an integer times their row's scale; pass them through to_integer_scales first"
+        )
     return row.squeeze(-1), integers.to(torch.int32)
 
 

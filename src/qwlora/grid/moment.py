@@ -36,7 +36,9 @@ class SecondMoment:
         self.weight = 0.0
         self.tokens = 0
 
-    def update(self, x: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] | None = None) -> None:
+    def update(
+        self, x: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] | None = None
+    ) -> None:
         """Take in the rows of `x`."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if not len(rows):
@@ -45,12 +47,18 @@ class SecondMoment:
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[-1], rows.shape[-1])
         if self.total.shape[0] != rows.shape[-1]:
-            raise CalibrationError(f"rows have width {rows.shape[-1]} where they had {self.total.shape[0]} before")
+            raise CalibrationError(
+                f"rows have width {rows.shape[-1]} where they had {self.total.shape[0]} before"
+            )
         if not bool(torch.isfinite(w.sum())):
-            raise CalibrationError("the gradient of the layer's output holds nan or infinity (or overflows when squared)")
+            raise CalibrationError(
+                "the gradient of the layer's output holds nan or infinity (or overflows when squared)"
+            )
         scaled = rows * w.sqrt().unsqueeze(1)
         if not bool(torch.isfinite(scaled.square().sum())):
-            raise CalibrationError("the layer's input holds nan or infinity (or overflows when squared)")
+            raise CalibrationError(
+                "the layer's input holds nan or infinity (or overflows when squared)"
+            )
         self.total.addmm_(scaled.T, scaled)
         self.weight += float(w.sum())
         self.tokens += len(rows)
@@ -62,7 +70,9 @@ class SecondMoment:
         if self.total is None:
             self.total = torch.zeros_like(other.total)
         if self.total.shape != other.total.shape:
-            raise CalibrationError(f"moments of widths {self.total.shape[0]} and {other.total.shape[0]} are not of one layer")
+            raise CalibrationError(
+                f"moments of widths {self.total.shape[0]} and {other.total.shape[0]} are not of one layer"
+            )
         self.total += other.total
         self.weight += other.weight
         self.tokens += other.tokens
@@ -82,7 +92,9 @@ class Moment(NamedTuple):
     output: Float[Tensor, "out out"] | None = None
 
 
-def output_energy(matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None) -> float:
+def output_energy(
+    matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None
+) -> float:
     """`tr(M R M^T)`: the mean square of what a matrix makes of inputs with moment R, which is 1 unless given. Never quite zero, so that it divides."""
     weighted = matrix if moment is None else matrix @ moment
     return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
@@ -115,14 +127,20 @@ class Moments(Mapping[str, Moment]):
     def __init__(self, folder: Path | None = None):
         self.folder = folder
         self._home: dict[str, Moment | Path] = {}
-        for file in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ():
+        for file in (
+            sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ()
+        ):
             try:
                 with safe_open(file, "pt") as opened:
                     if not {"input"} <= (held := set(opened.keys())) <= set(Moment._fields):
-                        raise ValueError(f"it holds {', '.join(sorted(held))}, not {' and '.join(Moment._fields)}")
+                        raise ValueError(
+                            f"it holds {', '.join(sorted(held))}, not {' and '.join(Moment._fields)}"
+                        )
                     self._home[opened.metadata()["layer"]] = file
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-                raise SourceError(f"the moments in {str(file)!r} cannot be read ({error}); delete them and quantize again") from error
+                raise SourceError(
+                    f"the moments in {str(file)!r} cannot be read ({error}); delete them and quantize again"
+                ) from error
 
     def put(self, layer: str, moment: Moment) -> None:
         """Keep `moment` for `layer`."""
@@ -130,12 +148,24 @@ class Moments(Mapping[str, Moment]):
             self._home[layer] = moment
             return
         file = self.folder / f"{layer}.safetensors"
-        write_tensors(file, {name: _triangle(matrix) for name, matrix in moment._asdict().items() if matrix is not None}, {"layer": layer})
+        write_tensors(
+            file,
+            {
+                name: _triangle(matrix)
+                for name, matrix in moment._asdict().items()
+                if matrix is not None
+            },
+            {"layer": layer},
+        )
         self._home[layer] = file
 
     def __getitem__(self, layer: str) -> Moment:
         home = self._home[layer]
-        return Moment(**{name: _whole(triangle) for name, triangle in load_file(home).items()}) if isinstance(home, Path) else home
+        return (
+            Moment(**{name: _whole(triangle) for name, triangle in load_file(home).items()})
+            if isinstance(home, Path)
+            else home
+        )
 
     def __contains__(self, layer: object) -> bool:
         return layer in self._home

@@ -28,7 +28,9 @@ def canonical_name(path: str) -> str:
         if behind_adapter:
             behind_adapter = False
             continue
-        if part not in _WRAPPERS or next((p for p in parts[i:] if p not in _WRAPPERS), "").startswith("lora_"):
+        if part not in _WRAPPERS or next(
+            (p for p in parts[i:] if p not in _WRAPPERS), ""
+        ).startswith("lora_"):
             kept.append(part)
         behind_adapter = _holds_adapters(part)
     return ".".join(kept)
@@ -44,13 +46,17 @@ def adapter_of(path: str) -> str | None:
 
     base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight  -> topics
     """
-    return next((name for holder, name in pairwise(path.split(".")) if _holds_adapters(holder)), None)
+    return next(
+        (name for holder, name in pairwise(path.split(".")) if _holds_adapters(holder)), None
+    )
 
 
 def is_factor_name(path: str) -> bool:
     """Whether a tensor of this canonical path is one of the two factors of an adapter's product."""
     *_, owner, key = ["", *path.split(".")]
-    return key in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") or (owner in ("lora_A", "lora_B") and key == "weight")
+    return key in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") or (
+        owner in ("lora_A", "lora_B") and key == "weight"
+    )
 
 
 FOLDER = "packed_parameters"  # a module's packed 3-D parameters lie in a submodule of this name
@@ -76,7 +82,11 @@ def pattern_problem(pattern: str, is_end: bool = False) -> str | None:
     try:
         re.compile(rf"(.*\.)?({pattern})$" if is_end else pattern)
     except re.error as error:
-        remedy = f"; what is meant as a glob is written {'.*'.join(map(re.escape, pattern.split('*')))}" if "*" in pattern else ""
+        remedy = (
+            f"; what is meant as a glob is written {'.*'.join(map(re.escape, pattern.split('*')))}"
+            if "*" in pattern
+            else ""
+        )
         return f"{pattern!r} is no regular expression, which PEFT takes here: {error.msg}{remedy}"
     return None
 

@@ -24,7 +24,9 @@ from qwlora.grid.low_power import to_integer_scales
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
 
-def encoding_from_range(low: Float[Tensor, "*groups"], high: Float[Tensor, "*groups"], scheme: Scheme) -> Encoding:
+def encoding_from_range(
+    low: Float[Tensor, "*groups"], high: Float[Tensor, "*groups"], scheme: Scheme
+) -> Encoding:
     """The encoding of an observed range, one scale per entry of `low` and `high`.
 
     Raises:
@@ -33,7 +35,9 @@ def encoding_from_range(low: Float[Tensor, "*groups"], high: Float[Tensor, "*gro
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise CalibrationError("the observed range is not finite (nan or infinity in the data)")
     if not bool(torch.isfinite(high.float() - low.float()).all()):
-        raise CalibrationError("the observed range is wider than float32 can hold; look for values that are masks or an overflow")
+        raise CalibrationError(
+            "the observed range is wider than float32 can hold; look for values that are masks or an overflow"
+        )
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     steps = scheme.steps
     smallest = min(torch.finfo(torch.float32).eps, 0.01 / steps)
@@ -55,7 +59,9 @@ def encoding_from_range(low: Float[Tensor, "*groups"], high: Float[Tensor, "*gro
     return Encoding(scheme, scale, offset.to(torch.int32))
 
 
-def group_range(x: Float[Tensor, "*shape"], scheme: Scheme) -> tuple[Float[Tensor, "*groups"], Float[Tensor, "*groups"]]:
+def group_range(
+    x: Float[Tensor, "*shape"], scheme: Scheme
+) -> tuple[Float[Tensor, "*groups"], Float[Tensor, "*groups"]]:
     """Lowest and highest value of each group of `x`.
 
     Raises:
@@ -118,11 +124,15 @@ class MinMaxObserver:
 
     def _check_groups(self, low: Tensor) -> None:
         if self.low is not None and low.shape != self.low.shape:
-            raise CalibrationError(f"{list(low.shape)} ranges were observed where there were {list(self.low.shape)} before; one observer sees one tensor")
+            raise CalibrationError(
+                f"{list(low.shape)} ranges were observed where there were {list(self.low.shape)} before; one observer sees one tensor"
+            )
 
     def _check_scheme(self, other: MinMaxObserver) -> None:
         if other.scheme != self.scheme:
-            raise CalibrationError(f"an observer of {other.scheme} cannot be merged into one of {self.scheme}")
+            raise CalibrationError(
+                f"an observer of {other.scheme} cannot be merged into one of {self.scheme}"
+            )
 
 
 def measure(x: Float[Tensor, "*shape"], scheme: Scheme) -> Encoding:
@@ -130,7 +140,9 @@ def measure(x: Float[Tensor, "*shape"], scheme: Scheme) -> Encoding:
     return encoding_from_range(*group_range(x, scheme), scheme)
 
 
-def search(x: Float[Tensor, "*shape"], scheme: Scheme, candidates: int = 40, narrowest: float = 0.4) -> Encoding:
+def search(
+    x: Float[Tensor, "*shape"], scheme: Scheme, candidates: int = 40, narrowest: float = 0.4
+) -> Encoding:
     """The range, out of `candidates` fractions of the min-max range, with the least squared error `sum (x - x_hat)^2` in each group.
 
     The fractions run evenly from `narrowest` to 1, and 1 is among them, so no group ends worse than with `measure`. Blocks with integer scales are searched
@@ -154,8 +166,13 @@ def search(x: Float[Tensor, "*shape"], scheme: Scheme, candidates: int = 40, nar
     if not isinstance(scheme.granularity, LowPowerBlock):
         return found
     measured = encoding_from_range(low, high, scheme)
-    errors = [_group_sum((e.fake_quantize(x) - x).square_(), scheme).sum(-1, keepdim=True) for e in (found, measured)]
-    return Encoding(scheme, torch.where(errors[0] <= errors[1], found.scale, measured.scale), found.offset)
+    errors = [
+        _group_sum((e.fake_quantize(x) - x).square_(), scheme).sum(-1, keepdim=True)
+        for e in (found, measured)
+    ]
+    return Encoding(
+        scheme, torch.where(errors[0] <= errors[1], found.scale, measured.scale), found.offset
+    )
 
 
 def _group_sum(x: Tensor, scheme: Scheme) -> Tensor:

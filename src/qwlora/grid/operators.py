@@ -39,52 +39,122 @@ def _tensor(parts: tuple[Tensor | None, ...], count: int, layout: str) -> Packed
 
 
 @torch.library.custom_op("qwlora::dequantize", mutates_args=())
-def dequantize(packed: Tensor, scale: Tensor, block_scale: Tensor | None, zero_point: Tensor | None, minimum: Tensor | None, count: int, layout: str) -> Tensor:
+def dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    block_scale: Tensor | None,
+    zero_point: Tensor | None,
+    minimum: Tensor | None,
+    count: int,
+    layout: str,
+) -> Tensor:
     """The values of packed codes, float32."""
     return _tensor((packed, scale, block_scale, zero_point, minimum), count, layout).dequantize()
 
 
 @dequantize.register_fake
-def _(packed: Tensor, scale: Tensor, block_scale: Tensor | None, zero_point: Tensor | None, minimum: Tensor | None, count: int, layout: str) -> Tensor:
+def _(
+    packed: Tensor,
+    scale: Tensor,
+    block_scale: Tensor | None,
+    zero_point: Tensor | None,
+    minimum: Tensor | None,
+    count: int,
+    layout: str,
+) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], count), dtype=torch.float32)
 
 
 @torch.library.custom_op("qwlora::gather", mutates_args=())
 def gather(
-    index: Tensor, packed: Tensor, scale: Tensor, block_scale: Tensor | None, zero_point: Tensor | None, minimum: Tensor | None, count: int, layout: str
+    index: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    block_scale: Tensor | None,
+    zero_point: Tensor | None,
+    minimum: Tensor | None,
+    count: int,
+    layout: str,
 ) -> Tensor:
     """The values of the indexed rows, float32."""
-    return _tensor((packed, scale, block_scale, zero_point, minimum), count, layout).dequantize(index=index)
+    return _tensor((packed, scale, block_scale, zero_point, minimum), count, layout).dequantize(
+        index=index
+    )
 
 
 @gather.register_fake
-def _(index: Tensor, packed: Tensor, scale: Tensor, block_scale: Any, zero_point: Any, minimum: Any, count: int, layout: str) -> Tensor:
+def _(
+    index: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    block_scale: Any,
+    zero_point: Any,
+    minimum: Any,
+    count: int,
+    layout: str,
+) -> Tensor:
     return packed.new_empty((*index.shape, *packed.shape[1:-1], count), dtype=torch.float32)
 
 
 @torch.library.custom_op("qwlora::linear", mutates_args=())
 def linear(
-    x: Tensor, packed: Tensor, scale: Tensor, block_scale: Tensor | None, zero_point: Tensor | None, minimum: Tensor | None, count: int, layout: str
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    block_scale: Tensor | None,
+    zero_point: Tensor | None,
+    minimum: Tensor | None,
+    count: int,
+    layout: str,
 ) -> Tensor:
     """`x W^T`."""
-    weight = _tensor((packed, scale, block_scale, zero_point, minimum), count, layout).dequantize(x.dtype)
+    weight = _tensor((packed, scale, block_scale, zero_point, minimum), count, layout).dequantize(
+        x.dtype
+    )
     return torch.nn.functional.linear(x, weight)
 
 
 @linear.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, block_scale: Any, zero_point: Any, minimum: Any, count: int, layout: str) -> Tensor:
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    block_scale: Any,
+    zero_point: Any,
+    minimum: Any,
+    count: int,
+    layout: str,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
 @torch.library.custom_op("qwlora::linear_backward", mutates_args=())
 def _linear_backward(
-    gradient: Tensor, packed: Tensor, scale: Tensor, block_scale: Tensor | None, zero_point: Tensor | None, minimum: Tensor | None, count: int, layout: str
+    gradient: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    block_scale: Tensor | None,
+    zero_point: Tensor | None,
+    minimum: Tensor | None,
+    count: int,
+    layout: str,
 ) -> Tensor:
-    return gradient @ _tensor((packed, scale, block_scale, zero_point, minimum), count, layout).dequantize(gradient.dtype)
+    return gradient @ _tensor(
+        (packed, scale, block_scale, zero_point, minimum), count, layout
+    ).dequantize(gradient.dtype)
 
 
 @_linear_backward.register_fake
-def _(gradient: Tensor, packed: Tensor, scale: Tensor, block_scale: Any, zero_point: Any, minimum: Any, count: int, layout: str) -> Tensor:
+def _(
+    gradient: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    block_scale: Any,
+    zero_point: Any,
+    minimum: Any,
+    count: int,
+    layout: str,
+) -> Tensor:
     return gradient.new_empty((*gradient.shape[:-1], count))
 
 
@@ -94,7 +164,9 @@ def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return _linear_backward(gradient, *ctx.saved_tensors, ctx.count, ctx.layout), *[None] * (len(Parts._fields) + 2)
+    return _linear_backward(gradient, *ctx.saved_tensors, ctx.count, ctx.layout), *[None] * (
+        len(Parts._fields) + 2
+    )
 
 
 linear.register_autograd(_gradient, setup_context=_keep_codes)

@@ -60,19 +60,42 @@ class PackedTensor:
         """
         codes, encoding = quantized.codes, quantized.encoding
         scheme = encoding.scheme
-        packed, scale, minimum, zero_point, block_scale = pack(codes, scheme.bitwidth), encoding.scale, None, None, None
+        packed, scale, minimum, zero_point, block_scale = (
+            pack(codes, scheme.bitwidth),
+            encoding.scale,
+            None,
+            None,
+            None,
+        )
         if isinstance(scheme.granularity, LowPowerBlock):
             row, integers = split_scales(scale, scheme)
-            scale, block_scale = row.unsqueeze(-1), pack((integers - 1).to(torch.uint8), scheme.granularity.scale_bitwidth)
+            scale, block_scale = (
+                row.unsqueeze(-1),
+                pack((integers - 1).to(torch.uint8), scheme.granularity.scale_bitwidth),
+            )
         if isinstance(encoding, FloatOffsetEncoding):
             minimum = narrowest(encoding.minimum)
         elif not scheme.symmetric:
             zero_point = (-encoding.offset).to(torch.uint8)
-            zero_point = pack(zero_point, scheme.bitwidth) if isinstance(scheme.granularity, PerBlock) else zero_point
-        return cls(scheme, codes.shape[-1], Parts(packed, narrowest(scale), block_scale, zero_point, minimum))
+            zero_point = (
+                pack(zero_point, scheme.bitwidth)
+                if isinstance(scheme.granularity, PerBlock)
+                else zero_point
+            )
+        return cls(
+            scheme,
+            codes.shape[-1],
+            Parts(packed, narrowest(scale), block_scale, zero_point, minimum),
+        )
 
     @classmethod
-    def empty(cls, scheme: Scheme, shape: tuple[int, ...], device: torch.device | str | None = None, dtype: torch.dtype = torch.float16) -> PackedTensor:
+    def empty(
+        cls,
+        scheme: Scheme,
+        shape: tuple[int, ...],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float16,
+    ) -> PackedTensor:
         """Parts without contents, to be read from a file; float ones of `dtype`.
 
         Raises:
@@ -87,10 +110,18 @@ class PackedTensor:
         low_power = scheme.granularity if isinstance(scheme.granularity, LowPowerBlock) else None
         parts = Parts(
             packed=integers(scheme.bitwidth, shape, dense=True),
-            scale=torch.empty((*groups[:-1], 1) if low_power else groups, dtype=dtype, device=device),
-            block_scale=integers(low_power.scale_bitwidth, groups, dense=True) if low_power else None,
-            zero_point=None if scheme.symmetric or scheme.float_offset else integers(scheme.bitwidth, groups, dense=blocks),
-            minimum=torch.empty(groups, dtype=dtype, device=device) if scheme.float_offset else None,
+            scale=torch.empty(
+                (*groups[:-1], 1) if low_power else groups, dtype=dtype, device=device
+            ),
+            block_scale=integers(low_power.scale_bitwidth, groups, dense=True)
+            if low_power
+            else None,
+            zero_point=None
+            if scheme.symmetric or scheme.float_offset
+            else integers(scheme.bitwidth, groups, dense=blocks),
+            minimum=torch.empty(groups, dtype=dtype, device=device)
+            if scheme.float_offset
+            else None,
         )
         return cls(scheme, shape[-1], parts)
 
@@ -117,7 +148,10 @@ class PackedTensor:
             return scale
         granularity = self.scheme.granularity
         assert isinstance(granularity, LowPowerBlock)
-        return (unpack(block_scale, granularity.scale_bitwidth, self.count // granularity.size).float() + 1) * scale
+        return (
+            unpack(block_scale, granularity.scale_bitwidth, self.count // granularity.size).float()
+            + 1
+        ) * scale
 
     @property
     def offset(self) -> Tensor:
@@ -125,7 +159,12 @@ class PackedTensor:
         zero_point = self.zero_point
         if zero_point is None:
             groups = self.scheme.scale_shape(self.shape)
-            return torch.full(groups, self.scheme.symmetric_offset, dtype=torch.int32, device=self.parts.packed.device)
+            return torch.full(
+                groups,
+                self.scheme.symmetric_offset,
+                dtype=torch.int32,
+                device=self.parts.packed.device,
+            )
         return -zero_point.to(torch.int32)
 
     @property
@@ -148,7 +187,9 @@ class PackedTensor:
         """Codes and grid, unpacked."""
         return QuantizedTensor(self.codes, self.encoding)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32, index: Tensor | int | None = None) -> Tensor:
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, index: Tensor | int | None = None
+    ) -> Tensor:
         """The values: the float32 product, rounded to `dtype`.
 
         Args:
@@ -161,19 +202,27 @@ class PackedTensor:
 
     def _rows(self, packed: Tensor, index: Tensor | int | None, dtype: torch.dtype) -> Tensor:
         shape = (*packed.shape[:-1], self.count)
-        scale, offset, minimum = (self._broadcast(part, index, shape) for part in self._numbers(index))
+        scale, offset, minimum = (
+            self._broadcast(part, index, shape) for part in self._numbers(index)
+        )
         flat = packed.reshape(-1, packed.shape[-1])
         values = torch.empty((len(flat), self.count), dtype=dtype, device=packed.device)
         step = max(1, _AT_ONCE // max(1, self.count))
         for rows in (slice(start, start + step) for start in range(0, len(flat), step)):
             codes = unpack(flat[rows], self.scheme.bitwidth, self.count)
-            wide = values[rows] if dtype == torch.float32 else torch.empty(codes.shape, device=codes.device)
+            wide = (
+                values[rows]
+                if dtype == torch.float32
+                else torch.empty(codes.shape, device=codes.device)
+            )
             wide.copy_(codes)
             blocks = grouped(wide, self.scheme.granularity)
             if minimum is not None:
                 blocks.mul_(_of(scale, rows)).add_(_of(minimum, rows))
             else:
-                blocks.add_(self.scheme.symmetric_offset if offset is None else _of(offset, rows)).mul_(_of(scale, rows))
+                blocks.add_(
+                    self.scheme.symmetric_offset if offset is None else _of(offset, rows)
+                ).mul_(_of(scale, rows))
             if wide.dtype != dtype:
                 values[rows] = wide
         return values.view(shape)
@@ -184,10 +233,19 @@ class PackedTensor:
         if index is not None and isinstance(self.scheme.granularity, PerBlock):
             parts: Any = (None if part is None else part[index] for part in self.parts)
             chosen = PackedTensor(self.scheme, self.count, Parts(*parts))
-        zero_point, minimum = chosen.zero_point, self.parts.minimum if chosen is self else chosen.parts.minimum
-        return chosen.scale, None if zero_point is None else -zero_point.float(), None if minimum is None else minimum.float()
+        zero_point, minimum = (
+            chosen.zero_point,
+            self.parts.minimum if chosen is self else chosen.parts.minimum,
+        )
+        return (
+            chosen.scale,
+            None if zero_point is None else -zero_point.float(),
+            None if minimum is None else minimum.float(),
+        )
 
-    def _broadcast(self, part: Tensor | None, index: Tensor | int | None, shape: tuple[int, ...]) -> Tensor | None:
+    def _broadcast(
+        self, part: Tensor | None, index: Tensor | int | None, shape: tuple[int, ...]
+    ) -> Tensor | None:
         """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all, `tail` being what broadcasts against a row's grouped codes."""
         granularity = self.scheme.granularity
         if part is None or not part.ndim:
@@ -208,7 +266,9 @@ def _of(part: Tensor | None, rows: slice) -> Tensor:
     return part[rows] if part.ndim and len(part) > 1 else part
 
 
-def narrowest(numbers: Tensor, candidates: Sequence[torch.dtype] = (torch.float16, torch.bfloat16)) -> Tensor:
+def narrowest(
+    numbers: Tensor, candidates: Sequence[torch.dtype] = (torch.float16, torch.bfloat16)
+) -> Tensor:
     """`numbers` in the first of the candidates that holds all of them exactly, or else in float32."""
     for dtype in candidates:
         narrow = numbers.to(dtype)
@@ -220,4 +280,8 @@ def narrowest(numbers: Tensor, candidates: Sequence[torch.dtype] = (torch.float1
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type in which a product of a packed weight with `x` is computed: autocast's type where it is on, else that of `x`."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+    return (
+        torch.get_autocast_dtype(kind)
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        else x.dtype
+    )

@@ -59,12 +59,16 @@ def pack(codes: UInt8[Tensor, "*rows count"], bitwidth: int) -> UInt8[Tensor, "*
     for width in planes_of(bitwidth):
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
         fields = (padded >> place & 2**width - 1).unflatten(-1, (-1, len(shifts)))
-        planes.append((fields << (shifts.flip(0) if width == 1 else shifts)).sum(-1, dtype=torch.uint8))
+        planes.append(
+            (fields << (shifts.flip(0) if width == 1 else shifts)).sum(-1, dtype=torch.uint8)
+        )
         place += width
     return torch.cat(planes, -1)
 
 
-def unpack(packed: UInt8[Tensor, "*rows bytes"], bitwidth: int, count: int) -> UInt8[Tensor, "*rows count"]:
+def unpack(
+    packed: UInt8[Tensor, "*rows bytes"], bitwidth: int, count: int
+) -> UInt8[Tensor, "*rows count"]:
     """Undo `pack` for rows of `count` codes.
 
     Each plane is widened, one byte to the word of its codes, and a few operations on whole words move each code to a byte of its own.
@@ -82,16 +86,31 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], bitwidth: int, count: int) -> U
     return codes[..., :count]
 
 
-def _spread(plane: UInt8[Tensor, "*rows bytes"], width: int, place: int) -> UInt8[Tensor, "*rows codes"]:
+def _spread(
+    plane: UInt8[Tensor, "*rows bytes"], width: int, place: int
+) -> UInt8[Tensor, "*rows codes"]:
     """The codes of a plane, each in a byte of its own, shifted up to bit `place` of it."""
     if width == 4:
         words = _widened(plane, torch.int16)
         words = words.bitwise_or_(words << 4).bitwise_and_(0x0F0F)
     elif width == 2:  # four bits to each half of the word, then two to each byte
-        words = _widened(plane, torch.int32).mul_(1 + (1 << 12)).bitwise_and_(0x000F000F).mul_((1 + (1 << 6)) << place).bitwise_and_(0x03030303 << place)
+        words = (
+            _widened(plane, torch.int32)
+            .mul_(1 + (1 << 12))
+            .bitwise_and_(0x000F000F)
+            .mul_((1 + (1 << 6)) << place)
+            .bitwise_and_(0x03030303 << place)
+        )
     else:
-        words = _widened(plane, torch.int64).mul_(_NINE_APART).bitwise_right_shift_(7 - place).bitwise_and_(_EACH_BYTE << place)
-    codes = words.view(-1).view(torch.uint8)  # little-endian machines, as is every one that torch is built for
+        words = (
+            _widened(plane, torch.int64)
+            .mul_(_NINE_APART)
+            .bitwise_right_shift_(7 - place)
+            .bitwise_and_(_EACH_BYTE << place)
+        )
+    codes = words.view(-1).view(
+        torch.uint8
+    )  # little-endian machines, as is every one that torch is built for
     return codes.view(*words.shape[:-1], words.shape[-1] * (8 // width))
 
 

@@ -30,7 +30,9 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         expected = self.encoding.scheme.scale_shape(tuple(self.codes.shape))
         if tuple(self.encoding.scale.shape) != expected:
-            raise GridError(f"codes of shape {list(self.codes.shape)} need scales of shape {list(expected)}, not {list(self.encoding.scale.shape)}")
+            raise GridError(
+                f"codes of shape {list(self.codes.shape)} need scales of shape {list(expected)}, not {list(self.encoding.scale.shape)}"
+            )
 
     def dequantize(self) -> Float[Tensor, "*shape"]:
         """The values, float32."""

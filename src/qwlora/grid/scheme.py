@@ -63,10 +63,16 @@ class LowPowerBlock(PerBlock):
 Granularity = PerTensor | PerChannel | PerBlock
 
 
-def granularity_of(axis: int | None, block_size: int | None, scale_bitwidth: int | None = None) -> Granularity:
+def granularity_of(
+    axis: int | None, block_size: int | None, scale_bitwidth: int | None = None
+) -> Granularity:
     """The granularity with this channel axis, or this block size, or neither."""
     if block_size is not None:
-        return PerBlock(block_size) if scale_bitwidth is None else LowPowerBlock(block_size, scale_bitwidth)
+        return (
+            PerBlock(block_size)
+            if scale_bitwidth is None
+            else LowPowerBlock(block_size, scale_bitwidth)
+        )
     return PerTensor() if axis is None else PerChannel(axis)
 
 
@@ -94,9 +100,13 @@ class Scheme:
         if self.symmetric and self.float_offset:
             raise GridError("a symmetric grid has no float offset; say symmetric=False")
         if isinstance(self.granularity, LowPowerBlock) and not self.symmetric:
-            raise GridError("blocks with integer scales (LPBQ) are symmetric; say symmetric=True, or use PerBlock")
+            raise GridError(
+                "blocks with integer scales (LPBQ) are symmetric; say symmetric=True, or use PerBlock"
+            )
         if self.bitwidth not in BITWIDTHS:
-            raise GridError(f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}")
+            raise GridError(
+                f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
+            )
 
     @property
     def steps(self) -> int:
@@ -119,11 +129,15 @@ class Scheme:
                 return ()
             case PerChannel(axis):
                 if not -len(shape) <= axis < len(shape):
-                    raise GridError(f"channel axis {axis} is outside a tensor of shape {list(shape)}")
+                    raise GridError(
+                        f"channel axis {axis} is outside a tensor of shape {list(shape)}"
+                    )
                 return (shape[axis],)
             case PerBlock(size):
                 if not shape or shape[-1] % size:
-                    raise GridError(f"blocks of {size} do not divide the last axis of a tensor of shape {list(shape)}")
+                    raise GridError(
+                        f"blocks of {size} do not divide the last axis of a tensor of shape {list(shape)}"
+                    )
                 return (*shape[:-1], shape[-1] // size)
 
     def to_json(self) -> dict[str, Any]:
@@ -134,7 +148,12 @@ class Scheme:
         granularity = self.granularity
         axis = granularity.axis if isinstance(granularity, PerChannel) else None
         block_size = granularity.size if isinstance(granularity, PerBlock) else None
-        record: dict[str, Any] = {"bitwidth": self.bitwidth, "symmetric": self.symmetric, "axis": axis, "block_size": block_size}
+        record: dict[str, Any] = {
+            "bitwidth": self.bitwidth,
+            "symmetric": self.symmetric,
+            "axis": axis,
+            "block_size": block_size,
+        }
         if isinstance(granularity, LowPowerBlock):
             record["scale_bitwidth"] = granularity.scale_bitwidth
         if self.float_offset:
@@ -144,8 +163,12 @@ class Scheme:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Scheme:
         """Undo `to_json`."""
-        granularity = granularity_of(record["axis"], record["block_size"], record.get("scale_bitwidth"))
-        return cls(record["bitwidth"], record["symmetric"], granularity, record.get("float_offset", False))
+        granularity = granularity_of(
+            record["axis"], record["block_size"], record.get("scale_bitwidth")
+        )
+        return cls(
+            record["bitwidth"], record["symmetric"], granularity, record.get("float_offset", False)
+        )
 
     def __str__(self) -> str:
         match self.granularity:
@@ -157,7 +180,9 @@ class Scheme:
                 where = "channel"
             case _:
                 where = "tensor"
-        kind = "symmetric" if self.symmetric else "float-offset" if self.float_offset else "asymmetric"
+        kind = (
+            "symmetric" if self.symmetric else "float-offset" if self.float_offset else "asymmetric"
+        )
         return f"int{self.bitwidth} {kind} per {where}"
 
 
@@ -169,8 +194,12 @@ def parse_scheme(text: str) -> Scheme:
     """
     match = re.fullmatch(r"w(\d+)-(?:(block|lpbq)(\d+)|(channel)|(tensor))(-asymmetric)?", text)
     if not match:
-        raise GridError(f"scheme {text!r} is not understood; write it like w4-block32, w8-channel or w3-block64-asymmetric")
+        raise GridError(
+            f"scheme {text!r} is not understood; write it like w4-block32, w8-channel or w3-block64-asymmetric"
+        )
     bitwidth, block, size, channel, _, asymmetric = match.groups()
     blocks = {"block": PerBlock, "lpbq": LowPowerBlock}
-    granularity: Granularity = blocks[block](int(size)) if block else PerChannel(0) if channel else PerTensor()
+    granularity: Granularity = (
+        blocks[block](int(size)) if block else PerChannel(0) if channel else PerTensor()
+    )
     return Scheme(int(bitwidth), symmetric=not asymmetric, granularity=granularity)

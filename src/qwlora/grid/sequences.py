@@ -43,19 +43,31 @@ class Sequences(Dataset[dict[str, Tensor]]):
     def spread(self, count: int) -> tuple[Sequences, Sequences]:
         """`count` sequences at equal distances, or as many as there are, and the others."""
         chosen = torch.zeros(len(self), dtype=torch.bool)
-        chosen[torch.arange(min(count, len(self))) * len(self) // max(1, min(count, len(self)))] = True
+        chosen[torch.arange(min(count, len(self))) * len(self) // max(1, min(count, len(self)))] = (
+            True
+        )
         return self._part(chosen), self._part(~chosen)
 
     def _part(self, rows: Tensor) -> Sequences:
-        return Sequences(self.input_ids[rows], self.labels[rows], None if self.position_ids is None else self.position_ids[rows])
+        return Sequences(
+            self.input_ids[rows],
+            self.labels[rows],
+            None if self.position_ids is None else self.position_ids[rows],
+        )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        tensors = {"input_ids": self.input_ids, "labels": self.labels, "position_ids": self.position_ids}
+        tensors = {
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "position_ids": self.position_ids,
+        }
         return {name: tensor[index] for name, tensor in tensors.items() if tensor is not None}
 
     def rows(self) -> Iterator[tuple[Int64[Tensor, " tokens"], Int64[Tensor, " tokens"]]]:
         """(ids, labels) of each sequence, up to its last learnt token: what comes after it changes no loss of a causal model."""
-        assert self.position_ids is None, "documents that share a sequence need their positions; rows() leaves them out"
+        assert self.position_ids is None, (
+            "documents that share a sequence need their positions; rows() leaves them out"
+        )
         for ids, labels in zip(self.input_ids, self.labels, strict=True):
             end = int((labels != IGNORED).nonzero().max()) + 1
             yield ids[:end], labels[:end]

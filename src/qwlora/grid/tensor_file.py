@@ -17,5 +17,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_name(f".{file.name}.part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata=metadata)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata=metadata
+    )
     scratch.replace(file)

@@ -21,7 +21,12 @@ SEARCHED_SEQUENCES = 4  # what a search measures, some dozens of times
 NARROW_BITS, WIDE_BITS = 8, 16
 
 
-def account_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] = (), track: Track = untracked) -> dict[str, Any]:
+def account_job(
+    folder: Path,
+    adapter: str | None = None,
+    changes: tuple[str, ...] = (),
+    track: Track = untracked,
+) -> dict[str, Any]:
     """Perplexity as one thing after the other is switched on, the dearest activations (nats a token), and those furthest from the float graph's.
 
     Raises:
@@ -35,16 +40,34 @@ def account_job(folder: Path, adapter: str | None = None, changes: tuple[str, ..
     calibrated = not changes and is_calibrated(session, name)
     simulation = session.simulation(name) if calibrated else _calibrated(session, name)
     perplexities = {"base": _perplexity(session.base(), session.evaluation)}
-    perplexities |= account(simulation, lambda: _simulated(simulation, session.evaluation), session.track)
+    perplexities |= account(
+        simulation, lambda: _simulated(simulation, session.evaluation), session.track
+    )
     batches = _sensed(session)
     tokens = sum(batch["input_ids"].numel() - 1 for batch in batches)
-    ranking = [{**asdict(s), "cost": s.cost / tokens} for s in sensitivities(simulation, batches, track=session.track)[:LISTED]]
-    furthest = sorted(layer_sqnr(simulation, batches[:1], session.track).items(), key=lambda item: item[1])[:LISTED]
-    found = {"adapter": name, "perplexity": perplexities, "sensitivity": ranking, "layer_sqnr_db": dict(furthest)}
+    ranking = [
+        {**asdict(s), "cost": s.cost / tokens}
+        for s in sensitivities(simulation, batches, track=session.track)[:LISTED]
+    ]
+    furthest = sorted(
+        layer_sqnr(simulation, batches[:1], session.track).items(), key=lambda item: item[1]
+    )[:LISTED]
+    found = {
+        "adapter": name,
+        "perplexity": perplexities,
+        "sensitivity": ranking,
+        "layer_sqnr_db": dict(furthest),
+    }
     return found if calibrated else found | _unshared(session)
 
 
-def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], share: float, track: Track = untracked) -> dict[str, Any]:
+def suggest_job(
+    folder: Path,
+    adapter: str | None,
+    changes: tuple[str, ...],
+    share: float,
+    track: Track = untracked,
+) -> dict[str, Any]:
     """The fewest activations at 16 bits, the others at 8, with which perplexity is at most `1 + share` of the adapter's with float activations.
 
     The search keeps to the limit on a few of the recipe's evaluation sequences (`sequences`), where the adapter with float activations has
@@ -55,7 +78,9 @@ def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], sha
         DirectoryError: as `open_job`.
         CalibrationError: not even 16 bits for all keep the limit; or the adapter was trained through activations on grids (workflow qwa-lora).
     """
-    session, name = open_job(folder, adapter, (*changes, f"simulation.activation_bitwidth={NARROW_BITS}"), track)
+    session, name = open_job(
+        folder, adapter, (*changes, f"simulation.activation_bitwidth={NARROW_BITS}"), track
+    )
     from qwlora.simulation.suggest import suggest
 
     if session.recipe.workflow == "qwa-lora":
@@ -83,11 +108,24 @@ def suggest_job(folder: Path, adapter: str | None, changes: tuple[str, ...], sha
         fresh = {"sequences": len(others), "measured": _simulated(simulation, others)}
         with simulation.only():
             fresh["float_activations"] = _simulated(simulation, others)
-    measured = {key: getattr(found, key) for key in ("narrow", "kept", "measured", "all_narrow", "all_wide", "limit")}
+    measured = {
+        key: getattr(found, key)
+        for key in ("narrow", "kept", "measured", "all_narrow", "all_wide", "limit")
+    }
     measured |= {"float_activations": reference, "sequences": len(searched)}
-    own = [rule.model_dump(exclude_defaults=True, mode="json") for rule in session.recipe.simulation.rules]
+    own = [
+        rule.model_dump(exclude_defaults=True, mode="json")
+        for rule in session.recipe.simulation.rules
+    ]
     rules = [*own, *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in found.rules)]
-    return {"adapter": name, **measured, "fresh": fresh, "wide": list(found.wide), "rules": rules, **_unshared(session)}
+    return {
+        "adapter": name,
+        **measured,
+        "fresh": fresh,
+        "wide": list(found.wide),
+        "rules": rules,
+        **_unshared(session),
+    }
 
 
 def _unshared(session: Session) -> dict[str, str]:
@@ -98,14 +136,18 @@ def _unshared(session: Session) -> dict[str, str]:
 
 def _calibrated(session: Session, name: str) -> Simulation:
     simulation = session.new_simulation(name)
-    simulation.calibrate(**session.calibration, allow_unseen=session.recipe.simulation.unseen == "float")
+    simulation.calibrate(
+        **session.calibration, allow_unseen=session.recipe.simulation.unseen == "float"
+    )
     return simulation
 
 
 def _sensed(session: Session) -> list[dict[str, Any]]:
     """Beginnings of the calibration sequences."""
     ids = session.calibration_ids[:, :SENSED_TOKENS]
-    return [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids]
+    return [
+        {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids
+    ]
 
 
 def _simulated(simulation: Simulation, evaluation: Sequences) -> float:

@@ -71,7 +71,10 @@ class Directory:
             _lock(lock, path)
             with explained(path):
                 directory._read_records()
-                write_text(path / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=150))
+                write_text(
+                    path / "recipe.yaml",
+                    yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=150),
+                )
                 yield directory
         finally:
             lock.close()
@@ -88,7 +91,9 @@ class Directory:
             if not self.path.exists():
                 parent = next(p for p in self.path.absolute().parents if p.exists())
                 if not os.access(parent, os.W_OK):
-                    raise DirectoryError(f"{str(self.path)!r} cannot be made: {str(parent)!r} is not writable")
+                    raise DirectoryError(
+                        f"{str(self.path)!r} cannot be made: {str(parent)!r} is not writable"
+                    )
                 return
             if not self.path.is_dir():
                 raise DirectoryError(f"{str(self.path)!r} is a file; --out names a directory")
@@ -101,7 +106,9 @@ class Directory:
                 owner = yaml.safe_load((self.path / "recipe.yaml").read_text())
                 name, source = owner["name"], owner["model"]["source"]
             except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-                raise DirectoryError(f"{str(self.path)!r} is not empty and was not made by qwlora; choose another --out") from error
+                raise DirectoryError(
+                    f"{str(self.path)!r} is not empty and was not made by qwlora; choose another --out"
+                ) from error
         if (name, source) != (recipe.name, recipe.model.source):
             raise DirectoryError(
                 f"{str(self.path)!r} was made by another recipe ({name!r} on {source}), not by {recipe.name!r} on {recipe.model.source}; "
@@ -111,7 +118,11 @@ class Directory:
     def is_current(self, stage: str, key: str) -> bool:
         """Whether `stage` is finished with these inputs and its files are as it left them."""
         record = self.records.get(stage)
-        return record is not None and record.key == key and all(_digest(self.path / file) == digest for file, digest in record.files.items())
+        return (
+            record is not None
+            and record.key == key
+            and all(_digest(self.path / file) == digest for file, digest in record.files.items())
+        )
 
     @classmethod
     def peek(cls, path: Path, recipe: Recipe) -> Directory:
@@ -128,8 +139,14 @@ class Directory:
 
     def missing_adapters(self) -> list[str]:
         """Adapters of the job that were trained here and whose folders are gone."""
-        trained = [stage.removeprefix("train/") for stage in self.records if stage.startswith("train/")]
-        return [name for name in trained if not (self.path / "adapters" / name / "adapter_config.json").is_file()]
+        trained = [
+            stage.removeprefix("train/") for stage in self.records if stage.startswith("train/")
+        ]
+        return [
+            name
+            for name in trained
+            if not (self.path / "adapters" / name / "adapter_config.json").is_file()
+        ]
 
     def forget(self, keep: set[str]) -> None:
         """Drop the records of stages that the recipe no longer has; their files stay."""
@@ -146,7 +163,14 @@ class Directory:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def commit(self, stage: str, record: Record, scratch: Path, artifact: str | None, dependents: Collection[str]) -> None:
+    def commit(
+        self,
+        stage: str,
+        record: Record,
+        scratch: Path,
+        artifact: str | None,
+        dependents: Collection[str],
+    ) -> None:
         """Put the scratch folder in the artifact's place and record the stage; `dependents` were made from its old result, and are forgotten."""
         for name in (stage, *dependents):
             self.records.pop(name, None)
@@ -154,7 +178,11 @@ class Directory:
         files = {}
         if artifact is not None:
             target = self.path / artifact
-            files = {str(Path(artifact) / p.relative_to(scratch)): _digest(p) or "" for p in sorted(scratch.rglob("*")) if p.is_file()}
+            files = {
+                str(Path(artifact) / p.relative_to(scratch)): _digest(p) or ""
+                for p in sorted(scratch.rglob("*"))
+                if p.is_file()
+            }
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             scratch.rename(target)
@@ -179,7 +207,10 @@ class Directory:
             self.records = {stage: Record(**record) for stage, record in content.items()}
 
     def _write_records(self) -> None:
-        write_text(self.private / "stages.json", json.dumps({s: asdict(r) for s, r in self.records.items()}, indent=1))
+        write_text(
+            self.private / "stages.json",
+            json.dumps({s: asdict(r) for s, r in self.records.items()}, indent=1),
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -196,7 +227,9 @@ def _lock(file: Any, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise DirectoryError(f"{str(path)!r} is in use by another qwlora process; wait for it, or choose another --out") from error
+        raise DirectoryError(
+            f"{str(path)!r} is in use by another qwlora process; wait for it, or choose another --out"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -208,9 +241,17 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # writers in other languages report a full disk in words of their own, so the disk is asked too
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or _free_bytes(path) < _FULL_BYTES:
-            raise DirectoryError(f"{str(path)!r}: no space left on the disk. Nothing half-written was kept; free some space and run again") from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(error, "errno", None) in (errno.EROFS, errno.EBUSY):
+        if (
+            getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            or "No space left" in str(error)
+            or _free_bytes(path) < _FULL_BYTES
+        ):
+            raise DirectoryError(
+                f"{str(path)!r}: no space left on the disk. Nothing half-written was kept; free some space and run again"
+            ) from error
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(
+            error, "errno", None
+        ) in (errno.EROFS, errno.EBUSY):
             raise DirectoryError(f"{str(path)!r} cannot be written: {error}") from error
         raise
 

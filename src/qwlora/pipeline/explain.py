@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from qwlora.simulation.explain import Explanation
 
 
-def explain_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()) -> tuple[str, Explanation]:
+def explain_job(
+    folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()
+) -> tuple[str, Explanation]:
     """(adapter, what is placed where and why). Where the job is calibrated, and no change is given, what calibration found is in it.
 
     Args:
@@ -25,5 +27,9 @@ def explain_job(folder: Path, adapter: str | None = None, changes: tuple[str, ..
     session, name = open_job(folder, adapter, changes)
     from qwlora.simulation.explain import explain
 
-    simulation = session.simulation(name) if not changes and is_calibrated(session, name) else session.new_simulation(name)
+    simulation = (
+        session.simulation(name)
+        if not changes and is_calibrated(session, name)
+        else session.new_simulation(name)
+    )
     return name, explain(simulation, session.recipe.simulation.policy)

@@ -53,11 +53,17 @@ def _models(session: Session) -> Iterator[nn.Module]:
     for adapter in recipe.adapters:
         if recipe.start_of(adapter) is None:
             start, base = adapter.start, session.base()
-            made = attach(base, shape_of(adapter), recipe.seed) if start is None else attach_existing(base, start, adapter.unknown_base, recipe.seed)
+            made = (
+                attach(base, shape_of(adapter), recipe.seed)
+                if start is None
+                else attach_existing(base, start, adapter.unknown_base, recipe.seed)
+            )
             yield made.eval()
     if recipe.workflow == "qwa-lora" or recipe.simulation.base_activations != "all":
         yield session.base()
 
 
 def _each_does_something(placements: Sequence[Placement]) -> bool:
-    return bool(placements) and not set.intersection(*(set(placement.idle) for placement in placements))
+    return bool(placements) and not set.intersection(
+        *(set(placement.idle) for placement in placements)
+    )

@@ -53,7 +53,9 @@ class Verdict:
     @property
     def share(self) -> float:
         """Share of all entries of the adapter's delta under half a step."""
-        return sum(layer.below for layer in self.layers.values()) / max(1, sum(layer.entries for layer in self.layers.values()))
+        return sum(layer.below for layer in self.layers.values()) / max(
+            1, sum(layer.entries for layer in self.layers.values())
+        )
 
     @property
     def kept(self) -> float | None:
@@ -72,9 +74,22 @@ class Verdict:
         return "Keep the adapter separate, or merge into floats: merging into the integers loses too much of it."
 
     def to_json(self) -> dict[str, Any]:
-        layers = {name: {**asdict(layer), "share": layer.share} for name, layer in self.layers.items()}
-        numbers = {"share": self.share, "base": self.base, "adapted": self.adapted, "merged": self.merged, "kept": self.kept}
-        return {**numbers, "is_harmless": self.is_harmless, "recommendation": self.recommendation(), "layers": layers}
+        layers = {
+            name: {**asdict(layer), "share": layer.share} for name, layer in self.layers.items()
+        }
+        numbers = {
+            "share": self.share,
+            "base": self.base,
+            "adapted": self.adapted,
+            "merged": self.merged,
+            "kept": self.kept,
+        }
+        return {
+            **numbers,
+            "is_harmless": self.is_harmless,
+            "recommendation": self.recommendation(),
+            "layers": layers,
+        }
 
 
 def merge_verdict(session: Session, name: str, track: Track) -> Verdict:
@@ -123,9 +138,13 @@ def check_target(folder: Path) -> None:
         raise DirectoryError(f"{str(folder)!r} is not writable; choose another --out")
     above = next(p for p in folder.absolute().parents if p.exists())
     if not above.is_dir():
-        raise DirectoryError(f"{str(folder)!r} cannot be made: {str(above)!r} is a file; choose another --out")
+        raise DirectoryError(
+            f"{str(folder)!r} cannot be made: {str(above)!r} is a file; choose another --out"
+        )
     if not os.access(above, os.W_OK):
-        raise DirectoryError(f"{str(folder)!r} cannot be made: {str(above)!r} is not writable; choose another --out")
+        raise DirectoryError(
+            f"{str(folder)!r} cannot be made: {str(above)!r} is not writable; choose another --out"
+        )
 
 
 def write_merged(session: Session, name: str, into: Into, folder: Path) -> None:
@@ -157,5 +176,7 @@ def write_merged(session: Session, name: str, into: Into, folder: Path) -> None:
                 above.rmdir()
 
 
-def _perplexity(session: Session, model: PreTrainedModel | PeftModel, what: str, track: Track) -> float:
+def _perplexity(
+    session: Session, model: PreTrainedModel | PeftModel, what: str, track: Track
+) -> float:
     return perplexity(logits_of(model), session.evaluation, f"perplexity, {what}", track)

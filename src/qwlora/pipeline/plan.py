@@ -20,7 +20,9 @@ from qwlora.recipe import Recipe
 from qwlora.simulation.estimator import Estimator
 
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
-SIMULATION_FORMAT = 3  # of simulation/NAME; 2: the adapter lies in it; 3: says what calibration left float
+SIMULATION_FORMAT = (
+    3  # of simulation/NAME; 2: the adapter lies in it; 3: says what calibration left float
+)
 SAMPLE_REVISION = 2  # of what observers with a sample keep; 2: fewer values
 INIT_REVISION = 4  # of how svd and qera start; 2: qera weighs outputs; 3: what the solver lost is corrected; 4: B shorter where inputs are large
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
@@ -54,54 +56,129 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
     """All stages in the order of a full run: an adapter's simulation is made once and used while it is in memory."""
     plan: dict[str, Stage] = {}
 
-    def add(name: str, inputs: Any, needs: tuple[str, ...] = (), adapter: str | None = None, artifact: str | None = None, then: Any = None) -> None:
+    def add(
+        name: str,
+        inputs: Any,
+        needs: tuple[str, ...] = (),
+        adapter: str | None = None,
+        artifact: str | None = None,
+        then: Any = None,
+    ) -> None:
         """`then`: what the result depends on besides, once the work that can be taken up again is done."""
         before = [plan[n].key for n in needs]
         work_key = _hash([name, inputs, before])
-        plan[name] = Stage(name, work_key if then is None else _hash([work_key, then]), adapter, artifact, needs, work_key)
+        plan[name] = Stage(
+            name,
+            work_key if then is None else _hash([work_key, then]),
+            adapter,
+            artifact,
+            needs,
+            work_key,
+        )
 
     model = [version("qwlora"), recipe.model.source, *_stamps(recipe.model.source)]
     template = Path(recipe.data.chat_template).read_text() if recipe.data.chat_template else None
-    text = [documents.digest, recipe.data.sequence_tokens, recipe.data.cutting().packing_of(documents.kind), recipe.data.turns, template]
+    text = [
+        documents.digest,
+        recipe.data.sequence_tokens,
+        recipe.data.cutting().packing_of(documents.kind),
+        recipe.data.turns,
+        template,
+    ]
     held_out = [*text, recipe.data.evaluation_sequences]
     if has_float_model(recipe):
         add("evaluate/float", [model, held_out])
     solvers = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)}
     follows = [text, recipe.seed, REVISION] if "gptq" in solvers or needs_moments(recipe) else None
-    tuning = [recipe.base.tuning.model_dump(), text, recipe.seed, TUNING_REVISION] if recipe.base.tuning.steps else None
+    tuning = (
+        [recipe.base.tuning.model_dump(), text, recipe.seed, TUNING_REVISION]
+        if recipe.base.tuning.steps
+        else None
+    )
     given = recipe.model
-    encodings = [hashlib.sha256(Path(given.encodings).read_bytes()).hexdigest(), given.keep_float, given.block_order] if given.encodings else None
-    solved = [model, encodings, recipe.base.model_dump(exclude={"tuning"}), follows, needs_moments(recipe) and MOMENTS_REVISION]
+    encodings = (
+        [
+            hashlib.sha256(Path(given.encodings).read_bytes()).hexdigest(),
+            given.keep_float,
+            given.block_order,
+        ]
+        if given.encodings
+        else None
+    )
+    solved = [
+        model,
+        encodings,
+        recipe.base.model_dump(exclude={"tuning"}),
+        follows,
+        needs_moments(recipe) and MOMENTS_REVISION,
+    ]
     add("quantize", solved, artifact="base", then=tuning)
     add("evaluate/base", held_out, ("quantize",))
     ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]
-    observers = {recipe.simulation.observer, *(rule.observer for rule in recipe.simulation.rules if rule.observer is not None)}
+    observers = {
+        recipe.simulation.observer,
+        *(rule.observer for rule in recipe.simulation.rules if rule.observer is not None),
+    }
     if any(Estimator(observer).needs_sample for observer in observers):
         ranges.append(SAMPLE_REVISION)
     through = ("calibrate-base",) if recipe.workflow == "qwa-lora" else ()
     if through:
         add("calibrate-base", ranges, ("quantize",), artifact="base_simulation")
     for adapter in recipe.adapters:
-        idle = {"checkpoint_steps", "report_to", *(() if adapter.init != "zero" else ("init_share",))}  # none of them changes the adapter
+        idle = {
+            "checkpoint_steps",
+            "report_to",
+            *(() if adapter.init != "zero" else ("init_share",)),
+        }  # none of them changes the adapter
         trains = adapter.model_dump(exclude=idle)
         first = recipe.start_of(adapter)
-        learns: list[Any] = [text, held_out if adapter.evaluation_steps else None, _start_stamps(None if first else adapter.start)]
+        learns: list[Any] = [
+            text,
+            held_out if adapter.evaluation_steps else None,
+            _start_stamps(None if first else adapter.start),
+        ]
         if adapter.init != "zero":
             learns.append(INIT_REVISION)
         needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
-        add(f"train/{adapter.name}", [trains, learns, recipe.seed], (*needs, *through), adapter.name, f"adapters/{adapter.name}")
+        add(
+            f"train/{adapter.name}",
+            [trains, learns, recipe.seed],
+            (*needs, *through),
+            adapter.name,
+            f"adapters/{adapter.name}",
+        )
     shares = recipe.simulation.base_activations != "all"
     if shares:
-        add("calibrate", ranges, tuple(f"train/{adapter.name}" for adapter in recipe.adapters), artifact=SHARED)
+        add(
+            "calibrate",
+            ranges,
+            tuple(f"train/{adapter.name}" for adapter in recipe.adapters),
+            artifact=SHARED,
+        )
     for adapter in recipe.adapters:
         n = adapter.name
         add(f"evaluate/adapted/{n}", held_out, (f"train/{n}",), n)
-        measures = [ranges, SIMULATION_FORMAT, held_out if shares else None]  # what sharing costs is measured on held-out text
-        add(f"calibrate/{n}", measures, (f"train/{n}", "calibrate") if shares else (f"train/{n}",), n, f"simulation/{n}")
+        measures = [
+            ranges,
+            SIMULATION_FORMAT,
+            held_out if shares else None,
+        ]  # what sharing costs is measured on held-out text
+        add(
+            f"calibrate/{n}",
+            measures,
+            (f"train/{n}", "calibrate") if shares else (f"train/{n}",),
+            n,
+            f"simulation/{n}",
+        )
         add(f"evaluate/simulated/{n}", held_out, (f"calibrate/{n}",), n)
         for target in recipe.export.targets:
             add(f"export/{target}/{n}", [], (f"calibrate/{n}",), n, f"export/{target}/{n}")
-            add(f"verify/{target}/{n}", [recipe.verify.model_dump(), text], (f"export/{target}/{n}",), n)
+            add(
+                f"verify/{target}/{n}",
+                [recipe.verify.model_dump(), text],
+                (f"export/{target}/{n}",),
+                n,
+            )
     return list(plan.values())
 
 
@@ -132,7 +209,16 @@ def _stamps(source: str) -> list[tuple[str, int, int]]:
 def _start_stamps(start: str | None) -> list[tuple[str, int, int]]:
     """The same of an adapter to start from; one on the hub is known by its name."""
     folder = Path(start) if start else None
-    return [(p.name, s.st_size, s.st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file() for s in [p.stat()]] if folder and folder.is_dir() else []
+    return (
+        [
+            (p.name, s.st_size, s.st_mtime_ns)
+            for p in sorted(folder.iterdir())
+            if p.is_file()
+            for s in [p.stat()]
+        ]
+        if folder and folder.is_dir()
+        else []
+    )
 
 
 def _hash(content: Any) -> str:

@@ -9,7 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.attach import check_shape, check_start, dropout_of, saved_among, saved_on_integers
+from qwlora.adapter.attach import (
+    check_shape,
+    check_start,
+    dropout_of,
+    saved_among,
+    saved_on_integers,
+)
 from qwlora.adapter.train import check_loggers
 from qwlora.base.positions import check_positions
 from qwlora.base.precomputed import LazyModel
@@ -44,14 +50,18 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
         for line in _dropouts_left_out(session):
             say(line)
         if session.recipe.workflow == "qwa-lora" and session.data.train.position_ids is not None:
-            raise TrainingError("workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none")
+            raise TrainingError(
+                "workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none"
+            )
     model, packed = _unquantized(session) if "quantize" in verbs else _quantized(session)
     if note := check_positions(model, session.data.positions()):
         say(note)
     if "train" in verbs:
         _check_saved(session, model, packed)
     if session.whole_because is not None:
-        say(f"the model is loaded whole, since its weights cannot be read tensor by tensor: {session.whole_because}")
+        say(
+            f"the model is loaded whole, since its weights cannot be read tensor by tensor: {session.whole_because}"
+        )
     if "quantize" in verbs:
         if session.recipe.base.tuning.steps:
             _check_tuning(session, model, packed)
@@ -61,7 +71,9 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
             raise SourceError(
                 f"the tokenizer of {session.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"
             )
-        if session.data.train.position_ids is not None and session.recipe.base.solver != "keep":  # whose integers training looks at
+        if (
+            session.data.train.position_ids is not None and session.recipe.base.solver != "keep"
+        ):  # whose integers training looks at
             if session.lazy is None or session.holds_float_model:
                 check_isolation(session.float_model())
             else:
@@ -71,9 +83,16 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
 
 def _check_tuning(session: Session, model: PreTrainedModel, packed: Callable[[str], bool]) -> None:
     if (found := len(session.data.calibration_ids)) < 2:
-        raise SourceError(f"base.tuning takes at least two training sequences, and the text makes {found}; give more, or leave tuning out")
-    if not any(type(module) in (nn.Linear, Conv1D) and packed(f"{path}.weight") for path, module in model.named_modules()):
-        raise GridError("base.tuning tunes the scales of linear layers, and the recipe packs none; leave tuning out")
+        raise SourceError(
+            f"base.tuning takes at least two training sequences, and the text makes {found}; give more, or leave tuning out"
+        )
+    if not any(
+        type(module) in (nn.Linear, Conv1D) and packed(f"{path}.weight")
+        for path, module in model.named_modules()
+    ):
+        raise GridError(
+            "base.tuning tunes the scales of linear layers, and the recipe packs none; leave tuning out"
+        )
 
 
 def _dropouts_left_out(session: Session) -> Iterator[str]:
@@ -94,14 +113,26 @@ def _unquantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], boo
     base = session.recipe.base
     if base.solver == "keep":
         location = fetch(session.recipe.model.source)
-        if location.holds_floats and not location.gguf_file and session.recipe.model.encodings is None:
-            raise SourceError(f"model {session.recipe.model.source!r} holds no integers to keep; choose another base.solver, or give model.encodings")
+        if (
+            location.holds_floats
+            and not location.gguf_file
+            and session.recipe.model.encodings is None
+        ):
+            raise SourceError(
+                f"model {session.recipe.model.source!r} holds no integers to keep; choose another base.solver, or give model.encodings"
+            )
         lazy = LazyModel(session.checkpoint())
-        return lazy.model, lambda name: isinstance(lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor)
+        return lazy.model, lambda name: isinstance(
+            lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor
+        )
     if not has_float_model(session.recipe):
-        raise SourceError(f"model {session.recipe.model.source!r} is quantized already; take its integers as they are (base.solver: keep)")
+        raise SourceError(
+            f"model {session.recipe.model.source!r} is quantized already; take its integers as they are (base.solver: keep)"
+        )
     model = session.float_model() if session.lazy is None else session.lazy.model
-    return model, plan_layers(model, base.weights.scheme(), base.solver, rules_of(base)).__contains__
+    return model, plan_layers(
+        model, base.weights.scheme(), base.solver, rules_of(base)
+    ).__contains__
 
 
 def _quantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], bool]]:
@@ -113,12 +144,16 @@ def _quantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], bool]
 
 def _check_saved(session: Session, model: PreTrainedModel, packed: Callable[[str], bool]) -> None:
     """No adapter to start from holds a layer whole that the base has as integers."""
-    readers = {path: name for name, candidate in find_tensors(model).items() for path in candidate.paths}
+    readers = {
+        path: name for name, candidate in find_tensors(model).items() for path in candidate.paths
+    }
     for adapter in session.recipe.adapters:
         if adapter.start is None or session.recipe.start_of(adapter) is not None:
             continue
         if lost := [path for path in saved_among(adapter.start, readers) if packed(readers[path])]:
-            raise SourceError(f"adapter {adapter.name}: {adapter.start!r} does not fit: {saved_on_integers(lost)}")
+            raise SourceError(
+                f"adapter {adapter.name}: {adapter.start!r} does not fit: {saved_on_integers(lost)}"
+            )
 
 
 def _check_adapters(session: Session) -> None:
@@ -130,7 +165,9 @@ def _check_adapters(session: Session) -> None:
             if adapter.start is None:
                 shapes[adapter.name] = check_shape(session.skeleton(), shape_of(adapter))
             elif session.recipe.start_of(adapter) is None:
-                shapes[adapter.name] = check_start(adapter.start, adapter.unknown_base, session.skeleton())
+                shapes[adapter.name] = check_start(
+                    adapter.start, adapter.unknown_base, session.skeleton()
+                )
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
     if session.recipe.simulation.base_activations == "none":
@@ -141,7 +178,9 @@ def _check_one_shape(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Non
     (first, known), *others = shapes.items()
     for name, found in others:
         if differ := sorted(n for n in known.keys() | found.keys() if known.get(n) != found.get(n)):
-            here, there = (list(each[differ[0]]) if differ[0] in each else "none" for each in (known, found))
+            here, there = (
+                list(each[differ[0]]) if differ[0] in each else "none" for each in (known, found)
+            )
             raise TrainingError(
                 f"adapters {first} and {name} cannot share every encoding (simulation.base_activations none): {len(differ)} weights differ, "
                 f"for example {differ[0]}, {here} and {there}; give them one shape, or say adapter_only"

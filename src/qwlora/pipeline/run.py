@@ -49,18 +49,36 @@ def run(
         DirectoryError: `out` cannot be used, or a stage that is needed first is not current.
         QwloraError: a stage's own errors; what was finished before it stays.
     """
-    documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
+    documents = load_documents(
+        recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
+    )
     plan = make_plan(recipe, documents)
     if not is_first_process():
         return follow(new_session(recipe, documents, out, untracked), plan)
     try:
-        return _run(recipe, out, verbs, documents, plan, track, say, command or (lambda verb: command_line(verb, out)))
+        return _run(
+            recipe,
+            out,
+            verbs,
+            documents,
+            plan,
+            track,
+            say,
+            command or (lambda verb: command_line(verb, out)),
+        )
     finally:
         tell(None)
 
 
 def _run(
-    recipe: Recipe, out: Path, verbs: Collection[str], documents: Any, plan: list[Stage], track: Track, say: Say, command: Callable[[str], str]
+    recipe: Recipe,
+    out: Path,
+    verbs: Collection[str],
+    documents: Any,
+    plan: list[Stage],
+    track: Track,
+    say: Say,
+    command: Callable[[str], str],
 ) -> dict[str, Any]:
     peek = Directory.peek(out, recipe)
     waiting = [s for s in plan if s.verb in verbs and not peek.is_current(s.name, s.key)]
@@ -90,15 +108,21 @@ def _do(directory: Directory, session: Any, stage: Stage, follows: Collection[st
     with explained(directory.path), directory.scratch() as scratch:
         if stage.verb == "train":
             tell(stage.name)
-        results = STAGES[stage.verb](session, stage, scratch, directory.work(stage.name, stage.work_key))
+        results = STAGES[stage.verb](
+            session, stage, scratch, directory.work(stage.name, stage.work_key)
+        )
         done()
         seconds = time.perf_counter() - began
-        directory.commit(stage.name, Record(stage.key, seconds, results), scratch, stage.artifact, follows)
+        directory.commit(
+            stage.name, Record(stage.key, seconds, results), scratch, stage.artifact, follows
+        )
         directory.drop_work(stage.name)
     return seconds
 
 
-def _start_session(recipe: Recipe, documents: Any, out: Path, track: Track, say: Say, verbs: set[str]) -> Any:
+def _start_session(
+    recipe: Recipe, documents: Any, out: Path, track: Track, say: Say, verbs: set[str]
+) -> Any:
     """Find what is wrong before anything is written."""
     session = new_session(recipe, documents, out, track)
     from qwlora.pipeline.preflight import preflight
@@ -115,7 +139,12 @@ def new_session(recipe: Recipe, documents: Any, out: Path, track: Track) -> Any:
     return Session(recipe, documents, out, track)
 
 
-def open_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] = (), track: Track = untracked) -> tuple[Any, str]:
+def open_job(
+    folder: Path,
+    adapter: str | None = None,
+    changes: tuple[str, ...] = (),
+    track: Track = untracked,
+) -> tuple[Any, str]:
     """The session of a job's directory, and the name of one of its trained adapters: the recipe's first unless given.
 
     Args:
@@ -129,15 +158,21 @@ def open_job(folder: Path, adapter: str | None = None, changes: tuple[str, ...] 
     from qwlora.recipe import load_recipe
 
     if not (folder / "recipe.yaml").is_file():
-        raise DirectoryError(f"{str(folder)!r} is no job's directory: it has no recipe.yaml; `qwlora run` makes one")
+        raise DirectoryError(
+            f"{str(folder)!r} is no job's directory: it has no recipe.yaml; `qwlora run` makes one"
+        )
     recipe = load_recipe(folder / "recipe.yaml", changes)
     if made := tuple(change for change in changes if not _is_looked_at(change)):
         _refuse_changes(folder, made)
     name = adapter or recipe.adapters[0].name
     if not (folder / "adapters" / name).is_dir():
         known = ", ".join(adapter.name for adapter in recipe.adapters)
-        raise DirectoryError(f"{str(folder)!r} has no trained adapter {name!r}; the recipe's are {known}. Train it: {command_line('train', folder)}")
-    documents = load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading())
+        raise DirectoryError(
+            f"{str(folder)!r} has no trained adapter {name!r}; the recipe's are {known}. Train it: {command_line('train', folder)}"
+        )
+    documents = load_documents(
+        recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
+    )
     session = new_session(recipe, documents, folder, track)
     from qwlora.adapter.provenance import check_adapter
 
@@ -158,10 +193,19 @@ def is_calibrated(session: Any, name: str) -> bool:
     """
     if not (session.path / "simulation" / name).is_dir():
         return False
-    key = next((stage.key for stage in make_plan(session.recipe, session.documents) if stage.name == f"calibrate/{name}"), None)
+    key = next(
+        (
+            stage.key
+            for stage in make_plan(session.recipe, session.documents)
+            if stage.name == f"calibrate/{name}"
+        ),
+        None,
+    )
     if key is None:
         known = ", ".join(adapter.name for adapter in session.recipe.adapters)
-        raise CalibrationError(f"adapter {name!r} in {str(session.path)!r} is left from another recipe; this one's are {known}")
+        raise CalibrationError(
+            f"adapter {name!r} in {str(session.path)!r} is left from another recipe; this one's are {known}"
+        )
     if not Directory.read(session.path).is_current(f"calibrate/{name}", key):
         raise CalibrationError(
             f"the calibration of adapter {name!r} in {str(session.path)!r} is of another recipe, adapter or base than those that are there now; "
@@ -180,11 +224,21 @@ def _refuse_changes(folder: Path, changes: tuple[str, ...]) -> None:
     from qwlora.recipe import load_recipe
 
     path = folder / "recipe.yaml"
-    before, after = ({stage.name: stage.key for stage in _plan_of(load_recipe(path, given))} for given in ((), changes))
-    again = [name for name, key in after.items() if name.partition("/")[0] in ("quantize", "calibrate-base", "train") and before.get(name) != key]
+    before, after = (
+        {stage.name: stage.key for stage in _plan_of(load_recipe(path, given))}
+        for given in ((), changes)
+    )
+    again = [
+        name
+        for name, key in after.items()
+        if name.partition("/")[0] in ("quantize", "calibrate-base", "train")
+        and before.get(name) != key
+    ]
     asked = shlex.join(_as_options(changes))
     if not again:
-        raise RecipeError(str(path), [f"{asked}: nothing that is looked at here depends on it; leave it out"])
+        raise RecipeError(
+            str(path), [f"{asked}: nothing that is looked at here depends on it; leave it out"]
+        )
     raise RecipeError(
         str(path),
         [
@@ -200,15 +254,30 @@ def _as_options(changes: Iterable[str]) -> list[str]:
 
 
 def _plan_of(recipe: Recipe) -> list[Stage]:
-    return make_plan(recipe, load_documents(recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()))
+    return make_plan(
+        recipe,
+        load_documents(
+            recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
+        ),
+    )
 
 
-def _check_needs(plan: list[Stage], waiting: list[Stage], verbs: Collection[str], directory: Directory, command: Callable[[str], str]) -> None:
+def _check_needs(
+    plan: list[Stage],
+    waiting: list[Stage],
+    verbs: Collection[str],
+    directory: Directory,
+    command: Callable[[str], str],
+) -> None:
     """Refuse stages whose needs are neither current nor asked for, naming every verb that has to run before."""
     needs, lacking = {s.name: s.needs for s in plan}, set[str]()
 
     def look(name: str) -> None:
-        for need in (s for s in plan if s.name in needs[name] and s.verb not in verbs and s.name not in lacking):
+        for need in (
+            s
+            for s in plan
+            if s.name in needs[name] and s.verb not in verbs and s.name not in lacking
+        ):
             if not directory.is_current(need.name, need.key):
                 lacking.add(need.name)
                 look(need.name)

@@ -47,7 +47,9 @@ MOMENTS = "moments"  # of the base's layers, beside it
 BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
 ADAPTER = "adapter"  # in the folder of its simulation: the factors that the encodings there are of
 SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it
-SOLVER_SCALES = "tuning/solver_scales.safetensors"  # of the base's layers before they were tuned, beside it
+SOLVER_SCALES = (
+    "tuning/solver_scales.safetensors"  # of the base's layers before they were tuned, beside it
+)
 
 
 def learned_scales(adapter: Path) -> dict[str, Tensor]:
@@ -65,7 +67,9 @@ def solver_scales(base: Path) -> dict[str, Tensor]:
     Raises:
         SourceError: their file is damaged.
     """
-    return _read_tensors(base / SOLVER_SCALES, f"base {str(base)!r}", "delete it and quantize again")
+    return _read_tensors(
+        base / SOLVER_SCALES, f"base {str(base)!r}", "delete it and quantize again"
+    )
 
 
 def _read_tensors(path: Path, owner: str, remedy: str) -> dict[str, Tensor]:
@@ -83,7 +87,9 @@ class Session:
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
         self._rules_are_checked = False
-        self.whole_because: str | None = None  # why a folder's weights cannot be read tensor by tensor, known from `lazy` on
+        self.whole_because: str | None = (
+            None  # why a folder's weights cannot be read tensor by tensor, known from `lazy` on
+        )
         self.equalization: dict[str, Any] = {}
 
     @cached_property
@@ -111,9 +117,21 @@ class Session:
     def calibration(self) -> dict[str, Any]:
         """What step 3 sees, and when it has seen enough: arguments of `Calibrated.observe`."""
         section = self.recipe.simulation
-        batches = [{"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in self.calibration_ids]
-        stillness = Stillness(section.still_share, section.still_batches) if section.still_share is not None else None
-        return {"batches": batches, "track": self.track, "tokens": section.calibration_tokens, "stillness": stillness}
+        batches = [
+            {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))}
+            for row in self.calibration_ids
+        ]
+        stillness = (
+            Stillness(section.still_share, section.still_batches)
+            if section.still_share is not None
+            else None
+        )
+        return {
+            "batches": batches,
+            "track": self.track,
+            "tokens": section.calibration_tokens,
+            "stillness": stillness,
+        }
 
     def adapter(self, name: str) -> Adapter:
         return next(a for a in self.recipe.adapters if a.name == name)
@@ -128,7 +146,12 @@ class Session:
         """The model's files as they are, integers where they hold integers."""
         location = fetch(self.recipe.model.source)
         section = self.recipe.model
-        return open_checkpoint(location.path, section.encodings, keep_float=section.keep_float, block_order=section.block_order)
+        return open_checkpoint(
+            location.path,
+            section.encodings,
+            keep_float=section.keep_float,
+            block_order=section.block_order,
+        )
 
     @cached_property
     def lazy(self) -> LazyModel | None:
@@ -138,7 +161,9 @@ class Session:
             return None
         try:
             return LazyModel(FloatCheckpoint(location.path))
-        except SourceError as error:  # weights that transformers makes of others, or in pickles: it loads them whole
+        except (
+            SourceError
+        ) as error:  # weights that transformers makes of others, or in pickles: it loads them whole
             self.whole_because = str(error)
             return None
 
@@ -213,7 +238,14 @@ class Session:
                 model.load_adapter(str(folder), adapter_name=f"{number}")
         method, schemes = self.recipe.simulation.equalize, self.schemes
         for adapter in model.peft_config:
-            reports = equalize_adapter_(model, schemes.adapter_weights, method, Moments(self.path / "base" / MOMENTS), schemes.activations, adapter)
+            reports = equalize_adapter_(
+                model,
+                schemes.adapter_weights,
+                method,
+                Moments(self.path / "base" / MOMENTS),
+                schemes.activations,
+                adapter,
+            )
             self.equalization = {path: asdict(report) for path, report in reports.items()}
         return model.eval()
 
@@ -245,14 +277,20 @@ class Session:
     def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
         """Base and adapter as one graph to train through, the base's activations on the grids that were calibrated."""
         simulation = simulate(model.eval(), self.example_inputs, self.schemes)
-        return TrainingGraph(simulation, load_activations(self.path / BASE_SIMULATION), learns_ranges)
+        return TrainingGraph(
+            simulation, load_activations(self.path / BASE_SIMULATION), learns_ranges
+        )
 
     def simulation(self, name: str) -> Simulation:
         """The calibrated simulation, captured again if it is not in memory."""
         if self._simulation is None or self._simulation[0] != name:
             folder = self.path / "simulation" / name
-            simulation = self.new_simulation(name, load_adapter(self.base(), folder / ADAPTER).eval())
-            if self.recipe.simulation.base_activations == "none":  # the adapter's weights lie on grids that their own values do not give
+            simulation = self.new_simulation(
+                name, load_adapter(self.base(), folder / ADAPTER).eval()
+            )
+            if (
+                self.recipe.simulation.base_activations == "none"
+            ):  # the adapter's weights lie on grids that their own values do not give
                 simulation.set_adapter_encodings(load_encodings(folder))
             restore(simulation, folder)
         assert self._simulation is not None

@@ -72,9 +72,19 @@ def quantize(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
         identity, report = _quantize(session, scratch, work)
         size = report.size
     if (work / MOMENTS).is_dir():
-        shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=_link)  # a kill from here on finds them beside the finished parts
+        shutil.copytree(
+            work / MOMENTS, scratch / MOMENTS, copy_function=_link
+        )  # a kill from here on finds them beside the finished parts
     layers = {name: asdict(layer) for name, layer in report.layers.items()}
-    return {"base": {**asdict(size), "bits_per_weight": size.bits_per_weight, "fingerprint": identity, "layers": layers, **measured}}
+    return {
+        "base": {
+            **asdict(size),
+            "bits_per_weight": size.bits_per_weight,
+            "fingerprint": identity,
+            "layers": layers,
+            **measured,
+        }
+    }
 
 
 def _link(source: str, target: str) -> None:
@@ -94,7 +104,9 @@ def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, Quantiz
         model = load_precomputed(session.checkpoint(), session.track)
         if moments is not None:
             observe_moments(model, calibration, moments, track=session.track)
-        return save_base(model, session.tokenizer, scratch, source), QuantizeReport(base_size(model))
+        return save_base(model, session.tokenizer, scratch, source), QuantizeReport(
+            base_size(model)
+        )
     scheme = base.weights.scheme()
     asked: dict[str, Any] = {
         "rules": rules_of(base),
@@ -105,33 +117,56 @@ def _quantize(session: Session, scratch: Path, work: Path) -> tuple[str, Quantiz
         "track": session.track,
     }
     if session.lazy is not None and not session.holds_float_model:
-        streamed = quantize_checkpoint(session.lazy.checkpoint, session.tokenizer, scratch, source, scheme, base.solver, **asked)
+        streamed = quantize_checkpoint(
+            session.lazy.checkpoint,
+            session.tokenizer,
+            scratch,
+            source,
+            scheme,
+            base.solver,
+            **asked,
+        )
         return streamed.fingerprint, streamed.report
     model = session.take_float_model()
     report = quantize_(model, scheme, base.solver, **asked)
     return save_base(model, session.tokenizer, scratch, source), report
 
 
-def _tune(session: Session, solved: Path, scratch: Path, work: Path) -> tuple[str, BaseSize, Results]:
+def _tune(
+    session: Session, solved: Path, scratch: Path, work: Path
+) -> tuple[str, BaseSize, Results]:
     """Write the base in `solved` once more, its scales and norms tuned; and beside it the scales before, for adapters' starts."""
     section, model = session.recipe.base.tuning, load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=session.recipe.seed)
     sequences = session.data.calibration_ids[: section.steps + SEQUENCES_ASIDE]
-    report = tune_scales_(model, session.float_model(), sequences, settings, work=work, track=session.track)
+    report = tune_scales_(
+        model, session.float_model(), sequences, settings, work=work, track=session.track
+    )
     identity = save_base(model, session.tokenizer, scratch, session.recipe.model.source)
     if report.solver_scales:
         (scratch / SOLVER_SCALES).parent.mkdir()
         save_file(report.solver_scales, scratch / SOLVER_SCALES)
-    return identity, base_size(model), {f.name: getattr(report, f.name) for f in fields(report) if f.name != "solver_scales"}
+    return (
+        identity,
+        base_size(model),
+        {f.name: getattr(report, f.name) for f in fields(report) if f.name != "solver_scales"},
+    )
 
 
 def calibrate_base(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Before step 2, in workflow qwa-lora: encodings of the base's activations, which adapters are trained through."""
     simulation = simulate(session.base(), session.example_inputs, session.schemes)
     session.check_rules(simulation.placement)
-    report = simulation.calibrate(**session.calibration, allow_unseen=session.recipe.simulation.unseen == "float")
+    report = simulation.calibrate(
+        **session.calibration, allow_unseen=session.recipe.simulation.unseen == "float"
+    )
     save_simulation(simulation, scratch)
-    return {"base_simulation": {"encodings": len(simulation.encodings), "calibration_tokens": report.tokens}}
+    return {
+        "base_simulation": {
+            "encodings": len(simulation.encodings),
+            "calibration_tokens": report.tokens,
+        }
+    }
 
 
 def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
@@ -141,8 +176,16 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     session.check_rules()
     reset_peak_rss()
     base = session.base()
-    start = str(session.path / "adapters" / first.name) if (first := session.recipe.start_of(adapter)) else adapter.start
-    model = attach(base, shape_of(adapter), seed) if start is None else attach_existing(base, start, adapter.unknown_base, seed)
+    start = (
+        str(session.path / "adapters" / first.name)
+        if (first := session.recipe.start_of(adapter))
+        else adapter.start
+    )
+    model = (
+        attach(base, shape_of(adapter), seed)
+        if start is None
+        else attach_existing(base, start, adapter.unknown_base, seed)
+    )
     if session.recipe.workflow == "qwa-lora" and adapter.steps and start is not None:
         without_dropout_(model)
     initialized: Results = {}
@@ -155,13 +198,29 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
         held_out = session.evaluation if adapter.evaluation_steps else None
         logs = session.path / "logs" / adapter.name
         teacher = session.take_float_model() if adapter.objective == "recovery" else None
-        through = session.training_graph(model, adapter.range_learning_rate is not None) if session.recipe.workflow == "qwa-lora" else None
-        report = train_adapter(model, session.data.train, _settings(adapter, seed, through is not None), work, session.track, held_out, logs, teacher, through)
+        through = (
+            session.training_graph(model, adapter.range_learning_rate is not None)
+            if session.recipe.workflow == "qwa-lora"
+            else None
+        )
+        report = train_adapter(
+            model,
+            session.data.train,
+            _settings(adapter, seed, through is not None),
+            work,
+            session.track,
+            held_out,
+            logs,
+            teacher,
+            through,
+        )
     else:
         through = None
         report = TrainingReport(0, 0.0, 0, check_trainable(model), ())
     if (after := fingerprint(model)) != base_identity:
-        raise FingerprintError(f"training adapter {adapter.name} changed the base: its fingerprint was {base_identity} and is {after}")
+        raise FingerprintError(
+            f"training adapter {adapter.name} changed the base: its fingerprint was {base_identity} and is {after}"
+        )
     if is_first_process():
         save_adapter(model, scratch, base_identity)
         if through is not None and (scales := through.scales()):
@@ -176,7 +235,10 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
         "losses": list(report.losses),
     }
     if adapter.evaluation_steps:
-        measured |= {"evaluations": [list(e) for e in report.evaluations], "best_step": report.best_step}
+        measured |= {
+            "evaluations": [list(e) for e in report.evaluations],
+            "best_step": report.best_step,
+        }
     if initialized:
         measured["init"] = initialized
     return {"train": {adapter.name: measured}, "data": describe(session.documents, session.data)}
@@ -189,19 +251,40 @@ def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> tuple[P
     def weight(path: str) -> Tensor:
         return weight_out_in(floats.get_submodule(path)).detach()
 
-    moments, found = Moments(session.path / "base" / MOMENTS) if adapter.init == "qera" else None, {}
+    moments, found = (
+        Moments(session.path / "base" / MOMENTS) if adapter.init == "qera" else None,
+        {},
+    )
     scales = solver_scales(session.path / "base")
     if adapter.rank_budget is not None:
         budget = RankBudget(adapter.rank_budget, adapter.rank_cap or 4 * adapter.rank)
-        ranks = rank_by_layer(model, budget, weight, moments, track=session.track, solver_scales=scales)
+        ranks = rank_by_layer(
+            model, budget, weight, moments, track=session.track, solver_scales=scales
+        )
         model = attach(model.unload(), with_ranks(shape_of(adapter), ranks), session.recipe.seed)
         found["ranks"] = ranks
-    reports = initialize_adapter_(model, adapter.init, weight, moments, share=adapter.correcting_share, track=session.track, solver_scales=scales)
-    return model, {"method": adapter.init, **found, "layers": {path: asdict(report) for path, report in reports.items()}}
+    reports = initialize_adapter_(
+        model,
+        adapter.init,
+        weight,
+        moments,
+        share=adapter.correcting_share,
+        track=session.track,
+        solver_scales=scales,
+    )
+    return model, {
+        "method": adapter.init,
+        **found,
+        "layers": {path: asdict(report) for path, report in reports.items()},
+    }
 
 
 def _settings(adapter: Adapter, seed: int, goes_through: bool) -> TrainingSettings:
-    given = {f.name: getattr(adapter, f.name) for f in fields(TrainingSettings) if f.name not in ("seed", "report_to", "loss")}
+    given = {
+        f.name: getattr(adapter, f.name)
+        for f in fields(TrainingSettings)
+        if f.name not in ("seed", "report_to", "loss")
+    }
     loss = adapter.loss or ("whole" if goes_through else "chunked")
     return TrainingSettings(**given, seed=seed, report_to=tuple(adapter.report_to), loss=loss)
 
@@ -222,7 +305,9 @@ def calibrate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resu
         "equalize": {"method": section.equalize, "layers": session.equalization},
     }
     if section.base_activations != "all":
-        measured["perplexity_with_own_encodings"] = perplexity(simulation.logits, session.evaluation, "perplexity, own encodings", session.track)
+        measured["perplexity_with_own_encodings"] = perplexity(
+            simulation.logits, session.evaluation, "perplexity, own encodings", session.track
+        )
         share(simulation, load_encodings(session.path / SHARED), section.base_activations)
     save_simulation(simulation, scratch)
     save_adapter(simulation.origin.model, scratch / ADAPTER, session.base_fingerprint)
@@ -233,12 +318,20 @@ def _calibrate_together(session: Session, scratch: Path) -> Results:
     """Encodings that all adapters share, from what they and the base alone see."""
     section = session.recipe.simulation
     model = session.equalized(*(adapter.name for adapter in session.recipe.adapters))
-    simulations = simulate_adapters(model, session.example_inputs, session.schemes, section.base_activations)
+    simulations = simulate_adapters(
+        model, session.example_inputs, session.schemes, section.base_activations
+    )
     session.check_rules(*(simulation.placement for simulation in simulations.values()))
     simulations.observe(**session.calibration)
     simulations.freeze(allow_unseen=section.unseen == "float")
     save_encodings(simulations.shared, scratch)
-    return {"sharing": {"base_activations": section.base_activations, "encodings": len(simulations.shared), "captures": simulations.captures}}
+    return {
+        "sharing": {
+            "base_activations": section.base_activations,
+            "encodings": len(simulations.shared),
+            "captures": simulations.captures,
+        }
+    }
 
 
 def export(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
@@ -247,15 +340,29 @@ def export(session: Session, stage: Stage, scratch: Path, work: Path) -> Results
     metadata = {"qwlora.base_fingerprint": session.base_fingerprint, "qwlora.adapter": name}
     export_onnx(session.simulation(name).graph(), scratch, metadata)
     shutil.copytree(session.path / "simulation" / name / ADAPTER, scratch / ADAPTER)
-    return {"export": {"onnx": {name: {"bytes": sum(p.stat().st_size for p in scratch.glob("model.onnx*"))}}}}
+    return {
+        "export": {
+            "onnx": {name: {"bytes": sum(p.stat().st_size for p in scratch.glob("model.onnx*"))}}
+        }
+    }
 
 
 def verify(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
     """Run the exported file on held-out text and hold it to the recipe's limits."""
     name, section = str(stage.adapter), session.recipe.verify
     folder = session.path / "export" / "onnx" / name
-    parity = verify_onnx(folder, session.simulation(name), session.data.held_out.first(section.sequences), section.layer_tokens, session.track)
-    limits = Limits(perplexity_difference=section.perplexity_difference, layer_steps=section.layer_steps, layer_mean_steps=section.layer_mean_steps)
+    parity = verify_onnx(
+        folder,
+        session.simulation(name),
+        session.data.held_out.first(section.sequences),
+        section.layer_tokens,
+        session.track,
+    )
+    limits = Limits(
+        perplexity_difference=section.perplexity_difference,
+        layer_steps=section.layer_steps,
+        layer_mean_steps=section.layer_mean_steps,
+    )
     check_parity(parity, limits, f"export/onnx/{name}")
     return {"parity": {"onnx": {name: parity.to_json()}}}
 
@@ -267,9 +374,18 @@ def evaluate(session: Session, stage: Stage, scratch: Path, work: Path) -> Resul
     if kind == "simulated":
         logits: Logits = session.simulation(str(name)).logits
     else:
-        logits = logits_of(session.float_model() if kind == "float" else session.base() if kind == "base" else session.adapted(str(name)))
+        logits = logits_of(
+            session.float_model()
+            if kind == "float"
+            else session.base()
+            if kind == "base"
+            else session.adapted(str(name))
+        )
     value = perplexity(logits, session.evaluation, f"perplexity, {kind}", session.track)
-    return {"perplexity": {kind: value if name is None else {name: value}}, "data": describe(session.documents, session.data)}
+    return {
+        "perplexity": {kind: value if name is None else {name: value}},
+        "data": describe(session.documents, session.data),
+    }
 
 
 STAGES: dict[str, StageFunction] = {

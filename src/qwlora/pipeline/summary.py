@@ -12,7 +12,13 @@ from qwlora.sizes import size
 
 def print_summary(results: dict[str, Any], console: Console) -> None:
     """Perplexities, sizes, times and parity, as far as they are there."""
-    table = Table(title=f"{results['recipe']}", show_header=False, title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"{results['recipe']}",
+        show_header=False,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     for row in _rows(results):
         table.add_row(*row)
     console.print()
@@ -25,22 +31,61 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         if kind in perplexity:
             rows.append((f"perplexity, {what}", f"{perplexity[kind]:.3f}"))
     for kind, what in (("adapted", "after adapter"), ("simulated", "simulated, adapter")):
-        rows += [(f"perplexity, {what} {name}", f"{value:.3f}") for name, value in perplexity.get(kind, {}).items()]
+        rows += [
+            (f"perplexity, {what} {name}", f"{value:.3f}")
+            for name, value in perplexity.get(kind, {}).items()
+        ]
     if base := results.get("base"):
-        rows.append(("base", f"{size(base['bytes'])} packed, {base['bits_per_weight']:.2f} bits a weight, fingerprint {base['fingerprint'][:16]}"))
+        rows.append(
+            (
+                "base",
+                f"{size(base['bytes'])} packed, {base['bits_per_weight']:.2f} bits a weight, fingerprint {base['fingerprint'][:16]}",
+            )
+        )
         if "float_weights" in base:
-            rows.append(("", f"{base['weights']:,} weights packed, {base['float_weights']:,} left float (embeddings, norms, biases)"))
+            rows.append(
+                (
+                    "",
+                    f"{base['weights']:,} weights packed, {base['float_weights']:,} left float (embeddings, norms, biases)",
+                )
+            )
     for name, train in results.get("train", {}).items():
         cost = f"{train['step_seconds']:.2f} s a step, peak {size(train['peak_rss_bytes'])}"
-        rows.append((f"training {name}", f"{train['steps']} steps, {cost}, {train['trainable_parameters']:,} parameters"))
+        rows.append(
+            (
+                f"training {name}",
+                f"{train['steps']} steps, {cost}, {train['trainable_parameters']:,} parameters",
+            )
+        )
     for target, adapters in results.get("export", {}).items():
         rows += [(f"{target} {name}", size(export["bytes"])) for name, export in adapters.items()]
     for target, adapters in results.get("parity", {}).items():
         for name, p in adapters.items():
             found = f"perplexity {p['perplexity']:.3f} in the runtime, {p['simulated_perplexity']:.3f} simulated"
-            rows.append((f"parity {target} {name}", f"{found} (on {p['sequences']} sequences)" if "sequences" in p else found))
-            rows.append(("", f"same likeliest token {p['top1_agreement']:.2%}, floor {p['floor_top1_agreement']:.2%}"))
-            rows.append(("", f"worst of {p['layers']} layers {p['worst_layer_steps']:.2f} steps, on average {p['worst_layer_mean_steps']:.4f}"))
+            rows.append(
+                (
+                    f"parity {target} {name}",
+                    f"{found} (on {p['sequences']} sequences)" if "sequences" in p else found,
+                )
+            )
+            rows.append(
+                (
+                    "",
+                    f"same likeliest token {p['top1_agreement']:.2%}, floor {p['floor_top1_agreement']:.2%}",
+                )
+            )
+            rows.append(
+                (
+                    "",
+                    f"worst of {p['layers']} layers {p['worst_layer_steps']:.2f} steps, on average {p['worst_layer_mean_steps']:.4f}",
+                )
+            )
     seconds = {verb: s["seconds"] for verb, s in results["stages"].items()}
-    rows.append(("seconds", ", ".join(f"{verb} {s:.0f}" for verb, s in seconds.items()) + f"; all {sum(seconds.values()):.0f}"))
+    rows.append(
+        (
+            "seconds",
+            ", ".join(f"{verb} {s:.0f}" for verb, s in seconds.items())
+            + f"; all {sum(seconds.values()):.0f}",
+        )
+    )
     return rows

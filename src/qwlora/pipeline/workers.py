@@ -60,7 +60,9 @@ def follow(session: Session, plan: Sequence[Stage]) -> dict[str, Any]:
     while (name := _broadcast(None)) is not None:
         atexit.register(_exit)
         work = Directory(session.path).work(name, by_name[name].work_key)
-        STAGES[by_name[name].verb](session, by_name[name], work, work)  # only the first process uses the scratch folder
+        STAGES[by_name[name].verb](
+            session, by_name[name], work, work
+        )  # only the first process uses the scratch folder
         _wait_for_all()
         atexit.unregister(_exit)
     _leave()
@@ -88,7 +90,9 @@ def _wait_for_all() -> None:
     try:
         distributed.barrier(_state["group"])
     except RuntimeError as error:
-        raise TrainingError("another process of this run has ended in the middle of the stage; what it printed says why") from error
+        raise TrainingError(
+            "another process of this run has ended in the middle of the stage; what it printed says why"
+        ) from error
 
 
 def _broadcast(stage: str | None) -> str | None:

@@ -28,13 +28,17 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(source, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]) from error
+        raise RecipeError(
+            source, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
+        ) from error
     try:
         content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(source, [f"is not YAML: {error}"]) from error
     if not isinstance(content, dict):
-        raise RecipeError(source, ["is not a mapping of sections; `qwlora init` writes one to start from"])
+        raise RecipeError(
+            source, ["is not a mapping of sections; `qwlora init` writes one to start from"]
+        )
     problems = [p for change in changes if (p := _change(content, change))]
     problems += _missing_sources(content)
     _make_paths_absolute(content)
@@ -51,7 +55,11 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes 5e-4 for a string; everybody else for a number."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 def _change(content: dict[str, Any], change: str) -> str | None:
@@ -83,7 +91,9 @@ def _describe(error: ValidationError) -> Iterator[str]:
         if item["type"] == "extra_forbidden":
             valid = _keys_at(item["loc"][:-1])
             near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
-            yield f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else f"; known are {', '.join(valid)}")
+            yield f"{where}: unknown key" + (
+                f"; did you mean {near[0]}?" if near else f"; known are {', '.join(valid)}"
+            )
         elif item["type"] == "missing":
             yield f"{where}: required and not given"
         else:
@@ -92,7 +102,11 @@ def _describe(error: ValidationError) -> Iterator[str]:
 
 def _given(item: Any) -> str:
     value = item.get("input")
-    return "" if isinstance(value, dict | list | BaseModel) or item["type"] == "value_error" else f" (given: {value!r})"
+    return (
+        ""
+        if isinstance(value, dict | list | BaseModel) or item["type"] == "value_error"
+        else f" (given: {value!r})"
+    )
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
@@ -108,7 +122,11 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
 def _make_paths_absolute(content: dict[str, Any]) -> None:
     """Sources that are paths are relative to the current directory; the resolved recipe must not be."""
     for part in (content.get("model"), content.get("data")):
-        if isinstance(part, dict) and isinstance(source := part.get("source"), str) and Path(source).expanduser().exists():
+        if (
+            isinstance(part, dict)
+            and isinstance(source := part.get("source"), str)
+            and Path(source).expanduser().exists()
+        ):
             part["source"] = str(Path(source).expanduser().absolute())
     model = content.get("model")
     if isinstance(model, dict) and isinstance(encodings := model.get("encodings"), str):
@@ -118,7 +136,11 @@ def _make_paths_absolute(content: dict[str, Any]) -> None:
         data["chat_template"] = str(Path(template).expanduser().absolute())
     names = {adapter.get("name") for adapter in _adapters(content)}
     for adapter in _adapters(content):
-        if isinstance(start := adapter.get("start"), str) and start not in names and Path(start).expanduser().exists():
+        if (
+            isinstance(start := adapter.get("start"), str)
+            and start not in names
+            and Path(start).expanduser().exists()
+        ):
             adapter["start"] = str(Path(start).expanduser().absolute())
 
 
@@ -147,10 +169,19 @@ def _missing_sources(content: dict[str, Any]) -> list[str]:
         encodings = part.get("encodings") if isinstance(part, dict) else None
         if isinstance(encodings, str) and not (path := Path(encodings).expanduser()).is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
-            problems.append(f"{section}.encodings: {encodings!r} {what}. Give the .encodings or .json file that AIMET wrote")
+            problems.append(
+                f"{section}.encodings: {encodings!r} {what}. Give the .encodings or .json file that AIMET wrote"
+            )
     names = {adapter.get("name") for adapter in _adapters(content)}
     for i, adapter in enumerate(_adapters(content)):
         start = adapter.get("start")
-        if isinstance(start, str) and start not in names and not Path(start).expanduser().exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start):
-            problems.append(f"adapters.{i}.start: adapter {start!r} does not exist. Give another's name, a folder with adapter_config.json, or a hub id")
+        if (
+            isinstance(start, str)
+            and start not in names
+            and not Path(start).expanduser().exists()
+            and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start)
+        ):
+            problems.append(
+                f"adapters.{i}.start: adapter {start!r} does not exist. Give another's name, a folder with adapter_config.json, or a hub id"
+            )
     return problems

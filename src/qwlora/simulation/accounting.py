@@ -22,7 +22,9 @@ from qwlora.progress import Track, untracked
 from qwlora.simulation.simulation import Simulation
 
 
-def account(simulation: Simulation, measure: Callable[[], float], track: Track = untracked) -> dict[str, float]:
+def account(
+    simulation: Simulation, measure: Callable[[], float], track: Track = untracked
+) -> dict[str, float]:
     """`measure()` after each thing is switched on, by the names of the module's text; steps that switch nothing on are left out.
 
     Raises:
@@ -30,7 +32,12 @@ def account(simulation: Simulation, measure: Callable[[], float], track: Track =
     """
     simulation.encodings  # noqa: B018 (raises before anything is run)
     weights = {
-        kind: [mark.name for mark in simulation.marks if mark.kind is kind and mark.name in simulation.weights] for kind in (Kind.ADAPTER, Kind.PARAMETER)
+        kind: [
+            mark.name
+            for mark in simulation.marks
+            if mark.kind is kind and mark.name in simulation.weights
+        ]
+        for kind in (Kind.ADAPTER, Kind.PARAMETER)
     }
     steps: dict[str, list[str]] = {"adapted": []}
     if weights[Kind.ADAPTER]:
@@ -47,13 +54,18 @@ def account(simulation: Simulation, measure: Callable[[], float], track: Track =
 
 
 @torch.no_grad()
-def layer_sqnr(simulation: Simulation, batches: Collection[Mapping[str, Any]], track: Track = untracked) -> dict[str, float]:
+def layer_sqnr(
+    simulation: Simulation, batches: Collection[Mapping[str, Any]], track: Track = untracked
+) -> dict[str, float]:
     """`10 log10 (sum x^2 / sum (x_hat - x)^2)` of each quantized activation, in dB: x from the float graph, x_hat from the simulation.
 
     Args:
         batches: the model's arguments; two sets of all values of one batch are in memory.
     """
-    signal, noise = dict.fromkeys(simulation.quantizers, 0.0), dict.fromkeys(simulation.quantizers, 0.0)
+    signal, noise = (
+        dict.fromkeys(simulation.quantizers, 0.0),
+        dict.fromkeys(simulation.quantizers, 0.0),
+    )
     for batch in track(batches, "comparing layers", len(batches)):
         with simulation.only():
             expected = simulation.values(batch)

@@ -50,20 +50,34 @@ class SharingCost:
 class AdapterSimulations(Mapping[str, Simulation]):
     """The simulation of each adapter by its name, "base" among them; made by `simulate_adapters`."""
 
-    def __init__(self, simulations: Mapping[str, Simulation], base_activations: BaseActivations, captures: int):
+    def __init__(
+        self,
+        simulations: Mapping[str, Simulation],
+        base_activations: BaseActivations,
+        captures: int,
+    ):
         self._simulations = dict(simulations)
         self._own: dict[str, dict[str, Encoding]] = {}
         self._shared: dict[str, Encoding] = {}
         self.base_activations = base_activations
         self.captures = captures
 
-    def calibrate(self, batches: Batches | Mapping[str, Batches], shared: Mapping[str, Encoding] | None = None, track: Track = untracked) -> None:
+    def calibrate(
+        self,
+        batches: Batches | Mapping[str, Batches],
+        shared: Mapping[str, Encoding] | None = None,
+        track: Track = untracked,
+    ) -> None:
         """`observe`, then `freeze`."""
         self.observe(batches, track)
         self.freeze(shared)
 
     def observe(
-        self, batches: Batches | Mapping[str, Batches], track: Track = untracked, tokens: int | None = None, stillness: Stillness | None = None
+        self,
+        batches: Batches | Mapping[str, Batches],
+        track: Track = untracked,
+        tokens: int | None = None,
+        stillness: Stillness | None = None,
     ) -> None:
         """Let every adapter see data: each its own by name, or all the same. For `tokens` and `stillness` see `Calibrated.observe`.
 
@@ -71,9 +85,16 @@ class AdapterSimulations(Mapping[str, Simulation]):
             CalibrationError: an adapter got no batch.
         """
         for name, simulation in self.items():
-            simulation.observe(batches.get(name, ()) if isinstance(batches, Mapping) else batches, track, tokens, stillness)
+            simulation.observe(
+                batches.get(name, ()) if isinstance(batches, Mapping) else batches,
+                track,
+                tokens,
+                stillness,
+            )
 
-    def freeze(self, shared: Mapping[str, Encoding] | None = None, allow_unseen: bool = False) -> None:
+    def freeze(
+        self, shared: Mapping[str, Encoding] | None = None, allow_unseen: bool = False
+    ) -> None:
         """Fix all encodings: each adapter's own, and over them the shared ones.
 
         Args:
@@ -139,9 +160,13 @@ def simulate_adapters(
     """
     names = list(model.peft_config) if adapters is None else list(adapters)
     if BASE in names:
-        raise CaptureError(f"an adapter is named {BASE!r}, which is the name of the adapter that adds zero; load it under another name")
+        raise CaptureError(
+            f"an adapter is named {BASE!r}, which is the name of the adapter that adds zero; load it under another name"
+        )
     if strangers := [name for name in names if name not in model.peft_config]:
-        raise CaptureError(f"the model has no adapter {', '.join(strangers)}; it has {', '.join(model.peft_config)}")
+        raise CaptureError(
+            f"the model has no adapter {', '.join(strangers)}; it has {', '.join(model.peft_config)}"
+        )
     asked = schemes or SimulationSchemes()
     maker = _Maker(model, example_inputs, replace(asked, idle_rules="allow"))
     with _as_before(model):
@@ -159,7 +184,9 @@ def simulate_adapters(
 class _Maker:
     """Makes the simulation of what is active in a model, from a graph that was captured before where one fits."""
 
-    def __init__(self, model: PeftModel, example_inputs: Mapping[str, Any], schemes: SimulationSchemes):
+    def __init__(
+        self, model: PeftModel, example_inputs: Mapping[str, Any], schemes: SimulationSchemes
+    ):
         self.model, self.example_inputs, self.schemes = model, example_inputs, schemes
         self.encodings = base_encodings(model)
         self.captured: dict[Hashable, tuple[Simulation, dict[str, Tensor]]] = {}
@@ -168,7 +195,9 @@ class _Maker:
     def make(self, structure: Hashable, weights: dict[str, Tensor]) -> Simulation:
         if structure in self.captured:
             first, bound = self.captured[structure]
-            if found := self._bind(first, {bound[name].data_ptr(): tensor for name, tensor in weights.items()}):
+            if found := self._bind(
+                first, {bound[name].data_ptr(): tensor for name, tensor in weights.items()}
+            ):
                 return found
         simulation = self._capture()
         self.captured.setdefault(structure, (simulation, weights))
@@ -176,10 +205,24 @@ class _Maker:
 
     def make_base(self) -> Simulation:
         """An adapter of zeros; where that is not the base bit for bit, the graph without adapter."""
-        zeros = ({p.data_ptr(): nn.Parameter(torch.zeros_like(p), requires_grad=False) for p in bound.values()} for _, bound in self.captured.values())
-        found = (self._bind(first, each) for (first, _), each in zip(self.captured.values(), zeros, strict=True))
-        simulation = next((simulation for simulation in found if simulation is not None), None) or self._capture()
-        simulation.origin = replace(simulation.origin, adapter_fingerprint=None)  # the model's own adapter is switched off, not away
+        zeros = (
+            {
+                p.data_ptr(): nn.Parameter(torch.zeros_like(p), requires_grad=False)
+                for p in bound.values()
+            }
+            for _, bound in self.captured.values()
+        )
+        found = (
+            self._bind(first, each)
+            for (first, _), each in zip(self.captured.values(), zeros, strict=True)
+        )
+        simulation = (
+            next((simulation for simulation in found if simulation is not None), None)
+            or self._capture()
+        )
+        simulation.origin = replace(
+            simulation.origin, adapter_fingerprint=None
+        )  # the model's own adapter is switched off, not away
         return simulation
 
     def _capture(self) -> Simulation:
@@ -193,29 +236,49 @@ class _Maker:
 
     def _bind(self, first: Simulation, tensors: Mapping[int, Tensor]) -> Simulation | None:
         """The graph of `first` with other tensors in the place of those at the given addresses, if it then computes what the model does."""
-        program = _with_state(first.program, {name: tensors.get(t.data_ptr(), t) for name, t in first.program.state_dict.items()})
+        program = _with_state(
+            first.program,
+            {name: tensors.get(t.data_ptr(), t) for name, t in first.program.state_dict.items()},
+        )
         try:
-            simulation = self._simulation(rebound(first.captured, program, self.model, self.example_inputs))
+            simulation = self._simulation(
+                rebound(first.captured, program, self.model, self.example_inputs)
+            )
         except CaptureError:
             return None
         for mark in simulation.marks:
             if mark.kind is Kind.PARAMETER:  # the base's: one copy on its grid is enough
                 simulation.weights[mark.name] = first.weights[mark.name]
-                simulation.graph_module.add_submodule(f"quantizer_{mark.node}", first.weights[mark.name])
+                simulation.graph_module.add_submodule(
+                    f"quantizer_{mark.node}", first.weights[mark.name]
+                )
         return simulation
 
 
 def _weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """The parameters of an adapter, by their paths without its name."""
-    return {canonical_name(path): p for path, p in model.named_parameters(remove_duplicate=False) if adapter_of(path) == adapter}
+    return {
+        canonical_name(path): p
+        for path, p in model.named_parameters(remove_duplicate=False)
+        if adapter_of(path) == adapter
+    }
 
 
 def _structure(model: PeftModel, adapter: str) -> Hashable:
     """What two adapters have in common for whom one graph does: all that is not in the values of their parameters."""
     shapes = {(name, tuple(p.shape), p.dtype) for name, p in _weights(model, adapter).items()}
-    layers = ((path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer) and adapter in m.scaling)
+    layers = (
+        (path, m)
+        for path, m in model.named_modules()
+        if isinstance(m, LoraLayer) and adapter in m.scaling
+    )
     return frozenset(shapes), frozenset(
-        (path, m.scaling[adapter], type(m.lora_variant.get(adapter) if adapter in m.lora_variant else None)) for path, m in layers
+        (
+            path,
+            m.scaling[adapter],
+            type(m.lora_variant.get(adapter) if adapter in m.lora_variant else None),
+        )
+        for path, m in layers
     )
 
 
@@ -236,7 +299,10 @@ def _with_state(program: ExportedProgram, state: dict[str, Tensor]) -> ExportedP
 @contextlib.contextmanager
 def _as_before(model: PeftModel) -> Iterator[None]:
     """Afterwards the same adapters are active, and the same parameters trainable."""
-    active, trainable = model.active_adapters, {name: p.requires_grad for name, p in model.named_parameters()}
+    active, trainable = (
+        model.active_adapters,
+        {name: p.requires_grad for name, p in model.named_parameters()},
+    )
     try:
         yield
     finally:
@@ -249,7 +315,11 @@ def _as_before(model: PeftModel) -> Iterator[None]:
 def _movable(simulation: Simulation) -> dict[str, Encoding]:
     """The encodings that may differ among adapters, as they are now."""
     own = {*simulation.quantizers, *simulation.adapter_weights}
-    return {name: encoding for name, encoding in simulation.encodings.items() if name in own and isinstance(encoding, Encoding)}
+    return {
+        name: encoding
+        for name, encoding in simulation.encodings.items()
+        if name in own and isinstance(encoding, Encoding)
+    }
 
 
 def _set(simulation: Simulation, encodings: Mapping[str, Encoding]) -> None:

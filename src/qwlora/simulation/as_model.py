@@ -27,7 +27,11 @@ from qwlora.errors import CaptureError
 from qwlora.simulation.inputs import complete
 from qwlora.simulation.simulation import Simulation
 
-_REFUSED = {"output_hidden_states": "hidden states", "output_attentions": "attentions", "use_cache": "a cache"}
+_REFUSED = {
+    "output_hidden_states": "hidden states",
+    "output_attentions": "attentions",
+    "use_cache": "a cache",
+}
 _LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels"})
 
 
@@ -48,16 +52,25 @@ class SimulatedModel:
         given = dict(zip(self.own_arguments, args, strict=False)) | kwargs
         for name, what in _REFUSED.items():
             if given.pop(name, None):
-                raise CaptureError(f"{name}: the simulated graph gives logits, and not {what}; leave it out")
+                raise CaptureError(
+                    f"{name}: the simulated graph gives logits, and not {what}; leave it out"
+                )
         labels, keep = given.pop("labels", None), given.pop("logits_to_keep", None)
         in_class = given.pop("return_dict", None)
         for_loss = {name: given.pop(name) for name in _LOSS_ARGUMENTS & given.keys()}
         with torch.no_grad():
             output = self.simulation(**complete(self.simulation.inputs, given))
             if keep is not None and not (isinstance(keep, int) and keep == 0):
-                output["logits"] = output["logits"][:, slice(-keep, None) if isinstance(keep, int) else keep]
+                output["logits"] = output["logits"][
+                    :, slice(-keep, None) if isinstance(keep, int) else keep
+                ]
             if labels is not None:
-                output = type(output)(loss=loss_of(cast(PreTrainedModel, self), output.get("logits"), labels, for_loss), **output)
+                output = type(output)(
+                    loss=loss_of(
+                        cast(PreTrainedModel, self), output.get("logits"), labels, for_loss
+                    ),
+                    **output,
+                )
         return output.to_tuple() if in_class is False else output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +90,9 @@ class SimulatedModel:
     def train(self, mode: bool = True) -> Self:
         """Refuses training: the graph is of evaluation."""
         if mode:
-            raise CaptureError("a simulated model is for evaluation; train the adapter before it is simulated (or through the graph, see `training`)")
+            raise CaptureError(
+                "a simulated model is for evaluation; train the adapter before it is simulated (or through the graph, see `training`)"
+            )
         return self
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
@@ -100,7 +115,9 @@ class SimulatedModel:
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         """Refuses: this is no checkpoint."""
-        raise CaptureError("a simulated model is no checkpoint; save base, adapter and simulation (`simulation.save(folder)`)")
+        raise CaptureError(
+            "a simulated model is no checkpoint; save base, adapter and simulation (`simulation.save(folder)`)"
+        )
 
 
 def as_model(simulation: Simulation) -> PreTrainedModel:
@@ -111,14 +128,24 @@ def as_model(simulation: Simulation) -> PreTrainedModel:
     """
     inner = inner_model(simulation.origin.model)
     if simulation.captured.interface.cached:
-        raise CaptureError("the graph takes keys and values of earlier tokens; for the model's call, capture without past_key_values")
+        raise CaptureError(
+            "the graph takes keys and values of earlier tokens; for the model's call, capture without past_key_values"
+        )
     own = type(inner)
-    kind: Any = type(f"Simulated{own.__name__}", (SimulatedModel, own), {"__module__": own.__module__, "forward": _signed(inner, simulation.inputs)})
+    kind: Any = type(
+        f"Simulated{own.__name__}",
+        (SimulatedModel, own),
+        {"__module__": own.__module__, "forward": _signed(inner, simulation.inputs)},
+    )
     model = kind.__new__(kind)
     model.__dict__.update({key: value for key, value in inner.__dict__.items() if key != "forward"})
     for table in ("_parameters", "_buffers", "_modules"):
         model.__dict__[table] = {}
-    for table in [key for key in model.__dict__ if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_buffers_set"))]:
+    for table in [
+        key
+        for key in model.__dict__
+        if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_buffers_set"))
+    ]:
         model.__dict__[table] = type(model.__dict__[table])()
     model.__dict__["training"] = False
     model.config = copy.deepcopy(inner.config)
@@ -140,11 +167,15 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
     get = getattr(model, "get_base_model", None)
     inner = get() if callable(get) else model
     if not isinstance(inner, PreTrainedModel):
-        raise CaptureError(f"{type(inner).__name__} is not a model of transformers, whose call could be kept; call the simulation itself, with tensors")
+        raise CaptureError(
+            f"{type(inner).__name__} is not a model of transformers, whose call could be kept; call the simulation itself, with tensors"
+        )
     return inner
 
 
-def loss_of(model: PreTrainedModel, logits: Tensor | None, labels: Tensor, given: Mapping[str, Any]) -> Tensor:
+def loss_of(
+    model: PreTrainedModel, logits: Tensor | None, labels: Tensor, given: Mapping[str, Any]
+) -> Tensor:
     """The loss function of `model` (`model.loss_function`) on these logits.
 
     Raises:
@@ -152,16 +183,37 @@ def loss_of(model: PreTrainedModel, logits: Tensor | None, labels: Tensor, given
     """
     config = model.config
     if logits is None:
-        raise CaptureError(f"{type(model).__name__} returns no logits, so there is no loss of labels")
+        raise CaptureError(
+            f"{type(model).__name__} returns no logits, so there is no loss of labels"
+        )
     if config.is_encoder_decoder or getattr(config, "output_router_logits", False):
-        why = "moves the labels itself" if config.is_encoder_decoder else "adds the routers' balance to its loss"
-        raise CaptureError(f"{type(model).__name__} {why}, which is not in the graph; compute the loss from the logits")
+        why = (
+            "moves the labels itself"
+            if config.is_encoder_decoder
+            else "adds the routers' balance to its loss"
+        )
+        raise CaptureError(
+            f"{type(model).__name__} {why}, which is not in the graph; compute the loss from the logits"
+        )
     text = config.get_text_config()
-    known = {"logits": logits, "pooled_logits": logits, "labels": labels, "config": config, "vocab_size": getattr(text, "vocab_size", None), **given}
+    known = {
+        "logits": logits,
+        "pooled_logits": logits,
+        "labels": labels,
+        "config": config,
+        "vocab_size": getattr(text, "vocab_size", None),
+        **given,
+    }
     function = model.loss_function
     parameters = inspect.signature(function).parameters
-    if missing := [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD and n not in known]:
-        raise CaptureError(f"the loss of {type(model).__name__} needs {', '.join(missing)} besides logits and labels; compute it from the logits")
+    if missing := [
+        n
+        for n, p in parameters.items()
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and n not in known
+    ]:
+        raise CaptureError(
+            f"the loss of {type(model).__name__} needs {', '.join(missing)} besides logits and labels; compute it from the logits"
+        )
     loss: Tensor = function(**{n: v for n, v in known.items() if n in parameters or n in given})
     return loss
 
@@ -169,14 +221,29 @@ def loss_of(model: PreTrainedModel, logits: Tensor | None, labels: Tensor, given
 def _signed(inner: PreTrainedModel, inputs: tuple[str, ...]) -> Any:
     """`SimulatedModel.forward` with a signature of its own: `generate` reads from it which inputs to make."""
     own = _own_parameters(inner)
-    names = [n for n in own if n in {*inputs, "attention_mask", "position_ids", "labels", "use_cache", "return_dict", "logits_to_keep"}]
+    names = [
+        n
+        for n in own
+        if n
+        in {
+            *inputs,
+            "attention_mask",
+            "position_ids",
+            "labels",
+            "use_cache",
+            "return_dict",
+            "logits_to_keep",
+        }
+    ]
     names += [n for n in (*inputs, "labels", "use_cache", "return_dict") if n not in names]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return SimulatedModel.forward(self, *args, **kwargs)
 
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for n in names]
+    parameters = [
+        inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for n in names
+    ]
     forward.__signature__ = inspect.Signature([itself, *parameters])  # type: ignore[attr-defined]
     forward.__doc__ = SimulatedModel.forward.__doc__
     return forward

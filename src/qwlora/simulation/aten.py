@@ -78,7 +78,9 @@ MAKES_VALUES = frozenset(MATRIX_PRODUCTS) | _names("""
 SEVERAL_OPERATIONS = frozenset(MATRIX_PRODUCTS) | {"softmax", "dequantize"}
 
 MASKS = frozenset({"add", "sub", "where", "masked_fill", "mul"})  # how a mask meets what it masks
-SOFTMAXES = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"})  # what masked values are for
+SOFTMAXES = frozenset(
+    {"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"}
+)  # what masked values are for
 
 # Results that may be a view of an argument, so that nobody may write into them.
 MAY_ALIAS = MOVES_DATA | {"einsum", "dropout", "pad", "view_as_complex", "view_as_real"}

@@ -41,36 +41,60 @@ class Axes:
     called: Mapping[str, str]
 
     @classmethod
-    def of(cls, program: ExportedProgram, names: tuple[str, ...], tensors: tuple[Tensor, ...], cached: Collection[str] = ()) -> Axes:
+    def of(
+        cls,
+        program: ExportedProgram,
+        names: tuple[str, ...],
+        tensors: tuple[Tensor, ...],
+        cached: Collection[str] = (),
+    ) -> Axes:
         """Read them from the program.
 
         Args:
             cached: names of the inputs that are keys and values of earlier tokens.
         """
-        values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+        values = {
+            node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"
+        }
         symbols: dict[Place, str] = {}
         called: dict[str, str] = {}
         batch = next(t.shape[0] for t in tensors if t.ndim)
-        for index, (name, tensor, user_input) in enumerate(zip(names, tensors, program.graph_signature.user_inputs, strict=True)):
+        for index, (name, tensor, user_input) in enumerate(
+            zip(names, tensors, program.graph_signature.user_inputs, strict=True)
+        ):
             for axis, size in enumerate(values[user_input].shape):
                 symbol = str(size)
-                if symbol.isdigit():  # a symbol that torch.export found to be a number still has a symbol's type
+                if (
+                    symbol.isdigit()
+                ):  # a symbol that torch.export found to be a number still has a symbol's type
                     continue
                 symbols[index, axis] = symbol
                 ids = tensor.ndim == 2 and axis == 1 and not tensor.is_floating_point()
                 past = name in cached and axis == 2 and PAST not in called.values()
-                fallback = PAST if past else TOKENS if ids and TOKENS not in called.values() else f"{name}.{axis}"
-                called.setdefault(symbol, BATCH if axis == 0 and tensor.shape[0] == batch else fallback)
+                fallback = (
+                    PAST
+                    if past
+                    else TOKENS
+                    if ids and TOKENS not in called.values()
+                    else f"{name}.{axis}"
+                )
+                called.setdefault(
+                    symbol, BATCH if axis == 0 and tensor.shape[0] == batch else fallback
+                )
         return cls(names, tuple(tuple(t.shape) for t in tensors), symbols, called)
 
     def groups(self) -> list[list[Place]]:
         """Axes that are made smaller together; the batch first."""
         found: dict[tuple[bool, int], list[Place]] = {}
         for place, symbol in self.symbols.items():
-            found.setdefault((self.called[symbol] != BATCH, self.sizes[place[0]][place[1]]), []).append(place)
+            found.setdefault(
+                (self.called[symbol] != BATCH, self.sizes[place[0]][place[1]]), []
+            ).append(place)
         return [found[key] for key in sorted(found)]
 
-    def smaller(self, tensors: tuple[Tensor, ...], places: list[Place], halved: bool) -> tuple[Tensor, ...]:
+    def smaller(
+        self, tensors: tuple[Tensor, ...], places: list[Place], halved: bool
+    ) -> tuple[Tensor, ...]:
         """`tensors` cut at `places`, to half their size (but two, of a batch one) or by one."""
         cut = list(tensors)
         for index, axis in places:
@@ -79,7 +103,9 @@ class Axes:
             cut[index] = cut[index].narrow(axis, 0, max(least, size // 2 if halved else size - 1))
         return tuple(cut)
 
-    def trials(self, tensors: tuple[Tensor, ...]) -> Iterator[tuple[list[Place], tuple[Tensor, ...]]]:
+    def trials(
+        self, tensors: tuple[Tensor, ...]
+    ) -> Iterator[tuple[list[Place], tuple[Tensor, ...]]]:
         """Other inputs and the places where they are smaller: all groups at once, then each alone, then pairs of groups."""
         groups = self.groups()
         choices = [groups] if len(groups) > 1 else []
@@ -89,16 +115,24 @@ class Axes:
             for halved in (True, False):
                 yield places, self.smaller(tensors, places, halved)
 
-    def shapes(self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[Place]) -> dict[str, tuple[str | int, ...]]:
+    def shapes(
+        self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[Place]
+    ) -> dict[str, tuple[str | int, ...]]:
         """Shape of every input and output, names for the axes that are open; those in `fixed` are not, whatever torch.export thought."""
         found: dict[str, tuple[str | int, ...]] = {}
         closed = {self.symbols[place]: self.sizes[place[0]][place[1]] for place in fixed}
         for index, name in enumerate(self.names):
-            found[name] = tuple(self._label(index, axis, size, closed) for axis, size in enumerate(self.sizes[index]))
+            found[name] = tuple(
+                self._label(index, axis, size, closed)
+                for axis, size in enumerate(self.sizes[index])
+            )
         (node,) = (n for n in program.graph.nodes if n.op == "output")
         for name, value in zip(outputs, node.args[0], strict=True):
             sizes = [str(size) for size in value.meta["val"].shape]
-            found[name] = tuple(int(s) if s.isdigit() else closed.get(s, self.called.get(s, f"{name}.{axis}")) for axis, s in enumerate(sizes))
+            found[name] = tuple(
+                int(s) if s.isdigit() else closed.get(s, self.called.get(s, f"{name}.{axis}"))
+                for axis, s in enumerate(sizes)
+            )
         return found
 
     def _label(self, index: int, axis: int, size: int, closed: Mapping[str, int]) -> str | int:

@@ -35,12 +35,22 @@ def factor_nodes(program: ExportedProgram) -> set[str]:
 def _nodes_beside(program: ExportedProgram, own_parameter: re.Pattern[str]) -> set[str]:
     """Names of the nodes that run in the layers, but for their base layers, that have such a parameter; its first group is the layer."""
     used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
-    targets = [str(s.target) for s in program.graph_signature.input_specs if s.kind is InputKind.PARAMETER and s.arg.name in used]
-    layers = {found[1] for target in targets if is_adapter_name(target) and (found := own_parameter.match(target))}
+    targets = [
+        str(s.target)
+        for s in program.graph_signature.input_specs
+        if s.kind is InputKind.PARAMETER and s.arg.name in used
+    ]
+    layers = {
+        found[1]
+        for target in targets
+        if is_adapter_name(target) and (found := own_parameter.match(target))
+    }
     own = set()
     for node in program.graph.nodes:
         path = module_path(node)
         factor = own_parameter.match(path)
-        if node.op == "call_function" and (path in layers or (factor is not None and factor[1] in layers)):
+        if node.op == "call_function" and (
+            path in layers or (factor is not None and factor[1] in layers)
+        ):
             own.add(node.name)
     return own

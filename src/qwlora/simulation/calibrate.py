@@ -43,7 +43,9 @@ class Stillness:
 
     def __post_init__(self) -> None:
         if not self.share >= 0 or self.batches < 1:
-            raise CalibrationError(f"ranges stand still by a share of at least 0 for at least 1 batch, not {self.share} and {self.batches}")
+            raise CalibrationError(
+                f"ranges stand still by a share of at least 0 for at least 1 batch, not {self.share} and {self.batches}"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,13 @@ class Calibrated(nn.Module):
         return self.freeze(allow_unseen)
 
     @torch.no_grad()
-    def observe(self, batches: Iterable[Mapping[str, Tensor]], track: Track = untracked, tokens: int | None = None, stillness: Stillness | None = None) -> None:
+    def observe(
+        self,
+        batches: Iterable[Mapping[str, Tensor]],
+        track: Track = untracked,
+        tokens: int | None = None,
+        stillness: Stillness | None = None,
+    ) -> None:
         """Take in the activations of `batches`, each a mapping with the inputs' names. The encodings of before are forgotten; call `freeze` for new ones.
 
         Args:
@@ -140,7 +148,9 @@ class Calibrated(nn.Module):
         watch = _Watch(stillness) if stillness is not None else None
         before = self._seen.tokens
         try:
-            for batch in track(batches, "calibrating", len(batches) if isinstance(batches, Collection) else None):
+            for batch in track(
+                batches, "calibrating", len(batches) if isinstance(batches, Collection) else None
+            ):
                 self._run(batch)
                 self._seen.batches += 1
                 self._seen.tokens += tokens_of(batch)
@@ -165,7 +175,9 @@ class Calibrated(nn.Module):
         """
         known = {placed.name for placed in (*self.placement.weights, *self.explanation)}
         if strangers := [name for name in encodings if name not in known]:
-            raise CalibrationError(f"encodings name activations that the graph does not have: {', '.join(strangers[:3])}; calibrate the base again")
+            raise CalibrationError(
+                f"encodings name activations that the graph does not have: {', '.join(strangers[:3])}; calibrate the base again"
+            )
         for name, quantizer in self.quantizers.items():
             if (encoding := encodings.get(name)) is None:
                 continue
@@ -184,15 +196,23 @@ class Calibrated(nn.Module):
         Raises:
             CalibrationError: nothing was observed; or an activation saw no data, or is not finite: the message names it.
         """
-        if not self._seen.batches and any(q.encoding is None and not q.is_pinned for q in self.quantizers.values()):
+        if not self._seen.batches and any(
+            q.encoding is None and not q.is_pinned for q in self.quantizers.values()
+        ):
             raise CalibrationError("calibration needs at least one batch: nothing was observed")
         operators = {p.node: p.operator for p in self.explanation}
         nodes = {mark.name: mark.node for mark in self.marks}
         for name, quantizer in list(self.quantizers.items()):
-            if quantizer.is_mask and (not quantizer.is_infinite or base_name(operators.get(nodes[name], "")) in MASKS):
+            if quantizer.is_mask and (
+                not quantizer.is_infinite or base_name(operators.get(nodes[name], "")) in MASKS
+            ):
                 self._drop(name, "a mask: values beyond 1e30")
                 self._masks.append(name)
-        unseen = [name for name, q in self.quantizers.items() if q.encoding is None and not q.observer.batches and not q.is_pinned]
+        unseen = [
+            name
+            for name, q in self.quantizers.items()
+            if q.encoding is None and not q.observer.batches and not q.is_pinned
+        ]
         if unseen and not allow_unseen:
             raise CalibrationError(
                 f"{len(unseen)} activations saw no data: {', '.join(unseen[:3])}{' ...' if len(unseen) > 3 else ''}; "
@@ -206,7 +226,14 @@ class Calibrated(nn.Module):
         self._set_mode(Mode.SIMULATE)
         constants = tuple(name for name, q in self.quantizers.items() if q.is_constant)
         seen = self._seen
-        return CalibrationReport(seen.tokens, seen.batches, constants, tuple(self._unseen), tuple(self._masks), seen.stopped_early)
+        return CalibrationReport(
+            seen.tokens,
+            seen.batches,
+            constants,
+            tuple(self._unseen),
+            tuple(self._masks),
+            seen.stopped_early,
+        )
 
     @property
     def dropped(self) -> frozenset[str]:
@@ -215,7 +242,11 @@ class Calibrated(nn.Module):
 
     def observations(self) -> dict[str, Tensor]:
         """Everything that was observed, as tensors: a safetensors file holds them, another process takes them in."""
-        tensors = {f"{name}.{part}": t for name, q in self.quantizers.items() for part, t in q.observer.to_tensors().items()}
+        tensors = {
+            f"{name}.{part}": t
+            for name, q in self.quantizers.items()
+            for part, t in q.observer.to_tensors().items()
+        }
         return {**tensors, "seen": torch.tensor([self._seen.tokens, self._seen.batches])}
 
     def take_in(self, observations: Mapping[str, Tensor]) -> None:
@@ -229,9 +260,17 @@ class Calibrated(nn.Module):
             name, dot, part = key.rpartition(".")
             if dot:
                 theirs.setdefault(name, {})[part] = tensor
-        if "seen" not in observations or (strangers := [n for n in theirs if n not in self.quantizers and n not in self._dropped]):
-            what = f"name values that this graph does not quantize: {', '.join(strangers[:3])}" if "seen" in observations else "do not say how much was seen"
-            raise CalibrationError(f"these observations {what}; they belong to another model or placement")
+        if "seen" not in observations or (
+            strangers := [n for n in theirs if n not in self.quantizers and n not in self._dropped]
+        ):
+            what = (
+                f"name values that this graph does not quantize: {', '.join(strangers[:3])}"
+                if "seen" in observations
+                else "do not say how much was seen"
+            )
+            raise CalibrationError(
+                f"these observations {what}; they belong to another model or placement"
+            )
         for name, quantizer in self.quantizers.items():
             if name not in theirs or quantizer.fixed:
                 continue
@@ -241,7 +280,9 @@ class Calibrated(nn.Module):
                 raise CalibrationError(f"{name}: {error}") from error
             quantizer.encoding = None
         tokens, batches = observations["seen"].tolist()
-        self._seen = replace(self._seen, tokens=self._seen.tokens + tokens, batches=self._seen.batches + batches)
+        self._seen = replace(
+            self._seen, tokens=self._seen.tokens + tokens, batches=self._seen.batches + batches
+        )
         self._set_mode(Mode.FLOAT)
 
     def merge(self, other: Calibrated) -> None:
@@ -260,7 +301,9 @@ class Calibrated(nn.Module):
         matching = self._matching(match, self.quantizers)
         names = [name for name in matching if not self.quantizers[name].fixed]
         if not names:
-            raise CalibrationError(f"{match!r} matches only activations whose encodings were taken over, {matching[0]} the first: their grids stay as they are")
+            raise CalibrationError(
+                f"{match!r} matches only activations whose encodings were taken over, {matching[0]} the first: their grids stay as they are"
+            )
         for name in names:
             self.quantizers[name].scheme = scheme
         return names
@@ -291,7 +334,9 @@ class Calibrated(nn.Module):
                 module.mode = before[name]
 
     def _refuse_uncalibrated(self) -> None:
-        missing = [name for name, quantizer in self.quantizers.items() if quantizer.encoding is None]
+        missing = [
+            name for name, quantizer in self.quantizers.items() if quantizer.encoding is None
+        ]
         if missing:
             raise CalibrationError(
                 f"{len(missing)} activations have no encoding yet, {missing[0]} first; call calibrate, or freeze. With float activations it computes "
@@ -305,7 +350,9 @@ class Calibrated(nn.Module):
     def _matching(self, match: str, modules: Mapping[str, Any]) -> list[str]:
         names = [name for name in modules if fnmatchcase(name, match)]
         if not names:
-            raise CalibrationError(f"{match!r} matches nothing that is quantized{near_names(match, list(modules))}")
+            raise CalibrationError(
+                f"{match!r} matches nothing that is quantized{near_names(match, list(modules))}"
+            )
         return names
 
     def _drop(self, name: str, reason: str) -> None:
@@ -314,7 +361,11 @@ class Calibrated(nn.Module):
         self._dropped.add(name)
         (mark,) = (m for m in self.marks if m.name == name)
         self.placement.take_out({name}, Decision.FLOAT, reason)
-        node = next(n for n in self.graph_module.graph.nodes if n.op == "call_module" and n.target == f"quantizer_{mark.node}")
+        node = next(
+            n
+            for n in self.graph_module.graph.nodes
+            if n.op == "call_module" and n.target == f"quantizer_{mark.node}"
+        )
         node.replace_all_uses_with(node.args[0])
         self.graph_module.graph.erase_node(node)
         self.graph_module.delete_submodule(str(node.target))
@@ -343,8 +394,20 @@ class _Watch:
     def is_still(self, quantizers: Mapping[str, Quantizer]) -> bool:
         """To be asked after every batch."""
         names = [name for name, q in quantizers.items() if q.observer.batches and not q.is_pinned]
-        lows = torch.stack([low for name in names if (low := quantizers[name].observer.low) is not None]).tolist() if names else []
-        highs = torch.stack([high for name in names if (high := quantizers[name].observer.high) is not None]).tolist() if names else []
+        lows = (
+            torch.stack(
+                [low for name in names if (low := quantizers[name].observer.low) is not None]
+            ).tolist()
+            if names
+            else []
+        )
+        highs = (
+            torch.stack(
+                [high for name in names if (high := quantizers[name].observer.high) is not None]
+            ).tolist()
+            if names
+            else []
+        )
         now = {name: (low, high) for name, low, high in zip(names, lows, highs, strict=True)}
         moved = any(self._moved(self.before.get(name), *ends) for name, ends in now.items())
         self.before = now
@@ -354,7 +417,9 @@ class _Watch:
     def _moved(self, before: tuple[float, float] | None, low: float, high: float) -> bool:
         if before is None:
             return True
-        return max(before[0] - low, high - before[1]) > self.stillness.share * (max(high, 0) - min(low, 0))
+        return max(before[0] - low, high - before[1]) > self.stillness.share * (
+            max(high, 0) - min(low, 0)
+        )
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:
@@ -363,5 +428,7 @@ def tokens_of(batch: Mapping[str, Any]) -> int:
         return int((mask != 0).sum())
     if isinstance(ids := batch.get("input_ids"), Tensor):
         return ids.numel()
-    first: Sequence[Tensor] = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+    first: Sequence[Tensor] = [
+        value for value in batch.values() if isinstance(value, Tensor) and value.ndim
+    ]
     return len(first[0]) if first else 1

@@ -41,8 +41,17 @@ CACHE = "cache"  # what newer models call the argument
 MASKS_OF = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 _aten = torch.ops.aten
 _SAME_VALUES = (_aten.alias.default, _aten.lift_fresh_copy.default)
-_STOPS = (_aten.detach.default, _aten.detach_.default)  # the same values, but no gradient goes through
-_CASTS = (_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy.default, _aten.type_as.default)
+_STOPS = (
+    _aten.detach.default,
+    _aten.detach_.default,
+)  # the same values, but no gradient goes through
+_CASTS = (
+    _aten.to.dtype,
+    _aten.to.dtype_layout,
+    _aten.to.device,
+    _aten._to_copy.default,
+    _aten.type_as.default,
+)
 
 
 @dataclass(frozen=True)
@@ -65,21 +74,32 @@ class Captured:
         """
         given = dict(arguments)
         for mask, ids in MASKS_OF.items():
-            if given.get(mask) is None and mask in self.interface.inputs and isinstance(given.get(ids), Tensor):
+            if (
+                given.get(mask) is None
+                and mask in self.interface.inputs
+                and isinstance(given.get(ids), Tensor)
+            ):
                 rows, tokens = given[ids].shape
                 given[mask] = given[ids].new_ones(rows, tokens_in(given.get(PAST)) + tokens)
         tensors = self.arguments.flatten(given)
         for name, tensor in zip(self.interface.inputs, tensors, strict=True):
             shape = self.interface.shapes[name]
-            if tensor.ndim != len(shape) or any(isinstance(size, int) and size != found for size, found in zip(shape, tensor.shape, strict=False)):
+            if tensor.ndim != len(shape) or any(
+                isinstance(size, int) and size != found
+                for size, found in zip(shape, tensor.shape, strict=False)
+            ):
                 wanted = ", ".join(str(size) for size in shape)
-                raise CaptureError(f"input {name} has shape {list(tensor.shape)}; the graph takes [{wanted}]. For another size capture again")
+                raise CaptureError(
+                    f"input {name} has shape {list(tensor.shape)}; the graph takes [{wanted}]. For another size capture again"
+                )
         return tensors
 
     @property
     def input_names(self) -> dict[str, str]:
         """The inputs' names by the graph's placeholders."""
-        return dict(zip(self.program.graph_signature.user_inputs, self.interface.inputs, strict=True))
+        return dict(
+            zip(self.program.graph_signature.user_inputs, self.interface.inputs, strict=True)
+        )
 
     def named(self, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """The graph's outputs by name."""
@@ -102,7 +122,9 @@ class Flat(nn.Module):
         """The model's own result."""
         arguments = self.arguments.fill(dict(zip(self.arguments.names, tensors, strict=True)))
         past = arguments.pop(PAST, None)
-        if arguments.get(USE_CACHE):  # an empty one keeps every token, as the graph with a past does
+        if arguments.get(
+            USE_CACHE
+        ):  # an empty one keeps every token, as the graph with a past does
             arguments[self.cache_argument] = past if past is not None else cache_of([])
         return self.model(**arguments)
 
@@ -122,31 +144,54 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
             message names the first module whose output differs.
     """
     if any(module.training for module in model.modules()):
-        raise CaptureError("the model is in training mode; call model.eval() first, the graph is made for one mode")
+        raise CaptureError(
+            "the model is in training mode; call model.eval() first, the graph is made for one mode"
+        )
     arguments, tensors = Structure.of(_completed(model, example_inputs), PAST)
     tensors = _two_rows(tensors)
     if not arguments.cached and any(_is_ids(t) and t.shape[1] < 2 for t in tensors):
-        raise CaptureError("example inputs need at least two tokens, so that their number is not taken for a constant")
+        raise CaptureError(
+            "example inputs need at least two tokens, so that their number is not taken for a constant"
+        )
     flat = Flat(model, arguments).eval()
     with visible_implementations(model), torch.no_grad():
         try:
             result, outputs = Structure.of(flat.result(*tensors), PRESENT)
             program = torch.export.export(
-                flat, tensors, dynamic_shapes={"tensors": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)}, strict=False
+                flat,
+                tensors,
+                dynamic_shapes={
+                    "tensors": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)
+                },
+                strict=False,
             )
         except CaptureError:
             raise
-        except Exception as error:  # torch.export raises a dozen kinds; each means the same to the caller
-            raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {error}") from error
+        except (
+            Exception
+        ) as error:  # torch.export raises a dozen kinds; each means the same to the caller
+            raise CaptureError(
+                f"torch.export cannot capture {type(model).__name__}: {error}"
+            ) from error
         names = tuple(f"out_{name}" if name in arguments.names else name for name in result.names)
         primary = _primary(names, outputs, type(model).__name__)
         axes = Axes.of(program, arguments.names, tensors, arguments.cached)
         program, fixed = _cleaned(program, flat, tensors, axes, names)
     shapes = axes.shapes(program, names, fixed)
-    return Captured(program, Interface(arguments.names, names, primary, shapes, arguments.cached), arguments, result)
+    return Captured(
+        program,
+        Interface(arguments.names, names, primary, shapes, arguments.cached),
+        arguments,
+        result,
+    )
 
 
-def rebound(captured: Captured, program: ExportedProgram, model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
+def rebound(
+    captured: Captured,
+    program: ExportedProgram,
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+) -> Captured:
     """`captured` with `program` in the place of its own: the same graph over other tensors.
 
     Raises:
@@ -155,7 +200,13 @@ def rebound(captured: Captured, program: ExportedProgram, model: nn.Module, exam
     tensors = _two_rows(Structure.of(_completed(model, example_inputs), PAST)[1])
     axes = Axes.of(program, captured.arguments.names, tensors)
     with visible_implementations(model), torch.no_grad():
-        prove(program, Flat(model, captured.arguments).eval(), tensors, axes, captured.interface.outputs)
+        prove(
+            program,
+            Flat(model, captured.arguments).eval(),
+            tensors,
+            axes,
+            captured.interface.outputs,
+        )
     return replace(captured, program=program)
 
 
@@ -174,7 +225,9 @@ def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str,
         completed.setdefault(USE_CACHE, True)
     elif USE_CACHE in _parameters(model):
         completed.setdefault(USE_CACHE, False)
-    if completed.get(USE_CACHE) and getattr(getattr(_unwrapped(model), "config", None), "is_encoder_decoder", False):
+    if completed.get(USE_CACHE) and getattr(
+        getattr(_unwrapped(model), "config", None), "is_encoder_decoder", False
+    ):
         raise CaptureError(
             f"{type(_unwrapped(model)).__name__} has an encoder and a decoder, which keep two caches for each layer (EncoderDecoderCache); a graph holds one. "
             "Capture without a cache (use_cache=False, no past_key_values): each call then computes all of the decoder's tokens"
@@ -190,7 +243,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _parameters(model: nn.Module) -> set[str]:
     """Names of the arguments of the model's forward."""
-    return {name for each in (model, _unwrapped(model)) for name in inspect.signature(each.forward).parameters}
+    return {
+        name
+        for each in (model, _unwrapped(model))
+        for name in inspect.signature(each.forward).parameters
+    }
 
 
 def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -199,7 +256,10 @@ def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if not with_axes:
         raise CaptureError("example inputs hold no tensor with an axis; the graph needs one")
     one = with_axes[0].shape[0] == 1
-    repeated = (t.repeat(2, *[1] * (t.ndim - 1)) if one and t.ndim and t.shape[0] == 1 else t for t in tensors)
+    repeated = (
+        t.repeat(2, *[1] * (t.ndim - 1)) if one and t.ndim and t.shape[0] == 1 else t
+        for t in tensors
+    )
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in repeated)
 
 
@@ -208,18 +268,32 @@ def _is_ids(tensor: Tensor) -> bool:
 
 
 def _primary(names: tuple[str, ...], outputs: tuple[Tensor, ...], model: str) -> str:
-    floats = [name for name, tensor in zip(names, outputs, strict=True) if tensor.is_floating_point()]
+    floats = [
+        name for name, tensor in zip(names, outputs, strict=True) if tensor.is_floating_point()
+    ]
     if not floats:
-        raise CaptureError(f"{model} returns no floating point tensor (outputs: {', '.join(names) or 'none'}), so there is nothing to simulate")
+        raise CaptureError(
+            f"{model} returns no floating point tensor (outputs: {', '.join(names) or 'none'}), so there is nothing to simulate"
+        )
     return "logits" if "logits" in floats else floats[0]
 
 
-def _cleaned(program: ExportedProgram, flat: Flat, tensors: tuple[Tensor, ...], axes: Axes, outputs: tuple[str, ...]) -> tuple[ExportedProgram, set[Place]]:
+def _cleaned(
+    program: ExportedProgram,
+    flat: Flat,
+    tensors: tuple[Tensor, ...],
+    axes: Axes,
+    outputs: tuple[str, ...],
+) -> tuple[ExportedProgram, set[Place]]:
     """The program without what computes nothing, proved, and the axes that the model fixes.
 
     A copy that only changes the layout in memory goes too, unless a sum is then taken in another order: the proof finds that, and all of them stay.
     """
-    packed = {path: module for path, module in flat.named_modules(remove_duplicate=False) if hasattr(type(module), "encoding")}
+    packed = {
+        path: module
+        for path, module in flat.named_modules(remove_duplicate=False)
+        if hasattr(type(module), "encoding")
+    }
     cleaned = _clean(program, packed, keep_layout=False)
     try:
         return cleaned, prove(cleaned, flat, tensors, axes, outputs)
@@ -228,7 +302,9 @@ def _cleaned(program: ExportedProgram, flat: Flat, tensors: tuple[Tensor, ...], 
         return cleaned, prove(cleaned, flat, tensors, axes, outputs)
 
 
-def _clean(program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layout: bool) -> ExportedProgram:
+def _clean(
+    program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layout: bool
+) -> ExportedProgram:
     graph = inlined_graph(program)
     learning = _learning(graph, program)
     for node in list(graph.nodes):
@@ -236,12 +312,18 @@ def _clean(program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layou
             continue
         if node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif node.target is _aten.set_.source_Tensor:  # a parameter that is parametrized for one forward takes the storage that it has
+        elif (
+            node.target is _aten.set_.source_Tensor
+        ):  # a parameter that is parametrized for one forward takes the storage that it has
             node.replace_all_uses_with(node.args[1])
             graph.erase_node(node)
         elif node.target in _STOPS and node in learning:
             node.target = _aten.detach.default
-        elif node.target in _STOPS or _changes_nothing(node) or (node.target is _aten.contiguous.default and not keep_layout):
+        elif (
+            node.target in _STOPS
+            or _changes_nothing(node)
+            or (node.target is _aten.contiguous.default and not keep_layout)
+        ):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target is _aten.cat.default:
@@ -256,7 +338,11 @@ def _clean(program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layou
 def _learning(graph: Graph, program: ExportedProgram) -> set[Node]:
     """The nodes that parameters with a gradient flow into: where one of them stops the gradient, training through the graph asks for it."""
     found: set[Node] = set()
-    parameters = {s.arg.name: program.state_dict[s.target] for s in program.graph_signature.input_specs if s.kind is InputKind.PARAMETER}
+    parameters = {
+        s.arg.name: program.state_dict[s.target]
+        for s in program.graph_signature.input_specs
+        if s.kind is InputKind.PARAMETER
+    }
     for node in graph.nodes:
         given = parameters[node.name].requires_grad if node.name in parameters else False
         if given or any(source in found for source in node.all_input_nodes):
@@ -289,7 +375,14 @@ def _unpack_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
             continue
         layer = packed.get(module_path(node).partition("@")[0])
         earlier = first.setdefault(node.args, [])
-        if same := next((other for reader, other in earlier if layer is None or reader is None or reader is layer), None):
+        if same := next(
+            (
+                other
+                for reader, other in earlier
+                if layer is None or reader is None or reader is layer
+            ),
+            None,
+        ):
             node.replace_all_uses_with(same)
             graph.erase_node(node)
         else:
@@ -303,7 +396,12 @@ def _changes_nothing(node: Node) -> bool:
         return node.args[2] is False
     if node.target in _CASTS:
         before, after = _value(node.args[0]), _value(node)
-        return before is not None and after is not None and before.dtype == after.dtype and before.device == after.device
+        return (
+            before is not None
+            and after is not None
+            and before.dtype == after.dtype
+            and before.device == after.device
+        )
     return False
 
 

@@ -42,7 +42,14 @@ def rewrite_devices_(graph_module: GraphModule, device: torch.device) -> None:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where the tensors of `module` are; the CPU if it has none."""
-    return next((tensor.device for tensors in (module.parameters(), module.buffers()) for tensor in tensors), torch.device("cpu"))
+    return next(
+        (
+            tensor.device
+            for tensors in (module.parameters(), module.buffers())
+            for tensor in tensors
+        ),
+        torch.device("cpu"),
+    )
 
 
 def moved_encoding(encoding: Encoding, device: torch.device) -> Encoding:

@@ -47,19 +47,25 @@ def load_encodings(folder: Path) -> dict[str, Encoding]:
         CalibrationError: the folder does not hold them, or not all.
     """
     try:
-        found = {entry.name: _from_file(entry) for entry in files.read(folder / ENCODINGS).encodings}
+        found = {
+            entry.name: _from_file(entry) for entry in files.read(folder / ENCODINGS).encodings
+        }
     except (EncodingsFileError, ValueError) as error:
         raise unreadable(folder, error) from error
     wanted = read_record(folder)["encodings"] if (folder / RECORD).exists() else {}
     if missing := [name for name in wanted if name not in found]:
-        raise CalibrationError(f"{len(missing)} encodings are missing from {str(folder / ENCODINGS)!r}, {missing[0]} first; calibrate again")
+        raise CalibrationError(
+            f"{len(missing)} encodings are missing from {str(folder / ENCODINGS)!r}, {missing[0]} first; calibrate again"
+        )
     return found
 
 
 def load_activations(folder: Path) -> dict[str, Encoding]:
     """Of a simulation's encodings, those of activations."""
     kinds = read_record(folder)["encodings"]
-    return {name: e for name, e in load_encodings(folder).items() if kinds.get(name) == Kind.ACTIVATION}
+    return {
+        name: e for name, e in load_encodings(folder).items() if kinds.get(name) == Kind.ACTIVATION
+    }
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -79,12 +85,16 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def unreadable(folder: Path, error: Exception) -> CalibrationError:
     """The error of a folder that holds no whole simulation."""
-    return CalibrationError(f"{str(folder)!r} holds no simulation that can be read ({error}); calibrate again")
+    return CalibrationError(
+        f"{str(folder)!r} holds no simulation that can be read ({error}); calibrate again"
+    )
 
 
 def _to_file(name: str, encoding: Encoding | FloatOffsetEncoding) -> files.IntegerEncoding:
     if not isinstance(encoding, Encoding):
-        raise CalibrationError(f"{name}: {encoding.scheme} has float offsets, which no encodings file can hold")
+        raise CalibrationError(
+            f"{name}: {encoding.scheme} has float offsets, which no encodings file can hold"
+        )
     scheme, scale = encoding.scheme, encoding.scale.detach().cpu()
     axis = block_size = None
     match scheme.granularity:
@@ -95,14 +105,18 @@ def _to_file(name: str, encoding: Encoding | FloatOffsetEncoding) -> files.Integ
         case PerBlock(size):
             axis, block_size = scale.ndim - 1, size
         case other:
-            raise CalibrationError(f"{name}: a simulation has grids per tensor, channel or block, not {other}")
+            raise CalibrationError(
+                f"{name}: a simulation has grids per tensor, channel or block, not {other}"
+            )
     offset = encoding.offset.cpu().numpy()
     return files.IntegerEncoding(
         name,
         scheme.bitwidth,
         scale.numpy().astype(np.float64),
         offset,
-        symmetric=bool((offset == scheme.symmetric_offset).all()),  # all that 2.1.0 says; what was asked for is in `signed`
+        symmetric=bool(
+            (offset == scheme.symmetric_offset).all()
+        ),  # all that 2.1.0 says; what was asked for is in `signed`
         signed=scheme.symmetric,
         axis=axis,
         block_size=block_size,
@@ -112,7 +126,13 @@ def _to_file(name: str, encoding: Encoding | FloatOffsetEncoding) -> files.Integ
 def _from_file(entry: files.Encoding) -> Encoding:
     if not isinstance(entry, files.IntegerEncoding) or entry.zero_point_shift:
         raise ValueError(f"{entry.name} is no plain integer grid")
-    granularity = PerBlock(entry.block_size) if entry.block_size else PerTensor() if entry.axis is None else PerChannel(entry.axis)
+    granularity = (
+        PerBlock(entry.block_size)
+        if entry.block_size
+        else PerTensor()
+        if entry.axis is None
+        else PerChannel(entry.axis)
+    )
     scheme = Scheme(entry.bitwidth, bool(entry.signed), granularity)
     scale = torch.from_numpy(entry.scale.astype(np.float32))
     offset: Tensor = torch.from_numpy(entry.offset.astype(np.int32))

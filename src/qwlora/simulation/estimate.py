@@ -48,7 +48,9 @@ def estimate(quantizers: Sequence[Quantizer]) -> None:
 def _estimate_alike(group: Sequence[Quantizer], scheme: Scheme, estimator: Estimator) -> None:
     searched = [q for q in group if estimator.needs_sample and not q.is_pinned]
     if without := [q.name for q in searched if not q.observer.sampled]:
-        raise CalibrationError(f"observer {estimator.name} needs a sample, and {without[0]} was observed without one; observe again")
+        raise CalibrationError(
+            f"observer {estimator.name} needs a sample, and {without[0]} was observed without one; observe again"
+        )
     low, high = _extremes(group, estimator)
     _refuse_what_is_not_finite(group, low, high)
     many = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
@@ -65,7 +67,9 @@ def _estimate_alike(group: Sequence[Quantizer], scheme: Scheme, estimator: Estim
     together = encoding_from_range(low, high, many)
     for i, quantizer in enumerate(group):
         device = quantizer.observer.ends.device
-        quantizer.encoding = Encoding(scheme, together.scale[i].to(device), together.offset[i].to(device))
+        quantizer.encoding = Encoding(
+            scheme, together.scale[i].to(device), together.offset[i].to(device)
+        )
 
 
 def _extremes(group: Sequence[Quantizer], estimator: Estimator) -> tuple[Tensor, Tensor]:
@@ -76,8 +80,12 @@ def _extremes(group: Sequence[Quantizer], estimator: Estimator) -> tuple[Tensor,
         if not len(seen):
             ends.append(torch.zeros(2))
         elif estimator.name == "moving-average":
-            weights = estimator.momentum * (1 - estimator.momentum) ** torch.arange(len(seen) - 1, -1, -1, dtype=torch.float64)
-            ends.append(((weights @ seen.double()) / (1 - (1 - estimator.momentum) ** len(seen))).float())
+            weights = estimator.momentum * (1 - estimator.momentum) ** torch.arange(
+                len(seen) - 1, -1, -1, dtype=torch.float64
+            )
+            ends.append(
+                ((weights @ seen.double()) / (1 - (1 - estimator.momentum) ** len(seen))).float()
+            )
         else:
             ends.append(torch.stack([seen[:, 0].amin(), seen[:, 1].amax()]))
     low, high = torch.stack(ends).unbind(1)
@@ -92,7 +100,11 @@ def _refuse_what_is_not_finite(group: Sequence[Quantizer], low: Tensor, high: Te
         names = [group[i].name for i in bad.nonzero().flatten().tolist()]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         finite = bool(torch.isfinite(low[bad]).all() and torch.isfinite(high[bad]).all())
-        what = "wider than float32 can hold; look for values that are masks or an overflow" if finite else "not finite (nan or infinity in the data)"
+        what = (
+            "wider than float32 can hold; look for values that are masks or an overflow"
+            if finite
+            else "not finite (nan or infinity in the data)"
+        )
         raise CalibrationError(f"{', '.join(names[:3])}{more}: the observed range is {what}")
 
 
@@ -102,17 +114,25 @@ def _parts(quantizers: Sequence[Quantizer]) -> list[list[Quantizer]]:
     for q in quantizers:
         alike[len(q.observer.sample), q.observer.is_complete, q.observer.tails.shape[1]].append(q)
     at_once = {key: max(1, _POINTS_AT_ONCE // max(1, key[0])) for key in alike}
-    return [group[i : i + at_once[key]] for key, group in alike.items() for i in range(0, len(group), at_once[key])]
+    return [
+        group[i : i + at_once[key]]
+        for key, group in alike.items()
+        for i in range(0, len(group), at_once[key])
+    ]
 
 
 def _points(part: Sequence[Quantizer]) -> Points:
     """The sampled values of several quantizers in ascending order, each with the number of values that it stands for."""
-    samples = torch.from_numpy(np.sort(torch.stack([q.observer.sample.cpu() for q in part]).numpy(), axis=1))
+    samples = torch.from_numpy(
+        np.sort(torch.stack([q.observer.sample.cpu() for q in part]).numpy(), axis=1)
+    )
     if part[0].observer.is_complete:
         places = samples.double()
         return Points(running_sums(torch.ones_like(places), places), places)
     bounds = torch.stack([q.observer.bounds.cpu() for q in part]).unsqueeze(2)  # [quantizers, 2, 1]
-    far = torch.from_numpy(np.sort(torch.stack([q.observer.tails.cpu() for q in part]).numpy(), axis=2))
+    far = torch.from_numpy(
+        np.sort(torch.stack([q.observer.tails.cpu() for q in part]).numpy(), axis=2)
+    )
     # what lies on the wrong side of a bound is known from the other side: it moves to the bound, and counts nothing
     tails, tail_weights = far.maximum(bounds), (far >= bounds).double()
     first, last = -bounds[:, 0], bounds[:, 1].contiguous()
@@ -121,15 +141,23 @@ def _points(part: Sequence[Quantizer]) -> Points:
     missing = torch.tensor([q.observer.count for q in part]) - tail_weights.sum((1, 2))
     places = torch.empty(len(part), samples.shape[1] + 2 * tails.shape[2], dtype=torch.float64)
     weights = torch.empty_like(places)
-    places[:, : inside.start], weights[:, : inside.start] = -tails[:, 0].flip(1), tail_weights[:, 0].flip(1)
+    places[:, : inside.start], weights[:, : inside.start] = (
+        -tails[:, 0].flip(1),
+        tail_weights[:, 0].flip(1),
+    )
     places[:, inside.stop :], weights[:, inside.stop :] = tails[:, 1], tail_weights[:, 1]
-    places[:, inside], weights[:, inside] = samples.clamp_(first, last), missing.clamp(min=0).unsqueeze(1) / (end - begin).clamp(min=1)
+    places[:, inside], weights[:, inside] = (
+        samples.clamp_(first, last),
+        missing.clamp(min=0).unsqueeze(1) / (end - begin).clamp(min=1),
+    )
     for row, ends in zip(weights[:, inside], torch.cat([begin, end], 1).tolist(), strict=True):
         row[: ends[0]], row[ends[1] :] = 0, 0
     return Points(running_sums(weights, places), places)
 
 
-def _search(points: Points, low: Tensor, high: Tensor, scheme: Scheme, estimator: Estimator) -> tuple[Tensor, Tensor]:
+def _search(
+    points: Points, low: Tensor, high: Tensor, scheme: Scheme, estimator: Estimator
+) -> tuple[Tensor, Tensor]:
     """The range that the estimator chooses for each."""
     if estimator.name == "percentile":
         first, last = points.percentile_range(estimator.percentile)

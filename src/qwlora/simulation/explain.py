@@ -49,7 +49,11 @@ class Explanation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"policy": self.policy, "unknown": self.unknown, "values": [asdict(value) for value in self.values]}
+        return {
+            "policy": self.policy,
+            "unknown": self.unknown,
+            "values": [asdict(value) for value in self.values],
+        }
 
 
 def explain(simulation: Simulation, policy: str) -> Explanation:
@@ -57,9 +61,18 @@ def explain(simulation: Simulation, policy: str) -> Explanation:
     kinds = {mark.node: mark.kind.value for mark in simulation.marks}
     values = []
     for placed in (*simulation.placement.weights, *simulation.explanation):
-        known = {f: getattr(placed, f) for f in ("name", "module", "operator", "module_class", "decision", "reason")}
+        known = {
+            f: getattr(placed, f)
+            for f in ("name", "module", "operator", "module_class", "decision", "reason")
+        }
         values.append(
-            Explained(**known, kind=kinds.get(placed.node, "activation" if placed.operator != "weight" else "parameter"), **_grid(simulation, placed))
+            Explained(
+                **known,
+                kind=kinds.get(
+                    placed.node, "activation" if placed.operator != "weight" else "parameter"
+                ),
+                **_grid(simulation, placed),
+            )
         )
     return Explanation(policy, tuple(values), dict(simulation.placement.unknown))
 

@@ -15,7 +15,15 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from qwlora.grid.names import is_adapter_name
-from qwlora.simulation.aten import MASKS, MATRIX_PRODUCTS, MOVES_DATA, SEVERAL_OPERATIONS, SOFTMAXES, base_name, is_known
+from qwlora.simulation.aten import (
+    MASKS,
+    MATRIX_PRODUCTS,
+    MOVES_DATA,
+    SEVERAL_OPERATIONS,
+    SOFTMAXES,
+    base_name,
+    is_known,
+)
 from qwlora.simulation.branch import factor_nodes
 from qwlora.simulation.parameters import module_stack, parameter_names
 from qwlora.simulation.rules import Fact
@@ -34,12 +42,20 @@ class GraphFacts:
         self._one_operation = re.compile(one_operation)
         # DoRA adds to a base layer's output what it computes from that, which makes it the layer's output and no residual stream
         self._residual_additions = residual_additions(program) - factor_nodes(program)
-        integers = {n.name for n in _placeholders(program) if isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].is_floating_point()}
+        integers = {
+            n.name
+            for n in _placeholders(program)
+            if isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].is_floating_point()
+        }
         # what an embedding looks up is not an integer, whatever its table is made of
-        self._integer_origins = _made_from_alone(program, integers, but_for=frozenset({"embedding"}))
+        self._integer_origins = _made_from_alone(
+            program, integers, but_for=frozenset({"embedding"})
+        )
         self._masked = _masked(program, self._integer_origins)
         self._angles = _angles(program)
-        self._constants_given = {n.name for n in _placeholders(program)} - set(program.graph_signature.user_inputs)
+        self._constants_given = {n.name for n in _placeholders(program)} - set(
+            program.graph_signature.user_inputs
+        )
         self._constants = _made_from_alone(program, self._constants_given)
 
     def facts(self, node: Node) -> frozenset[Fact]:
@@ -49,7 +65,9 @@ class GraphFacts:
         found = set()
         operator = operator_of(node)
         made = origin(node)
-        multiplied = made is not None and Fact.MATMUL_INPUT in self._matmul_facts.get(made.name, set())
+        multiplied = made is not None and Fact.MATMUL_INPUT in self._matmul_facts.get(
+            made.name, set()
+        )
         if node.meta["val"].dtype == torch.float64:
             found.add(Fact.FLOAT64)
         if node.name in self._integer_origins:
@@ -87,13 +105,20 @@ class GraphFacts:
     @cached_property
     def _compound(self) -> set[str]:
         """Stack keys of the modules that multiply matrices or attend."""
-        return {key for n in _calls(self.program) if base_name(operator_of(n)) in SEVERAL_OPERATIONS for key in module_stack(n)}
+        return {
+            key
+            for n in _calls(self.program)
+            if base_name(operator_of(n)) in SEVERAL_OPERATIONS
+            for key in module_stack(n)
+        }
 
     @cached_property
     def _adapted_weights(self) -> set[str]:
         """Names of the nodes that add an adapter's product to a weight, for a matrix product of that and an activation."""
         own = {name for name, parameter in self.parameters.items() if is_adapter_name(parameter)}
-        made_of_adapter = self._constants - _made_from_alone(self.program, self._constants_given - own)
+        made_of_adapter = self._constants - _made_from_alone(
+            self.program, self._constants_given - own
+        )
         found: set[str] = set()
         for node in reversed(_calls(self.program)):
             factors = [made for factor in _factors(node) if (made := origin(factor)) is not None]
@@ -108,8 +133,14 @@ class GraphFacts:
         """By node: whether matrix products read it, and as what."""
         facts: dict[str, set[Fact]] = {}
         for node in _calls(self.program):
-            activations = [(i, made) for i, factor in enumerate(_factors(node)) if factor.name not in self._constants and (made := origin(factor)) is not None]
-            activations = [(i, made) for i, made in activations if made.name not in self._adapted_weights]
+            activations = [
+                (i, made)
+                for i, factor in enumerate(_factors(node))
+                if factor.name not in self._constants and (made := origin(factor)) is not None
+            ]
+            activations = [
+                (i, made) for i, made in activations if made.name not in self._adapted_weights
+            ]
             for i, made in activations:
                 facts.setdefault(made.name, set()).add(Fact.MATMUL_INPUT)
                 if i > 0 and len(activations) > 1:
@@ -119,7 +150,11 @@ class GraphFacts:
 
 def origin(node: Node) -> Node | None:
     """The value that `node` was moved from; itself if it was not moved. None if that is an integer."""
-    while node.op == "call_function" and base_name(operator_of(node)) in MOVES_DATA and (sources := _nodes(node.args[0])):
+    while (
+        node.op == "call_function"
+        and base_name(operator_of(node)) in MOVES_DATA
+        and (sources := _nodes(node.args[0]))
+    ):
         node = sources[0]
     value = node.meta.get("val")
     return node if isinstance(value, Tensor) and value.is_floating_point() else None
@@ -134,10 +169,16 @@ def _factors(node: Node) -> list[Node]:
 def operator_of(node: Node) -> str:
     """The operator's name; one of several results of an operator goes by that operator."""
     producer = node
-    while getattr(producer.target, "__name__", "") == "getitem" and isinstance(producer.args[0], Node):
+    while getattr(producer.target, "__name__", "") == "getitem" and isinstance(
+        producer.args[0], Node
+    ):
         producer = producer.args[0]
     schema = getattr(producer.target, "_schema", None)
-    return schema.name.partition("::")[2] if schema is not None else getattr(producer.target, "__name__", str(producer.target))
+    return (
+        schema.name.partition("::")[2]
+        if schema is not None
+        else getattr(producer.target, "__name__", str(producer.target))
+    )
 
 
 def module_of(node: Node) -> tuple[str, str]:
@@ -153,8 +194,14 @@ def residual_additions(program: ExportedProgram) -> set[str]:
     found = set()
     for node in _calls(program):
         if base_name(operator_of(node)) == "add":
-            operands = sorted((a for a in node.all_input_nodes if _is_tensor(a)), key=order.__getitem__)
-            if len(operands) == 2 and operands[0].op == "call_function" and _flows_into(operands[0], operands[1], order):
+            operands = sorted(
+                (a for a in node.all_input_nodes if _is_tensor(a)), key=order.__getitem__
+            )
+            if (
+                len(operands) == 2
+                and operands[0].op == "call_function"
+                and _flows_into(operands[0], operands[1], order)
+            ):
                 found.add(node.name)
     return found
 
@@ -176,7 +223,11 @@ def _angles(program: ExportedProgram) -> set[str]:
     """Names of the nodes all of whose readers are sines, cosines, or such nodes themselves."""
     found: set[str] = set()
     for node in reversed(program.graph.nodes):
-        if node.users and all(n.name in found or (n.op == "call_function" and base_name(operator_of(n)) in ("sin", "cos")) for n in node.users):
+        if node.users and all(
+            n.name in found
+            or (n.op == "call_function" and base_name(operator_of(n)) in ("sin", "cos"))
+            for n in node.users
+        ):
             found.add(node.name)
     return found
 
@@ -185,26 +236,41 @@ def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
     """Names of the nodes that meet a mask, which is made of integers, and of what is computed from them on the way to a softmax."""
     scores: set[str] = set()
     for node in reversed(_calls(program)):
-        if any(_operator_of_call(user) in SOFTMAXES or (user.name in scores and _operator_of_call(user) not in MATRIX_PRODUCTS) for user in node.users):
+        if any(
+            _operator_of_call(user) in SOFTMAXES
+            or (user.name in scores and _operator_of_call(user) not in MATRIX_PRODUCTS)
+            for user in node.users
+        ):
             scores.add(node.name)
     found: set[str] = set()
     for node in _calls(program):
         operator = _operator_of_call(node)
-        meets_mask = operator in MASKS and any(a.name in integer_origins and _is_tensor(a) for a in node.all_input_nodes)
-        computed = node.name in scores and operator not in MATRIX_PRODUCTS and operator not in SOFTMAXES
-        if meets_mask or (computed and any(a.name in found and a.name not in integer_origins for a in node.all_input_nodes)):
+        meets_mask = operator in MASKS and any(
+            a.name in integer_origins and _is_tensor(a) for a in node.all_input_nodes
+        )
+        computed = (
+            node.name in scores and operator not in MATRIX_PRODUCTS and operator not in SOFTMAXES
+        )
+        if meets_mask or (
+            computed
+            and any(a.name in found and a.name not in integer_origins for a in node.all_input_nodes)
+        ):
             found.add(node.name)
     return found
 
 
-def _made_from_alone(program: ExportedProgram, placeholders: set[str], but_for: frozenset[str] = frozenset()) -> set[str]:
+def _made_from_alone(
+    program: ExportedProgram, placeholders: set[str], but_for: frozenset[str] = frozenset()
+) -> set[str]:
     """Names of the nodes that no values flow into but those of `placeholders`, these among them; results of the operators `but_for` are not followed.
 
     The size of a tensor is a number like any other, whatever the tensor holds.
     """
     found = set(placeholders)
     for node in _calls(program):
-        computed = operator_of(node) not in but_for and all(n.name in found for n in node.all_input_nodes)
+        computed = operator_of(node) not in but_for and all(
+            n.name in found for n in node.all_input_nodes
+        )
         if computed or isinstance(node.meta.get("val"), torch.SymInt | int):
             found.add(node.name)
     return found
@@ -225,7 +291,11 @@ def _calls(program: ExportedProgram) -> list[Node]:
 
 def _nodes(argument: Any) -> list[Node]:
     """The nodes in an argument that is one, or a list of them."""
-    return [a for a in (argument if isinstance(argument, list | tuple) else [argument]) if isinstance(a, Node)]
+    return [
+        a
+        for a in (argument if isinstance(argument, list | tuple) else [argument])
+        if isinstance(a, Node)
+    ]
 
 
 def _class_name(kind: object) -> str:

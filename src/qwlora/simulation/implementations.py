@@ -23,7 +23,12 @@ _CHOICES = ("_attn_implementation_internal", "_experts_implementation_internal")
 def visible_implementations(model: nn.Module) -> Iterator[None]:
     """Within, every transformers model inside `model` computes attention and experts in the ways that a graph shows."""
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    before = [(config, key, config.__dict__[key]) for config in _configs(models) for key in _CHOICES if key in config.__dict__]
+    before = [
+        (config, key, config.__dict__[key])
+        for config in _configs(models)
+        for key in _CHOICES
+        if key in config.__dict__
+    ]
     try:
         inside: set[int] = set()
         for each in models:

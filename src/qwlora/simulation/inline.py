@@ -24,7 +24,10 @@ from qwlora.errors import CaptureError
 from qwlora.grid.names import canonical_name
 from qwlora.simulation.facts import module_of
 
-_GRADIENT_MODE, _AUTOCAST = torch.ops.higher_order.wrap_with_set_grad_enabled, torch.ops.higher_order.wrap_with_autocast
+_GRADIENT_MODE, _AUTOCAST = (
+    torch.ops.higher_order.wrap_with_set_grad_enabled,
+    torch.ops.higher_order.wrap_with_autocast,
+)
 
 
 def inlined_graph(program: ExportedProgram) -> Graph:
@@ -51,13 +54,19 @@ def _inline_(graph: Graph, owner: GraphModule) -> None:
             arguments = node.args[5:]
         else:
             raise CaptureError(_refusal(node))
-        values: dict[Node, Any] = dict(zip((n for n in body.nodes if n.op == "placeholder"), arguments, strict=True))
+        values: dict[Node, Any] = dict(
+            zip((n for n in body.nodes if n.op == "placeholder"), arguments, strict=True)
+        )
         with graph.inserting_before(node):
             results = graph.graph_copy(body, values)
         for user in list(node.users):  # each takes one result out
             user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
             graph.erase_node(user)
-        wrapped = [argument for argument in node.args if isinstance(argument, Node) and argument.op == "get_attr"]
+        wrapped = [
+            argument
+            for argument in node.args
+            if isinstance(argument, Node) and argument.op == "get_attr"
+        ]
         graph.erase_node(node)
         for attribute in wrapped:
             if not attribute.users:
@@ -76,12 +85,20 @@ def _changes_types(graph: Graph) -> bool:
     """Whether the result of an operator has a type that neither its arguments nor its options have: autocast gave it."""
     for node in graph.nodes:
         result = node.meta.get("val")
-        if node.op != "call_function" or not isinstance(result, Tensor) or not result.is_floating_point():
+        if (
+            node.op != "call_function"
+            or not isinstance(result, Tensor)
+            or not result.is_floating_point()
+        ):
             continue
         options = [*node.args, *node.kwargs.values()]
         types: list[torch.dtype] = []
         map_arg(options, lambda n: types.append(n.meta["val"].dtype) if _is_float(n) else None)  # noqa: B023 (called at once)
-        if types and result.dtype not in options and result.dtype != reduce(torch.promote_types, types):
+        if (
+            types
+            and result.dtype not in options
+            and result.dtype != reduce(torch.promote_types, types)
+        ):
             return True
     return False
 

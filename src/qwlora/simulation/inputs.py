@@ -43,9 +43,15 @@ def complete(names: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]
 def _positions(present: Mapping[str, Any], ids: Tensor) -> Tensor:
     positions = present.get(_POSITIONS)
     if isinstance(positions, Tensor):
-        return positions.expand(len(ids), -1) if positions.ndim == 2 and len(positions) == 1 else positions  # often given once for all rows
+        return (
+            positions.expand(len(ids), -1)
+            if positions.ndim == 2 and len(positions) == 1
+            else positions
+        )  # often given once for all rows
     if _MASK in present and not _is_all_ones(present[_MASK]):
-        raise CaptureError(f"{_POSITIONS}: the graph was captured with them, and a masked batch needs them; give them")
+        raise CaptureError(
+            f"{_POSITIONS}: the graph was captured with them, and a masked batch needs them; give them"
+        )
     return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 
 
@@ -54,4 +60,6 @@ def _is_all_ones(mask: Any) -> bool:
 
 
 def _counts_from_zero(positions: Any) -> bool:
-    return isinstance(positions, Tensor) and bool((positions == torch.arange(positions.shape[-1], device=positions.device)).all())
+    return isinstance(positions, Tensor) and bool(
+        (positions == torch.arange(positions.shape[-1], device=positions.device)).all()
+    )

@@ -118,9 +118,13 @@ class SampleObserver:
         if not other.batches:
             return
         if self.sampled and not other.sampled:
-            raise CalibrationError("it was observed without a sample, which this observer needs; observe with the same observers on both sides")
+            raise CalibrationError(
+                "it was observed without a sample, which this observer needs; observe with the same observers on both sides"
+            )
         device = other._ends.device
-        self._ends = torch.cat([self._ends[:, : self.batches].to(device), other._ends[:, : other.batches]], 1)
+        self._ends = torch.cat(
+            [self._ends[:, : self.batches].to(device), other._ends[:, : other.batches]], 1
+        )
         self.batches += other.batches
         self.count += other.count
         if self.sampled:
@@ -129,8 +133,16 @@ class SampleObserver:
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything that is remembered, as tensors."""
         numbers = torch.tensor([self.count, self.row_stride, self.column_stride, int(self.sampled)])
-        kept = {"ends": self.ends, "sample": self.sample, "tails": self.tails, "bounds": self.bounds}
-        return {"numbers": numbers, **{name: tensor.clone().contiguous() for name, tensor in kept.items()}}
+        kept = {
+            "ends": self.ends,
+            "sample": self.sample,
+            "tails": self.tails,
+            "bounds": self.bounds,
+        }
+        return {
+            "numbers": numbers,
+            **{name: tensor.clone().contiguous() for name, tensor in kept.items()},
+        }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SampleObserver:
@@ -148,15 +160,26 @@ class SampleObserver:
         """The same memory there: what comes by on that device can be added to it."""
         if self._ends.device == device:
             return self
-        return self.from_tensors({name: tensor if name in ("numbers", "bounds") else tensor.to(device) for name, tensor in self.to_tensors().items()})
+        return self.from_tensors(
+            {
+                name: tensor if name in ("numbers", "bounds") else tensor.to(device)
+                for name, tensor in self.to_tensors().items()
+            }
+        )
 
     def _take_tails(self, rows: Tensor, reach: Float[Tensor, "2 rows"]) -> Float[Tensor, " 2"]:
         """Keep what lies furthest out, given how far each row reaches to either side; returns how far all do."""
-        furthest, where = reach.topk(max(1, min(ROWS_IN_TAIL, reach.shape[1] // 2)))  # of half of the rows at most, so that the bounds never cross
+        furthest, where = reach.topk(
+            max(1, min(ROWS_IN_TAIL, reach.shape[1] // 2))
+        )  # of half of the rows at most, so that the bounds never cross
         lows, highs = furthest.tolist()
         tails, bounds = furthest, (lows[-1], highs[-1])
         if lows[0] > _FAR_OUT * lows[-1] or highs[0] > _FAR_OUT * highs[-1]:
-            values = rows.reshape(-1, rows.shape[-1]).index_select(0, where[:, :ROWS_LOOKED_AT].flatten()).view(2, -1)
+            values = (
+                rows.reshape(-1, rows.shape[-1])
+                .index_select(0, where[:, :ROWS_LOOKED_AT].flatten())
+                .view(2, -1)
+            )
             values[0].neg_()
             if values.shape[1] > VALUES_IN_TAIL:
                 values = values.topk(VALUES_IN_TAIL).values
@@ -185,14 +208,23 @@ class SampleObserver:
             self._halve(of_rows=self.row_stride < count)
         taken = _every(rows, _turned(self.batches, _ROW_TURN, self.row_stride), self.row_stride)
         if self.column_stride > 1:
-            taken = taken[:, _turned(self.batches, _COLUMN_TURN, self.column_stride) :: self.column_stride]
+            taken = taken[
+                :, _turned(self.batches, _COLUMN_TURN, self.column_stride) :: self.column_stride
+            ]
         self._add_to_sample(taken)
-        while self._sampled_values > VALUES:  # a stride beyond what there is would skip whole batches
-            self._halve(of_rows=self.column_stride >= columns or self.row_stride <= min(self.column_stride, count - 1))
+        while (
+            self._sampled_values > VALUES
+        ):  # a stride beyond what there is would skip whole batches
+            self._halve(
+                of_rows=self.column_stride >= columns
+                or self.row_stride <= min(self.column_stride, count - 1)
+            )
 
     def _add_to_sample(self, values: Tensor) -> None:
         self._sample = _with_room(self._sample, self._sampled_values, values.numel(), values.device)
-        self._sample[self._sampled_values : self._sampled_values + values.numel()].view(values.shape).copy_(values)
+        self._sample[self._sampled_values : self._sampled_values + values.numel()].view(
+            values.shape
+        ).copy_(values)
         self._sampled_values += values.numel()
 
     def _halve(self, of_rows: bool) -> None:
@@ -203,7 +235,9 @@ class SampleObserver:
             self.column_stride *= 2
 
     def _thin(self, keep: int) -> None:
-        self._sample[:keep] = self.sample[_any_of(self._sampled_values, keep).to(self._sample.device)]
+        self._sample[:keep] = self.sample[
+            _any_of(self._sampled_values, keep).to(self._sample.device)
+        ]
         self._sampled_values = keep
 
     def _merge_sample(self, other: SampleObserver) -> None:
@@ -222,11 +256,15 @@ class SampleObserver:
             self._halve(of_rows=self.row_stride <= self.column_stride)
 
 
-def _with_room(memory: Float[Tensor, "*axes room"], used: int, added: int, device: torch.device) -> Float[Tensor, "*axes more"]:
+def _with_room(
+    memory: Float[Tensor, "*axes room"], used: int, added: int, device: torch.device
+) -> Float[Tensor, "*axes more"]:
     """`memory` on the device, with room for so many more values along the last axis than are used."""
     if used + added <= memory.shape[-1] and memory.device == device:
         return memory
-    grown = torch.empty(*memory.shape[:-1], max(8, used + added, 2 * memory.shape[-1]), device=device)
+    grown = torch.empty(
+        *memory.shape[:-1], max(8, used + added, 2 * memory.shape[-1]), device=device
+    )
     grown[..., :used] = memory[..., :used]
     return grown
 
@@ -254,15 +292,23 @@ def _turned(batches: int, turn: float, stride: int) -> int:
     return int(batches * turn % 1 * stride)
 
 
-def _every(rows: Float[Tensor, "*axes columns"], first: int, stride: int) -> Float[Tensor, "some columns"]:
+def _every(
+    rows: Float[Tensor, "*axes columns"], first: int, stride: int
+) -> Float[Tensor, "some columns"]:
     """Rows at equal distances, of all axes but the last; copies no others, however `rows` lies in memory."""
     if rows.ndim == 2:
         return rows[first::stride]
     count = rows.numel() // rows.shape[-1]
-    return rows[torch.unravel_index(torch.arange(min(first, count), count, stride, device=rows.device), rows.shape[:-1])]
+    return rows[
+        torch.unravel_index(
+            torch.arange(min(first, count), count, stride, device=rows.device), rows.shape[:-1]
+        )
+    ]
 
 
 @lru_cache(maxsize=16)  # activations have few sizes, and drawing takes longer than a small layer
 def _any_of(count: int, keep: int) -> Tensor:
     """Ascending indices of `keep` out of `count`, always the same."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(count))[:keep].sort().values
+    return (
+        torch.randperm(count, generator=torch.Generator().manual_seed(count))[:keep].sort().values
+    )

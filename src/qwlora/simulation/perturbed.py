@@ -28,9 +28,13 @@ class SumInHalves(Interpreter):
             return self._convolution(target, *args)
         return super().call_function(target, args, kwargs)
 
-    def _convolution(self, target: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any) -> Tensor:
+    def _convolution(
+        self, target: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any
+    ) -> Tensor:
         half = weight.shape[1] // 2
         if not half or weight.shape[1] != x.shape[1]:  # one channel, or groups of them
             result: Tensor = target(x, weight, bias, *options)
             return result
-        return target(x[:, :half], weight[:, :half], bias, *options) + target(x[:, half:], weight[:, half:], None, *options)
+        return target(x[:, :half], weight[:, :half], bias, *options) + target(
+            x[:, half:], weight[:, half:], None, *options
+        )

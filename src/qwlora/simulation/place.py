@@ -89,7 +89,10 @@ class Placement:
         """Leave the values of these names without encodings of their own, whatever was decided."""
         self.marks[:] = [mark for mark in self.marks if mark.name not in names]
         for placed in (self.explanation, self.weights):
-            placed[:] = [replace(p, decision=decision, reason=reason) if p.name in names else p for p in placed]
+            placed[:] = [
+                replace(p, decision=decision, reason=reason) if p.name in names else p
+                for p in placed
+            ]
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,10 @@ def place(
     """
     chosen = policy(chosen) if isinstance(chosen, str) else chosen
     if quantize_residual_adds:
-        chosen = replace(chosen, rules=tuple(rule for rule in chosen.rules if rule.fact is not Fact.RESIDUAL_ADDITION))
+        chosen = replace(
+            chosen,
+            rules=tuple(rule for rule in chosen.rules if rule.fact is not Fact.RESIDUAL_ADDITION),
+        )
     structure = GraphFacts(program, chosen.one_operation)
     placement = Placement()
     candidates = list(_candidates(program, structure, input_names or {}))
@@ -144,10 +150,27 @@ def place(
         decision, reason, ruled = decider.decide(candidate)
         overrides = ruled or Overrides()
         activation = candidate.kind is Kind.ACTIVATION
-        if activation and symmetric_matmul_second_input and Fact.MATMUL_SECOND_INPUT in candidate.facts and overrides.symmetric is None:
+        if (
+            activation
+            and symmetric_matmul_second_input
+            and Fact.MATMUL_SECOND_INPUT in candidate.facts
+            and overrides.symmetric is None
+        ):
             overrides = replace(overrides, symmetric=True)
-        placed = Placed(candidate.node.name, candidate.name, candidate.operator, candidate.module, candidate.module_class, decision, reason)
-        (placement.explanation if activation and candidate.node.op == "call_function" else placement.weights).append(placed)
+        placed = Placed(
+            candidate.node.name,
+            candidate.name,
+            candidate.operator,
+            candidate.module,
+            candidate.module_class,
+            decision,
+            reason,
+        )
+        (
+            placement.explanation
+            if activation and candidate.node.op == "call_function"
+            else placement.weights
+        ).append(placed)
         if Fact.UNKNOWN in candidate.facts:
             placement.unknown[candidate.operator] += 1
         if decision is Decision.QUANTIZE:
@@ -168,10 +191,22 @@ def refuse_idle(placements: Sequence[Placement]) -> None:
     Raises:
         CalibrationError: some do nothing in any; all are named.
     """
-    everywhere = [index for index in placements[0].idle if all(index in placement.idle for placement in placements)]
+    everywhere = [
+        index
+        for index in placements[0].idle
+        if all(index in placement.idle for placement in placements)
+    ]
     if everywhere:  # what is matched in vain says more than that nothing is matched
-        problems = [min((placement.idle[index] for placement in placements), key=lambda why: _NO_VALUE in why) for index in everywhere]
-        raise CalibrationError("\n  ".join([f"{len(problems)} of the placement rules do nothing:", *problems]))
+        problems = [
+            min(
+                (placement.idle[index] for placement in placements),
+                key=lambda why: _NO_VALUE in why,
+            )
+            for index in everywhere
+        ]
+        raise CalibrationError(
+            "\n  ".join([f"{len(problems)} of the placement rules do nothing:", *problems])
+        )
 
 
 class _Decider:
@@ -185,10 +220,16 @@ class _Decider:
         """The decision about one value, the reason, and what a user's rule says of its grid, if one decided."""
         if candidate.kind is Kind.BASE:
             return Decision.QUANTIZE, "the integers of step 1", None
-        rule = next(r for r in self.policy.rules if r.fits(candidate.operator, candidate.module_class, candidate.module, candidate.facts))
+        rule = next(
+            r
+            for r in self.policy.rules
+            if r.fits(candidate.operator, candidate.module_class, candidate.module, candidate.facts)
+        )
         decision, reason = rule.decision, rule.reason.format(owner=candidate.owner)
         for index, own in enumerate(self.rules):
-            if not own.is_for(candidate.kind is not Kind.ACTIVATION) or not own.fits(candidate.names):
+            if not own.is_for(candidate.kind is not Kind.ACTIVATION) or not own.fits(
+                candidate.names
+            ):
                 continue
             if own.keep is None and decision is not Decision.QUANTIZE and not own.force:
                 continue
@@ -196,20 +237,38 @@ class _Decider:
             if own.keep is not None:
                 return Decision.FLOAT, own.reason, Overrides()
             assert not isinstance(own.observer, str)
-            return Decision.QUANTIZE, f"{reason}; {own.reason}", Overrides(own.bitwidth, own.symmetric, own.minimum, own.maximum, own.observer)
+            return (
+                Decision.QUANTIZE,
+                f"{reason}; {own.reason}",
+                Overrides(own.bitwidth, own.symmetric, own.minimum, own.maximum, own.observer),
+            )
         return decision, reason, None
 
     def idle(self, candidates: Sequence[_Candidate]) -> dict[int, str]:
         """The user's rules that have decided about nothing, and why."""
-        return {i: f"{rule.match!r} {self._why(rule, candidates)}" for i, rule in enumerate(self.rules) if i not in self.effective}
+        return {
+            i: f"{rule.match!r} {self._why(rule, candidates)}"
+            for i, rule in enumerate(self.rules)
+            if i not in self.effective
+        }
 
     def _why(self, rule: PlacementRule, candidates: Sequence[_Candidate]) -> str:
         matched = [c for c in candidates if rule.fits(c.names)]
         if not matched:
             return f"{_NO_VALUE}{near_names(rule.match, [name for c in candidates for name in c.names])}"
-        open_to = [c for c in matched if rule.is_for(c.kind is not Kind.ACTIVATION) and c.kind is not Kind.BASE]
+        open_to = [
+            c
+            for c in matched
+            if rule.is_for(c.kind is not Kind.ACTIVATION) and c.kind is not Kind.BASE
+        ]
         if not open_to:
-            what = "weights that step 1 made integers" if all(c.kind is Kind.BASE for c in matched) else "weights" if rule.of is None else f"no {rule.of}"
+            what = (
+                "weights that step 1 made integers"
+                if all(c.kind is Kind.BASE for c in matched)
+                else "weights"
+                if rule.of is None
+                else f"no {rule.of}"
+            )
             return f"matches {what} only, {matched[0].name} the first; of: weights is for the adapter's and for those left float"
         if rule.keep is None and not rule.force:
             return f"matches nothing that the policy {self.policy.name} quantizes, or only what an earlier rule decides about; force: true quantizes it anyway"
@@ -225,12 +284,21 @@ def names_of_value(name: str, module: str, operator: str) -> tuple[str, ...]:
 def near_names(pattern: str, names: Sequence[str]) -> str:
     """Names like the pattern, for a message: of whole names, or of their last parts."""
     ends = {name.rpartition(".")[2]: name for name in reversed(names)}
-    near = [ends[end] for end in difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.5)]
+    near = [
+        ends[end]
+        for end in difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.5)
+    ]
     near = near or difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.4)
-    return f"; near are {', '.join(near)}" if near else f"; there are {', '.join(list(dict.fromkeys(names))[:5])} ..."
+    return (
+        f"; near are {', '.join(near)}"
+        if near
+        else f"; there are {', '.join(list(dict.fromkeys(names))[:5])} ..."
+    )
 
 
-def _candidates(program: ExportedProgram, structure: GraphFacts, input_names: Mapping[str, str]) -> Iterator[_Candidate]:
+def _candidates(
+    program: ExportedProgram, structure: GraphFacts, input_names: Mapping[str, str]
+) -> Iterator[_Candidate]:
     """Every floating point value that is a parameter, an input, or computed; in order of the graph, numbered."""
     found = []
     buffers, weights = buffer_names(program), set[str]()
@@ -243,13 +311,35 @@ def _candidates(program: ExportedProgram, structure: GraphFacts, input_names: Ma
         elif node.op == "call_function" and operator_of(node) == "dequantize":
             path, module_class = module_of(node)
             stored = parameter_name(buffers[node.args[0].name].removesuffix(".packed"))
-            name = stored if stored not in weights else parameter_name(path)  # a tied layer reads the codes of another
+            name = (
+                stored if stored not in weights else parameter_name(path)
+            )  # a tied layer reads the codes of another
             weights.add(stored)
-            found.append(_Candidate(node, name, "weight", name.rpartition(".")[0], module_class, frozenset(), kind=Kind.BASE))
+            found.append(
+                _Candidate(
+                    node,
+                    name,
+                    "weight",
+                    name.rpartition(".")[0],
+                    module_class,
+                    frozenset(),
+                    kind=Kind.BASE,
+                )
+            )
         elif node.op == "call_function":
             path, module_class = module_of(node)
             owner = structure.owner(node)
-            found.append(_Candidate(node, "", operator_of(node), canonical_name(path), module_class, structure.facts(node), owner[1] if owner else ""))
+            found.append(
+                _Candidate(
+                    node,
+                    "",
+                    operator_of(node),
+                    canonical_name(path),
+                    module_class,
+                    structure.facts(node),
+                    owner[1] if owner else "",
+                )
+            )
     names = _numbered(found)
     for candidate in found:
         yield replace(candidate, name=names.get(candidate.node.name, candidate.name))
@@ -261,7 +351,11 @@ def _outside(node: Node, structure: GraphFacts, input_name: str) -> list[_Candid
     if (parameter := structure.parameters.get(node.name)) is not None:
         kind = Kind.ADAPTER if Fact.ADAPTER_WEIGHT in facts else Kind.PARAMETER
         name = canonical_name(parameter)
-        return [_Candidate(node, name, "weight", name.rpartition(".")[0], "", facts, kind=kind)] if node.users else []
+        return (
+            [_Candidate(node, name, "weight", name.rpartition(".")[0], "", facts, kind=kind)]
+            if node.users
+            else []
+        )
     return [_Candidate(node, input_name, "input", "", "", facts)] if Fact.INPUT in facts else []
 
 
@@ -270,7 +364,9 @@ def _numbered(candidates: Sequence[_Candidate]) -> dict[str, str]:
     taken: Counter[str] = Counter()
     names = {}
     computed = [c for c in candidates if not c.name]
-    for candidate in sorted(computed, key=lambda c: bool(c.facts & _NOT_DATA) or base_name(c.operator) in MOVES_DATA):
+    for candidate in sorted(
+        computed, key=lambda c: bool(c.facts & _NOT_DATA) or base_name(c.operator) in MOVES_DATA
+    ):
         stem = f"{candidate.module or 'output'}.{candidate.operator}"  # the outermost module has no path
         names[candidate.node.name] = f"{stem}_{taken[stem]}" if taken[stem] else stem
         taken[stem] += 1

@@ -19,7 +19,13 @@ from qwlora.simulation.axes import Axes, Place
 from qwlora.simulation.parameters import module_stack
 
 
-def prove(program: ExportedProgram, module: nn.Module, tensors: tuple[Tensor, ...], axes: Axes, outputs: Sequence[str]) -> set[Place]:
+def prove(
+    program: ExportedProgram,
+    module: nn.Module,
+    tensors: tuple[Tensor, ...],
+    axes: Axes,
+    outputs: Sequence[str],
+) -> set[Place]:
     """Compare the graph of `module(*tensors)` with the module.
 
     Returns:
@@ -76,7 +82,9 @@ def _assumed(program: ExportedProgram, tensors: tuple[Tensor, ...]) -> bool:
     return True
 
 
-def _refuse(program: ExportedProgram, module: nn.Module, tensors: tuple[Tensor, ...], difference: str) -> None:
+def _refuse(
+    program: ExportedProgram, module: nn.Module, tensors: tuple[Tensor, ...], difference: str
+) -> None:
     shapes = [list(t.shape) for t in tensors]
     raise CaptureError(
         f"the captured graph does not compute what the module computes at input shapes {shapes}: {difference}. {first_difference(program, module, tensors)}. "
@@ -84,7 +92,9 @@ def _refuse(program: ExportedProgram, module: nn.Module, tensors: tuple[Tensor, 
     )
 
 
-def first_difference(program: ExportedProgram, module: nn.Module, tensors: tuple[Tensor, ...]) -> str:
+def first_difference(
+    program: ExportedProgram, module: nn.Module, tensors: tuple[Tensor, ...]
+) -> str:
     """A sentence about the first module, in the order in which they finish, whose output is not what leaves it in the graph."""
     values: dict[str, Tensor] = {}
     recorder = _Recorder(program.module(check_guards=False), values)
@@ -96,25 +106,41 @@ def first_difference(program: ExportedProgram, module: nn.Module, tensors: tuple
         stopped = ""
     leaving = _leaving(program)
     for path, kind, output in _module_outputs(module, tensors):
-        candidates = [values[name] for name in leaving.get(path, ()) if name in values and values[name].shape == output.shape]
+        candidates = [
+            values[name]
+            for name in leaving.get(path, ())
+            if name in values and values[name].shape == output.shape
+        ]
         if candidates and not any(_same(output, value) for value in candidates):
             return f"The first module whose output differs is {path.removeprefix('model.') or 'the model'} ({kind}){stopped}"
-    return f"Every module that can be compared has the same output; they part between modules{stopped}"
+    return (
+        f"Every module that can be compared has the same output; they part between modules{stopped}"
+    )
 
 
-def _module_outputs(module: nn.Module, tensors: tuple[Tensor, ...]) -> list[tuple[str, str, Tensor]]:
+def _module_outputs(
+    module: nn.Module, tensors: tuple[Tensor, ...]
+) -> list[tuple[str, str, Tensor]]:
     """(path, class name, first tensor of the output) of each module's first call, in the order in which they finish."""
     found: dict[str, tuple[str, str, Tensor]] = {}
 
     def recorder(path: str) -> Any:
         def record(called: nn.Module, _: Any, output: Any) -> None:
-            first = output if isinstance(output, Tensor) else next((o for o in _values(output) if isinstance(o, Tensor)), None)
+            first = (
+                output
+                if isinstance(output, Tensor)
+                else next((o for o in _values(output) if isinstance(o, Tensor)), None)
+            )
             if first is not None:
                 found.setdefault(path, (path, type(called).__name__, first.detach().clone()))
 
         return record
 
-    hooks = [inner.register_forward_hook(recorder(path)) for path, inner in module.named_modules() if path]
+    hooks = [
+        inner.register_forward_hook(recorder(path))
+        for path, inner in module.named_modules()
+        if path
+    ]
     try:
         module(*tensors)
     finally:
@@ -124,7 +150,13 @@ def _module_outputs(module: nn.Module, tensors: tuple[Tensor, ...]) -> list[tupl
 
 
 def _values(output: Any) -> list[Any]:
-    return list(output.values()) if hasattr(output, "values") else list(output) if isinstance(output, tuple | list) else []
+    return (
+        list(output.values())
+        if hasattr(output, "values")
+        else list(output)
+        if isinstance(output, tuple | list)
+        else []
+    )
 
 
 def _leaving(program: ExportedProgram) -> dict[str, list[str]]:

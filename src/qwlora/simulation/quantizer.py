@@ -69,7 +69,9 @@ class Quantizer(nn.Module):
     @scheme.setter
     def scheme(self, scheme: Scheme) -> None:
         if not isinstance(scheme.granularity, PerTensor) or scheme.float_offset:
-            raise CalibrationError(f"{self.name}: an activation has one scale and an integer offset, not {scheme}")
+            raise CalibrationError(
+                f"{self.name}: an activation has one scale and an integer offset, not {scheme}"
+            )
         self._scheme, self.encoding = scheme, None
 
     @property
@@ -91,24 +93,38 @@ class Quantizer(nn.Module):
 
     def _simulate(self, x: Tensor, encoding: Encoding) -> Tensor:
         """`fake_quantize`; in place where nobody sees it and no gradient is asked for."""
-        wants_gradient = torch.is_grad_enabled() and (x.requires_grad or encoding.scale.requires_grad)
-        return encoding.fake_quantize_(x) if self.in_place and not wants_gradient else encoding.fake_quantize(x)
+        wants_gradient = torch.is_grad_enabled() and (
+            x.requires_grad or encoding.scale.requires_grad
+        )
+        return (
+            encoding.fake_quantize_(x)
+            if self.in_place and not wants_gradient
+            else encoding.fake_quantize(x)
+        )
 
     def _known_encoding(self) -> Encoding:
         if self.encoding is None:
-            raise CalibrationError(f"{self.name} has no encoding; call freeze, after observe if nothing was observed yet")
+            raise CalibrationError(
+                f"{self.name} has no encoding; call freeze, after observe if nothing was observed yet"
+            )
         return self.encoding
 
     @property
     def is_mask(self) -> bool:
         """Whether values came by that only a mask holds, at an end of the range that is not fixed."""
         ends = ((self.observer.low, self.minimum), (self.observer.high, self.maximum))
-        return any(seen is not None and fixed is None and abs(float(seen)) > MASK_MAGNITUDE for seen, fixed in ends)
+        return any(
+            seen is not None and fixed is None and abs(float(seen)) > MASK_MAGNITUDE
+            for seen, fixed in ends
+        )
 
     @property
     def is_infinite(self) -> bool:
         """Whether an infinity came by."""
-        return any(seen is not None and bool(seen.isinf()) for seen in (self.observer.low, self.observer.high))
+        return any(
+            seen is not None and bool(seen.isinf())
+            for seen in (self.observer.low, self.observer.high)
+        )
 
     @property
     def is_constant(self) -> bool:

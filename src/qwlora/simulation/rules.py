@@ -34,7 +34,9 @@ from qwlora.simulation.estimator import Estimator, as_estimator
 ONE_OPERATION = r"(?i)Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation"
 
 
-IdleRules = Literal["refuse", "allow"]  # what becomes of a user's rule that does nothing in a graph: it may be for another graph of the same job
+IdleRules = Literal[
+    "refuse", "allow"
+]  # what becomes of a user's rule that does nothing in a graph: it may be for another graph of the same job
 
 
 class Decision(StrEnum):
@@ -89,7 +91,9 @@ class PolicyRule:
         return (
             (self.fact is None or self.fact in facts)
             and (self.operators is None or base_name(operator) in self.operators)
-            and (self.module_class is None or re.search(self.module_class, module_class) is not None)
+            and (
+                self.module_class is None or re.search(self.module_class, module_class) is not None
+            )
             and (self.path is None or fnmatchcase(path, self.path))
         )
 
@@ -108,8 +112,15 @@ class Policy:
 
     def __post_init__(self) -> None:
         last = self.rules[-1] if self.rules else None
-        if last is None or (last.operators, last.module_class, last.path, last.fact) != (None, None, None, None):
-            raise CalibrationError(f"policy {self.name!r} must end with a rule that fits every value, so that none is left undecided")
+        if last is None or (last.operators, last.module_class, last.path, last.fact) != (
+            None,
+            None,
+            None,
+            None,
+        ):
+            raise CalibrationError(
+                f"policy {self.name!r} must end with a rule that fits every value, so that none is left undecided"
+            )
 
 
 _NOT_DATA = (
@@ -117,7 +128,11 @@ _NOT_DATA = (
     PolicyRule(Decision.FLOAT, "computed from integers alone", fact=Fact.INTEGER_ORIGIN),
     PolicyRule(Decision.FLOAT, "an angle: only sine and cosine read it", fact=Fact.ANGLE),
     PolicyRule(Decision.FLOAT, "combined with a mask", fact=Fact.MASKED),
-    PolicyRule(Decision.FLOAT, "a weight that is made of weights, which have grids of their own", fact=Fact.ADAPTED_WEIGHT),
+    PolicyRule(
+        Decision.FLOAT,
+        "a weight that is made of weights, which have grids of their own",
+        fact=Fact.ADAPTED_WEIGHT,
+    ),
 )
 _ADAPTER = PolicyRule(Decision.QUANTIZE, "a weight of the adapter", fact=Fact.ADAPTER_WEIGHT)
 
@@ -128,14 +143,26 @@ POLICIES: dict[str, Policy] = {
             "npu",
             (
                 _ADAPTER,
-                PolicyRule(Decision.QUANTIZE, "a parameter that step 1 left float", fact=Fact.PARAMETER),
+                PolicyRule(
+                    Decision.QUANTIZE, "a parameter that step 1 left float", fact=Fact.PARAMETER
+                ),
                 *_NOT_DATA,
                 PolicyRule(Decision.QUANTIZE, "an input of the model", fact=Fact.INPUT),
-                PolicyRule(Decision.FLOAT, "inside {owner}, which is one operation", fact=Fact.INSIDE_ONE_OPERATION),
+                PolicyRule(
+                    Decision.FLOAT,
+                    "inside {owner}, which is one operation",
+                    fact=Fact.INSIDE_ONE_OPERATION,
+                ),
                 PolicyRule(Decision.QUANTIZE, "output of {owner}", fact=Fact.LEAVES_ONE_OPERATION),
                 PolicyRule(Decision.FLOAT, "a residual addition", fact=Fact.RESIDUAL_ADDITION),
-                PolicyRule(Decision.SHARE, "moves data; its input's encoding holds it", operators=MOVES_DATA),
-                PolicyRule(Decision.QUANTIZE, "unknown: treated as making new values", fact=Fact.UNKNOWN),
+                PolicyRule(
+                    Decision.SHARE,
+                    "moves data; its input's encoding holds it",
+                    operators=MOVES_DATA,
+                ),
+                PolicyRule(
+                    Decision.QUANTIZE, "unknown: treated as making new values", fact=Fact.UNKNOWN
+                ),
                 PolicyRule(Decision.QUANTIZE, "makes new values"),
             ),
         ),
@@ -143,11 +170,19 @@ POLICIES: dict[str, Policy] = {
             "matmul-inputs",
             (
                 _ADAPTER,
-                PolicyRule(Decision.FLOAT, "a parameter that step 1 left float", fact=Fact.PARAMETER),
+                PolicyRule(
+                    Decision.FLOAT, "a parameter that step 1 left float", fact=Fact.PARAMETER
+                ),
                 *_NOT_DATA,
                 PolicyRule(Decision.QUANTIZE, "a matrix product reads it", fact=Fact.MATMUL_INPUT),
-                PolicyRule(Decision.SHARE, "moves data; its input's encoding holds it", operators=MOVES_DATA),
-                PolicyRule(Decision.FLOAT, "unknown: treated as no matrix product", fact=Fact.UNKNOWN),
+                PolicyRule(
+                    Decision.SHARE,
+                    "moves data; its input's encoding holds it",
+                    operators=MOVES_DATA,
+                ),
+                PolicyRule(
+                    Decision.FLOAT, "unknown: treated as no matrix product", fact=Fact.UNKNOWN
+                ),
                 PolicyRule(Decision.FLOAT, "no matrix product reads it"),
             ),
         ),
@@ -155,7 +190,9 @@ POLICIES: dict[str, Policy] = {
             "weights-only",
             (
                 _ADAPTER,
-                PolicyRule(Decision.FLOAT, "a parameter that step 1 left float", fact=Fact.PARAMETER),
+                PolicyRule(
+                    Decision.FLOAT, "a parameter that step 1 left float", fact=Fact.PARAMETER
+                ),
                 PolicyRule(Decision.FLOAT, "no activation is quantized"),
             ),
         ),
@@ -212,18 +249,32 @@ class PlacementRule:
 
     def problem(self) -> str | None:
         """What is wrong with the rule, if anything."""
-        given = [n for n in ("bitwidth", "symmetric", "minimum", "maximum", "observer") if getattr(self, n) is not None]
+        given = [
+            n
+            for n in ("bitwidth", "symmetric", "minimum", "maximum", "observer")
+            if getattr(self, n) is not None
+        ]
         if self.keep is not None and (given or self.force):
             return f"a value that stays float has no {', '.join(given or ['force'])}; remove that, or keep"
         if self.keep is None and not given and not self.force:
             return "it changes nothing; give keep: float, or a bitwidth, symmetric, a range or an observer"
         if self.bitwidth is not None and self.bitwidth not in BITWIDTHS:
             return f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
-        if wrong := [n for n in ("minimum", "maximum") if (end := getattr(self, n)) is not None and not math.isfinite(end)]:
+        if wrong := [
+            n
+            for n in ("minimum", "maximum")
+            if (end := getattr(self, n)) is not None and not math.isfinite(end)
+        ]:
             return f"{' and '.join(wrong)} must be finite; leave out what the data decides"
-        if (self.minimum or 0) > 0 or (self.maximum or 0) < 0 or (self.minimum, self.maximum) == (0, 0):
+        if (
+            (self.minimum or 0) > 0
+            or (self.maximum or 0) < 0
+            or (self.minimum, self.maximum) == (0, 0)
+        ):
             return f"the range {self.minimum} to {self.maximum} must have zero in it, and something beside it"
-        if self.of == "weights" and (of_activations := [n for n in given if n not in ("bitwidth", "symmetric")]):
+        if self.of == "weights" and (
+            of_activations := [n for n in given if n not in ("bitwidth", "symmetric")]
+        ):
             return f"a weight's range comes from its values: {', '.join(of_activations)} is for activations"
         return None
 

@@ -53,7 +53,12 @@ class _Sums:
     noise: float = 0.0
 
 
-def sensitivities(simulation: Simulation, batches: Collection[Mapping[str, Any]], loss: Loss | None = None, track: Track = untracked) -> list[Sensitivity]:
+def sensitivities(
+    simulation: Simulation,
+    batches: Collection[Mapping[str, Any]],
+    loss: Loss | None = None,
+    track: Track = untracked,
+) -> list[Sensitivity]:
     """The activation quantizers of a calibrated simulation, the dearest first.
 
     Args:
@@ -66,9 +71,15 @@ def sensitivities(simulation: Simulation, batches: Collection[Mapping[str, Any]]
     simulation.encodings  # noqa: B018 (raises before anything is run)
     found = {name: _Sums() for name in simulation.quantizers}
     leaves: list[Tensor] = []
-    hooks = [q.register_forward_hook(partial(_sense, found[name], leaves)) for name, q in simulation.quantizers.items()]
+    hooks = [
+        q.register_forward_hook(partial(_sense, found[name], leaves))
+        for name, q in simulation.quantizers.items()
+    ]
     try:
-        with frozen(simulation), simulation.only():  # gradients would reach values through parameters before they are sensed
+        with (
+            frozen(simulation),
+            simulation.only(),
+        ):  # gradients would reach values through parameters before they are sensed
             for batch in track(batches, "measuring sensitivity", len(batches)):
                 with torch.enable_grad():
                     value = (loss or next_token_loss)(simulation.primary(batch), batch)
@@ -77,7 +88,10 @@ def sensitivities(simulation: Simulation, batches: Collection[Mapping[str, Any]]
     finally:
         for hook in hooks:
             hook.remove()
-    return sorted((_finished(simulation.quantizers[name], sums) for name, sums in found.items()), key=lambda s: -s.cost)
+    return sorted(
+        (_finished(simulation.quantizers[name], sums) for name, sums in found.items()),
+        key=lambda s: -s.cost,
+    )
 
 
 def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -85,14 +99,20 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
     targets = batch["input_ids"][:, 1:]
     if (mask := batch.get("attention_mask")) is not None:
         targets = targets.masked_fill(mask[:, 1:] == 0, -100)
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
 def _finished(quantizer: Quantizer, sums: _Sums) -> Sensitivity:
-    return Sensitivity(quantizer.name, quantizer.scheme.bitwidth, sums.cost, sqnr_db(sums.signal, sums.noise))
+    return Sensitivity(
+        quantizer.name, quantizer.scheme.bitwidth, sums.cost, sqnr_db(sums.signal, sums.noise)
+    )
 
 
-def _sense(sums: _Sums, leaves: list[Tensor], quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _sense(
+    sums: _Sums, leaves: list[Tensor], quantizer: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> Tensor:
     """Stand behind a quantizer that lets floats pass; a value that no gradient reaches yet begins a graph of its own."""
     if not output.requires_grad:
         output = output.detach().requires_grad_()

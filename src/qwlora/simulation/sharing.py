@@ -46,14 +46,18 @@ class SharedObservation:
         Raises:
             CalibrationError: a value has another shape or scheme than in the simulations before; or, where nothing may differ, one of them lacks it.
         """
-        if self.base_activations == "none" and simulation.adapter_weights:  # the graph without any adapter has no value of one
+        if (
+            self.base_activations == "none" and simulation.adapter_weights
+        ):  # the graph without any adapter has no value of one
             self._refuse_other_names(simulation)
         for name in shared_activations(simulation, self.base_activations):
             quantizer = simulation.quantizers[name]
             if name not in self._activations:
                 self._activations[name] = copy.deepcopy(quantizer)
             elif self._activations[name].scheme != quantizer.scheme:
-                raise CalibrationError(f"{name} is to be {self._activations[name].scheme} with one adapter and {quantizer.scheme} with another; share less")
+                raise CalibrationError(
+                    f"{name} is to be {self._activations[name].scheme} with one adapter and {quantizer.scheme} with another; share less"
+                )
             else:
                 self._activations[name].observer.merge(quantizer.observer)
         if self.base_activations == "none":
@@ -61,7 +65,9 @@ class SharedObservation:
             for name, weight in simulation.adapter_weights.items():
                 observer = MinMaxObserver(encodings[name].scheme)
                 observer.update(weight)
-                _merge(name, self._weights.setdefault(name, MinMaxObserver(observer.scheme)), observer)
+                _merge(
+                    name, self._weights.setdefault(name, MinMaxObserver(observer.scheme)), observer
+                )
 
     def _refuse_other_names(self, simulation: Simulation) -> None:
         names = {*simulation.quantizers, *simulation.adapter_weights}
@@ -70,18 +76,24 @@ class SharedObservation:
         if differ := sorted(names ^ self._names):
             why = (
                 "one adapter's data did not reach it; calibrate on more data, or keep it float by a rule"
-                if all(name in simulation.dropped or name in simulation.quantizers for name in differ)
+                if all(
+                    name in simulation.dropped or name in simulation.quantizers for name in differ
+                )
                 else "adapters that share every encoding are on the same layers and of one kind: "
                 "give them the same target_modules, layers and dora, or share less"
             )
-            raise CalibrationError(f"{len(differ)} values have an encoding with one adapter and none with another, {differ[0]} first; {why}")
+            raise CalibrationError(
+                f"{len(differ)} values have an encoding with one adapter and none with another, {differ[0]} first; {why}"
+            )
 
     def encodings(self) -> dict[str, Encoding]:
         """The shared encodings by name, in order of the graph of the first simulation."""
         for quantizer in self._activations.values():
             quantizer.encoding = None
         estimate(list(self._activations.values()))
-        found = {name: q.encoding for name, q in self._activations.items() if q.encoding is not None}
+        found = {
+            name: q.encoding for name, q in self._activations.items() if q.encoding is not None
+        }
         return found | {name: observer.encoding() for name, observer in self._weights.items()}
 
 
@@ -90,10 +102,16 @@ def shared_activations(simulation: Simulation, base_activations: BaseActivations
     if base_activations == "all":
         return []
     own = branch_nodes(simulation.program) if base_activations == "adapter_only" else set()
-    return [mark.name for mark in simulation.marks if mark.name in simulation.quantizers and mark.node not in own]
+    return [
+        mark.name
+        for mark in simulation.marks
+        if mark.name in simulation.quantizers and mark.node not in own
+    ]
 
 
-def share(simulation: Simulation, encodings: Mapping[str, Encoding], base_activations: BaseActivations) -> None:
+def share(
+    simulation: Simulation, encodings: Mapping[str, Encoding], base_activations: BaseActivations
+) -> None:
     """Give a frozen simulation the shared encodings, in the place of its own.
 
     Raises:
@@ -102,7 +120,9 @@ def share(simulation: Simulation, encodings: Mapping[str, Encoding], base_activa
     """
     names = shared_activations(simulation, base_activations)
     if missing := [name for name in names if name not in encodings]:
-        raise CalibrationError(f"{len(missing)} shared activations have no encoding, {missing[0]} first; observe every adapter before freezing")
+        raise CalibrationError(
+            f"{len(missing)} shared activations have no encoding, {missing[0]} first; observe every adapter before freezing"
+        )
     device = device_of(simulation.graph_module)
     for name in names:
         simulation.quantizers[name].encoding = moved_encoding(encodings[name], device)

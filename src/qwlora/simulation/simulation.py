@@ -75,7 +75,15 @@ class SimulationSchemes:
 
     def placement(self, program: ExportedProgram, input_names: Mapping[str, str]) -> Placement:
         """What `place` decides about a program."""
-        return place(program, self.policy, self.rules, self.quantize_residual_adds, self.symmetric_matmul_second_input, input_names, self.idle_rules)
+        return place(
+            program,
+            self.policy,
+            self.rules,
+            self.quantize_residual_adds,
+            self.symmetric_matmul_second_input,
+            input_names,
+            self.idle_rules,
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,9 @@ class Origin:
     adapter_fingerprint: str | None
 
     @classmethod
-    def of(cls, model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes) -> Origin:
+    def of(
+        cls, model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes
+    ) -> Origin:
         return cls(model, dict(example_inputs), schemes, adapter_fingerprint(model))
 
 
@@ -97,16 +107,31 @@ class Simulation(Calibrated):
 
     origin: Origin  # no submodule: the model is the user's
 
-    def __init__(self, captured: Captured, schemes: SimulationSchemes, base_encodings: Mapping[str, Encoding | FloatOffsetEncoding]):
+    def __init__(
+        self,
+        captured: Captured,
+        schemes: SimulationSchemes,
+        base_encodings: Mapping[str, Encoding | FloatOffsetEncoding],
+    ):
         super().__init__()
         self.captured, program = captured, captured.program
         self.placement = schemes.placement(program, captured.input_names)
-        self.placement.take_out(captured.interface.cached, Decision.SHARE, "comes from a cache: the encoding with which it was kept holds it")
+        self.placement.take_out(
+            captured.interface.cached,
+            Decision.SHARE,
+            "comes from a cache: the encoding with which it was kept holds it",
+        )
         self.marks: list[Mark] = self.placement.marks
         self.explanation = self.placement.explanation
-        if twice := [name for name, count in Counter(m.name for m in self.marks).items() if count > 1]:
-            raise CaptureError(f"two values would carry the name {twice[0]}; activate one adapter at a time")
-        self._base_encodings = {m.name: base_encodings[m.name] for m in self.marks if m.kind is Kind.BASE}
+        if twice := [
+            name for name, count in Counter(m.name for m in self.marks).items() if count > 1
+        ]:
+            raise CaptureError(
+                f"two values would carry the name {twice[0]}; activate one adapter at a time"
+            )
+        self._base_encodings = {
+            m.name: base_encodings[m.name] for m in self.marks if m.kind is Kind.BASE
+        }
         self._frozen: dict[int, FrozenWeight] = {}  # by storage, so that a tied weight is kept once
         self.graph_module: GraphModule = program.module(check_guards=False)
         self._insert(schemes)
@@ -123,7 +148,9 @@ class Simulation(Calibrated):
             CalibrationError: an activation has no encoding yet, and this is not inside `only`. So do all that compute simulated values.
             CaptureError: see `Captured.bind`.
         """
-        return self.captured.result_of(self._simulated({**dict(zip(self.inputs, first, strict=False)), **arguments}))
+        return self.captured.result_of(
+            self._simulated({**dict(zip(self.inputs, first, strict=False)), **arguments})
+        )
 
     @property
     def encodings(self) -> dict[str, Encoding | FloatOffsetEncoding]:
@@ -133,12 +160,22 @@ class Simulation(Calibrated):
             CalibrationError: before `calibrate`.
         """
         self._refuse_uncalibrated()
-        known = {**self._base_encodings, **self._weight_encodings(), **{name: q.encoding for name, q in self.quantizers.items()}}
-        return {mark.name: encoding for mark in self.marks if (encoding := known[mark.name]) is not None}
+        known = {
+            **self._base_encodings,
+            **self._weight_encodings(),
+            **{name: q.encoding for name, q in self.quantizers.items()},
+        }
+        return {
+            mark.name: encoding for mark in self.marks if (encoding := known[mark.name]) is not None
+        }
 
     def encoding_of_weight(self, name: str) -> Encoding | FloatOffsetEncoding:
         """The encoding of a weight, of the base, the adapter or left float; it is known before `calibrate`."""
-        return self._base_encodings[name] if name in self._base_encodings else self.weights[name].encoding
+        return (
+            self._base_encodings[name]
+            if name in self._base_encodings
+            else self.weights[name].encoding
+        )
 
     @property
     def program(self) -> ExportedProgram:
@@ -148,7 +185,10 @@ class Simulation(Calibrated):
     @property
     def adapter_weights(self) -> dict[str, Tensor]:
         """The float weights of the adapter, by name."""
-        return {name: _attribute(self.graph_module, str(node.args[0].target)).detach() for name, node in self._adapter_nodes()}  # type: ignore[union-attr]
+        return {
+            name: _attribute(self.graph_module, str(node.args[0].target)).detach()
+            for name, node in self._adapter_nodes()
+        }  # type: ignore[union-attr]
 
     def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
         """Lay the adapter's weights on grids from elsewhere, in the place of those that their own values give; names that it lacks are not looked at.
@@ -159,10 +199,14 @@ class Simulation(Calibrated):
         weights = self.adapter_weights
         for name, node in self._adapter_nodes():
             if name in encodings:
-                self.weights[name] = FrozenWeight(weights[name], moved_encoding(encodings[name], weights[name].device))
+                self.weights[name] = FrozenWeight(
+                    weights[name], moved_encoding(encodings[name], weights[name].device)
+                )
                 self.graph_module.add_submodule(str(node.target), self.weights[name])
 
-    def restore(self, encodings: Mapping[str, Encoding | FloatOffsetEncoding], dropped: Collection[str] = ()) -> None:
+    def restore(
+        self, encodings: Mapping[str, Encoding | FloatOffsetEncoding], dropped: Collection[str] = ()
+    ) -> None:
         """Take activation encodings that were calibrated earlier.
 
         Args:
@@ -173,11 +217,17 @@ class Simulation(Calibrated):
         """
         known = {mark.name for mark in self.marks}
         if strangers := [name for name in encodings if name not in known]:
-            raise CalibrationError(f"encodings name values that the graph does not have: {', '.join(strangers[:3])}; calibrate again")
+            raise CalibrationError(
+                f"encodings name values that the graph does not have: {', '.join(strangers[:3])}; calibrate again"
+            )
         for name, encoding in {**self._base_encodings, **self._weight_encodings()}.items():
             if name not in encodings or not _same(encodings[name], encoding):
-                raise CalibrationError(f"the encoding of {name} is not the one that its values give; calibrate again")
-        if missing := [name for name in self.quantizers if name not in encodings and name not in dropped]:
+                raise CalibrationError(
+                    f"the encoding of {name} is not the one that its values give; calibrate again"
+                )
+        if missing := [
+            name for name in self.quantizers if name not in encodings and name not in dropped
+        ]:
             raise CalibrationError(
                 f"{len(missing)} activations have no encoding, {missing[0]} first: the encodings are of another placement; calibrate again. "
                 "Values that calibration left float are named by dropped=other.dropped"
@@ -219,9 +269,13 @@ class Simulation(Calibrated):
         Raises:
             CaptureError: it would change a type, `float()` of a bfloat16 graph too.
         """
-        held = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())} | {torch.float32}  # float32: the scales
+        held = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())} | {
+            torch.float32
+        }  # float32: the scales
         if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in held):
-            raise CaptureError("the graph computes in the type that it was captured in; cast the model, and simulate it again")
+            raise CaptureError(
+                "the graph computes in the type that it was captured in; cast the model, and simulate it again"
+            )
         unshare_moving_(self.graph_module, fn)
         super()._apply(fn, recurse)
         device = fn(torch.empty(0)).device
@@ -233,7 +287,9 @@ class Simulation(Calibrated):
 
     def graph(self) -> QuantizedGraph:
         """What a writer needs."""
-        return QuantizedGraph(self.program, self.captured.interface, tuple(self.marks), self.encodings)
+        return QuantizedGraph(
+            self.program, self.captured.interface, tuple(self.marks), self.encodings
+        )
 
     def logits(self, ids: Tensor) -> Tensor:
         """The primary output for full sequences of ids [batch, tokens], simulated: logits [batch, tokens, vocabulary] of a causal language model."""
@@ -261,7 +317,9 @@ class Simulation(Calibrated):
         self._set_mode(Mode.RECIPROCAL)
         try:
             with torch.no_grad():
-                return self.captured.named(SumInHalves(self.graph_module).run(*self.captured.bind(batch)))
+                return self.captured.named(
+                    SumInHalves(self.graph_module).run(*self.captured.bind(batch))
+                )
         finally:
             self._set_mode(Mode.SIMULATE)
 
@@ -301,11 +359,22 @@ class Simulation(Calibrated):
             if mark.kind is Kind.ACTIVATION:
                 scheme = _with_overrides(schemes.activations, overrides)
                 estimator = overrides.observer or as_estimator(schemes.observer)
-                quantizer: nn.Module = Quantizer(mark.name, scheme, estimator, overrides.minimum, overrides.maximum, _is_fresh(node))
+                quantizer: nn.Module = Quantizer(
+                    mark.name,
+                    scheme,
+                    estimator,
+                    overrides.minimum,
+                    overrides.maximum,
+                    _is_fresh(node),
+                )
                 self.quantizers[mark.name] = quantizer  # type: ignore[assignment]
             else:
-                scheme = schemes.adapter_weights if is_factor_name(mark.name) else schemes.parameters
-                quantizer = self.weights[mark.name] = self._frozen_weight(mark.name, node, _with_overrides(scheme, overrides))
+                scheme = (
+                    schemes.adapter_weights if is_factor_name(mark.name) else schemes.parameters
+                )
+                quantizer = self.weights[mark.name] = self._frozen_weight(
+                    mark.name, node, _with_overrides(scheme, overrides)
+                )
             target = f"quantizer_{mark.node}"
             self.graph_module.add_submodule(target, quantizer)
             insert_after(node, partial(_call_module, target=target))
@@ -328,7 +397,9 @@ class Simulation(Calibrated):
     def _adapter_nodes(self) -> list[tuple[str, Node]]:
         """Name of each adapter weight, and the node that puts it on its grid."""
         calls = {str(n.target): n for n in self.graph_module.graph.nodes if n.op == "call_module"}
-        return [(m.name, calls[f"quantizer_{m.node}"]) for m in self.marks if m.kind is Kind.ADAPTER]
+        return [
+            (m.name, calls[f"quantizer_{m.node}"]) for m in self.marks if m.kind is Kind.ADAPTER
+        ]
 
     def _weight_encodings(self) -> dict[str, Encoding]:
         return {name: weight.encoding for name, weight in self.weights.items()}
@@ -336,7 +407,11 @@ class Simulation(Calibrated):
 
 def _with_overrides(scheme: Scheme, overrides: Overrides) -> Scheme:
     bitwidth = scheme.bitwidth if overrides.bitwidth is None else overrides.bitwidth
-    return replace(scheme, bitwidth=bitwidth, symmetric=scheme.symmetric if overrides.symmetric is None else overrides.symmetric)
+    return replace(
+        scheme,
+        bitwidth=bitwidth,
+        symmetric=scheme.symmetric if overrides.symmetric is None else overrides.symmetric,
+    )
 
 
 def _is_fresh(node: Node) -> bool:
@@ -349,7 +424,9 @@ def _call_module(node: Node, target: str) -> Node:
     return node.graph.call_module(target, (node,))
 
 
-def simulate(model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes | None = None) -> Simulation:
+def simulate(
+    model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes | None = None
+) -> Simulation:
     """Capture `model` (a frozen base, with or without an adapter) and place quantizers; see `capture` for the errors.
 
     Args:
@@ -372,14 +449,18 @@ def base_encodings(model: nn.Module) -> dict[str, Encoding | FloatOffsetEncoding
 
 def _same(a: Encoding | FloatOffsetEncoding, b: Encoding | FloatOffsetEncoding) -> bool:
     lows = [e.minimum if isinstance(e, FloatOffsetEncoding) else e.offset for e in (a, b)]
-    return a.scheme == b.scheme and all(torch.equal(x.to(y.device), y) for x, y in ((a.scale, b.scale), lows))
+    return a.scheme == b.scheme and all(
+        torch.equal(x.to(y.device), y) for x, y in ((a.scale, b.scale), lows)
+    )
 
 
 def _node_of_placeholder(program: ExportedProgram, module: GraphModule) -> dict[str, Node]:
     """In the module, parameters are attributes; find the attribute node of each placeholder of the program."""
     by_target = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
-    specs = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None}
+    specs = {
+        s.arg.name: s.target for s in program.graph_signature.input_specs if s.target is not None
+    }
     found = {name: by_target[target] for name, target in specs.items() if target in by_target}
     return found | dict(zip(program.graph_signature.user_inputs, inputs, strict=True))
 

@@ -29,7 +29,15 @@ from qwlora.grid.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.grid.names import is_adapter_name
 from qwlora.simulation.adapters import BASE, simulate_adapters
 from qwlora.simulation.device import device_of
-from qwlora.simulation.encodings_file import ENCODINGS, FORMAT, RECORD, load_encodings, read_record, save_encodings, unreadable
+from qwlora.simulation.encodings_file import (
+    ENCODINGS,
+    FORMAT,
+    RECORD,
+    load_encodings,
+    read_record,
+    save_encodings,
+    unreadable,
+)
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
 from qwlora.simulation.structure import CacheSlot, Slot, Structure
 
@@ -47,7 +55,11 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
         CalibrationError: it is not calibrated; or `with_base` where the base has float offsets, which the file cannot hold.
     """
     folder = Path(folder)
-    own = {name: e for name, e in simulation.encodings.items() if with_base or name not in simulation.base_encodings}
+    own = {
+        name: e
+        for name, e in simulation.encodings.items()
+        if with_base or name not in simulation.base_encodings
+    }
     origin = simulation.origin
     arguments, examples = Structure.of(dict(origin.example_inputs))
     record = {
@@ -66,10 +78,16 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
         save_encodings(own, written)
         # two arguments may be one tensor, which the file would not take
         save_file(
-            {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in zip(arguments.names, examples, strict=True)}, written / INPUTS
+            {
+                name: tensor.cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in zip(arguments.names, examples, strict=True)
+            },
+            written / INPUTS,
         )
         (written / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        (folder / RECORD).unlink(missing_ok=True)  # comes last: never an old record beside new encodings
+        (folder / RECORD).unlink(
+            missing_ok=True
+        )  # comes last: never an old record beside new encodings
         for name in (ENCODINGS, INPUTS, RECORD):
             (written / name).replace(folder / name)
 
@@ -85,10 +103,14 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     """
     folder = Path(folder)
     record = read_record(folder)
-    adds_zero = record["adapter_fingerprint"] is None and any(is_adapter_name(name) for name in record["encodings"])
+    adds_zero = record["adapter_fingerprint"] is None and any(
+        is_adapter_name(name) for name in record["encodings"]
+    )
     adapter = adapter_fingerprint(model)
     if adds_zero and adapter is None:
-        raise CalibrationError(f"{str(folder)!r} is a simulation of an adapter that adds zero; give it a model with an adapter of that shape, active")
+        raise CalibrationError(
+            f"{str(folder)!r} is a simulation of an adapter that adds zero; give it a model with an adapter of that shape, active"
+        )
     for what, found in (("base", fingerprint(model)), ("adapter", None if adds_zero else adapter)):
         if found != (known := record[f"{what}_fingerprint"]):
             raise CalibrationError(
@@ -96,17 +118,23 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
                 "give it the model it was made from, or calibrate again"
             )
     try:
-        tensors = {name: tensor.to(device_of(model)) for name, tensor in load_file(folder / INPUTS).items()}
+        tensors = {
+            name: tensor.to(device_of(model)) for name, tensor in load_file(folder / INPUTS).items()
+        }
         schemes = TypeAdapter(SimulationSchemes).validate_python(record["schemes"])
         examples = _template_from_json(record["inputs"], tensors)
     except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
         raise unreadable(folder, error) from error
     if adds_zero:
         assert isinstance(model, PeftModel)
-        simulation = simulate_adapters(model, examples, schemes, adapters=[model.active_adapter])[BASE]
+        simulation = simulate_adapters(model, examples, schemes, adapters=[model.active_adapter])[
+            BASE
+        ]
     else:
         simulation = simulate(model, examples, schemes)
-    simulation.set_adapter_encodings(load_encodings(folder))  # adapters that share every encoding lie on grids that their own values do not give
+    simulation.set_adapter_encodings(
+        load_encodings(folder)
+    )  # adapters that share every encoding lie on grids that their own values do not give
     restore(simulation, folder)
     return simulation
 
@@ -117,7 +145,9 @@ def restore(simulation: Simulation, folder: Path) -> None:
     Raises:
         CalibrationError: the folder does not hold them, or they belong to other values.
     """
-    simulation.restore({**simulation.base_encodings, **load_encodings(folder)}, read_record(folder)["dropped"])
+    simulation.restore(
+        {**simulation.base_encodings, **load_encodings(folder)}, read_record(folder)["dropped"]
+    )
 
 
 def _schemes_to_json(schemes: SimulationSchemes) -> Any:
@@ -132,16 +162,27 @@ def _template_to_json(template: Any, path: str) -> Any:
     if isinstance(template, Slot):
         return {_SLOT: template.name}
     if isinstance(template, CacheSlot):
-        return {_TUPLE: [{_TUPLE: [{_SLOT: part.name} for part in pair]} for pair in template.layers]}
+        return {
+            _TUPLE: [{_TUPLE: [{_SLOT: part.name} for part in pair]} for pair in template.layers]
+        }
     if isinstance(template, Mapping):
-        return {key: _template_to_json(inner, f"{path}.{key}" if path else str(key)) for key, inner in template.items()}
+        return {
+            key: _template_to_json(inner, f"{path}.{key}" if path else str(key))
+            for key, inner in template.items()
+        }
     if isinstance(template, list):
         return [_template_to_json(inner, f"{path}.{index}") for index, inner in enumerate(template)]
     if isinstance(template, tuple):
-        return {_TUPLE: [_template_to_json(inner, f"{path}.{index}") for index, inner in enumerate(template)]}
+        return {
+            _TUPLE: [
+                _template_to_json(inner, f"{path}.{index}") for index, inner in enumerate(template)
+            ]
+        }
     if template is None or isinstance(template, bool | int | float | str):
         return template
-    raise CalibrationError(f"example input {path or '(all)'} is a {type(template).__name__}, which JSON cannot hold; give tensors, numbers or text")
+    raise CalibrationError(
+        f"example input {path or '(all)'} is a {type(template).__name__}, which JSON cannot hold; give tensors, numbers or text"
+    )
 
 
 def _template_from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -52,7 +52,9 @@ class Structure:
     cached: frozenset[str]
 
     @classmethod
-    def of(cls, value: Any, cache_name: str = "past_key_values") -> tuple[Structure, tuple[Tensor, ...]]:
+    def of(
+        cls, value: Any, cache_name: str = "past_key_values"
+    ) -> tuple[Structure, tuple[Tensor, ...]]:
         """The structure of `value`, and its tensors in the order of `names`; a value that is itself a tensor is called `output`.
 
         Args:
@@ -66,7 +68,9 @@ class Structure:
         template = _template(value, "", _Collector(found, cached, cache_name))
         names = tuple(name for name, _ in found)
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise CaptureError(f"two tensors of the arguments or the result would be called {twice[0]}; rename one")
+            raise CaptureError(
+                f"two tensors of the arguments or the result would be called {twice[0]}; rename one"
+            )
         return cls(template, names, frozenset(cached)), tuple(tensor for _, tensor in found)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> Any:
@@ -110,7 +114,9 @@ def _filled(template: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(template, Slot):
         return tensors[template.name]
     if isinstance(template, CacheSlot):
-        return cache_of([(tensors[key.name], tensors[value.name]) for key, value in template.layers])
+        return cache_of(
+            [(tensors[key.name], tensors[value.name]) for key, value in template.layers]
+        )
     return _mapped(template, lambda _, inner: _filled(inner, tensors))
 
 
@@ -119,28 +125,47 @@ def _matching(template: Any, value: Any, path: str) -> Iterator[Tensor]:
     where = path or "the arguments"
     if isinstance(template, Slot):
         if not isinstance(value, Tensor):
-            raise CaptureError(f"{where}: the graph was captured with a tensor here, not with {value!r}; give one, or capture again")
+            raise CaptureError(
+                f"{where}: the graph was captured with a tensor here, not with {value!r}; give one, or capture again"
+            )
         yield value
     elif isinstance(template, CacheSlot):
         pairs = _pairs(value, path) if isinstance(value, Cache) else list(value or ())
         if len(pairs) != len(template.layers):
-            raise CaptureError(f"{where}: the graph was captured with a cache of {len(template.layers)} layers, not of {len(pairs)}; capture again")
+            raise CaptureError(
+                f"{where}: the graph was captured with a cache of {len(template.layers)} layers, not of {len(pairs)}; capture again"
+            )
         for pair in pairs:
             yield from pair[:2]
     elif isinstance(template, Mapping | tuple | list):
-        expected, found = dict(_items(template)), dict(_items(value)) if isinstance(value, Mapping | tuple | list) else {}
+        expected, found = (
+            dict(_items(template)),
+            dict(_items(value)) if isinstance(value, Mapping | tuple | list) else {},
+        )
         if strangers := [key for key in found if key not in expected and found[key] is not None]:
-            raise CaptureError(f"{_join(path, strangers[0])}: the graph was captured without this argument; leave it out, or capture again with it")
+            raise CaptureError(
+                f"{_join(path, strangers[0])}: the graph was captured without this argument; leave it out, or capture again with it"
+            )
         for key, inner in expected.items():
-            yield from _matching(inner, found[key] if key in found else _absent(inner, _join(path, key)), _join(path, key))
+            yield from _matching(
+                inner,
+                found[key] if key in found else _absent(inner, _join(path, key)),
+                _join(path, key),
+            )
     elif isinstance(value, Tensor) or not (value is template or value == template):
-        raise CaptureError(f"{where}: the graph was captured with {template!r} here and holds it as a constant; to use {value!r}, capture again")
+        raise CaptureError(
+            f"{where}: the graph was captured with {template!r} here and holds it as a constant; to use {value!r}, capture again"
+        )
 
 
 def _absent(template: Any, path: str) -> Any:
     """A constant may be left out, a tensor may not."""
-    if isinstance(template, Slot | CacheSlot | Mapping | tuple | list) and any(True for _ in _slots(template)):
-        raise CaptureError(f"{path}: the graph was captured with this argument; give it, or capture again without it")
+    if isinstance(template, Slot | CacheSlot | Mapping | tuple | list) and any(
+        True for _ in _slots(template)
+    ):
+        raise CaptureError(
+            f"{path}: the graph was captured with this argument; give it, or capture again without it"
+        )
     return template
 
 
@@ -156,7 +181,10 @@ def _slots(template: Any) -> Iterator[Slot]:
 
 
 def _items(value: Any) -> list[tuple[str, Any]]:
-    return [(str(key), inner) for key, inner in (value.items() if isinstance(value, Mapping) else enumerate(value))]
+    return [
+        (str(key), inner)
+        for key, inner in (value.items() if isinstance(value, Mapping) else enumerate(value))
+    ]
 
 
 def _mapped(value: Any, change: Callable[[str, Any], Any]) -> Any:
@@ -175,9 +203,14 @@ def _join(path: str, key: str) -> str:
 
 
 def _pairs(cache: Cache, path: str) -> list[tuple[Tensor, Tensor]]:
-    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", [])]
+    pairs = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None))
+        for layer in getattr(cache, "layers", [])
+    ]
     if not pairs or not all(isinstance(part, Tensor) for pair in pairs for part in pair):
-        raise CaptureError(f"{path}: a {type(cache).__name__} here has no key and value of each layer; capture without a cache (use_cache=False)")
+        raise CaptureError(
+            f"{path}: a {type(cache).__name__} here has no key and value of each layer; capture without a cache (use_cache=False)"
+        )
     return pairs  # type: ignore[return-value]
 
 

@@ -74,13 +74,19 @@ def suggest(
         )
     all_narrow = search.measured([])
     searched = set(search.names)
-    ranking = [s.name for s in sensitivities(simulation, batches, loss, track) if s.name in searched]
+    ranking = [
+        s.name for s in sensitivities(simulation, batches, loss, track) if s.name in searched
+    ]
     promoted = search.promote(ranking, limit, track)
     chosen = search.take_back(promoted, limit, track)
     measured = search.measured(chosen)
     kept = set(chosen)
     wide_names = tuple(name for name in search.names if name in kept)
-    names = {placed.name: placed.names for placed in (*simulation.placement.weights, *simulation.placement.explanation) if placed.name in searched}
+    names = {
+        placed.name: placed.names
+        for placed in (*simulation.placement.weights, *simulation.placement.explanation)
+        if placed.name in searched
+    }
     return Suggestion(
         wide_names,
         len(search.names) - len(kept),
@@ -93,7 +99,9 @@ def suggest(
     )
 
 
-def rules_for(chosen: Collection[str], names: Mapping[str, tuple[str, ...]], narrow: int, wide: int) -> tuple[PlacementRule, ...]:
+def rules_for(
+    chosen: Collection[str], names: Mapping[str, tuple[str, ...]], narrow: int, wide: int
+) -> tuple[PlacementRule, ...]:
     """Rules under which just `chosen` is wide; `names` holds what a glob is matched with, for every value that may be.
 
     One rule stands for all values of a kind where no other value fits it. The name of the first of several alike values of a module
@@ -104,22 +112,32 @@ def rules_for(chosen: Collection[str], names: Mapping[str, tuple[str, ...]], nar
     for kind, members in _by_kind(list(names)).items():
         among = [name for name in members if name in chosen]
         everywhere = PlacementRule(kind, bitwidth=wide)
-        if len(among) == len(members) and not any(everywhere.fits(fitting) for name, fitting in names.items() if name not in chosen):
+        if len(among) == len(members) and not any(
+            everywhere.fits(fitting) for name, fitting in names.items() if name not in chosen
+        ):
             rules.append(everywhere)
             continue
         for own in (PlacementRule(name, bitwidth=wide) for name in among):
             rules.append(own)
-            exceptions |= {name: PlacementRule(name, bitwidth=narrow) for name, fitting in names.items() if name not in chosen and own.fits(fitting)}
+            exceptions |= {
+                name: PlacementRule(name, bitwidth=narrow)
+                for name, fitting in names.items()
+                if name not in chosen and own.fits(fitting)
+            }
     return (*exceptions.values(), *rules)
 
 
 class _Search:
     """Assignments of one simulation, and what was measured of them."""
 
-    def __init__(self, simulation: Simulation, narrow: int, wide: int, measure: Callable[[], float]):
+    def __init__(
+        self, simulation: Simulation, narrow: int, wide: int, measure: Callable[[], float]
+    ):
         self.simulation, self.narrow, self.wide, self.measure = simulation, narrow, wide, measure
         ruled = simulation.placement.ruled
-        self.names = [name for name, q in simulation.quantizers.items() if not q.fixed and name not in ruled]
+        self.names = [
+            name for name, q in simulation.quantizers.items() if not q.fixed and name not in ruled
+        ]
         self._known: dict[frozenset[str], float] = {}
 
     def measured(self, wide: Sequence[str]) -> float:
@@ -127,7 +145,9 @@ class _Search:
         chosen = frozenset(wide)
         for name in self.names:
             quantizer = self.simulation.quantizers[name]
-            scheme = replace(quantizer.scheme, bitwidth=self.wide if name in chosen else self.narrow)
+            scheme = replace(
+                quantizer.scheme, bitwidth=self.wide if name in chosen else self.narrow
+            )
             if quantizer.scheme != scheme:
                 quantizer.scheme = scheme
         self.simulation.freeze()

@@ -50,11 +50,22 @@ class TrainingGraph(nn.Module):
 
     ranges: nn.Parameter | None
 
-    def __init__(self, simulation: Simulation, base_encodings: Mapping[str, Encoding], learns_ranges: bool = False):
+    def __init__(
+        self,
+        simulation: Simulation,
+        base_encodings: Mapping[str, Encoding],
+        learns_ranges: bool = False,
+    ):
         super().__init__()
         model = simulation.origin.model
-        if any(isinstance(m, nn.Dropout) and m.p for path, m in model.named_modules() if is_adapter_name(path)):
-            raise TrainingError("the adapter has dropout, which a graph of evaluation leaves out; set dropout to 0, or train without the graph")
+        if any(
+            isinstance(m, nn.Dropout) and m.p
+            for path, m in model.named_modules()
+            if is_adapter_name(path)
+        ):
+            raise TrainingError(
+                "the adapter has dropout, which a graph of evaluation leaves out; set dropout to 0, or train without the graph"
+            )
         self.simulation = simulation
         self._own_parameters = {id(p) for p in model.parameters()}
         simulation.take_over(base_encodings)
@@ -63,7 +74,11 @@ class TrainingGraph(nn.Module):
         _free_adapter_(simulation)
         _keep_codes_(simulation.graph_module)
         self._check()
-        self.names = tuple(name for name in simulation.quantizers if name in base_encodings) if learns_ranges else ()
+        self.names = (
+            tuple(name for name in simulation.quantizers if name in base_encodings)
+            if learns_ranges
+            else ()
+        )
         self._grids = [_LearnedGrid(base_encodings[name]) for name in self.names]
         self.ranges = nn.Parameter(torch.zeros(len(self.names))) if learns_ranges else None
         nodes = {mark.name: mark.node for mark in simulation.marks}
@@ -80,20 +95,29 @@ class TrainingGraph(nn.Module):
             for grid, factor in zip(self._grids, self.ranges.exp().unbind(), strict=True):
                 grid.factor = factor
         captured = self.simulation.captured
-        outputs = self.simulation.graph_module(*captured.bind(complete(captured.interface.inputs, inputs)))
+        outputs = self.simulation.graph_module(
+            *captured.bind(complete(captured.interface.inputs, inputs))
+        )
         return captured.named(outputs)[captured.interface.primary]
 
     def scales(self) -> dict[str, Tensor]:
         """The learned scale of each activation, by name; empty if ranges are not learned."""
         factors = self.ranges.detach().exp().cpu().unbind() if self.ranges is not None else ()
-        return {name: grid.encoding.scale * factor for name, grid, factor in zip(self.names, self._grids, factors, strict=True)}
+        return {
+            name: grid.encoding.scale * factor
+            for name, grid, factor in zip(self.names, self._grids, factors, strict=True)
+        }
 
     def _check(self) -> None:
         parameters = list(self.simulation.graph_module.parameters())
         if not any(p.requires_grad for p in parameters):
-            raise TrainingError("nothing in the graph can be trained: attach an adapter before it is captured")
+            raise TrainingError(
+                "nothing in the graph can be trained: attach an adapter before it is captured"
+            )
         if any(p.requires_grad and id(p) not in self._own_parameters for p in parameters):
-            raise CaptureError("the captured graph holds copies of the model's parameters, which training would move in their place")
+            raise CaptureError(
+                "the captured graph holds copies of the model's parameters, which training would move in their place"
+            )
 
 
 class _LearnedGrid(nn.Module):
@@ -109,15 +133,26 @@ class _LearnedGrid(nn.Module):
         return replace(self.encoding, scale=self.encoding.scale * self.factor).fake_quantize(x)
 
 
-def with_scales(encodings: Mapping[str, Encoding], scales: Mapping[str, Tensor]) -> dict[str, Encoding]:
+def with_scales(
+    encodings: Mapping[str, Encoding], scales: Mapping[str, Tensor]
+) -> dict[str, Encoding]:
     """Encodings with learned scales in the place of their own.
 
     Raises:
         CalibrationError: a scale belongs to no encoding, or has another shape.
     """
-    if strangers := [name for name in scales if name not in encodings or encodings[name].scale.shape != scales[name].shape]:
-        raise CalibrationError(f"learned scales belong to no activation of the base: {', '.join(strangers[:3])}; calibrate the base, and train again")
-    return {name: replace(e, scale=scales[name]) if name in scales else e for name, e in encodings.items()}
+    if strangers := [
+        name
+        for name in scales
+        if name not in encodings or encodings[name].scale.shape != scales[name].shape
+    ]:
+        raise CalibrationError(
+            f"learned scales belong to no activation of the base: {', '.join(strangers[:3])}; calibrate the base, and train again"
+        )
+    return {
+        name: replace(e, scale=scales[name]) if name in scales else e
+        for name, e in encodings.items()
+    }
 
 
 def _free_adapter_(simulation: Simulation) -> None:
@@ -145,7 +180,9 @@ def _keep_codes_(graph_module: GraphModule) -> None:
         if source is None:
             continue
         with graph_module.graph.inserting_before(node):
-            product = graph_module.graph.call_function(torch.ops.qwlora.linear.default, (x, *source.args))
+            product = graph_module.graph.call_function(
+                torch.ops.qwlora.linear.default, (x, *source.args)
+            )
             if bias and bias[0] is not None:
                 product = graph_module.graph.call_function(_aten.add.Tensor, (product, bias[0]))
         product.meta = dict(node.meta)
@@ -162,4 +199,8 @@ def _through_views(node: Any) -> Node | None:
         if node.meta["val"].shape != viewed.meta["val"].shape:
             return None
         node = viewed
-    return node if isinstance(node, Node) and node.target is torch.ops.qwlora.dequantize.default else None
+    return (
+        node
+        if isinstance(node, Node) and node.target is torch.ops.qwlora.dequantize.default
+        else None
+    )

@@ -13,7 +13,12 @@ place among the codes).
 from qwlora.base.packed.layer import PackedLayer, is_packed
 from qwlora.base.packed.modules import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear
 from qwlora.base.packed.pack import empty_packed, is_packable, pack_module, pack_tied, weight_out_in
-from qwlora.base.packed.parameters import PackedParameter, empty_packed_parameter_, pack_parameter_, parameter_out_in
+from qwlora.base.packed.parameters import (
+    PackedParameter,
+    empty_packed_parameter_,
+    pack_parameter_,
+    parameter_out_in,
+)
 from qwlora.base.packed.place import pack_at_, packed_weights, place_empty_, tie_weights_
 
 __all__ = [

@@ -43,15 +43,27 @@ class PackedLayer(nn.Module):
     layout: str  # the scheme, as operators take it
     _owner: tuple[PackedLayer] | None  # in a tuple, so that it is no submodule
 
-    def _take(self, tensor: PackedTensor | None, owner: PackedLayer | None, weight_shape: tuple[int, ...], dtype: torch.dtype) -> Self:
+    def _take(
+        self,
+        tensor: PackedTensor | None,
+        owner: PackedLayer | None,
+        weight_shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Self:
         """Become a packed layer: on `tensor`, or tied to `owner`."""
         source = tensor or cast(PackedLayer, owner).tensor
         self.scheme, self.count = source.scheme, source.count
-        self.weight_shape, self.compute_dtype, self.layout = weight_shape, dtype, layout_of(source.scheme)
+        self.weight_shape, self.compute_dtype, self.layout = (
+            weight_shape,
+            dtype,
+            layout_of(source.scheme),
+        )
         self._owner = (owner,) if owner is not None else None
         for name, part in zip(Parts._fields, tensor.parts if tensor else (), strict=False):
             self.register_buffer(name, part)
-        self._buffers["weight"] = None  # marks a weight that is there, to those who look for it among the buffers; see `weight`
+        self._buffers["weight"] = (
+            None  # marks a weight that is there, to those who look for it among the buffers; see `weight`
+        )
         return self
 
     @property
@@ -59,7 +71,9 @@ class PackedLayer(nn.Module):
         """The packed tensor: the layer's own, or that of the layer it is tied to."""
         if self._owner is not None:
             return self._owner[0].tensor
-        return PackedTensor(self.scheme, self.count, Parts(*(self._part(name) for name in Parts._fields)))  # type: ignore[arg-type]
+        return PackedTensor(
+            self.scheme, self.count, Parts(*(self._part(name) for name in Parts._fields))
+        )  # type: ignore[arg-type]
 
     def _part(self, name: str) -> Tensor | None:
         """A part of the tensor: a buffer, or a parameter that is not trained while FSDP2 shards the layer."""
@@ -113,26 +127,37 @@ class PackedLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and is_packed(self):
-            if not (isinstance(value, Look) and value.part.owner.tensor.parts.packed is self.tensor.parts.packed):  # a model ties its weights anew
+            if not (
+                isinstance(value, Look)
+                and value.part.owner.tensor.parts.packed is self.tensor.parts.packed
+            ):  # a model ties its weights anew
                 refuse_write()
             return
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: buffer for name in _FLOATS if (buffer := self._buffers.get(name)) is not None}
+        before = {
+            name: buffer for name in _FLOATS if (buffer := self._buffers.get(name)) is not None
+        }
         device = self.tensor.parts.packed.device
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             moved = cast(Tensor, self._buffers[name])
             if moved.dtype != buffer.dtype:
-                self._buffers[name] = torch.empty_like(buffer, device=moved.device) if buffer.is_meta else buffer.to(moved.device)
+                self._buffers[name] = (
+                    torch.empty_like(buffer, device=moved.device)
+                    if buffer.is_meta
+                    else buffer.to(moved.device)
+                )
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in _FLOATS:
             found, buffer = state_dict.get(prefix + name), self._buffers.get(name)
-            if isinstance(found, Tensor) and buffer is not None and found.dtype != buffer.dtype:  # copying would round
+            if (
+                isinstance(found, Tensor) and buffer is not None and found.dtype != buffer.dtype
+            ):  # copying would round
                 self._buffers[name] = torch.empty_like(buffer, dtype=found.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -40,7 +40,9 @@ class Look(Tensor):
     @staticmethod
     def __new__(cls, part: Part) -> Look:
         device = part.owner.tensor.parts.packed.device
-        look: Look = Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.owner.compute_dtype, device=device, requires_grad=False)
+        look: Look = Tensor._make_wrapper_subclass(
+            cls, part.shape, dtype=part.owner.compute_dtype, device=device, requires_grad=False
+        )
         look.part = part
         return look
 
@@ -55,7 +57,13 @@ class Look(Tensor):
         return f"Look({list(self.shape)}, {self.part.owner.scheme})"
 
     @classmethod
-    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         found = handler(*args, **kwargs) if handler else NotImplemented
@@ -71,14 +79,20 @@ class Look(Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override] # torch declares it as a method of instances
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         args, kwargs = tree_map_only(Look, Look.unpacked, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 _TURNERS = ("T", "mT", "H", "mH")
-_ABOUT = frozenset("size dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous stride get_device __len__ __hash__".split())  # noqa: SIM905
+_ABOUT = frozenset(
+    "size dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous stride get_device __len__ __hash__".split()
+)  # noqa: SIM905
 
 
 def _property(func: Callable[..., Any], kind: str) -> str:
@@ -88,48 +102,106 @@ def _property(func: Callable[..., Any], kind: str) -> str:
 
 def _is_about(func: Callable[..., Any]) -> bool:
     """Whether the answer follows from shape, type and device alone."""
-    return _property(func, "__get__") not in ("", *_TURNERS, "real", "imag") or getattr(func, "__name__", "") in _ABOUT
+    return (
+        _property(func, "__get__") not in ("", *_TURNERS, "real", "imag")
+        or getattr(func, "__name__", "") in _ABOUT
+    )
 
 
 def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     name = getattr(func, "__name__", "")
     if _property(func, "__set__"):
         return _property(func, "__set__") == "data"
-    in_place = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    return ((in_place or name == "__setitem__") and bool(args) and isinstance(args[0], Look)) or isinstance(kwargs.get("out"), Look)
+    in_place = (name.endswith("_") and not name.endswith("__")) or (
+        name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+    )
+    return (
+        (in_place or name == "__setitem__") and bool(args) and isinstance(args[0], Look)
+    ) or isinstance(kwargs.get("out"), Look)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, Look) or isinstance(x, Look) or isinstance(bias, Look) or weight.ndim != 2:
+    if (
+        not isinstance(weight, Look)
+        or isinstance(x, Look)
+        or isinstance(bias, Look)
+        or weight.ndim != 2
+    ):
         return NotImplemented
     return Product.apply(x, bias, weight.part)
 
 
 def _matmul(x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
-    if kwargs or not isinstance(weight, Look) or isinstance(x, Look) or weight.ndim != 2 or x.ndim < 2:
+    if (
+        kwargs
+        or not isinstance(weight, Look)
+        or isinstance(x, Look)
+        or weight.ndim != 2
+        or x.ndim < 2
+    ):
         return NotImplemented
     return Product.apply(x, None, weight.part.turn())
 
 
-def _embedding(index: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: float | None = None, *_: Any, **__: Any) -> Tensor:
-    if not isinstance(weight, Look) or weight.part.turned or weight.part.which is not None or max_norm is not None:
+def _embedding(
+    index: Tensor,
+    weight: Tensor,
+    padding_idx: Any = None,
+    max_norm: float | None = None,
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    if (
+        not isinstance(weight, Look)
+        or weight.part.turned
+        or weight.part.which is not None
+        or max_norm is not None
+    ):
         return NotImplemented
     return weight.part.owner.tensor.dequantize(weight.dtype, index)
 
 
-def _grouped(x: Tensor, weight: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
-    if not isinstance(weight, Look) or isinstance(x, Look) or weight.ndim != 3 or weight.part.which is not None or x.ndim != 2 or offs is None:
+def _grouped(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    if (
+        not isinstance(weight, Look)
+        or isinstance(x, Look)
+        or weight.ndim != 3
+        or weight.part.which is not None
+        or x.ndim != 2
+        or offs is None
+    ):
         return NotImplemented
-    return GroupedProduct.apply(x, offs, weight.part) if bias is None and out_dtype is None else NotImplemented
+    return (
+        GroupedProduct.apply(x, offs, weight.part)
+        if bias is None and out_dtype is None
+        else NotImplemented
+    )
 
 
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def convolve(x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Tensor:
+    def convolve(
+        x: Tensor,
+        weight: Tensor,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
         if not isinstance(weight, Look) or isinstance(x, Look):
             return NotImplemented
         if isinstance(padding, str):
             x, padding = _padded(x, weight, padding, dilation), 0
-        return Convolution.apply(x, bias, weight.part, function, (stride, padding, dilation, groups))
+        return Convolution.apply(
+            x, bias, weight.part, function, (stride, padding, dilation, groups)
+        )
 
     return convolve
 
@@ -141,14 +213,24 @@ def _padded(x: Tensor, weight: Tensor, padding: str, dilation: Any) -> Tensor:
     kernel = weight.shape[2:]
     dilations = dilation if isinstance(dilation, tuple) else (dilation,) * len(kernel)
     widths = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-    return F.pad(x, [side for width in reversed(widths) for side in (width // 2, width - width // 2)])
+    return F.pad(
+        x, [side for width in reversed(widths) for side in (width // 2, width - width // 2)]
+    )
 
 
 def _select(look: Tensor, index: Any) -> Tensor:
     if not isinstance(look, Look) or look.part.which is not None or isinstance(index, Look):
         return NotImplemented
     whole = isinstance(index, int) and not isinstance(index, bool)
-    if look.ndim == 3 and (whole or (isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point() and index.dtype != torch.bool)):
+    if look.ndim == 3 and (
+        whole
+        or (
+            isinstance(index, Tensor)
+            and index.ndim == 0
+            and not index.is_floating_point()
+            and index.dtype != torch.bool
+        )
+    ):
         return Look(look.part.one(index))
     if look.ndim == 3 and isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64):
         values = look.part.owner.tensor.dequantize(look.dtype, index)
@@ -158,7 +240,11 @@ def _select(look: Tensor, index: Any) -> Tensor:
 
 def _transpose(look: Tensor, first: int, second: int) -> Tensor:
     axes = {first % look.ndim, second % look.ndim}
-    return Look(look.part.turn()) if isinstance(look, Look) and look.ndim in (2, 3) and axes == {look.ndim - 2, look.ndim - 1} else NotImplemented
+    return (
+        Look(look.part.turn())
+        if isinstance(look, Look) and look.ndim in (2, 3) and axes == {look.ndim - 2, look.ndim - 1}
+        else NotImplemented
+    )
 
 
 def _turn(look: Look) -> Tensor:
@@ -188,6 +274,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.transpose, Tensor.transpose), _transpose),
     Tensor.mT.__get__: _turn,  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.T.__get__, Tensor.t, torch.t), _turn_matrix),  # type: ignore[attr-defined]
-    **dict.fromkeys((Tensor.detach, torch.detach, Tensor.requires_grad_, Tensor.data.__get__), _itself),  # type: ignore[attr-defined]
+    **dict.fromkeys(
+        (Tensor.detach, torch.detach, Tensor.requires_grad_, Tensor.data.__get__), _itself
+    ),  # type: ignore[attr-defined]
     Tensor.set_: _set,
 }

@@ -28,15 +28,30 @@ from qwlora.grid.quantized import QuantizedTensor
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # a look is all that there is of the weight
     """Linear layer on packed codes [out, in]."""
 
-    was_conv1d = False  # whether it stands in the place of a GPT-2 Conv1D, whose weight is [in, out]
+    was_conv1d = (
+        False  # whether it stands in the place of a GPT-2 Conv1D, whose weight is [in, out]
+    )
 
     @classmethod
-    def from_codes(cls, codes: Tensor, encoding: Encoding | FloatOffsetEncoding, bias: nn.Parameter | None) -> PackedLinear:
+    def from_codes(
+        cls, codes: Tensor, encoding: Encoding | FloatOffsetEncoding, bias: nn.Parameter | None
+    ) -> PackedLinear:
         """Pack `codes` [out, in] with their encoding."""
-        return cls.build(PackedTensor.from_quantized(QuantizedTensor(codes, encoding)), None, bias, torch.float32 if bias is None else bias.dtype)
+        return cls.build(
+            PackedTensor.from_quantized(QuantizedTensor(codes, encoding)),
+            None,
+            bias,
+            torch.float32 if bias is None else bias.dtype,
+        )
 
     @classmethod
-    def build(cls, tensor: PackedTensor | None, owner: PackedLayer | None, bias: nn.Parameter | None, dtype: torch.dtype) -> PackedLinear:
+    def build(
+        cls,
+        tensor: PackedTensor | None,
+        owner: PackedLayer | None,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+    ) -> PackedLinear:
         """A layer on `tensor`, or tied to `owner`."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)  # not Linear's: no float weight is ever made
@@ -53,14 +68,20 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # a look i
             return y if self.bias is None else y + self.bias
         return Product.apply(x, self.bias, self.part)
 
-    def add_to(self, y: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+    def add_to(
+        self, y: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"]
+    ) -> Float[Tensor, "*batch out"]:
         """y + x W_hat^T + b, in the memory of y (see `AddedProduct`)."""
         return AddedProduct.apply(y, x, self.bias, self.part)
 
     @property
     def is_plain(self) -> bool:
         """Whether a call computes the product and nothing else: no subclass has another forward, and no hook sees it."""
-        return type(self).forward is PackedLinear.forward and "forward" not in self.__dict__ and not (self._forward_hooks or self._forward_pre_hooks)
+        return (
+            type(self).forward is PackedLinear.forward
+            and "forward" not in self.__dict__
+            and not (self._forward_hooks or self._forward_pre_hooks)
+        )
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # a look is all that there is of the weight
@@ -68,7 +89,9 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # a 
 
     def forward(self, index: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
         if torch.compiler.is_exporting():
-            return nn.functional.embedding(index, dequantize(*self.operands).to(self.compute_dtype), self.padding_idx)
+            return nn.functional.embedding(
+                index, dequantize(*self.operands).to(self.compute_dtype), self.padding_idx
+            )
         if traced():
             return gather(index, *self.operands).to(self.compute_dtype)
         return self.tensor.dequantize(self.compute_dtype, index)
@@ -78,7 +101,9 @@ class PackedConv1d(PackedLayer, nn.Conv1d):  # type: ignore[override] # a look i
     """Convolution on packed codes [out, in / groups * kernel]."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return nn.Conv1d(*args, **kwargs) if args or kwargs else super().__new__(cls)  # PEFT builds a LoRA's convolutions by `type(base_layer)(...)`
+        return (
+            nn.Conv1d(*args, **kwargs) if args or kwargs else super().__new__(cls)
+        )  # PEFT builds a LoRA's convolutions by `type(base_layer)(...)`
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # a look is all that there is of the weight

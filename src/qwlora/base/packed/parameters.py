@@ -51,14 +51,20 @@ class PackedParameter(PackedLayer):
 class _WithPackedParameters(nn.Module):
     """The part of the made class that is the same for all."""
 
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
         for name, parameter in self._modules[FOLDER]._modules.items():  # type: ignore[union-attr]
-            if name in self._buffers:  # who asks this module itself, as PEFT does, wants to know what it has; a model lists its floats alone
+            if (
+                name in self._buffers
+            ):  # who asks this module itself, as PEFT does, wants to know what it has; a model lists its floats alone
                 yield f"{prefix}.{name}" if prefix else name, parameter.weight  # type: ignore[misc, union-attr]
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        if isinstance(tensor, Look):  # torch puts back a parameter that was parametrized for one forward
+        if isinstance(
+            tensor, Look
+        ):  # torch puts back a parameter that was parametrized for one forward
             self._buffers[name] = None
         else:
             super().register_buffer(name, tensor, persistent)
@@ -91,40 +97,60 @@ def pack_parameter_(module: nn.Module, name: str, quantized: QuantizedTensor) ->
 
 
 def empty_packed_parameter_(
-    module: nn.Module, name: str, scheme: Scheme, device: torch.device | str = "meta", dtype: torch.dtype = torch.float16
+    module: nn.Module,
+    name: str,
+    scheme: Scheme,
+    device: torch.device | str = "meta",
+    dtype: torch.dtype = torch.float16,
 ) -> PackedParameter:
     """`pack_parameter_` without contents, to be read from a file.
 
     Raises:
         GridError: there is no such parameter, or the scheme does not fit it.
     """
-    return _put(module, name, PackedTensor.empty(scheme, tuple(parameter_out_in(module, name).shape), device, dtype))
+    return _put(
+        module,
+        name,
+        PackedTensor.empty(scheme, tuple(parameter_out_in(module, name).shape), device, dtype),
+    )
 
 
 def _put(module: nn.Module, name: str, tensor: PackedTensor) -> PackedParameter:
     expected = parameter_out_in(module, name)
     if tensor.shape != tuple(expected.shape):
-        raise GridError(f"codes of shape {list(tensor.shape)} do not stand for {name} of {type(module).__name__}, which is {list(expected.shape)}")
-    packed = PackedParameter(tensor, bool(getattr(module, "is_transposed", False)), expected.dtype).train(module.training)
+        raise GridError(
+            f"codes of shape {list(tensor.shape)} do not stand for {name} of {type(module).__name__}, which is {list(expected.shape)}"
+        )
+    packed = PackedParameter(
+        tensor, bool(getattr(module, "is_transposed", False)), expected.dtype
+    ).train(module.training)
     if FOLDER not in module._modules:
         module.add_module(FOLDER, nn.ModuleDict().train(module.training))
     module._modules[FOLDER]._modules[name] = packed  # type: ignore[union-attr]
     del module._parameters[name]
     module._buffers[name] = None
     names = tuple(module._modules[FOLDER]._modules)  # type: ignore[union-attr]
-    plain: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, _WithPackedParameters))
+    plain: Any = next(
+        kind for kind in type(module).__mro__ if not issubclass(kind, _WithPackedParameters)
+    )
     module.__class__ = _class_with(plain, names)
     return packed
 
 
 @cache
 def _class_with(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    return type(f"Packed{kind.__name__}", (_WithPackedParameters, kind), {name: _reader(name) for name in names})
+    return type(
+        f"Packed{kind.__name__}",
+        (_WithPackedParameters, kind),
+        {name: _reader(name) for name in names},
+    )
 
 
 def _reader(name: str) -> property:
     def read(module: nn.Module) -> Tensor:
-        if name not in module._buffers:  # it is being parametrized, and torch makes sure that nothing of the name is left
+        if (
+            name not in module._buffers
+        ):  # it is being parametrized, and torch makes sure that nothing of the name is left
             raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
         return module._modules[FOLDER]._modules[name].weight  # type: ignore[union-attr, return-value]
 

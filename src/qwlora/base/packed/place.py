@@ -22,7 +22,11 @@ from qwlora.grid.scheme import Scheme
 
 def packed_weights(model: nn.Module) -> dict[str, PackedLayer]:
     """Every packed layer of `model`, tied ones too, by the name of the tensor it stands for (without what an adapter library wraps around it)."""
-    return {parameter_name(path): module for path, module in model.named_modules() if isinstance(module, PackedLayer) and is_packed(module)}
+    return {
+        parameter_name(path): module
+        for path, module in model.named_modules()
+        if isinstance(module, PackedLayer) and is_packed(module)
+    }
 
 
 def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedLayer:
@@ -42,7 +46,9 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
     return layer
 
 
-def place_empty_(model: nn.Module, path: str, scheme: Scheme, device: torch.device | str = "meta") -> PackedLayer:
+def place_empty_(
+    model: nn.Module, path: str, scheme: Scheme, device: torch.device | str = "meta"
+) -> PackedLayer:
     """Put a packed layer without contents at `path`, the path that such a layer has among the modules of a packed model.
 
     Raises:
@@ -62,7 +68,10 @@ def tie_weights_(model: PreTrainedModel) -> None:
     """`model.tie_weights()` for models with packed layers: whatever the model's class ties to a packed weight becomes a layer on the same codes."""
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         paths = [name.removesuffix(".weight") for name in (target, source)]
-        there, owner = (model.get_submodule(path) if path != name else None for path, name in zip(paths, (target, source), strict=True))
+        there, owner = (
+            model.get_submodule(path) if path != name else None
+            for path, name in zip(paths, (target, source), strict=True)
+        )
         if there is not None and owner is not None and is_packed(owner) and not is_packed(there):
             model.set_submodule(paths[0], pack_tied(there, owner))
     model.tie_weights()

@@ -46,7 +46,12 @@ class Part:
 
     def turn(self) -> Part:
         """The last two axes exchanged."""
-        return Part(self.owner, (*self.shape[:-2], self.shape[-1], self.shape[-2]), self.which, not self.turned)
+        return Part(
+            self.owner,
+            (*self.shape[:-2], self.shape[-1], self.shape[-2]),
+            self.which,
+            not self.turned,
+        )
 
     def one(self, which: Tensor | int) -> Part:
         """One of the first axis."""
@@ -88,16 +93,27 @@ class Convolution(torch.autograd.Function):
     """`F.conv1d` or `F.conv2d`, the weight a part [out, in / groups, *kernel]; padding in numbers."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Part, function: Callable[..., Tensor], options: tuple[Any, ...]) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Part,
+        function: Callable[..., Tensor],
+        options: tuple[Any, ...],
+    ) -> Tensor:
         ctx.weight, ctx.shape, ctx.function, ctx.options = weight, x.shape, function, options
         return function(x, weight.unpacked(compute_dtype(x)), bias, *options)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_x = None
         if ctx.needs_input_grad[0]:
             input_gradient = conv1d_input if ctx.function is F.conv1d else conv2d_input
-            grad_x = input_gradient(ctx.shape, ctx.weight.unpacked(gradient.dtype), gradient, *ctx.options)
+            grad_x = input_gradient(
+                ctx.shape, ctx.weight.unpacked(gradient.dtype), gradient, *ctx.options
+            )
         spatial = len(ctx.weight.shape) - 2
         channels = [axis for axis in range(gradient.ndim) if axis != gradient.ndim - 1 - spatial]
         return grad_x, gradient.sum(channels) if ctx.needs_input_grad[1] else None, None, None, None
@@ -116,8 +132,12 @@ class GroupedProduct(torch.autograd.Function):
         return _by_group(gradient, ctx.ends, ctx.weight.turn()), None, None
 
 
-def _gradients(gradient: Tensor, weight: Part, of_x: bool, of_bias: bool) -> tuple[Tensor | None, Tensor | None]:
-    return gradient @ weight.unpacked(gradient.dtype) if of_x else None, gradient.flatten(0, -2).sum(0) if of_bias else None
+def _gradients(
+    gradient: Tensor, weight: Part, of_x: bool, of_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    return gradient @ weight.unpacked(gradient.dtype) if of_x else None, gradient.flatten(
+        0, -2
+    ).sum(0) if of_bias else None
 
 
 def _by_group(x: Tensor, ends: list[int], weight: Part) -> Tensor:

@@ -24,7 +24,9 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
     Raises:
         MergeError: the model has fused experts, which stay packed.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
+    }
     if experts := [name for name, module in layers.items() if isinstance(module, PackedParameter)]:
         raise MergeError(
             f"{canonical_name(experts[0])}: fused experts are not turned back into floats, so nothing can be merged into this model; keep the adapter separate"
@@ -34,7 +36,10 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
     for name, layer in layers.items():
         key = layer.tensor.parts.packed.data_ptr()
         if key not in parameters:
-            parameters[key] = nn.Parameter(layer.quantized.dequantize().to(layer.compute_dtype).view(layer.weight_shape), requires_grad=False)
+            parameters[key] = nn.Parameter(
+                layer.quantized.dequantize().to(layer.compute_dtype).view(layer.weight_shape),
+                requires_grad=False,
+            )
             found[f"{canonical_name(name)}.weight"] = layer.quantized
         model.set_submodule(name, _float_module(layer, parameters[key]))
     return found
@@ -46,14 +51,30 @@ def restore_conv1d_(model: nn.Module) -> None:
         if isinstance(linear, nn.Linear) and getattr(linear, "was_conv1d", False):
             conv1d = Conv1D(0, 0).train(linear.training)
             conv1d.nf, conv1d.nx = linear.weight.shape
-            conv1d.weight, conv1d.bias = nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False), linear.bias
+            conv1d.weight, conv1d.bias = (
+                nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False),
+                linear.bias,
+            )
             model.set_submodule(name, conv1d)
 
 
 def _float_module(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
-    kind = nn.Linear if type(layer) is PackedLinear else next(k for k in type(layer).__mro__ if issubclass(k, nn.Module) and not issubclass(k, PackedLayer))
+    kind = (
+        nn.Linear
+        if type(layer) is PackedLinear
+        else next(
+            k
+            for k in type(layer).__mro__
+            if issubclass(k, nn.Module) and not issubclass(k, PackedLayer)
+        )
+    )
     module = kind.__new__(kind)
-    module.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in layer.__dict__.items()})
+    module.__dict__.update(
+        {
+            key: value.copy() if isinstance(value, dict) else value
+            for key, value in layer.__dict__.items()
+        }
+    )
     for name in (*Parts._fields, "weight"):
         module._buffers.pop(name, None)
     for name in ("scheme", "count", "weight_shape", "compute_dtype", "_owner"):

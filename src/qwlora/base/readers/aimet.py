@@ -50,10 +50,20 @@ class AimetCheckpoint:
             them together.
     """
 
-    def __init__(self, folder: str | Path, encodings: str | Path, keep_float: Sequence[str] = (), block_order: BlockOrder | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        encodings: str | Path,
+        keep_float: Sequence[str] = (),
+        block_order: BlockOrder | None = None,
+    ):
         self.floats = FloatCheckpoint(folder)
         self.config: PretrainedConfig = self.floats.config
-        self.path, self.keep_float, self.block_order = Path(encodings), tuple(keep_float), block_order
+        self.path, self.keep_float, self.block_order = (
+            Path(encodings),
+            tuple(keep_float),
+            block_order,
+        )
         self._modules = dict(self.floats.model.named_modules())
         self._grids = self._matched(files.read(self.path))
 
@@ -64,7 +74,11 @@ class AimetCheckpoint:
     def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
         """Grid and shape `[out, in]` of each parameter that is integers; no tensor is read."""
         shapes = {name: tuple(self.floats.model.get_parameter(name).shape) for name in self._grids}
-        placed = {name: shape[::-1] if self._is_transposed(name) else shape for name, shape in shapes.items() if len(shape) > 1}
+        placed = {
+            name: shape[::-1] if self._is_transposed(name) else shape
+            for name, shape in shapes.items()
+            if len(shape) > 1
+        }
         return {name: (self._grids[name].scheme, shape) for name, shape in placed.items()}
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
@@ -116,13 +130,20 @@ class AimetCheckpoint:
         held = self.names()
         problems = []
         if file.parameters is not None:  # 2.x does not tell activations from parameters
-            problems = [f"{name!r} is listed as a parameter, but the model has none of that name{_near(name, held)}" for name in unknown]
+            problems = [
+                f"{name!r} is listed as a parameter, but the model has none of that name{_near(name, held)}"
+                for name in unknown
+            ]
         excluded = set(file.excluded_layers or ())
         for name in held:
             layer = name.rpartition(".")[0]
-            linear = isinstance(self._modules.get(layer), nn.Linear | Conv1D) and name.endswith(".weight")
+            linear = isinstance(self._modules.get(layer), nn.Linear | Conv1D) and name.endswith(
+                ".weight"
+            )
             if linear and name not in found and layer not in excluded and not self._is_kept(name):
-                problems.append(f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}; say {_keeping(layer)} if it is to stay float")
+                problems.append(
+                    f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}; say {_keeping(layer)} if it is to stay float"
+                )
         return problems
 
     def _grid(self, name: str, entries: dict[str, Entry], file: EncodingsFile) -> Encoding | None:
@@ -147,10 +168,14 @@ class AimetCheckpoint:
         for other in others:
             again = self._grid(name, {other.name: other}, file)
             if not _equal(grid, again):
-                raise SourceError(f"and {other.name!r} are tied in the model, but have different grids; export the model with one of them")
+                raise SourceError(
+                    f"and {other.name!r} are tied in the model, but have different grids; export the model with one of them"
+                )
         return grid
 
-    def _placement(self, name: str, entry: Entry, shape: tuple[int, ...], file: EncodingsFile) -> Placement:
+    def _placement(
+        self, name: str, entry: Entry, shape: tuple[int, ...], file: EncodingsFile
+    ) -> Placement:
         renumbered = not self._is_parameter(entry.name)
         conv1d = self._is_transposed(name)
         order = self.block_order
@@ -158,32 +183,55 @@ class AimetCheckpoint:
             order = "tensor"  # AIMET's ONNX exporter, which lists blocks as its tensor lies
         elif order is None and not conv1d and (file.producer or {}).get("package") == "aimet-torch":
             order = "channel"  # aimet-torch keeps the name only where the tensor is [out, in]
-        transposed_conv = isinstance(self._modules.get(name.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd)
-        return Placement(shape[::-1] if conv1d else shape, conv1d != renumbered, 1 if transposed_conv else 0, order)
+        transposed_conv = isinstance(
+            self._modules.get(name.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd
+        )
+        return Placement(
+            shape[::-1] if conv1d else shape,
+            conv1d != renumbered,
+            1 if transposed_conv else 0,
+            order,
+        )
 
     def _parameter_of(self, entry: str) -> str | None:
         """The parameter that an entry is of, by its own name or the numbered one of AIMET's ONNX exporter."""
         if self._is_parameter(entry):
             return entry
         numbered = re.fullmatch(r"(.+)_\d{1,9}", entry)
-        if numbered and self._is_parameter(numbered[1]) and self.floats.model.get_parameter(numbered[1]).ndim == 2:
+        if (
+            numbered
+            and self._is_parameter(numbered[1])
+            and self.floats.model.get_parameter(numbered[1]).ndim == 2
+        ):
             return numbered[1]
         return None
 
     def _is_parameter(self, name: str) -> bool:
         layer, _, leaf = name.rpartition(".")
-        return layer in self._modules and leaf in self._modules[layer]._parameters and self._modules[layer]._parameters[leaf] is not None
+        return (
+            layer in self._modules
+            and leaf in self._modules[layer]._parameters
+            and self._modules[layer]._parameters[leaf] is not None
+        )
 
     def _first(self, name: str) -> str:
         """The name that counts of a tied parameter."""
         tensor = self.floats.model.get_parameter(name)
-        return next(first for first, other in self.floats.model.named_parameters() if other is tensor)
+        return next(
+            first for first, other in self.floats.model.named_parameters() if other is tensor
+        )
 
     def _is_transposed(self, name: str) -> bool:
-        return isinstance(self._modules.get(name.rpartition(".")[0]), Conv1D) and name.endswith(".weight")
+        return isinstance(self._modules.get(name.rpartition(".")[0]), Conv1D) and name.endswith(
+            ".weight"
+        )
 
     def _is_kept(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(part, glob) for part in (name, name.rpartition(".")[0]) for glob in self.keep_float)
+        return any(
+            fnmatch.fnmatchcase(part, glob)
+            for part in (name, name.rpartition(".")[0])
+            for glob in self.keep_float
+        )
 
 
 def _keeping(name: str) -> str:
@@ -201,7 +249,11 @@ def _check_fits(scheme: Scheme, shape: tuple[int, ...]) -> None:
 def _equal(a: Encoding | None, b: Encoding | None) -> bool:
     if a is None or b is None:
         return a is b
-    return a.scheme == b.scheme and bool((a.scale == b.scale).all()) and bool((a.offset == b.offset).all())
+    return (
+        a.scheme == b.scheme
+        and bool((a.scale == b.scale).all())
+        and bool((a.offset == b.offset).all())
+    )
 
 
 def _near(name: str, among: Sequence[str]) -> str:

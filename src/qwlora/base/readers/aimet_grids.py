@@ -62,14 +62,18 @@ def grid_of(entry: Entry, placement: Placement, version: str) -> Encoding:
             case LpbqEncoding():
                 return _low_power_grid(entry, placement)
             case FloatEncoding():
-                raise SourceError(f"is a float of {entry.bitwidth} bits, which is no grid of integers")
+                raise SourceError(
+                    f"is a float of {entry.bitwidth} bits, which is no grid of integers"
+                )
     except GridError as error:
         raise SourceError(str(error)) from error
 
 
 def _integer_grid(entry: IntegerEncoding, placement: Placement, version: str) -> Encoding:
     if entry.zero_point_shift:
-        raise SourceError("has a zero point shift of half a step, which the grid's integer offsets cannot express; calibrate without it in AIMET")
+        raise SourceError(
+            "has a zero point shift of half a step, which the grid's integer offsets cannot express; calibrate without it in AIMET"
+        )
     scale, offset = (np.asarray(values) for values in (entry.scale, entry.offset))
     granularity: Granularity
     if not scale.ndim or (scale.size == 1 and entry.block_size is None):
@@ -79,9 +83,15 @@ def _integer_grid(entry: IntegerEncoding, placement: Placement, version: str) ->
         scale, offset = scale.reshape(-1), offset.reshape(-1)
     else:
         granularity = PerBlock(entry.block_size)
-        scale, offset = (_blocks(values, entry.axis, entry.block_size, placement) for values in (scale, offset))
+        scale, offset = (
+            _blocks(values, entry.axis, entry.block_size, placement) for values in (scale, offset)
+        )
     symmetric = bool((offset == entry.centre).all())
-    return Encoding(Scheme(entry.bitwidth, symmetric, granularity), _floats(scale), torch.from_numpy(np.array(offset, dtype=np.int32)))
+    return Encoding(
+        Scheme(entry.bitwidth, symmetric, granularity),
+        _floats(scale),
+        torch.from_numpy(np.array(offset, dtype=np.int32)),
+    )
 
 
 def _low_power_grid(entry: LpbqEncoding, placement: Placement) -> Encoding:
@@ -92,13 +102,21 @@ def _low_power_grid(entry: LpbqEncoding, placement: Placement) -> Encoding:
         channel = np.asarray(entry.channel_scale)
         channel = channel.T if placement.flipped else channel
     if any(count % own for count, own in zip(integers.shape, channel.shape, strict=True)):
-        raise SourceError(f"has channel scales of shape {list(channel.shape)}, which {list(integers.shape)} blocks cannot share evenly")
+        raise SourceError(
+            f"has channel scales of shape {list(channel.shape)}, which {list(integers.shape)} blocks cannot share evenly"
+        )
     for axis, count in enumerate(integers.shape):
         channel = channel.repeat(count // channel.shape[axis], axis)
     scale = _floats(integers) * _floats(channel)
-    bits = (entry.decompressed_bitwidth - entry.bitwidth) if entry.decompressed_bitwidth is not None else max(1, int(integers.max() - 1).bit_length())
+    bits = (
+        (entry.decompressed_bitwidth - entry.bitwidth)
+        if entry.decompressed_bitwidth is not None
+        else max(1, int(integers.max() - 1).bit_length())
+    )
     scheme = Scheme(entry.bitwidth, True, _low_power_granularity(scale, entry, bits))
-    return Encoding(scheme, scale, torch.full(scale.shape, scheme.symmetric_offset, dtype=torch.int32))
+    return Encoding(
+        scheme, scale, torch.full(scale.shape, scheme.symmetric_offset, dtype=torch.int32)
+    )
 
 
 def _low_power_granularity(scale: Tensor, entry: LpbqEncoding, bits: int) -> PerBlock:
@@ -114,8 +132,14 @@ def _low_power_granularity(scale: Tensor, entry: LpbqEncoding, bits: int) -> Per
 def _channel_axis(entry: IntegerEncoding, placement: Placement, version: str) -> int:
     axis = placement.channel_axis if entry.axis is None else placement.axis(entry.axis)
     if entry.scale.size != placement.shape[axis]:
-        lost = "; version 0.6.1 lists the scales of blocks as if they were channels and loses their shape: export 1.0.0 or later" if version == "0.6.1" else ""
-        raise SourceError(f"has {entry.scale.size} scales, but axis {axis} of {list(placement.shape)} has {placement.shape[axis]}{lost}")
+        lost = (
+            "; version 0.6.1 lists the scales of blocks as if they were channels and loses their shape: export 1.0.0 or later"
+            if version == "0.6.1"
+            else ""
+        )
+        raise SourceError(
+            f"has {entry.scale.size} scales, but axis {axis} of {list(placement.shape)} has {placement.shape[axis]}{lost}"
+        )
     return axis
 
 
@@ -123,18 +147,31 @@ def _blocks(values: np.ndarray, axis: int | None, size: int, placement: Placemen
     """Values of blocks as `[..., out, in / size]`."""
     *rows, columns = placement.shape
     if len(placement.shape) != 2 or columns % size:
-        raise SourceError(f"has blocks of {size}, which do not divide the inputs of a matrix of shape {list(placement.shape)}")
+        raise SourceError(
+            f"has blocks of {size}, which do not divide the inputs of a matrix of shape {list(placement.shape)}"
+        )
     expected = (*rows, columns // size)
     if axis is not None:
         values = values.T if placement.flipped else values
         if placement.axis(axis) != 1:
-            raise SourceError("has blocks along the output, and blocks of the grid run along the input; quantize with blocks along the input")
-        if values.ndim != 2 or any(n not in (1, m) for n, m in zip(values.shape, expected, strict=True)):
-            raise SourceError(f"has {list(values.shape)} blocks, but a matrix of shape {list(placement.shape)} needs {list(expected)}")
+            raise SourceError(
+                "has blocks along the output, and blocks of the grid run along the input; quantize with blocks along the input"
+            )
+        if values.ndim != 2 or any(
+            n not in (1, m) for n, m in zip(values.shape, expected, strict=True)
+        ):
+            raise SourceError(
+                f"has {list(values.shape)} blocks, but a matrix of shape {list(placement.shape)} needs {list(expected)}"
+            )
         return np.broadcast_to(values, expected)
     if values.size != expected[0] * expected[1]:
-        raise SourceError(f"has {values.size} blocks, but a matrix of shape {list(placement.shape)} needs {list(expected)}")
-    readings: dict[BlockOrder, np.ndarray] = {"channel": values.reshape(expected), "tensor": values.reshape(expected[::-1]).T}
+        raise SourceError(
+            f"has {values.size} blocks, but a matrix of shape {list(placement.shape)} needs {list(expected)}"
+        )
+    readings: dict[BlockOrder, np.ndarray] = {
+        "channel": values.reshape(expected),
+        "tensor": values.reshape(expected[::-1]).T,
+    }
     if placement.block_order is not None:
         return readings[placement.block_order]
     if not np.array_equal(readings["channel"], readings["tensor"]):

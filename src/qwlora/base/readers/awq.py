@@ -54,18 +54,26 @@ class AwqTensors(LayerFiles):
         where = f"{str(files.folder)!r}, quantization_config"
         layout = str(settings.get("version") or settings.get("format") or "gemm").lower()
         if layout not in ("gemm", "gemv"):
-            raise SourceError(f"{where}: AWQ layout {layout!r} is not read; gemm and gemv are. Save the checkpoint with version='GEMM'")
+            raise SourceError(
+                f"{where}: AWQ layout {layout!r} is not read; gemm and gemv are. Save the checkpoint with version='GEMM'"
+            )
         bitwidth = settings.get("bits", settings.get("w_bit"))
         if bitwidth != BITWIDTH:
-            raise SourceError(f"{where}: bits is {bitwidth!r}; AWQ checkpoints of {BITWIDTH} bits are read")
+            raise SourceError(
+                f"{where}: bits is {bitwidth!r}; AWQ checkpoints of {BITWIDTH} bits are read"
+            )
         self.by_input = layout == "gemm"
         self.group_size = settings.get("group_size", settings.get("q_group_size"))
         if type(self.group_size) is not int or not (self.group_size > 0 or self.group_size == -1):
-            raise SourceError(f"{where}: group_size is {self.group_size!r}; a positive integer is needed, or -1 for whole rows")
+            raise SourceError(
+                f"{where}: group_size is {self.group_size!r}; a positive integer is needed, or -1 for whole rows"
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """`[out, in]` of a quantized layer."""
-        return self._layout(self.layer_of[name]) if name in self.layer_of else self.files.shape(name)
+        return (
+            self._layout(self.layer_of[name]) if name in self.layer_of else self.files.shape(name)
+        )
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """One tensor.
@@ -80,11 +88,26 @@ class AwqTensors(LayerFiles):
         qweight, qzeros, scale = (self.files.read(f"{layer}.{part}") for part in PARTS)
         groups = self._group_count(in_features)
         if self.by_input:
-            codes, zeros, scale = _columns(qweight, out_features).t(), _columns(qzeros, out_features).t(), scale.t()
+            codes, zeros, scale = (
+                _columns(qweight, out_features).t(),
+                _columns(qzeros, out_features).t(),
+                scale.t(),
+            )
         else:
-            codes, zeros, scale = unpack_words(qweight, BITWIDTH, in_features), unpack_words(qzeros, BITWIDTH, groups), scale[:, :groups]
+            codes, zeros, scale = (
+                unpack_words(qweight, BITWIDTH, in_features),
+                unpack_words(qzeros, BITWIDTH, groups),
+                scale[:, :groups],
+            )
         where = self._where(layer)
-        return quantized(codes, BITWIDTH, blocks(in_features, groups, where), scale, -zeros.to(torch.int32), where)
+        return quantized(
+            codes,
+            BITWIDTH,
+            blocks(in_features, groups, where),
+            scale,
+            -zeros.to(torch.int32),
+            where,
+        )
 
     def _where(self, layer: str) -> str:
         return f"{str(self.files.folder)!r}: layer {layer!r} (AWQ)"
@@ -97,13 +120,21 @@ class AwqTensors(LayerFiles):
         where = self._where(layer)
         for part in PARTS:
             if f"{layer}.{part}" not in self.files:
-                raise SourceError(f"{where} has no tensor {part!r}; files without zero points are not AutoAWQ's")
+                raise SourceError(
+                    f"{where} has no tensor {part!r}; files without zero points are not AutoAWQ's"
+                )
         if any(self.files.dtype(f"{layer}.{part}") != "I32" for part in ("qweight", "qzeros")):
-            raise SourceError(f"{where}: qweight and qzeros are packed in {self.files.dtype(f'{layer}.qweight')}; only words of int32 are read")
+            raise SourceError(
+                f"{where}: qweight and qzeros are packed in {self.files.dtype(f'{layer}.qweight')}; only words of int32 are read"
+            )
         qweight, qzeros, scales = (self.files.shape(f"{layer}.{part}") for part in PARTS)
         if not len(qweight) == len(qzeros) == len(scales) == 2:
-            raise SourceError(f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} must be matrices")
-        out_features, in_features = (qweight[1] * 8, qweight[0]) if self.by_input else (qweight[0], qweight[1] * 8)
+            raise SourceError(
+                f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} must be matrices"
+            )
+        out_features, in_features = (
+            (qweight[1] * 8, qweight[0]) if self.by_input else (qweight[0], qweight[1] * 8)
+        )
         groups = self._group_count(in_features)
         if self.by_input:
             fits = qzeros == (groups, out_features // 8) and scales == (groups, out_features)
@@ -118,4 +149,8 @@ class AwqTensors(LayerFiles):
 
 def _columns(words: Int[Tensor, "rows words"], count: int) -> UInt8[Tensor, "rows count"]:
     """The codes of `gemm` words, in the order of the columns."""
-    return unpack_words(words, BITWIDTH, count).unflatten(1, (-1, 8))[:, :, NIBBLE_OF_COLUMN].flatten(1)
+    return (
+        unpack_words(words, BITWIDTH, count)
+        .unflatten(1, (-1, 8))[:, :, NIBBLE_OF_COLUMN]
+        .flatten(1)
+    )

@@ -51,7 +51,9 @@ def check_folder(folder: Path, most: int = MOST) -> None:
         SourceError: it does (the key is named), or cannot be read.
     """
     try:
-        settings, _ = PretrainedConfig.get_config_dict(folder)  # of the file that AutoConfig takes, which config.json may name
+        settings, _ = PretrainedConfig.get_config_dict(
+            folder
+        )  # of the file that AutoConfig takes, which config.json may name
     except Exception as error:
         raise _unreadable(folder, error) from error
     check_counts(settings, most, repr(str(folder / "config.json")))
@@ -69,12 +71,24 @@ def check_counts(settings: Mapping[str, Any], most: int, where: str) -> None:
         key, limit, value = rest.pop()
         if isinstance(value, Mapping):
             for name, part in value.items():
-                rest.append((f"{key}.{name}".lstrip("."), next((n for counts, n in limits.items() if counts.fullmatch(str(name))), None), part))
+                rest.append(
+                    (
+                        f"{key}.{name}".lstrip("."),
+                        next(
+                            (n for counts, n in limits.items() if counts.fullmatch(str(name))), None
+                        ),
+                        part,
+                    )
+                )
         elif isinstance(value, list):
             rest += [(key, limit, part) for part in value]
         elif limit is not None and isinstance(value, int) and value > limit:
-            raise SourceError(f"{where}: {key} is {value}, but a model of these files has at most {limit}; it is damaged, or belongs to another model")
+            raise SourceError(
+                f"{where}: {key} is {value}, but a model of these files has at most {limit}; it is damaged, or belongs to another model"
+            )
 
 
 def _unreadable(folder: Path, error: Exception) -> SourceError:
-    return SourceError(f"{str(folder)!r}: config.json cannot be read: {error or type(error).__name__}")
+    return SourceError(
+        f"{str(folder)!r}: config.json cannot be read: {error or type(error).__name__}"
+    )

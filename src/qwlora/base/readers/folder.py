@@ -53,7 +53,9 @@ class FolderCheckpoint:
 
     def __init__(self, folder: str | Path, stored: Callable[[SafetensorsFiles], Stored]):
         self.folder = Path(folder)
-        self.files = SafetensorsFiles(self.folder, mapped=False)  # tensors are unpacked or widened anyway, and most are asked for once
+        self.files = SafetensorsFiles(
+            self.folder, mapped=False
+        )  # tensors are unpacked or widened anyway, and most are asked for once
         self.stored = stored(self.files)
         self.config = read_config(self.folder, len(self.files.names()))
         self._origins = self._found_origins()
@@ -69,7 +71,9 @@ class FolderCheckpoint:
             SourceError: there is no such parameter, or its stored tensors cannot be read.
         """
         if name not in self._origins:
-            raise SourceError(f"{self._where}: {name!r} is no parameter of {type(self.model).__name__} (of tied ones, the first counts)")
+            raise SourceError(
+                f"{self._where}: {name!r} is no parameter of {type(self.model).__name__} (of tied ones, the first counts)"
+            )
         first, *copies = [self._made(alias, origin) for alias, origin in self._origins[name]]
         if any(not _same(first, copy) for copy in copies):
             aliases = " and ".join(repr(alias) for alias, _ in self._origins[name])
@@ -97,11 +101,19 @@ class FolderCheckpoint:
     def _made(self, target: str, origin: Origin) -> Tensor | QuantizedTensor:
         parts = {stored: self.stored.read(stored) for stored, _ in origin.sources}
         floats = {stored: part for stored, part in parts.items() if isinstance(part, Tensor)}
-        integers = {stored: part for stored, part in parts.items() if isinstance(part, QuantizedTensor)}
+        integers = {
+            stored: part for stored, part in parts.items() if isinstance(part, QuantizedTensor)
+        }
         if floats and integers:
             names = f"{next(iter(floats))} is float and {next(iter(integers))} integers"
-            raise SourceError(f"{self._where}: parameter {target!r} is made of both ({names}), and one tensor has one grid")
-        return origin.convert(self.model, floats)[target] if floats else convert_quantized(origin, self.model, integers, self._where)[target]
+            raise SourceError(
+                f"{self._where}: parameter {target!r} is made of both ({names}), and one tensor has one grid"
+            )
+        return (
+            origin.convert(self.model, floats)[target]
+            if floats
+            else convert_quantized(origin, self.model, integers, self._where)[target]
+        )
 
     def _found_origins(self) -> dict[str, list[tuple[str, Origin]]]:
         """For each parameter, its stored names: one, unless copies of a tied tensor are stored too."""
@@ -116,23 +128,36 @@ class FolderCheckpoint:
         tied: dict[int, list[str]] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             tied.setdefault(id(tensor), []).append(name)
-        result = {aliases[0]: [(alias, found[alias]) for alias in aliases if alias in found] for aliases in tied.values()}
+        result = {
+            aliases[0]: [(alias, found[alias]) for alias in aliases if alias in found]
+            for aliases in tied.values()
+        }
         if missing := [name for name, copies in result.items() if not copies]:
-            raise SourceError(f"{self._where}: {_listed(missing)} missing from the files, which config.json's model needs; download the model again")
+            raise SourceError(
+                f"{self._where}: {_listed(missing)} missing from the files, which config.json's model needs; download the model again"
+            )
         for copies in result.values():
             for alias, origin in copies:
                 self._check_shape(alias, origin, stored)
         return result
 
     def _check_shape(self, name: str, origin: Origin, stored: dict[str, tuple[int, ...]]) -> None:
-        made = origin.convert(self.model, {source: torch.empty(stored[source], device="meta") for source, _ in origin.sources})
+        made = origin.convert(
+            self.model,
+            {source: torch.empty(stored[source], device="meta") for source, _ in origin.sources},
+        )
         found, expected = tuple(made[name].shape), tuple(self.model.state_dict()[name].shape)
         if found not in (expected, self._matrix_shape(name, expected)):
-            raise SourceError(f"{self._where}: {name!r} has shape {list(found)} in the files, but {list(expected)} in config.json's model")
+            raise SourceError(
+                f"{self._where}: {name!r} has shape {list(found)} in the files, but {list(expected)} in config.json's model"
+            )
 
     def _matrix_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """`[out, in]` of a layer that keeps its weight `[in, out]`: integers are stored that way round."""
-        transposed = isinstance(self.model.get_submodule(name.rpartition(".")[0]), Conv1D) and len(shape) == 2
+        transposed = (
+            isinstance(self.model.get_submodule(name.rpartition(".")[0]), Conv1D)
+            and len(shape) == 2
+        )
         return shape[::-1] if transposed else shape
 
     def _is_empty_bias(self, name: str) -> bool:
@@ -159,7 +184,11 @@ def _same(a: Tensor | QuantizedTensor, b: Tensor | QuantizedTensor) -> bool:
         return a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return False
-    return torch.equal(a.codes, b.codes) and torch.equal(a.encoding.scale, b.encoding.scale) and a.encoding.scheme == b.encoding.scheme
+    return (
+        torch.equal(a.codes, b.codes)
+        and torch.equal(a.encoding.scale, b.encoding.scale)
+        and a.encoding.scheme == b.encoding.scheme
+    )
 
 
 def _listed(names: list[str]) -> str:

@@ -74,7 +74,9 @@ class GgufCheckpoint:
             SourceError: there is no such parameter, its stored tensors are of several types, or its numbers fit no grid.
         """
         if name not in self._makings:
-            raise self.file.error(f"{name!r} is no parameter of {type(self._model).__name__} (of tied ones, the first counts)")
+            raise self.file.error(
+                f"{name!r} is no parameter of {type(self._model).__name__} (of tied ones, the first counts)"
+            )
         making = self._makings[name]
         return self._floats(making) if self._kind(making) in FLOATS else self._integers(making)
 
@@ -91,7 +93,9 @@ class GgufCheckpoint:
         kinds = {source: self.file.tensors[source].kind for source in making.sources}
         if len(set(kinds.values())) > 1:
             parts = ", ".join(f"{source} ({kind})" for source, kind in kinds.items())
-            raise self.file.error(f"parameter {making.target!r} is made of {parts}, and one tensor has one grid; take a file that has one type for them")
+            raise self.file.error(
+                f"parameter {making.target!r} is made of {parts}, and one tensor has one grid; take a file that has one type for them"
+            )
         return next(iter(kinds.values()))
 
     def _what(self, making: Making) -> str:
@@ -100,19 +104,28 @@ class GgufCheckpoint:
 
     def _floats(self, making: Making) -> Tensor:
         kind = FLOATS[self._kind(making)]
-        stored = {source: self.file.raw(source).view(kind).view(self.file.tensors[source].shape) for source in making.sources}
+        stored = {
+            source: self.file.raw(source).view(kind).view(self.file.tensors[source].shape)
+            for source in making.sources
+        }
         try:
             made = making.convert(stored)
         except Exception as error:  # a file's numbers reach any line of any conversion
-            raise SourceError(f"{self._what(making)}: transformers' conversion of this tensor fails: {error or type(error).__name__}") from error
+            raise SourceError(
+                f"{self._what(making)}: transformers' conversion of this tensor fails: {error or type(error).__name__}"
+            ) from error
         self._check_shape(making, tuple(made.shape))
         return made.to(torch.promote_types(kind, torch.float32))
 
     def _integers(self, making: Making) -> QuantizedTensor:
-        parts = [decode_blocks(self._kind(making), self.file.raw(source)) for source in making.sources]
+        parts = [
+            decode_blocks(self._kind(making), self.file.raw(source)) for source in making.sources
+        ]
         shapes = [tuple(part.codes.shape) for part in parts]
         if len({shape[-1] for shape in shapes}) > 1:
-            raise SourceError(f"{self._what(making)}: the tensors that make this parameter have rows of different lengths ({', '.join(map(str, shapes))})")
+            raise SourceError(
+                f"{self._what(making)}: the tensors that make this parameter have rows of different lengths ({', '.join(map(str, shapes))})"
+            )
         move = moved(making, shapes, parts[0].size, self._what(making))
         blocks = _apply(move, parts)
         shape = tuple(blocks.codes.shape)
@@ -122,7 +135,9 @@ class GgufCheckpoint:
     def _check_shape(self, making: Making, shape: tuple[int, ...]) -> None:
         expected = self._expected(making.target)
         if shape != expected:
-            raise SourceError(f"{self._what(making)} has shape {list(shape)}, but {list(expected)} in the model that the file's metadata describe")
+            raise SourceError(
+                f"{self._what(making)} has shape {list(shape)}, but {list(expected)} in the model that the file's metadata describe"
+            )
 
     def _expected(self, target: str) -> tuple[int, ...]:
         path, _, key = target.rpartition(".")
@@ -136,11 +151,17 @@ class GgufCheckpoint:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = self.file.path.resolve()
-                if self.file.architecture not in GGUF_CONFIG_ARCHS:  # those are read quickly, and want the vocabulary
+                if (
+                    self.file.architecture not in GGUF_CONFIG_ARCHS
+                ):  # those are read quickly, and want the vocabulary
                     path = Path(folder, "header.gguf")
                     path.write_bytes(self.file.without_contents())
-                settings, _ = PretrainedConfig.get_config_dict(str(path.parent), gguf_file=path.name)
-            if settings.get("vocab_size") == 0 and tokens:  # the length of the vocabulary, which was left out
+                settings, _ = PretrainedConfig.get_config_dict(
+                    str(path.parent), gguf_file=path.name
+                )
+            if (
+                settings.get("vocab_size") == 0 and tokens
+            ):  # the length of the vocabulary, which was left out
                 settings["vocab_size"] = tokens
             return settings, CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
         except Exception as error:  # a file's values reach any line of any configuration's code
@@ -164,24 +185,37 @@ class GgufCheckpoint:
                 continue
             if len(copies) > 1 and not self._same(copies):
                 both = listed([source for copy in copies for source in copy.sources])
-                raise self.file.error(f"{both} hold different values, but the model that its metadata describe ties them")
+                raise self.file.error(
+                    f"{both} hold different values, but the model that its metadata describe ties them"
+                )
             result[name] = copies[0]
         if missing:
             raise self.file.error(
                 f"{listed(missing)}: missing from the file, and needed by {type(self._model).__name__}, which its metadata describe; fetch it again"
             )
         for name, making in result.items():
-            values = sum(torch.Size(self.file.tensors[source].shape).numel() for source in making.sources)
+            values = sum(
+                torch.Size(self.file.tensors[source].shape).numel() for source in making.sources
+            )
             shape = torch.Size(self._expected(making.target))
             if values != shape.numel():
                 stored = ", ".join(making.sources)
-                raise self.file.error(f"parameter {name!r} is {list(shape)}, but its tensors ({stored}) have {values} values; the file is damaged")
+                raise self.file.error(
+                    f"parameter {name!r} is {list(shape)}, but its tensors ({stored}) have {values} values; the file is damaged"
+                )
         return result
 
     def _same(self, copies: list[Making]) -> bool:
-        stored = [[(self.file.tensors[source].kind, self.file.raw(source)) for source in copy.sources] for copy in copies]
+        stored = [
+            [(self.file.tensors[source].kind, self.file.raw(source)) for source in copy.sources]
+            for copy in copies
+        ]
         return all(
-            len(other) == len(stored[0]) and all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(stored[0], other, strict=True))
+            len(other) == len(stored[0])
+            and all(
+                a[0] == b[0] and torch.equal(a[1], b[1])
+                for a, b in zip(stored[0], other, strict=True)
+            )
             for other in stored[1:]
         )
 
@@ -204,11 +238,18 @@ def _apply(move: Move, parts: list[Blocks]) -> Blocks:
     """The rows and blocks of columns of `parts`, one after another, where `move` says they belong."""
     size, result = parts[0].size, []
     for pieces in zip(*(part.parts() for part in parts), strict=True):
-        flat_pieces = [piece.flatten(0, -2) if piece.ndim > 1 else piece.unsqueeze(0) for piece in pieces]
+        flat_pieces = [
+            piece.flatten(0, -2) if piece.ndim > 1 else piece.unsqueeze(0) for piece in pieces
+        ]
         flat = torch.cat(flat_pieces) if len(flat_pieces) > 1 else flat_pieces[0]
         if not torch.equal(move.rows.flatten(), torch.arange(len(flat))):
             flat = flat[move.rows.flatten()]
         if move.columns is not None:
-            flat = flat[:, move.columns if flat.shape[1] == len(move.columns) else move.columns[::size] // size]
+            flat = flat[
+                :,
+                move.columns
+                if flat.shape[1] == len(move.columns)
+                else move.columns[::size] // size,
+            ]
         result.append(flat.view(*move.rows.shape, flat.shape[1]))
     return parts[0].with_parts(result)

@@ -80,7 +80,9 @@ def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> Blocks:
     first = decode(fields[:1])
     whole = [torch.empty((len(fields), part.shape[-1]), dtype=part.dtype) for part in first.parts()]
     for start in range(0, len(fields), _AT_ONCE):
-        for part, piece in zip(whole, decode(fields[start : start + _AT_ONCE]).parts(), strict=True):
+        for part, piece in zip(
+            whole, decode(fields[start : start + _AT_ONCE]).parts(), strict=True
+        ):
             part[start : start + _AT_ONCE] = piece
     return first.with_parts([part.view(*raw.shape[:-1], -1) for part in whole])
 
@@ -111,11 +113,16 @@ def _integer_offset(blocks: Blocks) -> QuantizedTensor:
     if bool(negative.any()):
         turned = negative.unsqueeze(-1)
         symmetric = not bool((turned & (codes == 0)).any())
-        codes = torch.where(turned, codes.neg().add_((steps + symmetric) % 256), codes)  # bytes count modulo 256, and no result is outside 0 to 255
+        codes = torch.where(
+            turned, codes.neg().add_((steps + symmetric) % 256), codes
+        )  # bytes count modulo 256, and no result is outside 0 to 255
     offset = torch.full(scale.shape, -middle, dtype=torch.int32)
     if not symmetric:
         offset = offset.masked_fill_(negative, 1 - middle)
-    return QuantizedTensor(codes.flatten(-2), Encoding(Scheme(blocks.bitwidth, symmetric, PerBlock(size)), scale, offset))
+    return QuantizedTensor(
+        codes.flatten(-2),
+        Encoding(Scheme(blocks.bitwidth, symmetric, PerBlock(size)), scale, offset),
+    )
 
 
 def _float_offset(blocks: Blocks, what: str) -> QuantizedTensor:
@@ -124,7 +131,11 @@ def _float_offset(blocks: Blocks, what: str) -> QuantizedTensor:
     codes, minimum, scale = blocks.codes.unflatten(-1, (-1, size)), blocks.minimum, blocks.scale
     constant, negative = scale == 0, scale < 0
     if bool(negative.any()):
-        stored, d, m = codes[negative], scale[negative].unsqueeze(-1), minimum[negative].unsqueeze(-1)
+        stored, d, m = (
+            codes[negative],
+            scale[negative].unsqueeze(-1),
+            minimum[negative].unsqueeze(-1),
+        )
         turned, low = steps - stored, d * steps + m
         if not torch.equal(stored.float() * d + m, turned.float() * -d + low):
             raise SourceError(
@@ -135,7 +146,10 @@ def _float_offset(blocks: Blocks, what: str) -> QuantizedTensor:
         codes[negative], minimum[negative] = turned, low.squeeze(-1)
     codes = _filled(codes, constant, 0)
     scheme = Scheme(blocks.bitwidth, symmetric=False, granularity=PerBlock(size), float_offset=True)
-    return QuantizedTensor(codes.flatten(-2), FloatOffsetEncoding(scheme, scale.abs().masked_fill_(constant, CONSTANT_SCALE), minimum))
+    return QuantizedTensor(
+        codes.flatten(-2),
+        FloatOffsetEncoding(scheme, scale.abs().masked_fill_(constant, CONSTANT_SCALE), minimum),
+    )
 
 
 def _filled(codes: Tensor, constant: Tensor, code: int) -> Tensor:
@@ -157,12 +171,18 @@ def _simple(bitwidth: int, with_minimum: bool) -> Callable[[Tensor], Blocks]:
 
 
 def _q2_k(fields: Tensor) -> Blocks:
-    pairs, codes = fields[..., :16], bit_planes(fields[..., 16:80].unflatten(-1, (2, 32)), 4, 2).flatten(-2)
+    pairs, codes = (
+        fields[..., :16],
+        bit_planes(fields[..., 16:80].unflatten(-1, (2, 32)), 4, 2).flatten(-2),
+    )
     return Blocks(2, codes, _half(fields, 80) * (pairs & 0xF), -(_half(fields, 82) * (pairs >> 4)))
 
 
 def _q3_k(fields: Tensor) -> Blocks:
-    high, low = bit_planes(fields[..., :32], 8, 1), bit_planes(fields[..., 32:96].unflatten(-1, (2, 32)), 4, 2).flatten(-2)
+    high, low = (
+        bit_planes(fields[..., :32], 8, 1),
+        bit_planes(fields[..., 32:96].unflatten(-1, (2, 32)), 4, 2).flatten(-2),
+    )
     scales = halves(fields[..., 96:104]) | bit_planes(fields[..., 104:108], 4, 2) << 4
     return Blocks(3, low | high << 2, _half(fields, 108) * (scales.to(torch.float32) - 32))
 
@@ -181,7 +201,10 @@ def _q4_k(fields: Tensor) -> Blocks:
 
 
 def _q5_k(fields: Tensor) -> Blocks:
-    codes = halves(fields[..., 48:176].unflatten(-1, (4, 32))).flatten(-2) | bit_planes(fields[..., 16:48], 8, 1) << 4
+    codes = (
+        halves(fields[..., 48:176].unflatten(-1, (4, 32))).flatten(-2)
+        | bit_planes(fields[..., 16:48], 8, 1) << 4
+    )
     return Blocks(5, codes, *_k_scales(fields))
 
 

@@ -28,11 +28,25 @@ from qwlora.errors import MissingExtraError, SourceError
 try:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 except ImportError as error:
-    raise MissingExtraError("gguf is needed to read GGUF files and is not installed: pip install 'qwlora[gguf]'") from error
+    raise MissingExtraError(
+        "gguf is needed to read GGUF files and is not installed: pip install 'qwlora[gguf]'"
+    ) from error
 
 VERSIONS = (2, 3)
 MOST_AXES, MOST_NAME_BYTES = 4, 64  # ggml's own
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
 TOKENS = "tokenizer.ggml.tokens"
 UNBOUNDED = ("context", "window", "vocab_size")
@@ -70,7 +84,9 @@ class GgufFile:
             raise SourceError(f"{str(path)!r} is no file")
         if self.path.stat().st_size < 24:
             raise self.error("it is too short for a GGUF file")
-        self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")  # copy on write: torch wants writable memory, the file stays as it is
+        self._bytes = np.memmap(
+            self.path, dtype=np.uint8, mode="c"
+        )  # copy on write: torch wants writable memory, the file stays as it is
         reader = _Reader(self)
         self._spans: dict[str, tuple[int, int, bool]] = {}
         self.metadata = reader.pairs()
@@ -94,20 +110,42 @@ class GgufFile:
 
         transformers builds a Python object for every token to read a configuration of twenty numbers; of this it does so in a hundredth of the time.
         """
-        kept = [bytes(self._bytes[start:end]) for key, (start, end, array) in self._spans.items() if not (array and key.startswith("tokenizer."))]
-        kept.append(struct.pack(f"<Q{len(TOKENS)}sIIQ", len(TOKENS), TOKENS.encode(), ARRAY, STRING, 0))
+        kept = [
+            bytes(self._bytes[start:end])
+            for key, (start, end, array) in self._spans.items()
+            if not (array and key.startswith("tokenizer."))
+        ]
+        kept.append(
+            struct.pack(f"<Q{len(TOKENS)}sIIQ", len(TOKENS), TOKENS.encode(), ARRAY, STRING, 0)
+        )
         names = [name.encode() for name in self.tensors]
-        table = [struct.pack(f"<Q{len(name)}sIQIQ", len(name), name, 1, 1, GGMLQuantizationType.F32, 0) for name in names]
+        table = [
+            struct.pack(f"<Q{len(name)}sIQIQ", len(name), name, 1, 1, GGMLQuantizationType.F32, 0)
+            for name in names
+        ]
         alignment = self.metadata.get("general.alignment", 32)
-        return b"".join([struct.pack("<4sIQQ", b"GGUF", VERSIONS[-1], len(table), len(kept)), *kept, *table, bytes(2 * alignment)])
+        return b"".join(
+            [
+                struct.pack("<4sIQQ", b"GGUF", VERSIONS[-1], len(table), len(kept)),
+                *kept,
+                *table,
+                bytes(2 * alignment),
+            ]
+        )
 
     def error(self, what: str) -> SourceError:
         """An error that names the file."""
         return SourceError(f"{str(self.path)!r}: {what}")
 
-    def _placed(self, table: list[tuple[str, int, tuple[int, ...], int]], end: int) -> dict[str, StoredTensor]:
+    def _placed(
+        self, table: list[tuple[str, int, tuple[int, ...], int]], end: int
+    ) -> dict[str, StoredTensor]:
         alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
+        if (
+            not isinstance(alignment, int)
+            or not 8 <= alignment <= 2**20
+            or alignment & (alignment - 1)
+        ):
             raise self.error(f"general.alignment is {alignment!r}, not a power of two from 8 on")
         first, tensors = math.ceil(end / alignment) * alignment, {}
         for name, number, shape, offset in table:
@@ -119,7 +157,9 @@ class GgufFile:
                 ) from None
             values, size_bytes = GGML_QUANT_SIZES[kind]
             if shape[-1] % values:
-                raise self.error(f"tensor {name!r} has rows of {shape[-1]} values, which blocks of {values} ({kind.name}) do not divide")
+                raise self.error(
+                    f"tensor {name!r} has rows of {shape[-1]} values, which blocks of {values} ({kind.name}) do not divide"
+                )
             length = math.prod(shape) // values * size_bytes
             if offset % alignment or first + offset + length > len(self._bytes):
                 raise self.error(
@@ -134,16 +174,35 @@ class GgufFile:
     def _check_numbers(self) -> None:
         """Refuse sizes that a model is built with and that no tensor of the file has, and what the file is a part of only."""
         if not isinstance(self.metadata.get("general.architecture"), str):
-            raise self.error("general.architecture does not name the model; this is not the GGUF file of a language model")
+            raise self.error(
+                "general.architecture does not name the model; this is not the GGUF file of a language model"
+            )
         parts = self.metadata.get("split.count", 1)
         if parts != 1:
-            raise self.error(f"this is one of {parts} files that make the model; join them first (llama-gguf-split --merge)")
-        longest = max([2**20, *(length for tensor in self.tensors.values() for length in tensor.shape)])
+            raise self.error(
+                f"this is one of {parts} files that make the model; join them first (llama-gguf-split --merge)"
+            )
+        longest = max(
+            [2**20, *(length for tensor in self.tensors.values() for length in tensor.shape)]
+        )
         for key, value in self.metadata.items():
-            if not key.startswith(self.architecture + ".") or isinstance(value, str) or any(part in key for part in UNBOUNDED):
+            if (
+                not key.startswith(self.architecture + ".")
+                or isinstance(value, str)
+                or any(part in key for part in UNBOUNDED)
+            ):
                 continue
-            limit = math.inf if isinstance(value, float) else len(self.tensors) if key.endswith(".block_count") else longest
-            if not -limit <= value <= limit or value in (math.inf, -math.inf):  # the first is true for nan
+            limit = (
+                math.inf
+                if isinstance(value, float)
+                else len(self.tensors)
+                if key.endswith(".block_count")
+                else longest
+            )
+            if not -limit <= value <= limit or value in (
+                math.inf,
+                -math.inf,
+            ):  # the first is true for nan
                 raise self.error(
                     f"{key} is {value}, but the file has {len(self.tensors)} tensors, none longer than {longest} along an axis; it is damaged, fetch it again"
                 )
@@ -158,12 +217,23 @@ class _Reader:
         if magic != b"GGUF":
             raise file.error(f"it begins with {magic!r} where a GGUF file says 'GGUF'")
         if version not in VERSIONS:
-            swapped = "; the file is big-endian, convert it with gguf_convert_endian.py" if version & 0xFFFF == 0 else ""
-            raise file.error(f"GGUF version {version} is not read, {' and '.join(map(str, VERSIONS))} are{swapped}")
+            swapped = (
+                "; the file is big-endian, convert it with gguf_convert_endian.py"
+                if version & 0xFFFF == 0
+                else ""
+            )
+            raise file.error(
+                f"GGUF version {version} is not read, {' and '.join(map(str, VERSIONS))} are{swapped}"
+            )
         self.tensor_count, self.pair_count = self.take("QQ")
-        for count, smallest, what in ((self.tensor_count, 33, "tensors"), (self.pair_count, 14, "metadata pairs")):
+        for count, smallest, what in (
+            (self.tensor_count, 33, "tensors"),
+            (self.pair_count, 14, "metadata pairs"),
+        ):
             if count * smallest > len(self.data):
-                raise file.error(f"its header claims {count} {what}, more than its {len(self.data)} bytes can hold; it is damaged, fetch it again")
+                raise file.error(
+                    f"its header claims {count} {what}, more than its {len(self.data)} bytes can hold; it is damaged, fetch it again"
+                )
 
     def take(self, layout: str) -> tuple[Any, ...]:
         """Values of a `struct` layout."""
@@ -186,14 +256,18 @@ class _Reader:
     def string(self, what: str, most: int | None = None) -> str:
         (length,) = self.take("Q")
         if most is not None and length > most:
-            raise self.file.error(f"a {what} of {length} bytes at byte {self.position}; at most {most} are allowed")
+            raise self.file.error(
+                f"a {what} of {length} bytes at byte {self.position}; at most {most} are allowed"
+            )
         self.need(length)
         text = bytes(self.data[self.position : self.position + length])
         self.position += length
         try:
             return text.decode()
         except UnicodeDecodeError:
-            raise self.file.error(f"a {what} at byte {self.position - length} is not UTF-8: {text[:40]!r}") from None
+            raise self.file.error(
+                f"a {what} at byte {self.position - length} is not UTF-8: {text[:40]!r}"
+            ) from None
 
     def pairs(self) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
@@ -213,7 +287,9 @@ class _Reader:
         if kind == ARRAY:
             return self.array(key)
         if kind not in SCALARS:
-            raise self.file.error(f"the value of {key!r} is of type {kind}, which GGUF does not have")
+            raise self.file.error(
+                f"the value of {key!r} is of type {kind}, which GGUF does not have"
+            )
         return self.take(SCALARS[kind])[0]
 
     def array(self, key: str) -> int:
@@ -225,18 +301,24 @@ class _Reader:
             for _ in range(count):
                 self.string(f"string in {key!r}")
         else:
-            raise self.file.error(f"the array {key!r} holds values of type {kind}; numbers and strings are read")
+            raise self.file.error(
+                f"the array {key!r} holds values of type {kind}; numbers and strings are read"
+            )
         return count
 
     def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
         name = self.string("tensor name", MOST_NAME_BYTES)
         if not name.isprintable() or set(name) & set("/\\ ") or not name:
-            raise self.file.error(f"{name!r} is no tensor's name: it holds separators of paths, spaces or unprintable characters, or nothing")
+            raise self.file.error(
+                f"{name!r} is no tensor's name: it holds separators of paths, spaces or unprintable characters, or nothing"
+            )
         (axes,) = self.take("I")
         if not 1 <= axes <= MOST_AXES:
             raise self.file.error(f"tensor {name!r} has {axes} axes; 1 to {MOST_AXES} are allowed")
         lengths = self.take(f"{axes}Q")
         kind, offset = self.take("IQ")
         if 0 in lengths or math.prod(lengths) >= 2**63:
-            raise self.file.error(f"tensor {name!r} has the shape {list(reversed(lengths))}, which no tensor has")
+            raise self.file.error(
+                f"tensor {name!r} has the shape {list(reversed(lengths))}, which no tensor has"
+            )
         return name, kind, tuple(reversed(lengths)), offset

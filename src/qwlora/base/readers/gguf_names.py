@@ -19,7 +19,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.gguf.utils import get_gguf_conversion_mapping, is_gguf_arch_supported
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
 
 from qwlora.base.readers.gguf_file import GgufFile
 from qwlora.base.readers.naming import Origin, origins
@@ -59,7 +63,9 @@ class Move:
     turned: bool
 
 
-def makings(file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel) -> tuple[dict[str, Making], list[str]]:
+def makings(
+    file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel
+) -> tuple[dict[str, Making], list[str]]:
     """How each parameter is made, and the stored tensors that make none and that transformers does not drop by name either.
 
     Args:
@@ -77,7 +83,9 @@ def makings(file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel) -
     except SourceError:
         raise
     except Exception as error:  # a file's numbers reach any line of any conversion
-        raise file.error(f"transformers cannot map the tensors of architecture {file.architecture!r}: {error or type(error).__name__}") from error
+        raise file.error(
+            f"transformers cannot map the tensors of architecture {file.architecture!r}: {error or type(error).__name__}"
+        ) from error
 
 
 def moved(making: Making, shapes: Sequence[tuple[int, ...]], block: int, what: str) -> Move:
@@ -96,22 +104,37 @@ def moved(making: Making, shapes: Sequence[tuple[int, ...]], block: int, what: s
             raise
         except Exception as error:  # see `makings`
             failure = error
-    raise SourceError(f"{what}: transformers' conversion of this tensor fails: {failure or type(failure).__name__}") from failure
+    raise SourceError(
+        f"{what}: transformers' conversion of this tensor fails: {failure or type(failure).__name__}"
+    ) from failure
 
 
 def _probed(making: Making, shapes: list[tuple[int, ...]], block: int, what: str) -> Move:
     by_row, by_column, total, width = {}, {}, 0, shapes[0][-1]
     for source, shape in zip(making.sources, shapes, strict=True):
         count = int(np.prod(shape[:-1], dtype=np.int64))
-        by_row[source] = torch.arange(FIRST + total, FIRST + total + count, dtype=torch.int32).view(*shape[:-1], 1).expand(shape)
+        by_row[source] = (
+            torch.arange(FIRST + total, FIRST + total + count, dtype=torch.int32)
+            .view(*shape[:-1], 1)
+            .expand(shape)
+        )
         by_column[source] = torch.arange(FIRST, FIRST + width, dtype=torch.int32).expand(shape)
         total += count
     rows, columns = making.convert(by_row), making.convert(by_column)
-    turned = rows.ndim == 2 and bool((rows[:1] == rows).all()) and rows.shape[0] == width and rows.shape[0] > 1
+    turned = (
+        rows.ndim == 2
+        and bool((rows[:1] == rows).all())
+        and rows.shape[0] == width
+        and rows.shape[0] > 1
+    )
     if turned:
         rows, columns = rows.T, columns.T
     row, column = rows[..., 0], columns.reshape(-1, columns.shape[-1])[0]
-    plain = rows.dtype == columns.dtype == torch.int32 and bool((rows == row.unsqueeze(-1)).all()) and bool((columns == column).all())
+    plain = (
+        rows.dtype == columns.dtype == torch.int32
+        and bool((rows == row.unsqueeze(-1)).all())
+        and bool((columns == column).all())
+    )
     if not plain or not _is_order(row - FIRST, total) or not _is_order(column - FIRST, width):
         raise SourceError(
             f"{what}: transformers changes the values of this tensor, or mixes rows and columns, which is not done on integers; take a file with floats there"
@@ -120,7 +143,11 @@ def _probed(making: Making, shapes: list[tuple[int, ...]], block: int, what: str
         return Move((row - FIRST).long(), None, turned)
     order = (column - FIRST).long()
     starts = order[::block]
-    if width % block or bool((starts % block).any()) or not torch.equal(order, (starts.unsqueeze(-1) + torch.arange(block)).flatten()):
+    if (
+        width % block
+        or bool((starts % block).any())
+        or not torch.equal(order, (starts.unsqueeze(-1) + torch.arange(block)).flatten())
+    ):
         raise SourceError(
             f"{what}: transformers moves columns of this tensor out of their blocks of {block}, one scale each; take a file with smaller blocks there"
         )
@@ -129,20 +156,36 @@ def _probed(making: Making, shapes: list[tuple[int, ...]], block: int, what: str
 
 def _is_order(numbers: Tensor, count: int) -> bool:
     """Whether these are the numbers from 0 to `count - 1`, each once."""
-    return numbers.numel() == count and torch.equal(numbers.flatten().sort().values, torch.arange(count, dtype=numbers.dtype))
+    return numbers.numel() == count and torch.equal(
+        numbers.flatten().sort().values, torch.arange(count, dtype=numbers.dtype)
+    )
 
 
 def _by_conversions(file: GgufFile, model: PreTrainedModel) -> tuple[dict[str, Making], list[str]]:
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    found, unknown = origins(model, shapes, repr(str(file.path)), get_gguf_conversion_mapping(file.architecture, model.config))
-    return {target: Making(target, tuple(name for name, _ in origin.sources), _converted(origin, model, target)) for target, origin in found.items()}, unknown
+    found, unknown = origins(
+        model,
+        shapes,
+        repr(str(file.path)),
+        get_gguf_conversion_mapping(file.architecture, model.config),
+    )
+    return {
+        target: Making(
+            target, tuple(name for name, _ in origin.sources), _converted(origin, model, target)
+        )
+        for target, origin in found.items()
+    }, unknown
 
 
-def _converted(origin: Origin, model: PreTrainedModel, target: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
+def _converted(
+    origin: Origin, model: PreTrainedModel, target: str
+) -> Callable[[Mapping[str, Tensor]], Tensor]:
     return lambda tensors: origin.convert(model, tensors)[target]
 
 
-def _by_processor(file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel) -> tuple[dict[str, Making], list[str]]:
+def _by_processor(
+    file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel
+) -> tuple[dict[str, Making], list[str]]:
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=dict(config))
     mapping = get_gguf_hf_weights_map(_Above(model), processor)
     sources: dict[str, list[str]] = {}
@@ -153,7 +196,10 @@ def _by_processor(file: GgufFile, config: Mapping[str, Any], model: PreTrainedMo
             unknown.append(name)
         for target in targets:
             sources.setdefault(target, []).append(name)
-    return {target: Making(target, tuple(names), _processed(processor, mapping, target)) for target, names in sources.items()}, unknown
+    return {
+        target: Making(target, tuple(names), _processed(processor, mapping, target))
+        for target, names in sources.items()
+    }, unknown
 
 
 class _Above:
@@ -166,16 +212,28 @@ class _Above:
         return self.module.state_dict()
 
     def named_children(self) -> list[tuple[str, _Above]]:
-        return [] if isinstance(self.module, nn.ModuleList) else [(name, _Above(child)) for name, child in self.module.named_children()]
+        return (
+            []
+            if isinstance(self.module, nn.ModuleList)
+            else [(name, _Above(child)) for name, child in self.module.named_children()]
+        )
 
 
-def _targets(processor: TensorProcessor, mapping: dict[str, str], name: str, shape: tuple[int, ...]) -> list[str]:
+def _targets(
+    processor: TensorProcessor, mapping: dict[str, str], name: str, shape: tuple[int, ...]
+) -> list[str]:
     """Parameters that the processor makes of a stored tensor."""
     if name in mapping and len(shape) < 3:
         return [mapping[name]]
     for width in sorted({min(2, shape[-1]), shape[-1]}):
         try:
-            return list(_process(processor, mapping, {name: torch.zeros(1, dtype=torch.int8).expand(*shape[:-1], width)}))
+            return list(
+                _process(
+                    processor,
+                    mapping,
+                    {name: torch.zeros(1, dtype=torch.int8).expand(*shape[:-1], width)},
+                )
+            )
         except KeyError:  # an expert tensor of a block that the model does not have
             return []
         except (ValueError, IndexError):
@@ -184,16 +242,26 @@ def _targets(processor: TensorProcessor, mapping: dict[str, str], name: str, sha
     raise AssertionError("a last axis is at least one long")
 
 
-def _processed(processor: TensorProcessor, mapping: dict[str, str], target: str) -> Callable[[Mapping[str, Tensor]], Tensor]:
+def _processed(
+    processor: TensorProcessor, mapping: dict[str, str], target: str
+) -> Callable[[Mapping[str, Tensor]], Tensor]:
     return lambda tensors: _process(processor, mapping, tensors)[target]
 
 
-def _process(processor: TensorProcessor, mapping: dict[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _process(
+    processor: TensorProcessor, mapping: dict[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """What `transformers` does with each tensor of a file, here with `tensors` alone."""
     made: dict[str, Any] = {"tensors": {}}
     for stored, tensor in tensors.items():
-        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
-        weights, name, _ = processor.process(weights=tensor.numpy(), name=stored, tensor_key_mapping=mapping, parsed_parameters=made)
+        tensor = (
+            tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            if tensor.is_floating_point()
+            else tensor
+        )
+        weights, name, _ = processor.process(
+            weights=tensor.numpy(), name=stored, tensor_key_mapping=mapping, parsed_parameters=made
+        )
         if name in mapping:
             made["tensors"][mapping[name]] = torch.from_numpy(weights)
     return made["tensors"]

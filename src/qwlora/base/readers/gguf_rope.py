@@ -39,7 +39,11 @@ def warn_of_positions(file: GgufFile, config: PretrainedConfig) -> None:
 def _scaling(file: GgufFile) -> dict[str, Any]:
     """The metadata of a scaling, if it changes positions."""
     prefix = f"{file.architecture}.rope."
-    found = {key: value for key, value in file.metadata.items() if key.startswith((f"{prefix}scaling.", f"{prefix}scale_linear"))}
+    found = {
+        key: value
+        for key, value in file.metadata.items()
+        if key.startswith((f"{prefix}scaling.", f"{prefix}scale_linear"))
+    }
     kind = found.get(f"{prefix}scaling.type", "linear")  # llama.cpp's own default
     factor = found.get(f"{prefix}scaling.factor", found.get(f"{prefix}scale_linear", 0))
     return {} if kind == "none" or (kind == "linear" and factor in (0, 1)) else found

@@ -66,13 +66,19 @@ class GptqTensors(LayerFiles):
         if settings.get("is_marlin_format"):
             layout = "marlin"
         if layout not in tuple(VERSIONS):  # what a file says need not be hashable
-            raise SourceError(f"{where}: GPTQ layout {layout!r} is not read; {' and '.join(VERSIONS)} are. Save the checkpoint in one of these with GPT-QModel")
+            raise SourceError(
+                f"{where}: GPTQ layout {layout!r} is not read; {' and '.join(VERSIONS)} are. Save the checkpoint in one of these with GPT-QModel"
+            )
         self.version = VERSIONS[layout]
         self.bitwidth = settings.get("bits")
         if type(self.bitwidth) is not int or self.bitwidth not in BITWIDTHS:
-            raise SourceError(f"{where}: bits is {self.bitwidth!r}; GPTQ has {', '.join(map(str, BITWIDTHS))}")
+            raise SourceError(
+                f"{where}: bits is {self.bitwidth!r}; GPTQ has {', '.join(map(str, BITWIDTHS))}"
+            )
         self.mixed = bool(settings.get("dynamic"))  # layers of other bitwidths
-        self.from_autoround = "autoround" in json.dumps(settings, default=str).lower().replace("-", "").replace("_", "")
+        self.from_autoround = "autoround" in json.dumps(settings, default=str).lower().replace(
+            "-", ""
+        ).replace("_", "")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """`[out, in]` of a quantized layer."""
@@ -101,7 +107,9 @@ class GptqTensors(LayerFiles):
         if self.from_autoround:
             codes, scale, offset = read_backwards(codes, scale, offset, bitwidth)
         elif bool((scale < 0).any()):
-            raise SourceError(f"{where}: {int((scale < 0).sum())} scales are negative, which only AutoRound's files may have; the file is damaged")
+            raise SourceError(
+                f"{where}: {int((scale < 0).sum())} scales are negative, which only AutoRound's files may have; the file is damaged"
+            )
         return quantized(codes, bitwidth, granularity, scale, offset, where)
 
     def _where(self, layer: str) -> str:
@@ -114,22 +122,36 @@ class GptqTensors(LayerFiles):
             if f"{layer}.{part}" not in self.files:
                 raise SourceError(f"{where} has no tensor {part!r}; download the model again")
         if any(self.files.dtype(f"{layer}.{part}") != "I32" for part in ("qweight", "qzeros")):
-            raise SourceError(f"{where}: qweight and qzeros are packed in {self.files.dtype(f'{layer}.qweight')}; only words of int32 are read")
-        qweight, qzeros, scales = (self.files.shape(f"{layer}.{part}") for part in ("qweight", "qzeros", "scales"))
+            raise SourceError(
+                f"{where}: qweight and qzeros are packed in {self.files.dtype(f'{layer}.qweight')}; only words of int32 are read"
+            )
+        qweight, qzeros, scales = (
+            self.files.shape(f"{layer}.{part}") for part in ("qweight", "qzeros", "scales")
+        )
         if not len(qweight) == len(qzeros) == len(scales) == 2:
-            raise SourceError(f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} must be matrices")
+            raise SourceError(
+                f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} must be matrices"
+            )
         bitwidth = self.bitwidth
         assert bitwidth is not None
         if f"{layer}.g_idx" in self.files:
             in_features = math.prod(self.files.shape(f"{layer}.g_idx"))
-            fitting = [bits for bits in BITWIDTHS if qweight[0] == math.ceil(in_features * bits / 32)]
+            fitting = [
+                bits for bits in BITWIDTHS if qweight[0] == math.ceil(in_features * bits / 32)
+            ]
             if bitwidth not in fitting and not self.mixed:
-                raise SourceError(f"{where}: {qweight[0]} words do not hold {in_features} codes of {bitwidth} bits, which quantization_config says")
+                raise SourceError(
+                    f"{where}: {qweight[0]} words do not hold {in_features} codes of {bitwidth} bits, which quantization_config says"
+                )
             bitwidth = bitwidth if bitwidth in fitting else next(iter(fitting), 0)
         else:
             in_features = qweight[0] * 32 // bitwidth
         out_features = qweight[1]
-        if not bitwidth or scales[1] != out_features or qzeros != (scales[0], math.ceil(out_features * bitwidth / 32)):
+        if (
+            not bitwidth
+            or scales[1] != out_features
+            or qzeros != (scales[0], math.ceil(out_features * bitwidth / 32))
+        ):
             raise SourceError(
                 f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} do not belong to one layer of {in_features} inputs"
             )
@@ -147,7 +169,9 @@ class GptqTensors(LayerFiles):
             return torch.arange(count)
         index = self.files.read(f"{layer}.g_idx").reshape(-1).long()
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
-            raise SourceError(f"{where}: g_idx names group {int(index.max())} or {int(index.min())}, but there are {count}")
+            raise SourceError(
+                f"{where}: g_idx names group {int(index.max())} or {int(index.min())}, but there are {count}"
+            )
         runs = index.view(count, -1)
         if not bool((runs == runs[:, :1]).all()):
             raise SourceError(
@@ -166,9 +190,16 @@ class GptqTensors(LayerFiles):
 
 
 def read_backwards(
-    codes: Tensor, scale: Float[Tensor, "out groups"], offset: Int[Tensor, "out groups"], bitwidth: int
+    codes: Tensor,
+    scale: Float[Tensor, "out groups"],
+    offset: Int[Tensor, "out groups"],
+    bitwidth: int,
 ) -> tuple[Tensor, Float[Tensor, "out groups"], Int[Tensor, "out groups"]]:
     """The same values where a scale is negative (AutoRound writes such): `q' = steps - q`, `scale' = -scale`, `offset' = -steps - offset`."""
     negative, steps = scale < 0, 2**bitwidth - 1
     flipped = negative.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
-    return torch.where(flipped, steps - codes, codes), scale.abs(), torch.where(negative, -steps - offset, offset)
+    return (
+        torch.where(flipped, steps - codes, codes),
+        scale.abs(),
+        torch.where(negative, -steps - offset, offset),
+    )

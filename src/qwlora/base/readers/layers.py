@@ -17,10 +17,18 @@ class LayerFiles:
     def __init__(self, files: SafetensorsFiles, parts: Sequence[str]):
         self.files = files
         self.parts = parts
-        self.layer_of = {f"{name.removesuffix('.qweight')}.weight": name.removesuffix(".qweight") for name in files.names() if name.endswith(".qweight")}
+        self.layer_of = {
+            f"{name.removesuffix('.qweight')}.weight": name.removesuffix(".qweight")
+            for name in files.names()
+            if name.endswith(".qweight")
+        }
 
     def names(self) -> list[str]:
         """Names of the float model's tensors."""
         layers = set(self.layer_of.values())
-        kept = [n for n in self.files.names() if n.rpartition(".")[0] not in layers or n.rpartition(".")[2] not in self.parts]
+        kept = [
+            n
+            for n in self.files.names()
+            if n.rpartition(".")[0] not in layers or n.rpartition(".")[2] not in self.parts
+        ]
         return [*self.layer_of, *kept]

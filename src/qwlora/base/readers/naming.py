@@ -54,7 +54,9 @@ class Origin:
         for stored, pattern in self.sources:
             converter.add_tensor(self.first_target, stored, pattern, _given(tensors[stored]))  # type: ignore[arg-type]
         made = converter.convert(self.first_target, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
 
 
 def _given(tensor: Tensor) -> Callable[[], Tensor]:
@@ -62,7 +64,10 @@ def _given(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def origins(
-    model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]], where: str, transforms: Sequence[WeightTransform] | None = None
+    model: PreTrainedModel,
+    stored: Mapping[str, tuple[int, ...]],
+    where: str,
+    transforms: Sequence[WeightTransform] | None = None,
 ) -> tuple[dict[str, Origin], list[str]]:
     """What makes each parameter of `model` (on the meta device), and the stored names that no parameter has and that transformers does not expect either.
 
@@ -79,33 +84,51 @@ def origins(
     transforms = get_model_conversion_mapping(model) if transforms is None else transforms
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    by_pattern = {
+        pattern: converter for converter in converters for pattern in converter.source_patterns
+    }
     found: dict[str, Origin] = {}
     unknown: list[str] = []
     for name in sorted(stored, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, meta
+        )
         if target not in meta and name in meta:
             target, pattern = rename_source_key(name, [], [], model.base_model_prefix, meta)
         if target not in meta:
             unknown.append(name)
         elif pattern is not None:
-            found.setdefault(target, Origin(target, by_pattern[pattern])).sources.append((name, pattern))
+            found.setdefault(target, Origin(target, by_pattern[pattern])).sources.append(
+                (name, pattern)
+            )
         elif target in found:
-            raise SourceError(f"{where}: tensors {found[target].sources[0][0]!r} and {name!r} are both parameter {target!r}")
+            raise SourceError(
+                f"{where}: tensors {found[target].sources[0][0]!r} and {name!r} are both parameter {target!r}"
+            )
         else:
             found[target] = Origin(target, None, [(name, name)])
-    expected = {target: origin for first in found.values() for target, origin in _targets(first, model, stored, where)}
+    expected = {
+        target: origin
+        for first in found.values()
+        for target, origin in _targets(first, model, stored, where)
+    }
     return expected, [name for name in unknown if not _ignored(name, model)]
 
 
-def _targets(origin: Origin, model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]], where: str) -> list[tuple[str, Origin]]:
+def _targets(
+    origin: Origin, model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]], where: str
+) -> list[tuple[str, Origin]]:
     if origin.converter is None:
         return [(origin.first_target, origin)]
     try:
-        made = origin.convert(model, {name: torch.empty(stored[name], device="meta") for name, _ in origin.sources})
+        made = origin.convert(
+            model, {name: torch.empty(stored[name], device="meta") for name, _ in origin.sources}
+        )
     except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
         sources = ", ".join(name for name, _ in origin.sources[:4])
-        raise SourceError(f"{where}: parameter {origin.first_target!r} cannot be made of {sources}: {error}") from error
+        raise SourceError(
+            f"{where}: parameter {origin.first_target!r} cannot be made of {sources}: {error}"
+        ) from error
     return [(name, origin) for name in made]
 
 
@@ -120,7 +143,9 @@ def _ignored(name: str, model: PreTrainedModel) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def convert_quantized(origin: Origin, model: PreTrainedModel, parts: Mapping[str, QuantizedTensor], where: str) -> dict[str, QuantizedTensor]:
+def convert_quantized(
+    origin: Origin, model: PreTrainedModel, parts: Mapping[str, QuantizedTensor], where: str
+) -> dict[str, QuantizedTensor]:
     """Parameters from stored quantized tensors: codes, scales and offsets go through the same row operations.
 
     Raises:
@@ -128,7 +153,11 @@ def convert_quantized(origin: Origin, model: PreTrainedModel, parts: Mapping[str
     """
     if origin.converter is None:
         return {origin.first_target: parts[origin.sources[0][0]]}
-    other = [op for op in origin.converter.operations if not isinstance(op, ROW_OPERATIONS) or getattr(op, "dim", 0) < 0]
+    other = [
+        op
+        for op in origin.converter.operations
+        if not isinstance(op, ROW_OPERATIONS) or getattr(op, "dim", 0) < 0
+    ]
     if other:
         raise SourceError(
             f"{where}: parameter {origin.first_target!r} is made by {other[0]!r}, which is not done on integers; quantize the float model instead"
@@ -137,10 +166,18 @@ def convert_quantized(origin: Origin, model: PreTrainedModel, parts: Mapping[str
     schemes = {part.encoding.scheme: name for name, part in blocks.items()}
     if len(schemes) > 1:
         listed = "; ".join(f"{name}: {scheme}" for scheme, name in schemes.items())
-        raise SourceError(f"{where}: the parts of parameter {origin.first_target!r} have different grids ({listed}), and one tensor has one grid")
+        raise SourceError(
+            f"{where}: the parts of parameter {origin.first_target!r} have different grids ({listed}), and one tensor has one grid"
+        )
     (scheme,) = schemes
-    codes, scales, offsets = (origin.convert(model, {name: pick(part) for name, part in blocks.items()}) for pick in _PICKS)
-    return {name: QuantizedTensor(codes[name], Encoding(scheme, scales[name], offsets[name])) for name in codes}
+    codes, scales, offsets = (
+        origin.convert(model, {name: pick(part) for name, part in blocks.items()})
+        for pick in _PICKS
+    )
+    return {
+        name: QuantizedTensor(codes[name], Encoding(scheme, scales[name], offsets[name]))
+        for name in codes
+    }
 
 
 def _codes(part: QuantizedTensor) -> Tensor:
@@ -166,6 +203,11 @@ def _as_blocks(part: QuantizedTensor) -> QuantizedTensor:
     if isinstance(granularity, PerBlock):
         return part
     shape = (*part.codes.shape[:-1], 1)
-    widened: list[Any] = [t.view(-1, *[1] * (part.codes.ndim - 1)).expand(shape).contiguous() for t in (encoding.scale, encoding.offset)]
-    scheme = Scheme(encoding.scheme.bitwidth, encoding.scheme.symmetric, PerBlock(part.codes.shape[-1]))
+    widened: list[Any] = [
+        t.view(-1, *[1] * (part.codes.ndim - 1)).expand(shape).contiguous()
+        for t in (encoding.scale, encoding.offset)
+    ]
+    scheme = Scheme(
+        encoding.scheme.bitwidth, encoding.scheme.symmetric, PerBlock(part.codes.shape[-1])
+    )
     return QuantizedTensor(part.codes, Encoding(scheme, *widened))

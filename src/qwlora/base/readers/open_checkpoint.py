@@ -19,12 +19,23 @@ from qwlora.base.readers.safetensors_files import read_json
 from qwlora.base.storage import RECORD
 from qwlora.errors import SourceError
 
-METHODS = {"gptq": GptqCheckpoint, "awq": AwqCheckpoint, "compressed-tensors": CompressedTensorsCheckpoint}
-OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # beside a config.json that says nothing
+METHODS = {
+    "gptq": GptqCheckpoint,
+    "awq": AwqCheckpoint,
+    "compressed-tensors": CompressedTensorsCheckpoint,
+}
+OLD_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}  # beside a config.json that says nothing
 
 
 def open_checkpoint(
-    path: str | Path, encodings: str | Path | None = None, *, keep_float: Sequence[str] = (), block_order: BlockOrder | None = None
+    path: str | Path,
+    encodings: str | Path | None = None,
+    *,
+    keep_float: Sequence[str] = (),
+    block_order: BlockOrder | None = None,
 ) -> Checkpoint:
     """The reader for what lies at `path`.
 
@@ -41,7 +52,9 @@ def open_checkpoint(
     path = Path(path)
     if path.suffix == ".gguf":
         if encodings is not None:
-            raise SourceError(f"{str(path)!r} holds integers already; encodings belong to a folder of floats")
+            raise SourceError(
+                f"{str(path)!r} holds integers already; encodings belong to a folder of floats"
+            )
         from qwlora.base.readers.gguf import GgufCheckpoint
 
         return GgufCheckpoint(path)
@@ -49,13 +62,21 @@ def open_checkpoint(
         raise SourceError(f"{str(path)!r} is neither a folder nor a .gguf file")
     if (path / RECORD).is_file():
         if encodings is not None:
-            raise SourceError(f"{str(path)!r} is a QWLoRA base, which has its encodings; those of a file belong to a folder of floats")
+            raise SourceError(
+                f"{str(path)!r} is a QWLoRA base, which has its encodings; those of a file belong to a folder of floats"
+            )
         return BaseCheckpoint(path)
     method, settings = quantization_of(path)
     if method is None:
-        return FloatCheckpoint(path) if encodings is None else AimetCheckpoint(path, encodings, keep_float, block_order)
+        return (
+            FloatCheckpoint(path)
+            if encodings is None
+            else AimetCheckpoint(path, encodings, keep_float, block_order)
+        )
     if encodings is not None:
-        raise SourceError(f"{str(path)!r} is quantized already ({method}); encodings belong to a folder of floats")
+        raise SourceError(
+            f"{str(path)!r} is quantized already ({method}); encodings belong to a folder of floats"
+        )
     if method not in METHODS:
         raise SourceError(
             f"{str(path)!r}: quant_method {method!r} is not read; {', '.join(METHODS)}, GGUF files and floats with AIMET encodings are. "
@@ -73,14 +94,24 @@ def quantization_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
     config = read_json(folder / "config.json")
     text = config.get("text_config")
     places = [config, text if isinstance(text, dict) else {}]
-    settings: Any = next((part[key] for part in places for key in ("quantization_config", "compression_config") if part.get(key)), None)
+    settings: Any = next(
+        (
+            part[key]
+            for part in places
+            for key in ("quantization_config", "compression_config")
+            if part.get(key)
+        ),
+        None,
+    )
     if settings is None:
         for file, old_method in OLD_FILES.items():
             if (folder / file).is_file():
                 return old_method, read_json(folder / file)
         return None, {}
     if not isinstance(settings, dict):
-        raise SourceError(f"{str(folder / 'config.json')!r}: quantization_config is {json.dumps(settings)[:80]}; an object is needed")
+        raise SourceError(
+            f"{str(folder / 'config.json')!r}: quantization_config is {json.dumps(settings)[:80]}; an object is needed"
+        )
     method = settings.get("quant_method")
     if method is None and "config_groups" in settings:
         method = "compressed-tensors"

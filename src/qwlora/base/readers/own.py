@@ -30,9 +30,16 @@ class BaseCheckpoint:
     def __init__(self, folder: str | Path):
         self.folder, self._where = Path(folder), f"base {str(folder)!r}"
         self.record, self.files = read_record(self.folder), SafetensorsFiles(self.folder)
-        self.layers = {parameter_name(path): (path, *found) for path, found in read_layers(self.record, self._where).items()}
+        self.layers = {
+            parameter_name(path): (path, *found)
+            for path, found in read_layers(self.record, self._where).items()
+        }
         self.config = read_config(self.folder, len(self.files.names()))
-        parts = {f"{path}.{part}": name for name, (path, *_) in self.layers.items() for part in Parts._fields}
+        parts = {
+            f"{path}.{part}": name
+            for name, (path, *_) in self.layers.items()
+            for part in Parts._fields
+        }
         self.stored: dict[str, list[str]] = {}
         for found in self.files.names():
             self.stored.setdefault(parts.get(found, found), []).append(found)
@@ -54,12 +61,17 @@ class BaseCheckpoint:
         if name not in self.layers:
             return self._checked(name, "")
         path, scheme, shape = self.layers[name]
-        found = {stored.rpartition(".")[2]: self._checked(stored, layout_text(scheme)) for stored in self.stored[name]}
+        found = {
+            stored.rpartition(".")[2]: self._checked(stored, layout_text(scheme))
+            for stored in self.stored[name]
+        }
         expected = PackedTensor.empty(scheme, shape, "meta").parts
         for part, tensor in zip(Parts._fields, expected, strict=True):
             have, want = (None if t is None else list(t.shape) for t in (found.get(part), tensor))
             if have != want:
-                raise SourceError(f"{self._where}: {path}.{part} is {have or 'missing'}, but {scheme} needs {want or 'none'}; quantize again")
+                raise SourceError(
+                    f"{self._where}: {path}.{part} is {have or 'missing'}, but {scheme} needs {want or 'none'}; quantize again"
+                )
         try:
             return PackedTensor(scheme, shape[-1], Parts(**found)).quantized
         except GridError as error:
@@ -68,5 +80,7 @@ class BaseCheckpoint:
     def _checked(self, stored: str, layout: str) -> Tensor:
         tensor = self.files.read(stored)
         if tensor_digest(stored, layout, tensor) != self.record["tensors"].get(stored):
-            raise FingerprintError(f"{self._where}: {stored} changed after saving. Copy it again, or quantize again")
+            raise FingerprintError(
+                f"{self._where}: {stored} changed after saving. Copy it again, or quantize again"
+            )
         return tensor

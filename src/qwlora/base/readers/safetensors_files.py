@@ -23,8 +23,32 @@ from qwlora.errors import SourceError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64}
-BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "I16": 16,
+    "U16": 16,
+    "I32": 32,
+    "U32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+    "F64": 64,
+    "C64": 64,
+}
+BITS |= {
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 
 
 @dataclass(frozen=True)
@@ -73,14 +97,24 @@ class SafetensorsFiles:
             if file not in self._handles:
                 self._handles[file] = safe_open(file, framework="pt", backend=self._backend)
             return self._handles[file].get_tensor(name)
-        except (OSError, SafetensorError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            ValueError,
+            RuntimeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise SourceError(f"{str(file)!r}: tensor {name!r} cannot be read: {error}") from error
 
     def _entry(self, name: str) -> _Entry:
         try:
             return self._entries[name]
         except KeyError:
-            raise SourceError(f"{str(self.folder)!r}: there is no tensor {name!r} in its safetensors files") from None
+            raise SourceError(
+                f"{str(self.folder)!r}: there is no tensor {name!r} in its safetensors files"
+            ) from None
 
     def _read_entries(self) -> dict[str, _Entry]:
         entries: dict[str, _Entry] = {}
@@ -88,7 +122,9 @@ class SafetensorsFiles:
             held = read_header(file)
             for name in held if names is None else names:
                 if name not in held:
-                    raise SourceError(f"{str(file)!r}: the index puts tensor {name!r} here, but the file has none of that name; download the model again")
+                    raise SourceError(
+                        f"{str(file)!r}: the index puts tensor {name!r} here, but the file has none of that name; download the model again"
+                    )
                 entries[name] = held[name]
             if names is not None and (extra := sorted(held.keys() - set(names))):
                 raise SourceError(
@@ -110,27 +146,45 @@ class SafetensorsFiles:
             raise SourceError(
                 f"{str(self.folder)!r} holds {old[0]}, a pickle, which can run code when it is read; save it as safetensors (model.save_pretrained) first"
             )
-        raise SourceError(f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint")
+        raise SourceError(
+            f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint"
+        )
 
     def _only(self, pattern: str) -> Path | None:
         """The file of this pattern, if there is one."""
         found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
         if len(found) > 1:
-            names = ", ".join(path.name for path in found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+            names = ", ".join(path.name for path in found[:5]) + (
+                f" and {len(found) - 5} more" if len(found) > 5 else ""
+            )
             remedy = f"name the one that is meant {INDEX if pattern.endswith('.json') else SINGLE}, or take the others away"
-            raise SourceError(f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}, and does not say which of {names} to read; {remedy}")
+            raise SourceError(
+                f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}, and does not say which of {names} to read; {remedy}"
+            )
         return found[0] if found else None
 
     def _indexed_files(self, index: Path) -> dict[Path, list[str] | None]:
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise SourceError(f"{str(index)!r}: weight_map must say for each tensor the file that holds it")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(v, str) for v in weight_map.values()
+        ):
+            raise SourceError(
+                f"{str(index)!r}: weight_map must say for each tensor the file that holds it"
+            )
         files: dict[Path, list[str] | None] = {}
         for name, file in weight_map.items():
-            if file in ("", ".", "..") or set(file) & set("/\\\0") or not file.endswith(".safetensors"):
-                raise SourceError(f"{str(index)!r}: tensor {name!r} is said to lie in {file!r}, which is no .safetensors file of this folder")
+            if (
+                file in ("", ".", "..")
+                or set(file) & set("/\\\0")
+                or not file.endswith(".safetensors")
+            ):
+                raise SourceError(
+                    f"{str(index)!r}: tensor {name!r} is said to lie in {file!r}, which is no .safetensors file of this folder"
+                )
             if not (self.folder / file).is_file():
-                raise SourceError(f"{str(index)!r}: file {file!r}, which should hold tensor {name!r}, is missing; download it too")
+                raise SourceError(
+                    f"{str(index)!r}: file {file!r}, which should hold tensor {name!r}, is missing; download it too"
+                )
             names = files.setdefault(self.folder / file, [])
             assert names is not None
             names.append(name)
@@ -146,7 +200,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
     except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{str(path)!r} cannot be read: {error or type(error).__name__}") from error
+        raise SourceError(
+            f"{str(path)!r} cannot be read: {error or type(error).__name__}"
+        ) from error
     if not isinstance(content, dict):
         raise SourceError(f"{str(path)!r} holds no JSON object")
     return content
@@ -165,30 +221,56 @@ def read_header(file: Path) -> dict[str, _Entry]:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
             if length is None or length > min(size - 8, HEADER_LIMIT_BYTES):
-                raise SourceError(f"{where} is {size} bytes long, but its header claims {length}: it is truncated, or no safetensors file; download it again")
+                raise SourceError(
+                    f"{where} is {size} bytes long, but its header claims {length}: it is truncated, or no safetensors file; download it again"
+                )
             header = json.loads(stream.read(length), object_pairs_hook=_distinct)
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, SourceError):
             raise
-        raise SourceError(f"{where}: the header cannot be read: {error or type(error).__name__}") from error
+        raise SourceError(
+            f"{where}: the header cannot be read: {error or type(error).__name__}"
+        ) from error
     if not isinstance(header, dict):
         raise SourceError(f"{where}: the header is no JSON object")
     header.pop("__metadata__", None)
-    return {name: _checked_entry(file, name, entry, size - 8 - length) for name, entry in header.items()}
+    return {
+        name: _checked_entry(file, name, entry, size - 8 - length) for name, entry in header.items()
+    }
 
 
 def _checked_entry(file: Path, name: str, entry: Any, data_bytes: int) -> _Entry:
     where = f"{str(file)!r}: tensor {name!r}"
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(entry, dict) else (None, None, None)
+    dtype, shape, offsets = (
+        (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if isinstance(entry, dict)
+        else (None, None, None)
+    )
     if not isinstance(dtype, str) or dtype not in BITS:
         raise SourceError(f"{where} has type {dtype!r}, which safetensors files do not have")
-    if not _naturals(shape) or not _naturals(offsets) or shape is None or offsets is None or len(offsets) != 2:
-        raise SourceError(f"{where} has shape {shape!r} and data_offsets {offsets!r}; lists of integers that are not negative are needed")
+    if (
+        not _naturals(shape)
+        or not _naturals(offsets)
+        or shape is None
+        or offsets is None
+        or len(offsets) != 2
+    ):
+        raise SourceError(
+            f"{where} has shape {shape!r} and data_offsets {offsets!r}; lists of integers that are not negative are needed"
+        )
     begin, end = offsets
     if end > data_bytes:
-        raise SourceError(f"{where} ends at byte {end}, but the file has {data_bytes} bytes of data: it is truncated; download it again")
-    if len(shape) > 64 or max(shape, default=0) > 2**62 or math.prod(shape) * BITS[dtype] != 8 * (end - begin):
-        raise SourceError(f"{where} has shape {shape} of {dtype}, which does not fill the {end - begin} bytes that are its own")
+        raise SourceError(
+            f"{where} ends at byte {end}, but the file has {data_bytes} bytes of data: it is truncated; download it again"
+        )
+    if (
+        len(shape) > 64
+        or max(shape, default=0) > 2**62
+        or math.prod(shape) * BITS[dtype] != 8 * (end - begin)
+    ):
+        raise SourceError(
+            f"{where} has shape {shape} of {dtype}, which does not fill the {end - begin} bytes that are its own"
+        )
     return _Entry(file, dtype, tuple(shape))
 
 

@@ -18,10 +18,15 @@ from qwlora.grid.quantized import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, Scheme
 
 
-def unpack_words(words: Int[Tensor, "rows words"], bitwidth: int, count: int) -> UInt8[Tensor, "rows count"]:
+def unpack_words(
+    words: Int[Tensor, "rows words"], bitwidth: int, count: int
+) -> UInt8[Tensor, "rows count"]:
     """The first `count` codes, of 1 to 8 bits, of each row of int32 words."""
     stream = words.contiguous().view(torch.uint8)
-    group, width = 8 // math.gcd(bitwidth, 8), bitwidth // math.gcd(bitwidth, 8)  # the fewest codes that fill whole bytes, and these bytes
+    group, width = (
+        8 // math.gcd(bitwidth, 8),
+        bitwidth // math.gcd(bitwidth, 8),
+    )  # the fewest codes that fill whole bytes, and these bytes
     groups = math.ceil(count / group)
     if stream.shape[-1] < groups * width:  # a row of words need not end with a whole group
         stream = torch.nn.functional.pad(stream, (0, groups * width - stream.shape[-1]))
@@ -43,11 +48,20 @@ def blocks(in_features: int, count: int, where: str) -> Granularity:
         SourceError: blocks of one size do not fill the row.
     """
     if not count or in_features % count:
-        raise SourceError(f"{where}: {count} groups do not divide rows of {in_features} evenly, and blocks of the grid have one size; quantize the float model")
+        raise SourceError(
+            f"{where}: {count} groups do not divide rows of {in_features} evenly, and blocks of the grid have one size; quantize the float model"
+        )
     return PerChannel(0) if count == 1 else PerBlock(in_features // count)
 
 
-def quantized(codes: Tensor, bitwidth: int, granularity: Granularity, scale: Tensor, offset: Tensor, where: str) -> QuantizedTensor:
+def quantized(
+    codes: Tensor,
+    bitwidth: int,
+    granularity: Granularity,
+    scale: Tensor,
+    offset: Tensor,
+    where: str,
+) -> QuantizedTensor:
     """Codes with an encoding; symmetric where every offset is the centre.
 
     Args:
@@ -65,7 +79,11 @@ def quantized(codes: Tensor, bitwidth: int, granularity: Granularity, scale: Ten
         scale, offset = scale.reshape(-1), offset.reshape(-1)
     symmetric = bool((offset == -(2 ** (bitwidth - 1))).all())
     try:
-        encoding = Encoding(Scheme(bitwidth, symmetric, granularity), scale.to(torch.float32).contiguous(), offset.to(torch.int32).contiguous())
+        encoding = Encoding(
+            Scheme(bitwidth, symmetric, granularity),
+            scale.to(torch.float32).contiguous(),
+            offset.to(torch.int32).contiguous(),
+        )
         return QuantizedTensor(codes.contiguous(), encoding)
     except GridError as error:
         raise SourceError(f"{where}: {error}") from error

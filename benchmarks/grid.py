@@ -44,7 +44,7 @@ def fake_quantize_cases(name: str, x: Tensor) -> list[Case]:
             scale, zero_point = float(encoding.scale), int(-encoding.offset)
             theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (
                 torch.fake_quantize_per_tensor_affine(rows, s, z, 0, q)
-            )  # noqa: E731
+            )
             against = "torch.fake_quantize_per_tensor_affine"
         else:
             channel = observer.measure(
@@ -53,7 +53,7 @@ def fake_quantize_cases(name: str, x: Tensor) -> list[Case]:
             scale, zero_point = channel.scale, -channel.offset
             theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (
                 torch.fake_quantize_per_channel_affine(rows, s, z, 0, 0, q)
-            )  # noqa: E731
+            )
             against = "torch.fake_quantize_per_channel_affine"
         cases.append(
             (

@@ -17,17 +17,17 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 _RESHAPES = frozenset(
-    "Cast CastLike Identity Dropout Reshape Flatten Squeeze Unsqueeze Transpose Expand Tile DepthToSpace SpaceToDepth".split()
-)  # noqa: SIM905
+    ["Cast", "CastLike", "Identity", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand", "Tile", "DepthToSpace", "SpaceToDepth"]
+)
 _PICKS = frozenset(
-    "Slice Split Gather GatherElements GatherND Compress Concat Pad Where ScatterElements ScatterND ReverseSequence".split()
-)  # noqa: SIM905
+    ["Slice", "Split", "Gather", "GatherElements", "GatherND", "Compress", "Concat", "Pad", "Where", "ScatterElements", "ScatterND", "ReverseSequence"]
+)
 MOVES = _RESHAPES | _PICKS
 _QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
 _INTEGERS = frozenset("Shape Size NonZero ArgMax ArgMin QuantizeLinear NonMaxSuppression".split())  # noqa: SIM905
 _BOOLEANS = frozenset(
-    "Equal Greater GreaterOrEqual Less LessOrEqual And Or Not Xor IsNaN IsInf".split()
-)  # noqa: SIM905
+    ["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "Xor", "IsNaN", "IsInf"]
+)
 _FLOATS = frozenset({"DequantizeLinear"})
 
 

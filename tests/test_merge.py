@@ -19,16 +19,16 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from qwlora import load_base, quantize_
-from qwlora.adapter.merge import swallowed
-from qwlora.base.packed import is_packed, packed_weights
-from qwlora.base.packed.unpack import unpack_
-from qwlora.base.rules import Rule
-from qwlora.base.storage import save_base
-from qwlora.cli_merge import _lines
+from qwlora.adapter.merge_loss import swallowed
+from qwlora.cli.merge_commands import _lines
 from qwlora.errors import DirectoryError, MergeError
+from qwlora.formats.base_folder import save_base
 from qwlora.grid.scheme import parse_scheme
-from qwlora.pipeline.merge import Verdict, check_target, merged_model, write_merged
-from qwlora.pipeline.run import open_job, run
+from qwlora.nn import is_packed, packed_weights
+from qwlora.nn.unpack import unpack_
+from qwlora.pipeline.merge_adapter import Verdict, check_target, merged_model, write_merged
+from qwlora.pipeline.run_job import open_job, run
+from qwlora.quantize.layer_rules import Rule
 from qwlora.recipe import load_recipe
 
 IDS = torch.arange(40).view(2, 20)

@@ -23,15 +23,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from conftest import ARCHITECTURES, text, tiny_model
-from qwlora.base.packed import packed_weights
-from qwlora.base.storage import load_base
 from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
-from qwlora.export.aimet import encoding_to_entry
-from qwlora.grid.fingerprint import fingerprint
-from qwlora.grid.names import canonical_name, is_adapter_name
-from qwlora.grid.observer import measure
+from qwlora.export.aimet_encodings import encoding_to_entry
+from qwlora.formats.base_folder import load_base
+from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
-from qwlora.pipeline.run import run
+from qwlora.nn import packed_weights
+from qwlora.nn.fingerprint import fingerprint
+from qwlora.parameter_names import canonical_name, is_adapter_name
+from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 
 
@@ -479,7 +479,7 @@ def test_a_folder_is_quantized_without_the_whole_model_whatever_the_data(
     def refuse(source: str) -> None:
         raise AssertionError(f"{source} is loaded whole")
 
-    monkeypatch.setattr("qwlora.pipeline.session.load_model", refuse)
+    monkeypatch.setattr("qwlora.pipeline.context.load_model", refuse)
     (tmp_path / "data.jsonl").write_text(
         "\n".join(
             json.dumps({"prompt": text(i, 3), "completion": " " + text(i + 50, 3)})

@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from conftest import tiny_model
 from qwlora.data import load_documents
 from qwlora.errors import CalibrationError, RecipeError, TrainingError
-from qwlora.pipeline.explain import explain_job
+from qwlora.pipeline.placement_of_job import explain_job
 from qwlora.pipeline.plan import make_plan
-from qwlora.pipeline.run import open_job, run
+from qwlora.pipeline.run_job import open_job, run
 from qwlora.recipe import load_recipe
-from qwlora.simulation.encodings_file import load_encodings
+from qwlora.simulation.stored_encodings import load_encodings
 
 TWO = [
     {"name": n, "rank": 4, "steps": 2, "warmup_steps": 0, "learning_rate": rate}

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from conftest import tiny_model
 from qwlora.errors import DirectoryError, RecipeError, SourceError, TrainingError
-from qwlora.pipeline.run import run
-from qwlora.pipeline.session import SCALES, learned_scales
+from qwlora.pipeline.context import SCALES, learned_scales
+from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
-from qwlora.simulation.encodings_file import load_activations
+from qwlora.simulation.stored_encodings import load_activations
 
 FIRST = {
     "name": "first",

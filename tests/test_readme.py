@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from qwlora.pipeline.run import run
+from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ import yaml
 
 from qwlora.errors import RecipeError
 from qwlora.recipe import Recipe, load_recipe
-from qwlora.starter import starter_recipe
+from qwlora.recipe.starter import starter_recipe
 
 
 def problems(path: Path, *changes: str) -> list[str]:
@@ -232,9 +232,9 @@ def test_starter_recipe_is_valid_as_it_is_and_with_every_default_taken_out_of_it
 
 def test_validation_and_help_need_no_torch(recipe_for: Any) -> None:
     code = (
-        "import sys; from pathlib import Path; import qwlora.cli, qwlora.starter; from qwlora.recipe import load_recipe; "
+        "import sys; from pathlib import Path; import qwlora.cli.main, qwlora.recipe.starter; from qwlora.recipe import load_recipe; "
         f"load_recipe(Path({str(recipe_for())!r})); "
-        "sys.argv = ['qwlora', '--help']\ntry:\n qwlora.cli.main()\nexcept SystemExit: pass\n"
+        "sys.argv = ['qwlora', '--help']\ntry:\n qwlora.cli.main.main()\nexcept SystemExit: pass\n"
         "print('heavy:', [m for m in ('torch', 'transformers', 'peft', 'onnx') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

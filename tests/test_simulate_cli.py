@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from qwlora.cli import main
-from qwlora.cli_simulate import _suggestion_lines
-from qwlora.cli_table import alike, table
+from qwlora.cli.main import main
+from qwlora.cli.simulate_command import _suggestion_lines
+from qwlora.cli.tables import alike, table
 from qwlora.errors import CalibrationError
-from qwlora.pipeline.explain import explain_job
-from qwlora.pipeline.run import run
+from qwlora.pipeline.placement_of_job import explain_job
+from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
-from qwlora.recipe.simulation import SimulationRule
+from qwlora.recipe.simulation_section import SimulationRule
 
 RULES = 'simulation.rules=[{match: "*.softmax", bitwidth: 8, observer: percentile, minimum: 0}, {match: lm_head, keep: float}]'
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qwlora.pipeline.summary import _rows
+from qwlora.pipeline.results_table import _rows
 from qwlora.sizes import size
 
 PARITY = {

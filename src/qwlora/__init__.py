@@ -15,67 +15,67 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwlora.adapter.adapter_folder import load_adapter, save_adapter
+    from qwlora.adapter.chunked_loss import chunk_loss_
     from qwlora.adapter.initialize import initialize_adapter_
-    from qwlora.adapter.lean import lean_steps
-    from qwlora.adapter.loss import chunk_loss_
-    from qwlora.adapter.provenance import load_adapter, save_adapter
+    from qwlora.adapter.lean_steps import lean_steps
     from qwlora.adapter.rank_budget import RankBudget, rank_by_layer
-    from qwlora.base.calibrated import observe_moments
-    from qwlora.base.packed import PackedLinear
-    from qwlora.base.precomputed import load_precomputed
-    from qwlora.base.quantize import quantize_
-    from qwlora.base.readers.open_checkpoint import open_checkpoint
-    from qwlora.base.rules import Rule
-    from qwlora.base.storage import load_base, save_base
-    from qwlora.base.tune import TuningSettings, tune_scales_
     from qwlora.errors import QwloraError
-    from qwlora.export.bundle import export_onnx
-    from qwlora.export.verify import verify_onnx
-    from qwlora.export.verify_outputs import verify_onnx_outputs
+    from qwlora.export.onnx_bundle import export_onnx
+    from qwlora.export.verify_any_model import verify_onnx_outputs
+    from qwlora.export.verify_language_model import verify_onnx
+    from qwlora.formats.assemble_model import load_precomputed
+    from qwlora.formats.base_folder import load_base, save_base
+    from qwlora.formats.open_checkpoint import open_checkpoint
     from qwlora.grid.encoding import Encoding
-    from qwlora.grid.fingerprint import fingerprint
-    from qwlora.grid.moment import Moment, Moments
     from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
-    from qwlora.simulation.estimator import Estimator
-    from qwlora.simulation.rules import PlacementRule
+    from qwlora.grid.second_moments import Moment, Moments
+    from qwlora.nn import PackedLinear
+    from qwlora.nn.fingerprint import fingerprint
+    from qwlora.quantize.layer_rules import Rule
+    from qwlora.quantize.quantize_blocks import observe_moments
+    from qwlora.quantize.quantize_model import quantize_
+    from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
+    from qwlora.simulation.observer_kind import Estimator
+    from qwlora.simulation.placement_rules import PlacementRule
     from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
-    from qwlora.simulation.storage import load_simulation
+    from qwlora.simulation.simulation_folder import load_simulation
 
 __version__ = "0.1.0"
 
 _HOME = {
     "initialize_adapter_": "adapter.initialize",
-    "lean_steps": "adapter.lean",
-    "chunk_loss_": "adapter.loss",
-    "load_adapter": "adapter.provenance",
-    "save_adapter": "adapter.provenance",
+    "lean_steps": "adapter.lean_steps",
+    "chunk_loss_": "adapter.chunked_loss",
+    "load_adapter": "adapter.adapter_folder",
+    "save_adapter": "adapter.adapter_folder",
     "RankBudget": "adapter.rank_budget",
     "rank_by_layer": "adapter.rank_budget",
-    "observe_moments": "base.calibrated",
-    "PackedLinear": "base.packed",
-    "load_precomputed": "base.precomputed",
-    "load_simulation": "simulation.storage",
-    "quantize_": "base.quantize",
-    "open_checkpoint": "base.readers.open_checkpoint",
-    "Rule": "base.rules",
-    "load_base": "base.storage",
-    "save_base": "base.storage",
-    "TuningSettings": "base.tune",
-    "tune_scales_": "base.tune",
+    "observe_moments": "quantize.quantize_blocks",
+    "PackedLinear": "nn",
+    "load_precomputed": "formats.assemble_model",
+    "load_simulation": "simulation.simulation_folder",
+    "quantize_": "quantize.quantize_model",
+    "open_checkpoint": "formats.open_checkpoint",
+    "Rule": "quantize.layer_rules",
+    "load_base": "formats.base_folder",
+    "save_base": "formats.base_folder",
+    "TuningSettings": "quantize.tune_scales",
+    "tune_scales_": "quantize.tune_scales",
     "QwloraError": "errors",
-    "export_onnx": "export.bundle",
-    "verify_onnx": "export.verify",
-    "verify_onnx_outputs": "export.verify_outputs",
+    "export_onnx": "export.onnx_bundle",
+    "verify_onnx": "export.verify_language_model",
+    "verify_onnx_outputs": "export.verify_any_model",
     "Encoding": "grid.encoding",
-    "fingerprint": "grid.fingerprint",
-    "Moment": "grid.moment",
-    "Moments": "grid.moment",
+    "fingerprint": "nn.fingerprint",
+    "Moment": "grid.second_moments",
+    "Moments": "grid.second_moments",
     "PerBlock": "grid.scheme",
     "PerChannel": "grid.scheme",
     "PerTensor": "grid.scheme",
     "Scheme": "grid.scheme",
-    "Estimator": "simulation.estimator",
-    "PlacementRule": "simulation.rules",
+    "Estimator": "simulation.observer_kind",
+    "PlacementRule": "simulation.placement_rules",
     "Simulation": "simulation.simulation",
     "SimulationSchemes": "simulation.simulation",
     "simulate": "simulation.simulation",

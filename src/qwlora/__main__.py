@@ -1,6 +1,6 @@
 """`python -m qwlora` is the command line."""
 
-from qwlora.cli import main
+from qwlora.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ARCHITECTURES, tiny_model
-from qwlora.adapter import apart
-from qwlora.adapter.apart import kept_apart
+from qwlora.adapter import activation_checkpointing as apart
+from qwlora.adapter.activation_checkpointing import kept_apart
 
 
 def gradients(architecture: str, active: bool) -> dict[str, Tensor]:

@@ -12,13 +12,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from conftest import tiny_model
-from qwlora.adapter.equalize import Equalization, equalize_adapter_, flat_rotation
-from qwlora.adapter.provenance import write_adapter
-from qwlora.base.quantize import quantize_
+from qwlora.adapter.adapter_folder import write_adapter
+from qwlora.adapter.equalize_factors import Equalization, equalize_adapter_, flat_rotation
 from qwlora.errors import CalibrationError, TrainingError
-from qwlora.grid.moment import Moment, Moments
-from qwlora.grid.observer import measure
+from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
+from qwlora.grid.second_moments import Moment, Moments
+from qwlora.quantize.quantize_model import quantize_
 
 FOUR, EIGHT = (Scheme(bits, granularity=PerChannel(0)) for bits in (4, 8))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qwlora.adapter.float32 import float32_by_onednn
+from qwlora.adapter.float32_matmul import float32_by_onednn
 
 
 @pytest.fixture(autouse=True)

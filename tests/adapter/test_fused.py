@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from conftest import tiny_model
-from qwlora.adapter.fused import fused
-from qwlora.base.packed.product import AddedProduct
-from qwlora.base.quantize import quantize_
+from qwlora.adapter.fused_forward import fused
+from qwlora.nn.packed_matmul import AddedProduct
+from qwlora.quantize.quantize_model import quantize_
 
 IDS = torch.arange(64).view(2, 32)
 

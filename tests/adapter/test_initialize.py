@@ -12,16 +12,16 @@ from torch import Tensor
 
 from conftest import tiny_model
 from qwlora.adapter.initialize import Measure, initialize_adapter_, solver_difference
-from qwlora.base.calibrated import observe_moments
-from qwlora.base.packed import PackedLinear, weight_out_in
-from qwlora.base.quantize import quantize_
-from qwlora.base.tunable import Tunable
-from qwlora.base.tune import TuningSettings, tune_scales_
 from qwlora.errors import TrainingError
-from qwlora.grid.fingerprint import fingerprint
 from qwlora.grid.float_offset import measure_float_offset
-from qwlora.grid.moment import Moment, Moments
 from qwlora.grid.scheme import PerBlock, Scheme
+from qwlora.grid.second_moments import Moment, Moments
+from qwlora.nn import PackedLinear, weight_out_in
+from qwlora.nn.fingerprint import fingerprint
+from qwlora.quantize.quantize_blocks import observe_moments
+from qwlora.quantize.quantize_model import quantize_
+from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
+from qwlora.quantize.tuned_parameters import Tunable
 
 
 def correlated(columns: int) -> Tensor:

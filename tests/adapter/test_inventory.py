@@ -17,7 +17,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from conftest import tiny_model
 from qwlora import save_adapter
-from qwlora.adapter.inventory import AdapterFacts, base_beside, facts, find_adapters, problems
+from qwlora.adapter.adapter_check import AdapterFacts, base_beside, facts, find_adapters, problems
 from qwlora.errors import SourceError
 
 WEIGHTS = "adapter_model.safetensors"

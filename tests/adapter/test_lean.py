@@ -13,8 +13,8 @@ from torch import Tensor
 
 import qwlora
 from conftest import tiny_model
-from qwlora.adapter import apart
-from qwlora.base.packed.product import AddedProduct
+from qwlora.adapter import activation_checkpointing as apart
+from qwlora.nn.packed_matmul import AddedProduct
 
 
 def learnt(lean: bool, half: bool) -> dict[str, Tensor]:

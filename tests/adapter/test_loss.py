@@ -32,13 +32,13 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from qwlora import quantize_
-from qwlora.adapter.loss import chunk_loss_
-from qwlora.adapter.sliced_cross_entropy import sliced_cross_entropy
-from qwlora.base.packed import PackedLinear
-from qwlora.base.rules import Rule
+from qwlora.adapter.chunked_loss import chunk_loss_
+from qwlora.adapter.vocabulary_slice_loss import sliced_cross_entropy
 from qwlora.errors import TrainingError
-from qwlora.grid.packed_tensor import PackedTensor
 from qwlora.grid.scheme import parse_scheme
+from qwlora.nn import PackedLinear
+from qwlora.nn.packed_tensor import PackedTensor
+from qwlora.quantize.layer_rules import Rule
 
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
 SMALL = {
@@ -321,7 +321,7 @@ class _Roundings(TorchDispatchMode):
 
 
 def test_the_heads_weight_is_never_rounded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.adapter.sliced_cross_entropy.SLICE_LOGITS", 600)
+    monkeypatch.setattr("qwlora.adapter.vocabulary_slice_loss.SLICE_LOGITS", 600)
     model = tiny_model("llama").requires_grad_(False)
     peft = get_peft_model(
         model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
@@ -349,7 +349,7 @@ def test_the_heads_weight_is_never_rounded_whole(monkeypatch: pytest.MonkeyPatch
 def test_a_packed_head_is_never_unpacked_whole(
     monkeypatch: pytest.MonkeyPatch, name: str, half: bool
 ) -> None:
-    monkeypatch.setattr("qwlora.adapter.sliced_cross_entropy.SLICE_LOGITS", 600)
+    monkeypatch.setattr("qwlora.adapter.vocabulary_slice_loss.SLICE_LOGITS", 600)
     model = tiny_model(name)
     quantize_(model, "w4-block32", "rtn", rules=[Rule("lm_head", parse_scheme("w8-block32"))])
     assert type(model.get_output_embeddings()) is PackedLinear

@@ -19,11 +19,11 @@ from qwlora import RankBudget, fingerprint, quantize_, rank_by_layer
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.rank_budget import rank_gains, spread_ranks, with_ranks
-from qwlora.base.packed import weight_out_in
-from qwlora.base.storage import load_base
 from qwlora.errors import RecipeError, TrainingError
-from qwlora.grid.moment import Moment, Moments
-from qwlora.pipeline.run import run
+from qwlora.formats.base_folder import load_base
+from qwlora.grid.second_moments import Moment, Moments
+from qwlora.nn import weight_out_in
+from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 
 

@@ -25,13 +25,13 @@ from transformers import (
 
 from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from qwlora import quantize_, save_adapter
+from qwlora.adapter.adapter_folder import load_adapter
 from qwlora.adapter.attach import LoraShape, attach, attach_existing
-from qwlora.adapter.provenance import load_adapter
-from qwlora.base.rules import Rule
-from qwlora.base.storage import load_base
 from qwlora.errors import RecipeError, SourceError, TrainingError
+from qwlora.formats.base_folder import load_base
 from qwlora.grid.scheme import parse_scheme
-from qwlora.pipeline.run import run
+from qwlora.pipeline.run_job import run
+from qwlora.quantize.layer_rules import Rule
 from qwlora.recipe import load_recipe
 
 FAST = {"steps": 2, "warmup_steps": 0, "rank": 2}

@@ -25,9 +25,9 @@ from transformers import TrainingArguments
 from conftest import tiny_model
 from qwlora import fingerprint, quantize_
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.adapter.checkpoints import delete_newer, last_checkpoint
 from qwlora.adapter.train import TrainingSettings, _arguments, check_loggers, train_adapter
-from qwlora.adapter.watch import Divergence, divergence
+from qwlora.adapter.training_callbacks import Divergence, divergence
+from qwlora.adapter.training_checkpoints import delete_newer, last_checkpoint
 from qwlora.errors import MissingExtraError, TrainingError
 
 SHAPE = LoraShape(rank=4, alpha=8)
@@ -93,8 +93,8 @@ def test_memory_is_given_back_where_it_is_saved_for_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     given: list[int] = []
-    monkeypatch.setattr("qwlora.adapter.loss.give_back", lambda: given.append(1))
-    monkeypatch.setattr("qwlora.adapter.loss._MANY", 1)
+    monkeypatch.setattr("qwlora.adapter.chunked_loss.give_back", lambda: given.append(1))
+    monkeypatch.setattr("qwlora.adapter.chunked_loss._MANY", 1)
     train_adapter(adapted(), IDS, replace(SETTINGS, gradient_checkpointing=checkpointing), tmp_path)
     assert len(given) == (3 * SETTINGS.steps if checkpointing else 0)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.estimators import PercentileObserver, SqnrObserver, SquaredErrorObserver
-from qwlora.grid.observer import encoding_from_range
+from qwlora.grid.observers import encoding_from_range
+from qwlora.grid.robust_observers import PercentileObserver, SqnrObserver, SquaredErrorObserver
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 from .oracle import PercentileEncodingAnalyzer, SqnrEncodingAnalyzer, aimet_numbers, aimet_quantizer

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.low_power import split_scales
-from qwlora.grid.observer import measure
+from qwlora.grid.lpbq import split_scales
+from qwlora.grid.observers import measure
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
 from .oracle import aimet_low_power_quantizer, aimet_quantizer, compare

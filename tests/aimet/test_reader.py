@@ -17,8 +17,8 @@ from aimet_torch.common import quantsim  # noqa: E402
 from aimet_torch.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize  # noqa: E402
 from aimet_torch.quantsim import QuantizationSimModel  # noqa: E402
 
-from qwlora.base.readers.aimet_grids import Placement, grid_of  # noqa: E402
 from qwlora.encodings import read  # noqa: E402
+from qwlora.encodings.grids import Placement, grid_of  # noqa: E402
 from qwlora.errors import SourceError  # noqa: E402
 from qwlora.grid.scheme import LowPowerBlock, PerBlock  # noqa: E402
 

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, files
 import pytest
 import torch
 
-from qwlora.grid.observer import measure
+from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 from .oracle import aimet_quantizer, compare

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
-from qwlora.grid.names import canonical_name, is_adapter_name
-from qwlora.simulation.rules import PlacementRule
+from qwlora.parameter_names import canonical_name, is_adapter_name
+from qwlora.simulation.placement_rules import PlacementRule
 
 MODEL: dict[str, Any] = {
     "hidden_size": 64,

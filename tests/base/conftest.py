@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
-from qwlora.base.storage import BaseWriter
+from qwlora.formats.base_folder import BaseWriter
 
 
 @pytest.fixture

@@ -6,7 +6,11 @@ import copy
 
 from torch import Tensor, nn
 
-from qwlora.base.packed import (
+from qwlora.grid.float_offset import measure_float_offset
+from qwlora.grid.observers import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Scheme, parse_scheme
+from qwlora.nn import (
     is_packable,
     pack_module,
     pack_parameter_,
@@ -14,10 +18,6 @@ from qwlora.base.packed import (
     tie_weights_,
     weight_out_in,
 )
-from qwlora.grid.float_offset import measure_float_offset
-from qwlora.grid.observer import measure
-from qwlora.grid.quantized import QuantizedTensor
-from qwlora.grid.scheme import Scheme, parse_scheme
 
 
 def quantized(weight: Tensor, scheme: Scheme | str) -> QuantizedTensor:

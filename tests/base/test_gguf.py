@@ -19,13 +19,13 @@ from transformers.modeling_gguf_pytorch_utils import (
 from transformers.pytorch_utils import Conv1D
 
 from base.gguf_models import KINDS, in_turn, metadata_of, stored_shapes, with_one_zero, write_file
-from qwlora.base.precomputed import load_precomputed
-from qwlora.base.readers.gguf import GgufCheckpoint
-from qwlora.base.readers.gguf_names import Making, _Above, moved
-from qwlora.base.readers.open_checkpoint import open_checkpoint
-from qwlora.base.source import load_model
 from qwlora.errors import MissingExtraError, SourceError
-from qwlora.grid.quantized import QuantizedTensor
+from qwlora.formats.assemble_model import load_precomputed
+from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+from qwlora.formats.gguf.tensor_names import Making, _Above, moved
+from qwlora.formats.model_source import load_model
+from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.grid.quantized_tensor import QuantizedTensor
 
 SMALL = {
     "hidden_size": 256,
@@ -542,9 +542,9 @@ def test_names_are_found_without_visiting_every_module(
 def test_without_the_gguf_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setitem(sys.modules, "gguf.constants", None)
-    monkeypatch.delitem(sys.modules, "qwlora.base.readers.gguf_file")
+    monkeypatch.delitem(sys.modules, "qwlora.formats.gguf.gguf_file")
     with pytest.raises(MissingExtraError, match=r"pip install 'qwlora\[gguf\]'"):
-        importlib.import_module("qwlora.base.readers.gguf_file")
+        importlib.import_module("qwlora.formats.gguf.gguf_file")
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from base.gguf_models import HALVES, KINDS, WITH_MINIMUM, random_rows, with_one_zero
-from qwlora.base.readers.gguf_blocks import decode_blocks, to_quantized
 from qwlora.errors import SourceError
+from qwlora.formats.gguf.blocks import decode_blocks, to_quantized
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
-from qwlora.grid.packed_tensor import PackedTensor
-from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.nn.packed_tensor import PackedTensor
 
 
 def read(kind: str, raw: np.ndarray) -> QuantizedTensor:

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from base.gguf_models import metadata_of, stored_shapes, write_file
-from qwlora.base.readers.gguf import GgufCheckpoint
-from qwlora.base.readers.gguf_file import GgufFile
-from qwlora.base.source import load_model, load_tokenizer
 from qwlora.errors import SourceError
+from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+from qwlora.formats.gguf.gguf_file import GgufFile
+from qwlora.formats.model_source import load_model, load_tokenizer
 
 CONFIG = LlamaConfig(
     hidden_size=32,

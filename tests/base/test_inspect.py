@@ -19,14 +19,14 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import byte_tokenizer, tiny_model
 from qwlora import fingerprint, quantize_, save_adapter, save_base
-from qwlora.base.inspect import inspect_source
-from qwlora.base.packed import packed_weights
-from qwlora.base.readers.safetensors_files import SafetensorsFiles
-from qwlora.base.rules import Rule
-from qwlora.cli import main
-from qwlora.export.aimet import encoding_to_entry
-from qwlora.grid.observer import measure
+from qwlora.analysis.inspect_model import inspect_source
+from qwlora.cli.main import main
+from qwlora.export.aimet_encodings import encoding_to_entry
+from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
+from qwlora.nn import packed_weights
+from qwlora.quantize.layer_rules import Rule
 
 GPTQ = Path(__file__).parent / "files" / "gptqmodel-llama"
 Call = Callable[..., tuple[int, str, str]]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, tiny_model
-from qwlora.base.lockstep import Lockstep
-from qwlora.base.observe import Observed, observe
 from qwlora.errors import CalibrationError
+from qwlora.quantize.block_runner import Lockstep
+from qwlora.quantize.layer_statistics import Observed, observe
 
 
 class Part(nn.Module):

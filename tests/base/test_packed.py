@@ -12,7 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from base.packing import quantized
 from qwlora import PackedLinear
-from qwlora.base.packed import (
+from qwlora.errors import GridError, MergeError
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.nn import (
     PackedEmbedding,
     PackedLayer,
     empty_packed,
@@ -22,9 +25,6 @@ from qwlora.base.packed import (
     pack_tied,
     weight_out_in,
 )
-from qwlora.errors import GridError, MergeError
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
 SCHEMES = [
     *(Scheme(bits, granularity=PerBlock(16)) for bits in range(2, 9)),
@@ -228,7 +228,7 @@ def test_a_tied_head_shares_one_storage_through_everything(tied: nn.ModuleDict) 
 def test_a_look_at_a_weight_answers_without_unpacking(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _, _ = pair("linear")
     monkeypatch.setattr(
-        "qwlora.grid.packed_tensor.PackedTensor.dequantize", lambda *_: pytest.fail("unpacked")
+        "qwlora.nn.packed_tensor.PackedTensor.dequantize", lambda *_: pytest.fail("unpacked")
     )
     weight = layer.weight
     assert (weight.shape, weight.ndim, weight.dtype, weight.device.type, weight.numel()) == (

@@ -22,8 +22,8 @@ from transformers import (
 from base.packing import packed_and_twin
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import fingerprint
-from qwlora.base.packed import PackedLayer, is_packed, packed_weights
 from qwlora.errors import MergeError
+from qwlora.nn import PackedLayer, is_packed, packed_weights
 
 IDS = torch.randint(0, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

@@ -27,20 +27,20 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
-from qwlora.base.packed import (
+from qwlora.errors import CalibrationError, GridError, SourceError
+from qwlora.formats.assemble_model import LazyModel, load_precomputed
+from qwlora.grid.observers import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Scheme, parse_scheme
+from qwlora.nn import (
     is_packable,
     is_packed,
     packed_weights,
     parameter_out_in,
     weight_out_in,
 )
-from qwlora.base.precomputed import LazyModel, load_precomputed
-from qwlora.base.rules import Rule
-from qwlora.base.stream import quantize_checkpoint
-from qwlora.errors import CalibrationError, GridError, SourceError
-from qwlora.grid.observer import measure
-from qwlora.grid.quantized import QuantizedTensor
-from qwlora.grid.scheme import Scheme, parse_scheme
+from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
 
 IDS = torch.arange(40).view(2, 20)
 KINDS = (*ARCHITECTURES, "mixtral")

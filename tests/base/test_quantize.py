@@ -22,15 +22,15 @@ from transformers import (
 from base.packing import packed_and_twin
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import PackedLinear, fingerprint, observe_moments, quantize_
-from qwlora.base import calibrated
-from qwlora.base.gptq import GptqSettings
-from qwlora.base.lockstep import Lockstep
-from qwlora.base.packed import packed_weights, weight_out_in
-from qwlora.base.quantize import find_tensors
-from qwlora.base.rules import Rule
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.moment import Moments
 from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme
+from qwlora.grid.second_moments import Moments
+from qwlora.nn import packed_weights, weight_out_in
+from qwlora.quantize import quantize_blocks as calibrated
+from qwlora.quantize.block_runner import Lockstep
+from qwlora.quantize.gptq import GptqSettings
+from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.quantize_model import find_tensors
 
 
 def token_ids(count: int = 6, tokens: int = 24) -> Tensor:
@@ -316,7 +316,7 @@ def test_a_finished_part_with_moments_of_another_revision_is_made_again(
         (False, "3", False),
     ):
         solved.clear()
-        monkeypatch.setattr("qwlora.base.finished.MOMENTS_REVISION", revision)
+        monkeypatch.setattr("qwlora.quantize.block_cache.MOMENTS_REVISION", revision)
         found = Moments(tmp_path / f"moments{revision}") if moments else None
         quantize_(
             tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=found

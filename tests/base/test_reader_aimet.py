@@ -14,9 +14,6 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from qwlora.base.readers.aimet import AimetCheckpoint
-from qwlora.base.readers.aimet_grids import Placement, grid_of
-from qwlora.base.readers.open_checkpoint import open_checkpoint
 from qwlora.encodings import (
     EncodingsFile,
     FloatEncoding,
@@ -25,12 +22,15 @@ from qwlora.encodings import (
     read,
     write,
 )
+from qwlora.encodings.grids import Placement, grid_of
 from qwlora.encodings.model import Encoding as Entry
 from qwlora.errors import EncodingsFileError, SourceError
+from qwlora.formats.aimet import AimetCheckpoint
+from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.low_power import split_scales
-from qwlora.grid.observer import measure
-from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.lpbq import split_scales
+from qwlora.grid.observers import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
 
 GOLDEN = Path(__file__).parent.parent / "encodings" / "files"

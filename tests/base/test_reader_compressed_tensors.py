@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qwlora.base.readers.compressed_tensors import CompressedTensors
-from qwlora.base.readers.open_checkpoint import open_checkpoint
-from qwlora.base.readers.safetensors_files import SafetensorsFiles
 from qwlora.errors import SourceError
-from qwlora.grid.quantized import QuantizedTensor
+from qwlora.formats.compressed_tensors import CompressedTensors
+from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor
 
 OUT, IN = 24, 64

@@ -14,10 +14,10 @@ from transformers import AutoConfig
 
 from conftest import byte_tokenizer, tiny_model
 from qwlora import load_base, quantize_, save_base
-from qwlora.base.inspect import inspect_source
-from qwlora.base.readers.open_checkpoint import open_checkpoint
-from qwlora.base.source import load_model, load_tokenizer
+from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
+from qwlora.formats.model_source import load_model, load_tokenizer
+from qwlora.formats.open_checkpoint import open_checkpoint
 
 MANY = 10**6  # a list of 8 MB, were it expanded
 

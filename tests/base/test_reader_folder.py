@@ -22,12 +22,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qwlora.base.readers.folder import FloatCheckpoint, FolderCheckpoint
-from qwlora.base.readers.open_checkpoint import open_checkpoint
-from qwlora.base.readers.safetensors_files import SafetensorsFiles
 from qwlora.errors import SourceError
-from qwlora.grid.observer import measure
-from qwlora.grid.quantized import QuantizedTensor
+from qwlora.formats.huggingface_folder import FloatCheckpoint, FolderCheckpoint
+from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.grid.observers import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 
 SIZES = {

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwlora.base.readers.gptq import GptqTensors
-from qwlora.base.readers.open_checkpoint import open_checkpoint
-from qwlora.base.readers.safetensors_files import SafetensorsFiles
 from qwlora.errors import SourceError
-from qwlora.grid.quantized import QuantizedTensor
+from qwlora.formats.gptq import GptqTensors
+from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, PerChannel
 
 FILES = Path(__file__).parent / "files"

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from conftest import byte_tokenizer, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
-from qwlora.base.precomputed import load_precomputed
-from qwlora.base.readers.open_checkpoint import open_checkpoint
-from qwlora.base.readers.own import BaseCheckpoint
-from qwlora.base.rules import Rule
 from qwlora.errors import FingerprintError, SourceError
-from qwlora.grid.quantized import QuantizedTensor
+from qwlora.formats.assemble_model import load_precomputed
+from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.qwlora_base import BaseCheckpoint
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import parse_scheme
+from qwlora.quantize.layer_rules import Rule
 
 UP = "model.layers.0.mlp.up_proj"
 RULES = [

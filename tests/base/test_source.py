@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_, save_base
-from qwlora.base.inspect import inspect_source
-from qwlora.base.source import _downloaded, fetch, load_model, load_tokenizer, locate
+from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
+from qwlora.formats.model_source import _downloaded, fetch, load_model, load_tokenizer, locate
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from qwlora import PerChannel, Scheme, fingerprint, load_base, quantize_, save_base
-from qwlora.base.rules import Rule
-from qwlora.base.storage import BaseWriter
 from qwlora.errors import FingerprintError, GridError, SourceError
-from qwlora.grid.fingerprint import combined, config_numbers
+from qwlora.formats.base_folder import BaseWriter
 from qwlora.grid.scheme import parse_scheme
+from qwlora.nn.fingerprint import combined, config_numbers
+from qwlora.quantize.layer_rules import Rule
 
 IDS = torch.arange(40).view(2, 20)
 LAYER = "model.layers.0.mlp.up_proj"
@@ -221,9 +221,9 @@ def test_impossible_scales_are_named_though_fingerprints_agree(base: Path, scale
 
 def resign(folder: Path) -> None:
     """Make base.json agree with the tensors there are."""
-    from qwlora.base.assembly import empty_model
-    from qwlora.base.readers.configuration import read_config
-    from qwlora.grid.fingerprint import tensor_digest
+    from qwlora.formats.meta_model import empty_model
+    from qwlora.formats.model_config import read_config
+    from qwlora.nn.fingerprint import tensor_digest
 
     record = json.loads((folder / "base.json").read_text())
     tensors = load_file(folder / "model.safetensors")

@@ -14,14 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from base.test_precomputed import IDS, KINDS, Held, model_of
 from conftest import byte_tokenizer, tiny_model
 from qwlora import fingerprint, load_base, quantize_
-from qwlora.base.precomputed import LazyModel
-from qwlora.base.rules import Rule
-from qwlora.base.storage import BaseWriter
-from qwlora.base.stream import quantize_checkpoint
-from qwlora.base.stream_calibrated import PartsOnDemand
 from qwlora.errors import CalibrationError, GridError, SourceError
-from qwlora.grid.moment import Moments
+from qwlora.formats.assemble_model import LazyModel
+from qwlora.formats.base_folder import BaseWriter
 from qwlora.grid.scheme import parse_scheme
+from qwlora.grid.second_moments import Moments
+from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
+from qwlora.quantize.streamed_blocks import PartsOnDemand
 
 
 @pytest.fixture

@@ -17,22 +17,22 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conftest import tiny_model
-from qwlora.base.packed import PackedLinear
-from qwlora.base.quantize import quantize_
-from qwlora.base.rules import Rule
-from qwlora.base.storage import load_base
-from qwlora.base.tunable import Tunable
-from qwlora.base.tune import TuningSettings, _Comparison, _made_from, tune_scales_
-from qwlora.base.tuning_state import TuningState
 from qwlora.data import load_documents
 from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
-from qwlora.grid.fingerprint import fingerprint
+from qwlora.formats.base_folder import load_base
 from qwlora.grid.float_offset import measure_float_offset
-from qwlora.grid.observer import measure
+from qwlora.grid.observers import measure
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
+from qwlora.nn import PackedLinear
+from qwlora.nn.fingerprint import fingerprint
+from qwlora.pipeline.context import SOLVER_SCALES, solver_scales
 from qwlora.pipeline.plan import make_plan
-from qwlora.pipeline.run import run
-from qwlora.pipeline.session import SOLVER_SCALES, solver_scales
+from qwlora.pipeline.run_job import run
+from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.quantize_model import quantize_
+from qwlora.quantize.tune_scales import TuningSettings, _Comparison, _made_from, tune_scales_
+from qwlora.quantize.tuned_parameters import Tunable
+from qwlora.quantize.tuning_checkpoint import TuningState
 from qwlora.recipe import load_recipe
 
 NORMS = {"norm", "input_layernorm", "post_attention_layernorm", "ln_1", "ln_2", "ln_f"}
@@ -172,7 +172,7 @@ def test_scales_that_do_not_help_are_not_kept() -> None:
 
 
 def test_long_sequences_are_compared_at_some_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.base.tune._POSITIONS", 8)
+    monkeypatch.setattr("qwlora.quantize.tune_scales._POSITIONS", 8)
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
     quantize_(model, "w3-block32")
@@ -217,7 +217,7 @@ def test_decoders_are_compared_where_their_own_mask_is() -> None:
 
 
 def test_labels_are_left_out_and_modes_and_adapters_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.base.tune._POSITIONS", 8)
+    monkeypatch.setattr("qwlora.quantize.tune_scales._POSITIONS", 8)
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
     quantize_(model, "w3-block32")
@@ -436,8 +436,8 @@ def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
 
 @pytest.fixture
 def each_step_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.base.tuning_state._SECONDS_BETWEEN", 0)
-    monkeypatch.setattr("qwlora.base.tuning_state._TIMES_WRITING", 0)
+    monkeypatch.setattr("qwlora.quantize.tuning_checkpoint._SECONDS_BETWEEN", 0)
+    monkeypatch.setattr("qwlora.quantize.tuning_checkpoint._TIMES_WRITING", 0)
 
 
 def steps_run(track_stops_at: int | None, ran: list[int]) -> Any:
@@ -541,7 +541,7 @@ def test_a_state_is_written_once_in_a_while(
     clock = iter(
         [0.0, 59.0, 61.0, 66.0, 126.0, 165.0, 166.0, 166.0, 166.0]
     )  # writing takes 5 s, and then none
-    monkeypatch.setattr("qwlora.base.tuning_state.monotonic", lambda: next(clock))
+    monkeypatch.setattr("qwlora.quantize.tuning_checkpoint.monotonic", lambda: next(clock))
     state, made = TuningState(tmp_path / "work", ["key"]), []
     for number in range(5):
         state.write(lambda number=number: made.append(number) or {"number": torch.tensor(number)})

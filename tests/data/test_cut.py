@@ -20,12 +20,12 @@ from transformers import (
 )
 
 from conftest import VOCABULARY, tiny_model
-from qwlora.data.cut import cut, joined_ids
-from qwlora.data.encode import Tokens
-from qwlora.data.isolation import check_isolation, isolation_leak
+from qwlora.analysis.perplexity import perplexity
+from qwlora.data.document_isolation import check_isolation, isolation_leak
+from qwlora.data.sequence_packing import cut, joined_ids
+from qwlora.data.sequences import IGNORED, Sequences
+from qwlora.data.tokenization import Tokens
 from qwlora.errors import SourceError
-from qwlora.evaluate import perplexity
-from qwlora.grid.sequences import IGNORED, Sequences
 
 PAD = 257
 

@@ -27,7 +27,7 @@ from qwlora.data import (
     load_documents,
     locate_documents,
 )
-from qwlora.data.read import read_documents
+from qwlora.data.read_source import read_documents
 from qwlora.errors import MissingExtraError, SourceError
 
 datasets.disable_progress_bars()

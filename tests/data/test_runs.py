@@ -15,11 +15,11 @@ from tokenizers import decoders
 from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingSettings, train_adapter
-from qwlora.cli import app
+from qwlora.cli.main import app
 from qwlora.data import Conversation, Cutting, Documents, prepare
+from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError, SourceError
-from qwlora.grid.sequences import IGNORED
-from qwlora.pipeline.run import run
+from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 
 TEMPLATE = """\

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from random_files import FILES
 
-import qwlora.cli
+import qwlora.cli.main
 from qwlora.encodings import convert, read
 
 NEW, OLD, LEGACY = (
@@ -29,7 +29,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["qwlora", "encodings", *arguments])
         code = 0
         try:
-            qwlora.cli.main()
+            qwlora.cli.main.main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0
         out, err = capsys.readouterr()

@@ -20,7 +20,7 @@ from qwlora.encodings import (
     read,
     read_graph,
 )
-from qwlora.encodings.document import parse, to_document
+from qwlora.encodings.encodings_file import parse, to_document
 from qwlora.errors import ConversionError
 
 PAIRS = [(a, b) for a in VERSIONS for b in VERSIONS]

@@ -23,12 +23,12 @@ from qwlora.encodings import (
     IntegerEncoding,
     LpbqEncoding,
     read,
-    schema,
     write,
 )
-from qwlora.encodings.document import load_json, parse, to_document
+from qwlora.encodings import json_schema as schema
+from qwlora.encodings.encodings_file import load_json, parse, to_document
 from qwlora.errors import ConversionError, EncodingsFileError, QwloraError
-from qwlora.export.aimet import encoding_to_entry
+from qwlora.export.aimet_encodings import encoding_to_entry
 
 GOLDEN = {
     version: json.loads((FILES / f"aimet-{version}.encodings").read_text()) for version in VERSIONS

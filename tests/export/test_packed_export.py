@@ -14,14 +14,14 @@ from peft import LoraConfig, get_peft_model
 from base.packing import packed_and_twin
 from conftest import tiny_model
 from qwlora import Simulation, export_onnx, simulate, verify_onnx
-from qwlora.base.packed import packed_weights
 from qwlora.errors import CalibrationError
-from qwlora.export.verify import Limits, check_parity
+from qwlora.export.verify_language_model import Limits, check_parity
+from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.float_offset import FloatOffsetEncoding
-from qwlora.grid.graph import Kind
 from qwlora.grid.scheme import PerBlock, PerTensor, Scheme, parse_scheme
-from qwlora.simulation.encodings_file import load_encodings
-from qwlora.simulation.storage import load_simulation, save_simulation
+from qwlora.nn import packed_weights
+from qwlora.simulation.simulation_folder import load_simulation, save_simulation
+from qwlora.simulation.stored_encodings import load_encodings
 
 IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}

@@ -24,7 +24,7 @@ from qwlora import (
 )
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.onnx_runtime import OnnxModel
-from qwlora.export.verify_outputs import Difference, OutputLimits, check_output_parity
+from qwlora.export.verify_any_model import Difference, OutputLimits, check_output_parity
 from simulation.tiny_architectures import inputs, make
 
 NAME = "ViT, classification"

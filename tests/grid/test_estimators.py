@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwlora.errors import CalibrationError
-from qwlora.grid.distribution import Distribution, _share
-from qwlora.grid.estimators import (
+from qwlora.grid.merging_histogram import Histogram
+from qwlora.grid.observers import MinMaxObserver, measure, search
+from qwlora.grid.robust_observers import (
     DistributionObserver,
     MovingAverageObserver,
     PercentileObserver,
@@ -18,9 +19,8 @@ from qwlora.grid.estimators import (
     SquaredErrorObserver,
     rows_of_groups,
 )
-from qwlora.grid.histogram import Histogram
-from qwlora.grid.observer import MinMaxObserver, measure, search
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.value_distribution import Distribution, _share
 
 from .strategies import brief, cases
 

@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.fingerprint import (
+from qwlora.grid.observers import measure
+from qwlora.grid.packing import pack
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
+from qwlora.nn.fingerprint import (
     adapter_fingerprint,
     base_tensors,
     fingerprint,
     keep_fingerprint_,
 )
-from qwlora.grid.names import adapter_of, is_adapter_name
-from qwlora.grid.observer import measure
-from qwlora.grid.packing import pack
-from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
+from qwlora.parameter_names import adapter_of, is_adapter_name
 
 
 class Packed(nn.Linear):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding, measure_float_offset
-from qwlora.grid.observer import measure
+from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 from .strategies import brief, matrices

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwlora.errors import GridError
-from qwlora.grid.gguf_order import CODE_BYTES, pack_block_codes, unpack_block_codes
+from qwlora.formats.gguf.code_order import CODE_BYTES, pack_block_codes, unpack_block_codes
 
 KINDS = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
 ONE = np.frombuffer(np.float16(1).tobytes(), np.uint8)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.low_power import split_scales, to_integer_scales
-from qwlora.grid.observer import measure, search
+from qwlora.grid.lpbq import split_scales, to_integer_scales
+from qwlora.grid.observers import measure, search
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, Scheme, parse_scheme
 
 from .strategies import brief, matrices

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwlora.errors import CalibrationError, SourceError
-from qwlora.grid.moment import Moment, Moments, SecondMoment
+from qwlora.grid.second_moments import Moment, Moments, SecondMoment
 
 
 def seen(*batches: torch.Tensor) -> SecondMoment:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwlora.grid.names import adapter_of, canonical_name, is_adapter_name, is_factor_name
+from qwlora.parameter_names import adapter_of, canonical_name, is_adapter_name, is_factor_name
 
 
 @pytest.mark.parametrize(

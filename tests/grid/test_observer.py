@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import grouped
-from qwlora.grid.observer import MinMaxObserver, encoding_from_range, group_range, measure, search
+from qwlora.grid.observers import MinMaxObserver, encoding_from_range, group_range, measure, search
 from qwlora.grid.scheme import BITWIDTHS, PerBlock, PerChannel, PerTensor, Scheme
 
 from .strategies import brief, cases, matrices, thorough

@@ -4,11 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwlora.grid.observer import measure
-from qwlora.grid.operators import dequantize, gather, layout_of, linear, quantized
-from qwlora.grid.packed_tensor import PackedTensor
-from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.observers import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
+from qwlora.nn.custom_ops import dequantize, gather, layout_of, linear, quantized
+from qwlora.nn.packed_tensor import PackedTensor
 
 from .strategies import brief, matrices, schemes_for
 

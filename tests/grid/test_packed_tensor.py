@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import measure_float_offset
-from qwlora.grid.observer import measure
-from qwlora.grid.packed_tensor import PackedTensor, narrowest
-from qwlora.grid.quantized import QuantizedTensor
+from qwlora.grid.observers import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, Scheme
+from qwlora.nn.packed_tensor import PackedTensor, narrowest
 
 from .strategies import cases, thorough
 
@@ -89,7 +89,7 @@ def test_empty_parts_have_the_types_and_shapes_of_full_ones(original):
 
 @pytest.mark.parametrize("chunk", [1, 100, 2**18])
 def test_work_in_chunks_gives_the_same(monkeypatch, chunk):
-    monkeypatch.setattr("qwlora.grid.packed_tensor._AT_ONCE", chunk)
+    monkeypatch.setattr("qwlora.nn.packed_tensor._AT_ONCE", chunk)
     for scheme in (
         Scheme(3, False, PerBlock(8)),
         Scheme(4, False, PerChannel(0)),

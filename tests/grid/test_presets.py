@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qwlora.errors import GridError
-from qwlora.grid.observer import measure
-from qwlora.grid.presets import PRESETS, Preset, preset
+from qwlora.grid.observers import measure
 from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme_presets import PRESETS, Preset, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from conftest import tiny_model
 from qwlora import SimulationSchemes, quantize_, simulate
-from qwlora.simulation.capture import capture
+from qwlora.graph.capture import capture
 from qwlora.simulation.simulation import Simulation
 
 

@@ -25,7 +25,10 @@ the simulated adapter has 8 bits, and that is what A16 is bounded by. "File" is 
 same between two simulations that differ only in what float32 leaves open ("equal": bit for bit), "steps" the largest difference of any layer that is fed by
 the simulation, in steps of its own grid.
 """
-COLUMNS = "architecture, inputs, nodes, encodings, capture s, calibration s, W4A16 dB, W4A8 dB, A16 file dB, floor dB, steps, A8 file dB, floor dB, steps, export s"
+COLUMNS = (
+    "architecture, inputs, nodes, encodings, capture s, calibration s, W4A16 dB, W4A8 dB, "
+    "A16 file dB, floor dB, steps, A8 file dB, floor dB, steps, export s"
+)
 
 
 @dataclass

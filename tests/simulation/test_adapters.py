@@ -16,22 +16,22 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError, GridError
-from qwlora.export.aimet import write_encodings
-from qwlora.export.bundle import export_onnx
-from qwlora.grid.fingerprint import adapter_fingerprint
-from qwlora.grid.graph import Kind
-from qwlora.grid.names import is_adapter_name
-from qwlora.grid.observer import encoding_from_range
+from qwlora.export.aimet_encodings import write_encodings
+from qwlora.export.onnx_bundle import export_onnx
+from qwlora.graph.adapter_branch import branch_nodes
+from qwlora.graph.capture import Captured
+from qwlora.graph.quantized_graph import Kind
+from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.grid.observers import encoding_from_range
 from qwlora.grid.scheme import PerChannel
-from qwlora.simulation.adapters import AdapterSimulations, simulate_adapters
-from qwlora.simulation.adapters import capture as capture_anew
-from qwlora.simulation.branch import branch_nodes
-from qwlora.simulation.capture import Captured
-from qwlora.simulation.encodings_file import load_encodings
-from qwlora.simulation.implementations import visible_implementations
-from qwlora.simulation.sharing import BaseActivations
+from qwlora.nn.fingerprint import adapter_fingerprint
+from qwlora.parameter_names import is_adapter_name
+from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
+from qwlora.simulation.adapter_simulations import capture as capture_anew
+from qwlora.simulation.shared_encodings import BaseActivations
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.storage import load_simulation, save_simulation
+from qwlora.simulation.simulation_folder import load_simulation, save_simulation
+from qwlora.simulation.stored_encodings import load_encodings
 
 EIGHT_BITS = SimulationSchemes(Scheme(8, symmetric=False))
 
@@ -110,7 +110,7 @@ def captures_once(model: PeftModel) -> Iterator[None]:
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwlora.simulation.adapters.capture", capture)
+        patch.setattr("qwlora.simulation.adapter_simulations.capture", capture)
         yield
 
 

@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwlora import Scheme, SimulationSchemes, export_onnx, quantize_, verify_onnx_outputs
-from qwlora.export.verify_outputs import Difference, OutputLimits, OutputParity, check_output_parity
-from qwlora.grid.graph import Kind
-from qwlora.simulation.capture import Captured, capture
-from qwlora.simulation.implementations import visible_implementations
+from qwlora.export.verify_any_model import (
+    Difference,
+    OutputLimits,
+    OutputParity,
+    check_output_parity,
+)
+from qwlora.graph.capture import Captured, capture
+from qwlora.graph.quantized_graph import Kind
+from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.simulation.simulation import Simulation, base_encodings
 from simulation.conftest import Table
 from simulation.tiny_architectures import ALL, inputs, make

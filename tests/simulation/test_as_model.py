@@ -13,7 +13,7 @@ from conftest import ARCHITECTURES, tiny_model
 from qwlora import quantize_, simulate
 from qwlora.errors import CaptureError
 from qwlora.grid.encoding import Encoding
-from qwlora.simulation.quantizer import Mode
+from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation
 from simulation import tiny_architectures
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from qwlora import Estimator, PlacementRule, Scheme, SimulationSchemes
 from qwlora.errors import CalibrationError
-from qwlora.simulation.calibrate import Stillness, tokens_of
-from qwlora.simulation.implementations import visible_implementations
-from qwlora.simulation.observe import SampleObserver
-from qwlora.simulation.quantizer import Mode
-from qwlora.simulation.rules import Decision
+from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.simulation.activation_observer import SampleObserver
+from qwlora.simulation.calibration import Stillness, tokens_of
+from qwlora.simulation.fake_quantizer import Mode
+from qwlora.simulation.placement_rules import Decision
 from qwlora.simulation.simulation import Simulation
 from simulation.captured import adapted, batch, simulation
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from qwlora import quantize_
 from qwlora.errors import CaptureError
-from qwlora.simulation.capture import Captured, capture
-from qwlora.simulation.implementations import visible_implementations
+from qwlora.graph.capture import Captured, capture
+from qwlora.graph.flat_arguments import cache_of
+from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.simulation.simulation import Simulation, SimulationSchemes, base_encodings, simulate
-from qwlora.simulation.structure import cache_of
 from simulation.tiny_architectures import inputs, make
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from qwlora import PlacementRule, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CaptureError
-from qwlora.export.bundle import export_onnx
-from qwlora.export.verify_outputs import verify_onnx_outputs
-from qwlora.grid.graph import Kind
-from qwlora.grid.operators import linear
-from qwlora.simulation.implementations import visible_implementations
-from qwlora.simulation.rules import Decision
+from qwlora.export.onnx_bundle import export_onnx
+from qwlora.export.verify_any_model import verify_onnx_outputs
+from qwlora.graph.quantized_graph import Kind
+from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.nn.custom_ops import linear
+from qwlora.simulation.placement_rules import Decision
 from simulation.tiny_architectures import inputs, make
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))

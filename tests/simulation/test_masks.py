@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from qwlora import PlacementRule, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError
-from qwlora.simulation.implementations import visible_implementations
-from qwlora.simulation.place import place
-from qwlora.simulation.rules import Decision
+from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.simulation.placement import place
+from qwlora.simulation.placement_rules import Decision
 from qwlora.simulation.simulation import Simulation
 from simulation.tiny_architectures import DECODER, VOCABULARY
 

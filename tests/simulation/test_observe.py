@@ -12,18 +12,18 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.estimators import (
+from qwlora.grid.observers import MinMaxObserver
+from qwlora.grid.robust_observers import (
     MovingAverageObserver,
     PercentileObserver,
     SqnrObserver,
     SquaredErrorObserver,
 )
-from qwlora.grid.observer import MinMaxObserver
 from qwlora.grid.scheme import PerChannel, Scheme
-from qwlora.simulation.estimate import estimate
-from qwlora.simulation.estimator import Estimator
-from qwlora.simulation.observe import VALUES, VALUES_A_BATCH, SampleObserver
-from qwlora.simulation.quantizer import Mode, Quantizer
+from qwlora.simulation.activation_observer import VALUES, VALUES_A_BATCH, SampleObserver
+from qwlora.simulation.estimate_encodings import estimate
+from qwlora.simulation.fake_quantizer import Mode, Quantizer
+from qwlora.simulation.observer_kind import Estimator
 
 GRID: dict[str, Callable[[Scheme], MinMaxObserver]] = {
     "min-max": MinMaxObserver,

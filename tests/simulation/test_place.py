@@ -12,13 +12,13 @@ from torch.export import ExportedProgram
 
 from qwlora import PlacementRule, Scheme, SimulationSchemes
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.graph import Kind
+from qwlora.graph.aten_ops import MAKES_VALUES, MOVES_DATA
+from qwlora.graph.quantized_graph import Kind
+from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.grid.scheme import PerChannel
-from qwlora.simulation.aten import MAKES_VALUES, MOVES_DATA
-from qwlora.simulation.implementations import visible_implementations
-from qwlora.simulation.place import place
-from qwlora.simulation.quantizer import Quantizer
-from qwlora.simulation.rules import POLICIES, Decision, Policy, PolicyRule
+from qwlora.simulation.fake_quantizer import Quantizer
+from qwlora.simulation.placement import place
+from qwlora.simulation.placement_rules import POLICIES, Decision, Policy, PolicyRule
 from simulation.captured import adapted, batch, simulation
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from conftest import tiny_model
 from qwlora import quantize_, simulate
-from qwlora.grid.graph import Kind
-from qwlora.simulation.implementations import visible_implementations
+from qwlora.graph.quantized_graph import Kind
+from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.simulation.simulation import Simulation
 from simulation.captured import batch
 from simulation.tiny_architectures import ENCODER, VOCABULARY
@@ -67,7 +67,11 @@ def test_dora_asks_for_the_weight_of_its_layer(name: str) -> None:
 
 
 def test_a_model_without_packed_weights_needs_no_operators_of_theirs() -> None:
-    program = "import torch; from qwlora import simulate; print(simulate(torch.nn.Sequential(torch.nn.Linear(4, 4)).eval(), {'input': torch.ones(2, 4)}).inputs)"
+    program = (
+        "import torch; from qwlora import simulate; "
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval(); "
+        "print(simulate(model, {'input': torch.ones(2, 4)}).inputs)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )

@@ -12,14 +12,14 @@ from torch import nn
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
+from qwlora.analysis.sensitivity import sensitivities
 from qwlora.errors import CalibrationError, CaptureError
-from qwlora.export.bundle import export_onnx
-from qwlora.export.verify_outputs import verify_onnx_outputs
-from qwlora.grid.graph import Kind
-from qwlora.simulation.capture import capture
-from qwlora.simulation.implementations import visible_implementations
-from qwlora.simulation.rules import Decision
-from qwlora.simulation.sensitivity import sensitivities
+from qwlora.export.onnx_bundle import export_onnx
+from qwlora.export.verify_any_model import verify_onnx_outputs
+from qwlora.graph.capture import capture
+from qwlora.graph.quantized_graph import Kind
+from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.simulation.placement_rules import Decision
 from qwlora.simulation.simulation import Simulation
 
 

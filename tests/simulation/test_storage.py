@@ -23,18 +23,18 @@ from qwlora import (
     quantize_,
     simulate,
 )
-from qwlora.base.packed import pack_at_
 from qwlora.encodings import IntegerEncoding, read, validate
 from qwlora.errors import CalibrationError, CaptureError
-from qwlora.grid.fingerprint import adapter_fingerprint
+from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.float_offset import measure_float_offset
-from qwlora.grid.graph import Kind
-from qwlora.grid.quantized import QuantizedTensor
-from qwlora.simulation.adapters import simulate_adapters
-from qwlora.simulation.encodings_file import load_activations
-from qwlora.simulation.explain import explain
-from qwlora.simulation.rules import PlacementRule
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.nn import pack_at_
+from qwlora.nn.fingerprint import adapter_fingerprint
+from qwlora.simulation.adapter_simulations import simulate_adapters
+from qwlora.simulation.placement_log import explain
+from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.stored_encodings import load_activations
 
 
 def adapted(
@@ -213,7 +213,9 @@ def test_what_a_folder_held_stays_until_all_is_written(tmp_path: Path) -> None:
         simulation.save(tmp_path)
     simulation.origin = replace(simulation.origin, example_inputs=batch())
     with (
-        mock.patch("qwlora.simulation.storage.save_file", side_effect=OSError("disk full")),
+        mock.patch(
+            "qwlora.simulation.simulation_folder.save_file", side_effect=OSError("disk full")
+        ),
         pytest.raises(OSError, match="disk full"),
     ):
         simulation.save(tmp_path)
@@ -267,13 +269,16 @@ def test_it_is_captured_where_the_model_is(tmp_path: Path, monkeypatch: pytest.M
     calibrated(adapted()).save(tmp_path)
     record = json.loads((tmp_path / "simulation.json").read_text())
     monkeypatch.setattr(
-        "qwlora.simulation.storage.fingerprint", lambda model: record["base_fingerprint"]
+        "qwlora.simulation.simulation_folder.fingerprint", lambda model: record["base_fingerprint"]
     )
     monkeypatch.setattr(
-        "qwlora.simulation.storage.adapter_fingerprint", lambda model: record["adapter_fingerprint"]
+        "qwlora.simulation.simulation_folder.adapter_fingerprint",
+        lambda model: record["adapter_fingerprint"],
     )
     with (
-        mock.patch("qwlora.simulation.storage.simulate", side_effect=InterruptedError) as simulated,
+        mock.patch(
+            "qwlora.simulation.simulation_folder.simulate", side_effect=InterruptedError
+        ) as simulated,
         pytest.raises(InterruptedError),
     ):
         load_simulation(tmp_path, adapted().to("meta"))

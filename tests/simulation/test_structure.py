@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from qwlora.errors import CaptureError
-from qwlora.simulation.structure import Structure, cache_of
+from qwlora.graph.flat_arguments import Structure, cache_of
 
 LEAVES = st.one_of(st.none(), st.sampled_from([0, 1, 2.5, "a"]), st.integers(1, 3).map(torch.ones))
 KEYS = st.sampled_from(["a", "b", "ab"])

@@ -11,11 +11,11 @@ import torch
 
 from conftest import tiny_model
 from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
+from qwlora.analysis.mixed_precision import rules_for, suggest
+from qwlora.analysis.sensitivity import next_token_loss, sensitivities
+from qwlora.analysis.stage_costs import account, layer_sqnr
 from qwlora.errors import CalibrationError
-from qwlora.simulation.accounting import account, layer_sqnr
-from qwlora.simulation.sensitivity import next_token_loss, sensitivities
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.suggest import rules_for, suggest
 from simulation.captured import batch, simulation
 
 BATCHES = [batch(seed=s) for s in range(2)]

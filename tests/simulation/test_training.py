@@ -25,9 +25,9 @@ from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingReport, TrainingSettings, train_adapter
 from qwlora.errors import CalibrationError, CaptureError, TrainingError
 from qwlora.grid.encoding import Encoding
-from qwlora.simulation.quantizer import Mode
+from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.training import TrainingGraph, with_scales
+from qwlora.simulation.training_graph import TrainingGraph, with_scales
 
 SHAPE = LoraShape(rank=4, alpha=8)
 SETTINGS = TrainingSettings(
@@ -137,7 +137,7 @@ def test_without_quantizers_it_is_plain_training(
     tmp_path: Path, architecture: str, shape: LoraShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwlora.adapter.lean.fused", lambda model: contextlib.nullcontext()
+        "qwlora.adapter.lean_steps.fused", lambda model: contextlib.nullcontext()
     )  # one sum is rounded otherwise than the graph's two
     plain = base(architecture)
     plain.set_attn_implementation("eager")

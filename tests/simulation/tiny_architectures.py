@@ -10,7 +10,7 @@ import torch
 import transformers as t
 from torch import Tensor, nn
 
-from qwlora.simulation.rules import PlacementRule
+from qwlora.simulation.placement_rules import PlacementRule
 
 VOCABULARY = 256
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.provenance import (
+from qwlora.adapter.adapter_folder import (
     FILE,
     WEIGHTS,
     base_of,
@@ -36,10 +36,15 @@ from qwlora.adapter.provenance import (
     reading,
 )
 from qwlora.errors import SourceError, TrainingError
-from qwlora.grid.fingerprint import fingerprint
-from qwlora.grid.names import canonical_name, is_adapter_name, parameter_name, pattern_problem
 from qwlora.grid.scheme import Scheme
 from qwlora.hub import downloaded
+from qwlora.nn.fingerprint import fingerprint
+from qwlora.parameter_names import (
+    canonical_name,
+    is_adapter_name,
+    parameter_name,
+    pattern_problem,
+)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwlora.errors import TrainingError
-from qwlora.grid.moment import Moment
-from qwlora.grid.names import canonical_name
-from qwlora.grid.packed_tensor import PackedTensor
+from qwlora.grid.second_moments import Moment
+from qwlora.nn.packed_tensor import PackedTensor
+from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]

@@ -29,7 +29,7 @@ from qwlora.adapter.initialize import (
     solver_difference,
 )
 from qwlora.errors import TrainingError
-from qwlora.grid.moment import Moment
+from qwlora.grid.second_moments import Moment
 from qwlora.progress import Track, untracked
 
 

@@ -27,8 +27,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, TrainingArguments
 
+from qwlora.adapter.adapter_folder import WEIGHTS, reading
 from qwlora.adapter.attach import check_trainable
-from qwlora.adapter.checkpoints import (
+from qwlora.adapter.chunked_loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
+from qwlora.adapter.fsdp import gather_, prepare_sharding_
+from qwlora.adapter.graph_training import RangesCallback, Through, TrainedThrough, load_ranges_
+from qwlora.adapter.lean_steps import lean_steps
+from qwlora.adapter.recovery_loss import Recovery
+from qwlora.adapter.trainer import AdapterTrainer
+from qwlora.adapter.training_callbacks import Watch, losses_of
+from qwlora.adapter.training_checkpoints import (
     delete_newer,
     final_checkpoint,
     last_checkpoint,
@@ -37,16 +45,8 @@ from qwlora.adapter.checkpoints import (
     step_of,
     waited,
 )
-from qwlora.adapter.lean import lean_steps
-from qwlora.adapter.loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
-from qwlora.adapter.provenance import WEIGHTS, reading
-from qwlora.adapter.recovery import Recovery
-from qwlora.adapter.shard import gather_, prepare_sharding_
-from qwlora.adapter.through import RangesCallback, Through, TrainedThrough, load_ranges_
-from qwlora.adapter.trainer import AdapterTrainer
-from qwlora.adapter.watch import Watch, losses_of
+from qwlora.data.sequences import as_sequences
 from qwlora.errors import MissingExtraError, TrainingError
-from qwlora.grid.sequences import as_sequences
 from qwlora.progress import Track, untracked
 
 
@@ -158,9 +158,9 @@ def train_adapter(
             callbacks=[watch, *early],
         )
         _drop_newer(trainer, work, last)
-        trainer.recovery = (
-            Recovery(model, teacher.to(arguments.device)) if teacher is not None else None
-        )  # type: ignore[arg-type] # transformers hides the signature
+        if teacher is not None:
+            teacher.to(arguments.device)  # type: ignore[arg-type] # transformers hides the signature
+        trainer.recovery = Recovery(model, teacher) if teacher is not None else None
         if through is not None:
             _take_ranges_(trainer, through, settings)
         prepare_sharding_(trainer)

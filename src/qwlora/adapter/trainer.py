@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
-from qwlora.adapter.checkpoints import last_good
-from qwlora.adapter.provenance import write_adapter
-from qwlora.adapter.recovery import Recovery
-from qwlora.adapter.shard import is_sharded, switch_on_, whole_adapter
-from qwlora.adapter.through import add_ranges_, load_ranges_, save_ranges
-from qwlora.adapter.watch import first_gradient_not_finite, first_output_not_finite
+from qwlora.adapter.adapter_folder import write_adapter
+from qwlora.adapter.fsdp import is_sharded, switch_on_, whole_adapter
+from qwlora.adapter.graph_training import add_ranges_, load_ranges_, save_ranges
+from qwlora.adapter.recovery_loss import Recovery
+from qwlora.adapter.training_callbacks import first_gradient_not_finite, first_output_not_finite
+from qwlora.adapter.training_checkpoints import last_good
 from qwlora.errors import TrainingError
 
 

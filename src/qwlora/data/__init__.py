@@ -12,10 +12,10 @@ Importing this imports neither torch nor transformers.
 from __future__ import annotations
 
 from qwlora.data.document import Completion, Conversation, Document, Documents, Text
-from qwlora.data.prepare import Cutting, Prepared, prepare, sequences
-from qwlora.data.read import Reading, locate_documents, read_documents
+from qwlora.data.held_out_split import split_documents
+from qwlora.data.prepared_data import Cutting, Prepared, prepare, sequences
+from qwlora.data.read_source import Reading, locate_documents, read_documents
 from qwlora.data.records import Columns
-from qwlora.data.split import split_documents
 
 __all__ = [
     "Columns",

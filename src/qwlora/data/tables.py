@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qwlora.data.names import suffix_of
-from qwlora.data.text import decode, read_bytes
+from qwlora.data.file_kinds import suffix_of
+from qwlora.data.text_files import decode, read_bytes
 from qwlora.errors import MissingExtraError, SourceError
 
 Rows = Iterator[tuple[str, Any]]

@@ -12,11 +12,11 @@
 
 from __future__ import annotations
 
+from qwlora.encodings.compare import Difference, diff
 from qwlora.encodings.convert import BlockOrder, convert
-from qwlora.encodings.diff import Difference, diff
-from qwlora.encodings.document import read, write
-from qwlora.encodings.fields import Finding
-from qwlora.encodings.graph import TensorFacts, read_graph
+from qwlora.encodings.encodings_file import read, write
+from qwlora.encodings.json_fields import Finding
+from qwlora.encodings.json_schema import schema
 from qwlora.encodings.model import (
     FLOAT_FORMATS,
     VERSIONS,
@@ -26,7 +26,7 @@ from qwlora.encodings.model import (
     IntegerEncoding,
     LpbqEncoding,
 )
-from qwlora.encodings.schema import schema
+from qwlora.encodings.onnx_parameters import TensorFacts, read_graph
 from qwlora.encodings.validate import validate
 
 __all__ = [

@@ -29,9 +29,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 import numpy.typing as npt
 
-from qwlora.encodings.diff import encoding_differences
-from qwlora.encodings.fields import shown
-from qwlora.encodings.graph import Graph, TensorFacts
+from qwlora.encodings.compare import encoding_differences
+from qwlora.encodings.json_fields import shown
 from qwlora.encodings.list_versions import channel_axis_of, channel_shape
 from qwlora.encodings.model import (
     VERSIONS,
@@ -41,6 +40,7 @@ from qwlora.encodings.model import (
     IntegerEncoding,
     LpbqEncoding,
 )
+from qwlora.encodings.onnx_parameters import Graph, TensorFacts
 from qwlora.errors import ConversionError
 
 BlockOrder = Literal["tensor", "channel"]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qwlora.encodings.fields import MAX_INTEGER, MAX_RANK, FieldError, Record, numbers_of
+from qwlora.encodings.json_fields import MAX_INTEGER, MAX_RANK, FieldError, Record, numbers_of
 from qwlora.encodings.model import (
     FLOAT_FORMATS,
     MAX_BITWIDTH,

@@ -23,7 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from qwlora.encodings.fields import FieldError, Record, all_equal, integer_of, numbers_of, text_of
+from qwlora.encodings.json_fields import (
+    FieldError,
+    Record,
+    all_equal,
+    integer_of,
+    numbers_of,
+    text_of,
+)
 from qwlora.encodings.model import (
     MAX_BITWIDTH,
     Encoding,
@@ -115,11 +122,11 @@ def _parse_integer_0_6_1(name: str, items: list[Any], report: Record) -> Encodin
     encoding = IntegerEncoding(
         name,
         bitwidth,
-        scale.reshape(shape),
-        offset.reshape(shape),
+        scale.reshape(shape),  # type: ignore[union-attr]
+        offset.reshape(shape),  # type: ignore[union-attr]
         symmetric,
         zero_point_shift=shift,
-    )  # type: ignore[union-attr]
+    )
     _check_range(encoding, low, high, report)
     return encoding
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwlora.encodings.document import load_json, parse, to_document
-from qwlora.encodings.fields import Finding, shown
-from qwlora.encodings.graph import Graph, TensorFacts, read_graph
+from qwlora.encodings.encodings_file import load_json, parse, to_document
+from qwlora.encodings.json_fields import Finding, shown
 from qwlora.encodings.model import Encoding, EncodingsFile, IntegerEncoding, LpbqEncoding
+from qwlora.encodings.onnx_parameters import Graph, TensorFacts, read_graph
 from qwlora.errors import ConversionError, EncodingsFileError
 
 

@@ -17,9 +17,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from qwlora.errors import ExportError
-from qwlora.export.extras import require
-from qwlora.grid.graph import QuantizedGraph, insert_after, with_graph
-from qwlora.grid.operators import NAMESPACE
+from qwlora.graph.quantized_graph import QuantizedGraph, insert_after, with_graph
+from qwlora.nn.custom_ops import NAMESPACE
+from qwlora.optional_packages import require
 
 MARKER, DEQUANTIZE = "Quantized", "Dequantize"
 

@@ -20,12 +20,12 @@ import torch
 
 from qwlora.errors import ExportError
 from qwlora.export.onnx_graph import DEQUANTIZE, MARKER, to_onnx
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.float_offset import FloatOffsetEncoding
-from qwlora.grid.graph import Kind, QuantizedGraph
-from qwlora.grid.operators import NAMESPACE
 from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import PerBlock, PerChannel
+from qwlora.nn.custom_ops import NAMESPACE
 
 OPSET = 21  # the first with int4, 16-bit and blocked DequantizeLinear
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"

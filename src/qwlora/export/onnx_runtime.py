@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import ExportError
-from qwlora.export.extras import require
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
-from qwlora.grid.graph import Kind, QuantizedGraph
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.optional_packages import require
 
 SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 EIGHT_BIT_OPTIONS = {"session.disable_quant_qdq": "1"}

@@ -98,14 +98,8 @@ class Encoding:
         wide = _wide(x_grouped)
         if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
             low, high = self._bounds(x, wide.dtype)
-            return (
-                torch.div(wide, scale)
-                .round_()
-                .clamp_(low, high)
-                .mul_(scale)
-                .to(x.dtype)
-                .view(x.shape)
-            )  # type: ignore[arg-type]
+            codes = torch.div(wide, scale).round_().clamp_(low, high)  # type: ignore[arg-type]
+            return codes.mul_(scale).to(x.dtype).view(x.shape)
         return (
             _FakeQuantize.apply(wide, scale, *self._bounds(x, wide.dtype)).to(x.dtype).view(x.shape)
         )

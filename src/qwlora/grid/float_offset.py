@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import aligned, grouped
-from qwlora.grid.observer import group_range
+from qwlora.grid.observers import group_range
 from qwlora.grid.scheme import Scheme
 
 

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from qwlora.grid.distribution import Distribution, Points
 from qwlora.grid.scheme import Scheme
+from qwlora.grid.value_distribution import Distribution, Points
 
 _CELLS_AT_ONCE = (
     2**15

@@ -13,11 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwlora.base.revision import MOMENTS_REVISION, REVISION, TUNING_REVISION
-from qwlora.base.source import fetch
 from qwlora.data import Documents
+from qwlora.formats.model_source import fetch
+from qwlora.quantize.revision import MOMENTS_REVISION, REVISION, TUNING_REVISION
 from qwlora.recipe import Recipe
-from qwlora.simulation.estimator import Estimator
+from qwlora.simulation.observer_kind import Estimator
 
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
 SIMULATION_FORMAT = (

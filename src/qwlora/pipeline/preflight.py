@@ -17,18 +17,18 @@ from qwlora.adapter.attach import (
     saved_on_integers,
 )
 from qwlora.adapter.train import check_loggers
-from qwlora.base.positions import check_positions
-from qwlora.base.precomputed import LazyModel
-from qwlora.base.quantize import find_tensors, plan_layers
-from qwlora.base.rules import Rule
-from qwlora.base.source import fetch
-from qwlora.data.isolation import check_isolation
+from qwlora.data.document_isolation import check_isolation
 from qwlora.errors import GridError, SourceError, TrainingError
-from qwlora.export.extras import require
-from qwlora.grid.quantized import QuantizedTensor
-from qwlora.pipeline.idle import shape_of
+from qwlora.formats.assemble_model import LazyModel
+from qwlora.formats.max_positions import check_positions
+from qwlora.formats.model_source import fetch
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.optional_packages import require
+from qwlora.pipeline.context import Session
 from qwlora.pipeline.plan import has_float_model
-from qwlora.pipeline.session import Session
+from qwlora.pipeline.unused_rules import shape_of
+from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.quantize_model import find_tensors, plan_layers
 from qwlora.recipe import Base
 
 

@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwlora.adapter.adapter_folder import save_adapter
 from qwlora.adapter.attach import (
     attach,
     attach_existing,
@@ -23,37 +24,36 @@ from qwlora.adapter.attach import (
     without_dropout_,
 )
 from qwlora.adapter.initialize import initialize_adapter_
-from qwlora.adapter.provenance import save_adapter
 from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
 from qwlora.adapter.train import TrainingReport, TrainingSettings, train_adapter
-from qwlora.base.calibrated import observe_moments
-from qwlora.base.gptq import GptqSettings
-from qwlora.base.packed import weight_out_in
-from qwlora.base.precomputed import load_precomputed
-from qwlora.base.quantize import BaseSize, QuantizeReport, base_size, quantize_
-from qwlora.base.storage import load_base, save_base
-from qwlora.base.stream import quantize_checkpoint
-from qwlora.base.tune import SEQUENCES_ASIDE, TuningSettings, tune_scales_
-from qwlora.data.isolation import check_isolation
-from qwlora.data.prepare import describe
+from qwlora.analysis.perplexity import Logits, logits_of, perplexity
+from qwlora.data.document_isolation import check_isolation
+from qwlora.data.prepared_data import describe
 from qwlora.errors import FingerprintError
-from qwlora.evaluate import Logits, logits_of, perplexity
-from qwlora.export.bundle import export_onnx
-from qwlora.export.verify import Limits, check_parity, verify_onnx
-from qwlora.grid.fingerprint import fingerprint
-from qwlora.grid.moment import Moments
+from qwlora.export.onnx_bundle import export_onnx
+from qwlora.export.verify_language_model import Limits, check_parity, verify_onnx
+from qwlora.formats.assemble_model import load_precomputed
+from qwlora.formats.base_folder import load_base, save_base
+from qwlora.grid.second_moments import Moments
 from qwlora.memory import peak_rss_bytes, reset_peak_rss
-from qwlora.pipeline.idle import shape_of
+from qwlora.nn import weight_out_in
+from qwlora.nn.fingerprint import fingerprint
+from qwlora.pipeline.context import ADAPTER, MOMENTS, SCALES, SOLVER_SCALES, Session, solver_scales
+from qwlora.pipeline.distributed import is_first_process
 from qwlora.pipeline.plan import SHARED, Stage, needs_moments
 from qwlora.pipeline.preflight import rules_of
-from qwlora.pipeline.session import ADAPTER, MOMENTS, SCALES, SOLVER_SCALES, Session, solver_scales
-from qwlora.pipeline.workers import is_first_process
+from qwlora.pipeline.unused_rules import shape_of
+from qwlora.quantize.gptq import GptqSettings
+from qwlora.quantize.quantize_blocks import observe_moments
+from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
+from qwlora.quantize.quantize_model import BaseSize, QuantizeReport, base_size, quantize_
+from qwlora.quantize.tune_scales import SEQUENCES_ASIDE, TuningSettings, tune_scales_
 from qwlora.recipe import Adapter
-from qwlora.simulation.adapters import simulate_adapters
-from qwlora.simulation.encodings_file import load_encodings, save_encodings
-from qwlora.simulation.sharing import share
+from qwlora.simulation.adapter_simulations import simulate_adapters
+from qwlora.simulation.shared_encodings import share
 from qwlora.simulation.simulation import simulate
-from qwlora.simulation.storage import save_simulation
+from qwlora.simulation.simulation_folder import save_simulation
+from qwlora.simulation.stored_encodings import load_encodings, save_encodings
 
 Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]

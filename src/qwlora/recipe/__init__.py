@@ -4,9 +4,9 @@ Each field's default and description are written once, here; `qwlora init` and t
 (with the nearest valid one), wrong types, values out of range, combinations that cannot work, and sources that are not there.
 """
 
-from qwlora.recipe.adapter import Adapter
-from qwlora.recipe.base import Base
-from qwlora.recipe.load import load_recipe
-from qwlora.recipe.recipe import Recipe
+from qwlora.recipe.adapter_section import Adapter
+from qwlora.recipe.base_section import Base
+from qwlora.recipe.load_recipe import load_recipe
+from qwlora.recipe.whole_recipe import Recipe
 
 __all__ = ["Adapter", "Base", "Recipe", "load_recipe"]

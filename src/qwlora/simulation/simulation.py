@@ -22,23 +22,23 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from qwlora.errors import CalibrationError, CaptureError
+from qwlora.graph.aten_ops import MAY_ALIAS, base_name, is_known
+from qwlora.graph.capture import Captured, capture
+from qwlora.graph.graph_analysis import operator_of
+from qwlora.graph.move_graph import moved_encoding, rewrite_devices_, unshare_moving_
+from qwlora.graph.perturbed_graph import SumInHalves
+from qwlora.graph.quantized_graph import Kind, Mark, QuantizedGraph, insert_after
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.fingerprint import adapter_fingerprint
 from qwlora.grid.float_offset import FloatOffsetEncoding
-from qwlora.grid.graph import Kind, Mark, QuantizedGraph, insert_after
-from qwlora.grid.names import is_factor_name, parameter_name
-from qwlora.grid.observer import measure
+from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
-from qwlora.simulation.aten import MAY_ALIAS, base_name, is_known
-from qwlora.simulation.calibrate import Calibrated
-from qwlora.simulation.capture import Captured, capture
-from qwlora.simulation.device import moved_encoding, rewrite_devices_, unshare_moving_
-from qwlora.simulation.estimator import Estimator, as_estimator
-from qwlora.simulation.facts import operator_of
-from qwlora.simulation.perturbed import SumInHalves
-from qwlora.simulation.place import Overrides, Placement, place
-from qwlora.simulation.quantizer import FrozenWeight, Mode, Quantizer
-from qwlora.simulation.rules import Decision, IdleRules, PlacementRule, Policy
+from qwlora.nn.fingerprint import adapter_fingerprint
+from qwlora.parameter_names import is_factor_name, parameter_name
+from qwlora.simulation.calibration import Calibrated
+from qwlora.simulation.fake_quantizer import FrozenWeight, Mode, Quantizer
+from qwlora.simulation.observer_kind import Estimator, as_estimator
+from qwlora.simulation.placement import Overrides, Placement, place
+from qwlora.simulation.placement_rules import Decision, IdleRules, PlacementRule, Policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -185,10 +185,13 @@ class Simulation(Calibrated):
     @property
     def adapter_weights(self) -> dict[str, Tensor]:
         """The float weights of the adapter, by name."""
-        return {
-            name: _attribute(self.graph_module, str(node.args[0].target)).detach()
+        targets = {
+            name: str(node.args[0].target)  # type: ignore[union-attr]
             for name, node in self._adapter_nodes()
-        }  # type: ignore[union-attr]
+        }
+        return {
+            name: _attribute(self.graph_module, target).detach() for name, target in targets.items()
+        }
 
     def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
         """Lay the adapter's weights on grids from elsewhere, in the place of those that their own values give; names that it lacks are not looked at.
@@ -253,13 +256,13 @@ class Simulation(Calibrated):
             CalibrationError: an activation has no encoding yet.
         """
         self._refuse_uncalibrated()
-        from qwlora.simulation.as_model import as_model
+        from qwlora.simulation.simulated_model import as_model
 
         return as_model(self)
 
     def save(self, folder: str | Path) -> None:
         """Write the simulation; `load_simulation` reads it. See `storage`."""
-        from qwlora.simulation.storage import save_simulation
+        from qwlora.simulation.simulation_folder import save_simulation
 
         save_simulation(self, folder)
 

@@ -1,0 +1,160 @@
+"""An adapter on disk: a plain PEFT directory, plus `qwlora.json` that says which base it was trained on.
+
+PEFT alone loads it (`PeftModel.from_pretrained`) and ignores the extra file; `load_adapter` reads it first and refuses another base. An adapter that PEFT saved
+has no such file: it is loaded only where the caller says so.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qwlora.errors import FingerprintError, QwloraError, SourceError
+from qwlora.nn.fingerprint import fingerprint
+
+FORMAT = 1
+FILE = "qwlora.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save_adapter(model: PeftModel, folder: str | Path, base_fingerprint: str | None = None) -> None:
+    """Write the adapters of `model` into `folder`, as PEFT does, with the fingerprint of the base under them.
+
+    Args:
+        base_fingerprint: if it is known; computed unless given.
+    """
+    folder = Path(folder)
+    for old in folder.rglob(FILE):
+        old.unlink()  # never an old statement beside new weights
+    write_adapter(model, folder)
+    record = {"format": FORMAT, "base_fingerprint": base_fingerprint or fingerprint(model)}
+    for config in folder.rglob(
+        "adapter_config.json"
+    ):  # PEFT gives each named adapter a folder of its own
+        (config.parent / FILE).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def write_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """PEFT's own `save_pretrained`. Embeddings below an adapter are frozen and belong to the base, so they are not saved with it (and no hub is asked)."""
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+
+
+def load_adapter(
+    model: PreTrainedModel,
+    folder: str | Path,
+    is_trainable: bool = False,
+    unknown_base: str = "refuse",
+) -> PeftModel:
+    """Attach the adapter in `folder` to the base `model`.
+
+    Args:
+        unknown_base: `accept` loads an adapter that does not say which base it was trained on, as those that PEFT saved; `refuse` does not.
+
+    Raises:
+        SourceError: the folder holds no adapter, or none that says which base it belongs to; or its files are damaged, or do not fit the model.
+        FingerprintError: it was trained on another base.
+    """
+    folder = Path(folder)
+    check_adapter(folder, fingerprint(model), unknown_base)
+    with reading(folder, model):
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+
+
+@contextmanager
+def reading(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Whatever PEFT and safetensors raise while they read the adapter in `folder` into `model`, as one error of ours.
+
+    Raises:
+        SourceError: a file is damaged, or does not fit the model.
+    """
+    again = "copy it again from where it came, or train it again"
+    try:
+        with of_parameters():
+            yield
+    except (QwloraError, MemoryError, torch.OutOfMemoryError, PermissionError):
+        raise
+    except (OSError, SafetensorError) as error:
+        raise SourceError(
+            f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); {again}"
+        ) from error
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"adapter {str(folder)!r} does not fit {type(model).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def of_parameters() -> Iterator[None]:
+    """PEFT says of patterns for target_parameters, which it follows and for some models adds itself, that they match no module and are ignored."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
+        yield
+
+
+def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refuse") -> None:
+    """Refuse the adapter in `folder` unless it belongs to the base with this fingerprint."""
+    if unknown_base not in ("refuse", "accept"):
+        raise SourceError(f"unknown_base is refuse or accept, not {unknown_base!r}")
+    if not (folder / "adapter_config.json").exists():
+        raise SourceError(f"{str(folder)!r} holds no adapter: adapter_config.json is not there")
+    if not any(folder.glob("adapter_model.*")):
+        raise SourceError(
+            f"adapter {str(folder)!r} has no {WEIGHTS}; copy it again from where it came, or train it again"
+        )
+    read_config(folder)
+    if unknown_base == "accept" and not (folder / FILE).exists():
+        return
+    found = base_of(folder)
+    if found != base_fingerprint:
+        raise FingerprintError(
+            f"adapter {str(folder)!r} was trained on the base with fingerprint {found}, but this base has {base_fingerprint}. "
+            "Load it onto its own base, or train it again on this one"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration of the adapter in `folder`.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"adapter {str(folder)!r}: adapter_config.json cannot be read ({error}); copy it again, or train it again"
+        ) from error
+    if not isinstance(config, dict):
+        raise SourceError(f"adapter {str(folder)!r}: adapter_config.json is not a mapping")
+    return config
+
+
+def base_of(folder: Path) -> str:
+    """Fingerprint of the base that the adapter in `folder` was trained on.
+
+    Raises:
+        SourceError: it does not say.
+    """
+    try:
+        record = json.loads((folder / FILE).read_text())
+        found = record["base_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"adapter {str(folder)!r} does not say which base it belongs to: {FILE} cannot be read ({error}). "
+            "If PEFT saved it and you know its base, say so: unknown_base accept. Save it with qwlora.save_adapter"
+        ) from error
+    if not isinstance(found, str):
+        raise SourceError(
+            f"adapter {str(folder)!r}: {FILE} names no base (base_fingerprint is {found!r})"
+        )
+    return found

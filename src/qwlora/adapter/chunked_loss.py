@@ -1,0 +1,355 @@
+"""Cross-entropy of a causal language model without the logits of a whole batch.
+
+    loss = 1/N sum_t -log softmax(P(head(h_t)))[y_t],    N = tokens with a target (or the number that the trainer counted over accumulated batches)
+
+At 2,048 tokens and a vocabulary of 49,152 the logits weigh 400 MB, their softmax and gradient as much again: they are the peak of a training step. Here the
+hidden states h [tokens, hidden] go through the head a chunk of tokens at a time; loss and d loss / d h of a chunk are computed at once, and its logits are gone
+before the next. Positions without a target never reach the head. What the head itself trains (an adapter on it, or its weight) gets its gradient likewise.
+
+No architecture is named. The model's own forward runs with two things put in another's place: its output head hands its input aside, and its loss function
+computes from that input. So whatever the forward adds to the loss (a router's balance term) stays. P is what the forward does to logits between head and loss
+(a scale, a soft cap): it is found by sending numbers through it, and when it is not nothing, each chunk goes through that same code, with the layers below the
+head left out. Before any of this is relied on, loss and gradient of a small batch are compared with the model's own.
+
+Given up: the logits of a forward with labels (`output.logits` is None), and gradients of gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from qwlora.adapter.token_chunk_loss import chunked_cross_entropy
+from qwlora.adapter.vocabulary_slice_loss import WeightRows, sliced_cross_entropy
+from qwlora.errors import TrainingError
+from qwlora.memory import give_back
+from qwlora.nn.packed_tensor import PackedTensor, compute_dtype
+
+CHUNK_LOGITS = (
+    2**23
+)  # numbers in a chunk of logits; a little more than 32 MiB, which glibc's malloc gives back to the system when it is freed
+IGNORED = -100
+_PROBE_TOKENS = 8
+_MANY = 1024  # tokens of a step from which on it is worth the time to give back what malloc keeps
+
+
+class ChunkedLoss:
+    """Gives `model` the chunked loss, in place; `remove` gives it back its own.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+        chunk_tokens: tokens whose logits exist at one time; by default as many as make 32 MiB.
+
+    Raises:
+        TrainingError: the model has no output head, or its own loss is another than this one; then train with `loss: whole`.
+    """
+
+    def __init__(self, model: nn.Module, chunk_tokens: int | None = None):
+        self._model = causal_model(model)
+        head = self._model.get_output_embeddings()
+        if not isinstance(head, nn.Module):
+            raise _refusal(self._model, "it has no output head (get_output_embeddings() is None)")
+        self._head = head
+        self._chunk_tokens = chunk_tokens
+        self._own_forward, self._own_head = self._model.forward, head.forward
+        self._captured: list[Tensor] = []
+        self._body: tuple[nn.Module, type[ModelOutput]] | None = None
+        self._check()
+        self._wrapped = _swapped(self._model, "forward", self._make_forward())
+        self._wrapped.__enter__()
+
+    def remove(self) -> None:
+        """Give the model back its own forward."""
+        self._wrapped.__exit__(None, None, None)
+
+    def _make_forward(self) -> Callable[..., Any]:
+        @functools.wraps(self._own_forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("labels") is None:
+                return self._own_forward(*args, **kwargs)
+            return self._forward(*args, **kwargs)
+
+        return forward
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._give_back(kwargs["labels"].numel())
+        with (
+            _swapped(self._head, "forward", self._capture),
+            _swapped(self._model, "_loss_function", self._loss),
+        ):
+            self._captured.clear()
+            output = self._own_forward(*args, **kwargs)
+        self._captured.clear()
+        if isinstance(output, ModelOutput):
+            output["logits"] = None
+        return output
+
+    def _capture(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        self._captured.append(hidden)
+        return hidden[..., :0]
+
+    def _loss(
+        self,
+        logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Stands where `ForCausalLMLoss` of transformers stands, with its arguments; the logits are an empty stand-in."""
+        if len(self._captured) != 1 or self._captured[0].ndim != 3:
+            raise _refusal(
+                self._model, f"its forward calls the output head {len(self._captured)} times"
+            )
+        targets = kwargs.get("shift_labels")
+        if targets is None:
+            assert labels is not None
+            targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        ignored = kwargs.get("ignore_index", IGNORED)
+        return self._mean(self._captured[0], targets, ignored, kwargs.get("num_items_in_batch"))
+
+    def _mean(
+        self, hidden: Tensor, targets: Tensor, ignored: int, items: Tensor | int | None
+    ) -> Tensor:
+        hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
+        kept = targets != ignored
+        count = int(kept.sum())
+        if not count and items is None:
+            raise TrainingError(
+                "a batch has no token to learn from: every label in it is -100. Leave such sequences out of the training data"
+            )
+        if count < len(targets):
+            hidden, targets = hidden[kept], targets[kept]
+        self._give_back(len(targets))  # what malloc kept of the forward pass
+        if count:
+            self._check_labels(*(int(end) for end in targets.aminmax()))
+        total = self._sum(hidden, targets)
+        self._give_back(len(targets))
+        return total / (
+            count
+            if items is None
+            else items.to(total.device)
+            if isinstance(items, Tensor)
+            else items
+        )
+
+    def _check_labels(self, lowest: int, highest: int) -> None:
+        known = vocabulary_size(self._model)
+        if lowest < 0 or highest >= known:
+            raise TrainingError(
+                f"labels go from {lowest} to {highest}, but the model knows {known} tokens; what is not to be learnt has label -100"
+            )
+
+    def _give_back(self, tokens: int) -> None:
+        """Between the parts of a step that is checkpointed, to save memory for time, and large enough to be worth it."""
+        if tokens >= _MANY and self._model.training and self._model.is_gradient_checkpointing:
+            give_back()
+
+    def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The sum over tokens: by slices of the head's weight where all of it would have to be made for every chunk of tokens, else by chunks."""
+        trained = [p for p in self._head.parameters() if p.requires_grad]
+        alone = (
+            self._body is None
+            and not trained
+            and getattr(self._own_head, "__func__", None) is type(self._head).forward
+        )
+        if alone and (rows := _made_for_products(self._head, compute_dtype(hidden))) is not None:
+            size, bias = self._head.out_features, self._head.bias
+            return sliced_cross_entropy(hidden, targets, rows, size, bias)  # type: ignore[arg-type]
+        tokens = self._chunk_tokens or CHUNK_LOGITS // vocabulary_size(self._model) + 1
+        return chunked_cross_entropy(hidden, targets, self._head_path, trained, tokens)
+
+    def _head_path(self, hidden: Tensor) -> Tensor:
+        logits = self._own_head(hidden)
+        return logits if self._body is None else self._postprocess(logits)
+
+    def _postprocess(self, logits: Tensor) -> Tensor:
+        """P: the model's own way from the head's output to its logits, with the layers below the head left out."""
+        assert self._body is not None
+        body, kind = self._body
+        stand_in = logits.new_zeros(1, 1, 1)
+        with (
+            _swapped(body, "forward", lambda *_, **__: kind(last_hidden_state=stand_in)),
+            _swapped(self._head, "forward", lambda *_, **__: logits[None]),
+        ):
+            ids = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
+            result: Tensor = self._own_forward(
+                input_ids=ids, use_cache=False, return_dict=True
+            ).logits
+        return result[0]
+
+    def _check(self) -> None:
+        """Find P, then compare loss and gradient of a small batch with the model's own.
+
+        The batch is the same on every process, so that collective operations inside a sharded model stay in step.
+        """
+        training = self._model.training
+        self._model.eval()
+        try:
+            with (
+                torch.random.fork_rng(devices=[]),
+                torch.autocast(self._head_device().type, enabled=False),
+            ):
+                torch.manual_seed(0)
+                self._find_postprocessing()
+                self._compare()
+        finally:
+            self._model.train(training)
+
+    def _batch(self) -> dict[str, Tensor]:
+        ids = torch.randint(0, vocabulary_size(self._model), (2, _PROBE_TOKENS)).to(
+            self._head_device()
+        )
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def _find_postprocessing(self) -> None:
+        batch, called, shapes = self._batch(), [], []
+        candidates = {
+            id(m): m
+            for m in (self._model.base_model, self._model.get_decoder())
+            if isinstance(m, nn.Module) and m is not self._model
+        }
+        hooks = [
+            m.register_forward_hook(lambda module, _, output: called.append((module, type(output))))
+            for m in candidates.values()
+        ]
+        sent: list[Tensor] = []
+
+        def answer(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            logits = self._own_head(hidden)
+            shapes.append(logits.shape)
+            sent.append(torch.randn(logits.shape, device=logits.device, dtype=logits.dtype) * 100)
+            return sent[0]
+
+        try:
+            with torch.no_grad(), _swapped(self._head, "forward", answer):
+                received = self._own_forward(**batch, use_cache=False, return_dict=True).logits
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise _refusal(self._model, f"it cannot be run on token ids alone ({error})") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not sent or received.shape != sent[0].shape:
+            raise _refusal(
+                self._model, "its logits are not what its output head gives, one for one"
+            )
+        if torch.equal(received.float(), sent[0].float()):
+            return
+        if not called or not issubclass(called[-1][1], ModelOutput):
+            raise _refusal(
+                self._model, "what it does between output head and loss cannot be run by itself"
+            )
+        self._body = called[-1]
+        with torch.no_grad():
+            if not torch.equal(self._postprocess(sent[0].flatten(0, 1)), received.flatten(0, 1)):
+                raise _refusal(
+                    self._model,
+                    "what it does between output head and loss cannot be run a chunk of tokens at a time",
+                )
+
+    def _compare(self) -> None:
+        batch = self._batch()
+        labels = batch["input_ids"].clone()
+        labels[:, 2] = IGNORED
+        inputs: list[Tensor] = []
+
+        def measured(head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+            def from_here(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+                inputs.append(hidden.detach().requires_grad_())
+                return head(inputs[-1])
+
+            self._captured.clear()
+            with torch.enable_grad(), _swapped(self._head, "forward", from_here):
+                loss = self._own_forward(
+                    **batch, labels=labels, use_cache=False, return_dict=True
+                ).loss
+                return loss.detach().float(), torch.autograd.grad(loss, inputs[-1])[0].float()
+
+        own_loss, own_gradient = measured(self._own_head)
+        try:
+            with _swapped(self._model, "_loss_function", self._loss):
+                loss, gradient = measured(self._capture)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise _refusal(self._model, f"its forward needs the logits ({error})") from error
+        self._captured.clear()
+        tolerance = 1e-4 if inputs[-1].dtype == torch.float32 else 3e-2
+        if (
+            not torch.allclose(loss, own_loss, rtol=tolerance)
+            or (gradient - own_gradient).norm() > 10 * tolerance * own_gradient.norm()
+        ):
+            raise _refusal(
+                self._model,
+                f"on a small batch its own loss is {own_loss:.6f}, and in chunks {loss:.6f}",
+            )
+
+    def _head_device(self) -> torch.device:
+        return next(
+            (t.device for t in (*self._head.parameters(), *self._head.buffers())),
+            torch.device("cpu"),
+        )
+
+
+def chunk_loss_(model: nn.Module, chunk_tokens: int | None = None) -> ChunkedLoss:
+    """Give `model` the chunked loss, in place: `model(ids, labels=ids).loss` never makes the logits of a whole batch. See `ChunkedLoss`."""
+    return ChunkedLoss(model, chunk_tokens)
+
+
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside `model`, which may be wrapped by PEFT."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TrainingError(
+            f"{type(inner).__name__} is not a model of transformers; the chunked loss cannot find its head. Use your own loss (loss: whole)"
+        )
+    return inner
+
+
+def _made_for_products(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
+    """Rows of the head's weight in `dtype`, if products do not read them as they lie in memory: they are packed, or float32 under autocast."""
+    if isinstance(head, nn.Linear) and isinstance(
+        packed := getattr(head, "tensor", None), PackedTensor
+    ):
+        return lambda start, stop: packed.dequantize(
+            dtype, torch.arange(start, stop, device=packed.parts.packed.device)
+        )
+    if type(head) is nn.Linear and head.weight.dtype == torch.float32 != dtype:
+        return lambda start, stop: head.weight[start:stop].to(dtype)
+    return None
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Entries of the vocabulary, as the embedding counts them."""
+    return int(
+        getattr(model.get_input_embeddings(), "num_embeddings", None)
+        or model.config.get_text_config().vocab_size
+    )
+
+
+@contextlib.contextmanager
+def _swapped(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Put `value` in the place of an instance attribute, which may not have been there, for a while."""
+    nothing = object()
+    before = owner.__dict__.get(name, nothing)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is nothing:
+            owner.__dict__.pop(name, None)
+        else:
+            owner.__dict__[name] = before
+
+
+def _refusal(model: nn.Module, why: str) -> TrainingError:
+    return TrainingError(
+        f"{type(model).__name__} cannot be trained with the chunked loss: {why}. "
+        "Train with its own loss, which makes the logits of the whole batch: `loss: whole`"
+    )

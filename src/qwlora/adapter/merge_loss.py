@@ -1,0 +1,109 @@
+"""Before an adapter is merged: how much of it the grid would swallow, and which layers must be tied no longer.
+
+    share = |{ij : |Delta_ij| < step_ij / 2}| / |{ij}|,    Delta = scaling * lora_B lora_A,    step_ij the scale of the base's grid at ij
+
+A weight of the base lies on its grid, so after merging and rounding back an entry of Delta below half a step leaves no trace, and one above is rounded to whole
+steps. What that costs is measured by whoever has text (`pipeline/merge.py`).
+
+An embedding and a head that are tied have one weight, and an adapter on either changes what that one computes, not the other: merged, they are two weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qwlora.adapter.chunked_loss import causal_model
+from qwlora.errors import MergeError
+from qwlora.grid.encoding import Encoding, aligned, grouped
+from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.parameter_names import canonical_name
+
+
+@dataclass(frozen=True)
+class Swallowed:
+    """One layer: entries of its delta below half a step, all of them, and the delta's root mean square in steps."""
+
+    below: int
+    entries: int
+    rms_steps: float
+
+    @property
+    def share(self) -> float:
+        return self.below / self.entries
+
+
+@torch.no_grad()
+def swallowed(model: PeftModel, adapter: str | None = None) -> dict[str, Swallowed]:
+    """Each packed layer that has the adapter, by canonical path."""
+    adapter = adapter or model.active_adapter
+    found = {}
+    for name, module in model.named_modules():
+        if not (isinstance(module, LoraLayer) and _carries(module, adapter)):
+            continue
+        encoding = getattr(module.get_base_layer(), "encoding", None)
+        if isinstance(encoding, Encoding | FloatOffsetEncoding):
+            found[canonical_name(name)] = _of_layer(
+                module.get_delta_weight(adapter).flatten(1).float(), encoding
+            )
+    return found
+
+
+@torch.no_grad()
+def untie_(model: PeftModel, adapter: str | None = None) -> list[list[str]]:
+    """Give each float layer that has the adapter and is tied to another a weight of its own, in place; the configuration says that nothing is tied then.
+
+    Returns:
+        The layers that had one weight, by canonical path, for each weight that was cloned.
+
+    Raises:
+        MergeError: the model ties such a layer whatever its configuration says.
+    """
+    adapter = adapter or model.active_adapter
+    sharing: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if (weight := module._parameters.get("weight")) is not None:
+            sharing.setdefault(id(weight), []).append(canonical_name(name))
+    untied = {}
+    for module in model.modules():
+        layer = (
+            module.get_base_layer()
+            if isinstance(module, LoraLayer) and _carries(module, adapter)
+            else None
+        )
+        weight = layer._parameters.get("weight") if layer is not None else None
+        if layer is not None and weight is not None and len(sharing.get(id(weight), ())) > 1:
+            layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            untied[id(weight)] = sharing[id(weight)]
+    if untied:
+        _forget_ties_(causal_model(model), {name for names in untied.values() for name in names})
+    return list(untied.values())
+
+
+def _forget_ties_(model: PreTrainedModel, layers: set[str]) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if tied := sorted(
+        layers & {name.removesuffix(".weight") for pair in ties.items() for name in pair}
+    ):
+        raise MergeError(
+            f"{tied[0]}: {type(model).__name__} always ties this layer, so an adapter on it cannot be merged; keep the adapter separate"
+        )
+
+
+def _carries(module: LoraLayer, adapter: str) -> bool:
+    return adapter in (*module.lora_A, *module.lora_embedding_A)
+
+
+def _of_layer(delta: Tensor, encoding: Encoding | FloatOffsetEncoding) -> Swallowed:
+    granularity = encoding.scheme.granularity
+    steps = grouped(delta, granularity) / aligned(encoding.scale, granularity, delta.ndim)
+    return Swallowed(
+        int((steps.abs() < 0.5).sum()), steps.numel(), float(steps.square().mean().sqrt())
+    )

@@ -1,1 +1,0 @@
-"""Readers of precomputed bases: each makes a `Checkpoint` of one format's files."""

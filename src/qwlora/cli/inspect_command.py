@@ -1,0 +1,237 @@
+"""`qwlora inspect`: what a model's files hold, or an artifact of ours. Loads no model.
+
+a folder of floats, GPTQ, AWQ or compressed-tensors, a .gguf file, package:NAME/PATH, a base     every tensor, alike ones in one line
+a folder of floats and AIMET's encodings                                                        the grids that these give it
+an adapter's folder                                                                             its size, and the base that it belongs to
+a job's directory                                                                               its base, and whether its adapters belong to it
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qwlora.cli.tables import alike, table
+from qwlora.errors import SourceError
+from qwlora.sizes import size
+
+if TYPE_CHECKING:
+    from qwlora.analysis.inspect_model import Inspection, TensorView
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="A model's folder or .gguf file, package:NAME/PATH, a base, an adapter, or a job's directory.",
+        show_default=False,
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="SOURCE",
+        help="The float model, for each tensor's SQNR; reads all of both.",
+        show_default=False,
+    ),
+]
+Encodings = Annotated[
+    Path | None,
+    typer.Option(
+        "--encodings",
+        metavar="FILE",
+        help="An AIMET encodings file for the floats of SOURCE: shows its grids.",
+        show_default=False,
+    ),
+]
+KeepFloat = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB",
+        help="With --encodings: parameters or layers that stay float, as model.keep_float in a recipe.",
+        show_default=False,
+    ),
+]
+BlockOrder = Annotated[
+    Literal["channel", "tensor"] | None,
+    typer.Option(
+        help="With --encodings: how 1.0.0 lists blocks, as model.block_order in a recipe.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print every tensor as JSON, and nothing else.")
+]
+
+
+def inspect(
+    source: Source,
+    against: Against = None,
+    encodings: Encodings = None,
+    keep_float: KeepFloat = None,
+    block_order: BlockOrder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what files hold: shapes, grids, true bits per weight, fingerprint."""
+    path = Path(source)
+    if encodings is None and (keep_float or block_order):
+        raise SourceError(
+            "--keep-float and --block-order say how --encodings are read; give these too"
+        )
+    if encodings is not None and (
+        (path / "adapter_config.json").is_file() or (path / ".qwlora").is_dir()
+    ):
+        raise SourceError(
+            "--encodings belong to a folder of floats, not to an adapter or a job's directory"
+        )
+    if (path / "adapter_config.json").is_file():
+        if against is not None:
+            raise SourceError("--against compares models; an adapter has no float twin")
+        record = _adapter(path)
+        lines = _adapter_lines(record)
+    elif (path / ".qwlora").is_dir():
+        record, lines = _job(path, against)
+    else:
+        record, lines = _model(source, against, encodings, keep_float, block_order)
+    print(json.dumps(record, indent=1) if as_json else "\n".join(lines))
+
+
+def _model(
+    source: str,
+    against: str | None,
+    encodings: Path | None = None,
+    keep_float: Sequence[str] | None = None,
+    block_order: Literal["channel", "tensor"] | None = None,
+) -> tuple[dict[str, Any], list[str]]:
+    from qwlora.analysis.inspect_model import inspect_source
+    from qwlora.analysis.model_files import AimetFile
+
+    file = (
+        AimetFile(encodings, tuple(keep_float or ()), block_order)
+        if encodings is not None
+        else None
+    )
+    found = inspect_source(source, against, encodings=file)
+    return found.to_json(), list(_model_lines(found))
+
+
+def _model_lines(found: Inspection) -> Iterator[str]:
+    from qwlora.analysis.inspect_model import bits_per_weight, size_bytes, weights
+
+    yield f"{found.kind} {found.source}"
+    if found.fingerprint:
+        yield f"fingerprint {found.fingerprint}"
+    measured = any(view.sqnr_db is not None for view in found.tensors)
+    rows = [("tensor", "count", "shape", "grid", "bits/weight", *(["SQNR dB"] if measured else []))]
+    for name, views in alike(
+        found.tensors, lambda view: view.name, lambda view: (view.shape, view.grid, view.bytes)
+    ):
+        first = views[0]
+        row = (
+            name,
+            str(len(views)),
+            "x".join(map(str, first.shape)),
+            first.grid,
+            f"{first.bits_per_weight:.2f}",
+        )
+        rows.append((*row, _range(views)) if measured else row)
+    yield from table(rows)
+    for label, views in (
+        ("all", list(found.tensors)),
+        ("integers", [view for view in found.tensors if view.is_integers]),
+    ):
+        if views:
+            yield f"{label}: {weights(views):,} weights, {size(size_bytes(views))}, {bits_per_weight(views):.3f} bits per weight"
+
+
+def _range(views: Sequence[TensorView]) -> str:
+    found = [view.sqnr_db for view in views if view.sqnr_db is not None]
+    if not found:
+        return ""
+    low, high = min(found), max(found)
+    if math.isinf(low) and low > 0:
+        return "exact"
+    return (
+        f"{low:.2f}"
+        if low == high
+        else f"{low:.2f} to {'exact' if math.isinf(high) else f'{high:.2f}'}"
+    )
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    from qwlora.adapter.adapter_folder import FILE, base_of
+    from qwlora.formats.safetensors_files import read_header, read_json
+
+    config = read_json(folder / "adapter_config.json")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise SourceError(
+            f"adapter {str(folder)!r} has no adapter_model.safetensors; save it with qwlora.save_adapter or PEFT's save_pretrained"
+        )
+    tensors = [
+        {"name": name, "shape": list(entry.shape), "dtype": entry.dtype}
+        for name, entry in read_header(weights).items()
+    ]
+    kept = {
+        key: config.get(key)
+        for key in (
+            "peft_type",
+            "r",
+            "lora_alpha",
+            "use_rslora",
+            "use_dora",
+            "target_modules",
+            "base_model_name_or_path",
+        )
+    }
+    base = base_of(folder) if (folder / FILE).is_file() else None
+    return {
+        "kind": "adapter",
+        "source": str(folder),
+        "base_fingerprint": base,
+        **kept,
+        "tensors": tensors,
+    }
+
+
+def _adapter_lines(record: dict[str, Any]) -> list[str]:
+    targets = record["target_modules"]
+    count = sum(math.prod(tensor["shape"]) for tensor in record["tensors"])
+    return [
+        f"adapter {record['source']}",
+        f"{record['peft_type']} of rank {record['r']}, alpha {record['lora_alpha']}, on {', '.join(sorted(targets)) if isinstance(targets, list) else targets}",
+        f"{len(record['tensors'])} tensors, {count:,} weights",
+        f"trained on the base with fingerprint {record['base_fingerprint']}"
+        if record["base_fingerprint"]
+        else "does not say which base it belongs to",
+    ]
+
+
+def _job(folder: Path, against: str | None) -> tuple[dict[str, Any], list[str]]:
+    base = folder / "base"
+    model, lines = _model(str(base), against) if base.is_dir() else (None, [])
+    adapters = [
+        _adapter(config.parent) for config in sorted(folder.glob("adapters/*/adapter_config.json"))
+    ]
+    artifacts = sorted(
+        str(p.relative_to(folder))
+        for pattern in ("simulation/*", "export/*/*", "results.json")
+        for p in folder.glob(pattern)
+    )
+    record = {
+        "kind": "job directory",
+        "source": str(folder),
+        "base": model,
+        "adapters": adapters,
+        "artifacts": artifacts,
+    }
+    shown = [f"job directory {folder}", *(lines or ["no base yet"])]
+    for adapter in adapters:
+        shown += _adapter_lines(adapter)
+        if model and adapter["base_fingerprint"] not in (None, model["fingerprint"]):
+            shown.append("  which is NOT the base in this directory")
+    return record, [*shown, *(f"also {artifact}" for artifact in artifacts)]

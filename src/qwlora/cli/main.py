@@ -1,0 +1,207 @@
+"""The command line: thin. Imports neither torch nor transformers until a stage runs.
+
+Exit codes: 0 done; 1 an exported file failed its proof; 2 something is wrong with what was given; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from qwlora.cli.adapter_commands import app as adapters_app
+from qwlora.cli.encodings_commands import app as encodings_app
+from qwlora.cli.inspect_command import inspect
+from qwlora.cli.merge_commands import merge, merge_check
+from qwlora.cli.progress_bars import bars
+from qwlora.cli.simulate_command import simulate
+from qwlora.errors import QwloraError, RecipeError, VerificationError
+from qwlora.pipeline.plan import VERBS
+
+app = typer.Typer(
+    name="qwlora",
+    help="LoRA on a quantized base: freeze a model to integers, train adapters on exactly those integers, calibrate, export, and prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", help="The job's directory: artifacts, exports, results.json.", show_default=False
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one value of the recipe, like base.weights.bitwidth=3.",
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")
+]
+
+_SUMMARY = {
+    "quantize": "Step 1: freeze the base's weights to packed integers.",
+    "calibrate-base": "Before step 2, in workflow qwa-lora: find the encodings of the base's activations.",
+    "train": "Step 2: train the adapters on the frozen base.",
+    "calibrate": "Step 3: find the encodings of activations and adapters.",
+    "export": "Write files for the runtimes.",
+    "verify": "Run the exported files and compare them with the simulation.",
+    "evaluate": "Measure perplexity of the float model, the base, each adapter, each simulation.",
+}
+
+
+@app.command("run")
+def run_all(recipe: RecipeFile, out: Out, changes: Changes = None, as_json: AsJson = False) -> None:
+    """Run all stages of a recipe; finished ones whose inputs are unchanged are skipped."""
+    _run(recipe, out, changes, as_json, VERBS)
+
+
+def _add_stage(verb: str) -> None:
+    def stage(
+        out: Out,
+        recipe: Annotated[
+            Path | None,
+            typer.Argument(
+                help="The recipe; by default the one in the directory.", show_default=False
+            ),
+        ] = None,
+        changes: Changes = None,
+        as_json: AsJson = False,
+    ) -> None:
+        _run(recipe or out / "recipe.yaml", out, changes, as_json, (verb,))
+
+    app.command(verb, help=_SUMMARY[verb])(stage)
+
+
+for _verb in VERBS:
+    _add_stage(_verb)
+
+
+@app.command()
+def check(recipe: RecipeFile, changes: Changes = None) -> None:
+    """Validate a recipe and print it with every default filled in."""
+    import yaml
+
+    from qwlora.recipe import load_recipe
+
+    print(
+        yaml.safe_dump(
+            load_recipe(recipe, tuple(changes or ())).model_dump(mode="json"),
+            sort_keys=False,
+            width=150,
+        ),
+        end="",
+    )
+
+
+@app.command()
+def data(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    sequence: Annotated[int, typer.Option(help="Which training sequence to show, from 0.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a recipe's data comes to, and one training sequence with the learnt tokens marked; runs nothing."""
+    from qwlora.pipeline.data_preview import format_preview, preview
+    from qwlora.recipe import load_recipe
+
+    found = preview(load_recipe(recipe, tuple(changes or ())), sequence)
+    print(json.dumps(found, indent=1) if as_json else format_preview(found))
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe to start from."""
+    from qwlora.recipe.starter import starter_recipe
+
+    if path.exists():
+        raise RecipeError(str(path), ["is there already; give another path"])
+    try:
+        path.write_text(starter_recipe())
+    except OSError as error:
+        raise RecipeError(str(path), [f"cannot be written: {error.strerror}"]) from error
+    print(
+        f"wrote {path}; set model.source and data.source in it, then: qwlora run {path} --out out"
+    )
+
+
+def _run(
+    recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool, verbs: Iterable[str]
+) -> None:
+    from qwlora.pipeline.run_job import run
+    from qwlora.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path, tuple(changes or ()))
+    given = [
+        str(recipe_path),
+        "--out",
+        str(out),
+        *(part for change in changes or () for part in ("--set", change)),
+    ]
+    try:
+        results = run(
+            recipe,
+            out,
+            tuple(verbs),
+            track=bars(quiet=as_json),
+            say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
+            command=lambda verb: shlex.join(["qwlora", verb, *given]),
+        )
+    except KeyboardInterrupt as error:  # here, since typer would turn it into a bare exit code
+        _fail(
+            f"interrupted{f', {error}' if str(error) else ''}. The same command goes on from here",
+            130,
+        )
+    if not results:  # not the first of several processes
+        return
+    if as_json:
+        print(json.dumps(results, indent=1))
+    else:
+        from qwlora.pipeline.results_table import print_summary
+
+        print_summary(results, Console(width=None if sys.stdout.isatty() else 120))
+
+
+app.command("inspect")(inspect)
+app.command("merge-check")(merge_check)
+app.command("merge")(merge)
+app.command("simulate")(simulate)
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(encodings_app, name="encodings")
+
+
+def main() -> None:
+    """Entry point: QWLoRA's own errors become one message and an exit code."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except VerificationError as error:
+        _fail(str(error), 1)
+    except QwloraError as error:
+        _fail(str(error), 2)
+    except Exception as error:
+        usage = getattr(
+            error, "format_message", None
+        )  # a wrong command line, in whichever click typer carries
+        if usage is None:
+            raise
+        _fail(usage(), 2)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"qwlora: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,78 @@
+"""`qwlora merge-check DIR NAME` and `qwlora merge DIR NAME --into float|requantized --out FOLDER`: the verdict, and only after it the merged model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwlora.cli.progress_bars import bars
+
+if TYPE_CHECKING:
+    from qwlora.pipeline.merge_adapter import Verdict
+
+Job = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False
+    ),
+]
+Name = Annotated[str, typer.Argument(help="The adapter.", show_default=False)]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print the verdict as JSON, with every layer, and nothing else."),
+]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--into",
+        help="float: a float model; requantized: rounded back onto the base's own grid.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path, typer.Option("--out", help="Where to write the merged model.", show_default=False)
+]
+
+
+def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
+    """Say what merging an adapter into the base's integers would lose. Writes nothing."""
+    verdict, _ = _verdict(job, name, quiet=as_json)
+    print(json.dumps(verdict.to_json(), indent=1) if as_json else "\n".join(_lines(verdict)))
+
+
+def merge(job: Job, name: Name, into: Target, out: Out) -> None:
+    """Merge an adapter into its base, after the verdict; from what the base's integers stand for, never from the original float weights."""
+    if into not in ("float", "requantized"):
+        raise typer.BadParameter(f"{into!r} is neither float nor requantized", param_hint="--into")
+    from qwlora.pipeline.merge_adapter import check_target, write_merged
+
+    check_target(out)
+    verdict, session = _verdict(job, name)
+    print("\n".join(_lines(verdict)), flush=True)
+    write_merged(session, name, into, out)  # type: ignore[arg-type]
+    print(f"wrote {out}")
+
+
+def _verdict(job: Path, name: str, quiet: bool = False) -> tuple[Verdict, Any]:
+    from qwlora.pipeline.run_job import open_job
+
+    session, name = open_job(job, name)
+    from qwlora.pipeline.merge_adapter import merge_verdict
+
+    return merge_verdict(session, name, bars(quiet)), session
+
+
+def _lines(verdict: Verdict) -> list[str]:
+    worst = sorted(verdict.layers.items(), key=lambda item: -item[1].share)[:3]
+    most = ", ".join(f"{path} {layer.share:.1%}" for path, layer in worst)
+    return [
+        f"{verdict.share:.1%} of the adapter's delta is under half a step of the base's grid (most in {most})",
+        f"perplexity: base {verdict.base:.3f}, with the adapter {verdict.adapted:.3f}, merged into the integers {verdict.merged:.3f}",
+        "the adapter gained nothing on this text"
+        if verdict.kept is None
+        else f"kept of what the adapter gained: {verdict.kept:.1%}",
+        verdict.recommendation(),
+    ]

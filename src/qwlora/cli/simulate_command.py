@@ -1,0 +1,225 @@
+"""`qwlora simulate DIR`: what step 3 does to an adapter of a job. Writes nothing.
+
+--explain          what is placed where, and why
+--costs            what each part of the simulation costs in perplexity, and the activations that cost most
+--suggest SHARE    which activations need 16 bits, the others having 8, for perplexity to rise by no more than this share of what float activations give
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwlora.cli.progress_bars import bars
+from qwlora.cli.tables import alike, table
+
+if TYPE_CHECKING:
+    from qwlora.simulation.placement_log import Explained, Explanation
+
+Job = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False
+    ),
+]
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="List every value with its grid and the rule that decided, alike ones in one line.",
+    ),
+]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter", help="Which adapter; the recipe's first unless given.", show_default=False
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="See what a change of simulation.* would place, like simulation.policy=matmul-inputs.",
+        show_default=False,
+    ),
+]
+Costs = Annotated[
+    bool,
+    typer.Option(
+        "--costs",
+        help="Measure what each part costs in perplexity, and list the dearest activations.",
+    ),
+]
+Share = Annotated[
+    float | None,
+    typer.Option(
+        "--suggest",
+        metavar="SHARE",
+        help="Find the activations that need 16 bits, the rest having 8, for perplexity to be at most this share above the adapter's with float activations, "
+        "on a few held-out sequences; 0.05 is 5 %.",
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print every value as JSON, and nothing else.")
+]
+
+
+def simulate(
+    job: Job,
+    explain: Explain = False,
+    adapter: Name = None,
+    changes: Changes = None,
+    costs: Costs = False,
+    suggest: Share = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the simulation quantizes: counts, or with --explain every value and why; with --costs and --suggest, what that does to perplexity."""
+    if explain + costs + (suggest is not None) > 1:
+        raise typer.BadParameter("--explain, --costs and --suggest are asked one at a time")
+    if suggest is not None and not 0 <= suggest <= 1:
+        raise typer.BadParameter(
+            f"{suggest:g} is no share between 0 and 1; {f'for {suggest:g} % give {suggest / 100:g}' if suggest > 1 else '0.05 is 5 %'}"
+        )
+    asked = tuple(changes or ())
+    if costs:
+        from qwlora.pipeline.simulation_costs import account_job
+
+        account = account_job(job, adapter, asked, bars(as_json))
+        print(json.dumps(account, indent=1) if as_json else "\n".join(_cost_lines(account)))
+    elif suggest is not None:
+        from qwlora.pipeline.simulation_costs import suggest_job
+
+        suggestion = suggest_job(job, adapter, asked, suggest, bars(as_json))
+        print(
+            json.dumps(suggestion, indent=1)
+            if as_json
+            else "\n".join(_suggestion_lines(suggestion))
+        )
+    else:
+        from qwlora.pipeline.placement_of_job import explain_job
+
+        name, found = explain_job(job, adapter, asked)
+        print(
+            json.dumps({"adapter": name, **found.to_json()}, indent=1)
+            if as_json
+            else "\n".join(_lines(name, found, explain))
+        )
+
+
+def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
+    yield f"adapter {account['adapter']}"
+    yield from _unshared(account)
+    yield from table(
+        [
+            ("perplexity", ""),
+            *(
+                (what.replace("_", " "), f"{value:.4f}")
+                for what, value in account["perplexity"].items()
+            ),
+        ]
+    )
+    yield ""
+    rows = [
+        (s["name"], str(s["bitwidth"]), f"{s['cost']:.3g}", f"{s['sqnr_db']:.1f}")
+        for s in account["sensitivity"]
+    ]
+    yield from table([("dearest activations", "bits", "nats a token", "SQNR, dB"), *rows])
+    yield ""
+    yield from table(
+        [
+            ("furthest from float", "SQNR, dB"),
+            *((name, f"{db:.1f}") for name, db in account["layer_sqnr_db"].items()),
+        ]
+    )
+
+
+def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
+    wide, searched = len(found["wide"]), len(found["wide"]) + found["narrow"]
+    rest = (
+        f"; {found['kept']} more keep the grids that the recipe's rules give"
+        if found["kept"]
+        else ""
+    )
+    yield f"adapter {found['adapter']}: {wide} of {searched} activations at 16 bits, the others at 8{rest}"
+    plain, limit = found["float_activations"], found["limit"]
+    yield f"perplexity on the {found['sequences']} held-out sequences that were searched {_beside(found['measured'], plain)}"
+    yield f"there the limit is {_beside(limit, plain)}; with all {searched} at 16 bits it is {found['all_wide']:.4f}, at 8 bits {found['all_narrow']:.4f}"
+    yield _on_fresh_text(found["fresh"])
+    yield from _unshared(found)
+    yield ""
+    yield "simulation:"
+    yield "  activation_bitwidth: 8"
+    yield "  rules:" if found["rules"] else "  rules: []"
+    yield from (f"    - {json.dumps(rule)}" for rule in found["rules"])
+
+
+def _unshared(found: dict[str, Any]) -> Iterator[str]:
+    if "unshared" in found:
+        yield f"with encodings of the adapter's own; the recipe shares some among adapters (base_activations: {found['unshared']}), which costs more"
+
+
+def _on_fresh_text(fresh: dict[str, float] | None) -> str:
+    if fresh is None:
+        return "the search measured all evaluation sequences; raise data.evaluation_sequences to see what it does on other text"
+    return f"on the {fresh['sequences']} that the search has not seen {_beside(fresh['measured'], fresh['float_activations'])}"
+
+
+def _beside(perplexity: float, plain: float) -> str:
+    return f"{perplexity:.4f}, {perplexity / plain - 1:+.1%} on float activations' {plain:.4f}"
+
+
+def _lines(name: str, found: Explanation, everything: bool) -> Iterator[str]:
+    counts = Counter(value.decision.value for value in found.values)
+    yield f"adapter {name}, policy {found.policy}: {', '.join(f'{counts[d]} {d}' for d in ('quantize', 'share', 'float'))}"
+    if everything:
+        rows = [("value", "count", "class", "decision", "grid", "reason")]
+        for pattern, values in alike(
+            found.values, _name, lambda v: (v.module_class, v.decision, v.reason, _grid(v))
+        ):
+            first = values[0]
+            rows.append(
+                (
+                    pattern,
+                    str(len(values)),
+                    first.module_class,
+                    first.decision.value,
+                    _grid(first),
+                    first.reason,
+                )
+            )
+        yield from table(rows)
+    else:
+        by_reason = Counter(
+            (value.kind, value.decision.value, value.grid, value.reason) for value in found.values
+        )
+        yield from table(
+            [
+                ("tensor", "count", "decision", "grid", "reason"),
+                *((k, str(n), d, g, r) for (k, d, g, r), n in by_reason.items()),
+            ]
+        )
+    if found.unknown:
+        listed = ", ".join(
+            f"{operator} ({count})" for operator, count in sorted(found.unknown.items())
+        )
+        yield f"operators that no rule knows: {listed}; see the reason of each, and give a rule if it is wrong"
+
+
+def _name(value: Explained) -> str:
+    """Where a value is, without the number that tells equal ones apart."""
+    return (
+        value.name
+        if value.operator in ("weight", "input")
+        else f"{value.module or 'output'}.{value.operator}"
+    )
+
+
+def _grid(value: Explained) -> str:
+    """The grid; with an observer that is not the usual one."""
+    return value.grid if value.observer in ("", "min-max") else f"{value.grid}, {value.observer}"

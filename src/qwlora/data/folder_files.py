@@ -1,0 +1,120 @@
+"""Which files of a folder are its documents.
+
+All files of the kinds that are read, below it, but hidden ones; or those of one split, by the hub's naming: the split, or a word that stands for it, between
+separators in the file's name (`train-00000-of-00001.parquet`, `data/my_test.jsonl`), or if no file has it so, in that of a folder (`train/0.jsonl`).
+
+A file that holds records but is not read (`names.refusal`: compressed, a spreadsheet, `.jsonl.bak`) is refused by name, if it belongs to the split.
+Passed over in silence are hidden files; a dataset's card (README.md, LICENSE.txt, dataset_infos.json) beside records; what only speaks of another file
+(`a.csv.sha256`); and files of any other kind (images, code). A card that would be all that is read, with such files beside it, is not taken for the data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwlora.data.file_kinds import RECORD_SUFFIXES, TEXT_SUFFIXES, refusal, suffix_of
+from qwlora.errors import SourceError
+
+_CARD_STEMS, _CARD_OF_RECORDS = ("readme", "license"), "dataset_infos.json"
+_OF_ANOTHER_FILE = (
+    ".asc",
+    ".crc",
+    ".dvc",
+    ".idx",
+    ".license",
+    ".lock",
+    ".md5",
+    ".sha1",
+    ".sha256",
+    ".sha512",
+    ".sig",
+)
+_OF_NO_ONE = ("thumbs.db",)
+_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def folder_files(folder: Path, split: str | None) -> list[Path]:
+    """The files of `folder` with its documents, or with those of `split`; all of records, or all of running text.
+
+    Raises:
+        SourceError: there is none but a card, none belongs to the split, one of them is not read, or there are both kinds.
+    """
+    every = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and not any(n.startswith(".") for n in p.relative_to(folder).parts)
+    )
+    files = [p for p in every if _is_record(p) or _is_refused(p) or suffix_of(p) in TEXT_SUFFIXES]
+    if any(_is_record(p) or _is_refused(p) for p in files):
+        files = [p for p in files if not _is_card(p)]
+    elif (
+        files
+        and all(map(_is_card, files))
+        and (others := [p for p in every if p.suffix and p not in files])
+    ):
+        raise SourceError(
+            f"data folder {str(folder)!r} holds a dataset's card ({files[0].name}) and no data that is read; there is {_named(others, folder)}: "
+            f"give records as .jsonl, .csv or .parquet, or name the card's own file if it is to be learnt"
+        )
+    if not files:
+        raise SourceError(
+            f"data folder {str(folder)!r} holds no {' or '.join(TEXT_SUFFIXES)} file, and no {', '.join(RECORD_SUFFIXES)} either"
+        )
+    if split is not None:
+        files = _of_split(folder, files, split)
+    if refused := [p for p in files if _is_refused(p)]:
+        raise SourceError(
+            f"data folder {str(folder)!r} holds {_named(refused, folder)}: {refusal(refused[0])}; or take it out of the folder"
+        )
+    texts, records = ([p for p in files if _is_record(p) == wanted] for wanted in (False, True))
+    if texts and records:
+        raise SourceError(
+            f"data folder {str(folder)!r} holds running text ({texts[0].name}) and records ({records[0].name}); a source holds one kind"
+        )
+    return files
+
+
+def _is_card(file: Path) -> bool:
+    return file.stem.lower() in _CARD_STEMS and suffix_of(file) in TEXT_SUFFIXES
+
+
+def _is_record(file: Path) -> bool:
+    return suffix_of(file) in RECORD_SUFFIXES and file.name.lower() != _CARD_OF_RECORDS
+
+
+def _is_refused(file: Path) -> bool:
+    return (
+        refusal(file) is not None
+        and suffix_of(file) not in _OF_ANOTHER_FILE
+        and file.name.lower() not in _OF_NO_ONE
+    )
+
+
+def _named(files: Sequence[Path], folder: Path) -> str:
+    return files[0].relative_to(folder).as_posix() + (
+        f" and {len(files) - 1} more" if len(files) > 1 else ""
+    )
+
+
+def _of_split(folder: Path, files: Sequence[Path], split: str) -> list[Path]:
+    words = "|".join(re.escape(word) for word in _WORDS.get(split, (split,)))
+    has_it = re.compile(rf"(?:^|[-._ 0-9/])(?:{words})(?:[-._ 0-9/]|$)")
+    for parts in (
+        [p.name for p in files],
+        [p.relative_to(folder).parent.as_posix() for p in files],
+    ):
+        if found := [p for p, part in zip(files, parts, strict=True) if has_it.search(part)]:
+            return found
+    names = ", ".join(p.relative_to(folder).as_posix() for p in files[:4]) + (
+        ", ..." if len(files) > 4 else ""
+    )
+    raise SourceError(
+        f"data folder {str(folder)!r}: no file or folder in it is named after the split {split!r}, as {split}-0.parquet or {split}/0.parquet; "
+        f"there are {names}: give data.split as they name it, or take it out of the recipe to read them all"
+    )

@@ -1,0 +1,157 @@
+"""Documents, a tokenizer and the recipe's wishes to everything that stages read.
+
+Held-out documents never share a sequence, whatever training does, unless they are joined as running text is by default: a perplexity does not depend on what
+happened to stand beside a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qwlora.data.document import Document, Documents
+from qwlora.data.sequence_packing import Counts, cut, joined_ids
+from qwlora.data.tokenization import encode_documents, start_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from qwlora.data.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How tokens become sequences.
+
+    Args:
+        packing: join, documents or none; by default running text is joined, and anything else packed as documents.
+        turns: of a conversation, together or apart.
+    """
+
+    sequence_tokens: int
+    packing: str | None = None
+    turns: str = "together"
+
+    def packing_of(self, kind: str) -> str:
+        """What is done with documents of `kind`."""
+        return self.packing or ("join" if kind == "text" else "documents")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What one recipe trains on, evaluates on, and measures activations on.
+
+    Args:
+        train, held_out: sequences; those held out have no position_ids.
+        calibration_ids: int64 [count, tokens], training documents one after another.
+    """
+
+    kind: str
+    packing: str
+    train: Sequences
+    held_out: Sequences
+    calibration_ids: Tensor
+    train_counts: Counts
+    held_out_counts: Counts
+
+    def largest_id(self) -> int:
+        """The largest token there is."""
+        return int(
+            max(
+                t.max()
+                for t in (self.train.input_ids, self.held_out.input_ids, self.calibration_ids)
+            )
+        )
+
+    def positions(self) -> int:
+        """How many positions the longest sequence has, or the longest document where several share one."""
+        places = self.train.position_ids
+        longest = self.train.input_ids.shape[1] if places is None else int(places.max()) + 1
+        return max(longest, self.held_out.input_ids.shape[1], self.calibration_ids.shape[1])
+
+
+def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cutting: Cutting) -> Prepared:
+    """Tokenize and cut both parts.
+
+    Raises:
+        SourceError: a conversation cannot be rendered, or a part does not make one sequence.
+    """
+    kind, packing = documents.kind, cutting.packing_of(documents.kind)
+    start, tokens = start_tokens(tokenizer), cutting.sequence_tokens
+    padding = next(
+        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+    )
+    train = encode_documents(documents.train, tokenizer, cutting.turns)
+    held_out = encode_documents(documents.held_out, tokenizer, cutting.turns)
+    train_sequences, train_counts = cut(train, tokens, packing, start, padding, "training")
+    held_out_sequences, held_out_counts = cut(
+        held_out, tokens, "none" if packing == "documents" else packing, start, padding, "held-out"
+    )
+    calibration = (
+        train_sequences.input_ids
+        if kind == "text" and packing == "join"
+        else joined_ids(train, tokens, start, "training")
+    )
+    return Prepared(
+        kind,
+        packing,
+        train_sequences,
+        held_out_sequences,
+        calibration,
+        train_counts,
+        held_out_counts,
+    )
+
+
+def sequences(
+    documents: Sequence[Document | str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_tokens: int,
+    part: str,
+) -> Tensor:
+    """Token ids [count, sequence_tokens], int64, of documents one after another.
+
+    Args:
+        part: what the documents are for, as an error should call it.
+
+    Raises:
+        SourceError: the documents are shorter than one sequence.
+    """
+    return joined_ids(
+        encode_documents(documents, tokenizer), sequence_tokens, start_tokens(tokenizer), part
+    )
+
+
+def describe(documents: Documents, prepared: Prepared) -> dict[str, Any]:
+    """The part `data` of results.json."""
+    return {
+        "kind": prepared.kind,
+        "packing": prepared.packing,
+        "skipped_records": documents.skipped_records,
+        "overlapping_documents": documents.overlapping_documents,
+        "overlapping_paragraphs": documents.overlapping_paragraphs,
+        "train": prepared.train_counts.to_json(),
+        "held_out": prepared.held_out_counts.to_json(),
+    }
+
+
+def summary(description: dict[str, Any]) -> str:
+    """The same in one line."""
+    parts = []
+    for part, name in (("train", "training"), ("held_out", "held out")):
+        c = description[part]
+        text = f"{name} {c['documents']:,} documents, {c['tokens']:,} tokens, {c['sequences']:,} sequences, {c['learnt_tokens']:,} tokens learnt"
+        lost = [
+            (c["truncated_documents"], "documents truncated"),
+            (c["dropped_documents"], "documents dropped"),
+            (c["dropped_tokens"], "tokens dropped"),
+        ]
+        parts.append(", ".join([text, *(f"{count:,} {what}" for count, what in lost if count)]))
+    notes = [
+        (description["skipped_records"], "empty records skipped"),
+        (description["overlapping_documents"], "training documents that are held out removed"),
+    ]
+    parts += [f"{count:,} {what}" for count, what in notes if count]
+    return f"data ({description['kind']}, packing {description['packing']}): " + "; ".join(parts)

@@ -1,0 +1,231 @@
+"""Tokens to sequences of equal length, and the count of what became of them.
+
+    join        documents one after another, cut into sequences; a document may begin in one and end in the next, and sees what stands before it in
+                its sequence; what is left over at the end is dropped
+    documents   whole documents side by side in a sequence, each with positions of its own from 0, so that attention does not cross (see `isolation`);
+                what is left of a sequence is padding
+    none        a document a sequence, padded to the longest
+
+Running text is cut into pieces where it is longer than a sequence. Anything else is truncated at its end, and dropped if nothing learnt is left of it.
+The first token of a document is never learnt from the document before it, except in `join`.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from qwlora.data.tokenization import Tokens
+from qwlora.errors import SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwlora.data.sequences import Sequences
+
+PACKINGS = ("join", "documents", "none")
+
+
+@dataclass
+class Counts:
+    """What became of the documents of one part.
+
+    Args:
+        documents: as the source has them; of conversations whose turns are apart, turns.
+        tokens: in all documents, before anything is cut.
+        sequences, sequence_tokens: how many sequences there are, and how long each is.
+        learnt_tokens: tokens in the sequences that the loss is a mean over.
+        truncated_documents, truncated_tokens: documents that were too long, and what was cut off their ends.
+        dropped_documents: of which nothing learnt was left in a sequence.
+        dropped_tokens: tokens that are in no sequence, truncated ones among them.
+        padding_tokens: tokens in the sequences that are in no document.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    sequences: int = 0
+    sequence_tokens: int = 0
+    learnt_tokens: int = 0
+    truncated_documents: int = 0
+    truncated_tokens: int = 0
+    dropped_documents: int = 0
+    dropped_tokens: int = 0
+    padding_tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cut(
+    encoded: Sequence[Tokens],
+    sequence_tokens: int,
+    packing: str,
+    start: Sequence[int],
+    padding: int,
+    part: str,
+) -> tuple[Sequences, Counts]:
+    """Sequences of at most `sequence_tokens`.
+
+    Args:
+        packing: one of PACKINGS.
+        start: what stands before a text; given to each sequence, or piece, of running text.
+        padding: the id of tokens that only fill.
+        part: what the documents are for, as an error should call it.
+
+    Raises:
+        SourceError: the documents do not make one sequence.
+    """
+    counts = Counts(documents=len(encoded), tokens=sum(len(t.ids) for t in encoded))
+    if packing == "join":
+        found = _join(encoded, sequence_tokens, start, part)
+    else:
+        pieces = _pieces(encoded, sequence_tokens, start, part, counts)
+        bins = (
+            _pack([len(p.ids) for p in pieces], sequence_tokens)
+            if packing == "documents"
+            else [[i] for i in range(len(pieces))]
+        )
+        width = sequence_tokens if packing == "documents" else max(len(p.ids) for p in pieces)
+        found = _fill(
+            [[pieces[i] for i in one] for one in bins],
+            width,
+            padding,
+            positions=packing == "documents",
+        )
+        counts.padding_tokens = found.input_ids.numel() - sum(len(p.ids) for p in pieces)
+    counts.sequences, counts.sequence_tokens = found.input_ids.shape
+    counts.learnt_tokens = found.learnt_tokens
+    if packing == "join":
+        fresh = counts.sequence_tokens - (len(start) if all(t.divisible for t in encoded) else 0)
+        counts.dropped_tokens = counts.tokens - counts.sequences * fresh
+    return found, counts
+
+
+def joined_ids(
+    encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str
+) -> Tensor:
+    """All tokens one after another, int64 [count, tokens], learnt or not: what ranges and statistics of activations are measured on.
+
+    Raises:
+        SourceError: running text is shorter than one sequence; shorter records make one short sequence.
+    """
+    import torch
+
+    start = start if all(t.divisible for t in encoded) else ()
+    ids, fresh = [i for tokens in encoded for i in tokens.ids], sequence_tokens - len(start)
+    if len(ids) < fresh and encoded and not encoded[0].divisible:
+        fresh = len(ids)
+    count = len(ids) // fresh if fresh > 0 else 0
+    if not count:
+        raise SourceError(
+            f"the {part} text has {len(ids)} tokens, but one sequence needs {fresh}: give more text, lower data.sequence_tokens, or change data.held_out"
+        )
+    rows = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
+    return torch.cat(
+        [torch.tensor(start, dtype=torch.int64).expand(count, len(start)), rows], dim=1
+    )
+
+
+def _join(
+    encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str
+) -> Sequences:
+    import torch
+
+    from qwlora.data.sequences import IGNORED, Sequences
+
+    ids = joined_ids(encoded, sequence_tokens, start, part)
+    if all(t.divisible for t in encoded):
+        return Sequences(ids, ids)
+    learnt = torch.tensor(
+        [flag for tokens in encoded for flag in tokens.learnt][: ids.numel()]
+    ).view(ids.shape)
+    labels = ids.masked_fill(~learnt, IGNORED)
+    kept = (labels[:, 1:] != IGNORED).any(
+        dim=1
+    )  # a batch of sequences without a learnt token has no loss
+    if not kept.any():
+        raise SourceError(
+            f"no sequence of the {part} part has a token that is learnt: raise data.sequence_tokens, or choose another data.packing"
+        )
+    return Sequences(ids[kept], labels[kept])
+
+
+def _pieces(
+    encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str, counts: Counts
+) -> list[Tokens]:
+    """Documents of at most `sequence_tokens`, each with something to learn."""
+    pieces: list[Tokens] = []
+    fresh = sequence_tokens - len(start)
+    for tokens in encoded:
+        if tokens.divisible:
+            parts = [
+                Tokens(
+                    [*start, *tokens.ids[at : at + fresh]],
+                    [False] * len(start) + tokens.learnt[at : at + fresh],
+                )
+                for at in range(0, len(tokens.ids), fresh)
+            ]
+        else:
+            parts = [Tokens(tokens.ids[:sequence_tokens], tokens.learnt[:sequence_tokens])]
+            if (over := len(tokens.ids) - sequence_tokens) > 0:
+                counts.truncated_documents += 1
+                counts.truncated_tokens += over
+                counts.dropped_tokens += over
+        kept = [p for p in parts if any(p.learnt[1:])]
+        counts.dropped_documents += not kept
+        counts.dropped_tokens += sum(
+            len(p.ids) - (len(start) if tokens.divisible else 0)
+            for p in parts
+            if not any(p.learnt[1:])
+        )
+        pieces += kept
+    if not pieces:
+        raise SourceError(
+            f"of the {counts.documents} {part} documents none has a learnt token within its first {sequence_tokens} tokens: raise data.sequence_tokens"
+        )
+    return pieces
+
+
+def _pack(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Indices that share a sequence: each goes where the least room is left that holds it."""
+    bins: list[list[int]] = []
+    open_bins: list[tuple[int, int]] = []  # (room left, bin), ascending
+    shortest = min(lengths)
+    for index, length in enumerate(lengths):
+        at = bisect.bisect_left(open_bins, (length, -1))
+        if at < len(open_bins):
+            left, chosen = open_bins.pop(at)
+        else:
+            left, chosen = room, len(bins)
+            bins.append([])
+        bins[chosen].append(index)
+        if left - length >= shortest:
+            bisect.insort(open_bins, (left - length, chosen))
+    return bins
+
+
+def _fill(rows: Sequence[Sequence[Tokens]], width: int, padding: int, positions: bool) -> Sequences:
+    import torch
+
+    from qwlora.data.sequences import IGNORED, Sequences
+
+    ids = torch.full((len(rows), width), padding, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORED)
+    places = torch.zeros_like(ids)
+    for row, documents in enumerate(rows):
+        at = 0
+        for tokens in documents:
+            end = at + len(tokens.ids)
+            ids[row, at:end] = torch.tensor(tokens.ids)
+            labels[row, at:end] = torch.tensor(
+                [
+                    i if flag and k else IGNORED
+                    for k, (i, flag) in enumerate(zip(tokens.ids, tokens.learnt, strict=True))
+                ]
+            )
+            places[row, at:end] = torch.arange(end - at)
+            at = end
+        places[row, at:] = torch.arange(width - at)
+    return Sequences(ids, labels, places if positions else None)

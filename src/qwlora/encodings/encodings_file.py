@@ -1,0 +1,298 @@
+"""Reading and writing encodings files.
+
+    read(path)          an EncodingsFile, or EncodingsFileError with everything that is wrong with it
+    write(file, path)   atomic; the file's own version, or ConversionError with what that version cannot hold
+
+A file is not trusted: whatever it holds, it is read in time and memory proportional to its size, up to `LIMIT_BYTES`, and only those errors come out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwlora.encodings.convert import convert
+from qwlora.encodings.json_fields import FieldError, Finding, Record, found, shown, text_of
+from qwlora.encodings.list_versions import build_2, parse_2
+from qwlora.encodings.model import VERSIONS, Encoding, EncodingsFile
+from qwlora.encodings.split_versions import build_0_6_1, build_1_0_0, parse_0_6_1, parse_1_0_0
+from qwlora.errors import EncodingsFileError
+
+LIMIT_BYTES = 2**31
+SECTIONS = ("activation_encodings", "param_encodings")
+
+
+def read(path: Path | str) -> EncodingsFile:
+    """The encodings file at `path`.
+
+    Raises:
+        EncodingsFileError: it is not there, is not JSON, or is not what its version asks for; `problems` has every finding.
+    """
+    file, findings = parse(load_json(path))
+    if file is None:
+        raise EncodingsFileError(str(path), [str(finding) for finding in findings])
+    return file
+
+
+def write(file: EncodingsFile, path: Path | str) -> None:
+    """Write `file` in its own version; either all of it is there afterwards, or what was there before.
+
+    Raises:
+        ConversionError: the file's version cannot hold what it says, or needs more.
+        EncodingsFileError: a number is out of its range, or the path cannot be written.
+    """
+    path = Path(path)
+    text = to_text(file)
+    scratch = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except (OSError, ValueError) as error:
+        raise EncodingsFileError(
+            str(path), [f"cannot be written: {getattr(error, 'strerror', None) or error}"]
+        ) from error
+    finally:
+        with suppress(OSError, ValueError):
+            scratch.unlink(missing_ok=True)
+
+
+def to_text(file: EncodingsFile) -> str:
+    """What `write` writes: JSON with one encoding a line.
+
+    Raises:
+        ConversionError, EncodingsFileError: as `write`.
+    """
+    return (
+        "{\n"
+        + ",\n".join(
+            f" {json.dumps(key)}: {_lines(value)}" for key, value in to_document(file).items()
+        )
+        + "\n}\n"
+    )
+
+
+def _lines(value: Any) -> str:
+    """JSON; a list of objects, or an object of lists, with each on a line of its own."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return (
+            "[\n  " + ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n ]"
+        )
+    if isinstance(value, dict) and any(isinstance(entry, list) for entry in value.values()):
+        return (
+            "{\n  "
+            + ",\n  ".join(
+                f"{json.dumps(name)}: {json.dumps(entry, allow_nan=False)}"
+                for name, entry in value.items()
+            )
+            + "\n }"
+        )
+    return json.dumps(value, allow_nan=False)
+
+
+def to_document(file: EncodingsFile) -> dict[str, Any]:
+    """The same, as plain values.
+
+    Raises:
+        ConversionError, EncodingsFileError: as `write`.
+    """
+    if file.version not in VERSIONS:
+        raise EncodingsFileError(
+            "encodings", [f"version {shown(file.version)!r} is not one of {', '.join(VERSIONS)}"]
+        )
+    convert(file, file.version)
+    document: dict[str, Any] = {"version": file.version}
+    if file.producer is not None:
+        document["producer"] = dict(file.producer)
+    document |= (
+        _build_sections(file)
+        if file.version < "2"
+        else {"encodings": [build_2(e, file.version) for e in file.encodings]}
+    )
+    if file.excluded_layers is not None:
+        document["excluded_layers"] = list(file.excluded_layers)
+    if file.quantizer_args is not None:
+        document["quantizer_args"] = dict(file.quantizer_args)
+    again, findings = parse(document)
+    if again is None:
+        raise EncodingsFileError("encodings", [str(finding) for finding in findings])
+    return document
+
+
+def _build_sections(file: EncodingsFile) -> dict[str, Any]:
+    assert file.parameters is not None, "convert asks for it"
+    members = (
+        [e for e in file.encodings if e.name not in file.parameters],
+        [e for e in file.encodings if e.name in file.parameters],
+    )
+    if file.version == "0.6.1":
+        return {
+            section: {e.name: build_0_6_1(e) for e in some}
+            for section, some in zip(SECTIONS, members, strict=True)
+        }
+    return {
+        section: [build_1_0_0(e) for e in some]
+        for section, some in zip(SECTIONS, members, strict=True)
+    }
+
+
+def load_json(path: Path | str, limit_bytes: int = LIMIT_BYTES) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        EncodingsFileError: the file is not there, is larger than the limit, or is not JSON; a key is there twice in one object.
+    """
+    try:
+        with open(path, "rb") as stream:
+            content = stream.read(limit_bytes + 1)
+    except (OSError, ValueError) as error:
+        raise EncodingsFileError(
+            str(path), [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
+        ) from error
+    if len(content) > limit_bytes:
+        raise EncodingsFileError(str(path), [f"is larger than {limit_bytes} bytes"])
+    try:
+        return json.loads(content.decode(), object_pairs_hook=_distinct)
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text: {error.reason} at byte {error.start}"
+    except json.JSONDecodeError as error:
+        problem = f"is not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+    except FieldError as error:
+        problem = str(error)
+    except RecursionError:
+        problem = "is nested too deeply for an encodings file"
+    except ValueError:
+        problem = "holds an integer of thousands of digits"
+    raise EncodingsFileError(str(path), [problem])
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise FieldError(f"has the key {shown(twice)!r} twice in one object")
+    return values
+
+
+def parse(document: Any) -> tuple[EncodingsFile | None, list[Finding]]:
+    """The file that a JSON value describes, or None, and everything that is wrong with it."""
+    findings: list[Finding] = []
+    top = Record(document, "file", findings)
+    version = top.text("version", VERSIONS)
+    if version is None:
+        return None, findings
+    read_entries = {"0.6.1": _parse_entries_0_6_1, "1.0.0": _parse_entries_1_0_0}.get(
+        version, _parse_entries_2
+    )
+    sections = SECTIONS if version < "2" else ("encodings",)
+    parsed = [
+        read_entries(top.value(section), section, version, findings)
+        if top.has(section)
+        else top.value(section)
+        for section in sections
+    ]
+    optional: dict[str, Callable[[Any], Any]] = {"producer": _producer}
+    if version < "2":
+        optional |= {"excluded_layers": _names, "quantizer_args": _plain_values}
+    rest = {key: _optional(top, key, check) for key, check in optional.items()}
+    top.close()
+    encodings = tuple(e for section in parsed for e in section or ())
+    findings += _duplicates(encodings)
+    if findings:
+        return None, findings
+    parameters = frozenset(e.name for e in parsed[1] or ()) if version < "2" else None
+    return EncodingsFile(version, encodings, parameters, **rest), findings
+
+
+def _parse_entries_0_6_1(
+    section: Any, key: str, version: str, findings: list[Finding]
+) -> list[Encoding]:
+    entries = Record(section, key, findings).values
+    reports = ((name, items, Record({}, name or "''", findings)) for name, items in entries.items())
+    parsed = [parse_0_6_1(name, items, report) for name, items, report in reports]
+    if "" in entries:
+        findings.append(Finding("error", key, "", "has an entry without a name"))
+    return [e for e in parsed if e is not None]
+
+
+def _parse_entries_1_0_0(
+    section: Any, key: str, version: str, findings: list[Finding]
+) -> list[Encoding]:
+    return _parse_list(section, key, findings, parse_1_0_0)
+
+
+def _parse_entries_2(
+    section: Any, key: str, version: str, findings: list[Finding]
+) -> list[Encoding]:
+    return _parse_list(section, key, findings, lambda record: parse_2(record, version))
+
+
+def _parse_list(
+    section: Any,
+    key: str,
+    findings: list[Finding],
+    parse_entry: Callable[[Record], Encoding | None],
+) -> list[Encoding]:
+    if not isinstance(section, list):
+        findings.append(
+            Finding("error", key, "", f"is {found(section)}; a list of entries is needed")
+        )
+        return []
+    parsed = []
+    for i, entry in enumerate(section):
+        name = entry.get("name") if isinstance(entry, dict) else None
+        record = Record(entry, name if isinstance(name, str) and name else f"{key}[{i}]", findings)
+        parsed.append(parse_entry(record) if isinstance(entry, dict) else None)
+    return [e for e in parsed if e is not None]
+
+
+def _duplicates(encodings: tuple[Encoding, ...]) -> list[Finding]:
+    seen: set[str] = set()
+    again = [e.name for e in encodings if e.name in seen or seen.add(e.name)]  # type: ignore[func-returns-value]
+    return [
+        Finding("error", name, "name", "is there twice; one tensor has one encoding")
+        for name in again
+    ]
+
+
+def _optional(top: Record, key: str, check: Callable[[Any], Any]) -> Any:
+    value = top.value(key, required=False)
+    if not top.has(key):
+        return None
+    try:
+        return check(value)
+    except FieldError as error:
+        top.error(key, str(error))
+        return None
+
+
+def _producer(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not value.keys() <= {"package", "version"}:
+        raise FieldError("must be an object of package and version")
+    return {key: text_of(v) for key, v in value.items()}
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise FieldError(f"is {found(value)}; a list of names is needed")
+    return tuple(text_of(name) for name in value)
+
+
+def _plain_values(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise FieldError(f"is {found(value)}; an object is needed")
+    for key, v in value.items():
+        if not isinstance(v, str | bool | int | float) or (
+            isinstance(v, float) and not np.isfinite(v)
+        ):
+            raise FieldError(
+                f"has {found(v)} under {shown(key)!r}; a text, a finite number, true or false is needed"
+            )
+    return value

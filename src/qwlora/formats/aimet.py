@@ -1,0 +1,264 @@
+"""An AIMET encodings file beside the float checkpoint it was made from: codes are the float weights, quantized on the file's grids.
+
+    codes = quantize(float weight)      on the grid of the entry that has the parameter's name
+
+All four versions are read. Which entry belongs to which parameter:
+
+    fc.weight      the parameter itself
+    fc.weight_0    the parameter transposed: what AIMET's ONNX exporter calls the weight of a MatMul, if no parameter has that name
+
+A matrix with an entry of up to 8 bits becomes integers. A vector (a norm's weight, a bias) has no packed layer: with an entry of up to 16 bits its values are
+rounded to the grid and stay float; entries of 32 bits, which AIMET's exporter derives for biases and its simulation does not apply, are left out. Entries of
+floats of 16 bits or more leave the parameter as it is. Everything that does not fit is gathered into one error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from qwlora import encodings as files
+from qwlora.encodings.grids import BlockOrder, Placement, grid_of
+from qwlora.encodings.model import Encoding as Entry
+from qwlora.encodings.model import EncodingsFile, FloatEncoding
+from qwlora.errors import EncodingsFileError, GridError, SourceError
+from qwlora.formats.huggingface_folder import FloatCheckpoint
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import BITWIDTHS, Scheme
+
+
+class AimetCheckpoint:
+    """A float checkpoint and its encodings.
+
+    Args:
+        folder: a Hugging Face folder of floats.
+        encodings: the encodings file.
+        keep_float: globs of parameters or layers that stay float though the file has an entry for them, or none (`"lm_head*"`).
+        block_order: how 1.0.0 lists blocks, where that cannot be known (see `aimet_grids`).
+
+    Raises:
+        SourceError: as `FloatCheckpoint`.
+        EncodingsFileError: the file cannot be read; an entry names no parameter; a Linear's weight has no entry; an entry is no grid of its parameter. All of
+            them together.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        encodings: str | Path,
+        keep_float: Sequence[str] = (),
+        block_order: BlockOrder | None = None,
+    ):
+        self.floats = FloatCheckpoint(folder)
+        self.config: PretrainedConfig = self.floats.config
+        self.path, self.keep_float, self.block_order = (
+            Path(encodings),
+            tuple(keep_float),
+            block_order,
+        )
+        self._modules = dict(self.floats.model.named_modules())
+        self._grids = self._matched(files.read(self.path))
+
+    def names(self) -> list[str]:
+        """Parameters and saved buffers in the model's order, a tied tensor once."""
+        return self.floats.names()
+
+    def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
+        """Grid and shape `[out, in]` of each parameter that is integers; no tensor is read."""
+        shapes = {name: tuple(self.floats.model.get_parameter(name).shape) for name in self._grids}
+        placed = {
+            name: shape[::-1] if self._is_transposed(name) else shape
+            for name, shape in shapes.items()
+            if len(shape) > 1
+        }
+        return {name: (self._grids[name].scheme, shape) for name, shape in placed.items()}
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        """One parameter: integers where the file has a grid for a matrix.
+
+        Raises:
+            SourceError: there is no such parameter, or its values are not finite.
+        """
+        value = self.floats.read(name)
+        grid = self._grids.get(name)
+        if grid is None:
+            return value
+        assert isinstance(value, Tensor), "a float checkpoint has floats"
+        matrix = value.t() if self._is_transposed(name) else value
+        try:
+            if value.ndim < 2:
+                return grid.fake_quantize(value.float())
+            return QuantizedTensor(grid.quantize(matrix.float()), grid)
+        except GridError as error:
+            raise SourceError(f"{str(self.floats.folder)!r}: {name!r}: {error}") from error
+
+    def _matched(self, file: EncodingsFile) -> dict[str, Encoding]:
+        """The grid of each parameter that has one."""
+        problems: list[str] = []
+        found: dict[str, dict[str, Entry]] = {}
+        unknown = []
+        for entry in file.encodings:
+            name = self._parameter_of(entry.name)
+            if name is not None:
+                found.setdefault(self._first(name), {})[entry.name] = entry
+            elif file.parameters is None or entry.name in file.parameters:
+                unknown.append(entry.name)
+        grids: dict[str, Encoding] = {}
+        for name, entries in found.items():
+            if self._is_kept(name):
+                continue
+            try:
+                if (grid := self._grid(name, entries, file)) is not None:
+                    grids[name] = grid
+            except SourceError as error:
+                problems.append(f"{next(iter(entries))!r} {error}")
+        problems += self._unmatched(file, set(found), unknown)
+        if problems:
+            raise EncodingsFileError(str(self.path), problems)
+        return grids
+
+    def _unmatched(self, file: EncodingsFile, found: set[str], unknown: list[str]) -> list[str]:
+        """Entries that name no parameter, and Linear weights without an entry."""
+        held = self.names()
+        problems = []
+        if file.parameters is not None:  # 2.x does not tell activations from parameters
+            problems = [
+                f"{name!r} is listed as a parameter, but the model has none of that name{_near(name, held)}"
+                for name in unknown
+            ]
+        excluded = set(file.excluded_layers or ())
+        for name in held:
+            layer = name.rpartition(".")[0]
+            linear = isinstance(self._modules.get(layer), nn.Linear | Conv1D) and name.endswith(
+                ".weight"
+            )
+            if linear and name not in found and layer not in excluded and not self._is_kept(name):
+                problems.append(
+                    f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}; say {_keeping(layer)} if it is to stay float"
+                )
+        return problems
+
+    def _grid(self, name: str, entries: dict[str, Entry], file: EncodingsFile) -> Encoding | None:
+        """The grid of a parameter; None where it stays float."""
+        shape = tuple(self.floats.model.get_parameter(name).shape)
+        entry, *others = entries.values()
+        if isinstance(entry, FloatEncoding):
+            if entry.bitwidth < 16:
+                raise SourceError(
+                    f"is a float of {entry.bitwidth} bits, which is no grid of integers; quantize it to integers in AIMET, or say {_keeping(name)}"
+                )
+            grid = None
+        elif len(shape) < 2 and entry.bitwidth > 16:
+            grid = None
+        elif not BITWIDTHS[0] <= entry.bitwidth <= (8 if len(shape) > 1 else BITWIDTHS[-1]):
+            raise SourceError(
+                f"has {entry.bitwidth} bits; a base packs weights of 2 to 8 bits (vectors may have 16). Give it fewer in AIMET, or say {_keeping(name)}"
+            )
+        else:
+            grid = grid_of(entry, self._placement(name, entry, shape, file), file.version)
+            _check_fits(grid.scheme, shape[::-1] if self._is_transposed(name) else shape)
+        for other in others:
+            again = self._grid(name, {other.name: other}, file)
+            if not _equal(grid, again):
+                raise SourceError(
+                    f"and {other.name!r} are tied in the model, but have different grids; export the model with one of them"
+                )
+        return grid
+
+    def _placement(
+        self, name: str, entry: Entry, shape: tuple[int, ...], file: EncodingsFile
+    ) -> Placement:
+        renumbered = not self._is_parameter(entry.name)
+        conv1d = self._is_transposed(name)
+        order = self.block_order
+        if order is None and renumbered:
+            order = "tensor"  # AIMET's ONNX exporter, which lists blocks as its tensor lies
+        elif order is None and not conv1d and (file.producer or {}).get("package") == "aimet-torch":
+            order = "channel"  # aimet-torch keeps the name only where the tensor is [out, in]
+        transposed_conv = isinstance(
+            self._modules.get(name.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd
+        )
+        return Placement(
+            shape[::-1] if conv1d else shape,
+            conv1d != renumbered,
+            1 if transposed_conv else 0,
+            order,
+        )
+
+    def _parameter_of(self, entry: str) -> str | None:
+        """The parameter that an entry is of, by its own name or the numbered one of AIMET's ONNX exporter."""
+        if self._is_parameter(entry):
+            return entry
+        numbered = re.fullmatch(r"(.+)_\d{1,9}", entry)
+        if (
+            numbered
+            and self._is_parameter(numbered[1])
+            and self.floats.model.get_parameter(numbered[1]).ndim == 2
+        ):
+            return numbered[1]
+        return None
+
+    def _is_parameter(self, name: str) -> bool:
+        layer, _, leaf = name.rpartition(".")
+        return (
+            layer in self._modules
+            and leaf in self._modules[layer]._parameters
+            and self._modules[layer]._parameters[leaf] is not None
+        )
+
+    def _first(self, name: str) -> str:
+        """The name that counts of a tied parameter."""
+        tensor = self.floats.model.get_parameter(name)
+        return next(
+            first for first, other in self.floats.model.named_parameters() if other is tensor
+        )
+
+    def _is_transposed(self, name: str) -> bool:
+        return isinstance(self._modules.get(name.rpartition(".")[0]), Conv1D) and name.endswith(
+            ".weight"
+        )
+
+    def _is_kept(self, name: str) -> bool:
+        return any(
+            fnmatch.fnmatchcase(part, glob)
+            for part in (name, name.rpartition(".")[0])
+            for glob in self.keep_float
+        )
+
+
+def _keeping(name: str) -> str:
+    """How a parameter or layer is kept float, wherever the encodings were given."""
+    return f"model.keep_float: [{name}] in the recipe (keep_float=[{name!r}] in Python)"
+
+
+def _check_fits(scheme: Scheme, shape: tuple[int, ...]) -> None:
+    try:
+        scheme.scale_shape(shape)
+    except GridError as error:
+        raise SourceError(f"does not fit: {error}") from error
+
+
+def _equal(a: Encoding | None, b: Encoding | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return (
+        a.scheme == b.scheme
+        and bool((a.scale == b.scale).all())
+        and bool((a.offset == b.offset).all())
+    )
+
+
+def _near(name: str, among: Sequence[str]) -> str:
+    """The names most like `name`, in words, out of those of the same layer's name if there are any: what differs is most often a prefix."""
+    layer = name.split(".")[-2:-1]
+    alike = [other for other in among if other.split(".")[-2:-1] == layer] or among
+    near = difflib.get_close_matches(name, alike[:200], n=3, cutoff=0.5)
+    return f" (near: {', '.join(near)})" if near else ""

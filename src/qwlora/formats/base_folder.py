@@ -1,0 +1,306 @@
+"""A base on disk.
+
+    base/
+      model.safetensors      packed codes and their grids, the float remainder in the narrowest type that holds it; in shards if it is large
+      base.json              format, fingerprint, source, the grid of each packed layer, the digest of each tensor; written last: a folder without it is no base
+      config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
+
+Loading builds the model without data, puts packed layers in their places, checks every header against them, and maps the files: a tensor's bytes are read
+once, for its digest, and stay the system's to drop. The time grows with the bytes of the files (hashing) and the number of modules (building them), with
+nothing else; float tensors in another type than the one asked for are copied.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qwlora.errors import FingerprintError, GridError, SourceError
+from qwlora.formats.meta_model import Place, empty_model, listed, put_, tensor_at, tensor_places
+from qwlora.formats.model_config import read_config
+from qwlora.formats.safetensors_files import SafetensorsFiles, read_json
+from qwlora.formats.shard_writer import SHARD_BYTES, ShardWriter
+from qwlora.grid.scheme import Scheme
+from qwlora.nn import PackedLayer, is_packed, place_empty_, tie_weights_
+from qwlora.nn.fingerprint import (
+    base_tensors,
+    combined,
+    config_numbers,
+    keep_fingerprint_,
+    tensor_digest,
+)
+from qwlora.nn.packed_tensor import narrowest
+from qwlora.parameter_names import canonical_name
+
+FORMAT = 3
+RECORD = "base.json"
+_FLOATS = ("F32", "BF16", "F16")
+_TYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.float64: "F64",
+}
+
+
+def save_base(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, source: str
+) -> str:
+    """Write the base inside `model` into `folder`, which must exist; returns its fingerprint."""
+    writer = BaseWriter(Path(folder))
+    writer.add(model)
+    return writer.finish(model, tokenizer, source)
+
+
+class BaseWriter:
+    """Writes a base part by part; see `save_base` for a whole model."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+        self.folder = folder
+        (folder / RECORD).unlink(missing_ok=True)
+        self._shards = ShardWriter(folder, shard_bytes)
+        self._digests: dict[str, str] = {}
+        self._layers: dict[str, Any] = {}
+
+    def add(self, module: nn.Module, path: str = "") -> None:
+        """Take the base's tensors in `module`, which is at `path` of the model, but for those without data. They must not change until `finish`."""
+        for name, (layout, tensor) in base_tensors(module).items():
+            if tensor.is_meta:
+                continue
+            full = f"{path}.{name}" if path else name
+            self._digests[full] = tensor_digest(full, layout, tensor)
+            self._shards.add(full, narrowest(tensor) if tensor.dtype == torch.float32 else tensor)
+        for below, layer in module.named_modules(prefix=path):
+            if (
+                isinstance(layer, PackedLayer)
+                and is_packed(layer)
+                and not layer.is_tied
+                and not layer.tensor.parts.packed.is_meta
+            ):
+                self._layers[canonical_name(below)] = {
+                    "shape": list(layer.tensor.shape),
+                    **layer.scheme.to_json(),
+                }
+
+    def finish(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
+    ) -> str:
+        """Write what remains; `model` gives the configuration. Returns the fingerprint."""
+        self._shards.finish()
+        model.config.save_pretrained(self.folder)
+        tokenizer.save_pretrained(self.folder)
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(self.folder)
+        identity = combined(self._digests, config_numbers(model))
+        record = {
+            "format": FORMAT,
+            "fingerprint": identity,
+            "source": source,
+            "layers": self._layers,
+            "tensors": self._digests,
+        }
+        part = self.folder / f".{RECORD}.part"
+        part.write_text(json.dumps(record, indent=1) + "\n")
+        part.replace(self.folder / RECORD)
+        return identity
+
+
+def load_base(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a base that `save_base` wrote.
+
+    Args:
+        dtype: of the float remainder; grids stay as they are. The fingerprint stays the file's, whatever the type.
+
+    Raises:
+        SourceError: the folder holds no base, its format is another, or what the files, base.json and config.json say of a tensor differs (all are named).
+        GridError: a layer's grid is impossible.
+        FingerprintError: tensors or configuration are not those that were saved.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    files = SafetensorsFiles(folder)
+    model = empty_model(read_config(folder, len(files.names())), len(files.names()))
+    where = f"base {str(folder)!r}"
+    _place_packed_(model, read_layers(record, where), where)
+    places = tensor_places(model)
+    _check_headers(model, files, places, where)
+    now = _read_(model, files, places, record, dtype, where)
+    _check_grids(model, where)
+    if now != record["fingerprint"]:
+        keep_fingerprint_(model, now, record["fingerprint"])
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = (
+        record["source"] if Path(record["source"]).is_dir() else ""
+    )  # what PEFT writes into an adapter as its base
+    model.to(device)  # type: ignore[arg-type] # transformers hides the signature of Module.to
+    return model
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The contents of `base.json`.
+
+    Raises:
+        SourceError: it is missing, unreadable, or of another format.
+    """
+    if not (folder / RECORD).is_file():
+        raise SourceError(f"{str(folder)!r} is not a QWLoRA base: it has no {RECORD}")
+    record = read_json(folder / RECORD)
+    found = record.get("format")
+    if found != FORMAT:
+        remedy = "update qwlora" if isinstance(found, int) and found > FORMAT else "quantize again"
+        raise SourceError(
+            f"base {str(folder)!r} has format {found!r}, but this version reads format {FORMAT}; {remedy}"
+        )
+    kinds = {"fingerprint": str, "source": str, "layers": dict, "tensors": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]:
+        raise SourceError(
+            f"base {str(folder)!r}: {RECORD} does not say {' and '.join(wrong)} as it should; quantize again"
+        )
+    return record
+
+
+def read_layers(record: Mapping[str, Any], where: str) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
+    """Grid and shape of each packed layer of a `base.json`, by module path.
+
+    Raises:
+        GridError: one is not described as it should be.
+    """
+    layers = {}
+    for name, layer in record["layers"].items():
+        try:
+            layers[name] = _scheme(layer), tuple(layer["shape"])
+            layers[name][0].scale_shape(layers[name][1])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise GridError(_impossible(name, error, where)) from error
+    return layers
+
+
+def _impossible(name: str, error: Exception, where: str) -> str:
+    return f"{where}: {RECORD} describes layer {name!r} in a way that its model cannot have ({error or type(error).__name__}); quantize again"
+
+
+def _scheme(record: dict[str, Any]) -> Scheme:
+    """The scheme of a record whose values have the types that they should have: what is counted with is an int, never 4.0 or true."""
+    natural = (
+        "bitwidth",
+        *(key for key in ("axis", "block_size", "scale_bitwidth") if record.get(key) is not None),
+    )
+    flags = ("symmetric", *(key for key in ("float_offset",) if key in record))
+    if wrong := [key for key in natural if type(record[key]) is not int] + [
+        key for key in flags if type(record[key]) is not bool
+    ]:
+        raise GridError(f"{wrong[0]} is {record[wrong[0]]!r}")
+    if not (
+        isinstance(record["shape"], list)
+        and all(type(length) is int and length > 0 for length in record["shape"])
+    ):
+        raise GridError(f"its shape is {record['shape']!r}")
+    return Scheme.from_json(record)
+
+
+def _place_packed_(
+    model: PreTrainedModel, layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], where: str
+) -> None:
+    """Packed layers without contents, where base.json says; what the model ties to one reads its codes."""
+    for name, (scheme, shape) in layers.items():
+        try:
+            layer = place_empty_(model, name, scheme)
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            OverflowError,
+        ) as error:
+            raise GridError(_impossible(name, error, where)) from error
+        if layer.tensor.shape != shape:
+            raise GridError(
+                _impossible(
+                    name,
+                    GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}"),
+                    where,
+                )
+            )
+    tie_weights_(model)
+
+
+def _check_headers(
+    model: PreTrainedModel, files: SafetensorsFiles, places: Mapping[str, list[Place]], where: str
+) -> None:
+    """Names, shapes and types of all tensors, before any is read."""
+    wrong = [f"{name} is missing" for name in sorted(places.keys() - set(files.names()))]
+    wrong += [
+        f"{name} is not part of the model" for name in sorted(set(files.names()) - places.keys())
+    ]
+    for name in places.keys() & set(files.names()):
+        expected = tensor_at(model, places[name][0])
+        assert expected is not None
+        kinds = _FLOATS if expected.is_floating_point() else (_TYPES[expected.dtype],)
+        if files.shape(name) != tuple(expected.shape) or files.dtype(name) not in kinds:
+            found, wanted = (
+                f"{list(shape)} of {kind}"
+                for shape, kind in (
+                    (files.shape(name), files.dtype(name)),
+                    (expected.shape, " or ".join(kinds)),
+                )
+            )
+            wrong.append(f"{name} is {found}, not {wanted}")
+    if wrong:
+        shown = "\n  ".join(wrong[:5] + ([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []))
+        raise SourceError(
+            f"{where}: its tensors are not those that {RECORD} and config.json describe; quantize again\n  {shown}"
+        )
+
+
+def _read_(
+    model: PreTrainedModel,
+    files: SafetensorsFiles,
+    places: Mapping[str, list[Place]],
+    record: Mapping[str, Any],
+    dtype: torch.dtype,
+    where: str,
+) -> str:
+    """Map every tensor, check its digest, put it in its places; returns the fingerprint of the model as it is then."""
+    layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}
+    saved, now = {}, {}
+    for name in files.names():
+        tensor = files.read(name)
+        saved[name] = now[name] = tensor_digest(name, layouts[name], tensor)
+        if tensor.is_floating_point() and not layouts[name] and tensor.dtype != dtype:
+            tensor = tensor.to(dtype)
+            now[name] = tensor_digest(name, layouts[name], tensor)
+        put_(model, places[name], tensor)
+    for layer in model.modules():
+        if isinstance(layer, PackedLayer):
+            layer.compute_dtype = dtype
+    changed = [name for name, digest in saved.items() if record["tensors"].get(name) != digest]
+    identity = combined(saved, config_numbers(model))
+    if changed or identity != record["fingerprint"]:
+        what = listed(changed) if changed else "config.json or its fingerprint"
+        raise FingerprintError(
+            f"{where} has fingerprint {identity}, but {RECORD} says {record['fingerprint']}: {what} changed after saving. Copy it again, or quantize again"
+        )
+    return combined(now, config_numbers(model))
+
+
+def _check_grids(model: PreTrainedModel, where: str) -> None:
+    """Scales are positive and offsets within range: the packed codes alone could be any."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied:
+            try:
+                _ = layer.encoding
+            except GridError as error:
+                raise GridError(f"{where}: layer {name}: {error}; quantize again") from error

@@ -1,0 +1,426 @@
+"""compressed-tensors checkpoints (llm-compressor, vLLM): integer weights in a Hugging Face folder.
+
+For a layer [out, in] whose weights have `b` bits:
+
+    pack-quantized   weight_packed int32 [out, words], codes along the input, biased by `2^(b - 1)`; weight_shape [out, in]
+                     weight_zero_point int32 [words, groups], packed along the output (per group and channel; one int8 per tensor)
+    int-quantized    weight int8 [out, in]; weight_zero_point int8 like the scale        ("naive-quantized" is the same)
+    both             weight_scale float: tensor [1], channel [out, 1], group [out, in / g], block [out / r, in / c]
+
+    W = (code - zero) * scale, code signed; zero is 0 where it is not stored
+
+A word of the newer files is part of a bit stream without gaps; older ones keep 32 // b codes in each word. They differ for 3, 5, 6 and 7 bits, and then the
+number of words tells which it is. What a file says about activations (w8a8, the cache) is no part of a base's weights and is left out. Computed in float32 from
+the stored scales; the library's own numbers are these when its scales are float32.
+
+A layer belongs to the config group of the first target that fits: its name, then patterns (`re:`), then names of its classes, each in alphabetical order
+(`compressed_tensors.utils.match.match_targets`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwlora.errors import SourceError
+from qwlora.formats.huggingface_folder import FolderCheckpoint
+from qwlora.formats.int32_words import blocks, quantized, unpack_words
+from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Granularity, PerTensor
+
+FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "dense", "mixed-precision")
+STRATEGIES = ("tensor", "channel", "group", "block")
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+ACTIVATIONS = re.compile(r"\.(input|output|[qkv])_(scale|zero_point)$")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The `weights` of one config group."""
+
+    bitwidth: int
+    strategy: str
+    group_size: int | None
+    block: tuple[int, int] | None
+
+
+class CompressedTensorsCheckpoint(FolderCheckpoint):
+    """A folder that compressed-tensors wrote.
+
+    Args:
+        folder: config.json and safetensors files.
+        settings: the `quantization_config`.
+
+    Raises:
+        SourceError: as `FolderCheckpoint`; or the settings ask for a format whose weights are no integers on a grid.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
+        super().__init__(folder, lambda files: CompressedTensors(files, settings, self._place))
+
+    def _place(self, stored: str) -> tuple[str, frozenset[str]]:
+        """The model's name for a stored layer, and its classes; what is now a part of something larger (an expert) was a Linear of its own."""
+        weight = f"{stored}.weight"
+        for alias, origin in (copy for copies in self._origins.values() for copy in copies):
+            if origin.converter is None and origin.sources[0][0] == weight:
+                path = alias.rpartition(".")[0]
+                return path, frozenset(
+                    kind.__name__
+                    for kind in type(self.model.get_submodule(path)).__mro__
+                    if issubclass(kind, nn.Module)
+                )
+        return as_linear(stored)
+
+
+def as_linear(stored: str) -> tuple[str, frozenset[str]]:
+    """The place of a Linear layer that has its stored name in the model too."""
+    return stored, frozenset({"Linear", "Module"})
+
+
+class CompressedTensors:
+    """Tensors of `files` under the float model's names.
+
+    Args:
+        place: the model's name for a stored layer, and the names of its classes.
+    """
+
+    def __init__(
+        self,
+        files: SafetensorsFiles,
+        settings: Mapping[str, Any],
+        place: Callable[[str], tuple[str, frozenset[str]]] = as_linear,
+    ):
+        self.files, self._place = files, place
+        self._where_settings = f"{str(files.folder)!r}, quantization_config"
+        self._groups = _config_groups(settings, self._where_settings)
+        held = files.names()
+        packed = {
+            name.removesuffix("_packed"): True for name in held if name.endswith(".weight_packed")
+        }
+        plain = {
+            name.removesuffix("_scale"): False for name in held if name.endswith(".weight_scale")
+        }
+        self._packed = plain | packed
+
+    def names(self) -> list[str]:
+        """Names of the float model's tensors."""
+        inner = {f"{name.removesuffix('weight')}{part}" for name in self._packed for part in PARTS}
+        return [
+            *self._packed,
+            *(
+                n
+                for n in self.files.names()
+                if n not in inner and n not in self._packed and not ACTIVATIONS.search(n)
+            ),
+        ]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """`[out, in]` of a quantized layer."""
+        if not self._packed.get(name, False):
+            return self.files.shape(name)
+        shape = self.files.read(self._part(name, "weight_shape")).flatten().tolist()
+        words = self.files.shape(f"{name}_packed")
+        if (
+            len(shape) != 2
+            or len(words) != 2
+            or shape[0] != words[0]
+            or not 0 <= shape[1] <= 32 * words[1]
+        ):
+            raise SourceError(
+                f"{self._where(name)}: weight_shape {shape} and weight_packed {list(words)} do not belong together"
+            )
+        return int(shape[0]), int(shape[1])
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        """One tensor.
+
+        Raises:
+            SourceError: the layer's tensors do not fit each other, or a number is impossible.
+        """
+        if name not in self._packed:
+            return self.files.read(name)
+        where = self._where(name)
+        weights = self._weights(name)
+        shape = self.shape(name)
+        if len(shape) != 2:
+            raise SourceError(f"{where}: the weight has shape {list(shape)}; matrices are read")
+        scale = self.files.read(self._part(name, "weight_scale")).to(torch.float32)
+        granularity, expected = _layout(weights, shape, where)
+        self._check_order(name, weights, shape[1])
+        if scale.numel() != math.prod(expected):
+            raise SourceError(
+                f"{where}: there are scales of shape {list(scale.shape)}, but {weights.strategy} on {list(shape)} needs {list(expected)}"
+            )
+        half = 2 ** (weights.bitwidth - 1)
+        codes = self._codes(name, weights.bitwidth, shape)
+        offset = -self._zeros(name, weights, expected) - half
+        scale, offset = (_spread(t.reshape(expected), weights, shape) for t in (scale, offset))
+        return quantized(codes, weights.bitwidth, granularity, scale, offset, where)
+
+    def _where(self, name: str) -> str:
+        return f"{str(self.files.folder)!r}: tensor {name!r} (compressed-tensors)"
+
+    def _part(self, name: str, part: str) -> str:
+        full = f"{name.removesuffix('weight')}{part}"
+        if full not in self.files:
+            raise SourceError(f"{self._where(name)}: {full!r} is missing; download the model again")
+        return full
+
+    def _weights(self, name: str) -> Weights:
+        """The config group of a layer, see the module; the only one if there is one."""
+        if len(self._groups) == 1:
+            return self._groups[0][1]
+        by_target = {
+            target: weights for targets, weights in self._groups for target in targets
+        }  # of one target in two groups, the last counts
+        layer = name.removesuffix(".weight")
+        path, classes = self._place(layer)
+        patterns = [
+            target
+            for target in sorted(by_target)
+            if _matches(target, layer) or _matches(target, path)
+        ]
+        fitting = [
+            target for target in (layer, path, *patterns, *sorted(classes)) if target in by_target
+        ]
+        if not fitting:
+            kinds = ", ".join(sorted(classes - {"Module"}))
+            raise SourceError(
+                f"{self._where(name)}: no config group has a target that fits this layer, its name, a pattern or a class ({kinds}); name it in the targets"
+            )
+        return by_target[fitting[0]]
+
+    def _check_order(self, name: str, weights: Weights, in_features: int) -> None:
+        order = f"{name.removesuffix('weight')}weight_g_idx"
+        if order not in self.files:
+            return
+        index = self.files.read(order).long().flatten()
+        in_order = torch.arange(in_features) // (weights.group_size or in_features)
+        if not torch.equal(index, in_order) and not bool(
+            (index == -1).all()
+        ):  # the library's word for "not ordered"
+            raise SourceError(
+                f"{self._where(name)} was quantized in activation order with scattered groups (actorder: group), which blocks cannot express. "
+                "Quantize the float model again with actorder: weight, or without"
+            )
+
+    def _codes(self, name: str, bitwidth: int, shape: tuple[int, ...]) -> Tensor:
+        """Unsigned codes."""
+        half = 2 ** (bitwidth - 1)
+        if self._packed[name]:
+            return self._unpack(name, self.files.read(f"{name}_packed"), bitwidth, shape[1])
+        codes = self.files.read(name)
+        if codes.dtype != torch.int8:
+            raise SourceError(
+                f"{self._where(name)} is stored as {self.files.dtype(name)}; integers of 8 bits are read"
+            )
+        if codes.numel() and not -half <= int(codes.min()) <= int(codes.max()) < half:
+            raise SourceError(
+                f"{self._where(name)} holds {int(codes.min())} to {int(codes.max())}, outside {bitwidth} bits"
+            )
+        return (codes.to(torch.int16) + half).to(torch.uint8)
+
+    def _unpack(self, name: str, words: Tensor, bitwidth: int, count: int) -> Tensor:
+        """Rows of `count` codes."""
+        if words.dtype != torch.int32 or words.ndim != 2:
+            raise SourceError(
+                f"{self._where(name)}: packed integers are {words.dtype} of shape {list(words.shape)}; a matrix of int32 is needed"
+            )
+        dense, gapped = _words(count, bitwidth)
+        is_dense = self._is_dense(name, bitwidth)
+        if words.shape[1] != (dense if is_dense else gapped):
+            raise SourceError(
+                f"{self._where(name)}: {words.shape[1]} words a row do not hold {count} codes of {bitwidth} bits ({dense} or {gapped} would)"
+            )
+        if is_dense:
+            return unpack_words(words, bitwidth, count)
+        return unpack_words(words.reshape(-1, 1), bitwidth, 32 // bitwidth).reshape(len(words), -1)[
+            :, :count
+        ]
+
+    def _is_dense(self, name: str, bitwidth: int) -> bool:
+        """Whether codes run on from word to word; see the module."""
+        if 32 % bitwidth == 0:
+            return True
+        out_features, in_features = self.shape(name)
+        zeros = f"{name.removesuffix('weight')}weight_zero_point"
+        counted = [(self.files.shape(f"{name}_packed")[1], in_features)]
+        counted += (
+            [(self.files.shape(zeros)[0], out_features)]
+            if zeros in self.files and self.files.dtype(zeros) == "I32"
+            else []
+        )
+        for words, count in counted:
+            dense, gapped = _words(count, bitwidth)
+            if dense != gapped:
+                return words != gapped
+        if max(in_features, out_features) <= 32 // bitwidth:  # one word, which is the same in both
+            return True
+        raise SourceError(
+            f"{self._where(name)}: is so narrow that its words do not tell whether codes of {bitwidth} bits run on from word to word; quantize again"
+        )
+
+    def _zeros(self, name: str, weights: Weights, expected: tuple[int, ...]) -> Tensor:
+        """Signed zero points, int32, in the shape of the scales."""
+        stored = f"{name.removesuffix('weight')}weight_zero_point"
+        if stored not in self.files:
+            return torch.zeros(expected, dtype=torch.int32)
+        zeros = self.files.read(stored)
+        if (
+            zeros.dtype == torch.int32
+            and self._packed[name]
+            and weights.strategy in ("group", "channel")
+        ):
+            rows, columns = expected
+            if zeros.ndim != 2 or zeros.shape[1] != columns:
+                raise SourceError(
+                    f"{self._where(name)}: packed zero points have shape {list(zeros.shape)}, but there are {columns} groups"
+                )
+            zeros = self._unpack(name, zeros.t().contiguous(), weights.bitwidth, rows).t().to(
+                torch.int32
+            ) - 2 ** (weights.bitwidth - 1)
+        if zeros.numel() != math.prod(expected) or zeros.is_floating_point():
+            raise SourceError(
+                f"{self._where(name)}: zero points are {zeros.dtype} of shape {list(zeros.shape)}; integers {list(expected)} are needed"
+            )
+        return zeros.to(torch.int32).reshape(expected)
+
+
+def _layout(
+    weights: Weights, shape: tuple[int, ...], where: str
+) -> tuple[Granularity, tuple[int, ...]]:
+    """The grid's granularity, and the shape of the stored scales."""
+    out_features, in_features = shape
+    match weights.strategy:
+        case "tensor":
+            return PerTensor(), ()
+        case "channel":
+            return blocks(in_features, 1, where), (out_features, 1)
+        case "group":
+            size = weights.group_size or 0
+            if size < 1 or in_features % size:
+                raise SourceError(
+                    f"{where}: groups of {size} do not divide rows of {in_features} evenly, and blocks of the grid have one size"
+                )
+            return blocks(in_features, in_features // size, where), (
+                out_features,
+                in_features // size,
+            )
+        case _:
+            rows, columns = weights.block or (0, 0)
+            if columns < 1 or rows < 1 or in_features % columns:
+                raise SourceError(
+                    f"{where}: blocks of {rows} x {columns} do not divide rows of {in_features} evenly, and blocks of the grid have one size"
+                )
+            return blocks(in_features, in_features // columns, where), (
+                math.ceil(out_features / rows),
+                in_features // columns,
+            )
+
+
+def _words(count: int, bitwidth: int) -> tuple[int, int]:
+    """int32 words of a row of codes without gaps, and with whole codes in each word."""
+    return math.ceil(count * bitwidth / 32), math.ceil(count / (32 // bitwidth))
+
+
+def _spread(values: Tensor, weights: Weights, shape: tuple[int, ...]) -> Tensor:
+    """One value for each block of each row, where blocks span rows."""
+    if weights.strategy != "block" or weights.block is None:
+        return values
+    return values.repeat_interleave(weights.block[0], dim=0)[: shape[0]]
+
+
+def _matches(target: str, layer: str) -> bool:
+    return target.startswith("re:") and re.match(target.removeprefix("re:"), layer) is not None
+
+
+def _check_patterns(targets: Sequence[str], where: str) -> None:
+    for target in targets:
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise SourceError(
+                f"{where}: target {target!r} is no regular expression ({error})"
+            ) from error
+
+
+def _config_groups(settings: Mapping[str, Any], where: str) -> list[tuple[list[str], Weights]]:
+    """(targets, weights) of each config group that quantizes weights.
+
+    Raises:
+        SourceError: a format, strategy or type that has no integers on a grid, or a malformed group.
+    """
+    sparsity = _object(settings, "sparsity_config", where)
+    if sparsity.get("format", "dense") != "dense":
+        raise SourceError(
+            f"{where}: sparse weights ({sparsity.get('format')!r}) are not read; save the model dense"
+        )
+    if _object(settings, "transform_config", where).get("config_groups"):
+        raise SourceError(
+            f"{where}: the model is rotated as it runs (transform_config), which its weights alone do not say; use one without transforms"
+        )
+    found = []
+    for label, group in _object(settings, "config_groups", where).items():
+        if (
+            not isinstance(group, Mapping)
+            or not isinstance(group.get("targets"), list)
+            or not all(isinstance(t, str) for t in group["targets"])
+        ):
+            raise SourceError(f"{where}: config group {label!r} has no list of targets")
+        _check_patterns(group["targets"], f"{where}: config group {label!r}")
+        layout = group.get("format") or settings.get("format") or "pack-quantized"
+        if layout not in FORMATS:
+            raise SourceError(
+                f"{where}: format {layout!r} holds no integers on a grid, or in another layout; {', '.join(FORMATS[:3])} are read"
+            )
+        if weights := _object(group, "weights", f"{where}, config group {label!r}"):
+            found.append((group["targets"], _weights(weights, f"{where}, config group {label!r}")))
+    if not found:
+        raise SourceError(
+            f"{where}: no config group quantizes weights, so there are no integers to read"
+        )
+    return found
+
+
+def _object(settings: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """What the settings say under `key`; nothing if they say nothing."""
+    found = settings.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise SourceError(f"{where}: {key} is {str(found)[:80]!r}; an object is needed")
+    return found
+
+
+def _weights(record: Mapping[str, Any], where: str) -> Weights:
+    bitwidth, kind = record.get("num_bits"), record.get("type", "int")
+    if kind != "int":
+        raise SourceError(
+            f"{where}: weights are {kind}{bitwidth}; a grid holds integers. Quantize the float model instead"
+        )
+    if type(bitwidth) is not int or not 2 <= bitwidth <= 8:
+        raise SourceError(f"{where}: num_bits is {bitwidth!r}; 2 to 8 are read")
+    group_size, block = record.get("group_size"), record.get("block_structure")
+    strategy = record.get("strategy") or (
+        "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+    )
+    if strategy not in STRATEGIES:
+        raise SourceError(
+            f"{where}: strategy {strategy!r} is not read; {', '.join(STRATEGIES)} are"
+        )
+    if isinstance(block, str) and re.fullmatch(r"\d+x\d+", block):
+        block = [int(size) for size in block.split("x")]
+    if strategy == "group" and type(group_size) is not int:
+        raise SourceError(f"{where}: group_size is {group_size!r}; an integer is needed")
+    if strategy == "block" and not (
+        isinstance(block, list) and len(block) == 2 and all(type(size) is int for size in block)
+    ):
+        raise SourceError(f"{where}: block_structure is {block!r}; [rows, columns] is needed")
+    sides = (block[0], block[1]) if strategy == "block" else None  # type: ignore[index]
+    return Weights(bitwidth, strategy, group_size, sides)

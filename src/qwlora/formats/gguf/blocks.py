@@ -1,0 +1,229 @@
+"""GGUF's blocks as codes with a scale for each 16 or 32 of them, and those as a grid of ours.
+
+    type         bits  block   value                            grid
+    Q4_0, Q5_0   4, 5  32      (code - 2^(bits-1)) * d          Encoding
+    Q8_0         8     32      (code - 128) * d                 Encoding
+    Q3_K, Q6_K   3, 6  16      (code - 2^(bits-1)) * (d * s)    Encoding               s: a signed integer for each 16 codes
+    Q4_1, Q5_1   4, 5  32      code * d + m                     FloatOffsetEncoding
+    Q2_K         2     16      code * (d * s) - dmin * t        FloatOffsetEncoding    s, t: unsigned integers for each 16 codes
+    Q4_K, Q5_K   4, 5  32      code * (d * s) - dmin * t        FloatOffsetEncoding    the same for each 32
+
+`d`, `m`, `dmin` are float16; products are rounded to float32 once, as the `gguf` package and llama.cpp do, so values are equal bit for bit (but for the sign of
+zero, which a scale > 0 does not give: -0.0 in the file is 0.0 here).
+
+GGUF's scales may be negative or zero, a grid's are not:
+
+* A scale of zero makes its block constant. Such a block becomes the code for that constant and the scale 2^-14; its codes, which say nothing, are not kept.
+* A negative scale, integer offset: `(code - z) * d = ((2^bits - 1 - code) - (z - 1)) * |d|`, so the codes are reversed and the block's offset is `-(z - 1)`
+  where others have `-z`. The grid is then asymmetric. Where no such block uses code 0, `2 z - code` fits and the grid stays symmetric.
+* A negative scale, float minimum: reversed codes with the minimum `m + (2^bits - 1) * d`, if that gives the same float32 values, else refused. No quantizer
+  writes such blocks.
+
+Source: `ggml-common.h` and `ggml-quants.c` of llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from qwlora.errors import SourceError
+from qwlora.formats.gguf.code_order import CODE_BYTES, bit_planes, halves, unpack_block_codes
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import PerBlock, Scheme
+
+CONSTANT_SCALE = 2.0**-14
+_AT_ONCE = 2**15
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Codes as a file has them, scales of either sign or zero.
+
+    Args:
+        bitwidth: of a code.
+        codes: `[*rows, in]`.
+        scale: `[*rows, in / size]`.
+        minimum: the same shape; None where the value is `(code - 2^(bitwidth - 1)) * scale`.
+    """
+
+    bitwidth: int
+    codes: UInt8[Tensor, "*rows in"]
+    scale: Float[Tensor, "*rows groups"]
+    minimum: Float[Tensor, "*rows groups"] | None = None
+
+    @property
+    def size(self) -> int:
+        """Codes with one scale."""
+        return self.codes.shape[-1] // self.scale.shape[-1]
+
+    def parts(self) -> list[Tensor]:
+        """All tensors."""
+        return [self.codes, self.scale, *([] if self.minimum is None else [self.minimum])]
+
+    def with_parts(self, parts: Sequence[Tensor]) -> Blocks:
+        """The same kind of blocks with other tensors."""
+        codes, scale, *minimum = parts
+        return replace(self, codes=codes, scale=scale, minimum=minimum[0] if minimum else None)
+
+
+def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> Blocks:
+    """Blocks of rows of the type `kind`, one of `TYPES`; a few rows at a time, so that the steps in between stay small."""
+    bytes_per_block, decode = TYPES[kind]
+    fields = raw.reshape(-1, bytes_per_block)
+    first = decode(fields[:1])
+    whole = [torch.empty((len(fields), part.shape[-1]), dtype=part.dtype) for part in first.parts()]
+    for start in range(0, len(fields), _AT_ONCE):
+        for part, piece in zip(
+            whole, decode(fields[start : start + _AT_ONCE]).parts(), strict=True
+        ):
+            part[start : start + _AT_ONCE] = piece
+    return first.with_parts([part.view(*raw.shape[:-1], -1) for part in whole])
+
+
+def to_quantized(blocks: Blocks, what: str) -> QuantizedTensor:
+    """The grid that has exactly these values.
+
+    Args:
+        what: the tensor and its type, for messages.
+
+    Raises:
+        SourceError: a number is not finite, or a negative scale has no exact counterpart.
+    """
+    for part, name in ((blocks.scale, "scale"), (blocks.minimum, "minimum")):
+        if part is not None and not bool(torch.isfinite(part).all()):
+            raise SourceError(
+                f"{what}: {int((~torch.isfinite(part)).sum())} of {part.numel()} {name}s are nan or infinite; the file is damaged, fetch it again"
+            )
+    return _float_offset(blocks, what) if blocks.minimum is not None else _integer_offset(blocks)
+
+
+def _integer_offset(blocks: Blocks) -> QuantizedTensor:
+    steps, middle, size = 2**blocks.bitwidth - 1, 2 ** (blocks.bitwidth - 1), blocks.size
+    constant, negative = blocks.scale == 0, blocks.scale < 0
+    codes = _filled(blocks.codes.unflatten(-1, (-1, size)), constant, middle)
+    scale = blocks.scale.abs().masked_fill_(constant, CONSTANT_SCALE)
+    symmetric = True
+    if bool(negative.any()):
+        turned = negative.unsqueeze(-1)
+        symmetric = not bool((turned & (codes == 0)).any())
+        codes = torch.where(
+            turned, codes.neg().add_((steps + symmetric) % 256), codes
+        )  # bytes count modulo 256, and no result is outside 0 to 255
+    offset = torch.full(scale.shape, -middle, dtype=torch.int32)
+    if not symmetric:
+        offset = offset.masked_fill_(negative, 1 - middle)
+    return QuantizedTensor(
+        codes.flatten(-2),
+        Encoding(Scheme(blocks.bitwidth, symmetric, PerBlock(size)), scale, offset),
+    )
+
+
+def _float_offset(blocks: Blocks, what: str) -> QuantizedTensor:
+    assert blocks.minimum is not None
+    steps, size = 2**blocks.bitwidth - 1, blocks.size
+    codes, minimum, scale = blocks.codes.unflatten(-1, (-1, size)), blocks.minimum, blocks.scale
+    constant, negative = scale == 0, scale < 0
+    if bool(negative.any()):
+        stored, d, m = (
+            codes[negative],
+            scale[negative].unsqueeze(-1),
+            minimum[negative].unsqueeze(-1),
+        )
+        turned, low = steps - stored, d * steps + m
+        if not torch.equal(stored.float() * d + m, turned.float() * -d + low):
+            raise SourceError(
+                f"{what}: {int(negative.sum())} of {scale.numel()} scales are negative, and no grid with a positive scale has exactly these values; "
+                "quantize the float model again with llama-quantize"
+            )
+        codes, minimum = codes.clone(), minimum.clone()
+        codes[negative], minimum[negative] = turned, low.squeeze(-1)
+    codes = _filled(codes, constant, 0)
+    scheme = Scheme(blocks.bitwidth, symmetric=False, granularity=PerBlock(size), float_offset=True)
+    return QuantizedTensor(
+        codes.flatten(-2),
+        FloatOffsetEncoding(scheme, scale.abs().masked_fill_(constant, CONSTANT_SCALE), minimum),
+    )
+
+
+def _filled(codes: Tensor, constant: Tensor, code: int) -> Tensor:
+    """The same code throughout each constant block."""
+    return codes.masked_fill(constant.unsqueeze(-1), code) if bool(constant.any()) else codes
+
+
+def _half(fields: Tensor, start: int) -> Tensor:
+    """float32 [*, 1] of the float16 at byte `start` of each block."""
+    return fields[..., start : start + 2].contiguous().view(torch.float16).to(torch.float32)
+
+
+def _simple(bitwidth: int, with_minimum: bool) -> Callable[[Tensor], Blocks]:
+    def decode(fields: Tensor) -> Blocks:
+        codes = unpack_block_codes(fields[..., -CODE_BYTES[bitwidth] :], bitwidth)
+        return Blocks(bitwidth, codes, _half(fields, 0), _half(fields, 2) if with_minimum else None)
+
+    return decode
+
+
+def _q2_k(fields: Tensor) -> Blocks:
+    pairs, codes = (
+        fields[..., :16],
+        bit_planes(fields[..., 16:80].unflatten(-1, (2, 32)), 4, 2).flatten(-2),
+    )
+    return Blocks(2, codes, _half(fields, 80) * (pairs & 0xF), -(_half(fields, 82) * (pairs >> 4)))
+
+
+def _q3_k(fields: Tensor) -> Blocks:
+    high, low = (
+        bit_planes(fields[..., :32], 8, 1),
+        bit_planes(fields[..., 32:96].unflatten(-1, (2, 32)), 4, 2).flatten(-2),
+    )
+    scales = halves(fields[..., 96:104]) | bit_planes(fields[..., 104:108], 4, 2) << 4
+    return Blocks(3, low | high << 2, _half(fields, 108) * (scales.to(torch.float32) - 32))
+
+
+def _k_scales(fields: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 scales and minima of the eight blocks of 32 in Q4_K and Q5_K: six bits each, in twelve bytes from byte 4."""
+    first, second, rest = fields[..., 4:16].chunk(3, -1)
+    scale = torch.cat([first & 0x3F, rest & 0xF | first >> 6 << 4], -1)
+    minimum = torch.cat([second & 0x3F, rest >> 4 | second >> 6 << 4], -1)
+    return _half(fields, 0) * scale, -(_half(fields, 2) * minimum)
+
+
+def _q4_k(fields: Tensor) -> Blocks:
+    codes = halves(fields[..., 16:144].unflatten(-1, (4, 32))).flatten(-2)
+    return Blocks(4, codes, *_k_scales(fields))
+
+
+def _q5_k(fields: Tensor) -> Blocks:
+    codes = (
+        halves(fields[..., 48:176].unflatten(-1, (4, 32))).flatten(-2)
+        | bit_planes(fields[..., 16:48], 8, 1) << 4
+    )
+    return Blocks(5, codes, *_k_scales(fields))
+
+
+def _q6_k(fields: Tensor) -> Blocks:
+    low = halves(fields[..., :128].unflatten(-1, (2, 64))).flatten(-2)
+    high = bit_planes(fields[..., 128:192].unflatten(-1, (2, 32)), 4, 2).flatten(-2)
+    return Blocks(6, low | high << 4, _half(fields, 208) * fields[..., 192:208].view(torch.int8))
+
+
+TYPES: dict[str, tuple[int, Callable[[Tensor], Blocks]]] = {
+    "Q4_0": (18, _simple(4, False)),
+    "Q4_1": (20, _simple(4, True)),
+    "Q5_0": (22, _simple(5, False)),
+    "Q5_1": (24, _simple(5, True)),
+    "Q8_0": (34, _simple(8, False)),
+    "Q2_K": (84, _q2_k),
+    "Q3_K": (110, _q3_k),
+    "Q4_K": (144, _q4_k),
+    "Q5_K": (176, _q5_k),
+    "Q6_K": (210, _q6_k),
+}
+"""Bytes of a block, and what decodes blocks `[*rows, blocks, bytes]` into `[*rows, blocks, codes]` and `[*rows, blocks, groups]`."""

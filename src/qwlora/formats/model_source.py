@@ -1,0 +1,255 @@
+"""Where a float model comes from.
+
+    ./a/folder                 a Hugging Face checkpoint
+    ./a/model.gguf             a GGUF file (dequantized while loading)
+    package:NAME/PATH          a file or folder inside an installed Python package, found without importing the package
+    A+B+C                      parts of one .gguf file in their order, each as one of the above; joined once, in the user's cache
+    owner/name                 a Hugging Face hub id; owner/name/FILE.gguf a file of it. `fetch` has the hub's client download it
+    ./a/base                   a base that was frozen before, whose integers can be kept, and nothing else be done to them
+
+`locate` and `fetch` are free of torch, and `locate` of the network: it is how a recipe learns early that its model is not there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.errors import MissingExtraError, SourceError
+from qwlora.formats.joined_files import join_parts
+from qwlora.hub import downloaded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Arguments for `from_pretrained`: a folder or hub id, and the GGUF file inside it if it is one; no files on the hub before `fetch`."""
+
+    pretrained: str
+    gguf_file: str | None
+    files: tuple[Path, ...]
+
+    def arguments(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the GGUF file."""
+        return Path(self.pretrained) / self.gguf_file if self.gguf_file else Path(self.pretrained)
+
+    @property
+    def holds_floats(self) -> bool:
+        """Whether transformers alone makes a float model of it: a GGUF file (dequantized), or a folder that no quantizer wrote, ours included."""
+        if self.gguf_file:
+            return True
+        names = {file.name for file in self.files}
+        if "base.json" in names:
+            return False
+        config = (self.path / "config.json").read_text(errors="replace")
+        return not names & {"quantize_config.json", "quant_config.json"} and not re.search(
+            r'"(quantization|compression)_config"\s*:\s*\{', config
+        )
+
+
+def locate(source: str) -> Location:
+    """Find `source` without loading it.
+
+    Raises:
+        SourceError: nothing is there, or what is there is not a model.
+    """
+    if "+" in source and not Path(source).expanduser().exists():
+        parts = [
+            _inside_package(part) if part.startswith("package:") else Path(part).expanduser()
+            for part in source.split("+")
+        ]
+        path = join_parts(parts)
+        return Location(str(path.parent), path.name, tuple(parts))
+    if source.startswith("package:"):
+        path = _inside_package(source)
+    else:
+        path = Path(source).expanduser()
+        on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.gguf))?", source)
+        if on_hub and not path.exists():
+            return Location(on_hub[1], on_hub[2], ())
+    if not path.exists():
+        raise SourceError(
+            f"model {source!r} does not exist. Give a folder with config.json, a .gguf file, package:NAME/PATH for a file inside an installed package, "
+            "or a hub id like owner/name"
+        )
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            held = sorted(p.name for p in path.glob("*.gguf"))
+            remedy = (
+                f"give one of its files: {', '.join(held[:5])}"
+                if held
+                else "give the folder of a Hugging Face checkpoint, or a .gguf file"
+            )
+            raise SourceError(f"model folder {source!r} has no config.json; {remedy}")
+        return Location(str(path), None, tuple(sorted(p for p in path.iterdir() if p.is_file())))
+    if path.suffix != ".gguf":
+        raise SourceError(
+            f"model file {source!r} is not a .gguf file; for a Hugging Face checkpoint give its folder"
+        )
+    return Location(str(path.parent), path.name, (path,))
+
+
+def fetch(source: str) -> Location:
+    """`locate`; what is on the hub is downloaded into its client's cache, and found there.
+
+    Raises:
+        SourceError: as `locate`; or the hub has no such model, or cannot be reached.
+    """
+    location = locate(source)
+    if location.files:
+        return location
+    folder = _downloaded(
+        location.pretrained, *([location.gguf_file] if location.gguf_file else _HUB_FILES)
+    )
+    if not location.gguf_file and not any(folder.glob("*.safetensors")):
+        folder = _downloaded(location.pretrained, *_HUB_FILES, "*.bin")
+    return locate(str(folder / location.gguf_file if location.gguf_file else folder))
+
+
+@cache
+def _downloaded(repository: str, *files: str) -> Path:
+    return downloaded(
+        "model", repository, files, None if any("/" in file for file in files) else ["*/*"]
+    )  # other formats of the same weights
+
+
+def _inside_package(source: str) -> Path:
+    package, _, rest = source.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if re.fullmatch(r"\w+", package) else None
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError(
+            f"model {source!r}: the Python package {package!r} is not installed; install it (pip install {package.replace('_', '-')})"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / rest
+
+
+def _readable(source: str) -> Location:
+    """`fetch`, and see that what reads it is installed and that `check_counts_of` has nothing against it."""
+    location = fetch(source)
+    if location.gguf_file and importlib.util.find_spec("gguf") is None:
+        raise MissingExtraError(
+            f"gguf is needed to read {source!r} and is not installed: pip install 'qwlora[gguf]'"
+        )
+    check_counts_of(location)
+    return location
+
+
+def check_counts_of(location: Location) -> None:
+    """Refuse files whose configuration would fill memory while transformers reads it.
+
+    Raises:
+        SourceError: they count more layers than a model has, or cannot be read.
+    """
+    if location.gguf_file:
+        from qwlora.formats.gguf.gguf_file import GgufFile
+
+        GgufFile(location.path)
+    else:
+        from qwlora.formats.model_config import check_folder
+
+        check_folder(location.path)
+
+
+def load_model(source: str) -> PreTrainedModel:
+    """The float32 model.
+
+    Raises:
+        SourceError: `transformers` cannot load it (its own message is kept), its files hold integers, or a parameter of the model is not in them.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    location = _readable(source)
+    if not location.holds_floats:
+        raise SourceError(
+            f"model {source!r} holds integers; they can be kept (base.solver: keep), but there is no float model to load"
+        )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location.pretrained,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **location.arguments(),
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        NotImplementedError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        raise SourceError(f"model {source!r} cannot be loaded: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    found = loaded[1]
+    if wrong := sorted(found["missing_keys"]) + sorted(
+        name for name, *_ in found["mismatched_keys"]
+    ):  # which would be random numbers now
+        unknown = (
+            f"; the files hold {_listed(sorted(found['unexpected_keys']))}, which it does not have"
+            if found["unexpected_keys"]
+            else ""
+        )
+        raise SourceError(
+            f"model {source!r}: its files do not hold, or hold in another shape, {_listed(wrong)} of {type(model).__name__}{unknown}. "
+            "Download it again, or give a checkpoint of the whole language model"
+        )
+    if location.gguf_file:
+        from qwlora.formats.gguf.gguf_file import GgufFile
+        from qwlora.formats.gguf.rope_config import warn_of_positions
+
+        warn_of_positions(GgufFile(location.path), model.config)
+        forget_gguf_(model)
+    return model.eval()
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def forget_gguf_(model: PreTrainedModel) -> None:
+    """Let a model whose GGUF file was dequantized while loading be the plain float model that it is: transformers would refuse to train it."""
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.__dict__["is_quantized"] = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        SourceError: there is none, or `transformers` cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    location = _readable(source)
+    without = f"model {source!r} has no tokenizer: its files (tokenizer.json and the like) belong beside the weights"
+    if not location.gguf_file and not any(
+        re.match("(tokenizer|vocab|spiece|sentencepiece)", file.name) for file in location.files
+    ):
+        raise SourceError(without)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location.pretrained, **location.arguments())
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as error:
+        raise SourceError(f"the tokenizer of model {source!r} cannot be loaded: {error}") from error
+    if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
+        raise SourceError(without)
+    return tokenizer

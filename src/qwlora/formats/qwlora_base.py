@@ -1,0 +1,86 @@
+"""A QWLoRA base as a `Checkpoint`: its own integers, to be frozen again as they are, with other adapters in another directory.
+
+Nothing of the base is built; each tensor is read, checked against its digest in base.json, and handed on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from qwlora.errors import FingerprintError, GridError, SourceError
+from qwlora.formats.base_folder import read_layers, read_record
+from qwlora.formats.model_config import read_config
+from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.nn.fingerprint import layout_text, tensor_digest
+from qwlora.nn.packed_tensor import PackedTensor, Parts
+from qwlora.parameter_names import parameter_name
+
+
+class BaseCheckpoint:
+    """The base in `folder`.
+
+    Raises:
+        SourceError: the folder holds no base of this format, or its files cannot be read.
+        GridError: base.json describes an impossible layer.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder, self._where = Path(folder), f"base {str(folder)!r}"
+        self.record, self.files = read_record(self.folder), SafetensorsFiles(self.folder)
+        self.layers = {
+            parameter_name(path): (path, *found)
+            for path, found in read_layers(self.record, self._where).items()
+        }
+        self.config = read_config(self.folder, len(self.files.names()))
+        parts = {
+            f"{path}.{part}": name
+            for name, (path, *_) in self.layers.items()
+            for part in Parts._fields
+        }
+        self.stored: dict[str, list[str]] = {}
+        for found in self.files.names():
+            self.stored.setdefault(parts.get(found, found), []).append(found)
+
+    def names(self) -> list[str]:
+        """Parameters and saved buffers, a tied tensor once."""
+        return list(self.stored)
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        """One parameter or saved buffer.
+
+        Raises:
+            SourceError: there is none, or a part of it is missing or of another shape.
+            FingerprintError: it is not what was saved.
+            GridError: its grid is impossible.
+        """
+        if name not in self.stored:
+            raise SourceError(f"{self._where}: there is no tensor {name!r}")
+        if name not in self.layers:
+            return self._checked(name, "")
+        path, scheme, shape = self.layers[name]
+        found = {
+            stored.rpartition(".")[2]: self._checked(stored, layout_text(scheme))
+            for stored in self.stored[name]
+        }
+        expected = PackedTensor.empty(scheme, shape, "meta").parts
+        for part, tensor in zip(Parts._fields, expected, strict=True):
+            have, want = (None if t is None else list(t.shape) for t in (found.get(part), tensor))
+            if have != want:
+                raise SourceError(
+                    f"{self._where}: {path}.{part} is {have or 'missing'}, but {scheme} needs {want or 'none'}; quantize again"
+                )
+        try:
+            return PackedTensor(scheme, shape[-1], Parts(**found)).quantized
+        except GridError as error:
+            raise GridError(f"{self._where}: layer {path}: {error}; quantize again") from error
+
+    def _checked(self, stored: str, layout: str) -> Tensor:
+        tensor = self.files.read(stored)
+        if tensor_digest(stored, layout, tensor) != self.record["tensors"].get(stored):
+            raise FingerprintError(
+                f"{self._where}: {stored} changed after saving. Copy it again, or quantize again"
+            )
+        return tensor

@@ -1,0 +1,416 @@
+"""Capture: one graph of base plus adapter by `torch.export`, cleaned, and proved to compute what the module computes.
+
+No tracing, no registration, no edits to the model. Any model, any nested keyword arguments, all tensors of its result. The graph shares the module's storage.
+An axis has any size where the model allows it, and the example's where it does not (`Captured.interface` says which). What carries no arithmetic is taken out
+(assertions, casts to the same type, dropout at rest, copies for layout, empty parts of a concatenation), what torch.export wraps is laid open (`inline.py`),
+and a packed weight that is read again is unpacked once, so that a value has one node.
+
+A causal language model with a key-value cache is two graphs of one set of encodings:
+
+    capture(model, {"input_ids": ids, "use_cache": True})                     prefill: logits, present.0.key, present.0.value, ...
+    capture(model, {"input_ids": ids, "past_key_values": pairs, ...})         decode: the same from past_key_values.0.key, ...
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, Node
+from transformers.cache_utils import Cache
+
+from qwlora.errors import CaptureError
+from qwlora.graph.capture_check import prove
+from qwlora.graph.dynamic_shapes import Axes, Place
+from qwlora.graph.flat_arguments import Structure, cache_of, tokens_in
+from qwlora.graph.graph_analysis import operator_of
+from qwlora.graph.graph_parameters import buffer_names, module_path
+from qwlora.graph.inline_subgraphs import inlined_graph
+from qwlora.graph.quantized_graph import Interface, with_graph
+from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.parameter_names import parameter_name
+
+PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
+CACHE = "cache"  # what newer models call the argument
+MASKS_OF = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
+_aten = torch.ops.aten
+_SAME_VALUES = (_aten.alias.default, _aten.lift_fresh_copy.default)
+_STOPS = (
+    _aten.detach.default,
+    _aten.detach_.default,
+)  # the same values, but no gradient goes through
+_CASTS = (
+    _aten.to.dtype,
+    _aten.to.dtype_layout,
+    _aten.to.device,
+    _aten._to_copy.default,
+    _aten.type_as.default,
+)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A program, the names and shapes of what goes in and out, and how these lie in the model's own arguments and result.
+
+    An output that has an input's name is called `out_NAME` in the interface, since a file has one tensor of a name.
+    """
+
+    program: ExportedProgram
+    interface: Interface
+    arguments: Structure
+    result: Structure
+
+    def bind(self, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The graph's inputs from the model's own arguments. Without an attention mask that the graph has, all positions are attended to, earlier ones too.
+
+        Raises:
+            CaptureError: arguments are missing, unknown, constants of another value, or tensors of a size that the graph does not take.
+        """
+        given = dict(arguments)
+        for mask, ids in MASKS_OF.items():
+            if (
+                given.get(mask) is None
+                and mask in self.interface.inputs
+                and isinstance(given.get(ids), Tensor)
+            ):
+                rows, tokens = given[ids].shape
+                given[mask] = given[ids].new_ones(rows, tokens_in(given.get(PAST)) + tokens)
+        tensors = self.arguments.flatten(given)
+        for name, tensor in zip(self.interface.inputs, tensors, strict=True):
+            shape = self.interface.shapes[name]
+            if tensor.ndim != len(shape) or any(
+                isinstance(size, int) and size != found
+                for size, found in zip(shape, tensor.shape, strict=False)
+            ):
+                wanted = ", ".join(str(size) for size in shape)
+                raise CaptureError(
+                    f"input {name} has shape {list(tensor.shape)}; the graph takes [{wanted}]. For another size capture again"
+                )
+        return tensors
+
+    @property
+    def input_names(self) -> dict[str, str]:
+        """The inputs' names by the graph's placeholders."""
+        return dict(
+            zip(self.program.graph_signature.user_inputs, self.interface.inputs, strict=True)
+        )
+
+    def named(self, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The graph's outputs by name."""
+        return dict(zip(self.interface.outputs, outputs, strict=True))
+
+    def result_of(self, outputs: Sequence[Tensor]) -> Any:
+        """The graph's outputs in the type of the model's own result."""
+        return self.result.fill(dict(zip(self.result.names, outputs, strict=True)))
+
+
+class Flat(nn.Module):
+    """`model(**arguments)` with the arguments' tensors in order, and the result's tensors in order."""
+
+    def __init__(self, model: nn.Module, arguments: Structure):
+        super().__init__()
+        self.model, self.arguments = model, arguments
+        self.cache_argument = CACHE if CACHE in _parameters(model) else PAST
+
+    def result(self, *tensors: Tensor) -> Any:
+        """The model's own result."""
+        arguments = self.arguments.fill(dict(zip(self.arguments.names, tensors, strict=True)))
+        past = arguments.pop(PAST, None)
+        if arguments.get(
+            USE_CACHE
+        ):  # an empty one keeps every token, as the graph with a past does
+            arguments[self.cache_argument] = past if past is not None else cache_of([])
+        return self.model(**arguments)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return Structure.of(self.result(*tensors), PRESENT)[1]
+
+
+def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
+    """The graph of `model(**example_inputs)`.
+
+    Args:
+        example_inputs: tensors are the graph's inputs; numbers, strings and None are constants in it. `past_key_values` is a cache, or a pair of keys and
+            values [batch, heads, tokens, width] for each layer. At least two tokens, since a size of 1 is taken for a constant; a single row is captured twice.
+
+    Raises:
+        CaptureError: `torch.export` refuses the model, or the graph's result differs from the module's in any bit, at the example's shape or another; the
+            message names the first module whose output differs.
+    """
+    if any(module.training for module in model.modules()):
+        raise CaptureError(
+            "the model is in training mode; call model.eval() first, the graph is made for one mode"
+        )
+    arguments, tensors = Structure.of(_completed(model, example_inputs), PAST)
+    tensors = _two_rows(tensors)
+    if not arguments.cached and any(_is_ids(t) and t.shape[1] < 2 for t in tensors):
+        raise CaptureError(
+            "example inputs need at least two tokens, so that their number is not taken for a constant"
+        )
+    flat = Flat(model, arguments).eval()
+    with visible_implementations(model), torch.no_grad():
+        try:
+            result, outputs = Structure.of(flat.result(*tensors), PRESENT)
+            program = torch.export.export(
+                flat,
+                tensors,
+                dynamic_shapes={
+                    "tensors": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)
+                },
+                strict=False,
+            )
+        except CaptureError:
+            raise
+        except (
+            Exception
+        ) as error:  # torch.export raises a dozen kinds; each means the same to the caller
+            raise CaptureError(
+                f"torch.export cannot capture {type(model).__name__}: {error}"
+            ) from error
+        names = tuple(f"out_{name}" if name in arguments.names else name for name in result.names)
+        primary = _primary(names, outputs, type(model).__name__)
+        axes = Axes.of(program, arguments.names, tensors, arguments.cached)
+        program, fixed = _cleaned(program, flat, tensors, axes, names)
+    shapes = axes.shapes(program, names, fixed)
+    return Captured(
+        program,
+        Interface(arguments.names, names, primary, shapes, arguments.cached),
+        arguments,
+        result,
+    )
+
+
+def rebound(
+    captured: Captured,
+    program: ExportedProgram,
+    model: nn.Module,
+    example_inputs: Mapping[str, Any],
+) -> Captured:
+    """`captured` with `program` in the place of its own: the same graph over other tensors.
+
+    Raises:
+        CaptureError: it does not compute what `model` does now, bit for bit.
+    """
+    tensors = _two_rows(Structure.of(_completed(model, example_inputs), PAST)[1])
+    axes = Axes.of(program, captured.arguments.names, tensors)
+    with visible_implementations(model), torch.no_grad():
+        prove(
+            program,
+            Flat(model, captured.arguments).eval(),
+            tensors,
+            axes,
+            captured.interface.outputs,
+        )
+    return replace(captured, program=program)
+
+
+def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with a cache in its own type, or with `use_cache` off where the model has it and nothing is said.
+
+    Raises:
+        CaptureError: a cache is asked for of an encoder with a decoder.
+    """
+    completed = dict(example_inputs)
+    if isinstance(completed.get(CACHE), Cache):
+        completed[PAST] = completed.pop(CACHE)
+    if isinstance(completed.get(PAST), tuple | list):
+        completed[PAST] = cache_of([(key, value) for key, value, *_ in completed[PAST]])
+    if completed.get(PAST) is not None:
+        completed.setdefault(USE_CACHE, True)
+    elif USE_CACHE in _parameters(model):
+        completed.setdefault(USE_CACHE, False)
+    if completed.get(USE_CACHE) and getattr(
+        getattr(_unwrapped(model), "config", None), "is_encoder_decoder", False
+    ):
+        raise CaptureError(
+            f"{type(_unwrapped(model)).__name__} has an encoder and a decoder, which keep two caches for each layer (EncoderDecoderCache); a graph holds one. "
+            "Capture without a cache (use_cache=False, no past_key_values): each call then computes all of the decoder's tokens"
+        )
+    return completed
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """An adapter library's model takes whatever its own model takes."""
+    inner: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return inner
+
+
+def _parameters(model: nn.Module) -> set[str]:
+    """Names of the arguments of the model's forward."""
+    return {
+        name
+        for each in (model, _unwrapped(model))
+        for name in inspect.signature(each.forward).parameters
+    }
+
+
+def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A batch of one, repeated. All are copies: of two inputs that are one tensor, export would read one alone."""
+    with_axes = [t for t in tensors if t.ndim]
+    if not with_axes:
+        raise CaptureError("example inputs hold no tensor with an axis; the graph needs one")
+    one = with_axes[0].shape[0] == 1
+    repeated = (
+        t.repeat(2, *[1] * (t.ndim - 1)) if one and t.ndim and t.shape[0] == 1 else t
+        for t in tensors
+    )
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in repeated)
+
+
+def _is_ids(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and not tensor.is_floating_point()
+
+
+def _primary(names: tuple[str, ...], outputs: tuple[Tensor, ...], model: str) -> str:
+    floats = [
+        name for name, tensor in zip(names, outputs, strict=True) if tensor.is_floating_point()
+    ]
+    if not floats:
+        raise CaptureError(
+            f"{model} returns no floating point tensor (outputs: {', '.join(names) or 'none'}), so there is nothing to simulate"
+        )
+    return "logits" if "logits" in floats else floats[0]
+
+
+def _cleaned(
+    program: ExportedProgram,
+    flat: Flat,
+    tensors: tuple[Tensor, ...],
+    axes: Axes,
+    outputs: tuple[str, ...],
+) -> tuple[ExportedProgram, set[Place]]:
+    """The program without what computes nothing, proved, and the axes that the model fixes.
+
+    A copy that only changes the layout in memory goes too, unless a sum is then taken in another order: the proof finds that, and all of them stay.
+    """
+    packed = {
+        path: module
+        for path, module in flat.named_modules(remove_duplicate=False)
+        if hasattr(type(module), "encoding")
+    }
+    cleaned = _clean(program, packed, keep_layout=False)
+    try:
+        return cleaned, prove(cleaned, flat, tensors, axes, outputs)
+    except CaptureError:
+        cleaned = _clean(program, packed, keep_layout=True)
+        return cleaned, prove(cleaned, flat, tensors, axes, outputs)
+
+
+def _clean(
+    program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layout: bool
+) -> ExportedProgram:
+    graph = inlined_graph(program)
+    learning = _learning(graph, program)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is _aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif (
+            node.target is _aten.set_.source_Tensor
+        ):  # a parameter that is parametrized for one forward takes the storage that it has
+            node.replace_all_uses_with(node.args[1])
+            graph.erase_node(node)
+        elif node.target in _STOPS and node in learning:
+            node.target = _aten.detach.default
+        elif (
+            node.target in _STOPS
+            or _changes_nothing(node)
+            or (node.target is _aten.contiguous.default and not keep_layout)
+        ):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target is _aten.cat.default:
+            node.args = ([part for part in node.args[0] if not _is_empty(part)], *node.args[1:])
+    _unpack_once_(graph, packed)
+    graph.eliminate_dead_code()  # a weight that was only asked for its type, for one
+    cleaned = with_graph(program, graph)
+    _refuse_hidden_codes(cleaned)
+    return cleaned
+
+
+def _learning(graph: Graph, program: ExportedProgram) -> set[Node]:
+    """The nodes that parameters with a gradient flow into: where one of them stops the gradient, training through the graph asks for it."""
+    found: set[Node] = set()
+    parameters = {
+        s.arg.name: program.state_dict[s.target]
+        for s in program.graph_signature.input_specs
+        if s.kind is InputKind.PARAMETER
+    }
+    for node in graph.nodes:
+        given = parameters[node.name].requires_grad if node.name in parameters else False
+        if given or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _refuse_hidden_codes(program: ExportedProgram) -> None:
+    """Of a packed weight whose codes something else than `dequantize` reads, the graph shows no float values, so it would have no encoding."""
+    codes = {name: path for name, path in buffer_names(program).items() if path.endswith(".packed")}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in codes:
+            for user in node.users:
+                if operator_of(user) != "dequantize":
+                    weight = parameter_name(codes[node.name].removesuffix(".packed"))
+                    raise CaptureError(
+                        f"{weight}: its codes are read by {operator_of(user)}, so the graph does not show the weight, and it would have no encoding; "
+                        "let the packed layer itself compute (layer(x)), or read its weight, and capture again"
+                    )
+
+
+def _unpack_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
+    """Let all who read one packed weight read it from one node: a layer that runs again, or an adapter that asks for its layer's weight.
+
+    A tied layer has a weight of its own, whose codes are another's.
+    """
+    first: dict[tuple[Any, ...], list[tuple[nn.Module | None, Node]]] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or operator_of(node) != "dequantize":
+            continue
+        layer = packed.get(module_path(node).partition("@")[0])
+        earlier = first.setdefault(node.args, [])
+        if same := next(
+            (
+                other
+                for reader, other in earlier
+                if layer is None or reader is None or reader is layer
+            ),
+            None,
+        ):
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+        else:
+            earlier.append((layer, node))
+
+
+def _changes_nothing(node: Node) -> bool:
+    if node.target in _SAME_VALUES:
+        return True
+    if node.target is _aten.dropout.default:
+        return node.args[2] is False
+    if node.target in _CASTS:
+        before, after = _value(node.args[0]), _value(node)
+        return (
+            before is not None
+            and after is not None
+            and before.dtype == after.dtype
+            and before.device == after.device
+        )
+    return False
+
+
+def _is_empty(node: Any) -> bool:
+    """Whether a part of a concatenation is the empty vector that torch lets stand for a part of any shape."""
+    value = _value(node)
+    return value is not None and value.ndim == 1 and value.shape[0] == 0
+
+
+def _value(node: Any) -> Tensor | None:
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None

@@ -1,0 +1,44 @@
+"""Structural facts about the values of a captured graph. Plain data; free of torch.
+
+`graph_analysis.py` derives them from the graph alone; placement rules (`simulation/placement_rules.py`)
+ask for them.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Fact(StrEnum):
+    """One structural property of a value; a value may have several."""
+
+    # The value is a float64 tensor.
+    FLOAT64 = "float64"
+    # Computed from integers only: no floating-point input or parameter flows into it, and no
+    # matrix product reads it.
+    INTEGER_ORIGIN = "integer-origin"
+    # Read only by sine and cosine in the end. A step of more than a radian would destroy it.
+    ANGLE = "angle"
+    # A mask was added to it or selected among its values; also everything computed from such a
+    # value on the way to a softmax.
+    MASKED = "masked"
+    # Made and read inside a module that counts as one operation (`Policy.one_operation`).
+    INSIDE_ONE_OPERATION = "inside-one-operation"
+    # Made inside such a module and read outside of it.
+    LEAVES_ONE_OPERATION = "leaves-one-operation"
+    # x + f(x)
+    RESIDUAL_ADDITION = "residual-addition"
+    # An activation that a matrix product reads, directly or after data movement.
+    MATMUL_INPUT = "matmul-input"
+    # The same, as the second factor of a product of two activations.
+    MATMUL_SECOND_INPUT = "matmul-second-input"
+    # Computed from weights alone, including an adapter's, and used as a weight by a matrix product.
+    ADAPTED_WEIGHT = "adapted-weight"
+    # A floating-point input of the model.
+    INPUT = "input"
+    # lora_A, lora_B and other parameters of an adapter.
+    ADAPTER_WEIGHT = "adapter-weight"
+    # A weight, bias or norm of the base that step 1 left in float.
+    PARAMETER = "parameter"
+    # Made by an operator that `aten_ops.py` does not list.
+    UNKNOWN = "unknown"

@@ -1,0 +1,177 @@
+"""Second moments of a layer's input and of the gradient at its output, the statistics that data-aware solvers and starts share.
+
+    R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in]
+    G = sum_t g_t g_t^T / sum_t 1                [out, out]
+
+`w_t` says how much token t matters, all alike unless given; `g_t` says which of the layer's outputs do (`base/observe.py` gives both). An error E of the
+weight costs about `tr(G E R E^T)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qwlora.atomic_tensors import write_tensors
+from qwlora.errors import CalibrationError, SourceError
+
+
+class SecondMoment:
+    """Running second moment of rows, of an input or a gradient; one pass, mergeable.
+
+    Raises:
+        CalibrationError: an input is nan or infinite, has another width than before; or `matrix` before any data.
+    """
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.weight = 0.0
+        self.tokens = 0
+
+    def update(
+        self, x: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] | None = None
+    ) -> None:
+        """Take in the rows of `x`."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if not len(rows):
+            return
+        w = rows.new_ones(len(rows)) if weights is None else weights.detach().reshape(-1).float()
+        if self.total is None:
+            self.total = rows.new_zeros(rows.shape[-1], rows.shape[-1])
+        if self.total.shape[0] != rows.shape[-1]:
+            raise CalibrationError(
+                f"rows have width {rows.shape[-1]} where they had {self.total.shape[0]} before"
+            )
+        if not bool(torch.isfinite(w.sum())):
+            raise CalibrationError(
+                "the gradient of the layer's output holds nan or infinity (or overflows when squared)"
+            )
+        scaled = rows * w.sqrt().unsqueeze(1)
+        if not bool(torch.isfinite(scaled.square().sum())):
+            raise CalibrationError(
+                "the layer's input holds nan or infinity (or overflows when squared)"
+            )
+        self.total.addmm_(scaled.T, scaled)
+        self.weight += float(w.sum())
+        self.tokens += len(rows)
+
+    def merge(self, other: SecondMoment) -> None:
+        """Take in what `other` saw."""
+        if other.total is None:
+            return
+        if self.total is None:
+            self.total = torch.zeros_like(other.total)
+        if self.total.shape != other.total.shape:
+            raise CalibrationError(
+                f"moments of widths {self.total.shape[0]} and {other.total.shape[0]} are not of one layer"
+            )
+        self.total += other.total
+        self.weight += other.weight
+        self.tokens += other.tokens
+
+    @property
+    def matrix(self) -> Float[Tensor, "in in"]:
+        """R."""
+        if self.total is None:
+            raise CalibrationError("no data was observed")
+        return _symmetric(self.total / self.weight if self.weight else self.total)
+
+
+class Moment(NamedTuple):
+    """R of a layer's input, and G of the gradient at its output; without, G = 1."""
+
+    input: Float[Tensor, "in in"]
+    output: Float[Tensor, "out out"] | None = None
+
+
+def output_energy(
+    matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None
+) -> float:
+    """`tr(M R M^T)`: the mean square of what a matrix makes of inputs with moment R, which is 1 unless given. Never quite zero, so that it divides."""
+    weighted = matrix if moment is None else matrix @ moment
+    return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _symmetric(upper: Tensor) -> Tensor:
+    """The matrix whose upper triangle is that of `upper`."""
+    return upper.triu() + upper.triu(1).T
+
+
+def _triangle(matrix: Float[Tensor, "n n"]) -> Float[Tensor, " entries"]:
+    """What is not there twice."""
+    return matrix[tuple(torch.triu_indices(*matrix.shape))]
+
+
+def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
+    size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+    matrix = triangle.new_zeros(size, size)
+    matrix[tuple(torch.triu_indices(size, size))] = triangle
+    return _symmetric(matrix)
+
+
+class Moments(Mapping[str, Moment]):
+    """R and G of many layers by canonical module path, in memory, or in a folder with one file a layer.
+
+    Raises:
+        SourceError: a file of the folder cannot be read.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self._home: dict[str, Moment | Path] = {}
+        for file in (
+            sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ()
+        ):
+            try:
+                with safe_open(file, "pt") as opened:
+                    if not {"input"} <= (held := set(opened.keys())) <= set(Moment._fields):
+                        raise ValueError(
+                            f"it holds {', '.join(sorted(held))}, not {' and '.join(Moment._fields)}"
+                        )
+                    self._home[opened.metadata()["layer"]] = file
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise SourceError(
+                    f"the moments in {str(file)!r} cannot be read ({error}); delete them and quantize again"
+                ) from error
+
+    def put(self, layer: str, moment: Moment) -> None:
+        """Keep `moment` for `layer`."""
+        if self.folder is None:
+            self._home[layer] = moment
+            return
+        file = self.folder / f"{layer}.safetensors"
+        write_tensors(
+            file,
+            {
+                name: _triangle(matrix)
+                for name, matrix in moment._asdict().items()
+                if matrix is not None
+            },
+            {"layer": layer},
+        )
+        self._home[layer] = file
+
+    def __getitem__(self, layer: str) -> Moment:
+        home = self._home[layer]
+        return (
+            Moment(**{name: _whole(triangle) for name, triangle in load_file(home).items()})
+            if isinstance(home, Path)
+            else home
+        )
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._home
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)

@@ -1,0 +1,44 @@
+"""Layers whose weight is packed integers, and how a module becomes one.
+
+    layer = pack_module(module, quantized)            Linear, Conv1D, Embedding, Conv1d, Conv2d: a new module in the place of `module`
+    head = pack_tied(head, layer)                     an output head that reads the embedding's codes: one storage, used twice
+    pack_parameter_(module, name, quantized)          a 3-D parameter of any module, such as fused experts; in place
+    layer.quantized, layer.encoding, layer.codes      what the layer stands for
+
+A packed layer is still an instance of its float class, so PEFT's own LoRA attaches to it, and a subclass keeps its own forward. The weight is unpacked for each
+forward and again for each backward; autograd keeps codes, never floats. Given up: a gradient for the weight (it is frozen), and merging (a float delta has no
+place among the codes).
+"""
+
+from qwlora.nn.pack import empty_packed, is_packable, pack_module, pack_tied, weight_out_in
+from qwlora.nn.pack_at import pack_at_, packed_weights, place_empty_, tie_weights_
+from qwlora.nn.packed_experts import (
+    PackedParameter,
+    empty_packed_parameter_,
+    pack_parameter_,
+    parameter_out_in,
+)
+from qwlora.nn.packed_layer import PackedLayer, is_packed
+from qwlora.nn.packed_modules import PackedConv1d, PackedConv2d, PackedEmbedding, PackedLinear
+
+__all__ = [
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedEmbedding",
+    "PackedLayer",
+    "PackedLinear",
+    "PackedParameter",
+    "empty_packed",
+    "empty_packed_parameter_",
+    "is_packable",
+    "is_packed",
+    "pack_at_",
+    "pack_module",
+    "pack_parameter_",
+    "pack_tied",
+    "packed_weights",
+    "parameter_out_in",
+    "place_empty_",
+    "tie_weights_",
+    "weight_out_in",
+]

@@ -1,0 +1,183 @@
+"""The fingerprint of a base: SHA-256 over everything in it that changes a number.
+
+    fingerprint = sha256(numbers of the configuration, then for each tensor in order of name: its name and its digest)
+    digest      = sha256(name, layout of its grid if it is packed, kind and shape, its values)
+
+Tensors are all parameters and persistent buffers, under their names without what an adapter library wraps around them. Floats are hashed by value, as
+float32: a norm that was bfloat16 in its checkpoint is the same norm in either type. Buffers that are not persistent (rotary frequencies, masks) follow
+from the configuration, which is hashed without what leaves the logits alone (`VOLATILE`) and without what is at its class's default, so that a library
+that learns a new key does not change it.
+
+So two bases have one fingerprint exactly if they hold the same codes, scales, offsets, float remainders and configuration under the same names. An adapter
+does not change it, nor does a device. A base that was loaded in a type that cannot hold its float remainder keeps its fingerprint (`keep_fingerprint_`)
+until it changes.
+
+Given up: token ids of padding, start and end are volatile, because trainers set them to the tokenizer's; in the few encoders that count positions from the
+padding id they would matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwlora.grid.scheme import Scheme
+from qwlora.parameter_names import adapter_of, canonical_name, is_adapter_name
+
+VOLATILE = frozenset(
+    {
+        *(
+            "_name_or_path",
+            "architectures",
+            "transformers_version",
+            "dtype",
+            "torch_dtype",
+        ),  # where it came from, and as what it was loaded
+        *(
+            "use_cache",
+            "return_dict",
+            "output_attentions",
+            "output_hidden_states",
+        ),  # what a forward hands back
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+        *("id2label", "label2id", "problem_type"),  # of classifiers
+        *("initializer_range", "init_std"),  # of weights that are read, not drawn
+    }
+)
+_CHUNK = 2**24
+_KEPT = "_kept_fingerprint"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hex digest of the base inside `model`, which may carry adapters."""
+    found = combined(tensor_digests(model), config_numbers(model))
+    kept = next(
+        (module.__dict__[_KEPT] for module in model.modules() if _KEPT in module.__dict__), None
+    )
+    return kept[1] if kept is not None and kept[0] == found else found
+
+
+def adapter_fingerprint(model: nn.Module) -> str | None:
+    """SHA-256 over the active adapters of `model`: each weight under its name without the adapter's own, and the factor of each branch. None without one."""
+    if not hasattr(model, "peft_config") or any(
+        getattr(m, "disable_adapters", False) is True for m in model.modules()
+    ):
+        return None
+    active = getattr(model, "active_adapters", None)
+    names = set(active() if callable(active) else active or ())
+    digests = {
+        canonical_name(path): tensor_digest(canonical_name(path), "", p)
+        for path, p in model.named_parameters()
+        if adapter_of(path) in names
+    }
+    scaling = {
+        canonical_name(path): {
+            name: factor for name, factor in module.scaling.items() if name in names
+        }
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict)
+    }
+    return (
+        combined(digests, {path: sorted(factors.values()) for path, factors in scaling.items()})
+        if digests
+        else None
+    )
+
+
+def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
+    """Let `model`, whose tensors now hash to `now`, go by `identity`: its fingerprint before its float remainder was cast. Any later change ends that."""
+    model.__dict__[_KEPT] = (now, identity)
+
+
+def combined(digests: Mapping[str, str], numbers: Mapping[str, Any]) -> str:
+    """The fingerprint of a base with these digests of tensors (see `tensor_digests`) and these numbers (see `config_numbers`)."""
+    total = hashlib.sha256(json.dumps(numbers, sort_keys=True, default=str).encode())
+    for name, digest in sorted(digests.items()):
+        total.update(f"\0{name}\0{digest}".encode())
+    return total.hexdigest()
+
+
+def tensor_digests(model: nn.Module) -> dict[str, str]:
+    """The digest of each tensor of the base, by name."""
+    return {
+        name: tensor_digest(name, layout, tensor)
+        for name, (layout, tensor) in base_tensors(model).items()
+    }
+
+
+def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
+    """SHA-256 of one tensor; floats narrower than float32 by their float32 values."""
+    kind = (
+        torch.promote_types(tensor.dtype, torch.float32)
+        if tensor.is_floating_point()
+        else tensor.dtype
+    )
+    digest = hashlib.sha256(f"{name}\0{layout}\0{kind}\0{list(tensor.shape)}\0".encode())
+    for chunk in tensor.detach().flatten().split(_CHUNK):
+        digest.update(chunk.cpu().to(kind).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def take_in(digest: Any, things: Iterable[Any]) -> None:
+    """Let tensors, by their values, and other things, as they are written, go into a digest of hashlib's."""
+    for thing in things:
+        digest.update(
+            f"{tensor_digest('', '', thing) if isinstance(thing, Tensor) else thing}\0".encode()
+        )
+
+
+def config_numbers(model: nn.Module) -> dict[str, Any]:
+    """What the configuration of `model` says about its computation; empty if it has none."""
+    configs = (module.__dict__.get("config") for module in model.modules())
+    return next((_numbers(config) for config in configs if hasattr(config, "to_dict")), {})
+
+
+def _numbers(config: Any) -> dict[str, Any]:
+    defaults = config.default_config_fields() if hasattr(config, "default_config_fields") else {}
+    found = {}
+    for key, value in config.to_dict().items():
+        part = config.__dict__.get(key)
+        if hasattr(
+            part, "to_dict"
+        ):  # the configuration of a part, as models of text and images have them
+            found[key] = _numbers(part)
+        elif (
+            key not in VOLATILE and defaults.get(key) != value
+        ):  # fields without a default count as None
+            found[key] = value
+    return found
+
+
+def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """Layout and tensor of each parameter and persistent buffer of the base; a tensor shared by two modules is listed once."""
+    found: dict[str, tuple[str, Tensor]] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        scheme = getattr(module, "scheme", None)
+        layout = layout_text(scheme) if isinstance(scheme, Scheme) else ""
+        own = {
+            **module._parameters,
+            **{
+                k: b
+                for k, b in module._buffers.items()
+                if k not in module._non_persistent_buffers_set
+            },
+        }
+        for key, tensor in own.items():
+            name = f"{path}.{key}" if path else key
+            if tensor is None or id(tensor) in seen or is_adapter_name(name):
+                continue
+            seen.add(id(tensor))
+            found[canonical_name(name)] = (layout if key in module._buffers else "", tensor)
+    return found
+
+
+def layout_text(scheme: Scheme) -> str:
+    """How the parts of a tensor packed on this grid are to be understood, for its digest."""
+    axis = scheme.to_json()["axis"]
+    return f"{scheme} {axis}" if axis else str(scheme)

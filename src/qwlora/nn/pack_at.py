@@ -1,0 +1,77 @@
+"""Packed layers in a model, by the names that its tensors have as floats.
+
+packed_weights(model)                          {"model.layers.0.mlp.up_proj.weight": layer, "model.layers.0.mlp.experts.down_proj": layer, ...}
+pack_at_(model, name, quantized)               put one in its place
+place_empty_(model, path, scheme)              the same without contents, by the path of the layer itself
+tie_weights_(model)                            let heads that the model ties to a packed embedding read its codes
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Scheme
+from qwlora.nn.pack import empty_packed, is_packable, pack_module, pack_tied
+from qwlora.nn.packed_experts import empty_packed_parameter_, pack_parameter_
+from qwlora.nn.packed_layer import PackedLayer, is_packed
+from qwlora.parameter_names import FOLDER, parameter_name
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedLayer]:
+    """Every packed layer of `model`, tied ones too, by the name of the tensor it stands for (without what an adapter library wraps around it)."""
+    return {
+        parameter_name(path): module
+        for path, module in model.named_modules()
+        if isinstance(module, PackedLayer) and is_packed(module)
+    }
+
+
+def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedLayer:
+    """Pack the tensor `name` of `model`: a module's `weight`, or a 3-D parameter.
+
+    Raises:
+        GridError: no packed layer can stand for it, or the codes are not of its shape.
+        AttributeError: the model has no such module.
+    """
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    if not (last == "weight" and is_packable(module)):
+        return pack_parameter_(module, last, quantized)
+    layer = pack_module(module, quantized)
+    model.set_submodule(path, layer)
+    assert isinstance(layer, PackedLayer)
+    return layer
+
+
+def place_empty_(
+    model: nn.Module, path: str, scheme: Scheme, device: torch.device | str = "meta"
+) -> PackedLayer:
+    """Put a packed layer without contents at `path`, the path that such a layer has among the modules of a packed model.
+
+    Raises:
+        GridError: what the model has there cannot be packed, or the scheme does not fit it.
+        AttributeError: the model has no such module.
+    """
+    module_path, folder, name = path.rpartition(f".{FOLDER}.")
+    if folder:
+        return empty_packed_parameter_(model.get_submodule(module_path), name, scheme, device)
+    layer = empty_packed(model.get_submodule(path), scheme, device)
+    model.set_submodule(path, layer)
+    assert isinstance(layer, PackedLayer)
+    return layer
+
+
+def tie_weights_(model: PreTrainedModel) -> None:
+    """`model.tie_weights()` for models with packed layers: whatever the model's class ties to a packed weight becomes a layer on the same codes."""
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        paths = [name.removesuffix(".weight") for name in (target, source)]
+        there, owner = (
+            model.get_submodule(path) if path != name else None
+            for path, name in zip(paths, (target, source), strict=True)
+        )
+        if there is not None and owner is not None and is_packed(owner) and not is_packed(there):
+            model.set_submodule(paths[0], pack_tied(there, owner))
+    model.tie_weights()

@@ -1,0 +1,169 @@
+"""What every packed layer has: the parts of a `PackedTensor` as buffers, and a look at its weight.
+
+`model.to(bfloat16)` changes the type in which a layer computes, never its grid: the parts keep their types. A tied layer has no buffers of its own and reads
+those of the layer that it is tied to, through every copy and move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Scheme
+from qwlora.nn.custom_ops import dequantize, layout_of
+from qwlora.nn.packed_matmul import PackedWeightOwner, Part
+from qwlora.nn.packed_tensor import PackedTensor, Parts
+from qwlora.nn.weight_view import Look, refuse_write
+
+_FLOATS = ("scale", "minimum")
+
+
+def traced() -> bool:
+    """Whether torch.compile or torch.export is looking: then a layer uses operators that both can carry."""
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
+
+
+class PackedLayer(PackedWeightOwner):
+    """A module with a packed weight.
+
+    Buffers: `packed`, `scale`, `block_scale`, `zero_point`, `minimum`, those that the scheme has (see `nn/packed_tensor.py`).
+    `weight` is a look at the float weight; writing through it is refused.
+    """
+
+    scheme: Scheme
+    compute_dtype: torch.dtype  # the type that the float weight had, changed by `to`; products are computed in the type of their input
+    weight_shape: tuple[int, ...]  # of the float weight, as the layer's class has it
+    count: int
+    layout: str  # the scheme, as operators take it
+    _owner: tuple[PackedLayer] | None  # in a tuple, so that it is no submodule
+
+    def _take(
+        self,
+        tensor: PackedTensor | None,
+        owner: PackedLayer | None,
+        weight_shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Self:
+        """Become a packed layer: on `tensor`, or tied to `owner`."""
+        source = tensor or cast(PackedLayer, owner).tensor
+        self.scheme, self.count = source.scheme, source.count
+        self.weight_shape, self.compute_dtype, self.layout = (
+            weight_shape,
+            dtype,
+            layout_of(source.scheme),
+        )
+        self._owner = (owner,) if owner is not None else None
+        for name, part in zip(Parts._fields, tensor.parts if tensor else (), strict=False):
+            self.register_buffer(name, part)
+        self._buffers["weight"] = (
+            None  # marks a weight that is there, to those who look for it among the buffers; see `weight`
+        )
+        return self
+
+    @property
+    def tensor(self) -> PackedTensor:
+        """The packed tensor: the layer's own, or that of the layer it is tied to."""
+        if self._owner is not None:
+            return self._owner[0].tensor
+        parts = Parts(*(self._part(name) for name in Parts._fields))  # type: ignore[arg-type]
+        return PackedTensor(self.scheme, self.count, parts)
+
+    def _part(self, name: str) -> Tensor | None:
+        """A part of the tensor: a buffer, or a parameter that is not trained while FSDP2 shards the layer."""
+        return self._parameters[name] if name in self._parameters else self._buffers.get(name)
+
+    @property
+    def encoding(self) -> Encoding | FloatOffsetEncoding:
+        """The frozen encoding of the weight."""
+        return self.tensor.encoding
+
+    @property
+    def codes(self) -> Tensor:
+        """The unpacked codes, uint8 [out, in]."""
+        return self.tensor.codes
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """Codes and encoding."""
+        return self.tensor.quantized
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the codes are another layer's."""
+        return self._owner is not None
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the layer's own parts; none if it is tied."""
+        return 0 if self.is_tied else self.tensor.nbytes
+
+    @property
+    def weight(self) -> Tensor:
+        """The float weight, unpacked when something asks for its values."""
+        if not is_packed(self):
+            raise AttributeError(f"{type(self).__name__} has no weight yet")
+        return self._traced_weight() if traced() else Look(self.part)
+
+    @property
+    def part(self) -> Part:
+        """The whole weight, for products."""
+        return Part(self, self.weight_shape)
+
+    def _traced_weight(self) -> Tensor:
+        return dequantize(*self.operands).to(self.compute_dtype).view(self.weight_shape)
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """The weight as the operators of `nn/custom_ops.py` take it."""
+        tensor = self.tensor
+        return *tensor.parts, tensor.count, self.layout
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and is_packed(self):
+            if not (
+                isinstance(value, Look)
+                and value.part.owner.tensor.parts.packed is self.tensor.parts.packed
+            ):  # a model ties its weights anew
+                refuse_write()
+            return
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {
+            name: buffer for name in _FLOATS if (buffer := self._buffers.get(name)) is not None
+        }
+        device = self.tensor.parts.packed.device
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = cast(Tensor, self._buffers[name])
+            if moved.dtype != buffer.dtype:
+                self._buffers[name] = (
+                    torch.empty_like(buffer, device=moved.device)
+                    if buffer.is_meta
+                    else buffer.to(moved.device)
+                )
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in _FLOATS:
+            found, buffer = state_dict.get(prefix + name), self._buffers.get(name)
+            if (
+                isinstance(found, Tensor) and buffer is not None and found.dtype != buffer.dtype
+            ):  # copying would round
+                self._buffers[name] = torch.empty_like(buffer, dtype=found.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.scheme}" + (", tied" if self.is_tied else "")
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether `module` is a layer on packed codes, its own or those of the layer it is tied to."""
+    return isinstance(module, PackedLayer) and "scheme" in module.__dict__

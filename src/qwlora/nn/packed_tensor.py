@@ -1,0 +1,287 @@
+"""A quantized tensor as it lies in memory and on disk: codes bit-packed, the numbers of its grid in the narrowest type that holds them exactly.
+
+    packed        uint8 [*rows, bytes]      codes, see `packing.py`
+    scale         float, of the granularity's shape; LPBQ: one for each row, [*rows, 1]
+    block_scale   uint8                     LPBQ only: the integers `n - 1` of `low_power.py`, packed along the row
+    zero_point    uint8                     asymmetric grids: `-offset`; packed along the row if there are blocks
+    minimum       float                     float-offset grids
+
+A float part is float16 if every number of it survives that, else bfloat16 if it survives that, else float32; so the tensor is the same bit for bit, and its
+grid does not depend on how it is stored. A block of 32 with a float16 scale costs half a bit a weight, its zero point another `bitwidth / 32`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwlora.grid.encoding import Encoding, aligned, grouped
+from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.lpbq import split_scales
+from qwlora.grid.packing import pack, packed_row_bytes, unpack
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import LowPowerBlock, PerBlock, Scheme
+
+_AT_ONCE = 2**18  # codes unpacked together, so that the steps in between stay in a core's cache
+
+
+class Parts(NamedTuple):
+    """The tensors that are kept; see the module's text."""
+
+    packed: Tensor
+    scale: Tensor
+    block_scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    minimum: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTensor:
+    """A view of the parts under a scheme; makes no copy.
+
+    Args:
+        count: codes in a row; `packed` may hold a few bits more.
+    """
+
+    scheme: Scheme
+    count: int
+    parts: Parts
+
+    @classmethod
+    def from_quantized(cls, quantized: QuantizedTensor) -> PackedTensor:
+        """Pack `quantized`, without loss.
+
+        Raises:
+            GridError: the bitwidth is above 8, a code does not fit it, or LPBQ scales are not integers times their row's scale.
+        """
+        codes, encoding = quantized.codes, quantized.encoding
+        scheme = encoding.scheme
+        packed, scale, minimum, zero_point, block_scale = (
+            pack(codes, scheme.bitwidth),
+            encoding.scale,
+            None,
+            None,
+            None,
+        )
+        if isinstance(scheme.granularity, LowPowerBlock):
+            row, integers = split_scales(scale, scheme)
+            scale, block_scale = (
+                row.unsqueeze(-1),
+                pack((integers - 1).to(torch.uint8), scheme.granularity.scale_bitwidth),
+            )
+        if isinstance(encoding, FloatOffsetEncoding):
+            minimum = narrowest(encoding.minimum)
+        elif not scheme.symmetric:
+            zero_point = (-encoding.offset).to(torch.uint8)
+            zero_point = (
+                pack(zero_point, scheme.bitwidth)
+                if isinstance(scheme.granularity, PerBlock)
+                else zero_point
+            )
+        return cls(
+            scheme,
+            codes.shape[-1],
+            Parts(packed, narrowest(scale), block_scale, zero_point, minimum),
+        )
+
+    @classmethod
+    def empty(
+        cls,
+        scheme: Scheme,
+        shape: tuple[int, ...],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float16,
+    ) -> PackedTensor:
+        """Parts without contents, to be read from a file; float ones of `dtype`.
+
+        Raises:
+            GridError: the scheme does not fit the shape.
+        """
+        groups, blocks = scheme.scale_shape(shape), isinstance(scheme.granularity, PerBlock)
+
+        def integers(bitwidth: int, shape: tuple[int, ...], dense: bool) -> Tensor:
+            shape = (*shape[:-1], packed_row_bytes(shape[-1], bitwidth)) if dense else shape
+            return torch.empty(shape, dtype=torch.uint8, device=device)
+
+        low_power = scheme.granularity if isinstance(scheme.granularity, LowPowerBlock) else None
+        parts = Parts(
+            packed=integers(scheme.bitwidth, shape, dense=True),
+            scale=torch.empty(
+                (*groups[:-1], 1) if low_power else groups, dtype=dtype, device=device
+            ),
+            block_scale=integers(low_power.scale_bitwidth, groups, dense=True)
+            if low_power
+            else None,
+            zero_point=None
+            if scheme.symmetric or scheme.float_offset
+            else integers(scheme.bitwidth, groups, dense=blocks),
+            minimum=torch.empty(groups, dtype=dtype, device=device)
+            if scheme.float_offset
+            else None,
+        )
+        return cls(scheme, shape[-1], parts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the codes."""
+        return (*self.parts.packed.shape[:-1], self.count)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts if part is not None)
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 codes."""
+        return unpack(self.parts.packed, self.scheme.bitwidth, self.count)
+
+    @property
+    def scale(self) -> Tensor:
+        """float32, of the granularity's shape."""
+        scale, block_scale = self.parts.scale.float(), self.parts.block_scale
+        if block_scale is None:
+            return scale
+        granularity = self.scheme.granularity
+        assert isinstance(granularity, LowPowerBlock)
+        return (
+            unpack(block_scale, granularity.scale_bitwidth, self.count // granularity.size).float()
+            + 1
+        ) * scale
+
+    @property
+    def offset(self) -> Tensor:
+        """int32, of the granularity's shape; integer-offset grids only."""
+        zero_point = self.zero_point
+        if zero_point is None:
+            groups = self.scheme.scale_shape(self.shape)
+            return torch.full(
+                groups,
+                self.scheme.symmetric_offset,
+                dtype=torch.int32,
+                device=self.parts.packed.device,
+            )
+        return -zero_point.to(torch.int32)
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        """uint8 of the granularity's shape, for asymmetric grids."""
+        zero_point, granularity = self.parts.zero_point, self.scheme.granularity
+        if zero_point is None or not isinstance(granularity, PerBlock):
+            return zero_point
+        return unpack(zero_point, self.scheme.bitwidth, self.count // granularity.size)
+
+    @property
+    def encoding(self) -> Encoding | FloatOffsetEncoding:
+        """The grid, in float32."""
+        if self.parts.minimum is not None:
+            return FloatOffsetEncoding(self.scheme, self.scale, self.parts.minimum.float())
+        return Encoding(self.scheme, self.scale, self.offset)
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """Codes and grid, unpacked."""
+        return QuantizedTensor(self.codes, self.encoding)
+
+    def dequantize(
+        self, dtype: torch.dtype = torch.float32, index: Tensor | int | None = None
+    ) -> Tensor:
+        """The values: the float32 product, rounded to `dtype`.
+
+        Args:
+            index: take only these of the first axis, as `values[index]` would; nothing else is unpacked.
+        """
+        packed = self.parts.packed if index is None else self.parts.packed[index]
+        if packed.ndim == 1:
+            return self._rows(packed.unsqueeze(0), index, dtype).squeeze(0)
+        return self._rows(packed, index, dtype)
+
+    def _rows(self, packed: Tensor, index: Tensor | int | None, dtype: torch.dtype) -> Tensor:
+        shape = (*packed.shape[:-1], self.count)
+        scale, offset, minimum = (
+            self._broadcast(part, index, shape) for part in self._numbers(index)
+        )
+        flat = packed.reshape(-1, packed.shape[-1])
+        values = torch.empty((len(flat), self.count), dtype=dtype, device=packed.device)
+        step = max(1, _AT_ONCE // max(1, self.count))
+        for rows in (slice(start, start + step) for start in range(0, len(flat), step)):
+            codes = unpack(flat[rows], self.scheme.bitwidth, self.count)
+            wide = (
+                values[rows]
+                if dtype == torch.float32
+                else torch.empty(codes.shape, device=codes.device)
+            )
+            wide.copy_(codes)
+            blocks = grouped(wide, self.scheme.granularity)
+            if minimum is not None:
+                blocks.mul_(_of(scale, rows)).add_(_of(minimum, rows))
+            else:
+                blocks.add_(
+                    self.scheme.symmetric_offset if offset is None else _of(offset, rows)
+                ).mul_(_of(scale, rows))
+            if wide.dtype != dtype:
+                values[rows] = wide
+        return values.view(shape)
+
+    def _numbers(self, index: Tensor | int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Scale, offset and minimum in float32, those of the indexed rows only where each row has its own blocks."""
+        chosen = self
+        if index is not None and isinstance(self.scheme.granularity, PerBlock):
+            parts: Any = (None if part is None else part[index] for part in self.parts)
+            chosen = PackedTensor(self.scheme, self.count, Parts(*parts))
+        zero_point, minimum = (
+            chosen.zero_point,
+            self.parts.minimum if chosen is self else chosen.parts.minimum,
+        )
+        return (
+            chosen.scale,
+            None if zero_point is None else -zero_point.float(),
+            None if minimum is None else minimum.float(),
+        )
+
+    def _broadcast(
+        self, part: Tensor | None, index: Tensor | int | None, shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all, `tail` being what broadcasts against a row's grouped codes."""
+        granularity = self.scheme.granularity
+        if part is None or not part.ndim:
+            return part
+        if isinstance(granularity, PerBlock):
+            return part.reshape(-1, part.shape[-1], 1)
+        part = aligned(part, granularity, len(self.shape))
+        if index is not None:
+            part = part[index] if part.shape[0] > 1 else part[0]
+            part = part.unsqueeze(0) if part.ndim < 2 else part
+        if part.numel() == part.shape[-1]:
+            return part.reshape(1, -1)
+        return part.expand(*shape[:-1], part.shape[-1]).reshape(-1, part.shape[-1])
+
+
+def _of(part: Tensor | None, rows: slice) -> Tensor:
+    assert part is not None
+    return part[rows] if part.ndim and len(part) > 1 else part
+
+
+def narrowest(
+    numbers: Tensor, candidates: Sequence[torch.dtype] = (torch.float16, torch.bfloat16)
+) -> Tensor:
+    """`numbers` in the first of the candidates that holds all of them exactly, or else in float32."""
+    for dtype in candidates:
+        narrow = numbers.to(dtype)
+        if torch.equal(narrow.to(numbers.dtype), numbers):
+            return narrow
+    return numbers.to(torch.float32)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a product of a packed weight with `x` is computed: autocast's type where it is on, else that of `x`."""
+    kind = x.device.type
+    return (
+        torch.get_autocast_dtype(kind)
+        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+        else x.dtype
+    )

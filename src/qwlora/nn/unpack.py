@@ -1,0 +1,83 @@
+"""From a packed module back to a float one, whose weight is what the codes stand for. For merging, and for whoever needs plain floats."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from qwlora.errors import MergeError
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.nn.packed_experts import PackedParameter
+from qwlora.nn.packed_layer import PackedLayer
+from qwlora.nn.packed_modules import PackedLinear
+from qwlora.nn.packed_tensor import Parts
+from qwlora.parameter_names import canonical_name
+
+
+def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
+    """Replace every packed layer of `model` by its float class, in place; a tied layer gets the one parameter of its owner. A Conv1D was packed as a Linear
+    and stays one, under the PEFT layers that were made for it, until `restore_conv1d_`.
+
+    Returns:
+        What was packed, by the canonical name of the tensor.
+
+    Raises:
+        MergeError: the model has fused experts, which stay packed.
+    """
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
+    }
+    if experts := [name for name, module in layers.items() if isinstance(module, PackedParameter)]:
+        raise MergeError(
+            f"{canonical_name(experts[0])}: fused experts are not turned back into floats, so nothing can be merged into this model; keep the adapter separate"
+        )
+    parameters: dict[int, nn.Parameter] = {}
+    found = {}
+    for name, layer in layers.items():
+        key = layer.tensor.parts.packed.data_ptr()
+        if key not in parameters:
+            parameters[key] = nn.Parameter(
+                layer.quantized.dequantize().to(layer.compute_dtype).view(layer.weight_shape),
+                requires_grad=False,
+            )
+            found[f"{canonical_name(name)}.weight"] = layer.quantized
+        model.set_submodule(name, _float_module(layer, parameters[key]))
+    return found
+
+
+def restore_conv1d_(model: nn.Module) -> None:
+    """After `unpack_`, and without adapters: a Linear in the place of a Conv1D is one again, as the model's own class writes and reads it."""
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and getattr(linear, "was_conv1d", False):
+            conv1d = Conv1D(0, 0).train(linear.training)
+            conv1d.nf, conv1d.nx = linear.weight.shape
+            conv1d.weight, conv1d.bias = (
+                nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False),
+                linear.bias,
+            )
+            model.set_submodule(name, conv1d)
+
+
+def _float_module(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
+    kind = (
+        nn.Linear
+        if type(layer) is PackedLinear
+        else next(
+            k
+            for k in type(layer).__mro__
+            if issubclass(k, nn.Module) and not issubclass(k, PackedLayer)
+        )
+    )
+    module = kind.__new__(kind)
+    module.__dict__.update(
+        {
+            key: value.copy() if isinstance(value, dict) else value
+            for key, value in layer.__dict__.items()
+        }
+    )
+    for name in (*Parts._fields, "weight"):
+        module._buffers.pop(name, None)
+    for name in ("scheme", "count", "weight_shape", "compute_dtype", "_owner"):
+        module.__dict__.pop(name, None)
+    module._parameters = {"weight": weight, **module._parameters}
+    return module

@@ -1,0 +1,297 @@
+"""What stages share within one process: text, models and the simulation, each loaded when first asked for and let go when it is in the way."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qwlora.adapter.adapter_folder import check_adapter, load_adapter, reading
+from qwlora.adapter.equalize_factors import equalize_adapter_
+from qwlora.data import Documents, Prepared, prepare
+from qwlora.data.sequences import Sequences
+from qwlora.errors import SourceError
+from qwlora.formats.assemble_model import LazyModel
+from qwlora.formats.base_folder import load_base, read_record
+from qwlora.formats.checkpoint import Checkpoint
+from qwlora.formats.huggingface_folder import FloatCheckpoint
+from qwlora.formats.model_source import check_counts_of, fetch, load_model, load_tokenizer
+from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.grid.scheme import Scheme
+from qwlora.grid.second_moments import Moments
+from qwlora.parameter_names import parameter_name
+from qwlora.pipeline.unused_rules import refuse_idle_rules
+from qwlora.progress import Track
+from qwlora.recipe import Adapter, Recipe
+from qwlora.simulation.calibration import Stillness
+from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
+from qwlora.simulation.simulation_folder import restore
+from qwlora.simulation.stored_encodings import load_activations, load_encodings
+from qwlora.simulation.training_graph import TrainingGraph, with_scales
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from qwlora.simulation.placement import Placement
+
+MOMENTS = "moments"  # of the base's layers, beside it
+BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
+ADAPTER = "adapter"  # in the folder of its simulation: the factors that the encodings there are of
+SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it
+SOLVER_SCALES = (
+    "tuning/solver_scales.safetensors"  # of the base's layers before they were tuned, beside it
+)
+
+
+def learned_scales(adapter: Path) -> dict[str, Tensor]:
+    """The scales of activations that were learned with the adapter in a folder; none if it has none.
+
+    Raises:
+        SourceError: their file is damaged.
+    """
+    return _read_tensors(adapter / SCALES, f"adapter {str(adapter)!r}", "train it again")
+
+
+def solver_scales(base: Path) -> dict[str, Tensor]:
+    """The scales that the base in a folder had before tuning, by layer; none if it was not tuned.
+
+    Raises:
+        SourceError: their file is damaged.
+    """
+    return _read_tensors(
+        base / SOLVER_SCALES, f"base {str(base)!r}", "delete it and quantize again"
+    )
+
+
+def _read_tensors(path: Path, owner: str, remedy: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"{owner}: {path.name} cannot be read ({error}); {remedy}") from error
+
+
+class Session:
+    """Lazily loaded inputs of the stages of one directory."""
+
+    def __init__(self, recipe: Recipe, documents: Documents, path: Path, track: Track):
+        self.recipe, self.documents, self.path, self.track = recipe, documents, path, track
+        self._float_model: PreTrainedModel | None = None
+        self._simulation: tuple[str, Simulation] | None = None
+        self._rules_are_checked = False
+        self.whole_because: str | None = (
+            None  # why a folder's weights cannot be read tensor by tensor, known from `lazy` on
+        )
+        self.equalization: dict[str, Any] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = load_tokenizer(self.recipe.model.source)
+        if self.recipe.data.chat_template is not None:
+            tokenizer.chat_template = Path(self.recipe.data.chat_template).read_text()
+        return tokenizer
+
+    @cached_property
+    def data(self) -> Prepared:
+        return prepare(self.documents, self.tokenizer, self.recipe.data.cutting())
+
+    @property
+    def evaluation(self) -> Sequences:
+        """What perplexity is measured on."""
+        return self.data.held_out.first(self.recipe.data.evaluation_sequences)
+
+    @property
+    def calibration_ids(self) -> Tensor:
+        """What ranges and statistics of activations are measured on: int64 [count, tokens], without padding."""
+        return self.data.calibration_ids[: self.recipe.data.calibration_sequences]
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """What step 3 sees, and when it has seen enough: arguments of `Calibrated.observe`."""
+        section = self.recipe.simulation
+        batches = [
+            {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))}
+            for row in self.calibration_ids
+        ]
+        stillness = (
+            Stillness(section.still_share, section.still_batches)
+            if section.still_share is not None
+            else None
+        )
+        return {
+            "batches": batches,
+            "track": self.track,
+            "tokens": section.calibration_tokens,
+            "stillness": stillness,
+        }
+
+    def adapter(self, name: str) -> Adapter:
+        return next(a for a in self.recipe.adapters if a.name == name)
+
+    def float_model(self) -> PreTrainedModel:
+        """The model before step 1; stays until `take_float_model`."""
+        if self._float_model is None:
+            self._float_model = load_model(self.recipe.model.source)
+        return self._float_model
+
+    def checkpoint(self) -> Checkpoint:
+        """The model's files as they are, integers where they hold integers."""
+        location = fetch(self.recipe.model.source)
+        section = self.recipe.model
+        return open_checkpoint(
+            location.path,
+            section.encodings,
+            keep_float=section.keep_float,
+            block_order=section.block_order,
+        )
+
+    @cached_property
+    def lazy(self) -> LazyModel | None:
+        """The float model with its weights in their files; None if they are not in a folder that can be read tensor by tensor."""
+        location = fetch(self.recipe.model.source)
+        if location.gguf_file or self.recipe.model.encodings is not None:
+            return None
+        try:
+            return LazyModel(FloatCheckpoint(location.path))
+        except (
+            SourceError
+        ) as error:  # weights that transformers makes of others, or in pickles: it loads them whole
+            self.whole_because = str(error)
+            return None
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights, on the meta device: to see whether an adapter fits it."""
+        config = self._float_model.config if self._float_model is not None else self._config()
+        with init_empty_weights():
+            return AutoModelForCausalLM.from_config(config)
+
+    def _config(self) -> PreTrainedConfig:
+        location = fetch(self.recipe.model.source)
+        check_counts_of(location)
+        return AutoConfig.from_pretrained(location.pretrained, **location.arguments())
+
+    @property
+    def holds_float_model(self) -> bool:
+        """Whether it is in memory."""
+        return self._float_model is not None
+
+    def take_float_model(self) -> PreTrainedModel:
+        """Hand the float model over to whoever changes it."""
+        model, self._float_model = self.float_model(), None
+        return model
+
+    @cached_property
+    def packed_names(self) -> frozenset[str]:
+        """Names of the tensors that the base on disk holds packed."""
+        return frozenset(parameter_name(path) for path in read_record(self.path / "base")["layers"])
+
+    @property
+    def base_fingerprint(self) -> str:
+        fingerprint: str = read_record(self.path / "base")["fingerprint"]
+        return fingerprint
+
+    def base(self) -> PreTrainedModel:
+        """A fresh copy of the frozen base."""
+        self._float_model = None
+        return load_base(self.path / "base")
+
+    def adapted(self, name: str) -> PeftModel:
+        """A fresh copy of the base with the trained adapter."""
+        return load_adapter(self.base(), self.path / "adapters" / name).eval()
+
+    @property
+    def schemes(self) -> SimulationSchemes:
+        """What the recipe's simulation asks for."""
+        section = self.recipe.simulation
+        return SimulationSchemes(
+            activations=Scheme(section.activation_bitwidth, section.activation_symmetric),
+            adapter_weights=section.adapter_weights.scheme(),
+            quantize_residual_adds=section.residual_adds == "quantize",
+            policy=section.policy,
+            rules=tuple(section.placement_rules()),
+            observer=section.estimator(),
+            symmetric_matmul_second_input=section.symmetric_matmul_second_input,
+            idle_rules="allow",  # a job has several graphs; `check_rules` looks at all
+        )
+
+    @property
+    def example_inputs(self) -> dict[str, Tensor]:
+        """What a graph is captured with."""
+        ids = self.data.calibration_ids[:1, :16].repeat(2, 1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def equalized(self, *names: str) -> PeftModel:
+        """A fresh copy of the base with trained adapters in factors for their grid; the first is active. `equalization` says what was done to the last."""
+        model = self.adapted(names[0])
+        for number, name in enumerate(names[1:], 1):
+            folder = self.path / "adapters" / name
+            check_adapter(folder, self.base_fingerprint)
+            with reading(folder, model):
+                model.load_adapter(str(folder), adapter_name=f"{number}")
+        method, schemes = self.recipe.simulation.equalize, self.schemes
+        for adapter in model.peft_config:
+            reports = equalize_adapter_(
+                model,
+                schemes.adapter_weights,
+                method,
+                Moments(self.path / "base" / MOMENTS),
+                schemes.activations,
+                adapter,
+            )
+            self.equalization = {path: asdict(report) for path, report in reports.items()}
+        return model.eval()
+
+    def new_simulation(self, name: str, model: PeftModel | None = None) -> Simulation:
+        """Capture base and adapter; nothing is calibrated yet, but what training through the base's activations fixed. Only one simulation is kept.
+
+        Args:
+            model: the base with the adapter in factors for their grid; `equalized` unless given.
+        """
+        self._simulation = None
+        simulation = simulate(model or self.equalized(name), self.example_inputs, self.schemes)
+        self.check_rules(simulation.placement)
+        if self.recipe.workflow == "qwa-lora":
+            scales = learned_scales(self.path / "adapters" / name)
+            simulation.take_over(with_scales(load_activations(self.path / BASE_SIMULATION), scales))
+        self._simulation = (name, simulation)
+        return simulation
+
+    def check_rules(self, *placements: Placement) -> None:
+        """Every placement rule does something in a graph of the job; see `idle.py`.
+
+        Args:
+            placements: of graphs that were captured anyway.
+        """
+        if not self._rules_are_checked:
+            refuse_idle_rules(self, placements)
+        self._rules_are_checked = True
+
+    def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
+        """Base and adapter as one graph to train through, the base's activations on the grids that were calibrated."""
+        simulation = simulate(model.eval(), self.example_inputs, self.schemes)
+        return TrainingGraph(
+            simulation, load_activations(self.path / BASE_SIMULATION), learns_ranges
+        )
+
+    def simulation(self, name: str) -> Simulation:
+        """The calibrated simulation, captured again if it is not in memory."""
+        if self._simulation is None or self._simulation[0] != name:
+            folder = self.path / "simulation" / name
+            simulation = self.new_simulation(
+                name, load_adapter(self.base(), folder / ADAPTER).eval()
+            )
+            if (
+                self.recipe.simulation.base_activations == "none"
+            ):  # the adapter's weights lie on grids that their own values do not give
+                simulation.set_adapter_encodings(load_encodings(folder))
+            restore(simulation, folder)
+        assert self._simulation is not None
+        return self._simulation[1]

@@ -1,0 +1,99 @@
+"""What a recipe's data comes to, without running anything: counts, and a training sequence as the Trainer gets it, with the learnt tokens marked."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from qwlora.data import load_documents
+from qwlora.data.prepared_data import describe
+from qwlora.errors import SourceError
+from qwlora.pipeline.run_job import new_session
+from qwlora.progress import untracked
+from qwlora.recipe import Recipe
+
+OPEN, CLOSE = "⟦", "⟧"
+
+
+def preview(recipe: Recipe, sequence: int = 0) -> dict[str, Any]:
+    """Counts (`data`, as in results.json), and training sequence number `sequence` as `documents`: lists of runs {text, tokens, learnt}.
+
+    Raises:
+        SourceError: see `load_documents` and `prepare`; or there are fewer sequences.
+    """
+    from qwlora.data.sequences import IGNORED
+
+    documents = load_documents(
+        recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
+    )
+    session = new_session(recipe, documents, Path(), untracked)
+    train = session.data.train
+    if not 0 <= sequence < len(train):
+        raise SourceError(
+            f"there is no training sequence {sequence}; there are {len(train)}, counted from 0"
+        )
+    item = train[sequence]
+    ids, learnt = item["input_ids"].tolist(), (item["labels"] != IGNORED).tolist()
+    positions = item["position_ids"].tolist() if "position_ids" in item else list(range(len(ids)))
+    starts = [i for i, position in enumerate(positions) if position == 0]
+    parts = [slice(start, end) for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+    shown = [
+        [_run(session.tokenizer, list(run), flag) for flag, run in _runs(ids[part], learnt[part])]
+        for part in parts
+    ]
+    return {
+        "data": describe(documents, session.data),
+        "sequence": sequence,
+        "documents": [runs for runs in shown if runs],
+    }
+
+
+def _runs(ids: list[int], learnt: list[bool]) -> Any:
+    """Neighbours that are both learnt or both not; what is not learnt and repeats one token to the end is padding, and left out."""
+    end = len(ids)
+    while end > 1 and not learnt[end - 1] and ids[end - 1] == ids[end - 2]:
+        end -= 1
+    if end == 1 and len(ids) > 1 and not learnt[0]:
+        end = 0
+    return (
+        (flag, (i for i, _ in run))
+        for flag, run in groupby(
+            zip(ids[:end], learnt[:end], strict=True), key=lambda pair: pair[1]
+        )
+    )
+
+
+def _run(tokenizer: Any, ids: list[int], learnt: bool) -> dict[str, Any]:
+    return {
+        "text": tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        ),
+        "tokens": len(ids),
+        "learnt": learnt,
+    }
+
+
+def format_preview(found: dict[str, Any]) -> str:
+    """The counts as a table and the sequence as text, learnt tokens between OPEN and CLOSE."""
+    data = found["data"]
+    lines = [f"{data['kind']}, packing {data['packing']}"]
+    lines += [
+        f"{data[key]:,} {key.replace('_', ' ')}"
+        for key in ("skipped_records", "overlapping_documents", "overlapping_paragraphs")
+        if data[key]
+    ]
+    lines += ["", f"{'':22}{'training':>12}{'held out':>12}"]
+    lines += [
+        f"{key.replace('_', ' '):22}{value:>12,}{data['held_out'][key]:>12,}"
+        for key, value in data["train"].items()
+    ]
+    lines += ["", f"training sequence {found['sequence']}; what is learnt stands in {OPEN} {CLOSE}"]
+    for runs in found["documents"]:
+        lines += [
+            "-" * 40,
+            "".join(
+                f"{OPEN}{run['text']}{CLOSE}" if run["learnt"] else run["text"] for run in runs
+            ),
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,182 @@
+"""Merging an adapter of a finished job into its base, with the verdict first.
+
+    float         W_hat + Delta, a float model: computes what base and adapter compute, at the float model's size
+    requantized   W_hat + Delta rounded back onto the base's own grid: the base's size, and what the grid swallows is lost
+
+`W_hat` is what the base's integers stand for, never the float weight that they came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from qwlora.adapter.merge_loss import Swallowed, swallowed, untie_
+from qwlora.analysis.perplexity import logits_of, perplexity
+from qwlora.errors import DirectoryError
+from qwlora.formats.base_folder import save_base
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.nn.pack_at import pack_at_, tie_weights_
+from qwlora.nn.unpack import restore_conv1d_, unpack_
+from qwlora.pipeline.context import Session
+from qwlora.pipeline.directory import explained
+from qwlora.progress import Track
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Into = Literal["float", "requantized"]
+LOSS = 0.01  # relative loss of perplexity up to which merging into integers is called harmless
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What merging into the base's integers would do.
+
+    Args:
+        layers: by canonical path.
+        base, adapted, merged: perplexity on held-out text of the base, of base and adapter, and of the requantized merge.
+    """
+
+    layers: dict[str, Swallowed]
+    base: float
+    adapted: float
+    merged: float
+
+    @property
+    def share(self) -> float:
+        """Share of all entries of the adapter's delta under half a step."""
+        return sum(layer.below for layer in self.layers.values()) / max(
+            1, sum(layer.entries for layer in self.layers.values())
+        )
+
+    @property
+    def kept(self) -> float | None:
+        """Share of what the adapter gained on the base that is left after merging; can be negative. None if it gained nothing."""
+        gained = self.base - self.adapted
+        return (self.base - self.merged) / gained if gained > 0 else None
+
+    @property
+    def is_harmless(self) -> bool:
+        return self.merged <= self.adapted * (1 + LOSS)
+
+    def recommendation(self) -> str:
+        """One sentence."""
+        if self.is_harmless:
+            return "Merging into the integers loses next to nothing: merge, or keep the adapter separate for swapping."
+        return "Keep the adapter separate, or merge into floats: merging into the integers loses too much of it."
+
+    def to_json(self) -> dict[str, Any]:
+        layers = {
+            name: {**asdict(layer), "share": layer.share} for name, layer in self.layers.items()
+        }
+        numbers = {
+            "share": self.share,
+            "base": self.base,
+            "adapted": self.adapted,
+            "merged": self.merged,
+            "kept": self.kept,
+        }
+        return {
+            **numbers,
+            "is_harmless": self.is_harmless,
+            "recommendation": self.recommendation(),
+            "layers": layers,
+        }
+
+
+def merge_verdict(session: Session, name: str, track: Track) -> Verdict:
+    """Compute the verdict for adapter `name` of the session's job."""
+    adapted = session.adapted(name)
+    layers = swallowed(adapted)
+    after = _perplexity(session, adapted, "adapted", track)
+    before = _perplexity(session, session.base(), "base", track)
+    merged = _perplexity(session, merged_model(adapted, "requantized"), "merged", track)
+    return Verdict(layers, before, after, merged)
+
+
+def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
+    """The merged model; takes `adapted` apart. What it tied to a layer with an adapter is tied no longer.
+
+    Raises:
+        MergeError: the model has fused experts, or ties a layer with an adapter whatever its configuration says.
+    """
+    packed = unpack_(adapted)
+    for layers in untie_(adapted):
+        tensors = [f"{layer}.weight" for layer in layers]
+        if owner := next((packed[tensor] for tensor in tensors if tensor in packed), None):
+            packed |= dict.fromkeys(tensors, owner)
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    if into == "requantized":
+        for tensor, quantized in packed.items():
+            weight: Tensor = merged.get_parameter(tensor).detach()
+            codes = quantized.encoding.quantize(weight.reshape(quantized.codes.shape).float())
+            pack_at_(merged, tensor, QuantizedTensor(codes, quantized.encoding))
+        tie_weights_(merged)
+    restore_conv1d_(merged)
+    return merged.eval()
+
+
+def check_target(folder: Path) -> None:
+    """See that a merged model can be written at `folder`.
+
+    Raises:
+        DirectoryError: it is a file, holds something, or cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DirectoryError(f"{str(folder)!r} is a file; --out names a directory")
+    if folder.exists() and any(folder.iterdir()):
+        raise DirectoryError(f"{str(folder)!r} is not empty; choose another --out")
+    if folder.exists() and not os.access(folder, os.W_OK):
+        raise DirectoryError(f"{str(folder)!r} is not writable; choose another --out")
+    above = next(p for p in folder.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise DirectoryError(
+            f"{str(folder)!r} cannot be made: {str(above)!r} is a file; choose another --out"
+        )
+    if not os.access(above, os.W_OK):
+        raise DirectoryError(
+            f"{str(folder)!r} cannot be made: {str(above)!r} is not writable; choose another --out"
+        )
+
+
+def write_merged(session: Session, name: str, into: Into, folder: Path) -> None:
+    """Write the merged model of adapter `name` into `folder`: a Hugging Face checkpoint, or a base of its own.
+
+    Raises:
+        DirectoryError: see `check_target`; or it cannot be written after all, as where the disk is full. Nothing half-written stays.
+    """
+    check_target(folder)
+    merged = merged_model(session.adapted(name), into)
+    scratch = folder.with_name(f".{folder.name}.part")
+    made = [above for above in scratch.parents if not above.exists()]
+    try:
+        with explained(folder):
+            shutil.rmtree(scratch, ignore_errors=True)  # of a merge that was killed
+            scratch.mkdir(parents=True)
+            if into == "float":
+                merged.save_pretrained(scratch)
+                session.tokenizer.save_pretrained(scratch)
+            else:
+                save_base(merged, session.tokenizer, scratch, session.recipe.model.source)
+            if folder.exists():
+                folder.rmdir()
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        for above in made:
+            with contextlib.suppress(OSError):  # it holds the merged model
+                above.rmdir()
+
+
+def _perplexity(
+    session: Session, model: PreTrainedModel | PeftModel, what: str, track: Track
+) -> float:
+    return perplexity(logits_of(model), session.evaluation, f"perplexity, {what}", track)

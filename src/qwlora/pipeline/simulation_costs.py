@@ -1,0 +1,162 @@
+"""What the simulation of a job's adapter costs, and the mixed precision that keeps it under a limit, for `qwlora simulate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.errors import CalibrationError
+from qwlora.pipeline.run_job import is_calibrated, open_job
+from qwlora.progress import Track, untracked
+
+if TYPE_CHECKING:
+    from qwlora.data.sequences import Sequences
+    from qwlora.pipeline.context import Session
+    from qwlora.simulation.simulation import Simulation
+
+LISTED = 10
+SENSED_TOKENS = 128  # a sequence's beginning; every activation of it is in memory at once
+SEARCHED_SEQUENCES = 4  # what a search measures, some dozens of times
+NARROW_BITS, WIDE_BITS = 8, 16
+
+
+def account_job(
+    folder: Path,
+    adapter: str | None = None,
+    changes: tuple[str, ...] = (),
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """Perplexity as one thing after the other is switched on, the dearest activations (nats a token), and those furthest from the float graph's.
+
+    Raises:
+        DirectoryError: as `open_job`.
+        CalibrationError: the folder's calibration is of another recipe, see `is_calibrated`.
+    """
+    session, name = open_job(folder, adapter, changes, track)
+    from qwlora.analysis.sensitivity import sensitivities
+    from qwlora.analysis.stage_costs import account, layer_sqnr
+
+    calibrated = not changes and is_calibrated(session, name)
+    simulation = session.simulation(name) if calibrated else _calibrated(session, name)
+    perplexities = {"base": _perplexity(session.base(), session.evaluation)}
+    perplexities |= account(
+        simulation, lambda: _simulated(simulation, session.evaluation), session.track
+    )
+    batches = _sensed(session)
+    tokens = sum(batch["input_ids"].numel() - 1 for batch in batches)
+    ranking = [
+        {**asdict(s), "cost": s.cost / tokens}
+        for s in sensitivities(simulation, batches, track=session.track)[:LISTED]
+    ]
+    furthest = sorted(
+        layer_sqnr(simulation, batches[:1], session.track).items(), key=lambda item: item[1]
+    )[:LISTED]
+    found = {
+        "adapter": name,
+        "perplexity": perplexities,
+        "sensitivity": ranking,
+        "layer_sqnr_db": dict(furthest),
+    }
+    return found if calibrated else found | _unshared(session)
+
+
+def suggest_job(
+    folder: Path,
+    adapter: str | None,
+    changes: tuple[str, ...],
+    share: float,
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """The fewest activations at 16 bits, the others at 8, with which perplexity is at most `1 + share` of the adapter's with float activations.
+
+    The search keeps to the limit on a few of the recipe's evaluation sequences (`sequences`), where the adapter with float activations has
+    `float_activations`. `fresh` is what the result does on the others, and the same there; None where there are no others. `kept` counts the activations that
+    the recipe's rules decide about, which are not searched; `rules` are all that give the result, the recipe's own first.
+
+    Raises:
+        DirectoryError: as `open_job`.
+        CalibrationError: not even 16 bits for all keep the limit; or the adapter was trained through activations on grids (workflow qwa-lora).
+    """
+    session, name = open_job(
+        folder, adapter, (*changes, f"simulation.activation_bitwidth={NARROW_BITS}"), track
+    )
+    from qwlora.analysis.mixed_precision import suggest
+
+    if session.recipe.workflow == "qwa-lora":
+        raise CalibrationError(
+            f"adapter {name!r} was trained through activations on their grids (workflow qwa-lora), and other grids are another training, which is not "
+            "measured here; find them with workflow qw-lora, put the rules into the recipe, and train through those"
+        )
+
+    simulation = _calibrated(session, name)
+    searched, others = session.evaluation.spread(SEARCHED_SEQUENCES)
+    with simulation.only():
+        reference = _simulated(simulation, searched)
+    limit = (1 + share) * reference
+    found = suggest(
+        simulation,
+        _sensed(session),
+        lambda: _simulated(simulation, searched),
+        limit,
+        NARROW_BITS,
+        WIDE_BITS,
+        track=session.track,
+    )
+    fresh: dict[str, float] | None = None
+    if len(others):
+        fresh = {"sequences": len(others), "measured": _simulated(simulation, others)}
+        with simulation.only():
+            fresh["float_activations"] = _simulated(simulation, others)
+    measured = {
+        key: getattr(found, key)
+        for key in ("narrow", "kept", "measured", "all_narrow", "all_wide", "limit")
+    }
+    measured |= {"float_activations": reference, "sequences": len(searched)}
+    own = [
+        rule.model_dump(exclude_defaults=True, mode="json")
+        for rule in session.recipe.simulation.rules
+    ]
+    rules = [*own, *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in found.rules)]
+    return {
+        "adapter": name,
+        **measured,
+        "fresh": fresh,
+        "wide": list(found.wide),
+        "rules": rules,
+        **_unshared(session),
+    }
+
+
+def _unshared(session: Session) -> dict[str, str]:
+    """What the recipe shares among adapters, where it does, since a simulation that is calibrated here has encodings of its own."""
+    shares = session.recipe.simulation.base_activations
+    return {} if shares == "all" else {"unshared": shares}
+
+
+def _calibrated(session: Session, name: str) -> Simulation:
+    simulation = session.new_simulation(name)
+    simulation.calibrate(
+        **session.calibration, allow_unseen=session.recipe.simulation.unseen == "float"
+    )
+    return simulation
+
+
+def _sensed(session: Session) -> list[dict[str, Any]]:
+    """Beginnings of the calibration sequences."""
+    ids = session.calibration_ids[:, :SENSED_TOKENS]
+    return [
+        {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids
+    ]
+
+
+def _simulated(simulation: Simulation, evaluation: Sequences) -> float:
+    from qwlora.analysis.perplexity import perplexity
+
+    return perplexity(simulation.logits, evaluation, "perplexity, simulated")
+
+
+def _perplexity(model: Any, evaluation: Sequences) -> float:
+    from qwlora.analysis.perplexity import logits_of, perplexity
+
+    return perplexity(logits_of(model.eval()), evaluation, "perplexity")

@@ -1,0 +1,1 @@
+"""Step 1: freeze a model's weights to integers: solvers, the block runner, tuned scales."""

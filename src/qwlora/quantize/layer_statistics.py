@@ -1,0 +1,168 @@
+"""What the layers of a part see, how much each token of it matters, and how much each of a layer's outputs does.
+
+    R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in],        w_t = |g_t|^2
+    G = mean_t g_t g_t^T                         [out, out],      g_t = dp / dz_t,        p = sum_s r_s . y_s / |y_s|,        r ~ N(0, 1)
+
+x_t and z_t are a layer's input and output at token t, y_s the part's output at token s. The mean of w_t over r is `sum_s |dy_s / dz_t|_F^2 / |y_s|^2`
+(Hutchinson's estimator, one probe a batch): by how much an error of the layer at token t moves what the part makes, relative to its size.
+
+A language model's tokens are far from alike. Nearly all of them attend to the first one, so an error in its value moves every output; and where its hidden
+state is thousands of times longer than the others', the norm that reads it makes that error vanish. With `w_t = 1` the first is lost among the rest, and the
+second is all of R. GuidedQuant (Kim et al. 2025, https://arxiv.org/abs/2505.07004) takes the gradient of the loss for p; this needs no loss, and no more of the
+model than one part. That an error's cost is nearly the product of two such moments is K-FAC's (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671).
+
+y is the first tensor in the part's result that depends on its layers. Masked tokens count like others; leave padding out of calibration data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
+
+from qwlora.errors import CalibrationError
+from qwlora.gradients import frozen
+from qwlora.grid.second_moments import Moment, SecondMoment
+from qwlora.parameter_names import canonical_name
+from qwlora.quantize.block_runner import Lockstep
+
+_SHORTEST = 0.1  # of the median length of an output: what is shorter counts as this long
+
+
+@dataclass
+class Observed:
+    """Running R and, where it is wanted, G of one layer."""
+
+    input: SecondMoment
+    output: SecondMoment | None
+
+    @property
+    def moment(self) -> Moment:
+        """As they are now."""
+        return Moment(self.input.matrix, None if self.output is None else self.output.matrix)
+
+
+def observe(
+    model: nn.Module, part: str, tensors: Sequence[str], lockstep: Lockstep, outputs: bool = True
+) -> dict[str, Observed]:
+    """Run the part that `lockstep` stands before, and give R and, with `outputs`, G for each matrix product in `tensors` whose errors move the part's output.
+    A layer that is the whole part, such as a head, has no G: it would be a multiple of 1.
+
+    Raises:
+        CalibrationError: the part's result does not depend on its layers in a way that can be differentiated, or an input or a gradient is not finite.
+    """
+    modules = {
+        name: model.get_submodule(name.removesuffix(".weight"))
+        for name in tensors
+        if name.endswith(".weight")
+    }
+    products = {
+        name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)
+    }
+    found: dict[str, Observed] = {}
+    if not products:
+        return found
+    with torch.enable_grad(), frozen(model.get_submodule(part)), _recorded(products) as calls:
+        seeds = count()
+        for result in lockstep.repeat():
+            if calls:
+                gradients = _gradients(
+                    canonical_name(part), result, [z for _, _, z in calls], next(seeds)
+                )
+                for (name, x, _), gradient in zip(calls, gradients, strict=True):
+                    if name not in found:
+                        found[name] = Observed(
+                            SecondMoment(),
+                            SecondMoment() if outputs and name != f"{part}.weight" else None,
+                        )
+                    _take_in(found[name], canonical_name(name), x, gradient)
+                del gradients, gradient, x
+            del result  # before the next batch runs
+            calls.clear()
+    return {name: observed for name, observed in found.items() if observed.input.weight > 0}
+
+
+def _gradients(
+    part: str, result: Any, outputs: Sequence[Tensor], seed: int
+) -> Sequence[Tensor | None]:
+    """dp / dz of each of the layers' outputs."""
+    remedy = "solver gptq, init qera and rank_budget need that; for its layers take solver search, by a rule, and init zero or svd"
+    try:
+        for y in _tensors(result):
+            if y.requires_grad:
+                probe = _probe(y, torch.Generator().manual_seed(seed))
+                gradients = torch.autograd.grad(
+                    y, outputs, probe, retain_graph=True, allow_unused=True
+                )
+                if any(gradient is not None for gradient in gradients):
+                    return gradients
+    except (RuntimeError, NotImplementedError) as error:
+        raise CalibrationError(f"{part} cannot be differentiated ({error}); {remedy}") from error
+    raise CalibrationError(
+        f"no tensor in the result of {part} can be differentiated back to its layers; {remedy}"
+    )
+
+
+def _take_in(observed: Observed, layer: str, x: Tensor, gradient: Tensor | None) -> None:
+    if gradient is None or not x.numel():
+        return
+    try:
+        observed.input.update(x, gradient.float().square().sum(-1))
+        if observed.output is not None:
+            observed.output.update(gradient)
+    except CalibrationError as error:
+        raise CalibrationError(f"{layer}: {error}") from error
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """Tensors in nested results, those in fields of plain dataclasses too."""
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in fields(leaf):
+                yield from _tensors(getattr(leaf, field.name))
+
+
+@contextmanager
+def _recorded(products: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
+    """(name, input, output) of every call of the layers; copies, since a model may change either in place."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def record(name: str) -> Callable[..., Tensor]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
+            x = args[0] if args else next(iter(kwargs.values()))
+            calls.append((name, x.detach().clone(), output.requires_grad_()))
+            return output.clone()
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(record(name), with_kwargs=True)
+        for name, module in products.items()
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _probe(
+    y: Float[Tensor, "*tokens features"], generator: torch.Generator
+) -> Float[Tensor, "*tokens features"]:
+    """`r / |y|`."""
+    length = y.detach().float().norm(dim=-1, keepdim=True)
+    usual = length[length > 0]
+    shortest = _SHORTEST * usual.median() if usual.numel() else torch.ones_like(length)
+    return (torch.randn(y.shape, generator=generator).to(length) / length.maximum(shortest)).to(y)

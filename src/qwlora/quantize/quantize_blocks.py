@@ -1,0 +1,180 @@
+"""Quantize a model part by part, each on the inputs that the already quantized parts before it make.
+
+A part is a member of an outermost `ModuleList` (a decoder block) that holds tensors to quantize, or a layer outside all lists. For each part, in the order of
+the forward pass: the part runs as it is on every batch while second moments of each layer are collected (`observe.py`); its layers are solved and packed; then
+it runs again, packed, to make the input of the next. Peak memory is the model, one part's moments ([in, in] a layer, and [out, out] where those are asked for)
+and the activations of one batch in it, and the hidden states of the batches.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qwlora.errors import CalibrationError, GridError
+from qwlora.formats.meta_model import blocks_of
+from qwlora.grid.second_moments import Moments
+from qwlora.nn import is_packed, pack_at_
+from qwlora.parameter_names import canonical_name
+from qwlora.progress import Track, untracked
+from qwlora.quantize.block_cache import FinishedParts, Part
+from qwlora.quantize.block_runner import Lockstep
+from qwlora.quantize.layer_rules import Assignment
+from qwlora.quantize.layer_statistics import Observed, observe
+from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, tensor_out_in
+from qwlora.quantize.solvers import CALIBRATED
+
+
+def quantize_parts_(
+    model: nn.Module,
+    plan: Mapping[str, Assignment],
+    batches: Sequence[Mapping[str, Any]],
+    moments: Moments | None,
+    work: Path | None,
+    track: Track,
+) -> dict[str, LayerReport]:
+    """Quantize the tensors in `plan` (by their names in the model); see `quantize_` for arguments and errors."""
+    parts = parts_of(model, plan)
+    done: dict[str, LayerReport] = {}
+    finished = FinishedParts(work, batches, moments)
+    with _lockstep(model, list(parts), batches) as lockstep:
+        for _ in track(range(len(parts)), "quantizing", len(parts)):
+            part = lockstep.advance()
+            if part is None:
+                break
+            finished.begin(part, {name: tensor_out_in(model, name) for name in parts[part]}, plan)
+            kept = finished.read()
+            if kept is None:
+                follow = [
+                    name
+                    for name in parts[part]
+                    if moments is not None or plan[name].solver in CALIBRATED
+                ]
+                kept = _solve_part(
+                    model,
+                    parts[part],
+                    plan,
+                    observe(model, part, follow, lockstep, moments is not None),
+                    moments,
+                )
+                finished.write(*kept)
+            quantized, reports = kept
+            for name in parts[part]:
+                pack_at_(model, name, quantized[name])
+            done.update({canonical_name(n): r for n, r in reports.items()})
+        else:
+            lockstep.advance()
+    if missed := [canonical_name(n) for n in plan if canonical_name(n) not in done]:
+        raise CalibrationError(
+            f"layers that no calibration batch reaches: {', '.join(missed[:5])}; give them solver rtn or search, or keep them float, by a rule"
+        )
+    return done
+
+
+def observe_moments(
+    model: nn.Module,
+    calibration: Tensor | Sequence[Mapping[str, Any]],
+    moments: Moments | None = None,
+    *,
+    track: Track = untracked,
+) -> Moments:
+    """The moments (`grid/moment.py`) of a quantized model's packed linear layers: what starts that follow the data need, where a base was made elsewhere.
+
+    Args:
+        calibration: token ids [sequences, tokens], or the model's keyword arguments batch by batch.
+        moments: where they go; into memory unless given.
+
+    Raises:
+        GridError: no linear layer is packed.
+        CalibrationError: an input holds nan or infinity, or a part cannot be differentiated.
+    """
+    moments = moments if moments is not None else Moments()
+    parts = parts_of(
+        model,
+        {
+            f"{path}.weight": None
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and is_packed(module)
+        },
+    )
+    if not parts:
+        raise GridError(
+            "no linear layer of the model is packed, so there is nothing to observe; quantize it first"
+        )
+    with _lockstep(model, list(parts), batches_of(calibration)) as lockstep:
+        for _ in track(range(len(parts)), "observing", len(parts)):
+            part = lockstep.advance()
+            if part is None:
+                break
+            for name, observed in observe(model, part, parts[part], lockstep).items():
+                moments.put(canonical_name(name).removesuffix(".weight"), observed.moment)
+        else:
+            lockstep.advance()
+    return moments
+
+
+def batches_of(
+    calibration: Tensor | Sequence[Mapping[str, Any]] | None,
+) -> Sequence[Mapping[str, Any]]:
+    """The model's keyword arguments, batch by batch.
+
+    Raises:
+        GridError: there are none.
+    """
+    if calibration is None:
+        raise GridError(
+            "solver gptq and moments need calibration data: token ids, or batches of the model's inputs"
+        )
+    return (
+        [{"input_ids": row.unsqueeze(0)} for row in calibration]
+        if isinstance(calibration, Tensor)
+        else calibration
+    )
+
+
+def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[str]]:
+    """The tensors of each part, by path of the part."""
+    blocks = blocks_of(model)
+    parts: dict[str, list[str]] = {}
+    for layer in tensors:
+        part = next(
+            (block for block in blocks if layer.startswith(f"{block}.")), layer.rpartition(".")[0]
+        )
+        parts.setdefault(part, []).append(layer)
+    return parts
+
+
+def _lockstep(
+    model: nn.Module, parts: Sequence[str], batches: Sequence[Mapping[str, Any]]
+) -> Lockstep:
+    keep = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
+    return Lockstep(model, parts, [{**batch, **keep} for batch in batches])
+
+
+def arguments_of(model: nn.Module) -> set[str]:
+    """Names of the arguments of a model's forward, through PEFT's wrapper."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return set(inspect.signature(inner.forward).parameters)
+
+
+def _solve_part(
+    model: nn.Module,
+    tensors: Sequence[str],
+    plan: Mapping[str, Assignment],
+    seen: dict[str, Observed],
+    moments: Moments | None,
+) -> Part:
+    """Codes and report of each tensor; R and G go to `moments`, and out of `seen`."""
+    quantized, reports = {}, {}
+    for name in tensors:
+        moment = seen.pop(name).moment if name in seen else None
+        quantized[name], reports[name] = solve_tensor(
+            name, tensor_out_in(model, name), plan[name], None if moment is None else moment.input
+        )
+        if moments is not None and moment is not None:
+            moments.put(canonical_name(name).removesuffix(".weight"), moment)
+    return quantized, reports

@@ -1,0 +1,130 @@
+"""A checkpoint becomes a base on disk without ever being a model in memory.
+
+For each module in the order of the files: its tensors are read, its weight is solved and packed if the rules say so, the result goes into the shard that
+is being written, and the module is let go. The peak is one module as floats (a linear layer, an embedding, a layer's fused experts), what its solver
+needs, and one shard. A solver that follows the inputs of a layer needs a block of the model at a time, and what lies outside all blocks
+(`stream_calibrated.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qwlora.errors import SourceError
+from qwlora.formats.assemble_model import LazyModel
+from qwlora.formats.base_folder import BaseWriter
+from qwlora.formats.checkpoint import Checkpoint
+from qwlora.formats.meta_model import put_, tensor_at
+from qwlora.formats.shard_writer import SHARD_BYTES
+from qwlora.grid.scheme import Scheme
+from qwlora.grid.scheme_presets import weight_scheme
+from qwlora.grid.second_moments import Moments
+from qwlora.nn import pack_at_, tie_weights_
+from qwlora.parameter_names import canonical_name
+from qwlora.progress import Track, untracked
+from qwlora.quantize.gptq import GptqSettings
+from qwlora.quantize.layer_rules import Assignment, Rule
+from qwlora.quantize.quantize_blocks import batches_of, parts_of, quantize_parts_
+from qwlora.quantize.quantize_model import QuantizeReport, base_size, plan_layers
+from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, tensor_out_in
+from qwlora.quantize.solvers import CALIBRATED
+from qwlora.quantize.streamed_blocks import PartsOnDemand
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The fingerprint of a base that was written, and what was done to each tensor."""
+
+    fingerprint: str
+    report: QuantizeReport
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    source: str,
+    scheme: Scheme | str | None,
+    solver: str = "search",
+    *,
+    rules: Sequence[Rule] = (),
+    calibration: Tensor | Sequence[Mapping[str, Any]] | None = None,
+    moments: Moments | None = None,
+    work: Path | None = None,
+    gptq: GptqSettings | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    track: Track = untracked,
+) -> Streamed:
+    """Write the base of `checkpoint` into `folder`, which must exist: the same as `quantize_` and `save_base` make.
+
+    Args:
+        scheme: as for `quantize_`; None keeps the integers of a checkpoint that has them, and quantizes nothing.
+        calibration, moments, work, gptq: as for `quantize_`.
+        shard_bytes: at which a file is full; as much is held in memory.
+
+    Raises:
+        GridError: as `quantize_`; or the model runs a block of its layers again after a later one.
+        SourceError: a tensor cannot be read, or a layer that a scheme is asked for is integers already.
+        CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
+    """
+    lazy = LazyModel(checkpoint)
+    scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
+    plan = {} if scheme is None else plan_layers(lazy.model, scheme, solver, rules, gptq)
+    writer = BaseWriter(Path(folder), shard_bytes)
+    if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
+        batches = batches_of(calibration)
+        with PartsOnDemand(lazy, writer, parts_of(lazy.model, plan), len(batches)):
+            layers = quantize_parts_(lazy.model, plan, batches, moments, work, track)
+    else:
+        layers = _module_by_module(lazy, writer, plan, track)
+    return Streamed(
+        writer.finish(lazy.model, tokenizer, source), QuantizeReport(base_size(lazy.model), layers)
+    )
+
+
+def _module_by_module(
+    lazy: LazyModel, writer: BaseWriter, plan: Mapping[str, Assignment], track: Track
+) -> dict[str, LayerReport]:
+    reports = {}
+    modules: dict[str, list[str]] = {}
+    for name in lazy.stored:
+        modules.setdefault(lazy.places[name][0][0], []).append(name)
+    for path in track(list(modules), "quantizing", len(modules)):
+        for name in modules[path]:
+            lazy.load_(name)
+            if name in plan:
+                reports[canonical_name(name)] = _quantize_(lazy, name, plan[name])
+        writer.add(lazy.model.get_submodule(path), path)
+        for name in modules[path]:
+            _let_go_(lazy, name)
+    return reports
+
+
+def _quantize_(lazy: LazyModel, name: str, todo: Assignment) -> LayerReport:
+    """Pack the tensor `name`, everywhere that it is read."""
+    (path, key), *others = lazy.places[name]
+    if key not in lazy.model.get_submodule(path)._parameters:
+        raise SourceError(
+            f"{name} is integers already in the files; leave the scheme out to keep them, or start from a float checkpoint"
+        )
+    quantized, report = solve_tensor(name, tensor_out_in(lazy.model, name), todo)
+    pack_at_(lazy.model, name, quantized)
+    if others:
+        tie_weights_(lazy.model)
+    return report
+
+
+def _let_go_(lazy: LazyModel, name: str) -> None:
+    """Only shapes stay of a tensor that was written, packed or not."""
+    places = lazy.places[name]
+    tensor = tensor_at(lazy.model, places[0])
+    if tensor is None:
+        lazy.model.get_submodule(places[0][0]).to("meta")
+    else:
+        put_(lazy.model, places, tensor.to("meta"))

@@ -1,0 +1,193 @@
+"""Freeze a model's weights to integers, in place.
+
+    quantize_(model, "w4-block32")                                         each layer on its own (rtn, search, sqnr)
+    quantize_(model, "w4-block32", "gptq", calibration=token_ids)          part by part, on the inputs that the quantized parts before it make
+
+Which layers, on which grid, by which solver: see `rules.py`. Works before or after PEFT has wrapped the layers: only the innermost base layer is replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qwlora.errors import GridError
+from qwlora.formats.model_source import forget_gguf_
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme_presets import weight_scheme
+from qwlora.grid.second_moments import Moments
+from qwlora.nn import is_packable, pack_at_, packed_weights, tie_weights_
+from qwlora.parameter_names import canonical_name, is_adapter_name
+from qwlora.progress import Track, untracked
+from qwlora.quantize.gptq import GptqSettings
+from qwlora.quantize.layer_rules import Assignment, Candidate, Rule, assign
+from qwlora.quantize.quantize_blocks import batches_of, quantize_parts_
+from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, tensor_out_in
+from qwlora.quantize.solvers import CALIBRATED, check_solver
+
+
+@dataclass(frozen=True)
+class BaseSize:
+    """What the packed layers weigh (codes, scales and offsets), and how many weights the model holds beside them, as floats."""
+
+    bytes: int
+    weights: int
+    float_weights: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.weights if self.weights else 0.0
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """The size of the base and, by canonical name, what was done to each tensor."""
+
+    size: BaseSize
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: Scheme | str,
+    solver: str = "search",
+    *,
+    rules: Sequence[Rule] = (),
+    calibration: Tensor | Sequence[Mapping[str, Any]] | None = None,
+    moments: Moments | None = None,
+    work: Path | None = None,
+    gptq: GptqSettings | None = None,
+    track: Track = untracked,
+) -> QuantizeReport:
+    """Quantize the layers of `model` in place.
+
+    Args:
+        scheme: the grid of every weight, or its short name (`w4-block32`, `w4a16`, see `weight_scheme`).
+        solver: `rtn`, `search`, `sqnr` or `gptq` (see `solver.py`).
+        rules: what is different for some layers (see `rules.py`).
+        calibration: token ids [sequences, tokens], or the model's keyword arguments batch by batch; needed by gptq, and for `moments`.
+        moments: filled with the second moments of each layer (`grid/moment.py`), which the data-aware start of an adapter needs.
+        work: a folder for finished parts; the same call goes on after the last one there.
+        gptq: how that solver goes about it.
+
+    Raises:
+        GridError: a scheme does not fit its layer (all such layers are named), a rule matches nothing, or there is nothing to quantize.
+        CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
+    """
+    scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
+    plan = plan_layers(model, scheme, solver, rules, gptq)
+    if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
+        reports = quantize_parts_(model, plan, batches_of(calibration), moments, work, track)
+    else:
+        reports = {}
+        for name in track(list(plan), "quantizing", len(plan)):
+            quantized, reports[canonical_name(name)] = solve_tensor(
+                name, tensor_out_in(model, name), plan[name]
+            )
+            pack_at_(model, name, quantized)
+    if isinstance(model, PreTrainedModel):
+        tie_weights_(model)
+        if getattr(model, "quantization_method", None) == "gguf":
+            forget_gguf_(model)
+    return QuantizeReport(base_size(model), reports)
+
+
+def plan_layers(
+    model: nn.Module,
+    scheme: Scheme,
+    solver: str,
+    rules: Sequence[Rule] = (),
+    gptq: GptqSettings | None = None,
+) -> dict[str, Assignment]:
+    """Grid and solver of each tensor that `quantize_` would replace, by its name in the model; raises what it would raise."""
+    for named in {solver, *(rule.solver for rule in rules if rule.solver)}:
+        check_solver(named)
+    plan, misfits = {}, []
+    for name, todo in assign(find_tensors(model), scheme, solver, rules).items():
+        shape = tuple(tensor_out_in(model, name).shape)
+        granularity = todo.scheme.granularity
+        if len(shape) == 3 and isinstance(
+            granularity, PerChannel
+        ):  # a channel of a bank of experts is a row of one of them
+            todo = replace(todo, scheme=replace(todo.scheme, granularity=PerBlock(shape[-1])))
+        try:
+            todo.scheme.scale_shape(shape)
+        except GridError as error:
+            misfits.append(f"{canonical_name(name)}: {todo.scheme} does not fit: {error}")
+        plan[name] = replace(todo, gptq=gptq or todo.gptq)
+    if misfits:
+        shown = "\n  ".join(
+            misfits[:5] + ([f"and {len(misfits) - 5} more"] if len(misfits) > 5 else [])
+        )
+        raise GridError(
+            f"{len(misfits)} of {len(plan)} layers do not fit their scheme; choose a block size that divides their input\n  {shown}"
+        )
+    if not plan:
+        raise GridError("the model has no layer left to quantize")
+    return plan
+
+
+def find_tensors(model: nn.Module) -> dict[str, Candidate]:
+    """What can be packed, by the name of the tensor in the model; a tied one by the name that comes first."""
+    readers: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not is_adapter_name(f"{path}.{key}"):
+                readers.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
+    heads = _heads(model)
+    found = {}
+    for names in readers.values():
+        path, _, key = names[0].rpartition(".")
+        module = model.get_submodule(path)
+        product = isinstance(module, nn.Linear | Conv1D)
+        if key == "weight" and is_packable(module):
+            by_default = product and len(names) == 1 and module not in heads
+        elif is_bank(module, key):
+            by_default, product = True, False
+        else:
+            continue
+        paths = tuple(canonical_name(name).removesuffix(".weight") for name in names)
+        found[names[0]] = Candidate(paths, by_default, product and len(names) == 1)
+    return found
+
+
+def _heads(model: nn.Module) -> set[nn.Module]:
+    """What makes the result of the last hidden state: the output head, and whatever a transformers model has beside its body (a classifier, a projection)."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    if not isinstance(inner, PreTrainedModel):
+        return set()
+    output = inner.get_output_embeddings()
+    body = set(inner.base_model.modules())
+    return {
+        getattr(output, "base_layer", output),
+        *(module for module in inner.modules() if module not in body),
+    }
+
+
+def is_bank(module: nn.Module, key: str) -> bool:
+    """Whether the parameter is a stack of matrices, one an expert."""
+    parameter = module._parameters.get(key)
+    return (
+        parameter is not None
+        and parameter.ndim == 3
+        and parameter.is_floating_point()
+        and min(parameter.shape) > 1
+    )
+
+
+def base_size(model: nn.Module) -> BaseSize:
+    """Bytes and count of all packed weights in `model`."""
+    own = [layer for layer in packed_weights(model).values() if not layer.is_tied]
+    floats = sum(p.numel() for name, p in model.named_parameters() if not is_adapter_name(name))
+    return BaseSize(
+        sum(layer.own_bytes for layer in own),
+        sum(math.prod(layer.tensor.shape) for layer in own),
+        floats,
+    )

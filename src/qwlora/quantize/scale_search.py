@@ -1,0 +1,133 @@
+"""Scales fitted to a weight: the grid of each group with the least weighted squared error.
+
+    minimize over scale, offset    sum_j h_j c_j (w_j - w_hat_j)^2          for each group of weights
+
+`h_j >= 0` is the importance of input j, and `c_j` is `clipping_penalty` where the grid clips w_j and 1 elsewhere (3 gives AIMET's SQNR rule).
+
+First over fractions of the min-max range; then the scale that is best for the codes found, `sum h w n / sum h n^2` with `n = q + offset`, and the offsets
+beside the one found (asymmetric grids), as long as the error falls. Scales of blocks are numbers that float16 holds wherever float16 has its full precision, so
+that a packed layer keeps them in half the space without loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.lpbq import to_integer_scales
+from qwlora.grid.observers import encoding_from_range
+from qwlora.grid.robust_observers import rows_of_groups
+from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, Scheme
+
+_FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())
+COARSE = (1.0, 0.88, 0.76)
+_REFITS = 3
+_HALF_NORMAL = torch.finfo(torch.float16).smallest_normal
+
+
+def fit(
+    weight: Float[Tensor, "*rows in"],
+    scheme: Scheme,
+    importance: Float[Tensor, " in"] | None = None,
+    clipping_penalty: float = 1.0,
+    fractions: Sequence[float] = _FRACTIONS,
+) -> Encoding:
+    """The encoding of `weight` under `scheme`, blocks and rows along the last axis.
+
+    Args:
+        fractions: of the min-max range, to try; `COARSE` where scales are improved afterwards.
+
+    Raises:
+        GridError: the scheme does not fit the shape.
+        CalibrationError: the weight holds nan or infinity.
+    """
+    scheme.scale_shape(tuple(weight.shape))
+    x, h = (
+        rows_of_groups(weight.float(), scheme),
+        None if importance is None else rows_of_groups(importance.expand_as(weight), scheme),
+    )
+    flat = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
+    low, high = x.amin(-1), x.amax(-1)
+    storable = isinstance(scheme.granularity, PerBlock) and not isinstance(
+        scheme.granularity, LowPowerBlock
+    )
+    best = _Best(x, h, flat, storable, clipping_penalty)
+    for fraction in fractions:
+        candidate = encoding_from_range(low * fraction, high * fraction, flat)
+        best.offer(candidate.scale, candidate.offset)
+    for _ in range(_REFITS if fractions is _FRACTIONS else 1):
+        best.offer(best.refitted_scale(), best.offset)
+        for shift in () if scheme.symmetric else (-1, 1):
+            offset = (best.offset + shift).clamp(-scheme.steps, 0)
+            best.offer(best.scale, offset)
+    shape = scheme.scale_shape(tuple(weight.shape))
+    scale = best.scale.view(shape)
+    if isinstance(scheme.granularity, LowPowerBlock):
+        scale = to_integer_scales(scale, scheme)
+    return Encoding(scheme, scale, best.offset.view(shape))
+
+
+def storable_scale(scale: Float[Tensor, "*groups"]) -> Float[Tensor, "*groups"]:
+    """The nearest scales that float16 holds with its full precision; a scale outside that range stays as it is."""
+    half = scale.half().float()
+    return torch.where((scale >= _HALF_NORMAL) & torch.isfinite(half), half, scale)
+
+
+class _Best:
+    """The best grid so far of each row of `x` [groups, n]."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        importance: Tensor | None,
+        scheme: Scheme,
+        storable: bool,
+        clipping_penalty: float,
+    ):
+        self.x, self.importance, self.scheme, self.storable, self.clipping_penalty = (
+            x,
+            importance,
+            scheme,
+            storable,
+            clipping_penalty,
+        )
+        self.error = x.new_full(x.shape[:1], torch.inf)
+        self.scale = x.new_ones(x.shape[0])
+        self.offset = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
+
+    def offer(self, scale: Tensor, offset: Tensor) -> None:
+        if self.storable:
+            scale = storable_scale(scale)
+        values = self._steps(scale, offset).mul_(scale.unsqueeze(1)).sub_(self.x).square_()
+        if self.importance is not None:
+            values.mul_(self.importance)
+        if self.clipping_penalty != 1:
+            values = torch.where(
+                self._clipped(scale, offset), values * self.clipping_penalty, values
+            )
+        error = values.sum(-1)
+        better = error < self.error
+        self.error = torch.where(better, error, self.error)
+        self.scale = torch.where(better, scale, self.scale)
+        self.offset = torch.where(better, offset, self.offset)
+
+    def refitted_scale(self) -> Tensor:
+        """The best scale for the codes of the best grid."""
+        steps = self._steps(self.scale, self.offset)
+        weighted = steps if self.importance is None else steps * self.importance
+        above, below = (weighted * self.x).sum(-1), (weighted * steps).sum(-1)
+        found = above / below
+        return torch.where(torch.isfinite(found) & (found > 0), found, self.scale)
+
+    def _clipped(self, scale: Tensor, offset: Tensor) -> Tensor:
+        steps, low = torch.div(self.x, scale.unsqueeze(1)).round_(), offset.unsqueeze(1)
+        return (steps < low) | (steps > low + self.scheme.steps)
+
+    def _steps(self, scale: Tensor, offset: Tensor) -> Tensor:
+        low = offset.to(self.x.dtype).unsqueeze(1)
+        steps = torch.div(self.x, scale.unsqueeze(1)).round_()
+        return torch.minimum(torch.maximum(steps, low), low + self.scheme.steps)

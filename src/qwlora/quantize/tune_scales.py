@@ -1,0 +1,337 @@
+"""Tune the scales of a quantized model against the float model it came from; no code moves.
+
+    minimize over f    mean over tokens  KL( softmax(g_t) || softmax(h_t) ),    W_hat = (1 + f) * scale * (q + offset),    gain_hat = (1 + f) * gain
+
+g and h are the logits of float and quantized model; f is one number for each scale and for each channel of a norm, from zero, by AdamW with a cosine schedule.
+A solver makes each layer's output right by itself; here the layers learn to make up for one another. It takes the float model, the quantized one, the
+activations of one sequence and some copies of its logits (of 512 positions at most) in memory, and about as long as training an adapter for as many steps.
+
+Which scales and norms these are is in `tunable.py`. Some sequences are kept aside: if the divergence on those, in float32, does not fall, everything stays as
+it was.
+
+Sources: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), with the float model's distribution in the place of the text;
+norm tweaking (Li et al. 2023, https://arxiv.org/abs/2309.02784) for the norms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qwlora.errors import CalibrationError, GridError
+from qwlora.gradients import frozen
+from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
+from qwlora.parameter_names import canonical_name
+from qwlora.progress import Track, untracked
+from qwlora.quantize.block_cache import named_inputs
+from qwlora.quantize.quantize_blocks import arguments_of, batches_of
+from qwlora.quantize.revision import TUNING_REVISION
+from qwlora.quantize.tuned_parameters import Tunable
+from qwlora.quantize.tuning_checkpoint import TuningState
+
+SEQUENCES_ASIDE = 8  # at most, and a quarter of all
+_FURTHEST = 0.5  # that anything may move, of itself
+_POSITIONS = 512  # of a sequence, whose logits are compared
+_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """How a base is tuned.
+
+    Args:
+        steps: of one sequence each.
+        learning_rate: the largest, relative to what is tuned. A scale that n weights of b bits share has `min(1, sqrt(n) / 2^b)` of it: it moves weights by up
+            to 2^(b - 1) times as much of a step, and the fewer they are, the more of its gradient is noise.
+        compute: float32, or bfloat16 by autocast.
+        seed: of the order of sequences.
+
+    Raises:
+        CalibrationError: a number is out of its range.
+    """
+
+    steps: int = 128
+    learning_rate: float = 3e-3
+    compute: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (
+            self.steps < 1
+            or not 0 < self.learning_rate < 1
+            or self.compute not in ("float32", "bfloat16")
+        ):
+            raise CalibrationError(
+                f"tuning takes at least 1 step, a learning rate between 0 and 1, and computes in float32 or bfloat16, not {self.steps}, {self.learning_rate:g} "
+                f"and {self.compute}"
+            )
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """What tuning brought.
+
+    Args:
+        layers: whose scales were tuned.
+        norms: whose weights were tuned.
+        before, after: the divergence of the float model's next token from the quantized one's, in nats, on the sequences kept aside.
+        kept: whether what was tuned is in the model.
+        resumed_from_step: 0, or the step behind which a call that was killed went on.
+        solver_scales: the layers' scales before, by their canonical paths, if it is: an adapter's start corrects what the solver lost.
+    """
+
+    layers: int
+    norms: int
+    before: float
+    after: float
+    kept: bool
+    resumed_from_step: int = 0
+    solver_scales: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+
+def tune_scales_(
+    model: nn.Module,
+    teacher: nn.Module,
+    calibration: Tensor | Sequence[Mapping[str, Any]],
+    settings: TuningSettings | None = None,
+    *,
+    work: Path | None = None,
+    track: Track = untracked,
+) -> TuningReport:
+    """Tune the scales of the packed linear layers and the weights of the norms in `model`, in place, so that its logits come near those of `teacher`.
+
+    Args:
+        teacher: the float model.
+        calibration: token ids [sequences, tokens], or the models' keyword arguments batch by batch; at least two.
+        work: a folder for the state; the same call, with as many threads, goes on from what it finds there and ends with the same bits.
+
+    Raises:
+        GridError: no linear layer is packed.
+        CalibrationError: there are fewer than two sequences, the two models share a norm, their logits are of different shapes, or the divergence is no number.
+        SafetensorError: `work` cannot be written to.
+    """
+    settings = settings or TuningSettings()
+    tuned = Tunable(model)
+    if not tuned.layers:
+        raise GridError(
+            "no linear layer of the model is packed, so there are no scales to tune; quantize it first"
+        )
+    own = {id(parameter) for parameter in teacher.parameters()}
+    if shared := next((name for name, norm in tuned.norms.items() if id(norm.weight) in own), None):
+        raise CalibrationError(
+            f"the quantized model and the float one share the weight of {shared!r}, which is tuned; quantize a deep copy of the float model"
+        )
+    batches = batches_of(calibration)
+    if len(batches) < 2:
+        raise CalibrationError(
+            "tuning scales takes at least two sequences: one of them is kept aside to see whether it helped"
+        )
+    aside = batches[-min(SEQUENCES_ASIDE, max(1, len(batches) // 4)) :]
+    learnt = batches[: len(batches) - len(aside)]
+    compare = _Comparison(model, teacher)
+    state = TuningState(work, _made_from(settings, batches, model, teacher))
+    training = [m for one in (model, teacher) for m in one.modules() if m.training]
+    model.eval()
+    teacher.eval()
+    try:
+        with frozen(model), frozen(teacher):
+            before = compare.mean(aside)
+            with tuned.learning():
+                resumed = _Descent(tuned.by_rate(settings.learning_rate), settings).run(
+                    compare, learnt, state, track
+                )
+            as_it_was, kept = tuned.state(), False
+            scales = {
+                canonical_name(name): layer.tensor.parts.scale
+                for name, layer in tuned.layers.items()
+            }
+            try:
+                tuned.multiply_()
+                after = compare.mean(aside)
+                kept = after < before
+            finally:
+                if not kept:
+                    tuned.restore_(as_it_was)
+        return TuningReport(
+            len(tuned.layers),
+            len(tuned.norms),
+            before,
+            after,
+            kept,
+            resumed,
+            scales if kept else {},
+        )
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _made_from(
+    settings: TuningSettings,
+    batches: Sequence[Mapping[str, Any]],
+    model: nn.Module,
+    teacher: nn.Module,
+) -> Iterator[Any]:
+    """What decides over the numbers."""
+    yield from (TUNING_REVISION, settings, *named_inputs(batches), adapter_fingerprint(model))
+    for one in (model, teacher):
+        yield from (fingerprint(one), sorted({str(p.dtype) for p in one.parameters()}))
+
+
+class _Descent:
+    """AdamW on the divergence, one sequence a step, all of them before any again."""
+
+    def __init__(self, by_rate: Mapping[float, list[nn.Parameter]], settings: TuningSettings):
+        self.steps, self.compute = settings.steps, settings.compute
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.factors = [factor for group in by_rate.values() for factor in group]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "lr": rate} for rate, group in by_rate.items()], weight_decay=0
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.done, self.order = 0, list[int]()
+
+    def _rate(self, step: int) -> float:
+        return min(1, (step + 1) / min(5, self.steps)) * (
+            0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+        )
+
+    def run(
+        self,
+        compare: _Comparison,
+        batches: Sequence[Mapping[str, Any]],
+        kept: TuningState,
+        track: Track,
+    ) -> int:
+        """All steps, or those behind what is kept; returns how many were."""
+        if (state := kept.read()) is not None:
+            self._restore_(state)
+        resumed = self.done
+        for step in track(range(resumed, self.steps), "tuning scales", self.steps - resumed):
+            self.order = (
+                self.order or torch.randperm(len(batches), generator=self.generator).tolist()
+            )
+            loss = compare(batches[self.order.pop()], self.compute, self.generator)
+            if not bool(torch.isfinite(loss)):
+                raise CalibrationError(
+                    f"tuning scales: the divergence is {float(loss.detach())} at step {step + 1}; take a lower learning rate, or compute float32"
+                )
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.factors, _CLIP)
+            self.optimizer.step()
+            self.schedule.step()
+            with torch.no_grad():
+                for factor in self.factors:
+                    factor.clamp_(-_FURTHEST, _FURTHEST)
+            self.done = step + 1
+            kept.write(self._state)
+        return resumed
+
+    def _state(self) -> dict[str, Tensor]:
+        numbers = {
+            "order": torch.tensor(self.order, dtype=torch.int64),
+            "done": torch.tensor(self.done),
+            "generator": self.generator.get_state(),
+        }
+        for i, factor in enumerate(self.factors):
+            numbers |= {
+                f"factor/{i}": factor.detach(),
+                **{f"{name}/{i}": value for name, value in self.optimizer.state[factor].items()},
+            }
+        return numbers
+
+    @torch.no_grad()
+    def _restore_(self, numbers: dict[str, Tensor]) -> None:
+        self.order, self.done = numbers.pop("order").tolist(), int(numbers.pop("done"))
+        self.generator.set_state(numbers.pop("generator"))
+        for i, factor in enumerate(self.factors):
+            factor.copy_(numbers.pop(f"factor/{i}"))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in numbers.items():
+            name, _, number = key.partition("/")
+            moments.setdefault(int(number), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.schedule.last_epoch = self.done
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._rate(self.done)
+
+
+class _Comparison:
+    """The divergence of two models on a batch."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module):
+        self.model, self.teacher = model, teacher
+        self.takes = arguments_of(model) & arguments_of(teacher)
+
+    def __call__(
+        self, batch: Mapping[str, Any], compute: str, generator: torch.Generator
+    ) -> Tensor:
+        """Mean KL in nats, over the batch's positions, or some of them where it has many."""
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        mask = given.get(
+            "decoder_attention_mask" if "decoder_input_ids" in given else "attention_mask"
+        )
+        if "use_cache" in self.takes:
+            given["use_cache"] = False
+        if (chosen := self._chosen(given, generator)) is not None:
+            given["logits_to_keep"] = chosen
+            mask = mask[:, chosen] if isinstance(mask, Tensor) and mask.ndim == 2 else mask
+        h = _logits(self.model, given, compute)
+        with torch.no_grad():
+            g = _logits(self.teacher, given, compute)
+        if g.shape != h.shape:
+            raise CalibrationError(
+                f"the float model's logits are {list(g.shape)}, the quantized one's {list(h.shape)}: they are not one model"
+            )
+        divergence = F.kl_div(
+            h.float().log_softmax(-1), g.float().log_softmax(-1), log_target=True, reduction="none"
+        ).sum(-1)
+        if not isinstance(mask, Tensor) or mask.shape != divergence.shape:
+            return divergence.mean()
+        real = mask.to(divergence)
+        return (divergence * real).sum() / real.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def mean(self, batches: Sequence[Mapping[str, Any]]) -> float:
+        """Over several batches, in float32 and always at the same positions."""
+        return float(
+            torch.stack(
+                [self(batch, "float32", torch.Generator().manual_seed(0)) for batch in batches]
+            ).mean()
+        )
+
+    def _chosen(self, given: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
+        """Positions whose logits are made; all of them if they are few or the model makes no others."""
+        ids = given.get("input_ids")
+        if (
+            "logits_to_keep" not in self.takes
+            or "decoder_input_ids" in given
+            or not isinstance(ids, Tensor)
+            or ids.shape[-1] <= _POSITIONS
+        ):
+            return None
+        return (
+            torch.randperm(ids.shape[-1], generator=generator)[:_POSITIONS]
+            .sort()
+            .values.to(ids.device)
+        )
+
+
+def _logits(model: nn.Module, given: Mapping[str, Any], compute: str) -> Tensor:
+    with torch.autocast(
+        next(model.parameters()).device.type, torch.bfloat16, enabled=compute == "bfloat16"
+    ):
+        logits = getattr(model(**given), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise CalibrationError(
+            f"tuning scales compares logits, and {type(model).__name__} makes none; leave tuning out"
+        )
+    return logits

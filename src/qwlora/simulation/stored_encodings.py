@@ -1,0 +1,139 @@
+"""The encodings of a stored simulation: AIMET's encodings file, version 2.1.0, keyed by module path.
+
+A symmetric grid is signed there and an asymmetric one is not, which is how both come back: the version itself says only where zero is. Float32 scales are JSON
+numbers that read back to the same bits. Needs no transformers, so that any environment reads what this one wrote; `storage.py` has the rest of a simulation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwlora import encodings as files
+from qwlora.errors import CalibrationError, EncodingsFileError
+from qwlora.graph.quantized_graph import Kind
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+
+FORMAT = 3  # 3: the record says what calibration left float
+ENCODINGS, RECORD = "simulation.encodings", "simulation.json"
+_VERSION = "2.1.0"
+_KEYS = ("base_fingerprint", "adapter_fingerprint", "inputs", "schemes", "encodings", "dropped")
+
+
+def save_encodings(encodings: Mapping[str, Encoding | FloatOffsetEncoding], folder: Path) -> None:
+    """Write encodings alone into `folder`.
+
+    Raises:
+        CalibrationError: one has float offsets.
+    """
+    entries = tuple(_to_file(name, encoding) for name, encoding in encodings.items())
+    producer = {"package": "qwlora", "version": version("qwlora")}
+    files.write(files.EncodingsFile(_VERSION, entries, producer=producer), folder / ENCODINGS)
+
+
+def load_encodings(folder: Path) -> dict[str, Encoding]:
+    """The encodings in `folder`: of a simulation, all but those of the base's packed weights.
+
+    Raises:
+        CalibrationError: the folder does not hold them, or not all.
+    """
+    try:
+        found = {
+            entry.name: _from_file(entry) for entry in files.read(folder / ENCODINGS).encodings
+        }
+    except (EncodingsFileError, ValueError) as error:
+        raise unreadable(folder, error) from error
+    wanted = read_record(folder)["encodings"] if (folder / RECORD).exists() else {}
+    if missing := [name for name in wanted if name not in found]:
+        raise CalibrationError(
+            f"{len(missing)} encodings are missing from {str(folder / ENCODINGS)!r}, {missing[0]} first; calibrate again"
+        )
+    return found
+
+
+def load_activations(folder: Path) -> dict[str, Encoding]:
+    """Of a simulation's encodings, those of activations."""
+    kinds = read_record(folder)["encodings"]
+    return {
+        name: e for name, e in load_encodings(folder).items() if kinds.get(name) == Kind.ACTIVATION
+    }
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a simulation's folder says besides its encodings.
+
+    Raises:
+        CalibrationError: it does not say it.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        if record["format"] != FORMAT or any(key not in record for key in _KEYS):
+            raise ValueError(f"format {record['format']}, and not {FORMAT}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(folder, error) from error
+    return record
+
+
+def unreadable(folder: Path, error: Exception) -> CalibrationError:
+    """The error of a folder that holds no whole simulation."""
+    return CalibrationError(
+        f"{str(folder)!r} holds no simulation that can be read ({error}); calibrate again"
+    )
+
+
+def _to_file(name: str, encoding: Encoding | FloatOffsetEncoding) -> files.IntegerEncoding:
+    if not isinstance(encoding, Encoding):
+        raise CalibrationError(
+            f"{name}: {encoding.scheme} has float offsets, which no encodings file can hold"
+        )
+    scheme, scale = encoding.scheme, encoding.scale.detach().cpu()
+    axis = block_size = None
+    match scheme.granularity:
+        case PerTensor():
+            pass
+        case PerChannel(channel):
+            axis = channel
+        case PerBlock(size):
+            axis, block_size = scale.ndim - 1, size
+        case other:
+            raise CalibrationError(
+                f"{name}: a simulation has grids per tensor, channel or block, not {other}"
+            )
+    offset = encoding.offset.cpu().numpy()
+    return files.IntegerEncoding(
+        name,
+        scheme.bitwidth,
+        scale.numpy().astype(np.float64),
+        offset,
+        symmetric=bool(
+            (offset == scheme.symmetric_offset).all()
+        ),  # all that 2.1.0 says; what was asked for is in `signed`
+        signed=scheme.symmetric,
+        axis=axis,
+        block_size=block_size,
+    )
+
+
+def _from_file(entry: files.Encoding) -> Encoding:
+    if not isinstance(entry, files.IntegerEncoding) or entry.zero_point_shift:
+        raise ValueError(f"{entry.name} is no plain integer grid")
+    granularity = (
+        PerBlock(entry.block_size)
+        if entry.block_size
+        else PerTensor()
+        if entry.axis is None
+        else PerChannel(entry.axis)
+    )
+    scheme = Scheme(entry.bitwidth, bool(entry.signed), granularity)
+    scale = torch.from_numpy(entry.scale.astype(np.float32))
+    offset: Tensor = torch.from_numpy(entry.offset.astype(np.int32))
+    return Encoding(scheme, scale, offset)

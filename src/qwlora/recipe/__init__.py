@@ -6,7 +6,7 @@ Each field's default and description are written once, here; `qwlora init` and t
 
 from qwlora.recipe.adapter_section import Adapter
 from qwlora.recipe.base_section import Base
-from qwlora.recipe.load_recipe import load_recipe
+from qwlora.recipe.recipe_file import load_recipe
 from qwlora.recipe.whole_recipe import Recipe
 
 __all__ = ["Adapter", "Base", "Recipe", "load_recipe"]

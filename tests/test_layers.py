@@ -20,7 +20,7 @@ LEVELS = (
         "progress",
         "sizes",
     },
-    {"atomic_tensors", "hub", "optional_packages"},
+    {"atomic_tensors", "hub", "optional_packages", "paths"},
     {"grid"},
     {"nn"},
     {"encodings", "graph"},

@@ -17,11 +17,20 @@
      └── MissingExtraError  (ImportError)   an optional package is not installed
 
 Each class is also the builtin that it refines, so callers may catch either. A message says what was found, where, and what to do.
+
+Other libraries raise errors of their own for damaged or hostile files. Code that hands them a file
+does so within `reading(file)`, which puts the file's name on the error. The command line turns
+whatever arrives there into one message; `described` and `file_being_read` give its parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+_NOTE = "while reading "
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class QwloraError(Exception):
@@ -115,3 +124,59 @@ class VerificationError(QwloraError, RuntimeError):
 
 class MissingExtraError(QwloraError, ImportError):
     """An optional dependency is needed; the message names the extra to install."""
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Put `path` on any error raised inside that is not QWLoRA's, as a note (PEP 678).
+
+    The innermost file is kept. The error itself stays what it was.
+    """
+    try:
+        yield
+    except QwloraError:
+        raise
+    except Exception as error:
+        if file_being_read(error) is None:
+            error.add_note(f"{_NOTE}{path}")
+        raise
+
+
+def file_being_read(error: BaseException) -> str | None:
+    """The file that `reading` put on `error`."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    found = (note.removeprefix(_NOTE) for note in notes if note.startswith(_NOTE))
+    return next(found, None)
+
+
+def described(error: BaseException) -> str:
+    """`error` in words, never empty: a bare `KeyError('x')` says only `'x'` of itself."""
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, QwloraError) or (isinstance(error, OSError | ValueError) and text):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: MemoryError, or what torch raises on a CPU or an accelerator."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def foreign_as(kind: type[QwloraError], what: str, remedy: str = "") -> Iterator[None]:
+    """Raise any error of other libraries inside as `kind`: `what: the error; remedy`.
+
+    Errors of QWLoRA and of memory pass as they are.
+    """
+    try:
+        yield
+    except QwloraError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise kind(f"{what}: {described(error)}{f'; {remedy}' if remedy else ''}") from error

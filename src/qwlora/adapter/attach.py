@@ -45,6 +45,7 @@ from qwlora.parameter_names import (
     parameter_name,
     pattern_problem,
 )
+from qwlora.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def adapter_folder(source: str) -> Path:
     Raises:
         SourceError: it is neither a folder nor a hub id that can be reached.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):

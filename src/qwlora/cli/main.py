@@ -1,6 +1,14 @@
 """The command line: thin. Imports neither torch nor transformers until a stage runs.
 
-Exit codes: 0 done; 1 an exported file failed its proof; 2 something is wrong with what was given; 130 interrupted.
+Exit codes:
+
+    0      done
+    1      an exported file failed its proof; of `adapters check` and `encodings`: what they found
+    2      anything else: wrong input, a damaged file, no space, no memory, an unexpected error
+    130    interrupted
+
+Every error ends as one message on standard error, in `main`; `--debug`, anywhere on the command
+line, prints the traceback before it.
 """
 
 from __future__ import annotations
@@ -8,7 +16,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,7 +30,14 @@ from qwlora.cli.inspect_command import inspect
 from qwlora.cli.merge_commands import merge, merge_check
 from qwlora.cli.progress_bars import bars
 from qwlora.cli.simulate_command import simulate
-from qwlora.errors import QwloraError, RecipeError, VerificationError
+from qwlora.errors import (
+    QwloraError,
+    RecipeError,
+    VerificationError,
+    described,
+    file_being_read,
+    is_out_of_memory,
+)
 from qwlora.pipeline.plan import VERBS
 
 app = typer.Typer(
@@ -63,6 +79,16 @@ _SUMMARY = {
 }
 
 
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Print the traceback of an error; goes with any command."),
+    ] = False,
+) -> None:
+    """`main` takes --debug out of the arguments; the option is here for --help."""
+
+
 @app.command("run")
 def run_all(recipe: RecipeFile, out: Out, changes: Changes = None, as_json: AsJson = False) -> None:
     """Run all stages of a recipe; finished ones whose inputs are unchanged are skipped."""
@@ -93,18 +119,11 @@ for _verb in VERBS:
 @app.command()
 def check(recipe: RecipeFile, changes: Changes = None) -> None:
     """Validate a recipe and print it with every default filled in."""
-    import yaml
-
     from qwlora.recipe import load_recipe
+    from qwlora.recipe.yaml_core import dump_yaml
 
-    print(
-        yaml.safe_dump(
-            load_recipe(recipe, tuple(changes or ())).model_dump(mode="json"),
-            sort_keys=False,
-            width=150,
-        ),
-        end="",
-    )
+    content = load_recipe(recipe, tuple(changes or ())).model_dump(mode="json")
+    print(dump_yaml(content), end="")
 
 
 @app.command()
@@ -186,20 +205,45 @@ app.add_typer(encodings_app, name="encodings")
 
 
 def main() -> None:
-    """Entry point: QWLoRA's own errors become one message and an exit code."""
+    """Entry point: every error becomes one message and an exit code."""
+    arguments, debug = _without_debug(sys.argv[1:])
     try:
-        sys.exit(app(standalone_mode=False))
-    except VerificationError as error:
-        _fail(str(error), 1)
-    except QwloraError as error:
-        _fail(str(error), 2)
+        sys.exit(app(arguments, standalone_mode=False))
     except Exception as error:
-        usage = getattr(
-            error, "format_message", None
-        )  # a wrong command line, in whichever click typer carries
-        if usage is None:
-            raise
-        _fail(usage(), 2)
+        if debug:
+            traceback.print_exception(error)
+        _fail(_message(error), 1 if isinstance(error, VerificationError) else 2)
+
+
+def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    """The arguments without --debug, and whether it was there; what follows `--` is not looked at."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    kept = [argument for argument in arguments[:end] if argument != "--debug"]
+    return [*kept, *arguments[end:]], len(kept) < end
+
+
+def _message(error: BaseException) -> str:
+    if type(error).__name__ == "Abort" and error.__cause__ is not None:
+        error = error.__cause__  # typer wraps EOFError, which a truncated file raises too
+    if isinstance(error, QwloraError):
+        return str(error)
+    usage = getattr(error, "format_message", None)  # a wrong command line, in any click
+    if usage is not None:
+        return str(usage())
+    file = file_being_read(error)
+    where = f" while reading {file}" if file else ""
+    if is_out_of_memory(error):
+        return (
+            f"out of memory{where} ({described(error)}). Free some, or ask for less: a smaller "
+            "model, data.sequence_tokens, adapters.batch_sequences, or gradient_checkpointing: true"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{described(error)}{where}"
+    remedy = "If the file is damaged, replace it. Otherwise run" if file else "Run"
+    return (
+        f"unexpected error{where}: {described(error)}. {remedy} the command again with --debug "
+        "and report the traceback"
+    )
 
 
 def _fail(message: str, code: int) -> NoReturn:

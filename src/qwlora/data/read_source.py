@@ -34,6 +34,7 @@ from qwlora.data.folder_files import folder_files
 from qwlora.data.records import Columns, EmptyRecordError, Fields, choose_fields, make_document
 from qwlora.data.text_files import read_attribute, read_file, read_json, read_json_lines
 from qwlora.errors import SourceError
+from qwlora.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def locate_documents(source: str) -> None:
             raise SourceError(
                 f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module"
             )
-    elif not Path(source).expanduser().exists() and not _is_hub_id(source):
+    elif not user_path(source).exists() and not _is_hub_id(source):
         raise SourceError(
             f"data source {source!r} does not exist. Give a file (text, {', '.join(RECORD_SUFFIXES)}), a folder of such files "
             "or of datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a dataset's hub id like owner/name"
@@ -158,14 +159,14 @@ class _Reader:
             )
 
 
-def read_documents(source: str, reading: Reading) -> tuple[list[Document], int]:
+def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
     """All documents of `source`, and how many empty records were left out.
 
     Raises:
         SourceError: something is wrong with it; a bad record is named with file and line.
         MissingExtraError: what reads it is not installed.
     """
-    reader, path = _Reader(reading), Path(source).expanduser()
+    reader, path = _Reader(how), user_path(source)
     if source.startswith("python:"):
         reader._no_split(f"data source {source!r}")
         reader._no_columns(f"data source {source!r}")
@@ -176,7 +177,7 @@ def read_documents(source: str, reading: Reading) -> tuple[list[Document], int]:
         reader._no_split(f"data source {source!r}")
         reader.file(path)
     else:
-        reader.table(*tables.read_hub(source, reading.split, reading.subset), source)
+        reader.table(*tables.read_hub(source, how.split, how.subset), source)
     documents = [d for d in reader.documents if not isinstance(d, Text) or d.text.strip()]
     if not documents:
         raise SourceError(

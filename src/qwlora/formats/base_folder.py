@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.formats.meta_model import Place, empty_model, listed, put_, tensor_at, tensor_places
@@ -96,6 +97,9 @@ class BaseWriter:
     ) -> str:
         """Write what remains; `model` gives the configuration. Returns the fingerprint."""
         self._shards.finish()
+        if _is_remote(type(model)):  # its code; that of configuration and tokenizer they save
+            config: Any = model.config  # annotated as a dict there
+            custom_object_save(model, self.folder, config)
         model.config.save_pretrained(self.folder)
         tokenizer.save_pretrained(self.folder)
         if model.can_generate() and model.generation_config is not None:
@@ -108,19 +112,31 @@ class BaseWriter:
             "layers": self._layers,
             "tensors": self._digests,
         }
+        if any(_is_remote(type(part)) for part in (model, model.config, tokenizer)):
+            record["trust_remote_code"] = True
         part = self.folder / f".{RECORD}.part"
         part.write_text(json.dumps(record, indent=1) + "\n")
         part.replace(self.folder / RECORD)
         return identity
 
 
+def _is_remote(kind: type) -> bool:
+    """Whether transformers took this class from Python code in a model's folder."""
+    return kind.__module__.startswith("transformers_modules.")
+
+
 def load_base(
-    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a base that `save_base` wrote.
 
     Args:
         dtype: of the float remainder; grids stay as they are. The fingerprint stays the file's, whatever the type.
+        trust_remote_code: run the model's own Python code, which the base's folder holds if the
+            recipe said model.trust_remote_code.
 
     Raises:
         SourceError: the folder holds no base, its format is another, or what the files, base.json and config.json say of a tensor differs (all are named).
@@ -130,7 +146,9 @@ def load_base(
     folder = Path(folder)
     record = read_record(folder)
     files = SafetensorsFiles(folder)
-    model = empty_model(read_config(folder, len(files.names())), len(files.names()))
+    count = len(files.names())
+    config = read_config(folder, count, trust_remote_code)
+    model = empty_model(config, count, trust_remote_code)
     where = f"base {str(folder)!r}"
     _place_packed_(model, read_layers(record, where), where)
     places = tensor_places(model)

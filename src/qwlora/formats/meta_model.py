@@ -24,7 +24,9 @@ Place = tuple[str, str]
 """Path of a module, and the key of its parameter or buffer."""
 
 
-def empty_model(config: PretrainedConfig, tensors: int) -> PreTrainedModel:
+def empty_model(
+    config: PretrainedConfig, tensors: int, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The causal language model of `config`, without data.
 
     Args:
@@ -33,29 +35,39 @@ def empty_model(config: PretrainedConfig, tensors: int) -> PreTrainedModel:
     Raises:
         SourceError: the configuration builds no causal language model.
     """
-    _check_buffers(meta_model(config, tensors))
+    _check_buffers(meta_model(config, tensors, trust_remote_code))
     with init_empty_weights(include_buffers=False):
-        model = _built(config)
+        model = build_model(config, trust_remote_code)
     model.tie_weights()
     return model.requires_grad_(False).eval()
 
 
-def meta_model(config: PretrainedConfig, tensors: int) -> PreTrainedModel:
+def meta_model(
+    config: PretrainedConfig, tensors: int, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """As `empty_model`, but buffers have no data either: for names and shapes.
 
     Raises:
         SourceError: the configuration builds no causal language model, or one of many times more parameters than `tensors`.
     """
     with _at_most(2 * tensors + 64), torch.device("meta"):
-        model = _built(config)
+        model = build_model(config, trust_remote_code)
     model.tie_weights()
     return model
 
 
-def _built(config: PretrainedConfig) -> PreTrainedModel:
+def build_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal language model of `config`, on the current device.
+
+    Args:
+        trust_remote_code: build it with the code that the configuration's own folder brings.
+
+    Raises:
+        SourceError: the configuration builds none.
+    """
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     except SourceError:
         raise

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from qwlora.errors import SourceError
+from qwlora.formats.model_source import refuse_code
 
 LAYERS = re.compile(r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types")
 LABELS = re.compile("num_labels")
@@ -22,20 +23,22 @@ FEW = 128  # honest files of few tensors say as much of what they do not have (m
 MOST = 10_000  # layers, where it is not known how many tensors there are
 
 
-def read_config(folder: Path, tensors: int) -> PretrainedConfig:
+def read_config(folder: Path, tensors: int, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration without what it says about quantization.
 
     Args:
         folder: of config.json.
         tensors: how many the folder's files hold.
+        trust_remote_code: run Python code from the folder, if config.json names some.
 
     Raises:
         SourceError: there is none, it counts more layers than there are tensors, or transformers does not know the model.
     """
     check_folder(folder, max(tensors, FEW))
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a file's values reach any line of any configuration's code
+        refuse_code(repr(str(folder)), error)
         raise _unreadable(folder, error) from error
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.errors import MissingExtraError, SourceError
+from qwlora.errors import MissingExtraError, SourceError, foreign_as
 from qwlora.formats.joined_files import join_parts
 from qwlora.hub import downloaded
+from qwlora.paths import user_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -66,9 +69,9 @@ def locate(source: str) -> Location:
     Raises:
         SourceError: nothing is there, or what is there is not a model.
     """
-    if "+" in source and not Path(source).expanduser().exists():
+    if "+" in source and not user_path(source).exists():
         parts = [
-            _inside_package(part) if part.startswith("package:") else Path(part).expanduser()
+            _inside_package(part) if part.startswith("package:") else user_path(part)
             for part in source.split("+")
         ]
         path = join_parts(parts)
@@ -76,7 +79,7 @@ def locate(source: str) -> Location:
     if source.startswith("package:"):
         path = _inside_package(source)
     else:
-        path = Path(source).expanduser()
+        path = user_path(source)
         on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.gguf))?", source)
         if on_hub and not path.exists():
             return Location(on_hub[1], on_hub[2], ())
@@ -163,14 +166,39 @@ def check_counts_of(location: Location) -> None:
         check_folder(location.path)
 
 
-def load_model(source: str) -> PreTrainedModel:
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Raise whatever transformers raises as a SourceError about `what`; one about code of the
+    model's own names the key that permits it.
+    """
+    with foreign_as(SourceError, f"{what} cannot be loaded"):
+        try:
+            yield
+        except ValueError as error:
+            refuse_code(what, error)
+            raise
+
+
+def refuse_code(what: str, error: Exception) -> None:
+    """Raise a SourceError if transformers failed since it may not run code of the model's own."""
+    if "trust_remote_code" in str(error):
+        raise SourceError(
+            f"{what} needs Python code that its own files bring along (auto_map in config.json or "
+            "tokenizer_config.json), and QWLoRA does not run that. Read the code; if you trust it, "
+            "set model.trust_remote_code: true in the recipe"
+        ) from error
+
+
+def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The float32 model.
+
+    Args:
+        trust_remote_code: run Python code from the model's folder, if it names some.
 
     Raises:
         SourceError: `transformers` cannot load it (its own message is kept), its files hold integers, or a parameter of the model is not in them.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     location = _readable(source)
@@ -178,23 +206,14 @@ def load_model(source: str) -> PreTrainedModel:
         raise SourceError(
             f"model {source!r} holds integers; they can be kept (base.solver: keep), but there is no float model to load"
         )
-    try:
+    with _loading(f"model {source!r}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location.pretrained,
             dtype=torch.float32,
             output_loading_info=True,
+            trust_remote_code=trust_remote_code,
             **location.arguments(),
         )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        NotImplementedError,
-        ImportError,
-        SafetensorError,
-    ) as error:
-        raise SourceError(f"model {source!r} cannot be loaded: {error}") from error
     model: PreTrainedModel = loaded[0]
     found = loaded[1]
     if wrong := sorted(found["missing_keys"]) + sorted(
@@ -232,8 +251,23 @@ def forget_gguf_(model: PreTrainedModel) -> None:
         del model.config.quantization_config
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration; see `load_model`.
+
+    Raises:
+        SourceError: `transformers` cannot read it, or it counts more layers than a model has.
+    """
+    from transformers import AutoConfig
+
+    location = _readable(source)
+    with _loading(f"model {source!r}"):
+        return AutoConfig.from_pretrained(
+            location.pretrained, trust_remote_code=trust_remote_code, **location.arguments()
+        )
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; see `load_model`.
 
     Raises:
         SourceError: there is none, or `transformers` cannot load it.
@@ -246,10 +280,10 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         re.match("(tokenizer|vocab|spiece|sentencepiece)", file.name) for file in location.files
     ):
         raise SourceError(without)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location.pretrained, **location.arguments())
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as error:
-        raise SourceError(f"the tokenizer of model {source!r} cannot be loaded: {error}") from error
+    with _loading(f"the tokenizer of model {source!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            location.pretrained, trust_remote_code=trust_remote_code, **location.arguments()
+        )
     if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
         raise SourceError(without)
     return tokenizer

@@ -12,7 +12,6 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from qwlora.adapter.adapter_folder import check_adapter, load_adapter, reading
 from qwlora.adapter.equalize_factors import equalize_adapter_
@@ -23,7 +22,8 @@ from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_folder import load_base, read_record
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface_folder import FloatCheckpoint
-from qwlora.formats.model_source import check_counts_of, fetch, load_model, load_tokenizer
+from qwlora.formats.meta_model import build_model
+from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import Moments
@@ -39,7 +39,7 @@ from qwlora.simulation.training_graph import TrainingGraph, with_scales
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.simulation.placement import Placement
 
@@ -94,9 +94,10 @@ class Session:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = load_tokenizer(self.recipe.model.source)
-        if self.recipe.data.chat_template is not None:
-            tokenizer.chat_template = Path(self.recipe.data.chat_template).read_text()
+        model = self.recipe.model
+        tokenizer = load_tokenizer(model.source, model.trust_remote_code)
+        if (template := self.recipe.data.read_template()) is not None:
+            tokenizer.chat_template = template
         return tokenizer
 
     @cached_property
@@ -139,7 +140,8 @@ class Session:
     def float_model(self) -> PreTrainedModel:
         """The model before step 1; stays until `take_float_model`."""
         if self._float_model is None:
-            self._float_model = load_model(self.recipe.model.source)
+            model = self.recipe.model
+            self._float_model = load_model(model.source, model.trust_remote_code)
         return self._float_model
 
     def checkpoint(self) -> Checkpoint:
@@ -159,6 +161,9 @@ class Session:
         location = fetch(self.recipe.model.source)
         if location.gguf_file or self.recipe.model.encodings is not None:
             return None
+        if self.recipe.model.trust_remote_code:
+            self.whole_because = "model.trust_remote_code is true: its own code loads it"
+            return None
         try:
             return LazyModel(FloatCheckpoint(location.path))
         except (
@@ -169,14 +174,14 @@ class Session:
 
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights, on the meta device: to see whether an adapter fits it."""
-        config = self._float_model.config if self._float_model is not None else self._config()
+        model = self.recipe.model
+        config = (
+            self._float_model.config
+            if self._float_model is not None
+            else load_config(model.source, model.trust_remote_code)
+        )
         with init_empty_weights():
-            return AutoModelForCausalLM.from_config(config)
-
-    def _config(self) -> PreTrainedConfig:
-        location = fetch(self.recipe.model.source)
-        check_counts_of(location)
-        return AutoConfig.from_pretrained(location.pretrained, **location.arguments())
+            return build_model(config, model.trust_remote_code)
 
     @property
     def holds_float_model(self) -> bool:
@@ -201,7 +206,11 @@ class Session:
     def base(self) -> PreTrainedModel:
         """A fresh copy of the frozen base."""
         self._float_model = None
-        return load_base(self.path / "base")
+        return self.load_base(self.path / "base")
+
+    def load_base(self, folder: Path) -> PreTrainedModel:
+        """The base in `folder`, with code of the model's own if the recipe trusts it."""
+        return load_base(folder, trust_remote_code=self.recipe.model.trust_remote_code)
 
     def adapted(self, name: str) -> PeftModel:
         """A fresh copy of the base with the trained adapter."""

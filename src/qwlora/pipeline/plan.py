@@ -77,7 +77,9 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
         )
 
     model = [version("qwlora"), recipe.model.source, *_stamps(recipe.model.source)]
-    template = Path(recipe.data.chat_template).read_text() if recipe.data.chat_template else None
+    if recipe.model.trust_remote_code:
+        model.append("trust_remote_code")
+    template = recipe.data.read_template()
     text = [
         documents.digest,
         recipe.data.sequence_tokens,

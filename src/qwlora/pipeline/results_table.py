@@ -26,7 +26,9 @@ def print_summary(results: dict[str, Any], console: Console) -> None:
 
 
 def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    perplexity, rows = results.get("perplexity", {}), []
+    perplexity, rows = results.get("perplexity", {}), list[tuple[str, str]]()
+    if results.get("trust_remote_code"):
+        rows.append(("trust_remote_code", "true: Python code from the model's folder was run"))
     for kind, what in (("float", "float model"), ("base", "frozen base")):
         if kind in perplexity:
             rows.append((f"perplexity, {what}", f"{perplexity[kind]:.3f}"))

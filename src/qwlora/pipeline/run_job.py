@@ -294,6 +294,8 @@ def _check_needs(
 
 def _write_results(directory: Directory, recipe: Recipe, plan: list[Stage]) -> dict[str, Any]:
     results: dict[str, Any] = {"format": RESULTS_FORMAT, "recipe": recipe.name, "stages": {}}
+    if recipe.model.trust_remote_code:
+        results["trust_remote_code"] = True
     for stage in plan:
         if (record := directory.records.get(stage.name)) and record.key == stage.key:
             _merge(results, record.results)

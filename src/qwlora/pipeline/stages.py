@@ -33,7 +33,7 @@ from qwlora.errors import FingerprintError
 from qwlora.export.onnx_bundle import export_onnx
 from qwlora.export.verify_language_model import Limits, check_parity, verify_onnx
 from qwlora.formats.assemble_model import load_precomputed
-from qwlora.formats.base_folder import load_base, save_base
+from qwlora.formats.base_folder import save_base
 from qwlora.grid.second_moments import Moments
 from qwlora.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.nn import weight_out_in
@@ -136,7 +136,7 @@ def _tune(
     session: Session, solved: Path, scratch: Path, work: Path
 ) -> tuple[str, BaseSize, Results]:
     """Write the base in `solved` once more, its scales and norms tuned; and beside it the scales before, for adapters' starts."""
-    section, model = session.recipe.base.tuning, load_base(solved)
+    section, model = session.recipe.base.tuning, session.load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=session.recipe.seed)
     sequences = session.data.calibration_ids[: section.steps + SEQUENCES_ASIDE]
     report = tune_scales_(

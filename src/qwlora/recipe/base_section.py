@@ -18,6 +18,11 @@ class Model(Section):
     source: str = Field(
         description="a checkpoint folder, a .gguf file, package:NAME/PATH inside an installed package, A+B+C for parts of one .gguf file, or a hub id"
     )
+    trust_remote_code: bool = Field(
+        False,
+        description="run Python code from the model's folder, if its files name some (auto_map); "
+        "whoever wrote it can then do whatever you can",
+    )
     encodings: str | None = Field(
         None,
         description="an AIMET encodings file for the weights in source; base.solver keep takes them",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from qwlora.data import Columns, Cutting, Reading
+from qwlora.data.text_files import read_file
 from qwlora.recipe.section import Count, Section
 
 
@@ -78,6 +80,14 @@ class Data(Section):
         if len(asked) > 1:
             raise ValueError(f"{' and '.join(asked)}: a source is learnt from in one way; give one")
         return self
+
+    def read_template(self) -> str | None:
+        """The text of `chat_template`, if one is given.
+
+        Raises:
+            SourceError: the file cannot be read, or is not UTF-8.
+        """
+        return None if self.chat_template is None else read_file(Path(self.chat_template))
 
     def reading(self) -> Reading:
         """How the source is read."""

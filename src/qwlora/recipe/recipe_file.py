@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from qwlora.data.text_files import read_file
 from qwlora.errors import RecipeError, SourceError
+from qwlora.paths import user_path
 from qwlora.recipe.whole_recipe import Recipe
+from qwlora.recipe.yaml_core import load_yaml
 
 
 def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
@@ -27,12 +30,15 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
     source = str(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RecipeError(source, [f"line {line} is not UTF-8 text; convert the file"]) from error
+    except (OSError, ValueError) as error:
         raise RecipeError(
             source, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
         ) from error
     try:
-        content = yaml.load(text, Loader=_Loader)
+        content = load_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(source, [f"is not YAML: {error}"]) from error
     if not isinstance(content, dict):
@@ -51,17 +57,6 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
     return recipe
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 5e-4 for a string; everybody else for a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def _change(content: dict[str, Any], change: str) -> str | None:
     """Apply one `a.b.c=value`; returns what is wrong with it, if anything."""
     path, equals, value = change.partition("=")
@@ -73,15 +68,15 @@ def _change(content: dict[str, Any], change: str) -> str | None:
         for key in parents:
             node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
         if isinstance(node, list):
-            node[int(last)] = yaml.load(value, Loader=_Loader)
+            node[int(last)] = load_yaml(value)
         elif isinstance(node, dict):
-            node[last] = yaml.load(value, Loader=_Loader)
+            node[last] = load_yaml(value)
         else:
             return f"--set {change}: {'.'.join(parents)} is a value, not a section"
     except (ValueError, IndexError, AttributeError):
         return f"--set {change}: nothing is at {path}"
-    except yaml.YAMLError:
-        return f"--set {change}: {value} is not YAML"
+    except yaml.YAMLError as error:
+        return f"--set {change}: the value is not YAML: {error}"
     return None
 
 
@@ -120,28 +115,34 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _make_paths_absolute(content: dict[str, Any]) -> None:
-    """Sources that are paths are relative to the current directory; the resolved recipe must not be."""
-    for part in (content.get("model"), content.get("data")):
-        if (
-            isinstance(part, dict)
-            and isinstance(source := part.get("source"), str)
-            and Path(source).expanduser().exists()
-        ):
-            part["source"] = str(Path(source).expanduser().absolute())
-    model = content.get("model")
-    if isinstance(model, dict) and isinstance(encodings := model.get("encodings"), str):
-        model["encodings"] = str(Path(encodings).expanduser().absolute())
-    data = content.get("data")
-    if isinstance(data, dict) and isinstance(template := data.get("chat_template"), str):
-        data["chat_template"] = str(Path(template).expanduser().absolute())
-    names = {adapter.get("name") for adapter in _adapters(content)}
+    """Make paths in `content` absolute: they are relative to the current directory, and the
+    resolved recipe must not be. What is not a path, or is wrong, stays as it is.
+    """
+    for section, key in (
+        ("model", "source"),
+        ("model", "encodings"),
+        ("data", "source"),
+        ("data", "chat_template"),
+    ):
+        part = content.get(section)
+        if not isinstance(part, dict):
+            continue
+        path = _path_of(part.get(key))
+        if path is not None and (key != "source" or path.exists()):
+            part[key] = str(path.absolute())
+    names = _names(content)
     for adapter in _adapters(content):
-        if (
-            isinstance(start := adapter.get("start"), str)
-            and start not in names
-            and Path(start).expanduser().exists()
-        ):
-            adapter["start"] = str(Path(start).expanduser().absolute())
+        path = _path_of(adapter.get("start"))
+        if path is not None and adapter["start"] not in names and path.exists():
+            adapter["start"] = str(path.absolute())
+
+
+def _path_of(value: Any) -> Path | None:
+    """The path that `value` gives; None if it cannot be one."""
+    try:
+        return user_path(value) if isinstance(value, str) else None
+    except SourceError:
+        return None
 
 
 def _adapters(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -149,39 +150,61 @@ def _adapters(content: dict[str, Any]) -> list[dict[str, Any]]:
     return [a for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []
 
 
+def _names(content: dict[str, Any]) -> set[str]:
+    return {name for a in _adapters(content) if isinstance(name := a.get("name"), str)}
+
+
 def _missing_sources(content: dict[str, Any]) -> list[str]:
-    """Model, encodings, data and starts that are not where the recipe says, as far as can be seen without loading them."""
+    """Models, encodings, data, templates and starts that do not exist; nothing is loaded."""
     from qwlora.data import locate_documents
     from qwlora.formats.model_source import locate
 
-    problems = []
-    for section, look in (("model", locate), ("data", locate_documents)):
+    names = _names(content)
+
+    def check_start(source: str) -> None:
+        is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)
+        if source not in names and not is_hub_id and not user_path(source).exists():
+            raise SourceError(
+                f"adapter {source!r} does not exist. Give another's name, a folder with "
+                "adapter_config.json, or a hub id"
+            )
+
+    values: list[tuple[str, Any, Callable[[str], Any]]] = []
+    checks: dict[tuple[str, str], Callable[[str], Any]] = {
+        ("model", "source"): locate,
+        ("model", "encodings"): _check_encodings,
+        ("data", "source"): locate_documents,
+        ("data", "chat_template"): _check_template,
+    }
+    for (section, key), look in checks.items():
         part = content.get(section)
-        source = part.get("source") if isinstance(part, dict) else None
-        if isinstance(source, str):
-            try:
-                look(source)
-            except SourceError as error:
-                problems.append(f"{section}.source: {error}")
-        template = part.get("chat_template") if isinstance(part, dict) else None
-        if isinstance(template, str) and not Path(template).expanduser().is_file():
-            problems.append(f"{section}.chat_template: {template!r} is not a file")
-        encodings = part.get("encodings") if isinstance(part, dict) else None
-        if isinstance(encodings, str) and not (path := Path(encodings).expanduser()).is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            problems.append(
-                f"{section}.encodings: {encodings!r} {what}. Give the .encodings or .json file that AIMET wrote"
-            )
-    names = {adapter.get("name") for adapter in _adapters(content)}
-    for i, adapter in enumerate(_adapters(content)):
-        start = adapter.get("start")
-        if (
-            isinstance(start, str)
-            and start not in names
-            and not Path(start).expanduser().exists()
-            and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", start)
-        ):
-            problems.append(
-                f"adapters.{i}.start: adapter {start!r} does not exist. Give another's name, a folder with adapter_config.json, or a hub id"
-            )
+        if isinstance(part, dict):
+            values.append((f"{section}.{key}", part.get(key), look))
+    values += [
+        (f"adapters.{i}.start", a.get("start"), check_start)
+        for i, a in enumerate(_adapters(content))
+    ]
+    problems = []
+    for where, value, check in values:
+        try:
+            if isinstance(value, str):
+                check(value)
+        except SourceError as error:
+            problems.append(f"{where}: {error}")
     return problems
+
+
+def _check_encodings(encodings: str) -> None:
+    path = user_path(encodings)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise SourceError(
+            f"{encodings!r} {what}. Give the .encodings or .json file that AIMET wrote"
+        )
+
+
+def _check_template(template: str) -> None:
+    path = user_path(template)
+    if not path.is_file():
+        raise SourceError(f"{template!r} is not a file")
+    read_file(path)

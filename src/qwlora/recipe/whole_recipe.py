@@ -66,6 +66,11 @@ class Recipe(Section):
             raise ValueError(
                 "model.encodings are taken by base.solver keep; set it, or remove them"
             )
+        if self.model.trust_remote_code and self.base.solver == "keep":
+            raise ValueError(
+                "model.trust_remote_code: base.solver keep reads integers without code of the "
+                "model's own; remove it"
+            )
         needy = [a.name for a in self.adapters if a.init != "zero" or a.objective == "recovery"]
         if self.base.solver == "keep" and self.model.encodings is None and needy:
             raise ValueError(

@@ -1,0 +1,96 @@
+"""Recipes follow YAML 1.2, and a key is given once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qwlora.errors import RecipeError
+from qwlora.recipe import load_recipe
+from qwlora.recipe.yaml_core import dump_yaml, load_yaml
+
+CORE = [
+    ("012", 12),
+    ("0o14", 12),
+    ("0x1F", 31),
+    ("-3", -3),
+    ("1:30", "1:30"),
+    ("yes", "yes"),
+    ("No", "No"),
+    ("on", "on"),
+    ("OFF", "OFF"),
+    ("true", True),
+    ("2024-01-31", "2024-01-31"),
+    ("1_000", "1_000"),
+    ("0b11", "0b11"),
+    ("5e-4", 5e-4),
+    (".5", 0.5),
+    ("~", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), CORE)
+def test_a_scalar_is_what_the_core_schema_says(text: str, value: Any) -> None:
+    found = load_yaml(f"key: {text}")["key"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", [*(text for text, _ in CORE), "=", "<<", "null", "1e5", ".inf"])
+def test_a_string_reads_back_as_a_string_by_1_1_and_by_1_2(text: str) -> None:
+    assert load_yaml(dump_yaml([text])) == [text]
+    assert yaml.safe_load(dump_yaml([text])) == [text]
+
+
+def test_merge_keys_are_no_repetition() -> None:
+    text = "base: &base {rank: 4, alpha: 8}\nother: {<<: *base, rank: 2}"
+    assert load_yaml(text)["other"] == {"rank": 2, "alpha": 8}
+
+
+def problem(path: Path, *changes: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, changes)
+    (only,) = caught.value.problems
+    return only
+
+
+def test_a_key_given_twice_is_refused_with_both_lines(recipe_for: Any) -> None:
+    path = recipe_for()
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, "seed: 1", "# a comment", "seed: 2"]))
+    message = problem(path)
+    assert "'seed'" in message
+    assert f"lines {len(lines) + 1} and {len(lines) + 3}" in message
+
+
+def test_set_follows_the_same_rules(recipe_for: Any) -> None:
+    path = recipe_for()
+    assert load_recipe(path, ("seed=012",)).seed == 12
+    assert "'1:30'" in problem(path, "seed=1:30")
+    assert "'yes'" in problem(path, "adapters.0.dora=yes")
+    assert "'rank'" in problem(path, "adapters=[{name: a, rank: 1, rank: 2}]")
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("[" * 5000, "nested too deeply"),
+        ("seed: " + "9" * 5000, "5000 digits"),
+        ("seed: 0x" + "f" * 5000, "5002 digits"),
+        ("seed: !!int many", "does not fit its tag"),
+        ("seed: !!timestamp 2024-13-99", "does not fit its tag"),
+        ("seed: !!python/object:os.system x", "constructor"),
+    ],
+)
+def test_yaml_that_cannot_be_used_is_one_problem(tmp_path: Path, text: str, fact: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert fact in problem(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"name: x\n# caf\xe9\n")
+    assert "line 2" in problem(tmp_path / "recipe.yaml")

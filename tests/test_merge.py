@@ -26,7 +26,8 @@ from qwlora.formats.base_folder import save_base
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import is_packed, packed_weights
 from qwlora.nn.unpack import unpack_
-from qwlora.pipeline.merge_adapter import Verdict, check_target, merged_model, write_merged
+from qwlora.pipeline.merge_adapter import Verdict, merged_model, write_merged
+from qwlora.pipeline.merge_target import check_target, new_folder
 from qwlora.pipeline.run_job import open_job, run
 from qwlora.quantize.layer_rules import Rule
 from qwlora.recipe import load_recipe
@@ -246,12 +247,13 @@ def job(
     return folder / "out"
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "qwlora", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
+        cwd=cwd,
     )
 
 
@@ -264,11 +266,12 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
     assert set(verdict["layers"]) == {
         name.removesuffix(".weight") for name in packed_weights(load_base(job / "base"))
     }
-    (tmp_path / ".float.part").mkdir()  # a merge that was killed left this
+    (tmp_path / ".float.part").mkdir()  # the user's own
     merged = command("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
     assert merged.returncode == 0, merged.stderr
     assert "under half a step" in merged.stdout
     assert f"merged into the integers {verdict['merged']:.3f}" in merged.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".float.part", "float"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
     again = command("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
@@ -311,16 +314,19 @@ def test_a_terminal_sees_how_far_the_verdict_is(job: Path) -> None:
 def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(
     job: Path, tmp_path: Path
 ) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
     (tmp_path / "notes.txt").write_text("x")
     for place, message in (
         (tmp_path / "notes.txt", "is a file; --out names a directory"),
         (tmp_path / "notes.txt" / "a" / "b", "notes.txt' is a file; choose"),
+        (".", "'.' is the current directory"),
     ):
-        refused = command("merge", job, "first", "--into", "float", "--out", place)
+        refused = command("merge", job, "first", "--into", "float", "--out", place, cwd=empty)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["empty", "notes.txt"]
     with pytest.raises(DirectoryError, match="is a file; --out names a directory"):
         check_target(tmp_path / "notes.txt")
 
@@ -331,24 +337,26 @@ def test_a_full_disk_is_an_error_of_ours_and_keeps_nothing(
 ) -> None:
     session, _ = open_job(job)
     disk = mounted(f"size={size}")
-    with pytest.raises(
-        DirectoryError,
-        match=r"new/merged': no space left on the disk. Nothing half-written was kept; free some space and run again",
+    with (
+        pytest.raises(
+            DirectoryError,
+            match=r"new/merged': no space left on the disk. Nothing half-written was kept; free some space and run again",
+        ),
+        new_folder(disk / "new" / "merged") as folder,
     ):
-        write_merged(session, "first", into, disk / "new" / "merged")
+        write_merged(session, "first", into, folder)
     assert list(disk.iterdir()) == []
 
 
 def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(
-    job: Path, mounted: Any, tmp_path: Path
+    mounted: Any, tmp_path: Path
 ) -> None:
     disk = mounted("ro")
     for place in (disk / "merged", disk):
         with pytest.raises(DirectoryError, match="is not writable; choose another --out"):
             check_target(place)
-    session, _ = open_job(job)
-    with pytest.raises(DirectoryError, match=r"cannot be written: \[Errno 16\]"):
-        write_merged(session, "first", "float", mounted("size=10m"))
+    with pytest.raises(DirectoryError, match="is a mount point"):
+        check_target(mounted("size=10m"))
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
 
 

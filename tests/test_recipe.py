@@ -68,8 +68,12 @@ def problems(path: Path, *changes: str) -> list[str]:
         ),
         ("adapters=[]", "adapters: List should have at least 1 item after validation, not 0"),
         (
-            "adapters=[{name: a}, {name: a}]",
-            "adapters: two adapters are named a; names are folders and must differ",
+            "adapters=[{name: a}, {name: b}, {name: A}]",
+            "adapters: adapters a, A: names are folders and must differ in more than case",
+        ),
+        (
+            f"adapters=[{{name: {'a' * 300}}}]",
+            f"adapters.0.name: String should have at most 100 characters (given: {'a' * 300!r})",
         ),
         ("data.held_out=1.5", "data.held_out: Input should be less than 1 (given: 1.5)"),
         (

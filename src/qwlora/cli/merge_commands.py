@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -39,7 +39,12 @@ Out = Annotated[
 
 def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
     """Say what merging an adapter into the base's integers would lose. Writes nothing."""
-    verdict, _ = _verdict(job, name, quiet=as_json)
+    from qwlora.pipeline.run_job import open_job
+
+    session, name = open_job(job, name)
+    from qwlora.pipeline.merge_adapter import merge_verdict
+
+    verdict = merge_verdict(session, name, bars(as_json))
     print(json.dumps(verdict.to_json(), indent=1) if as_json else "\n".join(_lines(verdict)))
 
 
@@ -47,22 +52,18 @@ def merge(job: Job, name: Name, into: Target, out: Out) -> None:
     """Merge an adapter into its base, after the verdict; from what the base's integers stand for, never from the original float weights."""
     if into not in ("float", "requantized"):
         raise typer.BadParameter(f"{into!r} is neither float nor requantized", param_hint="--into")
-    from qwlora.pipeline.merge_adapter import check_target, write_merged
-
-    check_target(out)
-    verdict, session = _verdict(job, name)
-    print("\n".join(_lines(verdict)), flush=True)
-    write_merged(session, name, into, out)  # type: ignore[arg-type]
-    print(f"wrote {out}")
-
-
-def _verdict(job: Path, name: str, quiet: bool = False) -> tuple[Verdict, Any]:
+    from qwlora.pipeline.merge_target import new_folder
+    from qwlora.pipeline.output_path import check_outside_data
     from qwlora.pipeline.run_job import open_job
 
-    session, name = open_job(job, name)
-    from qwlora.pipeline.merge_adapter import merge_verdict
+    with new_folder(out) as folder:
+        session, name = open_job(job, name)
+        check_outside_data(out, session.recipe.data.source)
+        from qwlora.pipeline.merge_adapter import merge_verdict, write_merged
 
-    return merge_verdict(session, name, bars(quiet)), session
+        print("\n".join(_lines(merge_verdict(session, name, bars()))), flush=True)
+        write_merged(session, name, into, folder)  # type: ignore[arg-type]
+    print(f"wrote {out}")
 
 
 def _lines(verdict: Verdict) -> list[str]:

@@ -7,7 +7,7 @@
     DIR/simulation/NAME/       encodings and placement, and the adapter in the factors that they are of
     DIR/export/TARGET/NAME/    files for a runtime
     DIR/results.json           what was measured (see docs/results.md)
-    DIR/.qwlora/               the stages' records, checkpoints, the lock
+    DIR/.qwlora/               the marker of ownership, the stages' records, checkpoints, the lock
 
 An artifact is made in a scratch folder and renamed into place, so that what is there is whole. A stage's record is written after its artifact.
 """
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -28,8 +27,16 @@ from typing import Any
 
 import yaml
 
-from qwlora.errors import DirectoryError
-from qwlora.recipe import Recipe
+from qwlora.errors import DirectoryError, RecipeError
+from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty
+from qwlora.pipeline.ownership import (
+    Owner,
+    check_replaceable,
+    files_in,
+    is_unclaimed,
+    read_owner,
+)
+from qwlora.recipe import Recipe, load_recipe
 
 RESULTS_FORMAT = 1
 _FULL_BYTES = 64 * 1024
@@ -52,68 +59,74 @@ class Directory:
         self.path = path
         self.private = path / ".qwlora"
         self.records: dict[str, Record] = {}
+        self.owner = Owner("", "")
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, recipe: Recipe) -> Iterator[Directory]:
-        """Claim `path` for `recipe`; made if it is not there, and removed again if nothing was finished in it, not even a part of a stage.
+        """Claim `path` for `recipe`, and make it if it does not exist.
+
+        If nothing was finished in a directory that this call claimed first, not even a part of a
+        stage, then what this call made is removed again: the marker, the recipe, the folders.
 
         Raises:
-            DirectoryError: it belongs to another recipe or to something else, is in use, or cannot be written.
+            DirectoryError: it belongs to another recipe or to something else, is in use, or
+                cannot be written.
         """
         directory = cls(path)
         directory.check_owner(recipe)
-        existed = path.exists()
         with explained(path):
-            directory.private.mkdir(parents=True, exist_ok=True)
-            lock = (directory.private / "lock").open("w")
+            lock, made = lock_folder(directory.private, "lock")
+        is_new = False
         try:
-            _lock(lock, path)
             with explained(path):
+                # another process may have finished a job here since the check
+                directory.check_owner(recipe)
+                is_new = read_owner(path) is None
                 directory._read_records()
-                write_text(
-                    path / "recipe.yaml",
-                    yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=150),
-                )
+                directory._read_or_make_owner(recipe)
+                directory._write_recipe(recipe)
                 yield directory
         finally:
+            if is_new and not directory._has_results():
+                directory._remove_claim()
+            remove_empty(made)
             lock.close()
-            if not existed and not directory.records and not directory._has_work():
-                shutil.rmtree(path, ignore_errors=True)
 
     def check_owner(self, recipe: Recipe) -> None:
-        """See that the directory is free, or belongs to this job: a recipe of the same name and model.
+        """Check that the directory is free, or belongs to this job: a recipe of this name and model.
 
         Raises:
             DirectoryError: it belongs to another recipe, or holds something else.
         """
         with explained(self.path):
-            if not self.path.exists():
-                parent = next(p for p in self.path.absolute().parents if p.exists())
-                if not os.access(parent, os.W_OK):
-                    raise DirectoryError(
-                        f"{str(self.path)!r} cannot be made: {str(parent)!r} is not writable"
-                    )
+            if not check_output(self.path):
                 return
-            if not self.path.is_dir():
-                raise DirectoryError(f"{str(self.path)!r} is a file; --out names a directory")
             if not os.access(self.path, os.W_OK):
                 raise DirectoryError(f"{str(self.path)!r} is not writable; choose another --out")
-            inside = [p for p in self.path.iterdir() if p != self.private]
-            if not inside:
+            owner = read_owner(self.path)
+            if owner is None and is_unclaimed(self.path):
                 return
-            try:
-                owner = yaml.safe_load((self.path / "recipe.yaml").read_text())
-                name, source = owner["name"], owner["model"]["source"]
-            except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+            if owner is None:
                 raise DirectoryError(
-                    f"{str(self.path)!r} is not empty and was not made by qwlora; choose another --out"
-                ) from error
-        if (name, source) != (recipe.name, recipe.model.source):
-            raise DirectoryError(
-                f"{str(self.path)!r} was made by another recipe ({name!r} on {source}), not by {recipe.name!r} on {recipe.model.source}; "
-                "choose another --out, or delete it"
-            )
+                    f"{str(self.path)!r} is not empty and was not made by qwlora (it has no "
+                    ".qwlora/owner.json); choose another --out"
+                )
+            if (owner.recipe, owner.model) != (recipe.name, recipe.model.source):
+                raise DirectoryError(
+                    f"{str(self.path)!r} was made by another recipe ({owner.recipe!r} on "
+                    f"{owner.model}), not by {recipe.name!r} on {recipe.model.source}; "
+                    "choose another --out, or delete it"
+                )
+            self._check_recipe(owner, recipe)
+
+    def check_replaceable(self, artifact: str) -> None:
+        """Check that the job made whatever is at `artifact` now.
+
+        Raises:
+            DirectoryError: there is something that no record lists.
+        """
+        check_replaceable(self.path / artifact, self._files_made(artifact))
 
     def is_current(self, stage: str, key: str) -> bool:
         """Whether `stage` is finished with these inputs and its files are as it left them."""
@@ -128,7 +141,9 @@ class Directory:
     def peek(cls, path: Path, recipe: Recipe) -> Directory:
         """Look at the records of `path` without claiming it; see `check_owner` for the errors."""
         cls(path).check_owner(recipe)
-        return cls.read(path)
+        directory = cls.read(path)
+        directory.owner = read_owner(path) or directory.owner
+        return directory
 
     @classmethod
     def read(cls, path: Path) -> Directory:
@@ -171,7 +186,19 @@ class Directory:
         artifact: str | None,
         dependents: Collection[str],
     ) -> None:
-        """Put the scratch folder in the artifact's place and record the stage; `dependents` were made from its old result, and are forgotten."""
+        """Replace the artifact by the scratch folder and record the stage.
+
+        `dependents` were made from the stage's old result; their records are dropped.
+
+        Raises:
+            DirectoryError: something is at `artifact` that the job did not make.
+        """
+        old, new = set[str](), set[str]()
+        if artifact is not None:
+            self.check_replaceable(artifact)
+            old, new = self._files_made(artifact), set(files_in(scratch))
+            # listed before it is in place, so that it is known as ours after a kill in between
+            self._write_owner(artifact, old | new)
         for name in (stage, *dependents):
             self.records.pop(name, None)
         self._write_records()
@@ -183,11 +210,14 @@ class Directory:
                 for p in sorted(scratch.rglob("*"))
                 if p.is_file()
             }
-            shutil.rmtree(target, ignore_errors=True)
+            if old:
+                shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             scratch.rename(target)
         self.records[stage] = Record(record.key, record.seconds, record.results, files)
         self._write_records()
+        if artifact is not None and old - new:
+            self._write_owner(artifact, new)
 
     def work(self, stage: str, key: str) -> Path:
         """Folder for what a stage must find again after an interruption; one for each key."""
@@ -198,8 +228,65 @@ class Directory:
         for folder in (self.private / "work").glob(f"{stage.replace('/', '-')}-{'?' * 16}"):
             shutil.rmtree(folder)
 
-    def _has_work(self) -> bool:
-        return any(file.is_file() for file in (self.private / "work").rglob("*"))
+    def _files_made(self, artifact: str) -> set[str]:
+        """The files at `artifact`, relative to it, that the job lists as its own."""
+        folder = Path(artifact)
+        listed = (Path(file) for record in self.records.values() for file in record.files)
+        recorded = {str(file.relative_to(folder)) for file in listed if folder in file.parents}
+        return recorded | set(self.owner.artifacts.get(artifact, ()))
+
+    def _read_or_make_owner(self, recipe: Recipe) -> None:
+        owner = read_owner(self.path)
+        self.owner = owner or Owner(recipe.name, recipe.model.source)
+        if (self.private / "owner.json").is_file():
+            return
+        if owner is not None:  # a job of a version that wrote no marker
+            for file in (Path(file) for record in self.records.values() for file in record.files):
+                for folder in (p for p in file.parents if p.name):
+                    listed = self.owner.artifacts.setdefault(str(folder), [])
+                    listed.append(str(file.relative_to(folder)))
+            self.owner.recipes = [_digest(self.path / "recipe.yaml") or ""]
+        write_text(self.private / "owner.json", self.owner.to_json())
+
+    def _write_owner(self, artifact: str, files: set[str]) -> None:
+        self.owner.artifacts[artifact] = sorted(files)
+        write_text(self.private / "owner.json", self.owner.to_json())
+
+    def _check_recipe(self, owner: Owner, recipe: Recipe) -> None:
+        """Check that `recipe.yaml` says `recipe`, or that overwriting it loses nothing."""
+        file = self.path / "recipe.yaml"
+        has_marker = (self.private / "owner.json").is_file()
+        if not has_marker or not os.path.lexists(file) or _digest(file) in owner.recipes:
+            return
+        if not _reads_as(file, recipe):
+            raise DirectoryError(
+                f"{str(file)!r} was edited after qwlora wrote it, and is not the recipe of this "
+                "run, which would overwrite it. Nothing was changed. Make your changes in that "
+                "file and run it without --set, or move it away."
+            )
+
+    def _write_recipe(self, recipe: Recipe) -> None:
+        """Write the resolved recipe, unless the file reads so already: it may be the one that was
+        passed in, and its comments are the user's."""
+        file = self.path / "recipe.yaml"
+        if _reads_as(file, recipe):
+            return
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=150)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        self.owner.recipes = [*self.owner.recipes[-1:], digest]
+        write_text(self.private / "owner.json", self.owner.to_json())
+        write_text(file, text)
+
+    def _remove_claim(self) -> None:
+        """Remove what claiming an unclaimed directory made; the lock is held until it is gone."""
+        if _digest(self.path / "recipe.yaml") in self.owner.recipes:
+            (self.path / "recipe.yaml").unlink(missing_ok=True)
+        shutil.rmtree(self.private, ignore_errors=True)
+
+    def _has_results(self) -> bool:
+        """Whether a stage was finished, or a part of one that the next run can use."""
+        work = (self.private / "work").rglob("*")
+        return bool(self.records or self.owner.artifacts) or any(file.is_file() for file in work)
 
     def _read_records(self) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -223,13 +310,11 @@ def write_text(path: Path, text: str) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _lock(file: Any, path: Path) -> None:
+def _reads_as(file: Path, recipe: Recipe) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DirectoryError(
-            f"{str(path)!r} is in use by another qwlora process; wait for it, or choose another --out"
-        ) from error
+        return load_recipe(file) == recipe
+    except RecipeError:
+        return False
 
 
 @contextlib.contextmanager
@@ -251,13 +336,15 @@ def explained(path: Path) -> Iterator[None]:
             ) from error
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(
             error, "errno", None
-        ) in (errno.EROFS, errno.EBUSY):
+        ) in (errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.ENAMETOOLONG):
             raise DirectoryError(f"{str(path)!r} cannot be written: {error}") from error
         raise
 
 
 def _free_bytes(path: Path) -> float:
-    usage = shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists()))
+    usage = shutil.disk_usage(
+        next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    )
     return usage.free if usage.total else float("inf")  # /proc and its like have no size
 
 

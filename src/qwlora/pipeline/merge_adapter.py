@@ -8,9 +8,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,13 +16,11 @@ from torch import Tensor
 
 from qwlora.adapter.merge_loss import Swallowed, swallowed, untie_
 from qwlora.analysis.perplexity import logits_of, perplexity
-from qwlora.errors import DirectoryError
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn.pack_at import pack_at_, tie_weights_
 from qwlora.nn.unpack import restore_conv1d_, unpack_
 from qwlora.pipeline.context import Session
-from qwlora.pipeline.directory import explained
 from qwlora.progress import Track
 
 if TYPE_CHECKING:
@@ -124,56 +119,17 @@ def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
     return merged.eval()
 
 
-def check_target(folder: Path) -> None:
-    """See that a merged model can be written at `folder`.
-
-    Raises:
-        DirectoryError: it is a file, holds something, or cannot be made.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise DirectoryError(f"{str(folder)!r} is a file; --out names a directory")
-    if folder.exists() and any(folder.iterdir()):
-        raise DirectoryError(f"{str(folder)!r} is not empty; choose another --out")
-    if folder.exists() and not os.access(folder, os.W_OK):
-        raise DirectoryError(f"{str(folder)!r} is not writable; choose another --out")
-    above = next(p for p in folder.absolute().parents if p.exists())
-    if not above.is_dir():
-        raise DirectoryError(
-            f"{str(folder)!r} cannot be made: {str(above)!r} is a file; choose another --out"
-        )
-    if not os.access(above, os.W_OK):
-        raise DirectoryError(
-            f"{str(folder)!r} cannot be made: {str(above)!r} is not writable; choose another --out"
-        )
-
-
 def write_merged(session: Session, name: str, into: Into, folder: Path) -> None:
-    """Write the merged model of adapter `name` into `folder`: a Hugging Face checkpoint, or a base of its own.
+    """Write the merged model of adapter `name` into the empty `folder`.
 
-    Raises:
-        DirectoryError: see `check_target`; or it cannot be written after all, as where the disk is full. Nothing half-written stays.
+    A Hugging Face checkpoint if merged into floats; else a base, as `save_base` writes it.
     """
-    check_target(folder)
     merged = merged_model(session.adapted(name), into)
-    scratch = folder.with_name(f".{folder.name}.part")
-    made = [above for above in scratch.parents if not above.exists()]
-    try:
-        with explained(folder):
-            shutil.rmtree(scratch, ignore_errors=True)  # of a merge that was killed
-            scratch.mkdir(parents=True)
-            if into == "float":
-                merged.save_pretrained(scratch)
-                session.tokenizer.save_pretrained(scratch)
-            else:
-                save_base(merged, session.tokenizer, scratch, session.recipe.model.source)
-            if folder.exists():
-                folder.rmdir()
-            scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for above in made:
-            with contextlib.suppress(OSError):  # it holds the merged model
-                above.rmdir()
+    if into == "float":
+        merged.save_pretrained(folder)
+        session.tokenizer.save_pretrained(folder)
+    else:
+        save_base(merged, session.tokenizer, folder, session.recipe.model.source)
 
 
 def _perplexity(

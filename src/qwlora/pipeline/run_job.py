@@ -18,6 +18,7 @@ from qwlora.data.prepared_data import describe, summary
 from qwlora.errors import CalibrationError, DirectoryError, RecipeError
 from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained, write_text
 from qwlora.pipeline.distributed import done, follow, is_first_process, tell
+from qwlora.pipeline.output_path import check_outside_data
 from qwlora.pipeline.plan import VERBS, Stage, dependents, make_plan
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
@@ -49,6 +50,7 @@ def run(
         DirectoryError: `out` cannot be used, or a stage that is needed first is not current.
         QwloraError: a stage's own errors; what was finished before it stays.
     """
+    check_outside_data(out, recipe.data.source)
     documents = load_documents(
         recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
     )
@@ -85,6 +87,10 @@ def _run(
     behind = {name for stage in waiting for name in dependents(plan, stage.name)}
     waiting = [s for s in plan if s.verb in verbs and (s in waiting or s.name in behind)]
     _check_needs(plan, waiting, verbs, peek, command)
+    for stage in waiting:
+        if stage.artifact is not None:
+            peek.check_replaceable(stage.artifact)
+    session: Any = None
     if waiting:
         session = _start_session(recipe, documents, out, track, say, {s.verb for s in waiting})
         say(summary(describe(documents, session.data)))
@@ -94,6 +100,7 @@ def _run(
             if directory.is_current(stage.name, stage.key):
                 say(f"{stage.name}: skipped, nothing that it depends on has changed")
                 continue
+            session = session or new_session(recipe, documents, out, track)
             say(f"{stage.name} ...")
             seconds = _do(directory, session, stage, dependents(plan, stage.name))
             say(f"{stage.name}: done in {seconds:.1f} s")

@@ -175,9 +175,9 @@ class Recipe(Section):
     @field_validator("adapters")
     @classmethod
     def _distinct(cls, adapters: list[Adapter]) -> list[Adapter]:
-        names = [a.name for a in adapters]
-        if twice := sorted({n for n in names if names.count(n) > 1}):
+        folders = [a.name.casefold() for a in adapters]  # some file systems ignore case
+        if twice := [a.name for a in adapters if folders.count(a.name.casefold()) > 1]:
             raise ValueError(
-                f"two adapters are named {', '.join(twice)}; names are folders and must differ"
+                f"adapters {', '.join(twice)}: names are folders and must differ in more than case"
             )
         return adapters

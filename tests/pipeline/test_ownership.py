@@ -1,0 +1,304 @@
+"""Directories: what a job may write to, replace and remove. No stage runs here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qwlora.cli.main import main
+from qwlora.errors import DirectoryError
+from qwlora.pipeline.directory import Directory, Record
+from qwlora.pipeline.output_path import check_output, lock_folder
+from qwlora.pipeline.run_job import run
+from qwlora.recipe import Recipe, load_recipe
+
+
+@pytest.fixture
+def recipe(recipe_for: Any) -> Recipe:
+    return load_recipe(recipe_for())
+
+
+def finish(out: Path, recipe: Recipe, stage: str = "quantize", artifact: str = "base") -> None:
+    """Claim `out` and commit an artifact of one file, as a stage does."""
+    with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
+        (scratch / "model.safetensors").write_text(stage)
+        directory.commit(stage, Record("key", 1.0), scratch, artifact, ())
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+    }
+
+
+def without_marker(out: Path) -> None:
+    """Make the job look as one of a version that wrote no marker."""
+    (out / ".qwlora" / "owner.json").unlink()
+
+
+def fail(written: Path) -> None:
+    assert written.is_file()
+    raise ZeroDivisionError
+
+
+def test_a_users_folder_with_a_recipe_is_refused_and_left_alone(
+    recipe_for: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path: Path = recipe_for()
+    for folder in ("base", "adapters/first"):
+        (path.parent / folder).mkdir(parents=True)
+        (path.parent / folder / "mine.txt").write_text("mine")
+    before = contents(path.parent)
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr("sys.argv", ["qwlora", "run", "recipe.yaml", "--out", "."])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "'.' is not empty and was not made by qwlora" in capsys.readouterr().err
+    assert contents(path.parent) == before
+
+
+def test_a_folder_that_no_record_lists_is_not_replaced(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, recipe, "train/first", "adapters/first")
+    (out / "base").mkdir()
+    (out / "base" / "mine.txt").write_text("mine")
+    with pytest.raises(DirectoryError, match=r"base' holds 'mine.txt'.*Move it out"):
+        run(recipe, out, ("quantize",))  # before a model is loaded
+    with pytest.raises(DirectoryError, match=r"base' holds 'mine.txt'"):
+        finish(out, recipe)
+    assert (out / "base" / "mine.txt").read_text() == "mine"
+    assert Directory.read(out).records.keys() == {"train/first"}
+
+
+def test_a_users_file_among_a_jobs_is_not_removed(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, recipe)
+    (out / "base" / "README.md").write_text("mine")
+    before = contents(out)
+    with pytest.raises(DirectoryError, match=r"base' holds 'README.md'"):
+        finish(out, recipe)
+    assert contents(out) == before
+
+
+def test_an_artifact_is_replaced_after_a_kill_that_lost_its_record(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    finish(out, recipe)
+    (out / ".qwlora" / "stages.json").write_text("{}")
+    finish(out, recipe)
+    assert Directory.read(out).records["quantize"].files.keys() == {"base/model.safetensors"}
+
+
+def test_a_kill_before_the_record_leaves_an_artifact_that_is_ours(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    writes = iter([None])
+
+    def killed(self: Directory) -> None:
+        if next(writes, "killed") == "killed":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Directory, "_write_records", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finish(out, recipe)
+    assert (out / "base" / "model.safetensors").is_file()
+    assert not Directory.read(out).records
+    finish(out, recipe)
+
+
+def test_a_job_without_a_marker_is_still_ours(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, recipe)
+    without_marker(out)
+    finish(out, recipe)
+    owner = json.loads((out / ".qwlora" / "owner.json").read_text())
+    assert (owner["recipe"], owner["model"]) == (recipe.name, recipe.model.source)
+    assert owner["artifacts"]["base"] == ["model.safetensors"]
+    without_marker(out)
+    with pytest.raises(DirectoryError, match="was made by another recipe"):
+        finish(out, recipe.model_copy(update={"name": "other"}))
+
+
+def test_a_damaged_marker_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    finish(out, recipe)
+    for damage in ("", "{", "[]", '{"format": 2}', "[" * 100_000):
+        (out / ".qwlora" / "owner.json").write_text(damage)
+        with pytest.raises(DirectoryError, match=r"owner\.json' is damaged"):
+            finish(out, recipe)
+
+
+def test_a_recipe_that_was_edited_in_the_directory_is_not_overwritten(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    finish(out, recipe)
+    file = out / "recipe.yaml"
+    assert yaml.safe_load(file.read_text())["seed"] == 0
+    changed = recipe.model_copy(update={"seed": 3})
+    finish(out, changed)  # written by the job, and replaced by the job
+    assert yaml.safe_load(file.read_text())["seed"] == 3
+    edited = "# my notes\n" + file.read_text().replace("seed: 3", "seed: 5")
+    file.write_text(edited)
+    with pytest.raises(DirectoryError, match=r"recipe\.yaml' was edited"):
+        finish(out, recipe)
+    finish(out, load_recipe(file))
+    assert file.read_text() == edited
+
+
+def test_a_directory_in_which_nothing_was_finished_is_as_before(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    before = contents(tmp_path)
+    for out in (tmp_path / "empty", tmp_path / "new" / "out"):
+        with pytest.raises(ZeroDivisionError), Directory.open(out, recipe):
+            fail(out / ".qwlora" / "owner.json")
+        assert contents(tmp_path) == before
+
+
+def test_a_directory_whose_maker_was_killed_before_the_marker_is_free(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (out / ".qwlora").mkdir(parents=True)
+    (out / ".qwlora" / "lock").touch()
+    finish(out, recipe)
+    other = tmp_path / "other"
+    (other / ".qwlora").mkdir(parents=True)
+    (other / ".qwlora" / "mine.txt").touch()
+    with pytest.raises(DirectoryError, match="was not made by qwlora"):
+        finish(other, recipe)
+
+
+def test_a_second_first_run_leaves_the_first_ones_directory(recipe: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Directory.open(out, recipe):
+        before = contents(out)
+        with (
+            pytest.raises(DirectoryError, match="is in use by another qwlora process"),
+            Directory.open(out, recipe),
+        ):
+            pass
+        assert contents(out) == before
+
+
+RACER = """
+import sys, time
+from pathlib import Path
+from qwlora.errors import DirectoryError
+from qwlora.pipeline.directory import Directory, Record
+from qwlora.recipe import load_recipe
+
+recipe, start = load_recipe(Path(sys.argv[1])), float(sys.argv[2])
+for out in map(Path, sys.argv[3:]):
+    start += 0.05
+    time.sleep(max(0, start - time.time()))
+    try:
+        with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
+            (scratch / "model.safetensors").write_text("x")
+            directory.commit("quantize", Record("key", 1.0), scratch, "base", ())
+        print("won", flush=True)
+    except DirectoryError as error:
+        print("lost" if "in use" in str(error) else error, flush=True)
+"""
+
+
+def test_racing_first_runs_never_remove_the_winners_directory(
+    recipe_for: Any, tmp_path: Path
+) -> None:
+    """Real processes; `make test-attack` starts many more."""
+    import time
+
+    outs = [tmp_path / "races" / str(i) for i in range(20)]
+    arguments = [str(recipe_for()), str(time.time() + 5), *map(str, outs)]
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, *arguments], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    ends = [racer.communicate(timeout=300)[0].split("\n")[:-1] for racer in racers]
+    for out, *said in zip(outs, *ends, strict=True):
+        assert set(said) in ({"won"}, {"won", "lost"})
+        assert (out / "base" / "model.safetensors").read_text() == "x"
+        assert Directory.read(out).records.keys() == {"quantize"}
+
+
+def test_a_lock_on_a_file_that_was_removed_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that gives up removes its lock file; one that has opened it already waits on air."""
+    import fcntl
+
+    flock = fcntl.flock
+    removed = []
+
+    def remove_then_lock(file: Any, how: int) -> None:
+        if not removed:
+            removed.append((tmp_path / "folder" / "lock").unlink())
+        flock(file, how)
+
+    monkeypatch.setattr("fcntl.flock", remove_then_lock)
+    file, made = lock_folder(tmp_path / "folder", "lock")
+    assert made == [tmp_path / "folder"]
+    with file, pytest.raises(DirectoryError, match="in use"):
+        lock_folder(tmp_path / "folder", "lock")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("loop", "is a loop of symbolic links"),
+        ("loop/out", "is a loop of symbolic links"),
+        ("dangling", r"is a link to 'nowhere', which does not exist"),
+        ("dangling/out", r"dangling' is a link to 'nowhere', which does not exist"),
+        ("x" * 300, r"longest name: 300 bytes.*too long"),
+        ("x/" * 2500, r"too long for the file system"),
+        ("file", "is a file; --out names a directory"),
+        ("file/out", "file' is a file; choose another --out"),
+    ],
+)
+def test_an_unusable_path_is_refused_with_the_reason(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    before = contents(tmp_path)
+    with pytest.raises(DirectoryError, match=message) as caught:
+        check_output(tmp_path / name)
+    assert len(str(caught.value)) < 1000
+    assert contents(tmp_path) == before
+
+
+def test_a_link_to_a_folder_is_that_folder(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    finish(tmp_path / "out", recipe)
+    assert (tmp_path / "disk" / "base").is_dir()
+    assert (tmp_path / "out").is_symlink()
+
+
+@pytest.mark.parametrize("name", [".", "sub/out", "../data/out"])
+def test_an_output_inside_the_data_folder_is_refused(
+    recipe_for: Any, tmp_path: Path, name: str
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "text.txt").write_text("a text")
+    recipe = load_recipe(recipe_for(data={"source": str(data)}))
+    with pytest.raises(DirectoryError, match=r"is inside the data folder .*outside"):
+        run(recipe, data / name)
+    assert contents(data) == {"text.txt": b"a text"}

@@ -21,7 +21,7 @@ from aimet_torch.quantization.encoding_analyzer import (
 from aimet_torch.quantsim import QuantizationSimModel
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 from .table import Comparison
 
@@ -74,7 +74,7 @@ def aimet_quantizer(
 
 def aimet_low_power_quantizer(x: Tensor, scheme: Scheme) -> GroupedBlockQuantizeDequantize:
     """A calibrated AIMET quantizer whose blocks share one float scale a row."""
-    assert isinstance(scheme.granularity, LowPowerBlock)
+    assert isinstance(scheme.granularity, Lpbq)
     shape, block_size = aimet_shape(scheme, tuple(x.shape))
     bitwidth = scheme.bitwidth + scheme.granularity.scale_bitwidth
     analyzer = MinMaxEncodingAnalyzer(shape, block_size=block_size)

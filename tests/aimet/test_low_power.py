@@ -8,7 +8,7 @@ import torch
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.lpbq import split_scales
 from qwlora.grid.observers import measure
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 from .oracle import aimet_low_power_quantizer, aimet_quantizer, compare
 
@@ -24,7 +24,7 @@ def test_low_power_blocks(bitwidth, comparison):
                 x = torch.randn(8, 256, generator=torch.Generator().manual_seed(seed)) ** (
                     1 + 2 * (seed % 2)
                 ) * 10.0 ** -(seed % 3)
-                scheme = Scheme(bitwidth, granularity=LowPowerBlock(size, scale_bitwidth))
+                scheme = Scheme(bitwidth, granularity=Lpbq(size, scale_bitwidth))
                 encoding, quantizer = measure(x, scheme), aimet_low_power_quantizer(x, scheme)
                 compare(comparison, x, encoding, quantizer)
                 row, integers = split_scales(encoding.scale, scheme)

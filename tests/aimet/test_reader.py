@@ -20,7 +20,7 @@ from aimet_torch.quantsim import QuantizationSimModel  # noqa: E402
 from qwlora.encodings import read  # noqa: E402
 from qwlora.encodings.grids import Placement, grid_of  # noqa: E402
 from qwlora.errors import SourceError  # noqa: E402
-from qwlora.grid.scheme import LowPowerBlock, PerBlock  # noqa: E402
+from qwlora.grid.scheme import Lpbq, PerBlock  # noqa: E402
 
 SHAPES = {
     "tensor": (12, 16),
@@ -130,6 +130,6 @@ def test_grids_round_as_aimets_quantizers(tmp_path: Path, exporter: str, version
             .detach()
         )
         assert torch.equal(grid.fake_quantize(weight), theirs)
-        assert isinstance(grid.scheme.granularity, LowPowerBlock) == (name == "lpbq")
+        assert isinstance(grid.scheme.granularity, Lpbq) == (name == "lpbq")
         assert isinstance(grid.scheme.granularity, PerBlock) == ("block" in name or name == "lpbq")
         assert grid.scheme.symmetric == ("asymmetric" not in name)

@@ -14,7 +14,7 @@ from base.packing import quantized
 from qwlora import PackedLinear
 from qwlora.errors import GridError, MergeError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn import (
     PackedEmbedding,
     PackedLayer,
@@ -30,7 +30,7 @@ SCHEMES = [
     *(Scheme(bits, granularity=PerBlock(16)) for bits in range(2, 9)),
     *(Scheme(bits, False, PerBlock(16)) for bits in (2, 3, 5)),
     *(Scheme(4, False, granularity) for granularity in (PerTensor(), PerChannel(0), PerChannel(1))),
-    *(Scheme(bits, granularity=LowPowerBlock(16)) for bits in (2, 4)),
+    *(Scheme(bits, granularity=Lpbq(16)) for bits in (2, 4)),
     *(
         Scheme(4, False, granularity, float_offset=True)
         for granularity in (PerTensor(), PerChannel(0), PerBlock(16))

@@ -31,7 +31,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.lpbq import split_scales
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import Granularity, LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 GOLDEN = Path(__file__).parent.parent / "encodings" / "files"
 SIZES = {
@@ -93,7 +93,7 @@ def test_three_versions_of_aimets_onnx_exporter_say_the_grids_of_its_torch_expor
         assert torch.equal(found[layer].offset, expected[layer].offset)
         assert found[layer].scheme == expected[layer].scheme
     assert found["block"].scheme == Scheme(4, True, PerBlock(4))
-    assert found["lpbq"].scheme == Scheme(4, True, LowPowerBlock(2, 4))
+    assert found["lpbq"].scheme == Scheme(4, True, Lpbq(2, 4))
 
 
 def test_the_order_of_a_flat_list_is_not_guessed() -> None:
@@ -205,7 +205,7 @@ def entry_of(name: str, encoding: Encoding, version: str, flipped: bool = False)
         encoding.offset.long().numpy(),
     )
     granularity, split = scheme.granularity, version < "2"
-    if isinstance(granularity, LowPowerBlock):
+    if isinstance(granularity, Lpbq):
         row, integers = (t.numpy() for t in split_scales(encoding.scale, scheme))
         row = row.astype(np.float64)[:, None]
         integers, row = (integers.T, row.T) if flipped else (integers, row)
@@ -274,9 +274,7 @@ def matrices(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("version", ["0.6.1", "1.0.0", "2.0.0", "2.1.0"])
-@pytest.mark.parametrize(
-    "granularity", [PerTensor(), PerChannel(0), PerBlock(8), LowPowerBlock(8)], ids=str
-)
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(8), Lpbq(8)], ids=str)
 @pytest.mark.parametrize("folded", [False, True])
 def test_every_version_gives_the_grid_that_was_written(
     tmp_path: Path, version: str, granularity: Granularity, folded: bool

@@ -22,7 +22,7 @@ from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.float_offset import measure_float_offset
 from qwlora.grid.observers import measure
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.nn import PackedLinear
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.context import SOLVER_SCALES, solver_scales
@@ -42,7 +42,7 @@ SCHEMES = {
     "asymmetric channel": Scheme(3, False, PerChannel(0)),
     "block": Scheme(4, True, PerBlock(8)),
     "asymmetric block": Scheme(2, False, PerBlock(8)),
-    "low power": Scheme(4, True, LowPowerBlock(8)),
+    "low power": Scheme(4, True, Lpbq(8)),
     "float offset": Scheme(4, False, PerBlock(8), float_offset=True),
 }
 

@@ -9,17 +9,17 @@ from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.lpbq import split_scales, to_integer_scales
 from qwlora.grid.observers import measure, search
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, Scheme, parse_scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, Scheme, parse_scheme
 
 from .strategies import brief, matrices
 
-SCHEME = Scheme(4, granularity=LowPowerBlock(2))
+SCHEME = Scheme(4, granularity=Lpbq(2))
 
 
 @brief
 @given(matrices(columns=8), st.integers(1, 8), st.sampled_from([2, 3, 4, 8]))
 def test_scales_are_integers_times_the_rows_scale(x, scale_bitwidth, bitwidth):
-    scheme = Scheme(bitwidth, granularity=LowPowerBlock(2, scale_bitwidth))
+    scheme = Scheme(bitwidth, granularity=Lpbq(2, scale_bitwidth))
     encoding = measure(x, scheme)
     row, integers = split_scales(encoding.scale, scheme)
     assert row.shape == x.shape[:1]
@@ -60,7 +60,7 @@ def test_by_hand():
 def test_search_is_never_worse_than_measure_in_any_row():
     for seed in range(20):
         x = torch.randn(16, 64, generator=torch.Generator().manual_seed(seed)) ** 3
-        scheme = Scheme(3, granularity=LowPowerBlock(16))
+        scheme = Scheme(3, granularity=Lpbq(16))
         errors = [
             (find(x, scheme).fake_quantize(x) - x).double().square().sum(-1)
             for find in (search, measure)
@@ -72,10 +72,10 @@ def test_search_is_never_worse_than_measure_in_any_row():
 
 def test_it_is_a_block_to_whoever_knows_only_blocks():
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    low_power = measure(x, Scheme(4, granularity=LowPowerBlock(32)))
+    low_power = measure(x, Scheme(4, granularity=Lpbq(32)))
     plain = Encoding(Scheme(4, granularity=PerBlock(32)), low_power.scale, low_power.offset)
     assert torch.equal(plain.fake_quantize(x), low_power.fake_quantize(x))
-    assert LowPowerBlock(32) != PerBlock(32)
+    assert Lpbq(32) != PerBlock(32)
 
 
 def test_other_scales_are_refused():
@@ -86,7 +86,7 @@ def test_other_scales_are_refused():
         split_scales(torch.tensor([[1.0, 0.3]]), SCHEME)
     with pytest.raises(
         GridError,
-        match=r"int4 symmetric per block 2: only blocks with integer scales \(LowPowerBlock\) have them",
+        match=r"int4 symmetric per block 2: only blocks with integer scales \(Lpbq\) have them",
     ):
         to_integer_scales(torch.ones(1, 2), Scheme(4, granularity=PerBlock(2)))
 
@@ -96,17 +96,17 @@ def test_impossible_schemes_are_refused():
         GridError,
         match=r"blocks with integer scales \(LPBQ\) are symmetric; say symmetric=True, or use PerBlock",
     ):
-        Scheme(4, False, LowPowerBlock(32))
+        Scheme(4, False, Lpbq(32))
     for bits in (0, 9):
         with pytest.raises(GridError, match=f"a block's integer scale has 1 to 8 bits, not {bits}"):
-            LowPowerBlock(32, bits)
+            Lpbq(32, bits)
     with pytest.raises(GridError, match="a block holds at least one value, not 0"):
-        LowPowerBlock(0)
+        Lpbq(0)
 
 
 def test_names_and_json():
     scheme = parse_scheme("w4-lpbq64")
-    assert scheme == Scheme(4, granularity=LowPowerBlock(64))
+    assert scheme == Scheme(4, granularity=Lpbq(64))
     assert str(scheme) == "int4 symmetric per block 64 with int4 scales"
     assert scheme.to_json() == {
         "bitwidth": 4,

@@ -10,7 +10,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import measure_float_offset
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 from qwlora.nn.packed_tensor import PackedTensor, narrowest
 
 from .strategies import cases, thorough
@@ -33,7 +33,7 @@ def tensors(draw):
     if kind == "low power" and isinstance(scheme.granularity, PerBlock):
         scheme = Scheme(
             scheme.bitwidth,
-            granularity=LowPowerBlock(scheme.granularity.size, draw(st.integers(1, 8))),
+            granularity=Lpbq(scheme.granularity.size, draw(st.integers(1, 8))),
         )
     return quantized(x, scheme)
 
@@ -134,7 +134,7 @@ def test_what_cannot_be_packed_is_refused():
     )
     with pytest.raises(GridError, match="codes of 16 bits are not packed"):
         PackedTensor.from_quantized(wide)
-    scheme = Scheme(4, granularity=LowPowerBlock(2))
+    scheme = Scheme(4, granularity=Lpbq(2))
     loose = QuantizedTensor(
         torch.zeros(1, 4, dtype=torch.uint8),
         Encoding(scheme, torch.tensor([[0.1, 0.0333]]), torch.full((1, 2), -8, dtype=torch.int32)),

@@ -5,7 +5,7 @@ import torch
 
 from qwlora.errors import GridError
 from qwlora.grid.observers import measure
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 from qwlora.grid.scheme_presets import PRESETS, Preset, preset
 
 
@@ -23,7 +23,7 @@ def test_what_the_names_mean():
     assert preset("w4a16") == Preset(Scheme(4, granularity=PerChannel(0)), a16)
     assert preset("w4a8") == Preset(Scheme(4, granularity=PerChannel(0)), a8)
     assert preset("w8a8") == Preset(Scheme(8, granularity=PerChannel(0)), a8)
-    assert preset("w4-lpbq") == Preset(Scheme(4, granularity=LowPowerBlock(64)), a16)
+    assert preset("w4-lpbq") == Preset(Scheme(4, granularity=Lpbq(64)), a16)
     assert preset("w3g64") == Preset(Scheme(3, granularity=PerBlock(64)))
     assert preset("w2g64") == Preset(Scheme(2, False, PerBlock(64)))
 

@@ -22,7 +22,7 @@ from qwlora.encodings.model import FloatEncoding, IntegerEncoding, LpbqEncoding
 from qwlora.errors import GridError, SourceError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.lpbq import split_scales
-from qwlora.grid.scheme import Granularity, LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 BlockOrder = Literal["channel", "tensor"]
 
@@ -119,10 +119,10 @@ def _low_power_grid(entry: LpbqEncoding, placement: Placement) -> Encoding:
     )
 
 
-def _low_power_granularity(scale: Tensor, entry: LpbqEncoding, bits: int) -> PerBlock:
+def _low_power_granularity(scale: Tensor, entry: LpbqEncoding, bits: int) -> PerBlock | Lpbq:
     """Low-power blocks if the scales give their two factors back, which they do when each row's largest integer is the largest there is."""
     try:
-        granularity = LowPowerBlock(entry.block_size, bits)
+        granularity = Lpbq(entry.block_size, bits)
         split_scales(scale, Scheme(entry.bitwidth, True, granularity))
     except GridError:
         return PerBlock(entry.block_size)

@@ -21,7 +21,7 @@ from typing import Any
 
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor
 
 VERSION = "1.0.0"
 
@@ -69,7 +69,7 @@ def encoding_to_entry(name: str, encoding: Encoding, transposed: bool = False) -
             entry["enc_type"] = "PER_TENSOR"
         case PerChannel():
             entry["enc_type"] = "PER_CHANNEL"
-        case PerBlock(size):
+        case PerBlock(size) | Lpbq(size):
             entry |= {"enc_type": "PER_BLOCK", "block_size": size}
     entry["scale"] = scale.flatten().tolist()
     entry["offset"] = offset.flatten().tolist()

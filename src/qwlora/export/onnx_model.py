@@ -24,7 +24,7 @@ from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.packing import unpack
-from qwlora.grid.scheme import PerBlock, PerChannel
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor
 from qwlora.nn.custom_ops import NAMESPACE
 
 OPSET = 21  # the first with int4, 16-bit and blocked DequantizeLinear
@@ -138,7 +138,7 @@ class _Rewriter:
         ir = _ir()
         granularity = encoding.scheme.granularity
         minimum = aligned(encoding.minimum, granularity, len(shape))
-        if not isinstance(granularity, PerBlock):
+        if not isinstance(granularity, PerBlock | Lpbq):
             turned = minimum.mT if transposed and minimum.ndim else minimum
             return [
                 ir.node(
@@ -266,9 +266,9 @@ def _axis_attributes(
     match encoding.scheme.granularity:
         case PerChannel(axis):
             return {"axis": 1 - axis if transposed else axis}
-        case PerBlock(size):
+        case PerBlock(size) | Lpbq(size):  # ONNX holds the product of both factors
             return {"axis": 0 if transposed else ndim - 1, "block_size": size}
-        case _:
+        case PerTensor():
             return {}
 
 

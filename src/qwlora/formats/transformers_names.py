@@ -33,7 +33,7 @@ from transformers.core_model_loading import (
 from qwlora.errors import SourceError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import PerBlock, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
 
 ROW_OPERATIONS = (Chunk, Concatenate, MergeModulelist, Split)
 
@@ -200,7 +200,7 @@ def _as_blocks(part: QuantizedTensor) -> QuantizedTensor:
     encoding = part.encoding
     assert isinstance(encoding, Encoding), "Hugging Face formats have integer offsets"
     granularity = encoding.scheme.granularity
-    if isinstance(granularity, PerBlock):
+    if isinstance(granularity, PerBlock | Lpbq):
         return part
     shape = (*part.codes.shape[:-1], 1)
     widened: list[Any] = [

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from qwlora.errors import GridError
-from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 Bound = Tensor | int
 
@@ -151,7 +151,9 @@ class Encoding:
 
 def grouped(x: Tensor, granularity: Granularity) -> Tensor:
     """`x` with its blocks, where it has blocks, on an axis of their own."""
-    return x.unflatten(-1, (-1, granularity.size)) if isinstance(granularity, PerBlock) else x
+    return (
+        x.unflatten(-1, (-1, granularity.size)) if isinstance(granularity, PerBlock | Lpbq) else x
+    )
 
 
 def aligned(parameter: Tensor, granularity: Granularity, ndim: int) -> Tensor:
@@ -163,7 +165,7 @@ def aligned(parameter: Tensor, granularity: Granularity, ndim: int) -> Tensor:
             shape = [1] * ndim
             shape[axis] = -1
             return parameter.view(shape)
-        case PerBlock():
+        case PerBlock() | Lpbq():
             return parameter.unsqueeze(-1)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwlora.errors import GridError
-from qwlora.grid.scheme import LowPowerBlock, Scheme
+from qwlora.grid.scheme import Lpbq, Scheme
 
 
 def to_integer_scales(
@@ -50,6 +50,6 @@ def _factors(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _scale_bitwidth(scheme: Scheme) -> int:
-    if not isinstance(scheme.granularity, LowPowerBlock):
-        raise GridError(f"{scheme}: only blocks with integer scales (LowPowerBlock) have them")
+    if not isinstance(scheme.granularity, Lpbq):
+        raise GridError(f"{scheme}: only blocks with integer scales (Lpbq) have them")
     return scheme.granularity.scale_bitwidth

@@ -21,7 +21,7 @@ from torch import Tensor
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.lpbq import to_integer_scales
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 
 def encoding_from_range(
@@ -54,7 +54,7 @@ def encoding_from_range(
         scale = (high - low) / steps
         offset = torch.round(low / scale.clamp(min=smallest)).clamp(-steps, 0)
     scale = scale.clamp(min=smallest)
-    if isinstance(scheme.granularity, LowPowerBlock):
+    if isinstance(scheme.granularity, Lpbq):
         scale = to_integer_scales(scale, scheme)
     return Encoding(scheme, scale, offset.to(torch.int32))
 
@@ -77,7 +77,7 @@ def group_range(
             return low, high
         case PerChannel(axis):
             return _bounds_of_rows(x.movedim(axis, 0).reshape(x.shape[axis], -1))
-        case PerBlock(size):
+        case PerBlock(size) | Lpbq(size):
             return _bounds_of_rows(x.unflatten(-1, (-1, size)))
 
 
@@ -150,7 +150,7 @@ def search(
     """
     x = x.float()
     unbound = scheme
-    if isinstance(scheme.granularity, LowPowerBlock):
+    if isinstance(scheme.granularity, Lpbq):
         unbound = replace(scheme, granularity=PerBlock(scheme.granularity.size))
     low, high = group_range(x, scheme)
     best_error = torch.full_like(low, torch.inf)
@@ -163,7 +163,7 @@ def search(
         best_low = torch.where(better, low * fraction, best_low)
         best_high = torch.where(better, high * fraction, best_high)
     found = encoding_from_range(best_low, best_high, scheme)
-    if not isinstance(scheme.granularity, LowPowerBlock):
+    if not isinstance(scheme.granularity, Lpbq):
         return found
     measured = encoding_from_range(low, high, scheme)
     errors = [
@@ -181,5 +181,5 @@ def _group_sum(x: Tensor, scheme: Scheme) -> Tensor:
             return x.sum()
         case PerChannel(axis):
             return x.movedim(axis, 0).reshape(x.shape[axis], -1).sum(1)
-        case PerBlock(size):
+        case PerBlock(size) | Lpbq(size):
             return x.unflatten(-1, (-1, size)).sum(-1)

@@ -19,7 +19,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.lpbq import to_integer_scales
 from qwlora.grid.observers import MinMaxObserver, encoding_from_range, group_range
 from qwlora.grid.range_search import least_error_grid
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.value_distribution import Distribution
 
 
@@ -106,7 +106,7 @@ class SquaredErrorObserver(DistributionObserver):
             found.view(shape)
             for found in least_error_grid(seen, low, high, self.scheme, self.gamma)
         )
-        if isinstance(self.scheme.granularity, LowPowerBlock):
+        if isinstance(self.scheme.granularity, Lpbq):
             scale = to_integer_scales(scale, self.scheme)
         return Encoding(self.scheme, scale, offset)
 
@@ -162,5 +162,5 @@ def rows_of_groups(x: Tensor, scheme: Scheme) -> Float[Tensor, "groups values"]:
             return x.reshape(1, -1)
         case PerChannel(axis):
             return x.movedim(axis, 0).reshape(x.shape[axis], -1)
-        case PerBlock(size):
+        case PerBlock(size) | Lpbq(size):
             return x.reshape(-1, size)

@@ -6,7 +6,7 @@ offsets a tensor has is its granularity:
     weight [A, B], PerTensor()           -> scale []
     weight [A, B], PerChannel(axis=0)    -> scale [A]
     weight [A, B], PerBlock(size=32)     -> scale [A, B / 32]      blocks run along the last axis, a Linear's input
-    weight [A, B], LowPowerBlock(32)     -> scale [A, B / 32]      the same, each scale an integer times its row's float scale
+    weight [A, B], Lpbq(32)              -> scale [A, B / 32]      the same, each scale an integer times its row's float scale
 """
 
 from __future__ import annotations
@@ -44,23 +44,28 @@ class PerBlock:
 
 
 @dataclass(frozen=True)
-class LowPowerBlock(PerBlock):
-    """Blocks whose scales are integers in `[1, 2^scale_bitwidth]` times one float scale for each row (AIMET's LPBQ).
+class Lpbq:
+    """AIMET's low-power blocks: each block scale is an integer in `[1, 2^scale_bitwidth]` times the
+    float scale of its row.
 
-    weight [A, B] -> scale [A, B / size] = integers [A, B / size] * row scale [A, 1]
+        weight [A, B] -> scale [A, B / size] = integers [A, B / size] * row scale [A, 1]
 
-    It is a `PerBlock` whose scales satisfy more; see `low_power.py` for the two factors. AIMET's "decompressed bitwidth" is `bitwidth + scale_bitwidth`.
+    See `lpbq.py` for the two factors. AIMET's "decompressed bitwidth" is `bitwidth +
+    scale_bitwidth`. Not a subclass of `PerBlock`: a format that knows only `PerBlock` must refuse
+    it instead of writing its scales as floats.
     """
 
+    size: int
     scale_bitwidth: int = 4
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.size < 1:
+            raise GridError(f"a block holds at least one value, not {self.size}")
         if not 1 <= self.scale_bitwidth <= 8:
             raise GridError(f"a block's integer scale has 1 to 8 bits, not {self.scale_bitwidth}")
 
 
-Granularity = PerTensor | PerChannel | PerBlock
+Granularity = PerTensor | PerChannel | PerBlock | Lpbq
 
 
 def granularity_of(
@@ -68,11 +73,7 @@ def granularity_of(
 ) -> Granularity:
     """The granularity with this channel axis, or this block size, or neither."""
     if block_size is not None:
-        return (
-            PerBlock(block_size)
-            if scale_bitwidth is None
-            else LowPowerBlock(block_size, scale_bitwidth)
-        )
+        return PerBlock(block_size) if scale_bitwidth is None else Lpbq(block_size, scale_bitwidth)
     return PerTensor() if axis is None else PerChannel(axis)
 
 
@@ -99,7 +100,7 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.symmetric and self.float_offset:
             raise GridError("a symmetric grid has no float offset; say symmetric=False")
-        if isinstance(self.granularity, LowPowerBlock) and not self.symmetric:
+        if isinstance(self.granularity, Lpbq) and not self.symmetric:
             raise GridError(
                 "blocks with integer scales (LPBQ) are symmetric; say symmetric=True, or use PerBlock"
             )
@@ -133,7 +134,7 @@ class Scheme:
                         f"channel axis {axis} is outside a tensor of shape {list(shape)}"
                     )
                 return (shape[axis],)
-            case PerBlock(size):
+            case PerBlock(size) | Lpbq(size):
                 if not shape or shape[-1] % size:
                     raise GridError(
                         f"blocks of {size} do not divide the last axis of a tensor of shape {list(shape)}"
@@ -147,14 +148,14 @@ class Scheme:
         """
         granularity = self.granularity
         axis = granularity.axis if isinstance(granularity, PerChannel) else None
-        block_size = granularity.size if isinstance(granularity, PerBlock) else None
+        block_size = granularity.size if isinstance(granularity, PerBlock | Lpbq) else None
         record: dict[str, Any] = {
             "bitwidth": self.bitwidth,
             "symmetric": self.symmetric,
             "axis": axis,
             "block_size": block_size,
         }
-        if isinstance(granularity, LowPowerBlock):
+        if isinstance(granularity, Lpbq):
             record["scale_bitwidth"] = granularity.scale_bitwidth
         if self.float_offset:
             record["float_offset"] = True
@@ -172,7 +173,7 @@ class Scheme:
 
     def __str__(self) -> str:
         match self.granularity:
-            case LowPowerBlock(size=size, scale_bitwidth=bits):
+            case Lpbq(size, bits):
                 where = f"block {size} with int{bits} scales"
             case PerBlock(size):
                 where = f"block {size}"
@@ -198,7 +199,7 @@ def parse_scheme(text: str) -> Scheme:
             f"scheme {text!r} is not understood; write it like w4-block32, w8-channel or w3-block64-asymmetric"
         )
     bitwidth, block, size, channel, _, asymmetric = match.groups()
-    blocks = {"block": PerBlock, "lpbq": LowPowerBlock}
+    blocks = {"block": PerBlock, "lpbq": Lpbq}
     granularity: Granularity = (
         blocks[block](int(size)) if block else PerChannel(0) if channel else PerTensor()
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwlora.errors import GridError
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, Scheme, parse_scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme, parse_scheme
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ PRESETS: dict[str, Preset] = {
     "w8a16": Preset(Scheme(8, granularity=PerChannel(0)), _A16),
     "w4a8": Preset(Scheme(4, granularity=PerChannel(0)), _A8),
     "w4a16": Preset(Scheme(4, granularity=PerChannel(0)), _A16),
-    "w4-lpbq": Preset(Scheme(4, granularity=LowPowerBlock(64)), _A16),
+    "w4-lpbq": Preset(Scheme(4, granularity=Lpbq(64)), _A16),
     "w4g32": Preset(Scheme(4, granularity=PerBlock(32))),
     "w4g128": Preset(Scheme(4, granularity=PerBlock(128))),
     "w3g64": Preset(Scheme(3, granularity=PerBlock(64))),

@@ -24,7 +24,7 @@ from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.lpbq import split_scales
 from qwlora.grid.packing import pack, packed_row_bytes, unpack
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
 
 _AT_ONCE = 2**18  # codes unpacked together, so that the steps in between stay in a core's cache
 
@@ -67,7 +67,7 @@ class PackedTensor:
             None,
             None,
         )
-        if isinstance(scheme.granularity, LowPowerBlock):
+        if isinstance(scheme.granularity, Lpbq):
             row, integers = split_scales(scale, scheme)
             scale, block_scale = (
                 row.unsqueeze(-1),
@@ -79,7 +79,7 @@ class PackedTensor:
             zero_point = (-encoding.offset).to(torch.uint8)
             zero_point = (
                 pack(zero_point, scheme.bitwidth)
-                if isinstance(scheme.granularity, PerBlock)
+                if isinstance(scheme.granularity, PerBlock | Lpbq)
                 else zero_point
             )
         return cls(
@@ -101,13 +101,13 @@ class PackedTensor:
         Raises:
             GridError: the scheme does not fit the shape.
         """
-        groups, blocks = scheme.scale_shape(shape), isinstance(scheme.granularity, PerBlock)
+        groups, blocks = scheme.scale_shape(shape), isinstance(scheme.granularity, PerBlock | Lpbq)
 
         def integers(bitwidth: int, shape: tuple[int, ...], dense: bool) -> Tensor:
             shape = (*shape[:-1], packed_row_bytes(shape[-1], bitwidth)) if dense else shape
             return torch.empty(shape, dtype=torch.uint8, device=device)
 
-        low_power = scheme.granularity if isinstance(scheme.granularity, LowPowerBlock) else None
+        low_power = scheme.granularity if isinstance(scheme.granularity, Lpbq) else None
         parts = Parts(
             packed=integers(scheme.bitwidth, shape, dense=True),
             scale=torch.empty(
@@ -147,7 +147,7 @@ class PackedTensor:
         if block_scale is None:
             return scale
         granularity = self.scheme.granularity
-        assert isinstance(granularity, LowPowerBlock)
+        assert isinstance(granularity, Lpbq)
         return (
             unpack(block_scale, granularity.scale_bitwidth, self.count // granularity.size).float()
             + 1
@@ -171,7 +171,7 @@ class PackedTensor:
     def zero_point(self) -> Tensor | None:
         """uint8 of the granularity's shape, for asymmetric grids."""
         zero_point, granularity = self.parts.zero_point, self.scheme.granularity
-        if zero_point is None or not isinstance(granularity, PerBlock):
+        if zero_point is None or not isinstance(granularity, PerBlock | Lpbq):
             return zero_point
         return unpack(zero_point, self.scheme.bitwidth, self.count // granularity.size)
 
@@ -230,7 +230,7 @@ class PackedTensor:
     def _numbers(self, index: Tensor | int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Scale, offset and minimum in float32, those of the indexed rows only where each row has its own blocks."""
         chosen = self
-        if index is not None and isinstance(self.scheme.granularity, PerBlock):
+        if index is not None and isinstance(self.scheme.granularity, PerBlock | Lpbq):
             parts: Any = (None if part is None else part[index] for part in self.parts)
             chosen = PackedTensor(self.scheme, self.count, Parts(*parts))
         zero_point, minimum = (
@@ -250,7 +250,7 @@ class PackedTensor:
         granularity = self.scheme.granularity
         if part is None or not part.ndim:
             return part
-        if isinstance(granularity, PerBlock):
+        if isinstance(granularity, PerBlock | Lpbq):
             return part.reshape(-1, part.shape[-1], 1)
         part = aligned(part, granularity, len(self.shape))
         if index is not None:

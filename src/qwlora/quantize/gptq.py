@@ -24,7 +24,7 @@ from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.second_moments import output_energy
 from qwlora.quantize.scale_search import COARSE, fit, storable_scale
 
@@ -133,13 +133,11 @@ class _Rounding:
         self.weight = weight.T[order].contiguous()
         self.importance = upper.diagonal().square().reciprocal()
         self.size = (
-            scheme.granularity.size if isinstance(scheme.granularity, PerBlock) else weight.shape[1]
+            scheme.granularity.size
+            if isinstance(scheme.granularity, PerBlock | Lpbq)
+            else weight.shape[1]
         )
-        late = (
-            isinstance(scheme.granularity, PerBlock)
-            and not isinstance(scheme.granularity, LowPowerBlock)
-            and not beforehand
-        )
+        late = isinstance(scheme.granularity, PerBlock) and not beforehand
         self.block_scheme = (
             Scheme(scheme.bitwidth, scheme.symmetric, PerBlock(self.size)) if late else None
         )
@@ -224,7 +222,7 @@ class _Rounding:
 def _columns_of_a_scale(scheme: Scheme) -> int | None:
     """How many columns, one beside the other, share their scales; None if all do."""
     match scheme.granularity:
-        case PerBlock(size):
+        case PerBlock(size) | Lpbq(size):
             return size
         case PerChannel(axis) if axis % 2:
             return 1
@@ -239,7 +237,7 @@ def _per_column(groups: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor:
             return groups.float().expand(shape)
         case PerChannel(axis):
             return groups.float().view(*([-1, 1] if axis % 2 == 0 else [1, -1])).expand(shape)
-        case PerBlock(size):
+        case PerBlock(size) | Lpbq(size):
             return groups.float().repeat_interleave(size, dim=-1)
 
 
@@ -250,7 +248,7 @@ def _per_group(columns: Tensor, scheme: Scheme) -> Tensor:
             return columns[0, 0]
         case PerChannel(axis):
             return columns[:, 0] if axis % 2 == 0 else columns[0]
-        case PerBlock(size):
+        case PerBlock(size) | Lpbq(size):
             return columns[:, ::size]
 
 
@@ -282,7 +280,7 @@ class _Refinement:
     def sweep(self) -> None:
         """Every scale once, then every code once."""
         match self.scheme.granularity:
-            case LowPowerBlock() | PerTensor():
+            case Lpbq() | PerTensor():
                 pass
             case PerBlock(size):
                 self._scales(size, storable=True)

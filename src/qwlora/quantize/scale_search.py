@@ -21,7 +21,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.lpbq import to_integer_scales
 from qwlora.grid.observers import encoding_from_range
 from qwlora.grid.robust_observers import rows_of_groups
-from qwlora.grid.scheme import LowPowerBlock, PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 
 _FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())
 COARSE = (1.0, 0.88, 0.76)
@@ -52,9 +52,7 @@ def fit(
     )
     flat = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
     low, high = x.amin(-1), x.amax(-1)
-    storable = isinstance(scheme.granularity, PerBlock) and not isinstance(
-        scheme.granularity, LowPowerBlock
-    )
+    storable = isinstance(scheme.granularity, PerBlock)
     best = _Best(x, h, flat, storable, clipping_penalty)
     for fraction in fractions:
         candidate = encoding_from_range(low * fraction, high * fraction, flat)
@@ -66,7 +64,7 @@ def fit(
             best.offer(best.scale, offset)
     shape = scheme.scale_shape(tuple(weight.shape))
     scale = best.scale.view(shape)
-    if isinstance(scheme.granularity, LowPowerBlock):
+    if isinstance(scheme.granularity, Lpbq):
         scale = to_integer_scales(scale, scheme)
     return Encoding(scheme, scale, best.offset.view(shape))
 

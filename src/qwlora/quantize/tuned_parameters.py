@@ -28,7 +28,7 @@ from torch.nn.utils.parametrize import (
 )
 
 from qwlora.grid.encoding import aligned, grouped
-from qwlora.grid.scheme import LowPowerBlock, PerBlock
+from qwlora.grid.scheme import PerBlock
 from qwlora.nn import PackedLayer, PackedLinear, is_packed
 from qwlora.nn.packed_matmul import Part
 from qwlora.nn.packed_tensor import Parts, compute_dtype, narrowest
@@ -241,7 +241,7 @@ def _multiply_(layer: PackedLayer, factor: Tensor) -> None:
     """The layer's scales times `factor`, and its float offsets."""
     parts, granularity = layer.tensor.parts, layer.scheme.granularity
     scale = parts.scale.float() * factor
-    if isinstance(granularity, PerBlock) and not isinstance(granularity, LowPowerBlock):
+    if isinstance(granularity, PerBlock):
         scale = storable_scale(scale)
     layer.scale = narrowest(scale)
     if parts.minimum is not None:

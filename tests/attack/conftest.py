@@ -1,0 +1,146 @@
+"""Attacks on the product: what is attacked is built once, and what held is counted.
+
+    pytest tests/attack -m attack --reliability docs/reliability.md --attack-seed 20
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conftest import VOCABULARY, byte_tokenizer, text, tiny_model
+
+from . import jobs
+from .record import Record
+from .victims import command, start
+
+HEAD = """# Reliability
+
+What happens when a run is killed, the disk fills up, files rot, or somebody hands over a hostile file.
+`make test-attack` attacks QWLoRA on tiny models and writes this page; do not edit it. Seed {seed},
+torch {torch}, transformers {transformers}, Python {python}, {system}, on the CPU.
+
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", type=Path, help="write the table of attacks into this file")
+    parser.addoption("--attack-seed", type=int, default=20, help="where and when attacks hit")
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    value: int = request.config.getoption("--attack-seed", default=20)
+    print(f"attack seed {value}")
+    return value
+
+
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest, seed: int) -> Iterator[Record]:
+    collected = Record()
+    yield collected
+    path = request.config.getoption("--reliability", default=None)
+    if path:
+        head = HEAD.format(
+            seed=seed,
+            torch=version("torch").split("+")[0],
+            transformers=version("transformers"),
+            python=platform.python_version(),
+            system=platform.system(),
+        )
+        path.write_text(head + collected.to_markdown())
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where everything is kept."""
+    return tmp_path_factory.mktemp("attack")
+
+
+@pytest.fixture(scope="session")
+def corpus(place: Path) -> Path:
+    folder = place / "corpus"
+    folder.mkdir()
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(text(i, 60))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_layers(place: Path) -> Path:
+    tiny_model("llama").save_pretrained(place / "two-layers")
+    byte_tokenizer().save_pretrained(place / "two-layers")
+    return place / "two-layers"
+
+
+@pytest.fixture(scope="session")
+def one_layer(place: Path) -> Path:
+    """A model of one layer, whose graph is captured in half of the time."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            bos_token_id=256,
+            eos_token_id=256,
+            pad_token_id=257,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            max_position_embeddings=128,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.save_pretrained(place / "one-layer")
+    byte_tokenizer().save_pretrained(place / "one-layer")
+    return place / "one-layer"
+
+
+@pytest.fixture(scope="session")
+def warm(place: Path, one_layer: Path, corpus: Path) -> None:
+    """Import and initialize in this process what forked ones would each do again."""
+    import tqdm
+
+    tqdm.tqdm.monitor_interval = 0  # its monitor is a thread
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    recipe = jobs.write_recipe(place / "warm.yaml", one_layer, corpus)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import onnxscript  # noqa: F401
+        import torch.onnx._internal.exporter._core  # noqa: F401
+
+        import qwlora.export.verify  # noqa: F401
+
+        for verb in ("quantize", "train", "calibrate"):
+            with pytest.raises(SystemExit) as ended:
+                command(verb, recipe, "--out", place / "warm")()
+            assert not ended.value.code
+    assert start(lambda: None, place / "logs").wait().code == 0
+
+
+@pytest.fixture(scope="session")
+def tuned(warm: None, place: Path, two_layers: Path, corpus: Path) -> jobs.Job:
+    return jobs.build("tuned", place / "tuned", two_layers, corpus)
+
+
+@pytest.fixture(scope="session")
+def qwa(warm: None, place: Path, one_layer: Path, corpus: Path) -> jobs.Job:
+    return jobs.build("qwa", place / "qwa", one_layer, corpus)
+
+
+@pytest.fixture(scope="session")
+def shared(warm: None, place: Path, one_layer: Path, corpus: Path) -> jobs.Job:
+    return jobs.build("shared", place / "shared", one_layer, corpus)

@@ -1,0 +1,203 @@
+"""The jobs that are attacked: tiny, and between them every stage and every kind of file.
+
+    tuned     gptq with a few layers kept out, tuning, an adapter that starts from qera; activations after training
+    qwa       workflow qwa-lora, an adapter with learned ranges
+    shared    two adapters, one set of encodings for both
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .victims import qwlora
+
+VERBS = {
+    "tuned": ("quantize", "train", "calibrate", "export", "verify", "evaluate"),
+    "qwa": ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate"),
+    "shared": ("quantize", "train", "calibrate", "export", "verify", "evaluate"),
+}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "tuned": {
+        "base": {"solver": "gptq", "tuning": {"steps": 3}, "calibration_sequences": 4},
+        "adapters": [
+            {
+                "name": "first",
+                "init": "qera",
+                "rank": 4,
+                "steps": 6,
+                "warmup_steps": 1,
+                "checkpoint_steps": 2,
+            }
+        ],
+    },
+    "qwa": {
+        "workflow": "qwa-lora",
+        "adapters": [
+            {
+                "name": "first",
+                "rank": 4,
+                "steps": 4,
+                "warmup_steps": 0,
+                "checkpoint_steps": 2,
+                "range_learning_rate": 0.05,
+            }
+        ],
+    },
+    "shared": {
+        "simulation": {"base_activations": "none"},
+        "adapters": [
+            {"name": name, "rank": 4, "steps": 2, "warmup_steps": 0} for name in ("first", "second")
+        ],
+    },
+}
+# differ between two runs that end with the same artifacts
+_MEASURED = {"seconds", "step_seconds", "peak_rss_bytes", "resumed_from_step"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A finished job and what it was after each verb.
+
+    Args:
+        after: a copy of its directory by verb; `""` is before the first.
+        seconds: how long each verb took.
+    """
+
+    name: str
+    recipe: Path
+    after: Mapping[str, Path]
+    seconds: Mapping[str, float]
+
+    @property
+    def finished(self) -> Path:
+        return self.after[VERBS[self.name][-1]]
+
+    def before(self, verb: str) -> Path:
+        verbs = ("", *VERBS[self.name])
+        return self.after[verbs[verbs.index(verb) - 1]]
+
+
+def write_recipe(path: Path, model: Path, corpus: Path, **sections: Any) -> Path:
+    """A small recipe; keyword arguments replace whole sections."""
+    content = {
+        "name": "tiny",
+        "model": {"source": str(model)},
+        "data": {
+            "source": str(corpus),
+            "sequence_tokens": 32,
+            "evaluation_sequences": 2,
+            "calibration_sequences": 2,
+        },
+        "adapters": [{"name": "first", "rank": 4, "steps": 2, "warmup_steps": 0}],
+        "verify": {"sequences": 2, "layer_tokens": 16},
+        **sections,
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def build(name: str, folder: Path, model: Path, corpus: Path) -> Job:
+    """Run a job verb by verb."""
+    folder.mkdir(parents=True)
+    recipe = write_recipe(folder / "recipe.yaml", model, corpus, **SECTIONS[name])
+    job, after, seconds = folder / "work" / "job", {"": folder / "after-"}, {}
+    job.parent.mkdir()
+    for verb in VERBS[name]:
+        ended = qwlora(verb, recipe, "--out", job, logs=folder / "logs")
+        assert ended.code == 0, f"{name}: {verb}: {ended.err}"
+        seconds[verb] = ended.seconds
+        after[verb] = folder / f"after-{verb}"
+        shutil.copytree(job, after[verb])
+    return Job(name, recipe, after, seconds)
+
+
+def artifacts(job: Path) -> dict[str, dict[str, str]]:
+    """The artifact folders of a directory: SHA-256 by file."""
+    folders = [job / "base", job / "base_simulation"]
+    for parent in ("adapters", "simulation", "export/onnx"):
+        if (job / parent).is_dir():
+            folders += [path for path in (job / parent).iterdir() if path.is_dir()]
+    return {str(f.relative_to(job)): digests(f) for f in folders if f.is_dir()}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in a folder, by relative path."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def state(job: Path) -> dict[str, Any]:
+    """What two equal jobs have in common: every artifact bit for bit, every other file by name, and results but for times."""
+    names = sorted(str(p.relative_to(job)) for p in job.rglob("*") if p.is_file())
+    results = job / "results.json"
+    return {
+        "artifacts": artifacts(job),
+        "files": names,
+        "results": without_times(json.loads(results.read_text())) if results.exists() else None,
+        "recipe": (job / "recipe.yaml").read_text() if job.exists() else None,
+    }
+
+
+def without_times(results: Any) -> Any:
+    if isinstance(results, dict):
+        return {k: without_times(v) for k, v in results.items() if k not in _MEASURED}
+    return [without_times(item) for item in results] if isinstance(results, list) else results
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Where two states differ, at most a few places."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = []
+        for key in sorted({*one, *other}):
+            found += differences(one.get(key), other.get(key), f"{where}/{key}")
+        return found[:8]
+    if isinstance(one, list) and isinstance(other, list) and where == "/files":
+        return [f"more: {sorted({*one} - {*other})}, less: {sorted({*other} - {*one})}"] * (
+            one != other
+        )
+    return [] if one == other else [f"{where}: {one!r:.80} is not {other!r:.80}"]
+
+
+def half_written(job: Path, *whole: Path) -> list[str]:
+    """What is visible in a directory and is not what it is in one of the directories in `whole`.
+
+    Names that begin with a dot are scratch and not visible.
+    """
+    if not job.exists():
+        return []
+    known = [artifacts(folder) for folder in whole if folder.exists()]
+    found = [
+        f"{name} is half-written"
+        for name, content in artifacts(job).items()
+        if not any(other.get(name) == content for other in known)
+    ]
+    expected = {p.name for folder in whole if folder.exists() for p in folder.iterdir()}
+    for path in job.iterdir():
+        if path.name not in expected and not path.name.startswith("."):
+            found.append(f"{path.name} is not of the job")
+    for file in (job / "results.json", job / ".qwlora" / "stages.json"):
+        if file.exists():
+            try:
+                json.loads(file.read_text(), parse_constant=_no_number)
+            except ValueError as error:
+                found.append(f"{file.name}: {error}")
+    if (job / "recipe.yaml").exists():
+        texts = {(f / "recipe.yaml").read_text() for f in whole if f.exists()}
+        if (job / "recipe.yaml").read_text() not in texts:
+            found.append("recipe.yaml is another")
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")

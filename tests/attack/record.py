@@ -1,0 +1,91 @@
+"""What was attacked and what held, and the page that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+SECTIONS = {
+    "kills": (
+        "Killed processes",
+        "A process gets SIGKILL, half of the time at a random moment of the stage and half of the "
+        "time right before a random change to the disk. Held: nothing half-written is visible, "
+        "and the same command run again ends with the same artifacts, bit for bit, as a run that "
+        "nobody disturbed.",
+    ),
+    "disks": (
+        "Full disks",
+        "The job is on a disk with too little free space for the stage. Held: one message, exit "
+        "code 2, nothing half-written is visible, and the same command succeeds with the same "
+        "artifacts once there is space.",
+    ),
+    "damage": (
+        "Damaged and swapped files",
+        "Every kind of file in three finished jobs, found by listing their directories, gets a "
+        "flipped bit at ten random places (half of the time with the old modification time "
+        "restored), is cut at a random length, emptied, deleted, and swapped with another file. "
+        "Then the commands and functions that read it run. Held: exit code 2 with one message "
+        "(`adapters check`: exit code 1), or QWLoRA's own exception in Python, or harmless as "
+        "listed below.",
+    ),
+    "unfinished": (
+        "Damaged checkpoints of unfinished stages",
+        "The same damage to the files from which an interrupted stage resumes. Held: the stage "
+        "ends with the same artifacts as an undisturbed run, or refuses with one message.",
+    ),
+    "hostile": (
+        "Hostile inputs",
+        "Held: one message, exit code 2, no traceback, nothing written, within a minute, and no "
+        "code from the input has run.",
+    ),
+    "races": (
+        "Races of two processes",
+        "Two processes start within 20 ms of each other. Held: exit codes 0 and 2 only, exactly "
+        "one process did the work, and its files are all there afterwards.",
+    ),
+}
+
+
+@dataclass
+class Record:
+    """Attacks tried and held, by section and row, and the failures in words."""
+
+    rows: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    harmless: dict[str, str] = field(default_factory=dict)
+
+    def add(self, section: str, row: str, problem: str, how: str = "") -> None:
+        """One attack. `problem` is empty if it held; `how` says which attack it was."""
+        counts = self.rows.setdefault(section, {}).setdefault(row, [0, 0])
+        counts[0] += 1
+        counts[1] += not problem
+        if problem:
+            self.failures.append(f"{section}: {row}: {how}: {problem}")
+
+    def tried(self, section: str) -> int:
+        return sum(tried for tried, _ in self.rows.get(section, {}).values())
+
+    def check(self, since: int = 0) -> None:
+        """Fail with everything that did not hold since there were `since` failures."""
+        found = self.failures[since:]
+        listed = "\n".join(found[:60])
+        assert not found, f"{len(found)} attacks did not hold:\n{listed}"
+
+    def to_markdown(self) -> str:
+        lines = ["| attack | tried | held |", "|---|--:|--:|"]
+        for section, (title, _) in SECTIONS.items():
+            rows = self.rows.get(section, {}).values()
+            lines.append(f"| {title} | {sum(t for t, _ in rows)} | {sum(h for _, h in rows)} |")
+        for section, (title, text) in SECTIONS.items():
+            if rows := self.rows.get(section):
+                lines += ["", f"## {title}", "", text, "", *_table(section, rows)]
+            if section == "damage" and self.harmless:
+                lines += ["", "Harmless, and why:", ""]
+                lines += [f"- {what}: {why}" for what, why in sorted(self.harmless.items())]
+        return "\n".join(lines) + "\n"
+
+
+def _table(section: str, rows: dict[str, list[int]]) -> Sequence[str]:
+    head = {"damage": "file, and who reads it", "unfinished": "file", "hostile": "input"}
+    yield_ = [f"| {head.get(section, 'what')} | tried | held |", "|---|--:|--:|"]
+    return [*yield_, *(f"| {name} | {tried} | {held} |" for name, (tried, held) in rows.items())]

@@ -1,0 +1,102 @@
+"""Disks that are full: one message, nothing half-written, and it works once there is space."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .jobs import Job
+from .record import Record
+from .targets import Target, again_target, merge_target, stage_target
+from .victims import parallel, seeds, start
+
+pytestmark = pytest.mark.attack
+SIZES = 3  # of free space, for each target; the first is none
+PAGE = 4096
+
+
+@pytest.fixture(scope="module")
+def targets(place: Path, tuned: Job, qwa: Job, shared: Job) -> list[Target]:
+    folder = place / "disks"
+    folder.mkdir()
+    return [
+        stage_target(tuned, "quantize", folder, "gptq, tuning, second moments"),
+        stage_target(qwa, "quantize", folder, "search"),
+        stage_target(qwa, "calibrate-base", folder, "workflow qwa-lora"),
+        stage_target(tuned, "train", folder, "start from qera"),
+        stage_target(qwa, "train", folder, "workflow qwa-lora, learned ranges"),
+        stage_target(shared, "calibrate", folder, "two adapters, shared encodings"),
+        stage_target(qwa, "export", folder, "onnx"),
+        stage_target(qwa, "verify", folder, "onnx"),
+        stage_target(qwa, "evaluate", folder, "four perplexities"),
+        merge_target(tuned, "float", folder),
+        merge_target(tuned, "requantized", folder),
+        again_target(qwa, "quantize", "base.weights.bitwidth=3", folder),
+    ]
+
+
+def test_full_disks_are_one_message_and_nothing_half_written(
+    targets: list[Target], seed: int, record: Record, tmp_path: Path
+) -> None:
+    with _disk(tmp_path / "probe", 2**20):
+        pass  # skips where mounting is not allowed
+    trials = [(target, number) for target in targets for number in range(SIZES)]
+
+    def fill(trial: tuple[Target, int], folder: Path) -> dict[str, Any]:
+        target, number = trial
+        generator = seeds(seed, "disk", target.name, str(number))
+        needed = max(_size(target.after) - _size(target.before), 2 * PAGE)
+        free = int(needed * generator.random()) if number else 0
+        while True:
+            with _disk(folder / "disk", 64 * 2**20) as disk:
+                target.put(disk)
+                _leave_free(disk, free)
+                ended = start(target.action(disk), folder / "logs").wait()
+                if ended.code == 0 and free:  # there was enough
+                    free //= 2
+                    continue
+                problems = [ended.refused()] if ended.refused() else []
+                if not problems and "space" not in ended.err:
+                    problems.append(f"does not speak of space: {ended.err.strip()[-300:]}")
+                problems += target.visible_damage(disk)
+                (disk / "ballast").unlink(missing_ok=True)
+                again = start(target.action(disk), folder / "logs").wait()
+                problems += target.unequal(disk, again)
+            how = f"seed {seed}, number {number}: {free} bytes free, {needed} needed"
+            return {"problem": "; ".join(problems), "how": how}
+
+    since = len(record.failures)
+    for (target, _), result in zip(trials, parallel(fill, trials, tmp_path), strict=True):
+        problem = result.get("error") or result["problem"]
+        record.add("disks", target.name, problem, result.get("how", ""))
+    record.check(since)
+
+
+def _size(folder: Path) -> int:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sum(-(-path.stat().st_size // PAGE) * PAGE for path in files)
+
+
+@contextmanager
+def _disk(folder: Path, size: int) -> Iterator[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _leave_free(disk: Path, free: int) -> None:
+    with (disk / "ballast").open("wb", buffering=0) as file:
+        remaining = shutil.disk_usage(disk).free - -(-free // PAGE) * PAGE
+        while remaining > 0:
+            remaining -= file.write(b"\0" * min(remaining, 2**20))

@@ -1,0 +1,90 @@
+"""Processes that are killed: nothing half-written, and the next run ends the same, bit for bit."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .jobs import Job
+from .record import Record
+from .targets import Target, again_target, merge_target, stage_target
+from .victims import Running, killed_at_change, parallel, seeds, start
+
+pytestmark = pytest.mark.attack
+
+
+@pytest.fixture(scope="module")
+def targets(place: Path, tuned: Job, qwa: Job, shared: Job) -> list[tuple[Target, int]]:
+    """What is killed, and how often."""
+    return [
+        (stage_target(tuned, "quantize", place, "gptq, tuning, second moments"), 10),
+        (stage_target(qwa, "quantize", place, "search"), 4),
+        (stage_target(qwa, "calibrate-base", place, "workflow qwa-lora"), 4),
+        (stage_target(tuned, "train", place, "start from qera"), 6),
+        (stage_target(qwa, "train", place, "workflow qwa-lora, learned ranges"), 6),
+        (stage_target(qwa, "calibrate", place, "one adapter"), 4),
+        (stage_target(shared, "calibrate", place, "two adapters, shared encodings"), 6),
+        (stage_target(qwa, "export", place, "onnx"), 4),
+        (stage_target(qwa, "verify", place, "onnx"), 4),
+        (stage_target(qwa, "evaluate", place, "four perplexities"), 4),
+        (merge_target(tuned, "float", place), 4),
+        (merge_target(tuned, "requantized", place), 4),
+        (again_target(qwa, "quantize", "base.weights.bitwidth=3", place), 4),
+        (again_target(tuned, "train", "adapters.0.steps=7", place), 4),
+    ]
+
+
+def test_killed_stages_resume_to_the_same_artifacts(
+    targets: list[tuple[Target, int]], seed: int, record: Record, tmp_path: Path
+) -> None:
+    trials = [(target, number) for target, count in targets for number in range(count)]
+
+    def kill(trial: tuple[Target, int], folder: Path) -> dict[str, Any]:
+        target, number = trial
+        generator = seeds(seed, "kill", target.name, str(number))
+        for attempt in range(6):
+            place = folder / "trial"
+            shutil.rmtree(place, ignore_errors=True)
+            target.put(place)
+            if number % 2:
+                moment = 1 + int(generator.random() * target.changes * 0.8**attempt)
+                how = f"before change {moment} of {target.changes}"
+                action = killed_at_change(target.action(place), place, moment)
+                ended = start(action, folder / "logs").wait()
+            else:
+                share = generator.random() * 0.8**attempt
+                how = f"after {share:.2f} of {target.seconds:.1f} s"
+                running = start(target.action(place), folder / "logs")
+                _kill_at(running, share * target.seconds)
+                ended = running.wait()
+            if ended.code == -9:
+                break
+        else:
+            return {"problem": f"never killed: {ended}", "how": how}
+        problems = target.visible_damage(place)
+        again = start(target.action(place), folder / "logs").wait()
+        problems += target.unequal(place, again)
+        return {"problem": "; ".join(problems), "how": f"seed {seed}, number {number}: {how}"}
+
+    since = len(record.failures)
+    for (target, _), result in zip(trials, parallel(kill, trials, tmp_path), strict=True):
+        problem = result.get("error") or result["problem"]
+        record.add("kills", target.name, problem, result.get("how", ""))
+    assert record.tried("kills") >= 50
+    record.check(since)
+
+
+def _kill_at(running: Running, seconds: float) -> None:
+    """Kill a process so long after it began with its stage, if it is not done by then."""
+    deadline = None
+    while deadline is None or time.monotonic() < deadline:
+        if running.is_done():
+            return
+        if deadline is None and running.stage_began():
+            deadline = time.monotonic() + seconds
+        time.sleep(0.003)
+    running.kill()

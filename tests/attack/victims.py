@@ -1,0 +1,280 @@
+"""Run the command line in forked processes, which start in milliseconds because torch is already imported.
+
+The parent must have a single thread when it forks: run the suite with OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+WORKERS = 2
+TIMEOUT = 120.0
+# audit events of the interpreter that change something on disk
+_CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended.
+
+    Args:
+        code: its exit code; minus the signal's number if a signal ended it.
+    """
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def has_traceback(self) -> bool:
+        return "Traceback (most recent call last)" in self.err + self.out
+
+    def refused(self) -> str:
+        """Why this is not a refusal in one message with exit code 2; empty if it is."""
+        if self.has_traceback:
+            return f"a traceback: {self.err.strip()[-300:]}"
+        if self.code != 2:
+            return f"exit code {self.code}: {(self.out + self.err).strip()[-300:]}"
+        if (count := len([x for x in self.err.splitlines() if x.startswith("qwlora: ")])) != 1:
+            return f"{count} messages: {self.err.strip()[-300:]}"
+        return ""
+
+
+@dataclass
+class Running:
+    """A process that was started."""
+
+    pid: int
+    out: Path
+    err: Path
+    began: float = field(default_factory=time.monotonic)
+
+    status: int | None = None
+
+    def is_done(self) -> bool:
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = status if pid else None
+        return self.status is not None
+
+    def poll(self) -> Ended | None:
+        if not self.is_done():
+            return None
+        assert self.status is not None
+        texts = [path.read_text(errors="replace") for path in (self.out, self.err)]
+        code = os.waitstatus_to_exitcode(self.status)
+        return Ended(code, texts[0], texts[1], time.monotonic() - self.began)
+
+    def wait(self, timeout: float = TIMEOUT) -> Ended:
+        """Wait for the end; a process that takes longer is killed, and has exit code -9."""
+        while (ended := self.poll()) is None:
+            if time.monotonic() - self.began > timeout:
+                self.kill()
+            time.sleep(0.003)
+        return ended
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def stage_began(self) -> bool:
+        """Whether it has said that it begins with a stage, or with a merge."""
+        return any(word in self.out.read_text(errors="replace") for word in (" ...\n", "perplexity:"))
+
+
+def threads() -> int:
+    """Threads of this process, without the one of pyarrow's allocator, which survives a fork."""
+    names = (path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+    return sum(not name.startswith("jemalloc") for name in names)
+
+
+def start(action: Callable[[], Any], logs: Path) -> Running:
+    """Fork a process that runs `action`; what it prints goes into files in `logs`."""
+    assert threads() == 1, "fork needs a single thread: OMP_NUM_THREADS=1"
+    logs.mkdir(parents=True, exist_ok=True)
+    stem = f"{os.getpid()}-{next(_numbers)}"
+    files = [logs / f"{stem}.out", logs / f"{stem}.err"]
+    for file in files:
+        file.touch()
+    pid = os.fork()
+    if pid:
+        return Running(pid, *files)
+    code = 70
+    try:
+        for number, file in enumerate(files, 1):
+            descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        try:
+            action()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def command(*arguments: str | Path) -> Callable[[], None]:
+    """The command line with these arguments, as an action for `start`."""
+
+    def run() -> None:
+        from qwlora.cli import main
+
+        sys.argv = ["qwlora", *map(str, arguments)]
+        main()
+
+    return run
+
+
+def qwlora(*arguments: str | Path, logs: Path | None = None, timeout: float = TIMEOUT) -> Ended:
+    """Run the command line in a process of its own and wait for it."""
+    with _folder(logs) as folder:
+        return start(command(*arguments), folder).wait(timeout)
+
+
+def python(action: Callable[[], Any], logs: Path | None = None) -> Ended:
+    """Run a function in a process of its own. An error of QWLoRA ends it like the command line."""
+
+    def run() -> None:
+        from qwlora.errors import QwloraError
+
+        try:
+            action()
+        except QwloraError as error:
+            print(f"qwlora: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    with _folder(logs) as folder:
+        return start(run, folder).wait()
+
+
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def killed_at_change(action: Callable[[], None], folder: Path, number: int) -> Callable[[], None]:
+    """`action`, which kills itself right before its change of that number to what is in `folder`."""
+
+    def run() -> None:
+        count = itertools.count(1)
+
+        def die() -> None:
+            if next(count) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        _watch(folder, die)
+        action()
+
+    return run
+
+
+def counting_changes(action: Callable[[], None], folder: Path, into: Path) -> Callable[[], None]:
+    """`action`, which writes how many changes to `folder` it made into a file."""
+
+    def run() -> None:
+        made: list[None] = []
+        _watch(folder, lambda: made.append(None))
+        try:
+            action()
+        finally:
+            into.write_text(str(len(made)))
+
+    return run
+
+
+def _watch(folder: Path, notice: Callable[[], None]) -> None:
+    inside = str(folder)
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _CHANGES or (event == "open" and _writes(arguments)):
+            path = arguments[0]
+            if isinstance(path, bytes):
+                path = os.fsdecode(path)
+            # a relative path belongs to a removal of a tree, which goes by directory descriptors
+            if isinstance(path, str | os.PathLike):
+                path = os.fspath(path)
+                if path.startswith(inside) or not path.startswith("/"):
+                    notice()
+
+    sys.addaudithook(hook)
+
+
+def _writes(arguments: tuple[Any, ...]) -> bool:
+    flags = arguments[2]
+    return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
+
+
+def parallel(function: Callable[[Any, Path], Any], items: Sequence[Any], folder: Path) -> list[Any]:
+    """`function(item, own folder)` of every item, in forked workers; results are in the items' order.
+
+    Results must be JSON. A function that raises has `{"error": traceback}`.
+    """
+    read, write = os.pipe()
+    for number in range(len(items)):  # a pipe holds 64 KiB
+        os.write(write, number.to_bytes(4, "little"))
+    os.close(write)
+    workers = []
+    for number in range(WORKERS):
+        own = folder / f"worker{number}"
+        own.mkdir(parents=True, exist_ok=True)
+
+        def work(own: Path = own) -> None:
+            with (own / "results.jsonl").open("w") as file:
+                while taken := os.read(read, 4):
+                    place = int.from_bytes(taken, "little")
+                    try:
+                        result = function(items[place], own)
+                    except Exception:
+                        result = {"error": traceback.format_exc()}
+                    file.write(json.dumps([place, result]) + "\n")
+
+        workers.append((start(work, own / "logs"), own))
+    os.close(read)
+    results: dict[int, Any] = {}
+    for running, own in workers:
+        ended = running.wait(timeout=3600)
+        assert ended.code == 0, ended.err
+        for line in (own / "results.jsonl").read_text().splitlines():
+            place, result = json.loads(line)
+            results[place] = result
+        shutil.rmtree(own, ignore_errors=True)
+    return [results[place] for place in range(len(items))]
+
+
+def seeds(base: int, *names: str) -> random.Random:
+    """A generator of its own for an attack, the same whatever else runs."""
+    return random.Random("/".join([str(base), *names]))
+
+
+def flatten(lists: Iterable[Iterable[Any]]) -> list[Any]:
+    return [item for items in lists for item in items]

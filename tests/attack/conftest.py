@@ -1,11 +1,13 @@
 """Attacks on the product: what is attacked is built once, and what held is counted.
 
-    pytest tests/attack -m attack --reliability docs/reliability.md --attack-seed 20
+pytest tests/attack -m attack --reliability docs/reliability.md --attack-seed 20
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import platform
 import warnings
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import qwlora
 from conftest import VOCABULARY, byte_tokenizer, text, tiny_model
 
 from . import jobs
@@ -122,8 +125,9 @@ def warm(place: Path, one_layer: Path, corpus: Path) -> None:
         import onnxscript  # noqa: F401
         import torch.onnx._internal.exporter._core  # noqa: F401
 
-        import qwlora.export.verify  # noqa: F401
-
+        for module in pkgutil.walk_packages(qwlora.__path__, "qwlora."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
         for verb in ("quantize", "train", "calibrate"):
             with pytest.raises(SystemExit) as ended:
                 command(verb, recipe, "--out", place / "warm")()

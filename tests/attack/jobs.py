@@ -1,8 +1,8 @@
 """The jobs that are attacked: tiny, and between them every stage and every kind of file.
 
-    tuned     gptq with a few layers kept out, tuning, an adapter that starts from qera; activations after training
-    qwa       workflow qwa-lora, an adapter with learned ranges
-    shared    two adapters, one set of encodings for both
+tuned     gptq with a few layers kept out, tuning, an adapter that starts from qera; activations after training
+qwa       workflow qwa-lora, an adapter with learned ranges
+shared    two adapters, one set of encodings for both
 """
 
 from __future__ import annotations
@@ -183,9 +183,11 @@ def half_written(job: Path, *whole: Path) -> list[str]:
         if not any(other.get(name) == content for other in known)
     ]
     expected = {p.name for folder in whole if folder.exists() for p in folder.iterdir()}
-    for path in job.iterdir():
-        if path.name not in expected and not path.name.startswith("."):
-            found.append(f"{path.name} is not of the job")
+    found += [
+        f"{path.name} is not of the job"
+        for path in job.iterdir()
+        if path.name not in expected and not path.name.startswith(".")
+    ]
     for file in (job / "results.json", job / ".qwlora" / "stages.json"):
         if file.exists():
             try:

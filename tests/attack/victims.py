@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +96,9 @@ class Running:
 
     def stage_began(self) -> bool:
         """Whether it has said that it begins with a stage, or with a merge."""
-        return any(word in self.out.read_text(errors="replace") for word in (" ...\n", "perplexity:"))
+        return any(
+            word in self.out.read_text(errors="replace") for word in (" ...\n", "perplexity:")
+        )
 
 
 def threads() -> int:
@@ -109,6 +111,7 @@ def start(action: Callable[[], Any], logs: Path) -> Running:
     """Fork a process that runs `action`; what it prints goes into files in `logs`."""
     assert threads() == 1, "fork needs a single thread: OMP_NUM_THREADS=1"
     logs.mkdir(parents=True, exist_ok=True)
+    (logs / "yes").write_text("y\n" * 1000)  # whatever is asked for
     stem = f"{os.getpid()}-{next(_numbers)}"
     files = [logs / f"{stem}.out", logs / f"{stem}.err"]
     for file in files:
@@ -123,7 +126,7 @@ def start(action: Callable[[], Any], logs: Path) -> Running:
             os.dup2(descriptor, number)
             os.close(descriptor)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(logs / "yes", os.O_RDONLY), 0)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
             action()
@@ -143,7 +146,7 @@ def command(*arguments: str | Path) -> Callable[[], None]:
     """The command line with these arguments, as an action for `start`."""
 
     def run() -> None:
-        from qwlora.cli import main
+        from qwlora.cli.main import main
 
         sys.argv = ["qwlora", *map(str, arguments)]
         main()
@@ -274,7 +277,3 @@ def parallel(function: Callable[[Any, Path], Any], items: Sequence[Any], folder:
 def seeds(base: int, *names: str) -> random.Random:
     """A generator of its own for an attack, the same whatever else runs."""
     return random.Random("/".join([str(base), *names]))
-
-
-def flatten(lists: Iterable[Iterable[Any]]) -> list[Any]:
-    return [item for items in lists for item in items]

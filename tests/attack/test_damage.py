@@ -1,0 +1,263 @@
+"""Files that are damaged or swapped: each is noticed by what reads it, or harmless with a reason."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .damage import HOWS, damage, kinds
+from .jobs import Job, differences, state
+from .record import Record
+from .targets import Target, stage_target
+from .victims import Ended, killed_at_change, parallel, python, qwlora, seeds, start
+
+pytestmark = pytest.mark.attack
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads files of a job.
+
+    Args:
+        reads: a regular expression for kinds of files.
+        run: given the job's directory, the damaged file's path in it, and a folder for logs.
+        harmless: by regular expression for kinds, why damage there needs no notice.
+        code: its exit code when it notices.
+    """
+
+    name: str
+    reads: str
+    run: Callable[[Path, Path, Path], Ended]
+    harmless: dict[str, str]
+    code: int = 2
+
+
+CARD = {r"README\.md$": "PEFT's model card is for people; no code reads it"}
+NOT_LOADED = "inputs of adapters' starts, read by `train`, whose record covers them"
+FOUND_AGAIN = (
+    "a change that is still valid is an edit of the recipe, and what depends on it is out of date"
+)
+
+
+def _load_base(job: Path, file: Path, logs: Path) -> Ended:
+    import qwlora as package
+
+    return python(lambda: package.load_base(job / "base"), logs)
+
+
+def _load_adapter(job: Path, file: Path, logs: Path) -> Ended:
+    import qwlora as package
+
+    def load() -> None:
+        package.load_adapter(package.load_base(job / "base"), (job / file).parent)
+
+    return python(load, logs)
+
+
+def _load_simulation(job: Path, file: Path, logs: Path) -> Ended:
+    import qwlora as package
+
+    folder = job / "simulation" / file.parts[1]
+
+    def load() -> None:
+        model = package.load_adapter(package.load_base(job / "base"), folder / "adapter").eval()
+        package.load_simulation(folder, model)
+
+    return python(load, logs)
+
+
+def _verb(verb: str) -> Callable[[Path, Path, Path], Ended]:
+    return lambda job, file, logs: qwlora(verb, "--out", job, logs=logs)
+
+
+READERS = (
+    Reader(
+        "load_base", r"^base/", _load_base, {r"^base/(moments|second_moments|tuning)/": NOT_LOADED}
+    ),
+    Reader("load_adapter", r"^adapters/|/NAME/adapter/", _load_adapter, CARD),
+    Reader("load_simulation", r"^simulation/NAME/", _load_simulation, CARD),
+    Reader(
+        "adapters check",
+        r"^adapters/",
+        lambda job, file, logs: qwlora("adapters", "check", job, logs=logs),
+        CARD,
+        code=1,
+    ),
+    Reader(
+        "merge-check",
+        r"^(adapters|base)/",
+        lambda job, file, logs: (
+            qwlora("merge-check", job, file.parts[1], logs=logs)
+            if file.parts[0] == "adapters"
+            else qwlora("merge-check", job, "first", logs=logs)
+        ),
+        CARD | {r"^base/(moments|second_moments|tuning)/": NOT_LOADED},
+    ),
+    Reader("evaluate", r"^(base|base_simulation|adapters|simulation)/", _verb("evaluate"), {}),
+    Reader(
+        "verify",
+        "",
+        _verb("verify"),
+        {
+            r"^results\.json$": "written, never read; the next verb writes it again",
+            r"^recipe\.yaml$": FOUND_AGAIN,
+            r"^\.qwlora/lock$": "its content is never read",
+        },
+    ),
+)
+
+
+def _judge(reader: Reader, kind: str, ended: Ended, job: Path, reference: Path) -> str:
+    """Why this is wrong; empty if the damage was noticed or did no harm."""
+    if ended.has_traceback or ended.code not in (0, reader.code, 1):
+        return f"exit code {ended.code}: {(ended.out + ended.err).strip()[-400:]}"
+    if ended.code == reader.code:
+        return ended.refused() if reader.code == 2 else ""
+    may_pass = any(re.search(pattern, kind) for pattern in reader.harmless)
+    if not may_pass:
+        return f"not noticed (exit code {ended.code}): {(ended.out + ended.err).strip()[-200:]}"
+    if reader.name == "verify" and not kind.endswith("recipe.yaml"):
+        unequal = differences(state(job), state(reference))
+        return f"harms: {unequal}" if unequal else ""
+    return ""
+
+
+def test_damaged_files_are_noticed_by_what_reads_them(
+    tuned: Job, qwa: Job, shared: Job, seed: int, record: Record, tmp_path: Path
+) -> None:
+    found: dict[str, tuple[Job, list[Path]]] = {}
+    for job in (qwa, shared, tuned):
+        for kind, files in kinds(job.finished).items():
+            found.setdefault(kind, (job, files))
+    trials = [(kind, how) for kind in found for how in HOWS]
+
+    def attack(trial: tuple[str, str], folder: Path) -> dict[str, Any]:
+        kind, how = trial
+        job, files = found[kind]
+        generator = seeds(seed, "damage", kind, how)
+        file = generator.choice(files)
+        place = folder / "job"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(job.finished, place)
+        if "flip" in how and int(how.split()[1]) % 2:
+            _remember_digests(place, folder)
+        done = damage(place / file, how, generator)
+        problems = {}
+        for reader in READERS:
+            if done and re.search(reader.reads, kind):
+                ended = reader.run(place, file, folder / "logs")
+                problems[reader.name] = _judge(reader, kind, ended, place, job.finished)
+        return {"problems": problems, "how": f"seed {seed}: {job.name}: {file}: {done}"}
+
+    since = len(record.failures)
+    for (kind, how), result in zip(trials, parallel(attack, trials, tmp_path), strict=True):
+        if error := result.get("error"):
+            record.add("damage", f"`{kind}`", error, how)
+        for reader, problem in result.get("problems", {}).items():
+            record.add("damage", f"`{kind}`: {reader}", problem, result["how"])
+    for reader in READERS:
+        for pattern, why in reader.harmless.items():
+            for kind in found:
+                if re.search(reader.reads, kind) and re.search(pattern, kind):
+                    record.harmless[f"`{kind}`, read by {reader.name}"] = why
+    record.check(since)
+
+
+def _remember_digests(job: Path, folder: Path) -> None:
+    """Let the product see the files undamaged, as it has in a directory that is in use."""
+    ended = qwlora("train", "--out", job, logs=folder / "logs")
+    assert ended.code == 0, ended.err
+
+
+HEALED = ("base", "adapters", "simulation", "export", "base_simulation")
+
+
+def test_run_makes_damaged_artifacts_again(
+    tuned: Job, qwa: Job, seed: int, record: Record, tmp_path: Path
+) -> None:
+    trials = [(qwa, top, how) for top in HEALED for how in ("flip 1", "delete")]
+    trials += [(qwa, ".qwlora/stages.json", how) for how in ("flip 0", "cut", "empty", "delete")]
+    trials += [(tuned, "base", "flip 1")]
+
+    def attack(trial: tuple[Job, str, str], folder: Path) -> dict[str, Any]:
+        job, top, how = trial
+        generator = seeds(seed, "heal", job.name, top, how)
+        place = folder / "job"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(job.finished, place)
+        inside = place / top
+        files = [inside] if inside.is_file() else [p for p in inside.rglob("*") if p.is_file()]
+        file = generator.choice(sorted(files))
+        done = damage(file, how, generator)
+        ended = qwlora("run", job.recipe, "--out", place, logs=folder / "logs", timeout=600)
+        problem = ended.refused() if ended.code else ""
+        if not ended.code and (unequal := differences(state(place), state(job.finished))):
+            problem = f"run made something else: {unequal}"
+        how = f"seed {seed}: {job.name}: {file.relative_to(place)}: {done}"
+        if not problem and ended.code and "stages.json" not in top:
+            problem = f"run refuses: {ended.err.strip()[-300:]}"
+        return {"problem": problem, "how": how}
+
+    since = len(record.failures)
+    for (_, top, _), result in zip(trials, parallel(attack, trials, tmp_path), strict=True):
+        problem = result.get("error") or result["problem"]
+        record.add("damage", f"`{top}`: made again by run", problem, result.get("how", ""))
+    record.check(since)
+
+
+def test_stages_resume_from_damaged_checkpoints_to_the_same_artifacts(
+    tuned: Job, qwa: Job, seed: int, record: Record, place: Path, tmp_path: Path
+) -> None:
+    folder = place / "unfinished"
+    folder.mkdir()
+    targets = {
+        "quantize": stage_target(tuned, "quantize", folder, "gptq, tuning, second moments"),
+        "train": stage_target(qwa, "train", folder, "workflow qwa-lora, learned ranges"),
+    }
+    trials = []
+    interrupted = {}
+    for verb, target in targets.items():
+        interrupted[verb] = _interrupt(target, folder / f"{verb}-interrupted")
+        found = kinds(interrupted[verb] / "job", ".qwlora/work")
+        assert found, f"{verb} keeps nothing to resume from"
+        trials += [(verb, kind, files, how) for kind, files in found.items() for how in HOWS]
+
+    def attack(trial: tuple[str, str, list[Path], str], folder: Path) -> dict[str, Any]:
+        verb, kind, files, how = trial
+        generator = seeds(seed, "unfinished", kind, how)
+        file = generator.choice(files)
+        work = folder / "trial"
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(interrupted[verb], work)
+        done = damage(work / "job" / file, how, generator)
+        ended = start(targets[verb].action(work), folder / "logs").wait()
+        problem = ended.refused()
+        if problem and not ended.code:
+            problem = "; ".join(targets[verb].unequal(work, ended))
+        return {"problem": problem, "how": f"seed {seed}: {file}: {done}"}
+
+    since = len(record.failures)
+    for (_, kind, _, _), result in zip(trials, parallel(attack, trials, tmp_path), strict=True):
+        problem = result.get("error") or result["problem"]
+        record.add("unfinished", f"`{kind}`", problem, result.get("how", ""))
+    record.check(since)
+
+
+def _interrupt(target: Target, place: Path) -> Path:
+    """Kill the stage at the change to the disk at which the most files to resume from are there."""
+    best, most = place / "none", 0
+    for moment in range(target.changes // 4, target.changes, max(1, target.changes // 12)):
+        trial = place / str(moment)
+        target.put(trial)
+        start(killed_at_change(target.action(trial), trial, moment), place / "logs").wait()
+        work = trial / "job" / ".qwlora" / "work"
+        count = sum(path.is_file() for path in work.rglob("*"))
+        if count >= most:
+            best, most = trial, count
+    return best

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-aimet fuzz static check format
+.PHONY: demo test test-slow test-aimet test-attack fuzz static check format
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -35,6 +35,9 @@ test-aimet: .venv/ready .venv-aimet/ready   # our simulations need newer transfo
 	rm -rf out/aimet-simulations
 	$(BIN)/python tests/aimet/write_simulations.py out/aimet-simulations
 	PYTHONPATH=src .venv-aimet/bin/python -m pytest -q --confcutdir=tests/aimet tests/aimet -m aimet --simulations out/aimet-simulations --table docs/aimet-oracle.md
+
+test-attack: .venv/ready   # about 15 minutes; the processes that it forks must have one thread
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m attack tests/attack --reliability docs/reliability.md
 
 fuzz: .venv/ready
 	$(BIN)/python benchmarks/fuzz_encodings.py 600

@@ -27,7 +27,7 @@ from .victims import command, start
 
 HEAD = """# Reliability
 
-What happens when a run is killed, the disk fills up, files rot, or somebody hands over a hostile file.
+What happens when a run is killed, the disk fills up, files rot, or a file is hostile.
 `make test-attack` attacks QWLoRA on tiny models and writes this page; do not edit it. Seed {seed},
 torch {torch}, transformers {transformers}, Python {python}, {system}, on the CPU.
 

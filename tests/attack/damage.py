@@ -12,7 +12,7 @@ HOWS = (*(f"flip {i}" for i in range(PLACES)), "cut", "empty", "delete", "swap")
 
 
 def kind_of(file: Path, job: Path) -> str:
-    """The path with what differs between files of one kind left out: names of adapters, keys, numbers."""
+    """The path without what differs between files of one kind: adapter names, keys, numbers."""
     path = str(file.relative_to(job))
     path = re.sub(r"(?<=/)(first|second)(?=[/.])", "NAME", path)
     path = re.sub(r"(?<=-)[0-9a-f]{16}(?=/)", "KEY", path)

@@ -1,6 +1,6 @@
 """The jobs that are attacked: tiny, and between them every stage and every kind of file.
 
-tuned     gptq with a few layers kept out, tuning, an adapter that starts from qera; activations after training
+tuned     gptq, tuning, an adapter that starts from qera; activations after training
 qwa       workflow qwa-lora, an adapter with learned ranges
 shared    two adapters, one set of encodings for both
 """
@@ -138,7 +138,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def state(job: Path) -> dict[str, Any]:
-    """What two equal jobs have in common: every artifact bit for bit, every other file by name, and results but for times."""
+    """What is the same in two equal jobs: artifacts bit for bit, other files by name, results."""
     names = sorted(str(p.relative_to(job)) for p in job.rglob("*") if p.is_file())
     results = job / "results.json"
     return {

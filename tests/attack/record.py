@@ -40,7 +40,7 @@ SECTIONS = {
     ),
     "races": (
         "Races of two processes",
-        "Two processes start within 0.3 seconds of each other. Held: exit codes 0 and 2 only, exactly "
+        "Two processes start within 0.3 s of each other. Held: exit codes 0 and 2 only, exactly "
         "one process did the work, and its files are all there afterwards.",
     ),
 }

@@ -1,4 +1,4 @@
-"""Files that are damaged or swapped: each is noticed by what reads it, or harmless with a reason."""
+"""Damaged and swapped files: each is noticed by what reads it, or harmless with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile models, adapters, recipes and data: one message, exit code 2, and nothing of theirs runs."""
+"""Hostile models, adapters, recipes and data: one message, exit code 2, none of their code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run the command line in forked processes, which start in milliseconds because torch is already imported.
+"""Run the command line in forked processes, which start in milliseconds: torch is imported.
 
 The parent must have a single thread when it forks: run the suite with OMP_NUM_THREADS=1.
 """
@@ -125,7 +125,8 @@ def start(action: Callable[[], Any], logs: Path) -> Running:
             descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
             os.dup2(descriptor, number)
             os.close(descriptor)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
         os.dup2(os.open(logs / "yes", os.O_RDONLY), 0)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
@@ -186,7 +187,7 @@ def _folder(given: Path | None) -> Iterator[Path]:
 
 
 def killed_at_change(action: Callable[[], None], folder: Path, number: int) -> Callable[[], None]:
-    """`action`, which kills itself right before its change of that number to what is in `folder`."""
+    """`action`, which kills itself right before its nth change to `folder`, n being `number`."""
 
     def run() -> None:
         count = itertools.count(1)
@@ -238,7 +239,7 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 
 
 def parallel(function: Callable[[Any, Path], Any], items: Sequence[Any], folder: Path) -> list[Any]:
-    """`function(item, own folder)` of every item, in forked workers; results are in the items' order.
+    """`function(item, own folder)` of every item, in forked workers; results in the items' order.
 
     Results must be JSON. A function that raises has `{"error": traceback}`.
     """

@@ -111,7 +111,7 @@ def build(name: str, folder: Path, model: Path, corpus: Path) -> Job:
     job, after, seconds = folder / "work" / "job", {"": folder / "after-"}, {}
     job.parent.mkdir()
     for verb in VERBS[name]:
-        ended = qwlora(verb, recipe, "--out", job, logs=folder / "logs")
+        ended = qwlora(verb, recipe, "--out", job, logs=folder / "logs", timeout=900)
         assert ended.code == 0, f"{name}: {verb}: {ended.err}"
         seconds[verb] = ended.seconds
         after[verb] = folder / f"after-{verb}"

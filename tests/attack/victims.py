@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 WORKERS = 2
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 # audit events of the interpreter that change something on disk
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
 

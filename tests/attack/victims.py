@@ -259,7 +259,7 @@ def parallel(function: Callable[[Any, Path], Any], items: Sequence[Any], folder:
                     try:
                         result = function(items[place], own)
                     except Exception:
-                        result = {"error": traceback.format_exc()}
+                        result = {"error": traceback.format_exc()[-400:]}
                     file.write(json.dumps([place, result]) + "\n")
 
         workers.append((start(work, own / "logs"), own))

@@ -52,3 +52,6 @@ check: static test
 format: .venv/ready
 	$(BIN)/ruff format src tests benchmarks
 	$(BIN)/ruff check --fix src tests benchmarks
+
+docs/recipe.md: .venv/ready $(wildcard src/qwlora/recipe/*.py)
+	$(BIN)/python -m qwlora.recipe.reference > $@

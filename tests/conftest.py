@@ -150,6 +150,7 @@ def recipe_for(tmp_path: Path, corpus: Path, checkpoints: dict[str, Path]) -> An
     def write(architecture: str = "llama", **sections: Any) -> Path:
         content = {
             "name": "tiny",
+            "preset": "fast",
             "model": {"source": str(checkpoints[architecture])},
             "data": {
                 "source": str(corpus),

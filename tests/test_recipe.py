@@ -13,7 +13,8 @@ import yaml
 
 from qwlora.errors import RecipeError
 from qwlora.recipe import Recipe, load_recipe
-from qwlora.recipe.starter import starter_recipe
+from qwlora.recipe.reference import recipe_reference
+from qwlora.recipe.starter import full_recipe, starter_recipe
 
 
 def problems(path: Path, *changes: str) -> list[str]:
@@ -42,7 +43,7 @@ def problems(path: Path, *changes: str) -> list[str]:
         ),
         (
             "base.weights={granularity: channel, block_size: 32}",
-            "base.weights: block_size goes with granularity block, not channel; remove one",
+            "base.weights: block_size needs granularity block or lpbq, not channel",
         ),
         ("adapters.0.warmup_steps=6", "adapters.0: warmup_steps (6) must be fewer than steps (6)"),
         (
@@ -214,13 +215,21 @@ def test_the_resolved_recipe_reads_back_as_itself(recipe_for: Any, tmp_path: Pat
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
 
-def test_starter_recipe_is_valid_as_it_is_and_with_every_default_taken_out_of_its_comment(
-    recipe_for: Any,
-) -> None:
+def test_starter_recipe_is_short_and_changes_no_default(recipe_for: Any) -> None:
     given = yaml.safe_load(recipe_for().read_text())
-    assert set(yaml.safe_load(starter_recipe())) == {"model", "data", "adapters"}
+    assert len(starter_recipe().splitlines()) <= 25
+    content = yaml.safe_load(starter_recipe())
+    content["model"], content["data"]["source"] = given["model"], given["data"]["source"]
+    assert Recipe.model_validate(content) == Recipe.model_validate(
+        {"model": given["model"], "data": content["data"], "adapters": [{"name": "first"}]}
+    )
+
+
+def test_full_recipe_lists_every_key_with_its_default(recipe_for: Any) -> None:
+    given = yaml.safe_load(recipe_for().read_text())
+    assert set(yaml.safe_load(full_recipe())) == {"model", "data", "adapters"}
     uncommented = "\n".join(
-        re.sub(r"^( *)# ", r"\1", line) for line in starter_recipe().split("\n")[2:]
+        re.sub(r"^( *)# ", r"\1", line) for line in full_recipe().split("\n")[2:]
     )
     content = yaml.safe_load(uncommented)
     assert set(content) == set(Recipe.model_fields)
@@ -232,6 +241,47 @@ def test_starter_recipe_is_valid_as_it_is_and_with_every_default_taken_out_of_it
     assert Recipe.model_validate(content) == Recipe.model_validate(
         {"model": given["model"], "data": given["data"], "adapters": [{"name": "first"}]}
     )
+
+
+def test_recipe_reference_is_up_to_date() -> None:
+    written = (Path(__file__).parent.parent / "docs" / "recipe.md").read_text()
+    assert written == recipe_reference(), "run: make docs/recipe.md"
+
+
+def test_presets_fill_in_what_the_recipe_does_not_set(recipe_for: Any) -> None:
+    best = load_recipe(recipe_for(preset="best"))
+    assert (best.base.solver, best.base.gptq.sweeps, best.base.tuning.steps) == ("gptq", 4, 512)
+    assert [adapter.init for adapter in best.adapters] == ["qera"]
+    own = load_recipe(recipe_for(preset="best"), ("base.solver=rtn", "adapters.0.init=zero"))
+    assert (own.base.solver, own.base.gptq.sweeps, own.adapters[0].init) == ("rtn", 4, "zero")
+    fast = load_recipe(recipe_for(preset="fast"))
+    assert (fast.base.solver, fast.adapters[0].init) == ("search", "zero")
+
+
+def test_presets_give_no_correcting_start_where_there_is_none(recipe_for: Any) -> None:
+    dora = load_recipe(recipe_for(preset="balanced"), ("adapters.0.dora=true",))
+    kept = load_recipe(recipe_for(preset="balanced"), ("base.solver=keep",))
+    assert (dora.adapters[0].init, kept.adapters[0].init) == ("zero", "zero")
+    assert kept.base.tuning.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("w4-block64", "int4 symmetric per block 64"),
+        ("w8-channel", "int8 symmetric per channel"),
+        ("w4-lpbq64", "int4 symmetric per block 64 with int4 scales"),
+        ("w2-block32-asymmetric", "int2 asymmetric per block 32"),
+    ],
+)
+def test_weights_take_a_short_name(recipe_for: Any, name: str, scheme: str) -> None:
+    recipe = load_recipe(recipe_for(), (f"base.weights={name}",))
+    assert str(recipe.base.weights.scheme()) == scheme
+
+
+def test_a_short_name_that_is_none_is_an_error(recipe_for: Any) -> None:
+    with pytest.raises(RecipeError, match=r"base.weights.*w4_block32.*w4-block32"):
+        load_recipe(recipe_for(), ("base.weights=w4_block32",))
 
 
 def test_validation_and_help_need_no_torch(recipe_for: Any) -> None:

@@ -119,7 +119,7 @@ def test_merging_is_refused_and_changes_nothing() -> None:
 
 def test_presets_and_integer_block_scales_are_packed_too(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    quantize_(model, "w3g64")
+    quantize_(model, "w3-block64")
     assert {str(m.scheme) for m in model.modules() if isinstance(m, PackedLinear)} == {
         "int3 symmetric per block 64"
     }

@@ -144,14 +144,17 @@ def data(
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.yaml"),
+    full: Annotated[
+        bool, typer.Option("--full", help="Write every option, with its default commented out.")
+    ] = False,
 ) -> None:
-    """Write a commented recipe to start from."""
-    from qwlora.recipe.starter import starter_recipe
+    """Write a recipe to start from."""
+    from qwlora.recipe.starter import full_recipe, starter_recipe
 
     if path.exists():
         raise RecipeError(str(path), ["is there already; give another path"])
     try:
-        path.write_text(starter_recipe())
+        path.write_text(full_recipe() if full else starter_recipe())
     except OSError as error:
         raise RecipeError(str(path), [f"cannot be written: {error.strerror}"]) from error
     print(

@@ -22,8 +22,7 @@ from qwlora.formats.base_folder import BaseWriter
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.meta_model import put_, tensor_at
 from qwlora.formats.shard_writer import SHARD_BYTES
-from qwlora.grid.scheme import Scheme
-from qwlora.grid.scheme_presets import weight_scheme
+from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.grid.second_moments import Moments
 from qwlora.nn import pack_at_, tie_weights_
 from qwlora.parameter_names import canonical_name
@@ -74,7 +73,7 @@ def quantize_checkpoint(
         CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
     """
     lazy = LazyModel(checkpoint)
-    scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
+    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     plan = {} if scheme is None else plan_layers(lazy.model, scheme, solver, rules, gptq)
     writer = BaseWriter(Path(folder), shard_bytes)
     if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):

@@ -20,8 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import GridError
 from qwlora.formats.model_source import forget_gguf_
-from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
-from qwlora.grid.scheme_presets import weight_scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme
 from qwlora.grid.second_moments import Moments
 from qwlora.nn import is_packable, pack_at_, packed_weights, tie_weights_
 from qwlora.parameter_names import canonical_name, is_adapter_name
@@ -69,7 +68,7 @@ def quantize_(
     """Quantize the layers of `model` in place.
 
     Args:
-        scheme: the grid of every weight, or its short name (`w4-block32`, `w4a16`, see `weight_scheme`).
+        scheme: the grid of every weight, or its short name (`w4-block32`, see `parse_scheme`).
         solver: `rtn`, `search`, `sqnr` or `gptq` (see `solver.py`).
         rules: what is different for some layers (see `rules.py`).
         calibration: token ids [sequences, tokens], or the model's keyword arguments batch by batch; needed by gptq, and for `moments`.
@@ -81,7 +80,7 @@ def quantize_(
         GridError: a scheme does not fit its layer (all such layers are named), a rule matches nothing, or there is nothing to quantize.
         CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
     """
-    scheme = weight_scheme(scheme) if isinstance(scheme, str) else scheme
+    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     plan = plan_layers(model, scheme, solver, rules, gptq)
     if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
         reports = quantize_parts_(model, plan, batches_of(calibration), moments, work, track)

@@ -7,6 +7,6 @@ Each field's default and description are written once, here; `qwlora init` and t
 from qwlora.recipe.adapter_section import Adapter
 from qwlora.recipe.base_section import Base
 from qwlora.recipe.recipe_file import load_recipe
-from qwlora.recipe.whole_recipe import Recipe
+from qwlora.recipe.whole_recipe import PRESETS, Recipe
 
-__all__ = ["Adapter", "Base", "Recipe", "load_recipe"]
+__all__ = ["PRESETS", "Adapter", "Base", "Recipe", "load_recipe"]

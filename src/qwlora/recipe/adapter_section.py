@@ -14,79 +14,89 @@ Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW moves each weight by about t
 
 
 class Adapter(Section):
-    """Step 2, for one adapter."""
+    """Step 2: one adapter, its shape, start and training."""
 
-    name: Name = Field(description="also the name of its folder")
+    name: Name = Field(description="name of the adapter and of its folder")
     start: str | None = Field(
         None,
-        description="an adapter to go on from, whose shape and dropout it takes: one that the recipe lists before this, or a PEFT adapter's folder or hub id; "
-        "workflow qwa-lora leaves its dropout out",
+        description="adapter to continue training from: the name of one listed before this one, or a "
+        "PEFT folder or hub id. Takes over its shape and dropout (no dropout in workflow "
+        "qwa-lora)",
     )
     objective: Literal["text", "recovery"] = Field(
-        "text", description="recovery: come near the float model besides, to be the start of others"
+        "text",
+        description="text: the next token; recovery: match the float model as well, to be continued "
+        "by other adapters",
     )
     unknown_base: Literal["refuse", "accept"] = Field(
         "refuse",
-        description="a start that does not say which base it was trained on, as PEFT saves them",
+        description="accept: allow a start that does not record which base it was trained on, like "
+        "plain PEFT adapters",
     )
-    rank: Rank = Field(16, description="inner dimension of lora_B lora_A")
+    rank: Rank = Field(16, description="inner dimension of lora_B @ lora_A")
     alpha: Annotated[float, Field(gt=0)] = Field(
-        32.0, description="the branch is scaled by alpha / rank"
+        32.0, description="the adapter is scaled by alpha / rank"
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="dropout before lora_A while training"
+        0.0, description="dropout before lora_A during training"
     )
     target_modules: str | list[str] = Field(
         "all-linear",
-        description="which layers get an adapter: names, or a regular expression for whole paths",
+        description="layers that get an adapter: module names, or a regular expression over whole "
+        "paths",
     )
     target_parameters: list[str] = Field(
         [],
-        description="fused experts that get one besides, by the ends of their names: mlp.experts.down_proj",
+        description="fused experts that get an adapter too, by the end of their names: "
+        "mlp.experts.down_proj",
     )
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
     init: Literal["zero", "svd", "qera"] = Field(
         "zero",
-        description="start at zero, or at the best correction of what was lost: of weights (svd), of what their errors do to their block's output (qera)",
+        description="zero: start at zero; svd: correct the error of the weights; qera: correct the "
+        "error of layer outputs (best; needs the float weights and second moments). "
+        "Set by the preset",
     )
     init_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5,
-        description="share of a layer's ranks that init corrects with, rounded up; the others start as at zero, free to learn (at 2 bits, 1 ends lower). "
-        "With rank_budget, all correct",
+        description="share of the ranks that carry the correction, rounded up; the rest start at "
+        "zero and are free to learn. Use 1 at 2 bits. Not used by rank_budget",
     )
     rank_budget: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="ranks by layer: share of the parameters that rank has in the quantized layers, given to those that init corrects most",
+        description="distribute ranks over layers: total parameters as a share of what rank would "
+        "give, to where init corrects most",
     )
     rank_cap: Rank | None = Field(
         None,
-        description="the largest rank that rank_budget gives a layer, four times rank unless given",
+        description="largest rank that rank_budget may give a layer. Default: four times rank",
     )
-    dora: bool = Field(False, description="DoRA: learn the norm of each output of a layer besides")
+    dora: bool = Field(False, description="DoRA: train the norm of every output as well")
     rank_pattern: dict[str, Rank] = Field(
-        {}, description="other ranks, by the end of a module's name or a regular expression"
+        {},
+        description="other ranks for some layers: end of the module path, or a regular expression",
     )
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="other alphas, likewise"
+        {}, description="other alphas for some layers, written like rank_pattern"
     )
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="numbers of the transformer layers that get an adapter; all unless given"
+        None, description="numbers of the transformer layers that get an adapter. Default: all"
     )
     steps: Annotated[int, Field(ge=0)] = Field(
-        60, description="optimizer steps, at most; 0 with start uses that adapter as it is"
+        60, description="optimizer steps, at most. 0 together with start uses that adapter as it is"
     )
-    batch_sequences: Count = Field(1, description="sequences in a forward pass, over all processes")
-    accumulation_steps: Count = Field(1, description="forward passes in a step")
+    batch_sequences: Count = Field(1, description="sequences per forward pass, over all processes")
+    accumulation_steps: Count = Field(1, description="forward passes per optimizer step")
     learning_rate: Rate = Field(5e-4, description="peak learning rate of AdamW")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of AdamW")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="weight decay of AdamW")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="how the learning rate moves"
+        "cosine", description="course of the learning rate"
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         5, description="steps from zero to the peak learning rate"
     )
     clip: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="largest norm of a step's gradient; 0 does not clip"
+        1.0, description="largest norm of the gradient; 0 disables clipping"
     )
     compute: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -94,33 +104,38 @@ class Adapter(Section):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="compute each layer again in the backward pass instead of keeping what is inside it",
+        description="recompute activations in the backward pass: about a quarter of the memory for "
+        "15 percent more time",
     )
     loss: Literal["chunked", "whole"] | None = Field(
         None,
-        description="whole: the model's own loss, which makes the logits of the whole batch; chunked unless given, but with workflow qwa-lora",
+        description="chunked: never holds the logits of a whole batch; whole: the model's own loss. "
+        "Default: chunked, whole with workflow qwa-lora",
     )
     evaluation_steps: Count | None = Field(
         None,
-        description="steps between evaluations on held-out text; the best adapter is kept. None unless given",
+        description="steps between evaluations on held-out text; the best adapter is kept. Default: "
+        "no evaluation",
     )
     patience: Count | None = Field(
         None,
-        description="evaluations without a better one after which training stops; needs evaluation_steps",
+        description="stop after this many evaluations without improvement; needs evaluation_steps",
     )
     divergence: Literal["stop", "ignore"] = Field(
         "stop",
-        description="whether a loss that stays far above what it was ends training with an error; one that is no number always does",
+        description="stop: end with an error if the loss stays far above its start; ignore: keep "
+        "going. A loss that is not finite always stops",
     )
     range_learning_rate: Rate | None = Field(
         None,
-        description="learn the ranges of the base's activations too, at this rate, relative to their size (workflow qwa-lora). Fixed unless given",
+        description="learning rate of activation ranges, relative to their size (workflow qwa-lora "
+        "only). Default: ranges stay fixed",
     )
     report_to: list[str] = Field(
-        [], description="loggers, by their names in transformers: tensorboard, wandb, mlflow ..."
+        [], description="loggers, by their transformers names: tensorboard, wandb, mlflow"
     )
     checkpoint_steps: Count = Field(
-        10, description="steps between checkpoints; an interrupted run goes on from the last"
+        10, description="steps between checkpoints; an interrupted run resumes from the last one"
     )
 
     def shape(self) -> dict[str, Any]:

@@ -6,17 +6,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import (
+    Granularity,
+    Lpbq,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    Scheme,
+    parse_scheme,
+)
 from qwlora.recipe.section import Count, Section
 
-DEFAULT_BLOCK_SIZE = 32
+DEFAULT_BLOCK_SIZES = {"block": 32, "lpbq": 64}
+GranularityName = Literal["tensor", "channel", "block", "lpbq"]
 
 
 class Model(Section):
-    """Where the float model comes from."""
+    """The model to freeze."""
 
     source: str = Field(
-        description="a checkpoint folder, a .gguf file, package:NAME/PATH inside an installed package, A+B+C for parts of one .gguf file, or a hub id"
+        description="a checkpoint folder, a .gguf file, package:NAME/PATH for a file inside an "
+        "installed package, or a hub id (owner/name, owner/name/FILE.gguf)"
     )
     trust_remote_code: bool = Field(
         False,
@@ -25,15 +35,18 @@ class Model(Section):
     )
     encodings: str | None = Field(
         None,
-        description="an AIMET encodings file for the weights in source; base.solver keep takes them",
+        description="an AIMET encodings file for the float weights in source; needs base.solver: "
+        "keep",
     )
     keep_float: list[str] = Field(
         [],
-        description="with encodings: globs of parameters or layers that stay float though they have an entry, or have none",
+        description="with encodings: globs of parameters or layers that stay float, whether or not "
+        "the file has an entry for them",
     )
     block_order: Literal["channel", "tensor"] | None = Field(
         None,
-        description="with encodings of version 1.0.0: how they list blocks, by output channel or as the tensor lies, where that cannot be known",
+        description="with encodings of version 1.0.0 from unknown producers: whether blocks are "
+        "listed by output channel or in the order of the tensor",
     )
 
     @model_validator(mode="after")
@@ -51,64 +64,84 @@ class Model(Section):
 
 
 class Weights(Section):
-    """A grid for the base's weights."""
+    """The grid of the base's weights."""
 
-    bitwidth: Literal[2, 3, 4, 5, 6, 7, 8] = Field(4, description="integer bits")
+    bitwidth: Literal[2, 3, 4, 5, 6, 7, 8] = Field(4, description="bits per weight")
     symmetric: bool = Field(
         True,
-        description="fix the offset at the middle code; false gives each scale an offset of its own",
+        description="true: the offset is fixed at the middle code; false: every scale has an offset "
+        "of its own",
     )
-    granularity: Literal["tensor", "channel", "block"] = Field(
+    granularity: GranularityName = Field(
         "block",
-        description="what one scale covers: the tensor, an output channel, or a block of inputs",
+        description="what one scale covers: the tensor, an output channel, or a block of inputs; "
+        "lpbq: AIMET's low-power blocks, whose scales are small integers times a channel scale",
     )
     block_size: Count | None = Field(
-        None,
-        description=f"inputs in a block, {DEFAULT_BLOCK_SIZE} unless given (granularity block only)",
+        None, description="inputs per block. Default: 32 for block, 64 for lpbq"
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _block_size_where_there_are_blocks(cls, given: Any) -> Any:
-        if (
-            isinstance(given, dict)
-            and given.get("granularity", "block") == "block"
-            and given.get("block_size") is None
-        ):
-            return {**given, "block_size": DEFAULT_BLOCK_SIZE}
+    def _expand(cls, given: Any) -> Any:
+        """A short name to keys, and the default block size."""
+        if isinstance(given, str):
+            given = _keys(parse_scheme(given))
+        if isinstance(given, dict) and given.get("block_size") is None:
+            default = DEFAULT_BLOCK_SIZES.get(str(given.get("granularity", "block")))
+            return {**given, "block_size": default}
         return given
 
     @model_validator(mode="after")
     def _consistent(self) -> Weights:
-        if self.granularity != "block" and self.block_size is not None:
-            raise ValueError(
-                f"block_size goes with granularity block, not {self.granularity}; remove one"
-            )
+        _check_block_size(self.granularity, self.block_size)
+        if self.granularity == "lpbq" and not self.symmetric:
+            raise ValueError("lpbq is symmetric; remove symmetric: false, or use block")
         return self
 
     def scheme(self) -> Scheme:
+        """The scheme of these weights."""
         granularity: Granularity = PerTensor()
         if self.granularity == "channel":
             granularity = PerChannel(0)
         elif self.block_size is not None:
-            granularity = PerBlock(self.block_size)
+            granularity = (Lpbq if self.granularity == "lpbq" else PerBlock)(self.block_size)
         return Scheme(self.bitwidth, self.symmetric, granularity)
 
 
-class BaseRule(Section):
-    """Some layers of the base: kept float, or with values of their own in the place of the base's."""
+def _keys(scheme: Scheme) -> dict[str, Any]:
+    """The keys of `Weights` that request `scheme`."""
+    keys: dict[str, Any] = {"bitwidth": scheme.bitwidth, "symmetric": scheme.symmetric}
+    match scheme.granularity:
+        case PerTensor():
+            return keys | {"granularity": "tensor"}
+        case PerChannel():
+            return keys | {"granularity": "channel"}
+        case PerBlock(size):
+            return keys | {"granularity": "block", "block_size": size}
+        case Lpbq(size):
+            return keys | {"granularity": "lpbq", "block_size": size}
 
-    match: str = Field(
-        description="a glob over module paths: *.down_proj, model.layers.0.*, lm_head"
-    )
-    keep: Literal["float"] | None = Field(None, description="float leaves the layers as they are")
+
+def _check_block_size(granularity: str | None, block_size: int | None) -> None:
+    if granularity in ("tensor", "channel") and block_size is not None:
+        raise ValueError(f"block_size needs granularity block or lpbq, not {granularity}")
+
+
+class BaseRule(Section):
+    """An exception for some layers: keep them float, or give them another grid or solver."""
+
+    match: str = Field(description="glob over module paths: *.down_proj, model.layers.0.*, lm_head")
+    keep: Literal["float"] | None = Field(None, description="float: leave these layers as they are")
     solver: Literal["rtn", "search", "sqnr", "gptq"] | None = Field(
-        None, description="the base's unless given"
+        None, description="default: the solver of base"
     )
-    bitwidth: Literal[2, 3, 4, 5, 6, 7, 8] | None = Field(None, description="likewise")
-    symmetric: bool | None = Field(None, description="likewise")
-    granularity: Literal["tensor", "channel", "block"] | None = Field(None, description="likewise")
-    block_size: Count | None = Field(None, description="likewise")
+    bitwidth: Literal[2, 3, 4, 5, 6, 7, 8] | None = Field(
+        None, description="default: that of base.weights"
+    )
+    symmetric: bool | None = Field(None, description="default: that of base.weights")
+    granularity: GranularityName | None = Field(None, description="default: that of base.weights")
+    block_size: Count | None = Field(None, description="default: that of base.weights")
 
     @model_validator(mode="after")
     def _one_thing(self) -> BaseRule:
@@ -125,53 +158,55 @@ class BaseRule(Section):
             raise ValueError(
                 "the rule changes nothing; give keep: float, or a bitwidth, granularity or solver"
             )
-        if self.granularity not in (None, "block") and self.block_size is not None:
-            raise ValueError(
-                f"block_size goes with granularity block, not {self.granularity}; remove one"
-            )
+        _check_block_size(self.granularity, self.block_size)
         return self
 
     def scheme(self, base: Weights) -> Scheme | None:
         """The layers' grid; None if they stay float."""
         if self.keep is not None:
             return None
-        own = {
-            k: v
-            for k in ("bitwidth", "symmetric", "granularity", "block_size")
-            if (v := getattr(self, k)) is not None
-        }
-        if "block_size" in own:
-            own["granularity"] = "block"
-        whole = base.model_dump() | own
-        if whole["granularity"] != "block":
+        keys = ("bitwidth", "symmetric", "granularity", "block_size")
+        own = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        whole = base.model_dump()
+        if own.get("granularity", whole["granularity"]) != whole["granularity"]:
             whole["block_size"] = None
+        elif "block_size" in own and whole["granularity"] in ("tensor", "channel"):
+            whole["granularity"] = "block"
+        whole |= own
         return Weights(**whole).scheme()
 
 
 class Gptq(Section):
-    """How gptq goes about it."""
+    """Settings of the gptq solver."""
 
     damping: Annotated[float, Field(gt=0)] = Field(
-        0.01, description="share of the mean of diag R that is added to it"
+        0.01, description="added to the diagonal of the second moment, as a share of its mean"
     )
     activation_order: bool = Field(
         False,
-        description="take the columns with the largest inputs first; scales are then chosen beforehand",
+        description="quantize the columns with the largest inputs first; scales are then chosen "
+        "beforehand",
     )
     sweeps: Annotated[int, Field(ge=0)] = Field(
-        2, description="passes afterwards, each of which improves codes and scales one at a time"
+        2,
+        description="passes of coordinate descent after GPTQ; each improves codes and scales one at "
+        "a time. 4 instead of 2 gains about 2 percent of layer error for half as much "
+        "time again",
     )
 
 
 class Tuning(Section):
-    """Scales and norms that come near the float model together, after each layer was solved by itself. The float model is in memory meanwhile."""
+    """Training of scales and norms against the float model's logits. The float model is in memory
+    during that time.
+    """
 
     steps: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="steps of one training sequence each, every one another while there are some; 0 tunes nothing",
+        description="number of tuning steps; one sequence per step, none repeated until all are "
+        "used. 0 disables tuning; 512 takes 25 minutes for SmolLM2-135M on one core",
     )
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
-        3e-3, description="peak learning rate of AdamW, relative to what is tuned"
+        3e-3, description="peak learning rate of AdamW, relative to the tuned value"
     )
     compute: Literal["float32", "bfloat16"] = Field(
         "float32", description="precision of the forward and backward pass"
@@ -193,26 +228,33 @@ class Tuning(Section):
 
 
 class Base(Section):
-    """Step 1."""
+    """Step 1: the frozen integers."""
 
     solver: Literal["rtn", "search", "sqnr", "gptq", "keep"] = Field(
-        "search",
-        description="rtn: min-max range; search: the range with the least squared error; sqnr: the same, clipping counting more; gptq: following the inputs "
-        "of each layer; keep: the integers that the model's files hold",
+        "gptq",
+        description="gptq: minimizes the error of layer outputs on calibration text; search: range "
+        "with the least squared weight error; sqnr: the same, clipping weighs three "
+        "times; rtn: min-max range, rounded to nearest; keep: take the integers that the "
+        "model files already hold",
     )
     weights: Weights = Field(
-        Weights(block_size=DEFAULT_BLOCK_SIZE), description="the grid of every Linear weight"
+        Weights(),
+        description="grid of every Linear weight: a short name (w4-block32, w4-channel, w4-lpbq64, "
+        "w3-block64, w8-channel, w2-block32-asymmetric) or the keys below",
     )
     rules: list[BaseRule] = Field(
-        [], description="what is different for some layers; the first that matches a layer decides"
+        [], description="exceptions for some layers; the first matching rule decides"
     )
-    gptq: Gptq = Field(Gptq(), description="for the layers that this solver quantizes")
+    gptq: Gptq = Field(Gptq(), description="settings of the gptq solver")
     tuning: Tuning = Field(
         Tuning(),
-        description="of linear layers' scales and norms' weights, when all are solved; no integer moves",
+        description="train the scales of linear layers and the weights of norms together, after "
+        "every layer is solved; codes do not change",
     )
     calibration_sequences: Count = Field(
-        32, description="training sequences that gptq and the adapters' start follow, at most"
+        32,
+        description="training sequences that gptq and the starts of adapters see, at most. Weights "
+        "only: activation ranges have data.calibration_sequences",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The data."""
+"""Recipe section `data`."""
 
 from __future__ import annotations
 
@@ -13,56 +13,64 @@ from qwlora.recipe.section import Count, Section
 
 
 class Data(Section):
-    """What is learnt from, and how it is cut."""
+    """Training, calibration and evaluation text, and how it becomes sequences."""
 
     source: str = Field(
-        description="a text, .json(l), .csv, .tsv, .parquet or .arrow file, a folder of them or of datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id"
+        description="a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of "
+        "them, a folder from datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id"
     )
     split: str | None = Field(
         None,
-        description="split of a dataset that has several, train unless given; of a folder, files named after it, all unless given",
+        description="which split to use. Default: train for datasets; for a folder, all files, or "
+        "those named after the split",
     )
-    subset: str | None = Field(
-        None, description="configuration of a dataset on the hub that has several"
-    )
+    subset: str | None = Field(None, description="configuration of a hub dataset that has several")
     text_column: str | None = Field(
         None,
-        description="column of running text; columns named text, prompt and completion, or messages are found by themselves",
+        description="column with running text. Default: columns named text, prompt and completion, "
+        "or messages are recognized",
     )
-    prompt_column: str | None = Field(None, description="column of what is given to the model")
+    prompt_column: str | None = Field(
+        None, description="column with the prompt, which is not trained on"
+    )
     completion_column: str | None = Field(
-        None, description="column of what follows the prompt, and is learnt"
+        None, description="column with the completion, which is trained on"
     )
     messages_column: str | None = Field(
         None,
-        description="column of conversations: lists of {role, content}, of which the assistant's are learnt",
+        description="column with conversations, lists of {role, content}; only the assistant's "
+        "messages are trained on",
     )
     empty_records: Literal["error", "skip"] = Field(
-        "error", description="what to do with a record in which nothing is"
+        "error", description="what to do with an empty record"
     )
     chat_template: str | None = Field(
-        None, description="a file with a chat template in Jinja, in place of the tokenizer's own"
+        None, description="file with a Jinja chat template, used instead of the tokenizer's"
     )
     turns: Literal["together", "apart"] = Field(
         "together",
-        description="apart: each of the assistant's turns is a document that ends with it",
+        description="together: a conversation is one document; apart: every assistant message ends a "
+        "document of its own",
     )
     packing: Literal["join", "documents", "none"] | None = Field(
         None,
-        description="join: one after another, cut anywhere (running text, unless given); documents: whole ones side by side, blind for each other "
-        "(anything else, unless given); none: one a sequence, padded",
+        description="join: concatenate and cut anywhere; documents: pack whole documents into one "
+        "sequence, attention masked between them; none: one document per sequence, "
+        "padded. Default: join for running text, documents otherwise",
     )
     sequence_tokens: Annotated[int, Field(ge=8)] = Field(
-        512, description="tokens in a sequence, for training and evaluation alike"
+        512, description="tokens per sequence, in training and evaluation"
     )
     held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.2, description="share of the text kept from training, split by document"
+        0.2, description="share of the documents kept from training for evaluation"
     )
     evaluation_sequences: Count = Field(
         16, description="held-out sequences that perplexity is measured on, at most"
     )
     calibration_sequences: Count = Field(
-        8, description="training sequences that activation ranges are measured on, at most"
+        8,
+        description="training sequences that activation ranges are measured on, at most. Weights "
+        "have base.calibration_sequences",
     )
 
     @model_validator(mode="after")

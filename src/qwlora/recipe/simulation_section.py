@@ -14,12 +14,12 @@ from qwlora.simulation.placement_rules import PlacementRule
 
 
 class AdapterWeights(Section):
-    """A grid for lora_A and lora_B. No blocks: they seldom divide a rank."""
+    """The grid of lora_A and lora_B. Blocks are not offered because they seldom divide a rank."""
 
-    bitwidth: Annotated[int, Field(ge=4, le=16)] = Field(8, description="integer bits")
+    bitwidth: Annotated[int, Field(ge=4, le=16)] = Field(8, description="bits per weight")
     symmetric: bool = Field(True, description="fix the offset at the middle code")
     granularity: Literal["tensor", "channel"] = Field(
-        "channel", description="what one scale covers: the tensor, or a row"
+        "channel", description="one scale per tensor, or per row"
     )
 
     def scheme(self) -> Scheme:
@@ -31,29 +31,33 @@ class AdapterWeights(Section):
 
 
 class SimulationRule(Section):
-    """Some values of the simulated graph: kept float, or on a grid of their own."""
+    """An exception for some values of the graph: keep them float, or give them another grid."""
 
     match: str = Field(
-        description="a glob over module paths, and those with an operator: lm_head, *.self_attn.softmax, *.lora_A.weight"
+        description="glob over module paths, with an operator after the path where needed: lm_head, "
+        "*.self_attn.softmax, *.lora_A.weight"
     )
-    keep: Literal["float"] | None = Field(None, description="float leaves the values as they are")
+    keep: Literal["float"] | None = Field(None, description="float: leave these values as they are")
     bitwidth: Annotated[int, Field(ge=2, le=16)] | None = Field(
-        None, description="the simulation's unless given"
+        None, description="default: that of the simulation"
     )
-    symmetric: bool | None = Field(None, description="likewise")
+    symmetric: bool | None = Field(None, description="default: that of the simulation")
     minimum: float | None = Field(
-        None, description="the low end of the range, whatever is observed"
+        None, description="fixed lower end of the range, whatever is observed"
     )
     maximum: float | None = Field(
-        None, description="the high end; a softmax may be pinned to 0 and 1"
+        None, description="fixed upper end; a softmax may be fixed to 0 and 1"
     )
     observer: Literal["min-max", "percentile", "squared-error", "sqnr", "moving-average"] | None = (
-        Field(None, description="the simulation's unless given")
+        Field(None, description="default: that of the simulation")
     )
-    force: bool = Field(False, description="quantize what matches even where the policy would not")
+    force: bool = Field(
+        False, description="quantize matching values even where the policy would not"
+    )
     of: Literal["activations", "weights"] | None = Field(
         None,
-        description="what it speaks of; unless given, keep speaks of both and a grid of activations",
+        description="restrict the rule to activations or to weights. Default: a rule with keep "
+        "applies to both, one with a grid to activations",
     )
 
     @model_validator(mode="after")
@@ -68,33 +72,37 @@ class SimulationRule(Section):
 
 
 class SimulationSection(Section):
-    """Step 3."""
+    """Step 3: grids of activations and adapters."""
 
     policy: Literal["npu", "matmul-inputs", "weights-only"] = Field(
         "npu",
-        description="npu: every value that is made, but for norms' inside, masks and residual additions; matmul-inputs: what matrix products read",
+        description="npu: every computed value except norm internals, masks and residual additions; "
+        "matmul-inputs: only what matrix products read; weights-only: no activations",
     )
     rules: list[SimulationRule] = Field(
-        [], description="what is different for some values; the first that fits a value decides"
+        [], description="exceptions for some values; the first matching rule decides"
     )
     activation_bitwidth: Annotated[int, Field(ge=2, le=16)] = Field(
-        16, description="bits of every activation; ONNX has 8 and 16"
+        16, description="bits of every activation. ONNX has 8 and 16"
     )
     activation_symmetric: bool = Field(
         False, description="fix the offset of activations at the middle code"
     )
     observer: Literal["min-max", "percentile", "squared-error", "sqnr", "moving-average"] = Field(
         "min-max",
-        description="how an activation's range is chosen; sqnr: squared error with clipping weighing three times",
+        description="how an activation range is chosen; sqnr: least squared error, clipping weighs "
+        "three times",
     )
     percentile: Annotated[float, Field(gt=50, le=100)] = Field(
-        99.99, description="of observer percentile: the rest lies outside, on either side"
+        99.99, description="for observer percentile: share of the values inside the range"
     )
     momentum: Annotated[float, Field(gt=0, le=1)] = Field(
         0.01, description="of observer moving-average: what the last batch weighs"
     )
     calibration_tokens: Count | None = Field(
-        None, description="stop after this many; all of data.calibration_sequences unless given"
+        None,
+        description="stop calibration after this many tokens. Default: all of "
+        "data.calibration_sequences",
     )
     still_share: Annotated[float, Field(ge=0)] | None = Field(
         None,
@@ -103,27 +111,31 @@ class SimulationSection(Section):
     still_batches: Count = Field(4, description="see still_share")
     unseen: Literal["error", "float"] = Field(
         "error",
-        description="what to do with a value that no data came by for, like an expert that no token chose",
+        description="what to do with a value that no calibration data reached, such as an expert "
+        "that no token chose",
     )
     residual_adds: Literal["float", "quantize"] = Field(
         "float",
-        description="whether x + f(x) gets an encoding; an NPU without float needs quantize",
+        description="quantize: give x + f(x) an encoding, for NPUs without float. Costs accuracy: "
+        "the residual stream has a wide range",
     )
     symmetric_matmul_second_input: bool = Field(
         False,
         description="the second factor of two activations gets a symmetric grid, as some runtimes need it",
     )
     adapter_weights: AdapterWeights = Field(
-        AdapterWeights(), description="the grid of lora_A and lora_B"
+        AdapterWeights(), description="grid of lora_A and lora_B"
     )
     equalize: Literal["auto", "none", "diagonal", "hadamard"] = Field(
         "auto",
-        description="other factors of the same product, for the adapter's grid; auto: of each layer those with the least error, its own among them",
+        description="rewrite lora_A and lora_B as factors of the same product that lose less on "
+        "their grid; auto: the best per layer, including unchanged",
     )
     base_activations: Literal["all", "adapter_only", "none"] = Field(
         "all",
-        description="encodings that an adapter brings: all: of every activation; adapter_only: of its own values and weights, the base's activations having "
-        "one set for all adapters; none: none at all",
+        description="encodings that belong to each adapter. all: every activation; adapter_only: its "
+        "own values and weights, the base's activations are shared; none: one set for "
+        "all adapters",
     )
 
     def estimator(self) -> Estimator:

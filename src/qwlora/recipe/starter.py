@@ -1,4 +1,8 @@
-"""The commented recipe that `qwlora init` writes, generated from the recipe's own fields, defaults and descriptions."""
+"""The recipes that `qwlora init` writes, from the defaults and descriptions of the recipe's fields.
+
+starter_recipe()    what most people set, at most 25 lines
+full_recipe()       every key, those with a default commented out
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,9 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from qwlora.recipe import Adapter, Recipe
+from qwlora.recipe import PRESETS, Adapter, Recipe
+from qwlora.recipe.simulation_section import SimulationSection
 
-_HEAD = """\
-# A QWLoRA recipe. Run it with: qwlora run THIS_FILE --out out
-# Lines that begin with '#' show defaults; take the '#' away to change one.
-"""
 _PLACEHOLDERS = {
     "model.source": "path/to/model",
     "data.source": "path/to/text",
@@ -23,8 +24,37 @@ _PLACEHOLDERS = {
 
 
 def starter_recipe() -> str:
-    """YAML text: what must be set is set to a placeholder, everything else is a comment with its default."""
-    return _HEAD + "\n".join(_section(Recipe, "", 0)) + "\n"
+    """A short recipe: two sources to fill in, and the settings that most people change."""
+    adapter = Adapter.model_fields
+    return f"""\
+# A QWLoRA recipe. Set the two sources, then run: qwlora run THIS_FILE --out out
+# Every option: qwlora init --full, or docs/recipe.md.
+name: {Recipe.model_fields["name"].default}
+model:
+  source: {_PLACEHOLDERS["model.source"]}  # a checkpoint folder, a .gguf file, or a hub id
+data:
+  source: {_PLACEHOLDERS["data.source"]}  # text, JSONL, CSV, Parquet, a folder of them, a hub id
+preset: {Recipe.model_fields["preset"].default}  # {" | ".join(PRESETS)}
+base:
+  weights: w4-block32  # or w4-channel, w4-lpbq64, w3-block64, w8-channel, ...
+adapters:  # one base, many adapters
+  - name: {_PLACEHOLDERS["adapters.name"]}
+    rank: {adapter["rank"].default}
+    steps: {adapter["steps"].default}
+simulation:
+  activation_bitwidth: {SimulationSection.model_fields["activation_bitwidth"].default}  # 8 or 16
+export:
+  targets: [onnx]
+"""
+
+
+def full_recipe() -> str:
+    """Every key with its description: what must be set as a placeholder, the rest commented out."""
+    head = (
+        "# A QWLoRA recipe with every option. Run it with: qwlora run THIS_FILE --out out\n"
+        "# Commented lines show defaults; uncomment a line to change it.\n"
+    )
+    return head + "\n".join(_section(Recipe, "", 0)) + "\n"
 
 
 def _section(kind: type[BaseModel], path: str, depth: int) -> list[str]:
@@ -42,7 +72,7 @@ def _section(kind: type[BaseModel], path: str, depth: int) -> list[str]:
             body = textwrap.indent("\n".join(_section(inner, where, depth + 1)), "  ").split("\n")
             lines += body if required else [f"# {line.replace('# ', '', 1)}" for line in body]
         else:
-            default = _PLACEHOLDERS.get(where) if field.is_required() else field.default
+            default = _PLACEHOLDERS.get(where) if field.is_required() else _usual(where, field)
             value = (
                 yaml.safe_dump(default, default_flow_style=True)
                 .removesuffix("\n")
@@ -50,6 +80,13 @@ def _section(kind: type[BaseModel], path: str, depth: int) -> list[str]:
             )
             lines.append(f"{'' if field.is_required() else '# '}{name}: {value}{_comment(field)}")
     return lines
+
+
+def _usual(where: str, field: FieldInfo) -> Any:
+    """What a recipe that does not set this key gets: from the default preset, else the field."""
+    section, _, key = where.partition(".")
+    preset = PRESETS[Recipe.model_fields["preset"].default]
+    return preset["adapter"].get(key, field.default) if section == "adapters" else field.default
 
 
 def _item(lines: list[str]) -> list[str]:

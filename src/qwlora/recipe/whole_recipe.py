@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,30 +12,40 @@ from qwlora.recipe.data_section import Data
 from qwlora.recipe.section import Count, Name, Section
 from qwlora.recipe.simulation_section import SimulationSection
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"base": {"solver": "search"}, "adapter": {"init": "zero"}},
+    "balanced": {"base": {"solver": "gptq"}, "adapter": {"init": "qera"}},
+    "best": {
+        "base": {"solver": "gptq", "gptq": {"sweeps": 4}, "tuning": {"steps": 512}},
+        "adapter": {"init": "qera"},
+    },
+}
+
 
 class Export(Section):
-    """Which files to write."""
+    """Step 4: the files to write."""
 
-    targets: list[Literal["onnx"]] = Field(["onnx"], description="formats to write")
+    targets: list[Literal["onnx"]] = Field(["onnx"], description="runtimes to write files for")
 
 
 class Verify(Section):
-    """How the files are proved, and what the proof must keep to."""
+    """Step 5: how exported files are tested, and the limits they must meet."""
 
     sequences: Count = Field(
-        8, description="held-out sequences to run through each exported file, at most"
+        8, description="held-out sequences to run through every exported file, at most"
     )
     layer_tokens: Annotated[int, Field(ge=2)] = Field(
-        128, description="tokens for the layer by layer comparison"
+        128, description="tokens for the layer-by-layer comparison"
     )
     perplexity_difference: Annotated[float, Field(gt=0)] = Field(
-        0.003, description="largest allowed relative difference from the simulation's perplexity"
+        0.003,
+        description="largest allowed relative difference from the perplexity of the simulation",
     )
     layer_steps: Annotated[float, Field(gt=0)] = Field(
-        2.0, description="largest allowed difference of a layer's output, in its quantization steps"
+        2.0, description="largest allowed difference of a layer output, in quantization steps"
     )
     layer_mean_steps: Annotated[float, Field(gt=0)] = Field(
-        0.05, description="the same for a layer's average difference"
+        0.05, description="largest allowed mean difference of a layer output, in quantization steps"
     )
 
 
@@ -43,14 +53,21 @@ class Recipe(Section):
     """The whole file."""
 
     name: Name = Field(
-        "qwlora", description="what this job is called; an output directory belongs to one job"
+        "qwlora", description="name of the job; an output directory belongs to one job"
+    )
+    preset: Literal["fast", "balanced", "best"] = Field(
+        "balanced",
+        description="how much work goes into the base and the starts of adapters. fast: solver "
+        "search, init zero; balanced: gptq, init qera; best: gptq with 4 sweeps, scales tuned for "
+        "512 steps, init qera. Keys that the recipe sets itself win",
     )
     workflow: Literal["qw-lora", "qwa-lora"] = Field(
         "qw-lora",
-        description="qw-lora: activations are calibrated after training; qwa-lora: the base's are calibrated first, and the adapters are trained through them",
+        description="qw-lora: calibrate activations after training; qwa-lora: calibrate the base's "
+        "activations first and train through them",
     )
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
-        0, description="of the data split, the adapters' start and the order of training"
+        0, description="seed of the data split, the start of adapters and the order of training"
     )
     model: Model
     data: Data
@@ -59,6 +76,24 @@ class Recipe(Section):
     simulation: SimulationSection = SimulationSection()
     export: Export = Export()
     verify: Verify = Verify()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, given: Any) -> Any:
+        """Fill in what the preset says and the recipe does not."""
+        if not isinstance(given, dict) or given.get("preset", "balanced") not in PRESETS:
+            return given
+        preset, base = PRESETS[given.get("preset", "balanced")], given.get("base") or {}
+        adapters = given.get("adapters")
+        if not isinstance(base, dict) or not isinstance(adapters, list):
+            return given
+        keeps = base.get("solver") == "keep"
+        base = base if keeps else _filled(base, preset["base"])
+        adapters = [
+            _filled(a, preset["adapter"]) if isinstance(a, dict) and _may_correct(a, keeps) else a
+            for a in adapters
+        ]
+        return {**given, "base": base, "adapters": adapters}
 
     @model_validator(mode="after")
     def _encodings_are_used(self) -> Recipe:
@@ -181,3 +216,20 @@ class Recipe(Section):
                 f"adapters {', '.join(twice)}: names are folders and must differ in more than case"
             )
         return adapters
+
+
+def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`given`, and what it lacks of `defaults`, section by section."""
+    filled = dict(given)
+    for key, value in defaults.items():
+        own = filled.get(key)
+        if isinstance(value, dict) and isinstance(own, dict):
+            filled[key] = _filled(own, value)
+        elif key not in filled:
+            filled[key] = value
+    return filled
+
+
+def _may_correct(adapter: dict[str, Any], base_is_kept: bool) -> bool:
+    """Whether an adapter can start from what quantization lost."""
+    return not (base_is_kept or adapter.get("dora") or adapter.get("start") is not None)

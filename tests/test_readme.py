@@ -66,17 +66,24 @@ def test_python_example_runs_and_proves_its_file(
     assert (tmp_path / "bundle" / "session_options.json").exists()
 
 
-def test_every_path_in_the_tree_exists() -> None:
-    paths = re.findall(r"^    ((?:src|benchmarks|docs)\S*)", README, re.MULTILINE)
-    assert len(paths) > 8
-    assert [p for p in paths if not (ROOT / p).exists()] == []
-    listed = {Path(p) for p in paths}
+def test_every_folder_is_in_the_map_of_the_code() -> None:
+    text = (ROOT / "docs" / "code.md").read_text()
+    listed = {Path(p) for p in re.findall(r"^    (src/\S*)", text, re.MULTILINE)}
     folders = {
         p.relative_to(ROOT)
         for p in (ROOT / "src" / "qwlora").iterdir()
         if p.is_dir() and p.name != "__pycache__"
     }
-    assert folders <= listed
+    assert folders == listed
+
+
+def test_every_file_that_the_map_of_the_code_names_exists() -> None:
+    text = (ROOT / "docs" / "code.md").read_text()
+    named = re.findall(r"`(\w+(?:/\w+)+\.py)`", text)
+    assert len(named) > 12
+    assert [
+        n for n in named if not (ROOT / "src/qwlora" / n).exists() and not (ROOT / n).exists()
+    ] == []
 
 
 def test_links_lead_somewhere() -> None:

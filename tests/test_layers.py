@@ -11,6 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "qwlora"
 LEVELS = (
     {
+        "compute_precision",
+        "cpu_threads",
         "errors",
         "gradients",
         "hub",

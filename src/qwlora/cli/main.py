@@ -30,6 +30,7 @@ from qwlora.cli.inspect_command import inspect
 from qwlora.cli.merge_commands import merge, merge_check
 from qwlora.cli.progress_bars import bars
 from qwlora.cli.simulate_command import simulate
+from qwlora.cpu_threads import configure_threads
 from qwlora.errors import (
     QwloraError,
     RecipeError,
@@ -209,6 +210,7 @@ app.add_typer(encodings_app, name="encodings")
 
 def main() -> None:
     """Entry point: every error becomes one message and an exit code."""
+    configure_threads()
     arguments, debug = _without_debug(sys.argv[1:])
     try:
         sys.exit(app(arguments, standalone_mode=False))

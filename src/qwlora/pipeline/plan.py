@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qwlora.compute_precision import auto_compute, training_device
 from qwlora.data import Documents
 from qwlora.formats.model_source import fetch
 from qwlora.quantize.revision import MOMENTS_REVISION, REVISION, TUNING_REVISION
@@ -25,6 +26,7 @@ SIMULATION_FORMAT = (
 )
 SAMPLE_REVISION = 2  # of what observers with a sample keep; 2: fewer values
 INIT_REVISION = 4  # of how svd and qera start; 2: qera weighs outputs; 3: what the solver lost is corrected; 4: B shorter where inputs are large
+TUNING_DEVICE = "cpu"  # where bases are made
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
 
@@ -182,6 +184,24 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
                 n,
             )
     return list(plan.values())
+
+
+def resolve_compute(recipe: Recipe) -> Recipe:
+    """`recipe` with `compute: auto` replaced by what it stands for on this machine.
+
+    Results depend on it, so stage keys and the directory's own recipe hold the precision itself.
+    """
+    base, graph = recipe.base, recipe.workflow == "qwa-lora"  # which computes in float32 alone
+    if base.tuning.steps and base.tuning.compute == "auto":
+        compute = {"compute": auto_compute(TUNING_DEVICE)}
+        base = base.model_copy(update={"tuning": base.tuning.model_copy(update=compute)})
+    adapters = list(recipe.adapters)
+    for i, adapter in enumerate(adapters):
+        if adapter.compute == "auto":
+            is_fixed = graph or not adapter.steps
+            compute = {"compute": "float32" if is_fixed else auto_compute(training_device())}
+            adapters[i] = adapter.model_copy(update=compute)
+    return recipe.model_copy(update={"base": base, "adapters": adapters})
 
 
 def needs_moments(recipe: Recipe) -> bool:

@@ -17,6 +17,7 @@ from qwlora.adapter.attach import (
     saved_on_integers,
 )
 from qwlora.adapter.train import check_loggers
+from qwlora.compute_precision import slow_compute, training_device
 from qwlora.data.document_isolation import check_isolation
 from qwlora.errors import GridError, SourceError, TrainingError
 from qwlora.formats.assemble_model import LazyModel
@@ -25,11 +26,11 @@ from qwlora.formats.model_source import fetch
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.optional_packages import require
 from qwlora.pipeline.context import Session
-from qwlora.pipeline.plan import has_float_model
+from qwlora.pipeline.plan import TUNING_DEVICE, has_float_model
 from qwlora.pipeline.unused_rules import shape_of
 from qwlora.quantize.layer_rules import Rule
 from qwlora.quantize.quantize_model import find_tensors, plan_layers
-from qwlora.recipe import Base
+from qwlora.recipe import Base, Recipe
 
 
 def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> None:
@@ -44,6 +45,8 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
     if verbs & {"export", "verify"}:
         for module in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
             require(module, "onnx")
+    for line in _slow_computing(session.recipe, verbs):
+        say(line)
     largest = session.data.largest_id()
     if "train" in verbs:
         _check_adapters(session)
@@ -93,6 +96,19 @@ def _check_tuning(session: Session, model: PreTrainedModel, packed: Callable[[st
         raise GridError(
             "base.tuning tunes the scales of linear layers, and the recipe packs none; leave tuning out"
         )
+
+
+def _slow_computing(recipe: Recipe, verbs: set[str]) -> Iterator[str]:
+    """Adapters and tuning that were asked to compute in what this machine emulates."""
+    tuning, adapters = recipe.base.tuning, [a for a in recipe.adapters if a.steps]
+    asked: list[tuple[str, str, str]] = []  # of what, its precision, its device
+    if "quantize" in verbs and tuning.steps:
+        asked.append(("base.tuning", tuning.compute, TUNING_DEVICE))
+    if "train" in verbs:
+        asked += [(f"adapter {a.name}", a.compute, training_device()) for a in adapters]
+    for what, compute, device in asked:
+        if problem := slow_compute(compute, device):
+            yield f"warning: {what}: {problem}"
 
 
 def _dropouts_left_out(session: Session) -> Iterator[str]:

@@ -53,10 +53,11 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             )
     for name, train in results.get("train", {}).items():
         cost = f"{train['step_seconds']:.2f} s a step, peak {size(train['peak_rss_bytes'])}"
+        in_what = f" in {train['compute']}" if train["steps"] and "compute" in train else ""
         rows.append(
             (
                 f"training {name}",
-                f"{train['steps']} steps, {cost}, {train['trainable_parameters']:,} parameters",
+                f"{train['steps']} steps{in_what}, {cost}, {train['trainable_parameters']:,} parameters",
             )
         )
     for target, adapters in results.get("export", {}).items():

@@ -13,13 +13,14 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from qwlora.compute_precision import SlowComputeWarning
 from qwlora.data import load_documents
 from qwlora.data.prepared_data import describe, summary
 from qwlora.errors import CalibrationError, DirectoryError, RecipeError
 from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained, write_text
 from qwlora.pipeline.distributed import done, follow, is_first_process, tell
 from qwlora.pipeline.output_path import check_outside_data
-from qwlora.pipeline.plan import VERBS, Stage, dependents, make_plan
+from qwlora.pipeline.plan import VERBS, Stage, dependents, make_plan, resolve_compute
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 
@@ -51,6 +52,7 @@ def run(
         QwloraError: a stage's own errors; what was finished before it stays.
     """
     check_outside_data(out, recipe.data.source)
+    recipe = resolve_compute(recipe)
     documents = load_documents(
         recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
     )
@@ -168,7 +170,7 @@ def open_job(
         raise DirectoryError(
             f"{str(folder)!r} is no job's directory: it has no recipe.yaml; `qwlora run` makes one"
         )
-    recipe = load_recipe(folder / "recipe.yaml", changes)
+    recipe = resolve_compute(load_recipe(folder / "recipe.yaml", changes))
     if made := tuple(change for change in changes if not _is_looked_at(change)):
         _refuse_changes(folder, made)
     name = adapter or recipe.adapters[0].name
@@ -261,6 +263,7 @@ def _as_options(changes: Iterable[str]) -> list[str]:
 
 
 def _plan_of(recipe: Recipe) -> list[Stage]:
+    recipe = resolve_compute(recipe)
     return make_plan(
         recipe,
         load_documents(
@@ -326,6 +329,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=SlowComputeWarning)  # preflight has said it
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

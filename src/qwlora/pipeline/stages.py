@@ -227,6 +227,7 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
             save_file(scales, scratch / SCALES)
     measured = {
         "steps": report.steps,
+        "compute": adapter.compute,
         "step_seconds": report.step_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "base_bytes": report.base_bytes,

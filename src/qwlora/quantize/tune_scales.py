@@ -16,8 +16,9 @@ norm tweaking (Li et al. 2023, https://arxiv.org/abs/2309.02784) for the norms.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwlora.compute_precision import SlowComputeWarning, auto_compute, slow_compute
 from qwlora.errors import CalibrationError, GridError
 from qwlora.gradients import frozen
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
@@ -50,7 +52,8 @@ class TuningSettings:
         steps: of one sequence each.
         learning_rate: the largest, relative to what is tuned. A scale that n weights of b bits share has `min(1, sqrt(n) / 2^b)` of it: it moves weights by up
             to 2^(b - 1) times as much of a step, and the fewer they are, the more of its gradient is noise.
-        compute: float32, or bfloat16 by autocast.
+        compute: "float32", "bfloat16" (by autocast), or "auto": bfloat16 if the model's device
+            has instructions for it, else float32.
         seed: of the order of sequences.
 
     Raises:
@@ -59,14 +62,14 @@ class TuningSettings:
 
     steps: int = 128
     learning_rate: float = 3e-3
-    compute: str = "float32"
+    compute: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if (
             self.steps < 1
             or not 0 < self.learning_rate < 1
-            or self.compute not in ("float32", "bfloat16")
+            or self.compute not in ("auto", "float32", "bfloat16")
         ):
             raise CalibrationError(
                 f"tuning takes at least 1 step, a learning rate between 0 and 1, and computes in float32 or bfloat16, not {self.steps}, {self.learning_rate:g} "
@@ -117,7 +120,7 @@ def tune_scales_(
         CalibrationError: there are fewer than two sequences, the two models share a norm, their logits are of different shapes, or the divergence is no number.
         SafetensorError: `work` cannot be written to.
     """
-    settings = settings or TuningSettings()
+    settings = _resolved(settings or TuningSettings(), model)
     tuned = Tunable(model)
     if not tuned.layers:
         raise GridError(
@@ -171,6 +174,16 @@ def tune_scales_(
     finally:
         for m in training:
             m.training = True
+
+
+def _resolved(settings: TuningSettings, model: nn.Module) -> TuningSettings:
+    """With the precision that "auto" stands for; warns if the one asked for is slow here."""
+    device = next(model.parameters()).device.type
+    if problem := slow_compute(settings.compute, device):
+        warnings.warn(problem, SlowComputeWarning, stacklevel=3)
+    if settings.compute == "auto":
+        return replace(settings, compute=auto_compute(device))
+    return settings
 
 
 def _made_from(

@@ -98,9 +98,11 @@ class Adapter(Section):
     clip: Annotated[float, Field(ge=0)] = Field(
         1.0, description="largest norm of the gradient; 0 disables clipping"
     )
-    compute: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="precision of the forward and backward pass; weights and optimizer stay float32",
+    compute: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="precision of the forward and backward pass; auto: bfloat16 if the device "
+        "has instructions for it (never in workflow qwa-lora), else float32. Weights and "
+        "optimizer stay float32",
     )
     gradient_checkpointing: bool = Field(
         False,

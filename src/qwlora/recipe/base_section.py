@@ -208,19 +208,19 @@ class Tuning(Section):
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
         3e-3, description="peak learning rate of AdamW, relative to the tuned value"
     )
-    compute: Literal["float32", "bfloat16"] = Field(
-        "float32", description="precision of the forward and backward pass"
+    compute: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="precision of the forward and backward pass; auto: bfloat16 if the processor "
+        "has instructions for it, else float32",
     )
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Tuning:
-        if not self.steps and (
-            given := [
-                n
-                for n in ("learning_rate", "compute")
-                if getattr(self, n) != Tuning.model_fields[n].default
-            ]
-        ):
+        asked = {
+            "learning_rate": self.learning_rate != Tuning.model_fields["learning_rate"].default,
+            "compute": self.compute == "bfloat16",
+        }
+        if not self.steps and (given := [name for name, is_asked in asked.items() if is_asked]):
             raise ValueError(
                 f"{' and '.join(given)}: nothing is tuned without steps; give them, or remove tuning"
             )
@@ -261,9 +261,11 @@ class Base(Section):
     def _nothing_beside_keep(self) -> Base:
         given = [
             n
-            for n in ("weights", "rules", "gptq", "tuning")
+            for n in ("weights", "rules", "gptq")
             if getattr(self, n) != Base.model_fields[n].default
         ]
+        if self.tuning.steps:
+            given.append("tuning")
         if self.solver == "keep" and given:
             raise ValueError(
                 f"solver keep takes the integers as they are; remove {' and '.join(given)}"

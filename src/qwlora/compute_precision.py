@@ -1,0 +1,128 @@
+"""Which precision `compute: auto` stands for, and what bfloat16 costs where it is emulated.
+
+bfloat16 where the device multiplies in it, float32 elsewhere. A processor without bfloat16
+instructions converts each operand instead, which made a layer seven times slower than float32.
+
+Deciding must not import torch, since stage keys depend on it and a run that skips everything ends
+before torch is imported. So the processor is looked up in /proc/cpuinfo, and an NVIDIA GPU through
+its driver.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+Compute = Literal["float32", "bfloat16"]
+
+_CPU_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and ARM
+_AMPERE = 8  # major compute capability of the first NVIDIA GPUs that multiply in bfloat16
+_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+
+
+class SlowComputeWarning(UserWarning):
+    """bfloat16 was asked for on a device that emulates it."""
+
+
+def auto_compute(device: str) -> Compute:
+    """What `compute: auto` stands for on a device of this type (torch's word: cpu, cuda ...)."""
+    return "bfloat16" if has_bfloat16(device) else "float32"
+
+
+@cache
+def has_bfloat16(device: str) -> bool:
+    """Whether a device of this type multiplies in bfloat16. MPS counts as one that does not."""
+    if device == "cpu":
+        return _cpu_has_bfloat16()
+    if device == "cuda" and _has_library("torch_cuda"):
+        return _nvidia_major() >= _AMPERE
+    if device in ("cuda", "xpu"):
+        import torch
+
+        return bool(getattr(torch, device).is_bf16_supported(including_emulation=False))
+    return False
+
+
+@cache
+def training_device() -> str:
+    """The type of the device that adapters are trained on: an accelerator if torch can use one."""
+    if sys.platform == "linux" and not _has_library("torch_hip") and not _has_library("torch_xpu"):
+        return "cuda" if _has_library("torch_cuda") and _nvidia_major() else "cpu"
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if device is None else device.type
+
+
+def slowdown_of_bfloat16(device: str) -> float:
+    """How many times as long as in float32 a small linear layer takes in bfloat16, measured now.
+
+    Forward and backward pass of a 256 x 512 layer on 64 tokens under autocast, as in training.
+    """
+    import torch
+
+    layer = torch.nn.Linear(256, 512, device=device)
+    inputs = torch.randn(64, 256, device=device, requires_grad=True)
+    best = {"float32": float("inf"), "bfloat16": float("inf")}
+    for _ in range(4):  # the first one warms up and is not the best
+        for compute in best:
+            began = time.perf_counter()
+            with torch.autocast(device, torch.bfloat16, enabled=compute == "bfloat16"):
+                outputs = layer(inputs)
+            outputs.float().sum().backward()
+            layer.weight.grad.sum().item()  # waits for an accelerator
+            best[compute] = min(best[compute], time.perf_counter() - began)
+    return best["bfloat16"] / best["float32"]
+
+
+@cache  # measured once
+def slow_compute(compute: str, device: str) -> str | None:
+    """What to tell a user who asked for `compute` on a device that emulates it, else None."""
+    if compute != "bfloat16" or has_bfloat16(device):
+        return None
+    kind = "processor" if device == "cpu" else f"{device} device"
+    return (
+        f"compute bfloat16: this {kind} has no bfloat16 instructions; a linear layer takes "
+        f"{slowdown_of_bfloat16(device):.1f} times as long as in float32 (measured now). "
+        "Set compute to auto or float32"
+    )
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        import torch
+
+        found = torch.cpu.get_capabilities()
+        return any(found.get(feature, False) for feature in _CPU_FEATURES)
+    named = (line.partition(":") for line in lines)
+    features = next((v for k, _, v in named if k.strip() in ("flags", "Features")), "")
+    return not _CPU_FEATURES.isdisjoint(features.split())
+
+
+def _has_library(name: str) -> bool:
+    """Whether the installed torch was built with this part."""
+    spec = importlib.util.find_spec("torch")
+    folders = (spec.submodule_search_locations or ()) if spec is not None else ()
+    return any(Path(folder, "lib", f"lib{name}.so").exists() for folder in folders)
+
+
+@cache
+def _nvidia_major() -> int:
+    """Major compute capability of the first visible NVIDIA GPU; 0 if there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count, device, major = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return 0
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+    return major.value

@@ -2,7 +2,7 @@
 that sleep.
 
     python benchmarks/shared_cpu.py                      writes benchmarks/results/shared-cpu.md
-    python benchmarks/shared_cpu.py --rounds 1 --tokens 64    a quick look; writes nothing
+    python benchmarks/shared_cpu.py --rounds 1 --result /dev/null     a quick look
 
 Three processes hold the same packed SmolLM2-135M with a LoRA adapter (rank 16, every projection):
 
@@ -138,6 +138,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each process")
     parser.add_argument("--tokens", type=int, default=512, help="of a training sequence")
+    parser.add_argument("--result", type=Path, default=RESULT, help="file to write")
     parser.add_argument("--serve", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
@@ -160,20 +161,17 @@ def main() -> None:
                 for _ in range(options.rounds):
                     for way, trainer in trainers.items():
                         ways[way].append(trainer.step())
-            print(count, {w: [round(s, 2) for s in v] for w, v in ways.items()}, flush=True)
+                        print(f"{count} busy, {way}: {ways[way][-1]:.2f} s", flush=True)
     rows = list(rows_of(seconds))
     print("\n".join(rows))
-    if options.rounds > 1:
-        RESULT.write_text(
-            PAGE.format(
-                machine=trainers["before"].machine,
-                cores=len(os.sched_getaffinity(0)),
-                load=load,
-                tokens=options.tokens,
-                rounds=options.rounds,
-                rows="\n".join(rows),
-            )
-        )
+    page = PAGE.format(
+        machine=trainers["before"].machine,
+        load=load,
+        tokens=options.tokens,
+        rounds=options.rounds,
+        rows="\n".join(rows),
+    )
+    options.result.write_text(page)
 
 
 PAGE = """\
@@ -185,7 +183,7 @@ wait; `after` has `OMP_WAIT_POLICY=passive`, which the command line sets; `one t
 comparison. Made by `benchmarks/shared_cpu.py`; the processes take turns, {rounds} rounds each, and a ratio
 is the median of the ratios of the rounds.
 
-{machine}; {cores} cores; load average {load:.1f} before the busy processes were started.
+{machine}. Load average {load:.1f} before the busy processes were started.
 
 | busy processes | before, s | after, s | one thread, s | before / after | before / one thread |
 |---|---|---|---|---|---|

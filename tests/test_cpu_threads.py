@@ -44,6 +44,7 @@ def test_hardware_threads_of_one_core_count_once(
         ("job", "50000 100000", 1),  # of the group around it
         ("", "300000 100000", 3),
         ("job/step", "max 100000", 4),
+        ("job/step", "unreadable", 4),
         ("job/step", "6400000 100000", 4),
     ],
 )

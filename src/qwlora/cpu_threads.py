@@ -66,21 +66,21 @@ def _quotas(root: Path) -> Iterator[float]:
     except OSError:
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            mount, files = root / "sys/fs/cgroup", ("cpu.max",)
+        _, controllers, path = f"{line}::".split(":")[:3]
+        if line.startswith("0::"):
+            mount, files = root / "sys/fs/cgroup", ["cpu.max"]
         elif "cpu" in controllers.split(","):
             mount = root / "sys/fs/cgroup/cpu"
-            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
         inner = mount / path.lstrip("/")
         for folder in (inner, *inner.parents):
             try:
-                quota, period = " ".join((folder / file).read_text() for file in files).split()
-            except (OSError, ValueError):
-                quota = "max"
-            if quota not in ("max", "-1") and int(period) > 0:
-                yield int(quota) / int(period)
+                quota, period = (int(n) for f in files for n in (folder / f).read_text().split())
+            except (OSError, ValueError):  # no such file, or "max"
+                quota = period = 0
+            if quota > 0 and period > 0:
+                yield quota / period
             if folder == mount:
                 break

@@ -225,7 +225,7 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
         save_adapter(model, scratch, base_identity)
         if through is not None and (scales := through.scales()):
             save_file(scales, scratch / SCALES)
-    measured = {
+    measured: Results = {
         "steps": report.steps,
         "compute": adapter.compute,
         "step_seconds": report.step_seconds,

@@ -3,7 +3,7 @@
 By default OpenMP threads spin while they wait for one another. On a machine that does other work
 too, the thread that the others wait for may not be running, and the rest burn its processor time:
 a training step of the demo takes many times longer than with one thread
-(`benchmarks/results/shared-cpu.md`). With OMP_WAIT_POLICY=passive they sleep instead, in GNU's
+(`benchmarks/shared_cpu.py` measures it). With OMP_WAIT_POLICY=passive they sleep instead, in GNU's
 OpenMP (torch's own packages for Linux) as in LLVM's and Intel's.
 
 torch also starts a thread for each physical core of the machine, even where a container or a job

@@ -1,6 +1,7 @@
 """QWLoRA: LoRA on a quantized base.
 
     quantize_        step 1: freeze a model's weights to packed integers, in place
+    assert_frozen    check that every packed layer computes its integers
     save_adapter     step 2 is PEFT's and your own loop or Trainer; adapters carry the base's fingerprint
     simulate         step 3: one captured graph with activation and adapter encodings
     export_onnx      files for a runtime
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from qwlora.grid.second_moments import Moment, Moments
     from qwlora.nn import PackedLinear
     from qwlora.nn.fingerprint import fingerprint
+    from qwlora.nn.frozen import assert_frozen
     from qwlora.quantize.layer_rules import Rule
     from qwlora.quantize.quantize_blocks import observe_moments
     from qwlora.quantize.quantize_model import quantize_
@@ -53,6 +55,7 @@ _HOME = {
     "rank_by_layer": "adapter.rank_budget",
     "observe_moments": "quantize.quantize_blocks",
     "PackedLinear": "nn",
+    "assert_frozen": "nn.frozen",
     "load_precomputed": "formats.assemble_model",
     "load_simulation": "simulation.simulation_folder",
     "quantize_": "quantize.quantize_model",
@@ -98,6 +101,7 @@ __all__ = [
     "Simulation",
     "SimulationSchemes",
     "TuningSettings",
+    "assert_frozen",
     "chunk_loss_",
     "export_onnx",
     "fingerprint",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-_WRAPPERS = ("base_layer", "original_module")
+_WRAPPERS = ("base_layer", "original_module", "_orig_mod")  # the last is torch.compile's
 
 
 def canonical_name(path: str) -> str:

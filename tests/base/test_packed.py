@@ -309,3 +309,24 @@ def test_what_cannot_be_packed_is_refused() -> None:
     module.scale = 3
     with pytest.raises(GridError, match="Linear has an attribute 'scale' of its own"):
         pack_module(module, quantized(module.weight, "w4-channel"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32])
+@pytest.mark.parametrize("bitwidth", [4, 8])
+def test_signed_codes_are_refused_and_the_remedy_packs_them_right(
+    dtype: torch.dtype, bitwidth: int
+) -> None:
+    half = 2 ** (bitwidth - 1)
+    signed = torch.arange(-half, half, dtype=torch.int32).view(2, -1).to(dtype)
+    scale, offset = torch.full((2,), 0.5), torch.full((2,), -half, dtype=torch.int32)
+    encoding = Encoding(Scheme(bitwidth, granularity=PerChannel(0)), scale, offset)
+    with pytest.raises(GridError, match=rf"signed .*\(codes.int\(\) \+ {half}\)"):
+        PackedLinear.from_codes(signed, encoding, None)
+    layer = PackedLinear.from_codes((signed.int() + half).to(torch.uint8), encoding, None)
+    assert torch.equal(layer.tensor.dequantize(), signed * 0.5)
+
+
+def test_int8_codes_are_refused_even_where_none_is_negative() -> None:
+    grid = Encoding(Scheme(4), torch.tensor(0.5), torch.tensor(-8, dtype=torch.int32))
+    with pytest.raises(GridError, match="signed"):
+        PackedLinear.from_codes(torch.ones(2, 2, dtype=torch.int8), grid, None)

@@ -6,47 +6,97 @@ has no such file: it is loaded only where the caller says so.
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwlora.errors import FingerprintError, QwloraError, SourceError
-from qwlora.nn.fingerprint import fingerprint
+from qwlora.nn.fingerprint import fingerprint_of, moved_floats, remember_floats_, tensor_digests
+from qwlora.nn.frozen import assert_frozen, packed_layers
+from qwlora.nn.unwrap import unwrapped
 
 FORMAT = 1
 FILE = "qwlora.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def save_adapter(model: PeftModel, folder: str | Path, base_fingerprint: str | None = None) -> None:
-    """Write the adapters of `model` into `folder`, as PEFT does, with the fingerprint of the base under them.
+def save_adapter(model: nn.Module, folder: str | Path, base_fingerprint: str | None = None) -> None:
+    """Write the adapters of `model` into `folder`, as PEFT does, with the fingerprint of its base.
 
     Args:
-        base_fingerprint: if it is known; computed unless given.
+        model: a `PeftModel`, or a model after `peft.inject_adapter_in_model`.
+        base_fingerprint: if it is known; default: computed.
+
+    Raises:
+        SourceError: the model has no adapter.
+        GridError: a packed layer does not compute its codes, see `assert_frozen`.
+        FingerprintError: a float tensor of the base changed since the base was made or loaded, so
+            the adapter belongs to no base that anybody has.
     """
     folder = Path(folder)
+    model = unwrapped(model)
+    if not getattr(model, "peft_config", None):
+        raise SourceError(
+            f"{type(model).__name__} has no adapter to save; attach one with peft.get_peft_model"
+        )
+    if packed_layers(model):
+        assert_frozen(model)
+    identity = base_fingerprint or _unmoved_fingerprint(model)
     for old in folder.rglob(FILE):
-        old.unlink()  # never an old statement beside new weights
+        old.unlink()  # never an old statement next to new weights
     write_adapter(model, folder)
-    record = {"format": FORMAT, "base_fingerprint": base_fingerprint or fingerprint(model)}
+    record = {"format": FORMAT, "base_fingerprint": identity}
     for config in folder.rglob(
         "adapter_config.json"
     ):  # PEFT gives each named adapter a folder of its own
         (config.parent / FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def write_adapter(model: PeftModel, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-    """PEFT's own `save_pretrained`. Embeddings below an adapter are frozen and belong to the base, so they are not saved with it (and no hub is asked)."""
-    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+def _unmoved_fingerprint(model: nn.Module) -> str:
+    digests = tensor_digests(model)
+    if moved := moved_floats(model, digests):
+        shown = ", ".join(moved[:5]) + (f" and {len(moved) - 5} more" if len(moved) > 5 else "")
+        raise FingerprintError(
+            f"{len(moved)} float tensors of the base changed since it was quantized or loaded: "
+            f"{shown}. An adapter fits only the base that it was trained on. If the optimizer moved "
+            "them, give it only parameters with requires_grad, and train again on a fresh base; if "
+            "the change is meant, save this base first (qwlora.save_base)"
+        )
+    return fingerprint_of(digests, model)
+
+
+def write_adapter(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """PEFT's own `save_pretrained`, or the same files of a model that adapters were injected into.
+    Embeddings below an adapter are frozen and belong to the base, so they are not saved with it
+    (and no hub is asked)."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+        return
+    configs = cast(Any, model).peft_config
+    for name, config in configs.items():
+        own = folder if name == "default" else folder / name
+        own.mkdir(parents=True, exist_ok=True)
+        found = get_peft_model_state_dict(
+            model, state, adapter_name=name, save_embedding_layers=False
+        )
+        tensors = {f"base_model.model.{k}": t.clone().contiguous() for k, t in found.items()}
+        save_file(tensors, own / WEIGHTS, metadata={"format": "pt"})
+        config = copy.copy(config)
+        config.inference_mode = True
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+        config.save_pretrained(str(own))
 
 
 def load_adapter(
@@ -65,7 +115,9 @@ def load_adapter(
         FingerprintError: it was trained on another base.
     """
     folder = Path(folder)
-    check_adapter(folder, fingerprint(model), unknown_base)
+    digests = tensor_digests(model)
+    check_adapter(folder, fingerprint_of(digests, model), unknown_base)
+    remember_floats_(model, digests)
     with reading(folder, model):
         return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
 

@@ -47,6 +47,7 @@ from qwlora.adapter.training_checkpoints import (
 )
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import MissingExtraError, TrainingError
+from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.progress import Track, untracked
 
 
@@ -123,11 +124,14 @@ def train_adapter(
         through: what stands for the model while it is trained (`through.py`); it learns its ranges if it has any, at `range_learning_rate`.
 
     Raises:
+        GridError: a packed layer does not compute its codes, see `assert_frozen`.
         TrainingError: see `check_trainable`, `ChunkedLoss` and `TrainedThrough`; the batch cannot be divided among the processes; or the loss is no number, or
             diverged.
         Interrupted: Ctrl-C; a checkpoint of the last finished step is in `work`.
     """
     trainable = check_trainable(model)
+    if packed_layers(model):  # LoRA on floats is trained for comparisons
+        assert_frozen(model)
     if settings.evaluation_steps and held_out is None:
         raise TrainingError("evaluation_steps asks for evaluation, but there is no held-out text")
     ranges = through.ranges if through is not None else None

@@ -31,6 +31,7 @@ from qwlora.formats.meta_model import (
 )
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn import pack_at_, tie_weights_
+from qwlora.nn.fingerprint import remember_floats_
 from qwlora.progress import Track, untracked
 
 
@@ -42,6 +43,7 @@ def load_precomputed(checkpoint: Checkpoint, track: Track = untracked) -> PreTra
     """
     lazy = LazyModel(checkpoint)
     lazy.materialize_(track=track)
+    remember_floats_(lazy.model)
     return lazy.model
 
 

@@ -34,8 +34,10 @@ from qwlora.nn.fingerprint import (
     combined,
     config_numbers,
     keep_fingerprint_,
+    remember_floats_,
     tensor_digest,
 )
+from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_tensor import narrowest
 from qwlora.parameter_names import canonical_name
 
@@ -57,9 +59,12 @@ def save_base(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, source: str
 ) -> str:
     """Write the base inside `model` into `folder`, which must exist; returns its fingerprint."""
+    assert_frozen(model)
     writer = BaseWriter(Path(folder))
     writer.add(model)
-    return writer.finish(model, tokenizer, source)
+    identity = writer.finish(model, tokenizer, source)
+    remember_floats_(model, writer.digests)
+    return identity
 
 
 class BaseWriter:
@@ -69,7 +74,7 @@ class BaseWriter:
         self.folder = folder
         (folder / RECORD).unlink(missing_ok=True)
         self._shards = ShardWriter(folder, shard_bytes)
-        self._digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
         self._layers: dict[str, Any] = {}
 
     def add(self, module: nn.Module, path: str = "") -> None:
@@ -78,7 +83,7 @@ class BaseWriter:
             if tensor.is_meta:
                 continue
             full = f"{path}.{name}" if path else name
-            self._digests[full] = tensor_digest(full, layout, tensor)
+            self.digests[full] = tensor_digest(full, layout, tensor)
             self._shards.add(full, narrowest(tensor) if tensor.dtype == torch.float32 else tensor)
         for below, layer in module.named_modules(prefix=path):
             if (
@@ -104,13 +109,13 @@ class BaseWriter:
         tokenizer.save_pretrained(self.folder)
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(self.folder)
-        identity = combined(self._digests, config_numbers(model))
+        identity = combined(self.digests, config_numbers(model))
         record = {
             "format": FORMAT,
             "fingerprint": identity,
             "source": source,
             "layers": self._layers,
-            "tensors": self._digests,
+            "tensors": self.digests,
         }
         if any(_is_remote(type(part)) for part in (model, model.config, tokenizer)):
             record["trust_remote_code"] = True
@@ -153,8 +158,10 @@ def load_base(
     _place_packed_(model, read_layers(record, where), where)
     places = tensor_places(model)
     _check_headers(model, files, places, where)
-    now = _read_(model, files, places, record, dtype, where)
+    digests = _read_(model, files, places, record, dtype, where)
     _check_grids(model, where)
+    remember_floats_(model, digests)
+    now = combined(digests, config_numbers(model))
     if now != record["fingerprint"]:
         keep_fingerprint_(model, now, record["fingerprint"])
     if (folder / "generation_config.json").is_file():
@@ -290,8 +297,9 @@ def _read_(
     record: Mapping[str, Any],
     dtype: torch.dtype,
     where: str,
-) -> str:
-    """Map every tensor, check its digest, put it in its places; returns the fingerprint of the model as it is then."""
+) -> dict[str, str]:
+    """Map every tensor, check its digest, put it in its places; returns the digests of the model's
+    tensors as they are then."""
     layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}
     saved, now = {}, {}
     for name in files.names():
@@ -311,7 +319,7 @@ def _read_(
         raise FingerprintError(
             f"{where} has fingerprint {identity}, but {RECORD} says {record['fingerprint']}: {what} changed after saving. Copy it again, or quantize again"
         )
-    return combined(now, config_numbers(model))
+    return now
 
 
 def _check_grids(model: PreTrainedModel, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
@@ -17,17 +18,30 @@ class QuantizedTensor:
     """Codes with their encoding.
 
     Args:
-        codes: uint8, `[out, in]` for a matrix (whatever way round its layer stores it), `[experts, out, in]` for fused experts; blocks run along the last axis.
+        codes: from 0, uint8 up to 8 bits; `[out, in]` for a matrix (whatever way round its layer
+            stores it), `[experts, out, in]` for fused experts; blocks run along the last axis.
         encoding: integer or float offsets.
 
     Raises:
-        GridError: the encoding's scales do not fit the codes.
+        GridError: the encoding's scales do not fit the codes, or the codes are signed (int8, or
+            any is negative).
     """
 
     codes: Integer[Tensor, "*shape"]
     encoding: Encoding | FloatOffsetEncoding
 
     def __post_init__(self) -> None:
+        bitwidth = self.encoding.scheme.bitwidth
+        is_signed = self.codes.dtype == torch.int8 or (
+            self.codes.dtype != torch.uint8 and self.codes.numel() > 0 and int(self.codes.min()) < 0
+        )
+        if is_signed:
+            half = 2 ** (bitwidth - 1)
+            raise GridError(
+                f"the codes are signed ({self.codes.dtype}), but codes run from 0 to "
+                f"{2 * half - 1}: pass (codes.int() + {half}).to(torch.uint8). A code's value is "
+                f"(code + offset) * scale, so a symmetric grid has offset -{half}"
+            )
         expected = self.encoding.scheme.scale_shape(tuple(self.codes.shape))
         if tuple(self.encoding.scale.shape) != expected:
             raise GridError(

@@ -10,7 +10,15 @@ forward and again for each backward; autograd keeps codes, never floats. Given u
 place among the codes).
 """
 
-from qwlora.nn.pack import empty_packed, is_packable, pack_module, pack_tied, weight_out_in
+from qwlora.nn.own_forward import own_calls, own_forward_problem
+from qwlora.nn.pack import (
+    empty_packed,
+    has_computed_weight,
+    is_packable,
+    pack_module,
+    pack_tied,
+    weight_out_in,
+)
 from qwlora.nn.pack_at import pack_at_, packed_weights, place_empty_, tie_weights_
 from qwlora.nn.packed_experts import (
     PackedParameter,
@@ -30,8 +38,11 @@ __all__ = [
     "PackedParameter",
     "empty_packed",
     "empty_packed_parameter_",
+    "has_computed_weight",
     "is_packable",
     "is_packed",
+    "own_calls",
+    "own_forward_problem",
     "pack_at_",
     "pack_module",
     "pack_parameter_",

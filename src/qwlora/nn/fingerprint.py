@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.grid.scheme import Scheme
+from qwlora.nn.unwrap import unwrapped
 from qwlora.parameter_names import adapter_of, canonical_name, is_adapter_name
 
 VOLATILE = frozenset(
@@ -51,11 +52,17 @@ VOLATILE = frozenset(
 )
 _CHUNK = 2**24
 _KEPT = "_kept_fingerprint"
+_FLOATS = "_float_digests"
 
 
 def fingerprint(model: nn.Module) -> str:
     """Hex digest of the base inside `model`, which may carry adapters."""
-    found = combined(tensor_digests(model), config_numbers(model))
+    return fingerprint_of(tensor_digests(model), model)
+
+
+def fingerprint_of(digests: Mapping[str, str], model: nn.Module) -> str:
+    """`fingerprint` of `model`, whose tensors have these digests (see `tensor_digests`)."""
+    found = combined(digests, config_numbers(model))
     kept = next(
         (module.__dict__[_KEPT] for module in model.modules() if _KEPT in module.__dict__), None
     )
@@ -92,6 +99,47 @@ def adapter_fingerprint(model: nn.Module) -> str | None:
 def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
     """Let `model`, whose tensors now hash to `now`, go by `identity`: its fingerprint before its float remainder was cast. Any later change ends that."""
     model.__dict__[_KEPT] = (now, identity)
+
+
+def remember_floats_(model: nn.Module, digests: Mapping[str, str] | None = None) -> None:
+    """Let `model` remember its tensors that are floats, so that `moved_floats` finds those that
+    something changed since. Packed layers need no digest: nothing trains integers.
+
+    Args:
+        digests: of all tensors, if they are known.
+    """
+    inner = unwrapped(model)
+    inner = getattr(inner, "get_base_model", lambda: inner)()
+    inner.__dict__[_FLOATS] = {
+        name: (digests[name] if digests else tensor_digest(name, layout, tensor), tensor.dtype)
+        for name, (layout, tensor) in base_tensors(model).items()
+        if not layout and tensor.is_floating_point()
+    }
+
+
+def moved_floats(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
+    """Names of the float tensors that are not those that `model` remembers, none if it remembers
+    nothing. Those that were cast to a narrower type since are left out: what they were is not known.
+
+    Args:
+        digests: of all tensors, as they are now.
+    """
+    remembered = next(
+        (module.__dict__[_FLOATS] for module in model.modules() if _FLOATS in module.__dict__), None
+    )
+    if remembered is None:
+        return []
+    now = {
+        name: tensor.dtype
+        for name, (layout, tensor) in base_tensors(model).items()
+        if not layout and tensor.is_floating_point()
+    }
+    moved = [name for name in now if name not in remembered]
+    for name, (digest, dtype) in remembered.items():
+        is_narrower = name in now and now[name].itemsize < dtype.itemsize
+        if digests.get(name) != digest and not is_narrower:
+            moved.append(name)
+    return sorted(moved)
 
 
 def combined(digests: Mapping[str, str], numbers: Mapping[str, Any]) -> str:
@@ -157,7 +205,7 @@ def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Layout and tensor of each parameter and persistent buffer of the base; a tensor shared by two modules is listed once."""
     found: dict[str, tuple[str, Tensor]] = {}
     seen: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module in unwrapped(model).named_modules():
         scheme = getattr(module, "scheme", None)
         layout = layout_text(scheme) if isinstance(scheme, Scheme) else ""
         own = {

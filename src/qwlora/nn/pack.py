@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.errors import GridError
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
+from qwlora.nn.own_forward import move_hook_, own_forward_problem, state_without_hook
 from qwlora.nn.packed_layer import PackedLayer, is_packed
 from qwlora.nn.packed_modules import PackedLinear, packed_class
 from qwlora.nn.packed_tensor import PackedTensor, Parts
@@ -26,6 +27,20 @@ def is_packable(module: nn.Module) -> bool:
         or getattr(module, "max_norm", None) is not None
     ):
         return False
+    return _is_of_packable_class(module)
+
+
+def has_computed_weight(module: nn.Module) -> bool:
+    """Whether `module` is of a class that `pack_module` takes, but computes its weight in each
+    forward from other tensors: weight_norm, spectral_norm, pruning, any parametrization."""
+    return (
+        not is_packed(module)
+        and module._parameters.get("weight") is None
+        and _is_of_packable_class(module)
+    )
+
+
+def _is_of_packable_class(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or packed_class(type(module)) is not None
 
 
@@ -90,9 +105,12 @@ def _packed(module: nn.Module, tensor: PackedTensor | None, owner: PackedLayer |
         raise GridError(
             f"codes of shape {list(shape)} do not stand for the weight of {module}, which is {list(weight.shape)}"
         )
+    if problem := own_forward_problem(module):
+        raise GridError(f"this {type(module).__name__} {problem}")
     if isinstance(module, Conv1D):
         linear = PackedLinear.build(tensor, owner, module.bias, weight.dtype).train(module.training)
         linear.was_conv1d = True
+        move_hook_(module, linear)
         return linear
     kind = packed_class(type(module))
     assert kind is not None
@@ -101,12 +119,9 @@ def _packed(module: nn.Module, tensor: PackedTensor | None, owner: PackedLayer |
             f"{type(module).__name__} has an attribute {taken[0]!r} of its own, where a packed layer keeps its codes"
         )
     layer = kind.__new__(kind)
-    layer.__dict__.update(
-        {
-            key: value.copy() if isinstance(value, dict) else value
-            for key, value in module.__dict__.items()
-        }
-    )
+    layer.__dict__.update(state_without_hook(module))
     layer.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     full = tuple(layer._parameters.pop("weight").shape)  # type: ignore[union-attr]
-    return layer._take(tensor, owner, full, weight.dtype)
+    layer._take(tensor, owner, full, weight.dtype)
+    move_hook_(module, layer)
+    return layer

@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import MergeError
 from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.nn.own_forward import move_hook_, own_forward_problem, state_without_hook
 from qwlora.nn.packed_experts import PackedParameter
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedLinear
@@ -31,6 +32,9 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
         raise MergeError(
             f"{canonical_name(experts[0])}: fused experts are not turned back into floats, so nothing can be merged into this model; keep the adapter separate"
         )
+    for name, layer in layers.items():
+        if problem := own_forward_problem(layer):
+            raise MergeError(f"{canonical_name(name)} {problem}")
     parameters: dict[int, nn.Parameter] = {}
     found = {}
     for name, layer in layers.items():
@@ -69,15 +73,11 @@ def _float_module(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
         )
     )
     module = kind.__new__(kind)
-    module.__dict__.update(
-        {
-            key: value.copy() if isinstance(value, dict) else value
-            for key, value in layer.__dict__.items()
-        }
-    )
+    module.__dict__.update(state_without_hook(layer))
     for name in (*Parts._fields, "weight"):
         module._buffers.pop(name, None)
     for name in ("scheme", "count", "weight_shape", "compute_dtype", "_owner"):
         module.__dict__.pop(name, None)
     module._parameters = {"weight": weight, **module._parameters}
+    move_hook_(layer, module)
     return module

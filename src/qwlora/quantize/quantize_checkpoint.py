@@ -31,7 +31,12 @@ from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import Assignment, Rule
 from qwlora.quantize.quantize_blocks import batches_of, parts_of, quantize_parts_
 from qwlora.quantize.quantize_model import QuantizeReport, base_size, plan_layers
-from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, tensor_out_in
+from qwlora.quantize.quantize_tensor import (
+    LayerReport,
+    solve_tensor,
+    tensor_out_in,
+    warn_of_second_rounding,
+)
 from qwlora.quantize.solvers import CALIBRATED
 from qwlora.quantize.streamed_blocks import PartsOnDemand
 
@@ -82,6 +87,7 @@ def quantize_checkpoint(
             layers = quantize_parts_(lazy.model, plan, batches, moments, work, track)
     else:
         layers = _module_by_module(lazy, writer, plan, track)
+    warn_of_second_rounding(layers)
     return Streamed(
         writer.finish(lazy.model, tokenizer, source), QuantizeReport(base_size(lazy.model), layers)
     )

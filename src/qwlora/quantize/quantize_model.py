@@ -9,12 +9,13 @@ Which layers, on which grid, by which solver: see `rules.py`. Works before or af
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -22,13 +23,28 @@ from qwlora.errors import GridError
 from qwlora.formats.model_source import forget_gguf_
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme
 from qwlora.grid.second_moments import Moments
-from qwlora.nn import is_packable, pack_at_, packed_weights, tie_weights_
+from qwlora.nn import (
+    has_computed_weight,
+    is_packable,
+    own_forward_problem,
+    pack_at_,
+    packed_weights,
+    tie_weights_,
+)
+from qwlora.nn.fingerprint import remember_floats_
+from qwlora.nn.frozen import assert_frozen
+from qwlora.nn.unwrap import unwrapped
 from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.progress import Track, untracked
 from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import Assignment, Candidate, Rule, assign
 from qwlora.quantize.quantize_blocks import batches_of, quantize_parts_
-from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, tensor_out_in
+from qwlora.quantize.quantize_tensor import (
+    LayerReport,
+    solve_tensor,
+    tensor_out_in,
+    warn_of_second_rounding,
+)
 from qwlora.quantize.solvers import CALIBRATED, check_solver
 
 
@@ -80,6 +96,12 @@ def quantize_(
         GridError: a scheme does not fit its layer (all such layers are named), a rule matches nothing, or there is nothing to quantize.
         CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise GridError(
+            "the model is wrapped in DistributedDataParallel, which keeps track of the float "
+            "weights that would be replaced; quantize first, then wrap"
+        )
+    model = unwrapped(model)
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     plan = plan_layers(model, scheme, solver, rules, gptq)
     if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
@@ -95,6 +117,9 @@ def quantize_(
         tie_weights_(model)
         if getattr(model, "quantization_method", None) == "gguf":
             forget_gguf_(model)
+    warn_of_second_rounding(reports)
+    assert_frozen(model)
+    remember_floats_(model)
     return QuantizeReport(base_size(model), reports)
 
 
@@ -109,7 +134,9 @@ def plan_layers(
     for named in {solver, *(rule.solver for rule in rules if rule.solver)}:
         check_solver(named)
     plan, misfits = {}, []
-    for name, todo in assign(find_tensors(model), scheme, solver, rules).items():
+    assigned = assign(find_tensors(model), scheme, solver, rules)
+    _refuse_unpackable(model, assigned)
+    for name, todo in assigned.items():
         shape = tuple(tensor_out_in(model, name).shape)
         granularity = todo.scheme.granularity
         if len(shape) == 3 and isinstance(
@@ -133,10 +160,48 @@ def plan_layers(
     return plan
 
 
+def _refuse_unpackable(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse layers that a packed layer cannot replace; all are named."""
+    problems = []
+    for name in names:
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        if key != "weight":  # a 3-D parameter is packed in place
+            continue
+        if has_computed_weight(module):
+            problem = (
+                "computes its weight in each forward (weight_norm or another parametrization, or "
+                "pruning). Make the result permanent first: torch.nn.utils.parametrize."
+                "remove_parametrizations(layer, 'weight'), remove_weight_norm or prune.remove"
+            )
+        else:
+            problem = own_forward_problem(module) or ""
+        if problem:
+            problems.append(f"{canonical_name(path)} {problem}")
+    if problems:
+        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+        raise GridError(
+            "\n  ".join(
+                [
+                    f"{len(problems)} layers cannot be quantized as they are; change them, or "
+                    "keep them float by a rule",
+                    *problems[:5],
+                    *more,
+                ]
+            )
+        )
+
+
 def find_tensors(model: nn.Module) -> dict[str, Candidate]:
     """What can be packed, by the name of the tensor in the model; a tied one by the name that comes first."""
     readers: dict[int, list[str]] = {}
+    computed = {}
     for path, module in model.named_modules():
+        if is_adapter_name(path) or isinstance(module, ParametrizationList):
+            continue
+        if has_computed_weight(module):
+            computed[path] = module
+            continue
         for key, parameter in module._parameters.items():
             if parameter is not None and not is_adapter_name(f"{path}.{key}"):
                 readers.setdefault(id(parameter), []).append(f"{path}.{key}" if path else key)
@@ -154,20 +219,32 @@ def find_tensors(model: nn.Module) -> dict[str, Candidate]:
             continue
         paths = tuple(canonical_name(name).removesuffix(".weight") for name in names)
         found[names[0]] = Candidate(paths, by_default, product and len(names) == 1)
+    for path, module in computed.items():
+        product = isinstance(module, nn.Linear | Conv1D)
+        by_default = product and module not in heads
+        found[f"{path}.weight"] = Candidate((canonical_name(path),), by_default, product)
     return found
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
-    """What makes the result of the last hidden state: the output head, and whatever a transformers model has beside its body (a classifier, a projection)."""
-    inner = getattr(model, "get_base_model", lambda: model)()
-    if not isinstance(inner, PreTrainedModel):
-        return set()
-    output = inner.get_output_embeddings()
-    body = set(inner.base_model.modules())
-    return {
-        getattr(output, "base_layer", output),
-        *(module for module in inner.modules() if module not in body),
-    }
+    """What makes the result from the last hidden state: the output head, and whatever else a
+    transformers model has outside of its body (a classifier, a projection)."""
+    heads: set[nn.Module] = set()
+    for inner in _transformers_models(model):
+        output = inner.get_output_embeddings()
+        body = set(inner.base_model.modules())
+        heads.add(getattr(output, "base_layer", output))
+        heads.update(module for module in inner.modules() if module not in body)
+    return heads
+
+
+def _transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The outermost transformers models in `model`: itself, or what a wrapper holds."""
+    if isinstance(model, PreTrainedModel):
+        yield model
+        return
+    for child in model.children():
+        yield from _transformers_models(child)
 
 
 def is_bank(module: nn.Module, key: str) -> bool:

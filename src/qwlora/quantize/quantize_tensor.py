@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -12,8 +14,11 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.second_moments import output_energy
 from qwlora.nn import is_packable, parameter_out_in, weight_out_in
 from qwlora.parameter_names import canonical_name
+from qwlora.quantize.existing_grid import is_on_grid
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.solvers import solve
+
+_SAME_GRID = 5e-3  # relative error up to which a second grid counts as the first; bfloat16 has 2e-3
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class LayerReport:
         error: output error `tr(D R D^T) / tr(W R W^T)`, where the input's moment R is known.
         rtn_error: the same for rounding to nearest.
         damping: what made the moment positive definite (gptq).
+        second_rounding: relative error `|W - W_hat| / |W|` of weights that already were on a grid
+            of as few levels, and were moved to another one.
     """
 
     scheme: str
@@ -31,6 +38,7 @@ class LayerReport:
     error: float | None = None
     rtn_error: float | None = None
     damping: float | None = None
+    second_rounding: float | None = None
 
 
 def tensor_out_in(model: nn.Module, name: str) -> Tensor:
@@ -52,13 +60,15 @@ def solve_tensor(
     Raises:
         CalibrationError: as `solve`, with the tensor's name.
     """
+    was_on_grid = is_on_grid(weight, todo.scheme.bitwidth)
     weight = weight.detach().float()
     try:
         quantized, report = solve(weight, todo.scheme, todo.solver, moment, todo.gptq)
     except CalibrationError as error:
         raise CalibrationError(f"{canonical_name(name)}: {error}") from error
+    second = _second_rounding(weight, quantized) if was_on_grid else None
     if moment is None:
-        return quantized, LayerReport(str(todo.scheme), todo.solver)
+        return quantized, LayerReport(str(todo.scheme), todo.solver, second_rounding=second)
     whole = output_energy(weight, moment)
     own_error = (
         report.relative_error
@@ -69,5 +79,32 @@ def solve_tensor(
         output_energy(weight - measure(weight, todo.scheme).fake_quantize(weight), moment) / whole
     )
     return quantized, LayerReport(
-        str(todo.scheme), todo.solver, own_error, rtn_error, report.damping if report else None
+        str(todo.scheme),
+        todo.solver,
+        own_error,
+        rtn_error,
+        report.damping if report else None,
+        second,
+    )
+
+
+def _second_rounding(weight: Tensor, quantized: QuantizedTensor) -> float | None:
+    error = float((weight - quantized.dequantize()).norm() / weight.norm())
+    return error if error > _SAME_GRID else None
+
+
+def warn_of_second_rounding(reports: Mapping[str, LayerReport]) -> None:
+    """Warn of layers whose weights already were on a grid and were moved to another one."""
+    found = {name: r.second_rounding for name, r in reports.items() if r.second_rounding}
+    if not found:
+        return
+    worst = sorted(found.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} by {error:.1%}" for name, error in worst[:5])
+    more = f" and {len(worst) - 5} more" if len(worst) > 5 else ""
+    warnings.warn(
+        f"the weights of {len(found)} layers already were on a grid with as few levels, and were "
+        f"rounded a second time, to another grid: {shown}{more}. To keep the grid they had, pass "
+        "its codes and scales to PackedLinear.from_codes, or its encodings file to open_checkpoint "
+        "(recipe: model.encodings with solver: keep)",
+        stacklevel=3,
     )

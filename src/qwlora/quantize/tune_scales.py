@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from qwlora.compute_precision import SlowComputeWarning, auto_compute, slow_compute
 from qwlora.errors import CalibrationError, GridError
 from qwlora.gradients import frozen
-from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
+from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint, remember_floats_
 from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
 from qwlora.quantize.block_cache import named_inputs
@@ -162,6 +162,8 @@ def tune_scales_(
             finally:
                 if not kept:
                     tuned.restore_(as_it_was)
+        if kept:
+            remember_floats_(model)  # norms were tuned
         return TuningReport(
             len(tuned.layers),
             len(tuned.norms),

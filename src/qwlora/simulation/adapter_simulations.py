@@ -28,6 +28,7 @@ from qwlora.errors import CaptureError
 from qwlora.graph.capture import Captured, capture, rebound
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
+from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.parameter_names import adapter_of, canonical_name
 from qwlora.progress import Track, untracked
 from qwlora.simulation.calibration import Stillness
@@ -167,6 +168,8 @@ def simulate_adapters(
         raise CaptureError(
             f"the model has no adapter {', '.join(strangers)}; it has {', '.join(model.peft_config)}"
         )
+    if packed_layers(model):
+        assert_frozen(model)
     asked = schemes or SimulationSchemes()
     maker = _Maker(model, example_inputs, replace(asked, idle_rules="allow"))
     with _as_before(model):

@@ -10,6 +10,7 @@ activations from data, in one pass over float activations.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.nn.fingerprint import adapter_fingerprint
+from qwlora.nn.frozen import assert_frozen, packed_layers
+from qwlora.nn.unwrap import unwrapped
 from qwlora.parameter_names import is_factor_name, parameter_name
 from qwlora.simulation.calibration import Calibrated
 from qwlora.simulation.fake_quantizer import FrozenWeight, Mode, Quantizer
@@ -435,8 +438,25 @@ def simulate(
     Args:
         example_inputs: the model's keyword arguments, nested as the model takes them, with at least two tokens; see `capture`.
     """
+    model = unwrapped(model)
     schemes = schemes or SimulationSchemes()
+    packed = packed_layers(model)
+    if packed:
+        assert_frozen(model)
+    else:
+        warnings.warn(
+            f"{type(model).__name__} has no packed layer, so the simulation has no base encodings: "
+            f"all weights get the grid of SimulationSchemes.parameters ({schemes.parameters}). "
+            "To simulate integer weights, call qwlora.quantize_ first",
+            stacklevel=2,
+        )
     simulation = Simulation(capture(model, example_inputs), schemes, base_encodings(model))
+    if packed and not simulation.base_encodings:
+        raise CaptureError(
+            f"the captured graph uses none of the {len(packed)} packed layers of "
+            f"{type(model).__name__}, {next(iter(packed))} first: something computes other weights "
+            "in their place. Remove patched forwards, or pass inputs that reach these layers"
+        )
     simulation.origin = Origin.of(model, example_inputs, schemes)
     return simulation
 

@@ -1,0 +1,138 @@
+"""`save_adapter` never writes an adapter under the fingerprint of a base that nobody has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from conftest import byte_tokenizer, tiny_model
+from qwlora import fingerprint, load_adapter, load_base, quantize_, save_adapter, save_base
+from qwlora.errors import FingerprintError, SourceError
+
+IDS = torch.arange(16).view(2, 8)
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
+def base() -> PreTrainedModel:
+    model = tiny_model("qwen3")
+    quantize_(model, "w4-block32", "rtn")
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    save_base(base(), byte_tokenizer(), folder, "here")
+    return folder
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+def step_over_all(model: PeftModel) -> None:
+    """One step of an optimizer that was given every parameter, frozen or not."""
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("made", ["quantized", "loaded", "loaded in bfloat16"])
+def test_a_base_that_an_optimizer_moved_is_refused_with_what_moved(
+    made: str, folder: Path, tmp_path: Path
+) -> None:
+    dtype = torch.bfloat16 if made == "loaded in bfloat16" else torch.float32
+    model = get_peft_model(base() if made == "quantized" else load_base(folder, dtype), LORA)
+    save_adapter(model, tmp_path / "before")
+    step_over_all(model)
+    with pytest.raises(FingerprintError, match=r"tensors of the base changed.*lm_head\.weight"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    load_adapter(load_base(folder, dtype), tmp_path / "before")
+
+
+def changed_norm(model: PeftModel) -> None:
+    model.get_base_model().model.norm.weight.data.mul_(2)
+
+
+def replaced_layer(model: PeftModel) -> None:
+    model.get_base_model().model.layers[0].mlp.up_proj = nn.Linear(64, 128, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(changed_norm, "model.norm.weight"), (replaced_layer, "model.layers.0.mlp.up_proj.weight")],
+)
+def test_whatever_changed_is_named(
+    change: Callable[[PeftModel], None], name: str, tmp_path: Path
+) -> None:
+    model = get_peft_model(base(), LORA)
+    change(model)
+    with pytest.raises(FingerprintError, match=rf"1 float tensors of the base changed.*: {name}"):
+        save_adapter(model, tmp_path / "adapter")
+
+
+def test_a_changed_base_that_was_saved_is_a_base(tmp_path: Path) -> None:
+    model = base()
+    model.model.norm.weight.data.mul_(2)
+    save_base(model, byte_tokenizer(), tmp_path, "here")
+    save_adapter(get_peft_model(model, LORA), tmp_path / "adapter")
+    load_adapter(load_base(tmp_path), tmp_path / "adapter")
+
+
+def test_training_the_adapter_and_casting_the_base_is_no_change_but_casting_it_back_is(
+    tmp_path: Path,
+) -> None:
+    model = get_peft_model(base(), LORA)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    torch.optim.AdamW(p for p in model.parameters() if p.requires_grad).step()
+    save_adapter(model, tmp_path / "first")
+    save_adapter(model.to(torch.bfloat16), tmp_path / "second")  # type: ignore[arg-type]
+    with pytest.raises(FingerprintError, match=r"changed.*lm_head\.weight"):
+        save_adapter(model.to(torch.float32), tmp_path / "third")  # type: ignore[arg-type]
+
+
+def test_an_injected_adapter_is_saved_like_that_of_a_peft_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = load_base(folder)
+    inject_adapter_in_model(LORA, model)
+    save_adapter(model, tmp_path)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found >= {"adapter_config.json", "adapter_model.safetensors", "qwlora.json"}
+    assert not any(name.startswith("model") for name in found)
+    loaded = load_adapter(load_base(folder), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model))
+    assert not torch.allclose(logits(model), logits(load_base(folder)))
+
+
+def test_named_adapters_that_were_injected_get_folders_of_their_own(tmp_path: Path) -> None:
+    model = base()
+    inject_adapter_in_model(LORA, model, adapter_name="topics")
+    save_adapter(model, tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    loaded = load_adapter(base(), tmp_path / "topics")
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
+def test_an_adapter_in_a_compiled_model_has_the_same_base(tmp_path: Path) -> None:
+    model = get_peft_model(base(), LORA)
+    compiled = torch.compile(model, backend="eager")
+    assert fingerprint(compiled) == fingerprint(base())
+    save_adapter(compiled, tmp_path)
+    load_adapter(base(), tmp_path)
+
+
+def test_a_model_without_an_adapter_has_none_to_save(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="Qwen3ForCausalLM has no adapter to save"):
+        save_adapter(base(), tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

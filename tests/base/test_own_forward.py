@@ -1,0 +1,165 @@
+"""Models that somebody changed before `quantize_`: hooks, patches, wrappers, computed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, dispatch_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.parametrize import remove_parametrizations
+from transformers import PreTrainedModel
+
+from conftest import tiny_model
+from qwlora.errors import GridError
+from qwlora.nn import PackedLinear, packed_weights
+from qwlora.nn.fingerprint import fingerprint
+from qwlora.nn.unpack import unpack_
+from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.quantize_model import quantize_
+
+IDS = torch.arange(16).view(2, 8)
+UP = "model.layers.1.mlp.up_proj"
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedModel:
+    model = tiny_model("qwen3")
+    quantize_(model, "w4-block32", "rtn")
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+def test_a_model_dispatched_by_accelerate_computes_its_codes(architecture: str) -> None:
+    plain, model = tiny_model(architecture), tiny_model(architecture)
+    quantize_(plain, "w4-block32", "rtn")
+    model = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    quantize_(model, "w4-block32", "rtn")
+    assert torch.equal(logits(model), logits(plain))
+    assert fingerprint(model) == fingerprint(plain)
+    hooked = [m for m in model.modules() if isinstance(m, PackedLinear) and hasattr(m, "_hf_hook")]
+    assert len(hooked) == len(packed_weights(model))
+
+
+def test_unpacking_a_dispatched_model_leaves_no_forward_on_codes() -> None:
+    model = dispatch_model(tiny_model("qwen3"), {"": "cpu"}, force_hooks=True)
+    quantize_(model, "w4-block32", "rtn")
+    unpack_(model)
+    layer = model.get_submodule(UP)
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert not layer(torch.ones(1, 64)).any()
+
+
+def test_offloaded_layers_are_refused_by_name() -> None:
+    model = tiny_model("qwen3")
+    cpu_offload(model)
+    with pytest.raises(GridError, match=r"layers\.0\.self_attn\.q_proj is offloaded"):
+        quantize_(model, "w4-block32", "rtn")
+
+
+@pytest.mark.parametrize("below_hook", [False, True])
+def test_a_patched_forward_is_refused_by_name_before_anything_is_packed(below_hook: bool) -> None:
+    model = tiny_model("qwen3")
+    layer = model.get_submodule(UP)
+    layer.forward = layer.forward  # bound to this module, as any patch that calls the old one is
+    if below_hook:
+        model = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        layer._old_forward = lambda x: x
+    with pytest.raises(GridError, match=rf"(?s)1 layers.*{UP} has a 'forward'.*del layer"):
+        quantize_(model, "w4-block32", "rtn")
+    assert not packed_weights(model)
+    quantize_(model, "w4-block32", "rtn", rules=[Rule(UP, None)])
+    assert f"{UP}.weight" not in packed_weights(model)
+
+
+def test_a_layer_compiled_in_place_is_refused_by_name() -> None:
+    model = tiny_model("qwen3")
+    model.get_submodule(UP).compile(backend="eager")
+    with pytest.raises(GridError, match=rf"{UP} was compiled"):
+        quantize_(model, "w4-block32", "rtn")
+
+
+class Holder(nn.Module):
+    """Any wrapper of a user's own."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel, Holder]
+)
+def test_the_head_of_a_wrapped_model_stays_float(wrap, plain: PreTrainedModel) -> None:  # type: ignore[no-untyped-def]
+    model = tiny_model("qwen3")
+    wrapped = wrap(model)
+    quantize_(wrapped, "w4-block32", "rtn")
+    assert type(model.lm_head) is nn.Linear
+    assert packed_weights(model).keys() == packed_weights(plain).keys()
+    if not isinstance(wrapped, Holder):
+        assert fingerprint(wrapped) == fingerprint(plain)
+
+
+def test_a_compiled_model_computes_its_codes_after_quantizing(plain: PreTrainedModel) -> None:
+    compiled = torch.compile(tiny_model("qwen3"), backend="eager")
+    before = logits(compiled)
+    quantize_(compiled, "w4-block32", "rtn")
+    assert not torch.allclose(logits(compiled), before)
+    torch.testing.assert_close(logits(compiled), logits(plain))
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_model_in_distributed_data_parallel_is_refused() -> None:
+    wrapped = nn.parallel.DistributedDataParallel(tiny_model("qwen3"))
+    with pytest.raises(GridError, match=r"DistributedDataParallel.*quantize first"):
+        quantize_(wrapped, "w4-block32", "rtn")
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm", "pruning"])
+def test_a_computed_weight_is_refused_by_name_unless_a_rule_keeps_it_float(kind: str) -> None:
+    model = tiny_model("qwen3")
+    layer = model.get_submodule(UP)
+    match kind:
+        case "weight_norm":
+            parametrizations.weight_norm(layer)
+        case "old weight_norm":
+            nn.utils.weight_norm(layer)
+        case "pruning":
+            prune.l1_unstructured(layer, "weight", 0.5)
+    with pytest.raises(GridError, match=rf"(?s)1 layers.*{UP} computes its weight"):
+        quantize_(model, "w4-block32", "rtn")
+    quantize_(model, "w4-block32", "rtn", rules=[Rule(UP, None)])
+    assert len(packed_weights(model)) == 13
+
+
+def test_the_remedy_for_a_computed_weight_works() -> None:
+    model = tiny_model("qwen3")
+    layer = parametrizations.weight_norm(model.get_submodule(UP))
+    remove_parametrizations(layer, "weight")
+    quantize_(model, "w4-block32", "rtn")
+    assert f"{UP}.weight" in packed_weights(model)
+
+
+def test_tensors_of_a_weight_norm_on_a_convolution_are_not_taken_for_experts() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), parametrizations.weight_norm(nn.Conv1d(32, 32, 3)))
+    quantize_(model, "w4-block32", "rtn")
+    assert packed_weights(model).keys() == {"0.weight"}

@@ -443,7 +443,7 @@ def simulate(
     packed = packed_layers(model)
     if packed:
         assert_frozen(model)
-    else:
+    elif any(parameter.ndim > 1 for parameter in model.parameters()):
         warnings.warn(
             f"{type(model).__name__} has no packed layer, so the simulation has no base encodings: "
             f"all weights get the grid of SimulationSchemes.parameters ({schemes.parameters}). "

@@ -231,7 +231,8 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
 
 def test_an_encoder_with_a_decoder_is_called_and_does_not_generate() -> None:
     own, given = tiny_architectures.make("T5"), tiny_architectures.inputs("T5")
-    simulation = simulate(own, given)
+    with pytest.warns(UserWarning, match="T5ForConditionalGeneration has no packed layer"):
+        simulation = simulate(own, given)
     simulation.calibrate([given])
     model = simulation.model()
     assert torch.equal(model(**given).logits, simulation.outputs(given)["logits"])

@@ -1,9 +1,11 @@
 """Capture: one graph of base plus adapter by `torch.export`, cleaned, and proved to compute what the module computes.
 
-No tracing, no registration, no edits to the model. Any model, any nested keyword arguments, all tensors of its result. The graph shares the module's storage.
-An axis has any size where the model allows it, and the example's where it does not (`Captured.interface` says which). What carries no arithmetic is taken out
-(assertions, casts to the same type, dropout at rest, copies for layout, empty parts of a concatenation), what torch.export wraps is laid open (`inline.py`),
-and a packed weight that is read again is unpacked once, so that a value has one node.
+No tracing, no registration, no edits to the model. Any model, any nested keyword arguments, all tensors of
+its result. The graph shares the module's storage, except for tensors in half precision: it computes in
+float32 (`half_precision.py`). An axis has any size where the model allows it, and the example's where it
+does not (`Captured.interface` says which). What carries no arithmetic is taken out (assertions, casts to the
+same type, dropout at rest, copies for layout, empty parts of a concatenation), what torch.export wraps is
+inlined (`inline.py`), and a packed weight that is read again is unpacked once, so that a value has one node.
 
 A causal language model with a key-value cache is two graphs of one set of encodings:
 
@@ -31,6 +33,7 @@ from qwlora.graph.dynamic_shapes import Axes, Place
 from qwlora.graph.flat_arguments import Structure, cache_of, tokens_in
 from qwlora.graph.graph_analysis import operator_of
 from qwlora.graph.graph_parameters import buffer_names, module_path
+from qwlora.graph.half_precision import in_float32, widened
 from qwlora.graph.inline_subgraphs import inlined_graph
 from qwlora.graph.quantized_graph import Interface, with_graph
 from qwlora.graph.traceable_attention import visible_implementations
@@ -81,7 +84,7 @@ class Captured:
             ):
                 rows, tokens = given[ids].shape
                 given[mask] = given[ids].new_ones(rows, tokens_in(given.get(PAST)) + tokens)
-        tensors = self.arguments.flatten(given)
+        tensors = tuple(widened(tensor) for tensor in self.arguments.flatten(given))
         for name, tensor in zip(self.interface.inputs, tensors, strict=True):
             shape = self.interface.shapes[name]
             if tensor.ndim != len(shape) or any(
@@ -154,7 +157,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
             "example inputs need at least two tokens, so that their number is not taken for a constant"
         )
     flat = Flat(model, arguments).eval()
-    with visible_implementations(model), torch.no_grad():
+    with in_float32(model), visible_implementations(model), torch.no_grad():
         try:
             result, outputs = Structure.of(flat.result(*tensors), PRESENT)
             program = torch.export.export(
@@ -199,7 +202,7 @@ def rebound(
     """
     tensors = _two_rows(Structure.of(_completed(model, example_inputs), PAST)[1])
     axes = Axes.of(program, captured.arguments.names, tensors)
-    with visible_implementations(model), torch.no_grad():
+    with in_float32(model), visible_implementations(model), torch.no_grad():
         prove(
             program,
             Flat(model, captured.arguments).eval(),
@@ -260,7 +263,7 @@ def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         t.repeat(2, *[1] * (t.ndim - 1)) if one and t.ndim and t.shape[0] == 1 else t
         for t in tensors
     )
-    return tuple(t.clone(memory_format=torch.contiguous_format) for t in repeated)
+    return tuple(widened(t).clone(memory_format=torch.contiguous_format) for t in repeated)
 
 
 def _is_ids(tensor: Tensor) -> bool:

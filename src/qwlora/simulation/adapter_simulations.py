@@ -26,6 +26,7 @@ from torch.export import ExportedProgram
 
 from qwlora.errors import CaptureError
 from qwlora.graph.capture import Captured, capture, rebound
+from qwlora.graph.half_precision import in_float32
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
 from qwlora.nn.frozen import assert_frozen, packed_layers
@@ -172,7 +173,7 @@ def simulate_adapters(
         assert_frozen(model)
     asked = schemes or SimulationSchemes()
     maker = _Maker(model, example_inputs, replace(asked, idle_rules="allow"))
-    with _as_before(model):
+    with _as_before(model), in_float32(model):
         made = {}
         for name in names:
             model.set_adapter(name)

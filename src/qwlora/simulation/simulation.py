@@ -2,7 +2,9 @@
 
     sim = simulate(model, example_inputs)      # capture, place, give the weights their encodings
     sim.calibrate(batches)                     # one pass: activation ranges (`calibrate.py`)
-    sim(input_ids=ids, attention_mask=mask)    # what integer hardware would compute, in the type that the model returns
+    sim(input_ids=ids, attention_mask=mask)    # what integer hardware would compute, in the model's own result class
+
+The graph computes in float32, also where the model is bfloat16 or float16; see `half_precision.py`.
 
 Base weights are packed integers in the graph already, and never move. LoRA weights and what step 1 left float get encodings from their own values, at once;
 activations from data, in one pass over float activations.
@@ -273,14 +275,15 @@ class Simulation(Calibrated):
         """`to(device)`; the model that the graph was captured from stays where it is.
 
         Raises:
-            CaptureError: it would change a type, `float()` of a bfloat16 graph too.
+            CaptureError: it would change a type.
         """
         held = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())} | {
             torch.float32
         }  # float32: the scales
         if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in held):
             raise CaptureError(
-                "the graph computes in the type that it was captured in; cast the model, and simulate it again"
+                "A simulation cannot be cast: its graph computes in float32, for models in half precision "
+                "too. Only its device can be changed, with to(device)"
             )
         unshare_moving_(self.graph_module, fn)
         super()._apply(fn, recurse)

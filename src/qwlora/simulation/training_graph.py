@@ -116,7 +116,9 @@ class TrainingGraph(nn.Module):
             )
         if any(p.requires_grad and id(p) not in self._own_parameters for p in parameters):
             raise CaptureError(
-                "the captured graph holds copies of the model's parameters, which training would move in their place"
+                "The captured graph holds copies of the model's trainable parameters, so training would "
+                "not change the model. Keep the adapter in float32, as PEFT does by default "
+                "(autocast_adapter_dtype=True)"
             )
 
 

@@ -13,10 +13,13 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+from base.gguf_models import metadata_of, stored_shapes, write_file
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
+from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+from qwlora.formats.huggingface_folder import FloatCheckpoint
 from qwlora.formats.model_source import _downloaded, fetch, load_model, load_tokenizer, locate
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -56,6 +59,39 @@ def test_what_is_missing_is_not_made_up(folder: Path) -> None:
         match=r"LlamaForCausalLM; the files hold model.layers.1.mlp.down.weight, which it does not have\.",
     ):
         load_model(str(folder))
+
+
+def test_a_config_with_fewer_layers_than_the_files_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    for load in (load_model, FloatCheckpoint):
+        with pytest.raises(SourceError, match=r"model\.layers\.1\..* and 4 more"):
+            load(str(folder))
+
+
+def test_a_gguf_file_with_more_layers_than_its_metadata_is_refused(tmp_path: Path) -> None:
+    config = tiny_model("llama").config
+    shapes = stored_shapes("llama", config)
+    config.num_hidden_layers = 1
+    file = write_file(
+        tmp_path / "half.gguf",
+        "llama",
+        metadata_of("llama", config, "llama"),
+        shapes,
+        lambda *_: "F32",
+        tokens=config.vocab_size,
+    )
+    for load in (load_model, GgufCheckpoint):
+        with pytest.raises(SourceError, match=r"blk\.1\.\w+.* and 4 more"):
+            load(str(file))
+
+
+def test_tensors_that_transformers_ignores_are_ignored(folder: Path) -> None:
+    change(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(8))
+    change(folder, "lm_head.weight", tiny_model("llama").model.embed_tokens.weight.detach())
+    assert torch.equal(
+        load_model(str(folder)).get_parameter(DOWN), tiny_model("llama").get_parameter(DOWN)
+    )
 
 
 def test_what_has_another_shape_is_not_made_up(folder: Path) -> None:

@@ -196,7 +196,8 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
         trust_remote_code: run Python code from the model's folder, if it names some.
 
     Raises:
-        SourceError: `transformers` cannot load it (its own message is kept), its files hold integers, or a parameter of the model is not in them.
+        SourceError: `transformers` cannot load it (its own message is kept), its files hold integers, or their
+            tensors are not exactly the model's parameters.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -206,6 +207,10 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
         raise SourceError(
             f"model {source!r} holds integers; they can be kept (base.solver: keep), but there is no float model to load"
         )
+    if location.gguf_file:
+        from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+
+        GgufCheckpoint.check_names(location.path)
     with _loading(f"model {source!r}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location.pretrained,
@@ -215,19 +220,7 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
             **location.arguments(),
         )
     model: PreTrainedModel = loaded[0]
-    found = loaded[1]
-    if wrong := sorted(found["missing_keys"]) + sorted(
-        name for name, *_ in found["mismatched_keys"]
-    ):  # which would be random numbers now
-        unknown = (
-            f"; the files hold {_listed(sorted(found['unexpected_keys']))}, which it does not have"
-            if found["unexpected_keys"]
-            else ""
-        )
-        raise SourceError(
-            f"model {source!r}: its files do not hold, or hold in another shape, {_listed(wrong)} of {type(model).__name__}{unknown}. "
-            "Download it again, or give a checkpoint of the whole language model"
-        )
+    _refuse_other_tensors(source, type(model).__name__, loaded[1])
     if location.gguf_file:
         from qwlora.formats.gguf.gguf_file import GgufFile
         from qwlora.formats.gguf.rope_config import warn_of_positions
@@ -235,6 +228,29 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
         warn_of_positions(GgufFile(location.path), model.config)
         forget_gguf_(model)
     return model.eval()
+
+
+def _refuse_other_tensors(source: str, model: str, found: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose tensors are not exactly the model's, from what transformers reports.
+
+    transformers would fill missing tensors with random numbers and leave out what the model has no place
+    for: with one layer of two in config.json, half of the checkpoint. What its model classes declare
+    ignorable (old buffers, layers for multi-token prediction) is not in the report.
+    """
+    wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
+    unknown = sorted(found["unexpected_keys"])
+    if wrong:
+        also = f"; the files hold {_listed(unknown)}, which it does not have" if unknown else ""
+        raise SourceError(
+            f"model {source!r}: its files do not hold, or hold in another shape, {_listed(wrong)} of "
+            f"{model}{also}. Download it again, or give a checkpoint of the whole language model"
+        )
+    if unknown:
+        raise SourceError(
+            f"model {source!r}: its files hold {_listed(unknown)}, which {model} as config.json describes "
+            f"it does not have ({len(unknown)} tensors would be left out). Compare config.json "
+            "(num_hidden_layers and the like) with the checkpoint's original, or download it again"
+        )
 
 
 def _listed(names: list[str]) -> str:

@@ -5,7 +5,7 @@ its result. The graph shares the module's storage, except for tensors in half pr
 float32 (`half_precision.py`). An axis has any size where the model allows it, and the example's where it
 does not (`Captured.interface` says which). What carries no arithmetic is taken out (assertions, casts to the
 same type, dropout at rest, copies for layout, empty parts of a concatenation), what torch.export wraps is
-inlined (`inline.py`), and a packed weight that is read again is unpacked once, so that a value has one node.
+inlined (`inline_subgraphs.py`), and a packed weight that is read again is unpacked once, so that a value has one node.
 
 A causal language model with a key-value cache is two graphs of one set of encodings:
 

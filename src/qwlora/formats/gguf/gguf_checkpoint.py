@@ -51,6 +51,21 @@ class GgufCheckpoint:
     config: PretrainedConfig
 
     def __init__(self, path: str | Path):
+        self._makings = self._placed(self._found(path))
+        self._refuse_types()
+        warn_of_positions(self.file, self.config)
+
+    @classmethod
+    def check_names(cls, path: str | Path) -> None:
+        """Refuse a file with tensors that its model has no place for; transformers skips them silently.
+
+        Raises:
+            SourceError: there are such tensors (they are named), or the file is damaged.
+        """
+        cls.__new__(cls)._found(path)
+
+    def _found(self, path: str | Path) -> dict[str, Making]:
+        """What makes each parameter of the model that the metadata describe."""
         self.file = GgufFile(path)
         settings, self.config = self._read_config()
         try:
@@ -59,9 +74,7 @@ class GgufCheckpoint:
             raise self.file.error(str(error).replace("config.json", "its metadata")) from error
         found, unknown = makings(self.file, settings, self._model)
         self._refuse_unknown(unknown)
-        self._makings = self._placed(found)
-        self._refuse_types()
-        warn_of_positions(self.file, self.config)
+        return found
 
     def names(self) -> list[str]:
         """Parameters in the model's order, a tied tensor once."""
@@ -172,7 +185,9 @@ class GgufCheckpoint:
     def _refuse_unknown(self, unknown: list[str]) -> None:
         if others := [name for name in unknown if not FACTORS.fullmatch(name)]:
             raise self.file.error(
-                f"{listed(others)}: no parameter of {type(self._model).__name__}, which its metadata describe; it needs a newer transformers, or is damaged"
+                f"{listed(others)}: no parameter of {type(self._model).__name__}, which its metadata "
+                f"describe ({self.config.num_hidden_layers} layers); it needs a newer transformers, or is "
+                "damaged"
             )
 
     def _placed(self, found: dict[str, Making]) -> dict[str, Making]:

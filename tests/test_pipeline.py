@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from conftest import ARCHITECTURES, text, tiny_model
+from qwlora.encodings.from_grid import entry_of
+from qwlora.encodings.split_versions import build_1_0_0
 from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
-from qwlora.export.aimet_encodings import encoding_to_entry
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
@@ -444,7 +445,7 @@ def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(
         f"{n}.weight": measure(m.weight.detach(), Scheme(4, granularity=PerChannel(0)))
         for n, m in layers.items()
     }
-    entries = [encoding_to_entry(name, grid) for name, grid in grids.items()]
+    entries = [build_1_0_0(entry_of(name, grid, "1.0.0")) for name, grid in grids.items()]
     (tmp_path / "model.encodings").write_text(
         json.dumps({"version": "1.0.0", "activation_encodings": [], "param_encodings": entries})
     )
@@ -530,7 +531,9 @@ def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
         name: measure(weight, Scheme(4, granularity=PerBlock(8)))
         for name, weight in weights.items()
     }
-    entries = [encoding_to_entry(name, grid, transposed=True) for name, grid in grids.items()]
+    entries = [
+        build_1_0_0(entry_of(name, grid, "1.0.0", transposed=True)) for name, grid in grids.items()
+    ]
     file = {"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}
     (tmp_path / "model.encodings").write_text(json.dumps(file))
     section = {"source": str(checkpoints["llama"]), "encodings": str(tmp_path / "model.encodings")}

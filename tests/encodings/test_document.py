@@ -27,8 +27,9 @@ from qwlora.encodings import (
 )
 from qwlora.encodings import json_schema as schema
 from qwlora.encodings.encodings_file import load_json, parse, to_document
+from qwlora.encodings.from_grid import entry_of
+from qwlora.encodings.split_versions import build_1_0_0
 from qwlora.errors import ConversionError, EncodingsFileError, QwloraError
-from qwlora.export.aimet_encodings import encoding_to_entry
 
 GOLDEN = {
     version: json.loads((FILES / f"aimet-{version}.encodings").read_text()) for version in VERSIONS
@@ -113,16 +114,15 @@ def test_aimets_two_exporters_list_blocks_in_two_orders() -> None:
         assert a.reshape(-1, outputs).T.reshape(-1).tolist() == b.tolist()
 
 
-def test_what_the_exporter_writes_is_an_entry() -> None:
+def test_what_entry_of_gives_is_written_as_an_entry() -> None:
     torch = pytest.importorskip("torch")
     from qwlora.grid.encoding import Encoding
     from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
     for granularity, shape in ((PerTensor(), ()), (PerChannel(0), (2,)), (PerBlock(4), (2, 3))):
         scheme = Scheme(4, granularity=granularity)
-        entry = encoding_to_entry(
-            "w", Encoding(scheme, torch.full(shape, 0.5), torch.full(shape, -8, dtype=torch.int32))
-        )
+        grid = Encoding(scheme, torch.full(shape, 0.5), torch.full(shape, -8, dtype=torch.int32))
+        entry = build_1_0_0(entry_of("w", grid, "1.0.0"))
         document = {"version": "1.0.0", "activation_encodings": [], "param_encodings": [entry]}
         file, findings = parse(document)
         assert file is not None, findings

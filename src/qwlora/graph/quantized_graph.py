@@ -68,12 +68,17 @@ class Interface:
 
 @dataclass(frozen=True)
 class QuantizedGraph:
-    """A captured program in which every mark has an encoding; that of a base weight may have float offsets."""
+    """A captured program in which every mark has an encoding; that of a base weight may have float offsets.
+
+    Args:
+        observer: the observer that chose the ranges of activations.
+    """
 
     program: ExportedProgram
     interface: Interface
     marks: tuple[Mark, ...]
     encodings: Mapping[str, Encoding | FloatOffsetEncoding]
+    observer: str = "min-max"
 
     @property
     def inputs(self) -> tuple[str, ...]:

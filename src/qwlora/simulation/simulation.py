@@ -296,8 +296,10 @@ class Simulation(Calibrated):
 
     def graph(self) -> QuantizedGraph:
         """What a writer needs."""
+        observer = as_estimator(self.origin.schemes.observer).name
+        marks = tuple(self.marks)
         return QuantizedGraph(
-            self.program, self.captured.interface, tuple(self.marks), self.encodings
+            self.program, self.captured.interface, marks, self.encodings, observer
         )
 
     def logits(self, ids: Tensor) -> Tensor:

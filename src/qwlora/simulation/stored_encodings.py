@@ -12,16 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from qwlora import encodings as files
+from qwlora.encodings.from_grid import encoding_of, entry_of
 from qwlora.errors import CalibrationError, EncodingsFileError
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
-from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 FORMAT = 3  # 3: the record says what calibration left float
 ENCODINGS, RECORD = "simulation.encodings", "simulation.json"
@@ -35,7 +31,10 @@ def save_encodings(encodings: Mapping[str, Encoding | FloatOffsetEncoding], fold
     Raises:
         CalibrationError: one has float offsets.
     """
-    entries = tuple(_to_file(name, encoding) for name, encoding in encodings.items())
+    try:
+        entries = tuple(entry_of(name, e, _VERSION) for name, e in encodings.items())
+    except EncodingsFileError as error:
+        raise CalibrationError(str(error)) from error
     producer = {"package": "qwlora", "version": version("qwlora")}
     files.write(files.EncodingsFile(_VERSION, entries, producer=producer), folder / ENCODINGS)
 
@@ -48,7 +47,7 @@ def load_encodings(folder: Path) -> dict[str, Encoding]:
     """
     try:
         found = {
-            entry.name: _from_file(entry) for entry in files.read(folder / ENCODINGS).encodings
+            entry.name: encoding_of(entry) for entry in files.read(folder / ENCODINGS).encodings
         }
     except (EncodingsFileError, ValueError) as error:
         raise unreadable(folder, error) from error
@@ -88,52 +87,3 @@ def unreadable(folder: Path, error: Exception) -> CalibrationError:
     return CalibrationError(
         f"{str(folder)!r} holds no simulation that can be read ({error}); calibrate again"
     )
-
-
-def _to_file(name: str, encoding: Encoding | FloatOffsetEncoding) -> files.IntegerEncoding:
-    if not isinstance(encoding, Encoding):
-        raise CalibrationError(
-            f"{name}: {encoding.scheme} has float offsets, which no encodings file can hold"
-        )
-    scheme, scale = encoding.scheme, encoding.scale.detach().cpu()
-    axis = block_size = None
-    match scheme.granularity:
-        case PerTensor():
-            pass
-        case PerChannel(channel):
-            axis = channel
-        case PerBlock(size):
-            axis, block_size = scale.ndim - 1, size
-        case other:
-            raise CalibrationError(
-                f"{name}: a simulation has grids per tensor, channel or block, not {other}"
-            )
-    offset = encoding.offset.cpu().numpy()
-    return files.IntegerEncoding(
-        name,
-        scheme.bitwidth,
-        scale.numpy().astype(np.float64),
-        offset,
-        symmetric=bool(
-            (offset == scheme.symmetric_offset).all()
-        ),  # all that 2.1.0 says; what was asked for is in `signed`
-        signed=scheme.symmetric,
-        axis=axis,
-        block_size=block_size,
-    )
-
-
-def _from_file(entry: files.Encoding) -> Encoding:
-    if not isinstance(entry, files.IntegerEncoding) or entry.zero_point_shift:
-        raise ValueError(f"{entry.name} is no plain integer grid")
-    granularity = (
-        PerBlock(entry.block_size)
-        if entry.block_size
-        else PerTensor()
-        if entry.axis is None
-        else PerChannel(entry.axis)
-    )
-    scheme = Scheme(entry.bitwidth, bool(entry.signed), granularity)
-    scale = torch.from_numpy(entry.scale.astype(np.float32))
-    offset: Tensor = torch.from_numpy(entry.offset.astype(np.int32))
-    return Encoding(scheme, scale, offset)

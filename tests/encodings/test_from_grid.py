@@ -1,0 +1,94 @@
+"""One writer: every granularity in every version is written as what it is, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwlora.encodings import VERSIONS, EncodingsFile, LpbqEncoding, read, write
+from qwlora.encodings.from_grid import encoding_of, entry_of
+from qwlora.encodings.grids import Placement, grid_of
+from qwlora.errors import ConversionError, EncodingsFileError
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.lpbq import to_integer_scales
+from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+
+OUT, IN, BLOCK = 6, 16, 4
+GRANULARITIES: list[Granularity] = [PerTensor(), PerChannel(0), PerChannel(1), PerBlock(BLOCK)]
+SCHEMES = [
+    Scheme(bits, symmetric, granularity)
+    for bits in (2, 4, 8, 16)
+    for symmetric in (True, False)
+    for granularity in GRANULARITIES
+] + [Scheme(bits, True, Lpbq(BLOCK)) for bits in (2, 4, 8)]
+
+
+def grid(scheme: Scheme) -> Encoding:
+    """Random scales and offsets for a weight [OUT, IN]."""
+    generator = torch.Generator().manual_seed(scheme.bitwidth)
+    shape = scheme.scale_shape((OUT, IN))
+    scale = torch.rand(shape, generator=generator) + 0.1
+    if isinstance(scheme.granularity, Lpbq):
+        scale = to_integer_scales(scale, scheme)
+    offset = torch.full(shape, scheme.symmetric_offset, dtype=torch.int32)
+    if not scheme.symmetric:
+        offset = -torch.randint(1, scheme.steps, shape, generator=generator, dtype=torch.int32)
+    return Encoding(scheme, scale, offset)
+
+
+def written(encoding: Encoding, version: str, path: Path, transposed: bool) -> EncodingsFile:
+    entry = entry_of("w", encoding, version, transposed)
+    parameters = frozenset({"w"}) if version < "2" else None
+    write(EncodingsFile(version, (entry,), parameters), path)
+    return read(path)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_a_grid_comes_back_from_every_version_that_can_hold_it(
+    scheme: Scheme, version: str, transposed: bool, tmp_path: Path
+) -> None:
+    encoding = grid(scheme)
+    if version == "0.6.1" and isinstance(scheme.granularity, PerBlock | Lpbq):
+        with pytest.raises(ConversionError, match="w"):
+            written(encoding, version, tmp_path / "x", transposed)
+        return
+    (entry,) = written(encoding, version, tmp_path / "x", transposed).encodings
+    axis = scheme.granularity.axis if isinstance(scheme.granularity, PerChannel) else 0
+    placement = Placement((OUT, IN), transposed, axis, "tensor" if transposed else "channel")
+    again = grid_of(entry, placement, version)
+    assert torch.equal(again.scale, encoding.scale)
+    assert torch.equal(again.offset, encoding.offset)
+    assert again.scheme.granularity == scheme.granularity
+    assert again.scheme.bitwidth == scheme.bitwidth
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0", "2.1.0"])
+def test_lpbq_is_written_as_lpbq(version: str, tmp_path: Path) -> None:
+    encoding = grid(Scheme(4, True, Lpbq(BLOCK)))
+    (entry,) = written(encoding, version, tmp_path / "x", False).encodings
+    assert isinstance(entry, LpbqEncoding)
+    assert (entry.block_scale.max(), entry.block_size) == (16, BLOCK)
+    assert '"LPBQ"' in (tmp_path / "x").read_text() or version > "2"
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.bitwidth == 4], ids=str)
+def test_encoding_of_undoes_entry_of(scheme: Scheme) -> None:
+    encoding = grid(scheme)
+    again = encoding_of(entry_of("w", encoding, "2.1.0"))
+    assert again.scheme == scheme
+    assert torch.equal(again.scale, encoding.scale)
+    assert torch.equal(again.offset, encoding.offset)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_float_offsets_are_refused(version: str) -> None:
+    scheme = Scheme(4, False, PerBlock(BLOCK), float_offset=True)
+    shape = scheme.scale_shape((OUT, IN))
+    encoding = FloatOffsetEncoding(scheme, torch.ones(shape), torch.ones(shape))
+    with pytest.raises(EncodingsFileError, match=r"(?s)w.*float offsets"):
+        entry_of("w", encoding, version)

@@ -21,6 +21,7 @@ LEVELS = (
         "parameter_names",
         "progress",
         "sizes",
+        "stop_signals",
     },
     {"atomic_tensors", "hub", "optional_packages", "paths"},
     {"grid"},

@@ -424,7 +424,8 @@ def test_interrupted_training_goes_on_to_the_same_adapter(recipe_for: Any, tmp_p
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "The same command goes on from here" in errors
+    assert "interrupted by SIGINT, stopped after step" in errors
+    assert "The same command resumes from here" in errors
     assert not (interrupted / "adapters").exists()
     results, _ = run_recipe(path, interrupted)
     assert results["train"]["first"]["resumed_from_step"] > 0

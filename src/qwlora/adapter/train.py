@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +47,7 @@ from qwlora.data.sequences import as_sequences
 from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.progress import Track, untracked
+from qwlora.stop_signals import Stopped, on_stop_signal
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,12 @@ class TrainingReport:
     base_bytes: int = 0
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop and has written a checkpoint at `step`."""
+class Interrupted(Stopped):
+    """Training was asked to stop by signal `number` and has written a checkpoint at `step`."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int, number: int):
         self.step = step
-        super().__init__(f"stopped after step {step}")
+        super().__init__(number, f"stopped after step {step}")
 
 
 def train_adapter(
@@ -127,7 +126,8 @@ def train_adapter(
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
         TrainingError: see `check_trainable`, `ChunkedLoss` and `TrainedThrough`; the batch cannot be divided among the processes; or the loss is no number, or
             diverged.
-        Interrupted: Ctrl-C; a checkpoint of the last finished step is in `work`.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint of the last finished step is in
+            `work`.
     """
     trainable = check_trainable(model)
     if packed_layers(model):  # LoRA on floats is trained for comparisons
@@ -182,15 +182,15 @@ def _run(
 ) -> None:
     """Train; afterwards the model has its own forward again."""
     try:
-        with _interruptible(watch), lean_steps(model, trainer.args.bf16):
+        with on_stop_signal(watch.interrupt), lean_steps(model, trainer.args.bf16):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
     finally:
         if stand_in:
             stand_in.remove()
         if trainer.recovery:
             trainer.recovery.remove()
-    if watch.interrupted:
-        raise Interrupted(trainer.state.global_step)
+    if watch.interrupted is not None:
+        raise Interrupted(trainer.state.global_step, watch.interrupted)
 
 
 def _drop_newer(trainer: AdapterTrainer, work: Path, last: Path | None) -> None:
@@ -357,19 +357,6 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
     ):  # a process keeps to one device: the Trainer would give each a batch, and a copy of the model that has its own loss
         arguments._n_gpu = 1
     return arguments
-
-
-@contextlib.contextmanager
-def _interruptible(watch: Watch) -> Iterator[None]:
-    """Ctrl-C finishes the step and writes a checkpoint, where signals can be handled."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, watch.interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 @contextlib.contextmanager

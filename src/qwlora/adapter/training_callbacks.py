@@ -17,6 +17,7 @@ whose gradient) is not finite is named.
 from __future__ import annotations
 
 import math
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +72,7 @@ def _lost(before: Sequence[float], window: int, steps: int) -> float:
 
 
 class Watch(TrainerCallback):
-    """Times the steps, keeps the losses, reports progress, and turns Ctrl-C into "finish this step, write a checkpoint, stop".
+    """Times the steps, keeps the losses, reports progress, and turns Ctrl-C, SIGTERM and SIGHUP into "finish this step, write a checkpoint, stop".
 
     Args:
         checkpoint_steps: a checkpoint is written after every so many steps, besides those that follow an evaluation.
@@ -93,7 +94,7 @@ class Watch(TrainerCallback):
             last_good,
         )
         self.step_seconds: list[float] = []
-        self.interrupted = False
+        self.interrupted: int | None = None  # the signal that asked to stop
         self.base_bytes = 0
         self._began = 0.0
         self._bar: Iterator[int] = iter(())
@@ -124,7 +125,7 @@ class Watch(TrainerCallback):
         next(self._bar, None)
         if state.global_step % self.checkpoint_steps == 0:
             control.should_save = True
-        if self.interrupted:
+        if self.interrupted is not None:
             control.should_save = control.should_training_stop = True
 
     def on_log(
@@ -145,11 +146,12 @@ class Watch(TrainerCallback):
                 f"Lower the learning rate (now {args.learning_rate:g}) or raise warmup_steps; divergence: ignore goes on all the same"
             )
 
-    def interrupt(self, *_: Any) -> None:
-        """Signal handler; a second signal is not waited for."""
-        if self.interrupted:
+    def interrupt(self, number: int) -> None:
+        """Stop after this step, because of signal `number`; a second Ctrl-C stops at once."""
+        if self.interrupted is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.interrupted = True
+        if self.interrupted is None:
+            self.interrupted = number
 
 
 def losses_of(state: TrainerState) -> list[float]:

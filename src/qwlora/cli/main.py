@@ -5,7 +5,7 @@ Exit codes:
     0      done
     1      an exported file failed its proof; of `adapters check` and `encodings`: what they found
     2      anything else: wrong input, a damaged file, no space, no memory, an unexpected error
-    130    interrupted
+    128+n  stopped by signal n: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP
 
 Every error ends as one message on standard error, in `main`; `--debug`, anywhere on the command
 line, prints the traceback before it.
@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 from rich.console import Console
 
 from qwlora.cli.adapter_commands import app as adapters_app
@@ -40,9 +42,27 @@ from qwlora.errors import (
     is_out_of_memory,
 )
 from qwlora.pipeline.plan import VERBS
+from qwlora.stop_signals import number_of, on_stop_signal, raise_stopped
+
+
+class _Commands(typer.core.TyperGroup):
+    """Every command, with one message where a signal stops it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with on_stop_signal(raise_stopped):
+                return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # here, since typer would turn it into a bare exit code
+            number = number_of(error)
+            where = f", {error}" if str(error) else ""
+            resumes = ctx.invoked_subcommand in ("run", *VERBS)
+            remedy = "The same command resumes from here." if resumes else "Run the command again."
+            _fail(f"interrupted by {signal.Signals(number).name}{where}. {remedy}", 128 + number)
+
 
 app = typer.Typer(
     name="qwlora",
+    cls=_Commands,
     help="LoRA on a quantized base: freeze a model to integers, train adapters on exactly those integers, calibrate, export, and prove it.",
     no_args_is_help=True,
     add_completion=False,
@@ -176,20 +196,14 @@ def _run(
         str(out),
         *(part for change in changes or () for part in ("--set", change)),
     ]
-    try:
-        results = run(
-            recipe,
-            out,
-            tuple(verbs),
-            track=bars(quiet=as_json),
-            say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
-            command=lambda verb: shlex.join(["qwlora", verb, *given]),
-        )
-    except KeyboardInterrupt as error:  # here, since typer would turn it into a bare exit code
-        _fail(
-            f"interrupted{f', {error}' if str(error) else ''}. The same command goes on from here",
-            130,
-        )
+    results = run(
+        recipe,
+        out,
+        tuple(verbs),
+        track=bars(quiet=as_json),
+        say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
+        command=lambda verb: shlex.join(["qwlora", verb, *given]),
+    )
     if not results:  # not the first of several processes
         return
     if as_json:

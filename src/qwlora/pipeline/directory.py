@@ -25,8 +25,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qwlora.errors import DirectoryError, RecipeError
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty
 from qwlora.pipeline.ownership import (
@@ -37,6 +35,7 @@ from qwlora.pipeline.ownership import (
     read_owner,
 )
 from qwlora.recipe import Recipe, load_recipe
+from qwlora.recipe.yaml_core import dump_yaml
 
 RESULTS_FORMAT = 1
 _FULL_BYTES = 64 * 1024
@@ -271,7 +270,7 @@ class Directory:
         file = self.path / "recipe.yaml"
         if _reads_as(file, recipe):
             return
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=150)
+        text = dump_yaml(recipe.model_dump(mode="json"))
         digest = hashlib.sha256(text.encode()).hexdigest()
         self.owner.recipes = [*self.owner.recipes[-1:], digest]
         write_text(self.private / "owner.json", self.owner.to_json())

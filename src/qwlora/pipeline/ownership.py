@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from qwlora.errors import DirectoryError
+from qwlora.recipe.yaml_core import load_yaml
 
 OWNER_FORMAT = 1
 _BEFORE_MARKER = {"lock", ".owner.json.part"}
@@ -125,7 +126,7 @@ def _owner_without_marker(path: Path) -> Owner | None:
     if not (path / ".qwlora" / "stages.json").is_file():
         return None
     try:
-        content = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+        content = load_yaml((path / "recipe.yaml").read_text(encoding="utf-8"))
         return Owner(str(content["name"]), str(content["model"]["source"]))
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise DirectoryError(

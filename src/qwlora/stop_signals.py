@@ -1,0 +1,81 @@
+"""Signals that ask a run to stop: Ctrl-C (SIGINT), SIGTERM and SIGHUP.
+
+    signal     who sends it                                exit code (128 + number)
+    SIGINT     Ctrl-C                                      130
+    SIGTERM    kill, job schedulers, container runtimes    143
+    SIGHUP     a terminal that is closed                   129
+
+A signal that was ignored when the process started stays ignored, as `nohup` wants it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import stat
+import threading
+from collections.abc import Callable, Iterator
+
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to stop by signal `number`."""
+
+    def __init__(self, number: int, where: str = ""):
+        self.number = number
+        super().__init__(where)
+
+
+def number_of(interrupt: KeyboardInterrupt) -> int:
+    """The signal that `interrupt` came from."""
+    return interrupt.number if isinstance(interrupt, Stopped) else signal.SIGINT
+
+
+@contextlib.contextmanager
+def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` with the number of each stop signal that arrives in the block.
+
+    Only the main thread may handle signals; in another one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, _: object) -> None:
+        if number != signal.SIGINT:
+            _leave_closed_terminal()
+        handle(number)
+
+    before = {n: found for n in STOP_SIGNALS if (found := signal.getsignal(n)) is not None}
+    mine = [n for n, found in before.items() if found != signal.SIG_IGN]
+    for number in mine:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, before[number])
+
+
+def raise_stopped(number: int) -> None:
+    """Raise `Stopped`. Later signals are ignored while what was begun is cleaned up, but for Ctrl-C:
+    a terminal that closes sends SIGHUP twice, and systemd SIGHUP after SIGTERM."""
+    for other in STOP_SIGNALS:
+        if other != signal.SIGINT:
+            signal.signal(other, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def _leave_closed_terminal() -> None:
+    """Send what is printed to a closed terminal to nowhere: writing to it is an error."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            is_device = stat.S_ISCHR(os.fstat(descriptor).st_mode)
+            if is_device and not os.isatty(descriptor):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)

@@ -1,0 +1,154 @@
+"""SIGINT, SIGTERM and SIGHUP: what they do to the command line, and to training."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tiny_model
+from qwlora import quantize_
+from qwlora.adapter.attach import LoraShape, attach
+from qwlora.adapter.train import Interrupted, TrainingSettings, train_adapter
+from qwlora.adapter.training_checkpoints import last_checkpoint
+from qwlora.stop_signals import STOP_SIGNALS, on_stop_signal
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+
+# the command line with a stage that takes long, so that no model is needed
+WAITING = """
+import sys, time
+import qwlora.pipeline.run_job
+import qwlora.recipe
+from qwlora.cli.main import main
+
+def wait(*_, **__):
+    try:
+        print("waiting", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+
+qwlora.recipe.load_recipe = lambda *_: None
+qwlora.pipeline.run_job.run = qwlora.pipeline.run_job.open_job = wait
+sys.argv[1:] = {arguments!r}
+main()
+"""
+
+
+def waiting(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", WAITING.format(arguments=list(arguments))]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_ends_a_command_with_its_exit_code_and_one_message(number: int) -> None:
+    process = subprocess.Popen(
+        waiting("run", "recipe.yaml", "--out", "out"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert out == "cleaned up\n"
+    name = signal.Signals(number).name
+    assert errors == f"qwlora: interrupted by {name}. The same command resumes from here.\n"
+
+
+def test_commands_without_stages_say_so_too(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        waiting("merge-check", "out", "first"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors == "qwlora: interrupted by SIGTERM. Run the command again.\n"
+
+
+def test_a_closed_terminal_ends_a_command_that_still_cleans_up(tmp_path: Path) -> None:
+    """What is printed after the terminal is gone must not be an error."""
+    import pty
+
+    command = waiting("run", "recipe.yaml", "--out", "out")
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(command[0], command)
+    assert b"waiting" in os.read(terminal, 1000)
+    os.close(terminal)  # the kernel sends SIGHUP
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """As `nohup` wants it."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with on_stop_signal(seen.append):
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_other_threads_leave_signals_alone() -> None:
+    done = []
+
+    def work() -> None:
+        with on_stop_signal(lambda number: None):
+            done.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [signal.SIG_DFL]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_training_finishes_the_step_and_writes_a_checkpoint(number: int, tmp_path: Path) -> None:
+    """Twice, as closed terminals do: only a second Ctrl-C does not wait for the checkpoint."""
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32")
+    adapted = attach(model.requires_grad_(False), LoraShape(rank=4, alpha=8), seed=0)
+    settings = TrainingSettings(
+        steps=6,
+        learning_rate=5e-3,
+        batch_sequences=2,
+        warmup_steps=1,
+        schedule="constant",
+        checkpoint_steps=5,
+        seed=0,
+    )
+
+    def track(items: Iterable[int], description: str, total: int | None = None) -> Iterator[int]:
+        for step in items:
+            if description == "training" and step == 2:
+                signal.raise_signal(number)
+                signal.raise_signal(number)
+            yield step
+
+    with pytest.raises(Interrupted) as caught:
+        train_adapter(adapted, torch.arange(256).view(8, 32), settings, tmp_path, track)
+    assert caught.value.number == number
+    last = last_checkpoint(tmp_path)
+    assert last is not None
+    assert last.name == f"checkpoint-{caught.value.step}"
+    assert caught.value.step in (2, 3)

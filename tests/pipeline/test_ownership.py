@@ -283,6 +283,18 @@ def test_an_unusable_path_is_refused_with_the_reason(
     assert contents(tmp_path) == before
 
 
+def test_a_verb_says_the_same_of_a_path_in_which_it_looks_for_the_recipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["qwlora", "train", "--out", "x/" * 2500])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    errors = capsys.readouterr().err
+    assert "too long for the file system; choose another --out" in errors
+    assert len(errors) < 1000
+
+
 def test_a_link_to_a_folder_is_that_folder(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk")

@@ -128,6 +128,9 @@ def _add_stage(verb: str) -> None:
         changes: Changes = None,
         as_json: AsJson = False,
     ) -> None:
+        from qwlora.pipeline.output_path import check_output
+
+        check_output(out)  # before its recipe is looked for
         _run(recipe or out / "recipe.yaml", out, changes, as_json, (verb,))
 
     app.command(verb, help=_SUMMARY[verb])(stage)

@@ -23,7 +23,7 @@ LEVELS = (
         "sizes",
         "stop_signals",
     },
-    {"atomic_tensors", "hub", "optional_packages", "paths"},
+    {"atomic_tensors", "hub", "optional_packages", "paths", "time_limit"},
     {"grid"},
     {"nn"},
     {"encodings", "graph"},

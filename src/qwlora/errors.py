@@ -150,13 +150,12 @@ def file_being_read(error: BaseException) -> str | None:
 
 
 def described(error: BaseException) -> str:
-    """`error` in words, never empty: a bare `KeyError('x')` says only `'x'` of itself."""
+    """`error` in words, with its class where its own text is less than a sentence."""
     text = str(error).strip()
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, QwloraError) or (isinstance(error, OSError | ValueError) and text):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    name = type(error).__name__
+    return text if " " in text else f"{name}: {text}" if text else name
 
 
 def is_out_of_memory(error: BaseException) -> bool:

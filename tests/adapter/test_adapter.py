@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 
 from conftest import tiny_model
 from qwlora import fingerprint, load_adapter, quantize_, save_adapter
-from qwlora.adapter.attach import LoraShape, attach, attach_existing, check_shape, check_trainable
+from qwlora.adapter.attach import (
+    LoraShape,
+    attach,
+    attach_existing,
+    check_shape,
+    check_start,
+    check_trainable,
+)
 from qwlora.errors import FingerprintError, SourceError, TrainingError
 
 IDS = torch.arange(20)[None]
@@ -415,3 +422,65 @@ def test_a_base_that_your_own_code_froze(by: str, tmp_path: Path) -> None:
         )
     with pytest.raises(FingerprintError):
         load_adapter(base(), tmp_path)
+
+
+SLOW_PATTERN = r"(.+)+\d\d\d!"
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        LoraShape(4, 8, target_modules=SLOW_PATTERN),
+        LoraShape(4, 8, rank_pattern={SLOW_PATTERN: 2}),
+    ],
+)
+def test_a_pattern_that_takes_forever_is_refused(
+    shape: LoraShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwlora.time_limit.time_limit.__defaults__", (0.2,))
+    with pytest.raises(SourceError, match=r"_(modules|pattern) .*nested repetitions"):
+        check_shape(tiny_model("llama"), shape)
+
+
+def saved_adapter(folder: Path, **config: Any) -> PreTrainedModel:
+    """A base, and in `folder` an adapter of it with a changed configuration."""
+    model = base()
+    save_adapter(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")), folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return base()
+
+
+def test_a_slow_pattern_in_an_adapter_from_elsewhere_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = saved_adapter(tmp_path, target_modules=SLOW_PATTERN)
+    monkeypatch.setattr("qwlora.time_limit.time_limit.__defaults__", (0.2,))
+    with pytest.raises(SourceError, match=r"target_modules .*nested repetitions"):
+        load_adapter(model, tmp_path)
+
+
+def test_loftq_without_scipy_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = saved_adapter(tmp_path, init_lora_weights="loftq")
+    monkeypatch.setattr("peft.tuners.lora.config.is_scipy_available", bool, raising=False)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(SourceError, match="scipy"):
+        load_adapter(model, tmp_path)
+    with pytest.raises(SourceError, match="scipy"):
+        check_start(str(tmp_path), skeleton=tiny_model("llama"))
+
+
+def test_a_deeply_nested_configuration_is_refused(tmp_path: Path) -> None:
+    model = saved_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(SourceError, match="adapter_config.json cannot be read"):
+        load_adapter(model, tmp_path)
+
+
+def test_a_pickled_adapter_is_never_opened(tmp_path: Path) -> None:
+    model = saved_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(SourceError, match=r"adapter_model\.bin.*runs code"):
+        load_adapter(model, tmp_path)

@@ -758,3 +758,49 @@ def test_a_long_field_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     assert read(tmp_path / "a.csv")[0].characters == 200_000
     assert without_place(read(tmp_path / "a.jsonl")) == [Text("x")]
     assert without_place(read(tmp_path / "a.txt")) == [Text("one\ntwo")]
+
+
+def write_bomb(path: Path, text: str, rows: int) -> None:
+    """A file in which one text is in every row."""
+    table = pa.table({"text": pa.array([text]).take(pa.array([0] * rows))})
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(table, path, compression="zstd")
+    else:
+        pa.feather.write_feather(table, path, compression="zstd")
+
+
+@pytest.mark.parametrize("name", ["bomb.parquet", "bomb.arrow"])
+@pytest.mark.parametrize(("characters", "rows"), [(30_000_000, 1), (30_000, 1000)])
+def test_a_file_that_unpacks_to_too_much_is_refused_and_the_limit_can_be_lifted(
+    tmp_path: Path, name: str, characters: int, rows: int
+) -> None:
+    write_bomb(tmp_path / name, "word " * (characters // 5), rows)
+    with pytest.raises(SourceError, match=rf"{name}: .*20 times .*data\.unpack_limit"):
+        read(tmp_path / name)
+    assert len(read(tmp_path / name, Reading(unpack_limit=None))) == rows
+
+
+def test_an_arrow_dictionary_is_counted_as_often_as_it_is_used(tmp_path: Path) -> None:
+    column = pa.array(["word " * 10_000]).dictionary_encode().take(pa.array([0] * 3000))
+    table = pa.table({"text": column})
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as f,
+    ):
+        f.write_table(table)
+    with pytest.raises(SourceError, match=r"data\.unpack_limit"):
+        read(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("name", ["bad.parquet", "bad.arrow"])
+def test_columns_that_are_not_utf8_name_their_file(tmp_path: Path, name: str) -> None:
+    column = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    )
+    table = pa.table({"text": column})
+    if name.endswith("parquet"):
+        pa.parquet.write_table(table, tmp_path / name)
+    else:
+        pa.feather.write_feather(table, tmp_path / name)
+    with pytest.raises(SourceError, match=rf"{name}.*after row 0.*utf-8"):
+        read(tmp_path / name)

@@ -83,7 +83,7 @@ def base_beside(folder: Path) -> str | None:
         found = json.loads((folder / "base" / "base.json").read_text())["fingerprint"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
             f"{str(folder / 'base')!r}: base.json cannot be read ({error}); quantize again"
         ) from error

@@ -14,14 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qwlora.errors import FingerprintError, QwloraError, SourceError
+from qwlora.adapter.module_patterns import check_pattern_times
+from qwlora.errors import (
+    FingerprintError,
+    QwloraError,
+    SourceError,
+    described,
+    is_out_of_memory,
+)
 from qwlora.nn.fingerprint import fingerprint_of, moved_floats, remember_floats_, tensor_digests
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.nn.unwrap import unwrapped
@@ -130,18 +136,21 @@ def reading(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[
         SourceError: a file is damaged, or does not fit the model.
     """
     again = "copy it again from where it came, or train it again"
+    check_pattern_times(model, read_config(Path(folder)), f"adapter {str(folder)!r}")
     try:
         with of_parameters():
             yield
-    except (QwloraError, MemoryError, torch.OutOfMemoryError, PermissionError):
+    except (QwloraError, PermissionError):
         raise
     except (OSError, SafetensorError) as error:
         raise SourceError(
             f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); {again}"
         ) from error
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except Exception as error:  # the configuration's values reach any line of PEFT's
+        if is_out_of_memory(error):
+            raise
         raise SourceError(
-            f"adapter {str(folder)!r} does not fit {type(model).__name__}: {error}"
+            f"adapter {str(folder)!r} does not fit {type(model).__name__}: {described(error)}"
         ) from error
 
 
@@ -159,9 +168,10 @@ def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refu
         raise SourceError(f"unknown_base is refuse or accept, not {unknown_base!r}")
     if not (folder / "adapter_config.json").exists():
         raise SourceError(f"{str(folder)!r} holds no adapter: adapter_config.json is not there")
-    if not any(folder.glob("adapter_model.*")):
+    if not (folder / WEIGHTS).is_file():
         raise SourceError(
-            f"adapter {str(folder)!r} has no {WEIGHTS}; copy it again from where it came, or train it again"
+            f"adapter {str(folder)!r} has no {WEIGHTS}; copy it again from where it came, or train "
+            "it again. A pickle (adapter_model.bin) is not read, since reading it runs code"
         )
     read_config(folder)
     if unknown_base == "accept" and not (folder / FILE).exists():
@@ -182,7 +192,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(
             f"adapter {str(folder)!r}: adapter_config.json cannot be read ({error}); copy it again, or train it again"
         ) from error
@@ -200,7 +210,7 @@ def base_of(folder: Path) -> str:
     try:
         record = json.loads((folder / FILE).read_text())
         found = record["base_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
             f"adapter {str(folder)!r} does not say which base it belongs to: {FILE} cannot be read ({error}). "
             "If PEFT saved it and you know its base, say so: unknown_base accept. Save it with qwlora.save_adapter"

@@ -13,7 +13,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -35,7 +35,8 @@ from qwlora.adapter.adapter_folder import (
     read_config,
     reading,
 )
-from qwlora.errors import SourceError, TrainingError
+from qwlora.adapter.module_patterns import check_pattern_times
+from qwlora.errors import SourceError, TrainingError, foreign_as
 from qwlora.grid.scheme import Scheme
 from qwlora.hub import downloaded
 from qwlora.nn.fingerprint import fingerprint
@@ -103,6 +104,7 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
         raise TrainingError(f"LoRA cannot be attached: {'; '.join(wrong)}")
     if problem := _missing_layers(model, shape.layers or ()):
         raise TrainingError(problem)
+    check_pattern_times(model, asdict(shape), "LoRA cannot be attached")
     torch.manual_seed(seed)
     try:
         with of_parameters():  # what matches nothing is an error below
@@ -174,7 +176,7 @@ def attach_existing(
     ]
     if lost := saved_among(source, packed):
         raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(lost)}")
-    with reading(source, model):
+    with reading(folder, model):
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
 
@@ -206,7 +208,7 @@ def check_start(
     folder = adapter_folder(source)
     try:
         kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
             f"{source!r} holds no PEFT adapter: adapter_config.json cannot be read ({error})"
         ) from error
@@ -225,7 +227,9 @@ def check_start(
 
 def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in the weight file are those that the adapter's configuration gives on this model."""
-    try:
+    what = f"adapter {source!r} does not fit {type(skeleton).__name__}"
+    check_pattern_times(skeleton, read_config(folder), f"adapter {source!r}")
+    with foreign_as(SourceError, what):  # the configuration's values reach any line of PEFT's
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
@@ -234,14 +238,10 @@ def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> dict[str
         wanted = _shapes(adapted)
         with safe_open(folder / WEIGHTS, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (ValueError, TypeError, RuntimeError, OSError, SafetensorError) as error:
-        raise SourceError(
-            f"adapter {source!r} does not fit {type(skeleton).__name__}: {error}"
-        ) from error
     if wrong := sorted(name for name in wanted if found.get(name) != wanted[name]):
         name = wrong[0]
         raise SourceError(
-            f"adapter {source!r} does not fit {type(skeleton).__name__}: {len(wrong)} of {len(wanted)} weights differ, "
+            f"{what}: {len(wrong)} of {len(wanted)} weights differ, "
             f"for example {name}, here {list(wanted[name])}, there {list(found[name]) if name in found else 'none'}"
         )
     return wanted

@@ -14,6 +14,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError, safe_open
 
 from qwlora.adapter.adapter_folder import WEIGHTS
+from qwlora.errors import reading
 
 STATE = "trainer_state.json"
 
@@ -80,7 +81,8 @@ def last_good(work: Path) -> str:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The Trainer's state at `checkpoint`."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    with reading(checkpoint / STATE):
+        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     return state
 
 

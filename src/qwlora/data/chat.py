@@ -22,12 +22,14 @@ White space after the special token that ends a turn is not learnt: generation s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import ASSISTANT, Conversation
-from qwlora.errors import SourceError
+from qwlora.errors import SourceError, foreign_as
+from qwlora.time_limit import SECONDS, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +99,7 @@ def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
 def _encode_marked(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
-    try:
+    with _rendering(conversation.messages, conversation.where):
         encoded: Any = tokenizer.apply_chat_template(
             [dict(m) for m in conversation.messages],
             tools=_tools(conversation),
@@ -106,8 +108,6 @@ def _encode_marked(
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"verbose": False},
         )
-    except Exception as error:  # Jinja's errors, and whatever a template raises
-        raise _refused(conversation.messages, conversation.where, error) from error
     return encoded["input_ids"], [bool(flag) for flag in encoded["assistant_masks"]]
 
 
@@ -117,16 +117,27 @@ def _render(
     tokenizer: PreTrainedTokenizerBase,
     prompt: bool = False,
 ) -> str:
-    try:
+    with _rendering(messages, conversation.where):
         rendered: Any = tokenizer.apply_chat_template(
             [dict(m) for m in messages],
             tools=_tools(conversation),
             tokenize=False,
             add_generation_prompt=prompt,
         )
-    except Exception as error:  # Jinja's errors, and whatever a template raises
-        raise _refused(messages, conversation.where, error) from error
     return str(rendered)
+
+
+@contextmanager
+def _rendering(messages: Messages, where: str) -> Iterator[None]:
+    """A chat template at work: a limit on its time, and its errors as one of ours."""
+    late = SourceError(
+        f"{where}: the model's chat template has not rendered this conversation after "
+        f"{SECONDS:g} s; name a file with another template in data.chat_template"
+    )
+    roles = ", ".join(m["role"] for m in messages)
+    what = f"{where}: the model's chat template refuses these messages ({roles})"
+    with foreign_as(SourceError, what), time_limit(late):
+        yield
 
 
 def _tools(conversation: Conversation) -> list[Any] | None:
@@ -148,13 +159,6 @@ def _check_tools_are_rendered(
             f"{conversation.where}: the model's chat template takes no notice of tools, so their definitions would be left out: "
             f"name a file with a template that renders them in data.chat_template, or take the field 'tools' out of the records"
         )
-
-
-def _refused(messages: Messages, where: str, error: Exception) -> SourceError:
-    roles = ", ".join(m["role"] for m in messages)
-    return SourceError(
-        f"{where}: the model's chat template refuses these messages ({roles}): {error}"
-    )
 
 
 def _assistant_spans(

@@ -44,12 +44,14 @@ class Reading:
     Args:
         split, subset: of a dataset that has several.
         skip_empty: leave records out that are empty, instead of refusing them.
+        unpack_limit: times its size that a Parquet or Arrow file may unpack to; None for no limit.
     """
 
     columns: Columns = Columns()
     split: str | None = None
     subset: str | None = None
     skip_empty: bool = False
+    unpack_limit: float | None = 20.0
 
 
 def locate_documents(source: str) -> None:
@@ -119,9 +121,9 @@ class _Reader:
             self.use(names, str(path))
             self.records(rows)
         elif suffix == ".parquet":
-            self.table(*tables.read_parquet(path), str(path))
+            self.table(*tables.read_parquet(path, self.reading.unpack_limit), str(path))
         elif suffix in (".arrow", ".feather"):
-            self.table(*tables.read_arrow(path), str(path))
+            self.table(*tables.read_arrow(path, self.reading.unpack_limit), str(path))
         else:
             self._no_columns(f"data source {str(path)!r}")
             self.documents.append(Text(read_file(path), str(path)))

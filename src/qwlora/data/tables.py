@@ -11,17 +11,20 @@ import csv
 import importlib
 import io
 from collections.abc import Collection, Iterator
+from math import inf
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from qwlora.data.file_kinds import suffix_of
 from qwlora.data.text_files import decode, read_bytes
-from qwlora.errors import MissingExtraError, SourceError
+from qwlora.errors import MissingExtraError, SourceError, foreign_as
 
 Rows = Iterator[tuple[str, Any]]
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")
 _LARGEST_FIELD = 2**31 - 1
+_ROWS_AT_ONCE = 1000
+_HARMLESS_BYTES = 2**24
 
 
 def read_csv(path: Path) -> tuple[list[str], Rows]:
@@ -66,23 +69,43 @@ def _numbered(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
         raise SourceError(f"{path}:{line}: this is not CSV: {error}") from error
 
 
-def read_parquet(path: Path) -> tuple[list[str], Any]:
+def read_parquet(path: Path, unpack_limit: float | None = None) -> tuple[list[str], Any]:
     """Column names, and a function from the columns that are wanted to (`file row N`, row).
+
+    Args:
+        unpack_limit: see `_Unpacked`.
 
     Raises:
         SourceError: it is not a Parquet file.
         MissingExtraError: pyarrow is not installed.
     """
-    pyarrow, parquet = _needed("pyarrow", path), _needed("pyarrow.parquet", path)
-    try:
+    _needed("pyarrow", path)
+    parquet = _needed("pyarrow.parquet", path)
+    with foreign_as(SourceError, f"{path}: this is not a Parquet file"):
         file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise SourceError(f"{path}: this is not a Parquet file: {error}") from error
-    names = list(file.schema_arrow.names)
-    return names, lambda wanted: _batches(file.iter_batches(columns=list(wanted)), path, pyarrow)
+        names = list(file.schema_arrow.names)
+
+    def rows(wanted: Collection[str]) -> Rows:
+        unpacked = _Unpacked(path, unpack_limit)
+        unpacked.check(_declared_bytes(file.metadata, wanted))
+        batches = file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(wanted))
+        return _batches(batches, path, unpacked)
+
+    return names, rows
 
 
-def read_arrow(path: Path) -> tuple[list[str], Any]:
+def _declared_bytes(metadata: Any, wanted: Collection[str]) -> int:
+    """What a Parquet file says that the columns `wanted` unpack to."""
+    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+    columns = (group.column(i) for group in groups for i in range(group.num_columns))
+    return sum(
+        column.total_uncompressed_size
+        for column in columns
+        if column.path_in_schema.partition(".")[0] in wanted
+    )
+
+
+def read_arrow(path: Path, unpack_limit: float | None = None) -> tuple[list[str], Any]:
     """The same for an Arrow file, in the stream or the file (Feather) format.
 
     Raises:
@@ -90,30 +113,75 @@ def read_arrow(path: Path) -> tuple[list[str], Any]:
         MissingExtraError: pyarrow is not installed.
     """
     pyarrow, ipc = _needed("pyarrow", path), _needed("pyarrow.ipc", path)
-    try:
-        with pyarrow.memory_map(str(path)) as source:
-            opened = (
-                ipc.open_file(source)
-                if source.read(6) == b"ARROW1"
-                else ipc.open_stream(pyarrow.memory_map(str(path)))
-            )
-            table = opened.read_all()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise SourceError(f"{path}: this is not an Arrow file: {error}") from error
-    return list(table.column_names), lambda wanted: _batches(
-        table.select(list(wanted)).to_batches(), path, pyarrow
+    with foreign_as(SourceError, f"{path}: this is not an Arrow file"):
+        source = pyarrow.memory_map(str(path))
+        is_file = source.read(6) == b"ARROW1"
+        source.seek(0)
+        opened = ipc.open_file(source) if is_file else ipc.open_stream(source)
+
+    def batches(wanted: Collection[str]) -> Iterator[Any]:
+        found = map(opened.get_batch, range(opened.num_record_batches)) if is_file else opened
+        return (batch.select(list(wanted)) for batch in found)
+
+    return list(opened.schema.names), lambda wanted: _batches(
+        batches(wanted), path, _Unpacked(path, unpack_limit)
     )
 
 
-def _batches(batches: Any, path: Path, pyarrow: ModuleType) -> Rows:
-    number = 0
-    try:
-        for batch in batches:
-            for row in batch.to_pylist():
+class _Unpacked:
+    """Counts what a compressed file unpacks to, and refuses the excess.
+
+    Args:
+        limit: times its size that a file may unpack to; None for no limit. `_HARMLESS_BYTES` are
+            never too many.
+    """
+
+    def __init__(self, path: Path, limit: float | None):
+        self.path, self.limit = path, limit
+        self.size = path.stat().st_size
+        self.most = inf if limit is None else max(limit * self.size, _HARMLESS_BYTES)
+
+    def check(self, count: int) -> None:
+        """Refuse `count` bytes in all.
+
+        Raises:
+            SourceError: they are too many.
+        """
+        if count > self.most:
+            raise SourceError(
+                f"{self.path}: the file has {self.size:,} bytes and unpacks to more than "
+                f"{self.limit:g} times as many ({count:,} so far). If it is meant to, raise "
+                "data.unpack_limit, or set it to null"
+            )
+
+
+def _batches(batches: Iterator[Any], path: Path, unpacked: _Unpacked) -> Rows:
+    """Rows of record batches, few at a time: a value that a file holds once may be in each row."""
+    number = in_batches = in_rows = 0
+    iterator = iter(batches)
+    while True:
+        with foreign_as(SourceError, f"{path}: the file cannot be read after row {number}"):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        in_batches += batch.nbytes
+        unpacked.check(in_batches)
+        for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+            with foreign_as(SourceError, f"{path}: the file cannot be read after row {number}"):
+                rows = batch.slice(start, _ROWS_AT_ONCE).to_pylist()
+            for row in rows:
                 number += 1
+                in_rows += _characters(row)
+                unpacked.check(in_rows)
                 yield f"{path} row {number}", _without_null(row)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise SourceError(f"{path}: the file cannot be read after row {number}: {error}") from error
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str | bytes) else 1
 
 
 def _without_null(row: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +251,13 @@ def _dataset_rows(
         )
 
     def rows(wanted: Collection[str]) -> Rows:
-        for number, row in enumerate(loaded.select_columns(list(wanted)), 1):
+        table, number = iter(loaded.select_columns(list(wanted))), 0
+        while True:
+            with foreign_as(SourceError, f"{source}: it cannot be read after row {number}"):
+                row = next(table, None)
+            if row is None:
+                return
+            number += 1
             yield f"{source} row {number}", _without_null(row)
 
     return list(loaded.column_names), rows

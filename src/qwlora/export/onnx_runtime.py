@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora.errors import ExportError
+from qwlora.errors import ExportError, reading
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.optional_packages import require
@@ -41,7 +41,10 @@ def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
 def read_session_options(folder: Path) -> dict[str, str]:
     """The options beside a file; `SESSION_OPTIONS` where nobody wrote any."""
     path = folder / OPTIONS_FILE
-    options: dict[str, str] = json.loads(path.read_text()) if path.is_file() else SESSION_OPTIONS
+    with reading(path):
+        options: dict[str, str] = (
+            json.loads(path.read_text()) if path.is_file() else SESSION_OPTIONS
+        )
     return options
 
 

@@ -35,6 +35,7 @@ from qwlora.formats.int32_words import blocks, quantized, unpack_words
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerTensor
+from qwlora.time_limit import SECONDS, time_limit
 
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "dense", "mixed-precision")
 STRATEGIES = ("tensor", "channel", "group", "block")
@@ -183,11 +184,16 @@ class CompressedTensors:
         }  # of one target in two groups, the last counts
         layer = name.removesuffix(".weight")
         path, classes = self._place(layer)
-        patterns = [
-            target
-            for target in sorted(by_target)
-            if _matches(target, layer) or _matches(target, path)
-        ]
+        late = SourceError(
+            f"{self._where(name)}: the regular expressions in the targets of config.json take more "
+            f"than {SECONDS:g} s to match; write them without nested repetitions like (a+)+"
+        )
+        with time_limit(late):
+            patterns = [
+                target
+                for target in sorted(by_target)
+                if _matches(target, layer) or _matches(target, path)
+            ]
         fitting = [
             target for target in (layer, path, *patterns, *sorted(classes)) if target in by_target
         ]

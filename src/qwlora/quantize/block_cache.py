@@ -73,7 +73,7 @@ class FinishedParts:
                     quantized[name] = QuantizedTensor(
                         codes, Encoding(Scheme.from_json(record["scheme"]), scale, offset)
                     )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
             return None
         reports = {name: LayerReport(**record["report"]) for name, record in records.items()}
         observed = {

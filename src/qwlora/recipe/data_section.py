@@ -44,6 +44,11 @@ class Data(Section):
     empty_records: Literal["error", "skip"] = Field(
         "error", description="what to do with an empty record"
     )
+    unpack_limit: Annotated[float, Field(gt=0)] | None = Field(
+        20.0,
+        description="refuse a compressed file (Parquet, Arrow) that unpacks to more than this many "
+        "times its size; null for no limit",
+    )
     chat_template: str | None = Field(
         None, description="file with a Jinja chat template, used instead of the tokenizer's"
     )
@@ -102,7 +107,9 @@ class Data(Section):
         columns = Columns(
             self.text_column, self.prompt_column, self.completion_column, self.messages_column
         )
-        return Reading(columns, self.split, self.subset, self.empty_records == "skip")
+        return Reading(
+            columns, self.split, self.subset, self.empty_records == "skip", self.unpack_limit
+        )
 
     def cutting(self) -> Cutting:
         """How documents become sequences."""

@@ -77,7 +77,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())
         if record["format"] != FORMAT or any(key not in record for key in _KEYS):
             raise ValueError(f"format {record['format']}, and not {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise unreadable(folder, error) from error
     return record
 

@@ -22,7 +22,8 @@ def time_limit(error: QwloraError, seconds: float = SECONDS) -> Iterator[None]:
     """Raise `error` when what is inside has used `seconds` of processor time.
 
     Processor time, since a busy machine or a suspended process is no fault of the text. Python's
-    regular expressions look for signals while they match, so a timer's signal ends them too. Signals reach the main thread of a Unix process only: elsewhere there is no limit.
+    regular expressions look for signals while they match, so a timer's signal ends them too.
+    Signals reach the main thread of a Unix process only: elsewhere there is no limit.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or not hasattr(signal, "setitimer"):

@@ -10,6 +10,7 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn.own_forward import move_hook_, own_forward_problem, state_without_hook
 from qwlora.nn.packed_experts import PackedParameter
 from qwlora.nn.packed_layer import PackedLayer
+from qwlora.nn.packed_matmul import PackedWeightOwner
 from qwlora.nn.packed_modules import PackedLinear
 from qwlora.nn.packed_tensor import Parts
 from qwlora.parameter_names import canonical_name
@@ -69,7 +70,7 @@ def _float_module(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
         else next(
             k
             for k in type(layer).__mro__
-            if issubclass(k, nn.Module) and not issubclass(k, PackedLayer)
+            if issubclass(k, nn.Module) and not issubclass(k, PackedWeightOwner)
         )
     )
     module = kind.__new__(kind)

@@ -13,6 +13,7 @@ LEVELS = (
     {
         "compute_precision",
         "cpu_threads",
+        "durable",
         "errors",
         "gradients",
         "hub",

@@ -88,6 +88,15 @@ Changes = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")
 ]
+TrustMtime = Annotated[
+    bool,
+    typer.Option(
+        "--trust-mtime",
+        help="For models of terabytes: a model file is unchanged if its size and mtime are. By "
+        "default its content is hashed, again whenever its size, mtime, ctime or inode changes. "
+        "Give this option to every run of the job.",
+    ),
+]
 
 _SUMMARY = {
     "quantize": "Step 1: freeze the base's weights to packed integers.",
@@ -95,7 +104,7 @@ _SUMMARY = {
     "train": "Step 2: train the adapters on the frozen base.",
     "calibrate": "Step 3: find the encodings of activations and adapters.",
     "export": "Write files for the runtimes.",
-    "verify": "Run the exported files and compare them with the simulation.",
+    "verify": "Run the exported files and compare them with the simulation; never skipped.",
     "evaluate": "Measure perplexity of the float model, the base, each adapter, each simulation.",
 }
 
@@ -111,9 +120,15 @@ def _options(
 
 
 @app.command("run")
-def run_all(recipe: RecipeFile, out: Out, changes: Changes = None, as_json: AsJson = False) -> None:
+def run_all(
+    recipe: RecipeFile,
+    out: Out,
+    changes: Changes = None,
+    as_json: AsJson = False,
+    trust_mtime: TrustMtime = False,
+) -> None:
     """Run all stages of a recipe; finished ones whose inputs are unchanged are skipped."""
-    _run(recipe, out, changes, as_json, VERBS)
+    _run(recipe, out, changes, as_json, VERBS, trust_mtime)
 
 
 def _add_stage(verb: str) -> None:
@@ -127,11 +142,12 @@ def _add_stage(verb: str) -> None:
         ] = None,
         changes: Changes = None,
         as_json: AsJson = False,
+        trust_mtime: TrustMtime = False,
     ) -> None:
         from qwlora.pipeline.output_path import check_output
 
         check_output(out)  # before its recipe is looked for
-        _run(recipe or out / "recipe.yaml", out, changes, as_json, (verb,))
+        _run(recipe or out / "recipe.yaml", out, changes, as_json, (verb,), trust_mtime)
 
     app.command(verb, help=_SUMMARY[verb])(stage)
 
@@ -187,7 +203,12 @@ def init(
 
 
 def _run(
-    recipe_path: Path, out: Path, changes: list[str] | None, as_json: bool, verbs: Iterable[str]
+    recipe_path: Path,
+    out: Path,
+    changes: list[str] | None,
+    as_json: bool,
+    verbs: Iterable[str],
+    trust_mtime: bool,
 ) -> None:
     from qwlora.pipeline.run_job import run
     from qwlora.recipe import load_recipe
@@ -198,6 +219,7 @@ def _run(
         "--out",
         str(out),
         *(part for change in changes or () for part in ("--set", change)),
+        *(["--trust-mtime"] if trust_mtime else []),
     ]
     results = run(
         recipe,
@@ -206,6 +228,7 @@ def _run(
         track=bars(quiet=as_json),
         say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
         command=lambda verb: shlex.join(["qwlora", verb, *given]),
+        trust_mtime=trust_mtime,
     )
     if not results:  # not the first of several processes
         return

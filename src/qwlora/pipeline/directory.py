@@ -10,6 +10,7 @@
     DIR/.qwlora/               the marker of ownership, the stages' records, checkpoints, the lock
 
 An artifact is made in a scratch folder and renamed into place, so that what is there is whole. A stage's record is written after its artifact.
+Both are flushed to disk before they are renamed. `stages.json` has a line for each record, with a checksum: a damaged line makes its stage run again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwlora.durable import move_into_place, write_text
 from qwlora.errors import DirectoryError, RecipeError
+from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty
 from qwlora.pipeline.ownership import (
     Owner,
@@ -50,6 +53,12 @@ class Record:
     results: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
+    def checksum(self, stage: str) -> str:
+        """SHA-256 over the record and the name of its stage."""
+        as_read = json.loads(json.dumps([stage, asdict(self)]))
+        content = json.dumps(as_read, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
 
 class Directory:
     """One job's directory; use `open`."""
@@ -59,6 +68,8 @@ class Directory:
         self.private = path / ".qwlora"
         self.records: dict[str, Record] = {}
         self.owner = Owner("", "")
+        self.damaged_records = 0  # lines of stages.json that cannot be read
+        self.digests = Digests(self.private / "digests.json")
 
     @classmethod
     @contextlib.contextmanager
@@ -74,6 +85,7 @@ class Directory:
         """
         directory = cls(path)
         directory.check_owner(recipe)
+        directory.check_writable()
         with explained(path):
             lock, made = lock_folder(directory.private, "lock")
         is_new = False
@@ -101,8 +113,6 @@ class Directory:
         with explained(self.path):
             if not check_output(self.path):
                 return
-            if not os.access(self.path, os.W_OK):
-                raise DirectoryError(f"{str(self.path)!r} is not writable; choose another --out")
             owner = read_owner(self.path)
             if owner is None and is_unclaimed(self.path):
                 return
@@ -127,14 +137,43 @@ class Directory:
         """
         check_replaceable(self.path / artifact, self._files_made(artifact))
 
-    def is_current(self, stage: str, key: str) -> bool:
-        """Whether `stage` is finished with these inputs and its files are as it left them."""
-        record = self.records.get(stage)
-        return (
-            record is not None
-            and record.key == key
-            and all(_digest(self.path / file) == digest for file, digest in record.files.items())
-        )
+    @property
+    def is_writable(self) -> bool:
+        """Whether files can be made here; true if the directory is yet to be made."""
+        folders = (self.path, self.private)
+        return all(os.access(folder, os.W_OK) for folder in folders if folder.exists())
+
+    def check_writable(self) -> None:
+        """Refuse a directory in which nothing can be written.
+
+        Raises:
+            DirectoryError: it, or its .qwlora folder, is read-only.
+        """
+        if not self.is_writable:
+            raise DirectoryError(f"{str(self.path)!r} is not writable; choose another --out")
+
+    def problem(self, stage: str, key: str | None) -> str | None:
+        """Why `stage` must run, looking at itself alone; None if it need not.
+
+        It need not if it is recorded with `key` (with any if None) and each file of its artifact
+        is as it was written.
+        """
+        if (record := self.records.get(stage)) is None:
+            return (
+                "has not run, or its record is damaged" if self.damaged_records else "has not run"
+            )
+        if key is not None and record.key != key:
+            return "its inputs changed after it ran"
+        found = []
+        for file, digest in record.files.items():
+            now = self.digests.content(self.path / file)
+            if now is None:
+                is_there = (self.path / file).exists()
+                found.append(f"{file} {'cannot be read' if is_there else 'is missing'}")
+            elif now != digest:
+                found.append(f"{file} has changed")
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        return ", ".join(found[:3]) + more if found else None
 
     @classmethod
     def peek(cls, path: Path, recipe: Recipe) -> Directory:
@@ -177,6 +216,12 @@ class Directory:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def drop(self, *stages: str) -> None:
+        """Forget that `stages` ran; their files stay."""
+        for stage in stages:
+            self.records.pop(stage, None)
+        self._write_records()
+
     def commit(
         self,
         stage: str,
@@ -212,7 +257,7 @@ class Directory:
             if old:
                 shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            scratch.rename(target)
+            move_into_place(scratch, target)
         self.records[stage] = Record(record.key, record.seconds, record.results, files)
         self._write_records()
         if artifact is not None and old - new:
@@ -288,25 +333,33 @@ class Directory:
         return bool(self.records or self.owner.artifacts) or any(file.is_file() for file in work)
 
     def _read_records(self) -> None:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            content = json.loads((self.private / "stages.json").read_text())
-            self.records = {stage: Record(**record) for stage, record in content.items()}
+        try:
+            lines = (self.private / "stages.json").read_bytes().splitlines()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        found = [_parse_record(line) for line in lines if line.strip() not in (b"{", b"}", b"")]
+        self.records = dict(entry for entry in found if entry is not None)
+        self.damaged_records = found.count(None)
 
     def _write_records(self) -> None:
-        write_text(
-            self.private / "stages.json",
-            json.dumps({s: asdict(r) for s, r in self.records.items()}, indent=1),
-        )
+        """Write `records` to stages.json."""
+        lines = [
+            f"{json.dumps(stage)}: {json.dumps(asdict(record) | {'sha256': record.checksum(stage)})}"
+            for stage, record in self.records.items()
+        ]
+        write_text(self.private / "stages.json", "{\n" + ",\n".join(lines) + "\n}\n")
+        self.damaged_records = 0
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.part")
+def _parse_record(line: bytes) -> tuple[str, Record] | None:
+    """A line of stages.json; None if it is not what was written."""
     try:
-        scratch.write_text(text)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+        ((stage, content),) = json.loads(b"{" + line.strip().removesuffix(b",") + b"}").items()
+        checksum = content.pop("sha256")
+        record = Record(**content)
+        return (stage, record) if record.checksum(stage) == checksum else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 def _reads_as(file: Path, recipe: Recipe) -> bool:

@@ -2,12 +2,14 @@
 
 Free of torch, so that a run in which nothing changed ends at once. A stage's key covers its section of the recipe, its text or model, the version of this
 package, and the keys of the stages that it reads; so a change reruns that stage and what follows from it, and nothing else.
+Model files count by their content, see `digests.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from qwlora.compute_precision import auto_compute, training_device
 from qwlora.data import Documents
 from qwlora.formats.model_source import fetch
+from qwlora.pipeline.digests import Digests
 from qwlora.quantize.revision import MOMENTS_REVISION, REVISION, TUNING_REVISION
 from qwlora.recipe import Recipe
 from qwlora.simulation.observer_kind import Estimator
@@ -54,8 +57,14 @@ class Stage:
         return self.name.partition("/")[0]
 
 
-def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
-    """All stages in the order of a full run: an adapter's simulation is made once and used while it is in memory."""
+def make_plan(recipe: Recipe, documents: Documents, digests: Digests | None = None) -> list[Stage]:
+    """All stages in the order of a full run: an adapter's simulation is made once and used while it is in memory.
+
+    Args:
+        digests: of the model's files and of adapters to start from; give a job's own, so that files
+            that did not change are not read again.
+    """
+    digests = digests or Digests()
     plan: dict[str, Stage] = {}
 
     def add(
@@ -78,7 +87,11 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
             work_key,
         )
 
-    model = [version("qwlora"), recipe.model.source, *_stamps(recipe.model.source)]
+    model = [
+        version("qwlora"),
+        recipe.model.source,
+        *_contents(fetch(recipe.model.source).files, digests),
+    ]
     if recipe.model.trust_remote_code:
         model.append("trust_remote_code")
     template = recipe.data.read_template()
@@ -139,7 +152,7 @@ def make_plan(recipe: Recipe, documents: Documents) -> list[Stage]:
         learns: list[Any] = [
             text,
             held_out if adapter.evaluation_steps else None,
-            _start_stamps(None if first else adapter.start),
+            _start_contents(None if first else adapter.start, digests),
         ]
         if adapter.init != "zero":
             learns.append(INIT_REVISION)
@@ -223,24 +236,17 @@ def dependents(plan: list[Stage], name: str) -> list[str]:
     return [stage.name for stage in plan if stage.name in found - {name}]
 
 
-def _stamps(source: str) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file of the model."""
-    return [(p.name, s.st_size, s.st_mtime_ns) for p in fetch(source).files for s in [p.stat()]]
+def _contents(files: Iterable[Path], digests: Digests) -> list[tuple[str, str | None]]:
+    """Name and digest of each file."""
+    return [(file.name, digests.identity(file)) for file in files]
 
 
-def _start_stamps(start: str | None) -> list[tuple[str, int, int]]:
+def _start_contents(start: str | None, digests: Digests) -> list[tuple[str, str | None]]:
     """The same of an adapter to start from; one on the hub is known by its name."""
     folder = Path(start) if start else None
-    return (
-        [
-            (p.name, s.st_size, s.st_mtime_ns)
-            for p in sorted(folder.iterdir())
-            if p.is_file()
-            for s in [p.stat()]
-        ]
-        if folder and folder.is_dir()
-        else []
-    )
+    if folder is None or not folder.is_dir():
+        return []
+    return _contents(sorted(p for p in folder.iterdir() if p.is_file()), digests)
 
 
 def _hash(content: Any) -> str:

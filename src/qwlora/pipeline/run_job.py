@@ -9,15 +9,18 @@ import os
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwlora.compute_precision import SlowComputeWarning
 from qwlora.data import load_documents
 from qwlora.data.prepared_data import describe, summary
+from qwlora.durable import write_text
 from qwlora.errors import CalibrationError, DirectoryError, RecipeError
-from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained, write_text
+from qwlora.pipeline.currency import find_stale, upstream
+from qwlora.pipeline.digests import Digests
+from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained
 from qwlora.pipeline.distributed import done, follow, is_first_process, tell
 from qwlora.pipeline.output_path import check_outside_data
 from qwlora.pipeline.plan import VERBS, Stage, dependents, make_plan, resolve_compute
@@ -36,12 +39,17 @@ def run(
     track: Track = untracked,
     say: Say = lambda line: None,
     command: Callable[[str], str] | None = None,
+    trust_mtime: bool = False,
 ) -> dict[str, Any]:
     """Run the stages of `recipe` whose verb is in `verbs`, over the directory `out`.
+
+    Stages that are current are skipped, see `currency.py`; except that `verify`, unless all verbs
+    are asked for, always runs.
 
     Args:
         say: told, in a line each, what is skipped and what is done.
         command: the command line for a verb of this job, for messages.
+        trust_mtime: see `Digests`.
 
     Returns:
         The content of `results.json`.
@@ -56,7 +64,8 @@ def run(
     documents = load_documents(
         recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
     )
-    plan = make_plan(recipe, documents)
+    digests = Digests(out / ".qwlora" / "digests.json", trust_mtime=trust_mtime, track=track)
+    plan = make_plan(recipe, documents, digests)
     if not is_first_process():
         return follow(new_session(recipe, documents, out, untracked), plan)
     try:
@@ -66,11 +75,13 @@ def run(
             verbs,
             documents,
             plan,
+            digests,
             track,
             say,
             command or (lambda verb: command_line(verb, out)),
         )
     finally:
+        digests.save()
         tell(None)
 
 
@@ -80,34 +91,58 @@ def _run(
     verbs: Collection[str],
     documents: Any,
     plan: list[Stage],
+    digests: Digests,
     track: Track,
     say: Say,
     command: Callable[[str], str],
 ) -> dict[str, Any]:
+    asked = [stage for stage in plan if stage.verb in verbs]
+    always = set() if set(VERBS) <= set(verbs) else {s.name for s in asked if s.verb == "verify"}
     peek = Directory.peek(out, recipe)
-    waiting = [s for s in plan if s.verb in verbs and not peek.is_current(s.name, s.key)]
-    behind = {name for stage in waiting for name in dependents(plan, stage.name)}
-    waiting = [s for s in plan if s.verb in verbs and (s in waiting or s.name in behind)]
-    _check_needs(plan, waiting, verbs, peek, command)
+    peek.digests = digests
+    stale = find_stale(plan, peek)
+    waiting = [stage for stage in asked if stage.name in stale or stage.name in always]
+    _check_needs(plan, waiting, verbs, peek, stale, command)
+    if not waiting and not peek.is_writable:
+        for stage in asked:
+            say(_skipped(stage))
+        return _results(peek, recipe, plan, stale)
+    if peek.damaged_records:
+        say(f"{peek.private / 'stages.json'} is damaged: stages whose record is lost run again")
     for stage in waiting:
         if stage.artifact is not None:
             peek.check_replaceable(stage.artifact)
     session: Any = None
     if waiting:
+        peek.check_writable()
         session = _start_session(recipe, documents, out, track, say, {s.verb for s in waiting})
         say(summary(describe(documents, session.data)))
     with Directory.open(out, recipe) as directory:
+        directory.digests = digests
+        stale = find_stale(plan, directory)
         directory.forget(keep={s.name for s in plan})
-        for stage in (s for s in plan if s.verb in verbs):
-            if directory.is_current(stage.name, stage.key):
-                say(f"{stage.name}: skipped, nothing that it depends on has changed")
+        for stage in asked:
+            if stage.name not in stale and stage.name not in always:
+                say(_skipped(stage))
                 continue
+            reason = stale.get(stage.name, "has not run")
+            say(f"{stage.name} ...{'' if reason.startswith('has not run') else f' ({reason})'}")
+            follows = dependents(plan, stage.name)
+            if stage.name not in stale:  # a proof that fails now leaves none from before
+                directory.drop(stage.name, *follows)
+                stale[stage.name] = "is running"
+                _write_results(directory, recipe, plan, stale)
             session = session or new_session(recipe, documents, out, track)
-            say(f"{stage.name} ...")
-            seconds = _do(directory, session, stage, dependents(plan, stage.name))
+            seconds = _do(directory, session, stage, follows)
+            stale |= dict.fromkeys(follows, f"reads {stage.name}, which ran again")
+            del stale[stage.name]
             say(f"{stage.name}: done in {seconds:.1f} s")
-            _write_results(directory, recipe, plan)
-        return _write_results(directory, recipe, plan)
+            _write_results(directory, recipe, plan, stale)
+        return _write_results(directory, recipe, plan, stale)
+
+
+def _skipped(stage: Stage) -> str:
+    return f"{stage.name}: skipped, nothing that it depends on has changed"
 
 
 def _do(directory: Directory, session: Any, stage: Stage, follows: Collection[str]) -> float:
@@ -160,7 +195,8 @@ def open_job(
         changes: to the directory's recipe, for this session alone; see `load_recipe`.
 
     Raises:
-        DirectoryError: the folder is no job's directory, or has no such trained adapter.
+        DirectoryError: the folder is no job's directory, has no such trained adapter, or the files
+            of the adapter or of the base are not those that the job made.
         RecipeError: a change is of what base and adapters were made from, which are there already.
         FingerprintError: the adapter was trained on another base than the one that is there.
     """
@@ -182,6 +218,18 @@ def open_job(
     documents = load_documents(
         recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
     )
+    directory = Directory.read(folder)
+    plan = make_plan(recipe, documents, directory.digests)
+    stale = find_stale(upstream(plan, f"train/{name}"), directory, whatever_inputs=True)
+    directory.digests.save()
+    if stale:
+        raise _lacking(
+            f"adapter {name!r}",
+            [s for s in plan if s.name in stale],
+            stale,
+            folder,
+            lambda verb: command_line(verb, folder),
+        )
     session = new_session(recipe, documents, folder, track)
     from qwlora.adapter.adapter_folder import check_adapter
 
@@ -202,22 +250,17 @@ def is_calibrated(session: Any, name: str) -> bool:
     """
     if not (session.path / "simulation" / name).is_dir():
         return False
-    key = next(
-        (
-            stage.key
-            for stage in make_plan(session.recipe, session.documents)
-            if stage.name == f"calibrate/{name}"
-        ),
-        None,
-    )
-    if key is None:
+    directory, stage = Directory.read(session.path), f"calibrate/{name}"
+    plan = make_plan(session.recipe, session.documents, directory.digests)
+    if stage not in {s.name for s in plan}:
         known = ", ".join(adapter.name for adapter in session.recipe.adapters)
         raise CalibrationError(
             f"adapter {name!r} in {str(session.path)!r} is left from another recipe; this one's are {known}"
         )
-    if not Directory.read(session.path).is_current(f"calibrate/{name}", key):
+    if reason := find_stale(upstream(plan, stage), directory).get(stage):
         raise CalibrationError(
-            f"the calibration of adapter {name!r} in {str(session.path)!r} is of another recipe, adapter or base than those that are there now; "
+            f"the calibration of adapter {name!r} in {str(session.path)!r} is of another recipe, "
+            f"adapter or base than those that are there now ({reason}); "
             f"calibrate again: {command_line('calibrate', session.path)}"
         )
     return True
@@ -277,40 +320,62 @@ def _check_needs(
     waiting: list[Stage],
     verbs: Collection[str],
     directory: Directory,
+    stale: Mapping[str, str],
     command: Callable[[str], str],
 ) -> None:
     """Refuse stages whose needs are neither current nor asked for, naming every verb that has to run before."""
-    needs, lacking = {s.name: s.needs for s in plan}, set[str]()
+    by_name, lacking = {s.name: s for s in plan}, set[str]()
 
-    def look(name: str) -> None:
-        for need in (
-            s
-            for s in plan
-            if s.name in needs[name] and s.verb not in verbs and s.name not in lacking
-        ):
-            if not directory.is_current(need.name, need.key):
+    def look(stage: Stage) -> None:
+        for need in (by_name[name] for name in stage.needs):
+            if need.name in stale and need.verb not in verbs and need.name not in lacking:
                 lacking.add(need.name)
-                look(need.name)
+                look(need)
 
     for stage in waiting:
-        look(stage.name)
-        if lacking:
-            first = dict.fromkeys(s.verb for s in plan if s.name in lacking)
-            raise DirectoryError(
-                f"{stage.verb} needs {', '.join(s.name for s in plan if s.name in lacking)}, missing or out of date in {str(directory.path)!r}. "
-                f"Run first: {' && '.join(command(verb) for verb in VERBS if verb in first)}"
-            )
+        look(stage)
+    if lacking:
+        asking = dict.fromkeys(s.verb for s in waiting)
+        needed = [s for s in plan if s.name in lacking]
+        raise _lacking(" and ".join(asking), needed, stale, directory.path, command)
 
 
-def _write_results(directory: Directory, recipe: Recipe, plan: list[Stage]) -> dict[str, Any]:
+def _lacking(
+    what: str,
+    needed: Sequence[Stage],
+    stale: Mapping[str, str],
+    folder: Path,
+    command: Callable[[str], str],
+) -> DirectoryError:
+    first = {stage.verb for stage in needed}
+    return DirectoryError(
+        f"{what} needs {', '.join(s.name for s in needed)}, missing or out of date in "
+        f"{str(folder)!r}:\n"
+        + "".join(f"  {stage.name}: {stale[stage.name]}\n" for stage in needed)
+        + f"Run first: {' && '.join(command(verb) for verb in VERBS if verb in first)}"
+    )
+
+
+def _results(
+    directory: Directory, recipe: Recipe, plan: list[Stage], stale: Collection[str]
+) -> dict[str, Any]:
+    """What the current stages measured: the content of results.json."""
     results: dict[str, Any] = {"format": RESULTS_FORMAT, "recipe": recipe.name, "stages": {}}
     if recipe.model.trust_remote_code:
         results["trust_remote_code"] = True
     for stage in plan:
-        if (record := directory.records.get(stage.name)) and record.key == stage.key:
+        if stage.name not in stale:
+            record = directory.records[stage.name]
             _merge(results, record.results)
             entry = results["stages"].setdefault(stage.verb, {"seconds": 0.0})
             entry["seconds"] += record.seconds
+    return results
+
+
+def _write_results(
+    directory: Directory, recipe: Recipe, plan: list[Stage], stale: Collection[str]
+) -> dict[str, Any]:
+    results = _results(directory, recipe, plan, stale)
     with explained(directory.path):
         write_text(directory.path / "results.json", json.dumps(results, indent=1) + "\n")
     return results

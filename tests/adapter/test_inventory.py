@@ -19,6 +19,7 @@ from conftest import tiny_model
 from qwlora import save_adapter
 from qwlora.adapter.adapter_check import AdapterFacts, base_beside, facts, find_adapters, problems
 from qwlora.errors import SourceError
+from qwlora.pipeline.directory import Directory, Record
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -199,10 +200,9 @@ def test_commands(job: Path) -> None:
 
 
 def test_an_adapter_that_was_trained_and_is_gone_is_missing(job: Path) -> None:
-    record = {"key": "", "seconds": 1.0}
-    (job / ".qwlora" / "stages.json").write_text(
-        json.dumps({"quantize": record, "train/a": record, "train/c": record})
-    )
+    directory = Directory(job)
+    directory.records = dict.fromkeys(("quantize", "train/a", "train/c"), Record("", 1.0))
+    directory.drop()  # writes them
     checked = command("check", str(job))
     assert checked.returncode == 1
     message = (

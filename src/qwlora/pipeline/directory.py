@@ -165,6 +165,9 @@ class Directory:
         if key is not None and record.key != key:
             return "its inputs changed after it ran"
         found = []
+        folder = os.path.commonpath(record.files) if len(record.files) > 1 else ""
+        if folder and not (self.path / folder).exists():
+            return f"{folder}/ is missing"
         for file, digest in record.files.items():
             now = self.digests.content(self.path / file)
             if now is None:

@@ -1,0 +1,59 @@
+"""A job whose stages are fakes: they write a few bytes, so that tests of skipping take no time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qwlora.pipeline import run_job
+from qwlora.pipeline.plan import VERBS
+from qwlora.pipeline.stages import STAGES
+from qwlora.recipe import load_recipe
+
+
+@dataclass
+class FakeJob:
+    """Runs `recipe` over `out`.
+
+    Args:
+        ran: names of the stages that ran, in their order, since it was last cleared.
+        on_stage: called by each stage that runs, with its name.
+    """
+
+    recipe: Path
+    out: Path
+    ran: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    on_stage: Callable[[str], None] = lambda name: None
+
+    def run(self, *verbs: str, changes: tuple[str, ...] = (), **options: Any) -> dict[str, Any]:
+        self.ran.clear()
+        self.said.clear()
+        recipe = load_recipe(self.recipe, changes)
+        return run_job.run(recipe, self.out, verbs or VERBS, say=self.said.append, **options)
+
+    def stage(self, session: Any, stage: Any, scratch: Path, work: Path) -> dict[str, Any]:
+        self.ran.append(stage.name)
+        self.on_stage(stage.name)
+        if stage.artifact:
+            (scratch / "part").mkdir()
+            (scratch / "weights.bin").write_bytes(stage.name.encode() * 10)
+            (scratch / "part" / "settings.json").write_text('{"a": 1}')
+        return {stage.name: {"measured": 1}}
+
+
+@pytest.fixture
+def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeJob:
+    fake = FakeJob(recipe_for(), tmp_path / "out")
+    for verb in STAGES:
+        monkeypatch.setitem(STAGES, verb, fake.stage)
+    session = SimpleNamespace(data=None)
+    monkeypatch.setattr(run_job, "_start_session", lambda *arguments: session)
+    monkeypatch.setattr(run_job, "describe", lambda *arguments: {})
+    monkeypatch.setattr(run_job, "summary", lambda description: "data")
+    return fake

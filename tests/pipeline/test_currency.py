@@ -1,0 +1,237 @@
+"""A stage is current only if everything that it read is there and unchanged, all the way up."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.conftest import FakeJob
+from qwlora.errors import DirectoryError, VerificationError
+from qwlora.pipeline.placement_of_job import explain_job
+from qwlora.pipeline.run_job import open_job
+
+ALL = [
+    "evaluate/float",
+    "quantize",
+    "evaluate/base",
+    "train/first",
+    "evaluate/adapted/first",
+    "calibrate/first",
+    "evaluate/simulated/first",
+    "export/onnx/first",
+    "verify/onnx/first",
+]
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None], str, list[str]]] = {
+    "export deleted": (
+        "export",
+        shutil.rmtree,
+        "export/onnx/first/ is missing",
+        ["export/onnx/first"],
+    ),
+    "file of the export emptied": (
+        "export/onnx/first/part/settings.json",
+        lambda file: file.write_text("") and None,
+        "export/onnx/first/part/settings.json has changed",
+        ["export/onnx/first"],
+    ),
+    "bit flipped in the export": (
+        "export/onnx/first/weights.bin",
+        flip_bit,
+        "export/onnx/first/weights.bin has changed",
+        ["export/onnx/first"],
+    ),
+    "bit flipped in the simulation": (
+        "simulation/first/weights.bin",
+        flip_bit,
+        "simulation/first/weights.bin has changed",
+        ["calibrate/first", "export/onnx/first"],
+    ),
+    "adapters deleted": (
+        "adapters",
+        shutil.rmtree,
+        "adapters/first/ is missing",
+        ["train/first", "calibrate/first", "export/onnx/first"],
+    ),
+    "base deleted": (
+        "base",
+        shutil.rmtree,
+        "base/ is missing",
+        ["quantize", "train/first", "calibrate/first", "export/onnx/first"],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_names_what_is_missing_or_changed_all_the_way_up(job: FakeJob, damage: str) -> None:
+    path, harm, found, needed = DAMAGES[damage]
+    job.run()
+    harm(job.out / path)
+    before = (job.out / "results.json").read_bytes()
+    with pytest.raises(DirectoryError) as caught:
+        job.run("verify")
+    message = str(caught.value)
+    assert message.startswith(f"verify needs {', '.join(needed)}, missing or out of date")
+    assert f"  {needed[0]}: {found}" in message
+    verbs = [name.partition("/")[0] for name in needed]
+    assert message.endswith(" && ".join(f"qwlora {verb} --out {job.out}" for verb in verbs))
+    assert not job.ran
+    assert (job.out / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_repairs_damage_and_all_that_depends_on_it(job: FakeJob, damage: str) -> None:
+    path, harm, found, needed = DAMAGES[damage]
+    job.run()
+    harm(job.out / path)
+    job.run()
+    assert job.ran == ALL[ALL.index(needed[0]) :]
+    assert f"{needed[0]} ... ({found}" in " ".join(job.said)
+    job.run()
+    assert not job.ran
+
+
+def test_evaluate_without_base_and_adapters_is_refused(job: FakeJob) -> None:
+    job.run()
+    shutil.rmtree(job.out / "base")
+    shutil.rmtree(job.out / "adapters")
+    with pytest.raises(
+        DirectoryError,
+        match=r"evaluate needs quantize, train/first, calibrate/first, missing[^$]*"
+        r"quantize: base/ is missing\n"
+        r"  train/first: adapters/first/ is missing\n  "
+        r"calibrate/first: reads train/first\n",
+    ):
+        job.run("evaluate")
+
+
+def test_verify_always_runs_when_asked_for_and_a_full_run_skips_it(job: FakeJob) -> None:
+    job.run()
+    job.run()
+    assert not job.ran
+    job.run("verify")
+    assert job.ran == ["verify/onnx/first"]
+    job.run("evaluate")
+    assert not job.ran
+
+
+def test_a_proof_that_fails_leaves_no_earlier_proof(job: FakeJob) -> None:
+    assert "verify/onnx/first" in job.run()
+
+    def fail(stage: str) -> None:
+        raise VerificationError("too far")
+
+    job.on_stage = fail
+    with pytest.raises(VerificationError):
+        job.run("verify")
+    results = json.loads((job.out / "results.json").read_text())
+    assert "verify/onnx/first" not in results
+    assert "export/onnx/first" in results
+    job.on_stage = lambda name: None
+    job.run()
+    assert job.ran == ["verify/onnx/first"]
+
+
+def test_results_hold_only_what_is_current(job: FakeJob) -> None:
+    job.run()
+    flip_bit(job.out / "simulation" / "first" / "weights.bin")
+    results = job.run("quantize")
+    assert set(results) == {"format", "recipe", "stages", *ALL[:5]}
+
+
+@pytest.mark.parametrize("path", ["base/weights.bin", "adapters/first/weights.bin"])
+def test_verbs_that_read_a_job_refuse_files_that_it_did_not_make(job: FakeJob, path: str) -> None:
+    job.run()
+    flip_bit(job.out / path)
+    for verb in (explain_job, open_job):
+        with pytest.raises(DirectoryError, match=re.escape(f"{path} has changed")):
+            verb(job.out)
+
+
+LINES = {  # what is done to the lines of stages.json, and which stages run again
+    "emptied": (lambda lines: [], ALL),
+    "no text": (lambda lines: [b"\xff\x00" * 500], ALL),
+    "another kind of JSON": (lambda lines: [b"[1, 2]"], ALL),
+    "deep nesting": (lambda lines: [b"[" * 100_000], ALL),
+    "cut off": (lambda lines: lines[:7], ALL[6:]),
+    "a digit of a measurement": (
+        lambda lines: (
+            [line.replace(b'"measured": 1', b'"measured": 7') for line in lines[:5]] + lines[5:]
+        ),
+        ALL,
+    ),
+    "one line": (lambda lines: [*lines[:-2], b"x" * 50, *lines[-1:]], ALL[-1:]),
+}
+
+
+@pytest.mark.parametrize("what", LINES)
+def test_a_damaged_record_makes_its_stage_run_again(job: FakeJob, what: str) -> None:
+    change, again = LINES[what]
+    job.run()
+    file = job.out / ".qwlora" / "stages.json"
+    file.write_bytes(b"\n".join(change(file.read_bytes().splitlines())))
+    results = job.run()
+    assert job.ran == again
+    assert results["evaluate/base"] == {"measured": 1}
+    assert json.loads(file.read_text()).keys() == set(ALL)
+    job.run()
+    assert not job.ran
+
+
+@pytest.fixture
+def read_only(job: FakeJob, mounted: Callable[[str], Path]) -> Any:
+    """Runs the job on a disk, which is read-only from then on."""
+    disk = mounted("size=10m")
+    job.out = disk / "out"
+    job.run()
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    return job
+
+
+def test_a_current_job_in_a_read_only_folder_can_be_read(read_only: FakeJob) -> None:
+    results = json.loads((read_only.out / "results.json").read_text())
+    for verbs in ((), ("evaluate",), ("quantize",)):
+        assert read_only.run(*verbs) == results
+        assert not read_only.ran
+    for verbs in (("verify",), ("evaluate", "verify")):
+        with pytest.raises(DirectoryError, match="is not writable"):
+            read_only.run(*verbs)
+    with pytest.raises(DirectoryError, match="is not writable"):
+        read_only.run(changes=("seed=7",))
+    assert not read_only.ran
+
+
+def test_a_run_that_skips_everything_reads_nothing_and_imports_no_torch(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwlora.pipeline.digests.SETTLED_NS", -(10**18))
+    job.run()
+    job.run()
+    code = (
+        "import sys\n"
+        "from qwlora.pipeline import digests\n"
+        "def refuse(self, file, path, size): raise AssertionError(path)\n"
+        "digests.Digests._hash = refuse\n"
+        "from qwlora.cli.main import main\n"
+        "try: main()\n"
+        "finally: assert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, "run", str(job.recipe), "--out", str(job.out), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout).keys() >= set(ALL)

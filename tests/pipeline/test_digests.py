@@ -1,0 +1,186 @@
+"""What is found to have changed, and what is not read again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.conftest import FakeJob
+from qwlora.data import load_documents
+from qwlora.pipeline import digests as module
+from qwlora.pipeline.digests import Digests
+from qwlora.pipeline.plan import make_plan
+from qwlora.recipe import load_recipe
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as old enough to be cached as soon as they are written."""
+    monkeypatch.setattr(module, "SETTLED_NS", -(10**18))
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were read."""
+    found: list[str] = []
+    own = Digests._hash
+
+    def count(self: Digests, file: Any, path: str, size: int) -> str:
+        found.append(Path(path).name)
+        return own(self, file, path, size)
+
+    monkeypatch.setattr(Digests, "_hash", count)
+    return found
+
+
+def rewrite(file: Path, content: bytes) -> None:
+    """In place, with the size and the mtime that it had."""
+    before = file.stat()
+    assert len(content) == before.st_size
+    with file.open("r+b") as opened:
+        opened.write(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[str]) -> None:
+    file, cache = tmp_path / "a", tmp_path / "cache.json"
+    file.write_bytes(b"old")
+    digests = Digests(cache)
+    assert (
+        digests.content(file) == digests.content(file) == digests.identity(file) == sha256(b"old")
+    )
+    digests.save()
+    assert Digests(cache).content(file) == sha256(b"old")
+    assert reads == ["a"]
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("how", ["in place", "another file"])
+def test_new_content_with_old_size_and_mtime_is_found(tmp_path: Path, how: str) -> None:
+    file, other, cache = tmp_path / "a", tmp_path / "b", tmp_path / "cache.json"
+    file.write_bytes(b"old")
+    (digests := Digests(cache)).content(file)
+    digests.save()
+    if how == "in place":
+        rewrite(file, b"new")
+    else:
+        other.write_bytes(b"new")
+        os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+        other.replace(file)
+    assert Digests(cache).content(file) == sha256(b"new")
+
+
+def test_a_file_written_just_now_is_not_cached(tmp_path: Path, reads: list[str]) -> None:
+    """A second write could fall into the same tick of the clock, and leave the same stamps."""
+    file = tmp_path / "a"
+    file.write_bytes(b"old")
+    digests = Digests()
+    digests.content(file)
+    digests.content(file)
+    assert reads == ["a", "a"]
+
+
+@pytest.mark.usefixtures("settled")
+def test_trusted_mtime_reads_nothing_but_artifacts(tmp_path: Path, reads: list[str]) -> None:
+    file, cache = tmp_path / "a", tmp_path / "cache.json"
+    file.write_bytes(b"old")
+    digests = Digests(cache, trust_mtime=True)
+    identity = digests.identity(file)
+    rewrite(file, b"new")
+    assert digests.identity(file) == identity
+    assert not reads
+    os.utime(file, ns=(1, 1))
+    assert (stamped := digests.identity(file)) != identity
+    digests.save()
+    assert Digests(cache).identity(file) == stamped  # a run without the option does not start over
+    assert Digests(cache).content(file) == sha256(b"new")
+    rewrite(file, b"yet")
+    assert Digests(cache).identity(file) == sha256(b"yet")
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"files": 1, "sha256": 2}', b"\xff", None])
+def test_a_damaged_cache_is_ignored(tmp_path: Path, damage: bytes | None) -> None:
+    file, cache = tmp_path / "a", tmp_path / "cache.json"
+    file.write_bytes(b"old")
+    (digests := Digests(cache)).content(file)
+    digests.save()
+    edited = cache.read_bytes().replace(sha256(b"old").encode(), sha256(b"lie").encode())
+    cache.write_bytes(edited if damage is None else damage)
+    assert Digests(cache).content(file) == sha256(b"old")
+
+
+def test_a_file_that_cannot_be_read_has_no_digest(tmp_path: Path) -> None:
+    assert Digests().content(tmp_path / "none") is None
+    assert Digests().identity(tmp_path) is None
+
+
+def test_a_cache_is_not_written_where_there_is_no_job(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"old")
+    digests = Digests(tmp_path / "none" / "cache.json", trust_mtime=True)
+    digests.identity(file)
+    digests.save()
+    assert not (tmp_path / "none").exists()
+
+
+def keys(path: Path, cache: Path, *changes: str) -> dict[str, str]:
+    recipe, digests = load_recipe(path, changes), Digests(cache)
+    documents = load_documents(
+        recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
+    )
+    plan = make_plan(recipe, documents, digests)
+    digests.save()
+    return {stage.name: stage.key for stage in plan}
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_model_retrained_in_place_is_another_model(
+    recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
+    model, cache = tmp_path / "model", tmp_path / "cache.json"
+    shutil.copytree(checkpoints["llama"], model)
+    recipe = recipe_for(model={"source": str(model)})
+    before = keys(recipe, cache)
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert keys(recipe, cache) == before
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    rewrite(model / "model.safetensors", bytes(content))
+    after = keys(recipe, cache)
+    assert all(after[name] != key for name, key in before.items())
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_adapter_to_start_from_counts_by_its_content(recipe_for: Any, tmp_path: Path) -> None:
+    start, cache = tmp_path / "start", tmp_path / "cache.json"
+    start.mkdir()
+    (start / "adapter_model.safetensors").write_bytes(b"old")
+    (start / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    adapter = {"name": "first", "start": str(start), "steps": 2, "warmup_steps": 0}
+    recipe = recipe_for(adapters=[adapter])
+    before = keys(recipe, cache)
+    rewrite(start / "adapter_model.safetensors", b"new")
+    after = keys(recipe, cache)
+    changed = {name for name in before if after[name] != before[name]}
+    assert "train/first" in changed
+    assert "quantize" not in changed
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_run_with_trusted_mtime_and_one_without_are_the_same_job(job: FakeJob) -> None:
+    job.run(trust_mtime=True)
+    job.run(trust_mtime=True)
+    assert not job.ran
+    job.run()
+    assert not job.ran

@@ -1,0 +1,61 @@
+"""What is renamed was flushed to disk before."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qwlora.durable import move_into_place, write_text
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were flushed, and "rename" where something was renamed."""
+    found: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def flush(descriptor: int) -> None:
+        found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def rename(self: Path, target: Path) -> Path:
+        found.append("rename")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "replace", rename)
+    return found
+
+
+def test_a_folder_is_flushed_with_all_its_files(tmp_path: Path, calls: list[str]) -> None:
+    (tmp_path / "scratch" / "below").mkdir(parents=True)
+    for name in ("one", "below/two"):
+        (tmp_path / "scratch" / name).write_text(name)
+    move_into_place(tmp_path / "scratch", tmp_path / "target")
+    assert set(calls[:-2]) == {"one", "two", "scratch", "below"}
+    assert calls[-2:] == ["rename", tmp_path.name]
+    assert (tmp_path / "target" / "below" / "two").read_text() == "below/two"
+
+
+def test_text_is_flushed_and_replaces_the_old(tmp_path: Path, calls: list[str]) -> None:
+    (tmp_path / "a").write_text("old")
+    write_text(tmp_path / "a", "new")
+    assert calls == [".a.part", "rename", tmp_path.name]
+    assert (tmp_path / "a").read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_text_that_cannot_be_flushed_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]

@@ -235,3 +235,14 @@ def test_a_run_that_skips_everything_reads_nothing_and_imports_no_torch(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout).keys() >= set(ALL)
+
+
+def test_records_of_a_version_without_checksums_are_read(job: FakeJob) -> None:
+    job.run()
+    file = job.out / ".qwlora" / "stages.json"
+    records = json.loads(file.read_text())
+    for record in records.values():
+        del record["sha256"]
+    file.write_text(json.dumps(records, indent=1))
+    job.run()
+    assert not job.ran

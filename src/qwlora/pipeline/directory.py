@@ -337,10 +337,14 @@ class Directory:
 
     def _read_records(self) -> None:
         try:
-            lines = (self.private / "stages.json").read_bytes().splitlines()
+            content = (self.private / "stages.json").read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return
-        found = [_parse_record(line) for line in lines if line.strip() not in (b"{", b"}", b"")]
+        if (old := _parse_without_checksums(content)) is not None:
+            self.records = old
+            return
+        lines = [line.strip() for line in content.splitlines()]
+        found = [_parse_record(line) for line in lines if line not in (b"{", b"}", b"")]
         self.records = dict(entry for entry in found if entry is not None)
         self.damaged_records = found.count(None)
 
@@ -357,11 +361,19 @@ class Directory:
 def _parse_record(line: bytes) -> tuple[str, Record] | None:
     """A line of stages.json; None if it is not what was written."""
     try:
-        ((stage, content),) = json.loads(b"{" + line.strip().removesuffix(b",") + b"}").items()
+        ((stage, content),) = json.loads(b"{" + line.removesuffix(b",") + b"}").items()
         checksum = content.pop("sha256")
         record = Record(**content)
         return (stage, record) if record.checksum(stage) == checksum else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _parse_without_checksums(content: bytes) -> dict[str, Record] | None:
+    """The records of a version that wrote no checksums: which files are the job's; None if not."""
+    try:
+        return {stage: Record(**record) for stage, record in json.loads(content).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 

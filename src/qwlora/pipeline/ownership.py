@@ -24,7 +24,7 @@ from qwlora.errors import DirectoryError
 from qwlora.recipe.yaml_core import load_yaml
 
 OWNER_FORMAT = 1
-_BEFORE_MARKER = {"lock", ".owner.json.part"}
+_BEFORE_MARKER = {"lock", ".owner.json.part", "digests.json", ".digests.json.part"}
 
 
 @dataclass

@@ -221,7 +221,6 @@ def open_job(
     directory = Directory.read(folder)
     plan = make_plan(recipe, documents, directory.digests)
     stale = find_stale(upstream(plan, f"train/{name}"), directory, whatever_inputs=True)
-    directory.digests.save()
     if stale:
         raise _lacking(
             f"adapter {name!r}",

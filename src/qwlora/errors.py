@@ -4,7 +4,7 @@
      ├── RecipeError        (ValueError)    the recipe asks for something that cannot be done
      ├── SourceError        (ValueError)    a model or text source is missing or unusable
      ├── GridError          (ValueError)    a scheme, an encoding or codes that do not fit a tensor
-     ├── FingerprintError   (ValueError)    an adapter or artifact belongs to another base
+     ├── FingerprintError   (ValueError)    an artifact belongs to another base, or was changed
      ├── DirectoryError     (OSError)       the output directory cannot be used
      ├── MergeError         (RuntimeError)  merging an adapter into packed integers
      ├── TrainingError      (RuntimeError)  training something other than the adapter, or a diverged loss
@@ -14,6 +14,7 @@
      ├── EncodingsFileError (ValueError)    an encodings file is not what its version asks for
      ├── ConversionError    (ValueError)    another version of an encodings file cannot hold what this one says
      ├── VerificationError  (RuntimeError)  an exported file does not compute what was simulated
+ ├── NonFiniteError     (ArithmeticError)  a result is NaN or infinite
      └── MissingExtraError  (ImportError)   an optional package is not installed
 
 Each class is also the builtin that it refines, so callers may catch either. A message says what was found, where, and what to do.
@@ -58,7 +59,7 @@ class GridError(QwloraError, ValueError):
 
 
 class FingerprintError(QwloraError, ValueError):
-    """Two things that must share one base carry different fingerprints."""
+    """Artifacts that must share a base do not, or a file differs from the digest saved with it."""
 
 
 class DirectoryError(QwloraError, OSError):
@@ -120,6 +121,10 @@ def _listed(items: Sequence[str], most: int = 50) -> list[str]:
 
 class VerificationError(QwloraError, RuntimeError):
     """A runtime's numbers are further from the simulation than the recipe allows."""
+
+
+class NonFiniteError(QwloraError, ArithmeticError):
+    """A perplexity or another result is NaN or infinite."""
 
 
 class MissingExtraError(QwloraError, ImportError):

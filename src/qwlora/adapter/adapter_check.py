@@ -13,7 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qwlora.adapter.adapter_folder import FILE, WEIGHTS, base_of, read_config
+from qwlora import manifest
+from qwlora.adapter.adapter_folder import CONFIG, FILE, WEIGHTS, base_of, check_files, read_config
 from qwlora.errors import QwloraError, SourceError
 
 
@@ -61,7 +62,10 @@ def facts(adapter: Path, below: Path) -> AdapterFacts:
 
     Raises:
         SourceError: its configuration or its weights cannot be read.
+        FingerprintError: its configuration changed after it was saved.
     """
+    if is_verifiable(adapter):
+        check_files(adapter, only=[CONFIG])
     config = read_config(adapter)
     shapes = {name: shape for name, shape, _ in _weights(adapter, read=False)}
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
@@ -95,17 +99,30 @@ def says_base(adapter: Path) -> bool:
     return (adapter / FILE).exists()
 
 
+def is_verifiable(adapter: Path) -> bool:
+    """Whether `adapter` has digests of its files; PEFT and earlier versions write none."""
+    return manifest.has_digests(adapter, FILE)
+
+
+def changed_files(adapter: Path) -> list[str]:
+    """Files of `adapter` that changed after it was saved; none if it has no digests."""
+    return manifest.changed_files(adapter, FILE)
+
+
 def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> list[str]:
     """What is wrong with `adapter`, in words; nothing if it is whole and belongs to `base` (which is not looked at if it is None).
 
     Args:
         unknown_base: whether it is wrong not to say which base it was trained on (`refuse`) or not (`accept`).
     """
+    found = [
+        f"{file} changed after saving: copy it again, or train it again"
+        for file in changed_files(adapter)
+    ]
     try:
-        config = read_config(adapter)
-        found = list(_weight_problems(adapter, config))
+        found += _weight_problems(adapter, read_config(adapter))
     except QwloraError as error:
-        return [str(error)]
+        return [*found, str(error)]
     if unknown_base == "accept" and not says_base(adapter):
         return found
     try:

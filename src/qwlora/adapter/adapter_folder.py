@@ -1,4 +1,5 @@
-"""An adapter on disk: a plain PEFT directory, plus `qwlora.json` that says which base it was trained on.
+"""An adapter on disk: a plain PEFT directory, plus `qwlora.json`: which base it was trained on,
+and the SHA-256 of its weights and configuration (`manifest.py`).
 
 PEFT alone loads it (`PeftModel.from_pretrained`) and ignores the extra file; `load_adapter` reads it first and refuses another base. An adapter that PEFT saved
 has no such file: it is loaded only where the caller says so.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qwlora import manifest, strict_json
 from qwlora.adapter.module_patterns import check_pattern_times
 from qwlora.errors import (
     FingerprintError,
@@ -35,6 +37,7 @@ from qwlora.nn.unwrap import unwrapped
 FORMAT = 1
 FILE = "qwlora.json"
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_fingerprint: str | None = None) -> None:
@@ -63,10 +66,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_fingerprint: str | N
         old.unlink()  # never an old statement next to new weights
     write_adapter(model, folder)
     record = {"format": FORMAT, "base_fingerprint": identity}
-    for config in folder.rglob(
-        "adapter_config.json"
-    ):  # PEFT gives each named adapter a folder of its own
-        (config.parent / FILE).write_text(json.dumps(record, indent=1) + "\n")
+    for config in folder.rglob(CONFIG):  # PEFT gives each named adapter a folder of its own
+        manifest.write(config.parent, FILE, record, (CONFIG, WEIGHTS))
 
 
 def _unmoved_fingerprint(model: nn.Module) -> str:
@@ -85,7 +86,21 @@ def _unmoved_fingerprint(model: nn.Module) -> str:
 def write_adapter(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """PEFT's own `save_pretrained`, or the same files of a model that adapters were injected into.
     Embeddings below an adapter are frozen and belong to the base, so they are not saved with it
-    (and no hub is asked)."""
+    (and no hub is asked). PEFT writes sets (target_modules) in arbitrary order; they are sorted,
+    so that equal adapters are equal bytes."""
+    _write_as_peft_does(model, folder, state)
+    for name, config in cast(Any, model).peft_config.items():
+        path = (folder if name == "default" else folder / name) / CONFIG
+        sets = {key for key, value in vars(config).items() if isinstance(value, set)}
+        if sets and path.is_file():
+            content = json.loads(path.read_text())
+            content |= {key: sorted(content[key]) for key in sets & content.keys()}
+            path.write_text(strict_json.dumps(content, indent=2))
+
+
+def _write_as_peft_does(
+    model: nn.Module, folder: Path, state: dict[str, Tensor] | None
+) -> None:
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
         return
@@ -118,7 +133,10 @@ def load_adapter(
 
     Raises:
         SourceError: the folder holds no adapter, or none that says which base it belongs to; or its files are damaged, or do not fit the model.
-        FingerprintError: it was trained on another base.
+        FingerprintError: it was trained on another base, or a file changed after it was saved.
+
+    Warns:
+        UnverifiedWarning: its files have no digests: PEFT or an earlier version saved it.
     """
     folder = Path(folder)
     digests = tensor_digests(model)
@@ -173,15 +191,23 @@ def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refu
             f"adapter {str(folder)!r} has no {WEIGHTS}; copy it again from where it came, or train "
             "it again. A pickle (adapter_model.bin) is not read, since reading it runs code"
         )
+    found = None
+    if unknown_base == "refuse" or (folder / FILE).exists():
+        found = base_of(folder)
+    check_files(folder)
     read_config(folder)
-    if unknown_base == "accept" and not (folder / FILE).exists():
+    if found is None:
         return
-    found = base_of(folder)
     if found != base_fingerprint:
         raise FingerprintError(
             f"adapter {str(folder)!r} was trained on the base with fingerprint {found}, but this base has {base_fingerprint}. "
             "Load it onto its own base, or train it again on this one"
         )
+
+
+def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
+    """Compare the files of the adapter in `folder` with their digests; see `manifest.check`."""
+    manifest.check(folder, FILE, f"adapter {str(folder)!r}", "train it again", only)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from qwlora.adapter.adapter_folder import (
     WEIGHTS,
     base_of,
     check_adapter,
+    check_files,
     of_parameters,
     read_config,
     reading,
@@ -222,6 +223,7 @@ def check_start(
         )
     if unknown_base == "refuse" or (folder / FILE).exists():
         base_of(folder)
+        check_files(folder)
     return {} if skeleton is None else _check_fit(skeleton, source, folder)
 
 

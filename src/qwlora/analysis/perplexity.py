@@ -11,7 +11,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from qwlora.data.sequences import IGNORED, Sequences, as_sequences
+from qwlora.errors import NonFiniteError
 from qwlora.progress import Track, untracked
+
+LARGEST = 709.0  # nats; exp of more overflows float64
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -47,10 +50,25 @@ def perplexity(
     description: str,
     track: Track = untracked,
 ) -> float:
-    """Perplexity of `logits(ids)` on the learnt tokens of `sequences` (all, if they are plain ids), one sequence at a time."""
+    """Perplexity of `logits(ids)` on the learnt tokens of `sequences` (all, if they are plain ids), one sequence at a time.
+
+    Raises:
+        NonFiniteError: it is NaN or infinite; the first such sequence is named.
+    """
     data = as_sequences(sequences)
-    total = sum(
-        negative_log_likelihood(logits(ids[None]), labels[None])
-        for ids, labels in track(data.rows(), description, len(data))
-    )
-    return math.exp(total / data.learnt_tokens)
+    total = 0.0
+    for number, (ids, labels) in enumerate(track(data.rows(), description, len(data)), 1):
+        loss = negative_log_likelihood(logits(ids[None]), labels[None])
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"{description}: the loss on sequence {number} of {len(data)} of the held-out text "
+                f"is {loss}. Check the model's weights, and what was trained or calibrated last"
+            )
+        total += loss
+    mean = total / data.learnt_tokens
+    if mean > LARGEST:
+        raise NonFiniteError(
+            f"{description}: the mean loss over the {len(data)} sequences of the held-out text is "
+            f"{mean:.4g} nats, and its perplexity is beyond any number. Check the model's weights"
+        )
+    return math.exp(mean)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from qwlora import strict_json
 
 if TYPE_CHECKING:
     from qwlora.adapter.adapter_check import AdapterFacts
@@ -46,7 +47,7 @@ def list_adapters(
         except QwloraError as error:
             unreadable.append(str(error))
     if as_json:
-        print(json.dumps({"base": base, "adapters": [asdict(f) for f in found]}, indent=1))
+        print(strict_json.dumps({"base": base, "adapters": [asdict(f) for f in found]}, indent=1))
     elif found:
         _print(found, base)
     if unreadable:
@@ -81,14 +82,22 @@ def check(
         ),
     ] = False,
 ) -> None:
-    """See that each adapter is there, whole, finite, and belongs to the base beside it, if it says to which; exit 1 when one does not."""
-    from qwlora.adapter.adapter_check import base_beside, find_adapters, problems, says_base
+    """Check that each adapter is there, unchanged since it was saved, finite, and trained on the
+    base next to it (if it says on which). Exit 2 when a file was changed, 1 on other problems."""
+    from qwlora.adapter.adapter_check import (
+        base_beside,
+        changed_files,
+        find_adapters,
+        is_verifiable,
+        problems,
+        says_base,
+    )
     from qwlora.errors import SourceError
     from qwlora.pipeline.directory import Directory
     from qwlora.pipeline.run_job import command_line
 
     base, missing = base_beside(folder), Directory.read(folder).missing_adapters()
-    wrong = len(missing)
+    wrong, changed = len(missing), 0
     for name in missing:
         print(
             f"adapters/{name}: missing, and was trained here; train it again: {command_line('train', folder)}"
@@ -102,6 +111,7 @@ def check(
     for adapter in adapters:
         found = problems(adapter, base, "refuse" if needs_base else "accept")
         wrong += bool(found)
+        changed += bool(changed_files(adapter))
         good = (
             "good; says no base"
             if not says_base(adapter)
@@ -109,6 +119,10 @@ def check(
             if base
             else "good; no base is here to compare with"
         )
+        if not is_verifiable(adapter):
+            good += "; unverified (no digests of its files)"
         print(f"{adapter.relative_to(folder)}: {'; '.join(found) or good}")
+    if changed:
+        raise SystemExit(2)
     if wrong:
         raise SystemExit(1)

@@ -5,14 +5,13 @@ Exit codes: 0 done, equal or valid; 1 files differ, or an error was found in one
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qwlora import encodings
+from qwlora import encodings, strict_json
 from qwlora.encodings.encodings_file import to_text
 from qwlora.encodings.json_fields import shown
 from qwlora.encodings.validate import lines, summary
@@ -44,7 +43,7 @@ def show(
     """List a file's encodings, one a line."""
     content = encodings.read(file)
     if as_json:
-        print(json.dumps(_plain(content), indent=1))
+        print(strict_json.dumps(_plain(content), indent=1))
         return
     producer = " ".join((content.producer or {}).values())
     print(

@@ -8,7 +8,6 @@ a job's directory                                                               
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qwlora import strict_json
 from qwlora.cli.tables import alike, table
 from qwlora.errors import SourceError
 from qwlora.sizes import size
@@ -97,7 +97,7 @@ def inspect(
         record, lines = _job(path, against)
     else:
         record, lines = _model(source, against, encodings, keep_float, block_order)
-    print(json.dumps(record, indent=1) if as_json else "\n".join(lines))
+    print(strict_json.dumps(record, indent=1) if as_json else "\n".join(lines))
 
 
 def _model(
@@ -163,7 +163,7 @@ def _range(views: Sequence[TensorView]) -> str:
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
-    from qwlora.adapter.adapter_folder import FILE, base_of
+    from qwlora.adapter.adapter_folder import FILE, base_of, check_files
     from qwlora.formats.safetensors_files import read_header, read_json
 
     config = read_json(folder / "adapter_config.json")
@@ -172,6 +172,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         raise SourceError(
             f"adapter {str(folder)!r} has no adapter_model.safetensors; save it with qwlora.save_adapter or PEFT's save_pretrained"
         )
+    check_files(folder)
     tensors = [
         {"name": name, "shape": list(entry.shape), "dtype": entry.dtype}
         for name, entry in read_header(weights).items()

@@ -13,7 +13,6 @@ line, prints the traceback before it.
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import sys
@@ -26,6 +25,7 @@ import typer
 import typer.core
 from rich.console import Console
 
+from qwlora import strict_json
 from qwlora.cli.adapter_commands import app as adapters_app
 from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.inspect_command import inspect
@@ -178,7 +178,7 @@ def data(
     from qwlora.recipe import load_recipe
 
     found = preview(load_recipe(recipe, tuple(changes or ())), sequence)
-    print(json.dumps(found, indent=1) if as_json else format_preview(found))
+    print(strict_json.dumps(found, indent=1) if as_json else format_preview(found))
 
 
 @app.command()
@@ -233,7 +233,7 @@ def _run(
     if not results:  # not the first of several processes
         return
     if as_json:
-        print(json.dumps(results, indent=1))
+        print(strict_json.dumps(results, indent=1))
     else:
         from qwlora.pipeline.results_table import print_summary
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwlora import strict_json
 from qwlora.cli.progress_bars import bars
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
     from qwlora.pipeline.merge_adapter import merge_verdict
 
     verdict = merge_verdict(session, name, bars(as_json))
-    print(json.dumps(verdict.to_json(), indent=1) if as_json else "\n".join(_lines(verdict)))
+    print(strict_json.dumps(verdict.to_json(), indent=1) if as_json else "\n".join(_lines(verdict)))
 
 
 def merge(job: Job, name: Name, into: Target, out: Out) -> None:

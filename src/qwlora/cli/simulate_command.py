@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwlora import strict_json
 from qwlora.cli.progress_bars import bars
 from qwlora.cli.tables import alike, table
 
@@ -91,13 +91,13 @@ def simulate(
         from qwlora.pipeline.simulation_costs import account_job
 
         account = account_job(job, adapter, asked, bars(as_json))
-        print(json.dumps(account, indent=1) if as_json else "\n".join(_cost_lines(account)))
+        print(strict_json.dumps(account, indent=1) if as_json else "\n".join(_cost_lines(account)))
     elif suggest is not None:
         from qwlora.pipeline.simulation_costs import suggest_job
 
         suggestion = suggest_job(job, adapter, asked, suggest, bars(as_json))
         print(
-            json.dumps(suggestion, indent=1)
+            strict_json.dumps(suggestion, indent=1)
             if as_json
             else "\n".join(_suggestion_lines(suggestion))
         )
@@ -106,7 +106,7 @@ def simulate(
 
         name, found = explain_job(job, adapter, asked)
         print(
-            json.dumps({"adapter": name, **found.to_json()}, indent=1)
+            strict_json.dumps({"adapter": name, **found.to_json()}, indent=1)
             if as_json
             else "\n".join(_lines(name, found, explain))
         )
@@ -156,7 +156,7 @@ def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
     yield "simulation:"
     yield "  activation_bitwidth: 8"
     yield "  rules:" if found["rules"] else "  rules: []"
-    yield from (f"    - {json.dumps(rule)}" for rule in found["rules"])
+    yield from (f"    - {strict_json.dumps(rule)}" for rule in found["rules"])
 
 
 def _unshared(found: dict[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwlora import strict_json
 from qwlora.errors import ExportError, reading
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
@@ -34,7 +35,7 @@ def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
         for m in graph.marks
     )
     (folder / OPTIONS_FILE).write_text(
-        json.dumps(SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if narrow else {}), indent=1) + "\n"
+        strict_json.dumps(SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if narrow else {}), indent=1) + "\n"
     )
 
 

@@ -31,6 +31,7 @@ from qwlora.formats.meta_model import (
 )
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn import pack_at_, tie_weights_
+from qwlora.nn.finite import check_finite
 from qwlora.nn.fingerprint import remember_floats_
 from qwlora.progress import Track, untracked
 
@@ -148,6 +149,7 @@ class LazyModel:
             raise SourceError(
                 f"{name} has shape {list(value.shape)} in the files, but {list(expected.shape)} in the model that config.json builds"
             )
+        check_finite(name, value, allow_infinity=not isinstance(expected, nn.Parameter))
         put_(self.model, places, value.to(torch.float32) if value.is_floating_point() else value)
 
     def _pack_(self, name: str, value: QuantizedTensor) -> None:

@@ -2,7 +2,8 @@
 
     base/
       model.safetensors      packed codes and their grids, the float remainder in the narrowest type that holds it; in shards if it is large
-      base.json              format, fingerprint, source, the grid of each packed layer, the digest of each tensor; written last: a folder without it is no base
+      base.json              format, fingerprint, source, the grid of each packed layer, digests of each tensor and of the files below
+                             (`manifest.py`); written last: a folder without it is no base
       config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
 
 Loading builds the model without data, puts packed layers in their places, checks every header against them, and maps the files: a tensor's bytes are read
@@ -12,9 +13,9 @@ nothing else; float tensors in another type than the one asked for are copied.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
+from qwlora import manifest
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.formats.meta_model import Place, empty_model, listed, put_, tensor_at, tensor_places
 from qwlora.formats.model_config import read_config
@@ -37,6 +39,7 @@ from qwlora.nn.fingerprint import (
     remember_floats_,
     tensor_digest,
 )
+from qwlora.nn.finite import check_finite
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_tensor import narrowest
 from qwlora.parameter_names import canonical_name
@@ -83,6 +86,8 @@ class BaseWriter:
             if tensor.is_meta:
                 continue
             full = f"{path}.{name}" if path else name
+            is_buffer = not layout and not isinstance(tensor, nn.Parameter)
+            check_finite(full, tensor, allow_infinity=is_buffer)
             self.digests[full] = tensor_digest(full, layout, tensor)
             self._shards.add(full, narrowest(tensor) if tensor.dtype == torch.float32 else tensor)
         for below, layer in module.named_modules(prefix=path):
@@ -102,13 +107,7 @@ class BaseWriter:
     ) -> str:
         """Write what remains; `model` gives the configuration. Returns the fingerprint."""
         self._shards.finish()
-        if _is_remote(type(model)):  # its code; that of configuration and tokenizer they save
-            config: Any = model.config  # annotated as a dict there
-            custom_object_save(model, self.folder, config)
-        model.config.save_pretrained(self.folder)
-        tokenizer.save_pretrained(self.folder)
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(self.folder)
+        files = self._write_configuration(model, tokenizer)
         identity = combined(self.digests, config_numbers(model))
         record = {
             "format": FORMAT,
@@ -119,10 +118,28 @@ class BaseWriter:
         }
         if any(_is_remote(type(part)) for part in (model, model.config, tokenizer)):
             record["trust_remote_code"] = True
-        part = self.folder / f".{RECORD}.part"
-        part.write_text(json.dumps(record, indent=1) + "\n")
-        part.replace(self.folder / RECORD)
+        manifest.write(self.folder, RECORD, record, files)
         return identity
+
+    def _write_configuration(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        """Write what Hugging Face writes next to weights; returns the paths of these files."""
+        with TemporaryDirectory(prefix=".", suffix=".part", dir=self.folder) as scratch:
+            if _is_remote(type(model)):  # its code; that of configuration and tokenizer they save
+                config: Any = model.config  # annotated as a dict there
+                custom_object_save(model, scratch, config)
+            model.config.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            if model.can_generate() and model.generation_config is not None:
+                model.generation_config.save_pretrained(scratch)
+            files = sorted(
+                str(p.relative_to(scratch)) for p in Path(scratch).rglob("*") if p.is_file()
+            )
+            for file in files:
+                (self.folder / file).parent.mkdir(exist_ok=True)
+                (Path(scratch) / file).replace(self.folder / file)
+        return files
 
 
 def _is_remote(kind: type) -> bool:
@@ -146,10 +163,14 @@ def load_base(
     Raises:
         SourceError: the folder holds no base, its format is another, or what the files, base.json and config.json say of a tensor differs (all are named).
         GridError: a layer's grid is impossible.
-        FingerprintError: tensors or configuration are not those that were saved.
+        FingerprintError: a tensor, the configuration or the tokenizer changed after saving.
+
+    Warns:
+        UnverifiedWarning: an earlier version wrote it; its tensors are checked, the rest is not.
     """
     folder = Path(folder)
     record = read_record(folder)
+    check_files(folder)
     files = SafetensorsFiles(folder)
     count = len(files.names())
     config = read_config(folder, count, trust_remote_code)
@@ -171,6 +192,14 @@ def load_base(
     )  # what PEFT writes into an adapter as its base
     model.to(device)  # type: ignore[arg-type] # transformers hides the signature of Module.to
     return model
+
+
+def check_files(folder: Path) -> None:
+    """Compare the base's configuration and tokenizer with their digests; see `manifest.check`.
+
+    Weights are not listed there: each tensor has its own digest, checked when it is read.
+    """
+    manifest.check(folder, RECORD, f"base {str(folder)!r}", "quantize again")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

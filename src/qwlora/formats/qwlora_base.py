@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qwlora.errors import FingerprintError, GridError, SourceError
-from qwlora.formats.base_folder import read_layers, read_record
+from qwlora.formats.base_folder import check_files, read_layers, read_record
 from qwlora.formats.model_config import read_config
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -25,11 +25,14 @@ class BaseCheckpoint:
     Raises:
         SourceError: the folder holds no base of this format, or its files cannot be read.
         GridError: base.json describes an impossible layer.
+        FingerprintError: its configuration or tokenizer changed after saving.
     """
 
     def __init__(self, folder: str | Path):
         self.folder, self._where = Path(folder), f"base {str(folder)!r}"
-        self.record, self.files = read_record(self.folder), SafetensorsFiles(self.folder)
+        self.record = read_record(self.folder)
+        check_files(self.folder)
+        self.files = SafetensorsFiles(self.folder)
         self.layers = {
             parameter_name(path): (path, *found)
             for path, found in read_layers(self.record, self._where).items()

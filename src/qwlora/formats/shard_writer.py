@@ -8,11 +8,12 @@ Files carry other names until `finish`, and what an earlier run left under the f
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from qwlora import strict_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2**29
@@ -66,7 +67,7 @@ class ShardWriter:
                 "metadata": {"total_size": self._total_bytes},
                 "weight_map": dict(sorted(placed.items())),
             }
-            (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            (self.folder / INDEX).write_text(strict_json.dumps(index, indent=1) + "\n")
 
     def _write(self) -> None:
         save_file(self._waiting, self._part(len(self._shards)), metadata={"format": "pt"})

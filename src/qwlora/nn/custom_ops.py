@@ -26,7 +26,7 @@ NAMESPACE = "qwlora"
 
 def layout_of(scheme: Scheme) -> str:
     """The scheme as the operators take it."""
-    return json.dumps(scheme.to_json(), sort_keys=True)
+    return json.dumps(scheme.to_json(), sort_keys=True, allow_nan=False)
 
 
 @lru_cache

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwlora import strict_json
 from qwlora.durable import move_into_place, write_text
 from qwlora.errors import DirectoryError, RecipeError
 from qwlora.pipeline.digests import Digests
@@ -351,7 +352,7 @@ class Directory:
     def _write_records(self) -> None:
         """Write `records` to stages.json."""
         lines = [
-            f"{json.dumps(stage)}: {json.dumps(asdict(record) | {'sha256': record.checksum(stage)})}"
+            f"{strict_json.dumps(stage)}: {strict_json.dumps(asdict(record) | {'sha256': record.checksum(stage)})}"
             for stage, record in self.records.items()
         ]
         write_text(self.private / "stages.json", "{\n" + ",\n".join(lines) + "\n}\n")

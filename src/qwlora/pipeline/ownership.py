@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from qwlora import strict_json
 from qwlora.errors import DirectoryError
 from qwlora.recipe.yaml_core import load_yaml
 
@@ -43,7 +44,7 @@ class Owner:
     recipes: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
-        return json.dumps({"format": OWNER_FORMAT, **asdict(self)}, indent=1) + "\n"
+        return strict_json.dumps({"format": OWNER_FORMAT, **asdict(self)}, indent=1) + "\n"
 
 
 def read_owner(path: Path) -> Owner | None:

@@ -250,4 +250,4 @@ def _start_contents(start: str | None, digests: Digests) -> list[tuple[str, str 
 
 
 def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

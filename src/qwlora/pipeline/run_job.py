@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import shlex
@@ -13,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwlora import strict_json
 from qwlora.compute_precision import SlowComputeWarning
 from qwlora.data import load_documents
 from qwlora.data.prepared_data import describe, summary
@@ -376,7 +376,7 @@ def _write_results(
 ) -> dict[str, Any]:
     results = _results(directory, recipe, plan, stale)
     with explained(directory.path):
-        write_text(directory.path / "results.json", json.dumps(results, indent=1) + "\n")
+        write_text(directory.path / "results.json", strict_json.dumps(results, indent=1) + "\n")
     return results
 
 

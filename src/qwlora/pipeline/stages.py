@@ -16,7 +16,8 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwlora.adapter.adapter_folder import save_adapter
+from qwlora import manifest
+from qwlora.adapter.adapter_folder import FILE, save_adapter
 from qwlora.adapter.attach import (
     attach,
     attach_existing,
@@ -225,6 +226,7 @@ def train(session: Session, stage: Stage, scratch: Path, work: Path) -> Results:
         save_adapter(model, scratch, base_identity)
         if through is not None and (scales := through.scales()):
             save_file(scales, scratch / SCALES)
+            manifest.add(scratch, FILE, [SCALES])
     measured: Results = {
         "steps": report.steps,
         "compute": adapter.compute,

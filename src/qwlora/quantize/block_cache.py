@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from qwlora import strict_json
 from qwlora.atomic_tensors import write_tensors
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -104,7 +105,9 @@ class FinishedParts:
             }
             records[name] = {"scheme": q.encoding.scheme.to_json(), "report": asdict(reports[name])}
         write_tensors(
-            self._file, tensors, {"layers": json.dumps(records), "key": self._digest.hexdigest()}
+            self._file,
+            tensors,
+            {"layers": strict_json.dumps(records), "key": self._digest.hexdigest()},
         )
 
 

@@ -34,6 +34,7 @@ from qwlora.nn import (
 from qwlora.nn.fingerprint import remember_floats_
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.unwrap import unwrapped
+from qwlora.nn.finite import check_base_finite
 from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.progress import Track, untracked
 from qwlora.quantize.gptq import GptqSettings
@@ -94,7 +95,7 @@ def quantize_(
 
     Raises:
         GridError: a scheme does not fit its layer (all such layers are named), a rule matches nothing, or there is nothing to quantize.
-        CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
+        CalibrationError: a tensor of the model or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise GridError(
@@ -104,6 +105,7 @@ def quantize_(
     model = unwrapped(model)
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     plan = plan_layers(model, scheme, solver, rules, gptq)
+    check_base_finite(model)
     if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
         reports = quantize_parts_(model, plan, batches_of(calibration), moments, work, track)
     else:

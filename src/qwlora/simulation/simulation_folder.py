@@ -1,7 +1,8 @@
 """A simulation on disk, without pickle:
 
     FOLDER/simulation.encodings            AIMET's encodings file, version 2.1.0, keyed by module path: activations, adapter, and what step 1 left float
-    FOLDER/simulation.json                 the rest of the recipe: schemes, inputs, fingerprints of base and adapter, and why each value has or has not got one
+    FOLDER/simulation.json                 the rest of the recipe: schemes, inputs, fingerprints of base and adapter, and why each value has or has not got one;
+                                           SHA-256 of the files here (`manifest.py`)
     FOLDER/example_inputs.safetensors      what the graph is captured from
 
 The graph is not stored: it is captured again from base and adapter in seconds, and is theirs. Nor are the encodings of the base's packed weights, which lie in
@@ -10,7 +11,6 @@ the base, millions of scales; its fingerprint vouches for them. The logits of a 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qwlora import manifest
 from qwlora.errors import CalibrationError
 from qwlora.graph.flat_arguments import CacheSlot, Slot, Structure
 from qwlora.graph.move_graph import device_of
@@ -35,6 +36,7 @@ from qwlora.simulation.stored_encodings import (
     ENCODINGS,
     FORMAT,
     RECORD,
+    check_files,
     load_encodings,
     read_record,
     save_encodings,
@@ -84,7 +86,7 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
             },
             written / INPUTS,
         )
-        (written / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        manifest.write(written, RECORD, record, (ENCODINGS, INPUTS))
         (folder / RECORD).unlink(
             missing_ok=True
         )  # comes last: never an old record beside new encodings
@@ -100,9 +102,14 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     Raises:
         CalibrationError: the folder holds no simulation, encodings are missing, or the base or the adapter is another.
         GridError: the shape is not that of the adapter that added zero.
+        FingerprintError: a file changed after it was saved.
+
+    Warns:
+        UnverifiedWarning: an earlier version wrote it, without digests.
     """
     folder = Path(folder)
     record = read_record(folder)
+    check_files(folder)
     adds_zero = record["adapter_fingerprint"] is None and any(
         is_adapter_name(name) for name in record["encodings"]
     )

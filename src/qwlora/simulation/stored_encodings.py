@@ -7,12 +7,13 @@ numbers that read back to the same bits. Needs no transformers, so that any envi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from qwlora import encodings as files
+from qwlora import manifest
 from qwlora.encodings.from_grid import encoding_of, entry_of
 from qwlora.errors import CalibrationError, EncodingsFileError
 from qwlora.graph.quantized_graph import Kind
@@ -26,7 +27,7 @@ _KEYS = ("base_fingerprint", "adapter_fingerprint", "inputs", "schemes", "encodi
 
 
 def save_encodings(encodings: Mapping[str, Encoding | FloatOffsetEncoding], folder: Path) -> None:
-    """Write encodings alone into `folder`.
+    """Write encodings alone into `folder`, with a record of their digest.
 
     Raises:
         CalibrationError: one has float offsets.
@@ -37,6 +38,7 @@ def save_encodings(encodings: Mapping[str, Encoding | FloatOffsetEncoding], fold
         raise CalibrationError(str(error)) from error
     producer = {"package": "qwlora", "version": version("qwlora")}
     files.write(files.EncodingsFile(_VERSION, entries, producer=producer), folder / ENCODINGS)
+    manifest.write(folder, RECORD, {"format": FORMAT}, (ENCODINGS,))
 
 
 def load_encodings(folder: Path) -> dict[str, Encoding]:
@@ -44,14 +46,19 @@ def load_encodings(folder: Path) -> dict[str, Encoding]:
 
     Raises:
         CalibrationError: the folder does not hold them, or not all.
+        FingerprintError: the file changed after it was saved.
+
+    Warns:
+        UnverifiedWarning: an earlier version wrote it, without digests.
     """
+    check_files(folder, only=[ENCODINGS])
     try:
         found = {
             entry.name: encoding_of(entry) for entry in files.read(folder / ENCODINGS).encodings
         }
     except (EncodingsFileError, ValueError) as error:
         raise unreadable(folder, error) from error
-    wanted = read_record(folder)["encodings"] if (folder / RECORD).exists() else {}
+    wanted = _read(folder).get("encodings", ()) if (folder / RECORD).exists() else ()
     if missing := [name for name in wanted if name not in found]:
         raise CalibrationError(
             f"{len(missing)} encodings are missing from {str(folder / ENCODINGS)!r}, {missing[0]} first; calibrate again"
@@ -73,9 +80,21 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         CalibrationError: it does not say it.
     """
+    record = _read(folder)
+    if missing := [key for key in _KEYS if key not in record]:
+        raise unreadable(folder, ValueError(f"{RECORD} has no {missing[0]}"))
+    return record
+
+
+def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
+    """Compare the files of a simulation with their digests; see `manifest.check`."""
+    manifest.check(folder, RECORD, f"simulation {str(folder)!r}", "calibrate again", only)
+
+
+def _read(folder: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        if record["format"] != FORMAT or any(key not in record for key in _KEYS):
+        if record["format"] != FORMAT:
             raise ValueError(f"format {record['format']}, and not {FORMAT}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise unreadable(folder, error) from error

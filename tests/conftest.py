@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from transformers import (  # noqa: E402
     Qwen3ForCausalLM,
 )
 from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from qwlora import manifest  # noqa: E402
 
 transformers_logging.disable_progress_bar()
 
@@ -122,6 +125,13 @@ def text(seed: int, words: int) -> str:
     return " ".join(
         WORDS[i] for i in torch.randint(len(WORDS), (words,), generator=generator).tolist()
     )
+
+
+def reseal(folder: Path, name: str) -> None:
+    """Let the record `name` list the files of `folder` as they are now, as an attacker would."""
+    record = json.loads((folder / name).read_text())
+    if files := record.pop("files", None):
+        manifest.write(folder, name, record, files.keys() - {name})
 
 
 @pytest.fixture(scope="session")

@@ -199,6 +199,7 @@ def test_what_is_one_shape(recipe_for: Any) -> None:
     assert recipe.start_of(recipe.adapters[1]) == recipe.adapters[0]
 
 
+@pytest.mark.filterwarnings("ignore::qwlora.manifest.UnverifiedWarning")
 def test_adapters_from_elsewhere_that_cannot_share_everything_are_found_before_training(
     recipe_for: Any, tmp_path: Path
 ) -> None:

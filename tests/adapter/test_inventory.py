@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from conftest import tiny_model
+from conftest import reseal, tiny_model
 from qwlora import save_adapter
 from qwlora.adapter.adapter_check import AdapterFacts, base_beside, facts, find_adapters, problems
 from qwlora.errors import SourceError
@@ -67,6 +67,7 @@ def damaged(folder: Path, **changes: Any) -> None:
     if changes.get("drop"):
         del tensors[name]
     save_file(tensors, folder / WEIGHTS)
+    reseal(folder, "qwlora.json")
 
 
 @pytest.mark.parametrize(
@@ -150,10 +151,12 @@ def test_a_rank_that_a_pattern_gives_is_that_of_both_factors(job: Path) -> None:
 def test_files_that_cannot_be_read_are_named(job: Path) -> None:
     folder = job / "adapters" / "a"
     (folder / WEIGHTS).write_bytes(b"no safetensors")
+    reseal(folder, "qwlora.json")
     assert f"{WEIGHTS} cannot be read" in problems(folder, None)[0]
     with pytest.raises(SourceError, match=f"{WEIGHTS} cannot be read"):
         facts(folder, job)
     (folder / "adapter_config.json").write_text("[]")
+    reseal(folder, "qwlora.json")
     assert "adapter_config.json is not a mapping" in problems(folder, None)[0]
     (job / "base" / "base.json").write_text("{}")
     with pytest.raises(SourceError, match=r"base.json cannot be read"):
@@ -219,7 +222,10 @@ def test_adapters_that_peft_saved_are_good(tmp_path: Path) -> None:
         str(tmp_path / "a")
     )
     checked = command("check", str(tmp_path))
-    assert (checked.returncode, checked.stdout) == (0, "a: good; says no base\n"), checked.stderr
+    assert (checked.returncode, checked.stdout) == (
+        0,
+        "a: good; says no base; unverified (no digests of its files)\n",
+    ), checked.stderr
     asked = command("check", str(tmp_path), "--needs-base")
     assert (asked.returncode, "does not say which base it belongs to" in asked.stdout) == (1, True)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, reseal, tiny_model
 from qwlora import fingerprint, quantize_, save_adapter, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.cli.main import main
@@ -356,6 +356,7 @@ def test_whatever_else_is_refused_with_a_reason(
     record = json.loads((folder / "base.json").read_text())
     record["layers"]["model.layers.0.mlp.up_proj"]["bitwidth"] = 999
     (folder / "base.json").write_text(json.dumps(record))
+    reseal(folder, "base.json")
     code, _, err = call(folder)
     assert code == 2
     assert "describes layer 'model.layers.0.mlp.up_proj'" in err

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, reseal, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import FingerprintError, SourceError
 from qwlora.formats.assemble_model import load_precomputed
@@ -75,6 +75,7 @@ def test_parts_that_do_not_fit_are_named(base: Path) -> None:
     record = json.loads((base / "base.json").read_text())
     record["layers"][UP]["shape"] = [128, 32]
     (base / "base.json").write_text(json.dumps(record))
+    reseal(base, "base.json")
     with pytest.raises(
         (SourceError, FingerprintError),
         match=rf"{UP}.packed is \[128, 32\], but .* needs \[128, 16\]",

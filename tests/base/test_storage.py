@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
+from conftest import ARCHITECTURES, byte_tokenizer, reseal, tiny_model
 from qwlora import PerChannel, Scheme, fingerprint, load_base, quantize_, save_base
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.formats.base_folder import BaseWriter
@@ -127,6 +127,7 @@ def edit_record(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     record = json.loads((folder / "base.json").read_text())
     change(record)
     (folder / "base.json").write_text(json.dumps(record))
+    reseal(folder, "base.json")
 
 
 def edit_tensors(
@@ -158,7 +159,7 @@ def test_a_changed_tensor_or_configuration_is_named(base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     with pytest.raises(
-        FingerprintError, match=r"config.json or its fingerprint changed after saving"
+        FingerprintError, match=r": config.json changed after saving .* quantize again"
     ):
         load_base(base)
 
@@ -340,6 +341,7 @@ def test_an_index_cannot_point_outside(base: Path) -> None:
 def test_an_absurd_configuration_costs_nothing(base: Path, change: dict[str, Any]) -> None:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | change))
+    reseal(base, "base.json")
     with pytest.raises(SourceError, match=r"config.json"):
         load_base(base)
 

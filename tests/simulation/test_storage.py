@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from conftest import ARCHITECTURES, tiny_model
+from conftest import ARCHITECTURES, reseal, tiny_model
 from qwlora import (
     PerBlock,
     PerChannel,
@@ -257,6 +257,7 @@ def test_only_what_calibration_left_float_comes_back_without_an_encoding(tmp_pat
         again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"])
     )
     (tmp_path / "simulation.json").write_text(json.dumps({**record, "dropped": []}))
+    reseal(tmp_path, "simulation.json")
     with pytest.raises(
         CalibrationError,
         match=r"1 activations have no encoding, model.layers.0.self_attn.softmax first: .* another placement",
@@ -334,18 +335,22 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
         e for e in document["encodings"] if e["name"] != "model.layers.1.self_attn.softmax"
     ]
     path.write_text(json.dumps(document))
+    reseal(tmp_path, "simulation.json")
     with pytest.raises(
         CalibrationError,
         match=r"1 encodings are missing from .*, model.layers.1.self_attn.softmax first",
     ):
         load_simulation(tmp_path, adapted())
     path.write_text(text[:-20])
+    reseal(tmp_path, "simulation.json")
     with pytest.raises(CalibrationError, match="is not JSON"):
         load_simulation(tmp_path, adapted())
     path.write_text(text.replace('"uint16"', '"float8e5m2"'))
+    reseal(tmp_path, "simulation.json")
     with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
         load_simulation(tmp_path, adapted())
     path.write_text(text)
+    reseal(tmp_path, "simulation.json")
     record = tmp_path / "simulation.json"
     whole = record.read_text()
     for damaged in (
@@ -355,6 +360,7 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
         whole.replace('"bitwidth": 16', '"bitwidth": 17'),
     ):
         record.write_text(damaged)
+        reseal(tmp_path, "simulation.json")
         with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
             load_simulation(tmp_path, adapted())
     record.write_text(whole)

@@ -194,15 +194,13 @@ def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refu
     found = None
     if unknown_base == "refuse" or (folder / FILE).exists():
         found = base_of(folder)
-    check_files(folder)
-    read_config(folder)
-    if found is None:
-        return
-    if found != base_fingerprint:
+    if found not in (None, base_fingerprint):
         raise FingerprintError(
             f"adapter {str(folder)!r} was trained on the base with fingerprint {found}, but this base has {base_fingerprint}. "
             "Load it onto its own base, or train it again on this one"
         )
+    check_files(folder)
+    read_config(folder)
 
 
 def check_files(folder: Path, only: Iterable[str] | None = None) -> None:

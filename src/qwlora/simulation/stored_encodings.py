@@ -51,7 +51,8 @@ def load_encodings(folder: Path) -> dict[str, Encoding]:
     Warns:
         UnverifiedWarning: an earlier version wrote it, without digests.
     """
-    check_files(folder, only=[ENCODINGS])
+    if (folder / ENCODINGS).exists():
+        check_files(folder, only=[ENCODINGS])
     try:
         found = {
             entry.name: encoding_of(entry) for entry in files.read(folder / ENCODINGS).encodings

@@ -1,0 +1,204 @@
+"""What QWLoRA wrote is noticed when it changes; what it did not write is said to be unverified."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from conftest import byte_tokenizer, tiny_model
+from qwlora import (
+    load_adapter,
+    load_base,
+    load_simulation,
+    manifest,
+    quantize_,
+    save_adapter,
+    simulate,
+)
+from qwlora.errors import FingerprintError, NonFiniteError
+from qwlora.formats.base_folder import save_base
+from qwlora.formats.qwlora_base import BaseCheckpoint
+from qwlora.manifest import UnverifiedWarning
+from qwlora.simulation.simulation_folder import save_simulation
+from qwlora.simulation.stored_encodings import load_encodings, save_encodings
+from qwlora.strict_json import dumps
+
+IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "weights").write_bytes(b"\x00\x01")
+    (tmp_path / "README.md").write_text("mine")
+    manifest.write(tmp_path, "record.json", {"alpha": 1.5}, ["weights"])
+    return tmp_path
+
+
+def check(folder: Path, **options: Any) -> None:
+    manifest.check(folder, "record.json", "thing 'x'", "make it again", **options)
+
+
+def edit_alpha(folder: Path) -> None:
+    record = (folder / "record.json").read_text()
+    (folder / "record.json").write_text(record.replace("1.5", "2.5"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda f: (f / "weights").write_bytes(b"\x00\x00"), r"weights changed"),
+        (lambda f: (f / "weights").unlink(), r"weights \(missing\) changed"),
+        (edit_alpha, r"record.json changed"),
+    ],
+)
+def test_a_changed_file_is_named_with_the_remedy(
+    folder: Path, damage: Callable[[Path], None], named: str
+) -> None:
+    check(folder)
+    damage(folder)
+    with pytest.raises(FingerprintError, match=rf"thing 'x': {named} .* make it again"):
+        check(folder)
+
+
+def test_files_that_are_not_listed_do_not_count(folder: Path) -> None:
+    (folder / "README.md").write_text("edited")
+    (folder / "notes.txt").write_text("new")
+    check(folder)
+
+
+def test_an_edit_is_accepted_by_deleting_its_entry(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"mine")
+    record = json.loads((folder / "record.json").read_text())
+    del record["files"]["weights"]
+    (folder / "record.json").write_text(json.dumps(record))
+    check(folder)
+
+
+@pytest.mark.parametrize("record", [None, '{"alpha": 1.5}', "[]"])
+def test_a_folder_without_digests_is_said_to_be_unverified(
+    folder: Path, record: str | None
+) -> None:
+    (folder / "record.json").unlink()
+    if record:
+        (folder / "record.json").write_text(record)
+    with pytest.warns(UnverifiedWarning, match=r"thing 'x' is unverified: record.json"):
+        check(folder)
+
+
+def test_numbers_that_json_cannot_hold_are_named_by_their_path() -> None:
+    assert json.loads(dumps({"a": [1.0, {"b": 2}]})) == {"a": [1.0, {"b": 2}]}
+    with pytest.raises(NonFiniteError, match=r"perplexity.base\[1\] is nan"):
+        dumps({"perplexity": {"base": [1.0, float("nan")]}})
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def adapted() -> PeftModel:
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32", "rtn")
+    torch.manual_seed(0)
+    return get_peft_model(
+        model, LoraConfig(r=2, lora_alpha=32, target_modules=["v_proj", "q_proj", "up_proj"])
+    ).eval()
+
+
+def base() -> Any:
+    model = tiny_model("llama")
+    quantize_(model, "w4-block32", "rtn")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("adapter_model.safetensors", flip_a_bit),
+        (
+            "adapter_config.json",
+            lambda p: p.write_text(p.read_text().replace('"lora_alpha": 32', '"lora_alpha": 64')),
+        ),
+    ],
+)
+def test_an_adapter_that_changed_is_not_loaded(
+    tmp_path: Path, file: str, damage: Callable[[Path], None]
+) -> None:
+    save_adapter(adapted(), tmp_path)
+    (tmp_path / "README.md").write_text("what this adapter is for")
+    load_adapter(base(), tmp_path)
+    damage(tmp_path / file)
+    with pytest.raises(FingerprintError, match=rf"{file} changed after saving .* train it again"):
+        load_adapter(base(), tmp_path)
+
+
+def test_an_adapter_of_an_earlier_version_is_loaded_and_unverified(tmp_path: Path) -> None:
+    save_adapter(adapted(), tmp_path)
+    record = json.loads((tmp_path / "qwlora.json").read_text())
+    del record["files"]
+    (tmp_path / "qwlora.json").write_text(json.dumps(record))
+    with pytest.warns(UnverifiedWarning, match="lists no digests"):
+        load_adapter(base(), tmp_path)
+
+
+def test_sets_in_an_adapters_configuration_are_sorted(tmp_path: Path) -> None:
+    save_adapter(adapted(), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "up_proj", "v_proj"]
+
+
+def swap_two_tokens(path: Path) -> None:
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    path.write_text(json.dumps(tokenizer))
+
+
+def test_two_swapped_tokens_of_a_base_are_noticed(tmp_path: Path) -> None:
+    save_base(base(), byte_tokenizer(), tmp_path, "somewhere")
+    (tmp_path / "README.md").write_text("a base")
+    load_base(tmp_path)
+    swap_two_tokens(tmp_path / "tokenizer.json")
+    for read in (load_base, BaseCheckpoint):
+        with pytest.raises(FingerprintError, match=r"tokenizer.json changed .* quantize again"):
+            read(tmp_path)
+
+
+def test_a_base_of_an_earlier_version_is_loaded_and_unverified(tmp_path: Path) -> None:
+    save_base(base(), byte_tokenizer(), tmp_path, "somewhere")
+    record = json.loads((tmp_path / "base.json").read_text())
+    del record["files"]
+    (tmp_path / "base.json").write_text(json.dumps(record))
+    with pytest.warns(UnverifiedWarning, match="quantize again"):
+        load_base(tmp_path)
+
+
+def test_encodings_that_were_edited_are_not_loaded(tmp_path: Path) -> None:
+    model = adapted()
+    simulation = simulate(model, {"input_ids": IDS})
+    simulation.calibrate([{"input_ids": IDS}])
+    save_simulation(simulation, tmp_path / "a")
+    save_encodings(dict(list(simulation.encodings.items())[:1]), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_encodings(tmp_path)
+        load_simulation(tmp_path / "a", model)
+    for where, load in (
+        (tmp_path, load_encodings),
+        (tmp_path / "a", load_encodings),
+        (tmp_path / "a", lambda folder: load_simulation(folder, model)),
+    ):
+        path = where / "simulation.encodings"
+        path.write_text(path.read_text().replace('"y_scale": ', '"y_scale":  '))
+        with pytest.raises(
+            FingerprintError, match=r"simulation.encodings changed .* calibrate again"
+        ):
+            load(where)

@@ -65,7 +65,9 @@ def test_nan_and_infinities_are_counted(dtype: torch.dtype) -> None:
     values = torch.zeros(4, dtype=dtype)
     check_finite("w", values)
     values[1], values[2], values[3] = torch.nan, torch.inf, -torch.inf
-    with pytest.raises(CalibrationError, match="w contains 1 NaN and 2 infinite .first at index 1"):
+    with pytest.raises(
+        CalibrationError, match=r"w contains 1 NaN and 2 infinite \(first at index 1\)"
+    ):
         check_finite("w", values)
 
 

@@ -98,9 +98,7 @@ def write_adapter(model: nn.Module, folder: Path, state: dict[str, Tensor] | Non
             path.write_text(strict_json.dumps(content, indent=2))
 
 
-def _write_as_peft_does(
-    model: nn.Module, folder: Path, state: dict[str, Tensor] | None
-) -> None:
+def _write_as_peft_does(model: nn.Module, folder: Path, state: dict[str, Tensor] | None) -> None:
     if isinstance(model, PeftModel):
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
         return

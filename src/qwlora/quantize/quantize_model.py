@@ -32,9 +32,9 @@ from qwlora.nn import (
     tie_weights_,
 )
 from qwlora.nn.fingerprint import remember_floats_
+from qwlora.nn.finite import check_base_finite
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.unwrap import unwrapped
-from qwlora.nn.finite import check_base_finite
 from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.progress import Track, untracked
 from qwlora.quantize.gptq import GptqSettings

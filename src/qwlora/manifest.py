@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwlora import strict_json
+from qwlora.durable import write_text
 from qwlora.errors import FingerprintError
 
 FILES = "files"
@@ -109,11 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(strict_json.dumps(record, indent=1) + "\n")
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_text(path, strict_json.dumps(record, indent=1) + "\n")
 
 
 def _record_digest(record: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qwlora import strict_json
 from qwlora.durable import write_text
 from qwlora.progress import Track, untracked
 
@@ -90,7 +91,7 @@ class Digests:
             return
         kept = {p: [*s, d] for p, (s, d) in sorted(self._known.items()) if os.path.exists(p)}
         with contextlib.suppress(OSError):
-            write_text(self.cache, json.dumps({"sha256": _checksum(kept), "files": kept}))
+            write_text(self.cache, strict_json.dumps({"sha256": _checksum(kept), "files": kept}))
             self._is_changed = False
 
     def _cached(self, path: str) -> str | None:

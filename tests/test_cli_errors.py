@@ -1,0 +1,114 @@
+"""Whatever is raised below the command line ends as one message, with the file that was read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwlora.cli.main import main
+from qwlora.errors import reading
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    def run(*arguments: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["qwlora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return int(caught.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch, recipe_for: Any) -> Any:
+    """Arguments of a command that fails with a given error while it reads a file."""
+
+    def fail_with(error: BaseException) -> list[str]:
+        def fail(*arguments: Any) -> None:
+            with reading("weights.bin"):
+                raise error
+
+        monkeypatch.setattr("qwlora.recipe.load_recipe", fail)
+        return ["check", str(recipe_for())]
+
+    return fail_with
+
+
+def test_an_unforeseen_error_names_the_file_and_debug(call: Any, failing: Any) -> None:
+    code, errors = call(*failing(ZeroDivisionError("division by zero")))
+    assert code == 2
+    assert errors.count("\n") == 1
+    for fact in ("weights.bin", "ZeroDivisionError", "division by zero", "--debug"):
+        assert fact in errors
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_debug_shows_the_traceback_wherever_it_stands(call: Any, failing: Any, first: bool) -> None:
+    arguments = failing(KeyError("x"))
+    code, errors = call(*(["--debug", *arguments] if first else [*arguments, "--debug"]))
+    assert code == 2
+    assert "Traceback" in errors
+    assert "in fail" in errors
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_says_so_and_what_to_lower(call: Any, failing: Any, error: Any) -> None:
+    code, errors = call(*failing(error))
+    assert code == 2
+    assert "out of memory while reading weights.bin" in errors
+    assert "data.sequence_tokens" in errors
+
+
+def test_a_truncated_file_is_no_silent_abort(call: Any, failing: Any) -> None:
+    code, errors = call(*failing(EOFError("Ran out of input")))
+    assert code == 2
+    assert "EOFError: Ran out of input" in errors
+
+
+def test_the_innermost_file_is_named() -> None:
+    with pytest.raises(ValueError, match="x") as caught, reading("outer"), reading("inner"):
+        raise ValueError("x")
+    assert caught.value.__notes__ == ["while reading inner"]
+
+
+@pytest.fixture
+def model(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in checkpoints["llama"].iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"num_attention_heads": 0},
+        {"num_attention_heads": "four"},
+        {"hidden_size": [64]},
+        {"vocab_size": None},
+        {"rope_parameters": "no"},
+        {"hidden_act": {}},
+    ],
+)
+def test_impossible_configurations_name_the_model(
+    call: Any, recipe_for: Any, model: Path, tmp_path: Path, entries: dict[str, Any]
+) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+    code, errors = call("run", recipe_for(model={"source": str(model)}), "--out", tmp_path / "out")
+    assert code == 2
+    assert "Traceback" not in errors
+    assert "unexpected" not in errors
+    assert str(model) in errors or "config.json" in errors
+    assert not (tmp_path / "out").exists()

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from qwlora.cli.main import main
-from qwlora.errors import reading
+from qwlora.errors import file_being_read, reading
+from qwlora.formats.assemble_model import LazyModel
+from qwlora.formats.huggingface_folder import FloatCheckpoint
 
 
 @pytest.fixture
@@ -112,3 +114,10 @@ def test_impossible_configurations_name_the_model(
     assert "unexpected" not in errors
     assert str(model) in errors or "config.json" in errors
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_generation_config_is_named(checkpoints: dict[str, Path], model: Path) -> None:
+    (model / "generation_config.json").write_text('{"max_length": ')
+    with pytest.raises(Exception, match="generation_config") as caught:
+        LazyModel(FloatCheckpoint(model))
+    assert file_being_read(caught.value) == str(model / "generation_config.json")

@@ -286,8 +286,8 @@ def _message(error: BaseException) -> str:
         return f"{described(error)}{where}"
     remedy = "If the file is damaged, replace it. Otherwise run" if file else "Run"
     return (
-        f"unexpected error{where}: {type(error).__name__}: {error}. {remedy} the command again with --debug "
-        "and report the traceback"
+        f"unexpected error{where}: {type(error).__name__}: {error}. {remedy} the command again "
+        "with --debug and report the traceback"
     )
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwlora import errors
 from qwlora.data import tables
 from qwlora.data.document import Document, Text
 from qwlora.data.file_kinds import (
@@ -109,6 +110,10 @@ class _Reader:
                 self.skipped += 1
 
     def file(self, path: Path) -> None:
+        with errors.reading(path):
+            self._file(path)
+
+    def _file(self, path: Path) -> None:
         if why := refusal(path):
             raise SourceError(f"data source {str(path)!r}: {why}")
         suffix = suffix_of(path)

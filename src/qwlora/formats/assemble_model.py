@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from qwlora.errors import GridError, SourceError
+from qwlora.errors import GridError, SourceError, reading
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.meta_model import (
     Place,
@@ -63,7 +63,8 @@ class LazyModel:
         self.model = empty_model(checkpoint.config, len(checkpoint.names()))
         folder = getattr(checkpoint, "folder", None)  # of a checkpoint that is one
         if folder is not None and (folder / "generation_config.json").is_file():
-            self.model.generation_config = GenerationConfig.from_pretrained(folder)
+            with reading(folder / "generation_config.json"):
+                self.model.generation_config = GenerationConfig.from_pretrained(folder)
         self.places = tensor_places(self.model)
         first = {
             place_name(place): name for name, places in self.places.items() for place in places

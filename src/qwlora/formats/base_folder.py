@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.dynamic_module_utils import custom_object_save
 
 from qwlora import manifest
-from qwlora.errors import FingerprintError, GridError, SourceError
+from qwlora.errors import FingerprintError, GridError, SourceError, reading
 from qwlora.formats.meta_model import Place, empty_model, listed, put_, tensor_at, tensor_places
 from qwlora.formats.model_config import read_config
 from qwlora.formats.safetensors_files import SafetensorsFiles, read_json
@@ -186,7 +186,8 @@ def load_base(
     if now != record["fingerprint"]:
         keep_fingerprint_(model, now, record["fingerprint"])
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with reading(folder / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     model.name_or_path = (
         record["source"] if Path(record["source"]).is_dir() else ""
     )  # what PEFT writes into an adapter as its base

@@ -28,7 +28,7 @@ from typing import Any
 
 from qwlora import strict_json
 from qwlora.durable import move_into_place, write_text
-from qwlora.errors import DirectoryError, RecipeError
+from qwlora.errors import DirectoryError, RecipeError, file_being_read
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty
 from qwlora.pipeline.ownership import (
@@ -402,6 +402,8 @@ def explained(path: Path) -> Iterator[None]:
             raise DirectoryError(
                 f"{str(path)!r}: no space left on the disk. Nothing half-written was kept; free some space and run again"
             ) from error
+        if file_being_read(error) is not None:
+            raise
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(
             error, "errno", None
         ) in (errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.ENAMETOOLONG):

@@ -8,6 +8,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qwlora.durable import move_into_place
+
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write `file`, in the place of what was there, and the folder that it is in.
@@ -20,4 +22,4 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, metadata=metadata
     )
-    scratch.replace(file)
+    move_into_place(scratch, file)

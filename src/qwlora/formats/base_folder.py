@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.dynamic_module_utils import custom_object_save
 
 from qwlora import manifest
+from qwlora.durable import move_into_place
 from qwlora.errors import FingerprintError, GridError, SourceError, reading
 from qwlora.formats.meta_model import Place, empty_model, listed, put_, tensor_at, tensor_places
 from qwlora.formats.model_config import read_config
@@ -138,7 +139,7 @@ class BaseWriter:
             )
             for file in files:
                 (self.folder / file).parent.mkdir(exist_ok=True)
-                (Path(scratch) / file).replace(self.folder / file)
+                move_into_place(Path(scratch) / file, self.folder / file)
         return files
 
 

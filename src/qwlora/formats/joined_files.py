@@ -1,7 +1,8 @@
 """A file that comes in parts, as package registries with a limit on sizes make it: its bytes cut into pieces, one after another.
 
-The whole is written once to `$XDG_CACHE_HOME/qwlora/joined` (`~/.cache` without it), under a name that follows from the parts' paths, sizes and times, so that
-parts which change are joined again. (Files that llama-gguf-split made are no such parts: each is a GGUF file of its own.)
+The whole is written once to `$XDG_CACHE_HOME/qwlora/joined` (`~/.cache` without it), under a name
+that follows from the parts' paths, sizes, mtimes, ctimes and inodes: parts that change are joined
+again. (Files that llama-gguf-split made are no such parts: each is a GGUF file of its own.)
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def join_parts(parts: Sequence[Path]) -> Path:
             f"{str(parts[0])!r} is no part of a {SUFFIX} file; parts are joined for those alone (NAME{SUFFIX}.part00+NAME{SUFFIX}.part01)"
         )
     identity = "\0".join(
-        f"{part.resolve()}\0{part.stat().st_size}\0{part.stat().st_mtime_ns}" for part in parts
+        f"{part.resolve()}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ctime_ns}\0{s.st_ino}"
+        for part in parts
+        for s in [part.stat()]
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwlora" / "joined"
     target = cache / hashlib.sha256(identity.encode()).hexdigest()[:16] / f"{stem}{SUFFIX}"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwlora import strict_json
+from qwlora.durable import move_into_place, write_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2**29
@@ -56,7 +57,7 @@ class ShardWriter:
             self._part(i).chmod(
                 self.folder.stat().st_mode & 0o666
             )  # safetensors writes for its owner alone
-            self._part(i).replace(self.folder / name)
+            move_into_place(self._part(i), self.folder / name)
         if count > 1:
             placed = {
                 tensor: name
@@ -67,7 +68,7 @@ class ShardWriter:
                 "metadata": {"total_size": self._total_bytes},
                 "weight_map": dict(sorted(placed.items())),
             }
-            (self.folder / INDEX).write_text(strict_json.dumps(index, indent=1) + "\n")
+            write_text(self.folder / INDEX, strict_json.dumps(index, indent=1) + "\n")
 
     def _write(self) -> None:
         save_file(self._waiting, self._part(len(self._shards)), metadata={"format": "pt"})

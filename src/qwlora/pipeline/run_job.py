@@ -114,7 +114,12 @@ def _run(
             peek.check_replaceable(stage.artifact)
     session: Any = None
     if waiting:
-        peek.check_writable()
+        if not peek.is_writable:
+            first = waiting[0].name
+            raise DirectoryError(
+                f"{str(out)!r} is not writable, and {first} must run "
+                f"({stale.get(first, 'asked for')}); copy the directory, or make it writable"
+            )
         session = _start_session(recipe, documents, out, track, say, {s.verb for s in waiting})
         say(summary(describe(documents, session.data)))
     with Directory.open(out, recipe) as directory:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qwlora import manifest
+from qwlora.durable import move_into_place
 from qwlora.errors import CalibrationError
 from qwlora.graph.flat_arguments import CacheSlot, Slot, Structure
 from qwlora.graph.move_graph import device_of
@@ -91,7 +92,7 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
             missing_ok=True
         )  # comes last: never an old record beside new encodings
         for name in (ENCODINGS, INPUTS, RECORD):
-            (written / name).replace(folder / name)
+            move_into_place(written / name, folder / name)
 
 
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:

@@ -253,7 +253,7 @@ def parallel(function: Callable[[Any, Path], Any], items: Sequence[Any], folder:
         own.mkdir(parents=True, exist_ok=True)
 
         def work(own: Path = own) -> None:
-            with (own / "results.jsonl").open("w") as file:
+            with (own / "results.jsonl").open("w", buffering=1) as file:
                 while taken := os.read(read, 4):
                     place = int.from_bytes(taken, "little")
                     try:

@@ -191,6 +191,9 @@ MODELS: dict[str, Attack] = {
     "shard that is missing": _index("model-00001-of-00009.safetensors"),
 }
 
+# transformers has a class of its own for the model type, so the folder's code is not needed
+HARMLESS = ("code for a known model type",)
+
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 

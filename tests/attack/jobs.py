@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from .victims import qwlora
+from .victims import command, inside, start
 
 VERBS = {
     "tuned": ("quantize", "train", "calibrate", "export", "verify", "evaluate"),
@@ -111,7 +111,8 @@ def build(name: str, folder: Path, model: Path, corpus: Path) -> Job:
     job, after, seconds = folder / "work" / "job", {"": folder / "after-"}, {}
     job.parent.mkdir()
     for verb in VERBS[name]:
-        ended = qwlora(verb, recipe, "--out", job, logs=folder / "logs", timeout=900)
+        action = inside(job.parent, command(verb, recipe, "--out", "job"))
+        ended = start(action, folder / "logs").wait(timeout=900)
         assert ended.code == 0, f"{name}: {verb}: {ended.err}"
         seconds[verb] = ended.seconds
         after[verb] = folder / f"after-{verb}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .jobs import Job, artifacts, differences, digests, half_written, state
-from .victims import Ended, command, counting_changes, start
+from .victims import Ended, command, counting_changes, inside, start
 
 MERGED = "merged"
 
@@ -19,7 +19,7 @@ class Target:
 
     Args:
         name: its row in the table.
-        arguments: of the command line; `JOB` and `MERGED` are replaced by paths.
+        arguments: of the command line, which runs in the folder that holds `job` and `merged`.
         before: the job's directory before; `None` if there is none yet.
         after: a folder with `job`, and `merged` if the command makes one.
         seconds: how long the undisturbed run took.
@@ -40,7 +40,7 @@ class Target:
             shutil.copytree(self.before, place / "job")
 
     def action(self, place: Path) -> Callable[[], None]:
-        return command(*_filled(self.arguments, place))
+        return inside(place, command(*self.arguments))
 
     def visible_damage(self, place: Path) -> list[str]:
         """What is half-written."""
@@ -74,27 +74,23 @@ def make_target(
     ended = start(counting_changes(target.action(after), after, count), logs).wait()
     assert ended.code == 0, f"{name}: {ended.err}"
     if reference is not None:
-        assert not differences(artifacts(after / "job"), artifacts(reference)), name
+        unequal = differences(artifacts(after / "job"), artifacts(reference))
+        assert not unequal, f"{name}: {unequal}"
     return Target(name, arguments, before, after, ended.seconds, int(count.read_text()))
-
-
-def _filled(arguments: tuple[str, ...], place: Path) -> list[str]:
-    names = {"JOB": str(place / "job"), "MERGED": str(place / MERGED)}
-    return [names.get(argument, argument) for argument in arguments]
 
 
 def stage_target(job: Job, verb: str, place: Path, what: str) -> Target:
     """A verb of a job, for the first time."""
-    arguments = (verb, str(job.recipe), "--out", "JOB")
+    arguments = (verb, str(job.recipe), "--out", "job")
     return make_target(f"{verb}: {what}", arguments, job.before(verb), place, job.after[verb])
 
 
 def again_target(job: Job, verb: str, change: str, place: Path) -> Target:
     """A verb of a finished job with a change, so that its artifacts are replaced."""
-    arguments = (verb, str(job.recipe), "--out", "JOB", "--set", change)
+    arguments = (verb, str(job.recipe), "--out", "job", "--set", change)
     return make_target(f"{verb}: replaces the finished one", arguments, job.finished, place)
 
 
 def merge_target(job: Job, into: str, place: Path) -> Target:
-    arguments = ("merge", "JOB", "first", "--into", into, "--out", "MERGED")
+    arguments = ("merge", "job", "first", "--into", into, "--out", MERGED)
     return make_target(f"merge: into {into}", arguments, job.finished, place)

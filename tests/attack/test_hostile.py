@@ -56,8 +56,9 @@ def _after(ended: Ended, marker: Path, out: Path | None = None) -> str:
         problems.append(f"took {ended.seconds:.0f} s")
     if marker.exists():
         problems.append("its code ran")
-    if out is not None and out.exists():
-        problems.append(f"left {sorted(p.name for p in out.rglob('*'))[:5]}")
+    # finished blocks stay in the hidden folder, for the next run to resume from
+    if out is not None and out.exists() and (left := sorted(p.name for p in out.glob("[!.]*"))):
+        problems.append(f"left {left}")
     return "; ".join(problems)
 
 
@@ -80,8 +81,12 @@ def test_hostile_models_are_refused(
                     found.append(f"inspect: {ended.refused()}")
                 if marker.exists():
                     found.append("inspect: its code ran")
-            elif problem := _after(qwlora(*verb, logs=place / "logs"), marker, place / "out"):
-                found.append(problem)
+            else:
+                ended = qwlora(*verb, logs=place / "logs")
+                if ended.code == 0 and name in hostile_models.HARMLESS and not marker.exists():
+                    continue
+                if problem := _after(ended, marker, place / "out"):
+                    found.append(problem)
         return "; ".join(found)
 
     cases = hostile_models.MODELS
@@ -317,7 +322,6 @@ OUTS: dict[str, Callable[[Path], str]] = {
     "a name of 300 characters": lambda place: str(place / ("o" * 300)),
     "a path of 5,000 characters": lambda place: str(place) + "/o" * 2500,
     "a folder of the user's": _users,
-    "a user that is not there": lambda place: "~nouser/out",
     "/proc": lambda place: "/proc/out",
     "/dev/null": lambda place: "/dev/null",
     "below /dev/null": lambda place: "/dev/null/out",

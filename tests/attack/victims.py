@@ -155,6 +155,16 @@ def command(*arguments: str | Path) -> Callable[[], None]:
     return run
 
 
+def inside(folder: Path, action: Callable[[], None]) -> Callable[[], None]:
+    """`action` in a folder, so that relative paths, which model cards repeat, are equal."""
+
+    def run() -> None:
+        os.chdir(folder)
+        action()
+
+    return run
+
+
 def qwlora(*arguments: str | Path, logs: Path | None = None, timeout: float = TIMEOUT) -> Ended:
     """Run the command line in a process of its own and wait for it."""
     with _folder(logs) as folder:

@@ -15,7 +15,17 @@ from .damage import HOWS, damage, kinds
 from .jobs import Job, differences, state
 from .record import Record
 from .targets import Target, stage_target
-from .victims import Ended, killed_at_change, parallel, python, qwlora, seeds, start
+from .victims import (
+    Ended,
+    command,
+    inside,
+    killed_at_change,
+    parallel,
+    python,
+    qwlora,
+    seeds,
+    start,
+)
 
 pytestmark = pytest.mark.attack
 
@@ -195,7 +205,8 @@ def test_run_makes_damaged_artifacts_again(
         files = [inside] if inside.is_file() else [p for p in inside.rglob("*") if p.is_file()]
         file = generator.choice(sorted(files))
         done = damage(file, how, generator)
-        ended = qwlora("run", job.recipe, "--out", place, logs=folder / "logs", timeout=600)
+        action = inside(folder, command("run", job.recipe, "--out", "job"))
+        ended = start(action, folder / "logs").wait(timeout=900)
         problem = ended.refused() if ended.code else ""
         if not ended.code and (unequal := differences(state(place), state(job.finished))):
             problem = f"run made something else: {unequal}"

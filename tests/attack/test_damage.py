@@ -201,8 +201,8 @@ def test_run_makes_damaged_artifacts_again(
         place = folder / "job"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(job.finished, place)
-        inside = place / top
-        files = [inside] if inside.is_file() else [p for p in inside.rglob("*") if p.is_file()]
+        whole = place / top
+        files = [whole] if whole.is_file() else [p for p in whole.rglob("*") if p.is_file()]
         file = generator.choice(sorted(files))
         done = damage(file, how, generator)
         action = inside(folder, command("run", job.recipe, "--out", "job"))

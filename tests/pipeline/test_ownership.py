@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -314,3 +315,40 @@ def test_an_output_inside_the_data_folder_is_refused(
     with pytest.raises(DirectoryError, match=r"is inside the data folder .*outside"):
         run(recipe, data / name)
     assert contents(data) == {"text.txt": b"a text"}
+
+
+def test_an_artifact_that_is_replaced_is_never_visible_in_part(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even when the process dies while it removes the old files."""
+
+    def write(text: str) -> None:
+        with Directory.open(tmp_path / "out", recipe) as directory, directory.scratch() as scratch:
+            for name in ("a", "b", "c"):
+                (scratch / name).write_text(text)
+            directory.commit("quantize", Record(text, 1.0), scratch, "base", ())
+
+    write("old")
+    removed: list[str] = []
+
+    def unlink(path: str, **options: Any) -> None:
+        if path in ("a", "b", "c"):
+            removed.append(path)
+            if len(removed) > 1:
+                raise KeyboardInterrupt
+        real(path, **options)
+
+    real = os.unlink
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            write("new")
+    texts = {p.read_text() for p in (tmp_path / "out" / "base").iterdir()}
+    assert len(list((tmp_path / "out" / "base").iterdir())) == 3
+    assert len(texts) == 1
+    write("newer")
+    assert sorted(p.name for p in (tmp_path / "out" / ".qwlora").iterdir()) == [
+        "lock",
+        "owner.json",
+        "stages.json",
+    ]

@@ -213,12 +213,18 @@ class Directory:
     def scratch(self) -> Iterator[Path]:
         """An empty folder, gone afterwards unless it was committed."""
         folder = self.private / "scratch"
-        shutil.rmtree(folder, ignore_errors=True)
+        for old in (folder, self._replaced):  # of a run that was killed
+            shutil.rmtree(old, ignore_errors=True)
         folder.mkdir()
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _replaced(self) -> Path:
+        """Where an artifact goes that is replaced, until the new one is recorded."""
+        return self.private / "replaced"
 
     def drop(self, *stages: str) -> None:
         """Forget that `stages` ran; their files stay."""
@@ -258,14 +264,15 @@ class Directory:
                 for p in sorted(scratch.rglob("*"))
                 if p.is_file()
             }
-            if old:
-                shutil.rmtree(target, ignore_errors=True)
+            if old and target.exists():  # moved, since a removal can be killed halfway
+                target.rename(self._replaced)
             target.parent.mkdir(parents=True, exist_ok=True)
             move_into_place(scratch, target)
         self.records[stage] = Record(record.key, record.seconds, record.results, files)
         self._write_records()
         if artifact is not None and old - new:
             self._write_owner(artifact, new)
+        shutil.rmtree(self._replaced, ignore_errors=True)
 
     def work(self, stage: str, key: str) -> Path:
         """Folder for what a stage must find again after an interruption; one for each key."""

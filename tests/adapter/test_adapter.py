@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from conftest import reseal, tiny_model
 from qwlora import fingerprint, load_adapter, quantize_, save_adapter
+from qwlora.adapter.adapter_folder import FILE
 from qwlora.adapter.attach import (
     LoraShape,
     attach,
@@ -445,9 +446,10 @@ def test_a_pattern_that_takes_forever_is_refused(
 
 
 def saved_adapter(folder: Path, **config: Any) -> PreTrainedModel:
-    """A base, and in `folder` an adapter of it with a changed configuration."""
+    """A base, and in `folder` an adapter of it as PEFT alone saves one, but for `config`."""
     model = base()
     save_adapter(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")), folder)
+    (folder / FILE).unlink()
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
     return base()
@@ -459,7 +461,7 @@ def test_a_slow_pattern_in_an_adapter_from_elsewhere_is_refused(
     model = saved_adapter(tmp_path, target_modules=SLOW_PATTERN)
     monkeypatch.setattr("qwlora.time_limit.time_limit.__defaults__", (0.2,))
     with pytest.raises(SourceError, match=r"target_modules .*nested repetitions"):
-        load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path, unknown_base="accept")
 
 
 def test_loftq_without_scipy_says_what_is_missing(
@@ -469,20 +471,20 @@ def test_loftq_without_scipy_says_what_is_missing(
     monkeypatch.setattr("peft.tuners.lora.config.is_scipy_available", bool, raising=False)
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(SourceError, match="scipy"):
-        load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path, unknown_base="accept")
     with pytest.raises(SourceError, match="scipy"):
-        check_start(str(tmp_path), skeleton=tiny_model("llama"))
+        check_start(str(tmp_path), "accept", skeleton=tiny_model("llama"))
 
 
 def test_a_deeply_nested_configuration_is_refused(tmp_path: Path) -> None:
     model = saved_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(SourceError, match="adapter_config.json cannot be read"):
-        load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path, unknown_base="accept")
 
 
 def test_a_pickled_adapter_is_never_opened(tmp_path: Path) -> None:
     model = saved_adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(SourceError, match=r"adapter_model\.bin.*runs code"):
-        load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path, unknown_base="accept")

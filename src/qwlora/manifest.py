@@ -103,7 +103,7 @@ def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) ->
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -197,8 +197,8 @@ def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refu
             f"adapter {str(folder)!r} was trained on the base with fingerprint {found}, but this base has {base_fingerprint}. "
             "Load it onto its own base, or train it again on this one"
         )
-    check_files(folder)
     read_config(folder)
+    check_files(folder)
 
 
 def check_files(folder: Path, only: Iterable[str] | None = None) -> None:

@@ -428,6 +428,7 @@ def test_a_base_that_your_own_code_froze(by: str, tmp_path: Path) -> None:
 
 
 SLOW_PATTERN = r"(.+)+\d\d\d!"
+UNVERIFIED = pytest.mark.filterwarnings("ignore:.* is unverified")
 
 
 @pytest.mark.parametrize(
@@ -455,6 +456,7 @@ def saved_adapter(folder: Path, **config: Any) -> PreTrainedModel:
     return base()
 
 
+@UNVERIFIED
 def test_a_slow_pattern_in_an_adapter_from_elsewhere_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,6 +466,7 @@ def test_a_slow_pattern_in_an_adapter_from_elsewhere_is_refused(
         load_adapter(model, tmp_path, unknown_base="accept")
 
 
+@UNVERIFIED
 def test_loftq_without_scipy_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -476,13 +479,15 @@ def test_loftq_without_scipy_says_what_is_missing(
         check_start(str(tmp_path), "accept", skeleton=tiny_model("llama"))
 
 
+@UNVERIFIED
 def test_a_deeply_nested_configuration_is_refused(tmp_path: Path) -> None:
     model = saved_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
-    with pytest.raises(SourceError, match="adapter_config.json cannot be read"):
+    with pytest.raises(SourceError, match=r"adapter_config\.json.* cannot be read"):
         load_adapter(model, tmp_path, unknown_base="accept")
 
 
+@UNVERIFIED
 def test_a_pickled_adapter_is_never_opened(tmp_path: Path) -> None:
     model = saved_adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")

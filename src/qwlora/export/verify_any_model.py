@@ -18,6 +18,7 @@ from torch import Tensor
 from qwlora.errors import VerificationError
 from qwlora.export.layer_parity import LayerLimits, LayerParity, Reference, compare_layers
 from qwlora.export.onnx_runtime import OnnxModel
+from qwlora.graph.call_arguments import as_arguments
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, untracked
 
@@ -80,10 +81,13 @@ class _Outputs:
 def verify_onnx_outputs(
     folder: str | Path,
     reference: Reference,
-    batches: Collection[Mapping[str, Any]],
+    batches: Collection[Any],
     track: Track = untracked,
 ) -> OutputParity:
-    """Run the exported file in `folder` on `batches` (each the model's arguments by name) and compare every output; the layers on the first batch.
+    """Run the exported file in `folder` on `batches`, and compare every output; the layers on the first batch.
+
+    Args:
+        batches: dicts of arguments, tensors or tuples of tensors, see `call_arguments.py`.
 
     Raises:
         VerificationError: there is no batch.
@@ -92,6 +96,8 @@ def verify_onnx_outputs(
     if not batches:
         raise VerificationError("verification needs at least one batch of the model's inputs")
     folder, outputs = Path(folder), _Outputs()
+    inputs = reference.graph().interface.inputs
+    batches = [as_arguments(batch, inputs) for batch in batches]
     runtime = OnnxModel(folder)
     layers = compare_layers(folder, reference, next(iter(batches)))
     for batch in track(batches, "verifying in ONNX Runtime", len(batches)):

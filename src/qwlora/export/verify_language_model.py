@@ -24,6 +24,7 @@ from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import VerificationError
 from qwlora.export.layer_parity import LayerLimits, LayerParity, Reference, compare_layers
 from qwlora.export.onnx_runtime import OnnxLanguageModel
+from qwlora.graph.quantized_graph import Interface
 from qwlora.progress import Track, untracked
 
 
@@ -91,7 +92,11 @@ def verify_onnx(
     """Run the exported file in `folder` on `sequences` and compare; the layers on the first `layer_tokens` tokens of the first sequence.
 
     Where only some tokens are learnt (see `Sequences`), the logits that predict those are compared.
+
+    Raises:
+        VerificationError: the graph is not that of a causal language model.
     """
+    _refuse_other_tasks(reference.graph().interface)
     folder, data = Path(folder), as_sequences(sequences)
     layers = compare_layers(
         folder, reference, {"input_ids": next(data.rows())[0][None, :layer_tokens]}
@@ -124,6 +129,17 @@ def verify_onnx(
         sequences=len(data),
         tokens=file.tokens,
     )
+
+
+def _refuse_other_tasks(interface: Interface) -> None:
+    """Refuse graphs without token ids, or without logits [batch, tokens, vocabulary]."""
+    shape = interface.shapes[interface.primary]
+    if "input_ids" not in interface.inputs or interface.primary != "logits" or len(shape) != 3:
+        raise VerificationError(
+            "verify_onnx compares the next-token logits [batch, tokens, vocabulary] of a causal language "
+            f"model. This graph takes {', '.join(interface.inputs)} and returns {interface.primary} "
+            f"[{', '.join(map(str, shape))}]. Use qwlora.verify_onnx_outputs(folder, simulation, batches)"
+        )
 
 
 def check_parity(parity: Parity, limits: Limits, name: str) -> None:

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
@@ -42,6 +43,7 @@ from qwlora.nn.fingerprint import (
 )
 from qwlora.nn.finite import check_finite
 from qwlora.nn.frozen import assert_frozen
+from qwlora.nn.meta_tensors import refuse_meta
 from qwlora.nn.packed_tensor import narrowest
 from qwlora.parameter_names import canonical_name
 
@@ -60,10 +62,28 @@ _TYPES = {
 
 
 def save_base(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, source: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    source: str,
 ) -> str:
-    """Write the base inside `model` into `folder`, which must exist; returns its fingerprint."""
+    """Write the base inside `model` into `folder`, which is created if needed.
+
+    Args:
+        tokenizer: saved with the base, unless None.
+        source: where the model came from; recorded.
+
+    Returns:
+        The fingerprint.
+
+    Raises:
+        GridError: a layer is not frozen.
+        SourceError: a tensor has no data, or `load_base` could not build a model of this class.
+    """
     assert_frozen(model)
+    refuse_meta(model, SourceError)
+    _class_name(model)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     writer = BaseWriter(Path(folder))
     writer.add(model)
     identity = writer.finish(model, tokenizer, source)
@@ -104,7 +124,7 @@ class BaseWriter:
                 }
 
     def finish(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: str
     ) -> str:
         """Write what remains; `model` gives the configuration. Returns the fingerprint."""
         self._shards.finish()
@@ -114,6 +134,7 @@ class BaseWriter:
             "format": FORMAT,
             "fingerprint": identity,
             "source": source,
+            "class": _class_name(model),
             "layers": self._layers,
             "tensors": self.digests,
         }
@@ -123,7 +144,7 @@ class BaseWriter:
         return identity
 
     def _write_configuration(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> list[str]:
         """Write what Hugging Face writes next to weights; returns the paths of these files."""
         with TemporaryDirectory(prefix=".", suffix=".part", dir=self.folder) as scratch:
@@ -131,7 +152,8 @@ class BaseWriter:
                 config: Any = model.config  # annotated as a dict there
                 custom_object_save(model, scratch, config)
             model.config.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(scratch)
             if model.can_generate() and model.generation_config is not None:
                 model.generation_config.save_pretrained(scratch)
             files = sorted(
@@ -141,6 +163,26 @@ class BaseWriter:
                 (self.folder / file).parent.mkdir(exist_ok=True)
                 move_into_place(Path(scratch) / file, self.folder / file)
         return files
+
+
+def _class_name(model: PreTrainedModel) -> str | None:
+    """The class of transformers that `load_base` builds; None if it comes from the model's own code.
+
+    Raises:
+        SourceError: it is another library's class, which config.json does not lead to.
+    """
+    kinds = type(model).__mro__
+    if any(_is_remote(kind) for kind in kinds):
+        return None
+    ours = (k.__name__ for k in kinds if getattr(transformers, k.__name__, None) is k)
+    name = next(ours, "PreTrainedModel")
+    if name.endswith("PreTrainedModel"):
+        raise SourceError(
+            f"{type(model).__name__} ({type(model).__module__}) is not a model class of transformers, so "
+            "load_base could not build it from config.json. Save its state_dict() and call quantize_ "
+            "again with the same settings, or derive it from a class of transformers"
+        )
+    return name
 
 
 def _is_remote(kind: type) -> bool:
@@ -175,7 +217,7 @@ def load_base(
     files = SafetensorsFiles(folder)
     count = len(files.names())
     config = read_config(folder, count, trust_remote_code)
-    model = empty_model(config, count, trust_remote_code)
+    model = empty_model(config, count, trust_remote_code, record.get("class"))
     where = f"base {str(folder)!r}"
     _place_packed_(model, read_layers(record, where), where)
     places = tensor_places(model)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -25,25 +26,33 @@ Place = tuple[str, str]
 
 
 def empty_model(
-    config: PretrainedConfig, tensors: int, trust_remote_code: bool = False
+    config: PretrainedConfig,
+    tensors: int,
+    trust_remote_code: bool = False,
+    kind: str | None = None,
 ) -> PreTrainedModel:
-    """The causal language model of `config`, without data.
+    """The model of `config`, without data.
 
     Args:
         tensors: how many the files hold. A configuration that asks for many times more, or for buffers that would fill memory, is refused before it is built.
 
+        kind: the name of a model class of transformers; default: a causal language model.
+
     Raises:
-        SourceError: the configuration builds no causal language model.
+        SourceError: the configuration builds no such model.
     """
-    _check_buffers(meta_model(config, tensors, trust_remote_code))
+    _check_buffers(meta_model(config, tensors, trust_remote_code, kind))
     with init_empty_weights(include_buffers=False):
-        model = build_model(config, trust_remote_code)
+        model = build_model(config, trust_remote_code, kind)
     model.tie_weights()
     return model.requires_grad_(False).eval()
 
 
 def meta_model(
-    config: PretrainedConfig, tensors: int, trust_remote_code: bool = False
+    config: PretrainedConfig,
+    tensors: int,
+    trust_remote_code: bool = False,
+    kind: str | None = None,
 ) -> PreTrainedModel:
     """As `empty_model`, but buffers have no data either: for names and shapes.
 
@@ -51,24 +60,31 @@ def meta_model(
         SourceError: the configuration builds no causal language model, or one of many times more parameters than `tensors`.
     """
     with _at_most(2 * tensors + 64), torch.device("meta"):
-        model = build_model(config, trust_remote_code)
+        model = build_model(config, trust_remote_code, kind)
     model.tie_weights()
     return model
 
 
-def build_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model of `config`, on the current device.
+def build_model(
+    config: PretrainedConfig, trust_remote_code: bool = False, kind: str | None = None
+) -> PreTrainedModel:
+    """The model of `config`, on the current device.
 
     Args:
         trust_remote_code: build it with the code that the configuration's own folder brings.
+        kind: the name of a model class of transformers; default: a causal language model.
 
     Raises:
         SourceError: the configuration builds none.
     """
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        model: PreTrainedModel
+        if kind is None:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+        else:
+            model = _class_named(kind)._from_config(config, dtype=torch.float32)
     except SourceError:
         raise
     except Exception as error:  # a configuration from a file reaches any line of any model's code
@@ -76,6 +92,14 @@ def build_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
             f"config.json ({type(config).__name__}) builds no causal language model: {error or type(error).__name__}"
         ) from error
     return model
+
+
+def _class_named(kind: Any) -> type[PreTrainedModel]:
+    """The model class of transformers with this name."""
+    found = getattr(transformers, kind, None) if isinstance(kind, str) else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise SourceError(f"transformers {transformers.__version__} has no model class {kind!r}")
+    return found
 
 
 def blocks_of(model: nn.Module) -> list[str]:

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from qwlora.errors import CaptureError
+from qwlora.graph.call_arguments import LABELS
 from qwlora.graph.capture_check import prove
 from qwlora.graph.dynamic_shapes import Axes, Place
 from qwlora.graph.flat_arguments import Structure, cache_of, tokens_in
@@ -37,6 +39,7 @@ from qwlora.graph.half_precision import in_float32, widened
 from qwlora.graph.inline_subgraphs import inlined_graph
 from qwlora.graph.quantized_graph import Interface, with_graph
 from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.nn.meta_tensors import refuse_meta
 from qwlora.parameter_names import parameter_name
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
@@ -141,6 +144,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
     Args:
         example_inputs: tensors are the graph's inputs; numbers, strings and None are constants in it. `past_key_values` is a cache, or a pair of keys and
             values [batch, heads, tokens, width] for each layer. At least two tokens, since a size of 1 is taken for a constant; a single row is captured twice.
+            `labels` of transformers models are left out: the graph ends at the logits.
 
     Raises:
         CaptureError: `torch.export` refuses the model, or the graph's result differs from the module's in any bit, at the example's shape or another; the
@@ -150,6 +154,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
         raise CaptureError(
             "the model is in training mode; call model.eval() first, the graph is made for one mode"
         )
+    refuse_meta(model, CaptureError)
     arguments, tensors = Structure.of(_completed(model, example_inputs), PAST)
     tensors = _two_rows(tensors)
     if not arguments.cached and any(_is_ids(t) and t.shape[1] < 2 for t in tensors):
@@ -220,6 +225,8 @@ def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str,
         CaptureError: a cache is asked for of an encoder with a decoder.
     """
     completed = dict(example_inputs)
+    if isinstance(_unwrapped(model), PreTrainedModel):
+        completed.pop(LABELS, None)  # the loss is not part of the graph
     if isinstance(completed.get(CACHE), Cache):
         completed[PAST] = completed.pop(CACHE)
     if isinstance(completed.get(PAST), tuple | list):

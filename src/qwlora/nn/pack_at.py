@@ -32,6 +32,8 @@ def packed_weights(model: nn.Module) -> dict[str, PackedLayer]:
 def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedLayer:
     """Pack the tensor `name` of `model`: a module's `weight`, or a 3-D parameter.
 
+    Modules that share the weight (a tied output head) become layers on the same codes.
+
     Raises:
         GridError: no packed layer can stand for it, or the codes are not of its shape.
         AttributeError: the model has no such module.
@@ -40,9 +42,17 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
     module = model.get_submodule(path)
     if not (last == "weight" and is_packable(module)):
         return pack_parameter_(module, last, quantized)
+    weight = module._parameters["weight"]
+    tied = [
+        (other, reader)
+        for other, reader in model.named_modules()
+        if reader is not module and reader._parameters.get("weight") is weight
+    ]
     layer = pack_module(module, quantized)
     model.set_submodule(path, layer)
     assert isinstance(layer, PackedLayer)
+    for other, reader in tied:
+        model.set_submodule(other, pack_tied(reader, layer))
     return layer
 
 

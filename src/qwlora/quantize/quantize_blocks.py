@@ -9,7 +9,7 @@ and the activations of one batch in it, and the hidden states of the batches.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.formats.meta_model import blocks_of
+from qwlora.graph.call_arguments import as_arguments
 from qwlora.grid.second_moments import Moments
 from qwlora.nn import is_packed, pack_at_
 from qwlora.parameter_names import canonical_name
@@ -77,7 +78,7 @@ def quantize_parts_(
 
 def observe_moments(
     model: nn.Module,
-    calibration: Tensor | Sequence[Mapping[str, Any]],
+    calibration: Tensor | Iterable[Any],
     moments: Moments | None = None,
     *,
     track: Track = untracked,
@@ -85,7 +86,7 @@ def observe_moments(
     """The moments (`grid/moment.py`) of a quantized model's packed linear layers: what starts that follow the data need, where a base was made elsewhere.
 
     Args:
-        calibration: token ids [sequences, tokens], or the model's keyword arguments batch by batch.
+        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts, tensors, tuples).
         moments: where they go; into memory unless given.
 
     Raises:
@@ -105,7 +106,7 @@ def observe_moments(
         raise GridError(
             "no linear layer of the model is packed, so there is nothing to observe; quantize it first"
         )
-    with _lockstep(model, list(parts), batches_of(calibration)) as lockstep:
+    with _lockstep(model, list(parts), batches_of(calibration, model)) as lockstep:
         for _ in track(range(len(parts)), "observing", len(parts)):
             part = lockstep.advance()
             if part is None:
@@ -118,22 +119,26 @@ def observe_moments(
 
 
 def batches_of(
-    calibration: Tensor | Sequence[Mapping[str, Any]] | None,
+    calibration: Tensor | Iterable[Any] | None, model: nn.Module
 ) -> Sequence[Mapping[str, Any]]:
-    """The model's keyword arguments, batch by batch.
+    """The keyword arguments of `model`, batch by batch.
+
+    Args:
+        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them; see
+            `call_arguments.py`.
 
     Raises:
         GridError: there are none.
+        CaptureError: see `as_arguments`.
     """
     if calibration is None:
         raise GridError(
             "solver gptq and moments need calibration data: token ids, or batches of the model's inputs"
         )
-    return (
-        [{"input_ids": row.unsqueeze(0)} for row in calibration]
-        if isinstance(calibration, Tensor)
-        else calibration
-    )
+    if isinstance(calibration, Tensor):
+        return [{"input_ids": row.unsqueeze(0)} for row in calibration]
+    names = list(arguments_of(model))
+    return [as_arguments(batch, names) for batch in calibration]
 
 
 def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[str]]:
@@ -155,10 +160,10 @@ def _lockstep(
     return Lockstep(model, parts, [{**batch, **keep} for batch in batches])
 
 
-def arguments_of(model: nn.Module) -> set[str]:
-    """Names of the arguments of a model's forward, through PEFT's wrapper."""
+def arguments_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a model's forward, in order, through PEFT's wrapper."""
     inner = getattr(model, "get_base_model", lambda: model)()
-    return set(inspect.signature(inner.forward).parameters)
+    return tuple(inspect.signature(inner.forward).parameters)
 
 
 def _solve_part(

@@ -8,7 +8,7 @@ needs, and one shard. A solver that follows the inputs of a layer needs a block 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def quantize_checkpoint(
     solver: str = "search",
     *,
     rules: Sequence[Rule] = (),
-    calibration: Tensor | Sequence[Mapping[str, Any]] | None = None,
+    calibration: Tensor | Iterable[Any] | None = None,
     moments: Moments | None = None,
     work: Path | None = None,
     gptq: GptqSettings | None = None,
@@ -82,7 +82,7 @@ def quantize_checkpoint(
     plan = {} if scheme is None else plan_layers(lazy.model, scheme, solver, rules, gptq)
     writer = BaseWriter(Path(folder), shard_bytes)
     if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
-        batches = batches_of(calibration)
+        batches = batches_of(calibration, lazy.model)
         with PartsOnDemand(lazy, writer, parts_of(lazy.model, plan), len(batches)):
             layers = quantize_parts_(lazy.model, plan, batches, moments, work, track)
     else:

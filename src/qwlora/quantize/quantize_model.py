@@ -9,7 +9,7 @@ Which layers, on which grid, by which solver: see `rules.py`. Works before or af
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from qwlora.nn import (
 from qwlora.nn.fingerprint import remember_floats_
 from qwlora.nn.finite import check_base_finite
 from qwlora.nn.frozen import assert_frozen
+from qwlora.nn.meta_tensors import refuse_meta
 from qwlora.nn.unwrap import unwrapped
 from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.progress import Track, untracked
@@ -76,7 +77,7 @@ def quantize_(
     solver: str = "search",
     *,
     rules: Sequence[Rule] = (),
-    calibration: Tensor | Sequence[Mapping[str, Any]] | None = None,
+    calibration: Tensor | Iterable[Any] | None = None,
     moments: Moments | None = None,
     work: Path | None = None,
     gptq: GptqSettings | None = None,
@@ -88,7 +89,7 @@ def quantize_(
         scheme: the grid of every weight, or its short name (`w4-block32`, see `parse_scheme`).
         solver: `rtn`, `search`, `sqnr` or `gptq` (see `solver.py`).
         rules: what is different for some layers (see `rules.py`).
-        calibration: token ids [sequences, tokens], or the model's keyword arguments batch by batch; needed by gptq, and for `moments`.
+        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts, tensors, tuples); needed by gptq, and for `moments`.
         moments: filled with the second moments of each layer (`grid/moment.py`), which the data-aware start of an adapter needs.
         work: a folder for finished parts; the same call goes on after the last one there.
         gptq: how that solver goes about it.
@@ -103,11 +104,12 @@ def quantize_(
             "weights that would be replaced; quantize first, then wrap"
         )
     model = unwrapped(model)
+    refuse_meta(model, GridError)
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     plan = plan_layers(model, scheme, solver, rules, gptq)
     check_base_finite(model)
     if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
-        reports = quantize_parts_(model, plan, batches_of(calibration), moments, work, track)
+        reports = quantize_parts_(model, plan, batches_of(calibration, model), moments, work, track)
     else:
         reports = {}
         for name in track(list(plan), "quantizing", len(plan)):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class TuningReport:
 def tune_scales_(
     model: nn.Module,
     teacher: nn.Module,
-    calibration: Tensor | Sequence[Mapping[str, Any]],
+    calibration: Tensor | Iterable[Any],
     settings: TuningSettings | None = None,
     *,
     work: Path | None = None,
@@ -112,7 +112,7 @@ def tune_scales_(
 
     Args:
         teacher: the float model.
-        calibration: token ids [sequences, tokens], or the models' keyword arguments batch by batch; at least two.
+        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts, tensors, tuples); at least two.
         work: a folder for the state; the same call, with as many threads, goes on from what it finds there and ends with the same bits.
 
     Raises:
@@ -131,7 +131,7 @@ def tune_scales_(
         raise CalibrationError(
             f"the quantized model and the float one share the weight of {shared!r}, which is tuned; quantize a deep copy of the float model"
         )
-    batches = batches_of(calibration)
+    batches = batches_of(calibration, model)
     if len(batches) < 2:
         raise CalibrationError(
             "tuning scales takes at least two sequences: one of them is kept aside to see whether it helped"
@@ -284,7 +284,7 @@ class _Comparison:
 
     def __init__(self, model: nn.Module, teacher: nn.Module):
         self.model, self.teacher = model, teacher
-        self.takes = arguments_of(model) & arguments_of(teacher)
+        self.takes = set(arguments_of(model)) & set(arguments_of(teacher))
 
     def __call__(
         self, batch: Mapping[str, Any], compute: str, generator: torch.Generator

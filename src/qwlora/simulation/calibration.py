@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 
 from qwlora.errors import CalibrationError
 from qwlora.graph.aten_ops import MASKS, base_name
+from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.move_graph import device_of, moved_encoding
 from qwlora.graph.quantized_graph import Mark
 from qwlora.grid.encoding import Encoding
@@ -108,7 +109,7 @@ class Calibrated(nn.Module):
 
     def calibrate(
         self,
-        batches: Iterable[Mapping[str, Tensor]],
+        batches: Iterable[Any],
         track: Track = untracked,
         tokens: int | None = None,
         stillness: Stillness | None = None,
@@ -126,14 +127,16 @@ class Calibrated(nn.Module):
     @torch.no_grad()
     def observe(
         self,
-        batches: Iterable[Mapping[str, Tensor]],
+        batches: Iterable[Any],
         track: Track = untracked,
         tokens: int | None = None,
         stillness: Stillness | None = None,
     ) -> None:
-        """Take in the activations of `batches`, each a mapping with the inputs' names. The encodings of before are forgotten; call `freeze` for new ones.
+        """Take in the activations of `batches`. The encodings of before are forgotten; call `freeze` for new ones.
 
         Args:
+            batches: dicts of arguments, tensors or tuples of tensors, as a DataLoader gives them; see
+                `call_arguments.py`.
             tokens: go no further than the batch in which this many have come by in this call; a batch is taken whole.
             stillness: stop when ranges stand still.
 
@@ -151,6 +154,7 @@ class Calibrated(nn.Module):
             for batch in track(
                 batches, "calibrating", len(batches) if isinstance(batches, Collection) else None
             ):
+                batch = as_arguments(batch, self.inputs)
                 self._run(batch)
                 self._seen.batches += 1
                 self._seen.tokens += tokens_of(batch)
@@ -342,6 +346,11 @@ class Calibrated(nn.Module):
                 f"{len(missing)} activations have no encoding yet, {missing[0]} first; call calibrate, or freeze. With float activations it computes "
                 "inside `with simulation.only():`"
             )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, in order."""
+        raise NotImplementedError
 
     def _run(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
         """One forward of the graph on one batch."""

@@ -1,0 +1,174 @@
+"""Models and batches in the forms that users have them: classifiers, meta tensors, DataLoaders, labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
+
+import qwlora
+from conftest import tiny_model
+from qwlora.errors import CaptureError, GridError, SourceError, VerificationError
+from qwlora.export.verify_language_model import _refuse_other_tasks
+from qwlora.graph.call_arguments import as_arguments
+from qwlora.graph.capture import capture
+from qwlora.grid.observers import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import PerBlock, Scheme
+from qwlora.nn import pack_at_
+from qwlora.nn.packed_layer import PackedLayer
+
+IDS = torch.randint(0, 256, (4, 8), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(IDS)
+
+
+def classifier(seed: int = 0) -> LlamaForSequenceClassification:
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**tiny_model("llama").config.to_diff_dict(), "num_labels": 3})
+    return LlamaForSequenceClassification(config).eval()
+
+
+@pytest.fixture(scope="module")
+def simulation() -> qwlora.Simulation:
+    """Of a language model."""
+    model = tiny_model("llama")
+    qwlora.quantize_(model, "w4-block32", "rtn")
+    return qwlora.simulate(model, {"input_ids": IDS, "attention_mask": MASK})
+
+
+def test_a_classifier_is_saved_and_loaded_as_its_own_class(tmp_path: Path) -> None:
+    model = classifier()
+    qwlora.quantize_(model, "w4-block32", "rtn")
+    identity = qwlora.save_base(model, None, tmp_path / "new" / "base", "tiny")
+    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["q_proj"])
+    adapted = get_peft_model(model, lora).eval()
+    qwlora.save_adapter(adapted, tmp_path / "adapter")
+
+    base = qwlora.load_base(tmp_path / "new" / "base")
+
+    assert type(base) is LlamaForSequenceClassification
+    assert qwlora.fingerprint(base) == identity
+    again = qwlora.load_adapter(base, tmp_path / "adapter").eval()
+    assert torch.equal(again(IDS).logits, adapted(IDS).logits)
+
+
+def test_a_class_that_cannot_be_loaded_again_is_not_saved(tmp_path: Path) -> None:
+    class Scorer(LlamaPreTrainedModel):
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.model = LlamaModel(config)
+            self.score = nn.Linear(64, 3)
+
+    model = Scorer(tiny_model("llama").config)
+    qwlora.quantize_(model, "w4-block32", "rtn")
+    with pytest.raises(SourceError, match=r"Scorer .* is not a model class of transformers"):
+        qwlora.save_base(model, None, tmp_path / "base", "tiny")
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_subclass_is_loaded_as_the_class_of_transformers(tmp_path: Path) -> None:
+    class Mine(LlamaForCausalLM):
+        pass
+
+    model = Mine(tiny_model("llama").config)
+    qwlora.quantize_(model, "w4-block32", "rtn")
+    qwlora.save_base(model, None, tmp_path, "tiny")
+    assert type(qwlora.load_base(tmp_path)) is LlamaForCausalLM
+
+
+def test_verify_onnx_sends_a_classifier_to_verify_onnx_outputs() -> None:
+    captured = capture(classifier(), {"input_ids": IDS, "attention_mask": MASK})
+    with pytest.raises(VerificationError, match=r"logits \[batch, 3\].*verify_onnx_outputs"):
+        _refuse_other_tasks(captured.interface)
+
+
+def test_models_on_the_meta_device_are_refused_by_their_tensors() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_model("llama").config).eval()
+    for error, call in (
+        (GridError, lambda: qwlora.quantize_(model, "w4-block32")),
+        (CaptureError, lambda: capture(model, {"input_ids": IDS})),
+    ):
+        with pytest.raises(error, match=r"model.embed_tokens.weight.* and \d+ more .*meta device"):
+            call()
+
+
+def test_a_head_that_is_tied_to_a_packed_embedding_reads_its_codes() -> None:
+    model = tiny_model("llama")
+    weight = model.model.embed_tokens.weight.detach()
+    encoding = measure(weight, Scheme(8, granularity=PerBlock(32)))
+
+    pack_at_(
+        model, "model.embed_tokens.weight", QuantizedTensor(encoding.quantize(weight), encoding)
+    )
+
+    head = model.lm_head
+    assert isinstance(head, PackedLayer)
+    assert head.is_tied
+    assert torch.equal(head.codes, model.model.embed_tokens.codes)
+
+
+def test_labels_in_the_example_are_left_out_of_the_graph(simulation: qwlora.Simulation) -> None:
+    model = simulation.origin.model
+    captured = capture(model, {"input_ids": IDS, "attention_mask": MASK, "labels": IDS})
+    assert captured.interface.inputs == ("input_ids", "attention_mask")
+    assert captured.interface.outputs == ("logits",)
+
+
+def as_dicts(ids: Tensor, mask: Tensor) -> list[dict[str, Tensor]]:
+    return [{"input_ids": ids, "attention_mask": mask, "labels": ids}]
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        as_dicts(IDS, MASK),
+        DataLoader(TensorDataset(IDS, MASK), batch_size=4),
+        DataLoader(TensorDataset(IDS), batch_size=4),
+        DataLoader(IDS, batch_size=4),  # type: ignore[arg-type] # a tensor is indexed like a dataset
+    ],
+    ids=["dicts with labels", "pairs", "lists of one", "tensors"],
+)
+def test_calibration_takes_what_a_dataloader_gives(
+    simulation: qwlora.Simulation, batches: Any
+) -> None:
+    report = simulation.calibrate(batches)
+    found = simulation.encodings
+    simulation.calibrate([{"input_ids": IDS, "attention_mask": MASK}])
+    assert report.tokens % IDS.numel() == 0
+    assert all(torch.equal(e.scale, found[name].scale) for name, e in simulation.encodings.items())
+
+
+def test_a_batch_whose_second_tensor_is_no_mask_is_refused() -> None:
+    names = ("input_ids", "attention_mask")
+    with pytest.raises(CaptureError, match=r"Tensor 1 .*attention_mask.*dict"):
+        as_arguments((IDS, IDS), names)
+    with pytest.raises(CaptureError, match=r"3 tensors.*2 inputs \(input_ids, attention_mask\)"):
+        as_arguments([IDS, MASK, IDS], names)
+    with pytest.raises(CaptureError, match="str"):
+        as_arguments("text", names)
+
+
+def test_gptq_takes_what_a_dataloader_gives() -> None:
+    models = [tiny_model("llama") for _ in range(3)]
+    batches: list[Any] = [
+        IDS,
+        DataLoader(TensorDataset(IDS)),
+        [{"input_ids": r[None]} for r in IDS],
+    ]
+    for model, calibration in zip(models, batches, strict=True):
+        qwlora.quantize_(model, "w4-block32", "gptq", calibration=calibration)
+    prints = {qwlora.fingerprint(model) for model in models}
+    assert len(prints) == 1

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from base.gguf_models import metadata_of, stored_shapes, write_file
 from conftest import byte_tokenizer, tiny_model
-from qwlora import quantize_, save_base
+from qwlora import load_precomputed, quantize_, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
@@ -44,6 +44,17 @@ def test_a_whole_checkpoint_is_loaded(folder: Path) -> None:
     assert torch.equal(
         load_model(str(folder)).get_parameter(DOWN), tiny_model("llama").get_parameter(DOWN)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_checkpoint_becomes_a_float32_model(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    tiny_model("llama").to(dtype).save_pretrained(tmp_path)
+    expected = tiny_model("llama").get_parameter(DOWN).to(dtype).float()
+    for model in (load_model(str(tmp_path)), load_precomputed(FloatCheckpoint(tmp_path))):
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert torch.equal(model.get_parameter(DOWN), expected)
 
 
 def test_what_is_missing_is_not_made_up(folder: Path) -> None:

@@ -28,10 +28,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from base.gguf_models import metadata_of, stored_shapes, write_file  # noqa: E402 (tests lie beside, not in a package)
-from base.test_reader_awq import awq_model  # noqa: E402
-from base.test_reader_compressed_tensors import model_folder  # noqa: E402
 from conftest import byte_tokenizer, tiny_model  # noqa: E402
+from formats.gguf_models import metadata_of, stored_shapes, write_file  # noqa: E402 (tests lie beside, not in a package)
+from formats.test_reader_awq import awq_model  # noqa: E402
+from formats.test_reader_compressed_tensors import model_folder  # noqa: E402
 from fuzz_encodings import break_bytes, break_json  # noqa: E402
 from machine import machine_line  # noqa: E402
 from qwlora import load_base, quantize_, save_base  # noqa: E402
@@ -74,7 +74,9 @@ def make_sources(folder: Path) -> list[Path]:
     model = llama()
     model.save_pretrained(floats)
     shutil.copytree(
-        ROOT / "tests/base/files/gptqmodel-llama", gptq, ignore=shutil.ignore_patterns("expected*")
+        ROOT / "tests/formats/files/gptqmodel-llama",
+        gptq,
+        ignore=shutil.ignore_patterns("expected*"),
     )
     awq_model(awq)
     four = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}

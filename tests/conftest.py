@@ -35,6 +35,7 @@ from transformers import (  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qwlora import manifest  # noqa: E402
+from qwlora.formats.base_folder import BaseWriter  # noqa: E402
 
 transformers_logging.disable_progress_bar()
 
@@ -201,3 +202,17 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for folder in made:
         subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def loaded_at_finish(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the tensors that still have data when `BaseWriter.finish` is called."""
+    found: list[str] = []
+    finish = BaseWriter.finish
+
+    def recorded(writer: BaseWriter, model: PreTrainedModel, *arguments: Any) -> str:
+        found.extend(name for name, tensor in model.state_dict().items() if not tensor.is_meta)
+        return finish(writer, model, *arguments)
+
+    monkeypatch.setattr(BaseWriter, "finish", recorded)
+    return found

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from base.packing import quantized
+from formats.packing import quantized
 from qwlora import PackedLinear
 from qwlora.errors import GridError, MergeError
 from qwlora.grid.encoding import Encoding

@@ -19,8 +19,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from base.packing import packed_and_twin
 from conftest import ARCHITECTURES, tiny_model
+from formats.packing import packed_and_twin
 from qwlora import fingerprint
 from qwlora.errors import MergeError
 from qwlora.nn import PackedLayer, is_packed, packed_weights

@@ -19,8 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from base.packing import packed_and_twin
 from conftest import ARCHITECTURES, tiny_model
+from formats.packing import packed_and_twin
 from qwlora import PackedLinear, fingerprint, observe_moments, quantize_
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from base.test_precomputed import IDS, KINDS, Held, model_of
 from conftest import byte_tokenizer, tiny_model
+from formats.test_precomputed import IDS, KINDS, Held, model_of
 from qwlora import fingerprint, load_base, quantize_
 from qwlora.errors import CalibrationError, GridError, SourceError
 from qwlora.formats.assemble_model import LazyModel
@@ -85,7 +85,9 @@ def deep() -> PreTrainedModel:
     ).eval()
 
 
-def test_a_block_or_two_are_in_memory(tmp_path: Path, tokens: Tensor, left: list[str]) -> None:
+def test_a_block_or_two_are_in_memory(
+    tmp_path: Path, tokens: Tensor, loaded_at_finish: list[str]
+) -> None:
     gc.collect()
     model = deep()
     block = sum(p.nbytes for p in model.model.layers[0].parameters())
@@ -101,7 +103,7 @@ def test_a_block_or_two_are_in_memory(tmp_path: Path, tokens: Tensor, left: list
         calibration=tokens,
         shard_bytes=10_000,
     )
-    assert [name for name in left if not name.startswith("model.layers.7.")] == [
+    assert [name for name in loaded_at_finish if not name.startswith("model.layers.7.")] == [
         "model.embed_tokens.weight",
         "model.norm.weight",
         "lm_head.weight",

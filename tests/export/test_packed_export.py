@@ -11,8 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from base.packing import packed_and_twin
 from conftest import tiny_model
+from formats.packing import packed_and_twin
 from qwlora import Simulation, export_onnx, simulate, verify_onnx
 from qwlora.errors import CalibrationError
 from qwlora.export.verify_language_model import Limits, check_parity

@@ -1,7 +1,7 @@
 """Writes files/gptq-*, files/awq-* and files/gptqmodel-llama with the formats' own libraries: the golden files of test_reader_gptq.py and test_reader_awq.py.
 Run by hand, in an environment with gptqmodel 7.7.0 and AutoAWQ 0.2.9 (no GPU is needed, and of AutoAWQ no more than its Python files):
 
-    python tests/base/make_gptq_awq_files.py
+    python tests/formats/make_gptq_awq_files.py
 
 Each layer is packed by the library, given back its scales in float32, and unpacked by the library; what that gives is `expected.safetensors`.
 """

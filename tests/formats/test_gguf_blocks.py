@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from base.gguf_models import HALVES, KINDS, WITH_MINIMUM, random_rows, with_one_zero
+from formats.gguf_models import HALVES, KINDS, WITH_MINIMUM, random_rows, with_one_zero
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.blocks import decode_blocks, to_quantized
 from qwlora.grid.encoding import Encoding

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
-from base.gguf_models import with_one_zero
+from formats.gguf_models import with_one_zero
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.joined_files import join_parts

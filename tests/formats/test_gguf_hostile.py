@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from base.gguf_models import metadata_of, stored_shapes, write_file
+from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.gguf.gguf_file import GgufFile

@@ -13,8 +13,8 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from base.gguf_models import metadata_of, stored_shapes, write_file
 from conftest import byte_tokenizer, tiny_model
+from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora import load_precomputed, quantize_, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError

@@ -18,7 +18,14 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from base.gguf_models import KINDS, in_turn, metadata_of, stored_shapes, with_one_zero, write_file
+from formats.gguf_models import (
+    KINDS,
+    in_turn,
+    metadata_of,
+    stored_shapes,
+    with_one_zero,
+    write_file,
+)
 from qwlora.errors import MissingExtraError, SourceError
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint

@@ -365,5 +365,6 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
             load_simulation(tmp_path, adapted())
     record.write_text(whole)
     (tmp_path / "example_inputs.safetensors").write_bytes(b"0")
+    reseal(tmp_path, "simulation.json")
     with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
         load_simulation(tmp_path, adapted())

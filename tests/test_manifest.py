@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -202,3 +204,17 @@ def test_encodings_that_were_edited_are_not_loaded(tmp_path: Path) -> None:
             FingerprintError, match=r"simulation.encodings changed .* calibrate again"
         ):
             load(where)
+
+
+def test_the_command_line_says_in_one_line_that_an_adapter_is_unverified(
+    tmp_path: Path,
+) -> None:
+    adapted().save_pretrained(str(tmp_path))
+    shown = subprocess.run(
+        [sys.executable, "-m", "qwlora", "inspect", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stderr.startswith(f"qwlora: warning: adapter '{tmp_path}' is unverified")
+    assert shown.stderr.count("\n") == 1

@@ -69,10 +69,13 @@ def check(
         UnverifiedWarning: there are no digests.
     """
     if not has_digests(folder, name):
-        why = "lists no digests" if (folder / name).exists() else "is missing"
+        why = (
+            f"lists no digests (an earlier version wrote it). To have its files checked, {remedy}"
+            if (folder / name).exists()
+            else "is missing (other tools do not write it), so a changed file cannot be noticed"
+        )
         warnings.warn(
-            f"{what} is unverified: {name}, where QWLoRA keeps the SHA-256 of each file, {why}. "
-            f"To have its files checked, {remedy}",
+            f"{what} is unverified: {name} {why}",
             UnverifiedWarning,
             stacklevel=3,
         )

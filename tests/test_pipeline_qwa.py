@@ -121,7 +121,7 @@ def test_export_is_proved(recipe_for: Any, tmp_path: Path) -> None:
     assert len(done(said)) == 10
 
 
-@pytest.mark.filterwarnings("ignore::qwlora.manifest.UnverifiedWarning")
+@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for: Any, tmp_path: Path) -> None:
     """PEFT's adapters often have some, and a graph of evaluation has none."""
     config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.05, task_type="CAUSAL_LM")

@@ -265,7 +265,7 @@ def test_what_cannot_be_shown(
         capsys, monkeypatch, job, "--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]"
     )
     assert code == 2
-    assert "'lm_hed' matches no value; near are lm_head" in errors
+    assert "'lm_hed' matches no value; did you mean lm_head" in errors
 
 
 @pytest.mark.parametrize("changes", [("activation_bitwidth", 8), ("residual_adds", "quantize")])

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from qwlora.messages import size
 from qwlora.pipeline.results_table import _rows
-from qwlora.sizes import size
 
 PARITY = {
     "perplexity": 5.0,

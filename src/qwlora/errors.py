@@ -30,6 +30,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from qwlora.messages import lines
+
 _NOTE = "while reading "
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -96,7 +98,7 @@ class EncodingsFileError(QwloraError, ValueError):
         self.source = source
         self.problems = tuple(problems)
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{source}: {count}", *_listed(self.problems)]))
+        super().__init__("\n".join([f"{source}: {count}", *_bulleted(self.problems)]))
 
 
 class ConversionError(QwloraError, ValueError):
@@ -107,16 +109,17 @@ class ConversionError(QwloraError, ValueError):
         self.lacking = tuple(lacking)
         lines = [what]
         if self.lacking:
-            lines += ["needed, and not in this file:", *_listed(self.lacking)]
+            lines += ["needed, and not in this file:", *_bulleted(self.lacking)]
         if self.lost:
-            lines += ["would be lost (--lossy, or lossy=True, accepts that):", *_listed(self.lost)]
+            lines += [
+                "would be lost (--lossy, or lossy=True, accepts that):",
+                *_bulleted(self.lost),
+            ]
         super().__init__("\n".join(lines))
 
 
-def _listed(items: Sequence[str], most: int = 50) -> list[str]:
-    """The first of `items`, one a line; a message of a million lines helps nobody."""
-    lines = [f"  - {item}" for item in items[:most]]
-    return [*lines, f"  ... and {len(items) - most} more"] if len(items) > most else lines
+def _bulleted(items: Sequence[str]) -> list[str]:
+    return [f"  - {line}" for line in lines(items, 50)]
 
 
 class VerificationError(QwloraError, RuntimeError):

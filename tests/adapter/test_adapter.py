@@ -25,7 +25,7 @@ from qwlora.adapter.attach import (
     check_trainable,
 )
 from qwlora.errors import FingerprintError, SourceError, TrainingError
-from qwlora.manifest import UnverifiedWarning
+from qwlora.formats.manifest import UnverifiedWarning
 
 IDS = torch.arange(20)[None]
 
@@ -441,7 +441,7 @@ UNVERIFIED = pytest.mark.filterwarnings("ignore:.* is unverified")
 def test_a_pattern_that_takes_forever_is_refused(
     shape: LoraShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwlora.time_limit.time_limit.__defaults__", (0.2,))
+    monkeypatch.setattr("qwlora.system.time_limit.time_limit.__defaults__", (0.2,))
     with pytest.raises(SourceError, match=r"_(modules|pattern) .*nested repetitions"):
         check_shape(tiny_model("llama"), shape)
 
@@ -461,7 +461,7 @@ def test_a_slow_pattern_in_an_adapter_from_elsewhere_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = saved_adapter(tmp_path, target_modules=SLOW_PATTERN)
-    monkeypatch.setattr("qwlora.time_limit.time_limit.__defaults__", (0.2,))
+    monkeypatch.setattr("qwlora.system.time_limit.time_limit.__defaults__", (0.2,))
     with pytest.raises(SourceError, match=r"target_modules .*nested repetitions"):
         load_adapter(model, tmp_path, unknown_base="accept")
 

@@ -120,7 +120,7 @@ def test_adapter_goes_on_from_another(recipe_for: Any, tmp_path: Path) -> None:
     assert results["train"]["second"]["losses"][0] < results["train"]["first"]["losses"][0]
 
 
-@pytest.mark.filterwarnings("ignore::qwlora.manifest.UnverifiedWarning")
+@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 def test_adapter_trained_elsewhere_needs_a_word(
     recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -355,7 +355,7 @@ def with_whole_layers(path: Path, architecture: str, layers: list[str]) -> None:
         )
 
 
-@pytest.mark.filterwarnings("ignore::qwlora.manifest.UnverifiedWarning")
+@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 @pytest.mark.parametrize(
     ("architecture", "layers"), [("qwen3", ["lm_head"]), ("llama", ["embed_tokens"])]
 )
@@ -395,7 +395,7 @@ def test_a_start_with_whole_layers_where_the_base_is_packed_is_refused(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.filterwarnings("ignore::qwlora.manifest.UnverifiedWarning")
+@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 def test_a_start_with_whole_layers_goes_on_where_they_are_float(
     recipe_for: Any, tmp_path: Path
 ) -> None:
@@ -418,7 +418,7 @@ def test_a_start_with_whole_layers_goes_on_where_they_are_float(
     )
 
 
-@pytest.mark.filterwarnings("ignore::qwlora.manifest.UnverifiedWarning")
+@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 @pytest.mark.parametrize("layers", [["lm_head"], ["mlp"]])
 def test_whole_layers_on_integers_are_named_when_they_are_attached(
     tmp_path: Path, layers: list[str]

@@ -103,7 +103,7 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     ), "what was tuned is what is stored"
 
 
-@pytest.mark.filterwarnings("ignore::qwlora.compute_precision.SlowComputeWarning")
+@pytest.mark.filterwarnings("ignore::qwlora.system.compute_precision.SlowComputeWarning")
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("architecture", "scheme"),

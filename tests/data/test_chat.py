@@ -506,6 +506,6 @@ def test_a_template_that_never_ends_is_stopped(
     marked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    monkeypatch.setattr("qwlora.time_limit.time_limit.__defaults__", (0.2,))
+    monkeypatch.setattr("qwlora.system.time_limit.time_limit.__defaults__", (0.2,))
     with pytest.raises(SourceError, match=r"chat\.jsonl:7.*data\.chat_template"):
         encode_conversation(TALK, with_template(template + marked))

@@ -22,11 +22,11 @@ from qwlora import (
     simulate,
     verify_onnx,
 )
-from qwlora import optional_packages as extras
 from qwlora.encodings import validate
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
 from qwlora.export.verify_language_model import Limits, Parity, check_parity
 from qwlora.graph.quantized_graph import Kind
+from qwlora.system import optional_packages as extras
 
 IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))
 

@@ -559,7 +559,7 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
     ]
     with pytest.raises(CalibrationError, match="2 of the placement rules do nothing:") as caught:
         simulate_adapters(with_first, inputs(), SimulationSchemes(rules=wrong))
-    assert "'*.k_proj.lora_A.weight' matches no value; near are " in str(caught.value)
+    assert "'*.k_proj.lora_A.weight' matches no value; did you mean " in str(caught.value)
     assert (
         "'*.up_proj.lora_B.weight' matches weights only, model.layers.0.mlp.up_proj.lora_B.weight the first"
         in str(caught.value)

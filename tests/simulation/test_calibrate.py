@@ -174,7 +174,7 @@ def test_another_scheme_needs_no_data() -> None:
     assert {name for name, e in encodings(made).items() if e != before[name]} == set(changed)
     with pytest.raises(
         CalibrationError,
-        match=r"'\*.mpl.up_proj.linear' matches nothing that is quantized; near are model.layers.0",
+        match=r"'\*.mpl.up_proj.linear' matches nothing that is quantized; did you mean model.layers.0",
     ):
         made.set_scheme("*.mpl.up_proj.linear", Scheme(8))
 

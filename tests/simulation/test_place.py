@@ -276,9 +276,12 @@ def test_one_end_of_a_range_can_be_fixed() -> None:
     [
         (
             PlacementRule("*.self_attn.sofmax", bitwidth=8),
-            r"'\*.self_attn.sofmax' matches no value; near are model.layers.0.self_attn.softmax",
+            r"'\*.self_attn.sofmax' matches no value; did you mean model.layers.0.self_attn.softmax",
         ),
-        (PlacementRule("lm_haed", keep="float"), r"'lm_haed' matches no value; near are lm_head"),
+        (
+            PlacementRule("lm_haed", keep="float"),
+            r"'lm_haed' matches no value; did you mean lm_head",
+        ),
         (
             PlacementRule("*.input_layernorm.pow", bitwidth=8),
             "matches nothing that the policy npu quantizes.*; force: true quantizes it anyway",

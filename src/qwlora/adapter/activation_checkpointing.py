@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qwlora.memory import give_back
+from qwlora.system.memory import give_back
 
 _LARGE_BYTES = 2**20  # below this a copy costs more than a hole
 _WORTH_TRIMMING = (

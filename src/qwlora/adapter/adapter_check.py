@@ -13,9 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qwlora import manifest
 from qwlora.adapter.adapter_folder import CONFIG, FILE, WEIGHTS, base_of, check_files, read_config
 from qwlora.errors import QwloraError, SourceError
+from qwlora.formats import manifest
 
 
 @dataclass(frozen=True)

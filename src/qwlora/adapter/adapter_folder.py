@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qwlora import manifest, strict_json
+from qwlora import strict_json
 from qwlora.adapter.module_patterns import check_pattern_times
+from qwlora.atomic import write_text
 from qwlora.errors import (
     FingerprintError,
     QwloraError,
@@ -30,6 +31,8 @@ from qwlora.errors import (
     described,
     is_out_of_memory,
 )
+from qwlora.formats import manifest
+from qwlora.messages import listed
 from qwlora.nn.fingerprint import fingerprint_of, moved_floats, remember_floats_, tensor_digests
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.nn.unwrap import unwrapped
@@ -73,10 +76,9 @@ def save_adapter(model: nn.Module, folder: str | Path, base_fingerprint: str | N
 def _unmoved_fingerprint(model: nn.Module) -> str:
     digests = tensor_digests(model)
     if moved := moved_floats(model, digests):
-        shown = ", ".join(moved[:5]) + (f" and {len(moved) - 5} more" if len(moved) > 5 else "")
         raise FingerprintError(
             f"{len(moved)} float tensors of the base changed since it was quantized or loaded: "
-            f"{shown}. An adapter fits only the base that it was trained on. If the optimizer moved "
+            f"{listed(moved)}. An adapter fits only the base that it was trained on. If the optimizer moved "
             "them, give it only parameters with requires_grad, and train again on a fresh base; if "
             "the change is meant, save this base first (qwlora.save_base)"
         )
@@ -95,7 +97,7 @@ def write_adapter(model: nn.Module, folder: Path, state: dict[str, Tensor] | Non
         if sets and path.is_file():
             content = json.loads(path.read_text())
             content |= {key: sorted(content[key]) for key in sets & content.keys()}
-            path.write_text(strict_json.dumps(content, indent=2))
+            write_text(path, strict_json.dumps(content, indent=2))
 
 
 def _write_as_peft_does(model: nn.Module, folder: Path, state: dict[str, Tensor] | None) -> None:

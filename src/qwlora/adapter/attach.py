@@ -8,7 +8,6 @@ number that the model lacks, without a word.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import warnings
@@ -38,8 +37,10 @@ from qwlora.adapter.adapter_folder import (
 )
 from qwlora.adapter.module_patterns import check_pattern_times
 from qwlora.errors import SourceError, TrainingError, foreign_as
+from qwlora.formats.hub import downloaded
+from qwlora.formats.user_path import user_path
 from qwlora.grid.scheme import Scheme
-from qwlora.hub import downloaded
+from qwlora.messages import listed, near_names
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.parameter_names import (
     canonical_name,
@@ -47,7 +48,6 @@ from qwlora.parameter_names import (
     parameter_name,
     pattern_problem,
 )
-from qwlora.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def saved_on_integers(paths: Sequence[str]) -> str:
     """What to do about layers that an adapter holds whole, as floats, and the base as integers."""
     rules = ", ".join(f"{{match: {path}, keep: float}}" for path in paths[:3])
     return (
-        f"its modules_to_save hold {', '.join(paths[:3])} whole, as floats, but the base holds integers there. Keep {'it' if len(paths) == 1 else 'them'} "
+        f"its modules_to_save hold {listed(paths, 3)} whole, as floats, but the base holds integers there. Keep {'it' if len(paths) == 1 else 'them'} "
         f"float by base.rules, before the other rules: {rules}; or take an adapter without"
     )
 
@@ -304,7 +304,7 @@ def check_trainable(model: nn.Module) -> int:
     strangers = [name for name in trainable if not is_adapter_name(name)]
     if strangers:
         raise TrainingError(
-            f"training would move {', '.join(strangers[:3])}; only lora_A and lora_B and what else the adapter adds may be trained"
+            f"training would move {listed(strangers, 3)}; only lora_A and lora_B and what else the adapter adds may be trained"
         )
     if not trainable:
         raise TrainingError("the model has no trainable parameter: attach a LoRA adapter first")
@@ -371,7 +371,7 @@ def _no_experts(model: nn.Module, shape: LoraShape) -> list[str]:
             entry for name, entry in found.items() if name == target or name.endswith(f".{target}")
         ]
         if not there:
-            near = difflib.get_close_matches(target, banks, n=3, cutoff=0.3) or banks[:3]
+            near = near_names(target, banks) or banks[:3]
             remedy = (
                 f"near are {', '.join(near)}"
                 if near

@@ -31,8 +31,8 @@ from transformers.utils.generic import ModelOutput
 from qwlora.adapter.token_chunk_loss import chunked_cross_entropy
 from qwlora.adapter.vocabulary_slice_loss import WeightRows, sliced_cross_entropy
 from qwlora.errors import TrainingError
-from qwlora.memory import give_back
 from qwlora.nn.packed_tensor import PackedTensor, compute_dtype
+from qwlora.system.memory import give_back
 
 CHUNK_LOGITS = (
     2**23

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from qwlora.errors import TrainingError
 from qwlora.grid.second_moments import Moment
+from qwlora.messages import listed
 from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
@@ -111,7 +112,7 @@ def check_moments(layers: Iterable[str], moments: Mapping[str, Moment]) -> None:
     """
     if missing := [path for path in layers if path not in moments]:
         raise TrainingError(
-            f"there are no moments of {', '.join(missing[:3])}, which init qera needs; "
+            f"there are no moments of {listed(missing, 3)}, which init qera needs; "
             "give quantize_ calibration data and moments, take those of a base as it is with observe_moments, or use svd"
         )
 
@@ -126,7 +127,7 @@ def check_scales(model: nn.Module, solver_scales: Mapping[str, Tensor]) -> None:
         solver_scales.keys() - {canonical_name(name) for name, _ in model.named_modules()}
     ):
         raise TrainingError(
-            f"the model has no {', '.join(unknown[:3])}, whose scale before tuning was given; give those of this base, by canonical paths"
+            f"the model has no {listed(unknown, 3)}, whose scale before tuning was given; give those of this base, by canonical paths"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from qwlora.errors import SourceError
-from qwlora.time_limit import SECONDS, time_limit
+from qwlora.system.time_limit import SECONDS, time_limit
 
 
 def check_pattern_times(model: nn.Module, config: Mapping[str, Any], where: str) -> None:

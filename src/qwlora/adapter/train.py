@@ -47,7 +47,7 @@ from qwlora.data.sequences import as_sequences
 from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.progress import Track, untracked
-from qwlora.stop_signals import Stopped, on_stop_signal
+from qwlora.system.stop_signals import Stopped, on_stop_signal
 
 
 @dataclass(frozen=True)

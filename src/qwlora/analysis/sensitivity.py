@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwlora.gradients import frozen
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.sqnr import sqnr_db
+from qwlora.nn.frozen import gradients_disabled
 from qwlora.progress import Track, untracked
 from qwlora.simulation.fake_quantizer import Quantizer
 from qwlora.simulation.simulation import Simulation
@@ -77,7 +77,7 @@ def sensitivities(
     ]
     try:
         with (
-            frozen(simulation),
+            gradients_disabled(simulation),
             simulation.only(),
         ):  # gradients would reach values through parameters before they are sensed
             for batch in track(batches, "measuring sensitivity", len(batches)):

@@ -18,7 +18,7 @@ import typer
 from qwlora import strict_json
 from qwlora.cli.tables import alike, table
 from qwlora.errors import SourceError
-from qwlora.sizes import size
+from qwlora.messages import size
 
 if TYPE_CHECKING:
     from qwlora.analysis.inspect_model import Inspection, TensorView

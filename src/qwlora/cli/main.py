@@ -27,13 +27,13 @@ import typer.core
 from rich.console import Console
 
 from qwlora import strict_json
+from qwlora.atomic import write_text
 from qwlora.cli.adapter_commands import app as adapters_app
 from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.inspect_command import inspect
 from qwlora.cli.merge_commands import merge, merge_check
 from qwlora.cli.progress_bars import bars
 from qwlora.cli.simulate_command import simulate
-from qwlora.cpu_threads import configure_threads
 from qwlora.errors import (
     QwloraError,
     RecipeError,
@@ -43,7 +43,8 @@ from qwlora.errors import (
     is_out_of_memory,
 )
 from qwlora.pipeline.plan import VERBS
-from qwlora.stop_signals import number_of, on_stop_signal, raise_stopped
+from qwlora.system.cpu_threads import configure_threads
+from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
 
 
 class _Commands(typer.core.TyperGroup):
@@ -195,7 +196,7 @@ def init(
     if path.exists():
         raise RecipeError(str(path), ["is there already; give another path"])
     try:
-        path.write_text(full_recipe() if full else starter_recipe())
+        write_text(path, full_recipe() if full else starter_recipe())
     except OSError as error:
         raise RecipeError(str(path), [f"cannot be written: {error.strerror}"]) from error
     print(

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import ASSISTANT, Conversation
 from qwlora.errors import SourceError, foreign_as
-from qwlora.time_limit import SECONDS, time_limit
+from qwlora.system.time_limit import SECONDS, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -35,7 +35,7 @@ from qwlora.data.folder_files import folder_files
 from qwlora.data.records import Columns, EmptyRecordError, Fields, choose_fields, make_document
 from qwlora.data.text_files import read_attribute, read_file, read_json, read_json_lines
 from qwlora.errors import SourceError
-from qwlora.paths import user_path
+from qwlora.formats.user_path import user_path
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,13 @@ A file is not trusted: whatever it holds, it is read in time and memory proporti
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qwlora.atomic import write_text
 from qwlora.encodings.convert import convert
 from qwlora.encodings.json_fields import FieldError, Finding, Record, found, shown, text_of
 from qwlora.encodings.list_versions import build_2, parse_2
@@ -50,17 +48,12 @@ def write(file: EncodingsFile, path: Path | str) -> None:
     """
     path = Path(path)
     text = to_text(file)
-    scratch = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
+        write_text(path, text)
     except (OSError, ValueError) as error:
         raise EncodingsFileError(
             str(path), [f"cannot be written: {getattr(error, 'strerror', None) or error}"]
         ) from error
-    finally:
-        with suppress(OSError, ValueError):
-            scratch.unlink(missing_ok=True)
 
 
 def to_text(file: EncodingsFile) -> str:

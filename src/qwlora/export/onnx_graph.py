@@ -19,7 +19,7 @@ from torch.fx import Node
 from qwlora.errors import ExportError
 from qwlora.graph.quantized_graph import QuantizedGraph, insert_after, with_graph
 from qwlora.nn.custom_ops import NAMESPACE
-from qwlora.optional_packages import require
+from qwlora.system.optional_packages import require
 
 MARKER, DEQUANTIZE = "Quantized", "Dequantize"
 

@@ -25,6 +25,7 @@ from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor
+from qwlora.messages import listed
 from qwlora.nn.custom_ops import NAMESPACE
 
 OPSET = 21  # the first with int4, 16-bit and blocked DequantizeLinear
@@ -247,7 +248,7 @@ class _Rewriter:
             seen.add(value.name)
         if missing := [name for name in self.graph.encodings if name not in seen]:
             raise ExportError(
-                f"encodings without a tensor in the exported graph: {', '.join(missing[:3])}"
+                f"encodings without a tensor in the exported graph: {listed(missing, 3)}"
             )
 
 

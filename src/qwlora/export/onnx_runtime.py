@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from qwlora import strict_json
+from qwlora.atomic import write_text
 from qwlora.errors import ExportError, reading
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.optional_packages import require
+from qwlora.system.optional_packages import require
 
 SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 EIGHT_BIT_OPTIONS = {"session.disable_quant_qdq": "1"}
@@ -34,9 +35,8 @@ def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
         m.kind is Kind.ACTIVATION and graph.encodings[m.name].scheme.bitwidth <= 8
         for m in graph.marks
     )
-    (folder / OPTIONS_FILE).write_text(
-        strict_json.dumps(SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if narrow else {}), indent=1) + "\n"
-    )
+    options = SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if narrow else {})
+    write_text(folder / OPTIONS_FILE, strict_json.dumps(options, indent=1) + "\n")
 
 
 def read_session_options(folder: Path) -> dict[str, str]:

@@ -14,7 +14,6 @@ floats of 16 bits or more leave the parameter as it is. Everything that does not
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from qwlora.formats.huggingface_folder import FloatCheckpoint
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import BITWIDTHS, Scheme
+from qwlora.messages import near_names
 
 
 class AimetCheckpoint:
@@ -260,5 +260,5 @@ def _near(name: str, among: Sequence[str]) -> str:
     """The names most like `name`, in words, out of those of the same layer's name if there are any: what differs is most often a prefix."""
     layer = name.split(".")[-2:-1]
     alike = [other for other in among if other.split(".")[-2:-1] == layer] or among
-    near = difflib.get_close_matches(name, alike[:200], n=3, cutoff=0.5)
+    near = near_names(name, alike[:200])
     return f" (near: {', '.join(near)})" if near else ""

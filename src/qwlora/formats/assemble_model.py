@@ -23,13 +23,13 @@ from qwlora.formats.meta_model import (
     blocks_of,
     empty_model,
     is_below,
-    listed,
     place_name,
     put_,
     tensor_at,
     tensor_places,
 )
 from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.messages import listed
 from qwlora.nn import pack_at_, tie_weights_
 from qwlora.nn.fingerprint import remember_floats_
 from qwlora.nn.finite import check_finite

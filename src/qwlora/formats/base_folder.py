@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,14 +23,15 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from qwlora import manifest
-from qwlora.durable import move_into_place
+from qwlora.atomic import files_in, replacing_files
 from qwlora.errors import FingerprintError, GridError, SourceError, reading
-from qwlora.formats.meta_model import Place, empty_model, listed, put_, tensor_at, tensor_places
+from qwlora.formats import manifest
+from qwlora.formats.meta_model import Place, empty_model, put_, tensor_at, tensor_places
 from qwlora.formats.model_config import read_config
 from qwlora.formats.safetensors_files import SafetensorsFiles, read_json
 from qwlora.formats.shard_writer import SHARD_BYTES, ShardWriter
 from qwlora.grid.scheme import Scheme
+from qwlora.messages import lines, listed
 from qwlora.nn import PackedLayer, is_packed, place_empty_, tie_weights_
 from qwlora.nn.fingerprint import (
     base_tensors,
@@ -147,7 +147,7 @@ class BaseWriter:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> list[str]:
         """Write what Hugging Face writes next to weights; returns the paths of these files."""
-        with TemporaryDirectory(prefix=".", suffix=".part", dir=self.folder) as scratch:
+        with replacing_files(self.folder) as scratch:
             if _is_remote(type(model)):  # its code; that of configuration and tokenizer they save
                 config: Any = model.config  # annotated as a dict there
                 custom_object_save(model, scratch, config)
@@ -156,13 +156,7 @@ class BaseWriter:
                 tokenizer.save_pretrained(scratch)
             if model.can_generate() and model.generation_config is not None:
                 model.generation_config.save_pretrained(scratch)
-            files = sorted(
-                str(p.relative_to(scratch)) for p in Path(scratch).rglob("*") if p.is_file()
-            )
-            for file in files:
-                (self.folder / file).parent.mkdir(exist_ok=True)
-                move_into_place(Path(scratch) / file, self.folder / file)
-        return files
+            return files_in(scratch)
 
 
 def _class_name(model: PreTrainedModel) -> str | None:
@@ -357,7 +351,7 @@ def _check_headers(
             )
             wrong.append(f"{name} is {found}, not {wanted}")
     if wrong:
-        shown = "\n  ".join(wrong[:5] + ([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []))
+        shown = "\n  ".join(lines(wrong))
         raise SourceError(
             f"{where}: its tensors are not those that {RECORD} and config.json describe; quantize again\n  {shown}"
         )

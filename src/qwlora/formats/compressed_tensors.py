@@ -35,7 +35,7 @@ from qwlora.formats.int32_words import blocks, quantized, unpack_words
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerTensor
-from qwlora.time_limit import SECONDS, time_limit
+from qwlora.system.time_limit import SECONDS, time_limit
 
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "dense", "mixed-precision")
 STRATEGIES = ("tensor", "channel", "group", "block")

@@ -22,6 +22,7 @@ from qwlora.formats.model_config import read_config
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.formats.transformers_names import Origin, convert_quantized, origins
 from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.messages import listed
 
 
 class Stored(Protocol):
@@ -192,5 +193,4 @@ def _same(a: Tensor | QuantizedTensor, b: Tensor | QuantizedTensor) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return f"{shown}{f' and {len(names) - 5} more' if len(names) > 5 else ''} {'is' if len(names) == 1 else 'are'}"
+    return f"{listed(map(repr, names))} {'is' if len(names) == 1 else 'are'}"

@@ -6,7 +6,7 @@ tensor with several places. Whatever fills the model (a checkpoint, a base on di
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,11 +158,6 @@ def put_(model: nn.Module, places: Iterable[Place], tensor: Tensor) -> None:
             module._parameters[key] = parameter
         else:
             module._buffers[key] = tensor
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first of `names`, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _check_buffers(model: nn.Module) -> None:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import MissingExtraError, SourceError, foreign_as
+from qwlora.formats.hub import downloaded
 from qwlora.formats.joined_files import join_parts
-from qwlora.hub import downloaded
-from qwlora.paths import user_path
+from qwlora.formats.user_path import user_path
+from qwlora.messages import listed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -92,7 +93,7 @@ def locate(source: str) -> Location:
         if not (path / "config.json").exists():
             held = sorted(p.name for p in path.glob("*.gguf"))
             remedy = (
-                f"give one of its files: {', '.join(held[:5])}"
+                f"give one of its files: {listed(held)}"
                 if held
                 else "give the folder of a Hugging Face checkpoint, or a .gguf file"
             )
@@ -240,21 +241,17 @@ def _refuse_other_tensors(source: str, model: str, found: dict[str, Any]) -> Non
     wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
     unknown = sorted(found["unexpected_keys"])
     if wrong:
-        also = f"; the files hold {_listed(unknown)}, which it does not have" if unknown else ""
+        also = f"; the files hold {listed(unknown)}, which it does not have" if unknown else ""
         raise SourceError(
-            f"model {source!r}: its files do not hold, or hold in another shape, {_listed(wrong)} of "
+            f"model {source!r}: its files do not hold, or hold in another shape, {listed(wrong)} of "
             f"{model}{also}. Download it again, or give a checkpoint of the whole language model"
         )
     if unknown:
         raise SourceError(
-            f"model {source!r}: its files hold {_listed(unknown)}, which {model} as config.json describes "
+            f"model {source!r}: its files hold {listed(unknown)}, which {model} as config.json describes "
             f"it does not have ({len(unknown)} tensors would be left out). Compare config.json "
             "(num_hidden_layers and the like) with the checkpoint's original, or download it again"
         )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def forget_gguf_(model: PreTrainedModel) -> None:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwlora.errors import SourceError
+from qwlora.messages import listed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own
@@ -154,9 +155,7 @@ class SafetensorsFiles:
         """The file of this pattern, if there is one."""
         found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
         if len(found) > 1:
-            names = ", ".join(path.name for path in found[:5]) + (
-                f" and {len(found) - 5} more" if len(found) > 5 else ""
-            )
+            names = listed(path.name for path in found)
             remedy = f"name the one that is meant {INDEX if pattern.endswith('.json') else SINGLE}, or take the others away"
             raise SourceError(
                 f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}, and does not say which of {names} to read; {remedy}"

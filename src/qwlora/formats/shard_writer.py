@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwlora import strict_json
-from qwlora.durable import move_into_place, write_text
+from qwlora.atomic import move_into_place, write_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 2**29

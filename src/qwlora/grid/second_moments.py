@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qwlora.atomic_tensors import write_tensors
+from qwlora.atomic import write_tensors
 from qwlora.errors import CalibrationError, SourceError
 
 

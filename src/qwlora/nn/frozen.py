@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.errors import GridError
+from qwlora.messages import lines
 from qwlora.nn import PackedLayer, is_packed, own_calls
 from qwlora.nn.unwrap import unwrapped
 from qwlora.parameter_names import canonical_name
@@ -48,9 +49,21 @@ def assert_frozen(model: nn.Module) -> None:
         if "forward" in own_calls(layer) and (problem := _problem(layer))
     ]
     if problems:
-        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
         what = f"{len(problems)} packed layers do not compute their codes"
-        raise GridError("\n  ".join([what, *problems[:5], *more]))
+        raise GridError("\n  ".join([what, *lines(problems)]))
+
+
+@contextmanager
+def gradients_disabled(module: nn.Module) -> Iterator[None]:
+    """Set `requires_grad` of every parameter of `module` to False inside the block."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:

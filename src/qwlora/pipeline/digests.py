@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwlora import strict_json
-from qwlora.durable import write_text
+from qwlora.atomic import write_text
 from qwlora.progress import Track, untracked
 
 # A file that was written less than this ago is not cached: a second write within the same tick of

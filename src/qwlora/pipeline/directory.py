@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from qwlora import strict_json
-from qwlora.durable import move_into_place, write_text
+from qwlora.atomic import move_into_place, write_text
 from qwlora.errors import DirectoryError, RecipeError, file_being_read
+from qwlora.messages import listed
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty
 from qwlora.pipeline.ownership import (
@@ -176,8 +177,7 @@ class Directory:
                 found.append(f"{file} {'cannot be read' if is_there else 'is missing'}")
             elif now != digest:
                 found.append(f"{file} has changed")
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        return ", ".join(found[:3]) + more if found else None
+        return listed(found, 3) if found else None
 
     @classmethod
     def peek(cls, path: Path, recipe: Recipe) -> Directory:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from qwlora.atomic import move_into_place
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.directory import explained
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty, shown
@@ -72,7 +73,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
             part.chmod(scratch.stat().st_mode)  # mkdtemp's own is private to the user
             scratch.rename(part)
             shutil.rmtree(folder / _PRIVATE)
-            part.rename(folder)
+            move_into_place(part, folder)
     finally:
         shutil.rmtree(folder / _PRIVATE, ignore_errors=True)
         if part is not None:

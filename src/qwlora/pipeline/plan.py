@@ -15,13 +15,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwlora.compute_precision import auto_compute, training_device
 from qwlora.data import Documents
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.digests import Digests
 from qwlora.quantize.revision import MOMENTS_REVISION, REVISION, TUNING_REVISION
 from qwlora.recipe import Recipe
 from qwlora.simulation.observer_kind import Estimator
+from qwlora.system.compute_precision import auto_compute, training_device
 
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
 SIMULATION_FORMAT = (

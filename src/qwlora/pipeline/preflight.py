@@ -17,20 +17,20 @@ from qwlora.adapter.attach import (
     saved_on_integers,
 )
 from qwlora.adapter.train import check_loggers
-from qwlora.compute_precision import slow_compute, training_device
 from qwlora.data.document_isolation import check_isolation
 from qwlora.errors import GridError, SourceError, TrainingError
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.max_positions import check_positions
 from qwlora.formats.model_source import fetch
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.optional_packages import require
 from qwlora.pipeline.context import Session
 from qwlora.pipeline.plan import TUNING_DEVICE, has_float_model
 from qwlora.pipeline.unused_rules import shape_of
 from qwlora.quantize.layer_rules import Rule
 from qwlora.quantize.quantize_model import find_tensors, plan_layers
 from qwlora.recipe import Base, Recipe
+from qwlora.system.compute_precision import slow_compute, training_device
+from qwlora.system.optional_packages import require
 
 
 def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qwlora.sizes import size
+from qwlora.messages import size
 
 
 def print_summary(results: dict[str, Any], console: Console) -> None:

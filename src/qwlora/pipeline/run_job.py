@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qwlora import strict_json
-from qwlora.compute_precision import SlowComputeWarning
+from qwlora.atomic import write_text
 from qwlora.data import load_documents
 from qwlora.data.prepared_data import describe, summary
-from qwlora.durable import write_text
 from qwlora.errors import CalibrationError, DirectoryError, RecipeError
 from qwlora.pipeline.currency import find_stale, upstream
 from qwlora.pipeline.digests import Digests
@@ -26,6 +25,7 @@ from qwlora.pipeline.output_path import check_outside_data
 from qwlora.pipeline.plan import VERBS, Stage, dependents, make_plan, resolve_compute
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
+from qwlora.system.compute_precision import SlowComputeWarning
 
 Say = Callable[[str], None]
 

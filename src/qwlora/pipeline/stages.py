@@ -16,7 +16,6 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qwlora import manifest
 from qwlora.adapter.adapter_folder import FILE, save_adapter
 from qwlora.adapter.attach import (
     attach,
@@ -33,10 +32,10 @@ from qwlora.data.prepared_data import describe
 from qwlora.errors import FingerprintError
 from qwlora.export.onnx_bundle import export_onnx
 from qwlora.export.verify_language_model import Limits, check_parity, verify_onnx
+from qwlora.formats import manifest
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.second_moments import Moments
-from qwlora.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.nn import weight_out_in
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.context import ADAPTER, MOMENTS, SCALES, SOLVER_SCALES, Session, solver_scales
@@ -55,6 +54,7 @@ from qwlora.simulation.shared_encodings import share
 from qwlora.simulation.simulation import simulate
 from qwlora.simulation.simulation_folder import save_simulation
 from qwlora.simulation.stored_encodings import load_encodings, save_encodings
+from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
 Results = dict[str, Any]
 StageFunction = Callable[[Session, Stage, Path, Path], Results]

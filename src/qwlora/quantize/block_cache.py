@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from qwlora import strict_json
-from qwlora.atomic_tensors import write_tensors
+from qwlora.atomic import write_tensors
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme

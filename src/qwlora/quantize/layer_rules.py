@@ -9,13 +9,13 @@ most at few bits; a classifier is trained whole (PEFT's `modules_to_save`). A ru
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from qwlora.errors import GridError
 from qwlora.grid.scheme import Scheme
+from qwlora.messages import suggestion
 from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.solvers import CALIBRATED
 
@@ -71,7 +71,7 @@ def assign(
     """
     names = [path for candidate in candidates.values() for path in candidate.paths]
     problems = [
-        f"{rule.match!r} matches no layer{_near(rule.match, names)}"
+        f"{rule.match!r} matches no layer{suggestion(rule.match, names, 3)}"
         for rule in rules
         if not any(fnmatchcase(name, rule.match) for name in names)
     ]
@@ -103,16 +103,3 @@ def assign(
             "\n  ".join([f"{len(problems)} of the base's rules cannot be followed:", *problems])
         )
     return found
-
-
-def _near(pattern: str, names: Sequence[str]) -> str:
-    """Names like the pattern: of whole paths, or of their last parts."""
-    ends = {name.rpartition(".")[2]: name for name in names}
-    near = [
-        ends[end]
-        for end in difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.5)
-    ]
-    near = near or difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-    return (
-        f"; near are {', '.join(near)}" if near else f"; the layers are {', '.join(names[:5])} ..."
-    )

@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import CalibrationError
-from qwlora.gradients import frozen
 from qwlora.grid.second_moments import Moment, SecondMoment
+from qwlora.nn.frozen import gradients_disabled
 from qwlora.parameter_names import canonical_name
 from qwlora.quantize.block_runner import Lockstep
 
@@ -70,7 +70,11 @@ def observe(
     found: dict[str, Observed] = {}
     if not products:
         return found
-    with torch.enable_grad(), frozen(model.get_submodule(part)), _recorded(products) as calls:
+    with (
+        torch.enable_grad(),
+        gradients_disabled(model.get_submodule(part)),
+        _recorded(products) as calls,
+    ):
         seeds = count()
         for result in lockstep.repeat():
             if calls:

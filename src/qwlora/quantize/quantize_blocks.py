@@ -19,6 +19,7 @@ from qwlora.errors import CalibrationError, GridError
 from qwlora.formats.meta_model import blocks_of
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.grid.second_moments import Moments
+from qwlora.messages import listed
 from qwlora.nn import is_packed, pack_at_
 from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
@@ -71,7 +72,7 @@ def quantize_parts_(
             lockstep.advance()
     if missed := [canonical_name(n) for n in plan if canonical_name(n) not in done]:
         raise CalibrationError(
-            f"layers that no calibration batch reaches: {', '.join(missed[:5])}; give them solver rtn or search, or keep them float, by a rule"
+            f"layers that no calibration batch reaches: {listed(missed)}; give them solver rtn or search, or keep them float, by a rule"
         )
     return done
 

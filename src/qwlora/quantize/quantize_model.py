@@ -23,6 +23,7 @@ from qwlora.errors import GridError
 from qwlora.formats.model_source import forget_gguf_
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme
 from qwlora.grid.second_moments import Moments
+from qwlora.messages import lines
 from qwlora.nn import (
     has_computed_weight,
     is_packable,
@@ -153,9 +154,7 @@ def plan_layers(
             misfits.append(f"{canonical_name(name)}: {todo.scheme} does not fit: {error}")
         plan[name] = replace(todo, gptq=gptq or todo.gptq)
     if misfits:
-        shown = "\n  ".join(
-            misfits[:5] + ([f"and {len(misfits) - 5} more"] if len(misfits) > 5 else [])
-        )
+        shown = "\n  ".join(lines(misfits))
         raise GridError(
             f"{len(misfits)} of {len(plan)} layers do not fit their scheme; choose a block size that divides their input\n  {shown}"
         )
@@ -183,14 +182,12 @@ def _refuse_unpackable(model: nn.Module, names: Iterable[str]) -> None:
         if problem:
             problems.append(f"{canonical_name(path)} {problem}")
     if problems:
-        more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise GridError(
             "\n  ".join(
                 [
                     f"{len(problems)} layers cannot be quantized as they are; change them, or "
                     "keep them float by a rule",
-                    *problems[:5],
-                    *more,
+                    *lines(problems),
                 ]
             )
         )

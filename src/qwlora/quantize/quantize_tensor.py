@@ -12,6 +12,7 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.second_moments import output_energy
+from qwlora.messages import listed
 from qwlora.nn import is_packable, parameter_out_in, weight_out_in
 from qwlora.parameter_names import canonical_name
 from qwlora.quantize.existing_grid import is_on_grid
@@ -99,11 +100,10 @@ def warn_of_second_rounding(reports: Mapping[str, LayerReport]) -> None:
     if not found:
         return
     worst = sorted(found.items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} by {error:.1%}" for name, error in worst[:5])
-    more = f" and {len(worst) - 5} more" if len(worst) > 5 else ""
+    shown = listed(f"{name} by {error:.1%}" for name, error in worst)
     warnings.warn(
         f"the weights of {len(found)} layers already were on a grid with as few levels, and were "
-        f"rounded a second time, to another grid: {shown}{more}. To keep the grid they had, pass "
+        f"rounded a second time, to another grid: {shown}. To keep the grid they had, pass "
         "its codes and scales to PackedLinear.from_codes, or its encodings file to open_checkpoint "
         "(recipe: model.encodings with solver: keep)",
         stacklevel=3,

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qwlora.compute_precision import SlowComputeWarning, auto_compute, slow_compute
 from qwlora.errors import CalibrationError, GridError
-from qwlora.gradients import frozen
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint, remember_floats_
+from qwlora.nn.frozen import gradients_disabled
 from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
 from qwlora.quantize.block_cache import named_inputs
@@ -37,6 +36,7 @@ from qwlora.quantize.quantize_blocks import arguments_of, batches_of
 from qwlora.quantize.revision import TUNING_REVISION
 from qwlora.quantize.tuned_parameters import Tunable
 from qwlora.quantize.tuning_checkpoint import TuningState
+from qwlora.system.compute_precision import SlowComputeWarning, auto_compute, slow_compute
 
 SEQUENCES_ASIDE = 8  # at most, and a quarter of all
 _FURTHEST = 0.5  # that anything may move, of itself
@@ -144,7 +144,7 @@ def tune_scales_(
     model.eval()
     teacher.eval()
     try:
-        with frozen(model), frozen(teacher):
+        with gradients_disabled(model), gradients_disabled(teacher):
             before = compare.mean(aside)
             with tuned.learning():
                 resumed = _Descent(tuned.by_rate(settings.learning_rate), settings).run(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qwlora.atomic_tensors import write_tensors
+from qwlora.atomic import write_tensors
 from qwlora.nn.fingerprint import take_in
 
 _SECONDS_BETWEEN, _TIMES_WRITING = 60.0, 20

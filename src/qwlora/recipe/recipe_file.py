@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from qwlora.data.text_files import read_file
 from qwlora.errors import RecipeError, SourceError
-from qwlora.paths import user_path
+from qwlora.formats.user_path import user_path
+from qwlora.messages import suggestion
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import load_yaml
 
@@ -85,10 +85,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
         where = ".".join(str(p) for p in item["loc"])
         if item["type"] == "extra_forbidden":
             valid = _keys_at(item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
-            yield f"{where}: unknown key" + (
-                f"; did you mean {near[0]}?" if near else f"; known are {', '.join(valid)}"
-            )
+            yield f"{where}: unknown key{suggestion(str(item['loc'][-1]), valid)}"
         elif item["type"] == "missing":
             yield f"{where}: required and not given"
         else:

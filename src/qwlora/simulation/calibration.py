@@ -27,11 +27,12 @@ from qwlora.graph.move_graph import device_of, moved_encoding
 from qwlora.graph.quantized_graph import Mark
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Scheme
+from qwlora.messages import listed, suggestion
 from qwlora.progress import Track, untracked
 from qwlora.simulation.activation_observer import SampleObserver
 from qwlora.simulation.estimate_encodings import estimate
 from qwlora.simulation.fake_quantizer import FrozenWeight, Mode, Quantizer
-from qwlora.simulation.placement import Placed, Placement, near_names
+from qwlora.simulation.placement import Placed, Placement
 from qwlora.simulation.placement_rules import Decision
 
 
@@ -180,7 +181,7 @@ class Calibrated(nn.Module):
         known = {placed.name for placed in (*self.placement.weights, *self.explanation)}
         if strangers := [name for name in encodings if name not in known]:
             raise CalibrationError(
-                f"encodings name activations that the graph does not have: {', '.join(strangers[:3])}; calibrate the base again"
+                f"encodings name activations that the graph does not have: {listed(strangers, 3)}; calibrate the base again"
             )
         for name, quantizer in self.quantizers.items():
             if (encoding := encodings.get(name)) is None:
@@ -219,7 +220,7 @@ class Calibrated(nn.Module):
         ]
         if unseen and not allow_unseen:
             raise CalibrationError(
-                f"{len(unseen)} activations saw no data: {', '.join(unseen[:3])}{' ...' if len(unseen) > 3 else ''}; "
+                f"{len(unseen)} activations saw no data: {listed(unseen, 3)}; "
                 "give other batches, keep them float by a rule, or allow_unseen=True"
             )
         for name in unseen:
@@ -268,7 +269,7 @@ class Calibrated(nn.Module):
             strangers := [n for n in theirs if n not in self.quantizers and n not in self._dropped]
         ):
             what = (
-                f"name values that this graph does not quantize: {', '.join(strangers[:3])}"
+                f"name values that this graph does not quantize: {listed(strangers, 3)}"
                 if "seen" in observations
                 else "do not say how much was seen"
             )
@@ -360,7 +361,7 @@ class Calibrated(nn.Module):
         names = [name for name in modules if fnmatchcase(name, match)]
         if not names:
             raise CalibrationError(
-                f"{match!r} matches nothing that is quantized{near_names(match, list(modules))}"
+                f"{match!r} matches nothing that is quantized{suggestion(match, list(modules), 3)}"
             )
         return names
 

@@ -26,6 +26,7 @@ from qwlora.grid.observers import encoding_from_range
 from qwlora.grid.range_search import least_error_of_points
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.grid.value_distribution import Points, running_sums
+from qwlora.messages import listed
 from qwlora.simulation.fake_quantizer import Quantizer
 from qwlora.simulation.observer_kind import Estimator
 
@@ -98,14 +99,13 @@ def _refuse_what_is_not_finite(group: Sequence[Quantizer], low: Tensor, high: Te
     bad = ~torch.isfinite(high - low)
     if bool(bad.any()):
         names = [group[i].name for i in bad.nonzero().flatten().tolist()]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         finite = bool(torch.isfinite(low[bad]).all() and torch.isfinite(high[bad]).all())
         what = (
             "wider than float32 can hold; look for values that are masks or an overflow"
             if finite
             else "not finite (nan or infinity in the data)"
         )
-        raise CalibrationError(f"{', '.join(names[:3])}{more}: the observed range is {what}")
+        raise CalibrationError(f"{listed(names, 3)}: the observed range is {what}")
 
 
 def _parts(quantizers: Sequence[Quantizer]) -> list[list[Quantizer]]:

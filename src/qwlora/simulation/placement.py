@@ -9,7 +9,6 @@ graph, and what only moves, or is the inside of something, after them.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from qwlora.graph.graph_analysis import GraphFacts, module_of, operator_of
 from qwlora.graph.graph_parameters import buffer_names
 from qwlora.graph.quantized_graph import Kind, Mark
 from qwlora.graph.value_facts import Fact
+from qwlora.messages import suggestion
 from qwlora.parameter_names import canonical_name, parameter_name
 from qwlora.simulation.observer_kind import Estimator
 from qwlora.simulation.placement_rules import (
@@ -262,7 +262,7 @@ class _Decider:
     def _why(self, rule: PlacementRule, candidates: Sequence[_Candidate]) -> str:
         matched = [c for c in candidates if rule.fits(c.names)]
         if not matched:
-            return f"{_NO_VALUE}{near_names(rule.match, [name for c in candidates for name in c.names])}"
+            return f"{_NO_VALUE}{suggestion(rule.match, [name for c in candidates for name in c.names], 3)}"
         open_to = [
             c
             for c in matched
@@ -286,21 +286,6 @@ def names_of_value(name: str, module: str, operator: str) -> tuple[str, ...]:
     """What a rule's glob is matched with; see `rules.PlacementRule`."""
     made = module and operator not in ("weight", "input")
     return tuple(n for n in (name, module, f"{module}.{operator}" if made else "") if n)
-
-
-def near_names(pattern: str, names: Sequence[str]) -> str:
-    """Names like the pattern, for a message: of whole names, or of their last parts."""
-    ends = {name.rpartition(".")[2]: name for name in reversed(names)}
-    near = [
-        ends[end]
-        for end in difflib.get_close_matches(pattern.rpartition(".")[2], ends, n=3, cutoff=0.5)
-    ]
-    near = near or difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.4)
-    return (
-        f"; near are {', '.join(near)}"
-        if near
-        else f"; there are {', '.join(list(dict.fromkeys(names))[:5])} ..."
-    )
 
 
 def _candidates(

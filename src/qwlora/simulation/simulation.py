@@ -35,6 +35,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
+from qwlora.messages import listed
 from qwlora.nn.fingerprint import adapter_fingerprint
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.nn.unwrap import unwrapped
@@ -226,7 +227,7 @@ class Simulation(Calibrated):
         known = {mark.name for mark in self.marks}
         if strangers := [name for name in encodings if name not in known]:
             raise CalibrationError(
-                f"encodings name values that the graph does not have: {', '.join(strangers[:3])}; calibrate again"
+                f"encodings name values that the graph does not have: {listed(strangers, 3)}; calibrate again"
             )
         for name, encoding in {**self._base_encodings, **self._weight_encodings()}.items():
             if name not in encodings or not _same(encodings[name], encoding):

@@ -11,7 +11,6 @@ the base, millions of scales; its fingerprint vouches for them. The logits of a 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qwlora import manifest
-from qwlora.durable import move_into_place
+from qwlora.atomic import replacing_files
 from qwlora.errors import CalibrationError
+from qwlora.formats import manifest
 from qwlora.graph.flat_arguments import CacheSlot, Slot, Structure
 from qwlora.graph.move_graph import device_of
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
@@ -75,24 +74,17 @@ def save_simulation(simulation: Simulation, folder: str | Path, with_base: bool 
         "dropped": sorted(simulation.dropped),
         "placement": [asdict(p) for p in simulation.explanation],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as scratch:
-        written = Path(scratch)
-        save_encodings(own, written)
+    with replacing_files(folder, last=RECORD) as scratch:
+        save_encodings(own, scratch)
         # two arguments may be one tensor, which the file would not take
         save_file(
             {
                 name: tensor.cpu().clone(memory_format=torch.contiguous_format)
                 for name, tensor in zip(arguments.names, examples, strict=True)
             },
-            written / INPUTS,
+            scratch / INPUTS,
         )
-        manifest.write(written, RECORD, record, (ENCODINGS, INPUTS))
-        (folder / RECORD).unlink(
-            missing_ok=True
-        )  # comes last: never an old record beside new encodings
-        for name in (ENCODINGS, INPUTS, RECORD):
-            move_into_place(written / name, folder / name)
+        manifest.write(scratch, RECORD, record, (ENCODINGS, INPUTS))
 
 
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:

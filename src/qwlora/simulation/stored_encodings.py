@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qwlora import encodings as files
-from qwlora import manifest
 from qwlora.encodings.from_grid import encoding_of, entry_of
 from qwlora.errors import CalibrationError, EncodingsFileError
+from qwlora.formats import manifest
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding

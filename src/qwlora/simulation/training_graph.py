@@ -27,6 +27,7 @@ from torch.fx import GraphModule, Node
 from qwlora.errors import CalibrationError, CaptureError, TrainingError
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
+from qwlora.messages import listed
 from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.model_inputs import complete
@@ -149,7 +150,7 @@ def with_scales(
         if name not in encodings or encodings[name].scale.shape != scales[name].shape
     ]:
         raise CalibrationError(
-            f"learned scales belong to no activation of the base: {', '.join(strangers[:3])}; calibrate the base, and train again"
+            f"learned scales belong to no activation of the base: {listed(strangers, 3)}; calibrate the base, and train again"
         )
     return {
         name: replace(e, scale=scales[name]) if name in scales else e

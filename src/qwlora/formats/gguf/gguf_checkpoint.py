@@ -28,8 +28,9 @@ from qwlora.formats.gguf.blocks import TYPES, Blocks, decode_blocks, to_quantize
 from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
 from qwlora.formats.gguf.rope_config import FACTORS, warn_of_positions
 from qwlora.formats.gguf.tensor_names import Making, Move, makings, moved
-from qwlora.formats.meta_model import empty_model, listed, place_name, tensor_at, tensor_places
+from qwlora.formats.meta_model import empty_model, place_name, tensor_at, tensor_places
 from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.messages import listed
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 

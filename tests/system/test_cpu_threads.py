@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwlora.cpu_threads import configure_threads, usable_cores
+from qwlora.system.cpu_threads import configure_threads, usable_cores
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_number_of_threads_that_the_user_set_stays(name: str) -> None:
 def test_processes_on_one_machine_share_its_cores(
     monkeypatch: pytest.MonkeyPatch, processes: str, threads: str
 ) -> None:
-    monkeypatch.setattr("qwlora.cpu_threads.usable_cores", lambda: 4)
+    monkeypatch.setattr("qwlora.system.cpu_threads.usable_cores", lambda: 4)
     environment = {"LOCAL_WORLD_SIZE": processes}
     configure_threads(environment)
     assert environment["OMP_NUM_THREADS"] == threads

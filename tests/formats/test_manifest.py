@@ -19,15 +19,15 @@ from qwlora import (
     load_adapter,
     load_base,
     load_simulation,
-    manifest,
     quantize_,
     save_adapter,
     simulate,
 )
 from qwlora.errors import FingerprintError, NonFiniteError
+from qwlora.formats import manifest
 from qwlora.formats.base_folder import save_base
+from qwlora.formats.manifest import UnverifiedWarning
 from qwlora.formats.qwlora_base import BaseCheckpoint
-from qwlora.manifest import UnverifiedWarning
 from qwlora.simulation.simulation_folder import save_simulation
 from qwlora.simulation.stored_encodings import load_encodings, save_encodings
 from qwlora.strict_json import dumps

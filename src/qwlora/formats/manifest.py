@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora import strict_json
-from qwlora.durable import write_text
+from qwlora.atomic import write_text
 from qwlora.errors import FingerprintError
 
 FILES = "files"

@@ -16,14 +16,19 @@ import torch
 import yaml
 
 from conftest import tiny_model
-from qwlora import compute_precision
-from qwlora.compute_precision import SlowComputeWarning, auto_compute, has_bfloat16, training_device
 from qwlora.data import load_documents
 from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.run_job import run
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
 from qwlora.recipe import Recipe, load_recipe
+from qwlora.system import compute_precision
+from qwlora.system.compute_precision import (
+    SlowComputeWarning,
+    auto_compute,
+    has_bfloat16,
+    training_device,
+)
 
 X86 = "processor\t: 0\nflags\t\t: fpu sse avx2 avx512f{}\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd{} sve\nCPU part\t: 0xd40\n"
@@ -243,7 +248,7 @@ def test_the_factor_is_measured() -> None:
 def test_deciding_imports_no_torch() -> None:
     script = (
         "import sys\n"
-        "from qwlora.compute_precision import auto_compute, training_device\n"
+        "from qwlora.system.compute_precision import auto_compute, training_device\n"
         "auto_compute('cpu'), training_device()\n"
         "assert 'torch' not in sys.modules\n"
     )

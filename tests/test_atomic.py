@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwlora.durable import move_into_place, write_text
+from qwlora.atomic import move_into_place, write_text
 
 
 @pytest.fixture

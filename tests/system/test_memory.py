@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwlora.memory import give_back, peak_rss_bytes, reset_peak_rss
+from qwlora.system.memory import give_back, peak_rss_bytes, reset_peak_rss
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="resident memory is read from /proc"

@@ -1,0 +1,125 @@
+"""Files and folders that appear whole or not at all, even if the machine loses power.
+
+A rename alone is not enough: after a power cut a file system may show the new name with no content.
+So the content is flushed to disk first (fsync), then renamed, then the rename itself is flushed.
+The scratch copy of `NAME` is `.NAME.part`, next to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a scratch path to write a file to; when the block ends, it replaces `path`.
+
+    If the block raises, the scratch file is deleted and `path` stays as it was.
+
+    Raises:
+        OSError: the file cannot be flushed or renamed.
+    """
+    scratch = path.with_name(f".{path.name[:200]}.part")  # names have at most 255 bytes
+    try:
+        yield scratch
+        move_into_place(scratch, path)
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # the first error is the one to report
+            scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_files(folder: Path, last: str | None = None) -> Iterator[Path]:
+    """Yield a scratch folder; when the block ends, its files replace those of `folder`.
+
+    Args:
+        last: the file that says that the others are complete. The old one is deleted before any
+            file is replaced, and the new one is moved after all others.
+
+    Raises:
+        OSError: a file cannot be flushed or renamed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as scratch:
+        yield Path(scratch)
+        files = files_in(Path(scratch))
+        if last is not None:
+            (folder / last).unlink(missing_ok=True)
+            files.sort(key=lambda file: file == last)
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            move_into_place(Path(scratch, file), folder / file)
+
+
+def files_in(folder: Path) -> list[str]:
+    """Sorted paths, relative to `folder`, of all files in it and below it."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, replacing what was there.
+
+    Raises:
+        OSError: it cannot be written; the old file is as it was.
+    """
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, replacing what was there; its folder is made if need be.
+
+    Raises:
+        SafetensorError: it cannot be written; the old file is as it was.
+        OSError: it cannot be flushed or renamed.
+    """
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as scratch:
+        save_file(contiguous, scratch, metadata=metadata)
+
+
+def move_into_place(scratch: Path, target: Path) -> None:
+    """Flush a file or a folder to disk and rename it to `target`, on the same file system.
+
+    A file replaces the file at `target`. A folder needs `target` to be absent or an empty folder.
+
+    Raises:
+        OSError: flushing or renaming failed, for example because the disk is full.
+    """
+    if scratch.is_dir():
+        for folder, _, names in os.walk(scratch):
+            for name in names:
+                _flush_file(Path(folder, name))
+            _flush_folder(Path(folder))
+    else:
+        _flush_file(scratch)
+    scratch.replace(target)
+    _flush_folder(target.parent)
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    """Flush a folder's list of names; some network file systems cannot, and keep it safe anyway."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,57 @@
+"""Parts of messages: lists of names, names that may have been meant, sizes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Sequence
+
+
+def listed(items: Iterable[object], most: int = 5) -> str:
+    """`a, b, c, d, e and 7 more`, or `none`."""
+    names = [str(item) for item in items]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) + more) or "none"
+
+
+def lines(items: Sequence[str], most: int = 5) -> list[str]:
+    """The first of `items` and, if there are others, the line `and 7 more`."""
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return [*items[:most], *more]
+
+
+def near_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """Those of `names` that are spelled much like `name`, the nearest first; case is ignored.
+
+    Dotted names are alike in their last part (`*.up_prj` and `layers.0.mlp.up_proj`), or as a
+    whole where the last part is right or like none.
+    """
+    known = list(dict.fromkeys(names))
+    end = _last_part(name).lower()
+    same_end = [other for other in known if _last_part(other).lower() == end]
+    if "." not in name or not same_end:
+        ends: dict[str, str] = {}
+        for other in known:
+            ends.setdefault(_last_part(other).lower(), other)
+        if near := difflib.get_close_matches(end, ends, n=count, cutoff=0.6):
+            return [ends[spelling] for spelling in near]
+        if "." not in name:
+            return []
+    spellings = {other.lower(): other for other in same_end or known}
+    near = difflib.get_close_matches(name.lower(), spellings, n=count, cutoff=0.4)
+    return [spellings[spelling] for spelling in near]
+
+
+def suggestion(name: str, names: Collection[str], count: int = 1) -> str:
+    """End of a message about an unknown name: the near names, or the first of all."""
+    if near := near_names(name, names, count):
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; there are {listed(names, 20)}"
+
+
+def size(count_bytes: int) -> str:
+    """`12.3 MB`; below 0.1 MB `45.6 kB`. Both are decimal."""
+    return f"{count_bytes / 1e6:,.1f} MB" if count_bytes >= 1e5 else f"{count_bytes / 1e3:.1f} kB"
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -32,7 +32,7 @@ def near_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
         ends: dict[str, str] = {}
         for other in known:
             ends.setdefault(_last_part(other).lower(), other)
-        if near := difflib.get_close_matches(end, ends, n=count, cutoff=0.6):
+        if near := difflib.get_close_matches(end, ends, n=count, cutoff=0.5):
             return [ends[spelling] for spelling in near]
         if "." not in name:
             return []

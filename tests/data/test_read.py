@@ -174,7 +174,7 @@ WRONG_MESSAGES = [
     (["Hi"], "message 1 must be an object with role and content, and is a string"),
     (
         [user(), {"from": "gpt", "value": "Hello"}],
-        "message 2: 'role' is missing; there are from, value",
+        "message 2: 'role' is missing; did you mean from",
     ),
     ([user(), {"role": "assistant"}], "message 2: 'content' is missing; there are role"),
     ([user(), {"role": "assistant", "content": None}], "message 2: 'content' is null"),

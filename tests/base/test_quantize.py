@@ -387,7 +387,7 @@ def test_rules_that_cannot_be_followed_are_gathered() -> None:
     with pytest.raises(GridError, match=r"3 of the base's rules") as caught:
         quantize_(tiny_model("llama"), "w4-block32", rules=rules)
     message = str(caught.value)
-    assert "'*.dwn_proj' matches no layer; did you mean model.layers.1.mlp.down_proj" in message
+    assert "'*.dwn_proj' matches no layer; did you mean model.layers.0.mlp.down_proj" in message
     assert "'lm_hed' matches no layer; did you mean lm_head" in message
     assert "model.embed_tokens: solver gptq follows the inputs" in message
 

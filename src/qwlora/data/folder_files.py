@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qwlora.data.file_kinds import RECORD_SUFFIXES, TEXT_SUFFIXES, refusal, suffix_of
 from qwlora.errors import SourceError
+from qwlora.messages import listed
 
 _CARD_STEMS, _CARD_OF_RECORDS = ("readme", "license"), "dataset_infos.json"
 _OF_ANOTHER_FILE = (
@@ -97,9 +98,7 @@ def _is_refused(file: Path) -> bool:
 
 
 def _named(files: Sequence[Path], folder: Path) -> str:
-    return files[0].relative_to(folder).as_posix() + (
-        f" and {len(files) - 1} more" if len(files) > 1 else ""
-    )
+    return listed((file.relative_to(folder).as_posix() for file in files), 1)
 
 
 def _of_split(folder: Path, files: Sequence[Path], split: str) -> list[Path]:
@@ -111,9 +110,7 @@ def _of_split(folder: Path, files: Sequence[Path], split: str) -> list[Path]:
     ):
         if found := [p for p, part in zip(files, parts, strict=True) if has_it.search(part)]:
             return found
-    names = ", ".join(p.relative_to(folder).as_posix() for p in files[:4]) + (
-        ", ..." if len(files) > 4 else ""
-    )
+    names = listed((p.relative_to(folder).as_posix() for p in files), 4)
     raise SourceError(
         f"data folder {str(folder)!r}: no file or folder in it is named after the split {split!r}, as {split}-0.parquet or {split}/0.parquet; "
         f"there are {names}: give data.split as they name it, or take it out of the recipe to read them all"

@@ -12,7 +12,6 @@ A record that is not what it should be is refused with the place where it stands
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 
 from qwlora.data.document import ASSISTANT, ROLES, Completion, Conversation, Document, Text
 from qwlora.errors import SourceError
+from qwlora.messages import listed, near_names, suggestion
 
 KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
@@ -80,7 +80,7 @@ def choose_fields(present: Collection[str], columns: Columns, where: str) -> Fie
         for role, name in names.items():
             if name not in present:
                 raise SourceError(
-                    f"{where}: there is no column {name!r} (data.{role}_column){_near(name, present)}"
+                    f"{where}: there is no column {name!r} (data.{role}_column){suggestion(name, present)}"
                 )
         return Fields(kind, names)
     complete = [kind for kind, roles in KINDS.items() if set(roles) <= set(present)]
@@ -96,10 +96,10 @@ def choose_fields(present: Collection[str], columns: Columns, where: str) -> Fie
         f"data.{role}_column: {near}"
         for roles in KINDS.values()
         for role in roles
-        if (near := _nearest(role, present))
+        for near in near_names(role, present, 1)
     ]
     raise SourceError(
-        f"{where}: neither text, nor prompt and completion, nor messages are among its columns ({_listed(present)}); "
+        f"{where}: neither text, nor prompt and completion, nor messages are among its columns ({listed(present, 20)}); "
         f"name them in the recipe{', perhaps ' + guesses[0] if guesses else ' (data.text_column and so on)'}"
     )
 
@@ -129,7 +129,7 @@ def make_document(record: Any, fields: Fields, where: str) -> Document:
         if not record:
             raise EmptyRecordError(f"{where}: the record is empty")
         raise SourceError(
-            f"{where}: the field {missing[0]!r} is missing{_near(missing[0], record)}"
+            f"{where}: the field {missing[0]!r} is missing{suggestion(missing[0], record)}"
         )
     values = {role: record[name] for role, name in fields.names.items()}
     if fields.kind == "conversations":
@@ -175,11 +175,11 @@ def _message(message: Any, where: str) -> Mapping[str, Any]:
     }  # a table fills what a message lacks with null
     for key in ("role", "content"):
         if key not in kept and not (key == "content" and kept.get("tool_calls")):
-            what = "is null" if key in message else f"is missing{_near(key, message)}"
+            what = "is null" if key in message else f"is missing{suggestion(key, message)}"
             raise SourceError(f"{where}: {key!r} {what}")
     role = _string(kept["role"], "role", where)
     if role not in ROLES:
-        raise SourceError(f"{where}: unknown role {role!r}{_near(role, ROLES)}")
+        raise SourceError(f"{where}: unknown role {role!r}{suggestion(role, ROLES)}")
     if (
         "content" in kept
         and not _string(kept["content"], "content", where).strip()
@@ -245,20 +245,3 @@ def _type(value: Any) -> str:
         dict: "an object",
     }
     return names.get(type(value), f"a {type(value).__name__}")
-
-
-def _nearest(name: str, present: Collection[str]) -> str | None:
-    folded = {str(p).lower(): str(p) for p in present}
-    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
-    return folded[near[0]] if near else None
-
-
-def _near(name: str, present: Collection[str]) -> str:
-    """What `name` may have been meant for."""
-    near = _nearest(name, present)
-    return f"; did you mean {near!r}?" if near else f"; there are {_listed(present)}"
-
-
-def _listed(names: Collection[str], most: int = 20) -> str:
-    shown = ", ".join(str(n) for n in list(names)[:most])
-    return (f"{shown} and {len(names) - most} more" if len(names) > most else shown) or "none"

@@ -23,6 +23,7 @@ from conftest import VOCABULARY, byte_tokenizer, text, tiny_model
 
 from . import jobs
 from .record import Record
+from .targets import Target, again_target, merge_target, stage_target
 from .victims import command, start
 
 HEAD = """# Reliability
@@ -148,3 +149,25 @@ def qwa(warm: None, place: Path, one_layer: Path, corpus: Path) -> jobs.Job:
 @pytest.fixture(scope="session")
 def shared(warm: None, place: Path, one_layer: Path, corpus: Path) -> jobs.Job:
     return jobs.build("shared", place / "shared", one_layer, corpus)
+
+
+@pytest.fixture(scope="session")
+def targets(place: Path, tuned: jobs.Job, qwa: jobs.Job, shared: jobs.Job) -> list[Target]:
+    """The commands that are killed, and that find the disk full."""
+    again = place / "again"
+    return [
+        stage_target(tuned, "quantize", "gptq, tuning, second moments"),
+        stage_target(qwa, "quantize", "search"),
+        stage_target(qwa, "calibrate-base", "workflow qwa-lora"),
+        stage_target(tuned, "train", "start from qera"),
+        stage_target(qwa, "train", "workflow qwa-lora, learned ranges"),
+        stage_target(qwa, "calibrate", "one adapter"),
+        stage_target(shared, "calibrate", "two adapters, shared encodings"),
+        stage_target(qwa, "export", "onnx"),
+        stage_target(qwa, "verify", "onnx"),
+        stage_target(qwa, "evaluate", "four perplexities"),
+        merge_target(tuned, "float", again / "float"),
+        merge_target(tuned, "requantized", again / "requantized"),
+        again_target(qwa, "quantize", "base.weights.bitwidth=3", again / "quantize"),
+        again_target(tuned, "train", "adapters.0.steps=7", again / "train"),
+    ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .jobs import Job, artifacts, differences, digests, half_written, state
+from .jobs import Job, differences, digests, half_written, state
 from .victims import Ended, command, counting_changes, inside, start
 
 MERGED = "merged"
@@ -62,35 +62,30 @@ class Target:
         return found
 
 
-def make_target(
-    name: str, arguments: tuple[str, ...], before: Path, place: Path, reference: Path | None = None
-) -> Target:
-    """Run the command undisturbed, and see that it ends like `reference`, if there is one."""
-    after = place / "targets" / name.replace(" ", "-").replace(",", "")
-    target = Target(name, arguments, before, after, 0, 0)
-    target.put(after)
-    count = place / "changes"
-    logs = place / "logs"
-    ended = start(counting_changes(target.action(after), after, count), logs).wait()
-    assert ended.code == 0, f"{name}: {ended.err}"
-    if reference is not None:
-        unequal = differences(artifacts(after / "job"), artifacts(reference))
-        assert not unequal, f"{name}: {unequal}"
-    return Target(name, arguments, before, after, ended.seconds, int(count.read_text()))
-
-
-def stage_target(job: Job, verb: str, place: Path, what: str) -> Target:
-    """A verb of a job, for the first time."""
+def stage_target(job: Job, verb: str, what: str) -> Target:
+    """A verb of a job, for the first time. Building the job was the undisturbed run."""
     arguments = (verb, str(job.recipe), "--out", "job")
-    return make_target(f"{verb}: {what}", arguments, job.before(verb), place, job.after[verb])
+    after, name = job.after[verb].parent, f"{verb}: {what}"
+    return Target(name, arguments, job.before(verb), after, job.seconds[verb], job.changes[verb])
 
 
 def again_target(job: Job, verb: str, change: str, place: Path) -> Target:
     """A verb of a finished job with a change, so that its artifacts are replaced."""
     arguments = (verb, str(job.recipe), "--out", "job", "--set", change)
-    return make_target(f"{verb}: replaces the finished one", arguments, job.finished, place)
+    return _run(Target(f"{verb}: replaces the finished one", arguments, job.finished, place, 0, 0))
 
 
 def merge_target(job: Job, into: str, place: Path) -> Target:
+    """A merge of a job's first adapter."""
     arguments = ("merge", "job", "first", "--into", into, "--out", MERGED)
-    return make_target(f"merge: into {into}", arguments, job.finished, place)
+    return _run(Target(f"merge: into {into}", arguments, job.finished, place, 0, 0))
+
+
+def _run(target: Target) -> Target:
+    """Run the command undisturbed."""
+    target.put(target.after)
+    count = target.after.with_suffix(".changes")
+    action = counting_changes(target.action(target.after), target.after, count)
+    ended = start(action, target.after.with_suffix(".logs")).wait()
+    assert ended.code == 0, f"{target.name}: {ended.err}"
+    return replace(target, seconds=ended.seconds, changes=int(count.read_text()))

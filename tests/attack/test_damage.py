@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,7 @@ READERS = (
         ),
         CARD | {r"^base/(moments|second_moments|tuning)/": NOT_LOADED},
     ),
+    Reader("train", r"^(base|base_simulation)/", _verb("train"), {}),
     Reader("evaluate", r"^(base|base_simulation|adapters|simulation)/", _verb("evaluate"), {}),
     Reader(
         "verify",
@@ -155,12 +157,13 @@ def test_damaged_files_are_noticed_by_what_reads_them(
         place = folder / "job"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(job.finished, place)
-        if "flip" in how and int(how.split()[1]) % 2:
+        if how == "flip 1":
             _remember_digests(place, folder)
         done = damage(place / file, how, generator)
         problems = {}
         for reader in READERS:
-            if done and re.search(reader.reads, kind):
+            is_run = reader.name not in ("verify", "evaluate") or job.name == "qwa"
+            if done and is_run and re.search(reader.reads, kind):
                 ended = reader.run(place, file, folder / "logs")
                 problems[reader.name] = _judge(reader, kind, ended, place, job.finished)
         return {"problems": problems, "how": f"seed {seed}: {job.name}: {file}: {done}"}
@@ -180,20 +183,31 @@ def test_damaged_files_are_noticed_by_what_reads_them(
 
 
 def _remember_digests(job: Path, folder: Path) -> None:
-    """Let the product see the files undamaged, as it has in a directory that is in use."""
+    """Let the product see the files undamaged, as it has in a directory that is in use.
+
+    It remembers digests of files only once they are two seconds old.
+    """
+    time.sleep(2.1)
     ended = qwlora("train", "--out", job, logs=folder / "logs")
     assert ended.code == 0, ended.err
 
 
-HEALED = ("base", "adapters", "simulation", "export", "base_simulation")
+HEALED = (
+    ("base", "flip 1"),
+    ("base_simulation", "delete"),
+    ("adapters", "flip 1"),
+    ("simulation", "delete"),
+    ("export", "flip 1"),
+    (".qwlora/stages.json", "flip 1"),
+    (".qwlora/stages.json", "cut"),
+    (".qwlora/stages.json", "delete"),
+)
 
 
 def test_run_makes_damaged_artifacts_again(
-    tuned: Job, qwa: Job, seed: int, record: Record, tmp_path: Path
+    qwa: Job, seed: int, record: Record, tmp_path: Path
 ) -> None:
-    trials = [(qwa, top, how) for top in HEALED for how in ("flip 1", "delete")]
-    trials += [(qwa, ".qwlora/stages.json", how) for how in ("flip 0", "cut", "empty", "delete")]
-    trials += [(tuned, "base", "flip 1")]
+    trials = [(qwa, top, how) for top, how in HEALED]
 
     def attack(trial: tuple[Job, str, str], folder: Path) -> dict[str, Any]:
         job, top, how = trial
@@ -228,8 +242,8 @@ def test_stages_resume_from_damaged_checkpoints_to_the_same_artifacts(
     folder = place / "unfinished"
     folder.mkdir()
     targets = {
-        "quantize": stage_target(tuned, "quantize", folder, "gptq, tuning, second moments"),
-        "train": stage_target(qwa, "train", folder, "workflow qwa-lora, learned ranges"),
+        "quantize": stage_target(tuned, "quantize", "unfinished"),
+        "train": stage_target(qwa, "train", "unfinished"),
     }
     trials = []
     interrupted = {}

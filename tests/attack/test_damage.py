@@ -40,6 +40,7 @@ class Reader:
         run: given the job's directory, the damaged file's path in it, and a folder for logs.
         harmless: by regular expression for kinds, why damage there needs no notice.
         code: its exit code when it notices.
+        jobs: where it succeeds when nothing is damaged.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Reader:
     run: Callable[[Path, Path, Path], Ended]
     harmless: dict[str, str]
     code: int = 2
+    jobs: tuple[str, ...] = ("tuned", "qwa", "shared")
 
 
 CARD = {r"README\.md$": "PEFT's model card is for people; no code reads it"}
@@ -111,7 +113,13 @@ READERS = (
         CARD | {r"^base/(moments|second_moments|tuning)/": NOT_LOADED},
     ),
     Reader("train", r"^(base|base_simulation)/", _verb("train"), {}),
-    Reader("evaluate", r"^(base|base_simulation|adapters|simulation)/", _verb("evaluate"), {}),
+    Reader(
+        "evaluate",
+        r"^(base|base_simulation|adapters|simulation)/",
+        _verb("evaluate"),
+        {},
+        jobs=("qwa", "shared"),
+    ),
     Reader(
         "verify",
         "",
@@ -121,8 +129,28 @@ READERS = (
             r"^recipe\.yaml$": FOUND_AGAIN,
             r"^\.qwlora/lock$": "its content is never read",
         },
+        jobs=("qwa",),
     ),
 )
+
+
+def test_undamaged_files_are_read(tuned: Job, qwa: Job, shared: Job, tmp_path: Path) -> None:
+    """Else the attacks below would prove nothing."""
+    trials = [(reader, job) for reader in READERS for job in (tuned, qwa, shared)]
+
+    def read(trial: tuple[Reader, Job], folder: Path) -> str:
+        reader, job = trial
+        place = folder / "job"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(job.finished, place)
+        found = kinds(place)
+        for kind, files in found.items():
+            if re.search(reader.reads, kind) and job.name in reader.jobs:
+                ended = reader.run(place, files[0], folder / "logs")
+                return f"{reader.name}: {job.name}: {ended.err}" if ended.code else ""
+        return ""
+
+    assert not [problem for problem in parallel(read, trials, tmp_path) if problem]
 
 
 def _judge(reader: Reader, kind: str, ended: Ended, job: Path, reference: Path) -> str:
@@ -162,8 +190,7 @@ def test_damaged_files_are_noticed_by_what_reads_them(
         done = damage(place / file, how, generator)
         problems = {}
         for reader in READERS:
-            is_run = reader.name not in ("verify", "evaluate") or job.name == "qwa"
-            if done and is_run and re.search(reader.reads, kind):
+            if done and job.name in reader.jobs and re.search(reader.reads, kind):
                 ended = reader.run(place, file, folder / "logs")
                 problems[reader.name] = _judge(reader, kind, ended, place, job.finished)
         return {"problems": problems, "how": f"seed {seed}: {job.name}: {file}: {done}"}

@@ -60,8 +60,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
         ],
     },
 }
-# differ between two runs that end with the same artifacts
-_MEASURED = {"seconds", "step_seconds", "peak_rss_bytes", "resumed_from_step"}
+CACHE = ".qwlora/digests.json"  # may be there or not: files younger than two seconds are not in it
+# measured in this process, and so different where a run resumed
+_MEASURED = {"seconds", "step_seconds", "peak_rss_bytes", "base_bytes", "resumed_from_step"}
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 def state(job: Path) -> dict[str, Any]:
     """What is the same in two equal jobs: artifacts bit for bit, other files by name, results."""
-    names = sorted(str(p.relative_to(job)) for p in job.rglob("*") if p.is_file())
+    names = {str(p.relative_to(job)) for p in job.rglob("*") if p.is_file()}
     results = job / "results.json"
     return {
         "artifacts": artifacts(job),
-        "files": names,
+        "files": sorted(names - {CACHE}),
         "results": without_times(json.loads(results.read_text())) if results.exists() else None,
         "recipe": (job / "recipe.yaml").read_text() if job.exists() else None,
     }

@@ -56,9 +56,11 @@ def _after(ended: Ended, marker: Path, out: Path | None = None) -> str:
         problems.append(f"took {ended.seconds:.0f} s")
     if marker.exists():
         problems.append("its code ran")
-    # finished blocks stay in the hidden folder, for the next run to resume from
-    if out is not None and out.exists() and (left := sorted(p.name for p in out.glob("[!.]*"))):
-        problems.append(f"left {left}")
+    if out is not None and out.exists():
+        # finished blocks stay in the hidden folder, and their recipe, for the next run
+        may_stay = {"recipe.yaml"} if any((out / ".qwlora" / "work").rglob("*")) else set()
+        if left := {p.name for p in out.glob("[!.]*")} - may_stay:
+            problems.append(f"left {sorted(left)}")
     return "; ".join(problems)
 
 

@@ -40,6 +40,21 @@ def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
     )
 
 
+@pytest.mark.parametrize("place", ["../outside.safetensors", "a/../../outside.safetensors"])
+def test_an_index_that_names_a_file_outside_of_the_folder_is_refused(
+    tmp_path: Path, place: str
+) -> None:
+    folder = tmp_path / "model"
+    tiny_model("llama").save_pretrained(folder)
+    (folder / "a").mkdir()
+    names = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SourceError, match=r"outside\.safetensors', outside of the model's folder"):
+        load_model(str(folder))
+
+
 def test_a_whole_checkpoint_is_loaded(folder: Path) -> None:
     assert torch.equal(
         load_model(str(folder)).get_parameter(DOWN), tiny_model("llama").get_parameter(DOWN)

@@ -212,6 +212,10 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
         from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 
         GgufCheckpoint.check_names(location.path)
+    elif location.path.is_dir():
+        from qwlora.formats.safetensors_files import check_shards_are_inside
+
+        check_shards_are_inside(location.path)
     with _loading(f"model {source!r}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location.pretrained,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -188,6 +189,23 @@ class SafetensorsFiles:
             assert names is not None
             names.append(name)
         return files
+
+
+def check_shards_are_inside(folder: Path) -> None:
+    """Refuse an index that names files outside of its folder, which transformers would read.
+
+    Raises:
+        SourceError: with the index, the tensor and the file.
+    """
+    for index in sorted(folder.glob("*.index.json")):
+        weight_map = read_json(index).get("weight_map")
+        for name, file in weight_map.items() if isinstance(weight_map, dict) else ():
+            path = os.path.normpath(str(file))
+            if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+                raise SourceError(
+                    f"{str(index)!r}: tensor {name!r} is listed in {file!r}, outside of the "
+                    "model's folder. Put the file into the folder and its plain name into the index"
+                )
 
 
 def read_json(path: Path) -> dict[str, Any]:

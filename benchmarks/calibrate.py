@@ -42,7 +42,7 @@ RESULT = Path(__file__).parent / "results" / "calibrate.json"
 TOKENS, RANK, SCALING = 512, 16, 2.0
 CONFIG = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size max_position_embeddings rms_norm_eps".split()  # noqa: SIM905
 ESTIMATORS = {
-    "ends": ("min-max", "moving-average"),
+    "ends": ("min-max",),
     "sample": ("percentile", "squared-error", "sqnr"),
 }
 LIMITS = {"observe ends": 1.12, "observe a sample": 1.2, "simulate": 1.3}

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qwlora.formats.base_folder import load_base, save_base
     from qwlora.formats.open_checkpoint import open_checkpoint
     from qwlora.grid.encoding import Encoding
+    from qwlora.grid.range_estimator import Estimator
     from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
     from qwlora.grid.second_moments import Moment, Moments
     from qwlora.nn import PackedLinear
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from qwlora.quantize.quantize_blocks import observe_moments
     from qwlora.quantize.quantize_model import quantize_
     from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
-    from qwlora.simulation.observer_kind import Estimator
     from qwlora.simulation.placement_rules import PlacementRule
     from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
     from qwlora.simulation.simulation_folder import load_simulation
@@ -77,7 +77,7 @@ _HOME = {
     "PerChannel": "grid.scheme",
     "PerTensor": "grid.scheme",
     "Scheme": "grid.scheme",
-    "Estimator": "simulation.observer_kind",
+    "Estimator": "grid.range_estimator",
     "PlacementRule": "simulation.placement_rules",
     "Simulation": "simulation.simulation",
     "SimulationSchemes": "simulation.simulation",

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.encoding import grouped
-from qwlora.grid.observers import MinMaxObserver, encoding_from_range, group_range, measure, search
+from qwlora.grid.observers import MinMaxObserver, encoding_from_range, group_range, measure
 from qwlora.grid.scheme import BITWIDTHS, PerBlock, PerChannel, PerTensor, Scheme
 
 from .strategies import brief, cases, matrices, thorough
@@ -21,19 +20,6 @@ def equal(a, b) -> bool:
     return (
         a.scheme == b.scheme and torch.equal(a.scale, b.scale) and torch.equal(a.offset, b.offset)
     )
-
-
-def squared_error(encoding, x):
-    """Sum in each group, in float64."""
-    granularity = encoding.scheme.granularity
-    error = (encoding.fake_quantize(x).double() - x.double()).square()
-    match granularity:
-        case PerTensor():
-            return error.sum()
-        case PerChannel(axis):
-            return error.movedim(axis, 0).reshape(error.shape[axis], -1).sum(1)
-        case PerBlock():
-            return grouped(error, granularity).sum(-1)
 
 
 @thorough
@@ -111,30 +97,12 @@ def test_an_observer_does_not_keep_the_graph():
     assert not observer.low.requires_grad
 
 
-@thorough
-@given(cases(bitwidths=(2, 3, 4, 8)))
-def test_search_is_never_worse_than_measure_in_any_group(case):
-    x, scheme = case
-    measured, searched = squared_error(measure(x, scheme), x), squared_error(search(x, scheme), x)
-    assert (searched <= measured * 1.00001).all()
-
-
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(64)])
-def test_search_is_better_on_a_gaussian(granularity):
-    x = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
-    scheme = Scheme(3, granularity=granularity)
-    assert (
-        squared_error(search(x, scheme), x).sum() < 0.8 * squared_error(measure(x, scheme), x).sum()
-    )
-
-
 @pytest.mark.parametrize("granularity", EVERY)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bitwidth", BITWIDTHS)
-@pytest.mark.parametrize("find", [measure, search])
-def test_all_zero_is_exact_and_has_the_smallest_scale(find, bitwidth, symmetric, granularity):
+def test_all_zero_is_exact_and_has_the_smallest_scale(bitwidth, symmetric, granularity):
     x = torch.zeros(3, 4)
-    encoding = find(x, Scheme(bitwidth, symmetric, granularity))
+    encoding = measure(x, Scheme(bitwidth, symmetric, granularity))
     smallest = min(torch.finfo(torch.float32).eps, 0.01 / (2**bitwidth - 1))
     assert encoding.scale.flatten().tolist() == pytest.approx(
         [smallest] * encoding.scale.numel(), rel=1e-5
@@ -155,12 +123,11 @@ def test_one_value_is_represented_within_half_a_step(value, granularity):
 
 @pytest.mark.parametrize("granularity", EVERY)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("find", [measure, search])
-def test_values_that_are_not_finite_are_refused(find, bad, granularity):
+def test_values_that_are_not_finite_are_refused(bad, granularity):
     x = torch.ones(3, 4)
     x[1, 2] = bad
     with pytest.raises(CalibrationError, match="the observed range is not finite"):
-        find(x, Scheme(8, granularity=granularity))
+        measure(x, Scheme(8, granularity=granularity))
 
 
 def test_nan_is_not_forgotten_by_later_data():
@@ -207,7 +174,7 @@ def test_observers_of_two_schemes_do_not_merge():
 
 
 def test_a_granularity_that_does_not_fit_is_refused():
-    for act in (measure, search, group_range):
+    for act in (measure, group_range):
         with pytest.raises(GridError, match="blocks of 3 do not divide the last axis"):
             act(torch.ones(2, 4), Scheme(4, granularity=PerBlock(3)))
 
@@ -225,5 +192,4 @@ def test_a_range_on_one_side_of_zero_still_holds_zero(near, width):
 
 def test_half_precision_data_is_measured_in_float32():
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).half()
-    for find in (measure, search):
-        assert equal(find(x, Scheme(8, False)), find(x.float(), Scheme(8, False)))
+    assert equal(measure(x, Scheme(8, False)), measure(x.float(), Scheme(8, False)))

@@ -13,7 +13,8 @@ from torch import Tensor
 from qwlora import Estimator, PlacementRule, Scheme, SimulationSchemes
 from qwlora.errors import CalibrationError
 from qwlora.graph.traceable_attention import visible_implementations
-from qwlora.simulation.activation_observer import SampleObserver
+from qwlora.grid.activation_observer import SampleObserver
+from qwlora.grid.range_estimator import ESTIMATORS
 from qwlora.simulation.calibration import Stillness, tokens_of
 from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.placement_rules import Decision
@@ -70,14 +71,10 @@ def test_a_calibration_without_a_batch_is_no_success(nothing: Any) -> None:
         assert encodings(made) == before
 
 
-@pytest.mark.parametrize(
-    "observer", ["min-max", "percentile", "squared-error", "sqnr", "moving-average"]
-)
+@pytest.mark.parametrize("observer", ESTIMATORS)
 def test_every_observer_gives_every_activation_an_encoding(observer: str) -> None:
     made = simulation(
-        SimulationSchemes(
-            Scheme(8, symmetric=False), observer=Estimator(observer, percentile=99.0, momentum=0.5)
-        )
+        SimulationSchemes(Scheme(8, symmetric=False), observer=Estimator(observer, percentile=99.0))
     )
     made.calibrate(BATCHES)
     assert encodings(made).keys() == made.quantizers.keys()

@@ -17,17 +17,16 @@ from typing import Any
 
 from qwlora.data import Documents
 from qwlora.formats.model_source import fetch
+from qwlora.grid.range_estimator import SAMPLE_REVISION, Estimator
 from qwlora.pipeline.digests import Digests
 from qwlora.quantize.revision import MOMENTS_REVISION, REVISION, TUNING_REVISION
 from qwlora.recipe import Recipe
-from qwlora.simulation.observer_kind import Estimator
 from qwlora.system.compute_precision import auto_compute, training_device
 
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
 SIMULATION_FORMAT = (
     3  # of simulation/NAME; 2: the adapter lies in it; 3: says what calibration left float
 )
-SAMPLE_REVISION = 2  # of what observers with a sample keep; 2: fewer values
 INIT_REVISION = 4  # of how svd and qera start; 2: qera weighs outputs; 3: what the solver lost is corrected; 4: B shorter where inputs are large
 TUNING_DEVICE = "cpu"  # where bases are made
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.lpbq import to_integer_scales
-from qwlora.grid.observers import encoding_from_range
-from qwlora.grid.robust_observers import rows_of_groups
+from qwlora.grid.observers import encoding_from_range, rows_of_groups
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 
 _FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from qwlora.grid.range_estimator import Estimator, EstimatorName
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.recipe.section import Count, Section
-from qwlora.simulation.observer_kind import Estimator
 from qwlora.simulation.placement_rules import PlacementRule
 
 
@@ -48,9 +48,7 @@ class SimulationRule(Section):
     maximum: float | None = Field(
         None, description="fixed upper end; a softmax may be fixed to 0 and 1"
     )
-    observer: Literal["min-max", "percentile", "squared-error", "sqnr", "moving-average"] | None = (
-        Field(None, description="default: that of the simulation")
-    )
+    observer: EstimatorName | None = Field(None, description="default: that of the simulation")
     force: bool = Field(
         False, description="quantize matching values even where the policy would not"
     )
@@ -88,16 +86,13 @@ class SimulationSection(Section):
     activation_symmetric: bool = Field(
         False, description="fix the offset of activations at the middle code"
     )
-    observer: Literal["min-max", "percentile", "squared-error", "sqnr", "moving-average"] = Field(
+    observer: EstimatorName = Field(
         "min-max",
         description="how an activation range is chosen; sqnr: least squared error, clipping weighs "
         "three times",
     )
     percentile: Annotated[float, Field(gt=50, le=100)] = Field(
         99.99, description="for observer percentile: share of the values inside the range"
-    )
-    momentum: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.01, description="of observer moving-average: what the last batch weighs"
     )
     calibration_tokens: Count | None = Field(
         None,
@@ -138,9 +133,18 @@ class SimulationSection(Section):
         "all adapters",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_momentum(cls, given: Any) -> Any:
+        """Drop a key that earlier versions wrote into every job's recipe. It was for an observer
+        that no longer exists, and is still refused together with it."""
+        if isinstance(given, dict) and given.get("observer") != "moving-average":
+            return {key: value for key, value in given.items() if key != "momentum"}
+        return given
+
     def estimator(self) -> Estimator:
         """How ranges are chosen."""
-        return Estimator(self.observer, self.percentile, self.momentum)
+        return Estimator(self.observer, self.percentile)
 
     def placement_rules(self) -> list[PlacementRule]:
         """The rules as `simulate` takes them."""

@@ -25,11 +25,11 @@ from qwlora.graph.aten_ops import MASKS, base_name
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.move_graph import device_of, moved_encoding
 from qwlora.graph.quantized_graph import Mark
+from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import listed, suggestion
 from qwlora.progress import Track, untracked
-from qwlora.simulation.activation_observer import SampleObserver
 from qwlora.simulation.estimate_encodings import estimate
 from qwlora.simulation.fake_quantizer import FrozenWeight, Mode, Quantizer
 from qwlora.simulation.placement import Placed, Placement

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.errors import CalibrationError
+from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.range_estimator import Estimator
 from qwlora.grid.scheme import PerTensor, Scheme
-from qwlora.simulation.activation_observer import SampleObserver
-from qwlora.simulation.observer_kind import Estimator
 
 MASK_MAGNITUDE = 1e30
 

@@ -23,9 +23,9 @@ from qwlora.graph.graph_analysis import GraphFacts, module_of, operator_of
 from qwlora.graph.graph_parameters import buffer_names
 from qwlora.graph.quantized_graph import Kind, Mark
 from qwlora.graph.value_facts import Fact
+from qwlora.grid.range_estimator import Estimator
 from qwlora.messages import suggestion
 from qwlora.parameter_names import canonical_name, parameter_name
-from qwlora.simulation.observer_kind import Estimator
 from qwlora.simulation.placement_rules import (
     Decision,
     IdleRules,

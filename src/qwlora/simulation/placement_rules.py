@@ -28,8 +28,8 @@ from typing import Literal
 from qwlora.errors import CalibrationError, GridError
 from qwlora.graph.aten_ops import MOVES_DATA, base_name
 from qwlora.graph.value_facts import Fact
+from qwlora.grid.range_estimator import Estimator, as_estimator
 from qwlora.grid.scheme import BITWIDTHS
-from qwlora.simulation.observer_kind import Estimator, as_estimator
 
 # Class names of modules that are one operation to a runtime and several to torch: their inside stays float.
 ONE_OPERATION = r"(?i)Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation"

@@ -34,6 +34,7 @@ from qwlora.graph.quantized_graph import Kind, Mark, QuantizedGraph, insert_afte
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.observers import measure
+from qwlora.grid.range_estimator import Estimator, as_estimator
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.messages import listed
 from qwlora.nn.fingerprint import adapter_fingerprint
@@ -42,7 +43,6 @@ from qwlora.nn.unwrap import unwrapped
 from qwlora.parameter_names import is_factor_name, parameter_name
 from qwlora.simulation.calibration import Calibrated
 from qwlora.simulation.fake_quantizer import FrozenWeight, Mode, Quantizer
-from qwlora.simulation.observer_kind import Estimator, as_estimator
 from qwlora.simulation.placement import Overrides, Placement, place
 from qwlora.simulation.placement_rules import Decision, IdleRules, PlacementRule, Policy
 

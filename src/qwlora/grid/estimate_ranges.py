@@ -1,0 +1,103 @@
+"""From what observers kept to ranges, many tensors at a time.
+
+    min-max                             the extremes of all batches, exactly
+    percentile, squared-error, sqnr     on tails and sample, between the exact extremes
+
+A value of the tails counts once; a sampled value between the tails counts as many times as makes up
+the number of values observed (see `activation_observer.py`). If the sample is complete, percentiles
+are those of the data, bit for bit. `range_search.py` finds the least error.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qwlora.grid.activation_observer import SampleObserver
+from qwlora.grid.range_estimator import Estimator
+from qwlora.grid.range_search import least_error_grid
+from qwlora.grid.scheme import Scheme
+from qwlora.grid.weighted_points import WeightedPoints, weighted_points
+
+_POINTS_AT_ONCE = 2**17
+
+
+def observed_ranges(
+    observers: Sequence[SampleObserver],
+) -> tuple[Float[Tensor, " observers"], Float[Tensor, " observers"]]:
+    """Lowest and highest value of each, on the CPU; zeros for an observer without data."""
+    ends = torch.zeros(2, len(observers))
+    for i, observer in enumerate(observers):
+        batches = observer.ends.cpu()
+        if len(batches):
+            ends[0, i], ends[1, i] = batches[:, 0].amin(), batches[:, 1].amax()
+    return ends[0], ends[1]
+
+
+def estimate_ranges(
+    observers: Sequence[SampleObserver], scheme: Scheme, estimator: Estimator
+) -> tuple[Float[Tensor, " observers"], Float[Tensor, " observers"]]:
+    """The range that `estimator` chooses for each, on the CPU.
+
+    Args:
+        observers: of one tensor each, with finite values; with a sample if the estimator needs one.
+        scheme: bitwidth and symmetry of the grid that the range is for.
+    """
+    low, high = observed_ranges(observers)
+    if not estimator.needs_sample:
+        return low, high
+    for indices in _chunks(observers):
+        points = _points([observers[i] for i in indices])
+        rows = torch.tensor(indices)
+        if estimator.name == "percentile":
+            first, last = points.percentile_range(estimator.percentile)
+            low[rows] = torch.maximum(low[rows], first)
+            high[rows] = torch.minimum(high[rows], last)
+        else:
+            scale, offset = least_error_grid(points, low[rows], high[rows], scheme, estimator.gamma)
+            low[rows], high[rows] = scale * offset, scale * (offset + scheme.steps)
+    return low, high
+
+
+def _chunks(observers: Sequence[SampleObserver]) -> Iterator[list[int]]:
+    """Indices of observers with equally many points, as many as are processed at once."""
+    alike: dict[tuple[int, bool, int], list[int]] = defaultdict(list)
+    for i, o in enumerate(observers):
+        alike[len(o.sample), o.is_complete, o.tails.shape[1]].append(i)
+    for (sampled, _, _), indices in alike.items():
+        size = max(1, _POINTS_AT_ONCE // max(1, sampled))
+        yield from (indices[i : i + size] for i in range(0, len(indices), size))
+
+
+def _points(observers: Sequence[SampleObserver]) -> WeightedPoints:
+    """Tails and sample of several observers, sorted and weighted."""
+    samples = _sorted(torch.stack([o.sample.cpu() for o in observers]))
+    if observers[0].is_complete:
+        places = samples.double()
+        return weighted_points(places, torch.ones_like(places))
+    bounds = torch.stack([o.bounds.cpu() for o in observers]).unsqueeze(2)  # [observers, 2, 1]
+    far = _sorted(torch.stack([o.tails.cpu() for o in observers]))
+    # A tail value on the inner side of a bound may also be in the sample: it moves to the bound
+    # with weight 0.
+    tails, tail_weights = far.maximum(bounds), (far >= bounds).double()
+    first, last = -bounds[:, 0], bounds[:, 1].contiguous()
+    begin = torch.searchsorted(samples, first)
+    end = torch.searchsorted(samples, last, right=True)
+    missing = torch.tensor([o.count for o in observers]) - tail_weights.sum((1, 2))
+    column = torch.arange(samples.shape[1])
+    is_between = (column >= begin) & (column < end)
+    weights = missing.clamp(min=0).unsqueeze(1) / (end - begin).clamp(min=1) * is_between
+    return weighted_points(
+        torch.cat([-tails[:, 0].flip(1), samples.clamp(first, last), tails[:, 1]], 1).double(),
+        torch.cat([tail_weights[:, 0].flip(1), weights, tail_weights[:, 1]], 1),
+    )
+
+
+def _sorted(x: Tensor) -> Tensor:
+    """`x` ascending along its last axis; several times faster than `torch.sort` on the CPU."""
+    return torch.from_numpy(np.sort(x.numpy(), axis=-1))

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "qwlora"
 LEVELS = (
-    {"messages", "parameter_names", "progress"},
+    {"messages", "parameter_names", "progress", "revisions"},
     {"errors"},
     {"atomic", "strict_json", "system"},
     {"grid"},

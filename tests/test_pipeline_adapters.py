@@ -16,6 +16,7 @@ from qwlora.pipeline.placement_of_job import explain_job
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run_job import open_job, run
 from qwlora.recipe import load_recipe
+from qwlora.revisions import revision
 from qwlora.simulation.stored_encodings import load_encodings
 
 TWO = [
@@ -118,12 +119,20 @@ def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
         return {stage.name: stage.key for stage in make_plan(recipe, documents)}
 
     before = {init: keys(init) for init in ("zero", "svd", "qera")}
-    for revision, remade in (
-        ("MOMENTS_REVISION", {"qera": ["quantize", "train/first"]}),
-        ("INIT_REVISION", {"svd": ["train/first"], "qera": ["train/first"]}),
+    all_inits = {init: ["quantize", "train/first"] for init in before}
+    for module, remade in (
+        ("grid.second_moments", {"qera": ["quantize", "train/first"]}),
+        ("quantize.layer_statistics", {"qera": ["quantize", "train/first"]}),
+        ("adapter.initialize", {"svd": ["train/first"], "qera": ["train/first"]}),
+        ("quantize.data_free_solvers", all_inits),
+        ("quantize.gptq", {}),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(f"qwlora.pipeline.plan.{revision}", "another")
+            for user in ("pipeline.plan", "revisions"):
+                patched.setattr(
+                    f"qwlora.{user}.revision",
+                    lambda name, module=module: 99 if name == module else revision(name),
+                )
             for init, old in before.items():
                 new = keys(init)
                 assert [

@@ -15,8 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.observers import encoding_from_range
+from qwlora.grid.range_estimator import Estimator
 from qwlora.grid.scheme import Scheme
 
 from .oracle import PercentileEncodingAnalyzer, SqnrEncodingAnalyzer, aimet_numbers, aimet_quantizer

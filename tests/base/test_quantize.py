@@ -316,7 +316,10 @@ def test_a_finished_part_with_moments_of_another_revision_is_made_again(
         (False, "3", False),
     ):
         solved.clear()
-        monkeypatch.setattr("qwlora.quantize.block_cache.MOMENTS_REVISION", revision)
+        monkeypatch.setattr(
+            "qwlora.quantize.block_cache.revision",
+            lambda module, changed=revision: changed if module == "grid.second_moments" else "2",
+        )
         found = Moments(tmp_path / f"moments{revision}") if moments else None
         quantize_(
             tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=found

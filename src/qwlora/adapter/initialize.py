@@ -37,6 +37,8 @@ from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
+# 2: qera weighs outputs; 3: what the solver lost is corrected; 4: shorter B where inputs are large
+REVISION = 4
 _DAMPING_INPUT, _DAMPING_OUTPUT = (
     0.1,
     1.0,

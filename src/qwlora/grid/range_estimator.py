@@ -10,9 +10,6 @@ from qwlora.errors import CalibrationError
 
 EstimatorName = Literal["min-max", "percentile", "squared-error", "sqnr"]
 ESTIMATORS: tuple[str, ...] = get_args(EstimatorName)
-SAMPLE_REVISION = 2
-"""Revision of the samples that `activation_observer.py` keeps. Part of the keys of stages whose
-estimators read a sample. 2: smaller samples."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from torch import Tensor
 from qwlora.atomic import write_tensors
 from qwlora.errors import CalibrationError, SourceError
 
+REVISION = 2  # 2: moments of outputs as well
+
 
 class SecondMoment:
     """Running second moment of rows, of an input or a gradient; one pass, mergeable.

@@ -17,17 +17,17 @@ from typing import Any
 
 from qwlora.data import Documents
 from qwlora.formats.model_source import fetch
-from qwlora.grid.range_estimator import SAMPLE_REVISION, Estimator
+from qwlora.grid.range_estimator import Estimator
 from qwlora.pipeline.digests import Digests
-from qwlora.quantize.revision import MOMENTS_REVISION, REVISION, TUNING_REVISION
+from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Recipe
+from qwlora.revisions import revision
 from qwlora.system.compute_precision import auto_compute, training_device
 
 SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
 SIMULATION_FORMAT = (
     3  # of simulation/NAME; 2: the adapter lies in it; 3: says what calibration left float
 )
-INIT_REVISION = 4  # of how svd and qera start; 2: qera weighs outputs; 3: what the solver lost is corrected; 4: B shorter where inputs are large
 TUNING_DEVICE = "cpu"  # where bases are made
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
@@ -104,10 +104,13 @@ def make_plan(recipe: Recipe, documents: Documents, digests: Digests | None = No
     held_out = [*text, recipe.data.evaluation_sequences]
     if has_float_model(recipe):
         add("evaluate/float", [model, held_out])
-    solvers = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)}
-    follows = [text, recipe.seed, REVISION] if "gptq" in solvers or needs_moments(recipe) else None
+    named = {recipe.base.solver, *(rule.solver for rule in recipe.base.rules)}
+    solvers = [solver for name, solver in SOLVERS.items() if name in named]
+    observed: list[Any] | None = None
+    if any(solver.needs_calibration for solver in solvers) or needs_moments(recipe):
+        observed = [text, recipe.seed, str(revision("quantize.layer_statistics"))]
     tuning = (
-        [recipe.base.tuning.model_dump(), text, recipe.seed, TUNING_REVISION]
+        [recipe.base.tuning.model_dump(), text, recipe.seed, str(revision("quantize.tune_scales"))]
         if recipe.base.tuning.steps
         else None
     )
@@ -125,8 +128,9 @@ def make_plan(recipe: Recipe, documents: Documents, digests: Digests | None = No
         model,
         encodings,
         recipe.base.model_dump(exclude={"tuning"}),
-        follows,
-        needs_moments(recipe) and MOMENTS_REVISION,
+        observed,
+        needs_moments(recipe) and str(revision("grid.second_moments")),
+        *sorted({pair for solver in solvers for pair in solver.later_revisions}),
     ]
     add("quantize", solved, artifact="base", then=tuning)
     add("evaluate/base", held_out, ("quantize",))
@@ -136,7 +140,7 @@ def make_plan(recipe: Recipe, documents: Documents, digests: Digests | None = No
         *(rule.observer for rule in recipe.simulation.rules if rule.observer is not None),
     }
     if any(Estimator(observer).needs_sample for observer in observers):
-        ranges.append(SAMPLE_REVISION)
+        ranges.append(revision("grid.activation_observer"))
     through = ("calibrate-base",) if recipe.workflow == "qwa-lora" else ()
     if through:
         add("calibrate-base", ranges, ("quantize",), artifact="base_simulation")
@@ -154,7 +158,7 @@ def make_plan(recipe: Recipe, documents: Documents, digests: Digests | None = No
             _start_contents(None if first else adapter.start, digests),
         ]
         if adapter.init != "zero":
-            learns.append(INIT_REVISION)
+            learns.append(revision("adapter.initialize"))
         needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
         add(
             f"train/{adapter.name}",

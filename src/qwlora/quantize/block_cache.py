@@ -27,7 +27,8 @@ from qwlora.nn.fingerprint import take_in
 from qwlora.parameter_names import canonical_name
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.quantize_tensor import LayerReport
-from qwlora.quantize.revision import MOMENTS_REVISION, REVISION
+from qwlora.quantize.solvers import SOLVERS
+from qwlora.revisions import revision
 
 Part = tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]
 
@@ -43,7 +44,11 @@ class FinishedParts:
         if folder is not None:
             take_in(
                 self._digest,
-                [REVISION, moments is not None and MOMENTS_REVISION, *named_inputs(batches)],
+                [
+                    str(revision("quantize.layer_statistics")),
+                    moments is not None and str(revision("grid.second_moments")),
+                    *named_inputs(batches),
+                ],
             )
 
     def begin(
@@ -53,7 +58,8 @@ class FinishedParts:
         if self.folder is None:
             return
         for name, tensor in floats.items():
-            take_in(self._digest, [name, plan[name], tensor])
+            later = SOLVERS[plan[name].solver].later_revisions
+            take_in(self._digest, [name, plan[name], *map(str, later), tensor])
         self._file = self.folder / f"{canonical_name(part)}.safetensors"
 
     def read(self) -> Part | None:

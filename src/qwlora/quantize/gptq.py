@@ -28,6 +28,7 @@ from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.second_moments import output_energy
 from qwlora.quantize.scale_search import COARSE, fit, storable_scale
 
+REVISION = 1
 _RUN = 32  # columns between two updates of all that follow
 _LEAST_DAMPING = 1e-6  # where none was asked for, and none does not do
 
@@ -62,6 +63,18 @@ class GptqReport:
 
     damping: float
     relative_error: float
+
+
+def solve_gptq(
+    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None
+) -> tuple[QuantizedTensor, GptqReport]:
+    """`gptq` as a registered solver."""
+    if moment is None:
+        raise CalibrationError(
+            "no calibration data reached this layer, or its output changes nothing. Add a rule for "
+            "it: solver: search, or keep: float."
+        )
+    return gptq(weight, moment, scheme, settings)
 
 
 def gptq(

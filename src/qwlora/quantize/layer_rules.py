@@ -17,7 +17,7 @@ from qwlora.errors import GridError
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import suggestion
 from qwlora.quantize.gptq import GptqSettings
-from qwlora.quantize.solvers import CALIBRATED
+from qwlora.quantize.solvers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,13 @@ def assign(
         ):
             continue
         chosen = rule.solver if rule is not None else None
-        if chosen in CALIBRATED and not candidate.calibrated:
+        if chosen and SOLVERS[chosen].needs_calibration and not candidate.calibrated:
             problems.append(
                 f"{candidate.paths[0]}: solver {chosen} follows the inputs of a matrix product and cannot solve this tensor; choose search, sqnr or rtn"
             )
-        own = "search" if solver in CALIBRATED and not candidate.calibrated else solver
+        own = solver
+        if SOLVERS[solver].needs_calibration and not candidate.calibrated:
+            own = "search"
         found[tensor] = Assignment(
             scheme if rule is None or rule.scheme is None else rule.scheme, chosen or own
         )

@@ -28,7 +28,7 @@ from qwlora.quantize.block_runner import Lockstep
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.layer_statistics import Observed, observe
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, tensor_out_in
-from qwlora.quantize.solvers import CALIBRATED
+from qwlora.quantize.solvers import SOLVERS
 
 
 def quantize_parts_(
@@ -54,7 +54,7 @@ def quantize_parts_(
                 follow = [
                     name
                     for name in parts[part]
-                    if moments is not None or plan[name].solver in CALIBRATED
+                    if moments is not None or SOLVERS[plan[name].solver].needs_calibration
                 ]
                 kept = _solve_part(
                     model,

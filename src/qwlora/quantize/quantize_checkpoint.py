@@ -37,7 +37,7 @@ from qwlora.quantize.quantize_tensor import (
     tensor_out_in,
     warn_of_second_rounding,
 )
-from qwlora.quantize.solvers import CALIBRATED
+from qwlora.quantize.solvers import SOLVERS
 from qwlora.quantize.streamed_blocks import PartsOnDemand
 
 
@@ -81,7 +81,7 @@ def quantize_checkpoint(
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     plan = {} if scheme is None else plan_layers(lazy.model, scheme, solver, rules, gptq)
     writer = BaseWriter(Path(folder), shard_bytes)
-    if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
+    if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         batches = batches_of(calibration, lazy.model)
         with PartsOnDemand(lazy, writer, parts_of(lazy.model, plan), len(batches)):
             layers = quantize_parts_(lazy.model, plan, batches, moments, work, track)

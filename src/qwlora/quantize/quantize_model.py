@@ -48,7 +48,7 @@ from qwlora.quantize.quantize_tensor import (
     tensor_out_in,
     warn_of_second_rounding,
 )
-from qwlora.quantize.solvers import CALIBRATED, check_solver
+from qwlora.quantize.solvers import SOLVERS, solver_named
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def quantize_(
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     plan = plan_layers(model, scheme, solver, rules, gptq)
     check_base_finite(model)
-    if moments is not None or any(todo.solver in CALIBRATED for todo in plan.values()):
+    if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         reports = quantize_parts_(model, plan, batches_of(calibration, model), moments, work, track)
     else:
         reports = {}
@@ -137,7 +137,7 @@ def plan_layers(
 ) -> dict[str, Assignment]:
     """Grid and solver of each tensor that `quantize_` would replace, by its name in the model; raises what it would raise."""
     for named in {solver, *(rule.solver for rule in rules if rule.solver)}:
-        check_solver(named)
+        solver_named(named)
     plan, misfits = {}, []
     assigned = assign(find_tensors(model), scheme, solver, rules)
     _refuse_unpackable(model, assigned)

@@ -17,7 +17,7 @@ from qwlora.nn import is_packable, parameter_out_in, weight_out_in
 from qwlora.parameter_names import canonical_name
 from qwlora.quantize.existing_grid import is_on_grid
 from qwlora.quantize.layer_rules import Assignment
-from qwlora.quantize.solvers import solve
+from qwlora.quantize.solvers import SOLVERS
 
 _SAME_GRID = 5e-3  # relative error up to which a second grid counts as the first; bfloat16 has 2e-3
 
@@ -64,7 +64,8 @@ def solve_tensor(
     was_on_grid = is_on_grid(weight, todo.scheme.bitwidth)
     weight = weight.detach().float()
     try:
-        quantized, report = solve(weight, todo.scheme, todo.solver, moment, todo.gptq)
+        solver = SOLVERS[todo.solver]
+        quantized, report = solver.solve(weight, todo.scheme, moment, todo.gptq)
     except CalibrationError as error:
         raise CalibrationError(f"{canonical_name(name)}: {error}") from error
     second = _second_rounding(weight, quantized) if was_on_grid else None

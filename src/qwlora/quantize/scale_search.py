@@ -22,6 +22,7 @@ from qwlora.grid.lpbq import to_integer_scales
 from qwlora.grid.observers import encoding_from_range, rows_of_groups
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 
+REVISION = 1
 _FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())
 COARSE = (1.0, 0.88, 0.76)
 _REFITS = 3

@@ -1,68 +1,102 @@
-"""Solvers: from a float weight to codes and their encoding.
+"""The registry of solvers: how codes and encoding of a float weight are found.
 
-rtn      min-max range, round to nearest; AIMET's numbers
-search   the grid with the least squared error in each group, then round to nearest (`fit.py`)
-sqnr     the same, an error from clipping counting threefold (AIMET's enhanced rule)
-gptq     each column makes good the errors of those before it, for the inputs that the layer really gets (`gptq.py`)
+A new solver is one module with a `solve` function and a `REVISION` (see `revisions.py`), and one
+entry here. Recipes and rules take the names from here. Free of torch: a solver's module is imported
+when it first solves something.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-from torch import Tensor
+from qwlora.errors import GridError
+from qwlora.revisions import later_revisions
 
-from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import Scheme
-from qwlora.quantize.gptq import GptqReport, GptqSettings, gptq
-from qwlora.quantize.scale_search import fit
+if TYPE_CHECKING:
+    from torch import Tensor
 
-_DATA_FREE: dict[str, Callable[[Tensor, Scheme], Encoding]] = {
-    "rtn": measure,
-    "search": fit,
-    "sqnr": partial(fit, clipping_penalty=3.0),
-}
-CALIBRATED = ("gptq",)
-SOLVERS = (*_DATA_FREE, *CALIBRATED)
+    from qwlora.grid.quantized_tensor import QuantizedTensor
+    from qwlora.grid.scheme import Scheme
+    from qwlora.quantize.gptq import GptqReport, GptqSettings
 
 
-def check_solver(solver: str) -> None:
-    """Refuse a solver that does not exist.
+class Solve(Protocol):
+    """Quantize one weight."""
 
-    Raises:
-        GridError: with the ones that do.
-    """
-    if solver not in SOLVERS:
-        raise GridError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
+    def __call__(
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        moment: Tensor | None,
+        settings: GptqSettings | None,
+    ) -> tuple[QuantizedTensor, GptqReport | None]:
+        """Codes and encoding, and the solver's own report if it has one.
+
+        Args:
+            weight: float32 [out, in], or [experts, out, in].
+            moment: second moment of the layer's input [in, in], if calibration data reached it.
+            settings: of gptq.
+
+        Raises:
+            GridError: the scheme does not fit the weight.
+            CalibrationError: weight or moment hold nan or infinity, or the moment is missing.
+        """
 
 
-def solve(
-    weight: Tensor,
-    scheme: Scheme,
-    solver: str,
-    moment: Tensor | None = None,
-    settings: GptqSettings | None = None,
-) -> tuple[QuantizedTensor, GptqReport | None]:
-    """Quantize `weight` [out, in], or `[experts, out, in]` by a solver that looks at weights alone; what gptq says of itself.
+@dataclass(frozen=True)
+class Solver:
+    """An entry of the registry.
 
     Args:
-        moment: R of the layer's input, [in, in]; needed by gptq.
-        settings: of gptq.
+        function: the `Solve`, as "module:function" in this package.
+        depends_on: other modules that decide about its results.
+        needs_calibration: whether it needs the second moment of the layer's input.
+    """
+
+    name: str
+    function: str
+    depends_on: tuple[str, ...] = ()
+    needs_calibration: bool = False
+
+    @property
+    def solve(self) -> Solve:
+        """The solver's function."""
+        module, _, function = self.function.partition(":")
+        return cast(Solve, getattr(importlib.import_module(f"qwlora.{module}"), function))
+
+    @property
+    def later_revisions(self) -> list[tuple[str, int]]:
+        """Revisions of the solver's modules, for keys."""
+        return later_revisions((self.function.partition(":")[0], *self.depends_on))
+
+
+_REGISTERED = (
+    Solver("rtn", "quantize.data_free_solvers:solve_rtn"),
+    Solver("search", "quantize.data_free_solvers:solve_search", ("quantize.scale_search",)),
+    Solver("sqnr", "quantize.data_free_solvers:solve_sqnr", ("quantize.scale_search",)),
+    Solver(
+        "gptq",
+        "quantize.gptq:solve_gptq",
+        ("quantize.scale_search",),
+        needs_calibration=True,
+    ),
+)
+SOLVERS = {solver.name: solver for solver in _REGISTERED}
+
+if TYPE_CHECKING:
+    SolverName = str
+else:  # for the recipe, which validates it
+    SolverName = Literal[tuple(SOLVERS)]
+
+
+def solver_named(name: str) -> Solver:
+    """The registered solver of this name.
 
     Raises:
-        GridError: the solver is unknown, or the scheme does not fit the weight.
-        CalibrationError: gptq lacks the moment; weight or moment hold nan or infinity.
+        GridError: there is none.
     """
-    check_solver(solver)
-    if solver in _DATA_FREE:
-        encoding = _DATA_FREE[solver](weight, scheme)
-        return QuantizedTensor(encoding.quantize(weight), encoding), None
-    if moment is None:
-        raise CalibrationError(
-            "no calibration batch reaches this layer, or its output moves nothing there; give it solver search, or keep it float, by a rule"
-        )
-    return gptq(weight, moment, scheme, settings)
+    if name not in SOLVERS:
+        raise GridError(f"solver {name!r} is not one of {', '.join(SOLVERS)}")
+    return SOLVERS[name]

@@ -33,11 +33,11 @@ from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
 from qwlora.quantize.block_cache import named_inputs
 from qwlora.quantize.quantize_blocks import arguments_of, batches_of
-from qwlora.quantize.revision import TUNING_REVISION
 from qwlora.quantize.tuned_parameters import Tunable
 from qwlora.quantize.tuning_checkpoint import TuningState
 from qwlora.system.compute_precision import SlowComputeWarning, auto_compute, slow_compute
 
+REVISION = 3  # 2: norms are tuned as well; 3: the solver's scales are kept
 SEQUENCES_ASIDE = 8  # at most, and a quarter of all
 _FURTHEST = 0.5  # that anything may move, of itself
 _POSITIONS = 512  # of a sequence, whose logits are compared
@@ -195,7 +195,7 @@ def _made_from(
     teacher: nn.Module,
 ) -> Iterator[Any]:
     """What decides over the numbers."""
-    yield from (TUNING_REVISION, settings, *named_inputs(batches), adapter_fingerprint(model))
+    yield from (str(REVISION), settings, *named_inputs(batches), adapter_fingerprint(model))
     for one in (model, teacher):
         yield from (fingerprint(one), sorted({str(p.dtype) for p in one.parameters()}))
 

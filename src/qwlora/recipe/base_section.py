@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,10 +15,15 @@ from qwlora.grid.scheme import (
     Scheme,
     parse_scheme,
 )
+from qwlora.quantize.solvers import SOLVERS, SolverName
 from qwlora.recipe.section import Count, Section
 
 DEFAULT_BLOCK_SIZES = {"block": 32, "lpbq": 64}
 GranularityName = Literal["tensor", "channel", "block", "lpbq"]
+if TYPE_CHECKING:
+    BaseSolver = str
+else:
+    BaseSolver = Literal[(*SOLVERS, "keep")]
 
 
 class Model(Section):
@@ -133,9 +138,7 @@ class BaseRule(Section):
 
     match: str = Field(description="glob over module paths: *.down_proj, model.layers.0.*, lm_head")
     keep: Literal["float"] | None = Field(None, description="float: leave these layers as they are")
-    solver: Literal["rtn", "search", "sqnr", "gptq"] | None = Field(
-        None, description="default: the solver of base"
-    )
+    solver: SolverName | None = Field(None, description="default: the solver of base")
     bitwidth: Literal[2, 3, 4, 5, 6, 7, 8] | None = Field(
         None, description="default: that of base.weights"
     )
@@ -230,7 +233,7 @@ class Tuning(Section):
 class Base(Section):
     """Step 1: the frozen integers."""
 
-    solver: Literal["rtn", "search", "sqnr", "gptq", "keep"] = Field(
+    solver: BaseSolver = Field(
         "gptq",
         description="gptq: minimizes the error of layer outputs on calibration text; search: range "
         "with the least squared weight error; sqnr: the same, clipping weighs three "

@@ -1,0 +1,44 @@
+"""Solvers that look at the weight alone: an encoding, then round to nearest.
+
+rtn      min-max range; AIMET's numbers
+search   the encoding with the least squared error in each group
+sqnr     the same, with clipped weights counted three times (AIMET's enhanced rule)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.observers import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Scheme
+from qwlora.quantize.gptq import GptqSettings
+from qwlora.quantize.scale_search import fit
+
+REVISION = 1
+
+
+def solve_rtn(
+    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None
+) -> tuple[QuantizedTensor, None]:
+    """Min-max range."""
+    return _rounded(weight, measure(weight, scheme))
+
+
+def solve_search(
+    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None
+) -> tuple[QuantizedTensor, None]:
+    """The least squared error."""
+    return _rounded(weight, fit(weight, scheme))
+
+
+def solve_sqnr(
+    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None
+) -> tuple[QuantizedTensor, None]:
+    """The least squared error, with clipped weights counted three times."""
+    return _rounded(weight, fit(weight, scheme, clipping_penalty=3.0))
+
+
+def _rounded(weight: Tensor, encoding: Encoding) -> tuple[QuantizedTensor, None]:
+    return QuantizedTensor(encoding.quantize(weight), encoding), None

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,9 @@ from torch.ao.quantization import HistogramObserver, MinMaxObserver, PerChannelM
 
 from machine import machine_line
 from qwlora.grid import observers as observer
-from qwlora.grid import robust_observers as estimators
+from qwlora.grid.activation_observer import SampleObserver
+from qwlora.grid.estimate_ranges import estimate_ranges
+from qwlora.grid.range_estimator import Estimator
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 RESULT = Path(__file__).parent / "results" / "grid.json"
@@ -73,7 +76,7 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
     rows = x.view(-1, x.shape[-1])
     minmax = (observer.MinMaxObserver(scheme), MinMaxObserver())
     per_channel = (observer.MinMaxObserver(channel), PerChannelMinMaxObserver(ch_axis=0))
-    histogram = (estimators.SqnrObserver(scheme), HistogramObserver())
+    histogram = (SampleObserver(True), HistogramObserver())
 
     def grow(
         make: Callable[[], object], update: Callable[[object, Tensor], object]
@@ -87,11 +90,6 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
 
         return run
 
-    other = [
-        kind(scheme) for kind in (estimators.SquaredErrorObserver, estimators.PercentileObserver)
-    ]
-    for one in other:
-        one.update(rows)
     histogram[0].update(rows)
     histogram[1](rows)
     return [
@@ -114,27 +112,25 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
             lambda: per_channel[1](rows),
         ),
         (
-            f"histogram (percentile, squared error, SQNR), {name}",
+            f"sample (percentile, squared error, SQNR), {name}",
             "HistogramObserver",
             lambda: histogram[0].update(rows),
             lambda: histogram[1](rows),
         ),
         (
-            f"histogram, {name}, two batches, the second wider",
+            f"sample, {name}, two batches, the second wider",
             "HistogramObserver",
-            grow(lambda: estimators.SqnrObserver(scheme), lambda o, v: o.update(v)),  # type: ignore[attr-defined]
+            grow(lambda: SampleObserver(True), lambda o, v: o.update(v)),  # type: ignore[attr-defined]
             grow(HistogramObserver, lambda o, v: o(v)),  # type: ignore[operator]
         ),
         *(
             (
                 f"encoding from what was seen, {what}, {name}",
                 "HistogramObserver.calculate_qparams",
-                one.encoding,
+                partial(estimate_ranges, [histogram[0]], scheme, Estimator(what)),
                 histogram[1].calculate_qparams,
             )
-            for what, one in zip(
-                ("SQNR", "squared error", "percentile"), (histogram[0], *other), strict=True
-            )
+            for what in ("sqnr", "squared-error", "percentile")
         ),
     ]
 

@@ -134,7 +134,12 @@ def make_plan(recipe: Recipe, documents: Documents, digests: Digests | None = No
     ]
     add("quantize", solved, artifact="base", then=tuning)
     add("evaluate/base", held_out, ("quantize",))
-    ranges = [recipe.simulation.model_dump(), text, recipe.data.calibration_sequences]
+    # momentum: of an observer that no longer exists; kept, so that stored calibrations stay valid
+    ranges = [
+        {**recipe.simulation.model_dump(), "momentum": 0.01},
+        text,
+        recipe.data.calibration_sequences,
+    ]
     observers = {
         recipe.simulation.observer,
         *(rule.observer for rule in recipe.simulation.rules if rule.observer is not None),

@@ -63,7 +63,7 @@ def test_counts_are_checked_before_transformers_reads_them(
     ):
         with pytest.raises(
             SourceError,
-            match=rf"config.json': {key} is {MANY}, but a model of these files has at most \d+; it is damaged",
+            match=rf"config.json': {key} is {MANY}, but .* at most \d+\. config.json is damaged",
         ):
             opening(tmp_path)
     assert not expanded
@@ -94,7 +94,7 @@ def test_counts_of_a_base(
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": MANY}))
     with pytest.raises(
         SourceError,
-        match=f"config.json': num_hidden_layers is {MANY}, but a model of these files has at most 128",
+        match=f"config.json': num_hidden_layers is {MANY}, but .* at most 128",
     ):
         opening(tmp_path)
     assert not expanded

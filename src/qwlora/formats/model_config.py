@@ -1,9 +1,9 @@
 """Reading a model's config.json after checking that its counts are plausible.
 
-While transformers reads a configuration, it expands some numbers: `num_hidden_layers` into a list of
-layer types, `num_labels` into label names. A config.json of 1 KB can therefore fill the memory before
-any model is built. Here these counts are first compared with the number of stored tensors, because
-every layer has at least one.
+While transformers reads a configuration, it expands some numbers: `num_hidden_layers` into a list
+of layer types, `num_labels` into label names. A config.json of 1 KB can therefore fill the memory
+before any model is built. Here these counts are first compared with the number of stored tensors,
+because every layer has at least one.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def check_folder(folder: Path, most: int = MOST) -> None:
 
 
 def check_counts(settings: Mapping[str, Any], most: int, where: str) -> None:
-    """Check that no layer count in `settings`, nested ones included (`text_config.num_hidden_layers`),
-    exceeds `most`.
+    """Check that no layer count in `settings`, nested ones included
+    (`text_config.num_hidden_layers`), exceeds `most`.
 
     Raises:
         SourceError: a count is larger; the message names its key.

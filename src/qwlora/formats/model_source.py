@@ -9,8 +9,8 @@
                                `fetch` downloads it
     ./a/base                   a frozen base: its integers can be kept, but it has no float model
 
-`locate` and `fetch` do not import torch, and `locate` does not use the network. This way a recipe can
-report a missing model before anything else is loaded.
+`locate` and `fetch` do not import torch, and `locate` does not use the network. This way a recipe
+can report a missing model before anything else is loaded.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Location:
 
     @property
     def holds_floats(self) -> bool:
-        """Whether transformers can load it as a float model: a GGUF file, which it dequantizes, or a
-        folder that is neither a quantized checkpoint nor a QWLoRA base."""
+        """Whether transformers can load it as a float model: a GGUF file, which it dequantizes, or
+        a folder that is neither a quantized checkpoint nor a QWLoRA base."""
         if self.gguf_file:
             return True
         names = {file.name for file in self.files}
@@ -199,8 +199,8 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
         trust_remote_code: run Python code from the model's folder if its config.json refers to any.
 
     Raises:
-        SourceError: the checkpoint is quantized, its tensors are not exactly the model's parameters,
-            or `transformers` cannot load it (the message includes its error).
+        SourceError: the checkpoint is quantized, its tensors are not exactly the model's
+            parameters, or `transformers` cannot load it (the message includes its error).
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -239,11 +239,13 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
 
 def _refuse_other_tensors(source: str, model: str, found: dict[str, Any]) -> None:
-    """Check, from the loading report of transformers, that the checkpoint has exactly the model's tensors.
+    """Check, from the loading report of transformers, that the checkpoint has exactly the model's
+    tensors.
 
-    transformers fills missing tensors with random numbers and silently skips unknown ones. For example,
-    it skips half of the checkpoint if config.json says one layer instead of two. Tensors that its model
-    classes declare ignorable (old buffers, layers for multi-token prediction) are not in the report.
+    transformers fills missing tensors with random numbers and silently skips unknown ones. For
+    example, it skips half of the checkpoint if config.json says one layer instead of two. Tensors
+    that its model classes declare ignorable (old buffers, layers for multi-token prediction) are
+    not in the report.
     """
     wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
     unknown = sorted(found["unexpected_keys"])
@@ -252,12 +254,14 @@ def _refuse_other_tensors(source: str, model: str, found: dict[str, Any]) -> Non
             f"; the files also hold {listed(unknown)}, which it does not have" if unknown else ""
         )
         raise SourceError(
-            f"model {source!r}: missing from its files, or stored in another shape: {listed(wrong)} of "
+            f"model {source!r}: missing from its files, or stored in another shape: "
+            f"{listed(wrong)} of "
             f"{model}{also}. Download it again, or give a checkpoint of the whole language model"
         )
     if unknown:
         raise SourceError(
-            f"model {source!r}: its files hold {listed(unknown)}, which {model} built from config.json "
+            f"model {source!r}: its files hold {listed(unknown)}, which {model} built from "
+            "config.json "
             f"does not have ({len(unknown)} tensors would be skipped). Compare config.json "
             "(for example num_hidden_layers) with the original, or download it again"
         )
@@ -266,7 +270,8 @@ def _refuse_other_tensors(source: str, model: str, found: dict[str, Any]) -> Non
 def forget_gguf_(model: PreTrainedModel) -> None:
     """Remove the quantization marks that transformers leaves on a model loaded from a GGUF file.
 
-    The weights were dequantized, so it is a plain float model, but transformers would refuse to train it.
+    The weights were dequantized, so it is a plain float model, but transformers would refuse to
+    train it.
     """
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):

@@ -283,7 +283,7 @@ def test_encodings_belong_to_floats(
     base: tuple[Path, Any], tmp_path: Path, call: Call, checkpoints: dict[str, Path]
 ) -> None:
     for arguments, message in {
-        (base[0], "--encodings", "x"): "is a QWLoRA base, which has its encodings",
+        (base[0], "--encodings", "x"): "is a QWLoRA base, which has encodings",
         (GPTQ, "--encodings", "x"): "is quantized already (gptq)",
         (checkpoints["llama"], "--keep-float", "x"): "say how --encodings are read",
         (checkpoints["llama"], "--block-order", "tensor"): "say how --encodings are read",
@@ -345,7 +345,7 @@ def test_whatever_else_is_refused_with_a_reason(
         (tmp_path / "half",): "has no adapter_model.safetensors",
         (
             "somebody/a-model-that-is-not-here",
-        ): "not-here': there is no such path here, and it cannot be had from the hub either:\n",
+        ): "not-here' is not a local path, and cannot be downloaded from the hub either:\n",
         (folder, "--against", tmp_path / "nowhere"): "does not exist",
         (folder, "--against", checkpoints["gpt2"]): "have no tensor of the same name",
     }.items():

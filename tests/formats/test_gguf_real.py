@@ -121,10 +121,10 @@ def test_parts_that_are_missing_or_no_gguf_are_named(
     other.write_bytes(b"b")
     with pytest.raises(
         SourceError,
-        match=r"'.*m.gguf.part1', part 2 of 2 of a model, is not there; install or download all parts",
+        match=r"'.*m.gguf.part1', part 2 of 2 of a model, is missing; install or download all parts",
     ):
         locate(f"{first}+{tmp_path}/m.gguf.part1")
-    with pytest.raises(SourceError, match=r"'.*m.bin' is no part of a .gguf file"):
+    with pytest.raises(SourceError, match=r"'.*m.bin' is not a part of a .gguf file"):
         locate(f"{other}+{first}")
     (tmp_path / "cache").write_bytes(b"a file where the cache should be")
     with pytest.raises(

@@ -206,7 +206,7 @@ def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
         ),
         (
             lambda t, c: c.update(num_hidden_layers=10**9),
-            "num_hidden_layers is 1000000000, but a model of these files has at most 128",
+            "num_hidden_layers is 1000000000, but a model with these files has at most 128",
         ),
         (lambda t, c: c.update(model_type="nonesuch"), "config.json cannot be read"),
         (
@@ -215,11 +215,11 @@ def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
         ),
         (
             lambda t, c: c.update(quantization_config={"quant_method": "hqq"}),
-            "quant_method 'hqq' is not read; gptq, awq, compressed-tensors, GGUF files and floats with",
+            "quant_method 'hqq' is not supported; gptq, awq, compressed-tensors, GGUF files and float",
         ),
         (
             lambda t, c: c.update(quantization_config="gptq"),
-            'quantization_config is "gptq"; an object is needed',
+            'quantization_config must be an object, but is "gptq"',
         ),
     ],
 )
@@ -243,9 +243,7 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "absent")
     with pytest.raises(SourceError, match=r"config.json' cannot be read"):
         open_checkpoint(tmp_path)
-    with pytest.raises(
-        SourceError, match="holds integers already; encodings belong to a folder of floats"
-    ):
+    with pytest.raises(SourceError, match="holds integers already.*only with a float model"):
         open_checkpoint(tmp_path / "model.gguf", encodings="x")
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     with pytest.raises(SourceError, match=r"is quantized already \(awq\)"):

@@ -86,5 +86,5 @@ def test_parts_that_do_not_fit_are_named(base: Path) -> None:
 def test_names_and_encodings_that_there_are_none_of(base: Path) -> None:
     with pytest.raises(SourceError, match="there is no tensor 'other'"):
         BaseCheckpoint(base).read("other")
-    with pytest.raises(SourceError, match="is a QWLoRA base, which has its encodings"):
+    with pytest.raises(SourceError, match="is a QWLoRA base, which has encodings"):
         open_checkpoint(base, encodings="x")

@@ -221,6 +221,6 @@ def test_integers_and_single_files_are_had_from_the_hub(hub: Callable[[str], Pat
 def test_what_the_hub_does_not_have_is_named(hub: Callable[[str], Path]) -> None:
     with pytest.raises(
         SourceError,
-        match=r"model 'owner/nothing': there is no such path here, and it cannot be had from the hub either:\n  404 Client Error",
+        match=r"model 'owner/nothing' is not a local path.*hub either:\n  404 Client Error",
     ):
         load_model("owner/nothing")

@@ -1,1 +1,4 @@
-"""Checkpoints on disk, one format a file or folder: safetensors, GGUF, GPTQ, AWQ, compressed-tensors, our own base."""
+"""Model files on disk: Hugging Face folders, GGUF, GPTQ, AWQ, compressed-tensors, AIMET encodings,
+and QWLoRA's own base. `checkpoint.py` defines the interface of all readers, `open_checkpoint.py`
+picks one.
+"""

@@ -1,6 +1,7 @@
-"""What every reader of a model's files gives: tensors by their Hugging Face parameter names, one at a time, as integers where the file holds integers.
+"""The interface of all checkpoint readers: tensors by Hugging Face parameter name, one at a time.
 
-A reader maps its file and reads a tensor when asked, so that the whole model is never in memory as floats.
+A tensor that is stored as integers is read as a `QuantizedTensor`, any other as a float tensor. A
+reader loads a tensor only when it is asked for, so the whole model is never in memory as floats.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 
 
 class Checkpoint(Protocol):
-    """Files of one model.
+    """The stored tensors of one model.
 
-    `config` is the Hugging Face configuration without any `quantization_config`; `names` are parameter names of the model that the configuration builds
-    (`model.layers.0.mlp.down_proj.weight`), a tied tensor once.
+    Attributes:
+        config: the Hugging Face configuration, without its `quantization_config`.
     """
 
     config: PretrainedConfig
 
     def names(self) -> Sequence[str]:
-        """Names of all tensors, in the order in which a forward pass uses them where that is known."""
+        """Parameter names of the model that `config` builds
+        (`model.layers.0.mlp.down_proj.weight`), tied tensors once, in the model's order if that is
+        known."""
         ...
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """One tensor; integers if the file holds integers for it.
+        """Read one tensor, as integers if it is stored as integers.
 
         Raises:
-            SourceError: the tensor cannot be read, or is stored in a way that no grid expresses; the message names it and the format.
+            SourceError: the tensor cannot be read, or no `Encoding` can express how it is stored.
+                The message names the tensor and the format.
         """
         ...

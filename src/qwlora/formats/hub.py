@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, by its own client and in its own cache."""
+"""Downloads from the Hugging Face hub into its client's own cache."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from qwlora.errors import SourceError
 
 
 def downloaded(
-    what: str, repository: str, files: Sequence[str], besides: Sequence[str] | None = None
+    what: str, repository: str, files: Sequence[str], ignored: Sequence[str] | None = None
 ) -> Path:
-    """The local folder with those files of `repository` that match one of the globs `files`, and none of `besides`.
+    """Download files of `repository` and return their local folder.
 
     Args:
         what: `model` or `adapter`, for the message.
+        repository: the hub id, `owner/name`.
+        files: globs of the files to download.
+        ignored: globs of files not to download even if `files` matches them.
 
     Raises:
-        SourceError: there is no such repository, or the hub cannot be reached.
+        SourceError: the repository does not exist, or the hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
 
@@ -26,12 +29,11 @@ def downloaded(
             snapshot_download(
                 repository,
                 allow_patterns=list(files),
-                ignore_patterns=None if besides is None else list(besides),
+                ignore_patterns=None if ignored is None else list(ignored),
             )
         )
-    except (
-        Exception
-    ) as error:  # offline, not found, private: the hub's client has a dozen classes for them
+    except Exception as error:  # the client raises many types: offline, not found, private ...
         raise SourceError(
-            f"{what} {repository!r}: there is no such path here, and it cannot be had from the hub either:\n  {error}"
+            f"{what} {repository!r} is not a local path, and cannot be downloaded from the hub "
+            f"either:\n  {error}"
         ) from error

@@ -1,7 +1,8 @@
-"""What the formats with integers in 32-bit words share: unpacking, and one way into a `QuantizedTensor`.
+"""Unpacking of codes stored in int32 words, shared by the GPTQ, AWQ and compressed-tensors readers.
 
-Codes in words form a little-endian bit stream, code `i` in the bits `[i * bitwidth, (i + 1) * bitwidth)`, also where a code of 3 bits crosses from one word
-into the next. For 4 and 2 bits that is the layout of `qwlora.grid.packing` too.
+The words of a row form a little-endian bit stream: code `i` occupies the bits
+`[i * bitwidth, (i + 1) * bitwidth)`, so a 3-bit code may cross a word boundary. For 4 and 2 bits
+this is also the layout of `qwlora.grid.packing`.
 """
 
 from __future__ import annotations
@@ -21,14 +22,12 @@ from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, Scheme
 def unpack_words(
     words: Int[Tensor, "rows words"], bitwidth: int, count: int
 ) -> UInt8[Tensor, "rows count"]:
-    """The first `count` codes, of 1 to 8 bits, of each row of int32 words."""
+    """Unpack the first `count` codes of each row; `bitwidth` is 1 to 8."""
     stream = words.contiguous().view(torch.uint8)
-    group, width = (
-        8 // math.gcd(bitwidth, 8),
-        bitwidth // math.gcd(bitwidth, 8),
-    )  # the fewest codes that fill whole bytes, and these bytes
+    # the smallest number of codes that fills whole bytes, and the number of these bytes
+    group, width = 8 // math.gcd(bitwidth, 8), bitwidth // math.gcd(bitwidth, 8)
     groups = math.ceil(count / group)
-    if stream.shape[-1] < groups * width:  # a row of words need not end with a whole group
+    if stream.shape[-1] < groups * width:  # the last group of a row may be incomplete
         stream = torch.nn.functional.pad(stream, (0, groups * width - stream.shape[-1]))
     fields = stream[..., : groups * width].unflatten(-1, (groups, width))
     codes = []
@@ -42,14 +41,16 @@ def unpack_words(
 
 
 def blocks(in_features: int, count: int, where: str) -> Granularity:
-    """The granularity of `count` scales for each row of `in_features`.
+    """The granularity of `count` scales per row of `in_features`.
 
     Raises:
-        SourceError: blocks of one size do not fill the row.
+        SourceError: the row cannot be divided into `count` blocks of equal size.
     """
     if not count or in_features % count:
         raise SourceError(
-            f"{where}: {count} groups do not divide rows of {in_features} evenly, and blocks of the grid have one size; quantize the float model"
+            f"{where}: {count} groups do not divide rows of {in_features} evenly, but all blocks "
+            "must "
+            "have the same size. Quantize the float model instead"
         )
     return PerChannel(0) if count == 1 else PerBlock(in_features // count)
 
@@ -62,18 +63,18 @@ def quantized(
     offset: Tensor,
     where: str,
 ) -> QuantizedTensor:
-    """Codes with an encoding; symmetric where every offset is the centre.
+    """Build a `QuantizedTensor`; its scheme is symmetric if every offset is `-2^(bitwidth - 1)`.
 
     Args:
         codes: uint8.
-        bitwidth: of the codes.
-        granularity: of scale and offset.
-        scale: any float type, made float32; `[out, 1]` where it is per channel.
-        offset: integers of AIMET's sign, shaped as `scale`.
+        bitwidth: bits of a code.
+        granularity: the granularity of scale and offset.
+        scale: any float type, converted to float32; `[out, 1]` if per channel.
+        offset: integers in AIMET's sign, with the shape of `scale`.
         where: file and tensor, for messages.
 
     Raises:
-        SourceError: a scale is not finite and positive, or an offset is outside the codes.
+        SourceError: a scale is not finite and positive, or an offset is out of range.
     """
     if isinstance(granularity, PerChannel):
         scale, offset = scale.reshape(-1), offset.reshape(-1)

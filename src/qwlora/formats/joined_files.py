@@ -1,8 +1,9 @@
-"""A file that comes in parts, as package registries with a limit on sizes make it: its bytes cut into pieces, one after another.
+"""Joins a .gguf file that was cut into pieces, as package registries with a size limit require.
 
-The whole is written once to `$XDG_CACHE_HOME/qwlora/joined` (`~/.cache` without it), under a name
-that follows from the parts' paths, sizes, mtimes, ctimes and inodes: parts that change are joined
-again. (Files that llama-gguf-split made are no such parts: each is a GGUF file of its own.)
+The pieces are concatenated once into a file in `$XDG_CACHE_HOME/qwlora/joined` (default
+`~/.cache`). Its name is a hash of the pieces' paths, sizes, mtimes, ctimes and inodes, so changed
+pieces are joined again. This does not join the output of llama-gguf-split, whose parts are each a
+valid GGUF file.
 """
 
 from __future__ import annotations
@@ -20,19 +21,24 @@ SUFFIX = ".gguf"
 
 
 def join_parts(parts: Sequence[Path]) -> Path:
-    """The whole file.
+    """Join `parts` in the cache and return the path of the joined file.
 
     Raises:
-        SourceError: a part is missing, the first is not called `NAME.gguf` with something behind it, or the cache cannot be written.
+        SourceError: a part is missing, the name of the first does not contain `.gguf`, or the cache
+            is not writable.
     """
     if missing := [part for part in parts if not part.is_file()]:
         raise SourceError(
-            f"{str(missing[0])!r}, part {parts.index(missing[0]) + 1} of {len(parts)} of a model, is not there; install or download all parts"
+            f"{str(missing[0])!r}, part {parts.index(missing[0]) + 1} of {len(parts)} of a model, "
+            "is "
+            "missing; install or download all parts"
         )
     stem, found, _ = parts[0].name.partition(SUFFIX)
     if not found:
         raise SourceError(
-            f"{str(parts[0])!r} is no part of a {SUFFIX} file; parts are joined for those alone (NAME{SUFFIX}.part00+NAME{SUFFIX}.part01)"
+            f"{str(parts[0])!r} is not a part of a {SUFFIX} file. Only parts of {SUFFIX} files can "
+            "be "
+            f"joined: NAME{SUFFIX}.part00+NAME{SUFFIX}.part01"
         )
     identity = "\0".join(
         f"{part.resolve()}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ctime_ns}\0{s.st_ino}"
@@ -46,7 +52,8 @@ def join_parts(parts: Sequence[Path]) -> Path:
             _write(target, parts)
     except OSError as error:
         raise SourceError(
-            f"the parts of {target.name!r} cannot be joined in {str(cache)!r}: {error}; set XDG_CACHE_HOME to a folder with room"
+            f"the parts of {target.name!r} cannot be joined in {str(cache)!r}: {error}; "
+            "set XDG_CACHE_HOME to a folder with enough space"
         ) from error
     return target
 

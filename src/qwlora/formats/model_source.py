@@ -250,9 +250,7 @@ def _refuse_other_tensors(source: str, model: str, found: dict[str, Any]) -> Non
     wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
     unknown = sorted(found["unexpected_keys"])
     if wrong:
-        also = (
-            f"; the files also hold {listed(unknown)}, which it does not have" if unknown else ""
-        )
+        also = f"; the files also hold {listed(unknown)}, which it does not have" if unknown else ""
         raise SourceError(
             f"model {source!r}: missing from its files, or stored in another shape: "
             f"{listed(wrong)} of "

@@ -1,4 +1,4 @@
-"""One door to all readers: a folder, a .gguf file, a float folder with an encodings file, or a base of our own."""
+"""`open_checkpoint` returns the reader that fits a folder or file, by its config.json or suffix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ METHODS = {
 OLD_FILES = {
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
-}  # beside a config.json that says nothing
+}
+"""Older quantizers wrote these files instead of a `quantization_config` in config.json."""
 
 
 def open_checkpoint(
@@ -37,23 +38,25 @@ def open_checkpoint(
     keep_float: Sequence[str] = (),
     block_order: BlockOrder | None = None,
 ) -> Checkpoint:
-    """The reader for what lies at `path`.
+    """Open a checkpoint with the reader for its format.
 
     Args:
-        path: a folder with config.json and safetensors files, a .gguf file, or a base's folder.
-        encodings: an AIMET encodings file for a folder of floats.
-        keep_float: with `encodings`, globs of what stays float.
-        block_order: with `encodings`, how version 1.0.0 lists blocks where that cannot be known.
+        path: a folder with config.json and safetensors files, a .gguf file, or a QWLoRA base.
+        encodings: an AIMET encodings file that belongs to the float model in `path`.
+        keep_float: with `encodings`, globs of the parameters or layers that stay float.
+        block_order: with `encodings`, the order of blocks in files of version 1.0.0 that do not
+            determine it.
 
     Raises:
-        SourceError: nothing is there, the quantization is of a kind that is not read (named), or encodings are given for what is quantized already.
+        SourceError: the path does not exist, its quantization method is not supported, or
+            `encodings` is given although the checkpoint is quantized.
         EncodingsFileError: the encodings do not fit the model.
     """
     path = Path(path)
     if path.suffix == ".gguf":
         if encodings is not None:
             raise SourceError(
-                f"{str(path)!r} holds integers already; encodings belong to a folder of floats"
+                f"{str(path)!r} holds integers already. Give encodings only with a float model"
             )
         from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 
@@ -63,7 +66,8 @@ def open_checkpoint(
     if (path / RECORD).is_file():
         if encodings is not None:
             raise SourceError(
-                f"{str(path)!r} is a QWLoRA base, which has its encodings; those of a file belong to a folder of floats"
+                f"{str(path)!r} is a QWLoRA base, which has encodings. "
+                "Give an encodings file only with a float model"
             )
         return BaseCheckpoint(path)
     method, settings = quantization_of(path)
@@ -75,21 +79,22 @@ def open_checkpoint(
         )
     if encodings is not None:
         raise SourceError(
-            f"{str(path)!r} is quantized already ({method}); encodings belong to a folder of floats"
+            f"{str(path)!r} is quantized already ({method}). Give encodings only with a float model"
         )
     if method not in METHODS:
         raise SourceError(
-            f"{str(path)!r}: quant_method {method!r} is not read; {', '.join(METHODS)}, GGUF files and floats with AIMET encodings are. "
-            "Quantize the float model instead"
+            f"{str(path)!r}: quant_method {method!r} is not supported; {', '.join(METHODS)}, GGUF "
+            "files "
+            "and float models with AIMET encodings are. Quantize the float model instead"
         )
     return METHODS[method](path, settings)
 
 
 def quantization_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
-    """The quantization method of a folder, None if it holds floats, and its settings.
+    """The quantization method of a folder (None for a float model) and its settings.
 
     Raises:
-        SourceError: config.json cannot be read, or says in no known way how it is quantized.
+        SourceError: config.json cannot be read, or its `quantization_config` is not an object.
     """
     config = read_json(folder / "config.json")
     text = config.get("text_config")
@@ -110,7 +115,8 @@ def quantization_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
         return None, {}
     if not isinstance(settings, dict):
         raise SourceError(
-            f"{str(folder / 'config.json')!r}: quantization_config is {json.dumps(settings)[:80]}; an object is needed"
+            f"{str(folder / 'config.json')!r}: quantization_config must be an object, but is "
+            f"{json.dumps(settings)[:80]}. Download the file again"
         )
     method = settings.get("quant_method")
     if method is None and "config_groups" in settings:

@@ -1,4 +1,5 @@
-"""What GPTQ's and AWQ's files have in common: a quantized layer is a handful of tensors, `LAYER.qweight` and others, that stand for `LAYER.weight`."""
+"""The layer naming that GPTQ and AWQ files share: `LAYER.qweight`, `LAYER.scales` and others are
+stored instead of `LAYER.weight`."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ from qwlora.formats.safetensors_files import SafetensorsFiles
 
 
 class LayerFiles:
-    """Names of `files` as the float model has them.
+    """Maps the stored tensors of quantized layers to the float model's names.
 
     Args:
-        parts: the last parts of the names of a layer's tensors; `qweight` is one.
+        files: the stored tensors.
+        parts: the suffixes of a quantized layer's tensors, including `qweight`.
     """
 
     def __init__(self, files: SafetensorsFiles, parts: Sequence[str]):

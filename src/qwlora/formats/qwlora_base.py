@@ -1,6 +1,7 @@
-"""A QWLoRA base as a `Checkpoint`: its own integers, to be frozen again as they are, with other adapters in another directory.
+"""A QWLoRA base as a `Checkpoint`, so that another job can freeze the same integers again.
 
-Nothing of the base is built; each tensor is read, checked against its digest in base.json, and handed on.
+Each tensor is read and checked against its digest in base.json. To load the base as a model, use
+`base_folder.load_base`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from qwlora.parameter_names import parameter_name
 
 
 class BaseCheckpoint:
-    """The base in `folder`.
+    """The tensors of the base in `folder`.
 
     Raises:
-        SourceError: the folder holds no base of this format, or its files cannot be read.
-        GridError: base.json describes an impossible layer.
-        FingerprintError: its configuration or tokenizer changed after saving.
+        SourceError: the folder is not a base, has another format version, or cannot be read.
+        GridError: base.json describes an invalid layer.
+        FingerprintError: the configuration or tokenizer was changed after saving.
     """
 
     def __init__(self, folder: str | Path):
@@ -48,16 +49,17 @@ class BaseCheckpoint:
             self.stored.setdefault(parts.get(found, found), []).append(found)
 
     def names(self) -> list[str]:
-        """Parameters and saved buffers, a tied tensor once."""
+        """Names of parameters and saved buffers, tied tensors once."""
         return list(self.stored)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """One parameter or saved buffer.
 
         Raises:
-            SourceError: there is none, or a part of it is missing or of another shape.
-            FingerprintError: it is not what was saved.
-            GridError: its grid is impossible.
+            SourceError: there is no such tensor, or one of its stored parts is missing or has the
+                wrong shape.
+            FingerprintError: it was changed after saving.
+            GridError: its scales or offsets are invalid.
         """
         if name not in self.stored:
             raise SourceError(f"{self._where}: there is no tensor {name!r}")
@@ -73,7 +75,8 @@ class BaseCheckpoint:
             have, want = (None if t is None else list(t.shape) for t in (found.get(part), tensor))
             if have != want:
                 raise SourceError(
-                    f"{self._where}: {path}.{part} is {have or 'missing'}, but {scheme} needs {want or 'none'}; quantize again"
+                    f"{self._where}: {path}.{part} is {have or 'missing'}, but {scheme} needs "
+                    f"{want or 'none'}; quantize again"
                 )
         try:
             return PackedTensor(scheme, shape[-1], Parts(**found)).quantized

@@ -1,9 +1,10 @@
-"""Safetensors files written while their tensors are made: a shard goes to disk when it is full, so that no more than one is in memory.
+"""Writes safetensors shards one by one, so that at most one shard is in memory.
 
-    model.safetensors                                          if everything fits in one shard
-    model-00001-of-00003.safetensors ... and their index       otherwise, as Hugging Face names them
+    model.safetensors                                           if everything fits in one shard
+    model-00001-of-00003.safetensors ... and an index file      otherwise, named as by Hugging Face
 
-Files carry other names until `finish`, and what an earlier run left under the final names is removed at the start.
+Shards have temporary names until `finish` renames them. Creating a `ShardWriter` deletes the shards
+of an earlier run from the folder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ SHARD_BYTES = 2**29
 
 
 class ShardWriter:
-    """Writes tensors into `folder`, at most `shard_bytes` to a file (a larger tensor has one of its own)."""
+    """Writes tensors into `folder`, at most `shard_bytes` per file; a larger tensor gets its own
+    file."""
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
         self.folder, self.shard_bytes = folder, shard_bytes
@@ -36,7 +38,7 @@ class ShardWriter:
             old.unlink(missing_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor, which must not change any more."""
+        """Add a tensor. It must not be modified afterwards."""
         tensor = tensor.detach().cpu().contiguous()
         if self._waiting and self._waiting_bytes + tensor.nbytes > self.shard_bytes:
             self._write()
@@ -45,7 +47,7 @@ class ShardWriter:
         self._total_bytes += tensor.nbytes
 
     def finish(self) -> None:
-        """Write what waits, and give all files their names."""
+        """Write the last shard, rename all shards, and write the index if there are several."""
         self._write()
         count = len(self._shards)
         names = (
@@ -54,9 +56,8 @@ class ShardWriter:
             else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
         )
         for i, name in enumerate(names):
-            self._part(i).chmod(
-                self.folder.stat().st_mode & 0o666
-            )  # safetensors writes for its owner alone
+            # safetensors creates files that only their owner can read
+            self._part(i).chmod(self.folder.stat().st_mode & 0o666)
             move_into_place(self._part(i), self.folder / name)
         if count > 1:
             placed = {

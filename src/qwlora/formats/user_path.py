@@ -1,4 +1,4 @@
-"""Paths that a user wrote."""
+"""Paths from recipes and the command line."""
 
 from __future__ import annotations
 

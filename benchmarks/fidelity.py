@@ -33,7 +33,7 @@ from torch import nn
 
 from machine import machine_line
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.adapter.float32_matmul import float32_by_onednn
+from qwlora.adapter.float32_matmul import onednn_float32_matmul
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.analysis.perplexity import logits_of, perplexity
@@ -355,7 +355,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     file, subject = RESULTS / f"fidelity-{given.model}.json", SUBJECTS[given.model]
-    with float32_by_onednn():
+    with onednn_float32_matmul():
         fill(file, subject, given)
     found = read(file).get("rows", {})
     in_order = {row.name: found[row.name] for row in rows(subject) if row.name in found}

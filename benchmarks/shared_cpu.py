@@ -58,8 +58,7 @@ def serve_steps(folder: str, tokens: int) -> None:
     from peft import LoraConfig, get_peft_model
 
     from machine import machine_line
-    from qwlora.adapter.chunked_loss import chunk_loss_
-    from qwlora.adapter.lean_steps import lean_steps
+    from qwlora.adapter.training_step import chunk_loss_, lean_steps
     from qwlora.formats.base_folder import load_base
 
     torch.manual_seed(0)

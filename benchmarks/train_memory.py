@@ -78,8 +78,7 @@ def measure(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from qwlora.adapter.chunked_loss import chunk_loss_
-    from qwlora.adapter.lean_steps import lean_steps
+    from qwlora.adapter.training_step import chunk_loss_, lean_steps
     from qwlora.formats.base_folder import load_base
 
     torch.set_num_threads(2)

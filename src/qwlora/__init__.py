@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwlora.adapter.adapter_folder import load_adapter, save_adapter
-    from qwlora.adapter.chunked_loss import chunk_loss_
     from qwlora.adapter.initialize import initialize_adapter_
-    from qwlora.adapter.lean_steps import lean_steps
     from qwlora.adapter.rank_budget import RankBudget, rank_by_layer
+    from qwlora.adapter.training_step import chunk_loss_, lean_steps
     from qwlora.errors import QwloraError
     from qwlora.export.onnx_bundle import export_onnx
     from qwlora.export.verify_any_model import verify_onnx_outputs
@@ -47,8 +46,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "initialize_adapter_": "adapter.initialize",
-    "lean_steps": "adapter.lean_steps",
-    "chunk_loss_": "adapter.chunked_loss",
+    "lean_steps": "adapter.training_step",
+    "chunk_loss_": "adapter.training_step",
     "load_adapter": "adapter.adapter_folder",
     "save_adapter": "adapter.adapter_folder",
     "RankBudget": "adapter.rank_budget",

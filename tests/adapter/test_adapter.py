@@ -371,7 +371,7 @@ def own_loop(model: Any, steps: int = 8) -> list[float]:
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_your_own_loop_over_our_base(chunked: bool, tmp_path: Path) -> None:
-    from qwlora.adapter.chunked_loss import chunk_loss_
+    from qwlora.adapter.training_step import chunk_loss_
 
     model = tiny_model("llama")
     quantize_(model, "w4-block32")

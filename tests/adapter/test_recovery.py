@@ -1,4 +1,4 @@
-"""Recovery: the loss against its definition, and what it brings back."""
+"""RecoveryLoss: the loss against its definition, and what it brings back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import (
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import quantize_
-from qwlora.adapter.recovery_loss import Recovery
+from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.errors import RecipeError
 from qwlora.pipeline.run_job import run
@@ -46,7 +46,7 @@ def test_the_distance_is_that_of_the_states_before_the_heads(architecture: str) 
     model, teacher = pair(architecture)
     with torch.no_grad():
         h, g = (m(IDS[:2], output_hidden_states=True).hidden_states[-1] for m in (model, teacher))
-    recovery = Recovery(model, teacher)
+    recovery = RecoveryLoss(model, teacher)
     model(input_ids=IDS[:2], labels=IDS[:2])
     found = recovery.distance({"input_ids": IDS[:2], "labels": IDS[:2]})
     recovery.remove()
@@ -66,7 +66,7 @@ def test_padding_does_not_count() -> None:
 
     with torch.no_grad():
         (far, size), (other_far, other_size) = terms(IDS[:1]), terms(IDS[1:2, :10])
-    recovery = Recovery(model, teacher)
+    recovery = RecoveryLoss(model, teacher)
     ids, labels = IDS[:2].clone(), IDS[:2].clone()
     ids[1, 10:], labels[1, 10:], labels[:, :4] = (
         0,

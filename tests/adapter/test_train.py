@@ -94,7 +94,7 @@ def test_memory_is_given_back_where_it_is_saved_for_time(
 ) -> None:
     given: list[int] = []
     monkeypatch.setattr("qwlora.adapter.chunked_loss.give_back", lambda: given.append(1))
-    monkeypatch.setattr("qwlora.adapter.chunked_loss._MANY", 1)
+    monkeypatch.setattr("qwlora.adapter.chunked_loss._MIN_TRIM_TOKENS", 1)
     train_adapter(adapted(), IDS, replace(SETTINGS, gradient_checkpointing=checkpointing), tmp_path)
     assert len(given) == (3 * SETTINGS.steps if checkpointing else 0)
 
@@ -266,7 +266,7 @@ def test_loss_that_is_no_number_stops_with_step_layer_and_checkpoint(tmp_path: P
     calls: list[int] = []
     model.get_base_model().model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     message = (
-        r"the loss is nan at step \d+; the output of model.layers.1.mlp.up_proj was the first that is not finite; "
+        r"the loss is nan at step \d+; the first output that is not finite .* model.layers.1.mlp.up_proj; "
         r"the last good checkpoint is .*checkpoint-6\. Lower the learning rate \(now 0.005\)"
     )
     with pytest.raises(TrainingError, match=message):
@@ -282,14 +282,14 @@ def test_gradient_that_is_no_number_stops_before_the_step(tmp_path: Path) -> Non
     before = weights(model)
     with pytest.raises(
         TrainingError,
-        match=r"a gradient is not finite at step 1; from the top .* model.layers.0.mlp.up_proj.lora_A.weight was the first",
+        match=r"a gradient is not finite at step 1; .* model.layers.0.mlp.up_proj.lora_A.weight;",
     ):
         train_adapter(model, IDS, SETTINGS, tmp_path)
     assert all(torch.equal(w, before[n]) for n, w in weights(model).items())
 
 
 def test_divergence_with_finite_numbers_stops(tmp_path: Path) -> None:
-    message = r"training diverged: the loss is \d+\.\d+ at step \d+, and has been above .* for 5 steps .*checkpoint.*divergence: ignore goes on"
+    message = r"training diverged: the loss is \d+\.\d+ at step \d+.* for 5 steps .*checkpoint.*divergence: ignore"
     settings = replace(SETTINGS, steps=60, learning_rate=10.0, clip=0.0)
     with pytest.raises(TrainingError, match=message):
         train_adapter(

@@ -93,7 +93,11 @@ def through(
     adapted = attach(base(architecture), SHAPE, seed=0)
     graph = graph_of(adapted, encodings, learns_ranges=rate is not None)
     report = train_adapter(
-        adapted, IDS, replace(SETTINGS, range_learning_rate=rate, **settings), work, through=graph
+        adapted,
+        IDS,
+        replace(SETTINGS, range_learning_rate=rate, **settings),
+        work,
+        training_graph=graph,
     )
     return adapted, graph, report, encodings
 
@@ -114,7 +118,7 @@ def test_training_through_the_graph_moves_the_adapter_and_nothing_else(
         fingerprint(adapted),
     )
     graph = graph_of(adapted, encodings)
-    report = train_adapter(adapted, IDS, SETTINGS, tmp_path, through=graph)
+    report = train_adapter(adapted, IDS, SETTINGS, tmp_path, training_graph=graph)
     assert {n for n, p in adapted.named_parameters() if not torch.equal(p, before[n])} == {
         n for n in before if ".lora_" in n
     }
@@ -137,7 +141,7 @@ def test_without_quantizers_it_is_plain_training(
     tmp_path: Path, architecture: str, shape: LoraShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwlora.adapter.lean_steps.fused", lambda model: contextlib.nullcontext()
+        "qwlora.adapter.training_step.fused_lora", lambda model: contextlib.nullcontext()
     )  # one sum is rounded otherwise than the graph's two
     plain = base(architecture)
     plain.set_attn_implementation("eager")
@@ -154,7 +158,7 @@ def test_without_quantizers_it_is_plain_training(
     other = attach(base(architecture), shape, seed=0)
     graph = graph_of(other, {})
     off(graph.simulation)
-    report = train_adapter(other, IDS, SETTINGS, tmp_path / "graph", through=graph)
+    report = train_adapter(other, IDS, SETTINGS, tmp_path / "graph", training_graph=graph)
     exact = architecture in ("llama", "qwen3")  # no biases, which are added apart from the product
     assert report.losses == (expected.losses if exact else pytest.approx(expected.losses, rel=1e-5))
     for name, weight in weights(other).items():
@@ -230,7 +234,11 @@ def test_ranges_are_learned_stay_positive_and_start_where_they_were(tmp_path: Pa
     fixed = graph_of(attach(base(), SHAPE, seed=0), encodings)
     assert torch.equal(graph(**inputs(IDS)), fixed(**inputs(IDS)))
     report = train_adapter(
-        adapted, IDS, replace(SETTINGS, steps=20, range_learning_rate=0.5), tmp_path, through=graph
+        adapted,
+        IDS,
+        replace(SETTINGS, steps=20, range_learning_rate=0.5),
+        tmp_path,
+        training_graph=graph,
     )
     scales = graph.scales()
     assert set(scales) == set(encodings)
@@ -322,7 +330,7 @@ def test_the_best_evaluation_is_of_the_simulated_model_and_keeps_its_ranges(tmp_
     )
     other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3))
     report: TrainingReport = train_adapter(
-        adapted, IDS, settings, tmp_path, held_out=other, through=graph
+        adapted, IDS, settings, tmp_path, held_out=other, training_graph=graph
     )
     losses = dict(report.evaluations)
     assert report.best_step == min(losses, key=losses.__getitem__) < report.steps
@@ -355,7 +363,9 @@ def test_through_the_graph_is_better_where_activations_are_the_problem(tmp_path:
     train_adapter(after, IDS, settings, tmp_path / "qw")
     model, encodings = base(planted=True), calibrated_base(planted=True)
     before = attach(model, SHAPE, seed=0)
-    train_adapter(before, IDS, settings, tmp_path / "qwa", through=graph_of(before, encodings))
+    train_adapter(
+        before, IDS, settings, tmp_path / "qwa", training_graph=graph_of(before, encodings)
+    )
     qw, qwa = simulated_loss(after, None, IDS), simulated_loss(before, encodings, IDS)
     assert qwa < 0.95 * qw  # 4.05 and 4.67
 
@@ -366,21 +376,25 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
     adapted = attach(model, SHAPE, seed=0)
     graph = graph_of(adapted, encodings)
     for settings, message in (
-        ({"loss": "chunked"}, "in which there is no chunked loss; leave that out"),
+        ({"loss": "chunked"}, "does not support chunked loss. Turn it off"),
         (
             {"loss": "chunked", "gradient_checkpointing": True},
-            "there is no chunked loss, no gradient checkpointing",
+            "does not support chunked loss, gradient checkpointing",
         ),
-        ({"compute": "bfloat16"}, "there is no bfloat16"),
+        ({"compute": "bfloat16"}, "does not support bfloat16"),
         (
             {"range_learning_rate": 1e-3},
-            "range_learning_rate goes with a graph that learns activation ranges",
+            "range_learning_rate requires a graph that learns activation ranges",
         ),
     ):
         with pytest.raises(TrainingError, match=message):
-            train_adapter(adapted, IDS, replace(SETTINGS, **settings), tmp_path, through=graph)
-    with pytest.raises(TrainingError, match="there is no recovery"):
-        train_adapter(adapted, IDS, SETTINGS, tmp_path, through=graph, teacher=tiny_model("llama"))
+            train_adapter(
+                adapted, IDS, replace(SETTINGS, **settings), tmp_path, training_graph=graph
+            )
+    with pytest.raises(TrainingError, match="does not support recovery"):
+        train_adapter(
+            adapted, IDS, SETTINGS, tmp_path, training_graph=graph, teacher=tiny_model("llama")
+        )
     assert "forward" not in adapted.get_base_model().__dict__
     with pytest.raises(
         CalibrationError, match="encodings name activations that the graph does not have: strange"
@@ -394,13 +408,13 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
         graph(**inputs(IDS), position_ids=torch.zeros_like(IDS))
     learning = graph_of(attach(base(), SHAPE, seed=0), encodings, learns_ranges=True)
     train_adapter(attach(base(), SHAPE, seed=0), IDS, SETTINGS, tmp_path / "fixed")
-    with pytest.raises(TrainingError, match="holds no activation ranges"):
+    with pytest.raises(TrainingError, match="has no activation ranges"):
         train_adapter(
             attach(base(), SHAPE, seed=0),
             IDS,
             replace(SETTINGS, range_learning_rate=1e-3),
             tmp_path / "fixed",
-            through=learning,
+            training_graph=learning,
         )
 
 

@@ -19,7 +19,7 @@ from qwlora.formats import manifest
 
 
 @dataclass(frozen=True)
-class AdapterFacts:
+class AdapterReport:
     """One adapter folder.
 
     Args:
@@ -57,7 +57,7 @@ def find_adapters(folder: Path) -> list[Path]:
     return found
 
 
-def facts(adapter: Path, below: Path) -> AdapterFacts:
+def adapter_report(adapter: Path, below: Path) -> AdapterReport:
     """What `adapter` says of itself.
 
     Raises:
@@ -70,7 +70,7 @@ def facts(adapter: Path, below: Path) -> AdapterFacts:
     shapes = {name: shape for name, shape, _ in _weights(adapter, read=False)}
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
     layers = {name.rpartition(".lora_")[0] for name in shapes if ".lora_" in name}
-    return AdapterFacts(
+    return AdapterReport(
         name=str(adapter.relative_to(below)),
         kind=kind if config.get("peft_type") == "LORA" else str(config.get("peft_type")),
         rank=config.get("r"),

@@ -39,8 +39,8 @@ from qwlora.adapter.module_patterns import check_pattern_times
 from qwlora.errors import SourceError, TrainingError, foreign_as
 from qwlora.formats.hub import downloaded
 from qwlora.formats.user_path import user_path
-from qwlora.grid.scheme import Scheme
 from qwlora.messages import listed, near_names
+from qwlora.nn import PackedLayer
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.parameter_names import (
     canonical_name,
@@ -173,7 +173,7 @@ def attach_existing(
     packed = [
         parameter_name(name).removesuffix(".weight")
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "scheme", None), Scheme)
+        if isinstance(module, PackedLayer)
     ]
     if lost := saved_among(source, packed):
         raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(lost)}")

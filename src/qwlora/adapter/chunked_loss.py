@@ -1,17 +1,26 @@
 """Cross-entropy of a causal language model without the logits of a whole batch.
 
-    loss = 1/N sum_t -log softmax(P(head(h_t)))[y_t],    N = tokens with a target (or the number that the trainer counted over accumulated batches)
+    loss = 1/N sum_t -log softmax(P(head(h_t)))[y_t]
 
-At 2,048 tokens and a vocabulary of 49,152 the logits weigh 400 MB, their softmax and gradient as much again: they are the peak of a training step. Here the
-hidden states h [tokens, hidden] go through the head a chunk of tokens at a time; loss and d loss / d h of a chunk are computed at once, and its logits are gone
-before the next. Positions without a target never reach the head. What the head itself trains (an adapter on it, or its weight) gets its gradient likewise.
+    h [tokens, hidden]   inputs of the output head
+    y [tokens]           targets, -100 outside the loss
+    N                    number of targets, or the Trainer's count over accumulated batches
+    P                    what the model does to logits between head and loss (scale, soft cap)
 
-No architecture is named. The model's own forward runs with two things put in another's place: its output head hands its input aside, and its loss function
-computes from that input. So whatever the forward adds to the loss (a router's balance term) stays. P is what the forward does to logits between head and loss
-(a scale, a soft cap): it is found by sending numbers through it, and when it is not nothing, each chunk goes through that same code, with the layers below the
-head left out. Before any of this is relied on, loss and gradient of a small batch are compared with the model's own.
+At 2,048 tokens and a vocabulary of 49,152, logits take 400 MB, and their softmax and gradient as
+much again: the peak of a training step. Here the head runs on one chunk of tokens at a time; loss
+and d loss / d h of a chunk are computed together, and its logits are freed before the next chunk.
+Tokens without a target never reach the head. Trainable parameters of the head (its weight, or an
+adapter on it) get their gradients in the same pass.
 
-Given up: the logits of a forward with labels (`output.logits` is None), and gradients of gradients.
+This works for any causal model of transformers: the model's own forward runs with two replacements.
+The output head only captures its input, and the loss function computes the loss from that input.
+Anything else that the forward adds to the loss (a router's balance term) is unaffected. P is found
+by running random numbers through the forward; if P is not the identity, each chunk goes through
+that same code, with the layers below the head skipped. When the loss is attached, loss and gradient
+of a small batch are compared with the model's own.
+
+Given up: the logits of a forward with labels (`output.logits` is None), and second derivatives.
 """
 
 from __future__ import annotations
@@ -31,26 +40,29 @@ from transformers.utils.generic import ModelOutput
 from qwlora.adapter.token_chunk_loss import chunked_cross_entropy
 from qwlora.adapter.vocabulary_slice_loss import WeightRows, sliced_cross_entropy
 from qwlora.errors import TrainingError
-from qwlora.nn.packed_tensor import PackedTensor, compute_dtype
+from qwlora.nn import PackedLinear
+from qwlora.nn.packed_tensor import compute_dtype
 from qwlora.system.memory import give_back
 
-CHUNK_LOGITS = (
-    2**23
-)  # numbers in a chunk of logits; a little more than 32 MiB, which glibc's malloc gives back to the system when it is freed
+# Logits in a chunk: a little over 32 MiB in float32. Freed blocks above 32 MiB are returned to the
+# system by glibc's malloc.
+CHUNK_LOGITS = 2**23
 IGNORED = -100
 _PROBE_TOKENS = 8
-_MANY = 1024  # tokens of a step from which on it is worth the time to give back what malloc keeps
+# Below this, returning malloc's free pages takes more time than it is worth.
+_MIN_TRIM_TOKENS = 1024
 
 
 class ChunkedLoss:
-    """Gives `model` the chunked loss, in place; `remove` gives it back its own.
+    """The chunked loss of `model`, attached in place; `remove` restores the model's own forward.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
-        chunk_tokens: tokens whose logits exist at one time; by default as many as make 32 MiB.
+        chunk_tokens: tokens whose logits exist at one time; default: as many as make 32 MiB.
 
     Raises:
-        TrainingError: the model has no output head, or its own loss is another than this one; then train with `loss: whole`.
+        TrainingError: the model has no output head, or computes another loss than this one. Train
+            it with `loss: whole`.
     """
 
     def __init__(self, model: nn.Module, chunk_tokens: int | None = None):
@@ -68,7 +80,7 @@ class ChunkedLoss:
         self._wrapped.__enter__()
 
     def remove(self) -> None:
-        """Give the model back its own forward."""
+        """Restore the model's own forward."""
         self._wrapped.__exit__(None, None, None)
 
     def _make_forward(self) -> Callable[..., Any]:
@@ -104,10 +116,11 @@ class ChunkedLoss:
         vocab_size: int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Stands where `ForCausalLMLoss` of transformers stands, with its arguments; the logits are an empty stand-in."""
+        """Replaces `ForCausalLMLoss` of transformers, with its arguments; `logits` is empty."""
         if len(self._captured) != 1 or self._captured[0].ndim != 3:
             raise _refusal(
-                self._model, f"its forward calls the output head {len(self._captured)} times"
+                self._model,
+                f"its forward calls the output head {len(self._captured)} times, not once",
             )
         targets = kwargs.get("shift_labels")
         if targets is None:
@@ -124,46 +137,50 @@ class ChunkedLoss:
         count = int(kept.sum())
         if not count and items is None:
             raise TrainingError(
-                "a batch has no token to learn from: every label in it is -100. Leave such sequences out of the training data"
+                "a batch has no loss token: all its labels are -100. Remove such sequences from "
+                "the training data"
             )
         if count < len(targets):
             hidden, targets = hidden[kept], targets[kept]
-        self._give_back(len(targets))  # what malloc kept of the forward pass
+        self._give_back(len(targets))  # after the forward pass
         if count:
             self._check_labels(*(int(end) for end in targets.aminmax()))
         total = self._sum(hidden, targets)
         self._give_back(len(targets))
-        return total / (
-            count
-            if items is None
-            else items.to(total.device)
-            if isinstance(items, Tensor)
-            else items
-        )
+        if items is None:
+            return total / count
+        return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
     def _check_labels(self, lowest: int, highest: int) -> None:
-        known = vocabulary_size(self._model)
-        if lowest < 0 or highest >= known:
+        vocabulary = vocabulary_size(self._model)
+        if lowest < 0 or highest >= vocabulary:
             raise TrainingError(
-                f"labels go from {lowest} to {highest}, but the model knows {known} tokens; what is not to be learnt has label -100"
+                f"labels range from {lowest} to {highest}, but the vocabulary has {vocabulary} "
+                "entries. Use -100 for tokens outside the loss"
             )
 
     def _give_back(self, tokens: int) -> None:
-        """Between the parts of a step that is checkpointed, to save memory for time, and large enough to be worth it."""
-        if tokens >= _MANY and self._model.training and self._model.is_gradient_checkpointing:
+        """Return malloc's free pages, in a large step that trades time for memory anyway."""
+        if (
+            tokens >= _MIN_TRIM_TOKENS
+            and self._model.training
+            and self._model.is_gradient_checkpointing
+        ):
             give_back()
 
     def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The sum over tokens: by slices of the head's weight where all of it would have to be made for every chunk of tokens, else by chunks."""
+        """Sum of the cross-entropies.
+
+        A head weight that must be unpacked or rounded for each product is made in slices of the
+        vocabulary, each used for all tokens. Any other head runs on chunks of tokens.
+        """
         trained = [p for p in self._head.parameters() if p.requires_grad]
-        alone = (
-            self._body is None
-            and not trained
-            and getattr(self._own_head, "__func__", None) is type(self._head).forward
-        )
-        if alone and (rows := _made_for_products(self._head, compute_dtype(hidden))) is not None:
-            size, bias = self._head.out_features, self._head.bias
-            return sliced_cross_entropy(hidden, targets, rows, size, bias)  # type: ignore[arg-type]
+        has_own_forward = getattr(self._own_head, "__func__", None) is not type(self._head).forward
+        if self._body is None and not trained and not has_own_forward:
+            rows = _computed_rows(self._head, compute_dtype(hidden))
+            if rows is not None:
+                head: Any = self._head
+                return sliced_cross_entropy(hidden, targets, rows, head.out_features, head.bias)
         tokens = self._chunk_tokens or CHUNK_LOGITS // vocabulary_size(self._model) + 1
         return chunked_cross_entropy(hidden, targets, self._head_path, trained, tokens)
 
@@ -172,7 +189,7 @@ class ChunkedLoss:
         return logits if self._body is None else self._postprocess(logits)
 
     def _postprocess(self, logits: Tensor) -> Tensor:
-        """P: the model's own way from the head's output to its logits, with the layers below the head left out."""
+        """P: the model's own forward from the head's output on, with the layers below skipped."""
         assert self._body is not None
         body, kind = self._body
         stand_in = logits.new_zeros(1, 1, 1)
@@ -189,7 +206,7 @@ class ChunkedLoss:
     def _check(self) -> None:
         """Find P, then compare loss and gradient of a small batch with the model's own.
 
-        The batch is the same on every process, so that collective operations inside a sharded model stay in step.
+        All processes use the same batch, so collective operations of a sharded model match.
         """
         training = self._model.training
         self._model.eval()
@@ -211,6 +228,7 @@ class ChunkedLoss:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _find_postprocessing(self) -> None:
+        """Run random logits through the forward; remember its body if it changes them (P)."""
         batch, called, shapes = self._batch(), [], []
         candidates = {
             id(m): m
@@ -223,51 +241,52 @@ class ChunkedLoss:
         ]
         sent: list[Tensor] = []
 
-        def answer(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        def random_logits(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             logits = self._own_head(hidden)
             shapes.append(logits.shape)
             sent.append(torch.randn(logits.shape, device=logits.device, dtype=logits.dtype) * 100)
             return sent[0]
 
         try:
-            with torch.no_grad(), _swapped(self._head, "forward", answer):
+            with torch.no_grad(), _swapped(self._head, "forward", random_logits):
                 received = self._own_forward(**batch, use_cache=False, return_dict=True).logits
         except (RuntimeError, ValueError, TypeError) as error:
-            raise _refusal(self._model, f"it cannot be run on token ids alone ({error})") from error
+            raise _refusal(self._model, f"it does not run on token ids alone ({error})") from error
         finally:
             for hook in hooks:
                 hook.remove()
         if not sent or received.shape != sent[0].shape:
             raise _refusal(
-                self._model, "its logits are not what its output head gives, one for one"
+                self._model, "its logits do not have the shape of its output head's result"
             )
         if torch.equal(received.float(), sent[0].float()):
             return
         if not called or not issubclass(called[-1][1], ModelOutput):
             raise _refusal(
-                self._model, "what it does between output head and loss cannot be run by itself"
+                self._model, "its code between output head and loss cannot run on its own"
             )
         self._body = called[-1]
         with torch.no_grad():
             if not torch.equal(self._postprocess(sent[0].flatten(0, 1)), received.flatten(0, 1)):
                 raise _refusal(
                     self._model,
-                    "what it does between output head and loss cannot be run a chunk of tokens at a time",
+                    "its code between output head and loss gives other logits on a chunk of tokens",
                 )
 
     def _compare(self) -> None:
+        """Refuse a model whose own loss or gradient differs from the chunked one."""
         batch = self._batch()
         labels = batch["input_ids"].clone()
         labels[:, 2] = IGNORED
         inputs: list[Tensor] = []
 
         def measured(head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-            def from_here(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            def head_from_leaf(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
                 inputs.append(hidden.detach().requires_grad_())
                 return head(inputs[-1])
 
             self._captured.clear()
-            with torch.enable_grad(), _swapped(self._head, "forward", from_here):
+            with torch.enable_grad(), _swapped(self._head, "forward", head_from_leaf):
                 loss = self._own_forward(
                     **batch, labels=labels, use_cache=False, return_dict=True
                 ).loss
@@ -287,7 +306,7 @@ class ChunkedLoss:
         ):
             raise _refusal(
                 self._model,
-                f"on a small batch its own loss is {own_loss:.6f}, and in chunks {loss:.6f}",
+                f"on a small batch its own loss is {own_loss:.6f}, the chunked loss {loss:.6f}",
             )
 
     def _head_device(self) -> torch.device:
@@ -297,26 +316,24 @@ class ChunkedLoss:
         )
 
 
-def chunk_loss_(model: nn.Module, chunk_tokens: int | None = None) -> ChunkedLoss:
-    """Give `model` the chunked loss, in place: `model(ids, labels=ids).loss` never makes the logits of a whole batch. See `ChunkedLoss`."""
-    return ChunkedLoss(model, chunk_tokens)
-
-
 def causal_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside `model`, which may be wrapped by PEFT."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise TrainingError(
-            f"{type(inner).__name__} is not a model of transformers; the chunked loss cannot find its head. Use your own loss (loss: whole)"
+            f"{type(inner).__name__} is not a model of transformers, so its output head is "
+            "unknown. Compute the loss yourself (loss: whole)"
         )
     return inner
 
 
-def _made_for_products(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
-    """Rows of the head's weight in `dtype`, if products do not read them as they lie in memory: they are packed, or float32 under autocast."""
-    if isinstance(head, nn.Linear) and isinstance(
-        packed := getattr(head, "tensor", None), PackedTensor
-    ):
+def _computed_rows(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
+    """Rows of the head's weight in `dtype`, if products cannot read them from memory as they are.
+
+    That is so if the weight is packed, or float32 under autocast; else None.
+    """
+    if isinstance(head, PackedLinear):
+        packed = head.tensor
         return lambda start, stop: packed.dequantize(
             dtype, torch.arange(start, stop, device=packed.parts.packed.device)
         )
@@ -326,7 +343,7 @@ def _made_for_products(head: nn.Module, dtype: torch.dtype) -> WeightRows | None
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Entries of the vocabulary, as the embedding counts them."""
+    """Number of entries of the vocabulary: rows of the input embedding."""
     return int(
         getattr(model.get_input_embeddings(), "num_embeddings", None)
         or model.config.get_text_config().vocab_size
@@ -335,7 +352,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 @contextlib.contextmanager
 def _swapped(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Put `value` in the place of an instance attribute, which may not have been there, for a while."""
+    """Set an instance attribute until the context ends, then restore or delete it."""
     nothing = object()
     before = owner.__dict__.get(name, nothing)
     owner.__dict__[name] = value
@@ -351,5 +368,5 @@ def _swapped(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
 def _refusal(model: nn.Module, why: str) -> TrainingError:
     return TrainingError(
         f"{type(model).__name__} cannot be trained with the chunked loss: {why}. "
-        "Train with its own loss, which makes the logits of the whole batch: `loss: whole`"
+        "Use its own loss, which makes the logits of the whole batch: `loss: whole`"
     )

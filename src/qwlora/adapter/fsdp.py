@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from qwlora.errors import TrainingError
-from qwlora.grid.scheme import Scheme
+from qwlora.nn import PackedLayer
 from qwlora.parameter_names import is_adapter_name
 
 
@@ -61,7 +61,7 @@ def prepare_sharding_(trainer: Any) -> None:
     )
     plugin.mixed_precision_policy = None
     for layer in trainer.model.modules():
-        if isinstance(getattr(layer, "scheme", None), Scheme):
+        if isinstance(layer, PackedLayer):
             _make_parameters(layer)
 
 
@@ -97,7 +97,7 @@ def gather_(trainer: Any) -> None:
                         shard.full_tensor().detach(), requires_grad=shard.requires_grad
                     )
                 module._parameters[name] = whole[id(shard)]
-        if isinstance(getattr(module, "scheme", None), Scheme):
+        if isinstance(module, PackedLayer):
             _make_buffers(module)
 
 

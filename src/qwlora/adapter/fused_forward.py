@@ -1,14 +1,17 @@
-"""The forward of a LoRA layer on packed codes, as one sum in one memory.
+"""The forward of a LoRA layer on packed codes, summed in one output array.
 
     u = scaling * lora_A(dropout(x)),    y = lora_B(u),    y += x W_hat^T + b
 
-PEFT computes the base's product first, then the adapter's, scales it and adds the two: four arrays as large as the output, where here is one; and its gradient
-makes another for the scaling. Here the base comes last, and keeps nothing for its gradient. So a checkpointed layer, which is computed again only until
-everything is there that gradients need, leaves out the base's product in its last linear layer (down_proj), a quarter of a llama's. Under autocast x is
-rounded once, not by each product. Sums are the same but for the order in which they are rounded.
+PEFT computes the base's product, computes the adapter's, scales it and adds the two: four arrays of
+the output's size, and one more for the gradient of the scaling. Here there is one. The base's
+product comes last and saves nothing for backward. Recomputation of a checkpointed layer ends when
+all saved tensors exist, so it skips the base's product in the layer's last linear (down_proj, a
+quarter of a Llama layer's products). Under autocast, x is rounded once instead of once per product.
+Results equal PEFT's up to rounding order.
 
-What is not plain LoRA on a plain packed layer keeps PEFT's forward: DoRA and other variants, several adapters at a time, merged or switched off ones, layers
-with hooks or a forward of their own, and graphs that are traced.
+PEFT's forward remains for everything but plain LoRA on a plain packed layer: DoRA and other
+variants, several active adapters, merged or disabled adapters, layers with hooks or with a forward
+set on the instance, and traced graphs.
 """
 
 from __future__ import annotations
@@ -22,16 +25,19 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import compute_dtype
 
 
 @contextlib.contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
-    """While it lasts, the LoRA layers of `model` that can compute as one sum."""
+def fused_lora(model: nn.Module) -> Iterator[None]:
+    """Give the plain LoRA layers of `model` the fused forward, until the context ends."""
     layers: list[Any] = [
         m
         for m in model.modules()
-        if type(m) is LoraLinear and "forward" not in m.__dict__ and hasattr(m.base_layer, "add_to")
+        if type(m) is LoraLinear
+        and "forward" not in m.__dict__
+        and isinstance(m.base_layer, PackedLinear)
     ]
     for layer in layers:
         layer.forward = functools.partial(_forward, layer)
@@ -44,23 +50,24 @@ def fused(model: nn.Module) -> Iterator[None]:
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if args or kwargs or len(active) != 1 or not _can(layer, active[0]):
+    if args or kwargs or len(active) != 1 or not _is_plain(layer, active[0]):
         return LoraLinear.forward(layer, x, *args, **kwargs)
     adapter, dtype = active[0], compute_dtype(x)
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    if x.ndim < 2 or dtype == x.dtype != down.weight.dtype:
+    lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
+    if x.ndim < 2 or dtype == x.dtype != lora_a.weight.dtype:
         return LoraLinear.forward(layer, x)
     x = x.to(dtype)
-    return layer.base_layer.add_to(
-        up(down(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]), x
-    )
+    u = lora_a(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]
+    return layer.base_layer.add_to(lora_b(u), x)
 
 
-def _can(layer: Any, adapter: str) -> bool:
-    plain = not (layer.disable_adapters or layer.merged or adapter in layer.lora_variant)
-    return (
-        plain
-        and layer.lora_B[adapter].bias is None
-        and layer.base_layer.is_plain
-        and not torch.compiler.is_compiling()
+def _is_plain(layer: Any, adapter: str) -> bool:
+    """Whether the equation above is all that `layer` computes."""
+    return not (
+        layer.disable_adapters
+        or layer.merged
+        or adapter in layer.lora_variant
+        or layer.lora_B[adapter].bias is not None
+        or not layer.base_layer.is_plain
+        or torch.compiler.is_compiling()
     )

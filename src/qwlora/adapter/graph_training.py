@@ -1,11 +1,13 @@
-"""Training through something that stands for the model: a graph that computes what the model will compute once it is quantized.
+"""Training on a captured graph that computes what the model computes once it is quantized.
 
-    loss = L(through(inputs), labels),    L the model's own loss function
+    loss = L(graph(inputs), labels),    L the model's own loss function
 
-The adapter's weights in it are the model's own parameters, so optimizer, checkpoints and files are as ever. What else it may learn (`ranges`: one number for
-each activation grid) has a learning rate of its own, is not clipped, does not decay, and is part of every checkpoint (`RANGES`).
+The adapter weights in the graph are the model's own parameters, so the optimizer, checkpoints and
+files are the same as for other training. A graph may also learn activation ranges, one number per
+activation grid. They have a learning rate of their own, are neither clipped nor decayed, and are
+saved with every checkpoint (file `RANGES`).
 
-Given up: the logits of a whole batch exist, since the output head is inside the graph.
+Given up: the logits of a whole batch exist, because the output head is inside the graph.
 """
 
 from __future__ import annotations
@@ -38,51 +40,59 @@ _NOT_INPUTS = frozenset(
 )
 
 
-class Through(Protocol):
-    """What stands for the model."""
+class TrainableGraph(Protocol):
+    """A graph that replaces the model's forward; see `simulation.training_graph.TrainingGraph`."""
 
     @property
     def ranges(self) -> nn.Parameter | None:
-        """What is learned besides the adapter, if anything."""
+        """Activation ranges to learn along with the adapter; None if they are fixed."""
 
     def __call__(self, **inputs: Any) -> Tensor:
         """Logits, differentiable in the adapter's weights and in `ranges`."""
 
     def to(self, device: torch.device) -> Any:
-        """Follow the model to its device; parameters that are there already are not copied."""
+        """Move to the model's device; parameters that are there already are not copied."""
 
 
-class TrainedThrough:
-    """Puts `through` in the place of the model's forward; `remove` gives the model back its own.
+class GraphForward:
+    """Replaces the forward of `model` by `graph`; `remove` restores it.
+
+    Args:
+        processes: number of training processes.
+        requested: settings that a graph does not support: name, and whether it is on.
 
     Raises:
-        TrainingError: the settings ask for what only the model's own forward can do.
+        TrainingError: a requested setting, several processes, or a router loss, none of which a
+            graph supports.
     """
 
-    def __init__(self, model: nn.Module, through: Through, processes: int, **asked: bool):
-        if wrong := [name for name, is_asked in asked.items() if is_asked]:
+    def __init__(self, model: nn.Module, graph: TrainableGraph, processes: int, **requested: bool):
+        if unsupported := [name for name, is_on in requested.items() if is_on]:
             raise TrainingError(
-                f"training goes through a graph, in which there is no {', no '.join(wrong).replace('_', ' ')}; leave that out"
+                "training on quantized activations (a captured graph) does not support "
+                f"{', '.join(unsupported).replace('_', ' ')}. Turn it off for this adapter"
             )
         if processes > 1:
             raise TrainingError(
-                f"training goes through a graph, which {processes} processes cannot share; start one"
+                "training on quantized activations (a captured graph) does not support "
+                f"{processes} processes. Start one"
             )
-        self._model, self._through = causal_model(model), through
+        self._model, self._graph = causal_model(model), graph
         if getattr(self._model.config, "output_router_logits", False):
             raise TrainingError(
-                "the model adds its routers' balance to the loss (output_router_logits), which is not in the graph; switch it off"
+                "the model adds a router balance term to its loss (output_router_logits), which a "
+                "captured graph does not contain. Set output_router_logits to false"
             )
         self._model.__dict__["forward"] = self._make_forward()
 
     def remove(self) -> None:
-        """Give the model back its own forward."""
+        """Restore the model's own forward."""
         del self._model.__dict__["forward"]
 
     def _make_forward(self) -> Callable[..., Any]:
         @functools.wraps(self._model.forward)
         def forward(**kwargs: Any) -> CausalLMOutput:
-            logits = self._through(
+            logits = self._graph(
                 **{name: value for name, value in kwargs.items() if name not in _NOT_INPUTS}
             )
             labels = kwargs.get("labels")
@@ -103,7 +113,7 @@ class TrainedThrough:
 
 
 class RangesCallback(TrainerCallback):
-    """Gradients of ranges are thrown away after each step; those of the model's own parameters the Trainer throws away itself."""
+    """Clears the gradient of the ranges after each step; the Trainer clears only the model's."""
 
     def __init__(self, ranges: nn.Parameter):
         self.ranges = ranges
@@ -115,30 +125,32 @@ class RangesCallback(TrainerCallback):
 def add_ranges_(
     optimizer: torch.optim.Optimizer, ranges: nn.Parameter, learning_rate: float
 ) -> None:
-    """Let the optimizer move ranges too."""
+    """Add the ranges to the optimizer, as a group with its own learning rate."""
     optimizer.add_param_group({"params": [ranges], "lr": learning_rate, "weight_decay": 0.0})
 
 
 def save_ranges(ranges: Tensor, folder: Path) -> None:
-    """Part of a checkpoint."""
+    """Save the ranges in the checkpoint `folder`."""
     save_file({"ranges": ranges.detach().cpu().contiguous()}, folder / RANGES)
 
 
 def load_ranges_(ranges: nn.Parameter, folder: Path) -> None:
-    """Go on from a checkpoint.
+    """Load the ranges from the checkpoint `folder`, in place.
 
     Raises:
-        TrainingError: it was written by a training that learned no ranges, or others.
+        TrainingError: the checkpoint has no ranges, or another number of them.
     """
     try:
         found = load_file(folder / RANGES)["ranges"]
     except (OSError, KeyError, SafetensorError) as error:
         raise TrainingError(
-            f"checkpoint {folder} holds no activation ranges ({error}); delete it, and train from the beginning"
+            f"checkpoint {folder} has no activation ranges ({error}). Delete it to train from the "
+            "start"
         ) from error
     if found.shape != ranges.shape:
         raise TrainingError(
-            f"checkpoint {folder} holds {found.numel()} activation ranges, and the graph has {ranges.numel()}; delete it, and train again"
+            f"checkpoint {folder} has {found.numel()} activation ranges, but the graph has "
+            f"{ranges.numel()}. Delete it to train from the start"
         )
     with torch.no_grad():
         ranges.copy_(found)

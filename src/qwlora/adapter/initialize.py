@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from qwlora.errors import TrainingError
 from qwlora.grid.second_moments import Moment
 from qwlora.messages import listed
+from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
@@ -247,7 +248,7 @@ def _start(
 
 
 def quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
-    """Layers with a packed matrix, which is what has `tensor` and is a Linear, by canonical path.
+    """Packed linear layers that have the adapter, by canonical path.
 
     Raises:
         TrainingError: the adapter is DoRA.
@@ -256,7 +257,7 @@ def quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, Lora
         if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
             continue
         base = module.get_base_layer()
-        if not isinstance(base, nn.Linear) or not hasattr(base, "tensor"):
+        if not isinstance(base, PackedLinear):
             continue
         if module.use_dora.get(adapter):
             raise TrainingError(

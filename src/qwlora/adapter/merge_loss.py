@@ -22,6 +22,7 @@ from qwlora.adapter.chunked_loss import causal_model
 from qwlora.errors import MergeError
 from qwlora.grid.encoding import Encoding, aligned, grouped
 from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.nn import PackedLayer
 from qwlora.parameter_names import canonical_name
 
 
@@ -46,11 +47,10 @@ def swallowed(model: PeftModel, adapter: str | None = None) -> dict[str, Swallow
     for name, module in model.named_modules():
         if not (isinstance(module, LoraLayer) and _carries(module, adapter)):
             continue
-        encoding = getattr(module.get_base_layer(), "encoding", None)
-        if isinstance(encoding, Encoding | FloatOffsetEncoding):
-            found[canonical_name(name)] = _of_layer(
-                module.get_delta_weight(adapter).flatten(1).float(), encoding
-            )
+        base = module.get_base_layer()
+        if isinstance(base, PackedLayer):
+            delta = module.get_delta_weight(adapter).flatten(1).float()
+            found[canonical_name(name)] = _of_layer(delta, base.encoding)
     return found
 
 

@@ -1,10 +1,12 @@
-"""Recovery: an adapter that brings the frozen base back to the float model it came from, before anything is learnt.
+"""Recovery: train an adapter that brings the quantized base back to the float model.
 
-    loss = language loss + sum_t |h_t - g_t|^2 / sum_t |g_t|^2,    t without padding
+    loss = language loss + sum_t |h_t - g_t|^2 / sum_t |g_t|^2,    t over all tokens but padding
 
-h and g are what the output heads of base-with-adapter and of the float model read. Padding is what the attention mask leaves out, or without one what stands
-after a sequence's last learnt token. What is won back so is the start of adapters that learn a task: one recovery serves many.
-Source: RILQ (Lee et al. 2024, https://arxiv.org/abs/2412.01129), whose model-level loss this is.
+h and g [tokens, hidden] are the inputs of the output heads of base-with-adapter and of the float
+model (the teacher). Padding is what the attention mask excludes; without a mask, what follows the
+last loss token of a sequence. A recovered adapter is a starting point for adapters of any task.
+
+Source: the model-level loss of RILQ (Lee et al. 2024, https://arxiv.org/abs/2412.01129).
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ from qwlora.adapter.chunked_loss import IGNORED, causal_model
 from qwlora.errors import TrainingError
 
 
-class _AtHeadError(Exception):
-    """The float model has reached its head; its logits are not needed."""
+class _HeadReachedError(Exception):
+    """Ends the teacher's forward at its head: its logits are not needed."""
 
 
-class Recovery:
-    """Watches what reaches the heads of `model` and `teacher`, which are on one device.
+class RecoveryLoss:
+    """The second term of the loss. Hooks capture the head inputs of `model` and `teacher`.
+
+    Both models must be on one device. `remove` removes the hooks.
 
     Raises:
-        TrainingError: one of them has no output head, or the two differ in width.
+        TrainingError: one of the models has no output head.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module):
@@ -37,55 +41,62 @@ class Recovery:
         self._teacher_state: Tensor | None = None
         heads = [causal_model(m).get_output_embeddings() for m in (model, teacher)]
         if any(head is None for head in heads):
-            raise TrainingError("recovery compares what output heads read, and the model has none")
+            raise TrainingError(
+                "recovery compares the inputs of output heads, but the model has no output head"
+            )
         self._hooks = [
-            model.register_forward_pre_hook(self._begin),
-            heads[0].register_forward_pre_hook(self._keep),
-            heads[1].register_forward_pre_hook(self._stop),
+            model.register_forward_pre_hook(self._forget),
+            heads[0].register_forward_pre_hook(self._capture),
+            heads[1].register_forward_pre_hook(self._capture_teacher),
         ]
 
     def distance(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The second term of the loss, for the inputs of the model's last forward."""
-        given = {
+        """The second term of the loss, a scalar, for the inputs of the model's last forward.
+
+        Raises:
+            TrainingError: the hidden states of the two models differ in shape.
+        """
+        forward_inputs = {
             name: value
             for name, value in inputs.items()
             if name not in ("labels", "num_items_in_batch")
         }
-        with torch.no_grad(), contextlib.suppress(_AtHeadError):
-            self._teacher(**given, use_cache=False)
+        with torch.no_grad(), contextlib.suppress(_HeadReachedError):
+            self._teacher(**forward_inputs, use_cache=False)
         h, g = self._student_state, self._teacher_state
         assert h is not None
         assert g is not None
         self._student_state = self._teacher_state = None
         if h.shape != g.shape:
             raise TrainingError(
-                f"the float model's last hidden state is {list(g.shape)}, the base's {list(h.shape)}: they are not one model"
+                f"the last hidden state has shape {list(g.shape)} in the float model and "
+                f"{list(h.shape)} in the base. Recover with the float model that the base was "
+                "quantized from"
             )
-        real = _real(inputs, h)[..., None]
-        off, size = ((x.square() * real).sum() for x in (h.float() - g.float(), g.float()))
+        mask = _token_mask(inputs, h)[..., None]
+        off, size = ((x.square() * mask).sum() for x in (h.float() - g.float(), g.float()))
         return off / size.clamp_min(torch.finfo(size.dtype).tiny)
 
     def remove(self) -> None:
-        """Watch no longer."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _forget(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._student_state = None
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if (
-            self._student_state is None
-        ):  # the chunked loss calls the head again, with less, where the model changes its logits
+    def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # Only the first call of a forward: the chunked loss calls the head again, on parts.
+        if self._student_state is None:
             self._student_state = args[0]
 
-    def _stop(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _capture_teacher(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._teacher_state = args[0]
-        raise _AtHeadError
+        raise _HeadReachedError
 
 
-def _real(inputs: Mapping[str, Any], state: Tensor) -> Tensor:
-    """Which tokens are no padding, [batch, tokens] on the device of `state`."""
+def _token_mask(inputs: Mapping[str, Any], state: Tensor) -> Tensor:
+    """True for every token that is not padding, [batch, tokens] on the device of `state`."""
     mask, labels = inputs.get("attention_mask"), inputs.get("labels")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask.to(state.device) > 0

@@ -1,13 +1,16 @@
 """Train the adapter of a frozen base with `transformers.Trainer`.
 
-Why the Trainer and not TRL's SFTTrainer: what SFTTrainer adds is tokenizing, packing and masking, which the data step does before anything trains, and losses
-that save memory for the models it knows, where ours is for any (`loss.py`). The loop, the schedules, resuming, bf16, several processes and the loggers are
-the Trainer's in both.
+Why the Trainer and not TRL's SFTTrainer: SFTTrainer adds tokenizing, packing and masking, which our
+data stage does before training, and memory-saving losses for the models it knows, where ours works
+for any causal model (`chunked_loss.py`). Loop, schedules, resuming, bfloat16, several processes and
+loggers are the Trainer's in both. What is replaced inside a step is listed in `training_step.py`.
 
-What must hold and is checked: only the adapter receives gradients (by name, before the first step), and the loss stays a number that has not diverged
-(`watch.py`). That the base is untouched is checked by whoever holds its fingerprint (see `pipeline`).
+Checked here: only the adapter receives gradients (by parameter name, before the first step), and
+the loss stays finite and does not diverge (`training_callbacks.py`). That the base is unchanged is
+checked by the caller, who knows its fingerprint (`pipeline`).
 
-A run that was killed goes on from its last checkpoint (adapter, optimizer, schedule, random numbers, order of the data) and ends with the same bits.
+A killed run resumes from its last checkpoint (adapter, optimizer, schedule, random state, data
+order) and ends with the same bits.
 """
 
 from __future__ import annotations
@@ -27,13 +30,11 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, T
 
 from qwlora.adapter.adapter_folder import WEIGHTS, reading
 from qwlora.adapter.attach import check_trainable
-from qwlora.adapter.chunked_loss import ChunkedLoss, causal_model, chunk_loss_, vocabulary_size
+from qwlora.adapter.chunked_loss import causal_model, vocabulary_size
 from qwlora.adapter.fsdp import gather_, prepare_sharding_
-from qwlora.adapter.graph_training import RangesCallback, Through, TrainedThrough, load_ranges_
-from qwlora.adapter.lean_steps import lean_steps
-from qwlora.adapter.recovery_loss import Recovery
+from qwlora.adapter.graph_training import RangesCallback, TrainableGraph, load_ranges_
 from qwlora.adapter.trainer import AdapterTrainer
-from qwlora.adapter.training_callbacks import Watch, losses_of
+from qwlora.adapter.training_callbacks import TrainingMonitor, losses_of
 from qwlora.adapter.training_checkpoints import (
     delete_newer,
     final_checkpoint,
@@ -43,6 +44,7 @@ from qwlora.adapter.training_checkpoints import (
     step_of,
     waited,
 )
+from qwlora.adapter.training_step import replaced_forward, training_steps
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.nn.frozen import assert_frozen, packed_layers
@@ -52,7 +54,7 @@ from qwlora.system.stop_signals import Stopped, on_stop_signal
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long, how fast and in what precision; the recipe documents each field."""
+    """Settings of one training run; the recipe reference documents each field."""
 
     steps: int
     learning_rate: float
@@ -76,12 +78,14 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training run says of itself.
+    """Results of a training run.
 
     Args:
-        losses: of all steps, before an interruption too.
+        step_seconds: mean over the steps since the run started or resumed, without the first.
+        losses: of all steps, including those before an interruption.
         evaluations: (step, loss) on held-out text.
-        base_bytes: bytes of the base that a process held, fewer where it was sharded; 0 where nothing was trained any more.
+        base_bytes: bytes of the base in one process: a shard's, if the base was sharded. 0 if the
+            run had already ended and was only restored.
     """
 
     steps: int
@@ -95,7 +99,7 @@ class TrainingReport:
 
 
 class Interrupted(Stopped):
-    """Training was asked to stop by signal `number` and has written a checkpoint at `step`."""
+    """Signal `number` stopped training; a checkpoint was written at `step`."""
 
     def __init__(self, step: int, number: int):
         self.step = step
@@ -111,21 +115,25 @@ def train_adapter(
     held_out: Dataset[dict[str, Tensor]] | Tensor | None = None,
     logs: Path | None = None,
     teacher: PreTrainedModel | None = None,
-    through: Through | None = None,
+    training_graph: TrainableGraph | None = None,
 ) -> TrainingReport:
-    """Train the active adapter of `model`; checkpoints go to `work`, and the last one there is where it goes on from.
+    """Train the active adapter of `model`, in place.
+
+    Checkpoints are written to `work`. If there is one already, training resumes from the last.
 
     Args:
-        sequences: items with `input_ids` and `labels` (-100 where nothing is learnt), and what else the model's forward takes; or ids [count, tokens].
-        held_out: what `evaluation_steps` are evaluated on; the adapter of the best evaluation is kept.
-        logs: folder for TensorBoard's files.
-        teacher: the float model, for an adapter that recovers it (`recovery.py`).
-        through: what stands for the model while it is trained (`through.py`); it learns its ranges if it has any, at `range_learning_rate`.
+        sequences: items with `input_ids`, `labels` (-100 for tokens outside the loss) and any other
+            input of the model's forward; or token ids [count, tokens].
+        held_out: evaluated every `evaluation_steps`; the adapter of the best evaluation is kept.
+        logs: folder for TensorBoard files.
+        teacher: the float model, to train for recovery (`recovery_loss.py`).
+        training_graph: replaces the model's forward during training (`graph_training.py`). Its
+            ranges, if any, are trained at `range_learning_rate`.
 
     Raises:
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
-        TrainingError: see `check_trainable`, `ChunkedLoss` and `TrainedThrough`; the batch cannot be divided among the processes; or the loss is no number, or
-            diverged.
+        TrainingError: see `check_trainable`, `ChunkedLoss` and `GraphForward`; the batch cannot be
+            divided among the processes; or the loss is not finite or has diverged.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint of the last finished step is in
             `work`.
     """
@@ -133,75 +141,82 @@ def train_adapter(
     if packed_layers(model):  # LoRA on floats is trained for comparisons
         assert_frozen(model)
     if settings.evaluation_steps and held_out is None:
-        raise TrainingError("evaluation_steps asks for evaluation, but there is no held-out text")
-    ranges = through.ranges if through is not None else None
+        raise TrainingError("evaluation_steps needs held-out text, but there is no held-out text")
+    ranges = training_graph.ranges if training_graph is not None else None
     if (ranges is not None) != (settings.range_learning_rate is not None):
         raise TrainingError(
-            "range_learning_rate goes with a graph that learns activation ranges; give both or neither"
+            "range_learning_rate requires a graph that learns activation ranges, and the reverse. "
+            "Give both or neither"
         )
-    last = last_checkpoint(work)
-    if last and (
-        final := final_checkpoint(
-            last, settings.steps, settings.patience, settings.evaluation_steps is not None
-        )
-    ):  # stopped between the last step and the artifact
-        if ranges is not None:
-            load_ranges_(ranges, final)
-        return _restore(model, last, final, settings, trainable)
+    keeps_best = settings.evaluation_steps is not None
+    if last := last_checkpoint(work):
+        final = final_checkpoint(last, settings.steps, settings.patience, keeps_best)
+        if final is not None:  # training had ended, but the adapter was not saved
+            if ranges is not None:
+                load_ranges_(ranges, final)
+            return _restore(model, last, final, settings, trainable)
     arguments = _arguments(settings, work, _world_size())
-    stand_in = _stand_in(model, through, settings, teacher)
     vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
-    watch = Watch(track, settings.checkpoint_steps, vocabulary, lambda: last_good(work))
-    early = _early_stopping(settings, last)
-    with _logging_to(logs, settings.report_to):
+    monitor = TrainingMonitor(track, settings.checkpoint_steps, vocabulary, lambda: last_good(work))
+    with (
+        replaced_forward(
+            model,
+            training_graph,
+            chunked=settings.loss == "chunked",
+            processes=_world_size(),
+            gradient_checkpointing=settings.gradient_checkpointing,
+            recovery=teacher is not None,
+            bfloat16=settings.compute == "bfloat16",
+        ),
+        _logging_to(logs, settings.report_to),
+    ):
         trainer = AdapterTrainer(
             model,
             arguments,
             train_dataset=_dataset(sequences),
             eval_dataset=_dataset(held_out),
-            callbacks=[watch, *early],
+            callbacks=[monitor, *_early_stopping(settings, last)],
         )
         _drop_newer(trainer, work, last)
         if teacher is not None:
-            teacher.to(arguments.device)  # type: ignore[arg-type] # transformers hides the signature
-        trainer.recovery = Recovery(model, teacher) if teacher is not None else None
-        if through is not None:
-            _take_ranges_(trainer, through, settings)
+            teacher.to(arguments.device)  # type: ignore[arg-type] # hidden by transformers
+        if training_graph is not None:
+            _use_graph_(trainer, training_graph, settings)
         prepare_sharding_(trainer)
-        _run(trainer, model, watch, stand_in, last)
+        _run(trainer, model, monitor, teacher, last)
     gather_(trainer)
-    return _report(trainer.state, watch, settings, step_of(last) if last else 0, trainable)
+    return _report(trainer.state, monitor, settings, step_of(last) if last else 0, trainable)
 
 
 def _run(
     trainer: AdapterTrainer,
     model: PeftModel,
-    watch: Watch,
-    stand_in: ChunkedLoss | TrainedThrough | None,
+    monitor: TrainingMonitor,
+    teacher: PreTrainedModel | None,
     last: Path | None,
 ) -> None:
-    """Train; afterwards the model has its own forward again."""
-    try:
-        with on_stop_signal(watch.interrupt), lean_steps(model, trainer.args.bf16):
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-    finally:
-        if stand_in:
-            stand_in.remove()
-        if trainer.recovery:
-            trainer.recovery.remove()
-    if watch.interrupted is not None:
-        raise Interrupted(trainer.state.global_step, watch.interrupted)
+    """Train from the checkpoint `last`, or from the start."""
+    with (
+        on_stop_signal(monitor.interrupt),
+        training_steps(model, trainer.args.bf16, teacher) as trainer.recovery,
+    ):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if monitor.interrupted is not None:
+        raise Interrupted(trainer.state.global_step, monitor.interrupted)
 
 
 def _drop_newer(trainer: AdapterTrainer, work: Path, last: Path | None) -> None:
-    """Delete what came after the checkpoint `last`, once each process has found it."""
+    """Delete checkpoints newer than `last`, after every process has found `last`."""
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         delete_newer(work, last)
 
 
 def _early_stopping(settings: TrainingSettings, last: Path | None) -> list[EarlyStoppingCallback]:
-    """With what it had counted at `last`. The Trainer could restore it, but would make each callback anew and restore its control flags too."""
+    """Early stopping with its count restored from the checkpoint `last`.
+
+    The Trainer could restore it, but would recreate every callback and restore control flags too.
+    """
     if not settings.patience:
         return []
     stopping = EarlyStoppingCallback(settings.patience)
@@ -209,42 +224,21 @@ def _early_stopping(settings: TrainingSettings, last: Path | None) -> list[Early
     return [stopping]
 
 
-def _stand_in(
-    model: PeftModel,
-    through: Through | None,
-    settings: TrainingSettings,
-    teacher: PreTrainedModel | None,
-) -> ChunkedLoss | TrainedThrough | None:
-    """What takes the place of the model's forward while it is trained."""
-    if through is None:
-        return chunk_loss_(model) if settings.loss == "chunked" else None
-    asked = {
-        "chunked_loss": settings.loss == "chunked",
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "recovery": teacher is not None,
-    }
-    return TrainedThrough(
-        model, through, _world_size(), **asked, bfloat16=settings.compute == "bfloat16"
-    )
-
-
-def _take_ranges_(trainer: AdapterTrainer, through: Through, settings: TrainingSettings) -> None:
-    """Bring what stands for the model to the device that the Trainer has moved the model to, and let its ranges be trained."""
-    through.to(trainer.args.device)
-    trainer.goes_through = True
-    if through.ranges is not None:
-        trainer.ranges, trainer.range_learning_rate = (
-            through.ranges,
-            settings.range_learning_rate or 0.0,
-        )
-        trainer.add_callback(RangesCallback(through.ranges))
+def _use_graph_(trainer: AdapterTrainer, graph: TrainableGraph, settings: TrainingSettings) -> None:
+    """Move the graph to the device of the Trainer's model, and train its ranges if it has any."""
+    graph.to(trainer.args.device)
+    trainer.uses_graph = True
+    if graph.ranges is not None:
+        trainer.ranges = graph.ranges
+        trainer.range_learning_rate = settings.range_learning_rate or 0.0
+        trainer.add_callback(RangesCallback(graph.ranges))
 
 
 def check_loggers(report_to: Sequence[str]) -> None:
-    """See that every logger is one that the Trainer knows and that its package is installed.
+    """Check that the Trainer knows every logger and that its package is installed.
 
     Raises:
-        MissingExtraError: it is not.
+        MissingExtraError: a logger is unknown, or its package is missing.
     """
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
@@ -258,12 +252,12 @@ def check_loggers(report_to: Sequence[str]) -> None:
 
 def _report(
     state: TrainerState,
-    watch: Watch,
+    monitor: TrainingMonitor,
     settings: TrainingSettings,
     resumed_from_step: int,
     trainable: int,
 ) -> TrainingReport:
-    timed = watch.step_seconds[1:] or watch.step_seconds or [0.0]
+    timed = monitor.step_seconds[1:] or monitor.step_seconds or [0.0]
     return TrainingReport(
         steps=state.global_step,
         step_seconds=sum(timed) / len(timed),
@@ -272,7 +266,7 @@ def _report(
         losses=tuple(losses_of(state)),
         evaluations=_evaluations(state.log_history),
         best_step=state.best_global_step if settings.evaluation_steps else None,
-        base_bytes=watch.base_bytes,
+        base_bytes=monitor.base_bytes,
     )
 
 
@@ -312,7 +306,8 @@ def _world_size() -> int:
 def _arguments(settings: TrainingSettings, work: Path, processes: int) -> TrainingArguments:
     if settings.batch_sequences % processes:
         raise TrainingError(
-            f"batch_sequences ({settings.batch_sequences}) cannot be divided among {processes} processes; give a multiple"
+            f"batch_sequences ({settings.batch_sequences}) cannot be divided among {processes} "
+            "processes. Use a multiple"
         )
     evaluates = settings.evaluation_steps is not None
     arguments = TrainingArguments(
@@ -339,7 +334,7 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
         save_steps=settings.evaluation_steps or settings.checkpoint_steps,
         save_total_limit=1,
         logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss that is nan must be seen
+        logging_nan_inf_filter=False,  # AdapterTrainer stops at a nan
         seed=settings.seed,
         report_to=list(settings.report_to),
         label_names=["labels"],
@@ -348,20 +343,19 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False if processes > 1 else None,
-        ddp_broadcast_buffers=False
-        if processes > 1
-        else None,  # the packed base, which never changes, would be sent at every step
+        # Buffers are the packed base, which never changes.
+        ddp_broadcast_buffers=False if processes > 1 else None,
     )
-    if (
-        arguments.n_gpu > 1
-    ):  # a process keeps to one device: the Trainer would give each a batch, and a copy of the model that has its own loss
+    # One device per process. With more, the Trainer would copy the model to each (DataParallel),
+    # and a copy does not have the replaced forward.
+    if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
 
 
 @contextlib.contextmanager
 def _logging_to(logs: Path | None, report_to: Sequence[str]) -> Iterator[None]:
-    """TensorBoard's callback takes its folder from the environment."""
+    """Set the environment variable from which the TensorBoard callback takes its folder."""
     key = "TENSORBOARD_LOGGING_DIR"
     if logs is None or "tensorboard" not in report_to or key in os.environ:
         yield

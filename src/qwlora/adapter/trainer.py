@@ -1,9 +1,13 @@
-"""The Trainer of transformers, with what an adapter on a frozen base needs more of it; `train.py` says why it is this one.
+"""The Trainer of transformers, extended for an adapter on a frozen base.
 
-    loss = the model's own [+ distance to the float model, while recovering]
+    loss = the model's own loss [+ distance to the float model, when training for recovery]
 
-A loss or gradient that is not finite stops before the step is taken. Checkpoints are plain PEFT adapters, whole ones where the model is sharded; learned ranges
-of activations lie beside them. The loop is the Trainer's.
+- A loss or gradient that is not finite stops the run before the optimizer step.
+- Checkpoints are plain PEFT adapters, unsharded even where the model is sharded; learned activation
+  ranges are saved next to them.
+
+The training loop is the Trainer's. `train.py` says why it is this Trainer; `training_step.py` lists
+what is replaced inside the model.
 """
 
 from __future__ import annotations
@@ -19,32 +23,31 @@ from transformers import PrinterCallback, Trainer
 from qwlora.adapter.adapter_folder import write_adapter
 from qwlora.adapter.fsdp import is_sharded, switch_on_, whole_adapter
 from qwlora.adapter.graph_training import add_ranges_, load_ranges_, save_ranges
-from qwlora.adapter.recovery_loss import Recovery
+from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.training_callbacks import first_gradient_not_finite, first_output_not_finite
 from qwlora.adapter.training_checkpoints import last_good
 from qwlora.errors import TrainingError
 
 
 class AdapterTrainer(Trainer):
-    """Looks at every loss and gradient before the step is taken, and writes checkpoints as plain adapters.
+    """Checks losses and gradients before the optimizer step; saves checkpoints as plain adapters.
 
     Attributes:
-        recovery: measures the distance to the float model, which is then part of the loss.
-        ranges: activation ranges that are learned besides the adapter, at `range_learning_rate`.
-        goes_through: whether a graph stands for the model, so that its layers do not run (`through.py`).
+        recovery: the recovery loss, which is added to the model's; None without a float model.
+        ranges: activation ranges that are trained along with the adapter at `range_learning_rate`.
+        uses_graph: whether a graph replaces the model's forward, so that its layers do not run.
     """
 
-    recovery: Recovery | None = None
+    recovery: RecoveryLoss | None = None
     ranges: nn.Parameter | None = None
     range_learning_rate: float = 0.0
-    goes_through: bool = False
+    uses_graph: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
-        self._loss_shifts_labels = (
-            True  # the Trainer counts targets by the name of the loss, which not every model has
-        )
+        # The Trainer looks this up by the name of the model's loss, which not every model has.
+        self._loss_shifts_labels = True
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
@@ -63,7 +66,7 @@ class AdapterTrainer(Trainer):
             load_ranges_(self.ranges, Path(str(self.state.best_model_checkpoint)))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss; while recovering, the distance to the float model besides."""
+        """The model's own loss, plus the recovery loss if there is one."""
         found = super().compute_loss(model, inputs, *args, **kwargs)
         if self.recovery is None:
             return found
@@ -79,7 +82,11 @@ class AdapterTrainer(Trainer):
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
     ) -> contextlib.AbstractContextManager[Any]:
-        """Accelerate wraps a model's forward in autocast, but not a sharded one's: there FSDP2's own policy would do, which is off (`shard.py`)."""
+        """Autocast for a sharded model only.
+
+        Accelerate wraps other models in autocast itself. For a sharded one it relies on FSDP2's
+        mixed precision policy, which we turn off (`fsdp.py`).
+        """
         return self.accelerator.autocast() if is_sharded(self) else contextlib.nullcontext()
 
     def training_step(
@@ -88,50 +95,51 @@ class AdapterTrainer(Trainer):
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         sharded = is_sharded(self)
         if not bool(loss.isfinite()):
-            unseen = sharded or self.goes_through  # the layers are elsewhere, or do not run
-            name = None if unseen else self._first_output(inputs)
-            where = (
-                f"the output of {name} was the first that is not finite"
-                if name
-                else ""
-                if unseen
-                else "every layer's output was finite"
-            )
+            # The layers of a sharded model are on several processes; with a graph they do not run.
+            where = "" if sharded or self.uses_graph else self._first_bad_output(inputs)
             self._stop(f"the loss is {float(loss)}", where)
         if not sharded and (
             name := first_gradient_not_finite(self.accelerator.unwrap_model(self.model))
         ):
             self._stop(
                 "a gradient is not finite",
-                f"from the top of the model, that of {name} was the first",
+                f"the first, from the top of the model, is that of {name}",
             )
         if (
             self.ranges is not None
             and self.ranges.grad is not None
             and not bool(self.ranges.grad.isfinite().all())
         ):
-            self._stop("a gradient is not finite", "that of the activation ranges")
+            self._stop("a gradient is not finite", "it is that of the activation ranges")
         return loss
 
-    def _first_output(self, inputs: dict[str, Any]) -> str | None:
+    def _first_bad_output(self, inputs: dict[str, Any]) -> str:
+        """Which layer's output is the first that is not finite, in words."""
         model = self.accelerator.unwrap_model(self.model)
 
         def forward() -> None:
             with self.compute_loss_context_manager():
                 model(**self._prepare_inputs(inputs))
 
-        return first_output_not_finite(model, forward)
+        name = first_output_not_finite(model, forward)
+        if name is None:
+            return "the outputs of all layers are finite"
+        return f"the first output that is not finite is that of {name}"
 
     def _stop(self, what: str, where: str) -> None:
         raise TrainingError(
-            f"{what} at step {self.state.global_step + 1}{f'; {where}' if where else ''}; {last_good(Path(str(self.args.output_dir)))}. "
-            f"Lower the learning rate (now {self.args.learning_rate:g}), raise warmup_steps, or look at what is trained on"
+            f"{what} at step {self.state.global_step + 1}{f'; {where}' if where else ''}; "
+            f"{last_good(Path(str(self.args.output_dir)))}. "
+            f"Lower the learning rate (now {self.args.learning_rate:g}), raise warmup_steps, or "
+            "check the training data"
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A sharded checkpoint holds the whole adapter besides, so that a run that had ended needs no processes to be restored.
+        """Save a checkpoint; for a sharded model, save the unsharded adapter too.
 
-        The Trainer asks, on each process, whether the best checkpoint's folder is there, before it would make it; writing here makes it in time.
+        With it, the adapter of a finished run is restored without starting several processes. It is
+        written first because each process of the Trainer checks that the best checkpoint's folder
+        exists before the Trainer creates it.
         """
         if is_sharded(self):
             state = whole_adapter(self.accelerator.unwrap_model(self.model))

@@ -1,17 +1,26 @@
-"""What is watched while an adapter trains: time, losses, interruption, and whether the numbers still mean anything.
+"""Monitoring of a training run: timing, losses, stop signals, divergence, non-finite numbers.
 
-The loss has diverged when the last 5 steps all lie above, or the mean of the last w lies above,
+The loss has diverged if each of the last 5 losses, or the mean of the last w, is above
 
-    max( 2 m, m + 1, m + 3 sqrt(2 log N) s / sqrt(n) )      in nats,    n = 5 or w,    w = a quarter of the N steps, 5 at least and 50 at most
+    max( 2 m, m + 1, m + 3 sqrt(2 log N) s / sqrt(n) )      in nats
 
-where m is the lowest mean of w consecutive losses before them, and s the standard deviation of a loss, from the differences of those that follow one another
-(so that learning does not count). The last term is for data of several kinds in random order, as code and prose: two thirds of it lie between the lowest and
-the highest of N such means. Or when the last 5 steps all lie above what knowing nothing costs, and above the first:
+    N   steps before them
+    w   a quarter of all steps, at least 5 and at most 50
+    n   5 or w, the number of losses compared
+    m   lowest mean of w consecutive losses before them
+    s   standard deviation of one loss, from differences of consecutive losses (without the trend)
 
-    max( first + 1, log V + 1 )                V entries in the vocabulary
+The last term is for mixed data in random order, such as code and prose, where low means occur by
+chance: two thirds of it is the expected range of N such means.
 
-A loss or gradient that is not finite stops at once, before the step is taken, and the first layer whose output (or the first adapter weight, from the top,
-whose gradient) is not finite is named.
+The loss has also diverged if each of the last 5 losses is above both the loss of a uniform guess
+and the first loss, by 1 nat:
+
+    max( first + 1, log V + 1 )                             V entries in the vocabulary
+
+A non-finite loss or gradient stops the run before the optimizer step. The error names the first
+layer with a non-finite output, or the first adapter weight (from the top of the model) with a
+non-finite gradient.
 """
 
 from __future__ import annotations
@@ -38,19 +47,19 @@ FEW, MANY = 5, 50
 
 @dataclass(frozen=True)
 class Divergence:
-    """The last `steps` losses lie above `limit`: each of them if they are FEW, else their mean."""
+    """The last `steps` losses are above `limit`: each if `steps` is FEW, else their mean."""
 
     limit: float
     steps: int
 
 
 def divergence(losses: Sequence[float], vocabulary: int) -> Divergence | None:
-    """Whether `losses`, of all steps so far, have diverged by the rule above."""
+    """Apply the rule above to the losses of all steps so far; None if they have not diverged."""
     window = min(MANY, max(FEW, len(losses) // 4))
     for steps in sorted({FEW, window}):
         last = losses[-steps:]
         above = min(last) if steps == FEW else statistics.fmean(last)
-        limits = [_lost(losses[:-steps], window, steps)]
+        limits = [_limit(losses[:-steps], window, steps)]
         if steps == FEW and len(losses) > FEW:
             limits.append(max(losses[0] + 1, math.log(vocabulary) + 1))
         if above > min(limits):
@@ -58,8 +67,8 @@ def divergence(losses: Sequence[float], vocabulary: int) -> Divergence | None:
     return None
 
 
-def _lost(before: Sequence[float], window: int, steps: int) -> float:
-    """From where on what was learnt is gone."""
+def _limit(before: Sequence[float], window: int, steps: int) -> float:
+    """The first limit of the rule above, from the losses before the last `steps`."""
     if len(before) < window:
         return math.inf
     values = torch.tensor(before, dtype=torch.float64)
@@ -71,13 +80,15 @@ def _lost(before: Sequence[float], window: int, steps: int) -> float:
     )
 
 
-class Watch(TrainerCallback):
-    """Times the steps, keeps the losses, reports progress, and turns Ctrl-C, SIGTERM and SIGHUP into "finish this step, write a checkpoint, stop".
+class TrainingMonitor(TrainerCallback):
+    """Times the steps, reports progress, stops at divergence, and turns signals into a clean stop.
+
+    Ctrl-C, SIGTERM and SIGHUP finish the current step, write a checkpoint and stop.
 
     Args:
-        checkpoint_steps: a checkpoint is written after every so many steps, besides those that follow an evaluation.
-        vocabulary: its entries; None lets a loss that has diverged go on.
-        last_good: says where the newest whole checkpoint is, for the message of an error.
+        checkpoint_steps: steps between checkpoints, in addition to those after an evaluation.
+        vocabulary: number of entries; None disables the divergence check.
+        last_good: describes the newest complete checkpoint, for the error message.
     """
 
     def __init__(
@@ -87,12 +98,8 @@ class Watch(TrainerCallback):
         vocabulary: int | None,
         last_good: Callable[[], str],
     ):
-        self.track, self.checkpoint_steps, self.vocabulary, self.last_good = (
-            track,
-            checkpoint_steps,
-            vocabulary,
-            last_good,
-        )
+        self.track, self.checkpoint_steps = track, checkpoint_steps
+        self.vocabulary, self.last_good = vocabulary, last_good
         self.step_seconds: list[float] = []
         self.interrupted: int | None = None  # the signal that asked to stop
         self.base_bytes = 0
@@ -140,14 +147,17 @@ class Watch(TrainerCallback):
             return
         losses = losses_of(state)
         if (found := divergence(losses, self.vocabulary)) is not None:
+            mean = "" if found.steps == FEW else "in the mean "
             raise TrainingError(
-                f"training diverged: the loss is {losses[-1]:.3f} at step {state.global_step}, and has been above {found.limit:.3f} for {found.steps} steps"
-                f"{'' if found.steps == FEW else ' in the mean'} (lowest before: {min(losses[: -found.steps]):.3f}); {self.last_good()}. "
-                f"Lower the learning rate (now {args.learning_rate:g}) or raise warmup_steps; divergence: ignore goes on all the same"
+                f"training diverged: the loss is {losses[-1]:.3f} at step {state.global_step}, and "
+                f"{mean}above {found.limit:.3f} for {found.steps} steps (lowest before: "
+                f"{min(losses[: -found.steps]):.3f}); {self.last_good()}. Lower the learning rate "
+                f"(now {args.learning_rate:g}) or raise warmup_steps. To continue anyway, set "
+                "divergence: ignore"
             )
 
     def interrupt(self, number: int) -> None:
-        """Stop after this step, because of signal `number`; a second Ctrl-C stops at once."""
+        """Stop after this step because of signal `number`; a second Ctrl-C stops at once."""
         if self.interrupted is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.interrupted is None:
@@ -155,30 +165,27 @@ class Watch(TrainerCallback):
 
 
 def losses_of(state: TrainerState) -> list[float]:
-    """The loss of every step so far, those before an interruption among them."""
+    """The loss of every step so far, including those before an interruption."""
     return [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
 
 
 def first_output_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """Name of the module whose output is the first that holds a nan or an infinity, while `forward` runs; None if there is none."""
+    """Run `forward`; name of the first module whose output has a nan or infinity, or None."""
     found: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensors = (
-                output
-                if isinstance(output, tuple | list)
-                else output.values()
-                if isinstance(output, dict)
-                else (output,)
-            )
+        def check(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, dict):
+                output = output.values()
+            elif not isinstance(output, tuple | list):
+                output = (output,)
             if not found and any(
                 isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all())
-                for t in tensors
+                for t in output
             ):
                 found.append(canonical_name(name) or "the model itself")
 
-        return look
+        return check
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
     try:
@@ -191,7 +198,7 @@ def first_output_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str
 
 
 def first_gradient_not_finite(model: nn.Module) -> str | None:
-    """Name of the trainable parameter, from the model's top downwards, whose gradient is the first that holds a nan or an infinity."""
+    """Name of the parameter nearest the output whose gradient has a nan or infinity, or None."""
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if not gradients or bool(torch.stack([g.isfinite().all() for g in gradients.values()]).all()):
         return None

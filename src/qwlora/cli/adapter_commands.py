@@ -13,7 +13,7 @@ from rich.table import Table
 from qwlora import strict_json
 
 if TYPE_CHECKING:
-    from qwlora.adapter.adapter_check import AdapterFacts
+    from qwlora.adapter.adapter_check import AdapterReport
 
 app = typer.Typer(
     help="List and check the adapters of a job, or any PEFT adapters.",
@@ -37,13 +37,18 @@ def list_adapters(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
     """Show each adapter's kind, size and base; exit 2 when one cannot be read."""
-    from qwlora.adapter.adapter_check import AdapterFacts, base_beside, facts, find_adapters
+    from qwlora.adapter.adapter_check import (
+        AdapterReport,
+        adapter_report,
+        base_beside,
+        find_adapters,
+    )
     from qwlora.errors import QwloraError, SourceError
 
-    base, found, unreadable = base_beside(folder), list[AdapterFacts](), list[str]()
+    base, found, unreadable = base_beside(folder), list[AdapterReport](), list[str]()
     for adapter in find_adapters(folder):
         try:
-            found.append(facts(adapter, folder))
+            found.append(adapter_report(adapter, folder))
         except QwloraError as error:
             unreadable.append(str(error))
     if as_json:
@@ -54,7 +59,7 @@ def list_adapters(
         raise SourceError("\n".join(unreadable))
 
 
-def _print(found: list[AdapterFacts], base: str | None) -> None:
+def _print(found: list[AdapterReport], base: str | None) -> None:
     table = Table(
         "adapter", "kind", "rank", "alpha", "layers", "parameters", "base", box=None, pad_edge=False
     )

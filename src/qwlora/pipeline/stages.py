@@ -282,13 +282,13 @@ def _initialize(session: Session, model: PeftModel, adapter: Adapter) -> tuple[P
     }
 
 
-def _settings(adapter: Adapter, seed: int, goes_through: bool) -> TrainingSettings:
+def _settings(adapter: Adapter, seed: int, uses_graph: bool) -> TrainingSettings:
     given = {
         f.name: getattr(adapter, f.name)
         for f in fields(TrainingSettings)
         if f.name not in ("seed", "report_to", "loss")
     }
-    loss = adapter.loss or ("whole" if goes_through else "chunked")
+    loss = adapter.loss or ("whole" if uses_graph else "chunked")
     return TrainingSettings(**given, seed=seed, report_to=tuple(adapter.report_to), loss=loss)
 
 

@@ -1,4 +1,4 @@
-"""Lean steps in anybody's own loop: what PEFT learns, and nothing left behind."""
+"""`lean_steps` in a user's own loop: PEFT's results; nothing stays replaced afterwards."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 import qwlora
 from conftest import tiny_model
-from qwlora.adapter import activation_checkpointing as apart
+from qwlora.adapter import activation_checkpointing
 from qwlora.nn.packed_matmul import AddedProduct
 
 
-def learnt(lean: bool, half: bool) -> dict[str, Tensor]:
-    """By how much three steps move each weight of the adapter."""
+def weight_changes(lean: bool, half: bool) -> dict[str, Tensor]:
+    """Change of each adapter weight over three steps."""
     model: Any = tiny_model("llama")
     qwlora.quantize_(model, "w4-block32", "rtn")
     torch.manual_seed(0)
@@ -26,7 +26,7 @@ def learnt(lean: bool, half: bool) -> dict[str, Tensor]:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     qwlora.chunk_loss_(model)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
-    ids, before = torch.arange(64).view(2, 32), state(model)
+    ids, before = torch.arange(64).view(2, 32), patched_state(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     with qwlora.lean_steps(model, autocast=half) if lean else contextlib.nullcontext():
         for _ in range(3):
@@ -35,14 +35,14 @@ def learnt(lean: bool, half: bool) -> dict[str, Tensor]:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert state(model) == before
+    assert patched_state(model) == before
     return {
         name: p.detach() - start[name] for name, p in model.named_parameters() if p.requires_grad
     }
 
 
-def state(model: torch.nn.Module) -> list[Any]:
-    """What a context might leave changed."""
+def patched_state(model: torch.nn.Module) -> list[Any]:
+    """Everything that `lean_steps` replaces."""
     modules = [
         (
             len(m._forward_hooks),
@@ -55,11 +55,11 @@ def state(model: torch.nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize(("half", "near"), [(False, 1e-5), (True, 2e-2)])
-def test_an_own_loop_learns_what_it_learnt_without(
+def test_lean_steps_match_plain_steps(
     half: bool, near: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: dict[str, int] = {}
-    for owner in (AddedProduct, apart._Moved):
+    for owner in (AddedProduct, activation_checkpointing._MappedCopy):
         own = owner.apply
         monkeypatch.setattr(
             owner,
@@ -68,10 +68,10 @@ def test_an_own_loop_learns_what_it_learnt_without(
                 used.update({name: used.get(name, 0) + 1}) or own(*args)
             ),
         )
-    monkeypatch.setattr(apart, "_LARGE_BYTES", 1)
-    expected = learnt(False, half)
+    monkeypatch.setattr(activation_checkpointing, "_MIN_COPY_BYTES", 1)
+    expected = weight_changes(False, half)
     assert not used
-    found = learnt(True, half)
-    assert used.keys() == {"AddedProduct", *(["_Moved"] if sys.platform == "linux" else [])}
+    found = weight_changes(True, half)
+    assert used.keys() == {"AddedProduct", *(["_MappedCopy"] if sys.platform == "linux" else [])}
     for name, change in expected.items():
         assert float((found[name] - change).norm()) < near * float(change.norm()), name

@@ -1,4 +1,4 @@
-"""oneDNN's float32 products, where they are float32."""
+"""oneDNN's float32 matmuls, used only where they are exact."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qwlora.adapter.float32_matmul import float32_by_onednn
+from qwlora.adapter.float32_matmul import onednn_float32_matmul
 
 
 @pytest.fixture(autouse=True)
@@ -16,9 +16,9 @@ def precision() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
 
 
-def test_products_inside_are_float32_and_random_numbers_are_not_used() -> None:
+def test_products_are_float32_and_the_rng_is_untouched() -> None:
     state = torch.get_rng_state()
-    with float32_by_onednn():
+    with onednn_float32_matmul():
         x, w = (
             torch.randn(300, 300, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
         )
@@ -29,12 +29,12 @@ def test_products_inside_are_float32_and_random_numbers_are_not_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rounded_bits", "taken"),
+    ("rounded_bits", "used"),
     [(0, True), (13, False), (16, False)],
     ids=["float32", "TF32", "bfloat16"],
 )
-def test_a_product_that_rounds_what_it_multiplies_is_not_taken(
-    rounded_bits: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+def test_reduced_precision_products_are_refused(
+    rounded_bits: int, used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = torch.Tensor.__matmul__
 
@@ -51,21 +51,21 @@ def test_a_product_that_rounds_what_it_multiplies_is_not_taken(
         )
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", product)
-    with float32_by_onednn():
-        assert torch.get_float32_matmul_precision() == ("medium" if taken else "highest")
+    with onednn_float32_matmul():
+        assert torch.get_float32_matmul_precision() == ("medium" if used else "highest")
 
 
-def test_who_chose_a_precision_and_accelerators_keep_theirs() -> None:
+def test_chosen_precision_and_accelerators_are_left_alone() -> None:
     torch.set_float32_matmul_precision("high")
-    with float32_by_onednn():
+    with onednn_float32_matmul():
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision("highest")
-    with float32_by_onednn("cuda"):
+    with onednn_float32_matmul("cuda"):
         assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_it_ends_with_an_error_too() -> None:
-    with pytest.raises(KeyError), float32_by_onednn():
+def test_precision_is_restored_after_an_error() -> None:
+    with pytest.raises(KeyError), onednn_float32_matmul():
         raise KeyError
     assert torch.get_float32_matmul_precision() == "highest"

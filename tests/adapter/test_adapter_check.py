@@ -17,7 +17,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from conftest import reseal, tiny_model
 from qwlora import save_adapter
-from qwlora.adapter.adapter_check import AdapterFacts, base_beside, facts, find_adapters, problems
+from qwlora.adapter.adapter_check import (
+    AdapterReport,
+    adapter_report,
+    base_beside,
+    find_adapters,
+    problems,
+)
 from qwlora.errors import SourceError
 from qwlora.pipeline.directory import Directory, Record
 
@@ -44,9 +50,9 @@ def job(tmp_path: Path) -> Path:
 
 
 def test_facts_are_the_adapters(job: Path) -> None:
-    a, b = (facts(folder, job) for folder in find_adapters(job))
+    a, b = (adapter_report(folder, job) for folder in find_adapters(job))
     weights = load_file(job / "adapters" / "a" / WEIGHTS)
-    assert a == AdapterFacts(
+    assert a == AdapterReport(
         "adapters/a", "LoRA", 2, 4, 4, sum(t.numel() for t in weights.values()), base_beside(job)
     )
     assert (b.kind, b.modules) == ("DoRA", 4)
@@ -154,7 +160,7 @@ def test_files_that_cannot_be_read_are_named(job: Path) -> None:
     reseal(folder, "qwlora.json")
     assert f"{WEIGHTS} cannot be read" in problems(folder, None)[0]
     with pytest.raises(SourceError, match=f"{WEIGHTS} cannot be read"):
-        facts(folder, job)
+        adapter_report(folder, job)
     (folder / "adapter_config.json").write_text("[]")
     reseal(folder, "qwlora.json")
     assert "adapter_config.json is not a mapping" in problems(folder, None)[0]

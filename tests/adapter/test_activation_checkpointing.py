@@ -1,4 +1,4 @@
-"""Checkpoints in mappings of their own: the same numbers."""
+"""Activation checkpoints in memory mappings: the same bits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import ARCHITECTURES, tiny_model
-from qwlora.adapter import activation_checkpointing as apart
-from qwlora.adapter.activation_checkpointing import kept_apart
+from qwlora.adapter import activation_checkpointing
+from qwlora.adapter.activation_checkpointing import mmap_checkpoints
 
 
 def gradients(architecture: str, active: bool) -> dict[str, Tensor]:
@@ -23,7 +23,7 @@ def gradients(architecture: str, active: bool) -> dict[str, Tensor]:
         torch.arange(64).view(2, 32),
         [len(layer._forward_hooks) for layer in model.modules()],
     )
-    with torch.random.fork_rng(), kept_apart(model) if active else contextlib.nullcontext():
+    with torch.random.fork_rng(), mmap_checkpoints(model) if active else contextlib.nullcontext():
         torch.manual_seed(0)  # GPT-2 has dropout
         model(input_ids=ids, labels=ids).loss.backward()
     assert [len(layer._forward_hooks) for layer in model.modules()] == hooks
@@ -31,45 +31,47 @@ def gradients(architecture: str, active: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_are_the_same_bits(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved: list[int] = []
-    own = apart._Moved.apply
-    monkeypatch.setattr(apart, "_LARGE_BYTES", 1)
+def test_gradients_are_bitwise_equal(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    own = activation_checkpointing._MappedCopy.apply
+    monkeypatch.setattr(activation_checkpointing, "_MIN_COPY_BYTES", 1)
     monkeypatch.setattr(
-        apart._Moved, "apply", lambda x, trims: moved.append(x.nbytes) or own(x, trims)
+        activation_checkpointing._MappedCopy,
+        "apply",
+        lambda x, trims: copied.append(x.nbytes) or own(x, trims),
     )
     expected, found = gradients(architecture, active=False), gradients(architecture, active=True)
-    assert len(moved) >= 2
+    assert len(copied) >= 2
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
-def test_what_is_moved_and_what_is_not() -> None:
+def test_copies_only_large_outputs_while_training() -> None:
     class Layer(torch.nn.Module):
         gradient_checkpointing = True
 
     layer: Any = Layer()
     x = torch.randn(2**20, requires_grad=True)
-    moved = apart._move(True, layer, (), (x * 2, "more"))
-    assert moved[1] == "more"
-    assert torch.equal(moved[0], x * 2)
-    assert moved[0].untyped_storage().data_ptr() % 4096 == 0
-    moved[0].sum().backward()
+    copied = activation_checkpointing._copy_output(True, layer, (), (x * 2, "more"))
+    assert copied[1] == "more"
+    assert torch.equal(copied[0], x * 2)
+    assert copied[0].untyped_storage().data_ptr() % 4096 == 0
+    copied[0].sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 2))  # type: ignore[arg-type]
-    assert apart._move(True, layer.eval(), (), x) is None
-    assert apart._move(True, layer.train(), (), x[:10]) is None
+    assert activation_checkpointing._copy_output(True, layer.eval(), (), x) is None
+    assert activation_checkpointing._copy_output(True, layer.train(), (), x[:10]) is None
     with torch.no_grad():
-        assert apart._move(True, layer, (), x) is None
+        assert activation_checkpointing._copy_output(True, layer, (), x) is None
 
 
 @pytest.mark.parametrize(("worth", "trims"), [(1, 3), (2**40, 0)])
-def test_holes_go_back_after_every_third_large_layer_of_either_pass(
+def test_trims_after_every_third_large_layer_in_both_passes(
     worth: int, trims: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trimmed: list[int] = []
-    monkeypatch.setattr(apart, "give_back", lambda: trimmed.append(1))
-    monkeypatch.setattr(apart, "_LARGE_BYTES", 1)
-    monkeypatch.setattr(apart, "_WORTH_TRIMMING", worth)
+    monkeypatch.setattr(activation_checkpointing, "give_back", lambda: trimmed.append(1))
+    monkeypatch.setattr(activation_checkpointing, "_MIN_COPY_BYTES", 1)
+    monkeypatch.setattr(activation_checkpointing, "_MIN_TRIM_BYTES", worth)
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -80,7 +82,7 @@ def test_holes_go_back_after_every_third_large_layer_of_either_pass(
     model: Any = LlamaForCausalLM(LlamaConfig(**sizes)).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids = torch.arange(64).view(2, 32)
-    with kept_apart(model):
+    with mmap_checkpoints(model):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         assert len(trimmed) == trims
         loss.backward()

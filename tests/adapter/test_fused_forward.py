@@ -1,4 +1,4 @@
-"""LoRA on packed layers as one sum: PEFT's numbers, and its forward where it is anything else."""
+"""Fused LoRA on packed layers: PEFT's numbers, and PEFT's forward for everything but plain LoRA."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from conftest import tiny_model
-from qwlora.adapter.fused_forward import fused
+from qwlora.adapter.fused_forward import fused_lora
+from qwlora.nn import PackedLinear
 from qwlora.nn.packed_matmul import AddedProduct
 from qwlora.quantize.quantize_model import quantize_
 
 IDS = torch.arange(64).view(2, 32)
 
 
-def adapted(architecture: str = "llama", **options: Any) -> PeftModel:
-    """A packed model whose adapter is not zero."""
+def adapted_model(architecture: str = "llama", **options: Any) -> PeftModel:
+    """A packed model with a nonzero adapter."""
     model = tiny_model(architecture)
     model.config.use_cache = False
     quantize_(model, "w4-block32", "rtn")
@@ -33,11 +35,13 @@ def adapted(architecture: str = "llama", **options: Any) -> PeftModel:
     return found
 
 
-def learnt(model: PeftModel, active: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Loss and gradients."""
+def loss_and_gradients(
+    model: PeftModel, active: bool, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Loss and gradients, with or without the fused forward."""
     model.zero_grad()
     with (
-        fused(model) if active else torch.enable_grad(),
+        fused_lora(model) if active else torch.enable_grad(),
         torch.random.fork_rng(),
         torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
     ):
@@ -70,23 +74,24 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     "options", [{}, {"lora_dropout": 0.3}, {"use_rslora": True, "lora_alpha": 5}], ids=str
 )
 @pytest.mark.parametrize(("architecture", "layers"), [("llama", 14), ("gpt2", 8)])
-def test_loss_and_gradients_are_pefts(
+def test_loss_and_gradients_match_peft(
     architecture: str, layers: int, options: dict[str, Any], added: list[Any]
 ) -> None:
-    model = adapted(architecture, **options)
-    expected = learnt(model, active=False)
+    model = adapted_model(architecture, **options)
+    expected = loss_and_gradients(model, active=False)
     assert not added
-    found = learnt(model, active=True)
+    found = loss_and_gradients(model, active=True)
     assert len(added) == layers
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_under_autocast_it_is_about_as_near_to_float32_as_pefts() -> None:
-    model = adapted()
+def test_autocast_error_is_no_larger_than_pefts() -> None:
+    model = adapted_model()
     exact, own, found = (
-        learnt(model, *how) for how in ((False,), (False, torch.bfloat16), (True, torch.bfloat16))
+        loss_and_gradients(model, *how)
+        for how in ((False,), (False, torch.bfloat16), (True, torch.bfloat16))
     )
     off = [
         sum(
@@ -99,7 +104,7 @@ def test_under_autocast_it_is_about_as_near_to_float32_as_pefts() -> None:
     assert 0 < off[1] < 1.1 * off[0]
 
 
-def test_a_bias_is_added_once() -> None:
+def test_add_to_adds_the_bias_once() -> None:
     linear = nn.ModuleDict({"a": nn.Linear(64, 32)})
     quantize_(linear, "w4-block32", "rtn")
     layer: Any = linear["a"]
@@ -113,11 +118,11 @@ def test_a_bias_is_added_once() -> None:
 
 
 def dora() -> PeftModel:
-    return adapted(use_dora=True)
+    return adapted_model(use_dora=True)
 
 
 def two() -> PeftModel:
-    model = adapted()
+    model = adapted_model()
     model.add_adapter(
         "other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     )
@@ -126,59 +131,62 @@ def two() -> PeftModel:
 
 
 def off() -> PeftModel:
-    model = adapted()
+    model = adapted_model()
     model.base_model.disable_adapter_layers()
-    model.get_input_embeddings().weight.requires_grad_()  # something has to learn
+    model.get_input_embeddings().weight.requires_grad_()  # otherwise nothing has a gradient
     return model
 
 
 def with_bias() -> PeftModel:
-    return adapted("gpt2", lora_bias=True)
+    return adapted_model("gpt2", lora_bias=True)
 
 
 def hooked() -> PeftModel:
-    model = adapted()
+    model = adapted_model()
     for layer in model.modules():
-        if hasattr(layer, "add_to"):
+        if isinstance(layer, PackedLinear):
             layer.register_forward_hook(lambda module, inputs, output: output * 1.5)
     return model
 
 
 def replaced() -> PeftModel:
-    model = adapted()
+    model = adapted_model()
     for layer in model.modules():
-        if hasattr(layer, "lora_A"):
+        if isinstance(layer, LoraLayer):
             layer.forward = partial(type(layer).forward, layer)
     return model
 
 
 @pytest.mark.parametrize("make", [dora, two, off, with_bias, hooked, replaced])
-def test_what_is_not_plain_keeps_pefts_forward(make: Any, added: list[Any]) -> None:
+def test_other_layers_keep_pefts_forward(make: Any, added: list[Any]) -> None:
     model = make()
-    expected, found = learnt(model, active=False), learnt(model, active=True)
+    expected, found = (
+        loss_and_gradients(model, active=False),
+        loss_and_gradients(model, active=True),
+    )
     assert not added
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_checkpointed_layer_leaves_out_its_last_product_the_second_time(added: list[Any]) -> None:
-    model = adapted()
-    expected = learnt(model, active=True)
+def test_recomputation_skips_the_last_product_of_a_checkpointed_layer(added: list[Any]) -> None:
+    model = adapted_model()
+    expected = loss_and_gradients(model, active=True)
     added.clear()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = learnt(model, active=True)
+    found = loss_and_gradients(model, active=True)
     assert added.count((64, 128)) == 2  # down_proj, of two layers
     assert len(added) == 14 + 12
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_pefts_forward_is_back_afterwards() -> None:
-    model = adapted()
-    with fused(model):
+def test_forward_is_restored() -> None:
+    model = adapted_model()
+    with fused_lora(model):
         assert sum("forward" in layer.__dict__ for layer in model.modules()) == 14
     assert not any("forward" in layer.__dict__ for layer in model.modules())
     changed = replaced()
     before = [layer.__dict__.get("forward") for layer in changed.modules()]
-    with fused(changed):
+    with fused_lora(changed):
         pass
     assert [layer.__dict__.get("forward") for layer in changed.modules()] == before

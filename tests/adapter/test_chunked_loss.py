@@ -32,7 +32,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from qwlora import quantize_
-from qwlora.adapter.chunked_loss import chunk_loss_
+from qwlora.adapter.training_step import chunk_loss_
 from qwlora.adapter.vocabulary_slice_loss import sliced_cross_entropy
 from qwlora.errors import TrainingError
 from qwlora.grid.scheme import parse_scheme
@@ -302,7 +302,7 @@ def test_labels_beyond_the_vocabulary_are_refused(label: int) -> None:
     given["labels"][1, 3] = label
     with pytest.raises(
         TrainingError,
-        match=rf"labels go from .*{label}.*, but the model knows {VOCABULARY} tokens; what is not to be learnt has label -100",
+        match=rf"labels range from .*{label}.* {VOCABULARY} entries.* -100",
     ):
         model(**given)
 
@@ -428,5 +428,5 @@ def test_a_batch_without_a_target_is_named() -> None:
     model = tiny_model("llama")
     chunk_loss_(model)
     ids = batch()["input_ids"]
-    with pytest.raises(TrainingError, match="a batch has no token to learn from"):
+    with pytest.raises(TrainingError, match="a batch has no loss token"):
         model(input_ids=ids, labels=torch.full_like(ids, -100))

@@ -1,0 +1,146 @@
+"""The training step: everything QWLoRA replaces in transformers, PEFT and torch, in one order.
+
+Applied from top to bottom, removed from bottom to top. Rows 1 and 2 are for a training run
+(`train.py`); rows 3 to 6 are `lean_steps`, which also serves a training loop of the user's own.
+
+    | # | what is replaced                     | by                          | why
+    |---|--------------------------------------|-----------------------------|---------------------
+    | 1 | `forward` of the causal model and,   | `ChunkedLoss`               | the logits of a whole
+    |   | while it runs, its `_loss_function`  | chunked_loss.py             | batch never exist
+    |   | and the `forward` of its head        |                             |
+    |   | or: `forward` of the causal model    | `GraphForward`              | train on quantized
+    |   |                                      | graph_training.py           | activations
+    | 2 | nothing: pre-hooks on the model and  | `RecoveryLoss`              | distance to the
+    |   | on both output heads                 | recovery_loss.py            | float model
+    | 3 | outputs of checkpointed layers,      | `mmap_checkpoints`          | no holes in malloc's
+    |   | by forward hooks                     | activation_checkpointing.py | memory
+    | 4 | under autocast: PEFT's cast of layer | `peft.helpers.disable_`     | autocast casts them
+    |   | inputs to the weight's dtype         | `input_dtype_casting`       | anyway
+    | 5 | `forward` of plain LoRA layers       | `fused_lora`                | one output array
+    |   |                                      | fused_forward.py            | instead of four
+    | 6 | torch's float32 matmul precision     | `onednn_float32_matmul`     | faster on CPUs that
+    |   |                                      | float32_matmul.py           | are not Intel's
+
+Row 1 comes before row 5 because `ChunkedLoss` keeps the head's `forward` that it finds, which must
+outlive row 5. The other rows do not depend on each other.
+
+Written for and tested with torch 2.13, transformers 5.24 and peft 0.21.2 (pyproject.toml has the
+ranges). What each row relies on beyond the documented interfaces:
+
+    1  transformers: `loss_function` reads the instance attribute `_loss_function`; a causal model's
+       forward calls its head once and passes labels, logits and `num_items_in_batch` to the loss
+    3  transformers: `GradientCheckpointingLayer` and its attribute `gradient_checkpointing`
+    5  peft: the attributes of `peft.tuners.lora.Linear`; its forward is B(A(dropout(x))) * scaling
+    6  torch: precision "medium" selects oneDNN on CPUs
+
+Not here: what `trainer.AdapterTrainer` changes by subclassing (the recovery term is added to the
+loss, non-finite losses and gradients stop the run, checkpoints are plain adapters).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+from transformers import PreTrainedModel
+
+from qwlora.adapter.activation_checkpointing import mmap_checkpoints
+from qwlora.adapter.chunked_loss import ChunkedLoss
+from qwlora.adapter.float32_matmul import onednn_float32_matmul
+from qwlora.adapter.fused_forward import fused_lora
+from qwlora.adapter.graph_training import GraphForward, TrainableGraph
+from qwlora.adapter.recovery_loss import RecoveryLoss
+
+
+def chunk_loss_(model: nn.Module, chunk_tokens: int | None = None) -> ChunkedLoss:
+    """Give `model` the chunked loss, in place (row 1).
+
+    `model(ids, labels=ids).loss` then never makes the logits of a whole batch. Call it before
+    `lean_steps`. See `ChunkedLoss` for arguments and errors.
+    """
+    return ChunkedLoss(model, chunk_tokens)
+
+
+@contextlib.contextmanager
+def replaced_forward(
+    model: PeftModel,
+    graph: TrainableGraph | None,
+    chunked: bool,
+    processes: int = 1,
+    **unsupported_by_graph: bool,
+) -> Iterator[None]:
+    """Row 1, until the context ends.
+
+    Args:
+        graph: replaces the forward of `model`, see `GraphForward`.
+        chunked: without a graph, use the chunked loss; with one, refuse.
+        processes: number of training processes.
+        unsupported_by_graph: settings that a graph refuses if they are on, by name.
+
+    Raises:
+        TrainingError: see `ChunkedLoss` and `GraphForward`.
+    """
+    replacement: ChunkedLoss | GraphForward | None = None
+    if graph is not None:
+        replacement = GraphForward(
+            model, graph, processes, chunked_loss=chunked, **unsupported_by_graph
+        )
+    elif chunked:
+        replacement = chunk_loss_(model)
+    try:
+        yield
+    finally:
+        if replacement is not None:
+            replacement.remove()
+
+
+@contextlib.contextmanager
+def training_steps(
+    model: PeftModel, autocast: bool, teacher: PreTrainedModel | None = None
+) -> Iterator[RecoveryLoss | None]:
+    """Rows 2 to 6, until the context ends; yields the recovery loss if there is a teacher.
+
+    Args:
+        model: on the device where it is trained.
+        autocast: whether the forward runs under autocast.
+        teacher: the float model, on the same device.
+
+    Raises:
+        TrainingError: see `RecoveryLoss`.
+    """
+    recovery = RecoveryLoss(model, teacher) if teacher is not None else None
+    try:
+        with lean_steps(model, autocast):
+            yield recovery
+    finally:
+        if recovery is not None:
+            recovery.remove()
+
+
+@contextlib.contextmanager
+def lean_steps(model: PeftModel, autocast: bool = False) -> Iterator[None]:
+    """Training steps in less memory and time, until the context ends (rows 3 to 6).
+
+        with lean_steps(model):
+            for batch in batches:
+                model(**batch).loss.backward()
+
+    Losses and gradients are the same up to rounding order. The loss itself is not changed; see
+    `chunk_loss_`.
+
+    Args:
+        model: on the device where it is trained.
+        autocast: whether the forward runs under autocast, which casts the inputs of products; PEFT
+            would cast them to float32 first.
+    """
+    device = next(model.parameters()).device
+    with (
+        mmap_checkpoints(model),
+        disable_input_dtype_casting(model, autocast),
+        fused_lora(model),
+        onednn_float32_matmul(device),
+    ):
+        yield

@@ -105,7 +105,7 @@ def test_sequences_longer_than_the_learned_positions_are_refused_before_anything
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
         SourceError,
-        match=r"160 tokens, but GPT2LMHeadModel has positions for 128 .*: set data.sequence_tokens to 128 at most",
+        match=r"160 tokens, but GPT2LMHeadModel has positions for 128 .*: set data.sequence_tokens to 128",
     ):
         run(load_recipe(path, ("data.sequence_tokens=160",)), out)
     assert sorted(tmp_path.rglob("*")) == before

@@ -211,7 +211,7 @@ def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
         (lambda t, c: c.update(model_type="nonesuch"), "config.json cannot be read"),
         (
             lambda t, c: c.update(vocab_size=-3),
-            r"config.json \(LlamaConfig\) builds no causal language model",
+            r"config.json \(LlamaConfig\) does not describe a causal language model",
         ),
         (
             lambda t, c: c.update(quantization_config={"quant_method": "hqq"}),
@@ -243,13 +243,13 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "absent")
     with pytest.raises(SourceError, match=r"config.json' cannot be read"):
         open_checkpoint(tmp_path)
-    with pytest.raises(SourceError, match="holds integers already.*only with a float model"):
+    with pytest.raises(SourceError, match=r"holds integers already.*only with a float model"):
         open_checkpoint(tmp_path / "model.gguf", encodings="x")
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
     with pytest.raises(SourceError, match=r"is quantized already \(awq\)"):
         open_checkpoint(tmp_path, encodings="x")
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(SourceError, match="holds no JSON object"):
+    with pytest.raises(SourceError, match="is not a JSON object"):
         open_checkpoint(tmp_path)
 
 
@@ -279,10 +279,10 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
             r"tensor 'a' has shape \[1099511627776, 1099511627776\] of F32, which does not fill the 8 bytes",
         ),
         (header({"a": entry(shape=[10**300])}, b"\0" * 8), "which does not fill the 8 bytes"),
-        (header({"a": entry(shape=[-2])}, b"\0" * 8), "lists of integers that are not negative"),
+        (header({"a": entry(shape=[-2])}, b"\0" * 8), "lists of non-negative integers"),
         (header({"a": entry(shape="x")}, b"\0" * 8), "tensor 'a' has shape 'x'"),
         (header({"a": entry(offsets=[8, 0])}, b"\0" * 8), "does not fill the -8 bytes"),
-        (header({"a": entry(offsets=[0])}, b"\0" * 8), "lists of integers"),
+        (header({"a": entry(offsets=[0])}, b"\0" * 8), "lists of non-negative integers"),
         (header({"a": entry(dtype="Q9")}, b"\0" * 8), "tensor 'a' has type 'Q9'"),
         (header({"a": 3}), "tensor 'a' has type None"),
         (
@@ -290,9 +290,9 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
                 b'{"a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}, "a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
                 b"\0" * 8,
             ),
-            "'a' is there twice",
+            "'a' occurs twice",
         ),
-        (header(b"[1]"), "the header is no JSON object"),
+        (header(b"[1]"), "the header is not a JSON object"),
         (header(b"{" * 30), "the header cannot be read"),
         (header(b"[" * 200000), "the header cannot be read"),
         (header(b"\xff\xfe"), "the header cannot be read"),
@@ -317,30 +317,30 @@ def test_overlapping_tensors_are_not_read(tmp_path: Path) -> None:
     [
         (
             {"weight_map": {"a": "../outside.safetensors"}},
-            "tensor 'a' is said to lie in '../outside.safetensors', which is no .safetensors file of this folder",
+            "tensor 'a' is listed in '../outside.safetensors', which is not a .safetensors file in this folder",
         ),
-        ({"weight_map": {"a": "/etc/passwd"}}, "tensor 'a' is said to lie in '/etc/passwd'"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "tensor 'a' is listed in '/etc/passwd'"),
         (
             {"weight_map": {"a": "..\\x.safetensors"}},
-            "which is no .safetensors file of this folder",
+            "which is not a .safetensors file in this folder",
         ),
         (
             {"weight_map": {"a": "absent.safetensors"}},
-            "file 'absent.safetensors', which should hold tensor 'a', is missing",
+            "file 'absent.safetensors', which should contain tensor 'a', is missing",
         ),
         (
             {"weight_map": {"a": "one.safetensors", "z": "one.safetensors"}},
-            "the index puts tensor 'z' here, but the file has none of that name",
+            "the index lists tensor 'z' in this file, but it is not there",
         ),
-        ({"weight_map": {"b": "one.safetensors"}}, "the index puts tensor 'b' here"),
+        ({"weight_map": {"b": "one.safetensors"}}, "the index lists tensor 'b' in this file"),
         (
             {"weight_map": {"a": "one.safetensors"}},
-            "tensor 'c' is here, but the index does not put it here",
+            "tensor 'c' is in this file, but the index does not list it",
         ),
-        ({"weight_map": {"a": 3}}, "weight_map must say for each tensor the file that holds it"),
-        ({}, "weight_map must say"),
-        (b'{"weight_map": {"a": "one.safetensors", "a": "one.safetensors"}}', "'a' is there twice"),
-        (b"[]", "holds no JSON object"),
+        ({"weight_map": {"a": 3}}, "weight_map must give the file name of each tensor"),
+        ({}, "weight_map must give"),
+        (b'{"weight_map": {"a": "one.safetensors", "a": "one.safetensors"}}', "'a' occurs twice"),
+        (b"[]", "is not a JSON object"),
     ],
 )
 def test_damaged_indices(tmp_path: Path, index: Any, message: str) -> None:
@@ -372,14 +372,14 @@ def test_the_only_file_under_another_name_is_read(tmp_path: Path) -> None:
     (tmp_path / "another.safetensors.index.json").write_text("{}")
     with pytest.raises(
         SourceError,
-        match=r"which of another.safetensors.index.json, gptq_model-4bit-128g.safetensors.index.json to read; name the one that is",
+        match=r"another.safetensors.index.json, gptq_model-4bit-128g.safetensors.index.json\. Rename",
     ):
         SafetensorsFiles(tmp_path)
     for index in tmp_path.glob("*.index.json"):
         index.unlink()
     with pytest.raises(
         SourceError,
-        match=r"has neither .* does not say which of model-00001-of.* more to read; name the one that is meant model.safetensors,",
+        match=r"has neither .* files: model-00001-of.* more\. Rename .* to model.safetensors,",
     ):
         SafetensorsFiles(tmp_path)
 

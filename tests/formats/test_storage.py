@@ -302,7 +302,7 @@ def test_base_json_itself(base: Path) -> None:
         json.dumps(
             json.loads(good) | {"layers": [], "source": 3}
         ): "does not say source and layers as it should",
-        "[]": "holds no JSON object",
+        "[]": "is not a JSON object",
         "{": "cannot be read",
         "[" * 100_000: "cannot be read",
     }.items():
@@ -321,7 +321,7 @@ def test_an_index_cannot_point_outside(base: Path) -> None:
     )
     with pytest.raises(
         SourceError,
-        match=r"'../elsewhere.safetensors', which is no .safetensors file of this folder",
+        match=r"'../elsewhere.safetensors', which is not a .safetensors file in this folder",
     ):
         load_base(base)
 

@@ -1,10 +1,12 @@
-"""From a checkpoint to a model, tensor by tensor.
+"""Builds a model from a checkpoint, tensor by tensor.
 
-    load_precomputed(checkpoint)     the whole model: integers packed as the files hold them, the rest float32
-    LazyModel(checkpoint)            a model without data, of which parts are loaded and let go: how a model larger than memory is quantized
+    load_precomputed(checkpoint)     the whole model; stored integers become packed layers, the rest
+    float32
+    LazyModel(checkpoint)            a model whose modules are loaded and released one by one, to
+    quantize
+                                     models larger than memory
 
-A tensor is read, packed if it is integers, and put in its place; nothing else of the files is in memory, so the peak is the model as it will be, and one
-tensor.
+Tensors are read one at a time, so the peak memory is the finished model plus one tensor.
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ from qwlora.progress import Track, untracked
 
 
 def load_precomputed(checkpoint: Checkpoint, track: Track = untracked) -> PreTrainedModel:
-    """The model of `checkpoint`, with packed layers wherever it holds integers.
+    """Build the model of `checkpoint`, with packed layers wherever the checkpoint has integers.
 
     Raises:
-        SourceError: names are missing or unknown, or shapes differ (all are named), or a tensor cannot be read.
+        SourceError: tensors are missing or unknown (the message lists them), have the wrong shape,
+            or cannot be read.
     """
     lazy = LazyModel(checkpoint)
     lazy.materialize_(track=track)
@@ -49,19 +52,20 @@ def load_precomputed(checkpoint: Checkpoint, track: Track = untracked) -> PreTra
 
 
 class LazyModel:
-    """A model without data, beside the checkpoint that has them.
+    """A model on the meta device whose modules are loaded from a checkpoint when they are needed.
 
-    `model` is frozen and in evaluation mode. What is done to a part between `materialize_` and `release_` stays: a layer that was replaced by a packed one is
-    neither loaded nor let go again.
+    `model` is frozen and in evaluation mode. Changes made between `materialize_` and `release_`
+    persist: a layer that was replaced by a packed layer is not loaded or released again.
 
     Raises:
-        SourceError: the configuration builds no causal language model, or names are missing or unknown (all are named).
+        SourceError: the configuration does not describe a causal language model, or tensors are
+            missing or unknown (the message lists them).
     """
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.model = empty_model(checkpoint.config, len(checkpoint.names()))
-        folder = getattr(checkpoint, "folder", None)  # of a checkpoint that is one
+        folder = getattr(checkpoint, "folder", None)  # only checkpoints that are folders have it
         if folder is not None and (folder / "generation_config.json").is_file():
             with reading(folder / "generation_config.json"):
                 self.model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -69,19 +73,21 @@ class LazyModel:
         first = {
             place_name(place): name for name, places in self.places.items() for place in places
         }
-        self.stored = {
-            first.get(name, name): name for name in checkpoint.names()
-        }  # a tied tensor may be stored under any of its names
+        # a tied tensor may be stored under any of its names
+        self.stored = {first.get(name, name): name for name in checkpoint.names()}
         if wrong := _wrong_names(set(self.stored), set(self.places)):
             raise SourceError(
-                f"the files and config.json ({type(self.model).__name__}) disagree: {wrong}. Is the configuration another model's?"
+                f"the files and config.json ({type(self.model).__name__}) do not match: {wrong}. "
+                "Check that config.json belongs to this model, or download the model again"
             )
 
     def materialize_(self, path: str = "", track: Track = untracked) -> nn.Module:
-        """Load what is below module `path` and has no data yet: floats as float32, integers packed. Returns the module that is there now.
+        """Load all tensors in module `path` that have no data yet, and return the module.
+
+        Floats become float32, integers packed layers, which may replace the module.
 
         Raises:
-            SourceError: a tensor cannot be read, or has another shape than its parameter.
+            SourceError: a tensor cannot be read, or its shape differs from its parameter's.
         """
         names = [
             name
@@ -93,13 +99,15 @@ class LazyModel:
         return self.model.get_submodule(path)
 
     def load_outside_(self, paths: Collection[str]) -> None:
-        """Load every tensor that is read outside the modules at `paths`, wherever else it is read."""
+        """Load every tensor that is used outside the modules at `paths`, even if also used
+        inside."""
         for name in self.stored:
             if not all(any(is_below(place, path) for path in paths) for place in self.places[name]):
                 self.load_(name)
 
     def release_(self, path: str = "") -> None:
-        """Let go of the floats that are read below module `path` only; packed layers stay."""
+        """Drop the data of float tensors that are used only in module `path`; packed layers
+        stay."""
         for places in self.places.values():
             there = [place for place in places if tensor_at(self.model, place) is not None]
             if there and all(is_below(place, path) for place in there):
@@ -108,8 +116,9 @@ class LazyModel:
                 put_(self.model, there, tensor.to("meta"))
 
     @contextmanager
-    def in_passing(self) -> Iterator[PreTrainedModel]:
-        """The model, ready to run: its blocks (members of outermost module lists) have their data only while they run, what is in none of them throughout."""
+    def one_block_at_a_time(self) -> Iterator[PreTrainedModel]:
+        """The model, ready to run. Each block (see `blocks_of`) is loaded only while it runs;
+        everything outside blocks stays loaded."""
         blocks = [
             path
             for path in blocks_of(self.model)
@@ -131,12 +140,12 @@ class LazyModel:
             self.release_()
 
     def _waiting(self, name: str) -> list[Place]:
-        """The places of a tensor that are still part of the model, and without data."""
+        """The places of a tensor that still exist in the model and have no data."""
         found = ((place, tensor_at(self.model, place)) for place in self.places[name])
         return [place for place, tensor in found if tensor is not None and tensor.is_meta]
 
     def load_(self, name: str) -> None:
-        """Load one tensor, by its parameter's name, if it has no data yet; see `materialize_`."""
+        """Load one parameter or buffer by name if it has no data yet; see `materialize_`."""
         places = self._waiting(name)
         if not places:
             return
@@ -148,7 +157,8 @@ class LazyModel:
         assert expected is not None
         if value.shape != expected.shape:
             raise SourceError(
-                f"{name} has shape {list(value.shape)} in the files, but {list(expected.shape)} in the model that config.json builds"
+                f"{name} has shape {list(value.shape)} in the files, but {list(expected.shape)} in "
+                "the model that config.json describes; download the model again"
             )
         check_finite(name, value, allow_infinity=not isinstance(expected, nn.Parameter))
         put_(self.model, places, value.to(torch.float32) if value.is_floating_point() else value)
@@ -158,16 +168,16 @@ class LazyModel:
             pack_at_(self.model, name, value)
         except GridError as error:
             raise SourceError(
-                f"{name} is {value.encoding.scheme} in the files, and cannot be packed: {error}"
+                f"{name} is {value.encoding.scheme} in the files and cannot be packed: {error}"
             ) from error
         if len(self.places[name]) > 1:
             tie_weights_(self.model)
 
 
 def _ignoring(action: Callable[[str], object], path: str) -> Callable[..., None]:
-    """`action(path)`, whatever a hook is given."""
+    """A module hook that calls `action(path)` and ignores its own arguments."""
 
-    def hook(*given: object) -> None:
+    def hook(*ignored: object) -> None:
         action(path)
 
     return hook

@@ -1,11 +1,17 @@
-"""How many positions a model has.
+"""The longest sequence that a model has positions for.
 
-learned     a table with a row a position: an embedding beside the token embedding (GPT-2, OPT, BERT), or a buffer of sines (GPT-J, CTRL); none beyond it
-rotary      computed for any position; the configuration says up to which the model was trained
+    table     one row per position: an embedding next to the token embedding (GPT-2, OPT, BERT) or a
+    buffer
+              of sines (GPT-J, CTRL). Longer sequences are impossible.
+    rotary    computed for any position. Longer sequences run, but the model was not trained on
+    them.
 
-    reach of rotary positions = max(max_position_embeddings, factor * original_max_position_embeddings)
+The limit of rotary positions is
 
-since some configurations state the scaled count (Llama 3.1) and some the count before scaling (Qwen2.5 with YaRN).
+    max(max_position_embeddings, factor * original_max_position_embeddings)
+
+because `max_position_embeddings` is the scaled length in some configurations (Llama 3.1) and the
+unscaled one in others (Qwen2.5 with YaRN).
 """
 
 from __future__ import annotations
@@ -19,19 +25,21 @@ from transformers import PreTrainedModel
 
 from qwlora.errors import SourceError
 
-_OFFSETS = 8  # rows that a table may have beyond the configuration's count: OPT and BART have 2
+_OFFSETS = 8  # a table may have a few more rows than the configuration says: OPT and BART have 2
 _NAME = re.compile(r"(?:^|_)(?:wpe|pos(?!t))")  # wpe, pos_emb, embed_positions
 _CLASS = re.compile(r"Pos(?:ition|Emb|Enc)")
-_UNSCALED = ("default", "axial", "proportional")  # without a factor
+_UNSCALED = ("default", "axial", "proportional")  # rope types without a scaling factor
 
 
 def check_positions(model: PreTrainedModel, count: int) -> str | None:
-    """See that sequences of `count` tokens have positions; returns what should be said of them if they go beyond what the model was trained for.
+    """Check that sequences of `count` tokens have positions.
 
-    Nothing is said where rotary positions are scaled and the configuration does not say how far.
+    Returns:
+        A warning if `count` exceeds the length that the model was trained on, else None. Also None
+        if rotary positions are scaled to a length that the configuration does not state.
 
     Raises:
-        SourceError: the model has a table of positions, and it is shorter.
+        SourceError: the model has a table of positions with fewer than `count` rows.
     """
     config: Any = model.config.get_text_config()
     stated = getattr(config, "max_position_embeddings", None)
@@ -44,20 +52,23 @@ def check_positions(model: PreTrainedModel, count: int) -> str | None:
     found = f"sequences have {count} tokens, but {type(model).__name__} has positions for {rows}"
     if table:
         raise SourceError(
-            f"{found} (the table {table[0]}): set data.sequence_tokens to {rows} at most"
+            f"{found} (the table {table[0]}): set data.sequence_tokens to {rows} or less"
         )
     origin = (
         "max_position_embeddings" if rows == stated else f"max_position_embeddings {stated}, scaled"
     )
-    return f"{found} ({origin}) and computes the others without having been trained on them; expect worse results, or lower data.sequence_tokens"
+    return (
+        f"{found} ({origin}). It was not trained on longer sequences; expect worse results, or "
+        "lower "
+        "data.sequence_tokens"
+    )
 
 
 def _reach(config: Any, stated: int) -> int | None:
-    """Up to which position rotary embeddings were trained or scaled; None where they are scaled and that is not known."""
+    """The length that rotary positions were trained on or scaled to; None if that is unknown."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    by_layers = [p for p in parameters.values() if isinstance(p, dict)] or [
-        parameters
-    ]  # one for each type of layer, or one
+    # either one dictionary for each type of layer, or a single one
+    by_layers = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
     reaches = [stated]
     for rope in by_layers:
         kind, factor = rope.get("rope_type", "default"), rope.get("factor")
@@ -69,7 +80,7 @@ def _reach(config: Any, stated: int) -> int | None:
 
 
 def _table(model: PreTrainedModel, stated: int | None) -> tuple[str, int] | None:
-    """The name of the model's table of positions, and how many positions it has."""
+    """The name of the model's table of positions and its number of positions, or None."""
     if found := min(_beside_tokens(model, stated), key=lambda entry: entry[0], default=None):
         return found[1:]
     return next(
@@ -85,7 +96,10 @@ def _table(model: PreTrainedModel, stated: int | None) -> tuple[str, int] | None
 def _beside_tokens(
     model: PreTrainedModel, stated: int | None
 ) -> Iterator[tuple[tuple[bool, bool], str, int]]:
-    """The embeddings beside that of the tokens which are named after positions, or have as many rows; the surest have the smallest key."""
+    """Embeddings next to the token embedding that are named like positions or have the stated size.
+
+    Yields a sort key (smallest for the most certain), the name, and the number of positions.
+    """
     tokens = model.get_input_embeddings()
     for path, module in model.named_modules():
         beside = dict(module.named_children())
@@ -96,9 +110,8 @@ def _beside_tokens(
                 continue
             named = bool(_NAME.search(key) or _CLASS.search(type(table).__name__))
             fits = stated is not None and 0 <= table.num_embeddings - stated <= _OFFSETS
-            unused = (
-                0 if table.padding_idx is None else table.padding_idx + 1
-            )  # RoBERTa counts from the row behind its padding
+            # RoBERTa's first position is the row after its padding index
+            unused = 0 if table.padding_idx is None else table.padding_idx + 1
             rows = table.num_embeddings - max(unused, int(getattr(table, "offset", 0)))
             if named or fits:
                 yield (

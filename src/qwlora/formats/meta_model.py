@@ -1,7 +1,8 @@
-"""A model without data, and the places that its tensors have in it.
+"""Models built without data on the meta device, and the places of their tensors.
 
-The model is what the configuration builds, on the meta device; only buffers that no file holds (rotary frequencies, masks) are real. A tied tensor is one
-tensor with several places. Whatever fills the model (a checkpoint, a base on disk) puts each tensor at all of its places.
+A place is a module path and the key of a parameter or buffer there; a tied tensor has several
+places. Code that loads a checkpoint or a base puts each tensor at all of its places. Only buffers
+that are not stored in files (rotary frequencies, masks) have data from the start.
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ def empty_model(
     trust_remote_code: bool = False,
     kind: str | None = None,
 ) -> PreTrainedModel:
-    """The model of `config`, without data.
+    """Build the model of `config` without data: frozen, in evaluation mode, weights tied.
 
     Args:
-        tensors: how many the files hold. A configuration that asks for many times more, or for buffers that would fill memory, is refused before it is built.
-
+        config: the configuration.
+        tensors: the number of stored tensors. A configuration that needs many times more, or
+            buffers that would fill the memory, is refused before anything is allocated.
+        trust_remote_code: allow code from the folder of the configuration.
         kind: the name of a model class of transformers; default: a causal language model.
 
     Raises:
-        SourceError: the configuration builds no such model.
+        SourceError: no such model can be built from the configuration.
     """
     _check_buffers(meta_model(config, tensors, trust_remote_code, kind))
     with init_empty_weights(include_buffers=False):
@@ -54,10 +57,11 @@ def meta_model(
     trust_remote_code: bool = False,
     kind: str | None = None,
 ) -> PreTrainedModel:
-    """As `empty_model`, but buffers have no data either: for names and shapes.
+    """As `empty_model`, but buffers have no data either; enough for names and shapes.
 
     Raises:
-        SourceError: the configuration builds no causal language model, or one of many times more parameters than `tensors`.
+        SourceError: no such model can be built from the configuration, or the model has many times
+            more parameters than `tensors`.
     """
     with _at_most(2 * tensors + 64), torch.device("meta"):
         model = build_model(config, trust_remote_code, kind)
@@ -68,14 +72,15 @@ def meta_model(
 def build_model(
     config: PretrainedConfig, trust_remote_code: bool = False, kind: str | None = None
 ) -> PreTrainedModel:
-    """The model of `config`, on the current device.
+    """Build the model of `config` on the current device, with random weights.
 
     Args:
-        trust_remote_code: build it with the code that the configuration's own folder brings.
+        config: the configuration.
+        trust_remote_code: allow code from the folder of the configuration.
         kind: the name of a model class of transformers; default: a causal language model.
 
     Raises:
-        SourceError: the configuration builds none.
+        SourceError: no such model can be built from the configuration.
     """
     try:
         model: PreTrainedModel
@@ -87,9 +92,10 @@ def build_model(
             model = _class_named(kind)._from_config(config, dtype=torch.float32)
     except SourceError:
         raise
-    except Exception as error:  # a configuration from a file reaches any line of any model's code
+    except Exception as error:  # bad values can fail anywhere in a model class
         raise SourceError(
-            f"config.json ({type(config).__name__}) builds no causal language model: {error or type(error).__name__}"
+            f"config.json ({type(config).__name__}) does not describe a causal language model: "
+            f"{error or type(error).__name__}"
         ) from error
     return model
 
@@ -98,14 +104,18 @@ def _class_named(kind: Any) -> type[PreTrainedModel]:
     """The model class of transformers with this name."""
     found = getattr(transformers, kind, None) if isinstance(kind, str) else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise SourceError(f"transformers {transformers.__version__} has no model class {kind!r}")
+        raise SourceError(
+            f"transformers {transformers.__version__} has no model class {kind!r}; install the "
+            "version "
+            "that the model was saved with"
+        )
     return found
 
 
 def blocks_of(model: nn.Module) -> list[str]:
     """The paths of a model's blocks: the members of its outermost `ModuleList`s."""
     found: list[str] = []
-    for path, module in model.named_modules():  # an outer list comes before those in it
+    for path, module in model.named_modules():  # outer lists come before nested ones
         if isinstance(module, nn.ModuleList) and not any(
             path.startswith(f"{block}.") or path == block for block in found
         ):
@@ -114,7 +124,7 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 
 def tensor_places(model: nn.Module) -> dict[str, list[Place]]:
-    """Places of each parameter and saved buffer, by the name of the first."""
+    """The places of each parameter and saved buffer, by the name of its first place."""
     places: dict[int, list[Place]] = {}
     for path, module in model.named_modules():
         saved = {
@@ -134,12 +144,12 @@ def place_name(place: Place) -> str:
 
 
 def is_below(place: Place, path: str) -> bool:
-    """Whether a place is in the module at `path`; everything is below the empty path."""
+    """Whether a place is in the module at `path`; the empty path contains every place."""
     return not path or place[0] == path or place[0].startswith(f"{path}.")
 
 
 def tensor_at(model: nn.Module, place: Place) -> Tensor | None:
-    """What is at a place; None if the module there is another by now."""
+    """The tensor at a place; None if the module there was replaced and has no such tensor."""
     path, key = place
     module = model.get_submodule(path)
     found = module._parameters.get(key)
@@ -147,7 +157,8 @@ def tensor_at(model: nn.Module, place: Place) -> Tensor | None:
 
 
 def put_(model: nn.Module, places: Iterable[Place], tensor: Tensor) -> None:
-    """Put one tensor at all of its places, as a frozen parameter where there is a parameter."""
+    """Put one tensor at all of its places, as a frozen parameter where the module has a
+    parameter."""
     parameter: nn.Parameter | None = None
     for path, key in places:
         module = model.get_submodule(path)
@@ -161,17 +172,19 @@ def put_(model: nn.Module, places: Iterable[Place], tensor: Tensor) -> None:
 
 
 def _check_buffers(model: nn.Module) -> None:
-    """Refuse buffers that are made whatever the files hold, and would fill memory."""
+    """Refuse a model whose buffers would fill the memory; they are allocated from config.json
+    alone."""
     for name, buffer in model.named_buffers():
         if buffer.nbytes > MOST_BUFFER_BYTES:
             raise SourceError(
-                f"config.json asks for a buffer {name} of shape {list(buffer.shape)}, more than any model has; it is damaged"
+                f"config.json asks for a buffer {name} of shape {list(buffer.shape)}, larger than "
+                "in any real model. It is damaged; download the model again"
             )
 
 
 @contextmanager
 def _at_most(count: int) -> Iterator[None]:
-    """Refuse to register more parameters than this."""
+    """Stop building a model when it registers more than `count` parameters."""
     seen = 0
 
     def registered(module: nn.Module, name: str, parameter: Any) -> None:
@@ -179,7 +192,8 @@ def _at_most(count: int) -> Iterator[None]:
         seen += 1
         if seen > count:
             raise SourceError(
-                f"config.json asks for more than {count} parameters, many times what the files hold; it belongs to another model"
+                f"config.json asks for more than {count} parameters, many times more than the "
+                "files hold. It belongs to another model; download the model again"
             )
 
     hook = register_module_parameter_registration_hook(registered)

@@ -1,9 +1,13 @@
-"""The tensors of a Hugging Face folder: `model.safetensors`, or the shards that `model.safetensors.index.json` names; with neither, the only file or index
-that there is under another name (AutoGPTQ's `gptq_model-4bit-128g.safetensors`).
+"""The safetensors files of a Hugging Face folder, read through the `safetensors` library.
 
-Opening reads headers only. `read` gives a view of the mapped file, whose pages the system loads when they are touched; or, unmapped, a copy, so that a file
-larger than memory leaves nothing behind. `safetensors` maps and reads; what is here is the folder's layout, and a check of each header that names the tensor
-that is wrong. Neither time nor memory exceeds a small multiple of the headers' bytes, whatever they claim.
+The files are `model.safetensors`, or the shards in `model.safetensors.index.json`. If neither
+exists, the folder's only safetensors file or index is used, whatever its name (AutoGPTQ writes
+`gptq_model-4bit-128g.safetensors`).
+
+Opening reads and checks the headers only. The checks use little time and memory even if a damaged
+header claims huge sizes, and their messages name the bad tensor. `read` returns a view of the
+memory-mapped file, or a copy if `mapped` is False. With copies, the pages of a file larger than
+memory do not accumulate in the process.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from qwlora.errors import SourceError
 from qwlora.messages import listed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-HEADER_LIMIT_BYTES = 100_000_000  # the format's own
+HEADER_LIMIT_BYTES = 100_000_000  # a limit of the format
 BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -61,11 +65,16 @@ class _Entry:
 
 
 class SafetensorsFiles:
-    """Tensors of `folder` under the names that the files give them.
+    """The tensors in the safetensors files of `folder`, by their stored names.
+
+    Args:
+        folder: a Hugging Face folder.
+        mapped: return views of the memory-mapped files instead of copies.
 
     Raises:
-        SourceError: there are no safetensors files, or several of which none has the usual name; the index names a file that is missing or outside the folder;
-            a tensor is missing or there twice; a file is truncated or malformed.
+        SourceError: there are no safetensors files, or several and none has the usual name; the
+            index refers to a file that is missing or outside the folder; a tensor is missing or
+            duplicated; a file is truncated or malformed.
     """
 
     def __init__(self, folder: str | Path, mapped: bool = True):
@@ -74,7 +83,7 @@ class SafetensorsFiles:
         self._entries = self._read_entries()
 
     def names(self) -> list[str]:
-        """All names, in the order of the files."""
+        """All tensor names, in the order in which they are stored."""
         return list(self._entries)
 
     def __contains__(self, name: str) -> bool:
@@ -85,14 +94,14 @@ class SafetensorsFiles:
         return self._entry(name).shape
 
     def dtype(self, name: str) -> str:
-        """The tensor's type in the format's words: `F32`, `BF16`, `I32` ..."""
+        """The tensor's type as safetensors names it: `F32`, `BF16`, `I32` ..."""
         return self._entry(name).dtype
 
     def read(self, name: str) -> Tensor:
-        """The tensor, a view of the mapped file or a copy.
+        """Read one tensor.
 
         Raises:
-            SourceError: there is no such tensor, or its type is none of torch's.
+            SourceError: there is no such tensor, or torch does not have its type.
         """
         file = self._entry(name).file
         try:
@@ -125,17 +134,20 @@ class SafetensorsFiles:
             for name in held if names is None else names:
                 if name not in held:
                     raise SourceError(
-                        f"{str(file)!r}: the index puts tensor {name!r} here, but the file has none of that name; download the model again"
+                        f"{str(file)!r}: the index lists tensor {name!r} in this file, but it is "
+                        "not there; download the model again"
                     )
                 entries[name] = held[name]
             if names is not None and (extra := sorted(held.keys() - set(names))):
                 raise SourceError(
-                    f"{str(file)!r}: tensor {extra[0]!r} is here, but the index does not put it here ({len(extra)} such); download the model again"
+                    f"{str(file)!r}: tensor {extra[0]!r} is in this file, but the index does not "
+                    "list it "
+                    f"there ({len(extra)} such tensors); download the model again"
                 )
         return entries
 
     def _listed_files(self) -> dict[Path, list[str] | None]:
-        """Each file, with the names that the index gives it."""
+        """Each file with the tensors that the index lists in it; None if there is no index."""
         if (self.folder / INDEX).is_file():
             return self._indexed_files(self.folder / INDEX)
         if (self.folder / SINGLE).is_file():
@@ -146,20 +158,28 @@ class SafetensorsFiles:
             return {single: None}
         if old := sorted(p.name for p in self.folder.glob("pytorch_model*.bin")):
             raise SourceError(
-                f"{str(self.folder)!r} holds {old[0]}, a pickle, which can run code when it is read; save it as safetensors (model.save_pretrained) first"
+                f"{str(self.folder)!r} holds {old[0]}, a pickle file, which can run code when it "
+                "is read. Save the model as safetensors first (model.save_pretrained)"
             )
         raise SourceError(
-            f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}; give the folder of a Hugging Face checkpoint"
+            f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}. "
+            "Give the folder of a Hugging Face checkpoint"
         )
 
     def _only(self, pattern: str) -> Path | None:
-        """The file of this pattern, if there is one."""
+        """The file that matches `pattern`, or None.
+
+        Raises:
+            SourceError: several files match.
+        """
         found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
         if len(found) > 1:
             names = listed(path.name for path in found)
-            remedy = f"name the one that is meant {INDEX if pattern.endswith('.json') else SINGLE}, or take the others away"
+            usual = INDEX if pattern.endswith(".json") else SINGLE
             raise SourceError(
-                f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}, and does not say which of {names} to read; {remedy}"
+                f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}, but several other files: "
+                f"{names}. "
+                f"Rename the right one to {usual}, or remove the others"
             )
         return found[0] if found else None
 
@@ -169,7 +189,8 @@ class SafetensorsFiles:
             isinstance(v, str) for v in weight_map.values()
         ):
             raise SourceError(
-                f"{str(index)!r}: weight_map must say for each tensor the file that holds it"
+                f"{str(index)!r}: weight_map must give the file name of each tensor; download it "
+                "again"
             )
         files: dict[Path, list[str] | None] = {}
         for name, file in weight_map.items():
@@ -179,11 +200,13 @@ class SafetensorsFiles:
                 or not file.endswith(".safetensors")
             ):
                 raise SourceError(
-                    f"{str(index)!r}: tensor {name!r} is said to lie in {file!r}, which is no .safetensors file of this folder"
+                    f"{str(index)!r}: tensor {name!r} is listed in {file!r}, which is not a "
+                    ".safetensors file in this folder"
                 )
             if not (self.folder / file).is_file():
                 raise SourceError(
-                    f"{str(index)!r}: file {file!r}, which should hold tensor {name!r}, is missing; download it too"
+                    f"{str(index)!r}: file {file!r}, which should contain tensor {name!r}, is "
+                    "missing; download it too"
                 )
             names = files.setdefault(self.folder / file, [])
             assert names is not None
@@ -209,10 +232,10 @@ def check_shards_are_inside(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object whose keys are distinct.
+    """Read a JSON object.
 
     Raises:
-        SourceError: it cannot be read, is no object, or a key is there twice.
+        SourceError: the file cannot be read, is not a JSON object, or a key occurs twice.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
@@ -221,15 +244,15 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{str(path)!r} cannot be read: {error or type(error).__name__}"
         ) from error
     if not isinstance(content, dict):
-        raise SourceError(f"{str(path)!r} holds no JSON object")
+        raise SourceError(f"{str(path)!r} is not a JSON object")
     return content
 
 
 def read_header(file: Path) -> dict[str, _Entry]:
-    """What a safetensors file says it holds, checked against its size.
+    """Read the header of a safetensors file and check it against the file's size.
 
     Raises:
-        SourceError: the file is truncated or malformed; the tensor is named.
+        SourceError: the file is truncated or malformed; the message names the tensor.
     """
     where = repr(str(file))
     try:
@@ -239,7 +262,8 @@ def read_header(file: Path) -> dict[str, _Entry]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
             if length is None or length > min(size - 8, HEADER_LIMIT_BYTES):
                 raise SourceError(
-                    f"{where} is {size} bytes long, but its header claims {length}: it is truncated, or no safetensors file; download it again"
+                    f"{where} is {size} bytes long, but its header claims {length}: it is "
+                    "truncated, or not a safetensors file; download it again"
                 )
             header = json.loads(stream.read(length), object_pairs_hook=_distinct)
     except (OSError, ValueError, RecursionError) as error:
@@ -249,7 +273,7 @@ def read_header(file: Path) -> dict[str, _Entry]:
             f"{where}: the header cannot be read: {error or type(error).__name__}"
         ) from error
     if not isinstance(header, dict):
-        raise SourceError(f"{where}: the header is no JSON object")
+        raise SourceError(f"{where}: the header is not a JSON object; download it again")
     header.pop("__metadata__", None)
     return {
         name: _checked_entry(file, name, entry, size - 8 - length) for name, entry in header.items()
@@ -264,7 +288,9 @@ def _checked_entry(file: Path, name: str, entry: Any, data_bytes: int) -> _Entry
         else (None, None, None)
     )
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise SourceError(f"{where} has type {dtype!r}, which safetensors files do not have")
+        raise SourceError(
+            f"{where} has type {dtype!r}, which is not a safetensors type; download it again"
+        )
     if (
         not _naturals(shape)
         or not _naturals(offsets)
@@ -273,12 +299,14 @@ def _checked_entry(file: Path, name: str, entry: Any, data_bytes: int) -> _Entry
         or len(offsets) != 2
     ):
         raise SourceError(
-            f"{where} has shape {shape!r} and data_offsets {offsets!r}; lists of integers that are not negative are needed"
+            f"{where} has shape {shape!r} and data_offsets {offsets!r}, which must be lists of "
+            "non-negative integers; download it again"
         )
     begin, end = offsets
     if end > data_bytes:
         raise SourceError(
-            f"{where} ends at byte {end}, but the file has {data_bytes} bytes of data: it is truncated; download it again"
+            f"{where} ends at byte {end}, but the file has {data_bytes} bytes of data: it is "
+            "truncated; download it again"
         )
     if (
         len(shape) > 64
@@ -286,7 +314,8 @@ def _checked_entry(file: Path, name: str, entry: Any, data_bytes: int) -> _Entry
         or math.prod(shape) * BITS[dtype] != 8 * (end - begin)
     ):
         raise SourceError(
-            f"{where} has shape {shape} of {dtype}, which does not fill the {end - begin} bytes that are its own"
+            f"{where} has shape {shape} of {dtype}, which does not fill the {end - begin} bytes of "
+            "its data; download it again"
         )
     return _Entry(file, dtype, tuple(shape))
 
@@ -298,5 +327,5 @@ def _naturals(value: Any) -> bool:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if repeated:
-        raise ValueError(f"{repeated[0]!r} is there twice")
+        raise ValueError(f"key {repeated[0]!r} occurs twice")
     return dict(pairs)

@@ -80,7 +80,7 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
             if session.lazy is None or session.holds_float_model:
                 check_isolation(session.float_model())
             else:
-                with session.lazy.in_passing() as passing:
+                with session.lazy.one_block_at_a_time() as passing:
                     check_isolation(passing)
 
 

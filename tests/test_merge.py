@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from qwlora import load_base, quantize_
-from qwlora.adapter.merge_loss import swallowed
+from qwlora.adapter.merge_loss import rounding_losses
 from qwlora.cli.merge_commands import _lines
 from qwlora.errors import DirectoryError, MergeError
 from qwlora.formats.base_folder import save_base
@@ -183,16 +183,16 @@ def test_merged_onto_the_grid_it_is_the_float_merge_rounded() -> None:
         assert ((layer.quantized.dequantize() - weight).abs() <= step * 0.501)[inside].all()
 
 
-def test_a_small_delta_is_swallowed_whole_and_a_large_one_is_not() -> None:
+def test_rounding_loses_a_small_delta_and_keeps_a_large_one() -> None:
     model = adapted("llama", 1e-4)
     base = {name: layer.codes.clone() for name, layer in packed_weights(model).items()}
-    shares = [layer.share for layer in swallowed(model).values()]
+    shares = [layer.share for layer in rounding_losses(model).values()]
     assert min(shares) == 1
     merged = merged_model(model, "requantized")
     assert all(
         torch.equal(layer.codes, base[name]) for name, layer in packed_weights(merged).items()
     )
-    layers = swallowed(adapted("llama", 10.0))
+    layers = rounding_losses(adapted("llama", 10.0))
     assert all(layer.share < 0.5 and layer.rms_steps > 1 for layer in layers.values())
 
 

@@ -20,8 +20,8 @@ from qwlora import save_adapter
 from qwlora.adapter.adapter_check import (
     AdapterReport,
     adapter_report,
-    base_beside,
     find_adapters,
+    job_fingerprint,
     problems,
 )
 from qwlora.errors import SourceError
@@ -49,16 +49,22 @@ def job(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_facts_are_the_adapters(job: Path) -> None:
+def test_report_matches_the_adapters(job: Path) -> None:
     a, b = (adapter_report(folder, job) for folder in find_adapters(job))
     weights = load_file(job / "adapters" / "a" / WEIGHTS)
     assert a == AdapterReport(
-        "adapters/a", "LoRA", 2, 4, 4, sum(t.numel() for t in weights.values()), base_beside(job)
+        "adapters/a",
+        "LoRA",
+        2,
+        4,
+        4,
+        sum(t.numel() for t in weights.values()),
+        job_fingerprint(job),
     )
     assert (b.kind, b.modules) == ("DoRA", 4)
     assert (
-        problems(job / "adapters" / "a", base_beside(job))
-        == problems(job / "adapters" / "b", base_beside(job))
+        problems(job / "adapters" / "a", job_fingerprint(job))
+        == problems(job / "adapters" / "b", job_fingerprint(job))
         == []
     )
 
@@ -79,14 +85,14 @@ def damaged(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"value": torch.nan}, "lora_A.weight holds numbers that are not finite"),
-        ({"rank": 5}, "lora_A.weight has rank 5, and adapter_config.json says 2"),
-        ({"drop": True}, "lora_B.weight has no lora_A beside it"),
+        ({"value": torch.nan}, "lora_A.weight has values that are not finite"),
+        ({"rank": 5}, "lora_A.weight has rank 5, but adapter_config.json says 2"),
+        ({"drop": True}, "lora_B.weight has no matching lora_A"),
     ],
 )
 def test_each_damage_is_named(job: Path, change: dict[str, Any], message: str) -> None:
     damaged(job / "adapters" / "a", **change)
-    found = problems(job / "adapters" / "a", base_beside(job))
+    found = problems(job / "adapters" / "a", job_fingerprint(job))
     assert len(found) == 1
     assert message in found[0]
 
@@ -128,14 +134,14 @@ def test_adapters_on_experts_are_good(on_experts: Path) -> None:
         (
             "mlp.experts.lora_A",
             7,
-            "experts.lora_A.weight has rank 7, and adapter_config.json says 2 for each expert",
+            "experts.lora_A.weight has rank 7, but adapter_config.json says 2 for each expert",
         ),
         (
             "experts.base_layer.lora_A",
             6,
-            "experts.base_layer.lora_A.weight has rank 6, and lora_B beside it 8",
+            "experts.base_layer.lora_A.weight has rank 6, and its lora_B has rank 8",
         ),
-        ("q_proj.lora_A", 8, "q_proj.lora_A.weight has rank 8, and adapter_config.json says 2"),
+        ("q_proj.lora_A", 8, "q_proj.lora_A.weight has rank 8, but adapter_config.json says 2"),
     ],
 )
 def test_wrong_ranks_beside_experts_are_named(
@@ -150,8 +156,8 @@ def test_wrong_ranks_beside_experts_are_named(
 
 def test_a_rank_that_a_pattern_gives_is_that_of_both_factors(job: Path) -> None:
     damaged(job / "adapters" / "b", rank=5)
-    (found,) = problems(job / "adapters" / "b", base_beside(job))
-    assert "lora_A.weight has rank 5, and lora_B beside it 3" in found
+    (found,) = problems(job / "adapters" / "b", job_fingerprint(job))
+    assert "lora_A.weight has rank 5, and its lora_B has rank 3" in found
 
 
 def test_files_that_cannot_be_read_are_named(job: Path) -> None:
@@ -166,7 +172,7 @@ def test_files_that_cannot_be_read_are_named(job: Path) -> None:
     assert "adapter_config.json is not a mapping" in problems(folder, None)[0]
     (job / "base" / "base.json").write_text("{}")
     with pytest.raises(SourceError, match=r"base.json cannot be read"):
-        base_beside(job)
+        job_fingerprint(job)
     with pytest.raises(SourceError, match="no adapter is in"):
         find_adapters(job / "base")
     with pytest.raises(SourceError, match="is not a folder"):
@@ -177,11 +183,12 @@ def test_base_of_another_job_is_named(job: Path) -> None:
     assert "but the base here has 0000" in problems(job / "adapters" / "a", "0" * 64)[0]
     (job / "adapters" / "a" / "qwlora.json").unlink()
     assert (
-        "does not say which base" in problems(job / "adapters" / "a", base_beside(job), "refuse")[0]
+        "does not say which base"
+        in problems(job / "adapters" / "a", job_fingerprint(job), "refuse")[0]
     )
-    assert problems(job / "adapters" / "a", base_beside(job)) == []
+    assert problems(job / "adapters" / "a", job_fingerprint(job)) == []
     (job / "adapters" / "a" / "qwlora.json").write_text("{}")
-    assert "does not say which base" in problems(job / "adapters" / "a", base_beside(job))[0]
+    assert "does not say which base" in problems(job / "adapters" / "a", job_fingerprint(job))[0]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,11 +1,13 @@
-"""The adapters below a folder: what each is, and whether it is whole and belongs to the base beside it.
+"""The adapters in a folder: what each is, and whether it is complete and fits the job's base.
 
-Reads configurations and the headers of weight files; only `check` reads weights. No model is loaded.
+Reads configurations and the headers of weight files; only `problems` reads weights. No model is
+loaded.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +22,14 @@ from qwlora.formats import manifest
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """One adapter folder.
+    """What one adapter folder contains.
 
     Args:
-        name: relative to the folder that was searched.
+        name: path relative to the searched folder.
         kind: LoRA, rsLoRA, DoRA, or PEFT's name of another method.
-        rank, alpha: those of modules that no pattern gives others.
-        modules: layers that have an adapter.
-        base: the fingerprint of the base it was trained on; None if it does not say.
+        rank, alpha: defaults, for modules that no pattern matches.
+        modules: number of layers with an adapter.
+        base: fingerprint of the base it was trained on; None if unknown.
     """
 
     name: str
@@ -40,10 +42,10 @@ class AdapterReport:
 
 
 def find_adapters(folder: Path) -> list[Path]:
-    """Adapter folders below `folder`, itself included; hidden folders (checkpoints of unfinished runs) are left out.
+    """Adapter folders in `folder`, itself included; not in hidden folders (training checkpoints).
 
     Raises:
-        SourceError: there is none.
+        SourceError: there is none, or `folder` is not a folder.
     """
     if not folder.is_dir():
         raise SourceError(f"{str(folder)!r} is not a folder")
@@ -53,12 +55,12 @@ def find_adapters(folder: Path) -> list[Path]:
         if not any(part.startswith(".") for part in p.relative_to(folder).parts)
     )
     if not found:
-        raise SourceError(f"no adapter is in {str(folder)!r}: no adapter_config.json below it")
+        raise SourceError(f"no adapter is in {str(folder)!r}: it contains no adapter_config.json")
     return found
 
 
 def adapter_report(adapter: Path, below: Path) -> AdapterReport:
-    """What `adapter` says of itself.
+    """Describe the adapter in folder `adapter`; its name is relative to `below`.
 
     Raises:
         SourceError: its configuration or its weights cannot be read.
@@ -76,13 +78,17 @@ def adapter_report(adapter: Path, below: Path) -> AdapterReport:
         rank=config.get("r"),
         alpha=config.get("lora_alpha"),
         modules=len(layers),
-        parameters=sum(_count(shape) for shape in shapes.values()),
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
         base=base_of(adapter) if says_base(adapter) else None,
     )
 
 
-def base_beside(folder: Path) -> str | None:
-    """The fingerprint of the base of the job whose directory is `folder`, if it is one."""
+def job_fingerprint(folder: Path) -> str | None:
+    """Fingerprint of the base of the job in directory `folder`; None if there is no job.
+
+    Raises:
+        SourceError: base.json cannot be read.
+    """
     try:
         found = json.loads((folder / "base" / "base.json").read_text())["fingerprint"]
     except FileNotFoundError:
@@ -95,12 +101,12 @@ def base_beside(folder: Path) -> str | None:
 
 
 def says_base(adapter: Path) -> bool:
-    """Whether `adapter` says which base it was trained on; those that PEFT saved do not."""
+    """Whether `adapter` records which base it was trained on; PEFT alone does not record it."""
     return (adapter / FILE).exists()
 
 
 def is_verifiable(adapter: Path) -> bool:
-    """Whether `adapter` has digests of its files; PEFT and earlier versions write none."""
+    """Whether `adapter` has digests of its files; PEFT and earlier versions do not write them."""
     return manifest.has_digests(adapter, FILE)
 
 
@@ -110,10 +116,11 @@ def changed_files(adapter: Path) -> list[str]:
 
 
 def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> list[str]:
-    """What is wrong with `adapter`, in words; nothing if it is whole and belongs to `base` (which is not looked at if it is None).
+    """What is wrong with `adapter`, in words; empty if it is complete and belongs to `base`.
 
     Args:
-        unknown_base: whether it is wrong not to say which base it was trained on (`refuse`) or not (`accept`).
+        base: fingerprint to compare with; None compares nothing.
+        unknown_base: `refuse` reports an adapter that does not record its base; `accept` does not.
     """
     found = [
         f"{file} changed after saving: copy it again, or train it again"
@@ -131,7 +138,8 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
         return [*found, str(error)]
     if base is not None and said != base:
         found.append(
-            f"it was trained on the base with fingerprint {said[:16]}..., but the base here has {base[:16]}...: train it again on this one"
+            f"it was trained on the base with fingerprint {said[:16]}..., but the base here has "
+            f"{base[:16]}...: train it again on this one"
         )
     return found
 
@@ -141,9 +149,9 @@ def _weight_problems(adapter: Path, config: dict[str, Any]) -> Iterator[str]:
     for name, shape, tensor in _weights(adapter, read=True):
         shapes[name] = shape
         if not bool(tensor.isfinite().all()):
-            yield f"{name} holds numbers that are not finite"
+            yield f"{name} has values that are not finite"
     if not shapes:
-        yield f"{WEIGHTS} holds no weights"
+        yield f"{WEIGHTS} has no weights"
     yield from _rank_problems(shapes, config)
     for first, second in (
         ("lora_A", "lora_B"),
@@ -153,47 +161,53 @@ def _weight_problems(adapter: Path, config: dict[str, Any]) -> Iterator[str]:
     ):
         for name in sorted(shapes):
             if f".{first}" in name and name.replace(f".{first}", f".{second}") not in shapes:
-                yield f"{name} has no {second} beside it"
+                yield f"{name} has no matching {second}"
 
 
 def _rank_problems(shapes: dict[str, list[int]], config: dict[str, Any]) -> Iterator[str]:
-    """lora_A [rank, in] and lora_B [out, rank]; of a parameter that target_parameters names, [experts * rank, in] and [out, experts * rank]."""
-    rank, parameters = (
-        config.get("r"),
-        [name for name in config.get("target_parameters") or () if isinstance(name, str)],
-    )
+    """Check lora_A [rank, in] and lora_B [out, rank] of each layer.
+
+    For a parameter in target_parameters: [experts * rank, in] and [out, experts * rank].
+    """
+    rank = config.get("r")
+    parameters = [name for name in config.get("target_parameters") or () if isinstance(name, str)]
     for name, shape in shapes.items():
         if not name.endswith(".lora_A.weight"):
             continue
-        rows, columns = (
-            shape[:1],
-            shapes.get(name.replace(".lora_A", ".lora_B"), [0, *shape[:1]])[1:2],
-        )
-        is_bank = _reached(name.removesuffix(".lora_A.weight"), parameters)
+        rows = shape[:1]
+        columns = shapes.get(name.replace(".lora_A", ".lora_B"), [0, *shape[:1]])[1:2]
+        has_experts = _is_targeted(name.removesuffix(".lora_A.weight"), parameters)
         fits = rows == [rank] or (
-            is_bank and bool(rows) and isinstance(rank, int) and rank > 0 and rows[0] % rank == 0
+            has_experts
+            and bool(rows)
+            and isinstance(rank, int)
+            and rank > 0
+            and rows[0] % rank == 0
         )
         if not fits and not config.get("rank_pattern"):
-            yield f"{name} has rank {_one(rows)}, and adapter_config.json says {rank}" + (
-                " for each expert" if is_bank else ""
+            yield f"{name} has rank {_one(rows)}, but adapter_config.json says {rank}" + (
+                " for each expert" if has_experts else ""
             )
         elif rows != columns:
-            yield f"{name} has rank {_one(rows)}, and lora_B beside it {_one(columns)}"
+            yield f"{name} has rank {_one(rows)}, and its lora_B has rank {_one(columns)}"
 
 
 def _one(sizes: list[int]) -> int | str:
     return sizes[0] if sizes else "none"
 
 
-def _reached(path: str, parameters: list[str]) -> bool:
-    """Whether the module at `path` has one of `parameters`; of several wrapped ones, all but one have `base_layer` in their path."""
+def _is_targeted(path: str, parameters: list[str]) -> bool:
+    """Whether the module at `path` has one of `parameters`.
+
+    PEFT wraps a module once per parameter, so `base_layer` can occur in the path.
+    """
     owner = "." + path.replace(".base_layer", "")
     modules = [parameter.rpartition(".")[0] for parameter in parameters]
     return any(not module or owner.endswith(f".{module}") for module in modules)
 
 
 def _weights(adapter: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]:
-    """Name, shape and, if asked for, contents of each tensor."""
+    """Name, shape and (with `read`) values of each tensor."""
     try:
         with safe_open(adapter / WEIGHTS, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -206,10 +220,3 @@ def _weights(adapter: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]:
         raise SourceError(
             f"adapter {str(adapter)!r}: {WEIGHTS} cannot be read ({error})"
         ) from error
-
-
-def _count(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -1,12 +1,14 @@
-"""Training over several processes with FSDP2, the packed base sharded.
+"""Training on several processes with FSDP2, the packed base sharded.
 
-`accelerate launch --use_fsdp --fsdp_version 2` makes the Trainer shard parameters, and only parameters: buffers are kept whole on every process. The codes,
-scales and offsets of packed layers are buffers, so before sharding they become parameters that are not trained; FSDP2 gathers integers like anything else.
+`accelerate launch --use_fsdp --fsdp_version 2` makes the Trainer shard parameters, but not buffers:
+those stay complete on every process. Codes, scales and offsets of packed layers are buffers, so
+they become frozen parameters before sharding; FSDP2 gathers integers like any other dtype.
 
-    bytes of the base on a process = float and packed parameters / processes + buffers that the model itself has (rotary tables and the like)
+    base bytes per process = parameters of the base / processes + the model's own buffers
 
-Mixed precision is autocast's alone: FSDP2's own policy would cast scales, which are the base. After training everything is gathered, so that the fingerprint
-and the adapter can be read on any process.
+The model's own buffers are rotary tables and the like. Mixed precision is left to autocast: FSDP2's
+own policy would cast the scales, which are part of the base. After training everything is gathered,
+so that the fingerprint and the adapter can be read on any process.
 """
 
 from __future__ import annotations
@@ -25,7 +27,14 @@ from qwlora.parameter_names import is_adapter_name
 
 
 def switch_on_(accelerator: Any) -> bool:
-    """Whether the launcher asked for FSDP. Accelerate has it for accelerators only, and without one says nothing and copies the model: switch it on there."""
+    """Whether the launcher asked for FSDP; on CPUs, switch it on.
+
+    Accelerate supports FSDP on accelerators only. On CPUs it ignores the request without a message
+    and copies the model to every process.
+
+    Raises:
+        TrainingError: FSDP was asked for, but processes of this kind cannot shard.
+    """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     if accelerator.state.distributed_type == DistributedType.MULTI_CPU:
@@ -33,7 +42,8 @@ def switch_on_(accelerator: Any) -> bool:
         accelerator.state.distributed_type = DistributedType.FSDP
     if accelerator.state.distributed_type != DistributedType.FSDP:
         raise TrainingError(
-            f"the launcher asks for FSDP, but the processes are {accelerator.state.distributed_type.value}, which accelerate does not shard"
+            "the launcher asks for FSDP, but accelerate does not shard processes of type "
+            f"{accelerator.state.distributed_type.value}. Launch without FSDP"
         )
     return True
 
@@ -44,21 +54,21 @@ def is_sharded(trainer: Any) -> bool:
 
 
 def prepare_sharding_(trainer: Any) -> None:
-    """Make the packed layers of the Trainer's model such that FSDP2 shards them; nothing is done where FSDP is off.
+    """Turn the buffers of packed layers into parameters, which FSDP2 shards; a no-op without FSDP.
 
     Raises:
-        TrainingError: it is FSDP of the first version, which flattens parameters of one type and cannot hold integers.
+        TrainingError: FSDP version 1, which flattens parameters and cannot hold integers.
     """
     if not is_sharded(trainer):
         return
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise TrainingError(
-            "the base is packed integers, which FSDP version 1 cannot shard: launch with --fsdp_version 2"
+            "FSDP version 1 cannot shard the packed integers of the base. Launch with "
+            "--fsdp_version 2"
         )
-    plugin.cpu_ram_efficient_loading = (
-        False  # every process has loaded the base; it would be emptied and sent again
-    )
+    # Every process has loaded the base already; this would discard and send it again.
+    plugin.cpu_ram_efficient_loading = False
     plugin.mixed_precision_policy = None
     for layer in trainer.model.modules():
         if isinstance(layer, PackedLayer):
@@ -66,7 +76,7 @@ def prepare_sharding_(trainer: Any) -> None:
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of the base that this process holds: its shards, and what is whole."""
+    """Bytes of the base in this process: its shards, and whatever is not sharded."""
     tensors = [
         t
         for name, t in (*model.named_parameters(), *model.named_buffers())
@@ -76,27 +86,30 @@ def base_bytes(model: nn.Module) -> int:
 
 
 def whole_adapter(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's weights, whole, on every process; to be called by all of them."""
+    """The unsharded adapter weights, on every process. All processes must call it."""
     adapter = {name: p.detach() for name, p in model.named_parameters() if is_adapter_name(name)}
     return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in adapter.items()}
 
 
 def gather_(trainer: Any) -> None:
-    """Give every process the whole model again, as plain tensors; to be called by all of them. It cannot be trained on after that."""
+    """Replace shards by complete plain tensors on every process. All processes must call it.
+
+    The model cannot be trained further afterwards.
+    """
     if not is_sharded(trainer):
         return
     for module in trainer.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    whole: dict[int, nn.Parameter] = {}  # a tied parameter stays tied
+    gathered: dict[int, nn.Parameter] = {}  # by shard, so that tied parameters stay tied
     for module in trainer.model.modules():
         for name, shard in list(module._parameters.items()):
             if isinstance(shard, DTensor):
-                if id(shard) not in whole:
-                    whole[id(shard)] = nn.Parameter(
+                if id(shard) not in gathered:
+                    gathered[id(shard)] = nn.Parameter(
                         shard.full_tensor().detach(), requires_grad=shard.requires_grad
                     )
-                module._parameters[name] = whole[id(shard)]
+                module._parameters[name] = gathered[id(shard)]
         if isinstance(module, PackedLayer):
             _make_buffers(module)
 

@@ -1,11 +1,16 @@
-"""Before an adapter is merged: how much of it the grid would swallow, and which layers must be tied no longer.
+"""Before an adapter is merged: how much of it the base's grid rounds away, and which ties end.
 
-    share = |{ij : |Delta_ij| < step_ij / 2}| / |{ij}|,    Delta = scaling * lora_B lora_A,    step_ij the scale of the base's grid at ij
+    share = |{ij : |Delta_ij| < step_ij / 2}| / |{ij}|
 
-A weight of the base lies on its grid, so after merging and rounding back an entry of Delta below half a step leaves no trace, and one above is rounded to whole
-steps. What that costs is measured by whoever has text (`pipeline/merge.py`).
+    Delta     scaling * lora_B lora_A
+    step_ij   scale of the base's grid at ij
 
-An embedding and a head that are tied have one weight, and an adapter on either changes what that one computes, not the other: merged, they are two weights.
+Base weights are on the grid. After merging and requantizing, an entry of Delta below half a step is
+lost, and a larger one is rounded to whole steps. What that costs in perplexity is measured in
+`pipeline/merge_adapter.py`.
+
+A tied embedding and head share one weight, but an adapter on either changes only that one: merged,
+they need two weights (`untie_`).
 """
 
 from __future__ import annotations
@@ -27,8 +32,14 @@ from qwlora.parameter_names import canonical_name
 
 
 @dataclass(frozen=True)
-class Swallowed:
-    """One layer: entries of its delta below half a step, all of them, and the delta's root mean square in steps."""
+class RoundingLoss:
+    """What rounding loses of one layer's delta.
+
+    Args:
+        below: entries below half a step.
+        entries: all entries.
+        rms_steps: root mean square of the delta, in steps.
+    """
 
     below: int
     entries: int
@@ -40,12 +51,12 @@ class Swallowed:
 
 
 @torch.no_grad()
-def swallowed(model: PeftModel, adapter: str | None = None) -> dict[str, Swallowed]:
-    """Each packed layer that has the adapter, by canonical path."""
+def rounding_losses(model: PeftModel, adapter: str | None = None) -> dict[str, RoundingLoss]:
+    """What requantizing loses of each packed layer's delta, by canonical path."""
     adapter = adapter or model.active_adapter
     found = {}
     for name, module in model.named_modules():
-        if not (isinstance(module, LoraLayer) and _carries(module, adapter)):
+        if not (isinstance(module, LoraLayer) and _has_adapter(module, adapter)):
             continue
         base = module.get_base_layer()
         if isinstance(base, PackedLayer):
@@ -56,13 +67,15 @@ def swallowed(model: PeftModel, adapter: str | None = None) -> dict[str, Swallow
 
 @torch.no_grad()
 def untie_(model: PeftModel, adapter: str | None = None) -> list[list[str]]:
-    """Give each float layer that has the adapter and is tied to another a weight of its own, in place; the configuration says that nothing is tied then.
+    """Give each tied float layer that has the adapter a weight of its own, in place.
+
+    The model's configuration then says that nothing is tied.
 
     Returns:
-        The layers that had one weight, by canonical path, for each weight that was cloned.
+        For each cloned weight, the canonical paths of the layers that shared it.
 
     Raises:
-        MergeError: the model ties such a layer whatever its configuration says.
+        MergeError: the model class ties such a layer regardless of its configuration.
     """
     adapter = adapter or model.active_adapter
     sharing: dict[int, list[str]] = {}
@@ -71,13 +84,11 @@ def untie_(model: PeftModel, adapter: str | None = None) -> list[list[str]]:
             sharing.setdefault(id(weight), []).append(canonical_name(name))
     untied = {}
     for module in model.modules():
-        layer = (
-            module.get_base_layer()
-            if isinstance(module, LoraLayer) and _carries(module, adapter)
-            else None
-        )
-        weight = layer._parameters.get("weight") if layer is not None else None
-        if layer is not None and weight is not None and len(sharing.get(id(weight), ())) > 1:
+        if not (isinstance(module, LoraLayer) and _has_adapter(module, adapter)):
+            continue
+        layer = module.get_base_layer()
+        weight = layer._parameters.get("weight")
+        if weight is not None and len(sharing.get(id(weight), ())) > 1:
             layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
             untied[id(weight)] = sharing[id(weight)]
     if untied:
@@ -93,17 +104,18 @@ def _forget_ties_(model: PreTrainedModel, layers: set[str]) -> None:
         layers & {name.removesuffix(".weight") for pair in ties.items() for name in pair}
     ):
         raise MergeError(
-            f"{tied[0]}: {type(model).__name__} always ties this layer, so an adapter on it cannot be merged; keep the adapter separate"
+            f"{tied[0]}: {type(model).__name__} always ties this layer, so an adapter on it cannot "
+            "be merged; keep the adapter separate"
         )
 
 
-def _carries(module: LoraLayer, adapter: str) -> bool:
+def _has_adapter(module: LoraLayer, adapter: str) -> bool:
     return adapter in (*module.lora_A, *module.lora_embedding_A)
 
 
-def _of_layer(delta: Tensor, encoding: Encoding | FloatOffsetEncoding) -> Swallowed:
+def _of_layer(delta: Tensor, encoding: Encoding | FloatOffsetEncoding) -> RoundingLoss:
     granularity = encoding.scheme.granularity
     steps = grouped(delta, granularity) / aligned(encoding.scale, granularity, delta.ndim)
-    return Swallowed(
+    return RoundingLoss(
         int((steps.abs() < 0.5).sum()), steps.numel(), float(steps.square().mean().sqrt())
     )

@@ -2,8 +2,8 @@
 
     L = sum_t -log softmax(z_t)[y_t],    z = head(h),    dL/dz_t = softmax(z_t) - onehot(y_t)
 
-Loss and gradient of a chunk are computed together in the forward pass, so one chunk's logits and their softmax are all that ever exists of either, and nothing
-is computed twice. Given up: a second derivative.
+Loss and gradient of a chunk are computed together in the forward pass. So only one chunk's logits
+and softmax exist at a time, and nothing is recomputed. Given up: second derivatives.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def chunked_cross_entropy(
     Args:
         hidden: [tokens, hidden].
         targets: int64 [tokens].
-        head: from hidden states to logits [tokens, vocabulary].
-        trained: parameters that `head` uses and that get gradients.
+        head: maps hidden states to logits [tokens, vocabulary].
+        trained: trainable parameters used by `head`.
 
     Returns:
         A scalar in float32, in nats.
@@ -39,7 +39,7 @@ def chunked_cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients are ready when forward ends; backward scales them."""
+    """Forward computes the gradients too; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -56,22 +56,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradients = [torch.zeros_like(p) for p in trained] if wants_gradient else []
         buffer: Tensor | None = None
         for start in range(0, len(hidden), chunk_tokens):
-            part, rows = (
-                slice(start, start + chunk_tokens),
-                targets[start : start + chunk_tokens, None],
-            )
+            chunk_rows = slice(start, start + chunk_tokens)
+            rows = targets[chunk_rows, None]
             with torch.set_grad_enabled(wants_gradient):
-                chunk = hidden[part].detach().requires_grad_(wants_gradient)
+                chunk = hidden[chunk_rows].detach().requires_grad_(wants_gradient)
                 logits = head(chunk)
-            buffer = (
-                torch.empty_like(logits, dtype=torch.float32) if buffer is None else buffer
-            )  # one for all chunks
+            if buffer is None:  # one for all chunks
+                buffer = torch.empty_like(logits, dtype=torch.float32)
             scores = torch.log_softmax(logits.detach().float(), dim=-1, out=buffer[: len(logits)])
             total -= scores.gather(1, rows).sum()
             if wants_gradient:
                 scores = scores.exp_()
                 scores.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=scores.dtype))
-                gradient[part], *more = torch.autograd.grad(
+                gradient[chunk_rows], *more = torch.autograd.grad(
                     logits, (chunk, *trained), scores.to(logits.dtype), allow_unused=True
                 )
                 for sum_, one in zip(gradients, more, strict=True):

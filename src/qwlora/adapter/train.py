@@ -37,12 +37,12 @@ from qwlora.adapter.trainer import AdapterTrainer
 from qwlora.adapter.training_callbacks import TrainingMonitor, losses_of
 from qwlora.adapter.training_checkpoints import (
     delete_newer,
+    evaluations_without_improvement,
     final_checkpoint,
     last_checkpoint,
     last_good,
     read_state,
     step_of,
-    waited,
 )
 from qwlora.adapter.training_step import replaced_forward, training_steps
 from qwlora.data.sequences import as_sequences
@@ -220,7 +220,8 @@ def _early_stopping(settings: TrainingSettings, last: Path | None) -> list[Early
     if not settings.patience:
         return []
     stopping = EarlyStoppingCallback(settings.patience)
-    stopping.early_stopping_patience_counter = waited(last) if last else 0
+    if last:
+        stopping.early_stopping_patience_counter = evaluations_without_improvement(last)
     return [stopping]
 
 

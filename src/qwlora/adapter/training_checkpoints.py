@@ -1,6 +1,7 @@
-"""Checkpoints of a training run: the newest whole one, whether it is the end, and where it lies.
+"""Checkpoints of a training run: the newest complete one, and whether training had ended there.
 
-The Trainer writes `trainer_state.json` last, so a folder without a readable one was interrupted, and is not gone on from.
+The Trainer writes `trainer_state.json` last. A folder without a readable one was interrupted and is
+never resumed from.
 """
 
 from __future__ import annotations
@@ -20,24 +21,42 @@ STATE = "trainer_state.json"
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that is whole. Nothing is deleted: other processes look too, and all have to find the same."""
+    """The newest complete checkpoint; None if there is none.
+
+    Deletes nothing, because several processes call it and must find the same.
+    """
     return next(
-        (c for c in sorted(work.glob("checkpoint-*"), key=step_of, reverse=True) if _is_whole(c)),
+        (
+            c
+            for c in sorted(work.glob("checkpoint-*"), key=step_of, reverse=True)
+            if _is_complete(c)
+        ),
         None,
     )
 
 
 def delete_newer(work: Path, last: Path | None) -> None:
-    """Delete what is newer than `last`, which is half-written or damaged; to be called by one process, after all of them have found `last`."""
+    """Delete the checkpoints newer than `last`, which are incomplete or damaged.
+
+    One process calls it, after all of them have found `last`.
+    """
     for checkpoint in work.glob("checkpoint-*"):
         if last is None or step_of(checkpoint) > step_of(last):
             shutil.rmtree(checkpoint)
 
 
 def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: bool) -> Path | None:
-    """The checkpoint with the final adapter, if training had ended at `last`: all steps done, or `patience` evaluations without a better one."""
+    """The checkpoint with the final adapter if training had ended at `last`, else None.
+
+    Training ends after all steps, or after `patience` evaluations without improvement.
+
+    Args:
+        keeps_best: whether the final adapter is that of the best evaluation, not of the last step.
+    """
     state = read_state(last)
-    if state["global_step"] < steps and not (patience and waited(last) >= patience):
+    if state["global_step"] < steps and not (
+        patience and evaluations_without_improvement(last) >= patience
+    ):
         return None
     chosen = (
         last.with_name(f"checkpoint-{state['best_global_step']}")
@@ -47,8 +66,11 @@ def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: b
     return chosen if (chosen / WEIGHTS).exists() else None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether it was written to its end: its state can be read, and its adapter, which of a sharded run may be in FSDP's files alone."""
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether its state and its adapter can be read.
+
+    A sharded run may have the adapter in FSDP's files only.
+    """
     try:
         read_state(checkpoint)
         if (checkpoint / WEIGHTS).exists() or not any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")):
@@ -59,8 +81,8 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def waited(checkpoint: Path) -> int:
-    """How many evaluations in a row, up to `checkpoint`, were without a better one, as the early stopping there had counted."""
+def evaluations_without_improvement(checkpoint: Path) -> int:
+    """Number of evaluations in a row without improvement, up to `checkpoint`."""
     stopping = read_state(checkpoint).get("stateful_callbacks", {}).get("EarlyStoppingCallback")
     return (
         int(stopping["attributes"]["early_stopping_patience_counter"])
@@ -70,12 +92,12 @@ def waited(checkpoint: Path) -> int:
 
 
 def last_good(work: Path) -> str:
-    """Where the newest whole checkpoint is, for a message."""
-    whole = [c for c in work.glob("checkpoint-*") if (c / STATE).exists()]
+    """Where the newest complete checkpoint is, in words for an error message."""
+    complete = [c for c in work.glob("checkpoint-*") if (c / STATE).exists()]
     return (
-        f"the last good checkpoint is {max(whole, key=step_of)}"
-        if whole
-        else "no checkpoint was written yet"
+        f"the last good checkpoint is {max(complete, key=step_of)}"
+        if complete
+        else "no checkpoint has been written"
     )
 
 
@@ -87,5 +109,5 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step after which it was written."""
+    """The training step after which `checkpoint` was written."""
     return int(checkpoint.name.rpartition("-")[2])

@@ -1,13 +1,17 @@
-"""Cross-entropy of a linear head whose weight has to be made for each product, a slice of the vocabulary at a time.
+"""Cross-entropy of a linear head with a computed weight, a slice of the vocabulary at a time.
 
-    z_t = W h_t + b,    L = sum_t lse_t - z_t[y_t],    lse_t = log sum_v exp z_t[v],    dL/dh_t = sum_(v != y_t) p_t[v] (W_v - W_y_t)
+    z_t = W h_t + b,    L = sum_t lse_t - z_t[y_t],    lse_t = log sum_v exp z_t[v]
+    dL/dh_t = sum_(v != y_t) p_t[v] (W_v - W_y_t)
 
-A packed weight would be unpacked, and autocast would round a float one, whole for each chunk of tokens: 57 MB for 49,152 x 576 in bfloat16, beside a chunk's
-logits in three types. Here a slice of W is made, used for all tokens and forgotten. One pass makes loss and gradient: sums of exp z and of exp z times W are
-kept relative to the largest logit so far, and shrink when a larger one comes. The gradient is written without p_t[y_t] - 1, so that in bfloat16 that of a
-token that is nearly certain is as exact as any other. Given up: W gets no gradient.
+For each chunk of tokens, a packed weight would be unpacked completely, and autocast would round a
+float one: 57 MB for 49,152 x 576 in bfloat16, in addition to a chunk's logits in three dtypes. Here
+a slice of W is computed, used for all tokens and freed. One pass gives loss and gradient: the sums
+of exp z and of exp z times W are kept relative to the largest logit so far, and rescaled when a
+larger one comes. The gradient is written without p_t[y_t] - 1, so that in bfloat16 it is as exact
+for a nearly certain token as for any other. Given up: a gradient for W.
 
-Source of the running sums: online softmax (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).
+Source of the running sums: online softmax (Milakov and Gimelshein 2018,
+https://arxiv.org/abs/1805.02867).
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SLICE_LOGITS = 2**20  # numbers in a slice of logits; 4 MiB in float32
+SLICE_LOGITS = 2**20  # logits in a slice; 4 MiB in float32
 WeightRows = Callable[[int, int], Tensor]
 
 
@@ -31,15 +35,15 @@ def sliced_cross_entropy(
     bias: Tensor | None,
     slice_rows: int | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropies of `F.linear(hidden, weight, bias)`, the products computed in the type of the weight's rows.
+    """Sum of the cross-entropies of `F.linear(hidden, weight, bias)`, in the dtype of the weight.
 
     Args:
         hidden: [tokens, hidden].
         targets: int64 [tokens].
-        weight_rows: gives the rows of the weight from one number to before another, [rows, hidden]; it is not trained.
-        vocabulary: rows of the weight.
-        bias: [vocabulary], not trained.
-        slice_rows: entries of the vocabulary whose logits exist at one time; by default as many as make 4 MiB.
+        weight_rows: `weight_rows(start, stop)` are rows of the frozen weight, [rows, hidden].
+        vocabulary: number of rows of the weight.
+        bias: [vocabulary], frozen.
+        slice_rows: vocabulary entries whose logits exist at one time; default: 4 MiB of logits.
 
     Returns:
         A scalar in float32, in nats.
@@ -54,7 +58,7 @@ def sliced_cross_entropy(
 
 
 class _SlicedCrossEntropy(torch.autograd.Function):
-    """The gradient is ready when forward ends; backward scales it."""
+    """Forward computes the gradient too; backward only scales it."""
 
     @staticmethod
     def forward(
@@ -66,19 +70,17 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         slices: list[tuple[int, int]],
         wants_gradient: bool,
     ) -> Tensor:
-        picked, others = (
-            hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(2)
-        )  # the target's logit; sum of exp of all others
+        picked = hidden.new_zeros(len(hidden), dtype=torch.float32)  # the target's logit
+        others = torch.zeros_like(picked)  # sum of exp of all other logits
         highest = torch.full_like(picked, -torch.inf)
-        gradient = torch.zeros_like(
-            hidden if wants_gradient else hidden[:0], dtype=torch.float32
-        )  # sum of exp of all others times their rows of W
+        # Sum over all others of exp times their row of W.
+        gradient = torch.zeros_like(hidden if wants_gradient else hidden[:0], dtype=torch.float32)
         own_row = torch.zeros_like(gradient)
         x = hidden
         for start, stop in slices:
-            part = weight_rows(start, stop)
-            x = x.to(part.dtype)  # once, of all slices
-            z = F.linear(x, part, None if bias is None else bias[start:stop].to(x.dtype)).float()
+            rows = weight_rows(start, stop)
+            x = x.to(rows.dtype)  # copies in the first slice only
+            z = F.linear(x, rows, None if bias is None else bias[start:stop].to(x.dtype)).float()
             here, index = _targets_of(targets, start, z)
             picked += z.gather(1, index).squeeze(1) * here
             raised = torch.maximum(highest, z.amax(1))
@@ -87,8 +89,8 @@ class _SlicedCrossEntropy(torch.autograd.Function):
             e.scatter_(1, index, e.gather(1, index).masked_fill_(here.unsqueeze(1), 0))
             others = others * shrunk + e.sum(1)
             if wants_gradient:
-                gradient.mul_(shrunk.unsqueeze(1)).add_(e.to(part.dtype) @ part)
-                own_row[here] = part[index[here, 0]].float()
+                gradient.mul_(shrunk.unsqueeze(1)).add_(e.to(rows.dtype) @ rows)
+                own_row[here] = rows[index[here, 0]].float()
             highest = raised
         total = others + (picked - highest).exp()
         if wants_gradient:
@@ -104,7 +106,10 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 
 
 def _targets_of(targets: Tensor, start: int, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens have their target in this slice, and the column of it there (any column elsewhere), [tokens, 1]."""
+    """Which tokens have their target in this slice, and its column in it, [tokens, 1].
+
+    Tokens with their target elsewhere get any valid column.
+    """
     column = targets - start
     here = (column >= 0) & (column < z.shape[1])
     return here, column.clamp(0, z.shape[1] - 1).unsqueeze(1)

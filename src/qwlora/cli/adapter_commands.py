@@ -40,12 +40,12 @@ def list_adapters(
     from qwlora.adapter.adapter_check import (
         AdapterReport,
         adapter_report,
-        base_beside,
         find_adapters,
+        job_fingerprint,
     )
     from qwlora.errors import QwloraError, SourceError
 
-    base, found, unreadable = base_beside(folder), list[AdapterReport](), list[str]()
+    base, found, unreadable = job_fingerprint(folder), list[AdapterReport](), list[str]()
     for adapter in find_adapters(folder):
         try:
             found.append(adapter_report(adapter, folder))
@@ -90,10 +90,10 @@ def check(
     """Check that each adapter is there, unchanged since it was saved, finite, and trained on the
     base next to it (if it says on which). Exit 2 when a file was changed, 1 on other problems."""
     from qwlora.adapter.adapter_check import (
-        base_beside,
         changed_files,
         find_adapters,
         is_verifiable,
+        job_fingerprint,
         problems,
         says_base,
     )
@@ -101,7 +101,7 @@ def check(
     from qwlora.pipeline.directory import Directory
     from qwlora.pipeline.run_job import command_line
 
-    base, missing = base_beside(folder), Directory.read(folder).missing_adapters()
+    base, missing = job_fingerprint(folder), Directory.read(folder).missing_adapters()
     wrong, changed = len(missing), 0
     for name in missing:
         print(

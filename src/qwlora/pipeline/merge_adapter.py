@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from qwlora.adapter.merge_loss import Swallowed, swallowed, untie_
+from qwlora.adapter.merge_loss import RoundingLoss, rounding_losses, untie_
 from qwlora.analysis.perplexity import logits_of, perplexity
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -40,7 +40,7 @@ class Verdict:
         base, adapted, merged: perplexity on held-out text of the base, of base and adapter, and of the requantized merge.
     """
 
-    layers: dict[str, Swallowed]
+    layers: dict[str, RoundingLoss]
     base: float
     adapted: float
     merged: float
@@ -90,7 +90,7 @@ class Verdict:
 def merge_verdict(session: Session, name: str, track: Track) -> Verdict:
     """Compute the verdict for adapter `name` of the session's job."""
     adapted = session.adapted(name)
-    layers = swallowed(adapted)
+    layers = rounding_losses(adapted)
     after = _perplexity(session, adapted, "adapted", track)
     before = _perplexity(session, session.base(), "base", track)
     merged = _perplexity(session, merged_model(adapted, "requantized"), "merged", track)

@@ -138,9 +138,7 @@ def test_a_negative_scale_is_autorounds_alone(tmp_path: Path) -> None:
     scales = load_file(FILES / "gptq-v1" / "model.safetensors")[f"{LAYER}.scales"].clone()
     scales[0, ::2] *= -1
     folder = changed(tmp_path, scales=scales)
-    with pytest.raises(
-        SourceError, match="16 scales are negative, which only AutoRound's files may have"
-    ):
+    with pytest.raises(SourceError, match="16 scales are negative, which only AutoRound"):
         opened(folder).read(f"{LAYER}.weight")
     expected = load_file(FILES / "gptq-v1" / "expected.safetensors")[f"{LAYER}.weight"].clone()
     expected[::2, :32] *= -1
@@ -158,7 +156,7 @@ def test_a_negative_scale_is_autorounds_alone(tmp_path: Path) -> None:
             r"'w4-asymmetric-32' \(GPTQ\): a scale is a finite positive number, but 64 of 64",
         ),
         ({"scales": torch.zeros(2, 32)}, "a scale is a finite positive number"),
-        ({"scales": torch.ones(2, 31)}, r"do not belong to one layer of 64 inputs"),
+        ({"scales": torch.ones(2, 31)}, r"do not belong to one layer with 64 inputs"),
         (
             {"scales": torch.ones(3, 32), "qzeros": torch.zeros(3, 4, dtype=torch.int32)},
             "3 groups do not divide rows of 64 evenly",
@@ -167,7 +165,7 @@ def test_a_negative_scale_is_autorounds_alone(tmp_path: Path) -> None:
             {"scales": torch.ones(0, 32), "qzeros": torch.zeros(0, 4, dtype=torch.int32)},
             "0 groups do not divide",
         ),
-        ({"qweight": torch.zeros(8, 32, dtype=torch.int64)}, "packed in I64; only words of int32"),
+        ({"qweight": torch.zeros(8, 32, dtype=torch.int64)}, "packed in I64, but only int32"),
         ({"qweight": torch.zeros(8, dtype=torch.int32)}, "must be matrices"),
         (
             {"qweight": torch.zeros(9, 32, dtype=torch.int32)},
@@ -175,9 +173,9 @@ def test_a_negative_scale_is_autorounds_alone(tmp_path: Path) -> None:
         ),
         (
             {"g_idx": torch.full((64,), 2, dtype=torch.int32)},
-            "g_idx names group 2 or 2, but there are 2",
+            "g_idx contains group 2 or 2, but there are 2",
         ),
-        ({"g_idx": torch.full((64,), -1, dtype=torch.int32)}, "g_idx names group -1 or -1"),
+        ({"g_idx": torch.full((64,), -1, dtype=torch.int32)}, "g_idx contains group -1 or -1"),
     ],
 )
 def test_damaged_layers(tmp_path: Path, parts: dict[str, Any], message: str) -> None:
@@ -188,11 +186,14 @@ def test_damaged_layers(tmp_path: Path, parts: dict[str, Any], message: str) -> 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"checkpoint_format": "marlin"}, "GPTQ layout 'marlin' is not read; gptq and gptq_v2 are"),
+        (
+            {"checkpoint_format": "marlin"},
+            "GPTQ layout 'marlin' is not supported; gptq and gptq_v2 are",
+        ),
         ({"is_marlin_format": True}, "GPTQ layout 'marlin'"),
         ({"checkpoint_format": "gptq_p"}, "GPTQ layout 'gptq_p'"),
         ({"checkpoint_format": ["gptq"]}, r"GPTQ layout \['gptq'\]"),
-        ({"bits": 5}, "bits is 5; GPTQ has 2, 3, 4, 8"),
+        ({"bits": 5}, "bits is 5, but GPTQ files have 2, 3, 4, 8"),
         ({"bits": "4"}, "bits is '4'"),
     ],
 )
@@ -212,7 +213,7 @@ def test_zero_biases_that_the_model_does_not_have(tmp_path: Path) -> None:
     save_file({**tensors, bias: torch.ones(64)}, folder / "model.safetensors")
     with pytest.raises(
         SourceError,
-        match=r"'model.layers.0.mlp.down_proj.bias' is in the files, but no parameter of LlamaForCausalLM",
+        match=r"'model.layers.0.mlp.down_proj.bias' is in the files, but not in LlamaForCausalLM",
     ):
         open_checkpoint(folder)
 

@@ -1,19 +1,22 @@
-"""GPTQ checkpoints: the layout of AutoGPTQ and GPT-QModel in a Hugging Face folder.
+"""Reader for GPTQ checkpoints, as AutoGPTQ and GPT-QModel write them into a Hugging Face folder.
 
 For a layer [out, in] in groups of `g` inputs:
 
-    qweight  int32 [in * bits / 32, out]       codes, packed along the input, a little-endian bit stream down each column
-    qzeros   int32 [in / g, out * bits / 32]   zero points, packed along the output; version 1 stores `zero - 1`, version 2 `zero`
+    qweight  int32 [in * bits / 32, out]       codes, packed along the input: each column is a
+                                               little-endian bit stream
+    qzeros   int32 [in / g, out * bits / 32]   zero points, packed along the output;
+                                               version 1 stores `zero - 1`, version 2 `zero`
     scales   float [in / g, out]
     g_idx    int32 [in]                        the group of each input; absent in some files
 
     W[o, i] = scales[g_idx[i], o] * (code[i, o] - zero[g_idx[i], o])
 
-With activation order the groups may be scattered over the inputs; a grid's blocks are neighbours, so such a layer is refused. Where whole runs of `g` inputs
-share a group, whatever its number, the grid says the same.
+With activation order, the inputs of a group may be scattered. `PerBlock` needs contiguous groups,
+so such a layer is refused. Contiguous groups may be numbered in any order.
 
-Version 1's zero points are restored as GPT-QModel does, which adds one in every field of the packed word, carries included: its writers subtract the same way.
-Computed in float32 from the stored scales; GPT-QModel's own numbers are these when its scales are float32.
+For version 1, one is added to every field of a packed word, including carries into the next field,
+because the writers subtract it the same way (GPT-QModel does the same). Values are computed in
+float32 from the stored scales; GPT-QModel's values are identical if its scales are float32.
 """
 
 from __future__ import annotations
@@ -45,11 +48,11 @@ class GptqCheckpoint(FolderCheckpoint):
     """A folder that AutoGPTQ or GPT-QModel wrote.
 
     Args:
-        folder: config.json and safetensors files.
+        folder: a folder with config.json and safetensors files.
         settings: the `quantization_config`, or the contents of `quantize_config.json`.
 
     Raises:
-        SourceError: as `FolderCheckpoint`; or the settings ask for a layout that is not the one above.
+        SourceError: see `FolderCheckpoint`; also if the settings name another layout or bitwidth.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
@@ -57,7 +60,7 @@ class GptqCheckpoint(FolderCheckpoint):
 
 
 class GptqTensors(LayerFiles):
-    """Tensors of `files` under the float model's names."""
+    """The tensors of `files` under the float model's names."""
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
         super().__init__(files, PARTS)
@@ -65,17 +68,19 @@ class GptqTensors(LayerFiles):
         layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
         if settings.get("is_marlin_format"):
             layout = "marlin"
-        if layout not in tuple(VERSIONS):  # what a file says need not be hashable
+        if layout not in tuple(VERSIONS):  # a tuple, because the value may not be hashable
             raise SourceError(
-                f"{where}: GPTQ layout {layout!r} is not read; {' and '.join(VERSIONS)} are. Save the checkpoint in one of these with GPT-QModel"
+                f"{where}: GPTQ layout {layout!r} is not supported; {' and '.join(VERSIONS)} are. "
+                "Save the checkpoint in one of these with GPT-QModel"
             )
         self.version = VERSIONS[layout]
         self.bitwidth = settings.get("bits")
         if type(self.bitwidth) is not int or self.bitwidth not in BITWIDTHS:
             raise SourceError(
-                f"{where}: bits is {self.bitwidth!r}; GPTQ has {', '.join(map(str, BITWIDTHS))}"
+                f"{where}: bits is {self.bitwidth!r}, but GPTQ files have "
+                f"{', '.join(map(str, BITWIDTHS))} bits"
             )
-        self.mixed = bool(settings.get("dynamic"))  # layers of other bitwidths
+        self.mixed = bool(settings.get("dynamic"))  # some layers have other bitwidths
         self.from_autoround = "autoround" in json.dumps(settings, default=str).lower().replace(
             "-", ""
         ).replace("_", "")
@@ -88,10 +93,11 @@ class GptqTensors(LayerFiles):
         return shape
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """One tensor.
+        """Read one tensor.
 
         Raises:
-            SourceError: the layer's tensors do not fit each other, its groups are scattered, or a number is impossible.
+            SourceError: the layer's tensors do not match each other, its groups are scattered, or a
+                scale or zero point is invalid.
         """
         if name not in self.layer_of:
             return self.files.read(name)
@@ -105,10 +111,11 @@ class GptqTensors(LayerFiles):
         scale, offset = scales[groups].t().contiguous(), offset[groups].t().contiguous()
         granularity = blocks(in_features, len(groups), where)
         if self.from_autoround:
-            codes, scale, offset = read_backwards(codes, scale, offset, bitwidth)
+            codes, scale, offset = with_positive_scales(codes, scale, offset, bitwidth)
         elif bool((scale < 0).any()):
             raise SourceError(
-                f"{where}: {int((scale < 0).sum())} scales are negative, which only AutoRound's files may have; the file is damaged"
+                f"{where}: {int((scale < 0).sum())} scales are negative, which only AutoRound "
+                "writes. The file is damaged; download it again"
             )
         return quantized(codes, bitwidth, granularity, scale, offset, where)
 
@@ -116,21 +123,24 @@ class GptqTensors(LayerFiles):
         return f"{str(self.files.folder)!r}: layer {layer!r} (GPTQ)"
 
     def _layout(self, layer: str) -> tuple[int, tuple[int, int]]:
-        """Bitwidth and `[out, in]`, from the shapes; checked against each other."""
+        """Bitwidth and `[out, in]` of a layer, from the shapes of its tensors, which must be
+        consistent."""
         where = self._where(layer)
         for part in ("qweight", "qzeros", "scales"):
             if f"{layer}.{part}" not in self.files:
                 raise SourceError(f"{where} has no tensor {part!r}; download the model again")
         if any(self.files.dtype(f"{layer}.{part}") != "I32" for part in ("qweight", "qzeros")):
             raise SourceError(
-                f"{where}: qweight and qzeros are packed in {self.files.dtype(f'{layer}.qweight')}; only words of int32 are read"
+                f"{where}: qweight and qzeros are packed in "
+                f"{self.files.dtype(f'{layer}.qweight')}, but only int32 is supported"
             )
         qweight, qzeros, scales = (
             self.files.shape(f"{layer}.{part}") for part in ("qweight", "qzeros", "scales")
         )
         if not len(qweight) == len(qzeros) == len(scales) == 2:
             raise SourceError(
-                f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} must be matrices"
+                f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales "
+                f"{list(scales)} must be matrices"
             )
         bitwidth = self.bitwidth
         assert bitwidth is not None
@@ -141,7 +151,8 @@ class GptqTensors(LayerFiles):
             ]
             if bitwidth not in fitting and not self.mixed:
                 raise SourceError(
-                    f"{where}: {qweight[0]} words do not hold {in_features} codes of {bitwidth} bits, which quantization_config says"
+                    f"{where}: {qweight[0]} words do not hold {in_features} codes of {bitwidth} "
+                    "bits, the bitwidth in quantization_config; download the model again"
                 )
             bitwidth = bitwidth if bitwidth in fitting else next(iter(fitting), 0)
         else:
@@ -153,15 +164,17 @@ class GptqTensors(LayerFiles):
             or qzeros != (scales[0], math.ceil(out_features * bitwidth / 32))
         ):
             raise SourceError(
-                f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} do not belong to one layer of {in_features} inputs"
+                f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales "
+                f"{list(scales)} do not belong to one layer with {in_features} inputs; download "
+                "the model again"
             )
         return bitwidth, (out_features, in_features)
 
     def _groups(self, layer: str, in_features: int, count: int) -> Int[Tensor, " blocks"]:
-        """The group of each run of neighbouring inputs.
+        """The group number of each block of contiguous inputs.
 
         Raises:
-            SourceError: the inputs of a group are not neighbours.
+            SourceError: the inputs of a group are not contiguous.
         """
         where = self._where(layer)
         blocks(in_features, count, where)
@@ -170,13 +183,16 @@ class GptqTensors(LayerFiles):
         index = self.files.read(f"{layer}.g_idx").reshape(-1).long()
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
             raise SourceError(
-                f"{where}: g_idx names group {int(index.max())} or {int(index.min())}, but there are {count}"
+                f"{where}: g_idx contains group {int(index.max())} or {int(index.min())}, but "
+                f"there are {count} groups; download the model again"
             )
         runs = index.view(count, -1)
         if not bool((runs == runs[:, :1]).all()):
             raise SourceError(
-                f"{where} was quantized in activation order (desc_act) with scattered groups: its g_idx gives neighbouring inputs different scales, "
-                "which blocks cannot express. Quantize the float model again with desc_act=False, or with act_group_aware=True in GPT-QModel"
+                f"{where} was quantized in activation order (desc_act), so the inputs of a group "
+                "are scattered, which blocks cannot express. "
+                "Quantize the float model again with desc_act=False, or with act_group_aware=True "
+                "in GPT-QModel"
             )
         return runs[:, 0]
 
@@ -189,13 +205,18 @@ class GptqTensors(LayerFiles):
         return (unpack_words(words, bitwidth, out_features) + 1) & (2**bitwidth - 1)
 
 
-def read_backwards(
+def with_positive_scales(
     codes: Tensor,
     scale: Float[Tensor, "out groups"],
     offset: Int[Tensor, "out groups"],
     bitwidth: int,
 ) -> tuple[Tensor, Float[Tensor, "out groups"], Int[Tensor, "out groups"]]:
-    """The same values where a scale is negative (AutoRound writes such): `q' = steps - q`, `scale' = -scale`, `offset' = -steps - offset`."""
+    """Make negative scales positive without changing the values; AutoRound writes negative scales.
+
+    With `steps = 2^bitwidth - 1`, a block with a negative scale becomes
+
+        code' = steps - code,    scale' = -scale,    offset' = -steps - offset
+    """
     negative, steps = scale < 0, 2**bitwidth - 1
     flipped = negative.repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
     return (

@@ -1,7 +1,10 @@
-"""A Hugging Face folder as a `Checkpoint`: the configuration, the model's parameter names, and the tensors that make each of them.
+"""Hugging Face folders as `Checkpoint`: the base class of the GPTQ, AWQ and compressed-tensors
+readers.
 
-What differs between formats is how a stored tensor is read, which is a `Stored`: tensors under Hugging Face's names for the float model
-(`model.layers.0.mlp.down_proj.weight`), whatever tensors the file keeps for them. `FloatCheckpoint` is the folder whose stored tensors are the files' own.
+`FolderCheckpoint` reads config.json and maps stored names to the model's parameters. A format only
+supplies a `Stored`, which reads tensors under the float model's names
+(`model.layers.0.mlp.down_proj.weight`), however the files store them. `FloatCheckpoint` is a folder
+of float tensors; there, the safetensors files themselves are the `Stored`.
 """
 
 from __future__ import annotations
@@ -26,70 +29,73 @@ from qwlora.messages import listed
 
 
 class Stored(Protocol):
-    """Tensors under the names that the checkpoint has for the float model."""
+    """Tensors of a checkpoint, under the float model's names."""
 
     def names(self) -> Sequence[str]:
         """All names."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the values, which for integers is `[out, in]`; no tensor is read."""
+        """Shape of the values, `[out, in]` for integers; reads no tensor data."""
         ...
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """One tensor."""
+        """Read one tensor."""
         ...
 
 
 class FolderCheckpoint:
-    """A folder whose tensors `stored` reads.
+    """A checkpoint in a Hugging Face folder.
 
     Args:
-        folder: config.json and safetensors files.
-        stored: makes the reader of the mapped files.
+        folder: a folder with config.json and safetensors files.
+        stored: creates the format's reader from the safetensors files.
 
     Raises:
-        SourceError: the configuration cannot be read, a parameter of its model is missing, a stored tensor is no parameter of it, or a shape differs.
+        SourceError: the configuration cannot be read, a parameter of its model is missing, a stored
+            tensor is not a parameter of the model, or a shape differs.
     """
 
     def __init__(self, folder: str | Path, stored: Callable[[SafetensorsFiles], Stored]):
         self.folder = Path(folder)
-        self.files = SafetensorsFiles(
-            self.folder, mapped=False
-        )  # tensors are unpacked or widened anyway, and most are asked for once
+        # mapping would gain nothing: most tensors are read once, and then unpacked or converted
+        self.files = SafetensorsFiles(self.folder, mapped=False)
         self.stored = stored(self.files)
         self.config = read_config(self.folder, len(self.files.names()))
         self._origins = self._found_origins()
 
     def names(self) -> list[str]:
-        """Parameters and saved buffers in the model's order, a tied tensor once."""
+        """Names of parameters and saved buffers in the model's order, tied tensors once."""
         return list(self._origins)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """One parameter or saved buffer; integers `[out, in]` if the files hold integers for it.
+        """Read one parameter or saved buffer, as integers `[out, in]` if it is stored as integers.
 
         Raises:
             SourceError: there is no such parameter, or its stored tensors cannot be read.
         """
         if name not in self._origins:
             raise SourceError(
-                f"{self._where}: {name!r} is no parameter of {type(self.model).__name__} (of tied ones, the first counts)"
+                f"{self._where}: {name!r} is not a parameter of {type(self.model).__name__} (tied "
+                "parameters have the first of their names)"
             )
         first, *copies = [self._made(alias, origin) for alias, origin in self._origins[name]]
         if any(not _same(first, copy) for copy in copies):
             aliases = " and ".join(repr(alias) for alias, _ in self._origins[name])
             raise SourceError(
-                f"{self._where}: config.json ties {aliases}, but the files hold different values for them; set tie_word_embeddings to false in config.json"
+                f"{self._where}: config.json ties {aliases}, but the files hold different values "
+                "for them. Set tie_word_embeddings to false in config.json"
             )
         return first
 
     def stored_names(self, name: str) -> list[str]:
-        """What the files hold for one parameter: stored names, several where parts (experts, projections) were saved one by one."""
+        """The stored tensors of one parameter: several if its parts (experts, projections) were
+        saved separately."""
         return [stored for _, origin in self._origins[name] for stored, _ in origin.sources]
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model that the configuration builds, without data."""
+        """The model that config.json describes, without data."""
         try:
             return meta_model(self.config, len(self.stored.names()))
         except SourceError as error:
@@ -108,7 +114,8 @@ class FolderCheckpoint:
         if floats and integers:
             names = f"{next(iter(floats))} is float and {next(iter(integers))} integers"
             raise SourceError(
-                f"{self._where}: parameter {target!r} is made of both ({names}), and one tensor has one grid"
+                f"{self._where}: parameter {target!r} is stored in several tensors, some float and "
+                f"some integer ({names}). Quantize the float model instead"
             )
         return (
             origin.convert(self.model, floats)[target]
@@ -117,14 +124,17 @@ class FolderCheckpoint:
         )
 
     def _found_origins(self) -> dict[str, list[tuple[str, Origin]]]:
-        """For each parameter, its stored names: one, unless copies of a tied tensor are stored too."""
+        """The stored tensors of each parameter; several entries if copies of a tied tensor are
+        stored."""
         stored = {name: self.stored.shape(name) for name in self.stored.names()}
         found, unknown = origins(self.model, stored, self._where)
         unknown = [name for name in unknown if not self._is_empty_bias(name)]
         if unknown:
             raise SourceError(
-                f"{self._where}: {_listed(unknown)} in the files, but no parameter of {type(self.model).__name__}, which config.json builds; "
-                "if the files are right, config.json belongs to another model or needs a newer transformers"
+                f"{self._where}: {_listed(unknown)} in the files, but not in "
+                f"{type(self.model).__name__}, which config.json describes. "
+                "Either config.json belongs to another model, or the model needs a newer "
+                "transformers"
             )
         tied: dict[int, list[str]] = {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
@@ -135,7 +145,8 @@ class FolderCheckpoint:
         }
         if missing := [name for name, copies in result.items() if not copies]:
             raise SourceError(
-                f"{self._where}: {_listed(missing)} missing from the files, which config.json's model needs; download the model again"
+                f"{self._where}: {_listed(missing)} missing from the files, but needed by the "
+                "model that config.json describes; download the model again"
             )
         for copies in result.values():
             for alias, origin in copies:
@@ -150,11 +161,14 @@ class FolderCheckpoint:
         found, expected = tuple(made[name].shape), tuple(self.model.state_dict()[name].shape)
         if found not in (expected, self._matrix_shape(name, expected)):
             raise SourceError(
-                f"{self._where}: {name!r} has shape {list(found)} in the files, but {list(expected)} in config.json's model"
+                f"{self._where}: {name!r} has shape {list(found)} in the files, but "
+                f"{list(expected)} in the model that config.json describes; download the model "
+                "again"
             )
 
     def _matrix_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`[out, in]` of a layer that keeps its weight `[in, out]`: integers are stored that way round."""
+        """The shape that integers are stored in: `[out, in]`, also for a Conv1D, whose weight is
+        `[in, out]`."""
         transposed = (
             isinstance(self.model.get_submodule(name.rpartition(".")[0]), Conv1D)
             and len(shape) == 2
@@ -162,7 +176,8 @@ class FolderCheckpoint:
         return shape[::-1] if transposed else shape
 
     def _is_empty_bias(self, name: str) -> bool:
-        """GPTQ writers give every layer a bias; zeros say nothing about one that the model does not have."""
+        """Whether a stored bias that the model lacks is all zeros; GPTQ tools write one for every
+        layer."""
         if not name.endswith(".bias"):
             return False
         value = self.stored.read(name)

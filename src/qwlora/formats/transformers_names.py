@@ -1,9 +1,15 @@
-"""From the names that a file uses to the names of the model's parameters, as transformers itself converts them.
+"""Maps stored tensor names to the model's parameters, with the conversions of transformers itself.
 
-A checkpoint's names may lack the base model's prefix, be of an older version, or belong to parts of what is now one parameter (the experts of a mixture,
-fused projections). transformers knows these by model type (`transformers.conversion_mapping`), and its own operations are run here: on floats as they are, and
-on quantized tensors where an operation only stacks, joins or cuts whole rows, so that codes, scales and offsets move alike. The operations are first run on
-tensors without data, which tells the names and shapes that come out.
+A checkpoint may lack the base model's prefix, use names of an older transformers, or store one
+parameter in parts (the experts of a mixture, fused projections). transformers knows the conversions
+by model type (`transformers.conversion_mapping`), and they are applied here:
+
+    floats       as they are
+    integers     only if a conversion stacks, joins or splits whole rows; it is then applied to
+    codes,
+                 scales and offsets separately
+
+Each conversion first runs on tensors without data, which gives the names and shapes of its results.
 """
 
 from __future__ import annotations
@@ -40,19 +46,27 @@ ROW_OPERATIONS = (Chunk, Concatenate, MergeModulelist, Split)
 
 @dataclass
 class Origin:
-    """What makes a parameter: stored tensors, each under the pattern that matched it, and the conversion (None: the one tensor as it is)."""
+    """The stored tensors of one or more parameters, and the conversion between them.
+
+    Args:
+        first_target: the parameter's name; the first one if the conversion makes several.
+        converter: the conversion of transformers, or None if the parameter is stored as it is.
+        sources: names of the stored tensors, each with the pattern of the conversion that matched
+            it.
+    """
 
     first_target: str
     converter: WeightConverter | None = None
     sources: list[tuple[str, str]] = field(default_factory=list)
 
     def convert(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters from stored tensors."""
+        """The parameters made from the stored `tensors`."""
         if self.converter is None:
             return {self.first_target: tensors[self.sources[0][0]]}
         converter = deepcopy(self.converter)
         for stored, pattern in self.sources:
-            converter.add_tensor(self.first_target, stored, pattern, _given(tensors[stored]))  # type: ignore[arg-type]
+            value: Any = _given(tensors[stored])  # transformers accepts a callable, but says Tensor
+            converter.add_tensor(self.first_target, stored, pattern, value)
         made = converter.convert(self.first_target, model=model, config=model.config)
         return {
             name: value[0] if isinstance(value, list) else value for name, value in made.items()
@@ -69,16 +83,22 @@ def origins(
     where: str,
     transforms: Sequence[WeightTransform] | None = None,
 ) -> tuple[dict[str, Origin], list[str]]:
-    """What makes each parameter of `model` (on the meta device), and the stored names that no parameter has and that transformers does not expect either.
+    """Find the stored tensors of each parameter.
 
     Args:
-        model: on the meta device.
-        stored: shapes of the stored tensors, under their names.
+        model: the model, on the meta device.
+        stored: shapes of the stored tensors, by name.
         where: the checkpoint, for messages.
-        transforms: from a format's names; without, those that transformers has for the model's own older names.
+        transforms: conversions from the format's names; default: those that transformers has for
+            older versions of the model.
+
+    Returns:
+        The origin of each parameter, and the stored names that belong to no parameter and that
+        transformers does not ignore.
 
     Raises:
-        SourceError: two stored tensors are the same parameter, or a conversion does not fit the stored shapes.
+        SourceError: two stored tensors map to the same parameter, or a conversion does not fit the
+            stored shapes.
     """
     meta = model.state_dict()
     transforms = get_model_conversion_mapping(model) if transforms is None else transforms
@@ -103,7 +123,8 @@ def origins(
             )
         elif target in found:
             raise SourceError(
-                f"{where}: tensors {found[target].sources[0][0]!r} and {name!r} are both parameter {target!r}"
+                f"{where}: tensors {found[target].sources[0][0]!r} and {name!r} are both parameter "
+                f"{target!r}; remove one of them from the checkpoint"
             )
         else:
             found[target] = Origin(target, None, [(name, name)])
@@ -127,13 +148,14 @@ def _targets(
     except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
         sources = ", ".join(name for name, _ in origin.sources[:4])
         raise SourceError(
-            f"{where}: parameter {origin.first_target!r} cannot be made of {sources}: {error}"
+            f"{where}: parameter {origin.first_target!r} cannot be made from {sources}: {error}; "
+            "download the model again"
         ) from error
     return [(name, origin) for name in made]
 
 
 def _ignored(name: str, model: PreTrainedModel) -> bool:
-    """Whether transformers drops this name without a word, as it does old buffers."""
+    """Whether transformers silently ignores this stored tensor, for example an old buffer."""
     patterns = list(model._keys_to_ignore_on_load_unexpected or [])
     buffers = [buffer for buffer, _ in model.named_buffers()]
     if any(buffer.endswith("rotary_emb.inv_freq") for buffer in buffers):
@@ -146,10 +168,11 @@ def _ignored(name: str, model: PreTrainedModel) -> bool:
 def convert_quantized(
     origin: Origin, model: PreTrainedModel, parts: Mapping[str, QuantizedTensor], where: str
 ) -> dict[str, QuantizedTensor]:
-    """Parameters from stored quantized tensors: codes, scales and offsets go through the same row operations.
+    """As `Origin.convert`, for quantized tensors: converts codes, scales and offsets separately.
 
     Raises:
-        SourceError: the parts have different grids, or the conversion does more than move rows.
+        SourceError: the stored parts have different schemes, or the conversion does more than move
+            rows.
     """
     if origin.converter is None:
         return {origin.first_target: parts[origin.sources[0][0]]}
@@ -160,14 +183,16 @@ def convert_quantized(
     ]
     if other:
         raise SourceError(
-            f"{where}: parameter {origin.first_target!r} is made by {other[0]!r}, which is not done on integers; quantize the float model instead"
+            f"{where}: parameter {origin.first_target!r} needs the conversion {other[0]!r}, which "
+            "is not possible on integers. Quantize the float model instead"
         )
     blocks = {name: _as_blocks(part) for name, part in parts.items()}
     schemes = {part.encoding.scheme: name for name, part in blocks.items()}
     if len(schemes) > 1:
         listed = "; ".join(f"{name}: {scheme}" for scheme, name in schemes.items())
         raise SourceError(
-            f"{where}: the parts of parameter {origin.first_target!r} have different grids ({listed}), and one tensor has one grid"
+            f"{where}: the parts of parameter {origin.first_target!r} have different schemes "
+            f"({listed}), but a parameter must have one. Quantize the float model instead"
         )
     (scheme,) = schemes
     codes, scales, offsets = (
@@ -196,7 +221,7 @@ _PICKS: Sequence[Callable[[QuantizedTensor], Tensor]] = (_codes, _scale, _offset
 
 
 def _as_blocks(part: QuantizedTensor) -> QuantizedTensor:
-    """The same grid with a scale for every row at least, so that rows can be moved."""
+    """The same values with at least one scale per row, so that rows can be moved."""
     encoding = part.encoding
     assert isinstance(encoding, Encoding), "Hugging Face formats have integer offsets"
     granularity = encoding.scheme.granularity

@@ -266,6 +266,7 @@ def test_what_cannot_be_equalized_says_why() -> None:
     model = linear(4)
     factors(model)[1][0, 0] = torch.nan
     with pytest.raises(
-        CalibrationError, match="0: lora_A or lora_B holds nan or infinity; train the adapter again"
+        CalibrationError,
+        match="0: lora_A or lora_B contains nan or infinity; train the adapter again",
     ):
         equalize_adapter_(model, FOUR)

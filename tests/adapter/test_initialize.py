@@ -151,9 +151,9 @@ def test_where_there_is_nothing_to_correct_the_factors_are_numbers(nothing: str)
     )
     assert all(bool(torch.as_tensor(x).isfinite().all()) for x in found)
     assert not (found.b @ found.a).any() or nothing == "gradient"
-    with pytest.raises(TrainingError, match="the moments hold nan or infinity; quantize again"):
+    with pytest.raises(TrainingError, match="the moments contain nan or infinity. Quantize again"):
         Measure(Moment(torch.full((8, 8), float("nan"))))
-    with pytest.raises(TrainingError, match=r"of R alone make Moment\(R\)"):
+    with pytest.raises(TrainingError, match=r"For R alone, pass Moment\(R\)"):
         Measure(correlated(8))  # type: ignore[arg-type]
 
 
@@ -254,7 +254,7 @@ def test_what_tuning_moved_is_not_corrected(scheme: str) -> None:
     name = next(iter(report.solver_scales))
     with pytest.raises(
         TrainingError,
-        match=rf"{name}: the scale before tuning is \[3\] and the layer's .*; they are not of one base",
+        match=rf"{name}: the scale before tuning has shape \[3\].* scales of this base",
     ):
         started(copy.deepcopy(model), report.solver_scales | {name: torch.ones(3)})
     with pytest.raises(

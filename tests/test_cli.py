@@ -201,7 +201,7 @@ def test_init_check_and_wrong_command_lines(call: Any, tmp_path: Path) -> None:
     assert "set model.source and data.source" in out
     code, _, errors = call("init", path)
     assert code == 2
-    assert "is there already" in errors
+    assert "already exists" in errors
     code, _, errors = call("check", path)
     assert code == 2
     assert "model.source" in errors

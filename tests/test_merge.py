@@ -167,7 +167,9 @@ def test_a_tie_that_no_configuration_undoes_is_refused(monkeypatch: pytest.Monke
 def test_what_is_kept_of_no_gain_is_null() -> None:
     verdict = Verdict({}, base=5.0, adapted=5.0, merged=5.1)
     assert json.loads(json.dumps(verdict.to_json(), allow_nan=False))["kept"] is None
-    assert "the adapter gained nothing on this text" in _lines(Verdict({}, 5.0, 6.0, 5.1))
+    assert "the adapter does not improve perplexity on this text" in _lines(
+        Verdict({}, 5.0, 6.0, 5.1)
+    )
     assert Verdict({}, base=6.0, adapted=5.0, merged=5.5).kept == 0.5
 
 
@@ -267,7 +269,7 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
         name.removesuffix(".weight") for name in packed_weights(load_base(job / "base"))
     }
     (tmp_path / ".float.part").mkdir()  # the user's own
-    merged = command("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
+    assert "smaller than half a quantization step" in merged.stdout
     assert merged.returncode == 0, merged.stderr
     assert "under half a step" in merged.stdout
     assert f"merged into the integers {verdict['merged']:.3f}" in merged.stdout
@@ -307,7 +309,7 @@ def test_a_terminal_sees_how_far_the_verdict_is(job: Path) -> None:
             printed = process.stdout.read()
     assert all(f"perplexity, {what}".encode() in seen for what in ("adapted", "base", "merged"))
     assert b"4/4" in seen
-    assert b"under half a step" in printed
+    assert b"smaller than half a quantization step" in printed
     assert b"perplexity, merged" not in printed
 
 

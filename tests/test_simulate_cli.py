@@ -11,7 +11,7 @@ import pytest
 
 from qwlora.cli.main import main
 from qwlora.cli.simulate_command import _suggestion_lines
-from qwlora.cli.tables import alike, table
+from qwlora.cli.tables import group_similar, table
 from qwlora.errors import CalibrationError
 from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.placement_of_job import explain_job
@@ -199,7 +199,8 @@ def test_a_suggestion_counts_and_prints_the_rules_that_are_there(
     assert (found["rules"], found["wide"], found["kept"]) == (own, [], 2)
     lines = list(_suggestion_lines(found))
     assert lines[0].endswith(
-        f"0 of {found['narrow']} activations at 16 bits, the others at 8; 2 more keep the grids that the recipe's rules give"
+        f"0 of {found['narrow']} activations at 16 bits, the others at 8; 2 more keep the grid "
+        "that a rule of the recipe gives them"
     )
     assert lines[-2:] == [f"    - {json.dumps(rule)}" for rule in own]
 
@@ -216,7 +217,7 @@ def test_a_share_is_between_zero_and_one(
     message: str,
 ) -> None:
     code, _, errors = call(capsys, monkeypatch, tmp_path, f"--suggest={share}")
-    assert (code, f"{share} is no share between 0 and 1; {message}" in errors) == (2, True)
+    assert (code, f"between 0 and 1, not {share}; {message}" in errors) == (2, True)
 
 
 def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
@@ -231,7 +232,7 @@ def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
     }
     found |= {"measured": 2.1, "limit": 2.2, "all_wide": 2.05, "all_narrow": 3.0}
     assert any(
-        line.startswith("the search measured all evaluation sequences")
+        line.startswith("the search used all evaluation sequences")
         for line in _suggestion_lines({**found, "fresh": None})
     )
     assert any(
@@ -245,9 +246,12 @@ def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
     )
     assert lines[:4] == [
         "adapter first: 1 of 4 activations at 16 bits, the others at 8",
-        "perplexity on the 4 held-out sequences that were searched 2.1000, +5.0% on float activations' 2.0000",
-        "there the limit is 2.2000, +10.0% on float activations' 2.0000; with all 4 at 16 bits it is 2.0500, at 8 bits 3.0000",
-        "on the 12 that the search has not seen 2.2000, +10.0% on float activations' 2.0000",
+        "perplexity on the 4 held-out sequences used for the search: "
+        "2.1000 (+5.0% from 2.0000 with float activations)",
+        "limit on these sequences: 2.2000 (+10.0% from 2.0000 with float activations); "
+        "all 4 at 16 bits: 2.0500, all at 8 bits: 3.0000",
+        "perplexity on 12 sequences not used for the search: "
+        "2.2000 (+10.0% from 2.0000 with float activations)",
     ]
     assert lines[-1] == "  rules: []"
 
@@ -365,14 +369,14 @@ def test_an_adapter_of_another_base_is_refused(
 
 def test_tables_of_alike_things() -> None:
     names = [("a.0.x", 1), ("a.1.x", 1), ("a.2.x", 2), ("a.5.x", 1), ("b", 1), ("a.0.y", 3)]
-    groups = alike(names, lambda n: n[0], lambda n: n[1])
+    groups = group_similar(names, lambda n: n[0], lambda n: n[1])
     assert [(name, len(group)) for name, group in groups] == [
         ("a.*.x (0-1,5)", 3),
         ("a.2.x", 1),
         ("b", 1),
         ("a.0.y", 1),
     ]
-    same = alike(
+    same = group_similar(
         [("a.0.x", 1), ("a.0.x", 2), ("a.1.x", 1), ("a.1.x", 2)], lambda n: n[0], lambda n: n[1]
     )
     assert [name for name, _ in same] == ["a.*.x", "a.*.x"]

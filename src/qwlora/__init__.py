@@ -1,13 +1,14 @@
-"""QWLoRA: LoRA on a quantized base.
+"""QWLoRA: fine-tune LoRA adapters on the exact quantized weights you deploy.
 
     quantize_        step 1: freeze a model's weights to packed integers, in place
-    assert_frozen    check that every packed layer computes its integers
-    save_adapter     step 2 is PEFT's and your own loop or Trainer; adapters carry the base's fingerprint
-    simulate         step 3: one captured graph with activation and adapter encodings
-    export_onnx      files for a runtime
-    verify_onnx      run them, and compare
+    assert_frozen    check that every packed layer still computes with its integers
+    save_adapter     after step 2, which is PEFT with your own training loop or Trainer: save the
+                     adapter with the fingerprint of its base
+    simulate         step 3: capture a graph and calibrate activation and adapter encodings
+    export_onnx      step 4: write the files for a runtime
+    verify_onnx      step 5: run these files and compare them with the simulation
 
-Names are loaded when first used: importing this package imports neither torch nor transformers.
+Names are imported on first use: importing this package imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m qwlora` is the command line."""
+"""Runs the command line: `python -m qwlora`."""
 
 from qwlora.cli.main import main
 

@@ -222,7 +222,8 @@ def test_an_adapter_that_was_trained_and_is_gone_is_missing(job: Path) -> None:
     checked = command("check", str(job))
     assert checked.returncode == 1
     message = (
-        f"adapters/c: missing, and was trained here; train it again: qwlora train --out {job}\n"
+        f"adapters/c: this job trained it, but the folder is missing. "
+        f"Train it again: qwlora train --out {job}\n"
     )
     assert checked.stdout == f"{message}adapters/a: good\nadapters/b: good\n"
     shutil.rmtree(job / "adapters")
@@ -237,7 +238,7 @@ def test_adapters_that_peft_saved_are_good(tmp_path: Path) -> None:
     checked = command("check", str(tmp_path))
     assert (checked.returncode, checked.stdout) == (
         0,
-        "a: good; says no base; unverified (no digests of its files)\n",
+        "a: good; does not record its base; unverified (no digests of its files)\n",
     ), checked.stderr
     asked = command("check", str(tmp_path), "--needs-base")
     assert (asked.returncode, "does not say which base it belongs to" in asked.stdout) == (1, True)

@@ -1,1 +1,1 @@
-"""The command line, one file a command group."""
+"""The `qwlora` command line: one module per command or command group."""

@@ -1,4 +1,7 @@
-"""`qwlora adapters`: what adapters are in a folder, and whether they are whole and belong to the base beside them. No model is loaded."""
+"""`qwlora adapters`: list adapters, and check their files and the base they were trained on.
+
+No model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ Folder = Annotated[
     Path,
     typer.Argument(
         metavar="DIR",
-        help="A job's directory, a folder of adapters, or one adapter.",
+        help="A job's directory, a folder of adapters, or the folder of one adapter.",
         show_default=False,
     ),
 ]
@@ -36,7 +39,7 @@ def list_adapters(
     folder: Folder,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
-    """Show each adapter's kind, size and base; exit 2 when one cannot be read."""
+    """List each adapter's type, size and base. Exit code 2 if one cannot be read."""
     from qwlora.adapter.adapter_check import (
         AdapterReport,
         adapter_report,
@@ -64,11 +67,8 @@ def _print(found: list[AdapterReport], base: str | None) -> None:
         "adapter", "kind", "rank", "alpha", "layers", "parameters", "base", box=None, pad_edge=False
     )
     for f in found:
-        whose = (
-            "does not say"
-            if f.base is None
-            else f.base[:16] + ("" if base in (None, f.base) else " (another)")
-        )
+        other = " (a different base)" if base not in (None, f.base) else ""
+        whose = "unknown" if f.base is None else f"{f.base[:16]}{other}"
         table.add_row(
             f.name, f.kind, str(f.rank), str(f.alpha), str(f.modules), f"{f.parameters:,}", whose
         )
@@ -83,12 +83,15 @@ def check(
     needs_base: Annotated[
         bool,
         typer.Option(
-            "--needs-base", help="Exit 1 too when one does not say which base it was trained on."
+            "--needs-base", help="Also fail (exit code 1) if an adapter does not record its base."
         ),
     ] = False,
 ) -> None:
-    """Check that each adapter is there, unchanged since it was saved, finite, and trained on the
-    base next to it (if it says on which). Exit 2 when a file was changed, 1 on other problems."""
+    """Check that every adapter is present, unmodified, finite, and trained on this base.
+
+    Exit code 2 if a file was modified after it was saved, 1 for any other problem.
+    An adapter that does not record its base passes, unless --needs-base is given.
+    """
     from qwlora.adapter.adapter_check import (
         changed_files,
         find_adapters,
@@ -105,7 +108,8 @@ def check(
     wrong, changed = len(missing), 0
     for name in missing:
         print(
-            f"adapters/{name}: missing, and was trained here; train it again: {command_line('train', folder)}"
+            f"adapters/{name}: this job trained it, but the folder is missing. Train it again: "
+            f"{command_line('train', folder)}"
         )
     try:
         adapters = find_adapters(folder)
@@ -117,13 +121,11 @@ def check(
         found = problems(adapter, base, "refuse" if needs_base else "accept")
         wrong += bool(found)
         changed += bool(changed_files(adapter))
-        good = (
-            "good; says no base"
-            if not says_base(adapter)
-            else "good"
-            if base
-            else "good; no base is here to compare with"
-        )
+        good = "good"
+        if not says_base(adapter):
+            good += "; does not record its base"
+        elif not base:
+            good += "; no base here to compare with"
         if not is_verifiable(adapter):
             good += "; unverified (no digests of its files)"
         print(f"{adapter.relative_to(folder)}: {'; '.join(found) or good}")

@@ -1,6 +1,12 @@
-"""`qwlora encodings`: show, validate, convert and compare encodings files. Imports neither torch nor, until a model is given, onnx.
+"""`qwlora encodings`: show, validate, convert and compare AIMET encodings files.
 
-Exit codes: 0 done, equal or valid; 1 files differ, or an error was found in one; 2 something is wrong with what was given.
+Imports no torch, and onnx only when a model is given.
+
+Exit codes:
+
+    0    done; valid; no differences
+    1    `validate` found an error, or `diff` found a difference
+    2    wrong arguments, or a file that cannot be read or converted
 """
 
 from __future__ import annotations
@@ -25,11 +31,12 @@ app = typer.Typer(
 File = Annotated[
     Path,
     typer.Argument(
-        help="An encodings file, version 0.6.1, 1.0.0, 2.0.0 or 2.1.0.", show_default=False
+        help="An encodings file of version 0.6.1, 1.0.0, 2.0.0 or 2.1.0.", show_default=False
     ),
 ]
 Model = Annotated[
-    Path | None, typer.Option("--onnx", help="The model the file belongs to.", show_default=False)
+    Path | None,
+    typer.Option("--onnx", help="The ONNX model that the encodings belong to.", show_default=False),
 ]
 
 
@@ -37,17 +44,21 @@ Model = Annotated[
 def show(
     file: File,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print every field as JSON, alike for all versions.")
+        bool,
+        typer.Option(
+            "--json", help="Print JSON with the same fields for every version, and nothing else."
+        ),
     ] = False,
 ) -> None:
-    """List a file's encodings, one a line."""
+    """List the encodings in a file, one per line."""
     content = encodings.read(file)
     if as_json:
         print(strict_json.dumps(_plain(content), indent=1))
         return
     producer = " ".join((content.producer or {}).values())
     print(
-        f"version {content.version}{f', by {shown(producer)}' if producer else ''}, {len(content.encodings)} encodings"
+        f"version {content.version}{f', by {shown(producer)}' if producer else ''}, "
+        f"{len(content.encodings)} encodings"
     )
     rows = [
         ("name", "section", "type", "granularity", "scale", "offset"),
@@ -62,7 +73,10 @@ def show(
 
 @app.command()
 def validate(file: File, onnx: Model = None) -> None:
-    """List everything that is wrong with a file, beside its model if that is given; exit 1 when there is an error."""
+    """List the problems in a file; with --onnx, also check it against its model.
+
+    Exit code 1 if there is an error.
+    """
     findings = encodings.validate(file, onnx)
     for line in lines(findings):
         print(line)
@@ -77,34 +91,44 @@ def convert(
     version: Annotated[
         str,
         typer.Option(
-            "--to", metavar="VERSION", help="0.6.1, 1.0.0, 2.0.0 or 2.1.0.", show_default=False
+            "--to",
+            metavar="VERSION",
+            help="Target version: 0.6.1, 1.0.0, 2.0.0 or 2.1.0.",
+            show_default=False,
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Where to write it; by default it is printed.", show_default=False
+            "--out", help="File to write. Default: print to standard output.", show_default=False
         ),
     ] = None,
     lossy: Annotated[
-        bool, typer.Option("--lossy", help="Drop what that version cannot hold.")
+        bool, typer.Option("--lossy", help="Drop what the target version cannot store.")
     ] = False,
     onnx: Model = None,
     decompressed_bitwidth: Annotated[
         int | None,
         typer.Option(
-            min=1, max=32, help="Of LPBQ encodings in 2.x, which do not say it.", show_default=False
+            min=1,
+            max=32,
+            help="Decompressed bitwidth of LPBQ encodings in version 2.x, which does not store it.",
+            show_default=False,
         ),
     ] = None,
     block_order: Annotated[
         encodings.BlockOrder | None,
         typer.Option(
-            help="Of block scales in 1.0.0, which does not say it: as the tensor lies, or by channel.",
+            help="How version 1.0.0 orders block scales, which it does not store: by output "
+            "channel, or in the order of the tensor.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Write a file in another version; refused, with the list, when something would be lost."""
+    """Convert a file to another version.
+
+    If that would lose information, nothing is written and the losses are listed; see --lossy.
+    """
     graph = encodings.read_graph(onnx) if onnx is not None else None
     converted = encodings.convert(
         encodings.read(file),
@@ -126,12 +150,12 @@ def diff(
     first: File,
     second: File,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Relative difference of scales that is none.")
+        float, typer.Option(min=0.0, help="Ignore relative differences of scales up to this.")
     ] = 0.0,
 ) -> None:
-    """List what differs between two files, of any versions; exit 1 when something does."""
+    """List the differences between two files of any versions. Exit code 1 if there are any."""
     if tolerance != tolerance:
-        raise typer.BadParameter("the tolerance is not a number")
+        raise typer.BadParameter("--tolerance is nan, which is not a number; use 0 or more")
     differences = encodings.diff(encodings.read(first), encodings.read(second), tolerance)
     for difference in differences:
         print(difference)
@@ -165,7 +189,8 @@ def _row(encoding: encodings.Encoding, file: encodings.EncodingsFile) -> tuple[s
     if isinstance(encoding, encodings.FloatEncoding):
         kind = encoding.format or f"float{encoding.bitwidth}"
     elif isinstance(encoding, encodings.IntegerEncoding):
-        kind = f"{'' if encoding.signed in (None, True) else 'u'}int{encoding.bitwidth}{' symmetric' if encoding.symmetric else ''}"
+        sign = "" if encoding.signed in (None, True) else "u"
+        kind = f"{sign}int{encoding.bitwidth}{' symmetric' if encoding.symmetric else ''}"
         offset = _extent(encoding.offset)
     return (
         shown(encoding.name),

@@ -1,9 +1,11 @@
-"""`qwlora inspect`: what a model's files hold, or an artifact of ours. Loads no model.
+"""`qwlora inspect`: describe a model's files, an adapter or a job without loading the model.
 
-a folder of floats, GPTQ, AWQ or compressed-tensors, a .gguf file, package:NAME/PATH, a base     every tensor, alike ones in one line
-a folder of floats and AIMET's encodings                                                        the grids that these give it
-an adapter's folder                                                                             its size, and the base that it belongs to
-a job's directory                                                                               its base, and whether its adapters belong to it
+    model or frozen base       shape, grid and bits per weight of every tensor, similar ones grouped
+    float model + encodings    the grids that an AIMET encodings file gives it
+    adapter                    its size, and the base it was trained on
+    job directory              its base and adapters, and whether they belong together
+
+A model is a folder (float, GPTQ, AWQ, compressed-tensors), a .gguf file or package:NAME/PATH.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qwlora import strict_json
-from qwlora.cli.tables import alike, table
+from qwlora.cli.tables import group_similar, table
 from qwlora.errors import SourceError
 from qwlora.messages import size
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 Source = Annotated[
     str,
     typer.Argument(
-        help="A model's folder or .gguf file, package:NAME/PATH, a base, an adapter, or a job's directory.",
+        help="A model's folder or .gguf file, package:NAME/PATH for a file in an installed "
+        "package, a frozen base, an adapter, or a job's directory.",
         show_default=False,
     ),
 ]
@@ -35,7 +38,7 @@ Against = Annotated[
     typer.Option(
         "--against",
         metavar="SOURCE",
-        help="The float model, for each tensor's SQNR; reads all of both.",
+        help="The float model to compare with; adds the SQNR of every tensor. Reads both in full.",
         show_default=False,
     ),
 ]
@@ -44,7 +47,7 @@ Encodings = Annotated[
     typer.Option(
         "--encodings",
         metavar="FILE",
-        help="An AIMET encodings file for the floats of SOURCE: shows its grids.",
+        help="An AIMET encodings file for the float model SOURCE; shows the grids it gives.",
         show_default=False,
     ),
 ]
@@ -52,14 +55,16 @@ KeepFloat = Annotated[
     list[str] | None,
     typer.Option(
         metavar="GLOB",
-        help="With --encodings: parameters or layers that stay float, as model.keep_float in a recipe.",
+        help="With --encodings: parameters or layers that stay float, like model.keep_float in a "
+        "recipe. May be repeated.",
         show_default=False,
     ),
 ]
 BlockOrder = Annotated[
     Literal["channel", "tensor"] | None,
     typer.Option(
-        help="With --encodings: how 1.0.0 lists blocks, as model.block_order in a recipe.",
+        help="With --encodings: how a file of version 1.0.0 orders blocks, like model.block_order "
+        "in a recipe.",
         show_default=False,
     ),
 ]
@@ -76,21 +81,22 @@ def inspect(
     block_order: BlockOrder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what files hold: shapes, grids, true bits per weight, fingerprint."""
+    """Describe a model, an adapter or a job: shapes, grids, bits per weight, fingerprint."""
     path = Path(source)
     if encodings is None and (keep_float or block_order):
-        raise SourceError(
-            "--keep-float and --block-order say how --encodings are read; give these too"
-        )
+        raise SourceError("--keep-float and --block-order need --encodings; add it, or remove them")
     if encodings is not None and (
         (path / "adapter_config.json").is_file() or (path / ".qwlora").is_dir()
     ):
         raise SourceError(
-            "--encodings belong to a folder of floats, not to an adapter or a job's directory"
+            "--encodings needs a float model; SOURCE is an adapter or a job's directory. Give the "
+            "float model's folder"
         )
     if (path / "adapter_config.json").is_file():
         if against is not None:
-            raise SourceError("--against compares models; an adapter has no float twin")
+            raise SourceError(
+                f"--against compares two models, but {source} is an adapter; remove --against"
+            )
         record = _adapter(path)
         lines = _adapter_lines(record)
     elif (path / ".qwlora").is_dir():
@@ -127,7 +133,7 @@ def _model_lines(found: Inspection) -> Iterator[str]:
         yield f"fingerprint {found.fingerprint}"
     measured = any(view.sqnr_db is not None for view in found.tensors)
     rows = [("tensor", "count", "shape", "grid", "bits/weight", *(["SQNR dB"] if measured else []))]
-    for name, views in alike(
+    for name, views in group_similar(
         found.tensors, lambda view: view.name, lambda view: (view.shape, view.grid, view.bytes)
     ):
         first = views[0]
@@ -145,7 +151,10 @@ def _model_lines(found: Inspection) -> Iterator[str]:
         ("integers", [view for view in found.tensors if view.is_integers]),
     ):
         if views:
-            yield f"{label}: {weights(views):,} weights, {size(size_bytes(views))}, {bits_per_weight(views):.3f} bits per weight"
+            yield (
+                f"{label}: {weights(views):,} weights, {size(size_bytes(views))}, "
+                f"{bits_per_weight(views):.3f} bits per weight"
+            )
 
 
 def _range(views: Sequence[TensorView]) -> str:
@@ -170,7 +179,8 @@ def _adapter(folder: Path) -> dict[str, Any]:
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise SourceError(
-            f"adapter {str(folder)!r} has no adapter_model.safetensors; save it with qwlora.save_adapter or PEFT's save_pretrained"
+            f"adapter {str(folder)!r} has no adapter_model.safetensors; save it with "
+            "qwlora.save_adapter or PEFT's save_pretrained"
         )
     check_files(folder)
     tensors = [
@@ -202,13 +212,14 @@ def _adapter(folder: Path) -> dict[str, Any]:
 def _adapter_lines(record: dict[str, Any]) -> list[str]:
     targets = record["target_modules"]
     count = sum(math.prod(tensor["shape"]) for tensor in record["tensors"])
+    layers = ", ".join(sorted(targets)) if isinstance(targets, list) else targets
     return [
         f"adapter {record['source']}",
-        f"{record['peft_type']} of rank {record['r']}, alpha {record['lora_alpha']}, on {', '.join(sorted(targets)) if isinstance(targets, list) else targets}",
+        f"{record['peft_type']} of rank {record['r']}, alpha {record['lora_alpha']}, on {layers}",
         f"{len(record['tensors'])} tensors, {count:,} weights",
         f"trained on the base with fingerprint {record['base_fingerprint']}"
         if record["base_fingerprint"]
-        else "does not say which base it belongs to",
+        else "does not record which base it was trained on",
     ]
 
 
@@ -234,5 +245,5 @@ def _job(folder: Path, against: str | None) -> tuple[dict[str, Any], list[str]]:
     for adapter in adapters:
         shown += _adapter_lines(adapter)
         if model and adapter["base_fingerprint"] not in (None, model["fingerprint"]):
-            shown.append("  which is NOT the base in this directory")
-    return record, [*shown, *(f"also {artifact}" for artifact in artifacts)]
+            shown.append("  this is NOT the base in this directory")
+    return record, [*shown, *(f"contains {artifact}" for artifact in artifacts)]

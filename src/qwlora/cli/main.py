@@ -1,13 +1,13 @@
-"""The command line: thin. Imports neither torch nor transformers until a stage runs.
+"""Entry point of the command line. Imports neither torch nor transformers until a stage runs.
 
 Exit codes:
 
     0      done
-    1      an exported file failed its proof; of `adapters check` and `encodings`: what they found
-    2      anything else: wrong input, a damaged file, no space, no memory, an unexpected error
+    1      verification failed; `adapters check` or `encodings` found a problem
+    2      any other error: wrong input, a damaged file, no space, no memory, a bug
     128+n  stopped by signal n: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP
 
-Every error ends as one message on standard error, in `main`; `--debug`, anywhere on the command
+`main` turns every error into one message on standard error; `--debug`, anywhere on the command
 line, prints the traceback before it.
 """
 
@@ -48,13 +48,13 @@ from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
 
 
 class _Commands(typer.core.TyperGroup):
-    """Every command, with one message where a signal stops it."""
+    """All commands; one that a signal interrupts ends with a single message."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             with on_stop_signal(raise_stopped):
                 return super().invoke(ctx)
-        except KeyboardInterrupt as error:  # here, since typer would turn it into a bare exit code
+        except KeyboardInterrupt as error:  # typer would exit without a message
             number = number_of(error)
             where = f", {error}" if str(error) else ""
             resumes = ctx.invoked_subcommand in ("run", *VERBS)
@@ -65,7 +65,9 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(
     name="qwlora",
     cls=_Commands,
-    help="LoRA on a quantized base: freeze a model to integers, train adapters on exactly those integers, calibrate, export, and prove it.",
+    help="Fine-tune LoRA adapters on the exact quantized weights you deploy: freeze a model to "
+    "integers, train adapters on those integers, calibrate activations, export for a runtime, and "
+    "verify the exported files.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -76,7 +78,9 @@ RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", sho
 Out = Annotated[
     Path,
     typer.Option(
-        "--out", help="The job's directory: artifacts, exports, results.json.", show_default=False
+        "--out",
+        help="The job's directory: receives the base, adapters, exports and results.json.",
+        show_default=False,
     ),
 ]
 Changes = Annotated[
@@ -84,7 +88,7 @@ Changes = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change one value of the recipe, like base.weights.bitwidth=3.",
+        help="Override a key of the recipe, for example base.weights.bitwidth=3. May be repeated.",
     ),
 ]
 AsJson = Annotated[
@@ -94,20 +98,20 @@ TrustMtime = Annotated[
     bool,
     typer.Option(
         "--trust-mtime",
-        help="For models of terabytes: a model file is unchanged if its size and mtime are. By "
-        "default its content is hashed, again whenever its size, mtime, ctime or inode changes. "
-        "Give this option to every run of the job.",
+        help="Treat a model file as unchanged if its size and mtime are, without hashing its "
+        "content (for models of terabytes). Default: hash the content, again whenever size, mtime, "
+        "ctime or inode changes. Give this option to every run of the job.",
     ),
 ]
 
 _SUMMARY = {
-    "quantize": "Step 1: freeze the base's weights to packed integers.",
-    "calibrate-base": "Before step 2, in workflow qwa-lora: find the encodings of the base's activations.",
+    "quantize": "Step 1: freeze the base model's weights to packed integers.",
+    "calibrate-base": "Workflow qwa-lora only: calibrate the base's activations before training.",
     "train": "Step 2: train the adapters on the frozen base.",
-    "calibrate": "Step 3: find the encodings of activations and adapters.",
-    "export": "Write files for the runtimes.",
-    "verify": "Run the exported files and compare them with the simulation; never skipped.",
-    "evaluate": "Measure perplexity of the float model, the base, each adapter, each simulation.",
+    "calibrate": "Step 3: calibrate the encodings of activations and adapters.",
+    "export": "Step 4: write the files for the runtimes.",
+    "verify": "Step 5: run the exported files and compare them with the simulation; never skipped.",
+    "evaluate": "Measure perplexity: float model, base, every adapter, every simulation.",
 }
 
 
@@ -115,10 +119,10 @@ _SUMMARY = {
 def _options(
     debug: Annotated[
         bool,
-        typer.Option("--debug", help="Print the traceback of an error; goes with any command."),
+        typer.Option("--debug", help="Print the traceback of an error. Works with every command."),
     ] = False,
 ) -> None:
-    """`main` takes --debug out of the arguments; the option is here for --help."""
+    """Declares --debug for --help; `main` has removed it from the arguments by now."""
 
 
 @app.command("run")
@@ -129,7 +133,7 @@ def run_all(
     as_json: AsJson = False,
     trust_mtime: TrustMtime = False,
 ) -> None:
-    """Run all stages of a recipe; finished ones whose inputs are unchanged are skipped."""
+    """Run all stages of a recipe. Stages that are finished and up to date are skipped."""
     _run(recipe, out, changes, as_json, VERBS, trust_mtime)
 
 
@@ -139,7 +143,8 @@ def _add_stage(verb: str) -> None:
         recipe: Annotated[
             Path | None,
             typer.Argument(
-                help="The recipe; by default the one in the directory.", show_default=False
+                help="The recipe, a YAML file. Default: the recipe.yaml in the job's directory.",
+                show_default=False,
             ),
         ] = None,
         changes: Changes = None,
@@ -148,7 +153,7 @@ def _add_stage(verb: str) -> None:
     ) -> None:
         from qwlora.pipeline.output_path import check_output
 
-        check_output(out)  # before its recipe is looked for
+        check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
         _run(recipe or out / "recipe.yaml", out, changes, as_json, (verb,), trust_mtime)
 
     app.command(verb, help=_SUMMARY[verb])(stage)
@@ -172,10 +177,12 @@ def check(recipe: RecipeFile, changes: Changes = None) -> None:
 def data(
     recipe: RecipeFile,
     changes: Changes = None,
-    sequence: Annotated[int, typer.Option(help="Which training sequence to show, from 0.")] = 0,
+    sequence: Annotated[
+        int, typer.Option(help="Number of the training sequence to show, counted from 0.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a recipe's data comes to, and one training sequence with the learnt tokens marked; runs nothing."""
+    """Summarize a recipe's data and show one training sequence, loss tokens marked."""
     from qwlora.pipeline.data_preview import format_preview, preview
     from qwlora.recipe import load_recipe
 
@@ -185,16 +192,17 @@ def data(
 
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.yaml"),
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
     full: Annotated[
-        bool, typer.Option("--full", help="Write every option, with its default commented out.")
+        bool,
+        typer.Option("--full", help="Write every key; those with a default are commented out."),
     ] = False,
 ) -> None:
-    """Write a recipe to start from."""
+    """Write a recipe to start from. Never overwrites a file."""
     from qwlora.recipe.starter import full_recipe, starter_recipe
 
     if path.exists():
-        raise RecipeError(str(path), ["is there already; give another path"])
+        raise RecipeError(str(path), ["already exists and was not changed; give another path"])
     try:
         write_text(path, full_recipe() if full else starter_recipe())
     except OSError as error:
@@ -232,7 +240,7 @@ def _run(
         command=lambda verb: shlex.join(["qwlora", verb, *given]),
         trust_mtime=trust_mtime,
     )
-    if not results:  # not the first of several processes
+    if not results:  # in a distributed run, only the first process reports
         return
     if as_json:
         print(strict_json.dumps(results, indent=1))
@@ -251,7 +259,7 @@ app.add_typer(encodings_app, name="encodings")
 
 
 def main() -> None:
-    """Entry point: every error becomes one message and an exit code."""
+    """Run the command line; turn any error into one message and an exit code."""
     configure_threads()
     warnings.formatwarning = _format_warning
     arguments, debug = _without_debug(sys.argv[1:])
@@ -270,14 +278,14 @@ def _format_warning(
     lineno: int,
     line: str | None = None,
 ) -> str:
-    """A warning of ours in one line; others as Python shows them, but for the line of code."""
+    """QWLoRA's own warnings in one line; all others as usual, without the source line."""
     if category.__module__.startswith("qwlora."):
         return f"qwlora: warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """The arguments without --debug, and whether it was there; what follows `--` is not looked at."""
+    """The arguments without --debug, and whether it was there. Arguments after `--` are kept."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     kept = [argument for argument in arguments[:end] if argument != "--debug"]
     return [*kept, *arguments[end:]], len(kept) < end
@@ -288,15 +296,16 @@ def _message(error: BaseException) -> str:
         error = error.__cause__  # typer wraps EOFError, which a truncated file raises too
     if isinstance(error, QwloraError):
         return str(error)
-    usage = getattr(error, "format_message", None)  # a wrong command line, in any click
+    usage = getattr(error, "format_message", None)  # a usage error of click
     if usage is not None:
         return str(usage())
     file = file_being_read(error)
     where = f" while reading {file}" if file else ""
     if is_out_of_memory(error):
         return (
-            f"out of memory{where} ({described(error)}). Free some, or ask for less: a smaller "
-            "model, data.sequence_tokens, adapters.batch_sequences, or gradient_checkpointing: true"
+            f"out of memory{where} ({described(error)}). Free memory, or use less: a smaller "
+            "model, smaller data.sequence_tokens or adapters.batch_sequences, or "
+            "gradient_checkpointing: true"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{described(error)}{where}"

@@ -1,4 +1,10 @@
-"""`qwlora merge-check DIR NAME` and `qwlora merge DIR NAME --into float|requantized --out FOLDER`: the verdict, and only after it the merged model."""
+"""`qwlora merge-check` and `qwlora merge`: measure what merging an adapter loses, then merge it.
+
+    qwlora merge-check DIR NAME
+    qwlora merge DIR NAME --into float|requantized --out FOLDER
+
+`merge` prints the same measurements as `merge-check` before it writes anything.
+"""
 
 from __future__ import annotations
 
@@ -19,26 +25,27 @@ Job = Annotated[
         metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False
     ),
 ]
-Name = Annotated[str, typer.Argument(help="The adapter.", show_default=False)]
+Name = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
 AsJson = Annotated[
     bool,
-    typer.Option("--json", help="Print the verdict as JSON, with every layer, and nothing else."),
+    typer.Option("--json", help="Print JSON with every layer, and nothing else."),
 ]
 Target = Annotated[
     str,
     typer.Option(
         "--into",
-        help="float: a float model; requantized: rounded back onto the base's own grid.",
+        help="float: write a float model; requantized: round the merged weights back onto the "
+        "base's grid.",
         show_default=False,
     ),
 ]
 Out = Annotated[
-    Path, typer.Option("--out", help="Where to write the merged model.", show_default=False)
+    Path, typer.Option("--out", help="Folder to create for the merged model.", show_default=False)
 ]
 
 
 def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
-    """Say what merging an adapter into the base's integers would lose. Writes nothing."""
+    """Measure what merging an adapter into the base's integers would lose. Writes nothing."""
     from qwlora.pipeline.run_job import open_job
 
     session, name = open_job(job, name)
@@ -49,7 +56,8 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
 
 
 def merge(job: Job, name: Name, into: Target, out: Out) -> None:
-    """Merge an adapter into its base, after the verdict; from what the base's integers stand for, never from the original float weights."""
+    """Merge an adapter into its base, after reporting what that loses. The merge starts from the
+    dequantized base, never from the original float weights."""
     if into not in ("float", "requantized"):
         raise typer.BadParameter(f"{into!r} is neither float nor requantized", param_hint="--into")
     from qwlora.pipeline.merge_target import new_folder
@@ -70,10 +78,12 @@ def _lines(verdict: Verdict) -> list[str]:
     worst = sorted(verdict.layers.items(), key=lambda item: -item[1].share)[:3]
     most = ", ".join(f"{path} {layer.share:.1%}" for path, layer in worst)
     return [
-        f"{verdict.share:.1%} of the adapter's delta is under half a step of the base's grid (most in {most})",
-        f"perplexity: base {verdict.base:.3f}, with the adapter {verdict.adapted:.3f}, merged into the integers {verdict.merged:.3f}",
-        "the adapter gained nothing on this text"
+        f"{verdict.share:.1%} of the adapter's weight changes are smaller than half a quantization "
+        f"step of the base (most in {most})",
+        f"perplexity: base {verdict.base:.3f}, with the adapter {verdict.adapted:.3f}, merged into "
+        f"the integers {verdict.merged:.3f}",
+        "the adapter does not improve perplexity on this text"
         if verdict.kept is None
-        else f"kept of what the adapter gained: {verdict.kept:.1%}",
+        else f"the merged integers keep {verdict.kept:.1%} of the adapter's improvement",
         verdict.recommendation(),
     ]

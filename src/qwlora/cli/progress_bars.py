@@ -1,4 +1,4 @@
-"""Progress bars on the terminal, for steps that take a `Track`; they go to standard error and leave nothing behind."""
+"""Progress bars for functions that take a `Track`. Drawn on standard error, erased when done."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def bars(quiet: bool = False) -> Track:
-    """A bar with the time left where standard error is a terminal; silence elsewhere, and if `quiet`."""
+    """A `Track` that shows a bar and the time left; nothing if `quiet` or without a terminal."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         return untracked

@@ -1,8 +1,9 @@
-"""`qwlora simulate DIR`: what step 3 does to an adapter of a job. Writes nothing.
+"""`qwlora simulate DIR`: show what step 3 does to an adapter of a job. Writes nothing.
 
---explain          what is placed where, and why
---costs            what each part of the simulation costs in perplexity, and the activations that cost most
---suggest SHARE    which activations need 16 bits, the others having 8, for perplexity to rise by no more than this share of what float activations give
+--explain          every value of the graph: its grid, and the rule that decided
+--costs            perplexity cost of each part of the simulation; the most expensive activations
+--suggest SHARE    which activations need 16 bits, so that perplexity with the others at 8 bits
+                   is at most (1 + SHARE) times that with float activations
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import typer
 
 from qwlora import strict_json
 from qwlora.cli.progress_bars import bars
-from qwlora.cli.tables import alike, table
+from qwlora.cli.tables import group_similar, table
 
 if TYPE_CHECKING:
     from qwlora.simulation.placement_log import Explained, Explanation
@@ -31,13 +32,15 @@ Explain = Annotated[
     bool,
     typer.Option(
         "--explain",
-        help="List every value with its grid and the rule that decided, alike ones in one line.",
+        help="List every value with its grid and the rule that decided; similar ones share a line.",
     ),
 ]
 Name = Annotated[
     str | None,
     typer.Option(
-        "--adapter", help="Which adapter; the recipe's first unless given.", show_default=False
+        "--adapter",
+        help="The adapter's name. Default: the first in the recipe.",
+        show_default=False,
     ),
 ]
 Changes = Annotated[
@@ -45,7 +48,8 @@ Changes = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="See what a change of simulation.* would place, like simulation.policy=matmul-inputs.",
+        help="Try another value of a simulation.* key, for example "
+        "simulation.policy=matmul-inputs. May be repeated.",
         show_default=False,
     ),
 ]
@@ -53,7 +57,8 @@ Costs = Annotated[
     bool,
     typer.Option(
         "--costs",
-        help="Measure what each part costs in perplexity, and list the dearest activations.",
+        help="Measure how much perplexity each part of the simulation costs, and list the most "
+        "expensive activations.",
     ),
 ]
 Share = Annotated[
@@ -61,8 +66,9 @@ Share = Annotated[
     typer.Option(
         "--suggest",
         metavar="SHARE",
-        help="Find the activations that need 16 bits, the rest having 8, for perplexity to be at most this share above the adapter's with float activations, "
-        "on a few held-out sequences; 0.05 is 5 %.",
+        help="Find the activations that need 16 bits, the rest having 8, for perplexity to rise by "
+        "at most this share over float activations (0.05 is 5 %), measured on a few held-out "
+        "sequences.",
     ),
 ]
 AsJson = Annotated[
@@ -79,13 +85,17 @@ def simulate(
     suggest: Share = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the simulation quantizes: counts, or with --explain every value and why; with --costs and --suggest, what that does to perplexity."""
+    """Show which values the simulation quantizes, and why.
+
+    Prints counts by default. --explain lists every value; --costs and --suggest measure perplexity.
+    """
     if explain + costs + (suggest is not None) > 1:
-        raise typer.BadParameter("--explain, --costs and --suggest are asked one at a time")
-    if suggest is not None and not 0 <= suggest <= 1:
         raise typer.BadParameter(
-            f"{suggest:g} is no share between 0 and 1; {f'for {suggest:g} % give {suggest / 100:g}' if suggest > 1 else '0.05 is 5 %'}"
+            "--explain, --costs and --suggest exclude each other; give one at a time"
         )
+    if suggest is not None and not 0 <= suggest <= 1:
+        remedy = f"for {suggest:g} % use {suggest / 100:g}" if suggest > 1 else "0.05 is 5 %"
+        raise typer.BadParameter(f"--suggest must be between 0 and 1, not {suggest:g}; {remedy}")
     asked = tuple(changes or ())
     if costs:
         from qwlora.pipeline.simulation_costs import account_job
@@ -129,11 +139,13 @@ def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
         (s["name"], str(s["bitwidth"]), f"{s['cost']:.3g}", f"{s['sqnr_db']:.1f}")
         for s in account["sensitivity"]
     ]
-    yield from table([("dearest activations", "bits", "nats a token", "SQNR, dB"), *rows])
+    yield from table(
+        [("most expensive activations", "bits", "cost, nats/token", "SQNR, dB"), *rows]
+    )
     yield ""
     yield from table(
         [
-            ("furthest from float", "SQNR, dB"),
+            ("layers furthest from float", "SQNR, dB"),
             *((name, f"{db:.1f}") for name, db in account["layer_sqnr_db"].items()),
         ]
     )
@@ -142,14 +154,23 @@ def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
 def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
     wide, searched = len(found["wide"]), len(found["wide"]) + found["narrow"]
     rest = (
-        f"; {found['kept']} more keep the grids that the recipe's rules give"
+        f"; {found['kept']} more keep the grid that a rule of the recipe gives them"
         if found["kept"]
         else ""
     )
-    yield f"adapter {found['adapter']}: {wide} of {searched} activations at 16 bits, the others at 8{rest}"
+    yield (
+        f"adapter {found['adapter']}: {wide} of {searched} activations at 16 bits, the others at 8"
+        f"{rest}"
+    )
     plain, limit = found["float_activations"], found["limit"]
-    yield f"perplexity on the {found['sequences']} held-out sequences that were searched {_beside(found['measured'], plain)}"
-    yield f"there the limit is {_beside(limit, plain)}; with all {searched} at 16 bits it is {found['all_wide']:.4f}, at 8 bits {found['all_narrow']:.4f}"
+    yield (
+        f"perplexity on the {found['sequences']} held-out sequences used for the search: "
+        f"{_compared(found['measured'], plain)}"
+    )
+    yield (
+        f"limit on these sequences: {_compared(limit, plain)}; all {searched} at 16 bits: "
+        f"{found['all_wide']:.4f}, all at 8 bits: {found['all_narrow']:.4f}"
+    )
     yield _on_fresh_text(found["fresh"])
     yield from _unshared(found)
     yield ""
@@ -161,25 +182,34 @@ def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _unshared(found: dict[str, Any]) -> Iterator[str]:
     if "unshared" in found:
-        yield f"with encodings of the adapter's own; the recipe shares some among adapters (base_activations: {found['unshared']}), which costs more"
+        yield (
+            "measured with separate encodings for this adapter; the recipe shares some among "
+            f"adapters (base_activations: {found['unshared']}), which costs more"
+        )
 
 
 def _on_fresh_text(fresh: dict[str, float] | None) -> str:
     if fresh is None:
-        return "the search measured all evaluation sequences; raise data.evaluation_sequences to see what it does on other text"
-    return f"on the {fresh['sequences']} that the search has not seen {_beside(fresh['measured'], fresh['float_activations'])}"
+        return (
+            "the search used all evaluation sequences; raise data.evaluation_sequences to measure "
+            "the result on other text"
+        )
+    compared = _compared(fresh["measured"], fresh["float_activations"])
+    return f"perplexity on {fresh['sequences']} sequences not used for the search: {compared}"
 
 
-def _beside(perplexity: float, plain: float) -> str:
-    return f"{perplexity:.4f}, {perplexity / plain - 1:+.1%} on float activations' {plain:.4f}"
+def _compared(perplexity: float, plain: float) -> str:
+    change = f"{perplexity / plain - 1:+.1%}"
+    return f"{perplexity:.4f} ({change} from {plain:.4f} with float activations)"
 
 
 def _lines(name: str, found: Explanation, everything: bool) -> Iterator[str]:
     counts = Counter(value.decision.value for value in found.values)
-    yield f"adapter {name}, policy {found.policy}: {', '.join(f'{counts[d]} {d}' for d in ('quantize', 'share', 'float'))}"
+    counted = ", ".join(f"{counts[d]} {d}" for d in ("quantize", "share", "float"))
+    yield f"adapter {name}, policy {found.policy}: {counted}"
     if everything:
         rows = [("value", "count", "class", "decision", "grid", "reason")]
-        for pattern, values in alike(
+        for pattern, values in group_similar(
             found.values, _name, lambda v: (v.module_class, v.decision, v.reason, _grid(v))
         ):
             first = values[0]
@@ -208,11 +238,14 @@ def _lines(name: str, found: Explanation, everything: bool) -> Iterator[str]:
         listed = ", ".join(
             f"{operator} ({count})" for operator, count in sorted(found.unknown.items())
         )
-        yield f"operators that no rule knows: {listed}; see the reason of each, and give a rule if it is wrong"
+        yield (
+            f"operators unknown to the policy: {listed}. See --explain for the reasons; where a "
+            "decision is wrong, add a rule to simulation.rules"
+        )
 
 
 def _name(value: Explained) -> str:
-    """Where a value is, without the number that tells equal ones apart."""
+    """The value's name without the number that distinguishes values of the same operator."""
     return (
         value.name
         if value.operator in ("weight", "input")
@@ -221,5 +254,5 @@ def _name(value: Explained) -> str:
 
 
 def _grid(value: Explained) -> str:
-    """The grid; with an observer that is not the usual one."""
+    """The grid, and the observer unless it is min-max."""
     return value.grid if value.observer in ("", "min-max") else f"{value.grid}, {value.observer}"

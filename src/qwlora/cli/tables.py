@@ -1,4 +1,4 @@
-"""Tables of many things of which most are alike: those that differ in the numbers in their names alone are one line."""
+"""Text tables that show similar items in one row: items whose names differ only in numbers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def alike(
+def group_similar(
     items: Sequence[T], name_of: Callable[[T], str], kind_of: Callable[[T], Hashable]
 ) -> list[tuple[str, list[T]]]:
-    """Groups of items of one kind whose names differ in numbers alone, each with a name for the group; in order of the first of each."""
+    """Group items of equal kind whose names differ only in numbers.
+
+    Returns (name of the group, items) pairs, in order of each group's first item. Numbers in the
+    name are replaced by `*`; where several groups would get the same name, it lists the numbers.
+    """
     groups: dict[tuple[str, Hashable], list[T]] = {}
     for item in items:
         groups.setdefault((re.sub(r"\d+", "*", name_of(item)), kind_of(item)), []).append(item)
@@ -35,7 +39,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _numbers(names: Iterable[str]) -> str:
-    """Which of several groups of one pattern: the first number of each name, runs shortened."""
+    """The first number of each name, ranges shortened: 0-3,7."""
     numbers = sorted({int(found.group()) for name in names if (found := re.search(r"\d+", name))})
     runs: list[list[int]] = []
     for number in numbers:

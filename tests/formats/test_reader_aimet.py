@@ -369,7 +369,7 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
     assert len(raised.value.problems) == 4
     message = str(raised.value)
     assert (
-        f"'layers.0.mlp.down_proj.weight' is listed as a parameter, but the model has none of that name (near: {DOWN})"
+        f"'layers.0.mlp.down_proj.weight' is listed as a parameter, but the model has no such parameter (near: {DOWN})"
         in message
     )
     assert (
@@ -377,10 +377,10 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
         in message
     )
     assert (
-        "'lm_head.weight', the weight of a Linear layer, has no entry; say model.keep_float: [lm_head] in the recipe (keep_float=['lm_head'] in Python) if"
+        "'lm_head.weight', the weight of a Linear layer, has no entry. To keep it float, set model.keep_float: [lm_head] in the recipe"
         in message
     )
-    assert f"'{up}' has 16 bits; a base packs weights of 2 to 8 bits" in message
+    assert f"'{up}' has 16 bits, but weights must have 2 to 8 bits" in message
 
 
 def test_activations_of_2_x_are_not_taken_for_parameters(tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def test_what_stays_float(tmp_path: Path) -> None:
         assert torch.equal(found, floats[name])
     with pytest.raises(
         EncodingsFileError,
-        match=r"is a float of 8 bits, which is no grid of integers; quantize it to integers in AIMET, or say model.keep_float: ",
+        match=r"is a float of 8 bits, not an integer.*AIMET, or set model.keep_float: ",
     ):
         AimetCheckpoint(
             tmp_path,
@@ -451,7 +451,7 @@ def test_tied_weights_have_one_grid(tmp_path: Path) -> None:
         assert isinstance(found, QuantizedTensor)
     with pytest.raises(
         EncodingsFileError,
-        match=r"'lm_head.weight' are tied in the model, but have different grids",
+        match=r"'lm_head.weight' are tied in the model, but have different encodings",
     ):
         open_checkpoint(
             tmp_path,

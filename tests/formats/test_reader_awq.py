@@ -116,10 +116,10 @@ def test_a_whole_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"version": "gemv_fast"}, "AWQ layout 'gemv_fast' is not read; gemm and gemv are"),
+        ({"version": "gemv_fast"}, "AWQ layout 'gemv_fast' is not supported; gemm and gemv are"),
         ({"version": "marlin"}, "AWQ layout 'marlin'"),
-        ({"bits": 8}, "bits is 8; AWQ checkpoints of 4 bits are read"),
-        ({"group_size": 0}, "group_size is 0; a positive integer is needed"),
+        ({"bits": 8}, "bits is 8, but AWQ files have 4 bits"),
+        ({"group_size": 0}, "group_size is 0, but must be a positive integer"),
         ({"group_size": None}, "group_size is None"),
     ],
 )
@@ -134,7 +134,7 @@ def test_settings_that_are_refused(tmp_path: Path, settings: dict[str, Any], mes
     [
         (
             {"qzeros": None},
-            r"layer 'layer' \(AWQ\) has no tensor 'qzeros'; files without zero points",
+            r"layer 'layer' \(AWQ\) has no tensor 'qzeros'; AutoAWQ always",
         ),
         (
             {"scales": torch.full((2, 32), -1.0)},

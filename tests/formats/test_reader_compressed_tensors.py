@@ -146,9 +146,7 @@ def test_rows_that_do_not_fill_words_or_blocks(tmp_path: Path) -> None:
     )
     record = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "channel"}
     held, _ = compressed(weight[:, :20], "pack-quantized", record, torch.float32)
-    with pytest.raises(
-        SourceError, match="is so narrow that its words do not tell whether codes of 3 bits run on"
-    ):
+    with pytest.raises(SourceError, match=r"has too few inputs to tell .* how its 3-bit codes"):
         read(opened(tmp_path, held, settings_of("pack-quantized", record)))
 
 
@@ -272,40 +270,40 @@ INTEGER = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
         (
             {"num_bits": 8, "type": "float"},
             {"format": "float-quantized"},
-            "format 'float-quantized' holds no integers on a grid",
+            "format 'float-quantized' is not supported",
         ),
         (
             INTEGER,
             {"format": "nvfp4-pack-quantized"},
-            "format 'nvfp4-pack-quantized' holds no integers",
+            "format 'nvfp4-pack-quantized' is not supported",
         ),
         (
             INTEGER,
             {"format": "marlin-24"},
-            "format 'marlin-24' holds no integers on a grid, or in another layout",
+            "format 'marlin-24' is not supported",
         ),
-        ({**INTEGER, "type": "float"}, {}, "weights are float4; a grid holds integers"),
-        ({**INTEGER, "num_bits": 16}, {}, "num_bits is 16; 2 to 8 are read"),
+        ({**INTEGER, "type": "float"}, {}, "weights are float4, but only integers"),
+        ({**INTEGER, "num_bits": 16}, {}, "num_bits is 16, but only 2 to 8"),
         (
             {**INTEGER, "strategy": "tensor_group"},
             {},
-            "strategy 'tensor_group' is not read; tensor, channel, group, block are",
+            "strategy 'tensor_group' is not supported; tensor, channel, group, block are",
         ),
         ({**INTEGER, "group_size": "16"}, {}, "group_size is '16'"),
         (
             {**INTEGER, "strategy": "block"},
             {},
-            r"block_structure is None; \[rows, columns\] is needed",
+            r"block_structure is None, but must be \[rows, columns\]",
         ),
         (
             INTEGER,
             {"sparsity_config": {"format": "sparse-24-bitmask"}},
-            "sparse weights \\('sparse-24-bitmask'\\) are not read",
+            "sparse weights \\('sparse-24-bitmask'\\) are not supported",
         ),
         (
             INTEGER,
             {"transform_config": {"config_groups": {"R1": {}}}},
-            "the model is rotated as it runs",
+            "transform_config applies rotations",
         ),
         (INTEGER, {"config_groups": {}}, "no config group quantizes weights"),
         (
@@ -316,16 +314,16 @@ INTEGER = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
         (
             INTEGER,
             {"config_groups": {"group_0": {"targets": ["re:("], "weights": INTEGER}}},
-            r"target 're:\(' is no regular expression",
+            r"target 're:\(' is not a valid regular expression",
         ),
-        (INTEGER, {"config_groups": [INTEGER]}, r"config_groups is .*; an object is needed"),
+        (INTEGER, {"config_groups": [INTEGER]}, r"config_groups is .*, but must be an object"),
         (
             INTEGER,
             {"config_groups": {"group_0": {"targets": ["Linear"], "weights": [4]}}},
-            r"group 'group_0': weights is '\[4\]'; an object is needed",
+            r"group 'group_0': weights is '\[4\]', but must be an object",
         ),
-        (INTEGER, {"transform_config": True}, "transform_config is 'True'; an object is needed"),
-        (INTEGER, {"sparsity_config": "x"}, "sparsity_config is 'x'; an object is needed"),
+        (INTEGER, {"transform_config": True}, "transform_config is 'True', but must be an object"),
+        (INTEGER, {"sparsity_config": "x"}, "sparsity_config is 'x', but must be an object"),
     ],
 )
 def test_settings_that_are_refused(
@@ -357,7 +355,7 @@ def test_settings_that_are_refused(
         ),
         (
             {"weight_scale": torch.ones(OUT, 3)},
-            r"there are scales of shape \[24, 3\], but group on \[24, 64\] needs \[24, 4\]",
+            r"the scales have shape \[24, 3\], but strategy group on \[24, 64\] needs \[24, 4\]",
         ),
         (
             {"weight_zero_point": torch.full((OUT, 4), 100, dtype=torch.int8)},
@@ -370,7 +368,7 @@ def test_settings_that_are_refused(
         ),
         (
             {"weight_packed": torch.zeros(OUT, 9, dtype=torch.int32)},
-            "9 words a row do not hold 64 codes of 4 bits",
+            "9 words per row do not hold 64 codes of 4 bits",
         ),
         (
             {"weight_g_idx": torch.arange(IN, dtype=torch.int32) % 4},
@@ -410,10 +408,10 @@ def test_codes_outside_their_bits(tmp_path: Path) -> None:
         "weight": torch.full((OUT, IN), 9, dtype=torch.int8),
         "weight_scale": torch.ones(OUT, 4),
     }
-    with pytest.raises(SourceError, match="holds 9 to 9, outside 4 bits"):
+    with pytest.raises(SourceError, match="holds values from 9 to 9, which do not fit in 4 bits"):
         read(opened(tmp_path, held, settings_of("int-quantized", INTEGER)))
     held["weight"] = held["weight"].float()
-    with pytest.raises(SourceError, match="is stored as F32; integers of 8 bits are read"):
+    with pytest.raises(SourceError, match="is stored as F32, but must be int8"):
         read(opened(tmp_path, held, settings_of("int-quantized", INTEGER)))
 
 
@@ -481,6 +479,6 @@ def test_a_layer_that_no_group_means(tmp_path: Path) -> None:
     held, _ = compressed(torch.randn(OUT, IN), "pack-quantized", INTEGER, torch.float32)
     with pytest.raises(
         SourceError,
-        match=r"no config group has a target that fits this layer, its name, a pattern or a class \(Linear\); name it in the targets",
+        match=r"no config group has a target that matches .*\(Linear\)\. Add it to the targets",
     ):
         read(opened(tmp_path, held, settings))

@@ -1,15 +1,23 @@
-"""An AIMET encodings file beside the float checkpoint it was made from: codes are the float weights, quantized on the file's grids.
+"""Reader for a float checkpoint with an AIMET encodings file: float weights quantized on AIMET's
+grids.
 
-    codes = quantize(float weight)      on the grid of the entry that has the parameter's name
+    codes = quantize(float weight)      with the encoding of the entry that has the parameter's name
 
-All four versions are read. Which entry belongs to which parameter:
+All four versions of encodings files are supported. An entry belongs to a parameter by its name:
 
-    fc.weight      the parameter itself
-    fc.weight_0    the parameter transposed: what AIMET's ONNX exporter calls the weight of a MatMul, if no parameter has that name
+    fc.weight      the parameter
+    fc.weight_0    the parameter transposed, if no parameter has this name; AIMET's ONNX exporter
+                   names the weight of a MatMul like this
 
-A matrix with an entry of up to 8 bits becomes integers. A vector (a norm's weight, a bias) has no packed layer: with an entry of up to 16 bits its values are
-rounded to the grid and stay float; entries of 32 bits, which AIMET's exporter derives for biases and its simulation does not apply, are left out. Entries of
-floats of 16 bits or more leave the parameter as it is. Everything that does not fit is gathered into one error.
+What an entry does depends on its parameter:
+
+    matrix, up to 8 bits              becomes integers
+    vector (norm, bias), up to 16     is rounded to the grid and stays float; it has no packed layer
+    vector, more than 16 bits         ignored: AIMET's exporter derives such entries for biases, but
+                                      its simulation does not apply them
+    float entry, 16 bits or more      ignored
+
+All entries that do not fit the model are reported in one error.
 """
 
 from __future__ import annotations
@@ -39,15 +47,18 @@ class AimetCheckpoint:
     """A float checkpoint and its encodings.
 
     Args:
-        folder: a Hugging Face folder of floats.
+        folder: a Hugging Face folder with float weights.
         encodings: the encodings file.
-        keep_float: globs of parameters or layers that stay float though the file has an entry for them, or none (`"lm_head*"`).
-        block_order: how 1.0.0 lists blocks, where that cannot be known (see `aimet_grids`).
+        keep_float: globs of parameters or layers that stay float, whether or not the file has an
+            entry for them (`"lm_head*"`).
+        block_order: the order of blocks in a 1.0.0 file that does not determine it (see
+            `qwlora.encodings.grids`).
 
     Raises:
-        SourceError: as `FloatCheckpoint`.
-        EncodingsFileError: the file cannot be read; an entry names no parameter; a Linear's weight has no entry; an entry is no grid of its parameter. All of
-            them together.
+        SourceError: see `FloatCheckpoint`.
+        EncodingsFileError: the file cannot be read, an entry matches no parameter, the weight of a
+            Linear layer has no entry, or an entry does not fit its parameter. All problems are
+            listed.
     """
 
     def __init__(
@@ -68,11 +79,12 @@ class AimetCheckpoint:
         self._grids = self._matched(files.read(self.path))
 
     def names(self) -> list[str]:
-        """Parameters and saved buffers in the model's order, a tied tensor once."""
+        """Names of parameters and saved buffers in the model's order, tied tensors once."""
         return self.floats.names()
 
     def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
-        """Grid and shape `[out, in]` of each parameter that is integers; no tensor is read."""
+        """Scheme and shape `[out, in]` of each parameter that becomes integers; reads no tensor
+        data."""
         shapes = {name: tuple(self.floats.model.get_parameter(name).shape) for name in self._grids}
         placed = {
             name: shape[::-1] if self._is_transposed(name) else shape
@@ -82,7 +94,7 @@ class AimetCheckpoint:
         return {name: (self._grids[name].scheme, shape) for name, shape in placed.items()}
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """One parameter: integers where the file has a grid for a matrix.
+        """Read one parameter, as integers if it is a matrix with an entry.
 
         Raises:
             SourceError: there is no such parameter, or its values are not finite.
@@ -101,7 +113,11 @@ class AimetCheckpoint:
             raise SourceError(f"{str(self.floats.folder)!r}: {name!r}: {error}") from error
 
     def _matched(self, file: EncodingsFile) -> dict[str, Encoding]:
-        """The grid of each parameter that has one."""
+        """The encoding of each parameter that has one.
+
+        Raises:
+            EncodingsFileError: entries and parameters do not fit; all problems are listed.
+        """
         problems: list[str] = []
         found: dict[str, dict[str, Entry]] = {}
         unknown = []
@@ -126,12 +142,13 @@ class AimetCheckpoint:
         return grids
 
     def _unmatched(self, file: EncodingsFile, found: set[str], unknown: list[str]) -> list[str]:
-        """Entries that name no parameter, and Linear weights without an entry."""
+        """Problems with entries that match no parameter and Linear weights without an entry."""
         held = self.names()
         problems = []
-        if file.parameters is not None:  # 2.x does not tell activations from parameters
+        if file.parameters is not None:  # files of version 2.x do not separate activations
             problems = [
-                f"{name!r} is listed as a parameter, but the model has none of that name{_near(name, held)}"
+                f"{name!r} is listed as a parameter, but the model has no such "
+                f"parameter{_near(name, held)}"
                 for name in unknown
             ]
         excluded = set(file.excluded_layers or ())
@@ -142,25 +159,28 @@ class AimetCheckpoint:
             )
             if linear and name not in found and layer not in excluded and not self._is_kept(name):
                 problems.append(
-                    f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}; say {_keeping(layer)} if it is to stay float"
+                    f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}. "
+                    f"To keep it float, set {_keeping(layer)}"
                 )
         return problems
 
     def _grid(self, name: str, entries: dict[str, Entry], file: EncodingsFile) -> Encoding | None:
-        """The grid of a parameter; None where it stays float."""
+        """The encoding of a parameter; None if it stays float."""
         shape = tuple(self.floats.model.get_parameter(name).shape)
         entry, *others = entries.values()
         if isinstance(entry, FloatEncoding):
             if entry.bitwidth < 16:
                 raise SourceError(
-                    f"is a float of {entry.bitwidth} bits, which is no grid of integers; quantize it to integers in AIMET, or say {_keeping(name)}"
+                    f"is a float of {entry.bitwidth} bits, not an integer encoding. Quantize it to "
+                    f"integers in AIMET, or set {_keeping(name)}"
                 )
             grid = None
         elif len(shape) < 2 and entry.bitwidth > 16:
             grid = None
         elif not BITWIDTHS[0] <= entry.bitwidth <= (8 if len(shape) > 1 else BITWIDTHS[-1]):
             raise SourceError(
-                f"has {entry.bitwidth} bits; a base packs weights of 2 to 8 bits (vectors may have 16). Give it fewer in AIMET, or say {_keeping(name)}"
+                f"has {entry.bitwidth} bits, but weights must have 2 to 8 bits (vectors up to 16). "
+                f"Use fewer bits in AIMET, or set {_keeping(name)}"
             )
         else:
             grid = grid_of(entry, self._placement(name, entry, shape, file), file.version)
@@ -169,7 +189,8 @@ class AimetCheckpoint:
             again = self._grid(name, {other.name: other}, file)
             if not _equal(grid, again):
                 raise SourceError(
-                    f"and {other.name!r} are tied in the model, but have different grids; export the model with one of them"
+                    f"and {other.name!r} are tied in the model, but have different encodings. "
+                    "Remove one of the two entries"
                 )
         return grid
 
@@ -180,9 +201,9 @@ class AimetCheckpoint:
         conv1d = self._is_transposed(name)
         order = self.block_order
         if order is None and renumbered:
-            order = "tensor"  # AIMET's ONNX exporter, which lists blocks as its tensor lies
+            order = "tensor"  # AIMET's ONNX exporter lists blocks in memory order
         elif order is None and not conv1d and (file.producer or {}).get("package") == "aimet-torch":
-            order = "channel"  # aimet-torch keeps the name only where the tensor is [out, in]
+            order = "channel"  # aimet-torch keeps the name only if the tensor is [out, in]
         transposed_conv = isinstance(
             self._modules.get(name.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd
         )
@@ -194,7 +215,8 @@ class AimetCheckpoint:
         )
 
     def _parameter_of(self, entry: str) -> str | None:
-        """The parameter that an entry is of, by its own name or the numbered one of AIMET's ONNX exporter."""
+        """The parameter of an entry, by its name or by the numbered name of AIMET's ONNX
+        exporter."""
         if self._is_parameter(entry):
             return entry
         numbered = re.fullmatch(r"(.+)_\d{1,9}", entry)
@@ -215,7 +237,7 @@ class AimetCheckpoint:
         )
 
     def _first(self, name: str) -> str:
-        """The name that counts of a tied parameter."""
+        """The first of the names of a tied parameter."""
         tensor = self.floats.model.get_parameter(name)
         return next(
             first for first, other in self.floats.model.named_parameters() if other is tensor
@@ -228,14 +250,14 @@ class AimetCheckpoint:
 
     def _is_kept(self, name: str) -> bool:
         return any(
-            fnmatch.fnmatchcase(part, glob)
-            for part in (name, name.rpartition(".")[0])
+            fnmatch.fnmatchcase(parameter_or_layer, glob)
+            for parameter_or_layer in (name, name.rpartition(".")[0])
             for glob in self.keep_float
         )
 
 
 def _keeping(name: str) -> str:
-    """How a parameter or layer is kept float, wherever the encodings were given."""
+    """The setting that keeps a parameter or layer float, for the recipe and for Python."""
     return f"model.keep_float: [{name}] in the recipe (keep_float=[{name!r}] in Python)"
 
 
@@ -257,7 +279,8 @@ def _equal(a: Encoding | None, b: Encoding | None) -> bool:
 
 
 def _near(name: str, among: Sequence[str]) -> str:
-    """The names most like `name`, in words, out of those of the same layer's name if there are any: what differs is most often a prefix."""
+    """The end of a message that suggests similar names, preferably of layers with the same name,
+    because most misspelled names differ only in their prefix."""
     layer = name.split(".")[-2:-1]
     alike = [other for other in among if other.split(".")[-2:-1] == layer] or among
     near = near_names(name, alike[:200])

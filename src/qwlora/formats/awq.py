@@ -1,12 +1,14 @@
-"""AWQ checkpoints: AutoAWQ's `gemm` and `gemv` layouts of 4 bits in a Hugging Face folder.
+"""Reader for AWQ checkpoints: AutoAWQ's 4-bit layouts `gemm` and `gemv` in a Hugging Face folder.
 
     gemm    qweight int32 [in, out / 8]   qzeros int32 [in / g, out / 8]        scales [in / g, out]
-    gemv    qweight int32 [out, in / 8]   qzeros int32 [out, padded groups / 8] scales [out, padded groups]
+    gemv    qweight int32 [out, in / 8]   qzeros int32 [out, padded groups / 8] scales [out, padded
+    groups]
 
     W[o, i] = scales[group(i), o] * (code[i, o] - zero[group(i), o])
 
-Eight codes lie in a word: nibble `n` of a `gemm` word is column `(0, 2, 4, 6, 1, 3, 5, 7)[n]` of its eight, in `gemv` column `n`. A group is a run of inputs.
-Computed in float32 from the stored scales, as AutoAWQ's own unpacking does when its scales are float32.
+A word holds eight codes: nibble `n` belongs to column `(0, 2, 4, 6, 1, 3, 5, 7)[n]` of the eight in
+`gemm`, and to column `n` in `gemv`. A group is `g` contiguous inputs. Values are computed in
+float32 from the stored scales; AutoAWQ's values are identical if its scales are float32.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ class AwqCheckpoint(FolderCheckpoint):
     """A folder that AutoAWQ wrote.
 
     Args:
-        folder: config.json and safetensors files.
+        folder: a folder with config.json and safetensors files.
         settings: the `quantization_config`, or the contents of `quant_config.json`.
 
     Raises:
-        SourceError: as `FolderCheckpoint`; or the settings ask for a layout that is not one of the two above.
+        SourceError: see `FolderCheckpoint`; also if the settings name another layout or bitwidth.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
@@ -47,7 +49,7 @@ class AwqCheckpoint(FolderCheckpoint):
 
 
 class AwqTensors(LayerFiles):
-    """Tensors of `files` under the float model's names."""
+    """The tensors of `files` under the float model's names."""
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
         super().__init__(files, PARTS)
@@ -55,18 +57,21 @@ class AwqTensors(LayerFiles):
         layout = str(settings.get("version") or settings.get("format") or "gemm").lower()
         if layout not in ("gemm", "gemv"):
             raise SourceError(
-                f"{where}: AWQ layout {layout!r} is not read; gemm and gemv are. Save the checkpoint with version='GEMM'"
+                f"{where}: AWQ layout {layout!r} is not supported; gemm and gemv are. Save the "
+                "checkpoint with version='GEMM'"
             )
         bitwidth = settings.get("bits", settings.get("w_bit"))
         if bitwidth != BITWIDTH:
             raise SourceError(
-                f"{where}: bits is {bitwidth!r}; AWQ checkpoints of {BITWIDTH} bits are read"
+                f"{where}: bits is {bitwidth!r}, but AWQ files have {BITWIDTH} bits; quantize the "
+                "float model instead"
             )
         self.by_input = layout == "gemm"
         self.group_size = settings.get("group_size", settings.get("q_group_size"))
         if type(self.group_size) is not int or not (self.group_size > 0 or self.group_size == -1):
             raise SourceError(
-                f"{where}: group_size is {self.group_size!r}; a positive integer is needed, or -1 for whole rows"
+                f"{where}: group_size is {self.group_size!r}, but must be a positive integer, or "
+                "-1 for whole rows"
             )
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -76,10 +81,11 @@ class AwqTensors(LayerFiles):
         )
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """One tensor.
+        """Read one tensor.
 
         Raises:
-            SourceError: the layer's tensors do not fit each other, or a number is impossible.
+            SourceError: the layer's tensors do not match each other, or a scale or zero point is
+                invalid.
         """
         if name not in self.layer_of:
             return self.files.read(name)
@@ -116,21 +122,24 @@ class AwqTensors(LayerFiles):
         return 1 if self.group_size == -1 else in_features // self.group_size
 
     def _layout(self, layer: str) -> tuple[int, int]:
-        """`[out, in]`, from the shapes; checked against each other."""
+        """`[out, in]` of a layer, from the shapes of its tensors, which must be consistent."""
         where = self._where(layer)
         for part in PARTS:
             if f"{layer}.{part}" not in self.files:
                 raise SourceError(
-                    f"{where} has no tensor {part!r}; files without zero points are not AutoAWQ's"
+                    f"{where} has no tensor {part!r}; AutoAWQ always writes it. Download the model "
+                    "again"
                 )
         if any(self.files.dtype(f"{layer}.{part}") != "I32" for part in ("qweight", "qzeros")):
             raise SourceError(
-                f"{where}: qweight and qzeros are packed in {self.files.dtype(f'{layer}.qweight')}; only words of int32 are read"
+                f"{where}: qweight and qzeros are packed in "
+                f"{self.files.dtype(f'{layer}.qweight')}, but only int32 is supported"
             )
         qweight, qzeros, scales = (self.files.shape(f"{layer}.{part}") for part in PARTS)
         if not len(qweight) == len(qzeros) == len(scales) == 2:
             raise SourceError(
-                f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} must be matrices"
+                f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales "
+                f"{list(scales)} must be matrices"
             )
         out_features, in_features = (
             (qweight[1] * 8, qweight[0]) if self.by_input else (qweight[0], qweight[1] * 8)
@@ -142,13 +151,15 @@ class AwqTensors(LayerFiles):
             fits = qzeros[0] == scales[0] == out_features and scales[1] == 8 * qzeros[1] >= groups
         if not fits or (self.group_size != -1 and in_features % self.group_size):
             raise SourceError(
-                f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales {list(scales)} do not belong to one layer in groups of {self.group_size}"
+                f"{where}: qweight {list(qweight)}, qzeros {list(qzeros)} and scales "
+                f"{list(scales)} do not belong to one layer in groups of {self.group_size}; "
+                "download the model again"
             )
         return out_features, in_features
 
 
 def _columns(words: Int[Tensor, "rows words"], count: int) -> UInt8[Tensor, "rows count"]:
-    """The codes of `gemm` words, in the order of the columns."""
+    """Unpack `gemm` words into codes in column order."""
     return (
         unpack_words(words, BITWIDTH, count)
         .unflatten(1, (-1, 8))[:, :, NIBBLE_OF_COLUMN]

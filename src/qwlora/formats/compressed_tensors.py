@@ -1,20 +1,26 @@
-"""compressed-tensors checkpoints (llm-compressor, vLLM): integer weights in a Hugging Face folder.
+"""Reader for compressed-tensors checkpoints (llm-compressor, vLLM) in a Hugging Face folder.
 
 For a layer [out, in] whose weights have `b` bits:
 
-    pack-quantized   weight_packed int32 [out, words], codes along the input, biased by `2^(b - 1)`; weight_shape [out, in]
-                     weight_zero_point int32 [words, groups], packed along the output (per group and channel; one int8 per tensor)
-    int-quantized    weight int8 [out, in]; weight_zero_point int8 like the scale        ("naive-quantized" is the same)
-    both             weight_scale float: tensor [1], channel [out, 1], group [out, in / g], block [out / r, in / c]
+    pack-quantized   weight_packed int32 [out, words]: codes along the input, plus `2^(b - 1)`
+                     weight_shape [out, in]
+                     weight_zero_point int32 [words, groups]: packed along the output
+                     (strategies group and channel; for tensor, a single int8)
+    int-quantized    weight int8 [out, in]; weight_zero_point int8, shaped like the scale
+                     (naive-quantized is the same)
+    all              weight_scale float: tensor [1], channel [out, 1], group [out, in / g],
+                     block [out / r, in / c]
 
-    W = (code - zero) * scale, code signed; zero is 0 where it is not stored
+    W = (code - zero) * scale, with signed codes; zero is 0 if it is not stored
 
-A word of the newer files is part of a bit stream without gaps; older ones keep 32 // b codes in each word. They differ for 3, 5, 6 and 7 bits, and then the
-number of words tells which it is. What a file says about activations (w8a8, the cache) is no part of a base's weights and is left out. Computed in float32 from
-the stored scales; the library's own numbers are these when its scales are float32.
+Newer versions pack the codes of a row into one bit stream without gaps; older ones put 32 // b
+codes into each word. The two differ for 3, 5, 6 and 7 bits, where the number of words tells which
+one was used. Settings for activations (w8a8, KV cache) are ignored. Values are computed in float32
+from the stored scales; the library's values are identical if its scales are float32.
 
-A layer belongs to the config group of the first target that fits: its name, then patterns (`re:`), then names of its classes, each in alphabetical order
-(`compressed_tensors.utils.match.match_targets`).
+A layer belongs to the config group of the first target that matches: its name, then patterns
+(`re:`), then the names of its classes, each in alphabetical order (as in
+`compressed_tensors.utils.match.match_targets`).
 """
 
 from __future__ import annotations
@@ -57,18 +63,20 @@ class CompressedTensorsCheckpoint(FolderCheckpoint):
     """A folder that compressed-tensors wrote.
 
     Args:
-        folder: config.json and safetensors files.
+        folder: a folder with config.json and safetensors files.
         settings: the `quantization_config`.
 
     Raises:
-        SourceError: as `FolderCheckpoint`; or the settings ask for a format whose weights are no integers on a grid.
+        SourceError: see `FolderCheckpoint`; also if the settings name a format without integer
+            weights.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
         super().__init__(folder, lambda files: CompressedTensors(files, settings, self._place))
 
     def _place(self, stored: str) -> tuple[str, frozenset[str]]:
-        """The model's name for a stored layer, and its classes; what is now a part of something larger (an expert) was a Linear of its own."""
+        """The model's name for a stored layer, and the names of its classes. A layer that the model
+        has fused into a larger one (an expert) counts as a Linear."""
         weight = f"{stored}.weight"
         for alias, origin in (copy for copies in self._origins.values() for copy in copies):
             if origin.converter is None and origin.sources[0][0] == weight:
@@ -82,15 +90,17 @@ class CompressedTensorsCheckpoint(FolderCheckpoint):
 
 
 def as_linear(stored: str) -> tuple[str, frozenset[str]]:
-    """The place of a Linear layer that has its stored name in the model too."""
+    """The name and classes of a Linear layer whose name in the model is its stored name."""
     return stored, frozenset({"Linear", "Module"})
 
 
 class CompressedTensors:
-    """Tensors of `files` under the float model's names.
+    """The tensors of `files` under the float model's names.
 
     Args:
-        place: the model's name for a stored layer, and the names of its classes.
+        files: the stored tensors.
+        settings: the `quantization_config`.
+        place: returns the model's name for a stored layer and the names of its classes.
     """
 
     def __init__(
@@ -136,15 +146,17 @@ class CompressedTensors:
             or not 0 <= shape[1] <= 32 * words[1]
         ):
             raise SourceError(
-                f"{self._where(name)}: weight_shape {shape} and weight_packed {list(words)} do not belong together"
+                f"{self._where(name)}: weight_shape {shape} and weight_packed {list(words)} do not "
+                "belong together; download the model again"
             )
         return int(shape[0]), int(shape[1])
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """One tensor.
+        """Read one tensor.
 
         Raises:
-            SourceError: the layer's tensors do not fit each other, or a number is impossible.
+            SourceError: the layer's tensors do not match each other, or a scale or zero point is
+                invalid.
         """
         if name not in self._packed:
             return self.files.read(name)
@@ -152,13 +164,15 @@ class CompressedTensors:
         weights = self._weights(name)
         shape = self.shape(name)
         if len(shape) != 2:
-            raise SourceError(f"{where}: the weight has shape {list(shape)}; matrices are read")
+            raise SourceError(f"{where}: the weight has shape {list(shape)}, but must be a matrix")
         scale = self.files.read(self._part(name, "weight_scale")).to(torch.float32)
         granularity, expected = _layout(weights, shape, where)
         self._check_order(name, weights, shape[1])
         if scale.numel() != math.prod(expected):
             raise SourceError(
-                f"{where}: there are scales of shape {list(scale.shape)}, but {weights.strategy} on {list(shape)} needs {list(expected)}"
+                f"{where}: the scales have shape {list(scale.shape)}, but strategy "
+                f"{weights.strategy} on {list(shape)} needs {list(expected)}; download the model "
+                "again"
             )
         half = 2 ** (weights.bitwidth - 1)
         codes = self._codes(name, weights.bitwidth, shape)
@@ -176,12 +190,11 @@ class CompressedTensors:
         return full
 
     def _weights(self, name: str) -> Weights:
-        """The config group of a layer, see the module; the only one if there is one."""
+        """The config group of a layer, chosen as the module docstring says."""
         if len(self._groups) == 1:
             return self._groups[0][1]
-        by_target = {
-            target: weights for targets, weights in self._groups for target in targets
-        }  # of one target in two groups, the last counts
+        # if two groups have the same target, the last one wins
+        by_target = {target: weights for targets, weights in self._groups for target in targets}
         layer = name.removesuffix(".weight")
         path, classes = self._place(layer)
         late = SourceError(
@@ -200,7 +213,8 @@ class CompressedTensors:
         if not fitting:
             kinds = ", ".join(sorted(classes - {"Module"}))
             raise SourceError(
-                f"{self._where(name)}: no config group has a target that fits this layer, its name, a pattern or a class ({kinds}); name it in the targets"
+                f"{self._where(name)}: no config group has a target that matches the layer's name "
+                f"or class ({kinds}). Add it to the targets in config.json"
             )
         return by_target[fitting[0]]
 
@@ -210,11 +224,11 @@ class CompressedTensors:
             return
         index = self.files.read(order).long().flatten()
         in_order = torch.arange(in_features) // (weights.group_size or in_features)
-        if not torch.equal(index, in_order) and not bool(
-            (index == -1).all()
-        ):  # the library's word for "not ordered"
+        unordered = bool((index == -1).all())  # how the library marks layers without an order
+        if not unordered and not torch.equal(index, in_order):
             raise SourceError(
-                f"{self._where(name)} was quantized in activation order with scattered groups (actorder: group), which blocks cannot express. "
+                f"{self._where(name)} was quantized in activation order with scattered groups "
+                "(actorder: group), which blocks cannot express. "
                 "Quantize the float model again with actorder: weight, or without"
             )
 
@@ -226,25 +240,28 @@ class CompressedTensors:
         codes = self.files.read(name)
         if codes.dtype != torch.int8:
             raise SourceError(
-                f"{self._where(name)} is stored as {self.files.dtype(name)}; integers of 8 bits are read"
+                f"{self._where(name)} is stored as {self.files.dtype(name)}, but must be int8"
             )
         if codes.numel() and not -half <= int(codes.min()) <= int(codes.max()) < half:
             raise SourceError(
-                f"{self._where(name)} holds {int(codes.min())} to {int(codes.max())}, outside {bitwidth} bits"
+                f"{self._where(name)} holds values from {int(codes.min())} to {int(codes.max())}, "
+                f"which do not fit in {bitwidth} bits"
             )
         return (codes.to(torch.int16) + half).to(torch.uint8)
 
     def _unpack(self, name: str, words: Tensor, bitwidth: int, count: int) -> Tensor:
-        """Rows of `count` codes."""
+        """Unpack rows of `count` codes."""
         if words.dtype != torch.int32 or words.ndim != 2:
             raise SourceError(
-                f"{self._where(name)}: packed integers are {words.dtype} of shape {list(words.shape)}; a matrix of int32 is needed"
+                f"{self._where(name)}: packed integers are {words.dtype} of shape "
+                f"{list(words.shape)}, but must be an int32 matrix"
             )
         dense, gapped = _words(count, bitwidth)
         is_dense = self._is_dense(name, bitwidth)
         if words.shape[1] != (dense if is_dense else gapped):
             raise SourceError(
-                f"{self._where(name)}: {words.shape[1]} words a row do not hold {count} codes of {bitwidth} bits ({dense} or {gapped} would)"
+                f"{self._where(name)}: {words.shape[1]} words per row do not hold {count} codes of "
+                f"{bitwidth} bits, which need {dense} or {gapped}"
             )
         if is_dense:
             return unpack_words(words, bitwidth, count)
@@ -253,7 +270,7 @@ class CompressedTensors:
         ]
 
     def _is_dense(self, name: str, bitwidth: int) -> bool:
-        """Whether codes run on from word to word; see the module."""
+        """Whether codes are packed without gaps, so that one may cross a word boundary."""
         if 32 % bitwidth == 0:
             return True
         out_features, in_features = self.shape(name)
@@ -268,10 +285,11 @@ class CompressedTensors:
             dense, gapped = _words(count, bitwidth)
             if dense != gapped:
                 return words != gapped
-        if max(in_features, out_features) <= 32 // bitwidth:  # one word, which is the same in both
+        if max(in_features, out_features) <= 32 // bitwidth:  # one word: both packings are equal
             return True
         raise SourceError(
-            f"{self._where(name)}: is so narrow that its words do not tell whether codes of {bitwidth} bits run on from word to word; quantize again"
+            f"{self._where(name)} has too few inputs to tell from the number of words how its "
+            f"{bitwidth}-bit codes are packed. Quantize the float model instead"
         )
 
     def _zeros(self, name: str, weights: Weights, expected: tuple[int, ...]) -> Tensor:
@@ -288,14 +306,16 @@ class CompressedTensors:
             rows, columns = expected
             if zeros.ndim != 2 or zeros.shape[1] != columns:
                 raise SourceError(
-                    f"{self._where(name)}: packed zero points have shape {list(zeros.shape)}, but there are {columns} groups"
+                    f"{self._where(name)}: packed zero points have shape {list(zeros.shape)}, but "
+                    f"the layer has {columns} groups"
                 )
             zeros = self._unpack(name, zeros.t().contiguous(), weights.bitwidth, rows).t().to(
                 torch.int32
             ) - 2 ** (weights.bitwidth - 1)
         if zeros.numel() != math.prod(expected) or zeros.is_floating_point():
             raise SourceError(
-                f"{self._where(name)}: zero points are {zeros.dtype} of shape {list(zeros.shape)}; integers {list(expected)} are needed"
+                f"{self._where(name)}: zero points are {zeros.dtype} of shape {list(zeros.shape)}, "
+                f"but must be integers of shape {list(expected)}"
             )
         return zeros.to(torch.int32).reshape(expected)
 
@@ -303,7 +323,7 @@ class CompressedTensors:
 def _layout(
     weights: Weights, shape: tuple[int, ...], where: str
 ) -> tuple[Granularity, tuple[int, ...]]:
-    """The grid's granularity, and the shape of the stored scales."""
+    """The granularity, and the shape of the stored scales."""
     out_features, in_features = shape
     match weights.strategy:
         case "tensor":
@@ -314,7 +334,8 @@ def _layout(
             size = weights.group_size or 0
             if size < 1 or in_features % size:
                 raise SourceError(
-                    f"{where}: groups of {size} do not divide rows of {in_features} evenly, and blocks of the grid have one size"
+                    f"{where}: groups of {size} do not divide rows of {in_features} evenly, but "
+                    "all blocks must have the same size. Quantize the float model instead"
                 )
             return blocks(in_features, in_features // size, where), (
                 out_features,
@@ -324,7 +345,9 @@ def _layout(
             rows, columns = weights.block or (0, 0)
             if columns < 1 or rows < 1 or in_features % columns:
                 raise SourceError(
-                    f"{where}: blocks of {rows} x {columns} do not divide rows of {in_features} evenly, and blocks of the grid have one size"
+                    f"{where}: blocks of {rows} x {columns} do not divide rows of {in_features} "
+                    "evenly, but all blocks must have the same size. Quantize the float model "
+                    "instead"
                 )
             return blocks(in_features, in_features // columns, where), (
                 math.ceil(out_features / rows),
@@ -333,12 +356,13 @@ def _layout(
 
 
 def _words(count: int, bitwidth: int) -> tuple[int, int]:
-    """int32 words of a row of codes without gaps, and with whole codes in each word."""
+    """The number of int32 words per row if codes are packed without gaps, and if none crosses a
+    word boundary."""
     return math.ceil(count * bitwidth / 32), math.ceil(count / (32 // bitwidth))
 
 
 def _spread(values: Tensor, weights: Weights, shape: tuple[int, ...]) -> Tensor:
-    """One value for each block of each row, where blocks span rows."""
+    """Repeat values of blocks that span several rows, so that each row has its own."""
     if weights.strategy != "block" or weights.block is None:
         return values
     return values.repeat_interleave(weights.block[0], dim=0)[: shape[0]]
@@ -354,24 +378,26 @@ def _check_patterns(targets: Sequence[str], where: str) -> None:
             re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
         except (re.error, OverflowError, RecursionError) as error:
             raise SourceError(
-                f"{where}: target {target!r} is no regular expression ({error})"
+                f"{where}: target {target!r} is not a valid regular expression ({error})"
             ) from error
 
 
 def _config_groups(settings: Mapping[str, Any], where: str) -> list[tuple[list[str], Weights]]:
-    """(targets, weights) of each config group that quantizes weights.
+    """The targets and weight settings of each config group that quantizes weights.
 
     Raises:
-        SourceError: a format, strategy or type that has no integers on a grid, or a malformed group.
+        SourceError: a group has an unsupported format, strategy or type, or is malformed.
     """
     sparsity = _object(settings, "sparsity_config", where)
     if sparsity.get("format", "dense") != "dense":
         raise SourceError(
-            f"{where}: sparse weights ({sparsity.get('format')!r}) are not read; save the model dense"
+            f"{where}: sparse weights ({sparsity.get('format')!r}) are not supported; save the "
+            "model as dense"
         )
     if _object(settings, "transform_config", where).get("config_groups"):
         raise SourceError(
-            f"{where}: the model is rotated as it runs (transform_config), which its weights alone do not say; use one without transforms"
+            f"{where}: transform_config applies rotations at run time, which is not supported. Use "
+            "a checkpoint without transforms"
         )
     found = []
     for label, group in _object(settings, "config_groups", where).items():
@@ -385,22 +411,24 @@ def _config_groups(settings: Mapping[str, Any], where: str) -> list[tuple[list[s
         layout = group.get("format") or settings.get("format") or "pack-quantized"
         if layout not in FORMATS:
             raise SourceError(
-                f"{where}: format {layout!r} holds no integers on a grid, or in another layout; {', '.join(FORMATS[:3])} are read"
+                f"{where}: format {layout!r} is not supported; {', '.join(FORMATS[:3])} are. "
+                "Quantize the float model instead"
             )
         if weights := _object(group, "weights", f"{where}, config group {label!r}"):
             found.append((group["targets"], _weights(weights, f"{where}, config group {label!r}")))
     if not found:
         raise SourceError(
-            f"{where}: no config group quantizes weights, so there are no integers to read"
+            f"{where}: no config group quantizes weights. Give a checkpoint with quantized "
+            "weights, or the float model"
         )
     return found
 
 
 def _object(settings: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """What the settings say under `key`; nothing if they say nothing."""
+    """The object under `key`, or an empty one."""
     found = settings.get(key) or {}
     if not isinstance(found, Mapping):
-        raise SourceError(f"{where}: {key} is {str(found)[:80]!r}; an object is needed")
+        raise SourceError(f"{where}: {key} is {str(found)[:80]!r}, but must be an object")
     return found
 
 
@@ -408,25 +436,26 @@ def _weights(record: Mapping[str, Any], where: str) -> Weights:
     bitwidth, kind = record.get("num_bits"), record.get("type", "int")
     if kind != "int":
         raise SourceError(
-            f"{where}: weights are {kind}{bitwidth}; a grid holds integers. Quantize the float model instead"
+            f"{where}: weights are {kind}{bitwidth}, but only integers are supported. Quantize the "
+            "float model instead"
         )
     if type(bitwidth) is not int or not 2 <= bitwidth <= 8:
-        raise SourceError(f"{where}: num_bits is {bitwidth!r}; 2 to 8 are read")
+        raise SourceError(f"{where}: num_bits is {bitwidth!r}, but only 2 to 8 are supported")
     group_size, block = record.get("group_size"), record.get("block_structure")
     strategy = record.get("strategy") or (
         "tensor" if group_size is None else "channel" if group_size == -1 else "group"
     )
     if strategy not in STRATEGIES:
         raise SourceError(
-            f"{where}: strategy {strategy!r} is not read; {', '.join(STRATEGIES)} are"
+            f"{where}: strategy {strategy!r} is not supported; {', '.join(STRATEGIES)} are"
         )
     if isinstance(block, str) and re.fullmatch(r"\d+x\d+", block):
         block = [int(size) for size in block.split("x")]
     if strategy == "group" and type(group_size) is not int:
-        raise SourceError(f"{where}: group_size is {group_size!r}; an integer is needed")
+        raise SourceError(f"{where}: group_size is {group_size!r}, but must be an integer")
     if strategy == "block" and not (
         isinstance(block, list) and len(block) == 2 and all(type(size) is int for size in block)
     ):
-        raise SourceError(f"{where}: block_structure is {block!r}; [rows, columns] is needed")
+        raise SourceError(f"{where}: block_structure is {block!r}, but must be [rows, columns]")
     sides = (block[0], block[1]) if strategy == "block" else None  # type: ignore[index]
     return Weights(bitwidth, strategy, group_size, sides)

@@ -128,7 +128,11 @@ def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
         ("quantize.gptq", {}),
     ):
         with monkeypatch.context() as patched:
-            for user in ("pipeline.plan", "revisions"):
+            for user in (
+                "pipeline.stages.quantize_stage",
+                "pipeline.stages.train_stage",
+                "revisions",
+            ):
                 patched.setattr(
                     f"qwlora.{user}.revision",
                     lambda name, module=module: 99 if name == module else revision(name),

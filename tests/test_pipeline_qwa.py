@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from conftest import tiny_model
 from qwlora.errors import DirectoryError, RecipeError, SourceError, TrainingError
-from qwlora.pipeline.context import SCALES, learned_scales
+from qwlora.pipeline.artifacts import SCALES
+from qwlora.pipeline.context import learned_scales
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.simulation.stored_encodings import load_activations

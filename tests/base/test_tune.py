@@ -25,7 +25,8 @@ from qwlora.grid.observers import measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.nn import PackedLinear
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.pipeline.context import SOLVER_SCALES, solver_scales
+from qwlora.pipeline.artifacts import SOLVER_SCALES
+from qwlora.pipeline.context import solver_scales
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run_job import run
 from qwlora.quantize.layer_rules import Rule

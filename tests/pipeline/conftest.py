@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from qwlora.pipeline import run_job
-from qwlora.pipeline.plan import VERBS
-from qwlora.pipeline.stages import STAGES
+from qwlora.pipeline.stages import RUN, VERBS
 from qwlora.recipe import load_recipe
 
 
@@ -50,8 +49,8 @@ class FakeJob:
 @pytest.fixture
 def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeJob:
     fake = FakeJob(recipe_for(), tmp_path / "out")
-    for verb in STAGES:
-        monkeypatch.setitem(STAGES, verb, fake.stage)
+    for verb in RUN:
+        monkeypatch.setitem(RUN, verb, fake.stage)
     session = SimpleNamespace(data=None)
     monkeypatch.setattr(run_job, "_start_session", lambda *arguments: session)
     monkeypatch.setattr(run_job, "describe", lambda *arguments: {})

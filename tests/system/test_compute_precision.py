@@ -181,7 +181,7 @@ def test_a_forced_slow_precision_is_said_with_its_factor(
     recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwlora.pipeline.stages.STAGES",
+        "qwlora.pipeline.run_job.RUN",
         {verb: lambda *_: {} for verb in ("quantize", "train")},
     )
 

@@ -42,7 +42,7 @@ from qwlora.errors import (
     file_being_read,
     is_out_of_memory,
 )
-from qwlora.pipeline.plan import VERBS
+from qwlora.pipeline.stages import VERBS
 from qwlora.system.cpu_threads import configure_threads
 from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwlora.adapter.adapter_folder import check_adapter, load_adapter, reading
+from qwlora.adapter.attach import attach, attach_existing
 from qwlora.adapter.equalize_factors import equalize_adapter_
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.data.sequences import Sequences
@@ -25,10 +27,12 @@ from qwlora.formats.huggingface_folder import FloatCheckpoint
 from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import Moments
 from qwlora.parameter_names import parameter_name
-from qwlora.pipeline.unused_rules import refuse_idle_rules
+from qwlora.pipeline.artifacts import ADAPTER, BASE_SIMULATION, MOMENTS, SCALES, SOLVER_SCALES
+from qwlora.pipeline.unused_rules import refuse_unused_rules
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
 from qwlora.simulation.calibration import Stillness
@@ -42,14 +46,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.simulation.placement import Placement
-
-MOMENTS = "moments"  # of the base's layers, beside it
-BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
-ADAPTER = "adapter"  # in the folder of its simulation: the factors that the encodings there are of
-SCALES = "activation_scales.safetensors"  # learned with an adapter, beside it
-SOLVER_SCALES = (
-    "tuning/solver_scales.safetensors"  # of the base's layers before they were tuned, beside it
-)
 
 
 def learned_scales(adapter: Path) -> dict[str, Tensor]:
@@ -79,7 +75,7 @@ def _read_tensors(path: Path, owner: str, remedy: str) -> dict[str, Tensor]:
         raise SourceError(f"{owner}: {path.name} cannot be read ({error}); {remedy}") from error
 
 
-class Session:
+class JobContext:
     """Lazily loaded inputs of the stages of one directory."""
 
     def __init__(self, recipe: Recipe, documents: Documents, path: Path, track: Track):
@@ -274,14 +270,37 @@ class Session:
         return simulation
 
     def check_rules(self, *placements: Placement) -> None:
-        """Every placement rule does something in a graph of the job; see `idle.py`.
+        """Every placement rule does something in a graph of the job; see `unused_rules.py`.
 
         Args:
             placements: of graphs that were captured anyway.
         """
-        if not self._rules_are_checked:
-            refuse_idle_rules(self, placements)
+        if not self._rules_are_checked and self.recipe.simulation.rules:
+            refuse_unused_rules(placements, self._capture_graphs())
         self._rules_are_checked = True
+
+    def _capture_graphs(self) -> Iterator[Placement]:
+        """Placements of the graphs that the job captures, one after another: the base with each adapter
+        as it starts, and alone where that is calibrated. An adapter that continues another one has
+        the same layers.
+        """
+        for adapter in self.recipe.adapters:
+            if self.recipe.start_of(adapter) is None:
+                model = self._untrained(adapter)
+                yield self._placement(model.eval())
+        shares = self.recipe.simulation.base_activations != "all"
+        if self.recipe.workflow == "qwa-lora" or shares:
+            yield self._placement(self.base())
+
+    def _untrained(self, adapter: Adapter) -> PeftModel:
+        base, seed = self.base(), self.recipe.seed
+        if adapter.start is None:
+            return attach(base, adapter.lora_shape(), seed)
+        return attach_existing(base, adapter.start, adapter.unknown_base, seed)
+
+    def _placement(self, model: nn.Module) -> Placement:
+        captured = capture(model, self.example_inputs)
+        return self.schemes.placement(captured.program, captured.input_names)
 
     def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
         """Base and adapter as one graph to train through, the base's activations on the grids that were calibrated."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.plan import Stage
+from qwlora.pipeline.stage import Stage
 
 
 def find_stale(

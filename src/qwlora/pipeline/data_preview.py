@@ -9,7 +9,7 @@ from typing import Any
 from qwlora.data import load_documents
 from qwlora.data.prepared_data import describe
 from qwlora.errors import SourceError
-from qwlora.pipeline.run_job import new_session
+from qwlora.pipeline.run_job import new_context
 from qwlora.progress import untracked
 from qwlora.recipe import Recipe
 
@@ -27,8 +27,8 @@ def preview(recipe: Recipe, sequence: int = 0) -> dict[str, Any]:
     documents = load_documents(
         recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
     )
-    session = new_session(recipe, documents, Path(), untracked)
-    train = session.data.train
+    context = new_context(recipe, documents, Path(), untracked)
+    train = context.data.train
     if not 0 <= sequence < len(train):
         raise SourceError(
             f"there is no training sequence {sequence}; there are {len(train)}, counted from 0"
@@ -39,11 +39,11 @@ def preview(recipe: Recipe, sequence: int = 0) -> dict[str, Any]:
     starts = [i for i, position in enumerate(positions) if position == 0]
     parts = [slice(start, end) for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
     shown = [
-        [_run(session.tokenizer, list(run), flag) for flag, run in _runs(ids[part], learnt[part])]
+        [_run(context.tokenizer, list(run), flag) for flag, run in _runs(ids[part], learnt[part])]
         for part in parts
     ]
     return {
-        "data": describe(documents, session.data),
+        "data": describe(documents, context.data),
         "sequence": sequence,
         "documents": [runs for runs in shown if runs],
     }

@@ -9,15 +9,11 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwlora.errors import TrainingError
-
-if TYPE_CHECKING:
-    from qwlora.pipeline.context import Session
-    from qwlora.pipeline.plan import Stage
 
 _PATIENCE = timedelta(days=30)  # quantizing a large model takes hours, and the others wait for it
 _state: dict[str, Any] = {}
@@ -51,22 +47,16 @@ def done() -> None:
     _state["failed"] = False
 
 
-def follow(session: Session, plan: Sequence[Stage]) -> dict[str, Any]:
-    """What every process but the first does until the first is through. Results are the first's."""
-    from qwlora.pipeline.directory import Directory
-    from qwlora.pipeline.stages import STAGES
-
-    by_name = {stage.name: stage for stage in plan}
+def told_stages() -> Iterator[str]:
+    """What every process but the first does: yields the name of each stage to take part in, until the
+    first process is finished.
+    """
     while (name := _broadcast(None)) is not None:
         atexit.register(_exit)
-        work = Directory(session.path).work(name, by_name[name].work_key)
-        STAGES[by_name[name].verb](
-            session, by_name[name], work, work
-        )  # only the first process uses the scratch folder
+        yield name
         _wait_for_all()
         atexit.unregister(_exit)
     _leave()
-    return {}
 
 
 def _exit() -> None:

@@ -20,7 +20,7 @@ from qwlora.formats.base_folder import save_base
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn.pack_at import pack_at_, tie_weights_
 from qwlora.nn.unpack import restore_conv1d_, unpack_
-from qwlora.pipeline.context import Session
+from qwlora.pipeline.context import JobContext
 from qwlora.progress import Track
 
 if TYPE_CHECKING:
@@ -87,13 +87,13 @@ class Verdict:
         }
 
 
-def merge_verdict(session: Session, name: str, track: Track) -> Verdict:
-    """Compute the verdict for adapter `name` of the session's job."""
-    adapted = session.adapted(name)
+def merge_verdict(context: JobContext, name: str, track: Track) -> Verdict:
+    """Compute the verdict for adapter `name` of the context's job."""
+    adapted = context.adapted(name)
     layers = rounding_losses(adapted)
-    after = _perplexity(session, adapted, "adapted", track)
-    before = _perplexity(session, session.base(), "base", track)
-    merged = _perplexity(session, merged_model(adapted, "requantized"), "merged", track)
+    after = _perplexity(context, adapted, "adapted", track)
+    before = _perplexity(context, context.base(), "base", track)
+    merged = _perplexity(context, merged_model(adapted, "requantized"), "merged", track)
     return Verdict(layers, before, after, merged)
 
 
@@ -119,20 +119,20 @@ def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
     return merged.eval()
 
 
-def write_merged(session: Session, name: str, into: Into, folder: Path) -> None:
+def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> None:
     """Write the merged model of adapter `name` into the empty `folder`.
 
     A Hugging Face checkpoint if merged into floats; else a base, as `save_base` writes it.
     """
-    merged = merged_model(session.adapted(name), into)
+    merged = merged_model(context.adapted(name), into)
     if into == "float":
         merged.save_pretrained(folder)
-        session.tokenizer.save_pretrained(folder)
+        context.tokenizer.save_pretrained(folder)
     else:
-        save_base(merged, session.tokenizer, folder, session.recipe.model.source)
+        save_base(merged, context.tokenizer, folder, context.recipe.model.source)
 
 
 def _perplexity(
-    session: Session, model: PreTrainedModel | PeftModel, what: str, track: Track
+    context: JobContext, model: PreTrainedModel | PeftModel, what: str, track: Track
 ) -> float:
-    return perplexity(logits_of(model), session.evaluation, f"perplexity, {what}", track)
+    return perplexity(logits_of(model), context.evaluation, f"perplexity, {what}", track)

@@ -24,12 +24,12 @@ def explain_job(
         DirectoryError: the folder is no job's directory, or has no such trained adapter.
         CalibrationError: a rule does nothing; or the folder's calibration is of another recipe, see `is_calibrated`.
     """
-    session, name = open_job(folder, adapter, changes)
+    context, name = open_job(folder, adapter, changes)
     from qwlora.simulation.placement_log import explain
 
     simulation = (
-        session.simulation(name)
-        if not changes and is_calibrated(session, name)
-        else session.new_simulation(name)
+        context.simulation(name)
+        if not changes and is_calibrated(context, name)
+        else context.new_simulation(name)
     )
-    return name, explain(simulation, session.recipe.simulation.policy)
+    return name, explain(simulation, context.recipe.simulation.policy)

@@ -23,17 +23,15 @@ from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.max_positions import check_positions
 from qwlora.formats.model_source import fetch
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.pipeline.context import Session
+from qwlora.pipeline.context import JobContext
 from qwlora.pipeline.plan import TUNING_DEVICE, has_float_model
-from qwlora.pipeline.unused_rules import shape_of
-from qwlora.quantize.layer_rules import Rule
 from qwlora.quantize.quantize_model import find_tensors, plan_layers
-from qwlora.recipe import Base, Recipe
+from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import slow_compute, training_device
 from qwlora.system.optional_packages import require
 
 
-def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> None:
+def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) -> None:
     """Whatever can be wrong with text and model is found here, before the directory is touched; `say` is told what is no error.
 
     Raises:
@@ -45,47 +43,49 @@ def preflight(session: Session, verbs: set[str], say: Callable[[str], None]) -> 
     if verbs & {"export", "verify"}:
         for module in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
             require(module, "onnx")
-    for line in _slow_computing(session.recipe, verbs):
+    for line in _slow_computing(context.recipe, verbs):
         say(line)
-    largest = session.data.largest_id()
+    largest = context.data.largest_id()
     if "train" in verbs:
-        _check_adapters(session)
-        for line in _dropouts_left_out(session):
+        _check_adapters(context)
+        for line in _dropouts_left_out(context):
             say(line)
-        if session.recipe.workflow == "qwa-lora" and session.data.train.position_ids is not None:
+        if context.recipe.workflow == "qwa-lora" and context.data.train.position_ids is not None:
             raise TrainingError(
                 "workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none"
             )
-    model, packed = _unquantized(session) if "quantize" in verbs else _quantized(session)
-    if note := check_positions(model, session.data.positions()):
+    model, packed = _unquantized(context) if "quantize" in verbs else _quantized(context)
+    if note := check_positions(model, context.data.positions()):
         say(note)
     if "train" in verbs:
-        _check_saved(session, model, packed)
-    if session.whole_because is not None:
+        _check_saved(context, model, packed)
+    if context.whole_because is not None:
         say(
-            f"the model is loaded whole, since its weights cannot be read tensor by tensor: {session.whole_because}"
+            f"the model is loaded whole, since its weights cannot be read tensor by tensor: {context.whole_because}"
         )
     if "quantize" in verbs:
-        if session.recipe.base.tuning.steps:
-            _check_tuning(session, model, packed)
+        if context.recipe.base.tuning.steps:
+            _check_tuning(context, model, packed)
         embedding: Any = model.get_input_embeddings()
         known = embedding.weight.shape[0]
         if largest >= known:
             raise SourceError(
-                f"the tokenizer of {session.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"
+                f"the tokenizer of {context.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"
             )
         if (
-            session.data.train.position_ids is not None and session.recipe.base.solver != "keep"
+            context.data.train.position_ids is not None and context.recipe.base.solver != "keep"
         ):  # whose integers training looks at
-            if session.lazy is None or session.holds_float_model:
-                check_isolation(session.float_model())
+            if context.lazy is None or context.holds_float_model:
+                check_isolation(context.float_model())
             else:
-                with session.lazy.one_block_at_a_time() as passing:
+                with context.lazy.one_block_at_a_time() as passing:
                     check_isolation(passing)
 
 
-def _check_tuning(session: Session, model: PreTrainedModel, packed: Callable[[str], bool]) -> None:
-    if (found := len(session.data.calibration_ids)) < 2:
+def _check_tuning(
+    context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
+) -> None:
+    if (found := len(context.data.calibration_ids)) < 2:
         raise SourceError(
             f"base.tuning takes at least two training sequences, and the text makes {found}; give more, or leave tuning out"
         )
@@ -111,9 +111,9 @@ def _slow_computing(recipe: Recipe, verbs: set[str]) -> Iterator[str]:
             yield f"warning: {what}: {problem}"
 
 
-def _dropouts_left_out(session: Session) -> Iterator[str]:
+def _dropouts_left_out(context: JobContext) -> Iterator[str]:
     """Of adapters that go on from one with dropout, through a graph that has none."""
-    recipe = session.recipe
+    recipe = context.recipe
     if recipe.workflow != "qwa-lora":
         return
     for adapter in recipe.adapters:
@@ -124,47 +124,49 @@ def _dropouts_left_out(session: Session) -> Iterator[str]:
             yield f"adapter {adapter.name}: {root.start} has dropout {dropout:g}; with workflow qwa-lora it is trained without dropout"
 
 
-def _unquantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], bool]]:
+def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bool]]:
     """The model that step 1 would begin with, after seeing that it can, and which of its tensors will be packed."""
-    base = session.recipe.base
+    base = context.recipe.base
     if base.solver == "keep":
-        location = fetch(session.recipe.model.source)
+        location = fetch(context.recipe.model.source)
         if (
             location.holds_floats
             and not location.gguf_file
-            and session.recipe.model.encodings is None
+            and context.recipe.model.encodings is None
         ):
             raise SourceError(
-                f"model {session.recipe.model.source!r} holds no integers to keep; choose another base.solver, or give model.encodings"
+                f"model {context.recipe.model.source!r} holds no integers to keep; choose another base.solver, or give model.encodings"
             )
-        lazy = LazyModel(session.checkpoint())
+        lazy = LazyModel(context.checkpoint())
         return lazy.model, lambda name: isinstance(
             lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor
         )
-    if not has_float_model(session.recipe):
+    if not has_float_model(context.recipe):
         raise SourceError(
-            f"model {session.recipe.model.source!r} is quantized already; take its integers as they are (base.solver: keep)"
+            f"model {context.recipe.model.source!r} is quantized already; take its integers as they are (base.solver: keep)"
         )
-    model = session.float_model() if session.lazy is None else session.lazy.model
+    model = context.float_model() if context.lazy is None else context.lazy.model
     return model, plan_layers(
-        model, base.weights.scheme(), base.solver, rules_of(base)
+        model, base.weights.scheme(), base.solver, base.layer_rules()
     ).__contains__
 
 
-def _quantized(session: Session) -> tuple[PreTrainedModel, Callable[[str], bool]]:
+def _quantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bool]]:
     """The model of the base that is there, without weights, and which of its tensors are packed."""
-    model = session.skeleton()
+    model = context.skeleton()
     model.tie_weights()
-    return model, lambda name: name in session.packed_names
+    return model, lambda name: name in context.packed_names
 
 
-def _check_saved(session: Session, model: PreTrainedModel, packed: Callable[[str], bool]) -> None:
+def _check_saved(
+    context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
+) -> None:
     """No adapter to start from holds a layer whole that the base has as integers."""
     readers = {
         path: name for name, candidate in find_tensors(model).items() for path in candidate.paths
     }
-    for adapter in session.recipe.adapters:
-        if adapter.start is None or session.recipe.start_of(adapter) is not None:
+    for adapter in context.recipe.adapters:
+        if adapter.start is None or context.recipe.start_of(adapter) is not None:
             continue
         if lost := [path for path in saved_among(adapter.start, readers) if packed(readers[path])]:
             raise SourceError(
@@ -172,21 +174,21 @@ def _check_saved(session: Session, model: PreTrainedModel, packed: Callable[[str
             )
 
 
-def _check_adapters(session: Session) -> None:
+def _check_adapters(context: JobContext) -> None:
     """Each adapter that the recipe asks for fits the model, and the others where they share every encoding; its loggers are installed."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    for adapter in session.recipe.adapters:
+    for adapter in context.recipe.adapters:
         check_loggers(adapter.report_to)
         try:
             if adapter.start is None:
-                shapes[adapter.name] = check_shape(session.skeleton(), shape_of(adapter))
-            elif session.recipe.start_of(adapter) is None:
+                shapes[adapter.name] = check_shape(context.skeleton(), adapter.lora_shape())
+            elif context.recipe.start_of(adapter) is None:
                 shapes[adapter.name] = check_start(
-                    adapter.start, adapter.unknown_base, session.skeleton()
+                    adapter.start, adapter.unknown_base, context.skeleton()
                 )
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
-    if session.recipe.simulation.base_activations == "none":
+    if context.recipe.simulation.base_activations == "none":
         _check_one_shape(shapes)
 
 
@@ -201,8 +203,3 @@ def _check_one_shape(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Non
                 f"adapters {first} and {name} cannot share every encoding (simulation.base_activations none): {len(differ)} weights differ, "
                 f"for example {differ[0]}, {here} and {there}; give them one shape, or say adapter_only"
             )
-
-
-def rules_of(base: Base) -> list[Rule]:
-    """The recipe's rules for layers of the base, as `quantize_` takes them."""
-    return [Rule(rule.match, rule.scheme(base.weights), rule.solver) for rule in base.rules]

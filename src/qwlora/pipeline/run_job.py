@@ -20,9 +20,11 @@ from qwlora.errors import CalibrationError, DirectoryError, RecipeError
 from qwlora.pipeline.currency import find_stale, upstream
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained
-from qwlora.pipeline.distributed import done, follow, is_first_process, tell
+from qwlora.pipeline.distributed import done, is_first_process, tell, told_stages
 from qwlora.pipeline.output_path import check_outside_data
-from qwlora.pipeline.plan import VERBS, Stage, dependents, make_plan, resolve_compute
+from qwlora.pipeline.plan import dependents, make_plan, resolve_compute
+from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages import RUN, VERBS
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import SlowComputeWarning
@@ -67,7 +69,7 @@ def run(
     digests = Digests(out / ".qwlora" / "digests.json", trust_mtime=trust_mtime, track=track)
     plan = make_plan(recipe, documents, digests)
     if not is_first_process():
-        return follow(new_session(recipe, documents, out, untracked), plan)
+        return _take_part(new_context(recipe, documents, out, untracked), plan)
     try:
         return _run(
             recipe,
@@ -112,7 +114,7 @@ def _run(
     for stage in waiting:
         if stage.artifact is not None:
             peek.check_replaceable(stage.artifact)
-    session: Any = None
+    context: Any = None
     if waiting:
         if not peek.is_writable:
             first = waiting[0].name
@@ -120,8 +122,8 @@ def _run(
                 f"{str(out)!r} is not writable, and {first} must run "
                 f"({stale.get(first, 'asked for')}); copy the directory, or make it writable"
             )
-        session = _start_session(recipe, documents, out, track, say, {s.verb for s in waiting})
-        say(summary(describe(documents, session.data)))
+        context = _start_context(recipe, documents, out, track, say, {s.verb for s in waiting})
+        say(summary(describe(documents, context.data)))
     with Directory.open(out, recipe) as directory:
         directory.digests = digests
         stale = find_stale(plan, directory)
@@ -137,8 +139,8 @@ def _run(
                 directory.drop(stage.name, *follows)
                 stale[stage.name] = "is running"
                 _write_results(directory, recipe, plan, stale)
-            session = session or new_session(recipe, documents, out, track)
-            seconds = _do(directory, session, stage, follows)
+            context = context or new_context(recipe, documents, out, track)
+            seconds = _do(directory, context, stage, follows)
             stale |= dict.fromkeys(follows, f"reads {stage.name}, which ran again")
             del stale[stage.name]
             say(f"{stage.name}: done in {seconds:.1f} s")
@@ -146,19 +148,27 @@ def _run(
         return _write_results(directory, recipe, plan, stale)
 
 
+def _take_part(context: Any, plan: Sequence[Stage]) -> dict[str, Any]:
+    """What every process but the first does. Results are the first's."""
+    by_name = {stage.name: stage for stage in plan}
+    for name in told_stages():
+        stage = by_name[name]
+        work = Directory(context.path).work(name, stage.work_key)
+        RUN[stage.verb](context, stage, work, work)  # only the first process writes an artifact
+    return {}
+
+
 def _skipped(stage: Stage) -> str:
     return f"{stage.name}: skipped, nothing that it depends on has changed"
 
 
-def _do(directory: Directory, session: Any, stage: Stage, follows: Collection[str]) -> float:
-    from qwlora.pipeline.stages import STAGES
-
+def _do(directory: Directory, context: Any, stage: Stage, follows: Collection[str]) -> float:
     began = time.perf_counter()
     with explained(directory.path), directory.scratch() as scratch:
         if stage.verb == "train":
             tell(stage.name)
-        results = STAGES[stage.verb](
-            session, stage, scratch, directory.work(stage.name, stage.work_key)
+        results = RUN[stage.verb](
+            context, stage, scratch, directory.work(stage.name, stage.work_key)
         )
         done()
         seconds = time.perf_counter() - began
@@ -169,23 +179,23 @@ def _do(directory: Directory, session: Any, stage: Stage, follows: Collection[st
     return seconds
 
 
-def _start_session(
+def _start_context(
     recipe: Recipe, documents: Any, out: Path, track: Track, say: Say, verbs: set[str]
 ) -> Any:
     """Find what is wrong before anything is written."""
-    session = new_session(recipe, documents, out, track)
+    context = new_context(recipe, documents, out, track)
     from qwlora.pipeline.preflight import preflight
 
-    preflight(session, verbs, say)
-    return session
+    preflight(context, verbs, say)
+    return context
 
 
-def new_session(recipe: Recipe, documents: Any, out: Path, track: Track) -> Any:
+def new_context(recipe: Recipe, documents: Any, out: Path, track: Track) -> Any:
     """Import torch and its friends."""
     _quiet_libraries()
-    from qwlora.pipeline.context import Session
+    from qwlora.pipeline.context import JobContext
 
-    return Session(recipe, documents, out, track)
+    return JobContext(recipe, documents, out, track)
 
 
 def open_job(
@@ -194,10 +204,10 @@ def open_job(
     changes: tuple[str, ...] = (),
     track: Track = untracked,
 ) -> tuple[Any, str]:
-    """The session of a job's directory, and the name of one of its trained adapters: the recipe's first unless given.
+    """The context of a job's directory, and the name of one of its trained adapters: the recipe's first unless given.
 
     Args:
-        changes: to the directory's recipe, for this session alone; see `load_recipe`.
+        changes: to the directory's recipe, for this context alone; see `load_recipe`.
 
     Raises:
         DirectoryError: the folder is no job's directory, has no such trained adapter, or the files
@@ -234,11 +244,11 @@ def open_job(
             folder,
             lambda verb: command_line(verb, folder),
         )
-    session = new_session(recipe, documents, folder, track)
+    context = new_context(recipe, documents, folder, track)
     from qwlora.adapter.adapter_folder import check_adapter
 
-    check_adapter(folder / "adapters" / name, session.base_fingerprint)
-    return session, name
+    check_adapter(folder / "adapters" / name, context.base_fingerprint)
+    return context, name
 
 
 def command_line(verb: str, folder: Path) -> str:
@@ -246,32 +256,32 @@ def command_line(verb: str, folder: Path) -> str:
     return shlex.join(["qwlora", verb, "--out", str(folder)])
 
 
-def is_calibrated(session: Any, name: str) -> bool:
-    """Whether the session's job has a calibration of adapter `name`.
+def is_calibrated(context: Any, name: str) -> bool:
+    """Whether the context's job has a calibration of adapter `name`.
 
     Raises:
-        CalibrationError: it has one that is not of the session's recipe, or of another adapter or base than those that are there now.
+        CalibrationError: it has one that is not of the context's recipe, or of another adapter or base than those that are there now.
     """
-    if not (session.path / "simulation" / name).is_dir():
+    if not (context.path / "simulation" / name).is_dir():
         return False
-    directory, stage = Directory.read(session.path), f"calibrate/{name}"
-    plan = make_plan(session.recipe, session.documents, directory.digests)
+    directory, stage = Directory.read(context.path), f"calibrate/{name}"
+    plan = make_plan(context.recipe, context.documents, directory.digests)
     if stage not in {s.name for s in plan}:
-        known = ", ".join(adapter.name for adapter in session.recipe.adapters)
+        known = ", ".join(adapter.name for adapter in context.recipe.adapters)
         raise CalibrationError(
-            f"adapter {name!r} in {str(session.path)!r} is left from another recipe; this one's are {known}"
+            f"adapter {name!r} in {str(context.path)!r} is left from another recipe; this one's are {known}"
         )
     if reason := find_stale(upstream(plan, stage), directory).get(stage):
         raise CalibrationError(
-            f"the calibration of adapter {name!r} in {str(session.path)!r} is of another recipe, "
+            f"the calibration of adapter {name!r} in {str(context.path)!r} is of another recipe, "
             f"adapter or base than those that are there now ({reason}); "
-            f"calibrate again: {command_line('calibrate', session.path)}"
+            f"calibrate again: {command_line('calibrate', context.path)}"
         )
     return True
 
 
 def _is_looked_at(change: str) -> bool:
-    """Whether a change is of what the session of a job does by itself, with the base and the adapters that are there."""
+    """Whether a change is of what the context of a job does by itself, with the base and the adapters that are there."""
     key = change.partition("=")[0]
     return key.split(".")[0] == "simulation" or key in _COUNTS
 

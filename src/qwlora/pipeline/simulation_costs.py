@@ -12,7 +12,7 @@ from qwlora.progress import Track, untracked
 
 if TYPE_CHECKING:
     from qwlora.data.sequences import Sequences
-    from qwlora.pipeline.context import Session
+    from qwlora.pipeline.context import JobContext
     from qwlora.simulation.simulation import Simulation
 
 LISTED = 10
@@ -33,24 +33,24 @@ def account_job(
         DirectoryError: as `open_job`.
         CalibrationError: the folder's calibration is of another recipe, see `is_calibrated`.
     """
-    session, name = open_job(folder, adapter, changes, track)
+    context, name = open_job(folder, adapter, changes, track)
     from qwlora.analysis.sensitivity import sensitivities
     from qwlora.analysis.stage_costs import account, layer_sqnr
 
-    calibrated = not changes and is_calibrated(session, name)
-    simulation = session.simulation(name) if calibrated else _calibrated(session, name)
-    perplexities = {"base": _perplexity(session.base(), session.evaluation)}
+    calibrated = not changes and is_calibrated(context, name)
+    simulation = context.simulation(name) if calibrated else _calibrated(context, name)
+    perplexities = {"base": _perplexity(context.base(), context.evaluation)}
     perplexities |= account(
-        simulation, lambda: _simulated(simulation, session.evaluation), session.track
+        simulation, lambda: _simulated(simulation, context.evaluation), context.track
     )
-    batches = _sensed(session)
+    batches = _sensed(context)
     tokens = sum(batch["input_ids"].numel() - 1 for batch in batches)
     ranking = [
         {**asdict(s), "cost": s.cost / tokens}
-        for s in sensitivities(simulation, batches, track=session.track)[:LISTED]
+        for s in sensitivities(simulation, batches, track=context.track)[:LISTED]
     ]
     furthest = sorted(
-        layer_sqnr(simulation, batches[:1], session.track).items(), key=lambda item: item[1]
+        layer_sqnr(simulation, batches[:1], context.track).items(), key=lambda item: item[1]
     )[:LISTED]
     found = {
         "adapter": name,
@@ -58,7 +58,7 @@ def account_job(
         "sensitivity": ranking,
         "layer_sqnr_db": dict(furthest),
     }
-    return found if calibrated else found | _unshared(session)
+    return found if calibrated else found | _unshared(context)
 
 
 def suggest_job(
@@ -78,30 +78,30 @@ def suggest_job(
         DirectoryError: as `open_job`.
         CalibrationError: not even 16 bits for all keep the limit; or the adapter was trained through activations on grids (workflow qwa-lora).
     """
-    session, name = open_job(
+    context, name = open_job(
         folder, adapter, (*changes, f"simulation.activation_bitwidth={NARROW_BITS}"), track
     )
     from qwlora.analysis.mixed_precision import suggest
 
-    if session.recipe.workflow == "qwa-lora":
+    if context.recipe.workflow == "qwa-lora":
         raise CalibrationError(
             f"adapter {name!r} was trained through activations on their grids (workflow qwa-lora), and other grids are another training, which is not "
             "measured here; find them with workflow qw-lora, put the rules into the recipe, and train through those"
         )
 
-    simulation = _calibrated(session, name)
-    searched, others = session.evaluation.spread(SEARCHED_SEQUENCES)
+    simulation = _calibrated(context, name)
+    searched, others = context.evaluation.spread(SEARCHED_SEQUENCES)
     with simulation.only():
         reference = _simulated(simulation, searched)
     limit = (1 + share) * reference
     found = suggest(
         simulation,
-        _sensed(session),
+        _sensed(context),
         lambda: _simulated(simulation, searched),
         limit,
         NARROW_BITS,
         WIDE_BITS,
-        track=session.track,
+        track=context.track,
     )
     fresh: dict[str, float] | None = None
     if len(others):
@@ -115,7 +115,7 @@ def suggest_job(
     measured |= {"float_activations": reference, "sequences": len(searched)}
     own = [
         rule.model_dump(exclude_defaults=True, mode="json")
-        for rule in session.recipe.simulation.rules
+        for rule in context.recipe.simulation.rules
     ]
     rules = [*own, *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in found.rules)]
     return {
@@ -124,27 +124,27 @@ def suggest_job(
         "fresh": fresh,
         "wide": list(found.wide),
         "rules": rules,
-        **_unshared(session),
+        **_unshared(context),
     }
 
 
-def _unshared(session: Session) -> dict[str, str]:
+def _unshared(context: JobContext) -> dict[str, str]:
     """What the recipe shares among adapters, where it does, since a simulation that is calibrated here has encodings of its own."""
-    shares = session.recipe.simulation.base_activations
+    shares = context.recipe.simulation.base_activations
     return {} if shares == "all" else {"unshared": shares}
 
 
-def _calibrated(session: Session, name: str) -> Simulation:
-    simulation = session.new_simulation(name)
+def _calibrated(context: JobContext, name: str) -> Simulation:
+    simulation = context.new_simulation(name)
     simulation.calibrate(
-        **session.calibration, allow_unseen=session.recipe.simulation.unseen == "float"
+        **context.calibration, allow_unseen=context.recipe.simulation.unseen == "float"
     )
     return simulation
 
 
-def _sensed(session: Session) -> list[dict[str, Any]]:
+def _sensed(context: JobContext) -> list[dict[str, Any]]:
     """Beginnings of the calibration sequences."""
-    ids = session.calibration_ids[:, :SENSED_TOKENS]
+    ids = context.calibration_ids[:, :SENSED_TOKENS]
     return [
         {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids
     ]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from qwlora.parameter_names import pattern_problem
 from qwlora.recipe.section import Count, Name, Section
+
+if TYPE_CHECKING:
+    from qwlora.adapter.attach import LoraShape
+    from qwlora.adapter.train import TrainingSettings
 
 Rank = Annotated[int, Field(ge=1, lt=2**31)]  # whether a layer is as large is seen before training
 Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW moves each weight by about this much a step
@@ -139,6 +144,28 @@ class Adapter(Section):
     checkpoint_steps: Count = Field(
         10, description="steps between checkpoints; an interrupted run resumes from the last one"
     )
+
+    def lora_shape(self) -> LoraShape:
+        """Which layers get an adapter, and of what size, as `attach` takes it."""
+        from qwlora.adapter.attach import LoraShape
+
+        return LoraShape(**{f.name: getattr(self, f.name) for f in fields(LoraShape)})
+
+    def training_settings(self, seed: int, whole_loss: bool) -> TrainingSettings:
+        """How it is trained, as `train_adapter` takes it.
+
+        Args:
+            whole_loss: use the model's own loss unless the recipe says otherwise.
+        """
+        from qwlora.adapter.train import TrainingSettings
+
+        own = {f.name for f in fields(TrainingSettings)} - {"seed", "report_to", "loss"}
+        return TrainingSettings(
+            **{name: getattr(self, name) for name in own},
+            seed=seed,
+            report_to=tuple(self.report_to),
+            loss=self.loss or ("whole" if whole_loss else "chunked"),
+        )
 
     def shape(self) -> dict[str, Any]:
         """What says how large its weights are, by key; which layers have some depends on the model."""

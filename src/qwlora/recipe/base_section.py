@@ -18,6 +18,9 @@ from qwlora.grid.scheme import (
 from qwlora.quantize.solvers import SOLVERS, SolverName
 from qwlora.recipe.section import Count, Section
 
+if TYPE_CHECKING:
+    from qwlora.quantize.layer_rules import Rule
+
 DEFAULT_BLOCK_SIZES = {"block": 32, "lpbq": 64}
 GranularityName = Literal["tensor", "channel", "block", "lpbq"]
 if TYPE_CHECKING:
@@ -259,6 +262,12 @@ class Base(Section):
         description="training sequences that gptq and the starts of adapters see, at most. Weights "
         "only: activation ranges have data.calibration_sequences",
     )
+
+    def layer_rules(self) -> list[Rule]:
+        """The rules as `quantize_` takes them."""
+        from qwlora.quantize.layer_rules import Rule
+
+        return [Rule(rule.match, rule.scheme(self.weights), rule.solver) for rule in self.rules]
 
     @model_validator(mode="after")
     def _nothing_beside_keep(self) -> Base:

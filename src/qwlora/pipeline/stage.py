@@ -1,0 +1,118 @@
+"""One step of a job's plan, and a builder that collects them. Free of torch.
+
+A stage's key is a hash of everything its result depends on:
+
+    its section of the recipe, the version of the package and of the algorithms that it runs,
+    its text or model (by content), the keys of the stages that it needs
+
+A change therefore reruns the stages it affects, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qwlora.data import Documents
+from qwlora.formats.model_source import fetch
+from qwlora.pipeline.digests import Digests
+from qwlora.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the plan.
+
+    Args:
+        name: `verb` or `verb/what`, unique.
+        key: hash of what the result depends on.
+        adapter: the adapter that the stage works on, if any.
+        artifact: the folder that the stage makes, relative to the job's directory.
+        needs: names of the stages whose results it reads.
+        work_key: hash of what unfinished work depends on, which may be less than the result does.
+    """
+
+    name: str
+    key: str
+    adapter: str | None = None
+    artifact: str | None = None
+    needs: tuple[str, ...] = ()
+    work_key: str = ""
+
+    @property
+    def verb(self) -> str:
+        """The command that runs the stage."""
+        return self.name.partition("/")[0]
+
+
+class PlanBuilder:
+    """Collects the stages of a recipe, each after those that it needs.
+
+    Args:
+        digests: content digests of the model's files and of adapters to continue from.
+    """
+
+    def __init__(self, recipe: Recipe, documents: Documents, digests: Digests):
+        self.recipe, self.documents, self.digests = recipe, documents, digests
+        self._stages: dict[str, Stage] = {}
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All stages so far, in order."""
+        return list(self._stages.values())
+
+    def add(
+        self,
+        name: str,
+        inputs: Any,
+        needs: tuple[str, ...] = (),
+        adapter: str | None = None,
+        artifact: str | None = None,
+        after_work: Any = None,
+    ) -> None:
+        """Add a stage.
+
+        Args:
+            inputs: JSON values that the result and unfinished work depend on, besides `needs`.
+            after_work: what only the result depends on, not the work that can be resumed.
+        """
+        needed = [self._stages[need].key for need in needs]
+        work_key = hash_json([name, inputs, needed])
+        key = work_key if after_work is None else hash_json([work_key, after_work])
+        self._stages[name] = Stage(name, key, adapter, artifact, needs, work_key)
+
+    @cached_property
+    def model(self) -> list[Any]:
+        """The model, by content."""
+        section = self.recipe.model
+        files = fetch(section.source).files
+        trusted = ["trust_remote_code"] if section.trust_remote_code else []
+        return [version("qwlora"), section.source, *self.contents(files), *trusted]
+
+    @cached_property
+    def text(self) -> list[Any]:
+        """The documents, and how they become sequences."""
+        data = self.recipe.data
+        packing = data.cutting().packing_of(self.documents.kind)
+        template = data.read_template()
+        return [self.documents.digest, data.sequence_tokens, packing, data.turns, template]
+
+    @cached_property
+    def held_out(self) -> list[Any]:
+        """The text that perplexity is measured on."""
+        return [*self.text, self.recipe.data.evaluation_sequences]
+
+    def contents(self, files: Iterable[Path]) -> list[tuple[str, str | None]]:
+        """Name and content digest of each file."""
+        return [(file.name, self.digests.identity(file)) for file in files]
+
+
+def hash_json(content: Any) -> str:
+    """SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -1,0 +1,41 @@
+"""Stage `calibrate-base` of workflow qwa-lora: encodings of the base's activations, which adapters are trained through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.pipeline.artifacts import BASE_SIMULATION
+from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.pipeline.stages.calibrate_stage import range_inputs
+
+if TYPE_CHECKING:
+    from qwlora.pipeline.context import JobContext
+
+
+NAME = "calibrate-base"
+
+
+def add(plan: PlanBuilder) -> None:
+    """Add the stage, if the workflow has it."""
+    if plan.recipe.workflow == "qwa-lora":
+        plan.add(NAME, range_inputs(plan), ("quantize",), artifact=BASE_SIMULATION)
+
+
+def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Calibrate the base without an adapter."""
+    from qwlora.simulation.simulation import simulate
+    from qwlora.simulation.simulation_folder import save_simulation
+
+    simulation = simulate(context.base(), context.example_inputs, context.schemes)
+    context.check_rules(simulation.placement)
+    report = simulation.calibrate(
+        **context.calibration, allow_unseen=context.recipe.simulation.unseen == "float"
+    )
+    save_simulation(simulation, scratch)
+    return {
+        "base_simulation": {
+            "encodings": len(simulation.encodings),
+            "calibration_tokens": report.tokens,
+        }
+    }

@@ -1,0 +1,102 @@
+"""Stages `calibrate` (encodings that adapters share) and `calibrate/NAME`, step 3: encodings of activations and adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.grid.range_estimator import Estimator
+from qwlora.pipeline.artifacts import ADAPTER, SHARED
+from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.revisions import revision
+
+if TYPE_CHECKING:
+    from qwlora.pipeline.context import JobContext
+
+
+NAME = "calibrate"
+SIMULATION_FORMAT = 3  # 2: the adapter is in it; 3: says what calibration left float
+
+
+def range_inputs(plan: PlanBuilder) -> list[Any]:
+    """What activation ranges depend on."""
+    section = plan.recipe.simulation
+    # momentum: of an observer that no longer exists; kept, so that stored calibrations stay valid
+    settings = {**section.model_dump(), "momentum": 0.01}
+    inputs = [settings, plan.text, plan.recipe.data.calibration_sequences]
+    observers = {section.observer, *(r.observer for r in section.rules if r.observer is not None)}
+    if any(Estimator(observer).needs_sample for observer in observers):
+        inputs.append(revision("grid.activation_observer"))
+    return inputs
+
+
+def add_shared(plan: PlanBuilder) -> None:
+    """Add the stage of encodings that adapters share, if they share any."""
+    if _shares(plan):
+        trained = tuple(f"train/{adapter.name}" for adapter in plan.recipe.adapters)
+        plan.add(NAME, range_inputs(plan), trained, artifact=SHARED)
+
+
+def add(plan: PlanBuilder, name: str) -> None:
+    """Add the stage of one adapter. What sharing costs is measured on held-out text."""
+    needs = (f"train/{name}", NAME) if _shares(plan) else (f"train/{name}",)
+    inputs = [range_inputs(plan), SIMULATION_FORMAT, plan.held_out if _shares(plan) else None]
+    plan.add(f"{NAME}/{name}", inputs, needs, name, f"simulation/{name}")
+
+
+def _shares(plan: PlanBuilder) -> bool:
+    return plan.recipe.simulation.base_activations != "all"
+
+
+def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Calibrate one adapter, or what all adapters share."""
+    from qwlora.adapter.adapter_folder import save_adapter
+    from qwlora.analysis.perplexity import perplexity
+    from qwlora.simulation.shared_encodings import share
+    from qwlora.simulation.simulation_folder import save_simulation
+    from qwlora.simulation.stored_encodings import load_encodings
+
+    if stage.adapter is None:
+        return _calibrate_shared(context, scratch)
+    name, section = stage.adapter, context.recipe.simulation
+    simulation = context.new_simulation(name)
+    report = simulation.calibrate(**context.calibration, allow_unseen=section.unseen == "float")
+    measured: dict[str, Any] = {
+        "encodings": len(simulation.encodings),
+        "calibration_tokens": report.tokens,
+        "constants": list(report.constants),
+        "unseen": list(report.unseen),
+        "stopped_early": report.stopped_early,
+        "equalize": {"method": section.equalize, "layers": context.equalization},
+    }
+    if section.base_activations != "all":
+        measured["perplexity_with_own_encodings"] = perplexity(
+            simulation.logits, context.evaluation, "perplexity, own encodings", context.track
+        )
+        share(simulation, load_encodings(context.path / SHARED), section.base_activations)
+    save_simulation(simulation, scratch)
+    save_adapter(simulation.origin.model, scratch / ADAPTER, context.base_fingerprint)
+    return {"simulation": {name: measured}}
+
+
+def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
+    """Encodings that all adapters share, from the values of every adapter and of the base alone."""
+    from qwlora.simulation.adapter_simulations import simulate_adapters
+    from qwlora.simulation.stored_encodings import save_encodings
+
+    section = context.recipe.simulation
+    model = context.equalized(*(adapter.name for adapter in context.recipe.adapters))
+    simulations = simulate_adapters(
+        model, context.example_inputs, context.schemes, section.base_activations
+    )
+    context.check_rules(*(simulation.placement for simulation in simulations.values()))
+    simulations.observe(**context.calibration)
+    simulations.freeze(allow_unseen=section.unseen == "float")
+    save_encodings(simulations.shared, scratch)
+    return {
+        "sharing": {
+            "base_activations": section.base_activations,
+            "encodings": len(simulations.shared),
+            "captures": simulations.captures,
+        }
+    }

@@ -1,0 +1,169 @@
+"""Stage `quantize`, step 1: the packed base."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.pipeline.artifacts import MOMENTS, SOLVER_SCALES
+from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.quantize.solvers import SOLVERS
+from qwlora.recipe import Recipe
+from qwlora.revisions import revision
+
+if TYPE_CHECKING:
+    from qwlora.pipeline.context import JobContext
+    from qwlora.quantize.quantize_model import BaseSize, QuantizeReport
+
+
+NAME = "quantize"
+ARTIFACT = "base"
+
+
+def add(plan: PlanBuilder) -> None:
+    """Add the stage. Tuning is not part of the work that can be resumed: it reads the solved base."""
+    recipe = plan.recipe
+    base, named = recipe.base, {recipe.base.solver, *(r.solver for r in recipe.base.rules)}
+    solvers = [solver for name, solver in SOLVERS.items() if name in named]
+    observed: list[Any] | None = None
+    if any(solver.needs_calibration for solver in solvers) or needs_moments(recipe):
+        observed = [plan.text, recipe.seed, str(revision("quantize.layer_statistics"))]
+    inputs = [
+        plan.model,
+        _encodings(plan),
+        base.model_dump(exclude={"tuning"}),
+        observed,
+        needs_moments(recipe) and str(revision("grid.second_moments")),
+        *sorted({pair for solver in solvers for pair in solver.later_revisions}),
+    ]
+    tuning = None
+    if base.tuning.steps:
+        tuning = [base.tuning.model_dump(), plan.text, recipe.seed, str(revision("quantize.tune_scales"))]
+    plan.add(NAME, inputs, artifact=ARTIFACT, after_work=tuning)
+
+
+def _encodings(plan: PlanBuilder) -> list[Any] | None:
+    section = plan.recipe.model
+    if section.encodings is None:
+        return None
+    (digest,) = plan.contents([Path(section.encodings)])
+    return [digest, section.keep_float, section.block_order]
+
+
+def needs_moments(recipe: Recipe) -> bool:
+    """Whether the start of an adapter needs second moments of the base's layers."""
+    return any(adapter.init == "qera" for adapter in recipe.adapters)
+
+
+def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Step 1: the packed base."""
+    measured: dict[str, Any] = {}
+    if context.recipe.base.tuning.steps:
+        solved = work / "solved"
+        shutil.rmtree(solved, ignore_errors=True)
+        solved.mkdir(parents=True)
+        _, report = _quantize(context, solved, work)
+        identity, size, measured["tuning"] = _tune(context, solved, scratch, work)
+    else:
+        identity, report = _quantize(context, scratch, work)
+        size = report.size
+    if (work / MOMENTS).is_dir():
+        # Linked, not moved: a run that is killed from here on still finds them in its work folder.
+        shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=_link)
+    layers = {name: asdict(layer) for name, layer in report.layers.items()}
+    return {
+        "base": {
+            **asdict(size),
+            "bits_per_weight": size.bits_per_weight,
+            "fingerprint": identity,
+            "layers": layers,
+            **measured,
+        }
+    }
+
+
+def _link(source: str, target: str) -> None:
+    """Link a file, or copy it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, QuantizeReport]:
+    """Write the base: from the float model if it is in memory, otherwise from its files, one block at
+    a time where their format allows it.
+    """
+    from qwlora.formats.assemble_model import load_precomputed
+    from qwlora.formats.base_folder import save_base
+    from qwlora.grid.second_moments import Moments
+    from qwlora.quantize.gptq import GptqSettings
+    from qwlora.quantize.quantize_blocks import observe_moments
+    from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
+    from qwlora.quantize.quantize_model import QuantizeReport, base_size, quantize_
+
+    base, source = context.recipe.base, context.recipe.model.source
+    calibration = context.data.calibration_ids[: base.calibration_sequences]
+    moments = Moments(work / MOMENTS) if needs_moments(context.recipe) else None
+    if base.solver == "keep":
+        model = load_precomputed(context.checkpoint(), context.track)
+        if moments is not None:
+            observe_moments(model, calibration, moments, track=context.track)
+        return save_base(model, context.tokenizer, scratch, source), QuantizeReport(
+            base_size(model)
+        )
+    scheme = base.weights.scheme()
+    arguments: dict[str, Any] = {
+        "rules": base.layer_rules(),
+        "calibration": calibration,
+        "moments": moments,
+        "work": work,
+        "gptq": GptqSettings(**base.gptq.model_dump()),
+        "track": context.track,
+    }
+    if context.lazy is not None and not context.holds_float_model:
+        streamed = quantize_checkpoint(
+            context.lazy.checkpoint,
+            context.tokenizer,
+            scratch,
+            source,
+            scheme,
+            base.solver,
+            **arguments,
+        )
+        return streamed.fingerprint, streamed.report
+    model = context.take_float_model()
+    report = quantize_(model, scheme, base.solver, **arguments)
+    return save_base(model, context.tokenizer, scratch, source), report
+
+
+def _tune(
+    context: JobContext, solved: Path, scratch: Path, work: Path
+) -> tuple[str, BaseSize, dict[str, Any]]:
+    """Write the base in `solved` again with tuned scales and norms, and the untuned scales next to it:
+    the starts of adapters correct what the solver lost.
+    """
+    from safetensors.torch import save_file
+
+    from qwlora.formats.base_folder import save_base
+    from qwlora.quantize.quantize_model import base_size
+    from qwlora.quantize.tune_scales import SEQUENCES_ASIDE, TuningSettings, tune_scales_
+
+    section, model = context.recipe.base.tuning, context.load_base(solved)
+    settings = TuningSettings(**section.model_dump(), seed=context.recipe.seed)
+    sequences = context.data.calibration_ids[: section.steps + SEQUENCES_ASIDE]
+    report = tune_scales_(
+        model, context.float_model(), sequences, settings, work=work, track=context.track
+    )
+    identity = save_base(model, context.tokenizer, scratch, context.recipe.model.source)
+    if report.solver_scales:
+        (scratch / SOLVER_SCALES).parent.mkdir()
+        save_file(report.solver_scales, scratch / SOLVER_SCALES)
+    return (
+        identity,
+        base_size(model),
+        {f.name: getattr(report, f.name) for f in fields(report) if f.name != "solver_scales"},
+    )

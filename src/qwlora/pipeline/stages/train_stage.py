@@ -1,0 +1,193 @@
+"""Stage `train/NAME`, step 2: one adapter on the frozen base, whose fingerprint stays the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.errors import FingerprintError
+from qwlora.pipeline.artifacts import MOMENTS, SCALES
+from qwlora.pipeline.distributed import is_first_process
+from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.recipe import Adapter
+from qwlora.revisions import revision
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+
+    from qwlora.pipeline.context import JobContext
+
+
+NAME = "train"
+# Settings that do not change the adapter.
+_WITHOUT_EFFECT = {"checkpoint_steps", "report_to"}
+
+
+def add(plan: PlanBuilder, adapter: Adapter) -> None:
+    """Add the stage of one adapter."""
+    recipe, first = plan.recipe, plan.recipe.start_of(adapter)
+    unused = _WITHOUT_EFFECT | (set() if adapter.init != "zero" else {"init_share"})
+    learns: list[Any] = [
+        plan.text,
+        plan.held_out if adapter.evaluation_steps else None,
+        _start(plan, None if first else adapter.start),
+    ]
+    if adapter.init != "zero":
+        learns.append(revision("adapter.initialize"))
+    needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
+    if recipe.workflow == "qwa-lora":
+        needs = (*needs, "calibrate-base")
+    inputs = [adapter.model_dump(exclude=unused), learns, recipe.seed]
+    artifact = f"adapters/{adapter.name}"
+    plan.add(f"{NAME}/{adapter.name}", inputs, needs, adapter.name, artifact)
+
+
+def _start(plan: PlanBuilder, start: str | None) -> list[tuple[str, str | None]]:
+    """Contents of an adapter to continue from; one on the hub is known by its name."""
+    folder = Path(start) if start else None
+    if folder is None or not folder.is_dir():
+        return []
+    return plan.contents(sorted(p for p in folder.iterdir() if p.is_file()))
+
+
+def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Train one adapter.
+
+    Raises:
+        FingerprintError: training changed the base.
+    """
+    from safetensors.torch import save_file
+
+    from qwlora.adapter.adapter_folder import FILE, save_adapter
+    from qwlora.adapter.attach import (
+        attach,
+        attach_existing,
+        check_trainable,
+        without_dropout_,
+    )
+    from qwlora.adapter.train import TrainingReport, train_adapter
+    from qwlora.data.document_isolation import check_isolation
+    from qwlora.data.prepared_data import describe
+    from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
+    from qwlora.formats import manifest
+    from qwlora.nn.fingerprint import fingerprint
+
+    adapter = context.adapter(str(stage.adapter))
+    base_identity, seed = context.base_fingerprint, context.recipe.seed
+    context.check_rules()
+    reset_peak_rss()
+    base = context.base()
+    start = (
+        str(context.path / "adapters" / first.name)
+        if (first := context.recipe.start_of(adapter))
+        else adapter.start
+    )
+    model = (
+        attach(base, adapter.lora_shape(), seed)
+        if start is None
+        else attach_existing(base, start, adapter.unknown_base, seed)
+    )
+    if context.recipe.workflow == "qwa-lora" and adapter.steps and start is not None:
+        without_dropout_(model)
+    initialized: dict[str, Any] = {}
+    if adapter.init != "zero":
+        model, initialized = _initialize(context, model, adapter)
+        reset_peak_rss()
+    if adapter.steps:
+        if context.data.train.position_ids is not None:
+            check_isolation(model)
+        held_out = context.evaluation if adapter.evaluation_steps else None
+        logs = context.path / "logs" / adapter.name
+        teacher = context.take_float_model() if adapter.objective == "recovery" else None
+        graph = (
+            context.training_graph(model, adapter.range_learning_rate is not None)
+            if context.recipe.workflow == "qwa-lora"
+            else None
+        )
+        report = train_adapter(
+            model,
+            context.data.train,
+            adapter.training_settings(seed, whole_loss=graph is not None),
+            work,
+            context.track,
+            held_out,
+            logs,
+            teacher,
+            graph,
+        )
+    else:
+        graph = None
+        report = TrainingReport(0, 0.0, 0, check_trainable(model), ())
+    if (after := fingerprint(model)) != base_identity:
+        raise FingerprintError(
+            f"training adapter {adapter.name} changed the base: its fingerprint was {base_identity} and is {after}"
+        )
+    if is_first_process():
+        save_adapter(model, scratch, base_identity)
+        if graph is not None and (scales := graph.scales()):
+            save_file(scales, scratch / SCALES)
+            manifest.add(scratch, FILE, [SCALES])
+    measured: dict[str, Any] = {
+        "steps": report.steps,
+        "compute": adapter.compute,
+        "step_seconds": report.step_seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "base_bytes": report.base_bytes,
+        "trainable_parameters": report.trainable_parameters,
+        "resumed_from_step": report.resumed_from_step,
+        "losses": list(report.losses),
+    }
+    if adapter.evaluation_steps:
+        measured |= {
+            "evaluations": [list(e) for e in report.evaluations],
+            "best_step": report.best_step,
+        }
+    if initialized:
+        measured["init"] = initialized
+    return {"train": {adapter.name: measured}, "data": describe(context.documents, context.data)}
+
+
+def _initialize(
+    context: JobContext, model: PeftModel, adapter: Adapter
+) -> tuple[PeftModel, dict[str, Any]]:
+    """Start the adapter from what quantization lost; returns it with the errors before and after."""
+    from qwlora.adapter.attach import attach
+    from qwlora.adapter.initialize import initialize_adapter_
+    from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
+    from qwlora.grid.second_moments import Moments
+    from qwlora.nn import weight_out_in
+    from qwlora.pipeline.context import solver_scales
+
+    floats = context.take_float_model()
+
+    def weight(path: str) -> Tensor:
+        return weight_out_in(floats.get_submodule(path)).detach()
+
+    moments, found = (
+        Moments(context.path / "base" / MOMENTS) if adapter.init == "qera" else None,
+        {},
+    )
+    scales = solver_scales(context.path / "base")
+    if adapter.rank_budget is not None:
+        budget = RankBudget(adapter.rank_budget, adapter.rank_cap or 4 * adapter.rank)
+        ranks = rank_by_layer(
+            model, budget, weight, moments, track=context.track, solver_scales=scales
+        )
+        model = attach(model.unload(), with_ranks(adapter.lora_shape(), ranks), context.recipe.seed)
+        found["ranks"] = ranks
+    reports = initialize_adapter_(
+        model,
+        adapter.init,
+        weight,
+        moments,
+        share=adapter.correcting_share,
+        track=context.track,
+        solver_scales=scales,
+    )
+    return model, {
+        "method": adapter.init,
+        **found,
+        "layers": {path: asdict(report) for path, report in reports.items()},
+    }

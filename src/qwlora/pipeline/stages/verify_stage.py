@@ -1,0 +1,42 @@
+"""Stages `verify/TARGET/NAME`, step 5: run the exported files and compare them with the simulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.pipeline.stage import PlanBuilder, Stage
+
+if TYPE_CHECKING:
+    from qwlora.pipeline.context import JobContext
+
+
+NAME = "verify"
+
+
+def add(plan: PlanBuilder, target: str, name: str) -> None:
+    """Add the stage of one target and adapter."""
+    inputs = [plan.recipe.verify.model_dump(), plan.text]
+    plan.add(f"{NAME}/{target}/{name}", inputs, (f"export/{target}/{name}",), name)
+
+
+def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Run the exported file on held-out text and check it against the recipe's limits."""
+    from qwlora.export.verify_language_model import Limits, check_parity, verify_onnx
+
+    name, section = str(stage.adapter), context.recipe.verify
+    folder = context.path / "export" / "onnx" / name
+    parity = verify_onnx(
+        folder,
+        context.simulation(name),
+        context.data.held_out.first(section.sequences),
+        section.layer_tokens,
+        context.track,
+    )
+    limits = Limits(
+        perplexity_difference=section.perplexity_difference,
+        layer_steps=section.layer_steps,
+        layer_mean_steps=section.layer_mean_steps,
+    )
+    check_parity(parity, limits, f"export/onnx/{name}")
+    return {"parity": {"onnx": {name: parity.to_json()}}}

@@ -52,7 +52,7 @@ def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
     for verb in RUN:
         monkeypatch.setitem(RUN, verb, fake.stage)
     session = SimpleNamespace(data=None)
-    monkeypatch.setattr(run_job, "_start_session", lambda *arguments: session)
+    monkeypatch.setattr(run_job, "_start_context", lambda *arguments: session)
     monkeypatch.setattr(run_job, "describe", lambda *arguments: {})
     monkeypatch.setattr(run_job, "summary", lambda description: "data")
     return fake

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.pipeline.stage import PlanBuilder, Stage
 
 if TYPE_CHECKING:
+    from qwlora.analysis.perplexity import Logits
     from qwlora.pipeline.context import JobContext
 
 
@@ -29,7 +30,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     _, kind, *_ = stage.name.split("/")
     name = stage.adapter
     if kind == "simulated":
-        logits = context.simulation(str(name)).logits
+        logits: Logits = context.simulation(str(name)).logits
     else:
         logits = logits_of(
             context.float_model()

@@ -41,7 +41,12 @@ def add(plan: PlanBuilder) -> None:
     ]
     tuning = None
     if base.tuning.steps:
-        tuning = [base.tuning.model_dump(), plan.text, recipe.seed, str(revision("quantize.tune_scales"))]
+        tuning = [
+            base.tuning.model_dump(),
+            plan.text,
+            recipe.seed,
+            str(revision("quantize.tune_scales")),
+        ]
     plan.add(NAME, inputs, artifact=ARTIFACT, after_work=tuning)
 
 

@@ -70,9 +70,9 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     from qwlora.adapter.train import TrainingReport, train_adapter
     from qwlora.data.document_isolation import check_isolation
     from qwlora.data.prepared_data import describe
-    from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
     from qwlora.formats import manifest
     from qwlora.nn.fingerprint import fingerprint
+    from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
     adapter = context.adapter(str(stage.adapter))
     base_identity, seed = context.base_fingerprint, context.recipe.seed

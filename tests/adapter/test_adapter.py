@@ -50,7 +50,7 @@ def test_training_anything_else_is_refused() -> None:
     model = attach(base(), LoraShape(4, 8), seed=0)
     model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(
-        TrainingError, match=r"training would move .*embed_tokens.weight; only lora_A and lora_B"
+        TrainingError, match=r"training would change .*embed_tokens.weight.* requires_grad"
     ):
         check_trainable(model)
     with pytest.raises(TrainingError, match="no trainable parameter"):
@@ -246,7 +246,7 @@ def test_adapter_that_peft_saved_needs_a_word(tmp_path: Path) -> None:
     model = drawn(get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear")))
     model.save_pretrained(str(tmp_path))
     with pytest.raises(
-        SourceError, match=r"does not say which base it belongs to.*say so: unknown_base accept"
+        SourceError, match=r"does not say which base it belongs to.*set unknown_base: accept"
     ):
         load_adapter(base(), tmp_path)
     for load in (load_adapter, attach_existing):
@@ -267,11 +267,11 @@ def test_what_is_no_lora_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is neither a folder nor a hub id"):
         attach_existing(base(), str(tmp_path / "nothing" / "here"))
     with pytest.raises(
-        SourceError, match=r"holds no PEFT adapter: adapter_config.json cannot be read"
+        SourceError, match=r"has no PEFT adapter: adapter_config.json cannot be read"
     ):
         attach_existing(base(), str(tmp_path))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    with pytest.raises(SourceError, match="is of PEFT's type IA3, and only LORA"):
+    with pytest.raises(SourceError, match="is of PEFT type IA3; only LORA"):
         attach_existing(base(), str(tmp_path))
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.bin").write_bytes(b"")

@@ -151,7 +151,9 @@ def test_where_there_is_nothing_to_correct_the_factors_are_numbers(nothing: str)
     )
     assert all(bool(torch.as_tensor(x).isfinite().all()) for x in found)
     assert not (found.b @ found.a).any() or nothing == "gradient"
-    with pytest.raises(TrainingError, match="the moments contain nan or infinity. Quantize again"):
+    with pytest.raises(
+        TrainingError, match=r"the moments contain nan or infinity\. Quantize again"
+    ):
         Measure(Moment(torch.full((8, 8), float("nan"))))
     with pytest.raises(TrainingError, match=r"For R alone, pass Moment\(R\)"):
         Measure(correlated(8))  # type: ignore[arg-type]

@@ -95,7 +95,7 @@ def test_wrong_modules_are_found_before_anything_is_written(
     ]
     with pytest.raises(
         TrainingError,
-        match="adapter wrong: the adapter asks for what the model does not have: target_modules 'qproj'",
+        match="adapter wrong: the model does not have: target_modules 'qproj'",
     ):
         trains(recipe_for(adapters=adapters), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -204,7 +204,7 @@ def test_start_that_holds_no_adapter_is_found_before_anything_is_written(
     recipe_for: Any, tmp_path: Path, corpus: Path
 ) -> None:
     path = recipe_for(adapters=[{"name": "a", "start": str(corpus), "steps": 0}])
-    with pytest.raises(SourceError, match=r"adapter a: .* holds no PEFT adapter"):
+    with pytest.raises(SourceError, match=r"adapter a: .* has no PEFT adapter"):
         trains(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -215,7 +215,7 @@ def test_start_that_holds_no_adapter_is_found_before_anything_is_written(
         (["c_attn"], "does not fit LlamaForCausalLM: Target modules .*c_attn"),
         (
             ["lm_head"],
-            r"weights differ, for example .*lm_head.lora_A.*, here \[2, 64\], there \[2, 48\]",
+            r"weights differ, for example .*lm_head.lora_A.*, needs \[2, 64\], the file has \[2, 48\]",
         ),
     ],
 )
@@ -307,13 +307,13 @@ def test_fused_experts_get_adapters_by_recipe(
     [
         (
             ["experts.down_prj"],
-            r"'experts.down_prj' is no parameter of MixtralForCausalLM; near are mlp.experts.down_proj",
+            r"'experts.down_prj' is no parameter of MixtralForCausalLM; similar names are mlp.experts.down_proj",
         ),
         (
             ["self_attn.q_proj.weight"],
-            r"'self_attn.q_proj.weight' is a layer's own; give the layer in target_modules",
+            r"'self_attn.q_proj.weight' belongs to a layer; name the layer in target_modules",
         ),
-        (["input_layernorm.weight"], r"'input_layernorm.weight' is a layer's own"),
+        (["input_layernorm.weight"], r"'input_layernorm.weight' belongs to a layer"),
     ],
 )
 def test_wrong_experts_are_found_before_anything_is_written(
@@ -341,7 +341,7 @@ def test_experts_where_there_are_none_and_in_some_layers_are_refused() -> None:
     shape = LoraShape(2, 4, target_parameters=EXPERTS[:1], layers=[0])
     with pytest.raises(
         TrainingError,
-        match=r"layers: PEFT adapts target_parameters in all layers; remove one; .*it has no fused experts, which this is for",
+        match=r"layers: PEFT adapts target_parameters in all layers; remove one; .*it has no fused experts",
     ):
         attach(tiny_model("llama"), shape, 0)
 
@@ -385,7 +385,7 @@ def test_a_start_with_whole_layers_where_the_base_is_packed_is_refused(
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
         SourceError,
-        match=rf"adapter a: .*modules_to_save hold .*{layers[0]} whole, as floats, .*before the other rules: {{match: .*{layers[0]}, ",
+        match=rf"adapter a: .*modules_to_save hold .*{layers[0]} as floats, .*before the other rules: {{match: .*{layers[0]}, ",
     ):
         run(
             load_recipe(path, changes),
@@ -428,7 +428,7 @@ def test_whole_layers_on_integers_are_named_when_they_are_attached(
     quantize_(model, "w4-block32", rules=[Rule("*", parse_scheme("w4-block32"))])
     with pytest.raises(
         SourceError,
-        match=rf"does not fit: its modules_to_save hold .*{layers[0]}.* whole, as floats, but the base holds integers there",
+        match=rf"does not fit: its modules_to_save hold .*{layers[0]}.* as floats, but the base has integers there",
     ):
         attach_existing(model, str(tmp_path), "accept")
 

@@ -1,1 +1,1 @@
-"""Step 2: attach LoRA adapters to a frozen base, train them, save them with the base's fingerprint."""
+"""Step 2: attach LoRA adapters to a frozen base, train and save them with its fingerprint."""

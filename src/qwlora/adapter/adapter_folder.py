@@ -1,8 +1,9 @@
 """An adapter on disk: a plain PEFT directory, plus `qwlora.json`: which base it was trained on,
 and the SHA-256 of its weights and configuration (`manifest.py`).
 
-PEFT alone loads it (`PeftModel.from_pretrained`) and ignores the extra file; `load_adapter` reads it first and refuses another base. An adapter that PEFT saved
-has no such file: it is loaded only where the caller says so.
+PEFT alone can load it (`PeftModel.from_pretrained`) and ignores the extra file. `load_adapter`
+reads that file first and refuses another base. An adapter saved by PEFT has no such file; it is
+loaded only if the caller accepts an unknown base.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def _unmoved_fingerprint(model: nn.Module) -> str:
     if moved := moved_floats(model, digests):
         raise FingerprintError(
             f"{len(moved)} float tensors of the base changed since it was quantized or loaded: "
-            f"{listed(moved)}. An adapter fits only the base that it was trained on. If the optimizer moved "
-            "them, give it only parameters with requires_grad, and train again on a fresh base; if "
-            "the change is meant, save this base first (qwlora.save_base)"
+            f"{listed(moved)}. An adapter fits only the base that it was trained on. If the "
+            "optimizer moved them, give it only parameters with requires_grad, and train again on a "
+            "fresh base; if the change is intended, save this base first (qwlora.save_base)"
         )
     return fingerprint_of(digests, model)
 
@@ -129,10 +130,12 @@ def load_adapter(
     """Attach the adapter in `folder` to the base `model`.
 
     Args:
-        unknown_base: `accept` loads an adapter that does not say which base it was trained on, as those that PEFT saved; `refuse` does not.
+        unknown_base: whether to `refuse` or `accept` an adapter that does not record which base it
+            was trained on, such as one that PEFT saved.
 
     Raises:
-        SourceError: the folder holds no adapter, or none that says which base it belongs to; or its files are damaged, or do not fit the model.
+        SourceError: the folder has no adapter, the adapter does not record its base, or its files
+            are damaged or do not fit the model.
         FingerprintError: it was trained on another base, or a file changed after it was saved.
 
     Warns:
@@ -148,7 +151,7 @@ def load_adapter(
 
 @contextmanager
 def reading(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Whatever PEFT and safetensors raise while they read the adapter in `folder` into `model`, as one error of ours.
+    """Turn any error of PEFT and safetensors while reading the adapter into a SourceError.
 
     Raises:
         SourceError: a file is damaged, or does not fit the model.
@@ -156,7 +159,7 @@ def reading(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[
     again = "copy it again from where it came, or train it again"
     check_pattern_times(model, read_config(Path(folder)), f"adapter {str(folder)!r}")
     try:
-        with of_parameters():
+        with without_pattern_warnings():
             yield
     except (QwloraError, PermissionError):
         raise
@@ -164,7 +167,7 @@ def reading(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[
         raise SourceError(
             f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); {again}"
         ) from error
-    except Exception as error:  # the configuration's values reach any line of PEFT's
+    except Exception as error:  # a configuration value can fail anywhere in PEFT
         if is_out_of_memory(error):
             raise
         raise SourceError(
@@ -173,8 +176,8 @@ def reading(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[
 
 
 @contextmanager
-def of_parameters() -> Iterator[None]:
-    """PEFT says of patterns for target_parameters, which it follows and for some models adds itself, that they match no module and are ignored."""
+def without_pattern_warnings() -> Iterator[None]:
+    """Silence PEFT's warning that patterns for target_parameters are ignored: they are not."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
         yield
@@ -185,7 +188,7 @@ def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refu
     if unknown_base not in ("refuse", "accept"):
         raise SourceError(f"unknown_base is refuse or accept, not {unknown_base!r}")
     if not (folder / "adapter_config.json").exists():
-        raise SourceError(f"{str(folder)!r} holds no adapter: adapter_config.json is not there")
+        raise SourceError(f"{str(folder)!r} has no adapter: adapter_config.json is missing")
     if not (folder / WEIGHTS).is_file():
         raise SourceError(
             f"adapter {str(folder)!r} has no {WEIGHTS}; copy it again from where it came, or train "
@@ -196,8 +199,8 @@ def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refu
         found = base_of(folder)
     if found not in (None, base_fingerprint):
         raise FingerprintError(
-            f"adapter {str(folder)!r} was trained on the base with fingerprint {found}, but this base has {base_fingerprint}. "
-            "Load it onto its own base, or train it again on this one"
+            f"adapter {str(folder)!r} was trained on the base with fingerprint {found}, but this "
+            f"base has {base_fingerprint}. Load it onto its own base, or train it again on this one"
         )
     read_config(folder)
     check_files(folder)
@@ -218,7 +221,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(
-            f"adapter {str(folder)!r}: adapter_config.json cannot be read ({error}); copy it again, or train it again"
+            f"adapter {str(folder)!r}: adapter_config.json cannot be read ({error}); copy it "
+            "again, or train it again"
         ) from error
     if not isinstance(config, dict):
         raise SourceError(f"adapter {str(folder)!r}: adapter_config.json is not a mapping")
@@ -229,15 +233,16 @@ def base_of(folder: Path) -> str:
     """Fingerprint of the base that the adapter in `folder` was trained on.
 
     Raises:
-        SourceError: it does not say.
+        SourceError: it does not record one.
     """
     try:
         record = json.loads((folder / FILE).read_text())
         found = record["base_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
-            f"adapter {str(folder)!r} does not say which base it belongs to: {FILE} cannot be read ({error}). "
-            "If PEFT saved it and you know its base, say so: unknown_base accept. Save it with qwlora.save_adapter"
+            f"adapter {str(folder)!r} does not say which base it belongs to: {FILE} cannot be read "
+            f"({error}). If PEFT saved it and you know its base, set unknown_base: accept. Saving "
+            "with qwlora.save_adapter records the base"
         ) from error
     if not isinstance(found, str):
         raise SourceError(

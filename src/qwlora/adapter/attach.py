@@ -1,9 +1,10 @@
-"""Attach a LoRA adapter to a frozen base, fresh or from one that exists, and see that nothing but the adapter would be trained.
+"""Attach a LoRA adapter to a frozen base, new or existing; check that only the adapter is trained.
 
-    y = base_layer(x) + scaling * lora_B(lora_A(x)),    scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA
+    y = base_layer(x) + scaling * lora_B(lora_A(x))
+    scaling = alpha / rank, or alpha / sqrt(rank) for rsLoRA
 
-The adapter is PEFT's; what is added here is refusal. PEFT takes a list of target modules of which one matches nothing, a pattern that no layer has, or a layer
-number that the model lacks, without a word.
+The adapter is PEFT's. Added here are errors where PEFT is silent: a target module, pattern or layer
+number that matches nothing in the model.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from qwlora.adapter.adapter_folder import (
     base_of,
     check_adapter,
     check_files,
-    of_parameters,
     read_config,
     reading,
+    without_pattern_warnings,
 )
 from qwlora.adapter.module_patterns import check_pattern_times
 from qwlora.errors import SourceError, TrainingError, foreign_as
@@ -52,13 +53,16 @@ from qwlora.parameter_names import (
 
 @dataclass(frozen=True)
 class LoraShape:
-    """Which layers get an adapter, and of what size; each field is PEFT's, by the names of the recipe.
+    """Which layers get an adapter, and its size. The fields are PEFT's, named as in the recipe.
 
     Args:
-        target_modules: `all-linear`, a regular expression, or names of modules (Linear, Conv1D, Conv1d to Conv3d, Embedding).
-        target_parameters: names of fused experts besides (`mlp.experts.down_proj`), by the ends of their paths; each expert gets an adapter of the rank.
-        rank_pattern, alpha_pattern: other ranks and alphas for modules whose name ends in the key (or matches it, a regular expression).
-        layers: numbers of the transformer layers that get an adapter; all unless given.
+        target_modules: `all-linear`, a regular expression, or names of modules (Linear, Conv1D,
+            Conv1d to Conv3d, Embedding).
+        target_parameters: ends of the paths of fused experts (`mlp.experts.down_proj`) that also
+            get an adapter; each expert gets the full rank.
+        rank_pattern, alpha_pattern: other ranks and alphas; the key is the end of a module name, or
+            a regular expression for it.
+        layers: numbers of the transformer layers that get an adapter; default: all.
     """
 
     rank: int
@@ -73,8 +77,11 @@ class LoraShape:
     target_parameters: list[str] = field(default_factory=list)
 
     def config(self, model: nn.Module) -> LoraConfig:
-        """PEFT's configuration, for `model`: with chosen layers PEFT takes no word for target modules, so `all-linear` becomes their names in a layer."""
-        everything = (
+        """PEFT's configuration of this shape for `model`.
+
+        PEFT does not support `all-linear` with `layers`, so it is replaced by module names.
+        """
+        lists_names = (
             self.layers is not None
             and isinstance(self.target_modules, str)
             and self.target_modules.lower() == "all-linear"
@@ -83,7 +90,7 @@ class LoraShape:
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=_linear_in_layers(model) if everything else self.target_modules,
+            target_modules=_linear_in_layers(model) if lists_names else self.target_modules,
             use_rslora=self.rslora,
             use_dora=self.dora,
             rank_pattern=dict(self.rank_pattern),
@@ -95,43 +102,44 @@ class LoraShape:
 
 
 def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
-    """A fresh LoRA adapter on `model`, seeded; the base below it is frozen.
+    """Attach a new LoRA adapter to `model` with seeded initial weights; the base is frozen.
 
     Raises:
-        TrainingError: a pattern is no regular expression; a target parameter is not there, or a layer's; no layer matches the target modules; or a name,
-            pattern or layer number in `shape` matches none.
+        TrainingError: a pattern is not a regular expression; a target parameter does not exist or
+            belongs to a layer; no layer matches the target modules; or a name, pattern or layer
+            number in `shape` matches nothing.
     """
-    if wrong := _irregular(shape) + _no_experts(model, shape):
+    if wrong := _pattern_problems(shape) + _parameter_problems(model, shape):
         raise TrainingError(f"LoRA cannot be attached: {'; '.join(wrong)}")
     if problem := _missing_layers(model, shape.layers or ()):
         raise TrainingError(problem)
     check_pattern_times(model, asdict(shape), "LoRA cannot be attached")
     torch.manual_seed(seed)
     try:
-        with of_parameters():  # what matches nothing is an error below
-            warnings.filterwarnings(
-                "ignore", "fan_in_fan_out is set to"
-            )  # PEFT corrects it, by the kind of layer that it finds
+        with without_pattern_warnings():  # a pattern that matches nothing is an error below
+            # PEFT warns that it corrects this by layer type.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
             adapted = get_peft_model(model, shape.config(model))
     except (ValueError, TypeError) as error:
         raise TrainingError(
             f"LoRA cannot be attached to target_modules {shape.target_modules!r}: {error}"
         ) from error
-    if lost := list(_unmatched(adapted, shape)):
+    if unmatched := _unmatched(adapted, shape):
         raise TrainingError(
-            f"the adapter asks for what the model does not have: {'; '.join(lost)}. Its layers are, for example, {_examples(adapted)}"
+            f"the model does not have: {'; '.join(unmatched)}. Its layers are, for example, "
+            f"{_examples(adapted)}"
         )
     return adapted
 
 
 def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[int, ...]]:
-    """What `attach` would refuse, found on a model without weights (on the meta device), which is changed by it; and a rank that no layer is as large as.
+    """Check `shape` on a model without weights (on the meta device), which is changed by this.
 
     Returns:
-        the shapes of the adapter's weights by the names that they would have in a file.
+        The shapes of the adapter's weights, by their names in an adapter file.
 
     Raises:
-        TrainingError: see `attach`; or a rank is above both sides of every layer that has it.
+        TrainingError: see `attach`; or a rank exceeds both sides of every layer that has it.
     """
     with torch.device("meta"):
         adapted = attach(skeleton, shape, seed=0)
@@ -149,7 +157,8 @@ def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[
     for rank, (longer, shorter, name) in largest.items():
         if rank > longer:
             raise TrainingError(
-                f"rank {rank} is above both sides of every layer that has it; the largest, {name}, is {longer} x {shorter}. Lower the rank"
+                f"rank {rank} is above both sides of every layer that has it; the largest, {name}, "
+                f"is {longer} x {shorter}. Lower the rank"
             )
     return _shapes(adapted)
 
@@ -157,16 +166,18 @@ def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[
 def attach_existing(
     model: PreTrainedModel, source: str, unknown_base: str = "refuse", seed: int = 0
 ) -> PeftModel:
-    """The adapter at `source`, a PEFT folder or a hub id, on `model`, to go on from or to use as it is.
+    """Attach the adapter at `source`, a PEFT folder or a hub id, to `model`, trainable.
 
     Args:
-        unknown_base: `accept` takes an adapter that does not say which base it was trained on, as those that PEFT saved; `refuse` does not.
+        unknown_base: whether to `refuse` or `accept` an adapter that does not record which base it
+            was trained on, such as one that PEFT saved.
 
     Raises:
-        SourceError: there is no LoRA adapter at `source`, it does not fit the model, saves a packed layer whole, or does not say which base it belongs to.
-        FingerprintError: it says that it belongs to another base.
+        SourceError: there is no LoRA adapter at `source`, it does not fit the model, it has float
+            weights for a packed layer, or it does not record its base.
+        FingerprintError: it was trained on another base.
     """
-    torch.manual_seed(seed)  # dropout
+    torch.manual_seed(seed)  # for dropout
     folder = adapter_folder(source)
     check_start(source, unknown_base)
     check_adapter(folder, fingerprint(model), unknown_base)
@@ -175,19 +186,19 @@ def attach_existing(
         for name, module in model.named_modules()
         if isinstance(module, PackedLayer)
     ]
-    if lost := saved_among(source, packed):
-        raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(lost)}")
+    if saved := saved_among(source, packed):
+        raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(saved)}")
     with reading(folder, model):
         return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
 
 def dropout_of(source: str) -> float:
-    """The dropout with which the adapter at `source` was trained, and would go on; for a `source` that `check_start` took."""
+    """The dropout of the adapter at `source`, which must have passed `check_start`."""
     return float(read_config(adapter_folder(source)).get("lora_dropout") or 0.0)
 
 
 def without_dropout_(model: PeftModel) -> None:
-    """Let the adapters of `model` learn without dropout; they are saved so."""
+    """Set the dropout of the adapters of `model` to 0, in their configurations too."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Dropout) and is_adapter_name(path):
             module.p = 0.0
@@ -198,28 +209,31 @@ def without_dropout_(model: PeftModel) -> None:
 def check_start(
     source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """What `attach_existing` would refuse, as far as it can be seen before there is a base; `skeleton`, a model without weights, is changed by it.
+    """Check what `attach_existing` would refuse, as far as possible before there is a base.
+
+    Args:
+        skeleton: the model without weights, which is changed by this.
 
     Returns:
-        the shapes of the adapter's weights by their names in its file; empty without a skeleton.
+        The shapes of the adapter's weights by their names in its file; empty without a skeleton.
 
     Raises:
-        SourceError: `source` holds no LoRA adapter, its weights are a pickle, it does not say which base it was trained on, or it does not fit the skeleton.
+        SourceError: `source` has no LoRA adapter, its weights are a pickle, it does not record its
+            base, or it does not fit the skeleton.
     """
     folder = adapter_folder(source)
     try:
         kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
-            f"{source!r} holds no PEFT adapter: adapter_config.json cannot be read ({error})"
+            f"{source!r} has no PEFT adapter: adapter_config.json cannot be read ({error})"
         ) from error
     if kind != "LORA":
-        raise SourceError(
-            f"adapter {source!r} is of PEFT's type {kind}, and only LORA can be trained and exported here"
-        )
+        raise SourceError(f"adapter {source!r} is of PEFT type {kind}; only LORA is supported")
     if not (folder / WEIGHTS).exists():
         raise SourceError(
-            f"adapter {source!r} has no {WEIGHTS}; older formats run code when they are read: load it with PEFT and save it again"
+            f"adapter {source!r} has no {WEIGHTS}; older formats run code when they are read. Load "
+            "the adapter with PEFT and save it again"
         )
     if unknown_base == "refuse" or (folder / FILE).exists():
         base_of(folder)
@@ -228,29 +242,29 @@ def check_start(
 
 
 def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the weight file are those that the adapter's configuration gives on this model."""
+    """Compare the weight file with the names and shapes that this model needs."""
     what = f"adapter {source!r} does not fit {type(skeleton).__name__}"
     check_pattern_times(skeleton, read_config(folder), f"adapter {source!r}")
-    with foreign_as(SourceError, what):  # the configuration's values reach any line of PEFT's
+    with foreign_as(SourceError, what):  # a configuration value can fail anywhere in PEFT
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about this model's embeddings and convolutions; they come again when it is attached
+            warnings.simplefilter("ignore")  # repeated when the adapter is attached
             adapted = get_peft_model(skeleton, LoraConfig.from_pretrained(str(folder)))
         wanted = _shapes(adapted)
         with safe_open(folder / WEIGHTS, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            names = list(file.keys())
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     if wrong := sorted(name for name in wanted if found.get(name) != wanted[name]):
         name = wrong[0]
+        shape = list(found[name]) if name in found else "none"
         raise SourceError(
-            f"{what}: {len(wrong)} of {len(wanted)} weights differ, "
-            f"for example {name}, here {list(wanted[name])}, there {list(found[name]) if name in found else 'none'}"
+            f"{what}: {len(wrong)} of {len(wanted)} weights differ, for example {name}: the model "
+            f"needs {list(wanted[name])}, the file has {shape}"
         )
     return wanted
 
 
 def _shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
-    """The shape of each weight of the adapter, by its name in a file of PEFT's."""
+    """The shape of each adapter weight, by its name in a PEFT file."""
     return {
         name: tuple(t.shape)
         for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
@@ -258,7 +272,10 @@ def _shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
 
 
 def saved_among(source: str, paths: Iterable[str]) -> list[str]:
-    """Which of the layers at `paths` the adapter at `source` holds whole: PEFT's modules_to_save, by the ends of their paths, with all that is in them."""
+    """Which of the layers at `paths` the adapter at `source` saves completely.
+
+    PEFT's `modules_to_save` are ends of module paths, and include everything inside the module.
+    """
     names = read_config(adapter_folder(source)).get("modules_to_save") or ()
     return [
         path
@@ -272,19 +289,20 @@ def saved_among(source: str, paths: Iterable[str]) -> list[str]:
 
 
 def saved_on_integers(paths: Sequence[str]) -> str:
-    """What to do about layers that an adapter holds whole, as floats, and the base as integers."""
+    """Error text: an adapter saves the layers at `paths` as floats, but the base has integers."""
     rules = ", ".join(f"{{match: {path}, keep: float}}" for path in paths[:3])
     return (
-        f"its modules_to_save hold {listed(paths, 3)} whole, as floats, but the base holds integers there. Keep {'it' if len(paths) == 1 else 'them'} "
-        f"float by base.rules, before the other rules: {rules}; or take an adapter without"
+        f"its modules_to_save hold {listed(paths, 3)} as floats, but the base has integers there. "
+        f"Keep {'it' if len(paths) == 1 else 'them'} float by base.rules, before the other rules: "
+        f"{rules}; or use an adapter without modules_to_save"
     )
 
 
 def adapter_folder(source: str) -> Path:
-    """The local folder of `source`; a hub id is downloaded (configuration, weights and fingerprint, nothing else).
+    """The local folder of `source`; a hub id is downloaded (configuration, weights, fingerprint).
 
     Raises:
-        SourceError: it is neither a folder nor a hub id that can be reached.
+        SourceError: it is neither a folder nor a reachable hub id.
     """
     path = user_path(source)
     if path.is_dir():
@@ -295,16 +313,19 @@ def adapter_folder(source: str) -> Path:
 
 
 def check_trainable(model: nn.Module) -> int:
-    """Number of trainable parameters, all of them the adapter's (LoRA's matrices, DoRA's magnitudes, PEFT's modules_to_save).
+    """Number of trainable parameters; all must belong to the adapter.
+
+    Those are LoRA's matrices, DoRA's magnitudes and PEFT's modules_to_save.
 
     Raises:
-        TrainingError: something else would be trained, or nothing would.
+        TrainingError: another parameter is trainable, or none is.
     """
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    strangers = [name for name in trainable if not is_adapter_name(name)]
-    if strangers:
+    others = [name for name in trainable if not is_adapter_name(name)]
+    if others:
         raise TrainingError(
-            f"training would move {listed(strangers, 3)}; only lora_A and lora_B and what else the adapter adds may be trained"
+            f"training would change {listed(others, 3)}, but only the adapter (lora_A, lora_B) may "
+            "be trained. Set requires_grad to False on the others"
         )
     if not trainable:
         raise TrainingError("the model has no trainable parameter: attach a LoRA adapter first")
@@ -312,7 +333,7 @@ def check_trainable(model: nn.Module) -> int:
 
 
 def _linear_in_layers(model: nn.Module) -> list[str]:
-    """Names, below the first number in their path, of the modules that PEFT's `all-linear` takes: `mlp.up_proj`. Whole paths would be taken in every layer."""
+    """Names inside a layer (`mlp.up_proj`) of the modules that PEFT's `all-linear` selects."""
     names = (
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     )
@@ -320,37 +341,35 @@ def _linear_in_layers(model: nn.Module) -> list[str]:
     return sorted({match[1] for match in found if match})
 
 
-def _missing_layers(model: nn.Module, asked: Sequence[int]) -> str | None:
-    """Layers that are asked for and not there: a layer's number is the first in a module's path."""
+def _missing_layers(model: nn.Module, layers: Sequence[int]) -> str | None:
+    """Error text for layers that do not exist; a layer's number is the first in a path."""
     found = (re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", name) for name, _ in model.named_modules())
     numbers = {int(match[1]) for match in found if match}
-    if not (beyond := [number for number in asked if number not in numbers]):
+    missing = [number for number in layers if number not in numbers]
+    if not missing:
         return None
-    held = (
+    existing = (
         f"layers {min(numbers)} to {max(numbers)}; choose among these"
         if numbers
         else "no numbered layers; leave layers out"
     )
-    return f"layers {', '.join(map(str, beyond))}: the model has {held}"
+    return f"layers {', '.join(map(str, missing))}: the model has {existing}"
 
 
-def _irregular(shape: LoraShape) -> list[str]:
-    """What of the shape's patterns PEFT would fail on."""
-    given = (
-        [("target_modules", shape.target_modules, False)]
-        if isinstance(shape.target_modules, str)
-        else []
-    )
-    given += [(what, key, True) for what, patterns in _patterns(shape) for key in patterns]
+def _pattern_problems(shape: LoraShape) -> list[str]:
+    """What is wrong with the patterns of `shape`, which PEFT would fail on."""
+    patterns = [(what, key, True) for what, keys in _patterns(shape) for key in keys]
+    if isinstance(shape.target_modules, str):
+        patterns.insert(0, ("target_modules", shape.target_modules, False))
     return [
         f"{what} {problem}"
-        for what, pattern, is_end in given
+        for what, pattern, is_end in patterns
         if (problem := pattern_problem(pattern, is_end))
     ]
 
 
-def _no_experts(model: nn.Module, shape: LoraShape) -> list[str]:
-    """What of target_parameters PEFT would not find, or take for something else than it is."""
+def _parameter_problems(model: nn.Module, shape: LoraShape) -> list[str]:
+    """What is wrong with target_parameters: names that PEFT would not find, or would misread."""
     if not shape.target_parameters:
         return []
     found = {
@@ -361,33 +380,31 @@ def _no_experts(model: nn.Module, shape: LoraShape) -> list[str]:
     banks = sorted(
         {re.sub(r"^.*?\.\d+\.", "", name) for name, (_, p) in found.items() if p.ndim == 3}
     )
-    lost = (
-        []
-        if shape.layers is None
-        else ["layers: PEFT adapts target_parameters in all layers; remove one"]
-    )
+    problems = []
+    if shape.layers is not None:
+        problems.append("layers: PEFT adapts target_parameters in all layers; remove one")
     for target in shape.target_parameters:
-        there = [
+        matches = [
             entry for name, entry in found.items() if name == target or name.endswith(f".{target}")
         ]
-        if not there:
+        if not matches:
             near = near_names(target, banks) or banks[:3]
             remedy = (
-                f"near are {', '.join(near)}"
+                f"similar names are {', '.join(near)}"
                 if near
-                else "it has no fused experts, which this is for; give layers in target_modules"
+                else "it has no fused experts; name layers in target_modules"
             )
-            lost.append(
+            problems.append(
                 f"target_parameters {target!r} is no parameter of {type(model).__name__}; {remedy}"
             )
         elif any(
             isinstance(module, nn.Linear | Conv1D | nn.Embedding) or p.ndim not in (2, 3)
-            for module, p in there
+            for module, p in matches
         ):
-            lost.append(
-                f"target_parameters {target!r} is a layer's own; give the layer in target_modules"
+            problems.append(
+                f"target_parameters {target!r} belongs to a layer; name the layer in target_modules"
             )
-    return lost
+    return problems
 
 
 def _patterns(shape: LoraShape) -> list[tuple[str, list[str]]]:
@@ -398,6 +415,7 @@ def _patterns(shape: LoraShape) -> list[tuple[str, list[str]]]:
 
 
 def _unmatched(model: PeftModel, shape: LoraShape) -> list[str]:
+    """Names, patterns and layer numbers in `shape` that match nothing in the adapted `model`."""
     names: list[str] = model.targeted_module_names + model.base_model.targeted_parameter_names
     lost = []
     if isinstance(shape.target_modules, list):
@@ -418,7 +436,7 @@ def _unmatched(model: PeftModel, shape: LoraShape) -> list[str]:
 
 
 def _all_names(model: PeftModel, shape: LoraShape, targeted: list[str]) -> list[str]:
-    """Where a target may be found: with chosen layers, a module outside them is no mistake of the target's."""
+    """Names that a target may match; with `layers`, those of other layers too."""
     return (
         targeted if shape.layers is None else [n for n, _ in model.get_base_model().named_modules()]
     )

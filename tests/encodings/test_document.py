@@ -23,9 +23,9 @@ from qwlora.encodings import (
     IntegerEncoding,
     LpbqEncoding,
     read,
+    schema,
     write,
 )
-from qwlora.encodings import json_schema as schema
 from qwlora.encodings.encodings_file import load_json, parse, to_document
 from qwlora.encodings.from_grid import entry_of
 from qwlora.encodings.split_versions import build_1_0_0

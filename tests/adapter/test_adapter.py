@@ -1,4 +1,4 @@
-"""An adapter knows its base; PEFT alone can load it; a user's own loop and a user's own base will do."""
+"""Adapters record their base, load in PEFT, and work with custom loops and custom bases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def base(architecture: str = "llama") -> PreTrainedModel:
 
 
 def drawn(model: Any) -> Any:
-    """Every adapter weight moved away from where it began, so that all of it counts."""
+    """Randomize every adapter weight, so that none is at its initial value."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -46,7 +46,7 @@ def drawn(model: Any) -> Any:
     return model.eval()
 
 
-def test_training_anything_else_is_refused() -> None:
+def test_refuses_trainable_base_parameters() -> None:
     model = attach(base(), LoraShape(4, 8), seed=0)
     model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(
@@ -58,7 +58,7 @@ def test_training_anything_else_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rank", [129, 2**31 - 1])
-def test_a_rank_above_every_layer_is_refused_before_training(rank: int) -> None:
+def test_refuses_a_rank_above_every_layer(rank: int) -> None:
     with pytest.raises(
         TrainingError,
         match=rf"rank {rank} is above both sides of every layer that has it; the largest, .*mlp.\w+_proj, is 128 x 64",
@@ -92,7 +92,7 @@ def test_a_rank_above_every_layer_is_refused_before_training(rank: int) -> None:
         ({"target_modules": ["mlp"]}, "cannot be attached"),
     ],
 )
-def test_what_the_model_does_not_have_is_named_without_its_weights(
+def test_names_unmatched_targets_on_a_model_without_weights(
     shape: dict[str, Any], message: str
 ) -> None:
     from accelerate import init_empty_weights
@@ -107,7 +107,7 @@ def test_what_the_model_does_not_have_is_named_without_its_weights(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
-def test_every_linear_module_of_chosen_layers_gets_an_adapter(
+def test_all_linear_with_layers_adapts_every_linear_of_these_layers(
     architecture: str, tmp_path: Path
 ) -> None:
     everywhere = attach(base(architecture), LoraShape(4, 8), seed=0).targeted_module_names
@@ -138,7 +138,7 @@ KINDS: dict[str, LoraShape] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_is_saved_plain_and_comes_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
+def test_every_kind_round_trips_bitwise_as_a_plain_peft_adapter(kind: str, tmp_path: Path) -> None:
     model = drawn(attach(base("qwen3"), KINDS[kind], seed=0))
     save_adapter(model, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -158,7 +158,7 @@ def test_each_kind_is_saved_plain_and_comes_back_bit_for_bit(kind: str, tmp_path
     )
 
 
-def test_shape_is_as_asked() -> None:
+def test_attach_follows_the_shape() -> None:
     weights = dict(attach(base(), KINDS["patterns"], seed=0).named_parameters())
     prefix = "base_model.model.model.layers"
     assert weights[f"{prefix}.0.self_attn.q_proj.lora_A.default.weight"].shape == (2, 64)
@@ -242,7 +242,7 @@ def test_peft_alone_loads_every_kind_onto_the_float_model(
         torch.testing.assert_close(torch.load(tmp_path / kind / "logits.pt"), logits)
 
 
-def test_adapter_that_peft_saved_needs_a_word(tmp_path: Path) -> None:
+def test_adapter_saved_by_peft_needs_unknown_base_accept(tmp_path: Path) -> None:
     model = drawn(get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear")))
     model.save_pretrained(str(tmp_path))
     with pytest.raises(
@@ -263,7 +263,7 @@ def test_adapter_that_peft_saved_needs_a_word(tmp_path: Path) -> None:
         attach_existing(other, str(tmp_path), "accept")  # what it says counts, if it says something
 
 
-def test_what_is_no_lora_adapter_is_refused(tmp_path: Path) -> None:
+def test_refuses_anything_but_a_lora_adapter(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is neither a folder nor a hub id"):
         attach_existing(base(), str(tmp_path / "nothing" / "here"))
     with pytest.raises(
@@ -281,7 +281,7 @@ def test_what_is_no_lora_adapter_is_refused(tmp_path: Path) -> None:
         attach_existing(base(), str(tmp_path))
 
 
-def test_adapter_of_another_shape_of_model_is_refused(tmp_path: Path) -> None:
+def test_refuses_an_adapter_of_another_architecture(tmp_path: Path) -> None:
     save_adapter(
         get_peft_model(base("qwen3"), LoraConfig(r=2, target_modules=["k_proj", "o_proj"])),
         tmp_path,
@@ -294,7 +294,7 @@ def test_adapter_of_another_shape_of_model_is_refused(tmp_path: Path) -> None:
         attach_existing(base("gpt2"), str(tmp_path), "accept")
 
 
-def test_adapter_without_a_fingerprint_is_refused(tmp_path: Path) -> None:
+def test_refuses_an_adapter_without_a_fingerprint(tmp_path: Path) -> None:
     model = get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear"))
     save_adapter(model, tmp_path)
     assert json.loads((tmp_path / "qwlora.json").read_text())["base_fingerprint"] == fingerprint(
@@ -334,9 +334,7 @@ def cut_short(folder: Path) -> None:
         ),
     ],
 )
-def test_a_damaged_adapter_is_named_with_the_remedy(
-    tmp_path: Path, damage: Any, message: str
-) -> None:
+def test_names_a_damaged_adapter_and_the_remedy(tmp_path: Path, damage: Any, message: str) -> None:
     save_adapter(get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path)
     damage(tmp_path)
     reseal(tmp_path, "qwlora.json")
@@ -350,7 +348,7 @@ def test_a_damaged_adapter_is_named_with_the_remedy(
 
 
 def own_loop(model: Any, steps: int = 8) -> list[float]:
-    """The seed's guide: a plain loop over any dataloader."""
+    """A plain training loop over a data loader."""
     batches = torch.utils.data.DataLoader(
         torch.arange(256).view(8, 32),
         batch_size=2,
@@ -370,7 +368,7 @@ def own_loop(model: Any, steps: int = 8) -> list[float]:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_your_own_loop_over_our_base(chunked: bool, tmp_path: Path) -> None:
+def test_custom_loop_trains_on_a_packed_base(chunked: bool, tmp_path: Path) -> None:
     from qwlora.adapter.training_step import chunk_loss_
 
     model = tiny_model("llama")
@@ -387,7 +385,7 @@ def test_your_own_loop_over_our_base(chunked: bool, tmp_path: Path) -> None:
 
 
 class Rounded(torch.nn.Module):
-    """A user's own frozen layer: a weight on a grid of the user's making, no parameter in sight."""
+    """A custom frozen layer: a weight on a custom grid, without parameters."""
 
     def __init__(self, layer: torch.nn.Linear):
         super().__init__()
@@ -400,7 +398,7 @@ class Rounded(torch.nn.Module):
 
 
 @pytest.mark.parametrize("by", ["parametrization", "rounding"])
-def test_a_base_that_your_own_code_froze(by: str, tmp_path: Path) -> None:
+def test_adapter_on_a_custom_frozen_base(by: str, tmp_path: Path) -> None:
     def frozen() -> PreTrainedModel:
         model = tiny_model("llama").requires_grad_(False)
         for _, layer in list(model.named_modules()):
@@ -438,7 +436,7 @@ UNVERIFIED = pytest.mark.filterwarnings("ignore:.* is unverified")
         LoraShape(4, 8, rank_pattern={SLOW_PATTERN: 2}),
     ],
 )
-def test_a_pattern_that_takes_forever_is_refused(
+def test_refuses_a_pattern_with_exponential_time(
     shape: LoraShape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qwlora.system.time_limit.time_limit.__defaults__", (0.2,))
@@ -447,7 +445,7 @@ def test_a_pattern_that_takes_forever_is_refused(
 
 
 def saved_adapter(folder: Path, **config: Any) -> PreTrainedModel:
-    """A base, and in `folder` an adapter of it as PEFT alone saves one, but for `config`."""
+    """A base; in `folder`, an adapter of it as PEFT saves it, with `config` changed."""
     model = base()
     save_adapter(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")), folder)
     (folder / FILE).unlink()
@@ -457,7 +455,7 @@ def saved_adapter(folder: Path, **config: Any) -> PreTrainedModel:
 
 
 @UNVERIFIED
-def test_a_slow_pattern_in_an_adapter_from_elsewhere_is_refused(
+def test_refuses_a_slow_pattern_in_an_existing_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = saved_adapter(tmp_path, target_modules=SLOW_PATTERN)
@@ -467,7 +465,7 @@ def test_a_slow_pattern_in_an_adapter_from_elsewhere_is_refused(
 
 
 @UNVERIFIED
-def test_loftq_without_scipy_says_what_is_missing(
+def test_loftq_without_scipy_names_the_missing_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = saved_adapter(tmp_path, init_lora_weights="loftq")
@@ -480,7 +478,7 @@ def test_loftq_without_scipy_says_what_is_missing(
 
 
 @UNVERIFIED
-def test_a_deeply_nested_configuration_is_refused(tmp_path: Path) -> None:
+def test_refuses_a_deeply_nested_configuration(tmp_path: Path) -> None:
     model = saved_adapter(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(SourceError, match=r"adapter_config\.json.* cannot be read"):
@@ -488,7 +486,7 @@ def test_a_deeply_nested_configuration_is_refused(tmp_path: Path) -> None:
 
 
 @UNVERIFIED
-def test_a_pickled_adapter_is_never_opened(tmp_path: Path) -> None:
+def test_never_opens_a_pickled_adapter(tmp_path: Path) -> None:
     model = saved_adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(SourceError, match=r"adapter_model\.bin.*runs code"):

@@ -1,4 +1,4 @@
-"""`qwlora adapters`: what is there, and what is wrong with it."""
+"""`qwlora adapters`: listing and checking."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """A job's directory with two adapters that PEFT wrote, of one base."""
+    """A job's directory with two adapters of one base."""
     for name, more in (("a", {}), ("b", {"use_dora": True, "rank_pattern": {"q_proj": 3}})):
         model = get_peft_model(
             tiny_model("llama"),
@@ -90,7 +90,7 @@ def damaged(folder: Path, **changes: Any) -> None:
         ({"drop": True}, "lora_B.weight has no matching lora_A"),
     ],
 )
-def test_each_damage_is_named(job: Path, change: dict[str, Any], message: str) -> None:
+def test_names_each_damage(job: Path, change: dict[str, Any], message: str) -> None:
     damaged(job / "adapters" / "a", **change)
     found = problems(job / "adapters" / "a", job_fingerprint(job))
     assert len(found) == 1
@@ -115,7 +115,7 @@ def on_experts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_adapters_on_experts_are_good(on_experts: Path) -> None:
+def test_adapters_on_fused_experts_pass(on_experts: Path) -> None:
     assert sorted(len(t) for n, t in load_file(on_experts / WEIGHTS).items() if "lora_A" in n) == [
         2,
         8,
@@ -144,7 +144,7 @@ def test_adapters_on_experts_are_good(on_experts: Path) -> None:
         ("q_proj.lora_A", 8, "q_proj.lora_A.weight has rank 8, but adapter_config.json says 2"),
     ],
 )
-def test_wrong_ranks_beside_experts_are_named(
+def test_names_wrong_ranks_on_fused_experts(
     on_experts: Path, layer: str, rank: int, message: str
 ) -> None:
     tensors = load_file(on_experts / WEIGHTS)
@@ -154,13 +154,13 @@ def test_wrong_ranks_beside_experts_are_named(
     assert found.endswith(message)
 
 
-def test_a_rank_that_a_pattern_gives_is_that_of_both_factors(job: Path) -> None:
+def test_names_unequal_ranks_under_a_rank_pattern(job: Path) -> None:
     damaged(job / "adapters" / "b", rank=5)
     (found,) = problems(job / "adapters" / "b", job_fingerprint(job))
     assert "lora_A.weight has rank 5, and its lora_B has rank 3" in found
 
 
-def test_files_that_cannot_be_read_are_named(job: Path) -> None:
+def test_names_unreadable_files(job: Path) -> None:
     folder = job / "adapters" / "a"
     (folder / WEIGHTS).write_bytes(b"no safetensors")
     reseal(folder, "qwlora.json")
@@ -179,7 +179,7 @@ def test_files_that_cannot_be_read_are_named(job: Path) -> None:
         find_adapters(job / "nowhere")
 
 
-def test_base_of_another_job_is_named(job: Path) -> None:
+def test_names_an_adapter_of_another_base(job: Path) -> None:
     assert "but the base here has 0000" in problems(job / "adapters" / "a", "0" * 64)[0]
     (job / "adapters" / "a" / "qwlora.json").unlink()
     assert (
@@ -215,7 +215,7 @@ def test_commands(job: Path) -> None:
     assert command("check", str(job / "base")).returncode == 2
 
 
-def test_an_adapter_that_was_trained_and_is_gone_is_missing(job: Path) -> None:
+def test_reports_a_deleted_adapter_as_missing(job: Path) -> None:
     directory = Directory(job)
     directory.records = dict.fromkeys(("quantize", "train/a", "train/c"), Record("", 1.0))
     directory.drop()  # writes them
@@ -231,7 +231,7 @@ def test_an_adapter_that_was_trained_and_is_gone_is_missing(job: Path) -> None:
     assert (checked.returncode, checked.stdout) == (1, message.replace("/c", "/a") + message)
 
 
-def test_adapters_that_peft_saved_are_good(tmp_path: Path) -> None:
+def test_adapters_saved_by_peft_pass(tmp_path: Path) -> None:
     get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
         str(tmp_path / "a")
     )
@@ -244,7 +244,7 @@ def test_adapters_that_peft_saved_are_good(tmp_path: Path) -> None:
     assert (asked.returncode, "does not say which base it belongs to" in asked.stdout) == (1, True)
 
 
-def test_an_adapter_that_cannot_be_read_leaves_the_others_in_the_list(job: Path) -> None:
+def test_list_shows_the_others_when_one_adapter_is_unreadable(job: Path) -> None:
     (job / "adapters" / "a" / WEIGHTS).write_bytes(b"no safetensors")
     listed = command("list", str(job))
     assert listed.returncode == 2

@@ -129,7 +129,7 @@ def assert_same(model: torch.nn.Module, chunk_tokens: int = 7, **more: Any) -> N
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *WITH_A_STEP_BETWEEN_HEAD_AND_LOSS, *OTHERS])
-def test_loss_and_every_gradient_are_the_models_own(name: str) -> None:
+def test_loss_and_gradients_match_the_models_own(name: str) -> None:
     model = built(name)
     assert_same(model)
     assert_same(model, num_items_in_batch=torch.tensor(77))
@@ -137,7 +137,7 @@ def test_loss_and_every_gradient_are_the_models_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "soft cap"])
-def test_an_adapter_on_the_head_gets_its_gradients(name: str) -> None:
+def test_adapter_on_the_head_gets_gradients(name: str) -> None:
     model = get_peft_model(
         built(name), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     ).eval()
@@ -156,7 +156,7 @@ def test_packed_base_and_packed_head() -> None:
     )
 
 
-def test_shifted_labels_and_a_batch_that_fits_one_chunk() -> None:
+def test_shifted_labels_and_a_single_chunk() -> None:
     model = tiny_model("llama")
     shifted = torch.nn.functional.pad(batch()["labels"], (0, 1), value=-100)[:, 1:].contiguous()
     assert_same(model, chunk_tokens=1000, shift_labels=shifted)
@@ -220,9 +220,7 @@ def test_bfloat16_autocast_is_close() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [7, 100, None])
-def test_a_sum_over_slices_of_the_vocabulary_is_the_cross_entropy(
-    bias: bool, rows: int | None
-) -> None:
+def test_sum_over_vocabulary_slices_is_the_cross_entropy(bias: bool, rows: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, offset = (
         torch.randn(100, 16, generator=generator),
@@ -254,7 +252,7 @@ def test_a_sum_over_slices_of_the_vocabulary_is_the_cross_entropy(
         )
 
 
-def test_a_sum_over_many_slices_is_not_of_rounded_numbers() -> None:
+def test_many_slices_are_summed_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8192, 64, generator=generator, dtype=torch.bfloat16)
     hidden = torch.randn(64, 64, generator=generator, dtype=torch.bfloat16).requires_grad_()
@@ -271,7 +269,7 @@ def test_a_sum_over_many_slices_is_not_of_rounded_numbers() -> None:
     assert (many - one).norm() < 4e-3 * one.norm()
 
 
-def test_the_gradient_of_a_nearly_certain_token_is_as_exact_as_any_other_in_bfloat16() -> None:
+def test_bfloat16_gradient_of_a_nearly_certain_token_is_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 64, generator=generator).bfloat16()
     targets = torch.randint(0, 512, (32,), generator=generator)
@@ -296,7 +294,7 @@ def test_the_gradient_of_a_nearly_certain_token_is_as_exact_as_any_other_in_bflo
 
 
 @pytest.mark.parametrize("label", [VOCABULARY, -3])
-def test_labels_beyond_the_vocabulary_are_refused(label: int) -> None:
+def test_refuses_labels_outside_the_vocabulary(label: int) -> None:
     model, given = tiny_model("llama"), batch()
     chunk_loss_(model)
     given["labels"][1, 3] = label
@@ -308,7 +306,7 @@ def test_labels_beyond_the_vocabulary_are_refused(label: int) -> None:
 
 
 class _Roundings(TorchDispatchMode):
-    """Numbers of the largest bfloat16 tensor."""
+    """Records the size of the largest bfloat16 tensor."""
 
     numbers = 0
 
@@ -320,7 +318,7 @@ class _Roundings(TorchDispatchMode):
         return result
 
 
-def test_the_heads_weight_is_never_rounded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwlora.adapter.vocabulary_slice_loss.SLICE_LOGITS", 600)
     model = tiny_model("llama").requires_grad_(False)
     peft = get_peft_model(
@@ -346,7 +344,7 @@ def test_the_heads_weight_is_never_rounded_whole(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "name", ["llama", "qwen3"]
 )  # whose head is tied to the embedding, and is not
-def test_a_packed_head_is_never_unpacked_whole(
+def test_packed_head_is_never_unpacked_at_once(
     monkeypatch: pytest.MonkeyPatch, name: str, half: bool
 ) -> None:
     monkeypatch.setattr("qwlora.adapter.vocabulary_slice_loss.SLICE_LOGITS", 600)
@@ -375,7 +373,7 @@ def test_a_packed_head_is_never_unpacked_whole(
     assert max(shape[0] for shape in unpacked) < VOCABULARY
 
 
-def test_a_head_with_a_forward_of_its_own_keeps_it() -> None:
+def test_head_with_an_instance_forward_keeps_it() -> None:
     model = tiny_model("qwen3")
     quantize_(model, "w4-block32", "rtn", rules=[Rule("lm_head", parse_scheme("w8-block32"))])
     head = model.get_output_embeddings()
@@ -389,7 +387,7 @@ def smoothed(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> 
     return ForCausalLMLoss(logits, labels, vocab_size) - 0.1 * logits.float().log_softmax(-1).mean()
 
 
-def test_what_is_not_this_loss_is_refused_by_name() -> None:
+def test_refuses_models_with_another_loss() -> None:
     model = tiny_model("llama")
     model.loss_function = smoothed
     with pytest.raises(
@@ -406,7 +404,7 @@ def test_what_is_not_this_loss_is_refused_by_name() -> None:
         chunk_loss_(torch.nn.Linear(2, 2))
 
 
-def test_a_loss_that_needs_the_logits_is_refused() -> None:
+def test_refuses_a_loss_that_needs_the_logits() -> None:
     model = T5ForConditionalGeneration(
         T5Config(
             vocab_size=VOCABULARY,
@@ -424,7 +422,7 @@ def test_a_loss_that_needs_the_logits_is_refused() -> None:
         chunk_loss_(model)
 
 
-def test_a_batch_without_a_target_is_named() -> None:
+def test_names_a_batch_without_loss_tokens() -> None:
     model = tiny_model("llama")
     chunk_loss_(model)
     ids = batch()["input_ids"]

@@ -1,4 +1,4 @@
-"""Rank-space equalization: the product stays, its error on the grid falls."""
+"""Rank-space equalization keeps the product and lowers its error on the grid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOUR, EIGHT = (Scheme(bits, granularity=PerChannel(0)) for bits in (4, 8))
 
 
 class Layers(nn.Module):
-    """One layer of each kind that PEFT gives factors to."""
+    """One layer of each kind that PEFT adapts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def factors(model: PeftModel) -> tuple[Tensor, Tensor]:
 
 
 def planted(rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Components of very unequal size, apportioned to A and B at random."""
+    """Components of very unequal size, distributed between A and B at random."""
     sizes = torch.logspace(0, -3, rank)[torch.randperm(rank, generator=generator)]
     apportioned = torch.logspace(-2, 2, rank)[torch.randperm(rank, generator=generator)]
     a = torch.randn(rank, 24, generator=generator) * (sizes * apportioned).unsqueeze(1)
@@ -83,7 +83,7 @@ def loss_on_grid(
     granularity=st.sampled_from([PerChannel(0), PerTensor()]),
     weighted=st.booleans(),
 )
-def test_the_product_stays_and_auto_never_loses(
+def test_product_is_kept_and_auto_is_never_worse(
     rank: int,
     method: Equalization,
     seed: int,
@@ -127,7 +127,7 @@ def test_the_product_stays_and_auto_never_loses(
 
 
 @pytest.mark.parametrize("rank", [16, 12, 5])
-def test_an_unequal_adapter_becomes_usable_at_4_bits(rank: int) -> None:
+def test_makes_an_unequal_adapter_usable_at_4_bits(rank: int) -> None:
     a, b = planted(rank, torch.Generator().manual_seed(3))
     errors: dict[str, float] = {}
     for method in ("none", "diagonal", "hadamard", "auto"):
@@ -141,8 +141,11 @@ def test_an_unequal_adapter_becomes_usable_at_4_bits(rank: int) -> None:
     assert errors["diagonal"] < errors["none"] / 3
 
 
-def test_powers_follow_the_term_that_is_large() -> None:
-    """Where only B is on a coarse grid its columns become equally long; where only the activation is, the ranges of its components do."""
+def test_diagonal_equalizes_the_dominant_term() -> None:
+    """If only B is on a coarse grid, its columns become equally long.
+
+    If only the activation is, the ranges of its components become equal.
+    """
     a, b = planted(8, torch.Generator().manual_seed(5))
     ranges = {}
     for name, weights, rank_space in (
@@ -160,7 +163,7 @@ def test_powers_follow_the_term_that_is_large() -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 8, 12, 15, 64])
-def test_the_rotation_is_orthogonal_and_flat(rank: int) -> None:
+def test_rotation_is_orthogonal_and_flat(rank: int) -> None:
     rotation = flat_rotation(rank)
     assert torch.allclose(rotation @ rotation.T, torch.eye(rank, dtype=torch.float64), atol=1e-12)
     odd = rank
@@ -172,7 +175,7 @@ def test_the_rotation_is_orthogonal_and_flat(rank: int) -> None:
         assert torch.allclose(rotation.abs(), torch.full_like(rotation, rank**-0.5))
 
 
-def test_embeddings_and_convolutions_too_and_groups_are_left_alone() -> None:
+def test_equalizes_embeddings_and_convolutions_but_not_grouped_ones() -> None:
     model = get_peft_model(
         Layers(),
         LoraConfig(
@@ -199,7 +202,7 @@ def test_embeddings_and_convolutions_too_and_groups_are_left_alone() -> None:
     assert equalize_adapter_(grouped, FOUR) == {}
 
 
-def test_what_one_layer_learnt_for_several_is_left_alone() -> None:
+def test_shared_factors_are_not_equalized() -> None:
     model = get_peft_model(
         nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)),
         LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False),
@@ -211,7 +214,7 @@ def test_what_one_layer_learnt_for_several_is_left_alone() -> None:
     assert torch.equal(first.lora_A["default"].weight, kept)
 
 
-def test_dora_computes_the_same() -> None:
+def test_dora_output_is_unchanged() -> None:
     model = linear(8, dora=True)
     x = torch.randn(5, 24)
     before = model(x)
@@ -220,7 +223,7 @@ def test_dora_computes_the_same() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_model_computes_the_same_and_peft_still_loads_the_adapter(
+def test_model_output_is_unchanged_and_peft_loads_the_adapter(
     architecture: str, tmp_path: object
 ) -> None:
     model = tiny_model(architecture)
@@ -243,7 +246,7 @@ def test_a_model_computes_the_same_and_peft_still_loads_the_adapter(
         )
 
 
-def test_an_adapter_that_does_nothing_is_left_alone() -> None:
+def test_zero_adapter_is_unchanged() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(24, 36)), LoraConfig(r=4, target_modules=["0"]))
     kept = [x.clone() for x in factors(model)]
     report = equalize_adapter_(model, FOUR)["0"]
@@ -260,7 +263,7 @@ def test_only_the_named_adapter_changes() -> None:
     assert all(torch.equal(a, b) for a, b in zip(factors(model), kept, strict=True))
 
 
-def test_what_cannot_be_equalized_says_why() -> None:
+def test_errors_name_the_reason() -> None:
     with pytest.raises(TrainingError, match="the model has no adapter 'summary'; it has default"):
         equalize_adapter_(linear(4), FOUR, adapter="summary")
     model = linear(4)

@@ -1,4 +1,4 @@
-"""Starts of an adapter: optimal for what they minimize, and without touching the base."""
+"""Initializations of an adapter are optimal, and do not change the base."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def correlated(columns: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("out", "columns"), [(24, 40), (40, 24), (24, 24)])
-def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
-    """Against the Eckart-Young bound: the error of a truncated SVD, in the norm of inputs and outputs, by symmetric roots where the code has Cholesky's."""
+def test_correction_is_optimal_for_its_rank(out: int, columns: int) -> None:
+    """Compared with the Eckart-Young bound, the error of a truncated SVD in the norm of inputs and
+    outputs; with symmetric roots where the code uses Cholesky factors."""
     difference = torch.randn(out, columns, generator=torch.Generator().manual_seed(0))
     b, a, found = Measure(None).best_correction(difference, 5)
     singular = torch.linalg.svdvals(difference)
@@ -59,10 +60,9 @@ def test_the_correction_is_the_best_of_its_rank(out: int, columns: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "farther"), [(1e-4, False), (1e3, True)])
-def test_where_inputs_are_large_a_step_of_b_moves_the_outputs_as_far_as_one_of_a(
-    size: float, farther: bool
-) -> None:
-    """Steps are as Adam's: every entry by as much, of any sign. Where inputs are small, B's columns are as long as A L's rows."""
+def test_steps_of_a_and_b_move_outputs_equally_for_large_inputs(size: float, farther: bool) -> None:
+    """Steps are Adam's: the same size for every entry, any sign. For small inputs, columns of B are
+    as long as rows of A L."""
     out, columns, rank = 40, 24, 3
     difference, r = (
         torch.randn(out, columns, generator=torch.Generator().manual_seed(0)),
@@ -94,7 +94,7 @@ def root(matrix: Tensor) -> Tensor:
     return (vectors * values.sqrt()) @ vectors.T
 
 
-def test_a_rank_beyond_the_matrix_corrects_everything() -> None:
+def test_rank_above_the_matrix_rank_corrects_everything() -> None:
     difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     b, a, *_ = Measure(Moment(correlated(8), correlated(6))).best_correction(difference, 10)
     assert torch.allclose(b @ a, difference, atol=1e-4)
@@ -103,7 +103,7 @@ def test_a_rank_beyond_the_matrix_corrects_everything() -> None:
 
 @pytest.mark.parametrize("made_elsewhere", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_start_brings_the_outputs_nearer_to_the_float_model(
+def test_initialization_brings_outputs_closer_to_the_float_model(
     architecture: str, made_elsewhere: bool
 ) -> None:
     model = tiny_model(architecture)
@@ -142,7 +142,7 @@ def test_the_start_brings_the_outputs_nearer_to_the_float_model(
 
 
 @pytest.mark.parametrize("nothing", ["difference", "gradient"])
-def test_where_there_is_nothing_to_correct_the_factors_are_numbers(nothing: str) -> None:
+def test_factors_are_finite_when_there_is_nothing_to_correct(nothing: str) -> None:
     difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * (
         nothing != "difference"
     )
@@ -159,7 +159,7 @@ def test_where_there_is_nothing_to_correct_the_factors_are_numbers(nothing: str)
         Measure(correlated(8))  # type: ignore[arg-type]
 
 
-def test_ranks_that_a_layer_does_not_have_can_still_learn() -> None:
+def test_unused_ranks_are_trainable() -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
     quantize_(model, "w4-block32")
@@ -184,7 +184,7 @@ def test_ranks_that_a_layer_does_not_have_can_still_learn() -> None:
 
 
 @pytest.mark.parametrize(("share", "ranks"), [(0.5, 3), (0.01, 1), (1.0, 5)])
-def test_ranks_beyond_the_share_start_as_peft_does(share: float, ranks: int) -> None:
+def test_ranks_beyond_the_share_keep_pefts_default(share: float, ranks: int) -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
     quantize_(model, "w3-block32")
@@ -217,7 +217,7 @@ def test_ranks_beyond_the_share_start_as_peft_does(share: float, ranks: int) -> 
 @pytest.mark.parametrize(
     "scheme", ["w3-block32", "w2-block32-asymmetric", "w3-channel", "w3-tensor", "w4-lpbq32"]
 )
-def test_what_tuning_moved_is_not_corrected(scheme: str) -> None:
+def test_tuned_scales_are_not_corrected(scheme: str) -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
     quantize_(model, scheme)
@@ -269,7 +269,7 @@ def test_what_tuning_moved_is_not_corrected(scheme: str) -> None:
         )
 
 
-def test_a_float_offset_is_what_the_solver_made_as_well() -> None:
+def test_float_offset_is_the_solvers_too() -> None:
     weight, scheme = (
         torch.randn(24, 32, generator=torch.Generator().manual_seed(0)) + 3,
         Scheme(4, False, PerBlock(8), float_offset=True),
@@ -292,7 +292,7 @@ def test_a_float_offset_is_what_the_solver_made_as_well() -> None:
     assert float((solver_difference("0", layer, weight, {}) - (weight - solved)).abs().max()) > 0.1
 
 
-def test_what_cannot_be_started_says_why() -> None:
+def test_errors_name_the_reason() -> None:
     def attached(dora: bool = False) -> torch.nn.Module:
         return get_peft_model(
             model,

@@ -47,7 +47,7 @@ def step_over_all(model: PeftModel) -> None:
 
 
 @pytest.mark.parametrize("made", ["quantized", "loaded", "loaded in bfloat16"])
-def test_a_base_that_an_optimizer_moved_is_refused_with_what_moved(
+def test_refuses_a_base_that_an_optimizer_changed_and_names_the_tensors(
     made: str, folder: Path, tmp_path: Path
 ) -> None:
     dtype = torch.bfloat16 if made == "loaded in bfloat16" else torch.float32
@@ -72,7 +72,7 @@ def replaced_layer(model: PeftModel) -> None:
     ("change", "name"),
     [(changed_norm, "model.norm.weight"), (replaced_layer, "model.layers.0.mlp.up_proj.weight")],
 )
-def test_whatever_changed_is_named(
+def test_names_the_changed_tensors(
     change: Callable[[PeftModel], None], name: str, tmp_path: Path
 ) -> None:
     model = get_peft_model(base(), LORA)
@@ -81,7 +81,7 @@ def test_whatever_changed_is_named(
         save_adapter(model, tmp_path / "adapter")
 
 
-def test_a_changed_base_that_was_saved_is_a_base(tmp_path: Path) -> None:
+def test_saving_a_changed_base_makes_it_a_new_base(tmp_path: Path) -> None:
     model = base()
     model.model.norm.weight.data.mul_(2)
     save_base(model, byte_tokenizer(), tmp_path, "here")
@@ -89,7 +89,7 @@ def test_a_changed_base_that_was_saved_is_a_base(tmp_path: Path) -> None:
     load_adapter(load_base(tmp_path), tmp_path / "adapter")
 
 
-def test_training_the_adapter_and_casting_the_base_is_no_change_but_casting_it_back_is(
+def test_casting_the_base_is_no_change_but_casting_back_is(
     tmp_path: Path,
 ) -> None:
     model = get_peft_model(base(), LORA)
@@ -101,9 +101,7 @@ def test_training_the_adapter_and_casting_the_base_is_no_change_but_casting_it_b
         save_adapter(model.to(torch.float32), tmp_path / "third")  # type: ignore[arg-type]
 
 
-def test_an_injected_adapter_is_saved_like_that_of_a_peft_model(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_injected_adapter_is_saved_like_a_peft_model(folder: Path, tmp_path: Path) -> None:
     model = load_base(folder)
     inject_adapter_in_model(LORA, model)
     save_adapter(model, tmp_path)
@@ -115,7 +113,7 @@ def test_an_injected_adapter_is_saved_like_that_of_a_peft_model(
     assert not torch.allclose(logits(model), logits(load_base(folder)))
 
 
-def test_named_adapters_that_were_injected_get_folders_of_their_own(tmp_path: Path) -> None:
+def test_named_injected_adapters_get_separate_folders(tmp_path: Path) -> None:
     model = base()
     inject_adapter_in_model(LORA, model, adapter_name="topics")
     save_adapter(model, tmp_path)
@@ -124,7 +122,7 @@ def test_named_adapters_that_were_injected_get_folders_of_their_own(tmp_path: Pa
     torch.testing.assert_close(logits(loaded), logits(model))
 
 
-def test_an_adapter_in_a_compiled_model_has_the_same_base(tmp_path: Path) -> None:
+def test_compiled_model_has_the_same_fingerprint(tmp_path: Path) -> None:
     model = get_peft_model(base(), LORA)
     compiled = torch.compile(model, backend="eager")
     assert fingerprint(compiled) == fingerprint(base())
@@ -132,7 +130,7 @@ def test_an_adapter_in_a_compiled_model_has_the_same_base(tmp_path: Path) -> Non
     load_adapter(base(), tmp_path)
 
 
-def test_a_model_without_an_adapter_has_none_to_save(tmp_path: Path) -> None:
+def test_refuses_to_save_a_model_without_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="Qwen3ForCausalLM has no adapter to save"):
         save_adapter(base(), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

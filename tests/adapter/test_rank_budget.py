@@ -1,4 +1,4 @@
-"""Ranks by layer: the best that the budget buys, never more than it, and a plain PEFT adapter afterwards."""
+"""Ranks by layer are optimal within the budget and give a plain PEFT adapter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def spent(costs: dict[str, int], ranks: dict[str, int]) -> int:
 
 
 def best(gains: dict[str, list[float]], costs: dict[str, int], budget: int) -> float:
-    """Every combination tried."""
+    """The optimum over all combinations."""
     choices = itertools.product(*(range(1, len(g) + 1) for g in gains.values()))
     affordable = (dict(zip(gains, c, strict=True)) for c in choices)
     return max(total(gains, ranks) for ranks in affordable if spent(costs, ranks) <= budget)
@@ -59,13 +59,13 @@ def cases(equal_costs: bool) -> list[tuple[dict[str, list[float]], dict[str, int
     return found
 
 
-def test_with_equal_costs_it_is_the_best_of_all_combinations() -> None:
+def test_equal_costs_give_the_optimum() -> None:
     for gains, costs, budget in cases(equal_costs=True):
         ranks = spread_ranks(gains, costs, budget)
         assert total(gains, ranks) == pytest.approx(best(gains, costs, budget))
 
 
-def test_with_other_costs_it_misses_the_best_by_less_than_one_gain_and_keeps_the_budget() -> None:
+def test_other_costs_miss_the_optimum_by_less_than_one_gain() -> None:
     for gains, costs, budget in cases(equal_costs=False):
         ranks = spread_ranks(gains, costs, budget)
         assert spent(costs, ranks) <= budget
@@ -79,7 +79,7 @@ def test_with_other_costs_it_misses_the_best_by_less_than_one_gain_and_keeps_the
         )
 
 
-def test_wherever_the_budget_is_spent_to_the_end_it_is_the_best() -> None:
+def test_an_exactly_spent_budget_gives_the_optimum() -> None:
     checked = 0
     for gains, costs, budget in cases(equal_costs=False):
         order = sorted(
@@ -94,7 +94,7 @@ def test_wherever_the_budget_is_spent_to_the_end_it_is_the_best() -> None:
     assert checked > 20
 
 
-def test_equal_gains_go_to_the_earlier_layer_and_too_small_a_budget_is_named() -> None:
+def test_ties_go_to_the_earlier_layer_and_a_small_budget_is_refused() -> None:
     gains, costs = {"b": [1.0, 1.0], "a": [1.0, 1.0]}, {"b": 5, "a": 5}
     assert spread_ranks(gains, costs, 15) == {"b": 2, "a": 1}
     with pytest.raises(
@@ -105,7 +105,7 @@ def test_equal_gains_go_to_the_earlier_layer_and_too_small_a_budget_is_named() -
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
-def test_gains_are_the_squared_singular_values_over_the_energy(shape: tuple[int, int]) -> None:
+def test_gains_are_squared_singular_values_over_the_energy(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, quantized = (torch.randn(shape, generator=generator) for _ in range(2))
     singular = torch.linalg.svdvals(weight - quantized).double()
@@ -136,9 +136,7 @@ def test_gains_are_the_squared_singular_values_over_the_energy(shape: tuple[int,
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_with_ranks_by_layer_corrects_more_at_the_same_size_and_is_plain(
-    rslora: bool, tmp_path: Path
-) -> None:
+def test_ranks_by_layer_correct_more_at_the_same_size(rslora: bool, tmp_path: Path) -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
     with torch.no_grad():  # one layer has lost much more than the others
@@ -182,7 +180,7 @@ def test_an_adapter_with_ranks_by_layer_corrects_more_at_the_same_size_and_is_pl
     assert found == ranks
 
 
-def test_without_a_quantized_layer_there_is_nothing_to_follow() -> None:
+def test_refuses_a_model_without_quantized_layers() -> None:
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=4, target_modules="all-linear"))
     with pytest.raises(
         TrainingError, match="no layer with adapter 'default' is quantized; give one rank for all"
@@ -191,7 +189,7 @@ def test_without_a_quantized_layer_there_is_nothing_to_follow() -> None:
 
 
 @pytest.mark.parametrize("init", ["svd", "qera"])
-def test_by_recipe(recipe_for: Any, tmp_path: Path, init: str) -> None:
+def test_rank_budget_by_recipe(recipe_for: Any, tmp_path: Path, init: str) -> None:
     adapter = {
         "name": "first",
         "rank": 4,
@@ -261,7 +259,7 @@ def test_by_recipe(recipe_for: Any, tmp_path: Path, init: str) -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_found_in_the_recipe(recipe_for: Any, change: str, message: str) -> None:
+def test_recipe_problems_are_found_first(recipe_for: Any, change: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_for(), (f"adapters.0={{name: a, {change[1:]}",))
     assert message in "\n".join(caught.value.problems)

@@ -1,4 +1,4 @@
-"""Adapters by recipe: many on one base, from an existing one, and over several processes."""
+"""Adapters by recipe: several on one base, from an existing one, and on several processes."""
 
 from __future__ import annotations
 
@@ -86,9 +86,7 @@ def test_many_kinds_of_adapter_on_one_base(recipe_for: Any, tmp_path: Path) -> N
     assert next(step for step, _ in results["train"]["plain"]["evaluations"]) == 1
 
 
-def test_wrong_modules_are_found_before_anything_is_written(
-    recipe_for: Any, tmp_path: Path
-) -> None:
+def test_wrong_modules_write_nothing(recipe_for: Any, tmp_path: Path) -> None:
     adapters = [
         {"name": "right", **FAST},
         {"name": "wrong", **FAST, "target_modules": ["q_proj", "qproj"]},
@@ -101,7 +99,7 @@ def test_wrong_modules_are_found_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_adapter_goes_on_from_another(recipe_for: Any, tmp_path: Path) -> None:
+def test_adapter_starts_from_another(recipe_for: Any, tmp_path: Path) -> None:
     trains(recipe_for(adapters=[{"name": "first", **FAST}]), tmp_path / "out")
     first = tmp_path / "out" / "adapters" / "first"
     adapters = [
@@ -121,7 +119,7 @@ def test_adapter_goes_on_from_another(recipe_for: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
-def test_adapter_trained_elsewhere_needs_a_word(
+def test_external_adapter_needs_unknown_base_accept(
     recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
@@ -191,7 +189,7 @@ def test_adapter_trained_elsewhere_needs_a_word(
         ),
     ],
 )
-def test_what_cannot_be_is_found_in_the_recipe(recipe_for: Any, change: str, message: str) -> None:
+def test_recipe_problems_are_found_first(recipe_for: Any, change: str, message: str) -> None:
     path = (
         recipe_for(simulation={"base_activations": "adapter_only"})
         if "base_activations" in message
@@ -200,7 +198,7 @@ def test_what_cannot_be_is_found_in_the_recipe(recipe_for: Any, change: str, mes
     assert message in problems(path, change)
 
 
-def test_start_that_holds_no_adapter_is_found_before_anything_is_written(
+def test_start_without_an_adapter_writes_nothing(
     recipe_for: Any, tmp_path: Path, corpus: Path
 ) -> None:
     path = recipe_for(adapters=[{"name": "a", "start": str(corpus), "steps": 0}])
@@ -219,7 +217,7 @@ def test_start_that_holds_no_adapter_is_found_before_anything_is_written(
         ),
     ],
 )
-def test_start_that_does_not_fit_is_found_before_anything_is_written(
+def test_start_that_does_not_fit_writes_nothing(
     recipe_for: Any, tmp_path: Path, target: list[str], message: str
 ) -> None:
     sizes = {
@@ -251,7 +249,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 @pytest.fixture
 def mixtral(tmp_path: Path) -> dict[str, Any]:
-    """Sections of a recipe for a model of two layers of four experts."""
+    """Recipe sections for a model of two layers with four experts each."""
     sizes = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -316,7 +314,7 @@ def test_fused_experts_get_adapters_by_recipe(
         (["input_layernorm.weight"], r"'input_layernorm.weight' belongs to a layer"),
     ],
 )
-def test_wrong_experts_are_found_before_anything_is_written(
+def test_wrong_experts_write_nothing(
     recipe_for: Any, mixtral: dict[str, Any], tmp_path: Path, change: list[str], message: str
 ) -> None:
     path = recipe_for(
@@ -337,7 +335,7 @@ def test_wrong_experts_are_found_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_experts_where_there_are_none_and_in_some_layers_are_refused() -> None:
+def test_refuses_experts_with_layers_or_in_a_dense_model() -> None:
     shape = LoraShape(2, 4, target_parameters=EXPERTS[:1], layers=[0])
     with pytest.raises(
         TrainingError,
@@ -360,7 +358,7 @@ def with_whole_layers(path: Path, architecture: str, layers: list[str]) -> None:
     ("architecture", "layers"), [("qwen3", ["lm_head"]), ("llama", ["embed_tokens"])]
 )
 @pytest.mark.parametrize("where", ["quantize", "base", "keep"])
-def test_a_start_with_whole_layers_where_the_base_is_packed_is_refused(
+def test_refuses_a_start_that_saves_packed_layers(
     recipe_for: Any, tmp_path: Path, architecture: str, layers: list[str], where: str
 ) -> None:
     with_whole_layers(tmp_path / "start", architecture, layers)
@@ -396,9 +394,7 @@ def test_a_start_with_whole_layers_where_the_base_is_packed_is_refused(
 
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
-def test_a_start_with_whole_layers_goes_on_where_they_are_float(
-    recipe_for: Any, tmp_path: Path
-) -> None:
+def test_start_that_saves_float_layers_is_trained_further(recipe_for: Any, tmp_path: Path) -> None:
     with_whole_layers(tmp_path / "start", "qwen3", ["lm_head"])
     start = {
         "name": "a",
@@ -420,9 +416,7 @@ def test_a_start_with_whole_layers_goes_on_where_they_are_float(
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 @pytest.mark.parametrize("layers", [["lm_head"], ["mlp"]])
-def test_whole_layers_on_integers_are_named_when_they_are_attached(
-    tmp_path: Path, layers: list[str]
-) -> None:
+def test_attach_names_saved_packed_layers(tmp_path: Path, layers: list[str]) -> None:
     with_whole_layers(tmp_path, "qwen3", layers)
     model = tiny_model("qwen3")
     quantize_(model, "w4-block32", rules=[Rule("*", parse_scheme("w4-block32"))])
@@ -484,7 +478,10 @@ DISTRIBUTED = {
 
 
 def assert_same_adapter(one: Path, two: Path) -> None:
-    """Two processes add the same gradients in another order: float32 rounding, which AdamW, dividing by the gradient's size, passes on to small entries."""
+    """Equal up to the float32 rounding of gradients summed in another order.
+
+    AdamW divides by the gradient's size, which passes that rounding on to small entries.
+    """
     a, b = (load_file(d / "adapters" / "first" / "adapter_model.safetensors") for d in (one, two))
     assert a.keys() == b.keys()
     difference = max(float((a[n] - b[n]).abs().max()) for n in a)
@@ -503,7 +500,7 @@ def assert_same_adapter(one: Path, two: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [*LAUNCHERS, "fsdp2"])
-def test_two_processes_train_the_adapter_of_one(
+def test_two_processes_train_the_same_adapter_as_one(
     recipe_for: Any, tmp_path: Path, launcher: str
 ) -> None:
     path = recipe_for(adapters=[DISTRIBUTED])
@@ -541,7 +538,7 @@ if os.environ["RANK"] == "0":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_a_sharded_run_goes_on_and_ends_once(tmp_path: Path, compute: str) -> None:
+def test_sharded_run_resumes_and_ends_once(tmp_path: Path, compute: str) -> None:
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
 
@@ -567,7 +564,7 @@ def test_a_sharded_run_goes_on_and_ends_once(tmp_path: Path, compute: str) -> No
 
 
 @pytest.mark.slow
-def test_a_batch_that_cannot_be_divided_is_named(recipe_for: Any, tmp_path: Path) -> None:
+def test_names_a_batch_that_cannot_be_divided(recipe_for: Any, tmp_path: Path) -> None:
     result = launched(
         LAUNCHERS["torchrun"],
         recipe_for(adapters=[{**DISTRIBUTED, "batch_sequences": 3}]),
@@ -577,7 +574,7 @@ def test_a_batch_that_cannot_be_divided_is_named(recipe_for: Any, tmp_path: Path
     assert "batch_sequences (3) cannot be divided among 2 processes" in result.stderr
 
 
-def test_patterns_that_are_no_regular_expressions_are_one_error(
+def test_invalid_patterns_are_one_error(
     checkpoints: dict[str, Path],
 ) -> None:
     shape = LoraShape(

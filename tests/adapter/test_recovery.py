@@ -1,4 +1,4 @@
-"""RecoveryLoss: the loss against its definition, and what it brings back."""
+"""Recovery: the loss equals its definition and brings the model closer to the float model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pair(architecture: str) -> tuple[Any, PreTrainedModel]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_distance_is_that_of_the_states_before_the_heads(architecture: str) -> None:
+def test_distance_is_of_the_head_inputs(architecture: str) -> None:
     model, teacher = pair(architecture)
     with torch.no_grad():
         h, g = (m(IDS[:2], output_hidden_states=True).hidden_states[-1] for m in (model, teacher))
@@ -138,7 +138,7 @@ def test_models_that_change_their_logits_are_recovered(name: str, tmp_path: Path
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_the_float_model_goes_where_the_model_is_trained(
+def test_float_model_moves_to_the_training_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, teacher = pair("llama")
@@ -151,7 +151,7 @@ def test_the_float_model_goes_where_the_model_is_trained(
 
 
 @pytest.mark.parametrize("loss", ["chunked", "whole"])
-def test_training_to_recover_comes_nearer_to_the_float_model_than_training_on_the_text(
+def test_recovery_gets_closer_to_the_float_model_than_plain_training(
     loss: str, tmp_path: Path
 ) -> None:
     distances = {}
@@ -174,7 +174,7 @@ def test_training_to_recover_comes_nearer_to_the_float_model_than_training_on_th
     assert distances["recovery"] < 0.8 * distances["text"]
 
 
-def test_one_recovery_is_the_start_of_two_adapters(recipe_for: Any, tmp_path: Path) -> None:
+def test_one_recovery_starts_two_adapters(recipe_for: Any, tmp_path: Path) -> None:
     plain = {"rank": 4, "steps": 4, "warmup_steps": 1}
     adapters = [
         {"name": "back", "objective": "recovery", **plain},
@@ -192,7 +192,7 @@ def test_one_recovery_is_the_start_of_two_adapters(recipe_for: Any, tmp_path: Pa
     ]
 
 
-def test_a_start_that_comes_later_and_a_recovery_without_floats_are_refused(
+def test_refuses_a_later_start_and_recovery_without_floats(
     recipe_for: Any,
 ) -> None:
     later = [{"name": "one", "start": "two"}, {"name": "two"}]

@@ -1,4 +1,4 @@
-"""Training: what moves, what is watched, what survives being killed, what is the same in every way of asking for it."""
+"""Training: only the adapter changes; divergence, checkpoints, resuming, equal settings."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_is_given_back_where_it_is_saved_for_time(
+def test_trims_memory_only_with_gradient_checkpointing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     given: list[int] = []
@@ -99,7 +99,7 @@ def test_memory_is_given_back_where_it_is_saved_for_time(
     assert len(given) == (3 * SETTINGS.steps if checkpointing else 0)
 
 
-def test_a_process_keeps_to_one_device_of_several(
+def test_a_process_uses_one_device_of_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class TwoDevices(TrainingArguments):
@@ -117,12 +117,12 @@ def test_a_process_keeps_to_one_device_of_several(
     assert set(seen) == {(2, 32)}
 
 
-def test_the_base_is_not_sent_among_processes_at_every_step(tmp_path: Path) -> None:
+def test_the_base_is_not_broadcast_at_every_step(tmp_path: Path) -> None:
     assert _arguments(SETTINGS, tmp_path, 2).ddp_broadcast_buffers is False
 
 
 class Uneven(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Few targets in one sequence, many in the next: a mean of means would be wrong."""
+    """Sequences with few and with many targets, where a mean of means would be wrong."""
 
     def __len__(self) -> int:
         return len(IDS)
@@ -135,7 +135,7 @@ class Uneven(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 @pytest.mark.parametrize("loss", ["chunked", "whole"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_accumulation_is_one_large_batch(tmp_path: Path, loss: str, architecture: str) -> None:
+def test_accumulation_equals_one_large_batch(tmp_path: Path, loss: str, architecture: str) -> None:
     results = []
     for batch, accumulation in ((4, 1), (1, 4)):
         model = adapted(architecture)
@@ -149,7 +149,7 @@ def test_accumulation_is_one_large_batch(tmp_path: Path, loss: str, architecture
         torch.testing.assert_close(weight, results[1][1][name], rtol=1e-3, atol=1e-4)
 
 
-def test_bfloat16_trains_near_float32(tmp_path: Path) -> None:
+def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
     model = adapted()
     report = train_adapter(model, IDS, replace(SETTINGS, compute="bfloat16"), tmp_path / "half")
     assert all(w.dtype == torch.float32 for w in weights(model).values())
@@ -159,7 +159,7 @@ def test_bfloat16_trains_near_float32(tmp_path: Path) -> None:
 
 
 def test_bfloat16_reaches_the_adapter_as_bfloat16(tmp_path: Path) -> None:
-    """PEFT would make float32 of it and autocast bfloat16 again, the same bits; with DoRA too it trains."""
+    """PEFT would cast it to float32 and autocast back to bfloat16. DoRA trains too."""
     model, seen = adapted(), []
     model.get_base_model().model.layers[0].mlp.down_proj.lora_A[
         "default"
@@ -180,7 +180,7 @@ def test_bfloat16_reaches_the_adapter_as_bfloat16(tmp_path: Path) -> None:
     assert model.get_base_model().model.layers[0].mlp.down_proj.cast_input_dtype_enabled
 
 
-def test_the_best_evaluation_is_kept_and_waiting_ends(tmp_path: Path) -> None:
+def test_keeps_the_best_evaluation_and_stops_early(tmp_path: Path) -> None:
     other = torch.randint(
         0, 256, (4, 32), generator=torch.Generator().manual_seed(3)
     )  # gets worse as IDS is learnt
@@ -207,7 +207,7 @@ def test_the_best_evaluation_is_kept_and_waiting_ends(tmp_path: Path) -> None:
 
 
 def killed_after(step: int) -> Any:
-    """A track that ends the run when `step` is done, before that step is written."""
+    """A progress callback that ends the run after `step`, before its checkpoint is written."""
 
     def track(steps: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
         for i in steps:
@@ -219,8 +219,8 @@ def killed_after(step: int) -> Any:
 
 
 @pytest.mark.parametrize("patience", [1, 2, 3])
-def test_a_killed_run_stops_early_where_the_whole_one_does(tmp_path: Path, patience: int) -> None:
-    """Killed after each evaluation that was no better, between it and the next."""
+def test_resumed_run_stops_early_at_the_same_step(tmp_path: Path, patience: int) -> None:
+    """Killed between evaluations, after each one without improvement."""
     other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3))
     settings = replace(
         SETTINGS,
@@ -251,12 +251,12 @@ def test_a_killed_run_stops_early_where_the_whole_one_does(tmp_path: Path, patie
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(resumed).items())
 
 
-def test_evaluation_needs_text(tmp_path: Path) -> None:
+def test_evaluation_needs_held_out_text(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="there is no held-out text"):
         train_adapter(adapted(), IDS, replace(SETTINGS, evaluation_steps=2), tmp_path)
 
 
-def test_loss_that_is_no_number_stops_with_step_layer_and_checkpoint(tmp_path: Path) -> None:
+def test_non_finite_loss_names_step_layer_and_checkpoint(tmp_path: Path) -> None:
     train_adapter(adapted(), IDS, SETTINGS, tmp_path)
     model = adapted()
     layer = model.get_base_model().model.layers[1].mlp.up_proj
@@ -274,7 +274,7 @@ def test_loss_that_is_no_number_stops_with_step_layer_and_checkpoint(tmp_path: P
     assert "lora_A" not in str(calls)
 
 
-def test_gradient_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
+def test_non_finite_gradient_stops_before_the_step(tmp_path: Path) -> None:
     model = adapted()
     for name, parameter in model.named_parameters():
         if "layers.0.mlp.up_proj.lora_A" in name:
@@ -322,13 +322,13 @@ def test_divergence_with_finite_numbers_stops(tmp_path: Path) -> None:
         ([3.0, 9.0, 9.0], False),
     ],
 )
-def test_rule_of_divergence(losses: list[float], diverged: bool) -> None:
+def test_divergence_rule(losses: list[float], diverged: bool) -> None:
     assert (found := divergence(losses, vocabulary=260), found is not None)[1] == diverged
     assert found is None or found.limit <= max(losses[0] + 1, math.log(260) + 1)
 
 
 def mixed(steps: int, seed: int, share: float = 0.5) -> list[float]:
-    """Code and prose in random order, after some learning."""
+    """Losses of code and prose in random order, late in training."""
     generator = random.Random(seed)
     return [
         (0.6 if generator.random() < share else 2.7)
@@ -344,16 +344,14 @@ def first_alarm(losses: list[float], start: int = 1) -> tuple[int, Divergence] |
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.9])
-def test_data_of_two_kinds_raises_no_alarm(share: float) -> None:
+def test_mixed_data_is_not_divergence(share: float) -> None:
     assert first_alarm(mixed(4000, 0, share)) is None
     assert all(first_alarm(mixed(120, seed, share)) is None for seed in range(100))
 
 
 @pytest.mark.parametrize("healthy", [100, 300, 3000])
 @pytest.mark.parametrize(("times", "steps"), [(2.5, 50), (8.0, 15)])
-def test_divergence_on_data_of_two_kinds_is_found_soon(
-    healthy: int, times: float, steps: int
-) -> None:
+def test_divergence_on_mixed_data_is_found_soon(healthy: int, times: float, steps: int) -> None:
     for seed in range(5):
         losses = mixed(healthy + 100, seed)
         climbing = [
@@ -368,7 +366,7 @@ def test_divergence_on_data_of_two_kinds_is_found_soon(
 def checkpoint(
     work: Path, step: int, state: str | None = "{}", kept: int | None = None, sharded: bool = False
 ) -> Path:
-    """A checkpoint as the Trainer leaves one, of whose adapter the first `kept` bytes are there."""
+    """A checkpoint as the Trainer writes it, with only the first `kept` bytes of the adapter."""
     folder = work / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     save_file({"lora_A": torch.ones(3)}, folder / "adapter_model.safetensors")
@@ -393,7 +391,7 @@ def checkpoint(
         {"kept": -1, "sharded": True},
     ],
 )
-def test_broken_checkpoint_is_not_resumed_from(tmp_path: Path, broken: dict[str, Any]) -> None:
+def test_never_resumes_from_a_broken_checkpoint(tmp_path: Path, broken: dict[str, Any]) -> None:
     whole = checkpoint(tmp_path, 2)
     checkpoint(tmp_path, 10, **broken)
     assert [last_checkpoint(tmp_path) for _ in "01"] == [
@@ -404,14 +402,14 @@ def test_broken_checkpoint_is_not_resumed_from(tmp_path: Path, broken: dict[str,
     assert list(tmp_path.iterdir()) == [whole]
 
 
-def test_checkpoint_of_a_sharded_run_needs_no_whole_adapter(tmp_path: Path) -> None:
+def test_sharded_checkpoint_needs_no_unsharded_adapter(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "nowhere") is None
     checkpoint(tmp_path, 2)
     assert last_checkpoint(tmp_path) != checkpoint(tmp_path, 4, kept=0)
     assert checkpoint(tmp_path, 6, kept=0, sharded=True) == last_checkpoint(tmp_path)
 
 
-def test_broken_checkpoints_are_deleted_when_all_processes_have_looked(
+def test_broken_checkpoints_are_deleted_after_all_processes_looked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = checkpoint(tmp_path, 10, kept=-1)
@@ -426,7 +424,7 @@ def test_broken_checkpoints_are_deleted_when_all_processes_have_looked(
     assert not broken.exists()
 
 
-def test_unknown_logger_is_found_before_anything() -> None:
+def test_unknown_logger_is_found_first() -> None:
     check_loggers([])
     with pytest.raises(
         MissingExtraError, match="report_to 'blackboard': blackboard is not supported"
@@ -434,7 +432,7 @@ def test_unknown_logger_is_found_before_anything() -> None:
         check_loggers(["blackboard"])
 
 
-def test_loggers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loggers_receive_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import TrainerCallback
     from transformers.integrations import integration_utils
 
@@ -480,7 +478,7 @@ KILLED = replace(
 
 
 def run_to_the_end(folder: Path, kill_after: tuple[float, ...] = ()) -> bytes:
-    """The adapter of a run that is killed so many seconds after it began to train, each time anew, and begun again."""
+    """The adapter of a run that is killed after each delay (seconds of training) and restarted."""
     command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(folder)]
     environment = {
         "PYTHONPATH": ":".join([str(Path(__file__).parent.parent), *filter(None, sys.path)]),

@@ -80,8 +80,8 @@ def _unmoved_fingerprint(model: nn.Module) -> str:
         raise FingerprintError(
             f"{len(moved)} float tensors of the base changed since it was quantized or loaded: "
             f"{listed(moved)}. An adapter fits only the base that it was trained on. If the "
-            "optimizer moved them, give it only parameters with requires_grad, and train again on a "
-            "fresh base; if the change is intended, save this base first (qwlora.save_base)"
+            "optimizer moved them, give it only parameters with requires_grad, and train again on "
+            "a fresh base; if the change is intended, save this base first (qwlora.save_base)"
         )
     return fingerprint_of(digests, model)
 

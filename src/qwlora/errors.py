@@ -1,27 +1,28 @@
 """Every error that QWLoRA raises on purpose.
 
     QwloraError
-     ├── RecipeError        (ValueError)    the recipe asks for something that cannot be done
-     ├── SourceError        (ValueError)    a model or text source is missing or unusable
-     ├── GridError          (ValueError)    a scheme, an encoding or codes that do not fit a tensor
-     ├── FingerprintError   (ValueError)    an artifact belongs to another base, or was changed
-     ├── DirectoryError     (OSError)       the output directory cannot be used
-     ├── MergeError         (RuntimeError)  merging an adapter into packed integers
-     ├── TrainingError      (RuntimeError)  training something other than the adapter, or a diverged loss
-     ├── CaptureError       (RuntimeError)  the captured graph does not compute what the model computes
-     ├── CalibrationError   (ValueError)    a tensor cannot be calibrated from the data it saw
-     ├── ExportError        (RuntimeError)  a target format cannot hold what was asked
-     ├── EncodingsFileError (ValueError)    an encodings file is not what its version asks for
-     ├── ConversionError    (ValueError)    another version of an encodings file cannot hold what this one says
-     ├── VerificationError  (RuntimeError)  an exported file does not compute what was simulated
- ├── NonFiniteError     (ArithmeticError)  a result is NaN or infinite
-     └── MissingExtraError  (ImportError)   an optional package is not installed
+     ├── RecipeError        (ValueError)       the recipe asks for something impossible
+     ├── SourceError        (ValueError)       a model or data source is missing or unusable
+     ├── GridError          (ValueError)       a scheme, encoding or codes do not fit a tensor
+     ├── FingerprintError   (ValueError)       an artifact belongs to another base, or was changed
+     ├── DirectoryError     (OSError)          the output directory cannot be used
+     ├── MergeError         (RuntimeError)     an adapter cannot be merged into packed integers
+     ├── TrainingError      (RuntimeError)     training would change the base, or the loss diverged
+     ├── CaptureError       (RuntimeError)     the captured graph computes something else
+     ├── CalibrationError   (ValueError)       a tensor cannot be calibrated from its data
+     ├── ExportError        (RuntimeError)     a target format cannot hold what was asked
+     ├── EncodingsFileError (ValueError)       an encodings file is not valid in its version
+     ├── ConversionError    (ValueError)       converting an encodings file would lose something
+     ├── VerificationError  (RuntimeError)     an exported file computes something else
+     ├── NonFiniteError     (ArithmeticError)  a result is NaN or infinite
+     └── MissingExtraError  (ImportError)      an optional package is not installed
 
-Each class is also the builtin that it refines, so callers may catch either. A message says what was found, where, and what to do.
+Each class is also the builtin in parentheses, so callers may catch either. A message says what was
+found, where, and what to do.
 
-Other libraries raise errors of their own for damaged or hostile files. Code that hands them a file
-does so within `reading(file)`, which puts the file's name on the error. The command line turns
-whatever arrives there into one message; `described` and `file_being_read` give its parts.
+Other libraries raise their own errors for damaged or hostile files. Code that hands them a file
+does so inside `reading(file)`, which puts the file's name on the error. The command line turns
+any error into one message; `described` and `file_being_read` give its parts.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class QwloraError(Exception):
-    """Base of every error below."""
+    """Base class: catches every error that QWLoRA raises on purpose."""
 
 
 class RecipeError(QwloraError, ValueError):
-    """The recipe cannot be followed; `problems` holds every finding, so that one edit mends them all."""
+    """The recipe cannot be followed; `problems` lists every finding, so one edit fixes them all."""
 
     def __init__(self, source: str, problems: Sequence[str]):
         self.source = source
@@ -53,11 +54,11 @@ class RecipeError(QwloraError, ValueError):
 
 
 class SourceError(QwloraError, ValueError):
-    """A model or text source is missing, empty or of an unknown kind."""
+    """A model or data source is missing, empty, damaged or of an unknown kind."""
 
 
 class GridError(QwloraError, ValueError):
-    """A scheme or encoding does not fit the tensor it is applied to."""
+    """A scheme, an encoding or codes do not fit the tensor that they are applied to."""
 
 
 class FingerprintError(QwloraError, ValueError):
@@ -72,27 +73,27 @@ class DirectoryError(QwloraError, OSError):
 
 
 class MergeError(QwloraError, RuntimeError):
-    """An adapter was about to be merged into packed integers, which would lose it without a word."""
+    """An adapter cannot be merged: rounding its update to the base's integers would lose it."""
 
 
 class TrainingError(QwloraError, RuntimeError):
-    """Training would touch the base, or the loss is no longer a number."""
+    """Training would change the base, or the loss is NaN or infinite."""
 
 
 class CaptureError(QwloraError, RuntimeError):
-    """The graph from torch.export does not compute what the module computes."""
+    """torch.export cannot capture the model, or its graph computes other values."""
 
 
 class CalibrationError(QwloraError, ValueError):
-    """A tensor saw no data, or values that no grid can hold."""
+    """A tensor received no data, or values that no grid can hold (NaN, infinity)."""
 
 
 class ExportError(QwloraError, RuntimeError):
-    """The target format cannot express what was simulated."""
+    """The target format cannot hold what was simulated."""
 
 
 class EncodingsFileError(QwloraError, ValueError):
-    """An encodings file cannot be read or written; `problems` holds every finding."""
+    """An encodings file cannot be read or written; `problems` lists every finding."""
 
     def __init__(self, source: str, problems: Sequence[str]):
         self.source = source
@@ -102,14 +103,14 @@ class EncodingsFileError(QwloraError, ValueError):
 
 
 class ConversionError(QwloraError, ValueError):
-    """A conversion would lose what `lost` lists, or needs what `lacking` lists and the file does not say."""
+    """A conversion would lose `lost`, or needs `lacking`, which the file does not contain."""
 
     def __init__(self, what: str, lost: Sequence[str], lacking: Sequence[str]):
         self.lost = tuple(lost)
         self.lacking = tuple(lacking)
         lines = [what]
         if self.lacking:
-            lines += ["needed, and not in this file:", *_bulleted(self.lacking)]
+            lines += ["needed, but not in this file:", *_bulleted(self.lacking)]
         if self.lost:
             lines += [
                 "would be lost (--lossy, or lossy=True, accepts that):",
@@ -123,7 +124,7 @@ def _bulleted(items: Sequence[str]) -> list[str]:
 
 
 class VerificationError(QwloraError, RuntimeError):
-    """A runtime's numbers are further from the simulation than the recipe allows."""
+    """A runtime's results differ from the simulation by more than the recipe allows."""
 
 
 class NonFiniteError(QwloraError, ArithmeticError):

@@ -1,12 +1,14 @@
 """One name for a tensor, whatever wraps its module.
 
-PEFT wraps a model (`base_model.model.`) and its layers (`.base_layer`), and puts the adapter's name behind `lora_A` and `modules_to_save`. Encodings,
-fingerprints and exported files use the name without all that:
+PEFT wraps a model (`base_model.model.`) and its layers (`.base_layer`), and adds the adapter's name
+after `lora_A` and `modules_to_save`. Encodings, fingerprints and exported files use names without
+these parts:
 
-    base_model.model.model.layers.0.mlp.up_proj.base_layer.weight     -> model.layers.0.mlp.up_proj.weight
-    base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight  -> model.layers.0.mlp.up_proj.lora_A.weight
+    base_model.model.model.layers.0.up_proj.base_layer.weight     -> model.layers.0.up_proj.weight
+    base_model.model.model.layers.0.up_proj.lora_A.topics.weight  -> model.layers.0.up_proj.lora_A.weight
 
-Of several adapters that PEFT wraps around one module, for several parameters of it, an inner one keeps the `base_layer`s that it is in.
+If PEFT nests several LoRA wrappers around one module (one for each of its parameters), the factors
+of an inner wrapper keep the `base_layer`s on their path, so that names stay distinct.
 """
 
 from __future__ import annotations
@@ -18,31 +20,33 @@ _WRAPPERS = ("base_layer", "original_module", "_orig_mod")  # the last is torch.
 
 
 def canonical_name(path: str) -> str:
-    """Name of a module or tensor with the adapter library's wrappers taken out."""
+    """Name of a module or tensor without PEFT's and torch.compile's wrappers."""
     parts = path.split(".")
     while parts[:2] == ["base_model", "model"]:
         parts = parts[2:]
     kept: list[str] = []
-    behind_adapter = False
+    after_adapter = False
     for i, part in enumerate(parts):
-        if behind_adapter:
-            behind_adapter = False
+        if after_adapter:
+            after_adapter = False
             continue
         if part not in _WRAPPERS or next(
             (p for p in parts[i:] if p not in _WRAPPERS), ""
         ).startswith("lora_"):
             kept.append(part)
-        behind_adapter = _holds_adapters(part)
+        after_adapter = _holds_adapters(part)
     return ".".join(kept)
 
 
 def is_adapter_name(path: str) -> bool:
-    """Whether a module or tensor of this path belongs to an adapter, not to the base."""
+    """Whether the module or tensor at this path belongs to an adapter, not to the base."""
     return any(_holds_adapters(part) for part in path.split("."))
 
 
 def adapter_of(path: str) -> str | None:
-    """Name of the adapter that a tensor of this path belongs to: the part directly behind `lora_A` and the like, or `modules_to_save`; None of the base's.
+    """Name of the adapter that the tensor at this path belongs to; None for the base.
+
+    It is the part after `lora_A` (or another `lora_*`) or `modules_to_save`:
 
     base_model.model.model.layers.0.mlp.up_proj.lora_A.topics.weight  -> topics
     """
@@ -52,18 +56,18 @@ def adapter_of(path: str) -> str | None:
 
 
 def is_factor_name(path: str) -> bool:
-    """Whether a tensor of this canonical path is one of the two factors of an adapter's product."""
+    """Whether this canonical path is that of an adapter's factor: lora_A, lora_B."""
     *_, owner, key = ["", *path.split(".")]
     return key in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") or (
         owner in ("lora_A", "lora_B") and key == "weight"
     )
 
 
-FOLDER = "packed_parameters"  # a module's packed 3-D parameters lie in a submodule of this name
+FOLDER = "packed_parameters"  # the submodule that holds a module's packed 3-D parameters
 
 
 def parameter_name(path: str) -> str:
-    """Name of the float tensor that a packed layer at module path `path` stands for.
+    """Name of the float tensor that the packed layer at module path `path` replaces.
 
     model.layers.0.mlp.up_proj                               -> model.layers.0.mlp.up_proj.weight
     model.layers.0.mlp.experts.packed_parameters.down_proj   -> model.layers.0.mlp.experts.down_proj
@@ -74,10 +78,11 @@ def parameter_name(path: str) -> str:
 
 
 def pattern_problem(pattern: str, is_end: bool = False) -> str | None:
-    """Why PEFT could not match module paths with `pattern`, with the way out if it is meant as a glob; None if it is a regular expression.
+    """Why `pattern` is not a regular expression, as PEFT needs; None if it is one.
 
     Args:
-        is_end: whether it is for the end of a path, as the keys of rank_pattern are, and not for a whole one, as target_modules is.
+        is_end: PEFT matches the end of a path (keys of rank_pattern), not the whole path
+            (target_modules).
     """
     try:
         re.compile(rf"(.*\.)?({pattern})$" if is_end else pattern)

@@ -1,7 +1,8 @@
-"""How long steps report that they are under way.
+"""How long steps report progress.
 
-A step that loops takes a `Track`: a function that hands the items through and may draw a bar meanwhile. Steps default to `untracked`; the command line
-passes a `rich` bar with the time left (see `cli_progress.py`), so no step knows about terminals.
+A step that loops takes a `Track`: a function that yields the items and may draw a progress bar.
+The default `untracked` draws nothing; the command line passes a `rich` bar
+(`cli/progress_bars.py`), so no step depends on a terminal.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Track(Protocol):
-    """`for item in track(items, "what is going on", total): ...`"""
+    """`for item in track(items, "calibrating", total): ...`"""
 
     def __call__(
         self, items: Iterable[T], description: str, total: int | None = None
@@ -22,5 +23,5 @@ class Track(Protocol):
 
 
 def untracked(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Hand the items through in silence."""
+    """Yield the items without reporting anything."""
     yield from items

@@ -192,11 +192,11 @@ def test_a_template_that_renders_the_past_otherwise_is_refused_and_taken_apart()
     tokenizer = with_template(FORGETS)
     with pytest.raises(
         SourceError,
-        match=r"chat.jsonl:7: message 2: the chat template renders this message otherwise .* Use data.turns: apart",
+        match=r"chat.jsonl:7: message 2: the chat template renders this message differently .* Set data.turns: apart",
     ):
         encode_conversation(TALK, tokenizer)
     apart = encode_documents([TALK], tokenizer, "apart")
-    assert [learnt_text(tokenizer, t.ids, t.learnt) for t in apart] == [
+    assert [learnt_text(tokenizer, t.ids, t.in_loss) for t in apart] == [
         ["<think></think>It is 4.<end>"],
         ["<think></think>  Yes, as I said:\n\n It is 4.<end>"],
     ]
@@ -247,7 +247,7 @@ def test_tools_are_rendered_and_never_learnt(template: str, turns: str) -> None:
     assert len(encoded) == (2 if turns == "apart" else 1)
     for tokens in encoded:
         before = tokenizer.decode(
-            [i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag]
+            [i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if not flag]
         )
         assert all(json.dumps(tool) in before for tool in TOOLS)
     whole = tokenizer.apply_chat_template(
@@ -258,7 +258,7 @@ def test_tools_are_rendered_and_never_learnt(template: str, turns: str) -> None:
     )
     assert encoded[-1].ids == whole["input_ids"]
     said = [json.dumps(CALLS[1]["tool_calls"]) + "<end>", "It is sunny.<end>"]
-    assert [text for t in encoded for text in learnt_text(tokenizer, t.ids, t.learnt)] == said
+    assert [text for t in encoded for text in learnt_text(tokenizer, t.ids, t.in_loss)] == said
 
 
 def test_a_template_of_its_own_for_tools_is_used() -> None:
@@ -272,7 +272,7 @@ def test_a_template_of_its_own_for_tools_is_used() -> None:
 def test_a_template_that_leaves_tools_out_is_refused() -> None:
     with pytest.raises(
         SourceError,
-        match=r"chat.jsonl:7: the model's chat template takes no notice of tools.* in data.chat_template, or take the field 'tools' out",
+        match=r"chat.jsonl:7: the model's chat template ignores tools.* in data.chat_template, or remove the field 'tools'",
     ):
         encode_conversation(
             Conversation(TALK.messages, "chat.jsonl:7", TOOLS), with_template(CHATML)
@@ -347,9 +347,9 @@ def test_an_assistant_that_speaks_first_has_turns_and_tools() -> None:
     said = [json.dumps(CALLS[1]["tool_calls"]) + "<end>", "It is sunny.<end>", "It is sunny.<end>"]
     assert learnt_text(tokenizer, *encode_conversation(talk, tokenizer)) == said
     apart = encode_documents([talk], tokenizer, "apart")
-    assert [learnt_text(tokenizer, t.ids, t.learnt) for t in apart] == [[text] for text in said]
+    assert [learnt_text(tokenizer, t.ids, t.in_loss) for t in apart] == [[text] for text in said]
     (alone,) = encode_documents([greeting("Hello!")], with_template(unmarked(ENDS)))
-    assert learnt_text(tokenizer, alone.ids, alone.learnt) == [
+    assert learnt_text(tokenizer, alone.ids, alone.in_loss) == [
         "<think></think>Hello!<end>\n<|the end of it all|>"
     ]
 
@@ -373,14 +373,14 @@ def test_an_assistant_that_speaks_first_has_turns_and_tools() -> None:
         ),
         (
             FORGETS,
-            r"message 1: the chat template renders this message otherwise .* Use data.turns: apart",
+            r"message 1: the chat template renders this message differently .* Set data.turns: apart",
         ),
         (
             unmarked(CHATML).replace(
                 "{{ message['role'] }}",
                 "{{ 'bot' if message['role'] == 'assistant' else message['role'] }}",
             ),
-            "message 1: the chat template renders this message otherwise",
+            "message 1: the chat template renders this message differently",
         ),
     ],
 )
@@ -404,7 +404,7 @@ def test_an_assistant_that_cannot_speak_first_is_refused(template: str, message:
         ),
         (
             "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}",
-            "leaves nothing of what the assistant says to learn from",
+            "renders no token of the assistant's messages",
         ),
     ],
 )
@@ -419,7 +419,7 @@ def test_slow_tokenizers_are_refused() -> None:
         is_fast = False
 
     with pytest.raises(
-        SourceError, match=r"the tokenizer \(Slow\) does not say where its tokens stand in a text"
+        SourceError, match=r"the tokenizer \(Slow\) does not report the positions of its tokens"
     ):
         encode_conversation(TALK, Slow())  # type: ignore[arg-type]
 
@@ -433,7 +433,7 @@ def test_a_completion_follows_its_prompt_as_it_will_at_inference(
 ) -> None:
     tokenizer = smollm2
     (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer)
-    given = [i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag]
+    given = [i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if not flag]
     assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
     assert (
         tokenizer.decode(tokens.ids[len(given) :])
@@ -481,7 +481,7 @@ def test_no_space_comes_between_prompt_and_completion(
 ) -> None:
     tokenizer = prefixing_tokenizer(kind)
     (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer)
-    given = [i for i, flag in zip(tokens.ids, tokens.learnt, strict=True) if not flag]
+    given = [i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if not flag]
     assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
     assert (
         tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False)
@@ -498,7 +498,7 @@ def test_what_cannot_be_tokenized_apart_is_learnt_from_the_token_that_both_share
     words.decoder = decoders.WordPiece()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
     (tokens,) = encode_documents([Completion("a wor", "ld")], tokenizer)
-    assert (tokens.ids, tokens.learnt) == ([1, 3], [False, True])  # "a wor ld" is another text
+    assert (tokens.ids, tokens.in_loss) == ([1, 3], [False, True])  # "a wor ld" is another text
 
 
 @pytest.mark.parametrize("marked", ["", "{% generation %}{% endgeneration %}"])

@@ -103,7 +103,7 @@ def test_loss_of_packs_is_the_mean_over_the_learnt_tokens_of_all_documents() -> 
         labels = torch.tensor(
             [
                 i if flag and k else IGNORED
-                for k, (i, flag) in enumerate(zip(document.ids, document.learnt, strict=True))
+                for k, (i, flag) in enumerate(zip(document.ids, document.in_loss, strict=True))
             ]
         )
         logits = model(torch.tensor([document.ids]), use_cache=False).logits[0]
@@ -111,7 +111,7 @@ def test_loss_of_packs_is_the_mean_over_the_learnt_tokens_of_all_documents() -> 
             torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").detach()
         )
         learnt += int((labels != IGNORED).sum())
-    assert counts.learnt_tokens == packed.learnt_tokens == padded.learnt_tokens == learnt
+    assert counts.learnt_tokens == packed.loss_tokens == padded.loss_tokens == learnt
     for sequences in (packed, padded):
         batch = {
             name: torch.stack([sequences[i][name] for i in range(len(sequences))])
@@ -159,7 +159,7 @@ def test_models_that_mix_documents_are_refused() -> None:
         name = type(model).__name__
         with pytest.raises(
             SourceError,
-            match=rf"{name} .*data.packing: documents would train each on the one before it. Choose data.packing: none",
+            match=rf"{name} .*data.packing: documents .* Set data.packing to none",
         ):
             check_isolation(model)
     assert mamba.training
@@ -195,7 +195,7 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(
     try:
         found, counts = cut(documents, width, packing, [], -1, "training")
     except SourceError:
-        assert packing == "join" or not any(any(t.learnt[1:width]) for t in documents)
+        assert packing == "join" or not any(any(t.in_loss[1:width]) for t in documents)
         return
     assert counts.sequences == len(found)
     assert found.input_ids.shape == found.labels.shape == (counts.sequences, counts.sequence_tokens)
@@ -209,8 +209,8 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(
     assert counts.truncated_tokens == (
         0 if packing == "join" else sum(max(0, len(d.ids) - width) for d in documents)
     )
-    assert counts.learnt_tokens == found.learnt_tokens > 0
-    wanted = {i for d in documents for i, flag in zip(d.ids, d.learnt, strict=True) if flag}
+    assert counts.learnt_tokens == found.loss_tokens > 0
+    wanted = {i for d in documents for i, flag in zip(d.ids, d.in_loss, strict=True) if flag}
     learnt = found.labels != IGNORED
     assert set(found.labels[learnt].tolist()) <= wanted
     assert torch.equal(found.labels[learnt], found.input_ids[learnt])
@@ -253,7 +253,7 @@ def test_what_is_too_long_is_truncated_and_counted() -> None:
     assert counts.learnt_tokens == 4 + 2
     with pytest.raises(
         SourceError,
-        match=r"of the 1 held-out documents none has a learnt token within its first 10 tokens: raise data.sequence_tokens",
+        match=r"none of the 1 held-out documents has a loss token within its first 10 tokens: raise data.sequence_tokens",
     ):
         cut(documents[1:2], 10, "none", [], -1, "held-out")
     with pytest.raises(
@@ -279,7 +279,7 @@ def test_rows_end_with_the_last_learnt_token() -> None:
         ([0, 1], [-100, 1]),
         ([4, 5, 6, 7], [-100, -100, -100, 7]),
     ]
-    assert sequences.learnt_tokens == 2
+    assert sequences.loss_tokens == 2
     assert set(sequences.first(1)[0]) == {"input_ids", "labels"}
 
 

@@ -154,7 +154,7 @@ def test_a_run_on_conversations(recipe_for: Any, chat: dict[str, Any], tmp_path:
         load_recipe(recipe_for(data=chat, adapters=adapters)), tmp_path / "out", say=said.append
     )
     assert said[0].startswith("data (conversations, packing documents): training ")
-    assert "tokens learnt; held out " in said[0]
+    assert "loss tokens; held out " in said[0]
     data = results["data"]
     assert data == json.loads((tmp_path / "out" / "results.json").read_text())["data"]
     assert data["train"]["sequences"] < data["train"]["documents"]

@@ -65,7 +65,7 @@ def perplexity(
                 f"is {loss}. Check the model's weights, and what was trained or calibrated last"
             )
         total += loss
-    mean = total / data.learnt_tokens
+    mean = total / data.loss_tokens
     if mean > LARGEST:
         raise NonFiniteError(
             f"{description}: the mean loss over the {len(data)} sequences of the held-out text is "

@@ -1,12 +1,12 @@
-"""Documents from files, tables, modules and the hub; and from documents the sequences that are trained on and evaluated on.
+"""Documents from files, tables, modules and the hub, and the token sequences made from them.
 
-    read      a source to documents of one kind: running text, prompts with completions, or conversations
-    split     training and held-out documents, with nothing of one in the other
-    encode    documents to tokens, each with whether it is learnt
-    cut       tokens to sequences of equal length
-    prepare   all of it for one model's tokenizer, with the counts
+    read_source        source -> documents of one kind: text, completions or conversations
+    held_out_split     training and held-out documents without overlap
+    tokenization       documents -> tokens, each with whether it counts in the loss
+    sequence_packing   tokens -> sequences of equal length
+    prepared_data      all of it for one model's tokenizer, with the counts
 
-Importing this imports neither torch nor transformers.
+Importing this package imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ __all__ = [
 def load_documents(
     source: str, held_out: float, seed: int, reading: Reading | None = None
 ) -> Documents:
-    """Read and split `source`; the share `held_out` of its characters (at least one document) is kept from training.
+    """Read and split `source`.
+
+    Args:
+        held_out: share of the characters to hold out of training; at least one document.
+
 
     Raises:
-        SourceError: nothing is there, a record is bad (file and line are named), or it is empty.
-        MissingExtraError: what reads such a source is not installed.
+        SourceError: the source is missing or empty, or a record is bad (file and line are named).
+        MissingExtraError: the package that reads this kind of source is not installed.
     """
     reading = reading or Reading()
     documents, skipped = read_documents(source, reading)

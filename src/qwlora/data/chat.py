@@ -1,22 +1,28 @@
-"""A conversation to tokens, with the assistant's marked.
+"""A conversation to tokens, with those of the assistant marked.
 
-The text is what the tokenizer's own chat template renders. Which of its tokens are the assistant's:
+The tokenizer's own chat template renders the text. Which tokens are the assistant's:
 
-    the template has {% generation %} markers    what is between them, as transformers finds it
-    it has none                                  for the assistant's message i, what `render(messages[:i + 1])` adds to
-                                                 `render(messages[:i], add_generation_prompt=True)`
+    template has {% generation %} markers   what is between them (return_assistant_tokens_mask)
+    template has none                       for the assistant's message i, what
+                                            `render(messages[:i + 1])` adds to
+                                            `render(messages[:i], add_generation_prompt=True)`
 
-The second holds if each of these renderings is the beginning of the whole one. That is checked for every message. A template that renders a past message
-otherwise than a present one (some leave the reasoning of earlier turns out) is refused: with `turns: apart` each turn is rendered as the last, as it is at
-inference. A template that takes no notice of `add_generation_prompt` writes its header into that difference; then the message begins where its content does,
-with the spaces before it, and without a header (`[/INST] Hi`) at the difference's begin: SentencePiece has one token for a word and the space before it.
+The second method needs each of these renderings to be a prefix of the whole text, which is checked
+for every message. A template that renders past messages differently (some drop the reasoning of
+earlier turns) is refused; with `turns: apart` each turn is rendered as the last, as at inference.
 
-transformers renders no empty conversation: an assistant that speaks first begins after the generation prompt (a lone question's) in what two renderings of its
-message share, one of them with another content.
+Special cases:
+    no generation prompt   the template ignores `add_generation_prompt`, so its header is part of
+                           the difference. The message then begins at its content, including the
+                           spaces before it: SentencePiece has one token for a space and a word.
+    assistant first        transformers renders no empty conversation. The message begins after
+                           the generation prompt in what two renderings, with different contents,
+                           have in common.
+    tools                  are rendered, not in the loss; a template that ignores them is refused.
+    end of a turn          white space after the turn's special end token is not in the loss:
+                           generation stops before it.
 
-Tools are rendered with the messages, and not learnt. A template that leaves them out is refused.
-
-White space after the special token that ends a turn is not learnt: generation stops before it. A token belongs to the message in which its first character is.
+A token belongs to the message that contains its first character.
 """
 
 from __future__ import annotations
@@ -41,30 +47,32 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def encode_conversation(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, last_only: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """(ids, whether each is learnt), both [tokens].
+    """(ids, whether each counts in the loss), both [tokens].
 
     Args:
-        last_only: learn the assistant's last message only.
+        last_only: only the assistant's last message counts in the loss.
 
     Raises:
-        SourceError: there is no chat template, it refuses the conversation or leaves out its tools, or it does not show which tokens are the assistant's.
+        SourceError: there is no chat template; it refuses the conversation or leaves out its
+            tools; or it does not show which tokens are the assistant's.
     """
     if not tokenizer.chat_template:
         raise SourceError(
-            "the model's tokenizer has no chat template, so messages cannot be rendered: name a file with one in data.chat_template, "
-            "or give prompt and completion"
+            "the model's tokenizer has no chat template, so messages cannot be rendered. Name a "
+            "file with one in data.chat_template, or use prompt and completion columns"
         )
     if not tokenizer.is_fast:
         raise SourceError(
-            f"the tokenizer ({type(tokenizer).__name__}) does not say where its tokens stand in a text; conversations need a fast tokenizer"
+            f"the tokenizer ({type(tokenizer).__name__}) does not report the positions of its "
+            "tokens in the text. Conversations need a fast tokenizer"
         )
     _check_tools_are_rendered(conversation, tokenizer)
     if _GENERATION.search(tokenizer.get_chat_template(tools=_tools(conversation))):
-        ids, learnt = _encode_marked(conversation, tokenizer)
+        ids, in_loss = _encode_marked(conversation, tokenizer)
         if last_only:
-            end = max((i for i, flag in enumerate(learnt) if flag), default=-1) + 1
-            start = next((i + 1 for i in range(end - 1, -1, -1) if not learnt[i]), 0)
-            learnt = [flag and start <= i for i, flag in enumerate(learnt)]
+            end = max((i for i, flag in enumerate(in_loss) if flag), default=-1) + 1
+            start = next((i + 1 for i in range(end - 1, -1, -1) if not in_loss[i]), 0)
+            in_loss = [flag and start <= i for i, flag in enumerate(in_loss)]
     else:
         text = _render(conversation.messages, conversation, tokenizer)
         spans = _assistant_spans(conversation, text, tokenizer, last_only)
@@ -72,24 +80,25 @@ def encode_conversation(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        learnt = [any(start <= first < end for start, end in spans) for first, _ in offsets]
-    if not any(learnt):
+        in_loss = [any(start <= first < end for start, end in spans) for first, _ in offsets]
+    if not any(in_loss):
         raise SourceError(
-            f"{conversation.where}: the chat template leaves nothing of what the {ASSISTANT} says to learn from"
+            f"{conversation.where}: the chat template renders no token of the {ASSISTANT}'s "
+            "messages, so there is nothing to train on"
         )
-    return ids, learnt
+    return ids, in_loss
 
 
-def turns_apart(conversation: Conversation) -> list[Conversation]:
-    """The conversation up to each of the assistant's messages."""
+def split_turns(conversation: Conversation) -> list[Conversation]:
+    """One conversation for each message of the assistant, which ends it."""
     ends = [
         i + 1 for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT
     ]
     return [replace(conversation, messages=conversation.messages[:end]) for end in ends]
 
 
-def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many elements both begin with."""
+def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Number of equal elements at the start of both."""
     return next(
         (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
         min(len(one), len(other)),
@@ -129,7 +138,7 @@ def _render(
 
 @contextmanager
 def _rendering(messages: Messages, where: str) -> Iterator[None]:
-    """A chat template at work: a limit on its time, and its errors as one of ours."""
+    """Limit the time of a chat template, and turn its errors into a SourceError."""
     late = SourceError(
         f"{where}: the model's chat template has not rendered this conversation after "
         f"{SECONDS:g} s; name a file with another template in data.chat_template"
@@ -152,19 +161,20 @@ def _check_tools_are_rendered(
     rendered = _render(conversation.messages, conversation, tokenizer)
     try:
         without = _render(conversation.messages, replace(conversation, tools=()), tokenizer)
-    except SourceError:  # the template does not do without them
+    except SourceError:  # the template requires tools
         return
     if rendered == without:
         raise SourceError(
-            f"{conversation.where}: the model's chat template takes no notice of tools, so their definitions would be left out: "
-            f"name a file with a template that renders them in data.chat_template, or take the field 'tools' out of the records"
+            f"{conversation.where}: the model's chat template ignores tools, so their definitions "
+            "would be lost. Name a file with a template that renders them in "
+            "data.chat_template, or remove the field 'tools' from the records"
         )
 
 
 def _assistant_spans(
     conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, last_only: bool
 ) -> list[tuple[int, int]]:
-    """(start, end) in characters of `text` of each message of the assistant, or of the last."""
+    """(start, end), in characters of `text`, of the assistant's messages, or of the last one."""
     endings = tuple(
         {
             *tokenizer.all_special_tokens,
@@ -185,8 +195,9 @@ def _assistant_spans(
         )
         if start is None or not text.startswith(after):
             raise SourceError(
-                f"{where}: the chat template renders this message otherwise when another follows or before it is answered, so which tokens are the "
-                f"{ASSISTANT}'s cannot be told. Use data.turns: apart, or a template with {{% generation %}} markers (data.chat_template)"
+                f"{where}: the chat template renders this message differently when another "
+                f"follows, so the {ASSISTANT}'s tokens cannot be located. Set data.turns: apart, "
+                "or use a template with {% generation %} markers (data.chat_template)"
             )
         end = len(after)
         spoken = after[start:end].rstrip()
@@ -197,7 +208,8 @@ def _assistant_spans(
 def _start_after_others(
     conversation: Conversation, i: int, text: str, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> int | None:
-    """Where the assistant begins in `text`, which ends with message i; None if what is before it is not the beginning of `text`."""
+    """Start of message i in `text`, which it ends; None if `text` does not begin with the
+    rendering of the messages before it."""
     before = _render(conversation.messages[:i], conversation, tokenizer, prompt=True)
     if not text.startswith(before):
         return None
@@ -209,12 +221,15 @@ def _start_after_others(
 def _start_of_greeting(
     conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> int | None:
-    """The same for a message with none before it: after the last generation prompt in what is there whatever the message says."""
+    """Start of a first message: after the last generation prompt in the header, which is what
+    does not depend on the message's content; None if the header has no generation prompt."""
     greeting = conversation.messages[0]
     content = greeting.get("content") or ""
     other = next(c for c in "abc" if c not in (content[:1], content.strip()[:1]))
     header = text[
-        : shared(text, _render([{**greeting, "content": other}], conversation, tokenizer))
+        : common_prefix_length(
+            text, _render([{**greeting, "content": other}], conversation, tokenizer)
+        )
     ]
     question = [{"role": "user", "content": "a"}]
     unasked, asked = (
@@ -222,19 +237,24 @@ def _start_of_greeting(
     )
     if unasked == asked:
         return _content_start(greeting, text, 0, where, earliest=len(header))
-    prompt = asked[shared(unasked, asked) :].lstrip()
+    prompt = asked[common_prefix_length(unasked, asked) :].lstrip()
     return header.rfind(prompt) + len(prompt) if prompt in header else None
 
 
 def _content_start(
     message: Mapping[str, Any], text: str, start: int, where: str, earliest: int = 0
 ) -> int:
-    """Where the content begins, with the spaces before it, for a template whose generation prompt is empty."""
+    """Start of the content and of the spaces before it, for an empty generation prompt.
+
+    Without a header (`[/INST] Hi`) this is `start`.
+    """
     content = (message.get("content") or "").strip()
     found = text.find(content, max(start, earliest)) if content else -1
     if found < 0:
         raise SourceError(
-            f"{where}: the chat template has no generation prompt and changes the content, so which tokens are the {ASSISTANT}'s cannot be told"
+            f"{where}: the chat template has no generation prompt and changes the content, so the "
+            f"{ASSISTANT}'s tokens cannot be located. Use a template with "
+            "{% generation %} markers (data.chat_template)"
         )
     header = text[start:found]
     return start + len(header.rstrip(" ")) if header.strip() else start

@@ -1,10 +1,10 @@
-"""What a source is made of: documents of one kind.
+"""The documents of a source, all of one kind.
 
-    Text           everything in it is learnt
-    Completion     a prompt, and the completion that is learnt
-    Conversation   messages, of which the assistant's are learnt
+    Text           every token counts in the loss
+    Completion     a prompt, and a completion, which counts in the loss
+    Conversation   messages; those of the assistant count in the loss
 
-Each knows where it stands (`file:line`, or `source row N`), so that whatever is found wrong with it later can be found by a reader too.
+Each knows its place (`file:line`, or `source row N`), so that later messages can name it.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class Text:
 
     @property
     def identity(self) -> str:
-        """The same for two documents that say the same."""
+        """Equal for two documents with equal content."""
         return self.text
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Parts that are learnt, apart from running text."""
+        """What counts in the loss, except running text: none."""
         return ()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What is given, and what should follow."""
+    """A prompt, and the text that should follow it."""
 
     prompt: str
     completion: str
@@ -57,21 +57,21 @@ class Completion:
 
     @property
     def identity(self) -> str:
-        """The same for two documents that say the same."""
+        """Equal for two documents with equal content."""
         return json.dumps([self.prompt, self.completion])
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Parts that are learnt."""
+        """What counts in the loss."""
         return (self.completion,)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them: mappings with `role`, `content`, and whatever else the template knows.
+    """Messages for a chat template: mappings with `role`, `content`, and what else it supports.
 
     Args:
-        tools: definitions of the functions that may be called, JSON schemas; they are rendered, and not learnt.
+        tools: JSON schemas of the functions that may be called; rendered, but not in the loss.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -85,7 +85,7 @@ class Conversation:
 
     @property
     def identity(self) -> str:
-        """The same for two documents that say the same."""
+        """Equal for two documents with equal content."""
         return json.dumps(
             [self.messages, self.tools] if self.tools else self.messages,
             sort_keys=True,
@@ -94,7 +94,7 @@ class Conversation:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Parts that are learnt."""
+        """What counts in the loss."""
         return tuple(m.get("content") or "" for m in self.messages if m["role"] == ASSISTANT)
 
 
@@ -103,12 +103,12 @@ Document = Text | Completion | Conversation
 
 @dataclass(frozen=True)
 class Documents:
-    """Both parts of a source, all of one kind.
+    """The training and held-out documents of a source, all of one kind.
 
     Args:
-        skipped_records: empty records that the recipe let pass.
-        overlapping_documents: training documents taken out, since what they teach is held out.
-        overlapping_paragraphs: paragraphs taken out of training texts for the same reason.
+        skipped_records: empty records that were skipped (`empty_records: skip`).
+        overlapping_documents: training documents removed because they repeat held-out ones.
+        overlapping_paragraphs: paragraphs removed from training texts for the same reason.
     """
 
     train: tuple[Document, ...]
@@ -123,7 +123,7 @@ class Documents:
 
     @property
     def digest(self) -> str:
-        """Hex digest of all that is said, in order."""
+        """Hex SHA-256 of the content of all documents, in order."""
         digest = hashlib.sha256()
         for part in (self.train, self.held_out):
             for document in part:

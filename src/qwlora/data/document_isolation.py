@@ -1,13 +1,11 @@
-"""Do documents that share a sequence see each other?
+"""Test whether a model keeps documents that share a sequence apart.
 
-transformers' mask makers read it from `position_ids` that begin again, for eager and sdpa attention (any attention that goes through
-`create_causal_mask`), if there is neither an attention mask nor a cache: the mask becomes block diagonal, and a sliding window counts within a document.
-Models with a mask of their own, and recurrent ones, may take the positions and mix the documents all the same. So it is not looked up but tried, on the
-model itself:
+transformers builds a block-diagonal attention mask from `position_ids` that restart at 0, for eager
+and sdpa attention (whatever uses `create_causal_mask`), if there is no attention mask and no cache.
+Models with their own mask and recurrent models may accept the positions and mix the documents
+anyway. So the model itself is tested, with two documents a and b of random tokens, in one batch:
 
-    |logits(b after a, positions begin again) - logits(b)|  <=  0.02 |logits(b after a) - logits(b)|
-
-for two documents of random tokens, in one batch of three sequences, so that the model's weights are read once.
+    |logits(b after a, positions restart) - logits(b)|  <=  0.02 |logits(b after a) - logits(b)|
 """
 
 from __future__ import annotations
@@ -26,26 +24,27 @@ _LEAK = 0.02
 
 
 def check_isolation(model: PreTrainedModel | PeftModel) -> None:
-    """See that `model` keeps documents apart by their positions.
+    """Check that `model` separates documents by their positions.
 
     Raises:
-        SourceError: it does not.
+        SourceError: it mixes them, or takes no position_ids.
     """
     leak = isolation_leak(model)
     if leak is None or leak > _LEAK:
         how = (
             "takes no position_ids"
             if leak is None
-            else f"mixes documents that share a sequence ({leak:.0%} of what it does without positions of their own)"
+            else f"mixes documents that share a sequence ({leak:.0%} of that without positions)"
         )
         name = type(getattr(model, "get_base_model", lambda: model)()).__name__
         raise SourceError(
-            f"{name} {how}, so data.packing: documents would train each on the one before it. Choose data.packing: none (padding), or join (mixed)"
+            f"{name} {how}, so data.packing: documents would condition each document on the one "
+            "before it. Set data.packing to none (padding) or join (mixed)"
         )
 
 
 def isolation_leak(model: PreTrainedModel | PeftModel) -> float | None:
-    """The share above: 0 if documents are apart, 1 if positions change nothing; None if the model takes no positions."""
+    """0 if documents are separate, 1 if positions have no effect; None without position_ids."""
     import torch
 
     embedding: Any = model.get_input_embeddings()

@@ -1,9 +1,10 @@
-"""What a file's name says of what is in it. Upper and lower case are the same.
+"""What a file's name says about its content, in upper or lower case.
 
-a.txt, a.md                        running text, and so is a single file of which the name says nothing (a.rst, notes)
-a.jsonl, .jsonlines, .ndjson       records, as .json, .csv, .tsv, .parquet, .arrow and .feather are
-a.gz, a.zip, a.xlsx, a.pkl, ...    not read
-a.jsonl.bak, a.csv~, a.json5       records, going by the middle of the name; not read, since they would be learnt as running text
+a.txt, a.md                         running text; so is any single file of unknown kind (a.rst)
+a.jsonl, .jsonlines, .ndjson        records, as in .json, .csv, .tsv, .parquet, .arrow, .feather
+a.gz, a.zip, a.xlsx, a.pkl, ...     refused
+a.jsonl.bak, a.csv~, a.json5        refused: records by the middle of the name, which would be
+                                    trained on as running text
 """
 
 from __future__ import annotations
@@ -63,12 +64,15 @@ def suffix_of(file: Path) -> str:
 
 
 def refusal(file: Path) -> str | None:
-    """Why a file of this name is not read and what to do, or None if nothing is wrong with it."""
+    """Why a file of this name is refused and what to do; None if it can be read."""
     suffix = suffix_of(file)
     if suffix in SUFFIXES:
         return None
     if suffix in _NOT_READ:
         return f"{suffix} files are not read: {_NOT_READ[suffix]}"
     if suffix not in _MADE_OF_RECORDS and (within := _RECORD_WITHIN.search(file.name.lower())):
-        return f"its name speaks of {within[1]} records and ends otherwise: let it end in {within[1]}, or in .txt if it is running text"
+        return (
+            f"its name contains {within[1]} but does not end in it: rename it to end in "
+            f"{within[1]}, or in .txt if it is running text"
+        )
     return None

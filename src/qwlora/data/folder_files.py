@@ -1,11 +1,14 @@
 """Which files of a folder are its documents.
 
-All files of the kinds that are read, below it, but hidden ones; or those of one split, by the hub's naming: the split, or a word that stands for it, between
-separators in the file's name (`train-00000-of-00001.parquet`, `data/my_test.jsonl`), or if no file has it so, in that of a folder (`train/0.jsonl`).
+All visible files of a supported kind, in subfolders too; or those of one split, by the hub's
+naming: the split, or a synonym, between separators in the file's name (`train-00000-of-00001.parquet`,
+`data/my_test.jsonl`) or, if no file has it, in a folder's name (`train/0.jsonl`).
 
-A file that holds records but is not read (`names.refusal`: compressed, a spreadsheet, `.jsonl.bak`) is refused by name, if it belongs to the split.
-Passed over in silence are hidden files; a dataset's card (README.md, LICENSE.txt, dataset_infos.json) beside records; what only speaks of another file
-(`a.csv.sha256`); and files of any other kind (images, code). A card that would be all that is read, with such files beside it, is not taken for the data.
+A file of records that cannot be read (`file_kinds.refusal`: compressed, a spreadsheet,
+`.jsonl.bak`) is refused if it belongs to the split. Ignored are hidden files; a dataset's card (README.md,
+LICENSE.txt, dataset_infos.json) next to records; files about other files (`a.csv.sha256`); and all
+other kinds (images, code). A folder whose only readable file is the card, among such others, is
+refused, so that nobody trains on the card.
 """
 
 from __future__ import annotations
@@ -41,10 +44,11 @@ _WORDS = {
 
 
 def folder_files(folder: Path, split: str | None) -> list[Path]:
-    """The files of `folder` with its documents, or with those of `split`; all of records, or all of running text.
+    """The files of `folder` with its documents, or with those of `split`, all of one kind.
 
     Raises:
-        SourceError: there is none but a card, none belongs to the split, one of them is not read, or there are both kinds.
+        SourceError: there is no file besides a card, none belongs to the split, one of them cannot
+            be read, or there are both records and running text.
     """
     every = sorted(
         p
@@ -60,23 +64,27 @@ def folder_files(folder: Path, split: str | None) -> list[Path]:
         and (others := [p for p in every if p.suffix and p not in files])
     ):
         raise SourceError(
-            f"data folder {str(folder)!r} holds a dataset's card ({files[0].name}) and no data that is read; there is {_named(others, folder)}: "
-            f"give records as .jsonl, .csv or .parquet, or name the card's own file if it is to be learnt"
+            f"data folder {str(folder)!r} holds a dataset's card ({files[0].name}) and no file of "
+            f"a supported kind, only {_named(others, folder)}. Save the records as .jsonl, .csv or "
+            ".parquet, or name the card's own file to train on it"
         )
     if not files:
         raise SourceError(
-            f"data folder {str(folder)!r} holds no {' or '.join(TEXT_SUFFIXES)} file, and no {', '.join(RECORD_SUFFIXES)} either"
+            f"data folder {str(folder)!r} holds no file of a supported kind: "
+            f"{', '.join((*TEXT_SUFFIXES, *RECORD_SUFFIXES))}"
         )
     if split is not None:
         files = _of_split(folder, files, split)
     if refused := [p for p in files if _is_refused(p)]:
         raise SourceError(
-            f"data folder {str(folder)!r} holds {_named(refused, folder)}: {refusal(refused[0])}; or take it out of the folder"
+            f"data folder {str(folder)!r} holds {_named(refused, folder)}: {refusal(refused[0])}; "
+            "or move it out of the folder"
         )
     texts, records = ([p for p in files if _is_record(p) == wanted] for wanted in (False, True))
     if texts and records:
         raise SourceError(
-            f"data folder {str(folder)!r} holds running text ({texts[0].name}) and records ({records[0].name}); a source holds one kind"
+            f"data folder {str(folder)!r} holds running text ({texts[0].name}) and records "
+            f"({records[0].name}). Move one kind to another folder"
         )
     return files
 
@@ -112,6 +120,7 @@ def _of_split(folder: Path, files: Sequence[Path], split: str) -> list[Path]:
             return found
     names = listed((p.relative_to(folder).as_posix() for p in files), 4)
     raise SourceError(
-        f"data folder {str(folder)!r}: no file or folder in it is named after the split {split!r}, as {split}-0.parquet or {split}/0.parquet; "
-        f"there are {names}: give data.split as they name it, or take it out of the recipe to read them all"
+        f"data folder {str(folder)!r}: no file or folder in it is named after the split {split!r} "
+        f"(like {split}-0.parquet or {split}/0.parquet); there are {names}. Correct data.split, or "
+        "remove it to read all files"
     )

@@ -1,7 +1,8 @@
-"""Training documents and held-out documents, with nothing of one in the other.
+"""Training and held-out documents without overlap.
 
-Documents are shuffled with the recipe's seed and split. Then what the held-out part asks is taken out of the training part: paragraphs of more than a line from
-running text; and records that are a held-out record, or teach a held-out answer of more than a line word for word. Spacing does not count.
+Documents are shuffled with the recipe's seed and split. Then held-out content is removed from the
+training part: paragraphs longer than a line from running text; and records that equal a held-out
+record, or contain a held-out answer longer than a line word for word. Spacing is ignored.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ _LINE = 80
 def split_documents(
     documents: Sequence[Document], held_out: float, seed: int, skipped: int = 0
 ) -> Documents:
-    """Keep the share `held_out` of all characters, and at least one document, from training.
+    """Hold out the share `held_out` of all characters, and at least one document.
 
-    A single text is split by position, at a paragraph's end if one is near.
+    A single text is split by position, at the end of a paragraph if one is near.
 
     Raises:
         SourceError: there is a single record, or nothing is left to train on.
@@ -29,7 +30,8 @@ def split_documents(
         (only,) = documents
         if not isinstance(only, Text):
             raise SourceError(
-                f"{only.where}: this is the only record, and at least two are needed: one to train on, one to evaluate on"
+                f"{only.where}: this is the only record. At least two are needed: one to train on, "
+                "one to evaluate on"
             )
         text = only.text
         wanted_cut = int(len(text) * (1 - held_out))
@@ -83,7 +85,8 @@ def _without_overlap(
             kept.append(document)
     if not kept and any(d.characters for d in train):
         raise SourceError(
-            "everything in the training part stands in the held-out part too, so nothing is left to train on: the documents repeat each other"
+            "all training documents also occur in the held-out part, so nothing is left to train "
+            "on. The source repeats itself: remove duplicates or add documents"
         )
     return Documents(tuple(kept), held_out, skipped, len(train) - len(kept), removed_paragraphs)
 

@@ -1,7 +1,7 @@
-"""Documents, a tokenizer and the recipe's wishes to everything that stages read.
+"""Documents and a tokenizer to all the sequences that the stages read.
 
-Held-out documents never share a sequence, whatever training does, unless they are joined as running text is by default: a perplexity does not depend on what
-happened to stand beside a document.
+Held-out documents never share a sequence, whatever the packing of the training part, except with
+`join`: a perplexity must not depend on a document's neighbors.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Cutting:
     """How tokens become sequences.
 
     Args:
-        packing: join, documents or none; by default running text is joined, and anything else packed as documents.
-        turns: of a conversation, together or apart.
+        packing: join, documents or none; default: join for running text, else documents.
+        turns: of a conversation: together or apart.
     """
 
     sequence_tokens: int
@@ -35,17 +35,17 @@ class Cutting:
     turns: str = "together"
 
     def packing_of(self, kind: str) -> str:
-        """What is done with documents of `kind`."""
+        """The packing of documents of `kind`."""
         return self.packing or ("join" if kind == "text" else "documents")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What one recipe trains on, evaluates on, and measures activations on.
+    """The data of one recipe for training, evaluation and calibration.
 
     Args:
-        train, held_out: sequences; those held out have no position_ids.
-        calibration_ids: int64 [count, tokens], training documents one after another.
+        train, held_out: sequences; the held-out ones have no position_ids.
+        calibration_ids: int64 [count, tokens], concatenated training documents.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Prepared:
     held_out_counts: Counts
 
     def largest_id(self) -> int:
-        """The largest token there is."""
+        """The largest token id."""
         return int(
             max(
                 t.max()
@@ -66,17 +66,17 @@ class Prepared:
         )
 
     def positions(self) -> int:
-        """How many positions the longest sequence has, or the longest document where several share one."""
+        """Positions of the longest sequence, or document where several share a sequence."""
         places = self.train.position_ids
         longest = self.train.input_ids.shape[1] if places is None else int(places.max()) + 1
         return max(longest, self.held_out.input_ids.shape[1], self.calibration_ids.shape[1])
 
 
 def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cutting: Cutting) -> Prepared:
-    """Tokenize and cut both parts.
+    """Tokenize and pack both parts.
 
     Raises:
-        SourceError: a conversation cannot be rendered, or a part does not make one sequence.
+        SourceError: a conversation cannot be rendered, or a part is shorter than one sequence.
     """
     kind, packing = documents.kind, cutting.packing_of(documents.kind)
     start, tokens = start_tokens(tokenizer), cutting.sequence_tokens
@@ -111,10 +111,10 @@ def sequences(
     sequence_tokens: int,
     part: str,
 ) -> Tensor:
-    """Token ids [count, sequence_tokens], int64, of documents one after another.
+    """Token ids [count, sequence_tokens], int64, of the concatenated documents.
 
     Args:
-        part: what the documents are for, as an error should call it.
+        part: name of the part for messages, such as `training`.
 
     Raises:
         SourceError: the documents are shorter than one sequence.
@@ -125,7 +125,7 @@ def sequences(
 
 
 def describe(documents: Documents, prepared: Prepared) -> dict[str, Any]:
-    """The part `data` of results.json."""
+    """The section `data` of results.json."""
     return {
         "kind": prepared.kind,
         "packing": prepared.packing,
@@ -142,7 +142,10 @@ def summary(description: dict[str, Any]) -> str:
     parts = []
     for part, name in (("train", "training"), ("held_out", "held out")):
         c = description[part]
-        text = f"{name} {c['documents']:,} documents, {c['tokens']:,} tokens, {c['sequences']:,} sequences, {c['learnt_tokens']:,} tokens learnt"
+        text = (
+            f"{name} {c['documents']:,} documents, {c['tokens']:,} tokens, "
+            f"{c['sequences']:,} sequences, {c['learnt_tokens']:,} loss tokens"
+        )
         lost = [
             (c["truncated_documents"], "documents truncated"),
             (c["dropped_documents"], "documents dropped"),
@@ -151,7 +154,10 @@ def summary(description: dict[str, Any]) -> str:
         parts.append(", ".join([text, *(f"{count:,} {what}" for count, what in lost if count)]))
     notes = [
         (description["skipped_records"], "empty records skipped"),
-        (description["overlapping_documents"], "training documents that are held out removed"),
+        (
+            description["overlapping_documents"],
+            "training documents removed because they repeat held-out ones",
+        ),
     ]
     parts += [f"{count:,} {what}" for count, what in notes if count]
     return f"data ({description['kind']}, packing {description['packing']}): " + "; ".join(parts)

@@ -1,13 +1,14 @@
 """A record (a row of a table, a line of JSON) to a document.
 
-Which columns are used is asked for in the recipe, or follows from their names:
+The recipe names the columns, or their names determine the kind:
 
     text                       running text
-    prompt and completion      the completion is learnt
-    messages                   a list of {role, content}; the assistant's messages are learnt
-    and tools, if there        beside messages: definitions of the functions that may be called, a list of objects or the JSON of one
+    prompt and completion      the completion counts in the loss
+    messages                   a list of {role, content}; the assistant's count in the loss
+    tools, next to messages    optional: JSON schemas of the functions that may be called, as a list
+                               or as the JSON of a list
 
-A record that is not what it should be is refused with the place where it stands; nothing is mended or left out in silence.
+A bad record is refused with its file and line. Nothing is repaired or skipped silently.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ TOOLS = "tools"
 
 
 class EmptyRecordError(SourceError):
-    """A record has its fields, and nothing is in them."""
+    """A record has the right fields, but they are empty."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names that the recipe gives to columns; None where it leaves them to be found."""
+    """Column names from the recipe; None: found by name."""
 
     text: str | None = None
     prompt: str | None = None
@@ -49,7 +50,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Fields:
-    """The kind of documents in a source, and the column that each of its parts stands in."""
+    """The kind of documents in a source, and the column of each field."""
 
     kind: str
     names: Mapping[str, str]
@@ -59,7 +60,7 @@ class Fields:
         return tuple(self.names.values())
 
     def among(self, present: Collection[str]) -> tuple[str, ...]:
-        """The columns of a table that are read: those that must be there, and the one that may be."""
+        """The columns of a table to read: the required ones, and `tools` if present."""
         may = (
             (TOOLS,)
             if self.kind == "conversations" and TOOLS in present and TOOLS not in self.columns
@@ -69,10 +70,10 @@ class Fields:
 
 
 def choose_fields(present: Collection[str], columns: Columns, where: str) -> Fields:
-    """Decide which of the columns that are there are used.
+    """Decide which of the columns `present` are used.
 
     Raises:
-        SourceError: a column that was asked for is not there, none of the kinds is complete, or more than one is.
+        SourceError: a column from the recipe is missing, or the columns fit no kind or several.
     """
     if asked := columns.asked:
         kind = next(kind for kind, roles in KINDS.items() if set(asked) & set(roles))
@@ -80,7 +81,8 @@ def choose_fields(present: Collection[str], columns: Columns, where: str) -> Fie
         for role, name in names.items():
             if name not in present:
                 raise SourceError(
-                    f"{where}: there is no column {name!r} (data.{role}_column){suggestion(name, present)}"
+                    f"{where}: there is no column {name!r} (data.{role}_column)"
+                    f"{suggestion(name, present)}"
                 )
         return Fields(kind, names)
     complete = [kind for kind, roles in KINDS.items() if set(roles) <= set(present)]
@@ -90,7 +92,8 @@ def choose_fields(present: Collection[str], columns: Columns, where: str) -> Fie
         found = " and ".join("+".join(KINDS[kind]) for kind in complete)
         asking = " or ".join(f"data.{KINDS[kind][0]}_column: {KINDS[kind][0]}" for kind in complete)
         raise SourceError(
-            f"{where}: both {found} are there, and only one of them can be learnt from: say which in the recipe ({asking})"
+            f"{where}: has both {found}, and only one of them can be trained on. Say which in the "
+            f"recipe ({asking})"
         )
     guesses = [
         f"data.{role}_column: {near}"
@@ -99,8 +102,9 @@ def choose_fields(present: Collection[str], columns: Columns, where: str) -> Fie
         for near in near_names(role, present, 1)
     ]
     raise SourceError(
-        f"{where}: neither text, nor prompt and completion, nor messages are among its columns ({listed(present, 20)}); "
-        f"name them in the recipe{', perhaps ' + guesses[0] if guesses else ' (data.text_column and so on)'}"
+        f"{where}: its columns ({listed(present, 20)}) are neither text, nor prompt and "
+        "completion, nor messages. Name them in the recipe"
+        f"{', perhaps ' + guesses[0] if guesses else ' (data.text_column and so on)'}"
     )
 
 
@@ -109,11 +113,11 @@ def make_document(record: Any, fields: Fields, where: str) -> Document:
 
     Raises:
         EmptyRecordError: the record is empty.
-        SourceError: a field is missing or of another type, or a message is not what a message must be.
+        SourceError: a field is missing or has the wrong type, or a message is malformed.
     """
     if not isinstance(record, Mapping):
         raise SourceError(
-            f"{where}: a record must be an object with named fields, and this is {_type(record)}"
+            f"{where}: a record must be an object with named fields, not {_type(record)}"
         )
     missing = [name for name in fields.columns if name not in record]
     if missing:
@@ -124,7 +128,8 @@ def make_document(record: Any, fields: Fields, where: str) -> Document:
         ]
         if others:
             raise SourceError(
-                f"{where}: this record has {'+'.join(KINDS[others[0]])}, those before it {'+'.join(fields.columns)}; a source holds one kind"
+                f"{where}: this record has {'+'.join(KINDS[others[0]])}, those before it "
+                f"{'+'.join(fields.columns)}. A source holds one kind"
             )
         if not record:
             raise EmptyRecordError(f"{where}: the record is empty")
@@ -151,7 +156,8 @@ def make_document(record: Any, fields: Fields, where: str) -> Document:
 def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise SourceError(
-            f"{where}: {name!r} must be a list of messages with role and content, and is {_type(value)}"
+            f"{where}: {name!r} must be a list of messages with role and content, "
+            f"not {_type(value)}"
         )
     if not value:
         raise EmptyRecordError(f"{where}: {name!r} is empty")
@@ -159,20 +165,16 @@ def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...
         _message(message, f"{where}: message {i}") for i, message in enumerate(value, 1)
     )
     if not any(m["role"] == ASSISTANT for m in messages):
-        raise SourceError(
-            f"{where}: no message is the {ASSISTANT}'s, so there is nothing to learn from it"
-        )
+        raise SourceError(f"{where}: there is no message of the {ASSISTANT} to train on")
     return messages
 
 
 def _message(message: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(message, Mapping):
-        raise SourceError(
-            f"{where} must be an object with role and content, and is {_type(message)}"
-        )
+        raise SourceError(f"{where} must be an object with role and content, not {_type(message)}")
     kept = {
         key: value for key, value in message.items() if value is not None
-    }  # a table fills what a message lacks with null
+    }  # tables add missing keys as null
     for key in ("role", "content"):
         if key not in kept and not (key == "content" and kept.get("tool_calls")):
             what = "is null" if key in message else f"is missing{suggestion(key, message)}"
@@ -191,42 +193,41 @@ def _message(message: Any, where: str) -> Mapping[str, Any]:
 
 
 def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    if isinstance(
-        value, str
-    ):  # tables hold it so, since the tools of one row differ from another's
+    if isinstance(value, str):  # as in tables, where the tools of rows differ in structure
         try:
             value = json.loads(value) if value.strip() else None
         except ValueError as error:
             raise SourceError(
-                f"{where}: {TOOLS!r} is a string and must be the JSON of a list of tools then, and is not: {error}"
+                f"{where}: {TOOLS!r} is a string, but not the JSON of a list of tools: {error}"
             ) from error
     if value is None:
         return ()
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise SourceError(
-            f"{where}: {TOOLS!r} must be a list of tools, or the JSON of one, and is {_type(value)}"
+            f"{where}: {TOOLS!r} must be a list of tools, or the JSON of one, not {_type(value)}"
         )
     for i, tool in enumerate(value, 1):
         if not isinstance(tool, Mapping):
             raise SourceError(
-                f"{where}: tool {i} must be an object that defines it (a JSON schema), and is {_type(tool)}"
+                f"{where}: tool {i} must be an object (a JSON schema), not {_type(tool)}"
             )
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise SourceError(f"{where}: {TOOLS!r} holds what JSON cannot: {error}") from error
+        raise SourceError(f"{where}: {TOOLS!r} cannot be written as JSON: {error}") from error
     _string(written, TOOLS, where)
     return tuple(value)
 
 
 def _string(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
-        raise SourceError(f"{where}: {name!r} must be a string, and is {_type(value)}")
+        raise SourceError(f"{where}: {name!r} must be a string, not {_type(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise SourceError(
-            f"{where}: {name!r} holds half a surrogate pair at character {error.start}, which no UTF-8 text has"
+            f"{where}: {name!r} holds half a surrogate pair at character {error.start}, which is "
+            "not valid UTF-8"
         ) from error
     return value
 

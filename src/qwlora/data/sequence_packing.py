@@ -1,13 +1,14 @@
-"""Tokens to sequences of equal length, and the count of what became of them.
+"""Tokens to sequences of equal length, with counts of what was cut, dropped and padded.
 
-    join        documents one after another, cut into sequences; a document may begin in one and end in the next, and sees what stands before it in
-                its sequence; what is left over at the end is dropped
-    documents   whole documents side by side in a sequence, each with positions of its own from 0, so that attention does not cross (see `isolation`);
-                what is left of a sequence is padding
-    none        a document a sequence, padded to the longest
+    join        documents are concatenated and cut into sequences; a document may continue in the
+                next sequence, and attends to those before it; the remainder at the end is dropped
+    documents   whole documents packed into one sequence, each with its own positions from 0, so
+                that attention does not cross (see `document_isolation`); the rest is padding
+    none        one document a sequence, padded to the longest
 
-Running text is cut into pieces where it is longer than a sequence. Anything else is truncated at its end, and dropped if nothing learnt is left of it.
-The first token of a document is never learnt from the document before it, except in `join`.
+Running text longer than a sequence is cut into pieces. Other documents are truncated at the end,
+and dropped if that leaves no loss token. Except with `join`, the first token of a document is never in
+the loss, since the document before it must not predict it.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ PACKINGS = ("join", "documents", "none")
 
 @dataclass
 class Counts:
-    """What became of the documents of one part.
+    """Counts of one part (training or held out).
 
     Args:
-        documents: as the source has them; of conversations whose turns are apart, turns.
+        documents: in the source; with `turns: apart`, turns.
         tokens: in all documents, before anything is cut.
-        sequences, sequence_tokens: how many sequences there are, and how long each is.
-        learnt_tokens: tokens in the sequences that the loss is a mean over.
-        truncated_documents, truncated_tokens: documents that were too long, and what was cut off their ends.
-        dropped_documents: of which nothing learnt was left in a sequence.
-        dropped_tokens: tokens that are in no sequence, truncated ones among them.
-        padding_tokens: tokens in the sequences that are in no document.
+        sequences, sequence_tokens: number of sequences, and the length of each.
+        learnt_tokens: loss tokens: those in the sequences that the loss is a mean over. (The
+            name is that of the key in results.json.)
+        truncated_documents, truncated_tokens: documents that were too long, and the tokens cut off.
+        dropped_documents: documents without a loss token in any sequence.
+        dropped_tokens: tokens in no sequence, including truncated ones.
+        padding_tokens: tokens in the sequences that belong to no document.
     """
 
     documents: int = 0
@@ -70,12 +72,12 @@ def cut(
 
     Args:
         packing: one of PACKINGS.
-        start: what stands before a text; given to each sequence, or piece, of running text.
-        padding: the id of tokens that only fill.
-        part: what the documents are for, as an error should call it.
+        start: tokens before a text; added to each sequence, or piece, of running text.
+        padding: token id of padding.
+        part: name of the part for messages, such as `training`.
 
     Raises:
-        SourceError: the documents do not make one sequence.
+        SourceError: the documents do not fill one sequence, or have no loss token.
     """
     counts = Counts(documents=len(encoded), tokens=sum(len(t.ids) for t in encoded))
     if packing == "join":
@@ -96,7 +98,7 @@ def cut(
         )
         counts.padding_tokens = found.input_ids.numel() - sum(len(p.ids) for p in pieces)
     counts.sequences, counts.sequence_tokens = found.input_ids.shape
-    counts.learnt_tokens = found.learnt_tokens
+    counts.learnt_tokens = found.loss_tokens
     if packing == "join":
         fresh = counts.sequence_tokens - (len(start) if all(t.divisible for t in encoded) else 0)
         counts.dropped_tokens = counts.tokens - counts.sequences * fresh
@@ -106,10 +108,10 @@ def cut(
 def joined_ids(
     encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str
 ) -> Tensor:
-    """All tokens one after another, int64 [count, tokens], learnt or not: what ranges and statistics of activations are measured on.
+    """All tokens concatenated, int64 [count, tokens], for calibration and statistics.
 
     Raises:
-        SourceError: running text is shorter than one sequence; shorter records make one short sequence.
+        SourceError: running text is shorter than one sequence (records make one short sequence).
     """
     import torch
 
@@ -120,7 +122,8 @@ def joined_ids(
     count = len(ids) // fresh if fresh > 0 else 0
     if not count:
         raise SourceError(
-            f"the {part} text has {len(ids)} tokens, but one sequence needs {fresh}: give more text, lower data.sequence_tokens, or change data.held_out"
+            f"the {part} text has {len(ids)} tokens, but one sequence needs {fresh}: give more "
+            "text, lower data.sequence_tokens, or change data.held_out"
         )
     rows = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
     return torch.cat(
@@ -138,16 +141,15 @@ def _join(
     ids = joined_ids(encoded, sequence_tokens, start, part)
     if all(t.divisible for t in encoded):
         return Sequences(ids, ids)
-    learnt = torch.tensor(
-        [flag for tokens in encoded for flag in tokens.learnt][: ids.numel()]
+    in_loss = torch.tensor(
+        [flag for tokens in encoded for flag in tokens.in_loss][: ids.numel()]
     ).view(ids.shape)
-    labels = ids.masked_fill(~learnt, IGNORED)
-    kept = (labels[:, 1:] != IGNORED).any(
-        dim=1
-    )  # a batch of sequences without a learnt token has no loss
+    labels = ids.masked_fill(~in_loss, IGNORED)
+    kept = (labels[:, 1:] != IGNORED).any(dim=1)  # a batch without a loss token has no loss
     if not kept.any():
         raise SourceError(
-            f"no sequence of the {part} part has a token that is learnt: raise data.sequence_tokens, or choose another data.packing"
+            f"no sequence of the {part} part has a loss token: raise data.sequence_tokens, or "
+            "set another data.packing"
         )
     return Sequences(ids[kept], labels[kept])
 
@@ -155,7 +157,7 @@ def _join(
 def _pieces(
     encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str, counts: Counts
 ) -> list[Tokens]:
-    """Documents of at most `sequence_tokens`, each with something to learn."""
+    """Documents of at most `sequence_tokens`, each with a loss token."""
     pieces: list[Tokens] = []
     fresh = sequence_tokens - len(start)
     for tokens in encoded:
@@ -163,33 +165,34 @@ def _pieces(
             parts = [
                 Tokens(
                     [*start, *tokens.ids[at : at + fresh]],
-                    [False] * len(start) + tokens.learnt[at : at + fresh],
+                    [False] * len(start) + tokens.in_loss[at : at + fresh],
                 )
                 for at in range(0, len(tokens.ids), fresh)
             ]
         else:
-            parts = [Tokens(tokens.ids[:sequence_tokens], tokens.learnt[:sequence_tokens])]
+            parts = [Tokens(tokens.ids[:sequence_tokens], tokens.in_loss[:sequence_tokens])]
             if (over := len(tokens.ids) - sequence_tokens) > 0:
                 counts.truncated_documents += 1
                 counts.truncated_tokens += over
                 counts.dropped_tokens += over
-        kept = [p for p in parts if any(p.learnt[1:])]
+        kept = [p for p in parts if any(p.in_loss[1:])]
         counts.dropped_documents += not kept
         counts.dropped_tokens += sum(
             len(p.ids) - (len(start) if tokens.divisible else 0)
             for p in parts
-            if not any(p.learnt[1:])
+            if not any(p.in_loss[1:])
         )
         pieces += kept
     if not pieces:
         raise SourceError(
-            f"of the {counts.documents} {part} documents none has a learnt token within its first {sequence_tokens} tokens: raise data.sequence_tokens"
+            f"none of the {counts.documents} {part} documents has a loss token within its first "
+            f"{sequence_tokens} tokens: raise data.sequence_tokens"
         )
     return pieces
 
 
 def _pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Indices that share a sequence: each goes where the least room is left that holds it."""
+    """Indices that share a sequence (best fit: the fullest one with enough room)."""
     bins: list[list[int]] = []
     open_bins: list[tuple[int, int]] = []  # (room left, bin), ascending
     shortest = min(lengths)
@@ -222,7 +225,7 @@ def _fill(rows: Sequence[Sequence[Tokens]], width: int, padding: int, positions:
             labels[row, at:end] = torch.tensor(
                 [
                     i if flag and k else IGNORED
-                    for k, (i, flag) in enumerate(zip(tokens.ids, tokens.learnt, strict=True))
+                    for k, (i, flag) in enumerate(zip(tokens.ids, tokens.in_loss, strict=True))
                 ]
             )
             places[row, at:end] = torch.arange(end - at)

@@ -1,9 +1,10 @@
-"""Token sequences with what is to be learnt from them: what the data hands to training, evaluation and verification.
+"""Token sequences with labels: what training, evaluation and verification read.
 
-    loss = mean over t of -log p(labels[t] | input_ids[:t]),    over the t >= 1 with labels[t] != IGNORED
+    loss = mean over t of -log p(labels[t] | input_ids[:t]),  over t >= 1 with labels[t] != IGNORED
 
-`labels[t]` is `input_ids[t]` where the token is learnt and IGNORED elsewhere (transformers' convention; the shift by one is the model's). `position_ids`,
-where they are given, begin again at 0 with each document of a sequence: transformers' mask makers read from that which tokens may see each other.
+`labels[t]` is `input_ids[t]` for loss tokens and IGNORED elsewhere (transformers' convention; the
+model shifts by one). `position_ids`, if present, restart at 0 with each document of a sequence;
+transformers' mask functions derive from them which tokens may attend to each other.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Sequences(Dataset[dict[str, Tensor]]):
-    """Sequences of equal length; item i holds the model's arguments for sequence i, each [tokens].
+    """Sequences of equal length; item i is the model's arguments for sequence i, each [tokens].
 
     Args:
         input_ids: int64 [count, tokens].
-        labels: int64 [count, tokens], IGNORED where nothing is learnt.
-        position_ids: int64 [count, tokens], if several documents share a sequence and must not see each other.
+        labels: int64 [count, tokens], IGNORED for tokens that are not in the loss.
+        position_ids: int64 [count, tokens], if documents share a sequence without attending to
+            each other.
     """
 
     input_ids: Int64[Tensor, "count tokens"]
@@ -41,7 +43,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return self._part(torch.arange(min(count, len(self))))
 
     def spread(self, count: int) -> tuple[Sequences, Sequences]:
-        """`count` sequences at equal distances, or as many as there are, and the others."""
+        """(`count` evenly spaced sequences, or as many as there are; the remaining ones)."""
         chosen = torch.zeros(len(self), dtype=torch.bool)
         chosen[torch.arange(min(count, len(self))) * len(self) // max(1, min(count, len(self)))] = (
             True
@@ -64,20 +66,21 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return {name: tensor[index] for name, tensor in tensors.items() if tensor is not None}
 
     def rows(self) -> Iterator[tuple[Int64[Tensor, " tokens"], Int64[Tensor, " tokens"]]]:
-        """(ids, labels) of each sequence, up to its last learnt token: what comes after it changes no loss of a causal model."""
+        """(ids, labels) of each sequence up to its last loss token; a causal model's loss does not
+        depend on what follows."""
         assert self.position_ids is None, (
-            "documents that share a sequence need their positions; rows() leaves them out"
+            "documents that share a sequence need position_ids, which rows() does not return"
         )
         for ids, labels in zip(self.input_ids, self.labels, strict=True):
             end = int((labels != IGNORED).nonzero().max()) + 1
             yield ids[:end], labels[:end]
 
     @property
-    def learnt_tokens(self) -> int:
-        """Tokens that the loss is a mean over."""
+    def loss_tokens(self) -> int:
+        """Number of tokens that the loss is a mean over."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
 
 def as_sequences(sequences: Sequences | Int64[Tensor, "count tokens"]) -> Sequences:
-    """Plain ids [count, tokens] as sequences of which every token is learnt."""
+    """Plain ids [count, tokens] as sequences in which every token is in the loss."""
     return sequences if isinstance(sequences, Sequences) else Sequences(sequences, sequences)

@@ -1,8 +1,10 @@
-"""Tables: CSV and TSV, Parquet, Arrow, folders that `datasets` saved, and the hub.
+"""Tables: CSV and TSV, Parquet, Arrow, folders saved by `datasets`, and the hub.
 
-CSV is read with Python's own `csv`, so that a bad record has a line and `NA` or an empty field stays the text that it is (pandas makes both nan). Parquet and
-Arrow are read with `pyarrow` where they lie (`datasets` would copy them into its cache first); folders and the hub with `datasets`. Both come with the extra
-`data`. A row is counted from 1, as its file counts it.
+CSV is read with Python's own `csv`, so that a bad record is named by its line, and `NA` or an empty
+field stays text (pandas, which `datasets` uses, makes both null and numbers of digits). Parquet and
+Arrow are read in place with `pyarrow` (`datasets` would first copy them into its cache, without a
+limit on what they unpack to). `datasets` reads its own folders and the hub. Both packages are in
+the extra `data`. Rows are counted from 1.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
     finally:
         csv.field_size_limit(previous)
     if not lines:
-        raise SourceError(f"{path}: the file is empty; its first line must name the columns")
+        raise SourceError(f"{path}: the file is empty. Its first line must name the columns")
     header = lines[0][1]
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise SourceError(f"{path}:1: two columns are named {twice[0]!r}")
@@ -51,7 +53,8 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
         for line, row in lines[1:]:
             if len(row) != len(header):
                 raise SourceError(
-                    f"{path}:{line}: this record has {len(row)} fields, and the header {len(header)}; a field with a {between} in it needs quotes"
+                    f"{path}:{line}: this record has {len(row)} fields, and the header "
+                    f"{len(header)}. Quote fields that contain a {between}"
                 )
             yield f"{path}:{line}", dict(zip(header, row, strict=True))
 
@@ -59,7 +62,7 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
 
 
 def _numbered(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows with the line on which each begins."""
+    """Rows with the number of their first line."""
     line = 1
     try:
         for row in reader:
@@ -70,7 +73,7 @@ def _numbered(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def read_parquet(path: Path, unpack_limit: float | None = None) -> tuple[list[str], Any]:
-    """Column names, and a function from the columns that are wanted to (`file row N`, row).
+    """Column names, and a function from the wanted columns to (`file row N`, row).
 
     Args:
         unpack_limit: see `_Unpacked`.
@@ -95,7 +98,7 @@ def read_parquet(path: Path, unpack_limit: float | None = None) -> tuple[list[st
 
 
 def _declared_bytes(metadata: Any, wanted: Collection[str]) -> int:
-    """What a Parquet file says that the columns `wanted` unpack to."""
+    """Unpacked size of the columns `wanted`, as the Parquet file declares it."""
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     columns = (group.column(i) for group in groups for i in range(group.num_columns))
     return sum(
@@ -106,7 +109,7 @@ def _declared_bytes(metadata: Any, wanted: Collection[str]) -> int:
 
 
 def read_arrow(path: Path, unpack_limit: float | None = None) -> tuple[list[str], Any]:
-    """The same for an Arrow file, in the stream or the file (Feather) format.
+    """Same as `read_parquet` for an Arrow file, in the stream or the file (Feather) format.
 
     Raises:
         SourceError: it is neither.
@@ -129,11 +132,11 @@ def read_arrow(path: Path, unpack_limit: float | None = None) -> tuple[list[str]
 
 
 class _Unpacked:
-    """Counts what a compressed file unpacks to, and refuses the excess.
+    """Limits what a compressed file may unpack to.
 
     Args:
-        limit: times its size that a file may unpack to; None for no limit. `_HARMLESS_BYTES` are
-            never too many.
+        limit: allowed multiple of the file's size; None for no limit. `_HARMLESS_BYTES` are
+            always allowed.
     """
 
     def __init__(self, path: Path, limit: float | None):
@@ -142,21 +145,22 @@ class _Unpacked:
         self.most = inf if limit is None else max(limit * self.size, _HARMLESS_BYTES)
 
     def check(self, count: int) -> None:
-        """Refuse `count` bytes in all.
+        """Check a total of `count` unpacked bytes.
 
         Raises:
-            SourceError: they are too many.
+            SourceError: they exceed the limit.
         """
         if count > self.most:
             raise SourceError(
                 f"{self.path}: the file has {self.size:,} bytes and unpacks to more than "
-                f"{self.limit:g} times as many ({count:,} so far). If it is meant to, raise "
+                f"{self.limit:g} times as many ({count:,} so far). If that is intended, raise "
                 "data.unpack_limit, or set it to null"
             )
 
 
 def _batches(batches: Iterator[Any], path: Path, unpacked: _Unpacked) -> Rows:
-    """Rows of record batches, few at a time: a value that a file holds once may be in each row."""
+    """Rows of record batches, `_ROWS_AT_ONCE` at a time: a value stored once in the file
+    (dictionary encoding) may occur in every row."""
     number = in_batches = in_rows = 0
     iterator = iter(batches)
     while True:
@@ -185,7 +189,7 @@ def _characters(value: Any) -> int:
 
 
 def _without_null(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without what its objects lack: all objects of a column have all keys that one of them has, and null for those that they have not."""
+    """A row without null keys: a column's objects all have the keys that any of them has."""
 
     def present(value: Any) -> Any:
         if isinstance(value, dict):
@@ -196,15 +200,15 @@ def _without_null(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether `datasets` saved this folder (`save_to_disk`)."""
+    """Whether `datasets.save_to_disk` wrote this folder."""
     return any((path / name).is_file() for name in SAVED_DATASET)
 
 
 def read_saved_dataset(path: Path, split: str | None) -> tuple[list[str], Any]:
-    """The same for a folder of `save_to_disk`.
+    """Same as `read_parquet` for a folder of `datasets.save_to_disk`.
 
     Raises:
-        SourceError: it cannot be loaded, or has not got that split.
+        SourceError: it cannot be loaded, or does not have that split.
         MissingExtraError: datasets is not installed.
     """
     datasets = _needed("datasets", path)
@@ -212,16 +216,17 @@ def read_saved_dataset(path: Path, split: str | None) -> tuple[list[str], Any]:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # each version, builder and file system raises its own
         raise SourceError(
-            f"{path}: this folder has {' or '.join(SAVED_DATASET)}, but datasets cannot load it: {error}"
+            f"{path}: this folder has {' or '.join(SAVED_DATASET)}, but datasets cannot load it: "
+            f"{error}"
         ) from error
     return _dataset_rows(loaded, str(path), split, datasets)
 
 
 def read_hub(source: str, split: str | None, subset: str | None) -> tuple[list[str], Any]:
-    """The same for a dataset on the hub, `owner/name`.
+    """Same as `read_parquet` for a dataset on the hub, `owner/name`.
 
     Raises:
-        SourceError: it cannot be loaded, or has not got that split.
+        SourceError: it cannot be loaded, or does not have that split.
         MissingExtraError: datasets is not installed.
     """
     datasets = _needed("datasets", source)
@@ -229,7 +234,8 @@ def read_hub(source: str, split: str | None, subset: str | None) -> tuple[list[s
         loaded = datasets.load_dataset(source, name=subset)
     except Exception as error:  # the network, the hub, a builder: each raises its own
         raise SourceError(
-            f"data source {source!r} is no file or folder here, and datasets cannot load it from the hub: {_first_line(error)}"
+            f"data source {source!r} is not a local file or folder, and datasets cannot load it "
+            f"from the hub: {_first_line(error)}"
         ) from error
     return _dataset_rows(loaded, source, split, datasets)
 
@@ -242,13 +248,12 @@ def _dataset_rows(
         wanted = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
         if wanted is None or wanted not in names:
             raise SourceError(
-                f"{source}: {f'there is no split {split!r}' if split else 'it has several splits'}: set data.split to one of {', '.join(names)}"
+                f"{source}: {f'there is no split {split!r}' if split else 'it has several splits'}"
+                f". Set data.split to one of {', '.join(names)}"
             )
         loaded, source = loaded[wanted], f"{source}[{wanted}]"
     elif split is not None:
-        raise SourceError(
-            f"{source}: it has no splits, so data.split: {split} has no meaning; take it out of the recipe"
-        )
+        raise SourceError(f"{source} has no splits; remove data.split: {split} from the recipe")
 
     def rows(wanted: Collection[str]) -> Rows:
         table, number = iter(loaded.select_columns(list(wanted))), 0
@@ -268,7 +273,8 @@ def _needed(module: str, source: Any) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{module.partition('.')[0]} is needed to read {str(source)!r} and is not installed: pip install 'qwlora[data]'"
+            f"{module.partition('.')[0]} is needed to read {str(source)!r} and is not installed: "
+            "pip install 'qwlora[data]'"
         ) from error
 
 

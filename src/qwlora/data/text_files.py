@@ -1,4 +1,8 @@
-"""Text in files and in Python modules, and JSON, one record a line or a list of them: read with nothing but Python, so that an error knows its line."""
+"""Text files, JSON Lines and JSON files, and strings in Python modules.
+
+JSON is read with Python's own `json`, so that a bad record is named by its line. `datasets` would
+read NaN as null, change types to those of other lines and not know the line.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from qwlora.data.file_kinds import suffix_of
 from qwlora.errors import SourceError
 
 
-def read_file(path: Path) -> str:
-    """The text of a file, with Python's newlines.
+def read_text(path: Path) -> str:
+    """The text of a file, with `\\n` as newline and without a byte order mark.
 
     Raises:
         SourceError: it cannot be read, or is not UTF-8.
@@ -40,19 +44,19 @@ def read_bytes(path: Path) -> bytes:
 
 
 def decode(content: bytes, path: Path) -> str:
-    """UTF-8, or an error that names the line.
+    """Decode UTF-8.
 
     Raises:
-        SourceError: it is not UTF-8.
+        SourceError: it is not UTF-8; the line is named.
     """
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         start = content.rfind(b"\n", 0, error.start) + 1
-        what = f"byte {error.start - start + 1} of the line (0x{content[error.start]:02x}) cannot be decoded"
+        byte = f"byte {error.start - start + 1} of the line (0x{content[error.start]:02x})"
         raise SourceError(
-            f"{path}:{line}: this is not UTF-8 text: {what}. Convert the file to UTF-8"
+            f"{path}:{line}: {byte} is not UTF-8 text. Convert the file to UTF-8"
         ) from error
 
 
@@ -60,7 +64,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """(`file:line`, value) of each line that is not blank.
 
     Raises:
-        SourceError: a line is not JSON, holds nan or infinity, or a key twice.
+        SourceError: a line is not JSON, holds NaN or infinity, or has a key twice.
     """
     for number, line in enumerate(
         decode(read_bytes(path), path).removeprefix("\ufeff").split("\n"), 1
@@ -81,19 +85,20 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 else ""
             )
             raise SourceError(
-                f"{where}: this is not JSON: {error.msg.removesuffix(' at')} at character {error.colno}{hint}"
+                f"{where}: this is not JSON: {error.msg.removesuffix(' at')} at character "
+                f"{error.colno}{hint}"
             ) from error
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{where}: this is not JSON that can be used: {error}") from error
 
 
 def read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """(`file record N`, value) of each element, if the file is a list; else its lines, as `read_json_lines` has them.
+    """(`file record N`, value) of each element of a list; otherwise as `read_json_lines`.
 
     Raises:
-        SourceError: it is not JSON, or see `read_json_lines`.
+        SourceError: it is not JSON; see `read_json_lines`.
     """
-    text = read_file(path)
+    text = read_text(path)
     if not text.lstrip().startswith("["):
         yield from read_json_lines(path)
         return
@@ -101,7 +106,8 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
         records = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
     except json.JSONDecodeError as error:
         raise SourceError(
-            f"{path}:{error.lineno}: this is not JSON: {error.msg.removesuffix(' at')} at character {error.colno}"
+            f"{path}:{error.lineno}: this is not JSON: {error.msg.removesuffix(' at')} at "
+            f"character {error.colno}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: this is not JSON that can be used: {error}") from error
@@ -118,7 +124,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(
-            f"the key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object"
+            f"the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice in one object"
         )
     return found
 
@@ -127,7 +133,7 @@ def read_attribute(source: str) -> list[Text]:
     """Strings in an installed Python module, `python:MODULE:ATTRIBUTE`.
 
     Raises:
-        SourceError: it is not there, or not text.
+        SourceError: the module or attribute is missing, or does not hold strings.
     """
     module_name, _, attribute = source.removeprefix("python:").partition(":")
     try:
@@ -147,6 +153,7 @@ def read_attribute(source: str) -> list[Text]:
     )
     if documents is None or not all(isinstance(d, str) for d in documents):
         raise SourceError(
-            f"data source {source!r} is a {type(value).__name__}, not a string or a mapping or sequence of strings"
+            f"data source {source!r} is a {type(value).__name__}; it must be a string, or a "
+            "sequence or mapping of strings"
         )
     return [Text(document, f"{source}[{i}]") for i, document in enumerate(documents)]

@@ -1,16 +1,20 @@
-"""Documents to tokens, each with whether it is learnt.
+"""Documents to tokens, each with whether it counts in the loss.
 
-    Text           its tokens and the end-of-sequence token, all learnt; may be cut anywhere
-    Completion     what the tokenizer puts before a text, the prompt, the completion, the end-of-sequence token; the last two are learnt
-    Conversation   what the chat template says (see `chat`)
+    Text           its tokens and the end-of-sequence token, all in the loss; may be cut anywhere
+    Completion     what the tokenizer puts before a text, the prompt, the completion and the
+                   end-of-sequence token; the last two are in the loss
+    Conversation   what the chat template renders (see `chat`)
 
-At inference the prompt stands alone, so its tokens are those that it has alone. Those of the completion are the first of these that leave the text what it is:
+At inference the prompt is tokenized alone, so it is here. The tokens of the completion are the
+first of these that leave the decoded text unchanged:
 
-    what follows the prompt's tokens when both are tokenized together, if these begin with them
-    the completion's own
-    what follows a sentinel, tokenized with it and cut off again    `yes`, where a tokenizer puts a space before a text of its own (`▁yes`: SentencePiece)
+    1. what follows the prompt's tokens when both are tokenized together, if these begin with them
+    2. the completion tokenized alone
+    3. what follows a sentinel, tokenized with it and cut off again: `yes`, where the tokenizer
+       would put a space before a text (`▁yes`, SentencePiece)
 
-Text is compared as the tokenizer decodes it. If none leaves it so, both are tokenized together, and learnt from the first token that is not the prompt's.
+Otherwise both are tokenized together, and the loss begins at the first token that differs from the
+prompt's.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwlora.data.chat import encode_conversation, shared, turns_apart
+from qwlora.data.chat import common_prefix_length, encode_conversation, split_turns
 from qwlora.data.document import Completion, Conversation, Document, Text
 
 if TYPE_CHECKING:
@@ -33,19 +37,19 @@ class Tokens:
     """A document's tokens.
 
     Args:
-        ids, learnt: [tokens].
-        divisible: running text, which may be cut; its sequences begin with what the tokenizer puts before a text.
+        ids, in_loss: [tokens].
+        divisible: running text, which may be cut; each piece begins with the start tokens.
     """
 
     ids: list[int]
-    learnt: list[bool]
+    in_loss: list[bool]
     divisible: bool = False
 
 
 def encode_documents(
     documents: Sequence[Document | str], tokenizer: PreTrainedTokenizerBase, turns: str = "together"
 ) -> list[Tokens]:
-    """Tokens of each document; of each turn, if `turns` is `apart`.
+    """Tokens of each document, or of each turn if `turns` is `apart`.
 
     Raises:
         SourceError: see `encode_conversation`.
@@ -69,7 +73,7 @@ def encode_documents(
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text of its own accord."""
+    """Tokens that the tokenizer puts before every text, such as BOS."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     full: list[int] = tokenizer("a")["input_ids"]
     for at in range(len(full) - len(bare) + 1):
@@ -103,19 +107,19 @@ def _prompt_and_completion(
     for completion in _tokenized_apart(document.completion, tokenizer):
         if _decoded([*prompt, *completion], tokenizer) == text:
             return prompt, completion
-    same = shared(prompt, both)
+    same = common_prefix_length(prompt, both)
     return both[:same], both[same:]
 
 
 def _tokenized_apart(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Tokens of `text` by itself, then of `text` in the midst of another."""
+    """Tokens of `text` alone, then after each sentinel."""
     yield _ids(text, tokenizer)
     for sentinel in _SENTINELS:
         yield _ids(sentinel + text, tokenizer)[len(_ids(sentinel, tokenizer)) :]
 
 
 def _conversations(document: Conversation, apart: bool) -> list[Conversation]:
-    return turns_apart(document) if apart else [document]
+    return split_turns(document) if apart else [document]
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

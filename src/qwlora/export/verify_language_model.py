@@ -115,7 +115,7 @@ def verify_onnx(
         floor.update(reference.perturbed_logits(ids[None])[:, predicting], expected[:, predicting])
         nll["file"] += _nll(found, labels)
         nll["simulation"] += _nll(expected, labels)
-    predicted = data.learnt_tokens
+    predicted = data.loss_tokens
     return Parity(
         max_abs_logit_difference=file.largest,
         mean_abs_logit_difference=file.total / file.count,

@@ -1,4 +1,4 @@
-"""Optional packages: imported where a writer needs them, and named with their extra where they are missing."""
+"""Optional packages, imported when needed; a missing one is named with its extra."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def require(module: str, extra: str) -> ModuleType:
     """Import `module`.
 
     Raises:
-        MissingExtraError: it is not installed; the message says which extra brings it.
+        MissingExtraError: it is not installed; the message names the extra that contains it.
     """
     try:
         return importlib.import_module(module)

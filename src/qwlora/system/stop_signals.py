@@ -62,8 +62,10 @@ def on_stop_signal(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 def raise_stopped(number: int) -> None:
-    """Raise `Stopped`. Later signals are ignored while what was begun is cleaned up, but for Ctrl-C:
-    a terminal that closes sends SIGHUP twice, and systemd SIGHUP after SIGTERM."""
+    """Raise `Stopped`, and ignore later signals during the cleanup, except Ctrl-C.
+
+    A terminal that closes sends SIGHUP twice, and systemd sends SIGHUP after SIGTERM.
+    """
     for other in STOP_SIGNALS:
         if other != signal.SIGINT:
             signal.signal(other, signal.SIG_IGN)

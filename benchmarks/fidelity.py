@@ -37,7 +37,7 @@ from qwlora.adapter.float32_matmul import onednn_float32_matmul
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.analysis.perplexity import logits_of, perplexity
-from qwlora.data import load_documents, sequences
+from qwlora.data import load_documents
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.second_moments import Moment, Moments
 from qwlora.nn import weight_out_in
@@ -141,9 +141,9 @@ class Bench:
         self.reference = load_model(subject.source)
         tokenizer = load_tokenizer(subject.source)
         documents = load_documents(TEXT, 0.2, 0)
-        self.training = sequences(documents.train, tokenizer, subject.tokens, "training")
+        self.training = concatenated_ids(documents.train, tokenizer, subject.tokens, "training")
         self.calibration = self.training[: CALIBRATION_TOKENS // subject.tokens]
-        self.all_held_out = sequences(documents.held_out, tokenizer, subject.tokens, "held-out")
+        self.all_held_out = concatenated_ids(documents.held_out, tokenizer, subject.tokens, "held-out")
         self.held_out = self.all_held_out[: HELD_OUT_TOKENS // subject.tokens]
         self.steps, self.learning_rate = steps, learning_rate
         self.base_key = ""

@@ -256,9 +256,7 @@ def test_what_is_too_long_is_truncated_and_counted() -> None:
         match=r"none of the 1 held-out documents has a loss token within its first 10 tokens: raise data.sequence_tokens",
     ):
         cut(documents[1:2], 10, "none", [], -1, "held-out")
-    with pytest.raises(
-        SourceError, match="no sequence of the training part has a token that is learnt"
-    ):
+    with pytest.raises(SourceError, match="no sequence of the training part has a loss token"):
         cut([Tokens(list(range(12)), [True] + [False] * 11)], 10, "join", [], -1, "training")
 
 

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import processors
 
 from conftest import byte_tokenizer
-from qwlora.data import Completion, load_documents, locate_documents, sequences
+from qwlora.data import Completion, concatenated_ids, load_documents, locate_documents
 from qwlora.errors import SourceError
 
 
@@ -47,7 +47,7 @@ def test_one_document_is_split_near_the_wanted_share(tmp_path: Path, text: str) 
 
 
 def test_sequences_are_equal_and_documents_are_ended() -> None:
-    ids = sequences(["ab", "cdefg"], byte_tokenizer(), 4, "training")
+    ids = concatenated_ids(["ab", "cdefg"], byte_tokenizer(), 4, "training")
     tokenizer = byte_tokenizer()
     assert "".join(tokenizer.convert_ids_to_tokens(ids.flatten())) == "ab<end>cdefg"
     assert ids.shape == (2, 4)
@@ -60,7 +60,7 @@ def test_each_sequence_begins_as_the_tokenizer_begins_a_text() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<begin> $A", special_tokens=[("<begin>", begin)]
     )
-    ids = sequences(["abcdefgh"], tokenizer, 4, "training")
+    ids = concatenated_ids(["abcdefgh"], tokenizer, 4, "training")
     assert (ids[:, 0] == begin).all()
     assert "".join(tokenizer.convert_ids_to_tokens(ids[:, 1:].flatten())) == "abcdefgh<end>"
 
@@ -85,7 +85,7 @@ def test_what_is_no_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         SourceError, match="the held-out text has 3 tokens, but one sequence needs 64"
     ):
-        sequences(["ab"], byte_tokenizer(), 64, "held-out")
+        concatenated_ids(["ab"], byte_tokenizer(), 64, "held-out")
 
 
 def test_the_same_answer_is_not_on_both_sides(tmp_path: Path) -> None:

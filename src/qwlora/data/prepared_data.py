@@ -105,7 +105,7 @@ def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cutting: C
     )
 
 
-def sequences(
+def concatenated_ids(
     documents: Sequence[Document | str],
     tokenizer: PreTrainedTokenizerBase,
     sequence_tokens: int,

@@ -84,7 +84,7 @@ def test_text_shorter_than_one_sequence(call: Any, recipe_for: Any, tmp_path: Pa
 
 def test_text_that_is_not_text(call: Any, recipe_for: Any, tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    assert "is not UTF-8 text: byte 1 of the line" in refused(
+    assert "byte 1 of the line (0xff) is not UTF-8 text" in refused(
         call, recipe_for(data={"source": str(tmp_path / "binary.txt")}), tmp_path / "out"
     )
 

@@ -143,7 +143,9 @@ class Bench:
         documents = load_documents(TEXT, 0.2, 0)
         self.training = concatenated_ids(documents.train, tokenizer, subject.tokens, "training")
         self.calibration = self.training[: CALIBRATION_TOKENS // subject.tokens]
-        self.all_held_out = concatenated_ids(documents.held_out, tokenizer, subject.tokens, "held-out")
+        self.all_held_out = concatenated_ids(
+            documents.held_out, tokenizer, subject.tokens, "held-out"
+        )
         self.held_out = self.all_held_out[: HELD_OUT_TOKENS // subject.tokens]
         self.steps, self.learning_rate = steps, learning_rate
         self.base_key = ""

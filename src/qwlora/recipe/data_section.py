@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from qwlora.data import Columns, Cutting, Reading
-from qwlora.data.text_files import read_file
+from qwlora.data.text_files import read_text
 from qwlora.recipe.section import Count, Section
 
 
@@ -100,7 +100,7 @@ class Data(Section):
         Raises:
             SourceError: the file cannot be read, or is not UTF-8.
         """
-        return None if self.chat_template is None else read_file(Path(self.chat_template))
+        return None if self.chat_template is None else read_text(Path(self.chat_template))
 
     def reading(self) -> Reading:
         """How the source is read."""

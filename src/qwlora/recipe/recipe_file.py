@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from qwlora.data.text_files import read_file
+from qwlora.data.text_files import read_text
 from qwlora.errors import RecipeError, SourceError
 from qwlora.formats.user_path import user_path
 from qwlora.messages import suggestion
@@ -204,4 +204,4 @@ def _check_template(template: str) -> None:
     path = user_path(template)
     if not path.is_file():
         raise SourceError(f"{template!r} is not a file")
-    read_file(path)
+    read_text(path)

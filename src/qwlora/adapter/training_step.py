@@ -33,8 +33,11 @@ ranges). What each row relies on beyond the documented interfaces:
     5  peft: the attributes of `peft.tuners.lora.Linear`; its forward is B(A(dropout(x))) * scaling
     6  torch: precision "medium" selects oneDNN on CPUs
 
-Not here: what `trainer.AdapterTrainer` changes by subclassing (the recovery term is added to the
-loss, non-finite losses and gradients stop the run, checkpoints are plain adapters).
+What `trainer.AdapterTrainer` changes by subclassing is not here: the recovery term is added to the
+loss, non-finite numbers stop the run, and checkpoints are plain adapters. It relies on these
+private or undocumented parts of transformers' Trainer: `_loss_shifts_labels`,
+`_load_from_checkpoint`, `_load_best_model`, `_save`, `create_accelerator_and_postprocess` and
+`autocast_smart_context_manager`. `train.py` sets `TrainingArguments._n_gpu`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from formats.gguf_models import (
 from qwlora.errors import MissingExtraError, SourceError
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
-from qwlora.formats.gguf.tensor_names import Making, _Above, moved
+from qwlora.formats.gguf.tensor_names import GgufOrigin, _OuterModules, find_reordering
 from qwlora.formats.model_source import load_model
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -314,7 +314,7 @@ def test_joined_experts_of_two_types_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(
         SourceError,
-        match=r"blk.0.ffn_gate_exps.weight \(Q4_K\), blk.0.ffn_up_exps.weight \(Q8_0\), and one tensor has one grid",
+        match=r"blk.0.ffn_gate_exps.weight \(Q4_K\), blk.0.ffn_up_exps.weight \(Q8_0\)\. Use a file",
     ):
         GgufCheckpoint(path).read("model.layers.0.mlp.experts.gate_up_proj")
 
@@ -332,7 +332,7 @@ def test_types_that_no_grid_expresses_are_named(tmp_path: Path) -> None:
         stored_shapes(arch, config),
         lambda name, shape: kinds.get(name, "F16"),
     )
-    expected = r"blk.0.ffn_up.weight \(TQ2_0\), blk.1.attn_q.weight \(MXFP4\): no grid .* expresses MXFP4, TQ2_0; take a file of Q4_0, .*"
+    expected = r"blk.0.ffn_up.weight \(TQ2_0\), blk.1.attn_q.weight \(MXFP4\): MXFP4, TQ2_0 cannot be expressed .* Use a file with Q4_0, .*"
     with pytest.raises(SourceError, match=expected):
         GgufCheckpoint(path)
 
@@ -369,7 +369,7 @@ def test_a_tied_head_comes_once_and_first(tmp_path: Path) -> None:
     assert GgufCheckpoint(llama(untied, {})).names()[-1] == "lm_head.weight"
     with pytest.raises(
         SourceError,
-        match=r"'lm_head.weight' is no parameter of LlamaForCausalLM \(of tied ones, the first counts\)",
+        match=r"'lm_head.weight' is not a parameter of LlamaForCausalLM \(tied",
     ):
         GgufCheckpoint(tied / "m.gguf").read("lm_head.weight")
 
@@ -411,11 +411,11 @@ SCALED = {
 @pytest.mark.parametrize(
     ("metadata", "extra", "message"),
     [
-        ({}, {"rope_freqs.weight": (8,)}, r"\(rope_freqs.weight\), as llama.cpp computes"),
+        ({}, {"rope_freqs.weight": (8,)}, r"\(rope_freqs.weight\)\. llama.cpp applies"),
         (
             SCALED,
             {},
-            r"\(llama.rope.scaling.type = yarn, llama.rope.scaling.factor = 4.0, llama.rope.scaling.original_context_length = 32\), as llama.cpp",
+            r"\(llama.rope.scaling.type = yarn, llama.rope.scaling.factor = 4.0, llama.rope.scaling.original_context_length = 32\)\. llama.cpp",
         ),
         ({"llama.rope.scale_linear": 2.0}, {}, r"\(llama.rope.scale_linear = 2.0\)"),
     ],
@@ -540,7 +540,7 @@ def test_names_are_found_without_visiting_every_module(
         TensorProcessor,
     ):
         wanted = get_gguf_hf_weights_map(model, kind(config={}))
-        found = get_gguf_hf_weights_map(_Above(model), kind(config={}))
+        found = get_gguf_hf_weights_map(_OuterModules(model), kind(config={}))
         assert {stored: name for stored, name in wanted.items() if name in model.state_dict()} == {
             k: v for k, v in found.items() if v in model.state_dict()
         }
@@ -580,19 +580,27 @@ def test_what_is_no_move_is_refused(change: Any, message: str) -> None:
         return change(tensors["a"])
 
     with pytest.raises(SourceError, match=f"tensor a: .*{message}"):
-        moved(Making("p", ("a",), whole_rows_only), [(4, 48)], 16, "tensor a")
+        find_reordering(GgufOrigin("p", ("a",), whole_rows_only), [(4, 48)], 16, "tensor a")
 
 
 def test_moves_are_told() -> None:
     order = torch.tensor([2, 0, 3, 1])
-    move = moved(
-        Making("p", ("a",), lambda tensors: tensors["a"][order].T), [(4, 48)], 16, "tensor a"
+    reordering = find_reordering(
+        GgufOrigin("p", ("a",), lambda tensors: tensors["a"][order].T), [(4, 48)], 16, "tensor a"
     )
-    assert (move.rows.tolist(), move.columns, move.turned) == (order.tolist(), None, True)
-    move = moved(
-        Making("p", ("a", "b"), lambda tensors: torch.cat([tensors["b"], tensors["a"]])),
+    assert (reordering.rows.tolist(), reordering.columns, reordering.transposed) == (
+        order.tolist(),
+        None,
+        True,
+    )
+    reordering = find_reordering(
+        GgufOrigin("p", ("a", "b"), lambda tensors: torch.cat([tensors["b"], tensors["a"]])),
         [(4, 48), (2, 48)],
         16,
         "tensor a",
     )
-    assert (move.rows.tolist(), move.columns, move.turned) == ([4, 5, 0, 1, 2, 3], None, False)
+    assert (reordering.rows.tolist(), reordering.columns, reordering.transposed) == (
+        [4, 5, 0, 1, 2, 3],
+        None,
+        False,
+    )

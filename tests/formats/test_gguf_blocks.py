@@ -116,6 +116,6 @@ def test_numbers_that_are_not_finite_are_refused(kind: str, number: float) -> No
         raw[1, place : place + 2] = np.frombuffer(np.float16(number).tobytes(), np.uint8)
         with pytest.raises(
             SourceError,
-            match=rf"tensor of {kind}: \d+ of \d+ (scale|minimum)s are nan or infinite; the file is damaged",
+            match=rf"tensor of {kind}: \d+ of \d+ (scale|minimum)s are nan or infinite\. The file is damaged",
         ):
             read(kind, raw)

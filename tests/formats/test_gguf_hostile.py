@@ -90,8 +90,8 @@ def file_of(
 HUGE = 2**60
 HEADERS: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "too short for a GGUF file"),
-    "magic": (b"GGML" + bytes(60), r"begins with b'GGML' where a GGUF file says 'GGUF'"),
-    "version": (file_of([], [], version=1), "GGUF version 1 is not read, 2 and 3 are"),
+    "magic": (b"GGML" + bytes(60), r"begins with b'GGML', but a GGUF file"),
+    "version": (file_of([], [], version=1), "GGUF version 1 is not supported, 2 and 3 are"),
     "big-endian": (
         b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(64),
         "the file is big-endian, convert it with gguf_convert_endian.py",
@@ -106,7 +106,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     ),
     "count off by some": (
         file_of([ARCHITECTURE], [], data=256, counts=(3, 1)),
-        r"is no tensor's name|asks for \d+ more bytes",
+        r"is not a valid tensor name|asks for \d+ more bytes",
     ),
     "key length": (
         file_of([struct.pack("<Q", HUGE)], []),
@@ -126,7 +126,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     ),
     "array of arrays": (
         file_of([pair("a", 9, struct.pack("<IQ", 9, 2))], []),
-        "array 'a' holds values of type 9; numbers and strings are read",
+        "array 'a' holds values of type 9, but only numbers and strings",
     ),
     "type of value": (
         file_of([pair("a", 77, b"")], []),
@@ -134,7 +134,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     ),
     "key twice": (
         file_of([ARCHITECTURE, ARCHITECTURE], []),
-        "metadata key 'general.architecture' is there twice",
+        "metadata key 'general.architecture' occurs twice",
     ),
     "key not UTF-8": (
         file_of([string(b"\xff\xfe") + struct.pack("<II", 4, 1)], []),
@@ -158,7 +158,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     ),
     "shape": (
         file_of([ARCHITECTURE], [tensor("a", (HUGE, HUGE))]),
-        rf"tensor 'a' has the shape \[{HUGE}, {HUGE}\], which no tensor has",
+        rf"tensor 'a' has the invalid shape \[{HUGE}, {HUGE}\]",
     ),
     "shape beyond the file": (
         file_of([ARCHITECTURE], [tensor("a", (HUGE,))]),
@@ -166,7 +166,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     ),
     "empty shape": (
         file_of([ARCHITECTURE], [tensor("a", (0, 4))]),
-        r"tensor 'a' has the shape \[4, 0\], which no tensor has",
+        r"tensor 'a' has the invalid shape \[4, 0\]",
     ),
     "axes": (
         file_of([ARCHITECTURE], [string("a") + struct.pack("<I", 2**31)]),
@@ -174,7 +174,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     ),
     "offset": (
         file_of([ARCHITECTURE], [tensor("a", (4,), 0, 2**63)]),
-        rf"would lie at bytes {2**63 + 128} to",
+        rf"would be at bytes {2**63 + 128} to",
     ),
     "offset unaligned": (
         file_of([ARCHITECTURE], [tensor("a", (4,), 0, 4)]),
@@ -190,18 +190,21 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     ),
     "tensor twice": (
         file_of([ARCHITECTURE], [tensor("a", (4,)), tensor("a", (4,))]),
-        "tensor 'a' is there twice",
+        "tensor 'a' occurs twice",
     ),
     "name with a path": (
         file_of([ARCHITECTURE], [tensor("../../etc/passwd", (4,))]),
-        r"'../../etc/passwd' is no tensor's name",
+        r"'../../etc/passwd' is not a valid tensor name",
     ),
     "name with a backslash": (
         file_of([ARCHITECTURE], [tensor("a\\b", (4,))]),
-        "is no tensor's name",
+        "is not a valid tensor name",
     ),
-    "name with a zero": (file_of([ARCHITECTURE], [tensor("a\0b", (4,))]), "is no tensor's name"),
-    "name empty": (file_of([ARCHITECTURE], [tensor("", (4,))]), "is no tensor's name"),
+    "name with a zero": (
+        file_of([ARCHITECTURE], [tensor("a\0b", (4,))]),
+        "is not a valid tensor name",
+    ),
+    "name empty": (file_of([ARCHITECTURE], [tensor("", (4,))]), "is not a valid tensor name"),
     "name too long": (
         file_of([ARCHITECTURE], [tensor("a" * 65, (4,))]),
         "a tensor name of 65 bytes",

@@ -41,9 +41,13 @@ def test_what_does_not_fit_is_refused() -> None:
     codes = torch.zeros(1, 32, dtype=torch.uint8)
     with pytest.raises(GridError, match="codes of 4, 5 or 8 bits, not 3"):
         pack_block_codes(codes, 3)
-    with pytest.raises(GridError, match="the last axis of 4-bit blocks is 32 long here, not 31"):
+    with pytest.raises(
+        GridError, match="the last axis of 4-bit blocks must have length 32, not 31"
+    ):
         pack_block_codes(codes[:, :31], 4)
-    with pytest.raises(GridError, match="the last axis of 5-bit blocks is 20 long here, not 16"):
+    with pytest.raises(
+        GridError, match="the last axis of 5-bit blocks must have length 20, not 16"
+    ):
         unpack_block_codes(codes[:, :16], 5)
     with pytest.raises(GridError, match="code 16 does not fit in 4 bits"):
         pack_block_codes(codes + 16, 4)

@@ -1,1 +1,1 @@
-"""GGUF files as checkpoints."""
+"""Reader for GGUF files (llama.cpp)."""

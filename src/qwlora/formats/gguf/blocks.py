@@ -1,23 +1,30 @@
-"""GGUF's blocks as codes with a scale for each 16 or 32 of them, and those as a grid of ours.
+"""Decodes GGUF's quantized blocks, and turns them into a `QuantizedTensor`.
 
-    type         bits  block   value                            grid
+    type         bits  block   value                            encoding
     Q4_0, Q5_0   4, 5  32      (code - 2^(bits-1)) * d          Encoding
     Q8_0         8     32      (code - 128) * d                 Encoding
-    Q3_K, Q6_K   3, 6  16      (code - 2^(bits-1)) * (d * s)    Encoding               s: a signed integer for each 16 codes
+    Q3_K, Q6_K   3, 6  16      (code - 2^(bits-1)) * (d * s)    Encoding
     Q4_1, Q5_1   4, 5  32      code * d + m                     FloatOffsetEncoding
-    Q2_K         2     16      code * (d * s) - dmin * t        FloatOffsetEncoding    s, t: unsigned integers for each 16 codes
-    Q4_K, Q5_K   4, 5  32      code * (d * s) - dmin * t        FloatOffsetEncoding    the same for each 32
+    Q2_K         2     16      code * (d * s) - dmin * t        FloatOffsetEncoding
+    Q4_K, Q5_K   4, 5  32      code * (d * s) - dmin * t        FloatOffsetEncoding
 
-`d`, `m`, `dmin` are float16; products are rounded to float32 once, as the `gguf` package and llama.cpp do, so values are equal bit for bit (but for the sign of
-zero, which a scale > 0 does not give: -0.0 in the file is 0.0 here).
+`d`, `m` and `dmin` are float16. `s` and `t` are one integer per block: signed in Q3_K and Q6_K,
+unsigned in the others. Products are rounded to float32 once, as in the `gguf` package and
+llama.cpp, so values are equal bit for bit. The only exception is the sign of zero: -0.0 becomes
+0.0.
 
-GGUF's scales may be negative or zero, a grid's are not:
+GGUF allows negative and zero scales, an encoding does not:
 
-* A scale of zero makes its block constant. Such a block becomes the code for that constant and the scale 2^-14; its codes, which say nothing, are not kept.
-* A negative scale, integer offset: `(code - z) * d = ((2^bits - 1 - code) - (z - 1)) * |d|`, so the codes are reversed and the block's offset is `-(z - 1)`
-  where others have `-z`. The grid is then asymmetric. Where no such block uses code 0, `2 z - code` fits and the grid stays symmetric.
-* A negative scale, float minimum: reversed codes with the minimum `m + (2^bits - 1) * d`, if that gives the same float32 values, else refused. No quantizer
-  writes such blocks.
+* Scale zero: the block is constant. It becomes the code of that constant with the scale 2^-14; its
+own
+  codes are dropped.
+* Negative scale, integer offset: `(code - z) * d = ((2^bits - 1 - code) - (z - 1)) * |d|`, so the
+codes are
+  reversed and the block gets the offset `-(z - 1)` instead of `-z`. The scheme becomes asymmetric,
+  unless no such block uses code 0: then `2 z - code` fits, and the scheme stays symmetric.
+* Negative scale, float minimum: the codes are reversed and the minimum becomes `m + (2^bits - 1) *
+d`, if this
+  gives the same float32 values; otherwise the tensor is refused. No quantizer writes such blocks.
 
 Source: `ggml-common.h` and `ggml-quants.c` of llama.cpp.
 """
@@ -44,10 +51,10 @@ _AT_ONCE = 2**15
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Codes as a file has them, scales of either sign or zero.
+    """Decoded blocks as stored: scales may be negative or zero.
 
     Args:
-        bitwidth: of a code.
+        bitwidth: bits of a code.
         codes: `[*rows, in]`.
         scale: `[*rows, in / size]`.
         minimum: the same shape; None where the value is `(code - 2^(bitwidth - 1)) * scale`.
@@ -60,7 +67,7 @@ class Blocks:
 
     @property
     def size(self) -> int:
-        """Codes with one scale."""
+        """The number of codes per scale."""
         return self.codes.shape[-1] // self.scale.shape[-1]
 
     def parts(self) -> list[Tensor]:
@@ -68,13 +75,16 @@ class Blocks:
         return [self.codes, self.scale, *([] if self.minimum is None else [self.minimum])]
 
     def with_parts(self, parts: Sequence[Tensor]) -> Blocks:
-        """The same kind of blocks with other tensors."""
+        """A copy with other tensors, in the order of `parts`."""
         codes, scale, *minimum = parts
         return replace(self, codes=codes, scale=scale, minimum=minimum[0] if minimum else None)
 
 
 def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> Blocks:
-    """Blocks of rows of the type `kind`, one of `TYPES`; a few rows at a time, so that the steps in between stay small."""
+    """Decode rows of the GGUF type `kind`, a key of `TYPES`.
+
+    Works on a limited number of blocks at a time, so that temporary tensors stay small.
+    """
     bytes_per_block, decode = TYPES[kind]
     fields = raw.reshape(-1, bytes_per_block)
     first = decode(fields[:1])
@@ -88,18 +98,21 @@ def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> Blocks:
 
 
 def to_quantized(blocks: Blocks, what: str) -> QuantizedTensor:
-    """The grid that has exactly these values.
+    """The quantized tensor with exactly these values.
 
     Args:
+        blocks: decoded blocks.
         what: the tensor and its type, for messages.
 
     Raises:
-        SourceError: a number is not finite, or a negative scale has no exact counterpart.
+        SourceError: a scale or minimum is not finite, or a negative scale cannot be converted
+            exactly.
     """
     for part, name in ((blocks.scale, "scale"), (blocks.minimum, "minimum")):
         if part is not None and not bool(torch.isfinite(part).all()):
             raise SourceError(
-                f"{what}: {int((~torch.isfinite(part)).sum())} of {part.numel()} {name}s are nan or infinite; the file is damaged, fetch it again"
+                f"{what}: {int((~torch.isfinite(part)).sum())} of {part.numel()} {name}s are nan "
+                "or infinite. The file is damaged; download it again"
             )
     return _float_offset(blocks, what) if blocks.minimum is not None else _integer_offset(blocks)
 
@@ -113,9 +126,8 @@ def _integer_offset(blocks: Blocks) -> QuantizedTensor:
     if bool(negative.any()):
         turned = negative.unsqueeze(-1)
         symmetric = not bool((turned & (codes == 0)).any())
-        codes = torch.where(
-            turned, codes.neg().add_((steps + symmetric) % 256), codes
-        )  # bytes count modulo 256, and no result is outside 0 to 255
+        # uint8 wraps around modulo 256; the results are in 0 to 255
+        codes = torch.where(turned, codes.neg().add_((steps + symmetric) % 256), codes)
     offset = torch.full(scale.shape, -middle, dtype=torch.int32)
     if not symmetric:
         offset = offset.masked_fill_(negative, 1 - middle)
@@ -139,7 +151,8 @@ def _float_offset(blocks: Blocks, what: str) -> QuantizedTensor:
         turned, low = steps - stored, d * steps + m
         if not torch.equal(stored.float() * d + m, turned.float() * -d + low):
             raise SourceError(
-                f"{what}: {int(negative.sum())} of {scale.numel()} scales are negative, and no grid with a positive scale has exactly these values; "
+                f"{what}: {int(negative.sum())} of {scale.numel()} scales are negative, and no "
+                "positive scale gives exactly the same values; "
                 "quantize the float model again with llama-quantize"
             )
         codes, minimum = codes.clone(), minimum.clone()
@@ -153,12 +166,12 @@ def _float_offset(blocks: Blocks, what: str) -> QuantizedTensor:
 
 
 def _filled(codes: Tensor, constant: Tensor, code: int) -> Tensor:
-    """The same code throughout each constant block."""
+    """Replace the codes of constant blocks by `code`."""
     return codes.masked_fill(constant.unsqueeze(-1), code) if bool(constant.any()) else codes
 
 
 def _half(fields: Tensor, start: int) -> Tensor:
-    """float32 [*, 1] of the float16 at byte `start` of each block."""
+    """The float16 at byte `start` of each block, as float32 `[*, 1]`."""
     return fields[..., start : start + 2].contiguous().view(torch.float16).to(torch.float32)
 
 
@@ -188,7 +201,8 @@ def _q3_k(fields: Tensor) -> Blocks:
 
 
 def _k_scales(fields: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 scales and minima of the eight blocks of 32 in Q4_K and Q5_K: six bits each, in twelve bytes from byte 4."""
+    """The float32 scales and minimums of the eight blocks of 32 in Q4_K and Q5_K; their integers
+    have six bits each, in the twelve bytes from byte 4."""
     first, second, rest = fields[..., 4:16].chunk(3, -1)
     scale = torch.cat([first & 0x3F, rest & 0xF | first >> 6 << 4], -1)
     minimum = torch.cat([second & 0x3F, rest >> 4 | second >> 6 << 4], -1)
@@ -226,4 +240,5 @@ TYPES: dict[str, tuple[int, Callable[[Tensor], Blocks]]] = {
     "Q5_K": (176, _q5_k),
     "Q6_K": (210, _q6_k),
 }
-"""Bytes of a block, and what decodes blocks `[*rows, blocks, bytes]` into `[*rows, blocks, codes]` and `[*rows, blocks, groups]`."""
+"""By type: the bytes of a block, and the function that decodes uint8 `[blocks, bytes]` into
+`Blocks` with codes `[blocks, codes]` and scales `[blocks, groups]`."""

@@ -1,12 +1,17 @@
-"""The order of codes inside GGUF's simple blocks: Q4_0, Q4_1 (4 bits), Q5_0, Q5_1 (5 bits), Q8_0 (8 bits).
+"""The order of codes in GGUF's simple blocks: Q4_0, Q4_1 (4 bits), Q5_0, Q5_1 (5 bits), Q8_0 (8
+bits).
 
-A block is 32 neighbours of a row. After its float16 scale (and, in the `_1` types, its float16 minimum) come the codes:
+A block holds 32 contiguous codes of a row. They follow its float16 scale and, in the `_1` types,
+its float16 minimum:
 
     4 bits   16 bytes         byte j holds code j in its low half and code j + 16 in its high half
-    5 bits   4 + 16 bytes     first the fifth bits, bit j of a little-endian word for code j; then the low four bits as above
-    8 bits   32 bytes         two's complement; as codes the top bit is flipped, so that the offset is -128
+    5 bits   4 + 16 bytes     the fifth bits, with bit j of a little-endian word for code j; then
+    the
+                              low four bits as above
+    8 bits   32 bytes         signed bytes; flipping the top bit gives codes with offset -128
 
-The types ending in 0 mean `(code - 2^(bits - 1)) * scale`, those ending in 1 `code * scale + minimum`. Source: `ggml-common.h` of llama.cpp.
+Types ending in 0 have the values `(code - 2^(bits - 1)) * scale`, those ending in 1 have
+`code * scale + minimum`. Source: `ggml-common.h` of llama.cpp.
 """
 
 from __future__ import annotations
@@ -24,10 +29,10 @@ CODE_BYTES = {4: 16, 5: 20, 8: 32}
 def unpack_block_codes(
     fields: UInt8[Tensor, "*blocks bytes"], bitwidth: int
 ) -> UInt8[Tensor, "*blocks 32"]:
-    """Codes of blocks.
+    """Unpack the codes of blocks.
 
     Raises:
-        GridError: the bitwidth is not 4, 5 or 8, or a block has another number of bytes.
+        GridError: the bitwidth is not 4, 5 or 8, or a block has the wrong number of bytes.
     """
     _check(fields.shape[-1], CODE_BYTES, bitwidth)
     if bitwidth == 8:
@@ -43,10 +48,11 @@ def unpack_block_codes(
 def pack_block_codes(
     codes: UInt8[Tensor, "*blocks 32"], bitwidth: int
 ) -> UInt8[Tensor, "*blocks bytes"]:
-    """Undo `unpack_block_codes`.
+    """The inverse of `unpack_block_codes`.
 
     Raises:
-        GridError: the bitwidth is not 4, 5 or 8, a block has not 32 codes, or a code does not fit.
+        GridError: the bitwidth is not 4, 5 or 8, a block does not have 32 codes, or a code has too
+            many bits.
     """
     _check(codes.shape[-1], dict.fromkeys(CODE_BYTES, BLOCK), bitwidth)
     if codes.numel() and int(codes.max()) >= 2**bitwidth:
@@ -71,7 +77,8 @@ def halves(fields: UInt8[Tensor, "*rows bytes"]) -> UInt8[Tensor, "*rows codes"]
 def bit_planes(
     fields: UInt8[Tensor, "*rows bytes"], count: int, width: int
 ) -> UInt8[Tensor, "*rows codes"]:
-    """The first `width` bits of all bytes, then the next of all bytes, `count` times."""
+    """The lowest `width` bits of all bytes, then the next `width` bits of all bytes, `count`
+    times."""
     shifts = torch.arange(
         0, count * width, width, dtype=torch.uint8, device=fields.device
     ).unsqueeze(-1)
@@ -83,5 +90,6 @@ def _check(found: int, expected: dict[int, int], bitwidth: int) -> None:
         raise GridError(f"GGUF's simple blocks hold codes of 4, 5 or 8 bits, not {bitwidth}")
     if found != expected[bitwidth]:
         raise GridError(
-            f"the last axis of {bitwidth}-bit blocks is {expected[bitwidth]} long here, not {found}"
+            f"the last axis of {bitwidth}-bit blocks must have length {expected[bitwidth]}, not "
+            f"{found}"
         )

@@ -1,15 +1,17 @@
-"""A GGUF file as a `Checkpoint`: the integers that llama.cpp computes with, under the names of the Hugging Face model.
+"""A GGUF file as a `Checkpoint`: llama.cpp's integers, under the Hugging Face model's parameter
+names.
 
     checkpoint = GgufCheckpoint("model.gguf")
-    checkpoint.read("model.layers.0.mlp.down_proj.weight").dequantize()     # what the gguf package gives for it, bit for bit
+    checkpoint.read("model.layers.0.mlp.down_proj.weight").dequantize()
 
-The configuration and the names come from transformers' own loading code, so whatever architecture that knows is read; what it does to values (rows of q and k
-in another order, norms less one, experts joined) is done here too, to codes where the tensor is integers. `gguf_blocks.py` says which grid each type becomes.
-Types F32, F16, BF16 and F64 are floats (float32, and float64 for the last).
+The dequantized values equal those of the `gguf` package bit for bit. Configuration and names come
+from the loading code of transformers, so every architecture that it supports can be read. What it
+does to values (reorder the rows of q and k, subtract one from norms, join experts) is also applied
+to integers, if it only moves rows or blocks. `blocks.py` says which encoding each GGUF type
+becomes. Tensors of type F32, F16 and BF16 are read as float32, those of type F64 as float64.
 
-A tensor is read when it is asked for; the file is mapped, so nothing else of it is in memory. A tied output head comes once, as in the file.
-
-Scaled rotary positions are not read by transformers, and not here: see `gguf_rope.py`.
+The file is memory-mapped, and each tensor is read when it is asked for. Scaled rotary positions are
+not read, because transformers does not read them; see `rope_config.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from qwlora.errors import SourceError
 from qwlora.formats.gguf.blocks import TYPES, Blocks, decode_blocks, to_quantized
 from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
 from qwlora.formats.gguf.rope_config import FACTORS, warn_of_positions
-from qwlora.formats.gguf.tensor_names import Making, Move, makings, moved
+from qwlora.formats.gguf.tensor_names import GgufOrigin, Reordering, find_reordering, gguf_origins
 from qwlora.formats.meta_model import empty_model, place_name, tensor_at, tensor_places
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.messages import listed
@@ -45,112 +47,122 @@ class GgufCheckpoint:
         config: the configuration that transformers reads from the file's metadata.
 
     Raises:
-        SourceError: the file is damaged, transformers does not know its architecture, a parameter of the model is missing, a tensor is no parameter of it, or a
-            tensor is of a type that no grid expresses (all are named).
+        SourceError: the file is damaged, transformers does not know its architecture, a parameter
+            of the model is missing, a tensor is not a parameter of it, or the type of a tensor is
+            not supported (the message lists all such tensors).
     """
 
     config: PretrainedConfig
 
     def __init__(self, path: str | Path):
-        self._makings = self._placed(self._found(path))
+        self._origins = self._placed(self._found(path))
         self._refuse_types()
         warn_of_positions(self.file, self.config)
 
     @classmethod
     def check_names(cls, path: str | Path) -> None:
-        """Refuse a file with tensors that its model has no place for; transformers skips them silently.
+        """Refuse a file with tensors that its model does not have; transformers silently skips
+        them.
 
         Raises:
-            SourceError: there are such tensors (they are named), or the file is damaged.
+            SourceError: there are such tensors (the message lists them), or the file is damaged.
         """
         cls.__new__(cls)._found(path)
 
-    def _found(self, path: str | Path) -> dict[str, Making]:
-        """What makes each parameter of the model that the metadata describe."""
+    def _found(self, path: str | Path) -> dict[str, GgufOrigin]:
+        """The stored tensors of each parameter of the model that the metadata describe."""
         self.file = GgufFile(path)
         settings, self.config = self._read_config()
         try:
             self._model = empty_model(self.config, len(self.file.tensors))
         except SourceError as error:
             raise self.file.error(str(error).replace("config.json", "its metadata")) from error
-        found, unknown = makings(self.file, settings, self._model)
+        found, unknown = gguf_origins(self.file, settings, self._model)
         self._refuse_unknown(unknown)
         return found
 
     def names(self) -> list[str]:
-        """Parameters in the model's order, a tied tensor once."""
-        return list(self._makings)
+        """Parameter names in the model's order, tied tensors once."""
+        return list(self._origins)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """One parameter: float32 (float64 if the file has that), or integers `[out, in]`, `[experts, out, in]` if the file holds integers for it.
+        """Read one parameter: float32 or float64, or integers `[out, in]` or `[experts, out, in]`
+        if it is stored as integers.
 
         Raises:
-            SourceError: there is no such parameter, its stored tensors are of several types, or its numbers fit no grid.
+            SourceError: there is no such parameter, its stored tensors have different types, or no
+                encoding can express its values.
         """
-        if name not in self._makings:
+        if name not in self._origins:
             raise self.file.error(
-                f"{name!r} is no parameter of {type(self._model).__name__} (of tied ones, the first counts)"
+                f"{name!r} is not a parameter of {type(self._model).__name__} (tied parameters "
+                "have the first of their names)"
             )
-        making = self._makings[name]
-        return self._floats(making) if self._kind(making) in FLOATS else self._integers(making)
+        origin = self._origins[name]
+        return self._floats(origin) if self._kind(origin) in FLOATS else self._integers(origin)
 
     def stored_names(self, name: str) -> tuple[str, ...]:
-        """The file's names of what makes one parameter."""
-        return self._makings[name].sources
+        """The names of the stored tensors of one parameter."""
+        return self._origins[name].sources
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that the metadata build, without data."""
+        """The model that the metadata describe, without data."""
         return self._model
 
-    def _kind(self, making: Making) -> str:
-        kinds = {source: self.file.tensors[source].kind for source in making.sources}
+    def _kind(self, origin: GgufOrigin) -> str:
+        kinds = {source: self.file.tensors[source].kind for source in origin.sources}
         if len(set(kinds.values())) > 1:
             parts = ", ".join(f"{source} ({kind})" for source, kind in kinds.items())
             raise self.file.error(
-                f"parameter {making.target!r} is made of {parts}, and one tensor has one grid; take a file that has one type for them"
+                f"parameter {origin.target!r} is stored in several tensors of different types: "
+                f"{parts}. Use a file that has the same type for them"
             )
         return next(iter(kinds.values()))
 
-    def _what(self, making: Making) -> str:
-        source = making.sources[0]
-        return f"{str(self.file.path)!r}: tensor {source!r} ({self.file.tensors[source].kind}, parameter {making.target!r})"
+    def _what(self, origin: GgufOrigin) -> str:
+        source = origin.sources[0]
+        kind = self.file.tensors[source].kind
+        return f"{str(self.file.path)!r}: tensor {source!r} ({kind}, parameter {origin.target!r})"
 
-    def _floats(self, making: Making) -> Tensor:
-        kind = FLOATS[self._kind(making)]
+    def _floats(self, origin: GgufOrigin) -> Tensor:
+        kind = FLOATS[self._kind(origin)]
         stored = {
             source: self.file.raw(source).view(kind).view(self.file.tensors[source].shape)
-            for source in making.sources
+            for source in origin.sources
         }
         try:
-            made = making.convert(stored)
-        except Exception as error:  # a file's numbers reach any line of any conversion
+            made = origin.convert(stored)
+        except Exception as error:  # bad values can fail anywhere in a conversion
             raise SourceError(
-                f"{self._what(making)}: transformers' conversion of this tensor fails: {error or type(error).__name__}"
+                f"{self._what(origin)}: transformers' conversion of this tensor fails: "
+                f"{error or type(error).__name__}"
             ) from error
-        self._check_shape(making, tuple(made.shape))
+        self._check_shape(origin, tuple(made.shape))
         return made.to(torch.promote_types(kind, torch.float32))
 
-    def _integers(self, making: Making) -> QuantizedTensor:
+    def _integers(self, origin: GgufOrigin) -> QuantizedTensor:
         parts = [
-            decode_blocks(self._kind(making), self.file.raw(source)) for source in making.sources
+            decode_blocks(self._kind(origin), self.file.raw(source)) for source in origin.sources
         ]
         shapes = [tuple(part.codes.shape) for part in parts]
         if len({shape[-1] for shape in shapes}) > 1:
             raise SourceError(
-                f"{self._what(making)}: the tensors that make this parameter have rows of different lengths ({', '.join(map(str, shapes))})"
+                f"{self._what(origin)}: the tensors of this parameter have rows of different "
+                f"lengths ({', '.join(map(str, shapes))}); download the file again"
             )
-        move = moved(making, shapes, parts[0].size, self._what(making))
-        blocks = _apply(move, parts)
+        reordering = find_reordering(origin, shapes, parts[0].size, self._what(origin))
+        blocks = _reorder(reordering, parts)
         shape = tuple(blocks.codes.shape)
-        self._check_shape(making, shape[::-1] if move.turned else shape)
-        return to_quantized(blocks, self._what(making))
+        self._check_shape(origin, shape[::-1] if reordering.transposed else shape)
+        return to_quantized(blocks, self._what(origin))
 
-    def _check_shape(self, making: Making, shape: tuple[int, ...]) -> None:
-        expected = self._expected(making.target)
+    def _check_shape(self, origin: GgufOrigin, shape: tuple[int, ...]) -> None:
+        expected = self._expected(origin.target)
         if shape != expected:
             raise SourceError(
-                f"{self._what(making)} has shape {list(shape)}, but {list(expected)} in the model that the file's metadata describe"
+                f"{self._what(origin)} has shape {list(shape)}, but {list(expected)} in the model "
+                "that the file's metadata describe; download the file again"
             )
 
     def _expected(self, target: str) -> tuple[int, ...]:
@@ -160,14 +172,14 @@ class GgufCheckpoint:
         return tuple(tensor.shape)
 
     def _read_config(self) -> tuple[dict[str, Any], PretrainedConfig]:
-        """The configuration's settings as transformers reads them, and the configuration."""
+        """The settings that transformers reads from the metadata, and the configuration made of
+        them."""
         tokens = self.file.metadata.get(TOKENS)
         try:
             with tempfile.TemporaryDirectory() as folder:
                 path = self.file.path.resolve()
-                if (
-                    self.file.architecture not in GGUF_CONFIG_ARCHS
-                ):  # those are read quickly, and want the vocabulary
+                # for GGUF_CONFIG_ARCHS, transformers is fast and needs the vocabulary
+                if self.file.architecture not in GGUF_CONFIG_ARCHS:
                     path = Path(folder, "header.gguf")
                     path.write_bytes(self.file.without_contents())
                 settings, _ = PretrainedConfig.get_config_dict(
@@ -175,24 +187,28 @@ class GgufCheckpoint:
                 )
             if (
                 settings.get("vocab_size") == 0 and tokens
-            ):  # the length of the vocabulary, which was left out
+            ):  # `without_contents` removed the vocabulary
                 settings["vocab_size"] = tokens
             return settings, CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
-        except Exception as error:  # a file's values reach any line of any configuration's code
+        except Exception as error:  # bad values can fail anywhere in a configuration class
             raise self.file.error(
-                f"transformers reads no configuration from its metadata (architecture {self.file.architecture!r}): {error or type(error).__name__}"
+                "transformers cannot read a configuration from its metadata (architecture "
+                f"{self.file.architecture!r}): {error or type(error).__name__}"
             ) from error
 
     def _refuse_unknown(self, unknown: list[str]) -> None:
         if others := [name for name in unknown if not FACTORS.fullmatch(name)]:
             raise self.file.error(
-                f"{listed(others)}: no parameter of {type(self._model).__name__}, which its metadata "
-                f"describe ({self.config.num_hidden_layers} layers); it needs a newer transformers, or is "
+                f"{listed(others)}: no parameter of {type(self._model).__name__}, which its "
+                "metadata "
+                f"describe ({self.config.num_hidden_layers} layers); it needs a newer "
+                "transformers, or is "
                 "damaged"
             )
 
-    def _placed(self, found: dict[str, Making]) -> dict[str, Making]:
-        """In the model's order, each tied tensor once."""
+    def _placed(self, found: dict[str, GgufOrigin]) -> dict[str, GgufOrigin]:
+        """The same in the model's order, tied tensors once, after checking that nothing is
+        missing."""
         result, missing = {}, []
         for name, places in tensor_places(self._model).items():
             copies = [found[alias] for alias in map(place_name, places) if alias in found]
@@ -202,26 +218,29 @@ class GgufCheckpoint:
             if len(copies) > 1 and not self._same(copies):
                 both = listed([source for copy in copies for source in copy.sources])
                 raise self.file.error(
-                    f"{both} hold different values, but the model that its metadata describe ties them"
+                    f"{both} hold different values, but the model that its metadata describe ties "
+                    "them"
                 )
             result[name] = copies[0]
         if missing:
             raise self.file.error(
-                f"{listed(missing)}: missing from the file, and needed by {type(self._model).__name__}, which its metadata describe; fetch it again"
+                f"{listed(missing)}: missing from the file, but needed by "
+                f"{type(self._model).__name__}, which its metadata describe; download it again"
             )
-        for name, making in result.items():
+        for name, origin in result.items():
             values = sum(
-                torch.Size(self.file.tensors[source].shape).numel() for source in making.sources
+                torch.Size(self.file.tensors[source].shape).numel() for source in origin.sources
             )
-            shape = torch.Size(self._expected(making.target))
+            shape = torch.Size(self._expected(origin.target))
             if values != shape.numel():
-                stored = ", ".join(making.sources)
+                stored = ", ".join(origin.sources)
                 raise self.file.error(
-                    f"parameter {name!r} is {list(shape)}, but its tensors ({stored}) have {values} values; the file is damaged"
+                    f"parameter {name!r} is {list(shape)}, but its tensors ({stored}) have "
+                    f"{values} values. The file is damaged; download it again"
                 )
         return result
 
-    def _same(self, copies: list[Making]) -> bool:
+    def _same(self, copies: list[GgufOrigin]) -> bool:
         stored = [
             [(self.file.tensors[source].kind, self.file.raw(source)) for source in copy.sources]
             for copy in copies
@@ -238,34 +257,35 @@ class GgufCheckpoint:
     def _refuse_types(self) -> None:
         refused = {
             source: self.file.tensors[source].kind
-            for making in self._makings.values()
-            for source in making.sources
+            for origin in self._origins.values()
+            for source in origin.sources
             if self.file.tensors[source].kind not in TYPES.keys() | FLOATS.keys()
         }
         if refused:
             kinds = ", ".join(sorted(set(refused.values())))
             raise self.file.error(
-                f"{listed([f'{name} ({kind})' for name, kind in refused.items()])}: no grid of codes and scales expresses {kinds}; take a file of "
+                f"{listed([f'{name} ({kind})' for name, kind in refused.items()])}: {kinds} cannot "
+                "be expressed as integer codes with scales. Use a file with "
                 f"{', '.join(TYPES)} or floats ({', '.join(FLOATS)})"
             )
 
 
-def _apply(move: Move, parts: list[Blocks]) -> Blocks:
-    """The rows and blocks of columns of `parts`, one after another, where `move` says they belong."""
+def _reorder(reordering: Reordering, parts: list[Blocks]) -> Blocks:
+    """Concatenate `parts` and reorder their rows and blocks of columns as `reordering` says."""
     size, result = parts[0].size, []
     for pieces in zip(*(part.parts() for part in parts), strict=True):
         flat_pieces = [
             piece.flatten(0, -2) if piece.ndim > 1 else piece.unsqueeze(0) for piece in pieces
         ]
         flat = torch.cat(flat_pieces) if len(flat_pieces) > 1 else flat_pieces[0]
-        if not torch.equal(move.rows.flatten(), torch.arange(len(flat))):
-            flat = flat[move.rows.flatten()]
-        if move.columns is not None:
+        if not torch.equal(reordering.rows.flatten(), torch.arange(len(flat))):
+            flat = flat[reordering.rows.flatten()]
+        if reordering.columns is not None:
             flat = flat[
                 :,
-                move.columns
-                if flat.shape[1] == len(move.columns)
-                else move.columns[::size] // size,
+                reordering.columns
+                if flat.shape[1] == len(reordering.columns)
+                else reordering.columns[::size] // size,
             ]
-        result.append(flat.view(*move.rows.shape, flat.shape[1]))
+        result.append(flat.view(*reordering.rows.shape, flat.shape[1]))
     return parts[0].with_parts(result)

@@ -1,13 +1,17 @@
-"""A GGUF file, mapped: its header, checked against the file's size before anything else reads it, and the bytes of each tensor.
+"""A memory-mapped GGUF file: its checked header and the bytes of each tensor.
 
-    "GGUF"  u32 version (2 or 3)  u64 tensors  u64 pairs
-    pairs    string key, u32 type, value        a string is u64 length and UTF-8; an array is u32 type, u64 count, values
-    tensors  string name, u32 axes, u64 axis lengths (the fastest first), u32 type, u64 offset into the data
-    padding to `general.alignment` (32 if not given), then the data
+    "GGUF"  u32 version (2 or 3)  u64 number of tensors  u64 number of pairs
+    pairs    string key, u32 type, value
+    tensors  string name, u32 number of axes, u64 axis lengths (fastest first), u32 type,
+             u64 offset into the data
+    padding to a multiple of `general.alignment` (default 32), then the data
 
-All little-endian. Every length and count is compared with the bytes that are left, so neither time nor memory exceeds a small multiple of the header's own
-size, whatever it claims. transformers reads the same header again for the configuration; what it would take on trust is refused here. Source: `docs/gguf.md`
-of ggml.
+Everything is little-endian. A string is a u64 length and UTF-8 bytes; an array is u32 type, u64
+count and values.
+
+Every length and count is compared with the remaining bytes, so a damaged header cannot cost much
+time or memory, whatever it claims. transformers reads the same header again for the configuration
+and checks much less, so values that would harm it are refused here. Source: `docs/gguf.md` of ggml.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ except ImportError as error:
     ) from error
 
 VERSIONS = (2, 3)
-MOST_AXES, MOST_NAME_BYTES = 4, 64  # ggml's own
+MOST_AXES, MOST_NAME_BYTES = 4, 64  # limits of ggml
 SCALARS = {
     0: "B",
     1: "b",
@@ -50,12 +54,13 @@ SCALARS = {
 STRING, ARRAY = 8, 9
 TOKENS = "tokenizer.ggml.tokens"
 UNBOUNDED = ("context", "window", "vocab_size")
-"""Parts of keys of numbers that are no length of any tensor."""
+"""Metadata keys with these words may be larger than any axis of a tensor."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the file: its type's name (`Q4_K`), its shape in torch's order, and where its bytes are."""
+    """One tensor of the file: the name of its type (`Q4_K`), its shape in torch's order, and the
+    position of its bytes."""
 
     name: str
     kind: str
@@ -65,28 +70,27 @@ class StoredTensor:
 
 
 class GgufFile:
-    """A file's numbers and tensors.
+    """The metadata and tensors of a GGUF file.
 
     Args:
         path: the file.
 
     Attributes:
-        metadata: scalars and strings by key; of an array, its length.
-        tensors: by name, in the file's order.
+        metadata: scalars and strings by key; for an array, its length.
+        tensors: the stored tensors by name, in the file's order.
 
     Raises:
-        SourceError: the file is no GGUF file, is truncated, or its header contradicts itself.
+        SourceError: the file is not a GGUF file, is truncated, or its header is inconsistent.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            raise SourceError(f"{str(path)!r} is no file")
+            raise SourceError(f"{str(path)!r} is not a file")
         if self.path.stat().st_size < 24:
             raise self.error("it is too short for a GGUF file")
-        self._bytes = np.memmap(
-            self.path, dtype=np.uint8, mode="c"
-        )  # copy on write: torch wants writable memory, the file stays as it is
+        # copy on write, because torch expects writable memory; the file is never modified
+        self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")
         reader = _Reader(self)
         self._spans: dict[str, tuple[int, int, bool]] = {}
         self.metadata = reader.pairs()
@@ -100,15 +104,16 @@ class GgufFile:
         return str(self.metadata["general.architecture"])
 
     def raw(self, name: str) -> UInt8[Tensor, "*rows bytes"]:
-        """The bytes of one tensor, rows as the file has them; a view of the mapped file."""
+        """The bytes of one tensor, row by row; a view of the mapped file."""
         tensor = self.tensors[name]
         part = torch.from_numpy(self._bytes[tensor.start : tensor.start + tensor.size_bytes])
         return part.view(*tensor.shape[:-1], -1)
 
     def without_contents(self) -> bytes:
-        """A GGUF file with the same metadata but an empty vocabulary, and all tensors under their names with one value each.
+        """A small GGUF file with the same metadata, an empty vocabulary, and one value per tensor.
 
-        transformers builds a Python object for every token to read a configuration of twenty numbers; of this it does so in a hundredth of the time.
+        To read a configuration, transformers creates a Python object for every token of the
+        vocabulary. From this file, it takes a hundredth of the time.
         """
         kept = [
             bytes(self._bytes[start:end])
@@ -134,7 +139,7 @@ class GgufFile:
         )
 
     def error(self, what: str) -> SourceError:
-        """An error that names the file."""
+        """A SourceError whose message starts with the file's path."""
         return SourceError(f"{str(self.path)!r}: {what}")
 
     def _placed(
@@ -146,41 +151,51 @@ class GgufFile:
             or not 8 <= alignment <= 2**20
             or alignment & (alignment - 1)
         ):
-            raise self.error(f"general.alignment is {alignment!r}, not a power of two from 8 on")
+            raise self.error(
+                f"general.alignment is {alignment!r}, not a power of two of at least 8; download "
+                "the file again"
+            )
         first, tensors = math.ceil(end / alignment) * alignment, {}
         for name, number, shape, offset in table:
             try:
                 kind = GGMLQuantizationType(number)
             except ValueError:
                 raise self.error(
-                    f"tensor {name!r} is of type {number}, which the installed gguf package does not know; update it, or fetch the file again"
+                    f"tensor {name!r} is of type {number}, which the installed gguf package does "
+                    "not know; update it, or download the file again"
                 ) from None
             values, size_bytes = GGML_QUANT_SIZES[kind]
             if shape[-1] % values:
                 raise self.error(
-                    f"tensor {name!r} has rows of {shape[-1]} values, which blocks of {values} ({kind.name}) do not divide"
+                    f"tensor {name!r} has rows of {shape[-1]} values, which blocks of {values} "
+                    f"({kind.name}) do not divide; download the file again"
                 )
             length = math.prod(shape) // values * size_bytes
             if offset % alignment or first + offset + length > len(self._bytes):
                 raise self.error(
-                    f"tensor {name!r} ({kind.name}, shape {list(shape)}) would lie at bytes {first + offset} to {first + offset + length}, but the file "
-                    f"has {len(self._bytes)} and its tensors start at multiples of {alignment}; it is truncated or damaged, fetch it again"
+                    f"tensor {name!r} ({kind.name}, shape {list(shape)}) would be at bytes "
+                    f"{first + offset} to {first + offset + length}, but the file "
+                    f"has {len(self._bytes)} and its tensors start at multiples of {alignment}. It "
+                    "is truncated or damaged; download it again"
                 )
             if name in tensors:
-                raise self.error(f"tensor {name!r} is there twice")
+                raise self.error(f"tensor {name!r} occurs twice; download the file again")
             tensors[name] = StoredTensor(name, kind.name, shape, first + offset, length)
         return tensors
 
     def _check_numbers(self) -> None:
-        """Refuse sizes that a model is built with and that no tensor of the file has, and what the file is a part of only."""
+        """Refuse one file of a split model, and metadata with sizes that no tensor of the file
+        has."""
         if not isinstance(self.metadata.get("general.architecture"), str):
             raise self.error(
-                "general.architecture does not name the model; this is not the GGUF file of a language model"
+                "general.architecture does not name the model, so this is not the GGUF file of a "
+                "language model"
             )
         parts = self.metadata.get("split.count", 1)
         if parts != 1:
             raise self.error(
-                f"this is one of {parts} files that make the model; join them first (llama-gguf-split --merge)"
+                f"this is one of {parts} files of the model; join them first (llama-gguf-split "
+                "--merge)"
             )
         longest = max(
             [2**20, *(length for tensor in self.tensors.values() for length in tensor.shape)]
@@ -192,30 +207,27 @@ class GgufFile:
                 or any(part in key for part in UNBOUNDED)
             ):
                 continue
-            limit = (
-                math.inf
-                if isinstance(value, float)
-                else len(self.tensors)
-                if key.endswith(".block_count")
-                else longest
-            )
-            if not -limit <= value <= limit or value in (
-                math.inf,
-                -math.inf,
-            ):  # the first is true for nan
+            limit: float = longest
+            if isinstance(value, float):
+                limit = math.inf
+            elif key.endswith(".block_count"):
+                limit = len(self.tensors)
+            in_range = -limit <= value <= limit  # False for nan
+            if not in_range or value in (math.inf, -math.inf):
                 raise self.error(
-                    f"{key} is {value}, but the file has {len(self.tensors)} tensors, none longer than {longest} along an axis; it is damaged, fetch it again"
+                    f"{key} is {value}, but the file has {len(self.tensors)} tensors, none longer "
+                    f"than {longest} along an axis. It is damaged; download it again"
                 )
 
 
 class _Reader:
-    """Reads on from `position`."""
+    """Reads the header sequentially; `position` is the next byte."""
 
     def __init__(self, file: GgufFile):
         self.file, self.data, self.position = file, file._bytes.data, 0
         magic, version = self.take("4sI")
         if magic != b"GGUF":
-            raise file.error(f"it begins with {magic!r} where a GGUF file says 'GGUF'")
+            raise file.error(f"it begins with {magic!r}, but a GGUF file begins with b'GGUF'")
         if version not in VERSIONS:
             swapped = (
                 "; the file is big-endian, convert it with gguf_convert_endian.py"
@@ -223,7 +235,8 @@ class _Reader:
                 else ""
             )
             raise file.error(
-                f"GGUF version {version} is not read, {' and '.join(map(str, VERSIONS))} are{swapped}"
+                f"GGUF version {version} is not supported, {' and '.join(map(str, VERSIONS))} "
+                f"are{swapped}"
             )
         self.tensor_count, self.pair_count = self.take("QQ")
         for count, smallest, what in (
@@ -232,11 +245,12 @@ class _Reader:
         ):
             if count * smallest > len(self.data):
                 raise file.error(
-                    f"its header claims {count} {what}, more than its {len(self.data)} bytes can hold; it is damaged, fetch it again"
+                    f"its header claims {count} {what}, more than its {len(self.data)} bytes can "
+                    "hold. It is damaged; download it again"
                 )
 
     def take(self, layout: str) -> tuple[Any, ...]:
-        """Values of a `struct` layout."""
+        """Read values of a `struct` layout."""
         size = struct.calcsize("<" + layout)
         self.need(size)
         values = struct.unpack_from("<" + layout, self.data, self.position)
@@ -246,7 +260,8 @@ class _Reader:
     def need(self, size: int) -> None:
         if size > len(self.data) - self.position:
             raise self.file.error(
-                f"byte {self.position} of its header asks for {size} more bytes, but the file has {len(self.data)}; it is truncated or damaged, fetch it again"
+                f"byte {self.position} of its header asks for {size} more bytes, but the file has "
+                f"{len(self.data)}. It is truncated or damaged; download it again"
             )
 
     def skip(self, size: int) -> None:
@@ -275,7 +290,9 @@ class _Reader:
             start = self.position
             key = self.string("key", 2**16 - 1)
             if key in metadata:
-                raise self.file.error(f"metadata key {key[:80]!r} is there twice")
+                raise self.file.error(
+                    f"metadata key {key[:80]!r} occurs twice; download the file again"
+                )
             (kind,) = self.take("I")
             metadata[key] = self.value(key, kind)
             self.file._spans[key] = (start, self.position, kind == ARRAY)
@@ -302,7 +319,8 @@ class _Reader:
                 self.string(f"string in {key!r}")
         else:
             raise self.file.error(
-                f"the array {key!r} holds values of type {kind}; numbers and strings are read"
+                f"the array {key!r} holds values of type {kind}, but only numbers and strings are "
+                "supported"
             )
         return count
 
@@ -310,7 +328,8 @@ class _Reader:
         name = self.string("tensor name", MOST_NAME_BYTES)
         if not name.isprintable() or set(name) & set("/\\ ") or not name:
             raise self.file.error(
-                f"{name!r} is no tensor's name: it holds separators of paths, spaces or unprintable characters, or nothing"
+                f"{name!r} is not a valid tensor name: it is empty, or contains slashes, spaces or "
+                "unprintable characters; download the file again"
             )
         (axes,) = self.take("I")
         if not 1 <= axes <= MOST_AXES:
@@ -319,6 +338,7 @@ class _Reader:
         kind, offset = self.take("IQ")
         if 0 in lengths or math.prod(lengths) >= 2**63:
             raise self.file.error(
-                f"tensor {name!r} has the shape {list(reversed(lengths))}, which no tensor has"
+                f"tensor {name!r} has the invalid shape {list(reversed(lengths))}; download the "
+                "file again"
             )
         return name, kind, tuple(reversed(lengths)), offset

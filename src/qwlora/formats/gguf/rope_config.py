@@ -1,10 +1,13 @@
-"""What a GGUF file says of rotary positions and transformers does not take from it.
+"""Warns about rotary position scaling in a GGUF file that transformers ignores.
 
-    ARCH.rope.scaling.type, .factor, ...      how positions are stretched (linear, yarn, longrope); ARCH.rope.scale_linear in old files
+    ARCH.rope.scaling.type, .factor, ...      position scaling (linear, yarn, longrope);
+                                              ARCH.rope.scale_linear in old files
     rope_freqs.weight, rope_factors_*.weight  factors of the rotary frequencies
 
-llama.cpp computes with them. A model that transformers builds of the file has plain rotary positions unless its loading code for the architecture reads the
-scaling (gpt-oss), so long texts come out otherwise than in llama.cpp. A warning says so; a Hugging Face folder has all of it in its config.json.
+llama.cpp applies them. The model that transformers builds from the file has unscaled rotary
+positions, unless its loading code for the architecture reads the scaling (gpt-oss does). Results
+then differ from llama.cpp, mostly on long texts. A Hugging Face folder states the scaling in
+config.json.
 """
 
 from __future__ import annotations
@@ -22,22 +25,25 @@ FACTORS = re.compile(r"(.*\.)?rope_(freqs|factors_long|factors_short)\.weight")
 
 
 def warn_of_positions(file: GgufFile, config: PretrainedConfig) -> None:
-    """Warn of what is in `file` about positions and not in `config`, which transformers made of it."""
+    """Warn if `file` scales positions and `config`, which transformers read from it, does not."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     unread = [name for name in file.tensors if FACTORS.fullmatch(name)]
     if not _scaled(parameters):
         unread = [f"{key} = {value}" for key, value in _scaling(file).items()] + unread
     if unread:
         warnings.warn(
-            f"{str(file.path)!r} scales its rotary positions ({', '.join(unread[:6])}), as llama.cpp computes; transformers does not read that from a GGUF "
-            f"file and computes plain ones (rope_parameters {parameters or None}), so its results differ, most on long texts. Give the model's Hugging Face "
-            "folder as the source, whose config.json says it; or, in Python, set config.rope_parameters of open_checkpoint(...) before load_precomputed",
+            f"{str(file.path)!r} scales rotary positions ({', '.join(unread[:6])}). llama.cpp "
+            "applies this, but transformers does not read it from a GGUF "
+            f"file (rope_parameters {parameters or None}), so results differ, mostly on long "
+            "texts. Give the model's Hugging Face folder as the source, "
+            "or, in Python, set config.rope_parameters of open_checkpoint(...) before "
+            "load_precomputed",
             stacklevel=3,
         )
 
 
 def _scaling(file: GgufFile) -> dict[str, Any]:
-    """The metadata of a scaling, if it changes positions."""
+    """The metadata of position scaling; empty if it does not change positions."""
     prefix = f"{file.architecture}.rope."
     found = {
         key: value
@@ -50,6 +56,6 @@ def _scaling(file: GgufFile) -> dict[str, Any]:
 
 
 def _scaled(parameters: dict[str, Any]) -> bool:
-    """Whether a configuration's positions are scaled, in any of its kinds of layers."""
+    """Whether a configuration scales the positions of any of its layer types."""
     parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     return any(part.get("rope_type", "default") != "default" for part in parts)

@@ -1,10 +1,14 @@
-"""From GGUF's tensors to the model's parameters, by transformers' own code, and what that code does to rows.
+"""Maps GGUF tensors to the model's parameters with the conversions of transformers.
 
-transformers has two ways. For some architectures it has conversions as for its own checkpoints (`integrations.gguf`), for the rest a processor for each
-architecture (`modeling_gguf_pytorch_utils`), fed one tensor at a time. Either is here a `Making`: the stored tensors of one parameter, and a function from
-their values to it. Float tensors go through that function as they are. For integers it is asked where it moves things: it is given numbers of rows, then
-numbers of columns, and the answer says where each row went, whether whole blocks of columns moved, and whether the matrix was turned (`Move`). What else it
-may do, like subtracting one, cannot be done to integers and is refused.
+transformers has two kinds of conversions: for some architectures the same as for its own
+checkpoints (`integrations.gguf`), for the others a processor class per architecture
+(`modeling_gguf_pytorch_utils`). Here both become a `GgufOrigin`: the stored tensors of one
+parameter, and a function that converts them.
+
+Float tensors are converted directly. For integers, the function is probed to learn how it reorders
+values: its input is filled with row numbers, then with column numbers, and the result shows where
+each row and column came from (`Reordering`). A conversion that does anything else to values, like
+subtracting one, is refused for integers.
 """
 
 from __future__ import annotations
@@ -30,17 +34,17 @@ from qwlora.formats.gguf.gguf_file import GgufFile
 from qwlora.formats.transformers_names import Origin, origins
 
 FIRST = 1000
-"""The number of row 0 and of column 0 where rows and columns are numbered: small numbers that come out were made, not moved."""
+"""The number given to row 0 and column 0 in a probe. Results below it were computed, not moved."""
 
 
 @dataclass(frozen=True)
-class Making:
-    """One parameter.
+class GgufOrigin:
+    """The stored tensors of one parameter, and the conversion to it.
 
     Args:
         target: the parameter's name.
         sources: names of the stored tensors.
-        convert: their values to the parameter, all on the CPU.
+        convert: makes the parameter from the stored tensors, by name; all on the CPU.
     """
 
     target: str
@@ -49,32 +53,39 @@ class Making:
 
 
 @dataclass(frozen=True)
-class Move:
-    """Where a parameter's rows come from.
+class Reordering:
+    """Which stored rows and columns the rows and columns of a parameter come from.
 
     Args:
-        rows: for each row of the parameter the number of the stored row, counting through all sources.
-        columns: the same for columns; None if they stay where they are.
-        turned: the parameter is the matrix [in, out], `rows` and `columns` are those of [out, in].
+        rows: for each row of the parameter, the index of the stored row, counted through all
+            sources.
+        columns: the same for columns; None if they keep their order.
+        transposed: whether the parameter is stored as [in, out]; `rows` and `columns` refer to
+            [out, in].
     """
 
     rows: Int[Tensor, "*rows"]
     columns: Int[Tensor, " in"] | None
-    turned: bool
+    transposed: bool
 
 
-def makings(
+def gguf_origins(
     file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel
-) -> tuple[dict[str, Making], list[str]]:
-    """How each parameter is made, and the stored tensors that make none and that transformers does not drop by name either.
+) -> tuple[dict[str, GgufOrigin], list[str]]:
+    """Find the stored tensors of each parameter.
 
     Args:
         file: the open file.
         config: the configuration as transformers reads it from the file.
-        model: without data.
+        model: the model without data.
+
+    Returns:
+        The origin of each parameter, and the stored tensors that belong to no parameter and that
+        transformers does not ignore.
 
     Raises:
-        SourceError: transformers does not know the architecture, or the file's tensors do not fit its conversions.
+        SourceError: transformers does not know the architecture, or the file's tensors do not fit
+            its conversions.
     """
     try:
         if is_gguf_arch_supported(file.architecture):
@@ -82,36 +93,47 @@ def makings(
         return _by_processor(file, config, model)
     except SourceError:
         raise
-    except Exception as error:  # a file's numbers reach any line of any conversion
+    except Exception as error:  # bad values can fail anywhere in a conversion
         raise file.error(
-            f"transformers cannot map the tensors of architecture {file.architecture!r}: {error or type(error).__name__}"
+            f"transformers cannot map the tensors of architecture {file.architecture!r}: "
+            f"{error or type(error).__name__}"
         ) from error
 
 
-def moved(making: Making, shapes: Sequence[tuple[int, ...]], block: int, what: str) -> Move:
-    """What `making` does to rows and columns of tensors with these shapes, one shape a source.
+def find_reordering(
+    origin: GgufOrigin, shapes: Sequence[tuple[int, ...]], block: int, what: str
+) -> Reordering:
+    """How `origin.convert` reorders the rows and columns of its sources.
 
-    A width of two says that already, and costs little; conversions that look at the width refuse it and get the whole.
+    The probe first uses tensors with two columns, which is fast. Conversions that fail because they
+    need the real number of columns are probed again with it.
+
+    Args:
+        origin: the conversion to probe.
+        shapes: the shape of each source.
+        block: the number of columns that share a scale.
+        what: the tensor, for messages.
 
     Raises:
-        SourceError: it does something else than move rows and blocks of `block` columns.
+        SourceError: the conversion does more than move rows and whole blocks of columns.
     """
     failure: Exception | None = None
     for width in sorted({min(2, shapes[0][-1]), shapes[0][-1]}):
         try:
-            return _probed(making, [(*shape[:-1], width) for shape in shapes], block, what)
+            return _probed(origin, [(*shape[:-1], width) for shape in shapes], block, what)
         except SourceError:
             raise
-        except Exception as error:  # see `makings`
+        except Exception as error:  # see `gguf_origins`
             failure = error
     raise SourceError(
-        f"{what}: transformers' conversion of this tensor fails: {failure or type(failure).__name__}"
+        f"{what}: transformers' conversion of this tensor fails: "
+        f"{failure or type(failure).__name__}"
     ) from failure
 
 
-def _probed(making: Making, shapes: list[tuple[int, ...]], block: int, what: str) -> Move:
+def _probed(origin: GgufOrigin, shapes: list[tuple[int, ...]], block: int, what: str) -> Reordering:
     by_row, by_column, total, width = {}, {}, 0, shapes[0][-1]
-    for source, shape in zip(making.sources, shapes, strict=True):
+    for source, shape in zip(origin.sources, shapes, strict=True):
         count = int(np.prod(shape[:-1], dtype=np.int64))
         by_row[source] = (
             torch.arange(FIRST + total, FIRST + total + count, dtype=torch.int32)
@@ -120,14 +142,14 @@ def _probed(making: Making, shapes: list[tuple[int, ...]], block: int, what: str
         )
         by_column[source] = torch.arange(FIRST, FIRST + width, dtype=torch.int32).expand(shape)
         total += count
-    rows, columns = making.convert(by_row), making.convert(by_column)
-    turned = (
+    rows, columns = origin.convert(by_row), origin.convert(by_column)
+    transposed = (
         rows.ndim == 2
         and bool((rows[:1] == rows).all())
         and rows.shape[0] == width
         and rows.shape[0] > 1
     )
-    if turned:
+    if transposed:
         rows, columns = rows.T, columns.T
     row, column = rows[..., 0], columns.reshape(-1, columns.shape[-1])[0]
     plain = (
@@ -137,10 +159,11 @@ def _probed(making: Making, shapes: list[tuple[int, ...]], block: int, what: str
     )
     if not plain or not _is_order(row - FIRST, total) or not _is_order(column - FIRST, width):
         raise SourceError(
-            f"{what}: transformers changes the values of this tensor, or mixes rows and columns, which is not done on integers; take a file with floats there"
+            f"{what}: transformers changes the values of this tensor, or mixes rows and columns, "
+            "which is not possible on integers. Use a file with float values for this tensor"
         )
     if torch.equal(column - FIRST, torch.arange(width, dtype=torch.int32)):
-        return Move((row - FIRST).long(), None, turned)
+        return Reordering((row - FIRST).long(), None, transposed)
     order = (column - FIRST).long()
     starts = order[::block]
     if (
@@ -149,19 +172,22 @@ def _probed(making: Making, shapes: list[tuple[int, ...]], block: int, what: str
         or not torch.equal(order, (starts.unsqueeze(-1) + torch.arange(block)).flatten())
     ):
         raise SourceError(
-            f"{what}: transformers moves columns of this tensor out of their blocks of {block}, one scale each; take a file with smaller blocks there"
+            f"{what}: transformers moves columns of this tensor out of their blocks of {block}, "
+            "which share a scale. Use a file with smaller blocks for this tensor"
         )
-    return Move((row - FIRST).long(), order, turned)
+    return Reordering((row - FIRST).long(), order, transposed)
 
 
 def _is_order(numbers: Tensor, count: int) -> bool:
-    """Whether these are the numbers from 0 to `count - 1`, each once."""
+    """Whether `numbers` is a permutation of 0 to `count - 1`."""
     return numbers.numel() == count and torch.equal(
         numbers.flatten().sort().values, torch.arange(count, dtype=numbers.dtype)
     )
 
 
-def _by_conversions(file: GgufFile, model: PreTrainedModel) -> tuple[dict[str, Making], list[str]]:
+def _by_conversions(
+    file: GgufFile, model: PreTrainedModel
+) -> tuple[dict[str, GgufOrigin], list[str]]:
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     found, unknown = origins(
         model,
@@ -170,7 +196,7 @@ def _by_conversions(file: GgufFile, model: PreTrainedModel) -> tuple[dict[str, M
         get_gguf_conversion_mapping(file.architecture, model.config),
     )
     return {
-        target: Making(
+        target: GgufOrigin(
             target, tuple(name for name, _ in origin.sources), _converted(origin, model, target)
         )
         for target, origin in found.items()
@@ -185,9 +211,9 @@ def _converted(
 
 def _by_processor(
     file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel
-) -> tuple[dict[str, Making], list[str]]:
+) -> tuple[dict[str, GgufOrigin], list[str]]:
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=dict(config))
-    mapping = get_gguf_hf_weights_map(_Above(model), processor)
+    mapping = get_gguf_hf_weights_map(_OuterModules(model), processor)
     sources: dict[str, list[str]] = {}
     unknown = []
     for name, tensor in file.tensors.items():
@@ -197,13 +223,17 @@ def _by_processor(
         for target in targets:
             sources.setdefault(target, []).append(name)
     return {
-        target: Making(target, tuple(names), _processed(processor, mapping, target))
+        target: GgufOrigin(target, tuple(names), _processed(processor, mapping, target))
         for target, names in sources.items()
     }, unknown
 
 
-class _Above:
-    """A model as far as its lists of layers, and these without what is in them: transformers makes a table of all names anew for each module it visits."""
+class _OuterModules:
+    """A model whose `ModuleList`s appear to have no children.
+
+    transformers builds a table of all tensor names for each module that it visits; visiting every
+    layer would take very long.
+    """
 
     def __init__(self, module: nn.Module):
         self.module, self.config = module, getattr(module, "config", None)
@@ -211,18 +241,18 @@ class _Above:
     def state_dict(self) -> dict[str, Tensor]:
         return self.module.state_dict()
 
-    def named_children(self) -> list[tuple[str, _Above]]:
+    def named_children(self) -> list[tuple[str, _OuterModules]]:
         return (
             []
             if isinstance(self.module, nn.ModuleList)
-            else [(name, _Above(child)) for name, child in self.module.named_children()]
+            else [(name, _OuterModules(child)) for name, child in self.module.named_children()]
         )
 
 
 def _targets(
     processor: TensorProcessor, mapping: dict[str, str], name: str, shape: tuple[int, ...]
 ) -> list[str]:
-    """Parameters that the processor makes of a stored tensor."""
+    """The parameters that the processor makes from a stored tensor."""
     if name in mapping and len(shape) < 3:
         return [mapping[name]]
     for width in sorted({min(2, shape[-1]), shape[-1]}):
@@ -234,7 +264,7 @@ def _targets(
                     {name: torch.zeros(1, dtype=torch.int8).expand(*shape[:-1], width)},
                 )
             )
-        except KeyError:  # an expert tensor of a block that the model does not have
+        except KeyError:  # experts of a block that the model does not have
             return []
         except (ValueError, IndexError):
             if width == shape[-1]:
@@ -251,7 +281,7 @@ def _processed(
 def _process(
     processor: TensorProcessor, mapping: dict[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What `transformers` does with each tensor of a file, here with `tensors` alone."""
+    """Convert `tensors` as transformers does when it loads a file."""
     made: dict[str, Any] = {"tensors": {}}
     for stored, tensor in tensors.items():
         tensor = (

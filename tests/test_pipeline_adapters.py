@@ -167,12 +167,15 @@ def test_the_adapter_is_equalized_for_its_grid(recipe_for: Any, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"rank": 8}, "have one shape, and rank differs among them"),
-        ({"rank_pattern": {"q_proj": 2}}, "have one shape, and rank_pattern differs among them"),
-        ({"rank": 8, "dora": True}, "have one shape, and rank, dora differ among them"),
+        ({"rank": 8}, "must have equal shapes, but rank differs among them"),
+        (
+            {"rank_pattern": {"q_proj": 2}},
+            "must have equal shapes, but rank_pattern differs among them",
+        ),
+        ({"rank": 8, "dora": True}, "must have equal shapes, but rank, dora differ among them"),
         (
             {"init": "svd", "rank_budget": 0.5},
-            "rank_budget gives b ranks of its own, .* leave rank_budget out",
+            "rank_budget chooses the ranks of b, .* remove rank_budget",
         ),
     ],
 )

@@ -182,7 +182,7 @@ def test_what_cannot_go_together_is_one_error(recipe_for: Any) -> None:
         assert part in problem
     with pytest.raises(
         RecipeError,
-        match="workflow qw-lora: adapter second: range_learning_rate goes with workflow qwa-lora",
+        match="workflow qw-lora: adapter second: range_learning_rate needs workflow qwa-lora",
     ):
         load_recipe(recipe_for(adapters=[SECOND]))
     assert load_recipe(recipe_for(workflow="qwa-lora", adapters=[FIRST])).adapters[0].loss is None

@@ -43,7 +43,7 @@ def problems(path: Path, *changes: str) -> list[str]:
         ),
         (
             "base.weights={granularity: channel, block_size: 32}",
-            "base.weights: block_size needs granularity block or lpbq, not channel",
+            "base.weights: block_size needs granularity block or lpbq, not channel; remove block_size",
         ),
         ("adapters.0.warmup_steps=6", "adapters.0: warmup_steps (6) must be fewer than steps (6)"),
         (
@@ -70,7 +70,8 @@ def problems(path: Path, *changes: str) -> list[str]:
         ("adapters=[]", "adapters: List should have at least 1 item after validation, not 0"),
         (
             "adapters=[{name: a}, {name: b}, {name: A}]",
-            "adapters: adapters a, A: names are folders and must differ in more than case",
+            "adapters: adapters a, A: each name becomes a folder, and some file systems ignore case; "
+            "choose names that differ in more than case",
         ),
         (
             f"adapters=[{{name: {'a' * 300}}}]",
@@ -79,13 +80,13 @@ def problems(path: Path, *changes: str) -> list[str]:
         ("data.held_out=1.5", "data.held_out: Input should be less than 1 (given: 1.5)"),
         (
             "model.keep_float=[lm_head]",
-            "model: keep_float: for reading encodings, which are not given; give model.encodings, or leave this out",
+            "model: keep_float: needs model.encodings; set it, or remove this",
         ),
         (
             "model.block_order=rows",
             "model.block_order: Input should be 'channel' or 'tensor' (given: 'rows')",
         ),
-        ("model={}", "model.source: required and not given"),
+        ("model={}", "model.source: required, but not set"),
         ("simulation.polcy=npu", "simulation.polcy: unknown key; did you mean policy?"),
         (
             "simulation.policy=gpu",
@@ -121,12 +122,13 @@ def problems(path: Path, *changes: str) -> list[str]:
         ),
         (
             "simulation={activation_bitwidth: 4, rules: [{match: x, bitwidth: 6}]}",
-            "recipe: simulation.activation_bitwidth 4, simulation.rules.0.bitwidth 6: ONNX has activations of 8 and 16 bits; change that, or take onnx out of "
+            "recipe: simulation.activation_bitwidth 4, simulation.rules.0.bitwidth 6: "
+            "ONNX supports activations of 8 or 16 bits; use one of these, or remove onnx from "
             "export.targets",
         ),
-        ("seed", "--set seed: write it like base.weights.bitwidth=3"),
-        ("adapters.7.rank=3", "--set adapters.7.rank=3: nothing is at adapters.7.rank"),
-        ("name.x=3", "--set name.x=3: name is a value, not a section"),
+        ("seed", "--set seed: expected KEY=VALUE, for example base.weights.bitwidth=3"),
+        ("adapters.7.rank=3", "--set adapters.7.rank=3: the recipe has no adapters.7.rank"),
+        ("name.x=3", "--set name.x=3: name is a single value, not a section"),
     ],
 )
 def test_each_mistake_is_named(recipe_for: Any, change: str, message: str) -> None:

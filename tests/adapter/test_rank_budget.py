@@ -225,37 +225,37 @@ def test_rank_budget_by_recipe(recipe_for: Any, tmp_path: Path, init: str) -> No
     [
         (
             "{rank_budget: 1.0}",
-            "rank_budget follows what init corrects, and init zero corrects nothing; set init to svd or qera",
+            "init zero corrects nothing; set init to svd or qera",
         ),
         (
             "{rank_budget: 1.0, init: svd, rank_pattern: {q_proj: 2}}",
-            "rank_budget finds the rank_pattern",
+            "rank_budget sets rank_pattern and alpha_pattern itself",
         ),
         (
             "{rank_budget: 0.2, init: svd, rank: 4}",
-            "rank_budget 0.2 of rank 4 does not give each layer a rank of 1; raise it to 0.25",
+            "rank_budget 0.2 of rank 4 is less than rank 1 per layer; raise it to 0.25",
         ),
         (
             "{rank_budget: 1.0, init: svd, rank: 4, rank_cap: 3}",
-            "rank_cap 3 leaves some of rank_budget unused",
+            "rank_cap 3 in every layer is less than rank_budget 1 of rank 4; raise rank_cap",
         ),
         (
             "{rank_budget: 5, init: svd}",
-            "rank_budget 5 is more than four times rank in every layer",
+            "rank_budget 5 exceeds the default rank_cap of four times rank",
         ),
         (
             "{init_share: 0.25}",
-            "init_share is of the ranks that init corrects with, and init zero corrects nothing",
+            "init_share has no effect with init zero",
         ),
         ("{init_share: 0, init: svd}", "init_share"),
         (
             "{rank_budget: 1.0, init: svd, init_share: 0.25}",
-            "rank_budget gives layers the ranks that correct most, and all of them do; remove init_share",
+            "init_share has no effect with rank_budget",
         ),
-        ("{rank_cap: 8, init: svd}", "rank_cap goes with rank_budget"),
+        ("{rank_cap: 8, init: svd}", "rank_cap needs rank_budget"),
         (
             "{rank_budget: 1.0, start: a/b}",
-            "rank_budget: an adapter that goes on from start has the shape of that one",
+            "rank_budget: with start, these come from that adapter",
         ),
     ],
 )

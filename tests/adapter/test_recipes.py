@@ -151,17 +151,21 @@ def test_external_adapter_needs_unknown_base_accept(
     [
         (
             "adapters.0.start=/not/there",
-            "adapters.0.start: adapter '/not/there' does not exist. Give another's name, a folder with adapter_config.json",
+            "adapters.0.start: adapter '/not/there' does not exist. Give the name of an "
+            "adapter in this recipe, a folder with adapter_config.json",
         ),
         (
             "adapters.0={name: a, start: a/b, rank: 4, dora: true}",
-            "adapters.0: dora, rank: an adapter that goes on from start has the shape of that one",
+            "adapters.0: dora, rank: with start, these come from that adapter; remove them",
         ),
         (
             "adapters.0={name: a, steps: 0}",
-            "adapters.0: steps is 0, so nothing would be learnt; give start",
+            "adapters.0: steps is 0, so nothing would be trained; set steps, or start",
         ),
-        ("adapters.0={name: a, unknown_base: accept}", "adapters.0: unknown_base goes with start"),
+        (
+            "adapters.0={name: a, unknown_base: accept}",
+            "adapters.0: unknown_base: accept needs start",
+        ),
         (
             "adapters.0={name: a, rank_pattern: {'*.down_proj': 8, 'mlp.(up': 2}}",
             r"adapters.0.rank_pattern: '*.down_proj' is no regular expression, which PEFT takes here: nothing to repeat; "
@@ -177,15 +181,16 @@ def test_external_adapter_needs_unknown_base_accept(
         ),
         (
             "adapters.0={name: a, target_parameters: [mlp.experts.down_proj], dropout: 0.1, dora: true, layers: [0]}",
-            "adapters.0: dropout, dora, layers: PEFT's adapters on target_parameters do not have that; remove it, or target_parameters",
+            "adapters.0: dropout, dora, layers: PEFT does not support this together with target_parameters",
         ),
         (
             "adapters=[{name: a, target_parameters: [x.up]}, {name: b, target_parameters: [x.down]}]",
-            "simulation.base_activations adapter_only: PEFT takes adapters together only with the same target_parameters; give those that have any the same",
+            "simulation.base_activations adapter_only: PEFT loads several adapters only if their "
+            "target_parameters are equal",
         ),
         (
             "adapters.0={name: a, patience: 2}",
-            "adapters.0: patience counts evaluations, and there are none",
+            "adapters.0: patience counts evaluations, but there are none; set evaluation_steps",
         ),
     ],
 )

@@ -430,9 +430,7 @@ def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
     assert any(not torch.equal(kept[name], layer.tensor.parts.scale) for name, layer in two.items())
     with pytest.raises(RecipeError, match="remove tuning"):
         load_recipe(recipe_for(), ("base={solver: keep, tuning: {steps: 4}}",))
-    with pytest.raises(
-        RecipeError, match="learning_rate and compute: nothing is tuned without steps"
-    ):
+    with pytest.raises(RecipeError, match="learning_rate and compute: no effect without steps"):
         load_recipe(recipe_for(), ("base.tuning={learning_rate: 0.01, compute: bfloat16}",))
 
 

@@ -202,7 +202,7 @@ def test_a_model_that_mixes_documents_is_refused_until_the_recipe_chooses(
         ),
         (
             "data={source: x, text_column: a, messages_column: b}",
-            "text_column and messages_column: a source is learnt from in one way; give one",
+            "text_column and messages_column exclude each other; set only one kind",
         ),
         (
             "data.source=corpus/train.jsonl",

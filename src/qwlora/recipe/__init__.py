@@ -1,7 +1,8 @@
-"""The recipe: what a user asks for, in one YAML file, validated whole before torch is imported.
+"""The recipe: one YAML file with all settings of a job, fully validated before torch is imported.
 
-Each field's default and description are written once, here; `qwlora init` and the recipe reference print them. Validation gathers every problem: unknown keys
-(with the nearest valid one), wrong types, values out of range, combinations that cannot work, and sources that are not there.
+Defaults and descriptions are written once, in the fields; `qwlora init` and the recipe reference
+print them. Validation reports all problems at once: unknown keys (with the closest valid key),
+wrong types, values out of range, combinations that cannot work, and sources that do not exist.
 """
 
 from qwlora.recipe.adapter_section import Adapter

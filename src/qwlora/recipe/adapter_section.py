@@ -1,4 +1,4 @@
-"""Step 2: the adapters."""
+"""Recipe section `adapters`: step 2."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from qwlora.adapter.attach import LoraShape
     from qwlora.adapter.train import TrainingSettings
 
-Rank = Annotated[int, Field(ge=1, lt=2**31)]  # whether a layer is as large is seen before training
-Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW moves each weight by about this much a step
+Rank = Annotated[int, Field(ge=1, lt=2**31)]  # layer sizes are checked before training
+Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about this much per step
 
 
 class Adapter(Section):
@@ -24,14 +24,14 @@ class Adapter(Section):
     name: Name = Field(description="name of the adapter and of its folder")
     start: str | None = Field(
         None,
-        description="adapter to continue training from: the name of one listed before this one, or a "
-        "PEFT folder or hub id. Takes over its shape and dropout (no dropout in workflow "
+        description="adapter to continue training from: the name of one listed before this one, or "
+        "a PEFT folder or hub id. Takes over its shape and dropout (no dropout in workflow "
         "qwa-lora)",
     )
     objective: Literal["text", "recovery"] = Field(
         "text",
-        description="text: the next token; recovery: match the float model as well, to be continued "
-        "by other adapters",
+        description="text: the next token; recovery: match the float model as well, to be "
+        "continued by other adapters",
     )
     unknown_base: Literal["refuse", "accept"] = Field(
         "refuse",
@@ -116,13 +116,13 @@ class Adapter(Section):
     )
     loss: Literal["chunked", "whole"] | None = Field(
         None,
-        description="chunked: never holds the logits of a whole batch; whole: the model's own loss. "
-        "Default: chunked, whole with workflow qwa-lora",
+        description="chunked: never holds the logits of a whole batch; whole: the model's own "
+        "loss. Default: chunked, whole with workflow qwa-lora",
     )
     evaluation_steps: Count | None = Field(
         None,
-        description="steps between evaluations on held-out text; the best adapter is kept. Default: "
-        "no evaluation",
+        description="steps between evaluations on held-out text; the best adapter is kept. "
+        "Default: no evaluation",
     )
     patience: Count | None = Field(
         None,
@@ -146,16 +146,16 @@ class Adapter(Section):
     )
 
     def lora_shape(self) -> LoraShape:
-        """Which layers get an adapter, and of what size, as `attach` takes it."""
+        """Which layers get an adapter and its size, in the form that `attach` takes."""
         from qwlora.adapter.attach import LoraShape
 
         return LoraShape(**{f.name: getattr(self, f.name) for f in fields(LoraShape)})
 
     def training_settings(self, seed: int, whole_loss: bool) -> TrainingSettings:
-        """How it is trained, as `train_adapter` takes it.
+        """The settings in the form that `train_adapter` takes.
 
         Args:
-            whole_loss: use the model's own loss unless the recipe says otherwise.
+            whole_loss: the default of `loss` is the model's own loss, not the chunked one.
         """
         from qwlora.adapter.train import TrainingSettings
 
@@ -168,28 +168,34 @@ class Adapter(Section):
         )
 
     def shape(self) -> dict[str, Any]:
-        """What says how large its weights are, by key; which layers have some depends on the model."""
+        """The keys that determine the shapes of its weights in any given layer."""
         return {"rank": self.rank, "rank_pattern": self.rank_pattern, "dora": self.dora}
 
     @property
     def correcting_share(self) -> float:
-        """Of a layer's ranks, those that init corrects with."""
+        """Share of a layer's ranks that init uses to correct the quantization error."""
         return self.init_share if self.rank_budget is None else 1.0
 
     def without_graph(self) -> list[str]:
-        """What of this cannot be trained through a captured graph, each with the way out."""
+        """Settings that cannot be trained through a captured graph, and what to use instead."""
         problems = {
-            "objective recovery watches layers, which do not run": self.objective == "recovery",
-            "dropout is not in a graph of evaluation; set it to 0": self.dropout > 0,
-            "gradient_checkpointing needs layers that run; leave it out": self.gradient_checkpointing,
-            "compute bfloat16 cannot hold the steps of the grids; use float32": self.compute
-            == "bfloat16",
-            "loss chunked needs an output head outside the graph; use whole": self.loss
-            == "chunked",
+            "objective recovery needs layer outputs, which the graph does not have; use text": (
+                self.objective == "recovery"
+            ),
+            "dropout is missing in the graph, which is captured in eval mode; set it to 0": (
+                self.dropout > 0
+            ),
+            "gradient_checkpointing needs modules, which the graph replaces; remove it": (
+                self.gradient_checkpointing
+            ),
+            "compute bfloat16 is too coarse for the activation grids; use float32": (
+                self.compute == "bfloat16"
+            ),
+            "loss chunked needs an output head outside of the graph; use whole": (
+                self.loss == "chunked"
+            ),
         }
-        return [
-            f"adapter {self.name}: {problem}" for problem, is_there in problems.items() if is_there
-        ]
+        return [f"adapter {self.name}: {problem}" for problem, found in problems.items() if found]
 
     @field_validator("target_modules")
     @classmethod
@@ -230,13 +236,14 @@ class Adapter(Section):
             )
         ):
             raise ValueError(
-                f"{', '.join(given)}: an adapter that goes on from start has the shape of that one; remove them"
+                f"{', '.join(given)}: with start, these come from that adapter; remove them"
             )
         if self.start is None and self.unknown_base == "accept":
-            raise ValueError("unknown_base goes with start; remove it")
+            raise ValueError("unknown_base: accept needs start; remove it, or set start")
         if self.start is None and self.steps == 0:
             raise ValueError(
-                "steps is 0, so nothing would be learnt; give start to use an adapter as it is"
+                "steps is 0, so nothing would be trained; set steps, or start to use an adapter "
+                "as it is"
             )
         if self.target_parameters and (
             given := [
@@ -244,15 +251,17 @@ class Adapter(Section):
             ]
         ):
             raise ValueError(
-                f"{', '.join(given)}: PEFT's adapters on target_parameters do not have that; remove it, or target_parameters"
+                f"{', '.join(given)}: PEFT does not support this together with target_parameters; "
+                "remove one of them"
             )
         if self.init != "zero" and (self.dora or self.start is not None):
             raise ValueError(
-                f"init {self.init} is a start of its own: it goes neither with dora, whose magnitudes depend on it, nor with start"
+                f"init {self.init} cannot be combined with dora or start; remove it, or remove "
+                f"{'start' if self.start is not None else 'dora'}"
             )
         if self.init == "zero" and self.init_share != Adapter.model_fields["init_share"].default:
             raise ValueError(
-                "init_share is of the ranks that init corrects with, and init zero corrects nothing; remove it, or set init to svd or qera"
+                "init_share has no effect with init zero; remove it, or set init to svd or qera"
             )
         self._check_budget()
         if self.steps and self.warmup_steps >= self.steps and self.schedule != "constant":
@@ -261,36 +270,39 @@ class Adapter(Section):
             )
         if self.patience is not None and self.evaluation_steps is None:
             raise ValueError(
-                "patience counts evaluations, and there are none: give evaluation_steps"
+                "patience counts evaluations, but there are none; set evaluation_steps"
             )
         return self
 
     def _check_budget(self) -> None:
         if self.rank_budget is None:
             if self.rank_cap is not None:
-                raise ValueError("rank_cap goes with rank_budget; remove it")
+                raise ValueError("rank_cap needs rank_budget; remove it, or set rank_budget")
             return
         if self.init == "zero":
             raise ValueError(
-                "rank_budget follows what init corrects, and init zero corrects nothing; set init to svd or qera"
+                "rank_budget distributes ranks by what init corrects, and init zero corrects "
+                "nothing; set init to svd or qera"
             )
         if self.init_share != Adapter.model_fields["init_share"].default:
             raise ValueError(
-                "rank_budget gives layers the ranks that correct most, and all of them do; remove init_share"
+                "init_share has no effect with rank_budget, where all ranks carry the correction; "
+                "remove init_share"
             )
         if self.rank_pattern or self.alpha_pattern:
-            raise ValueError(
-                "rank_budget finds the rank_pattern, and the alpha_pattern that keeps the scaling; remove those that are given"
-            )
+            raise ValueError("rank_budget sets rank_pattern and alpha_pattern itself; remove yours")
         if self.rank_budget * self.rank < 1:
             raise ValueError(
-                f"rank_budget {self.rank_budget:g} of rank {self.rank} does not give each layer a rank of 1; raise it to {1 / self.rank:g}"
+                f"rank_budget {self.rank_budget:g} of rank {self.rank} is less than rank 1 per "
+                f"layer; raise it to {1 / self.rank:g}"
             )
         if self.rank_cap is not None and self.rank_cap < self.rank_budget * self.rank:
             raise ValueError(
-                f"rank_cap {self.rank_cap} leaves some of rank_budget unused even if every layer has it; raise it, or give one rank"
+                f"rank_cap {self.rank_cap} in every layer is less than rank_budget "
+                f"{self.rank_budget:g} of rank {self.rank}; raise rank_cap, or lower rank_budget"
             )
         if self.rank_budget * self.rank > 4 * self.rank and self.rank_cap is None:
             raise ValueError(
-                f"rank_budget {self.rank_budget:g} is more than four times rank in every layer; raise rank, or give rank_cap"
+                f"rank_budget {self.rank_budget:g} exceeds the default rank_cap of four times "
+                "rank; raise rank, or set rank_cap"
             )

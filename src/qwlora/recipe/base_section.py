@@ -1,4 +1,4 @@
-"""The model, and step 1: its weights as integers."""
+"""Recipe sections `model` and `base`: step 1."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Model(Section):
         ]
         if self.encodings is None and given:
             raise ValueError(
-                f"{' and '.join(given)}: for reading encodings, which are not given; give model.encodings, or leave this out"
+                f"{' and '.join(given)}: needs model.encodings; set it, or remove this"
             )
         return self
 
@@ -77,8 +77,8 @@ class Weights(Section):
     bitwidth: Literal[2, 3, 4, 5, 6, 7, 8] = Field(4, description="bits per weight")
     symmetric: bool = Field(
         True,
-        description="true: the offset is fixed at the middle code; false: every scale has an offset "
-        "of its own",
+        description="true: the offset is fixed at the middle code; false: every scale has an "
+        "offset of its own",
     )
     granularity: GranularityName = Field(
         "block",
@@ -92,7 +92,7 @@ class Weights(Section):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, given: Any) -> Any:
-        """A short name to keys, and the default block size."""
+        """Expand a short name to keys, and fill in the default block size."""
         if isinstance(given, str):
             given = _keys(parse_scheme(given))
         if isinstance(given, dict) and given.get("block_size") is None:
@@ -104,11 +104,13 @@ class Weights(Section):
     def _consistent(self) -> Weights:
         _check_block_size(self.granularity, self.block_size)
         if self.granularity == "lpbq" and not self.symmetric:
-            raise ValueError("lpbq is symmetric; remove symmetric: false, or use block")
+            raise ValueError(
+                "granularity lpbq is always symmetric; remove symmetric: false, or use block"
+            )
         return self
 
     def scheme(self) -> Scheme:
-        """The scheme of these weights."""
+        """The settings as a `Scheme`."""
         granularity: Granularity = PerTensor()
         if self.granularity == "channel":
             granularity = PerChannel(0)
@@ -133,7 +135,9 @@ def _keys(scheme: Scheme) -> dict[str, Any]:
 
 def _check_block_size(granularity: str | None, block_size: int | None) -> None:
     if granularity in ("tensor", "channel") and block_size is not None:
-        raise ValueError(f"block_size needs granularity block or lpbq, not {granularity}")
+        raise ValueError(
+            f"block_size needs granularity block or lpbq, not {granularity}; remove block_size"
+        )
 
 
 class BaseRule(Section):
@@ -157,18 +161,16 @@ class BaseRule(Section):
             if getattr(self, n) is not None
         ]
         if self.keep is not None and given:
-            raise ValueError(
-                f"a layer that stays float has no {', '.join(given)}; remove that, or keep"
-            )
+            raise ValueError(f"keep: float excludes {', '.join(given)}; remove one or the other")
         if self.keep is None and not given:
             raise ValueError(
-                "the rule changes nothing; give keep: float, or a bitwidth, granularity or solver"
+                "the rule changes nothing; set keep: float, or a bitwidth, granularity or solver"
             )
         _check_block_size(self.granularity, self.block_size)
         return self
 
     def scheme(self, base: Weights) -> Scheme | None:
-        """The layers' grid; None if they stay float."""
+        """The scheme for matching layers; None if they stay float."""
         if self.keep is not None:
             return None
         keys = ("bitwidth", "symmetric", "granularity", "block_size")
@@ -195,15 +197,15 @@ class Gptq(Section):
     )
     sweeps: Annotated[int, Field(ge=0)] = Field(
         2,
-        description="passes of coordinate descent after GPTQ; each improves codes and scales one at "
-        "a time. 4 instead of 2 gains about 2 percent of layer error for half as much "
+        description="passes of coordinate descent after GPTQ; each improves codes and scales one "
+        "at a time. 4 instead of 2 gains about 2 percent of layer error for half as much "
         "time again",
     )
 
 
 class Tuning(Section):
-    """Training of scales and norms against the float model's logits. The float model is in memory
-    during that time.
+    """Training of scales and norms against the float model's logits. Keeps the float model in
+    memory meanwhile.
     """
 
     steps: Annotated[int, Field(ge=0)] = Field(
@@ -228,7 +230,7 @@ class Tuning(Section):
         }
         if not self.steps and (given := [name for name, is_asked in asked.items() if is_asked]):
             raise ValueError(
-                f"{' and '.join(given)}: nothing is tuned without steps; give them, or remove tuning"
+                f"{' and '.join(given)}: no effect without steps; set steps, or remove tuning"
             )
         return self
 
@@ -280,6 +282,6 @@ class Base(Section):
             given.append("tuning")
         if self.solver == "keep" and given:
             raise ValueError(
-                f"solver keep takes the integers as they are; remove {' and '.join(given)}"
+                f"solver keep uses the integers unchanged; remove {' and '.join(given)}"
             )
         return self

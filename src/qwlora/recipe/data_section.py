@@ -54,8 +54,8 @@ class Data(Section):
     )
     turns: Literal["together", "apart"] = Field(
         "together",
-        description="together: a conversation is one document; apart: every assistant message ends a "
-        "document of its own",
+        description="together: a conversation is one document; apart: every assistant message ends "
+        "a document of its own",
     )
     packing: Literal["join", "documents", "none"] | None = Field(
         None,
@@ -91,11 +91,11 @@ class Data(Section):
             if given
         ]
         if len(asked) > 1:
-            raise ValueError(f"{' and '.join(asked)}: a source is learnt from in one way; give one")
+            raise ValueError(f"{' and '.join(asked)} exclude each other; set only one kind")
         return self
 
     def read_template(self) -> str | None:
-        """The text of `chat_template`, if one is given.
+        """The text of `chat_template`; None if it is not set.
 
         Raises:
             SourceError: the file cannot be read, or is not UTF-8.

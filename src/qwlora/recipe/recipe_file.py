@@ -1,4 +1,4 @@
-"""A recipe's file: read, changed by `--set`, and validated; every problem at once."""
+"""Read a recipe file, apply `--set` changes and validate it. Reports all problems at once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from qwlora.recipe.yaml_core import load_yaml
 
 
 def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
-    """Read, change and validate a recipe.
+    """Read a recipe, apply `changes` and validate the result.
 
     Args:
-        changes: `section.key=value`, the value in YAML; `adapters.0.steps=5` reaches into a list.
+        changes: `section.key=value`, where value is YAML and a number selects an item of a list:
+            `adapters.0.steps=5`.
 
     Raises:
-        RecipeError: with every problem found.
+        RecipeError: lists every problem found.
     """
     source = str(path)
     try:
@@ -43,7 +44,7 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
         raise RecipeError(source, [f"is not YAML: {error}"]) from error
     if not isinstance(content, dict):
         raise RecipeError(
-            source, ["is not a mapping of sections; `qwlora init` writes one to start from"]
+            source, ["is not a mapping of sections; `qwlora init` writes a recipe to start from"]
         )
     problems = [p for change in changes if (p := _change(content, change))]
     problems += _missing_sources(content)
@@ -58,10 +59,10 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
 
 
 def _change(content: dict[str, Any], change: str) -> str | None:
-    """Apply one `a.b.c=value`; returns what is wrong with it, if anything."""
+    """Apply one `a.b.c=value` in place; returns the problem, if there is one."""
     path, equals, value = change.partition("=")
     if not equals or not path:
-        return f"--set {change}: write it like base.weights.bitwidth=3"
+        return f"--set {change}: expected KEY=VALUE, for example base.weights.bitwidth=3"
     *parents, last = path.split(".")
     node: Any = content
     try:
@@ -72,9 +73,9 @@ def _change(content: dict[str, Any], change: str) -> str | None:
         elif isinstance(node, dict):
             node[last] = load_yaml(value)
         else:
-            return f"--set {change}: {'.'.join(parents)} is a value, not a section"
+            return f"--set {change}: {'.'.join(parents)} is a single value, not a section"
     except (ValueError, IndexError, AttributeError):
-        return f"--set {change}: nothing is at {path}"
+        return f"--set {change}: the recipe has no {path}"
     except yaml.YAMLError as error:
         return f"--set {change}: the value is not YAML: {error}"
     return None
@@ -87,7 +88,7 @@ def _describe(error: ValidationError) -> Iterator[str]:
             valid = _keys_at(item["loc"][:-1])
             yield f"{where}: unknown key{suggestion(str(item['loc'][-1]), valid)}"
         elif item["type"] == "missing":
-            yield f"{where}: required and not given"
+            yield f"{where}: required, but not set"
         else:
             yield f"{where or 'recipe'}: {item['msg'].removeprefix('Value error, ')}" + _given(item)
 
@@ -102,7 +103,7 @@ def _given(item: Any) -> str:
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """Valid keys of the section at `location`; a number there is a place in a list."""
+    """Valid keys of the section at `location`; numbers in it are list indices."""
     section: Any = Recipe
     for key in location:
         if isinstance(key, str):
@@ -112,8 +113,8 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _make_paths_absolute(content: dict[str, Any]) -> None:
-    """Make paths in `content` absolute: they are relative to the current directory, and the
-    resolved recipe must not be. What is not a path, or is wrong, stays as it is.
+    """Make relative paths in `content` absolute, so that the resolved recipe does not depend on the
+    current directory. Values that are not valid paths stay unchanged.
     """
     for section, key in (
         ("model", "source"),
@@ -135,7 +136,7 @@ def _make_paths_absolute(content: dict[str, Any]) -> None:
 
 
 def _path_of(value: Any) -> Path | None:
-    """The path that `value` gives; None if it cannot be one."""
+    """`value` as a path; None if it cannot be one."""
     try:
         return user_path(value) if isinstance(value, str) else None
     except SourceError:
@@ -152,7 +153,10 @@ def _names(content: dict[str, Any]) -> set[str]:
 
 
 def _missing_sources(content: dict[str, Any]) -> list[str]:
-    """Models, encodings, data, templates and starts that do not exist; nothing is loaded."""
+    """Problems with sources that do not exist: model, encodings, data, template, adapter starts.
+
+    Loads nothing.
+    """
     from qwlora.data import locate_documents
     from qwlora.formats.model_source import locate
 
@@ -162,8 +166,8 @@ def _missing_sources(content: dict[str, Any]) -> list[str]:
         is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)
         if source not in names and not is_hub_id and not user_path(source).exists():
             raise SourceError(
-                f"adapter {source!r} does not exist. Give another's name, a folder with "
-                "adapter_config.json, or a hub id"
+                f"adapter {source!r} does not exist. Give the name of an adapter in "
+                "this recipe, a folder with adapter_config.json, or a hub id"
             )
 
     values: list[tuple[str, Any, Callable[[str], Any]]] = []
@@ -203,5 +207,5 @@ def _check_encodings(encodings: str) -> None:
 def _check_template(template: str) -> None:
     path = user_path(template)
     if not path.is_file():
-        raise SourceError(f"{template!r} is not a file")
+        raise SourceError(f"{template!r} is not a file. Give a Jinja template")
     read_text(path)

@@ -1,4 +1,7 @@
-"""The recipe reference, docs/recipe.md, from the recipe's fields. Write it with `make docs/recipe.md`."""
+"""Generates docs/recipe.md, the recipe reference, from the recipe's fields.
+
+`make docs/recipe.md` writes it.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ def recipe_reference() -> str:
         settings += [f"adapters[].{key}" for key in _flat(preset["adapter"])]
         lines.append(f"| `{name}` | {', '.join(f'`{setting}`' for setting in settings)} |")
     lines.append(
-        "\nKeys that the recipe sets itself win. `init: qera` is not set for adapters with"
+        "\nKeys set in the recipe override the preset. `init: qera` is not applied to adapters with"
     )
-    lines.append("`dora` or `start`, nor for `base.solver: keep`.\n")
+    lines.append("`dora` or `start`, nor with `base.solver: keep`.\n")
     lines += _tables("Top level", Recipe, "")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -47,7 +50,7 @@ def _flat(settings: dict[str, Any], path: str = "") -> list[str]:
 
 
 def _tables(title: str, section: type[BaseModel], path: str) -> list[str]:
-    """A table of the section's keys, then the tables of the sections in it."""
+    """A table of the section's keys, followed by the tables of its subsections."""
     lines = [f"## {title}\n"]
     if path and section.__doc__:
         lines.append(f"{section.__doc__.strip()}\n")
@@ -69,7 +72,7 @@ def _tables(title: str, section: type[BaseModel], path: str) -> list[str]:
 
 
 def _section_of(field: FieldInfo) -> tuple[type[BaseModel] | None, bool]:
-    """The section that a field holds, and whether it is a list of them."""
+    """The section class of a field (None if it has none), and whether it is a list of sections."""
     kind, many = field.annotation, False
     if get_origin(kind) is list:
         (kind,), many = get_args(kind), True

@@ -1,4 +1,4 @@
-"""What all sections of a recipe have in common."""
+"""Base class and shared field types of all recipe sections."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A part of the recipe; keys that it does not know are errors, and so are `.nan` and `.inf` for numbers."""
+    """Base class of recipe sections. Immutable; rejects unknown keys, `.nan` and `.inf`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""Step 3: the simulation."""
+"""Recipe section `simulation`: step 3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwlora.simulation.placement_rules import PlacementRule
 
 
 class AdapterWeights(Section):
-    """The grid of lora_A and lora_B. Blocks are not offered because they seldom divide a rank."""
+    """The grid of lora_A and lora_B. There is no block granularity: blocks seldom divide a rank."""
 
     bitwidth: Annotated[int, Field(ge=4, le=16)] = Field(8, description="bits per weight")
     symmetric: bool = Field(True, description="fix the offset at the middle code")
@@ -34,8 +34,8 @@ class SimulationRule(Section):
     """An exception for some values of the graph: keep them float, or give them another grid."""
 
     match: str = Field(
-        description="glob over module paths, with an operator after the path where needed: lm_head, "
-        "*.self_attn.softmax, *.lora_A.weight"
+        description="glob over module paths, with an operator after the path where needed: "
+        "lm_head, *.self_attn.softmax, *.lora_A.weight"
     )
     keep: Literal["float"] | None = Field(None, description="float: leave these values as they are")
     bitwidth: Annotated[int, Field(ge=2, le=16)] | None = Field(
@@ -64,7 +64,7 @@ class SimulationRule(Section):
         return self
 
     def placement_rule(self, usual: Estimator) -> PlacementRule:
-        """The rule as `simulate` takes it, with the numbers of the simulation's estimator."""
+        """The rule as `simulate` takes it; settings of its observer come from `usual`."""
         estimator = replace(usual, name=self.observer) if self.observer is not None else None
         return PlacementRule(**{**self.model_dump(), "observer": estimator})
 
@@ -74,8 +74,8 @@ class SimulationSection(Section):
 
     policy: Literal["npu", "matmul-inputs", "weights-only"] = Field(
         "npu",
-        description="npu: every computed value except norm internals, masks and residual additions; "
-        "matmul-inputs: only what matrix products read; weights-only: no activations",
+        description="npu: every computed value except norm internals, masks and residual "
+        "additions; matmul-inputs: only what matrix products read; weights-only: no activations",
     )
     rules: list[SimulationRule] = Field(
         [], description="exceptions for some values; the first matching rule decides"
@@ -101,7 +101,8 @@ class SimulationSection(Section):
     )
     still_share: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="stop when no range has moved by more than this share for still_batches batches; never unless given",
+        description="stop when no range has moved by more than this share for "
+        "still_batches batches. Default: never stop early",
     )
     still_batches: Count = Field(4, description="see still_share")
     unseen: Literal["error", "float"] = Field(
@@ -116,7 +117,8 @@ class SimulationSection(Section):
     )
     symmetric_matmul_second_input: bool = Field(
         False,
-        description="the second factor of two activations gets a symmetric grid, as some runtimes need it",
+        description="give the second operand of an activation-by-activation product a "
+        "symmetric grid, which some runtimes need",
     )
     adapter_weights: AdapterWeights = Field(
         AdapterWeights(), description="grid of lora_A and lora_B"
@@ -128,24 +130,26 @@ class SimulationSection(Section):
     )
     base_activations: Literal["all", "adapter_only", "none"] = Field(
         "all",
-        description="encodings that belong to each adapter. all: every activation; adapter_only: its "
-        "own values and weights, the base's activations are shared; none: one set for "
+        description="encodings that belong to each adapter. all: every activation; adapter_only: "
+        "its own values and weights, the base's activations are shared; none: one set for "
         "all adapters",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _without_momentum(cls, given: Any) -> Any:
-        """Drop a key that earlier versions wrote into every job's recipe. It was for an observer
-        that no longer exists, and is still refused together with it."""
+        """Drop `momentum`, which earlier versions wrote into every job's recipe.
+
+        It belonged to the removed observer moving-average; with that it is still an error.
+        """
         if isinstance(given, dict) and given.get("observer") != "moving-average":
             return {key: value for key, value in given.items() if key != "momentum"}
         return given
 
     def estimator(self) -> Estimator:
-        """How ranges are chosen."""
+        """How activation ranges are chosen."""
         return Estimator(self.observer, self.percentile)
 
     def placement_rules(self) -> list[PlacementRule]:
-        """The rules as `simulate` takes them."""
+        """The rules in the form that `simulate` takes."""
         return [rule.placement_rule(self.estimator()) for rule in self.rules]

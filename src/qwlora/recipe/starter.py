@@ -1,7 +1,7 @@
-"""The recipes that `qwlora init` writes, from the defaults and descriptions of the recipe's fields.
+"""Recipes that `qwlora init` writes, generated from the defaults and descriptions of the fields.
 
-starter_recipe()    what most people set, at most 25 lines
-full_recipe()       every key, those with a default commented out
+starter_recipe()    the settings most people change, at most 25 lines
+full_recipe()       every key; those with a default are commented out
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ export:
 
 
 def full_recipe() -> str:
-    """Every key with its description: what must be set as a placeholder, the rest commented out."""
+    """Every key with its description: required keys with placeholders, the rest commented out."""
     head = (
         "# A QWLoRA recipe with every option. Run it with: qwlora run THIS_FILE --out out\n"
         "# Commented lines show defaults; uncomment a line to change it.\n"
@@ -83,14 +83,14 @@ def _section(kind: type[BaseModel], path: str, depth: int) -> list[str]:
 
 
 def _usual(where: str, field: FieldInfo) -> Any:
-    """What a recipe that does not set this key gets: from the default preset, else the field."""
+    """The value of a key that the recipe does not set: the default preset's, else the field's."""
     section, _, key = where.partition(".")
     preset = PRESETS[Recipe.model_fields["preset"].default]
     return preset["adapter"].get(key, field.default) if section == "adapters" else field.default
 
 
 def _item(lines: list[str]) -> list[str]:
-    """Lines of a section as the first item of a list."""
+    """The section's lines, indented as the first item of a list."""
     return [f"  - {lines[0]}", *(f"    {line}" for line in lines[1:])]
 
 

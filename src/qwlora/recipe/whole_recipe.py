@@ -1,4 +1,4 @@
-"""The whole recipe, and what must hold between its sections."""
+"""The whole recipe, and the checks that involve several sections."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Verify(Section):
 
 
 class Recipe(Section):
-    """The whole file."""
+    """The whole recipe file."""
 
     name: Name = Field(
         "qwlora", description="name of the job; an output directory belongs to one job"
@@ -80,7 +80,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, given: Any) -> Any:
-        """Fill in what the preset says and the recipe does not."""
+        """Fill in the preset's values for keys that the recipe does not set."""
         if not isinstance(given, dict) or given.get("preset", "balanced") not in PRESETS:
             return given
         preset, base = PRESETS[given.get("preset", "balanced")], given.get("base") or {}
@@ -99,17 +99,18 @@ class Recipe(Section):
     def _encodings_are_used(self) -> Recipe:
         if self.model.encodings is not None and self.base.solver != "keep":
             raise ValueError(
-                "model.encodings are taken by base.solver keep; set it, or remove them"
+                "model.encodings needs base.solver: keep; set it, or remove model.encodings"
             )
         if self.model.trust_remote_code and self.base.solver == "keep":
             raise ValueError(
-                "model.trust_remote_code: base.solver keep reads integers without code of the "
-                "model's own; remove it"
+                "model.trust_remote_code has no effect with base.solver: keep, which never runs "
+                "the model's code; remove it"
             )
         needy = [a.name for a in self.adapters if a.init != "zero" or a.objective == "recovery"]
         if self.base.solver == "keep" and self.model.encodings is None and needy:
             raise ValueError(
-                f"adapters {', '.join(needy)}: recovery, and a start other than zero, need floats, which base.solver keep does not have"
+                f"adapters {', '.join(needy)}: objective recovery and init svd or qera need the "
+                "float model, which base.solver: keep does not have; use objective text, init zero"
             )
         return self
 
@@ -130,7 +131,8 @@ class Recipe(Section):
             wrong := [f"{where} {bits}" for where, bits in asked.items() if bits not in (8, 16)]
         ):
             raise ValueError(
-                f"{', '.join(wrong)}: ONNX has activations of 8 and 16 bits; change that, or take onnx out of export.targets"
+                f"{', '.join(wrong)}: ONNX supports activations of 8 or 16 bits; use one of "
+                "these, or remove onnx from export.targets"
             )
         return self
 
@@ -140,39 +142,43 @@ class Recipe(Section):
         for i, adapter in enumerate(self.adapters):
             if adapter.start in names[i:]:
                 raise ValueError(
-                    f"adapter {adapter.name} starts from {adapter.start}, which must be listed before it"
+                    f"adapter {adapter.name} starts from {adapter.start}, which must be listed "
+                    "before it"
                 )
         return self
 
     @model_validator(mode="after")
-    def _what_is_shared_has_one_shape(self) -> Recipe:
+    def _shared_encodings_need_equal_shapes(self) -> Recipe:
         experts = {
             tuple(sorted(set(a.target_parameters))) for a in self.adapters if a.target_parameters
         }
         if self.simulation.base_activations != "all" and len(experts) > 1:
             raise ValueError(
-                f"simulation.base_activations {self.simulation.base_activations}: PEFT takes adapters together only with the same target_parameters; "
-                "give those that have any the same, or say all"
+                f"simulation.base_activations {self.simulation.base_activations}: PEFT loads "
+                "several adapters only if their target_parameters are equal; make them equal, or "
+                "use base_activations: all"
             )
         roots = [a for a in self.adapters if self.start_of(a) is None]
         if self.simulation.base_activations != "none" or len(roots) < 2:
             return self
         if budgets := [a.name for a in roots if a.rank_budget is not None]:
             raise ValueError(
-                f"simulation.base_activations none: rank_budget gives {', '.join(budgets)} ranks of its own, "
-                "and adapters that share every encoding have one shape; leave rank_budget out, or say adapter_only"
+                f"simulation.base_activations none: rank_budget chooses the ranks of "
+                f"{', '.join(budgets)}, but adapters that share all encodings must have equal "
+                "shapes; remove rank_budget, or use base_activations: adapter_only"
             )
-        shapes = [
-            a.shape() for a in roots if a.start is None
-        ]  # that of another lies in its files, and is looked at when they are
+        # The shape of an adapter started from files is known only when these are read.
+        shapes = [a.shape() for a in roots if a.start is None]
         if differ := [
             name
             for name in (shapes[0] if shapes else ())
             if any(shape[name] != shapes[0][name] for shape in shapes)
         ]:
             raise ValueError(
-                f"simulation.base_activations none: adapters that share every encoding have one shape, and {', '.join(differ)} "
-                f"{'differs' if len(differ) == 1 else 'differ'} among them; give them the same, or say adapter_only"
+                "simulation.base_activations none: adapters that share all encodings must have "
+                f"equal shapes, but {', '.join(differ)} "
+                f"{'differs' if len(differ) == 1 else 'differ'} among them; "
+                "use equal values, or base_activations: adapter_only"
             )
         return self
 
@@ -180,7 +186,7 @@ class Recipe(Section):
     def _fits_the_workflow(self) -> Recipe:
         if self.workflow == "qw-lora":
             problems = [
-                f"adapter {a.name}: range_learning_rate goes with workflow qwa-lora"
+                f"adapter {a.name}: range_learning_rate needs workflow qwa-lora; remove it"
                 for a in self.adapters
                 if a.range_learning_rate is not None
             ]
@@ -193,33 +199,36 @@ class Recipe(Section):
             ]
             if self.data.packing == "documents":
                 problems.append(
-                    "data.packing documents needs positions, which the graph does not take; use join or none"
+                    "data.packing documents needs position inputs, which the captured graph does "
+                    "not have; use join or none"
                 )
             if self.simulation.base_activations != "all":
                 problems.append(
-                    "simulation.base_activations: the base's activations are calibrated before training, for all adapters; leave it out"
+                    "simulation.base_activations has no effect, since the base's activations are "
+                    "calibrated before training, for all adapters; remove it"
                 )
         if problems:
             raise ValueError(f"workflow {self.workflow}: {'; '.join(problems)}")
         return self
 
     def start_of(self, adapter: Adapter) -> Adapter | None:
-        """The recipe's own adapter that `adapter` goes on from."""
+        """The adapter in this recipe that `adapter` continues from; None if there is none."""
         return next((a for a in self.adapters if a.name == adapter.start), None)
 
     @field_validator("adapters")
     @classmethod
     def _distinct(cls, adapters: list[Adapter]) -> list[Adapter]:
-        folders = [a.name.casefold() for a in adapters]  # some file systems ignore case
+        folders = [a.name.casefold() for a in adapters]
         if twice := [a.name for a in adapters if folders.count(a.name.casefold()) > 1]:
             raise ValueError(
-                f"adapters {', '.join(twice)}: names are folders and must differ in more than case"
+                f"adapters {', '.join(twice)}: each name becomes a folder, and some file systems "
+                "ignore case; choose names that differ in more than case"
             )
         return adapters
 
 
 def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`given`, and what it lacks of `defaults`, section by section."""
+    """`given`, with missing keys taken from `defaults`, recursively."""
     filled = dict(given)
     for key, value in defaults.items():
         own = filled.get(key)
@@ -231,5 +240,5 @@ def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_correct(adapter: dict[str, Any], base_is_kept: bool) -> bool:
-    """Whether an adapter can start from what quantization lost."""
+    """Whether the adapter can be initialized to correct the quantization error."""
     return not (base_is_kept or adapter.get("dora") or adapter.get("start") is not None)

@@ -1,12 +1,12 @@
-"""Recipes as YAML, by the core schema of YAML 1.2 (section 10.3.2), where PyYAML alone follows YAML 1.1.
+"""YAML for recipes: the core schema of YAML 1.2 (section 10.3.2). PyYAML by itself does YAML 1.1.
 
     012                      12 (octal is 0o14)
     1:30, 2024-01-31         strings
     yes, no, on, off         strings
     5e-4                     a number
 
-Each key of a mapping may be given once. Merge keys (`<<: *anchor`) of YAML 1.1 are kept, since
-recipes are often written with them.
+A repeated key in a mapping is an error. Merge keys (`<<: *anchor`) of YAML 1.1 are supported, since
+many people write them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-MOST_DIGITS = 100  # of an integer; Python refuses to convert more than 4300
+MOST_DIGITS = 100  # of an integer; Python itself converts at most 4300
 
 _TAG = "tag:yaml.org,2002:"
 _CORE_SCHEMA = (
@@ -33,24 +33,24 @@ _CORE_SCHEMA = (
 
 
 def load_yaml(text: str) -> Any:
-    """The value that `text` describes.
+    """Parse `text`.
 
     Raises:
-        yaml.YAMLError: it is not YAML, has a key twice in one mapping (both lines are named), is
-            nested too deeply, or has an integer of more than `MOST_DIGITS` digits.
+        yaml.YAMLError: `text` is not YAML, repeats a key in a mapping (the message names both
+            lines), is nested too deeply, or has an integer of more than `MOST_DIGITS` digits.
     """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise
     except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deeply") from error
-    except Exception as error:  # PyYAML's own for a value that an explicit tag does not fit
+        raise yaml.YAMLError("it is nested too deeply; a recipe needs only a few levels") from error
+    except Exception as error:  # PyYAML raises various errors for these
         raise yaml.YAMLError(f"a value does not fit its tag: {error}") from error
 
 
 def dump_yaml(content: Any) -> str:
-    """YAML that `load_yaml` and readers of YAML 1.1 both read back as `content`."""
+    """Write YAML that both `load_yaml` and YAML 1.1 parsers read back as `content`."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=150)
 
 
@@ -65,15 +65,15 @@ class _Loader(yaml.SafeLoader):
                 line = key.start_mark.line + 1
                 if key.value in lines:
                     raise yaml.YAMLError(
-                        f"the key {key.value!r} is given twice, in lines {lines[key.value]} and "
-                        f"{line}; remove one"
+                        f"key {key.value!r} appears twice, in lines {lines[key.value]} and {line}; "
+                        "remove one"
                     )
                 lines[key.value] = line
         return node
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings that are something else in YAML 1.1, or by the core schema."""
+    """Quotes strings that would be read as another type in YAML 1.1 or by the core schema."""
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -81,7 +81,7 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     line = node.start_mark.line + 1
     if len(digits) > MOST_DIGITS:
         raise yaml.YAMLError(
-            f"line {line} has an integer of {len(digits)} digits; the most are {MOST_DIGITS}"
+            f"line {line}: an integer of {len(digits)} digits; at most {MOST_DIGITS} are allowed"
         )
     base = {"0o": 8, "0x": 16}.get(digits[:2], 10)
     return int(digits if base == 10 else digits[2:], base)

@@ -20,11 +20,12 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.observers import encoding_from_range
 from qwlora.grid.range_estimator import Estimator
-from qwlora.grid.scheme import Scheme
+from qwlora.grid.scheme import PerChannel, Scheme
+from qwlora.quantize.scale_search import fit
 
 from .oracle import PercentileEncodingAnalyzer, SqnrEncodingAnalyzer, aimet_numbers, aimet_quantizer
 from .table import Table
-from .test_smollm2 import TENSORS, weights
+from .test_smollm2 import weights
 
 pytestmark = [pytest.mark.aimet, pytest.mark.filterwarnings("ignore")]
 BITWIDTHS = (2, 3, 4, 6, 8, 16)
@@ -94,7 +95,7 @@ def note(table: Table, what: str, ratios: list[float], allowed: float) -> None:
 NAMES = {"sqnr": "SQNR (gamma 3)", "squared-error": "squared error (AIMET: SQNR with gamma 1)"}
 EXACT = 1 + 1e-6
 # up to 4 bits, 6 and 8 bits, 16 bits
-BITS = [((2, 3, 4), EXACT), ((6, 8), 1.02), ((16,), 1.05)]
+BITS = [((2, 3, 4), EXACT), ((6, 8), 1.03), ((16,), 1.05)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,8 +150,24 @@ def test_percentile(percentile, table: Table):
     assert widths[-1] <= 4
 
 
-def test_every_weight_of_smollm2(table: Table):
-    """As if each were one batch of an activation: SQNR, 4 bits, from a sample."""
-    ratios = [error_ratio([weight], Scheme(4), "sqnr") for weight in weights()]
-    assert len(ratios) == TENSORS
-    note(table, "SQNR, every tensor of SmolLM2-135M, int4 symmetric per tensor", ratios, 1.1)
+def solver_ratio(weight: Tensor, scheme: Scheme) -> float:
+    """Error of the encoding of the solver `sqnr` over that of AIMET's SQNR analyzer."""
+    mine = fit(weight, scheme, clipping_penalty=3.0)
+    scale, offset = aimet_numbers(aimet_quantizer(weight, scheme, SqnrEncodingAnalyzer, gamma=3.0))
+    shape = scheme.scale_shape(tuple(weight.shape))
+    aimet = Encoding(scheme, scale.view(shape), offset.view(shape))
+    return weighted_error(weight, mine, 3.0) / weighted_error(weight, aimet, 3.0)
+
+
+def test_the_sqnr_solver_on_every_weight_of_smollm2(table: Table):
+    """What is rounded is weights, so this is the estimator that the solver runs on them."""
+    per_tensor, per_channel = [], []
+    for i, weight in enumerate(weights()):
+        if weight.ndim == 2 and 0 < i < 40:
+            per_channel.append(solver_ratio(weight, Scheme(4, granularity=PerChannel(0))))
+        if i % 3 == 0:
+            per_tensor.append(solver_ratio(weight, Scheme(4)))
+    note(
+        table, "solver sqnr, every third tensor of SmolLM2-135M, int4 per tensor", per_tensor, 1.02
+    )
+    note(table, "solver sqnr, matrices of SmolLM2-135M, int4 per channel", per_channel, 1.02)

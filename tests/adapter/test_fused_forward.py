@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conftest import tiny_model
 from qwlora.adapter.fused_forward import fused_lora
 from qwlora.nn import PackedLinear
-from qwlora.nn.packed_matmul import AddedProduct
+from qwlora.nn.packed_matmul import LinearAddFunction
 from qwlora.quantize.quantize_model import quantize_
 
 IDS = torch.arange(64).view(2, 32)
@@ -55,11 +55,11 @@ def loss_and_gradients(
 
 @pytest.fixture
 def added(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the weights that `AddedProduct` multiplies with, going forward."""
+    """Shapes of the weights that `LinearAddFunction` multiplies with, going forward."""
     shapes: list[tuple[int, ...]] = []
-    own = AddedProduct.forward
+    own = LinearAddFunction.forward
     monkeypatch.setattr(
-        AddedProduct,
+        LinearAddFunction,
         "forward",
         staticmethod(
             lambda ctx, y, x, bias, weight: (

@@ -14,7 +14,7 @@ from torch import Tensor
 import qwlora
 from conftest import tiny_model
 from qwlora.adapter import activation_checkpointing
-from qwlora.nn.packed_matmul import AddedProduct
+from qwlora.nn.packed_matmul import LinearAddFunction
 
 
 def weight_changes(lean: bool, half: bool) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def test_lean_steps_match_plain_steps(
     half: bool, near: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: dict[str, int] = {}
-    for owner in (AddedProduct, activation_checkpointing._MappedCopy):
+    for owner in (LinearAddFunction, activation_checkpointing._MappedCopy):
         own = owner.apply
         monkeypatch.setattr(
             owner,
@@ -72,6 +72,6 @@ def test_lean_steps_match_plain_steps(
     expected = weight_changes(False, half)
     assert not used
     found = weight_changes(True, half)
-    assert used.keys() == {"AddedProduct", *(["_MappedCopy"] if sys.platform == "linux" else [])}
+    assert used.keys() == {"LinearAddFunction", *(["_MappedCopy"] if sys.platform == "linux" else [])}
     for name, change in expected.items():
         assert float((found[name] - change).norm()) < near * float(change.norm()), name

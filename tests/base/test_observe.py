@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, tiny_model
 from qwlora.errors import CalibrationError
-from qwlora.quantize.block_runner import Lockstep
+from qwlora.quantize.block_runner import BlockRunner
 from qwlora.quantize.layer_statistics import Observed, observe
 
 
@@ -31,7 +31,7 @@ class Part(nn.Module):
 def observed(then: Callable[[Tensor], Tensor], *batches: Tensor) -> Observed:
     """Of the only layer of a model with one part."""
     model = nn.Sequential(Part(then))
-    with Lockstep(model, ["0"], [{"input": batch} for batch in batches]) as lockstep:
+    with BlockRunner(model, ["0"], [{"input": batch} for batch in batches]) as lockstep:
         lockstep.advance()
         found = observe(model, "0", ["0.layer.weight"], lockstep)
         lockstep.advance()
@@ -105,7 +105,7 @@ def test_calls_in_place_changes_and_results_of_all_kinds() -> None:
     found = []
     for in_place in (False, True):
         model = nn.Sequential(Tangled(in_place))
-        with Lockstep(model, ["0"], [{"input": rows(0)}, {"input": rows(1)}]) as lockstep:
+        with BlockRunner(model, ["0"], [{"input": rows(0)}, {"input": rows(1)}]) as lockstep:
             lockstep.advance()
             found.append(observe(model, "0", ["0.layer.weight", "0.unread.weight"], lockstep))
         assert all(parameter.requires_grad for parameter in model.parameters())
@@ -120,7 +120,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     found = []
     for kind in (torch.float32, dtype):
         model = nn.Sequential(Part(lambda z: 3000 * z)).to(kind)
-        with Lockstep(model, ["0"], [{"input": rows().to(kind)}]) as lockstep:
+        with BlockRunner(model, ["0"], [{"input": rows().to(kind)}]) as lockstep:
             lockstep.advance()
             found.append(observe(model, "0", ["0.layer.weight"], lockstep)["0.layer.weight"])
     for one, half in ((getattr(o, side).matrix for o in found) for side in ("input", "output")):
@@ -140,7 +140,7 @@ def test_the_layers_of_a_block_against_its_jacobian(architecture: str) -> None:
         for path, module in model.get_submodule(part).named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
-    with Lockstep(model, [part], [{"input_ids": ids, "use_cache": False}] * 300) as lockstep:
+    with BlockRunner(model, [part], [{"input_ids": ids, "use_cache": False}] * 300) as lockstep:
         lockstep.advance()
         found = observe(model, part, products, lockstep)
         for name in products:
@@ -151,7 +151,7 @@ def test_the_layers_of_a_block_against_its_jacobian(architecture: str) -> None:
                 }[side] * expected.norm(), (name, side)
 
 
-def _by_jacobian(model: nn.Module, name: str, lockstep: Lockstep) -> dict[str, Tensor]:
+def _by_jacobian(model: nn.Module, name: str, lockstep: BlockRunner) -> dict[str, Tensor]:
     """R and G of one layer."""
     seen: dict[str, Tensor] = {}
 

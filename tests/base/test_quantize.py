@@ -27,7 +27,7 @@ from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme
 from qwlora.grid.second_moments import Moments
 from qwlora.nn import packed_weights, weight_out_in
 from qwlora.quantize import quantize_blocks as calibrated
-from qwlora.quantize.block_runner import Lockstep
+from qwlora.quantize.block_runner import BlockRunner
 from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import Rule
 from qwlora.quantize.quantize_model import find_tensors
@@ -332,7 +332,7 @@ def test_lockstep_pauses_all_batches_before_each_part_and_leaves_no_trace() -> N
     expected = model(ids[:1]).logits
     order, calls = [], []
     hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-    with Lockstep(
+    with BlockRunner(
         model,
         ["lm_head", "model.layers.1", "model.layers.0"],
         [{"input_ids": row[None]} for row in ids],

@@ -21,7 +21,7 @@ from qwlora.grid.scheme import parse_scheme
 from qwlora.grid.second_moments import Moments
 from qwlora.quantize.layer_rules import Rule
 from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
-from qwlora.quantize.streamed_blocks import PartsOnDemand
+from qwlora.quantize.streamed_blocks import BlocksOnDemand
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_part_that_runs_again_is_refused(tmp_path: Path) -> None:
     first, second = "model.layers.0", "model.layers.1"
     for path in (first, second):
         lazy.model.get_submodule(path).forward = lambda: None  # type: ignore[method-assign]
-    with PartsOnDemand(lazy, BaseWriter(tmp_path), {first: [], second: []}, 1):
+    with BlocksOnDemand(lazy, BaseWriter(tmp_path), {first: [], second: []}, 1):
         lazy.model.get_submodule(first)()
         lazy.model.get_submodule(second)()
         with pytest.raises(GridError, match=r"model\.layers\.0 runs again after a part behind it"):

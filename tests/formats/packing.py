@@ -55,7 +55,7 @@ def packed_and_twin(model: nn.Module, scheme: Scheme | str) -> tuple[nn.Module, 
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.ndim == 3:
                 found = quantized(parameter_out_in(module, name), scheme)
-                turned = pack_parameter_(module, name, found).turned
+                turned = pack_parameter_(module, name, found).transposed
                 twin.get_submodule(path)._parameters[name].data = (
                     found.dequantize().mT.contiguous() if turned else found.dequantize()
                 )

@@ -1,13 +1,14 @@
 """Layers whose weight is packed integers, and how a module becomes one.
 
-    layer = pack_module(module, quantized)            Linear, Conv1D, Embedding, Conv1d, Conv2d: a new module in the place of `module`
-    head = pack_tied(head, layer)                     an output head that reads the embedding's codes: one storage, used twice
-    pack_parameter_(module, name, quantized)          a 3-D parameter of any module, such as fused experts; in place
-    layer.quantized, layer.encoding, layer.codes      what the layer stands for
+    layer = pack_module(module, quantized)      Linear, Conv1D, Embedding, Conv1d, Conv2d: a new module
+    head = pack_tied(head, layer)               an output head that reads the embedding's codes
+    pack_parameter_(module, name, quantized)    a 3-D parameter of any module (fused experts), in place
+    layer.quantized, layer.encoding, layer.codes
 
-A packed layer is still an instance of its float class, so PEFT's own LoRA attaches to it, and a subclass keeps its own forward. The weight is unpacked for each
-forward and again for each backward; autograd keeps codes, never floats. Given up: a gradient for the weight (it is frozen), and merging (a float delta has no
-place among the codes).
+A packed layer is an instance of its float class, so PEFT's own LoRA attaches to it and a subclass
+keeps its forward. The weight is unpacked for each forward and again for each backward; autograd keeps
+codes, never floats. Not supported: a gradient for the weight (it is frozen), and merging a float delta
+into the codes.
 """
 
 from qwlora.nn.own_forward import own_calls, own_forward_problem

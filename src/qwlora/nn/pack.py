@@ -18,7 +18,8 @@ from qwlora.nn.packed_tensor import PackedTensor, Parts
 
 
 def is_packable(module: nn.Module) -> bool:
-    """Whether `pack_module` takes `module`: a float Linear, Conv1D, Embedding, Conv1d or Conv2d, or a subclass, whose weight is a parameter of its own."""
+    """Whether `pack_module` accepts `module`: a float Linear, Conv1D, Embedding, Conv1d, Conv2d or a
+    subclass, whose weight is its own parameter."""
     weight = module._parameters.get("weight")
     if (
         is_packed(module)
@@ -45,7 +46,7 @@ def _is_of_packable_class(module: nn.Module) -> bool:
 
 
 def weight_out_in(module: nn.Module) -> Tensor:
-    """The weight as [out, in], blocks along `in`: Conv1D turned, a kernel flattened, an embedding's rows as they are; float32 if packed.
+    """The weight as [out, in], blocks along `in`: Conv1D transposed, a kernel flattened, an embedding's rows as they are; float32 if packed.
 
     Raises:
         GridError: the module is none of these.
@@ -54,17 +55,20 @@ def weight_out_in(module: nn.Module) -> Tensor:
         return module.tensor.dequantize()
     if not is_packable(module):
         raise GridError(
-            f"{type(module).__name__} has no weight that can be packed; Linear, Conv1D, Embedding, Conv1d and Conv2d have"
+            f"{type(module).__name__} has no weight that can be packed. Linear, Conv1D, Embedding, "
+            "Conv1d and Conv2d have one."
         )
     weight: Any = module.weight
     return weight.T if isinstance(module, Conv1D) else weight.flatten(1)
 
 
 def pack_module(module: nn.Module, quantized: QuantizedTensor) -> nn.Module:
-    """A layer on the codes of `quantized` [out, in], to stand in the place of `module`, whose bias, mode and everything else it keeps.
+    """A packed layer that replaces `module`: codes of `quantized` [out, in]; bias, training mode and
+    all other attributes are kept.
 
     Raises:
-        GridError: the module cannot be packed, the codes are not of its shape, or see `PackedTensor.from_quantized`.
+        GridError: the module cannot be packed, the codes have another shape, or as
+            `PackedTensor.from_quantized`.
     """
     return _packed(module, PackedTensor.from_quantized(quantized), None)
 
@@ -75,7 +79,7 @@ def empty_packed(
     device: torch.device | str = "meta",
     dtype: torch.dtype = torch.float16,
 ) -> nn.Module:
-    """`pack_module` without contents: buffers on `device`, to be read from a file (`load_state_dict(..., assign=True)`).
+    """`pack_module` with empty buffers on `device`, to load with `load_state_dict(assign=True)`.
 
     Raises:
         GridError: the module cannot be packed, or the scheme does not fit it.
@@ -86,14 +90,15 @@ def empty_packed(
 
 
 def pack_tied(module: nn.Module, owner: nn.Module) -> nn.Module:
-    """A layer in the place of `module` on the codes of the packed layer `owner`: an output head tied to the embedding.
+    """A layer that replaces `module` and reads the codes of the packed layer `owner`: an output head
+    tied to the embedding.
 
     Raises:
         GridError: `owner` is not packed, or the shapes differ.
     """
     if not isinstance(owner, PackedLayer) or not is_packed(owner):
         raise GridError(
-            f"{type(owner).__name__} is not packed, so no layer can share its codes; pack it first"
+            f"{type(owner).__name__} is not packed, so no layer can share its codes. Pack it first."
         )
     return _packed(module, None, owner)
 
@@ -103,7 +108,7 @@ def _packed(module: nn.Module, tensor: PackedTensor | None, owner: PackedLayer |
     shape = (tensor or owner.tensor).shape  # type: ignore[union-attr]
     if is_packed(module) or shape != tuple(weight.shape):
         raise GridError(
-            f"codes of shape {list(shape)} do not stand for the weight of {module}, which is {list(weight.shape)}"
+            f"the codes have shape {list(shape)}, but the weight of {module} has {list(weight.shape)}"
         )
     if problem := own_forward_problem(module):
         raise GridError(f"this {type(module).__name__} {problem}")
@@ -116,7 +121,8 @@ def _packed(module: nn.Module, tensor: PackedTensor | None, owner: PackedLayer |
     assert kind is not None
     if taken := [name for name in ("scheme", "tensor", *Parts._fields) if hasattr(module, name)]:
         raise GridError(
-            f"{type(module).__name__} has an attribute {taken[0]!r} of its own, where a packed layer keeps its codes"
+            f"{type(module).__name__} already has an attribute {taken[0]!r}, where a packed layer "
+            "stores its codes"
         )
     layer = kind.__new__(kind)
     layer.__dict__.update(state_without_hook(module))

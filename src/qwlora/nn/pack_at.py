@@ -1,9 +1,10 @@
 """Packed layers in a model, by the names that its tensors have as floats.
 
-packed_weights(model)                          {"model.layers.0.mlp.up_proj.weight": layer, "model.layers.0.mlp.experts.down_proj": layer, ...}
-pack_at_(model, name, quantized)               put one in its place
-place_empty_(model, path, scheme)              the same without contents, by the path of the layer itself
-tie_weights_(model)                            let heads that the model ties to a packed embedding read its codes
+packed_weights(model)                {"model.layers.0.mlp.up_proj.weight": layer,
+                                      "model.layers.0.mlp.experts.down_proj": layer, ...}
+pack_at_(model, name, quantized)     pack one tensor
+place_empty_(model, path, scheme)    the same with empty buffers, by the path of the packed layer
+tie_weights_(model)                  tied output heads read the codes of a packed embedding
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from qwlora.parameter_names import FOLDER, parameter_name
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedLayer]:
-    """Every packed layer of `model`, tied ones too, by the name of the tensor it stands for (without what an adapter library wraps around it)."""
+    """Every packed layer of `model`, tied ones included, by the name of its float tensor, without the
+    names that an adapter library adds."""
     return {
         parameter_name(path): module
         for path, module in model.named_modules()
@@ -35,7 +37,7 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
     Modules that share the weight (a tied output head) become layers on the same codes.
 
     Raises:
-        GridError: no packed layer can stand for it, or the codes are not of its shape.
+        GridError: no packed layer can replace it, or the codes have another shape.
         AttributeError: the model has no such module.
     """
     path, _, last = name.rpartition(".")
@@ -59,10 +61,10 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
 def place_empty_(
     model: nn.Module, path: str, scheme: Scheme, device: torch.device | str = "meta"
 ) -> PackedLayer:
-    """Put a packed layer without contents at `path`, the path that such a layer has among the modules of a packed model.
+    """Put a packed layer with empty buffers at `path`, its module path in a packed model.
 
     Raises:
-        GridError: what the model has there cannot be packed, or the scheme does not fit it.
+        GridError: the module there cannot be packed, or the scheme does not fit it.
         AttributeError: the model has no such module.
     """
     module_path, folder, name = path.rpartition(f".{FOLDER}.")
@@ -75,7 +77,8 @@ def place_empty_(
 
 
 def tie_weights_(model: PreTrainedModel) -> None:
-    """`model.tie_weights()` for models with packed layers: whatever the model's class ties to a packed weight becomes a layer on the same codes."""
+    """`model.tie_weights()` for models with packed layers: a layer that the model's class ties to a
+    packed weight is replaced by one on the same codes."""
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         paths = [name.removesuffix(".weight") for name in (target, source)]
         there, owner = (

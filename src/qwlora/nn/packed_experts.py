@@ -1,10 +1,12 @@
-"""Packed 3-D parameters: the fused experts of a mixture, in whatever module has them.
+"""Packed 3-D parameters: the fused experts of a mixture, in any module.
 
     pack_parameter_(experts, "gate_up_proj", quantized)     codes [experts, out, in]
 
-The module keeps its class (a subclass of it, made for this) and its forward. Where that reads the parameter it gets a look, which unpacks one expert at a time;
-the codes lie in `experts.packed_parameters.gate_up_proj`. PEFT's `target_parameters` finds the parameter and folds its delta into it, which takes all experts
-as floats for one layer's forward and, without gradient checkpointing, until its backward: PEFT does so for float experts too.
+The module becomes an instance of a generated subclass and keeps its forward. Where it reads the
+parameter it gets a view, which unpacks one expert at a time; the codes are in
+`experts.packed_parameters.gate_up_proj`. PEFT's `target_parameters` finds the parameter and adds its
+delta to it, which needs all experts as floats during the layer's forward and, without gradient
+checkpointing, until its backward. PEFT does the same with float experts.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.custom_ops import dequantize
 from qwlora.nn.packed_layer import PackedLayer, traced
-from qwlora.nn.packed_matmul import Part
+from qwlora.nn.packed_matmul import PackedWeight
 from qwlora.nn.packed_tensor import PackedTensor
-from qwlora.nn.weight_view import Look, refuse_write
+from qwlora.nn.weight_view import WeightView, refuse_write
 from qwlora.parameter_names import FOLDER
 
 
@@ -31,40 +33,38 @@ class PackedParameter(PackedLayer):
     """The codes of one parameter.
 
     Args:
-        turned: whether the module has the parameter as [experts, in, out].
+        transposed: whether the module stores the parameter as [experts, in, out].
     """
 
-    def __init__(self, tensor: PackedTensor, turned: bool, dtype: torch.dtype):
+    def __init__(self, tensor: PackedTensor, transposed: bool, dtype: torch.dtype):
         super().__init__()
-        self.turned = turned
+        self.transposed = transposed
         experts, rows, columns = tensor.shape
-        self._take(tensor, None, (experts, columns, rows) if turned else tensor.shape, dtype)
+        self._take(tensor, None, (experts, columns, rows) if transposed else tensor.shape, dtype)
 
     @property
     def weight(self) -> Tensor:
         if traced():
             values = dequantize(*self.operands).to(self.compute_dtype)
-            return values.mT if self.turned else values
-        return Look(Part(self, self.weight_shape, turned=self.turned))
+            return values.mT if self.transposed else values
+        return WeightView(PackedWeight(self, self.weight_shape, transposed=self.transposed))
 
 
 class _WithPackedParameters(nn.Module):
-    """The part of the made class that is the same for all."""
+    """What all generated classes share."""
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
         for name, parameter in self._modules[FOLDER]._modules.items():  # type: ignore[union-attr]
-            if (
-                name in self._buffers
-            ):  # who asks this module itself, as PEFT does, wants to know what it has; a model lists its floats alone
+            # PEFT asks this module itself. A whole model lists only its float parameters.
+            if name in self._buffers:
                 yield f"{prefix}.{name}" if prefix else name, parameter.weight  # type: ignore[misc, union-attr]
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        if isinstance(
-            tensor, Look
-        ):  # torch puts back a parameter that was parametrized for one forward
+        # torch registers the original again after a parametrization for one forward
+        if isinstance(tensor, WeightView):
             self._buffers[name] = None
         else:
             super().register_buffer(name, tensor, persistent)
@@ -76,7 +76,8 @@ class _WithPackedParameters(nn.Module):
 
 
 def parameter_out_in(module: nn.Module, name: str) -> Tensor:
-    """A 3-D parameter as [experts, out, in]. Modules that store it as [experts, in, out] say so by an attribute `is_transposed`, as in transformers and PEFT.
+    """A 3-D parameter as [experts, out, in]. Modules that store it as [experts, in, out] have the
+    attribute `is_transposed`, as in transformers and PEFT.
 
     Raises:
         GridError: there is no such parameter.
@@ -88,10 +89,11 @@ def parameter_out_in(module: nn.Module, name: str) -> Tensor:
 
 
 def pack_parameter_(module: nn.Module, name: str, quantized: QuantizedTensor) -> PackedParameter:
-    """Put codes [experts, out, in] in the place of the parameter `name` of `module`, in place; returns what holds them.
+    """Replace the parameter `name` of `module` by codes [experts, out, in], in place; returns the
+    module that holds them.
 
     Raises:
-        GridError: there is no such parameter, or the codes are not of its shape.
+        GridError: there is no such parameter, or the codes have another shape.
     """
     return _put(module, name, PackedTensor.from_quantized(quantized))
 
@@ -103,7 +105,7 @@ def empty_packed_parameter_(
     device: torch.device | str = "meta",
     dtype: torch.dtype = torch.float16,
 ) -> PackedParameter:
-    """`pack_parameter_` without contents, to be read from a file.
+    """`pack_parameter_` with empty buffers, to load from a file.
 
     Raises:
         GridError: there is no such parameter, or the scheme does not fit it.
@@ -119,7 +121,8 @@ def _put(module: nn.Module, name: str, tensor: PackedTensor) -> PackedParameter:
     expected = parameter_out_in(module, name)
     if tensor.shape != tuple(expected.shape):
         raise GridError(
-            f"codes of shape {list(tensor.shape)} do not stand for {name} of {type(module).__name__}, which is {list(expected.shape)}"
+            f"the codes have shape {list(tensor.shape)}, but {name} of {type(module).__name__} has "
+            f"{list(expected.shape)}"
         )
     packed = PackedParameter(
         tensor, bool(getattr(module, "is_transposed", False)), expected.dtype
@@ -148,9 +151,8 @@ def _class_with(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
 def _reader(name: str) -> property:
     def read(module: nn.Module) -> Tensor:
-        if (
-            name not in module._buffers
-        ):  # it is being parametrized, and torch makes sure that nothing of the name is left
+        # While torch parametrizes it, the name must not exist.
+        if name not in module._buffers:
             raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
         return module._modules[FOLDER]._modules[name].weight  # type: ignore[union-attr, return-value]
 

@@ -1,7 +1,8 @@
-"""What every packed layer has: the parts of a `PackedTensor` as buffers, and a look at its weight.
+"""The base class of packed layers: the tensors of a `PackedTensor` as buffers, and a view of the weight.
 
-`model.to(bfloat16)` changes the type in which a layer computes, never its grid: the parts keep their types. A tied layer has no buffers of its own and reads
-those of the layer that it is tied to, through every copy and move.
+`model.to(bfloat16)` changes the dtype in which a layer computes, never its grid: the buffers keep
+their dtypes. A tied layer has no buffers; it reads those of the layer it is tied to, also after
+copies and moves.
 """
 
 from __future__ import annotations
@@ -17,30 +18,31 @@ from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.custom_ops import dequantize, layout_of
-from qwlora.nn.packed_matmul import PackedWeightOwner, Part
+from qwlora.nn.packed_matmul import PackedWeight, PackedWeightOwner
 from qwlora.nn.packed_tensor import PackedTensor, Parts
-from qwlora.nn.weight_view import Look, refuse_write
+from qwlora.nn.weight_view import WeightView, refuse_write
 
 _FLOATS = ("scale", "minimum")
 
 
 def traced() -> bool:
-    """Whether torch.compile or torch.export is looking: then a layer uses operators that both can carry."""
+    """Whether torch.compile or torch.export traces: then a layer uses custom operators."""
     return torch.compiler.is_compiling() or torch.compiler.is_exporting()
 
 
 class PackedLayer(PackedWeightOwner):
     """A module with a packed weight.
 
-    Buffers: `packed`, `scale`, `block_scale`, `zero_point`, `minimum`, those that the scheme has (see `nn/packed_tensor.py`).
-    `weight` is a look at the float weight; writing through it is refused.
+    Buffers: those of `packed`, `scale`, `block_scale`, `zero_point` and `minimum` that the scheme has
+    (see `nn/packed_tensor.py`). `weight` is a `WeightView`; writing to it raises.
     """
 
     scheme: Scheme
-    compute_dtype: torch.dtype  # the type that the float weight had, changed by `to`; products are computed in the type of their input
+    # dtype of the float weight, changed by `to`; products use the dtype of their input
+    compute_dtype: torch.dtype
     weight_shape: tuple[int, ...]  # of the float weight, as the layer's class has it
     count: int
-    layout: str  # the scheme, as operators take it
+    layout: str  # the scheme, as custom operators take it
     _owner: tuple[PackedLayer] | None  # in a tuple, so that it is no submodule
 
     def _take(
@@ -61,9 +63,8 @@ class PackedLayer(PackedWeightOwner):
         self._owner = (owner,) if owner is not None else None
         for name, part in zip(Parts._fields, tensor.parts if tensor else (), strict=False):
             self.register_buffer(name, part)
-        self._buffers["weight"] = (
-            None  # marks a weight that is there, to those who look for it among the buffers; see `weight`
-        )
+        # Libraries look for "weight" among parameters and buffers. The property below gives it.
+        self._buffers["weight"] = None
         return self
 
     @property
@@ -75,7 +76,7 @@ class PackedLayer(PackedWeightOwner):
         return PackedTensor(self.scheme, self.count, parts)
 
     def _part(self, name: str) -> Tensor | None:
-        """A part of the tensor: a buffer, or a parameter that is not trained while FSDP2 shards the layer."""
+        """A buffer, or a frozen parameter while FSDP2 shards the layer."""
         return self._parameters[name] if name in self._parameters else self._buffers.get(name)
 
     @property
@@ -100,36 +101,36 @@ class PackedLayer(PackedWeightOwner):
 
     @property
     def own_bytes(self) -> int:
-        """Bytes of the layer's own parts; none if it is tied."""
+        """Bytes of the layer's own buffers; 0 if it is tied."""
         return 0 if self.is_tied else self.tensor.nbytes
 
     @property
     def weight(self) -> Tensor:
-        """The float weight, unpacked when something asks for its values."""
+        """A view of the float weight."""
         if not is_packed(self):
             raise AttributeError(f"{type(self).__name__} has no weight yet")
-        return self._traced_weight() if traced() else Look(self.part)
+        return self._traced_weight() if traced() else WeightView(self.packed_weight)
 
     @property
-    def part(self) -> Part:
+    def packed_weight(self) -> PackedWeight:
         """The whole weight, for products."""
-        return Part(self, self.weight_shape)
+        return PackedWeight(self, self.weight_shape)
 
     def _traced_weight(self) -> Tensor:
         return dequantize(*self.operands).to(self.compute_dtype).view(self.weight_shape)
 
     @property
     def operands(self) -> tuple[Any, ...]:
-        """The weight as the operators of `nn/custom_ops.py` take it."""
+        """The weight as arguments of the operators in `nn/custom_ops.py`."""
         tensor = self.tensor
         return *tensor.parts, tensor.count, self.layout
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and is_packed(self):
             if not (
-                isinstance(value, Look)
-                and value.part.owner.tensor.parts.packed is self.tensor.parts.packed
-            ):  # a model ties its weights anew
+                isinstance(value, WeightView)
+                and value.packed_weight.owner.tensor.parts.packed is self.tensor.parts.packed
+            ):  # `model.tie_weights()` sets the same weight again
                 refuse_write()
             return
         super().__setattr__(name, value)
@@ -165,5 +166,5 @@ class PackedLayer(PackedWeightOwner):
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether `module` is a layer on packed codes, its own or those of the layer it is tied to."""
+    """Whether `module` has packed codes, its own or those of the layer it is tied to."""
     return isinstance(module, PackedLayer) and "scheme" in module.__dict__

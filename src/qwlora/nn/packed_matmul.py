@@ -1,9 +1,13 @@
-"""Products with a packed weight. Autograd keeps the layer, whose codes are there anyway; the weight is unpacked again for backward.
+"""Products with a packed weight W. Autograd keeps the layer instead of the float weight; backward unpacks
+the codes again.
 
-Product           y = x W^T + b                      dL/dx = dL/dy W
-AddedProduct      y + x W^T + b, in the memory of y
-Convolution       y = conv(x, W) + b
-GroupedProduct    y[s_e : s_e+1] = x[s_e : s_e+1] W_e    one expert unpacked at a time, those without rows not at all
+    LinearFunction          y = x W^T + b            dL/dx = dL/dy W
+    LinearAddFunction       y += x W^T + b, in place
+    ConvolutionFunction     y = conv(x, W) + b
+    GroupedMatmulFunction   y[s_e : s_e+1] = x[s_e : s_e+1] W_e
+                            one expert is unpacked at a time; experts without rows are skipped
+
+The weight is frozen: it gets no gradient.
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ from qwlora.nn.packed_tensor import PackedTensor, compute_dtype
 
 
 class PackedWeightOwner(nn.Module):
-    """A module with a packed weight, as far as products need to know it; `PackedLayer` is the rest.
+    """What products need of a module with a packed weight; `PackedLayer` is the rest.
 
-    `tensor` is asked for at each product, because moving the module replaces its buffers.
+    Products read `tensor` each time, because moving the module replaces its buffers.
     """
 
     scheme: Scheme
@@ -38,45 +42,45 @@ class PackedWeightOwner(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PackedWeight:
     """A packed weight, or one expert of it, as it lies or with its last two axes exchanged. What a `Look` shows, without being a tensor.
 
     Args:
         owner: the packed layer.
-        shape: of the values.
-        which: index into the first axis; all of it if None.
-        turned: whether the last two axes are those of the codes the other way round.
+        shape: shape of the values.
+        index: index into the first axis; None for the whole weight.
+        transposed: whether the last two axes are exchanged relative to the codes.
     """
 
     owner: PackedWeightOwner
     shape: tuple[int, ...]
-    which: Tensor | int | None = None
-    turned: bool = False
+    index: Tensor | int | None = None
+    transposed: bool = False
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
-        """The values."""
-        values = self.owner.tensor.dequantize(dtype, self.which)
-        return values.mT if self.turned else values.view(self.shape)
+        """The float values."""
+        values = self.owner.tensor.dequantize(dtype, self.index)
+        return values.mT if self.transposed else values.view(self.shape)
 
-    def turn(self) -> Part:
-        """The last two axes exchanged."""
-        return Part(
+    def transpose(self) -> PackedWeight:
+        """The same weight with its last two axes exchanged."""
+        return PackedWeight(
             self.owner,
             (*self.shape[:-2], self.shape[-1], self.shape[-2]),
-            self.which,
-            not self.turned,
+            self.index,
+            not self.transposed,
         )
 
-    def one(self, which: Tensor | int) -> Part:
-        """One of the first axis."""
-        return Part(self.owner, self.shape[1:], which, self.turned)
+    def expert(self, index: Tensor | int) -> PackedWeight:
+        """One entry of the first axis."""
+        return PackedWeight(self.owner, self.shape[1:], index, self.transposed)
 
 
-class Product(torch.autograd.Function):
-    """`F.linear`, the weight a part [out, in]."""
+class LinearFunction(torch.autograd.Function):
+    """`F.linear` with a weight [out, in]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Part) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight) -> Tensor:
         ctx.weight, ctx.dtype = weight, compute_dtype(x)
         return F.linear(x, weight.unpacked(ctx.dtype), bias)
 
@@ -85,11 +89,13 @@ class Product(torch.autograd.Function):
         return *_gradients(gradient, ctx.weight, *ctx.needs_input_grad[:2]), None
 
 
-class AddedProduct(torch.autograd.Function):
-    """`y += F.linear(x, weight, bias)`, in place; y and x are of one type, in which it is computed."""
+class LinearAddFunction(torch.autograd.Function):
+    """`y += F.linear(x, weight, bias)`, in place; x and y have one dtype, used for the product."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, bias: Tensor | None, weight: Part) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, bias: Tensor | None, weight: PackedWeight
+    ) -> Tensor:
         ctx.weight = weight
         ctx.mark_dirty(y)
         rows = y.view(-1, y.shape[-1])
@@ -103,15 +109,15 @@ class AddedProduct(torch.autograd.Function):
         return gradient, *_gradients(gradient, ctx.weight, *ctx.needs_input_grad[1:3]), None
 
 
-class Convolution(torch.autograd.Function):
-    """`F.conv1d` or `F.conv2d`, the weight a part [out, in / groups, *kernel]; padding in numbers."""
+class ConvolutionFunction(torch.autograd.Function):
+    """`F.conv1d` or `F.conv2d` with a weight [out, in / groups, *kernel] and numeric padding."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        weight: Part,
+        weight: PackedWeight,
         function: Callable[..., Tensor],
         options: tuple[Any, ...],
     ) -> Tensor:
@@ -133,30 +139,30 @@ class Convolution(torch.autograd.Function):
         return grad_x, gradient.sum(channels) if ctx.needs_input_grad[1] else None, None, None, None
 
 
-class GroupedProduct(torch.autograd.Function):
-    """`F.grouped_mm`: rows up to `offs[e]` (from `offs[e - 1]`) of `x` belong to expert `e`, whose weight is [in, out]; rows past the last get zero."""
+class GroupedMatmulFunction(torch.autograd.Function):
+    """`F.grouped_mm`: rows `offs[e - 1]` to `offs[e]` of `x` belong to expert `e`, whose weight is
+    [in, out]. Rows after the last offset give zero."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, offs: Tensor, weight: Part) -> Tensor:
+    def forward(ctx: Any, x: Tensor, offs: Tensor, weight: PackedWeight) -> Tensor:
         ctx.weight, ctx.ends, ctx.dtype = weight, offs.tolist(), compute_dtype(x)
         return _by_group(x.to(ctx.dtype), ctx.ends, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _by_group(gradient, ctx.ends, ctx.weight.turn()), None, None
+        return _by_group(gradient, ctx.ends, ctx.weight.transpose()), None, None
 
 
 def _gradients(
-    gradient: Tensor, weight: Part, of_x: bool, of_bias: bool
+    gradient: Tensor, weight: PackedWeight, of_x: bool, of_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    return gradient @ weight.unpacked(gradient.dtype) if of_x else None, gradient.flatten(
-        0, -2
-    ).sum(0) if of_bias else None
+    grad_x = gradient @ weight.unpacked(gradient.dtype) if of_x else None
+    return grad_x, gradient.flatten(0, -2).sum(0) if of_bias else None
 
 
-def _by_group(x: Tensor, ends: list[int], weight: Part) -> Tensor:
+def _by_group(x: Tensor, ends: list[int], weight: PackedWeight) -> Tensor:
     y = x.new_zeros((len(x), weight.shape[-1]))
     for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if end > start:
-            torch.mm(x[start:end], weight.one(expert).unpacked(x.dtype), out=y[start:end])
+            torch.mm(x[start:end], weight.expert(expert).unpacked(x.dtype), out=y[start:end])
     return y

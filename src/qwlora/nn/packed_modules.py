@@ -1,10 +1,11 @@
 """The packed layers of torch's own classes.
 
     PackedLinear       y = x W_hat^T + b
-    PackedEmbedding    the rows that are looked up, and no others, unpacked
+    PackedEmbedding    only the rows that are looked up are unpacked
     PackedConv1d, 2d   the weight as [out, in * kernel], blocks along that row
 
-`packed_class` makes the class for a subclass of any of these, with the subclass first: its own forward stands, and where it calls its parent's, it calls these.
+For a subclass of one of these, `packed_class` generates a class with the subclass first: its forward
+is kept, and where it calls its parent's forward, it calls these.
 """
 
 from __future__ import annotations
@@ -21,16 +22,14 @@ from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn.custom_ops import dequantize, gather, linear
 from qwlora.nn.packed_layer import PackedLayer, traced
-from qwlora.nn.packed_matmul import AddedProduct, Product
+from qwlora.nn.packed_matmul import LinearAddFunction, LinearFunction
 from qwlora.nn.packed_tensor import PackedTensor
 
 
-class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # a look is all that there is of the weight
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weight is a property
     """Linear layer on packed codes [out, in]."""
 
-    was_conv1d = (
-        False  # whether it stands in the place of a GPT-2 Conv1D, whose weight is [in, out]
-    )
+    was_conv1d = False  # whether it replaces a GPT-2 Conv1D, whose weight is [in, out]
 
     @classmethod
     def from_codes(
@@ -66,17 +65,17 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # a look i
         if traced():
             y = linear(x, *self.operands)
             return y if self.bias is None else y + self.bias
-        return Product.apply(x, self.bias, self.part)
+        return LinearFunction.apply(x, self.bias, self.packed_weight)
 
     def add_to(
         self, y: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"]
     ) -> Float[Tensor, "*batch out"]:
-        """y + x W_hat^T + b, in the memory of y (see `AddedProduct`)."""
-        return AddedProduct.apply(y, x, self.bias, self.part)
+        """y += x W_hat^T + b, in place."""
+        return LinearAddFunction.apply(y, x, self.bias, self.packed_weight)
 
     @property
     def is_plain(self) -> bool:
-        """Whether a call computes the product and nothing else: no subclass has another forward, and no hook sees it."""
+        """Whether a call computes only the product: no subclass overrides forward, and no hook runs."""
         return (
             type(self).forward is PackedLinear.forward
             and "forward" not in self.__dict__
@@ -84,7 +83,7 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # a look i
         )
 
 
-class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # a look is all that there is of the weight
+class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # the weight is a property
     """Embedding on packed codes [rows, width]."""
 
     def forward(self, index: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
@@ -97,17 +96,16 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # a 
         return self.tensor.dequantize(self.compute_dtype, index)
 
 
-class PackedConv1d(PackedLayer, nn.Conv1d):  # type: ignore[override] # a look is all that there is of the weight
-    """Convolution on packed codes [out, in / groups * kernel]."""
+class PackedConv1d(PackedLayer, nn.Conv1d):  # type: ignore[override] # the weight is a property
+    """ConvolutionFunction on packed codes [out, in / groups * kernel]."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return (
-            nn.Conv1d(*args, **kwargs) if args or kwargs else super().__new__(cls)
-        )  # PEFT builds a LoRA's convolutions by `type(base_layer)(...)`
+        # PEFT builds a LoRA's convolutions by `type(base_layer)(...)`
+        return nn.Conv1d(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
 
-class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # a look is all that there is of the weight
-    """Convolution on packed codes [out, in / groups * height * width]."""
+class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # the weight is a property
+    """ConvolutionFunction on packed codes [out, in / groups * height * width]."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)
@@ -131,5 +129,5 @@ def packed_class(kind: type[nn.Module]) -> type[PackedLayer] | None:
     if kind in KINDS:
         return KINDS[kind]
     parent = next((packed for plain, packed in KINDS.items() if issubclass(kind, plain)), None)
-    made: Any = _made  # mypy takes classes for unhashable
+    made: Any = _made  # mypy: classes are not hashable
     return None if parent is None else made(kind, parent)

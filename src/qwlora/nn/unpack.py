@@ -1,4 +1,4 @@
-"""From a packed module back to a float one, whose weight is what the codes stand for. For merging, and for whoever needs plain floats."""
+"""From a packed module back to a float one, whose weight is the dequantized codes. For merging."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from qwlora.parameter_names import canonical_name
 
 
 def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
-    """Replace every packed layer of `model` by its float class, in place; a tied layer gets the one parameter of its owner. A Conv1D was packed as a Linear
-    and stays one, under the PEFT layers that were made for it, until `restore_conv1d_`.
+    """Replace every packed layer of `model` by its float class, in place. Tied layers share one
+    parameter. A Conv1D was packed as a Linear and stays one, because PEFT layers may wrap it, until
+    `restore_conv1d_`.
 
     Returns:
-        What was packed, by the canonical name of the tensor.
+        The packed tensors by their canonical names.
 
     Raises:
         MergeError: the model has fused experts, which stay packed.
@@ -31,7 +32,8 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
     }
     if experts := [name for name, module in layers.items() if isinstance(module, PackedParameter)]:
         raise MergeError(
-            f"{canonical_name(experts[0])}: fused experts are not turned back into floats, so nothing can be merged into this model; keep the adapter separate"
+            f"{canonical_name(experts[0])}: fused experts cannot be unpacked to floats, so nothing can be "
+            "merged into this model. Keep the adapter separate."
         )
     for name, layer in layers.items():
         if problem := own_forward_problem(layer):
@@ -51,7 +53,7 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
 
 
 def restore_conv1d_(model: nn.Module) -> None:
-    """After `unpack_`, and without adapters: a Linear in the place of a Conv1D is one again, as the model's own class writes and reads it."""
+    """Make a Conv1D again of each Linear that replaced one; after `unpack_`, without adapters."""
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and getattr(linear, "was_conv1d", False):
             conv1d = Conv1D(0, 0).train(linear.training)

@@ -1,10 +1,13 @@
-"""A look at the float weight of a packed layer: a tensor with a shape and a type, and no values until an operation asks for them.
+"""The float weight of a packed layer as a tensor that has a shape and a dtype, and computes values only
+when an operation needs them.
 
-    F.linear(x, look), x @ look.T, F.embedding(i, look), F.conv2d(x, look, ...), grouped_mm(x, look, ...)     products that keep codes, never floats
-    look[i], look.T                                                                                          looks
-    anything else                                                                                            computed from the unpacked values
+    F.linear(x, view), x @ view.T, F.embedding(i, view), F.conv2d(x, view), grouped_mm(x, view)
+                      products that keep codes for backward, never floats
+    view[i], view.T   views
+    anything else     computed from the unpacked values
 
-So a module's own forward, whatever it is, works on a packed weight. Writing to a look is refused: the write would be lost.
+So any module's own forward works on a packed weight. Writing to a view raises, because the write
+would be lost.
 """
 
 from __future__ import annotations
@@ -20,41 +23,54 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from qwlora.errors import MergeError
-from qwlora.nn.packed_matmul import Convolution, GroupedProduct, Part, Product
+from qwlora.nn.packed_matmul import (
+    ConvolutionFunction,
+    GroupedMatmulFunction,
+    LinearFunction,
+    PackedWeight,
+)
 
 
 def refuse_write() -> NoReturn:
-    """Raises: nothing writes to packed integers."""
+    """Raise the error for a write to packed integers."""
     raise MergeError(
-        "this layer's weight is packed integers: an adapter cannot be merged into it, because most of its delta is smaller than a step of the grid "
-        "and would be lost; `qwlora merge-check` shows how much. Keep the adapter separate (PeftModel.from_pretrained on the base), or merge it into a "
-        "float copy of the model. Starts that change the base's weights (pissa, olora, loftq ...) are refused for the same reason"
+        "this layer's weight is packed integers, so an adapter cannot be merged into it: most of the "
+        "delta is smaller than a step of the grid and would be lost (`qwlora merge-check` shows how "
+        "much). Keep the adapter separate (PeftModel.from_pretrained on the base), or merge it into a "
+        "float copy of the model. Initializations that change the base's weights (pissa, olora, "
+        "loftq ...) are refused for the same reason"
     )
 
 
-class Look(Tensor):
-    """A look at a part of a packed weight."""
+class WeightView(Tensor):
+    """A view of a packed weight, or of one expert of it."""
 
-    part: Part
+    packed_weight: PackedWeight
 
     @staticmethod
-    def __new__(cls, part: Part) -> Look:
-        device = part.owner.tensor.parts.packed.device
-        look: Look = Tensor._make_wrapper_subclass(
-            cls, part.shape, dtype=part.owner.compute_dtype, device=device, requires_grad=False
+    def __new__(cls, packed_weight: PackedWeight) -> WeightView:
+        device = packed_weight.owner.tensor.parts.packed.device
+        view: WeightView = Tensor._make_wrapper_subclass(
+            cls,
+            packed_weight.shape,
+            dtype=packed_weight.owner.compute_dtype,
+            device=device,
+            requires_grad=False,
         )
-        look.part = part
-        return look
+        view.packed_weight = packed_weight
+        return view
 
     def unpacked(self) -> Tensor:
-        """The values, in the type of the look."""
-        return self.part.unpacked(self.dtype)
+        """The values, in the dtype of the view."""
+        return self.packed_weight.unpacked(self.dtype)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Look:
-        return Look(replace(self.part, owner=copy.deepcopy(self.part.owner, memo)))
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightView:
+        return WeightView(
+            replace(self.packed_weight, owner=copy.deepcopy(self.packed_weight.owner, memo))
+        )
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"Look({list(self.shape)}, {self.part.owner.scheme})"
+        return f"WeightView({list(self.shape)}, {self.packed_weight.owner.scheme})"
 
     @classmethod
     def __torch_function__(
@@ -71,10 +87,10 @@ class Look(Tensor):
             return found
         if _writes(func, args, kwargs):
             refuse_write()
-        if _is_about(func):
+        if _needs_no_values(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        args, kwargs = tree_map_only(Look, Look.unpacked, (args, kwargs))
+        args, kwargs = tree_map_only(WeightView, WeightView.unpacked, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -85,12 +101,12 @@ class Look(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        args, kwargs = tree_map_only(Look, Look.unpacked, (args, kwargs or {}))
+        args, kwargs = tree_map_only(WeightView, WeightView.unpacked, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-_TURNERS = ("T", "mT", "H", "mH")
-_ABOUT = frozenset(
+_TRANSPOSES = ("T", "mT", "H", "mH")
+_METADATA = frozenset(
     [
         "size",
         "dim",
@@ -110,15 +126,15 @@ _ABOUT = frozenset(
 
 
 def _property(func: Callable[..., Any], kind: str) -> str:
-    """The attribute that `func` gets (or sets), or nothing."""
+    """The attribute that `func` gets (or sets); empty if it does neither."""
     return func.__self__.__name__ if getattr(func, "__name__", "") == kind else ""  # type: ignore[attr-defined]
 
 
-def _is_about(func: Callable[..., Any]) -> bool:
-    """Whether the answer follows from shape, type and device alone."""
+def _needs_no_values(func: Callable[..., Any]) -> bool:
+    """Whether the result depends on shape, dtype and device alone."""
     return (
-        _property(func, "__get__") not in ("", *_TURNERS, "real", "imag")
-        or getattr(func, "__name__", "") in _ABOUT
+        _property(func, "__get__") not in ("", *_TRANSPOSES, "real", "imag")
+        or getattr(func, "__name__", "") in _METADATA
     )
 
 
@@ -130,31 +146,31 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
     )
     return (
-        (in_place or name == "__setitem__") and bool(args) and isinstance(args[0], Look)
-    ) or isinstance(kwargs.get("out"), Look)
+        (in_place or name == "__setitem__") and bool(args) and isinstance(args[0], WeightView)
+    ) or isinstance(kwargs.get("out"), WeightView)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (
-        not isinstance(weight, Look)
-        or isinstance(x, Look)
-        or isinstance(bias, Look)
+        not isinstance(weight, WeightView)
+        or isinstance(x, WeightView)
+        or isinstance(bias, WeightView)
         or weight.ndim != 2
     ):
         return NotImplemented
-    return Product.apply(x, bias, weight.part)
+    return LinearFunction.apply(x, bias, weight.packed_weight)
 
 
 def _matmul(x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
     if (
         kwargs
-        or not isinstance(weight, Look)
-        or isinstance(x, Look)
+        or not isinstance(weight, WeightView)
+        or isinstance(x, WeightView)
         or weight.ndim != 2
         or x.ndim < 2
     ):
         return NotImplemented
-    return Product.apply(x, None, weight.part.turn())
+    return LinearFunction.apply(x, None, weight.packed_weight.transpose())
 
 
 def _embedding(
@@ -166,13 +182,13 @@ def _embedding(
     **__: Any,
 ) -> Tensor:
     if (
-        not isinstance(weight, Look)
-        or weight.part.turned
-        or weight.part.which is not None
+        not isinstance(weight, WeightView)
+        or weight.packed_weight.transposed
+        or weight.packed_weight.index is not None
         or max_norm is not None
     ):
         return NotImplemented
-    return weight.part.owner.tensor.dequantize(weight.dtype, index)
+    return weight.packed_weight.owner.tensor.dequantize(weight.dtype, index)
 
 
 def _grouped(
@@ -184,16 +200,16 @@ def _grouped(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     if (
-        not isinstance(weight, Look)
-        or isinstance(x, Look)
+        not isinstance(weight, WeightView)
+        or isinstance(x, WeightView)
         or weight.ndim != 3
-        or weight.part.which is not None
+        or weight.packed_weight.index is not None
         or x.ndim != 2
         or offs is None
     ):
         return NotImplemented
     return (
-        GroupedProduct.apply(x, offs, weight.part)
+        GroupedMatmulFunction.apply(x, offs, weight.packed_weight)
         if bias is None and out_dtype is None
         else NotImplemented
     )
@@ -209,19 +225,19 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        if not isinstance(weight, Look) or isinstance(x, Look):
+        if not isinstance(weight, WeightView) or isinstance(x, WeightView):
             return NotImplemented
         if isinstance(padding, str):
             x, padding = _padded(x, weight, padding, dilation), 0
-        return Convolution.apply(
-            x, bias, weight.part, function, (stride, padding, dilation, groups)
+        return ConvolutionFunction.apply(
+            x, bias, weight.packed_weight, function, (stride, padding, dilation, groups)
         )
 
     return convolve
 
 
 def _padded(x: Tensor, weight: Tensor, padding: str, dilation: Any) -> Tensor:
-    """`x` with the padding that "same" asks for on it; "valid" asks for none."""
+    """`x` padded for padding "same"; unchanged for "valid"."""
     if padding == "valid":
         return x
     kernel = weight.shape[2:]
@@ -232,11 +248,15 @@ def _padded(x: Tensor, weight: Tensor, padding: str, dilation: Any) -> Tensor:
     )
 
 
-def _select(look: Tensor, index: Any) -> Tensor:
-    if not isinstance(look, Look) or look.part.which is not None or isinstance(index, Look):
+def _select(view: Tensor, index: Any) -> Tensor:
+    if (
+        not isinstance(view, WeightView)
+        or view.packed_weight.index is not None
+        or isinstance(index, WeightView)
+    ):
         return NotImplemented
     whole = isinstance(index, int) and not isinstance(index, bool)
-    if look.ndim == 3 and (
+    if view.ndim == 3 and (
         whole
         or (
             isinstance(index, Tensor)
@@ -245,49 +265,52 @@ def _select(look: Tensor, index: Any) -> Tensor:
             and index.dtype != torch.bool
         )
     ):
-        return Look(look.part.one(index))
-    if look.ndim == 3 and isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64):
-        values = look.part.owner.tensor.dequantize(look.dtype, index)
-        return values.mT if look.part.turned else values
+        return WeightView(view.packed_weight.expert(index))
+    if view.ndim == 3 and isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64):
+        values = view.packed_weight.owner.tensor.dequantize(view.dtype, index)
+        return values.mT if view.packed_weight.transposed else values
     return NotImplemented
 
 
-def _transpose(look: Tensor, first: int, second: int) -> Tensor:
-    axes = {first % look.ndim, second % look.ndim}
+def _transpose(view: Tensor, first: int, second: int) -> Tensor:
+    axes = {first % view.ndim, second % view.ndim}
     return (
-        Look(look.part.turn())
-        if isinstance(look, Look) and look.ndim in (2, 3) and axes == {look.ndim - 2, look.ndim - 1}
+        WeightView(view.packed_weight.transpose())
+        if isinstance(view, WeightView)
+        and view.ndim in (2, 3)
+        and axes == {view.ndim - 2, view.ndim - 1}
         else NotImplemented
     )
 
 
-def _turn(look: Look) -> Tensor:
-    return Look(look.part.turn()) if look.ndim == 2 or (look.ndim == 3) else NotImplemented
+def _transpose_last_axes(view: WeightView) -> Tensor:
+    return WeightView(view.packed_weight.transpose()) if view.ndim in (2, 3) else NotImplemented
 
 
-def _turn_matrix(look: Look) -> Tensor:
-    return Look(look.part.turn()) if look.ndim == 2 else NotImplemented
+def _transpose_matrix(view: WeightView) -> Tensor:
+    return WeightView(view.packed_weight.transpose()) if view.ndim == 2 else NotImplemented
 
 
-def _itself(look: Tensor, *_: Any, **__: Any) -> Tensor:
-    return look
+def _itself(view: Tensor, *_: Any, **__: Any) -> Tensor:
+    return view
 
 
-def _set(look: Tensor, source: Any = None, *_: Any, **__: Any) -> Tensor:
-    return look if source is look else refuse_write()
+def _set(view: Tensor, source: Any = None, *_: Any, **__: Any) -> Tensor:
+    return view if source is view else refuse_write()
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
     F.embedding: _embedding,
-    torch._grouped_mm: _grouped,  # what F.grouped_mm calls, and the one of the two that a tensor may answer for itself
+    # F.grouped_mm calls it, and only this one goes through __torch_function__
+    torch._grouped_mm: _grouped,
     F.conv1d: _convolution(F.conv1d),
     F.conv2d: _convolution(F.conv2d),
     Tensor.__getitem__: _select,
     **dict.fromkeys((torch.transpose, Tensor.transpose), _transpose),
-    Tensor.mT.__get__: _turn,  # type: ignore[attr-defined]
-    **dict.fromkeys((Tensor.T.__get__, Tensor.t, torch.t), _turn_matrix),  # type: ignore[attr-defined]
+    Tensor.mT.__get__: _transpose_last_axes,  # type: ignore[attr-defined]
+    **dict.fromkeys((Tensor.T.__get__, Tensor.t, torch.t), _transpose_matrix),  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.detach, torch.detach, Tensor.requires_grad_), _itself),
     Tensor.data.__get__: _itself,  # type: ignore[attr-defined]
     Tensor.set_: _set,

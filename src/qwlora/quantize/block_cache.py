@@ -30,10 +30,10 @@ from qwlora.quantize.quantize_tensor import LayerReport
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.revisions import revision
 
-Part = tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]
+QuantizedBlock = tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]
 
 
-class FinishedParts:
+class BlockCache:
     """See the module's text. `begin` each part in order; then `read` it, and `write` it if that found nothing. Without a folder nothing is kept."""
 
     def __init__(
@@ -62,7 +62,7 @@ class FinishedParts:
             take_in(self._digest, [name, plan[name], *map(str, later), tensor])
         self._file = self.folder / f"{canonical_name(part)}.safetensors"
 
-    def read(self) -> Part | None:
+    def read(self) -> QuantizedBlock | None:
         """Codes and reports of the part that was begun; None if it must be made."""
         if self.folder is None:
             return None

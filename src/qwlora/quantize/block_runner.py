@@ -3,7 +3,7 @@
 Each batch has a thread of its own that runs the model's own forward, so nothing is assumed about how parts are chained: masks, position tables and other
 arguments that differ from part to part arrive as the model passes them. A part's forward is replaced by a gate. Only one thread ever runs; the others wait.
 
-    with Lockstep(model, parts, batches) as lockstep:
+    with BlockRunner(model, parts, batches) as lockstep:
         while part := lockstep.advance():      # every batch stands before `part`
             for result in lockstep.repeat():   # run it as it is, for every batch
                 ...
@@ -82,7 +82,7 @@ class _Batch:
         self._paused.release()
 
 
-class Lockstep:
+class BlockRunner:
     """A model with gates before the modules named in `parts`; use as a context manager.
 
     Raises:
@@ -100,7 +100,7 @@ class Lockstep:
             self._gate(name, model.get_submodule(name))
         self.batches = [_Batch(partial(model, **batch)) for batch in batches]
 
-    def __enter__(self) -> Lockstep:
+    def __enter__(self) -> BlockRunner:
         return self
 
     def __exit__(

@@ -32,7 +32,7 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.second_moments import Moment, SecondMoment
 from qwlora.nn.frozen import gradients_disabled
 from qwlora.parameter_names import canonical_name
-from qwlora.quantize.block_runner import Lockstep
+from qwlora.quantize.block_runner import BlockRunner
 
 REVISION = 2  # 2: tokens are weighted
 _SHORTEST = 0.1  # of the median length of an output: what is shorter counts as this long
@@ -52,9 +52,9 @@ class Observed:
 
 
 def observe(
-    model: nn.Module, part: str, tensors: Sequence[str], lockstep: Lockstep, outputs: bool = True
+    model: nn.Module, part: str, tensors: Sequence[str], runner: BlockRunner, outputs: bool = True
 ) -> dict[str, Observed]:
-    """Run the part that `lockstep` stands before, and give R and, with `outputs`, G for each matrix product in `tensors` whose errors move the part's output.
+    """Run the part that `runner` stands before, and give R and, with `outputs`, G for each matrix product in `tensors` whose errors move the part's output.
     A layer that is the whole part, such as a head, has no G: it would be a multiple of 1.
 
     Raises:
@@ -77,7 +77,7 @@ def observe(
         _recorded(products) as calls,
     ):
         seeds = count()
-        for result in lockstep.repeat():
+        for result in runner.repeat():
             if calls:
                 gradients = _gradients(
                     canonical_name(part), result, [z for _, _, z in calls], next(seeds)

@@ -23,15 +23,15 @@ from qwlora.messages import listed
 from qwlora.nn import is_packed, pack_at_
 from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
-from qwlora.quantize.block_cache import FinishedParts, Part
-from qwlora.quantize.block_runner import Lockstep
+from qwlora.quantize.block_cache import BlockCache, QuantizedBlock
+from qwlora.quantize.block_runner import BlockRunner
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.layer_statistics import Observed, observe
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, tensor_out_in
 from qwlora.quantize.solvers import SOLVERS
 
 
-def quantize_parts_(
+def quantize_blocks_(
     model: nn.Module,
     plan: Mapping[str, Assignment],
     batches: Sequence[Mapping[str, Any]],
@@ -40,36 +40,36 @@ def quantize_parts_(
     track: Track,
 ) -> dict[str, LayerReport]:
     """Quantize the tensors in `plan` (by their names in the model); see `quantize_` for arguments and errors."""
-    parts = parts_of(model, plan)
+    blocks = tensors_by_block(model, plan)
     done: dict[str, LayerReport] = {}
-    finished = FinishedParts(work, batches, moments)
-    with _lockstep(model, list(parts), batches) as lockstep:
-        for _ in track(range(len(parts)), "quantizing", len(parts)):
-            part = lockstep.advance()
+    finished = BlockCache(work, batches, moments)
+    with _runner(model, list(blocks), batches) as runner:
+        for _ in track(range(len(blocks)), "quantizing", len(blocks)):
+            part = runner.advance()
             if part is None:
                 break
-            finished.begin(part, {name: tensor_out_in(model, name) for name in parts[part]}, plan)
+            finished.begin(part, {name: tensor_out_in(model, name) for name in blocks[block]}, plan)
             kept = finished.read()
             if kept is None:
                 follow = [
                     name
-                    for name in parts[part]
+                    for name in blocks[block]
                     if moments is not None or SOLVERS[plan[name].solver].needs_calibration
                 ]
-                kept = _solve_part(
+                kept = _solve_block(
                     model,
-                    parts[part],
+                    blocks[block],
                     plan,
-                    observe(model, part, follow, lockstep, moments is not None),
+                    observe(model, part, follow, runner, moments is not None),
                     moments,
                 )
                 finished.write(*kept)
             quantized, reports = kept
-            for name in parts[part]:
+            for name in blocks[block]:
                 pack_at_(model, name, quantized[name])
             done.update({canonical_name(n): r for n, r in reports.items()})
         else:
-            lockstep.advance()
+            runner.advance()
     if missed := [canonical_name(n) for n in plan if canonical_name(n) not in done]:
         raise CalibrationError(
             f"layers that no calibration batch reaches: {listed(missed)}; give them solver rtn or search, or keep them float, by a rule"
@@ -95,7 +95,7 @@ def observe_moments(
         CalibrationError: an input holds nan or infinity, or a part cannot be differentiated.
     """
     moments = moments if moments is not None else Moments()
-    parts = parts_of(
+    blocks = tensors_by_block(
         model,
         {
             f"{path}.weight": None
@@ -107,15 +107,15 @@ def observe_moments(
         raise GridError(
             "no linear layer of the model is packed, so there is nothing to observe; quantize it first"
         )
-    with _lockstep(model, list(parts), batches_of(calibration, model)) as lockstep:
-        for _ in track(range(len(parts)), "observing", len(parts)):
-            part = lockstep.advance()
+    with _runner(model, list(blocks), batches_of(calibration, model)) as runner:
+        for _ in track(range(len(blocks)), "observing", len(blocks)):
+            part = runner.advance()
             if part is None:
                 break
-            for name, observed in observe(model, part, parts[part], lockstep).items():
+            for name, observed in observe(model, part, blocks[block], runner).items():
                 moments.put(canonical_name(name).removesuffix(".weight"), observed.moment)
         else:
-            lockstep.advance()
+            runner.advance()
     return moments
 
 
@@ -142,7 +142,7 @@ def batches_of(
     return [as_arguments(batch, names) for batch in calibration]
 
 
-def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[str]]:
+def tensors_by_block(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[str]]:
     """The tensors of each part, by path of the part."""
     blocks = blocks_of(model)
     parts: dict[str, list[str]] = {}
@@ -154,11 +154,11 @@ def parts_of(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[
     return parts
 
 
-def _lockstep(
+def _runner(
     model: nn.Module, parts: Sequence[str], batches: Sequence[Mapping[str, Any]]
-) -> Lockstep:
+) -> BlockRunner:
     keep = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
-    return Lockstep(model, parts, [{**batch, **keep} for batch in batches])
+    return BlockRunner(model, parts, [{**batch, **keep} for batch in batches])
 
 
 def arguments_of(model: nn.Module) -> tuple[str, ...]:
@@ -167,13 +167,13 @@ def arguments_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(inner.forward).parameters)
 
 
-def _solve_part(
+def _solve_block(
     model: nn.Module,
     tensors: Sequence[str],
     plan: Mapping[str, Assignment],
     seen: dict[str, Observed],
     moments: Moments | None,
-) -> Part:
+) -> QuantizedBlock:
     """Codes and report of each tensor; R and G go to `moments`, and out of `seen`."""
     quantized, reports = {}, {}
     for name in tensors:

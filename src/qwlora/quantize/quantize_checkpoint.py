@@ -29,7 +29,7 @@ from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
 from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import Assignment, Rule
-from qwlora.quantize.quantize_blocks import batches_of, parts_of, quantize_parts_
+from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_, tensors_by_block
 from qwlora.quantize.quantize_model import QuantizeReport, base_size, plan_layers
 from qwlora.quantize.quantize_tensor import (
     LayerReport,
@@ -38,7 +38,7 @@ from qwlora.quantize.quantize_tensor import (
     warn_of_second_rounding,
 )
 from qwlora.quantize.solvers import SOLVERS
-from qwlora.quantize.streamed_blocks import PartsOnDemand
+from qwlora.quantize.streamed_blocks import BlocksOnDemand
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def quantize_checkpoint(
     writer = BaseWriter(Path(folder), shard_bytes)
     if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         batches = batches_of(calibration, lazy.model)
-        with PartsOnDemand(lazy, writer, parts_of(lazy.model, plan), len(batches)):
-            layers = quantize_parts_(lazy.model, plan, batches, moments, work, track)
+        with BlocksOnDemand(lazy, writer, tensors_by_block(lazy.model, plan), len(batches)):
+            layers = quantize_blocks_(lazy.model, plan, batches, moments, work, track)
     else:
         layers = _module_by_module(lazy, writer, plan, track)
     warn_of_second_rounding(layers)

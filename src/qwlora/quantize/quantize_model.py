@@ -41,7 +41,7 @@ from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.progress import Track, untracked
 from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import Assignment, Candidate, Rule, assign
-from qwlora.quantize.quantize_blocks import batches_of, quantize_parts_
+from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_
 from qwlora.quantize.quantize_tensor import (
     LayerReport,
     solve_tensor,
@@ -110,7 +110,9 @@ def quantize_(
     plan = plan_layers(model, scheme, solver, rules, gptq)
     check_base_finite(model)
     if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
-        reports = quantize_parts_(model, plan, batches_of(calibration, model), moments, work, track)
+        reports = quantize_blocks_(
+            model, plan, batches_of(calibration, model), moments, work, track
+        )
     else:
         reports = {}
         for name in track(list(plan), "quantizing", len(plan)):

@@ -6,7 +6,7 @@
 
 So the peak is what is below no part, one part as floats (two while batches change over) with its moments and the activations of a batch
 in it, one shard, and the hidden states of the batches.
-Arrivals are seen by hooks on the parts; who drives the batches (`quantize_parts_`) knows nothing of it.
+Arrivals are seen by hooks on the parts; who drives the batches (`quantize_blocks_`) knows nothing of it.
 
 A tensor that is read both inside a part and elsewhere stays to the end. A part that is run again after the one behind it is refused.
 """
@@ -27,12 +27,12 @@ from qwlora.formats.meta_model import Place, is_below, tensor_at
 from qwlora.nn import tie_weights_
 
 
-class PartsOnDemand:
-    """The parts of `lazy.model`, each there while batches are in it; use as a context manager around `quantize_parts_`.
+class BlocksOnDemand:
+    """The parts of `lazy.model`, each there while batches are in it; use as a context manager around `quantize_blocks_`.
 
     Args:
         writer: takes each part when it is let go, and the rest when the context is left without an error.
-        parts: the tensors to quantize in each part, by its path (see `parts_of`).
+        parts: the tensors to quantize in each part, by its path (see `tensors_by_block`).
         batches: how many pass through the model.
 
     Raises:
@@ -49,7 +49,7 @@ class PartsOnDemand:
         self._gone: set[str] = set()
         self._hooks: list[RemovableHandle] = []
 
-    def __enter__(self) -> PartsOnDemand:
+    def __enter__(self) -> BlocksOnDemand:
         self.lazy.load_outside_(self.parts)
         for path in self.parts:
             hook = self._hook(path)

@@ -30,7 +30,7 @@ from torch.nn.utils.parametrize import (
 from qwlora.grid.encoding import aligned, grouped
 from qwlora.grid.scheme import PerBlock
 from qwlora.nn import PackedLayer, PackedLinear, is_packed
-from qwlora.nn.packed_matmul import Part
+from qwlora.nn.packed_matmul import PackedWeight
 from qwlora.nn.packed_tensor import Parts, compute_dtype, narrowest
 from qwlora.parameter_names import is_adapter_name
 from qwlora.quantize.scale_search import storable_scale
@@ -185,7 +185,7 @@ class _Times(nn.Module):
 
 
 def _forward(layer: PackedLinear, factor: Tensor, x: Tensor) -> Tensor:
-    y: Tensor = _TunedProduct.apply(x, factor, layer.bias, layer.part)
+    y: Tensor = _TunedProduct.apply(x, factor, layer.bias, layer.packed_weight)
     return y
 
 
@@ -193,8 +193,10 @@ class _TunedProduct(torch.autograd.Function):
     """`y = x ((1 + f) W)^T + b`, W unpacked again for backward; `dL/df` is `dL/dW * W` summed over what shares a scale."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, bias: Tensor | None, part: Part) -> Tensor:
-        ctx.part, ctx.dtype, ctx.x_dtype = part, compute_dtype(x), x.dtype
+    def forward(
+        ctx: Any, x: Tensor, factor: Tensor, bias: Tensor | None, part: PackedWeight
+    ) -> Tensor:
+        ctx.packed_weight, ctx.dtype, ctx.x_dtype = part, compute_dtype(x), x.dtype
         x = x.to(ctx.dtype)
         ctx.save_for_backward(x, factor)
         return F.linear(
@@ -207,33 +209,35 @@ class _TunedProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         x, factor = ctx.saved_tensors
-        values = ctx.part.unpacked(torch.float32)
+        values = ctx.packed_weight.unpacked(torch.float32)
         of_x = (
-            (gradient @ _times(ctx.part, values, factor).to(ctx.dtype)).to(ctx.x_dtype)
+            (gradient @ _times(ctx.packed_weight, values, factor).to(ctx.dtype)).to(ctx.x_dtype)
             if ctx.needs_input_grad[0]
             else None
         )
         of_weight = (
             gradient.reshape(-1, gradient.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
         ).float()
-        granularity = ctx.part.owner.scheme.granularity
+        granularity = ctx.packed_weight.owner.scheme.granularity
         return (
             of_x,
             grouped(of_weight.mul_(values), granularity)
-            .sum_to_size(_aligned(ctx.part, factor).shape)
+            .sum_to_size(_aligned(ctx.packed_weight, factor).shape)
             .view(factor.shape),
             None,
             None,
         )
 
 
-def _times(part: Part, values: Float[Tensor, "out in"], factor: Tensor) -> Float[Tensor, "out in"]:
+def _times(
+    part: PackedWeight, values: Float[Tensor, "out in"], factor: Tensor
+) -> Float[Tensor, "out in"]:
     return (grouped(values, part.owner.scheme.granularity) * (1 + _aligned(part, factor))).view(
         values.shape
     )
 
 
-def _aligned(part: Part, factor: Tensor) -> Tensor:
+def _aligned(part: PackedWeight, factor: Tensor) -> Tensor:
     return aligned(factor, part.owner.scheme.granularity, len(part.shape))
 
 

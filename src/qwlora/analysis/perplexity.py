@@ -1,4 +1,6 @@
-"""Perplexity: `exp` of the mean negative log-likelihood of each learnt token given those before it, over sequences."""
+"""Perplexity: `exp` of the mean negative log-likelihood of each learnt token given those before it,
+over sequences.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def logits_of(model: Callable[..., Any]) -> Logits:
 def negative_log_likelihood(
     logits: Float[Tensor, "batch tokens vocabulary"], labels: Int64[Tensor, "batch tokens"]
 ) -> float:
-    """Sum over the tokens with a label (plain ids are labels too) but each sequence's first, in nats."""
+    """Sum over the tokens with a label (plain ids are labels too) but each sequence's first, in
+    nats.
+    """
     return float(
         torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(),
@@ -50,7 +54,8 @@ def perplexity(
     description: str,
     track: Track = untracked,
 ) -> float:
-    """Perplexity of `logits(ids)` on the learnt tokens of `sequences` (all, if they are plain ids), one sequence at a time.
+    """Perplexity of `logits(ids)` on the learnt tokens of `sequences` (all, if they are plain ids),
+    one sequence at a time.
 
     Raises:
         NonFiniteError: it is NaN or infinite; the first such sequence is named.

@@ -1,19 +1,24 @@
-"""What a quantizer remembers of the values that passed: the ends of every batch, exactly, the values far out, and a sample of the rest.
+"""What a quantizer remembers of the values that passed: the ends of every batch, exactly, the
+values far out, and a sample of the rest.
 
     ends      float32 [batches, 2], the lowest and the highest value of each batch
     tails     the lowest and the highest values: the ends of each batch's 64 rows that reach furthest
     sample    up to 12,288 values of all batches, each value having had the same chance
 
-A sample alone misses the few values far out, and ranges are about those. A row is what lies along the last axis. The ends of all rows cost hardly more than
-those of the batch, and beyond the 64th of them, few rows have more than one value. Where some reach more than twice as far, which may have many (the first
-token of a language model), the furthest 8 are looked at whole. So the tails are as good as known, as far in as `bounds`.
+A sample alone misses the few values far out, and ranges are about those. A row is what lies along
+the last axis. The ends of all rows cost hardly more than those of the batch, and beyond the 64th of
+them, few rows have more than one value. Where some reach more than twice as far, which may have
+many (the first token of a language model), the furthest 8 are looked at whole. So the tails are as
+good as known, as far in as `bounds`.
 
-A batch costs one pass for ends and tails, and a copy of at most 4,096 values: rows at equal distances, of every channel if there are no more. Once the sample
-is full, half of it goes, and from later batches half as much is taken; likewise before a batch that would give more, having come after smaller ones. So
-memory is constant but for eight bytes a batch, and every estimator (`estimate.py`) works on one pass over the data, for any grid. Where all values fit, the
-sample is the data.
+A batch costs one pass for ends and tails, and a copy of at most 4,096 values: rows at equal
+distances, of every channel if there are no more. Once the sample is full, half of it goes, and from
+later batches half as much is taken; likewise before a batch that would give more, having come after
+smaller ones. So memory is constant but for eight bytes a batch, and every estimator (`estimate.py`)
+works on one pass over the data, for any grid. Where all values fit, the sample is the data.
 
-Merging is exact for ends and tails. Of two samples the one with more of its data is thinned to the density of the other.
+Merging is exact for ends and tails. Of two samples the one with more of its data is thinned to the
+density of the other.
 """
 
 from __future__ import annotations
@@ -120,7 +125,8 @@ class SampleObserver:
             return
         if self.sampled and not other.sampled:
             raise CalibrationError(
-                "it was observed without a sample, which this observer needs; observe with the same observers on both sides"
+                "it was observed without a sample, which this observer needs; observe with the "
+                "same observers on both sides"
             )
         device = other._ends.device
         self._ends = torch.cat(
@@ -169,7 +175,9 @@ class SampleObserver:
         )
 
     def _take_tails(self, rows: Tensor, reach: Float[Tensor, "2 rows"]) -> Float[Tensor, " 2"]:
-        """Keep what lies furthest out, given how far each row reaches to either side; returns how far all do."""
+        """Keep what lies furthest out, given how far each row reaches to either side; returns how
+        far all do.
+        """
         furthest, where = reach.topk(
             max(1, min(ROWS_IN_TAIL, reach.shape[1] // 2))
         )  # of half of the rows at most, so that the bounds never cross
@@ -275,7 +283,9 @@ def _further(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 
 
 def _strides(rows: int, columns: int) -> tuple[int, int]:
-    """Distances of sampled rows and columns that give no more than a batch may: all columns, while a row is not too much."""
+    """Distances of sampled rows and columns that give no more than a batch may: all columns, while
+    a row is not too much.
+    """
     if columns <= VALUES_A_BATCH:
         return -(-rows // (VALUES_A_BATCH // columns)), 1
     return rows, -(-columns // VALUES_A_BATCH)
@@ -296,7 +306,9 @@ def _turned(batches: int, turn: float, stride: int) -> int:
 def _every(
     rows: Float[Tensor, "*axes columns"], first: int, stride: int
 ) -> Float[Tensor, "some columns"]:
-    """Rows at equal distances, of all axes but the last; copies no others, however `rows` lies in memory."""
+    """Rows at equal distances, of all axes but the last; copies no others, however `rows` lies in
+    memory.
+    """
     if rows.ndim == 2:
         return rows[first::stride]
     count = rows.numel() // rows.shape[-1]

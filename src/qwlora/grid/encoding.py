@@ -1,13 +1,15 @@
 """The measured grid of a tensor, and the three things that one does with it.
 
-An encoding holds one `scale` (float32, > 0) and one `offset` (integer, AIMET's sign) for each tensor, channel or block:
+An encoding holds one `scale` (float32, > 0) and one `offset` (integer, AIMET's sign) for each
+tensor, channel or block:
 
     quantize        q     = clamp(round_half_even(x / scale) - offset, 0, 2^bitwidth - 1)
     dequantize      x_hat = (q + offset) * scale
     fake_quantize   dequantize(quantize(x)), with the straight-through gradient: 1 where x is inside the grid, 0 where it was clamped
 
-The division is a division and the rounding is to even, as ONNX QuantizeLinear defines them; multiplying by a reciprocal differs in the last code. Values of a
-narrower type than float32 are computed in float32 and only the result is narrowed.
+The division is a division and the rounding is to even, as ONNX QuantizeLinear defines them;
+multiplying by a reciprocal differs in the last code. Values of a narrower type than float32 are
+computed in float32 and only the result is narrowed.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Encoding:
         offset: int32, the same shape; in `[-(2^bitwidth - 1), 0]`.
 
     Raises:
-        GridError: shapes of scale and offset differ, a scale is not finite and positive, an offset is out of range, or the scheme asks for float offsets.
+        GridError: shapes of scale and offset differ, a scale is not finite and positive, an offset
+            is out of range, or the scheme asks for float offsets.
     """
 
     scheme: Scheme
@@ -51,11 +54,13 @@ class Encoding:
         usable = torch.isfinite(self.scale) & (self.scale > 0)
         if not bool(usable.all()):
             raise GridError(
-                f"a scale is a finite positive number, but {int((~usable).sum())} of {usable.numel()} are not, {float(self.scale[~usable][0])} the first"
+                f"a scale is a finite positive number, but {int((~usable).sum())} of "
+                f"{usable.numel()} are not, {float(self.scale[~usable][0])} the first"
             )
         if self.scheme.float_offset:
             raise GridError(
-                f"{self.scheme}: this grid has float offsets and so no integer encoding; FloatOffsetEncoding holds it"
+                f"{self.scheme}: this grid has float offsets and so no integer encoding; "
+                "FloatOffsetEncoding holds it"
             )
         if not self.offset.numel():
             return
@@ -79,7 +84,8 @@ class Encoding:
         )
         if bool(codes.isnan().any()):
             raise GridError(
-                f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; look for what computed them"
+                f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; "
+                "look for what computed them"
             )
         return codes.to(torch.uint8 if self.scheme.bitwidth <= 8 else torch.int32).view(x.shape)
 
@@ -89,10 +95,12 @@ class Encoding:
         return x_grouped.to(torch.float32).add_(offset).mul_(scale).view(codes.shape)
 
     def fake_quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The nearest values of the grid, in one pass, differentiable in `x`, and in the scale if it asks for a gradient.
+        """The nearest values of the grid, in one pass, differentiable in `x`, and in the scale if
+        it asks for a gradient.
 
-        The scale's gradient is that of LSQ (Esser et al. 2020, https://arxiv.org/abs/1902.08153), without their factor for the step size:
-        `round(x / scale) - x / scale` where x is inside the grid, and the number of steps of the end it was clamped to elsewhere.
+        The scale's gradient is that of LSQ (Esser et al. 2020, https://arxiv.org/abs/1902.08153),
+        without their factor for the step size: `round(x / scale) - x / scale` where x is inside the
+        grid, and the number of steps of the end it was clamped to elsewhere.
         """
         x_grouped, scale, _ = self._grouped(x)
         wide = _wide(x_grouped)
@@ -105,18 +113,22 @@ class Encoding:
         )
 
     def fake_quantize_(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """`fake_quantize` written over `x` itself, bit for bit the same; memory that is there already costs a fraction of memory that has to be fetched.
+        """`fake_quantize` written over `x` itself, bit for bit the same; memory that is there
+        already costs a fraction of memory that has to be fetched.
 
         Raises:
-            GridError: a gradient is wanted through `x`, or `x` is expanded, so that several of its values lie in one place.
+            GridError: a gradient is wanted through `x`, or `x` is expanded, so that several of its
+                values lie in one place.
         """
         if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
             raise GridError(
-                "fake_quantize_ writes over what a gradient would need; use fake_quantize, or torch.no_grad()"
+                "fake_quantize_ writes over what a gradient would need; use fake_quantize, or "
+                "torch.no_grad()"
             )
         if any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
             raise GridError(
-                f"a tensor of shape {list(x.shape)} with strides {list(x.stride())} is expanded and cannot be written over; use fake_quantize"
+                f"a tensor of shape {list(x.shape)} with strides {list(x.stride())} is expanded "
+                "and cannot be written over; use fake_quantize"
             )
         x_grouped, scale, _ = self._grouped(x)
         if _wide(x) is not x:
@@ -139,7 +151,8 @@ class Encoding:
         expected = self.scheme.scale_shape(tuple(x.shape))
         if tuple(self.scale.shape) != expected:
             raise GridError(
-                f"a tensor of shape {list(x.shape)} needs scales of shape {list(expected)}, not {list(self.scale.shape)}"
+                f"a tensor of shape {list(x.shape)} needs scales of shape {list(expected)}, not "
+                f"{list(self.scale.shape)}"
             )
         granularity = self.scheme.granularity
         return (
@@ -170,14 +183,17 @@ def aligned(parameter: Tensor, granularity: Granularity, ndim: int) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """`x` in float32 if its type is narrower: the grid's arithmetic has 24 bits, an int8 code times a bfloat16 scale would not find its way back."""
+    """`x` in float32 if its type is narrower: the grid's arithmetic has 24 bits, an int8 code times
+    a bfloat16 scale would not find its way back.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _FakeQuantize(torch.autograd.Function):
     """clamp(round(x / scale), low, high) * scale.
 
-    Saves one bit of truth per value for the gradient of `x`; `x` itself and the steps only if the scale learns.
+    Saves one bit of truth per value for the gradient of `x`; `x` itself and the steps only if the
+    scale learns.
     """
 
     @staticmethod

@@ -3,8 +3,9 @@
     quantize      q     = clamp(round_half_even((x - minimum) / scale), 0, 2^bitwidth - 1)
     dequantize    x_hat = q * scale + minimum
 
-Zero need not be on the grid. No integer offset says the same: rounding `minimum / scale` to one costs up to half a step. So this is a type of its own, which
-nothing that wants an `Encoding` can take by mistake; its `offset` raises, so a writer that asks for one refuses with a reason.
+Zero need not be on the grid. No integer offset says the same: rounding `minimum / scale` to one
+costs up to half a step. So this is a type of its own, which nothing that wants an `Encoding` can
+take by mistake; its `offset` raises, so a writer that asks for one refuses with a reason.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class FloatOffsetEncoding:
     def offset(self) -> NoReturn:
         """Raises: there is no integer offset."""
         raise GridError(
-            f"{self.scheme}: the grid is scale * q + minimum with a float minimum, which has no integer offset; requantize for a format that needs one"
+            f"{self.scheme}: the grid is scale * q + minimum with a float minimum, which has no "
+            "integer offset; requantize for a format that needs one"
         )
 
     def quantize(self, x: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
@@ -65,7 +67,8 @@ class FloatOffsetEncoding:
         codes = torch.div(x_grouped - minimum, scale).round_().clamp_(0, self.scheme.steps)
         if bool(codes.isnan().any()):
             raise GridError(
-                f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; look for what computed them"
+                f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; "
+                "look for what computed them"
             )
         return codes.to(torch.uint8 if self.scheme.bitwidth <= 8 else torch.int32).view(x.shape)
 
@@ -75,14 +78,17 @@ class FloatOffsetEncoding:
         return codes_grouped.to(torch.float32).mul_(scale).add_(minimum).view(codes.shape)
 
     def fake_quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """`dequantize(quantize(x))` in the type of `x`. It has no gradient: bases with such grids are frozen."""
+        """`dequantize(quantize(x))` in the type of `x`. It has no gradient: bases with such grids
+        are frozen.
+        """
         return self.dequantize(self.quantize(x.detach())).to(x.dtype)
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         expected = self.scheme.scale_shape(tuple(x.shape))
         if tuple(self.scale.shape) != expected:
             raise GridError(
-                f"a tensor of shape {list(x.shape)} needs scales of shape {list(expected)}, not {list(self.scale.shape)}"
+                f"a tensor of shape {list(x.shape)} needs scales of shape {list(expected)}, not "
+                f"{list(self.scale.shape)}"
             )
         granularity = self.scheme.granularity
         return (
@@ -102,7 +108,8 @@ def measure_float_offset(x: Float[Tensor, "*shape"], scheme: Scheme) -> FloatOff
     width = high - low
     if not bool(torch.isfinite(width).all()):
         raise CalibrationError(
-            "the observed range is not finite (nan or infinity in the data), or wider than float32 can hold"
+            "the observed range is not finite (nan or infinity in the data), or wider than float32 "
+            "can hold"
         )
     smallest = min(torch.finfo(torch.float32).eps, 0.01 / scheme.steps)
     return FloatOffsetEncoding(scheme, (width / scheme.steps).clamp(min=smallest), low)

@@ -1,11 +1,12 @@
-"""Low-power blocks (AIMET's LPBQ): block scales that are small integers times one float scale for each row.
+"""Low-power blocks (AIMET's LPBQ): block scales that are small integers times one float scale for
+each row.
 
     row scale    r = max over the row's blocks of scale / 2^b
     integers     n = clamp(round_half_even(scale / r), 1, 2^b)
     scale        n * r
 
-with `b` the granularity's `scale_bitwidth`. A row's largest block has `n = 2^b`, which gives `r` back from the scales alone, so an encoding stores nothing
-more.
+with `b` the granularity's `scale_bitwidth`. A row's largest block has `n = 2^b`, which gives `r`
+back from the scales alone, so an encoding stores nothing more.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def split_scales(
     if not torch.equal(integers * row, scale):
         wrong = int((integers * row != scale).sum())
         raise GridError(
-            f"{wrong} of {scale.numel()} block scales are not an integer times their row's scale; pass them through to_integer_scales first"
+            f"{wrong} of {scale.numel()} block scales are not an integer times their row's scale; "
+            "pass them through to_integer_scales first"
         )
     return row.squeeze(-1), integers.to(torch.int32)
 

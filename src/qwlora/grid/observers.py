@@ -7,9 +7,9 @@ A range always contains zero, so that zero is exact. The scale is AIMET's (aimet
     symmetric    scale = max(max / floor(steps / 2), -min / ceil(steps / 2)),
                  offset = -2^(bitwidth - 1)
 
-with `steps = 2^bitwidth - 1`: the smallest symmetric grid that clips at neither end. At 2 bits AIMET
-divides the positive end by 2 instead of 1 and accepts the clipping. A range that float32 cannot tell
-from zero gets the smallest scale, `min(eps, 0.01 / steps)`.
+with `steps = 2^bitwidth - 1`: the smallest symmetric grid that clips at neither end. At 2 bits
+AIMET divides the positive end by 2 instead of 1 and accepts the clipping. A range that float32
+cannot tell from zero gets the smallest scale, `min(eps, 0.01 / steps)`.
 """
 
 from __future__ import annotations

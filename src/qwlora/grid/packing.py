@@ -1,13 +1,15 @@
 """Bit-packing of codes, dense, in an order that few operations undo.
 
-A row's codes are cut into planes of 8, 4, 2 or 1 bits, lowest bits first, and the planes of a row follow one another:
+A row's codes are cut into planes of 8, 4, 2 or 1 bits, lowest bits first, and the planes of a row
+follow one another:
 
     bitwidth    1    2    3        4    5        6        7            8
     planes      1    2    2, 1     4    4, 1     4, 2     4, 2, 1      8
 
-A plane is dense. One of 4 or 2 bits begins in the low bits of a byte, so that codes of 4 and 2 bits lie as in ONNX's INT4 and INT2; one of 1 bit begins in the
-high bit, as in `numpy.packbits`. A row is padded with zero codes to a whole number of groups, a group being the fewest codes that fill whole bytes of every
-plane. So `bitwidth` bits a code it is, and nothing is shared between rows.
+A plane is dense. One of 4 or 2 bits begins in the low bits of a byte, so that codes of 4 and 2 bits
+lie as in ONNX's INT4 and INT2; one of 1 bit begins in the high bit, as in `numpy.packbits`. A row
+is padded with zero codes to a whole number of groups, a group being the fewest codes that fill
+whole bytes of every plane. So `bitwidth` bits a code it is, and nothing is shared between rows.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def unpack(
 ) -> UInt8[Tensor, "*rows count"]:
     """Undo `pack` for rows of `count` codes.
 
-    Each plane is widened, one byte to the word of its codes, and a few operations on whole words move each code to a byte of its own.
+    Each plane is widened, one byte to the word of its codes, and a few operations on whole words
+    move each code to a byte of its own.
     """
     _group(bitwidth)
     if bitwidth == 8:
@@ -115,5 +118,7 @@ def _spread(
 
 
 def _widened(narrow: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy that lies densely; `to` would keep odd strides of axes of size one, which no view of another type allows."""
+    """A copy that lies densely; `to` would keep odd strides of axes of size one, which no view of
+    another type allows.
+    """
     return torch.empty(narrow.shape, dtype=dtype, device=narrow.device).copy_(narrow)

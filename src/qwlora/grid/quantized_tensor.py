@@ -1,4 +1,6 @@
-"""A tensor as integers: codes and the encoding that gives them their values. What solvers and readers make, and packed layers take."""
+"""A tensor as integers: codes and the encoding that gives them their values. What solvers and
+readers make, and packed layers take.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ class QuantizedTensor:
         expected = self.encoding.scheme.scale_shape(tuple(self.codes.shape))
         if tuple(self.encoding.scale.shape) != expected:
             raise GridError(
-                f"codes of shape {list(self.codes.shape)} need scales of shape {list(expected)}, not {list(self.encoding.scale.shape)}"
+                f"codes of shape {list(self.codes.shape)} need scales of shape {list(expected)}, "
+                f"not {list(self.encoding.scale.shape)}"
             )
 
     def dequantize(self) -> Float[Tensor, "*shape"]:

@@ -1,7 +1,8 @@
-"""What is asked of a quantized tensor: bitwidth, symmetry, granularity. Plain values, no tensors, no torch.
+"""What is asked of a quantized tensor: bitwidth, symmetry, granularity. Plain values, no tensors,
+no torch.
 
-A code is an unsigned integer `q` in `[0, 2^bitwidth - 1]`; an encoding (see `encoding.py`) turns it into `x_hat = (q + offset) * scale`. How many scales and
-offsets a tensor has is its granularity:
+A code is an unsigned integer `q` in `[0, 2^bitwidth - 1]`; an encoding (see `encoding.py`) turns it
+into `x_hat = (q + offset) * scale`. How many scales and offsets a tensor has is its granularity:
 
     weight [A, B], PerTensor()           -> scale []
     weight [A, B], PerChannel(axis=0)    -> scale [A]
@@ -34,7 +35,9 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """One scale for every `size` neighbours along the last axis: weight [A, B] -> scale [A, B / size]."""
+    """One scale for every `size` neighbours along the last axis: weight [A, B] -> scale [A, B /
+    size].
+    """
 
     size: int
 
@@ -85,8 +88,9 @@ class Scheme:
         bitwidth: integer bits of a code, one of `BITWIDTHS`.
         symmetric: the offset is fixed at `-2^(bitwidth - 1)`, so that zero is the middle code.
         granularity: how the tensor is divided among scales.
-        float_offset: the grid is `q * scale + minimum` with a float minimum (GGUF's Q4_1, Q4_K ...), so zero need not be exact. `Encoding`, whose offsets are
-            integers, refuses such a scheme, and so does every writer of one; see `float_offset.py`.
+        float_offset: the grid is `q * scale + minimum` with a float minimum (GGUF's Q4_1, Q4_K
+            ...), so zero need not be exact. `Encoding`, whose offsets are integers, refuses such a
+            scheme, and so does every writer of one; see `float_offset.py`.
 
     Raises:
         GridError: the bitwidth is not one of `BITWIDTHS`, or the parts contradict each other.
@@ -102,7 +106,8 @@ class Scheme:
             raise GridError("a symmetric grid has no float offset; say symmetric=False")
         if isinstance(self.granularity, Lpbq) and not self.symmetric:
             raise GridError(
-                "blocks with integer scales (LPBQ) are symmetric; say symmetric=True, or use PerBlock"
+                "blocks with integer scales (LPBQ) are symmetric; say symmetric=True, or use "
+                "PerBlock"
             )
         if self.bitwidth not in BITWIDTHS:
             raise GridError(
@@ -137,14 +142,17 @@ class Scheme:
             case PerBlock(size) | Lpbq(size):
                 if not shape or shape[-1] % size:
                     raise GridError(
-                        f"blocks of {size} do not divide the last axis of a tensor of shape {list(shape)}"
+                        f"blocks of {size} do not divide the last axis of a tensor of shape "
+                        f"{list(shape)}"
                     )
                 return (*shape[:-1], shape[-1] // size)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: `{bitwidth, symmetric, axis, block_size}`, with `axis` per channel and `block_size` per block only.
+        """Plain values: `{bitwidth, symmetric, axis, block_size}`, with `axis` per channel and
+        `block_size` per block only.
 
-        `scale_bitwidth` is added for blocks with integer scales, and `float_offset` where it is true.
+        `scale_bitwidth` is added for blocks with integer scales, and `float_offset` where it is
+        true.
         """
         granularity = self.granularity
         axis = granularity.axis if isinstance(granularity, PerChannel) else None
@@ -188,7 +196,8 @@ class Scheme:
 
 
 def parse_scheme(text: str) -> Scheme:
-    """Read a short name: `w4-block32`, `w8-channel`, `w4-tensor`, with `-asymmetric` behind it where wanted; `w4-lpbq64` for blocks with integer scales.
+    """Read a short name: `w4-block32`, `w8-channel`, `w4-tensor`, with `-asymmetric` behind it
+    where wanted; `w4-lpbq64` for blocks with integer scales.
 
     Raises:
         GridError: the name does not follow the pattern.
@@ -196,7 +205,8 @@ def parse_scheme(text: str) -> Scheme:
     match = re.fullmatch(r"w(\d+)-(?:(block|lpbq)(\d+)|(channel)|(tensor))(-asymmetric)?", text)
     if not match:
         raise GridError(
-            f"scheme {text!r} is not understood; write it like w4-block32, w8-channel or w3-block64-asymmetric"
+            f"scheme {text!r} is not understood; write it like w4-block32, w8-channel or "
+            "w3-block64-asymmetric"
         )
     bitwidth, block, size, channel, _, asymmetric = match.groups()
     blocks = {"block": PerBlock, "lpbq": Lpbq}

@@ -1,10 +1,11 @@
-"""Second moments of a layer's input and of the gradient at its output, the statistics that data-aware solvers and starts share.
+"""Second moments of a layer's input and of the gradient at its output, the statistics that
+data-aware solvers and starts share.
 
     R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in]
     G = sum_t g_t g_t^T / sum_t 1                [out, out]
 
-`w_t` says how much token t matters, all alike unless given; `g_t` says which of the layer's outputs do (`base/observe.py` gives both). An error E of the
-weight costs about `tr(G E R E^T)`.
+`w_t` says how much token t matters, all alike unless given; `g_t` says which of the layer's outputs
+do (`base/observe.py` gives both). An error E of the weight costs about `tr(G E R E^T)`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class SecondMoment:
     """Running second moment of rows, of an input or a gradient; one pass, mergeable.
 
     Raises:
-        CalibrationError: an input is nan or infinite, has another width than before; or `matrix` before any data.
+        CalibrationError: an input is nan or infinite, has another width than before; or `matrix`
+            before any data.
     """
 
     def __init__(self) -> None:
@@ -54,7 +56,8 @@ class SecondMoment:
             )
         if not bool(torch.isfinite(w.sum())):
             raise CalibrationError(
-                "the gradient of the layer's output holds nan or infinity (or overflows when squared)"
+                "the gradient of the layer's output holds nan or infinity (or overflows when "
+                "squared)"
             )
         scaled = rows * w.sqrt().unsqueeze(1)
         if not bool(torch.isfinite(scaled.square().sum())):
@@ -73,7 +76,8 @@ class SecondMoment:
             self.total = torch.zeros_like(other.total)
         if self.total.shape != other.total.shape:
             raise CalibrationError(
-                f"moments of widths {self.total.shape[0]} and {other.total.shape[0]} are not of one layer"
+                f"moments of widths {self.total.shape[0]} and {other.total.shape[0]} are not of "
+                "one layer"
             )
         self.total += other.total
         self.weight += other.weight
@@ -97,7 +101,9 @@ class Moment(NamedTuple):
 def output_energy(
     matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None
 ) -> float:
-    """`tr(M R M^T)`: the mean square of what a matrix makes of inputs with moment R, which is 1 unless given. Never quite zero, so that it divides."""
+    """`tr(M R M^T)`: the mean square of what a matrix makes of inputs with moment R, which is 1
+    unless given. Never quite zero, so that it divides.
+    """
     weighted = matrix if moment is None else matrix @ moment
     return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
 
@@ -120,7 +126,8 @@ def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
 
 
 class Moments(Mapping[str, Moment]):
-    """R and G of many layers by canonical module path, in memory, or in a folder with one file a layer.
+    """R and G of many layers by canonical module path, in memory, or in a folder with one file a
+    layer.
 
     Raises:
         SourceError: a file of the folder cannot be read.
@@ -136,12 +143,14 @@ class Moments(Mapping[str, Moment]):
                 with safe_open(file, "pt") as opened:
                     if not {"input"} <= (held := set(opened.keys())) <= set(Moment._fields):
                         raise ValueError(
-                            f"it holds {', '.join(sorted(held))}, not {' and '.join(Moment._fields)}"
+                            f"it holds {', '.join(sorted(held))}, not "
+                            f"{' and '.join(Moment._fields)}"
                         )
                     self._home[opened.metadata()["layer"]] = file
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise SourceError(
-                    f"the moments in {str(file)!r} cannot be read ({error}); delete them and quantize again"
+                    f"the moments in {str(file)!r} cannot be read ({error}); delete them and "
+                    "quantize again"
                 ) from error
 
     def put(self, layer: str, moment: Moment) -> None:

@@ -6,7 +6,9 @@ import math
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """`10 log10(signal / noise)` of two sums of squares: infinite without noise, minus infinite without signal."""
+    """`10 log10(signal / noise)` of two sums of squares: infinite without noise, minus infinite
+    without signal.
+    """
     if not noise:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -6,9 +6,9 @@
     layer.quantized, layer.encoding, layer.codes
 
 A packed layer is an instance of its float class, so PEFT's own LoRA attaches to it and a subclass
-keeps its forward. The weight is unpacked for each forward and again for each backward; autograd keeps
-codes, never floats. Not supported: a gradient for the weight (it is frozen), and merging a float delta
-into the codes.
+keeps its forward. The weight is unpacked for each forward and again for each backward; autograd
+keeps codes, never floats. Not supported: a gradient for the weight (it is frozen), and merging a
+float delta into the codes.
 """
 
 from qwlora.nn.own_forward import own_calls, own_forward_problem

@@ -5,8 +5,9 @@
     linear(x, packed, ..., count, layout)         x W^T in the type of x; its gradient unpacks again, so that only codes are kept
     quantized(x, name)                            x itself; says "this value has the encoding `name`"
 
-`packed, ...` are the parts of a `PackedTensor`, `layout` is its scheme as JSON. `dequantize` keeps a frozen weight one node from torch.export to the exported
-file; `gather` and `linear` are what torch.compile sees of a packed layer. `quantized` marks a value for a writer; it computes nothing.
+`packed, ...` are the parts of a `PackedTensor`, `layout` is its scheme as JSON. `dequantize` keeps
+a frozen weight one node from torch.export to the exported file; `gather` and `linear` are what
+torch.compile sees of a packed layer. `quantized` marks a value for a writer; it computes nothing.
 """
 
 from __future__ import annotations

@@ -1,19 +1,23 @@
 """The fingerprint of a base: SHA-256 over everything in it that changes a number.
 
-    fingerprint = sha256(numbers of the configuration, then for each tensor in order of name: its name and its digest)
+    fingerprint = sha256(numbers of the configuration, then for each tensor in order of name: its
+    name and its digest)
     digest      = sha256(name, layout of its grid if it is packed, kind and shape, its values)
 
-Tensors are all parameters and persistent buffers, under their names without what an adapter library wraps around them. Floats are hashed by value, as
-float32: a norm that was bfloat16 in its checkpoint is the same norm in either type. Buffers that are not persistent (rotary frequencies, masks) follow
-from the configuration, which is hashed without what leaves the logits alone (`VOLATILE`) and without what is at its class's default, so that a library
-that learns a new key does not change it.
+Tensors are all parameters and persistent buffers, under their names without what an adapter library
+wraps around them. Floats are hashed by value, as float32: a norm that was bfloat16 in its
+checkpoint is the same norm in either type. Buffers that are not persistent (rotary frequencies,
+masks) follow from the configuration, which is hashed without what leaves the logits alone
+(`VOLATILE`) and without what is at its class's default, so that a library that learns a new key
+does not change it.
 
-So two bases have one fingerprint exactly if they hold the same codes, scales, offsets, float remainders and configuration under the same names. An adapter
-does not change it, nor does a device. A base that was loaded in a type that cannot hold its float remainder keeps its fingerprint (`keep_fingerprint_`)
-until it changes.
+So two bases have one fingerprint exactly if they hold the same codes, scales, offsets, float
+remainders and configuration under the same names. An adapter does not change it, nor does a device.
+A base that was loaded in a type that cannot hold its float remainder keeps its fingerprint
+(`keep_fingerprint_`) until it changes.
 
-Given up: token ids of padding, start and end are volatile, because trainers set them to the tokenizer's; in the few encoders that count positions from the
-padding id they would matter.
+Given up: token ids of padding, start and end are volatile, because trainers set them to the
+tokenizer's; in the few encoders that count positions from the padding id they would matter.
 """
 
 from __future__ import annotations
@@ -70,7 +74,9 @@ def fingerprint_of(digests: Mapping[str, str], model: nn.Module) -> str:
 
 
 def adapter_fingerprint(model: nn.Module) -> str | None:
-    """SHA-256 over the active adapters of `model`: each weight under its name without the adapter's own, and the factor of each branch. None without one."""
+    """SHA-256 over the active adapters of `model`: each weight under its name without the adapter's
+    own, and the factor of each branch. None without one.
+    """
     if not hasattr(model, "peft_config") or any(
         getattr(m, "disable_adapters", False) is True for m in model.modules()
     ):
@@ -97,7 +103,9 @@ def adapter_fingerprint(model: nn.Module) -> str | None:
 
 
 def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
-    """Let `model`, whose tensors now hash to `now`, go by `identity`: its fingerprint before its float remainder was cast. Any later change ends that."""
+    """Let `model`, whose tensors now hash to `now`, go by `identity`: its fingerprint before its
+    float remainder was cast. Any later change ends that.
+    """
     model.__dict__[_KEPT] = (now, identity)
 
 
@@ -119,7 +127,8 @@ def remember_floats_(model: nn.Module, digests: Mapping[str, str] | None = None)
 
 def moved_floats(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
     """Names of the float tensors that are not those that `model` remembers, none if it remembers
-    nothing. Those that were cast to a narrower type since are left out: what they were is not known.
+    nothing. Those that were cast to a narrower type since are left out: what they were is not
+    known.
 
     Args:
         digests: of all tensors, as they are now.
@@ -143,7 +152,9 @@ def moved_floats(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
 
 
 def combined(digests: Mapping[str, str], numbers: Mapping[str, Any]) -> str:
-    """The fingerprint of a base with these digests of tensors (see `tensor_digests`) and these numbers (see `config_numbers`)."""
+    """The fingerprint of a base with these digests of tensors (see `tensor_digests`) and these
+    numbers (see `config_numbers`).
+    """
     total = hashlib.sha256(json.dumps(numbers, sort_keys=True, default=str).encode())
     for name, digest in sorted(digests.items()):
         total.update(f"\0{name}\0{digest}".encode())
@@ -172,7 +183,9 @@ def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
 
 
 def take_in(digest: Any, things: Iterable[Any]) -> None:
-    """Let tensors, by their values, and other things, as they are written, go into a digest of hashlib's."""
+    """Let tensors, by their values, and other things, as they are written, go into a digest of
+    hashlib's.
+    """
     for thing in things:
         digest.update(
             f"{tensor_digest('', '', thing) if isinstance(thing, Tensor) else thing}\0".encode()
@@ -202,7 +215,9 @@ def _numbers(config: Any) -> dict[str, Any]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Layout and tensor of each parameter and persistent buffer of the base; a tensor shared by two modules is listed once."""
+    """Layout and tensor of each parameter and persistent buffer of the base; a tensor shared by two
+    modules is listed once.
+    """
     found: dict[str, tuple[str, Tensor]] = {}
     seen: set[int] = set()
     for path, module in unwrapped(model).named_modules():

@@ -5,10 +5,10 @@
 `quantize_`, `train_adapter`, `simulate`, `save_base` and `save_adapter` call it. Call it yourself
 after changing a quantized model: placing hooks, patching a forward, loading weights into it.
 
-A packed layer computes its codes by construction if it has the forward of its class, or accelerate's
-hook around that, so only attributes are looked at: 3 ms for 210 layers. For any other forward that
-was set on a layer, one small input is computed twice, the second time with doubled scales: a result
-that stays the same does not come from the codes.
+A packed layer computes its codes by construction if it has the forward of its class, or
+accelerate's hook around that, so only attributes are looked at: 3 ms for 210 layers. For any other
+forward that was set on a layer, one small input is computed twice, the second time with doubled
+scales: a result that stays the same does not come from the codes.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ def refuse_meta(model: nn.Module, error: type[QwloraError]) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise error(
-            f"{', '.join(names[:3])}{more} are on the meta device and have no values. Load the weights "
-            "first (from_pretrained without device_map offloading). For a checkpoint larger than memory "
+            f"{', '.join(names[:3])}{more} are on the meta device and have no values. Load the "
+            "weights "
+            "first (from_pretrained without device_map offloading). For a checkpoint larger than "
+            "memory "
             "use `qwlora quantize`, which reads it block by block"
         )

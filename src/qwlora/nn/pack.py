@@ -18,8 +18,9 @@ from qwlora.nn.packed_tensor import PackedTensor, Parts
 
 
 def is_packable(module: nn.Module) -> bool:
-    """Whether `pack_module` accepts `module`: a float Linear, Conv1D, Embedding, Conv1d, Conv2d or a
-    subclass, whose weight is its own parameter."""
+    """Whether `pack_module` accepts `module`: a float Linear, Conv1D, Embedding, Conv1d, Conv2d or
+    a subclass, whose weight is its own parameter.
+    """
     weight = module._parameters.get("weight")
     if (
         is_packed(module)
@@ -46,7 +47,8 @@ def _is_of_packable_class(module: nn.Module) -> bool:
 
 
 def weight_out_in(module: nn.Module) -> Tensor:
-    """The weight as [out, in], blocks along `in`: Conv1D transposed, a kernel flattened, an embedding's rows as they are; float32 if packed.
+    """The weight as [out, in], blocks along `in`: Conv1D transposed, a kernel flattened, an
+    embedding's rows as they are; float32 if packed.
 
     Raises:
         GridError: the module is none of these.
@@ -63,8 +65,8 @@ def weight_out_in(module: nn.Module) -> Tensor:
 
 
 def pack_module(module: nn.Module, quantized: QuantizedTensor) -> nn.Module:
-    """A packed layer that replaces `module`: codes of `quantized` [out, in]; bias, training mode and
-    all other attributes are kept.
+    """A packed layer that replaces `module`: codes of `quantized` [out, in]; bias, training mode
+    and all other attributes are kept.
 
     Raises:
         GridError: the module cannot be packed, the codes have another shape, or as
@@ -90,8 +92,8 @@ def empty_packed(
 
 
 def pack_tied(module: nn.Module, owner: nn.Module) -> nn.Module:
-    """A layer that replaces `module` and reads the codes of the packed layer `owner`: an output head
-    tied to the embedding.
+    """A layer that replaces `module` and reads the codes of the packed layer `owner`: an output
+    head tied to the embedding.
 
     Raises:
         GridError: `owner` is not packed, or the shapes differ.
@@ -108,7 +110,8 @@ def _packed(module: nn.Module, tensor: PackedTensor | None, owner: PackedLayer |
     shape = (tensor or owner.tensor).shape  # type: ignore[union-attr]
     if is_packed(module) or shape != tuple(weight.shape):
         raise GridError(
-            f"the codes have shape {list(shape)}, but the weight of {module} has {list(weight.shape)}"
+            f"the codes have shape {list(shape)}, but the weight of {module} has "
+            f"{list(weight.shape)}"
         )
     if problem := own_forward_problem(module):
         raise GridError(f"this {type(module).__name__} {problem}")

@@ -22,8 +22,9 @@ from qwlora.parameter_names import FOLDER, parameter_name
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedLayer]:
-    """Every packed layer of `model`, tied ones included, by the name of its float tensor, without the
-    names that an adapter library adds."""
+    """Every packed layer of `model`, tied ones included, by the name of its float tensor, without
+    the names that an adapter library adds.
+    """
     return {
         parameter_name(path): module
         for path, module in model.named_modules()

@@ -4,8 +4,8 @@
 
 The module becomes an instance of a generated subclass and keeps its forward. Where it reads the
 parameter it gets a view, which unpacks one expert at a time; the codes are in
-`experts.packed_parameters.gate_up_proj`. PEFT's `target_parameters` finds the parameter and adds its
-delta to it, which needs all experts as floats during the layer's forward and, without gradient
+`experts.packed_parameters.gate_up_proj`. PEFT's `target_parameters` finds the parameter and adds
+its delta to it, which needs all experts as floats during the layer's forward and, without gradient
 checkpointing, until its backward. PEFT does the same with float experts.
 """
 

@@ -1,4 +1,5 @@
-"""The base class of packed layers: the tensors of a `PackedTensor` as buffers, and a view of the weight.
+"""The base class of packed layers: the tensors of a `PackedTensor` as buffers, and a view of the
+weight.
 
 `model.to(bfloat16)` changes the dtype in which a layer computes, never its grid: the buffers keep
 their dtypes. A tied layer has no buffers; it reads those of the layer it is tied to, also after
@@ -33,8 +34,8 @@ def traced() -> bool:
 class PackedLayer(PackedWeightOwner):
     """A module with a packed weight.
 
-    Buffers: those of `packed`, `scale`, `block_scale`, `zero_point` and `minimum` that the scheme has
-    (see `nn/packed_tensor.py`). `weight` is a `WeightView`; writing to it raises.
+    Buffers: those of `packed`, `scale`, `block_scale`, `zero_point` and `minimum` that the scheme
+    has (see `nn/packed_tensor.py`). `weight` is a `WeightView`; writing to it raises.
     """
 
     scheme: Scheme

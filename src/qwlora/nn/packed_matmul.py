@@ -1,5 +1,5 @@
-"""Products with a packed weight W. Autograd keeps the layer instead of the float weight; backward unpacks
-the codes again.
+"""Products with a packed weight W. Autograd keeps the layer instead of the float weight; backward
+unpacks the codes again.
 
     LinearFunction          y = x W^T + b            dL/dx = dL/dy W
     LinearAddFunction       y += x W^T + b, in place
@@ -43,7 +43,8 @@ class PackedWeightOwner(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A packed weight, or one expert of it, as it lies or with its last two axes exchanged. What a `Look` shows, without being a tensor.
+    """A packed weight, or one expert of it, as it lies or with its last two axes exchanged. What a
+    `Look` shows, without being a tensor.
 
     Args:
         owner: the packed layer.

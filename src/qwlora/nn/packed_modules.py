@@ -4,8 +4,8 @@
     PackedEmbedding    only the rows that are looked up are unpacked
     PackedConv1d, 2d   the weight as [out, in * kernel], blocks along that row
 
-For a subclass of one of these, `packed_class` generates a class with the subclass first: its forward
-is kept, and where it calls its parent's forward, it calls these.
+For a subclass of one of these, `packed_class` generates a class with the subclass first: its
+forward is kept, and where it calls its parent's forward, it calls these.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weig
 
     @property
     def is_plain(self) -> bool:
-        """Whether a call computes only the product: no subclass overrides forward, and no hook runs."""
+        """Whether a call computes only the product: no subclass overrides forward, and no hook
+        runs.
+        """
         return (
             type(self).forward is PackedLinear.forward
             and "forward" not in self.__dict__

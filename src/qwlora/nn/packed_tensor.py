@@ -1,4 +1,5 @@
-"""A quantized tensor as it lies in memory and on disk: codes bit-packed, the numbers of its grid in the narrowest type that holds them exactly.
+"""A quantized tensor as it lies in memory and on disk: codes bit-packed, the numbers of its grid in
+the narrowest type that holds them exactly.
 
     packed        uint8 [*rows, bytes]      codes, see `packing.py`
     scale         float, of the granularity's shape; LPBQ: one for each row, [*rows, 1]
@@ -6,8 +7,9 @@
     zero_point    uint8                     asymmetric grids: `-offset`; packed along the row if there are blocks
     minimum       float                     float-offset grids
 
-A float part is float16 if every number of it survives that, else bfloat16 if it survives that, else float32; so the tensor is the same bit for bit, and its
-grid does not depend on how it is stored. A block of 32 with a float16 scale costs half a bit a weight, its zero point another `bitwidth / 32`.
+A float part is float16 if every number of it survives that, else bfloat16 if it survives that, else
+float32; so the tensor is the same bit for bit, and its grid does not depend on how it is stored. A
+block of 32 with a float16 scale costs half a bit a weight, its zero point another `bitwidth / 32`.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class PackedTensor:
         """Pack `quantized`, without loss.
 
         Raises:
-            GridError: the bitwidth is above 8, a code does not fit it, or LPBQ scales are not integers times their row's scale.
+            GridError: the bitwidth is above 8, a code does not fit it, or LPBQ scales are not
+                integers times their row's scale.
         """
         codes, encoding = quantized.codes, quantized.encoding
         scheme = encoding.scheme
@@ -193,7 +196,8 @@ class PackedTensor:
         """The values: the float32 product, rounded to `dtype`.
 
         Args:
-            index: take only these of the first axis, as `values[index]` would; nothing else is unpacked.
+            index: take only these of the first axis, as `values[index]` would; nothing else is
+                unpacked.
         """
         packed = self.parts.packed if index is None else self.parts.packed[index]
         if packed.ndim == 1:
@@ -228,7 +232,9 @@ class PackedTensor:
         return values.view(shape)
 
     def _numbers(self, index: Tensor | int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scale, offset and minimum in float32, those of the indexed rows only where each row has its own blocks."""
+        """Scale, offset and minimum in float32, those of the indexed rows only where each row has
+        its own blocks.
+        """
         chosen = self
         if index is not None and isinstance(self.scheme.granularity, PerBlock | Lpbq):
             parts: Any = (None if part is None else part[index] for part in self.parts)
@@ -246,7 +252,9 @@ class PackedTensor:
     def _broadcast(
         self, part: Tensor | None, index: Tensor | int | None, shape: tuple[int, ...]
     ) -> Tensor | None:
-        """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all, `tail` being what broadcasts against a row's grouped codes."""
+        """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all, `tail` being what
+        broadcasts against a row's grouped codes.
+        """
         granularity = self.scheme.granularity
         if part is None or not part.ndim:
             return part
@@ -278,7 +286,9 @@ def narrowest(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type in which a product of a packed weight with `x` is computed: autocast's type where it is on, else that of `x`."""
+    """The type in which a product of a packed weight with `x` is computed: autocast's type where it
+    is on, else that of `x`.
+    """
     kind = x.device.type
     return (
         torch.get_autocast_dtype(kind)

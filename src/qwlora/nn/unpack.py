@@ -32,7 +32,8 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
     }
     if experts := [name for name, module in layers.items() if isinstance(module, PackedParameter)]:
         raise MergeError(
-            f"{canonical_name(experts[0])}: fused experts cannot be unpacked to floats, so nothing can be "
+            f"{canonical_name(experts[0])}: fused experts cannot be unpacked to floats, so nothing "
+            "can be "
             "merged into this model. Keep the adapter separate."
         )
     for name, layer in layers.items():

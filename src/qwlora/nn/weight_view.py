@@ -1,5 +1,5 @@
-"""The float weight of a packed layer as a tensor that has a shape and a dtype, and computes values only
-when an operation needs them.
+"""The float weight of a packed layer as a tensor that has a shape and a dtype, and computes values
+only when an operation needs them.
 
     F.linear(x, view), x @ view.T, F.embedding(i, view), F.conv2d(x, view), grouped_mm(x, view)
                       products that keep codes for backward, never floats
@@ -34,9 +34,12 @@ from qwlora.nn.packed_matmul import (
 def refuse_write() -> NoReturn:
     """Raise the error for a write to packed integers."""
     raise MergeError(
-        "this layer's weight is packed integers, so an adapter cannot be merged into it: most of the "
-        "delta is smaller than a step of the grid and would be lost (`qwlora merge-check` shows how "
-        "much). Keep the adapter separate (PeftModel.from_pretrained on the base), or merge it into a "
+        "this layer's weight is packed integers, so an adapter cannot be merged into it: most of "
+        "the "
+        "delta is smaller than a step of the grid and would be lost (`qwlora merge-check` shows "
+        "how "
+        "much). Keep the adapter separate (PeftModel.from_pretrained on the base), or merge it "
+        "into a "
         "float copy of the model. Initializations that change the base's weights (pissa, olora, "
         "loftq ...) are refused for the same reason"
     )

@@ -1,7 +1,10 @@
-"""Parts of a model that are quantized, in a folder, so that a call that was killed goes on behind the last of them.
+"""Parts of a model that are quantized, in a folder, so that a call that was killed goes on behind
+the last of them.
 
-A part is found again by the same call only. Its key is a digest of what it was made from: the batches, the revision of the solvers, whether moments are
-wanted, and of this part and each one before it the floats and their assignments. A part whose moments were wanted and are not there any more is made again.
+A part is found again by the same call only. Its key is a digest of what it was made from: the
+batches, the revision of the solvers, whether moments are wanted, and of this part and each one
+before it the floats and their assignments. A part whose moments were wanted and are not there any
+more is made again.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ QuantizedBlock = tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]
 
 
 class BlockCache:
-    """See the module's text. `begin` each part in order; then `read` it, and `write` it if that found nothing. Without a folder nothing is kept."""
+    """See the module's text. `begin` each part in order; then `read` it, and `write` it if that
+    found nothing. Without a folder nothing is kept.
+    """
 
     def __init__(
         self, folder: Path | None, batches: Sequence[Mapping[str, Any]], moments: Moments | None

@@ -1,7 +1,10 @@
-"""Many batches through one model, all paused at the same place: how a model is quantized part by part, each part on inputs that the parts before it made.
+"""Many batches through one model, all paused at the same place: how a model is quantized part by
+part, each part on inputs that the parts before it made.
 
-Each batch has a thread of its own that runs the model's own forward, so nothing is assumed about how parts are chained: masks, position tables and other
-arguments that differ from part to part arrive as the model passes them. A part's forward is replaced by a gate. Only one thread ever runs; the others wait.
+Each batch has a thread of its own that runs the model's own forward, so nothing is assumed about
+how parts are chained: masks, position tables and other arguments that differ from part to part
+arrive as the model passes them. A part's forward is replaced by a gate. Only one thread ever runs;
+the others wait.
 
     with BlockRunner(model, parts, batches) as lockstep:
         while part := lockstep.advance():      # every batch stands before `part`
@@ -115,14 +118,17 @@ class BlockRunner:
             self._open(name)
 
     def advance(self) -> str | None:
-        """Let every batch run to the next part that was not visited yet, and name it; None when all have left the model."""
+        """Let every batch run to the next part that was not visited yet, and name it; None when all
+        have left the model.
+        """
         for batch in self.batches:
             self._current = batch
             batch.resume()
         places = {batch.at for batch in self.batches}
         if len(places) > 1:
             raise CalibrationError(
-                f"the calibration batches do not run through the model's parts in one order: some stand at {', '.join(map(str, places))}"
+                "the calibration batches do not run through the model's parts in one order: some "
+                f"stand at {', '.join(map(str, places))}"
             )
         (place,) = places
         if place is not None:
@@ -131,8 +137,9 @@ class BlockRunner:
         return place
 
     def repeat(self) -> Iterator[Any]:
-        """Run the part that all batches stand before, for one of them after the other, and stay before it; gives what it makes of each, with gradients
-        where the caller has them on."""
+        """Run the part that all batches stand before, for one of them after the other, and stay
+        before it; gives what it makes of each, with gradients where the caller has them on.
+        """
         self._current = None
         for batch in self.batches:
             yield batch.repeat()

@@ -1,12 +1,15 @@
-"""GPTQ: round a weight column by column, and let the columns that are still float make good the error (Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
+"""GPTQ: round a weight column by column, and let the columns that are still float make good the
+error (Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
 
     minimize   tr((W - W_hat) H (W - W_hat)^T),    H = R + damping * mean(diag R) * I,    R = E[w x x^T] (grid/moment.py)
     column i   e = (w_i - w_hat_i) / U_ii;   w_j -= e U_ij for j > i,    H^-1 = U^T U  (U upper triangular)
 
-The updates of a run of columns reach the columns behind it in one matrix product. A scale is chosen when its first column is reached, from the weights as they
-are then, as the range with the least error weighted by diag H. With `activation_order` columns are taken in the order of falling diag H, and all scales are
-chosen beforehand. A column that no input ever reached (`R_ii = 0`) is rounded to nearest. If H is not positive definite in float32 the damping is raised
-tenfold until it is; what was used is returned.
+The updates of a run of columns reach the columns behind it in one matrix product. A scale is chosen
+when its first column is reached, from the weights as they are then, as the range with the least
+error weighted by diag H. With `activation_order` columns are taken in the order of falling diag H,
+and all scales are chosen beforehand. A column that no input ever reached (`R_ii = 0`) is rounded to
+nearest. If H is not positive definite in float32 the damping is raised tenfold until it is; what
+was used is returned.
 """
 
 from __future__ import annotations
@@ -39,8 +42,10 @@ class GptqSettings:
 
     Args:
         damping: share of the mean of diag R that is added to it.
-        activation_order: take the columns with the largest inputs first; scales are then chosen before any column is rounded.
-        sweeps: passes over all columns afterwards, each of which improves codes and scales one at a time (see `_Refinement`).
+        activation_order: take the columns with the largest inputs first; scales are then chosen
+            before any column is rounded.
+        sweeps: passes over all columns afterwards, each of which improves codes and scales one at a
+            time (see `_Refinement`).
 
     Raises:
         GridError: damping or sweeps are negative, or damping is infinite.
@@ -59,7 +64,9 @@ class GptqSettings:
 
 @dataclass(frozen=True)
 class GptqReport:
-    """What it took: the damping that made H positive definite, and the output error `tr(D R D^T) / tr(W R W^T)` of the result."""
+    """What it took: the damping that made H positive definite, and the output error `tr(D R D^T) /
+    tr(W R W^T)` of the result.
+    """
 
     damping: float
     relative_error: float
@@ -94,7 +101,8 @@ def gptq(
     columns = weight.shape[1]
     if moment.shape != (columns, columns):
         raise GridError(
-            f"a weight with {columns} inputs needs a moment of shape {[columns, columns]}, not {list(moment.shape)}"
+            f"a weight with {columns} inputs needs a moment of shape {[columns, columns]}, not "
+            f"{list(moment.shape)}"
         )
     if not bool(torch.isfinite(weight).all() and torch.isfinite(moment).all()):
         raise CalibrationError("the weight or the moment of its input holds nan or infinity")
@@ -137,7 +145,9 @@ def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
 
 
 class _Rounding:
-    """One pass over the columns in `order`; `upper` is U for that order. Held transposed, [in, out], so that a column lies in one piece."""
+    """One pass over the columns in `order`; `upper` is U for that order. Held transposed, [in,
+    out], so that a column lies in one piece.
+    """
 
     def __init__(
         self, weight: Tensor, upper: Tensor, order: Tensor, scheme: Scheme, beforehand: bool
@@ -203,7 +213,9 @@ class _Rounding:
         )
 
     def _round(self, first: int, last: int, scale: Tensor, offset: Tensor, steps: Tensor) -> Tensor:
-        """Round columns `first` to `last`; returns e of each. `w / s` and `n` are what is computed with, which saves two passes a column."""
+        """Round columns `first` to `last`; returns e of each. `w / s` and `n` are what is computed
+        with, which saves two passes a column.
+        """
         s, low = scale[0], offset[0]
         high = low + self.scheme.steps
         left = self.weight[first:last].div_(s)
@@ -218,7 +230,9 @@ class _Rounding:
         return left.mul_(s).div_(inside.diagonal().unsqueeze(1))
 
     def _choose(self, i: int, scale: Tensor, offset: Tensor, errors: Tensor, start: int) -> None:
-        """Scales of the block that begins at column `i`, from the weights as they are now; columns behind the run are brought up to date first."""
+        """Scales of the block that begins at column `i`, from the weights as they are now; columns
+        behind the run are brought up to date first.
+        """
         last = i + self.size
         block = self.weight[i:last]
         behind = max(i, start + len(errors))
@@ -271,8 +285,8 @@ class _Refinement:
         code of column i     n_i <- clamp(round((w_hat_i + g_i / H_ii) / s)),      g = (W - W_hat) H
         scale of block b     s_b <- s_b + sum_b n g / sum_bb n H n                 (per row; blocks and channels only)
 
-    The first is QuantEase (Behdin et al. 2023, https://arxiv.org/abs/2309.01885), the second the least squares scale for the codes as they are. Held
-    transposed, [in, out].
+    The first is QuantEase (Behdin et al. 2023, https://arxiv.org/abs/2309.01885), the second the
+    least squares scale for the codes as they are. Held transposed, [in, out].
     """
 
     def __init__(self, weight: Tensor, hessian: Tensor, start: QuantizedTensor):

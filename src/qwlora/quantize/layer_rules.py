@@ -1,10 +1,13 @@
 """Which layers are quantized, and how: rules on module paths.
 
-A rule has a glob over canonical module paths (`*.down_proj`, `model.layers.0.*`, `lm_head`). The first rule that matches a layer decides: its scheme and
-solver, or that the layer stays float. A layer that no rule matches gets the base's own scheme and solver if it is one that is quantized by default.
+A rule has a glob over canonical module paths (`*.down_proj`, `model.layers.0.*`, `lm_head`). The
+first rule that matches a layer decides: its scheme and solver, or that the layer stays float. A
+layer that no rule matches gets the base's own scheme and solver if it is one that is quantized by
+default.
 
-By default: every Linear and Conv1D and every bank of fused experts, but not the heads: an output head is shared with the embedding in tied models and costs
-most at few bits; a classifier is trained whole (PEFT's `modules_to_save`). A rule reaches whatever can be packed.
+By default: every Linear and Conv1D and every bank of fused experts, but not the heads: an output
+head is shared with the embedding in tied models and costs most at few bits; a classifier is trained
+whole (PEFT's `modules_to_save`). A rule reaches whatever can be packed.
 """
 
 from __future__ import annotations
@@ -49,9 +52,11 @@ class Candidate:
     """A tensor that can be packed.
 
     Args:
-        paths: canonical paths of the layers that read it (two if they are tied); of a parameter that is no layer's weight, its own path.
+        paths: canonical paths of the layers that read it (two if they are tied); of a parameter
+            that is no layer's weight, its own path.
         by_default: whether it is quantized where no rule says otherwise.
-        calibrated: whether a solver that follows the layer's inputs can solve it (matrices of Linear and Conv1D).
+        calibrated: whether a solver that follows the layer's inputs can solve it (matrices of
+            Linear and Conv1D).
     """
 
     paths: tuple[str, ...]
@@ -64,10 +69,12 @@ def assign(
 ) -> dict[str, Assignment]:
     """Grid and solver of each tensor that is quantized, in the candidates' order.
 
-    Where the base's own solver follows inputs and a tensor has none to follow (embeddings, kernels, fused experts), `search` takes its place.
+    Where the base's own solver follows inputs and a tensor has none to follow (embeddings, kernels,
+    fused experts), `search` takes its place.
 
     Raises:
-        GridError: rules match nothing (all are named, with near names), or one gives a tensor a solver that cannot solve it.
+        GridError: rules match nothing (all are named, with near names), or one gives a tensor a
+            solver that cannot solve it.
     """
     names = [path for candidate in candidates.values() for path in candidate.paths]
     problems = [
@@ -92,7 +99,8 @@ def assign(
         chosen = rule.solver if rule is not None else None
         if chosen and SOLVERS[chosen].needs_calibration and not candidate.calibrated:
             problems.append(
-                f"{candidate.paths[0]}: solver {chosen} follows the inputs of a matrix product and cannot solve this tensor; choose search, sqnr or rtn"
+                f"{candidate.paths[0]}: solver {chosen} follows the inputs of a matrix product and "
+                "cannot solve this tensor; choose search, sqnr or rtn"
             )
         own = solver
         if SOLVERS[solver].needs_calibration and not candidate.calibrated:

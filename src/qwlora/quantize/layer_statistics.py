@@ -1,17 +1,23 @@
-"""What the layers of a part see, how much each token of it matters, and how much each of a layer's outputs does.
+"""What the layers of a part see, how much each token of it matters, and how much each of a layer's
+outputs does.
 
     R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in],        w_t = |g_t|^2
     G = mean_t g_t g_t^T                         [out, out],      g_t = dp / dz_t,        p = sum_s r_s . y_s / |y_s|,        r ~ N(0, 1)
 
-x_t and z_t are a layer's input and output at token t, y_s the part's output at token s. The mean of w_t over r is `sum_s |dy_s / dz_t|_F^2 / |y_s|^2`
-(Hutchinson's estimator, one probe a batch): by how much an error of the layer at token t moves what the part makes, relative to its size.
+x_t and z_t are a layer's input and output at token t, y_s the part's output at token s. The mean of
+w_t over r is `sum_s |dy_s / dz_t|_F^2 / |y_s|^2` (Hutchinson's estimator, one probe a batch): by
+how much an error of the layer at token t moves what the part makes, relative to its size.
 
-A language model's tokens are far from alike. Nearly all of them attend to the first one, so an error in its value moves every output; and where its hidden
-state is thousands of times longer than the others', the norm that reads it makes that error vanish. With `w_t = 1` the first is lost among the rest, and the
-second is all of R. GuidedQuant (Kim et al. 2025, https://arxiv.org/abs/2505.07004) takes the gradient of the loss for p; this needs no loss, and no more of the
-model than one part. That an error's cost is nearly the product of two such moments is K-FAC's (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671).
+A language model's tokens are far from alike. Nearly all of them attend to the first one, so an
+error in its value moves every output; and where its hidden state is thousands of times longer than
+the others', the norm that reads it makes that error vanish. With `w_t = 1` the first is lost among
+the rest, and the second is all of R. GuidedQuant (Kim et al. 2025,
+https://arxiv.org/abs/2505.07004) takes the gradient of the loss for p; this needs no loss, and no
+more of the model than one part. That an error's cost is nearly the product of two such moments is
+K-FAC's (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671).
 
-y is the first tensor in the part's result that depends on its layers. Masked tokens count like others; leave padding out of calibration data.
+y is the first tensor in the part's result that depends on its layers. Masked tokens count like
+others; leave padding out of calibration data.
 """
 
 from __future__ import annotations
@@ -54,11 +60,13 @@ class Observed:
 def observe(
     model: nn.Module, part: str, tensors: Sequence[str], runner: BlockRunner, outputs: bool = True
 ) -> dict[str, Observed]:
-    """Run the part that `runner` stands before, and give R and, with `outputs`, G for each matrix product in `tensors` whose errors move the part's output.
-    A layer that is the whole part, such as a head, has no G: it would be a multiple of 1.
+    """Run the part that `runner` stands before, and give R and, with `outputs`, G for each matrix
+    product in `tensors` whose errors move the part's output. A layer that is the whole part, such
+    as a head, has no G: it would be a multiple of 1.
 
     Raises:
-        CalibrationError: the part's result does not depend on its layers in a way that can be differentiated, or an input or a gradient is not finite.
+        CalibrationError: the part's result does not depend on its layers in a way that can be
+            differentiated, or an input or a gradient is not finite.
     """
     modules = {
         name: model.get_submodule(name.removesuffix(".weight"))
@@ -139,7 +147,9 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _recorded(products: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """(name, input, output) of every call of the layers; copies, since a model may change either in place."""
+    """(name, input, output) of every call of the layers; copies, since a model may change either in
+    place.
+    """
     calls: list[tuple[str, Tensor, Tensor]] = []
 
     def record(name: str) -> Callable[..., Tensor]:

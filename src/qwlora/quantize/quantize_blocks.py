@@ -1,9 +1,12 @@
-"""Quantize a model part by part, each on the inputs that the already quantized parts before it make.
+"""Quantize a model part by part, each on the inputs that the already quantized parts before it
+make.
 
-A part is a member of an outermost `ModuleList` (a decoder block) that holds tensors to quantize, or a layer outside all lists. For each part, in the order of
-the forward pass: the part runs as it is on every batch while second moments of each layer are collected (`observe.py`); its layers are solved and packed; then
-it runs again, packed, to make the input of the next. Peak memory is the model, one part's moments ([in, in] a layer, and [out, out] where those are asked for)
-and the activations of one batch in it, and the hidden states of the batches.
+A part is a member of an outermost `ModuleList` (a decoder block) that holds tensors to quantize, or
+a layer outside all lists. For each part, in the order of the forward pass: the part runs as it is
+on every batch while second moments of each layer are collected (`observe.py`); its layers are
+solved and packed; then it runs again, packed, to make the input of the next. Peak memory is the
+model, one part's moments ([in, in] a layer, and [out, out] where those are asked for) and the
+activations of one batch in it, and the hidden states of the batches.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ def quantize_blocks_(
     work: Path | None,
     track: Track,
 ) -> dict[str, LayerReport]:
-    """Quantize the tensors in `plan` (by their names in the model); see `quantize_` for arguments and errors."""
+    """Quantize the tensors in `plan` (by their names in the model); see `quantize_` for arguments
+    and errors.
+    """
     blocks = tensors_by_block(model, plan)
     done: dict[str, LayerReport] = {}
     finished = BlockCache(work, batches, moments)
@@ -72,7 +77,8 @@ def quantize_blocks_(
             runner.advance()
     if missed := [canonical_name(n) for n in plan if canonical_name(n) not in done]:
         raise CalibrationError(
-            f"layers that no calibration batch reaches: {listed(missed)}; give them solver rtn or search, or keep them float, by a rule"
+            f"layers that no calibration batch reaches: {listed(missed)}; give them solver rtn or "
+            "search, or keep them float, by a rule"
         )
     return done
 
@@ -84,10 +90,12 @@ def observe_moments(
     *,
     track: Track = untracked,
 ) -> Moments:
-    """The moments (`grid/moment.py`) of a quantized model's packed linear layers: what starts that follow the data need, where a base was made elsewhere.
+    """The moments (`grid/moment.py`) of a quantized model's packed linear layers: what starts that
+    follow the data need, where a base was made elsewhere.
 
     Args:
-        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts, tensors, tuples).
+        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
+            tensors, tuples).
         moments: where they go; into memory unless given.
 
     Raises:
@@ -105,7 +113,8 @@ def observe_moments(
     )
     if not parts:
         raise GridError(
-            "no linear layer of the model is packed, so there is nothing to observe; quantize it first"
+            "no linear layer of the model is packed, so there is nothing to observe; quantize it "
+            "first"
         )
     with _runner(model, list(blocks), batches_of(calibration, model)) as runner:
         for _ in track(range(len(blocks)), "observing", len(blocks)):
@@ -134,7 +143,8 @@ def batches_of(
     """
     if calibration is None:
         raise GridError(
-            "solver gptq and moments need calibration data: token ids, or batches of the model's inputs"
+            "solver gptq and moments need calibration data: token ids, or batches of the model's "
+            "inputs"
         )
     if isinstance(calibration, Tensor):
         return [{"input_ids": row.unsqueeze(0)} for row in calibration]

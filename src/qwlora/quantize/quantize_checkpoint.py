@@ -1,9 +1,10 @@
 """A checkpoint becomes a base on disk without ever being a model in memory.
 
-For each module in the order of the files: its tensors are read, its weight is solved and packed if the rules say so, the result goes into the shard that
-is being written, and the module is let go. The peak is one module as floats (a linear layer, an embedding, a layer's fused experts), what its solver
-needs, and one shard. A solver that follows the inputs of a layer needs a block of the model at a time, and what lies outside all blocks
-(`stream_calibrated.py`).
+For each module in the order of the files: its tensors are read, its weight is solved and packed if
+the rules say so, the result goes into the shard that is being written, and the module is let go.
+The peak is one module as floats (a linear layer, an embedding, a layer's fused experts), what its
+solver needs, and one shard. A solver that follows the inputs of a layer needs a block of the model
+at a time, and what lies outside all blocks (`stream_calibrated.py`).
 """
 
 from __future__ import annotations
@@ -65,17 +66,21 @@ def quantize_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     track: Track = untracked,
 ) -> Streamed:
-    """Write the base of `checkpoint` into `folder`, which must exist: the same as `quantize_` and `save_base` make.
+    """Write the base of `checkpoint` into `folder`, which must exist: the same as `quantize_` and
+    `save_base` make.
 
     Args:
-        scheme: as for `quantize_`; None keeps the integers of a checkpoint that has them, and quantizes nothing.
+        scheme: as for `quantize_`; None keeps the integers of a checkpoint that has them, and
+            quantizes nothing.
         calibration, moments, work, gptq: as for `quantize_`.
         shard_bytes: at which a file is full; as much is held in memory.
 
     Raises:
         GridError: as `quantize_`; or the model runs a block of its layers again after a later one.
-        SourceError: a tensor cannot be read, or a layer that a scheme is asked for is integers already.
-        CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
+        SourceError: a tensor cannot be read, or a layer that a scheme is asked for is integers
+            already.
+        CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part
+            cannot be differentiated.
     """
     lazy = LazyModel(checkpoint)
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
@@ -116,7 +121,8 @@ def _quantize_(lazy: LazyModel, name: str, todo: Assignment) -> LayerReport:
     (path, key), *others = lazy.places[name]
     if key not in lazy.model.get_submodule(path)._parameters:
         raise SourceError(
-            f"{name} is integers already in the files; leave the scheme out to keep them, or start from a float checkpoint"
+            f"{name} is integers already in the files; leave the scheme out to keep them, or start "
+            "from a float checkpoint"
         )
     quantized, report = solve_tensor(name, tensor_out_in(lazy.model, name), todo)
     pack_at_(lazy.model, name, quantized)

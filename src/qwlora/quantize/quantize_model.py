@@ -3,7 +3,8 @@
     quantize_(model, "w4-block32")                                         each layer on its own (rtn, search, sqnr)
     quantize_(model, "w4-block32", "gptq", calibration=token_ids)          part by part, on the inputs that the quantized parts before it make
 
-Which layers, on which grid, by which solver: see `rules.py`. Works before or after PEFT has wrapped the layers: only the innermost base layer is replaced.
+Which layers, on which grid, by which solver: see `rules.py`. Works before or after PEFT has wrapped
+the layers: only the innermost base layer is replaced.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ from qwlora.quantize.solvers import SOLVERS, solver_named
 
 @dataclass(frozen=True)
 class BaseSize:
-    """What the packed layers weigh (codes, scales and offsets), and how many weights the model holds beside them, as floats."""
+    """What the packed layers weigh (codes, scales and offsets), and how many weights the model
+    holds beside them, as floats.
+    """
 
     bytes: int
     weights: int
@@ -90,14 +93,18 @@ def quantize_(
         scheme: the grid of every weight, or its short name (`w4-block32`, see `parse_scheme`).
         solver: `rtn`, `search`, `sqnr` or `gptq` (see `solver.py`).
         rules: what is different for some layers (see `rules.py`).
-        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts, tensors, tuples); needed by gptq, and for `moments`.
-        moments: filled with the second moments of each layer (`grid/moment.py`), which the data-aware start of an adapter needs.
+        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
+            tensors, tuples); needed by gptq, and for `moments`.
+        moments: filled with the second moments of each layer (`grid/moment.py`), which the
+            data-aware start of an adapter needs.
         work: a folder for finished parts; the same call goes on after the last one there.
         gptq: how that solver goes about it.
 
     Raises:
-        GridError: a scheme does not fit its layer (all such layers are named), a rule matches nothing, or there is nothing to quantize.
-        CalibrationError: a tensor of the model or an input holds nan or infinity, a layer saw no data, or a part cannot be differentiated.
+        GridError: a scheme does not fit its layer (all such layers are named), a rule matches
+            nothing, or there is nothing to quantize.
+        CalibrationError: a tensor of the model or an input holds nan or infinity, a layer saw no
+            data, or a part cannot be differentiated.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise GridError(
@@ -137,7 +144,9 @@ def plan_layers(
     rules: Sequence[Rule] = (),
     gptq: GptqSettings | None = None,
 ) -> dict[str, Assignment]:
-    """Grid and solver of each tensor that `quantize_` would replace, by its name in the model; raises what it would raise."""
+    """Grid and solver of each tensor that `quantize_` would replace, by its name in the model;
+    raises what it would raise.
+    """
     for named in {solver, *(rule.solver for rule in rules if rule.solver)}:
         solver_named(named)
     plan, misfits = {}, []
@@ -158,7 +167,8 @@ def plan_layers(
     if misfits:
         shown = "\n  ".join(lines(misfits))
         raise GridError(
-            f"{len(misfits)} of {len(plan)} layers do not fit their scheme; choose a block size that divides their input\n  {shown}"
+            f"{len(misfits)} of {len(plan)} layers do not fit their scheme; choose a block size "
+            f"that divides their input\n  {shown}"
         )
     if not plan:
         raise GridError("the model has no layer left to quantize")
@@ -196,7 +206,9 @@ def _refuse_unpackable(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def find_tensors(model: nn.Module) -> dict[str, Candidate]:
-    """What can be packed, by the name of the tensor in the model; a tied one by the name that comes first."""
+    """What can be packed, by the name of the tensor in the model; a tied one by the name that comes
+    first.
+    """
     readers: dict[int, list[str]] = {}
     computed = {}
     for path, module in model.named_modules():

@@ -1,4 +1,6 @@
-"""One tensor of a model: the float it is, what a solver makes of it, and how good that is. Called by whoever walks a model, in memory or in its files."""
+"""One tensor of a model: the float it is, what a solver makes of it, and how good that is. Called
+by whoever walks a model, in memory or in its files.
+"""
 
 from __future__ import annotations
 

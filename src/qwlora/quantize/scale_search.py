@@ -2,11 +2,13 @@
 
     minimize over scale, offset    sum_j h_j c_j (w_j - w_hat_j)^2          for each group of weights
 
-`h_j >= 0` is the importance of input j, and `c_j` is `clipping_penalty` where the grid clips w_j and 1 elsewhere (3 gives AIMET's SQNR rule).
+`h_j >= 0` is the importance of input j, and `c_j` is `clipping_penalty` where the grid clips w_j
+and 1 elsewhere (3 gives AIMET's SQNR rule).
 
-First over fractions of the min-max range; then the scale that is best for the codes found, `sum h w n / sum h n^2` with `n = q + offset`, and the offsets
-beside the one found (asymmetric grids), as long as the error falls. Scales of blocks are numbers that float16 holds wherever float16 has its full precision, so
-that a packed layer keeps them in half the space without loss.
+First over fractions of the min-max range; then the scale that is best for the codes found, `sum h w
+n / sum h n^2` with `n = q + offset`, and the offsets beside the one found (asymmetric grids), as
+long as the error falls. Scales of blocks are numbers that float16 holds wherever float16 has its
+full precision, so that a packed layer keeps them in half the space without loss.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def fit(
 
 
 def storable_scale(scale: Float[Tensor, "*groups"]) -> Float[Tensor, "*groups"]:
-    """The nearest scales that float16 holds with its full precision; a scale outside that range stays as it is."""
+    """The nearest scales that float16 holds with its full precision; a scale outside that range
+    stays as it is.
+    """
     half = scale.half().float()
     return torch.where((scale >= _HALF_NORMAL) & torch.isfinite(half), half, scale)
 

@@ -1,14 +1,17 @@
-"""Parts of a model that are there only while they are needed: how a solver that follows a layer's inputs works through a model larger than memory.
+"""Parts of a model that are there only while they are needed: how a solver that follows a layer's
+inputs works through a model larger than memory.
 
     load        what is below no part (embeddings, the last norm, the head), before the first batch starts
                 a part, when the first batch arrives at it
     let go      a part, to the base on disk, when the last batch has arrived at the part behind it; the rest at the end
 
-So the peak is what is below no part, one part as floats (two while batches change over) with its moments and the activations of a batch
-in it, one shard, and the hidden states of the batches.
-Arrivals are seen by hooks on the parts; who drives the batches (`quantize_blocks_`) knows nothing of it.
+So the peak is what is below no part, one part as floats (two while batches change over) with its
+moments and the activations of a batch in it, one shard, and the hidden states of the batches.
+Arrivals are seen by hooks on the parts; who drives the batches (`quantize_blocks_`) knows nothing
+of it.
 
-A tensor that is read both inside a part and elsewhere stays to the end. A part that is run again after the one behind it is refused.
+A tensor that is read both inside a part and elsewhere stays to the end. A part that is run again
+after the one behind it is refused.
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ from qwlora.nn import tie_weights_
 
 
 class BlocksOnDemand:
-    """The parts of `lazy.model`, each there while batches are in it; use as a context manager around `quantize_blocks_`.
+    """The parts of `lazy.model`, each there while batches are in it; use as a context manager
+    around `quantize_blocks_`.
 
     Args:
-        writer: takes each part when it is let go, and the rest when the context is left without an error.
+        writer: takes each part when it is let go, and the rest when the context is left without an
+            error.
         parts: the tensors to quantize in each part, by its path (see `tensors_by_block`).
         batches: how many pass through the model.
 
@@ -73,7 +78,8 @@ class BlocksOnDemand:
         def arrived(module: nn.Module, args: tuple[Any, ...]) -> None:
             if path in self._gone:
                 raise GridError(
-                    f"{path} runs again after a part behind it, so this model cannot be quantized part by part from its files; load it whole"
+                    f"{path} runs again after a part behind it, so this model cannot be quantized "
+                    "part by part from its files; load it whole"
                 )
             if not self._arrivals[path]:
                 self._order.append(path)
@@ -108,5 +114,6 @@ class BlocksOnDemand:
         for name in names:
             if tensor_at(self.lazy.model, self.lazy.places[name][0]) is None:
                 raise SourceError(
-                    f"{name} is integers already in the files; leave the scheme out to keep them, or start from a float checkpoint"
+                    f"{name} is integers already in the files; leave the scheme out to keep them, "
+                    "or start from a float checkpoint"
                 )

@@ -2,15 +2,18 @@
 
     minimize over f    mean over tokens  KL( softmax(g_t) || softmax(h_t) ),    W_hat = (1 + f) * scale * (q + offset),    gain_hat = (1 + f) * gain
 
-g and h are the logits of float and quantized model; f is one number for each scale and for each channel of a norm, from zero, by AdamW with a cosine schedule.
-A solver makes each layer's output right by itself; here the layers learn to make up for one another. It takes the float model, the quantized one, the
-activations of one sequence and some copies of its logits (of 512 positions at most) in memory, and about as long as training an adapter for as many steps.
+g and h are the logits of float and quantized model; f is one number for each scale and for each
+channel of a norm, from zero, by AdamW with a cosine schedule. A solver makes each layer's output
+right by itself; here the layers learn to make up for one another. It takes the float model, the
+quantized one, the activations of one sequence and some copies of its logits (of 512 positions at
+most) in memory, and about as long as training an adapter for as many steps.
 
-Which scales and norms these are is in `tunable.py`. Some sequences are kept aside: if the divergence on those, in float32, does not fall, everything stays as
-it was.
+Which scales and norms these are is in `tunable.py`. Some sequences are kept aside: if the
+divergence on those, in float32, does not fall, everything stays as it was.
 
-Sources: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), with the float model's distribution in the place of the text;
-norm tweaking (Li et al. 2023, https://arxiv.org/abs/2309.02784) for the norms.
+Sources: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), with
+the float model's distribution in the place of the text; norm tweaking (Li et al. 2023,
+https://arxiv.org/abs/2309.02784) for the norms.
 """
 
 from __future__ import annotations
@@ -50,8 +53,9 @@ class TuningSettings:
 
     Args:
         steps: of one sequence each.
-        learning_rate: the largest, relative to what is tuned. A scale that n weights of b bits share has `min(1, sqrt(n) / 2^b)` of it: it moves weights by up
-            to 2^(b - 1) times as much of a step, and the fewer they are, the more of its gradient is noise.
+        learning_rate: the largest, relative to what is tuned. A scale that n weights of b bits
+            share has `min(1, sqrt(n) / 2^b)` of it: it moves weights by up to 2^(b - 1) times as
+            much of a step, and the fewer they are, the more of its gradient is noise.
         compute: "float32", "bfloat16" (by autocast), or "auto": bfloat16 if the model's device
             has instructions for it, else float32.
         seed: of the order of sequences.
@@ -72,7 +76,8 @@ class TuningSettings:
             or self.compute not in ("auto", "float32", "bfloat16")
         ):
             raise CalibrationError(
-                f"tuning takes at least 1 step, a learning rate between 0 and 1, and computes in float32 or bfloat16, not {self.steps}, {self.learning_rate:g} "
+                "tuning takes at least 1 step, a learning rate between 0 and 1, and computes in "
+                f"float32 or bfloat16, not {self.steps}, {self.learning_rate:g} "
                 f"and {self.compute}"
             )
 
@@ -84,10 +89,12 @@ class TuningReport:
     Args:
         layers: whose scales were tuned.
         norms: whose weights were tuned.
-        before, after: the divergence of the float model's next token from the quantized one's, in nats, on the sequences kept aside.
+        before, after: the divergence of the float model's next token from the quantized one's, in
+            nats, on the sequences kept aside.
         kept: whether what was tuned is in the model.
         resumed_from_step: 0, or the step behind which a call that was killed went on.
-        solver_scales: the layers' scales before, by their canonical paths, if it is: an adapter's start corrects what the solver lost.
+        solver_scales: the layers' scales before, by their canonical paths, if it is: an adapter's
+            start corrects what the solver lost.
     """
 
     layers: int
@@ -108,33 +115,40 @@ def tune_scales_(
     work: Path | None = None,
     track: Track = untracked,
 ) -> TuningReport:
-    """Tune the scales of the packed linear layers and the weights of the norms in `model`, in place, so that its logits come near those of `teacher`.
+    """Tune the scales of the packed linear layers and the weights of the norms in `model`, in
+    place, so that its logits come near those of `teacher`.
 
     Args:
         teacher: the float model.
-        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts, tensors, tuples); at least two.
-        work: a folder for the state; the same call, with as many threads, goes on from what it finds there and ends with the same bits.
+        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
+            tensors, tuples); at least two.
+        work: a folder for the state; the same call, with as many threads, goes on from what it
+            finds there and ends with the same bits.
 
     Raises:
         GridError: no linear layer is packed.
-        CalibrationError: there are fewer than two sequences, the two models share a norm, their logits are of different shapes, or the divergence is no number.
+        CalibrationError: there are fewer than two sequences, the two models share a norm, their
+            logits are of different shapes, or the divergence is no number.
         SafetensorError: `work` cannot be written to.
     """
     settings = _resolved(settings or TuningSettings(), model)
     tuned = Tunable(model)
     if not tuned.layers:
         raise GridError(
-            "no linear layer of the model is packed, so there are no scales to tune; quantize it first"
+            "no linear layer of the model is packed, so there are no scales to tune; quantize it "
+            "first"
         )
     own = {id(parameter) for parameter in teacher.parameters()}
     if shared := next((name for name, norm in tuned.norms.items() if id(norm.weight) in own), None):
         raise CalibrationError(
-            f"the quantized model and the float one share the weight of {shared!r}, which is tuned; quantize a deep copy of the float model"
+            f"the quantized model and the float one share the weight of {shared!r}, which is "
+            "tuned; quantize a deep copy of the float model"
         )
     batches = batches_of(calibration, model)
     if len(batches) < 2:
         raise CalibrationError(
-            "tuning scales takes at least two sequences: one of them is kept aside to see whether it helped"
+            "tuning scales takes at least two sequences: one of them is kept aside to see whether "
+            "it helped"
         )
     aside = batches[-min(SEQUENCES_ASIDE, max(1, len(batches) // 4)) :]
     learnt = batches[: len(batches) - len(aside)]
@@ -236,7 +250,8 @@ class _Descent:
             loss = compare(batches[self.order.pop()], self.compute, self.generator)
             if not bool(torch.isfinite(loss)):
                 raise CalibrationError(
-                    f"tuning scales: the divergence is {float(loss.detach())} at step {step + 1}; take a lower learning rate, or compute float32"
+                    f"tuning scales: the divergence is {float(loss.detach())} at step {step + 1}; "
+                    "take a lower learning rate, or compute float32"
                 )
             self.optimizer.zero_grad()
             loss.backward()
@@ -304,7 +319,8 @@ class _Comparison:
             g = _logits(self.teacher, given, compute)
         if g.shape != h.shape:
             raise CalibrationError(
-                f"the float model's logits are {list(g.shape)}, the quantized one's {list(h.shape)}: they are not one model"
+                f"the float model's logits are {list(g.shape)}, the quantized one's "
+                f"{list(h.shape)}: they are not one model"
             )
         divergence = F.kl_div(
             h.float().log_softmax(-1), g.float().log_softmax(-1), log_target=True, reduction="none"
@@ -324,7 +340,9 @@ class _Comparison:
         )
 
     def _chosen(self, given: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
-        """Positions whose logits are made; all of them if they are few or the model makes no others."""
+        """Positions whose logits are made; all of them if they are few or the model makes no
+        others.
+        """
         ids = given.get("input_ids")
         if (
             "logits_to_keep" not in self.takes
@@ -347,6 +365,7 @@ def _logits(model: nn.Module, given: Mapping[str, Any], compute: str) -> Tensor:
         logits = getattr(model(**given), "logits", None)
     if not isinstance(logits, Tensor):
         raise CalibrationError(
-            f"tuning scales compares logits, and {type(model).__name__} makes none; leave tuning out"
+            f"tuning scales compares logits, and {type(model).__name__} makes none; leave tuning "
+            "out"
         )
     return logits

@@ -1,11 +1,14 @@
-"""What tuning moves in a quantized model: the scales of its linear layers, and the gains of its norms.
+"""What tuning moves in a quantized model: the scales of its linear layers, and the gains of its
+norms.
 
     W_hat = (1 + f) * scale * (q + offset)          y = x W_hat^T + b
     gain_hat = (1 + f) * gain                       gain = w, or 1 + w as in Gemma's norms
 
-Scales are those of plain linear layers: of the grid's tensor, channels or blocks, or of the rows where blocks have integer scales. A float offset is multiplied
-like its scale. Scales of blocks stay numbers that float16 holds. Norms stand for the columns, which have no scale of their own; what a module does with its
-weight is seen by sending numbers through it, and the weight stays of the type that held it exactly.
+Scales are those of plain linear layers: of the grid's tensor, channels or blocks, or of the rows
+where blocks have integer scales. A float offset is multiplied like its scale. Scales of blocks stay
+numbers that float16 holds. Norms stand for the columns, which have no scale of their own; what a
+module does with its weight is seen by sending numbers through it, and the weight stays of the type
+that held it exactly.
 """
 
 from __future__ import annotations
@@ -86,7 +89,9 @@ class Tunable:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """While it lasts, the model computes with everything multiplied by `1 + f`, and f gets gradients."""
+        """While it lasts, the model computes with everything multiplied by `1 + f`, and f gets
+        gradients.
+        """
         own = {name: layer.__dict__.pop("forward", None) for name, layer in self.layers.items()}
         order = {name: list(norm._parameters) for name, norm in self.norms.items()}
         try:
@@ -140,7 +145,9 @@ def _factor(numbers: Tensor) -> nn.Parameter:
 
 @torch.no_grad()
 def _gain_beside_weight(module: nn.Module) -> float | None:
-    """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if by neither, or if it counts what it sees: then it is not tuned."""
+    """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if by neither, or if it
+    counts what it sees: then it is not tuned.
+    """
     weight = module._parameters.get("weight")
     if (
         weight is None
@@ -174,7 +181,9 @@ def _gain_beside_weight(module: nn.Module) -> float | None:
 
 
 class _Times(nn.Module):
-    """`w` where the gain is multiplied by `1 + f`. It holds f as it is, so that the model does not count it among its parameters."""
+    """`w` where the gain is multiplied by `1 + f`. It holds f as it is, so that the model does not
+    count it among its parameters.
+    """
 
     def __init__(self, factor: nn.Parameter, beside: float):
         super().__init__()
@@ -190,7 +199,9 @@ def _forward(layer: PackedLinear, factor: Tensor, x: Tensor) -> Tensor:
 
 
 class _TunedProduct(torch.autograd.Function):
-    """`y = x ((1 + f) W)^T + b`, W unpacked again for backward; `dL/df` is `dL/dW * W` summed over what shares a scale."""
+    """`y = x ((1 + f) W)^T + b`, W unpacked again for backward; `dL/df` is `dL/dW * W` summed over
+    what shares a scale.
+    """
 
     @staticmethod
     def forward(

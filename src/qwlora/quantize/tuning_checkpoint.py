@@ -1,8 +1,10 @@
-"""Where tuning stands, in a file, so that a call that was killed goes on from there and ends with the same bits.
+"""Where tuning stands, in a file, so that a call that was killed goes on from there and ends with
+the same bits.
 
-A state is found again by the same call only: its key is a digest of all that decides over the numbers. One that is damaged is not taken up. It is written once
-in a while, by the clock, since a step may take a second or an hour: each minute, or when twenty times as long has passed as writing takes. It weighs three
-float32 numbers for each that is tuned.
+A state is found again by the same call only: its key is a digest of all that decides over the
+numbers. One that is damaged is not taken up. It is written once in a while, by the clock, since a
+step may take a second or an hour: each minute, or when twenty times as long has passed as writing
+takes. It weighs three float32 numbers for each that is tuned.
 """
 
 from __future__ import annotations

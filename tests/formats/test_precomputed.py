@@ -352,9 +352,7 @@ def test_streaming_keeps_the_integers_of_a_checkpoint(tmp_path: Path) -> None:
     checkpoint = Held(tiny_model("llama"), parse_scheme("w4-block32"))
     identity = quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", None).fingerprint
     assert identity == fingerprint(load_precomputed(checkpoint)) == fingerprint(load_base(tmp_path))
-    with pytest.raises(
-        SourceError, match=r"q_proj.weight is integers already in the files; leave the scheme out"
-    ):
+    with pytest.raises(SourceError, match=r"q_proj\.weight is already integers.*scheme"):
         quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn")
 
 

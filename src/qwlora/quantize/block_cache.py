@@ -1,10 +1,13 @@
-"""Parts of a model that are quantized, in a folder, so that a call that was killed goes on behind
-the last of them.
+"""On-disk cache of quantized blocks: an interrupted quantization resumes after the last finished block.
 
-A part is found again by the same call only. Its key is a digest of what it was made from: the
-batches, the revision of the solvers, whether moments are wanted, and of this part and each one
-before it the floats and their assignments. A part whose moments were wanted and are not there any
-more is made again.
+One safetensors file per block holds codes, scales, offsets and the report of each layer. A cached
+block is valid only if its key matches, a SHA-256 of everything that its result depends on:
+
+    calibration batches, revisions of layer statistics and second moments, whether these are stored,
+    and for this block and every block before it: float weights, assignments, solver revisions
+
+Blocks depend on the ones before them, because their inputs come from quantized predecessors: hence
+the running hash. A block whose second moments were requested but are missing is recomputed.
 """
 
 from __future__ import annotations
@@ -37,8 +40,13 @@ QuantizedBlock = tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]
 
 
 class BlockCache:
-    """See the module's text. `begin` each part in order; then `read` it, and `write` it if that
-    found nothing. Without a folder nothing is kept.
+    """Call `begin` for each block in model order, then `read`; if that returns None, quantize the
+    block and `write` it.
+
+    Args:
+        folder: where the files are; None disables the cache.
+        batches: calibration inputs; part of the key.
+        moments: second moments collected along the way, or None.
     """
 
     def __init__(
@@ -57,18 +65,21 @@ class BlockCache:
             )
 
     def begin(
-        self, part: str, floats: Mapping[str, Tensor], plan: Mapping[str, Assignment]
+        self, block: str, floats: Mapping[str, Tensor], plan: Mapping[str, Assignment]
     ) -> None:
-        """The next part, and its tensors before they are quantized."""
+        """Extend the key by this block's float tensors and their assignments."""
         if self.folder is None:
             return
         for name, tensor in floats.items():
             later = SOLVERS[plan[name].solver].later_revisions
             take_in(self._digest, [name, plan[name], *map(str, later), tensor])
-        self._file = self.folder / f"{canonical_name(part)}.safetensors"
+        self._file = self.folder / f"{canonical_name(block)}.safetensors"
 
     def read(self) -> QuantizedBlock | None:
-        """Codes and reports of the part that was begun; None if it must be made."""
+        """The cached result of the current block, or None if it must be computed.
+
+        A damaged or outdated file counts as missing; the next `write` replaces it.
+        """
         if self.folder is None:
             return None
         try:
@@ -80,7 +91,7 @@ class BlockCache:
                 quantized = {}
                 for name, record in records.items():
                     codes, scale, offset = (
-                        opened.get_tensor(f"{name}/{part}") for part in ("codes", "scale", "offset")
+                        opened.get_tensor(f"{name}/{key}") for key in ("codes", "scale", "offset")
                     )
                     quantized[name] = QuantizedTensor(
                         codes, Encoding(Scheme.from_json(record["scheme"]), scale, offset)
@@ -102,7 +113,7 @@ class BlockCache:
     def write(
         self, quantized: Mapping[str, QuantizedTensor], reports: Mapping[str, LayerReport]
     ) -> None:
-        """Keep the part that was begun."""
+        """Store the result of the current block."""
         if self.folder is None:
             return
         tensors: dict[str, Tensor] = {}
@@ -123,7 +134,7 @@ class BlockCache:
 
 
 def named_inputs(batches: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
-    """Each batch's inputs, every one behind its name."""
+    """The inputs of each batch, each after its name."""
     for batch in batches:
         for path, value in tree_flatten_with_path(dict(batch))[0]:
             yield from (keystr(path), value)

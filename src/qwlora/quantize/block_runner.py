@@ -1,18 +1,17 @@
-"""Many batches through one model, all paused at the same place: how a model is quantized part by
-part, each part on inputs that the parts before it made.
+"""Run many batches through one model, block by block: all batches pause before a block, so that it can be
+observed and replaced before they continue.
 
-Each batch has a thread of its own that runs the model's own forward, so nothing is assumed about
-how parts are chained: masks, position tables and other arguments that differ from part to part
-arrive as the model passes them. A part's forward is replaced by a gate. Only one thread ever runs;
-the others wait.
+Each batch has a thread that runs the model's own forward, so nothing is assumed about how blocks are
+chained: masks, position tables and other arguments arrive as the model passes them. A block's forward
+is replaced by a gate. Only one thread runs at a time.
 
-    with BlockRunner(model, parts, batches) as lockstep:
-        while part := lockstep.advance():      # every batch stands before `part`
-            for result in lockstep.repeat():   # run it as it is, for every batch
+    with BlockRunner(model, blocks, batches) as runner:
+        while block := runner.advance():      # every batch has arrived at `block`
+            for result in runner.repeat():    # run it as it is, for every batch
                 ...
-            ...change it...
+            ...replace it...
 
-What is held in memory is the hidden state of each batch, once.
+Held in memory: the hidden state of each batch, once.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from qwlora.errors import CalibrationError
 
 
 class _Stop(BaseException):
-    """Ends a paused batch."""
+    """Raised in a paused batch to end it."""
 
 
 class _Batch:
-    """One batch on its way through the model."""
+    """One batch and the thread that runs it."""
 
     def __init__(self, run: Callable[[], Any]):
         self.at: str | None = None
@@ -46,7 +45,7 @@ class _Batch:
         self._thread.start()
 
     def resume(self) -> None:
-        """Go on to the next gate, or to the end."""
+        """Continue to the next gate, or to the end."""
         self.at = None
         self._go.release()
         self._paused.acquire()
@@ -54,7 +53,7 @@ class _Batch:
             raise self.failure
 
     def repeat(self) -> Any:
-        """Run the part that the batch stands before, and stay there."""
+        """Run the block that the batch has arrived at, and stay before it."""
         assert self._call is not None
         return self._call()
 
@@ -80,26 +79,26 @@ class _Batch:
                     run()
         except _Stop:
             pass
-        except BaseException as error:  # handed over to the thread that called `resume`
+        except BaseException as error:  # raised again by `resume`
             self.failure = error
         self._paused.release()
 
 
 class BlockRunner:
-    """A model with gates before the modules named in `parts`; use as a context manager.
+    """A model with gates before the modules named in `blocks`; use as a context manager.
 
     Raises:
-        CalibrationError: the batches do not meet the parts in one order.
+        CalibrationError: the batches do not reach the blocks in one order.
     """
 
     def __init__(
-        self, model: nn.Module, parts: Sequence[str], batches: Sequence[Mapping[str, Any]]
+        self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]]
     ):
         self.model = model
-        self._waiting = set(parts)
+        self._waiting = set(blocks)
         self._current: _Batch | None = None
         self._gated: dict[str, tuple[nn.Module, Any]] = {}
-        for name in parts:
+        for name in blocks:
             self._gate(name, model.get_submodule(name))
         self.batches = [_Batch(partial(model, **batch)) for batch in batches]
 
@@ -127,7 +126,7 @@ class BlockRunner:
         places = {batch.at for batch in self.batches}
         if len(places) > 1:
             raise CalibrationError(
-                "the calibration batches do not run through the model's parts in one order: some "
+                "the calibration batches do not run through the model's blocks in one order: some "
                 f"stand at {', '.join(map(str, places))}"
             )
         (place,) = places
@@ -157,8 +156,8 @@ class BlockRunner:
         self._gated[name] = module, own
 
     def _open(self, name: str) -> None:
-        """Take the gate away: batches inside go on as they would, later ones pass."""
+        """Remove the gate."""
         module, own = self._gated.pop(name)
         module.__dict__.pop("forward")
-        if own is not None:  # somebody had replaced it
+        if own is not None:  # it was replaced on the instance
             module.forward = own

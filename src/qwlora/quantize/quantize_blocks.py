@@ -1,12 +1,14 @@
-"""Quantize a model part by part, each on the inputs that the already quantized parts before it
-make.
+"""Quantize a model block by block, each on the inputs that the already quantized blocks before it give.
 
-A part is a member of an outermost `ModuleList` (a decoder block) that holds tensors to quantize, or
-a layer outside all lists. For each part, in the order of the forward pass: the part runs as it is
-on every batch while second moments of each layer are collected (`observe.py`); its layers are
-solved and packed; then it runs again, packed, to make the input of the next. Peak memory is the
-model, one part's moments ([in, in] a layer, and [out, out] where those are asked for) and the
-activations of one batch in it, and the hidden states of the batches.
+A block is a member of an outermost `ModuleList` (a decoder block) with tensors to quantize, or a layer
+outside all lists. For each block, in the order of the forward pass:
+
+    1. run it as it is on every batch and collect each layer's second moments (`layer_statistics.py`)
+    2. solve and pack its layers
+    3. run it again, packed, to compute the inputs of the next block
+
+Peak memory: the model, one block's moments ([in, in] per layer, and [out, out] if requested), the
+activations of one batch in the block, and the hidden states of all batches.
 """
 
 from __future__ import annotations
@@ -46,41 +48,37 @@ def quantize_blocks_(
     and errors.
     """
     blocks = tensors_by_block(model, plan)
-    done: dict[str, LayerReport] = {}
-    finished = BlockCache(work, batches, moments)
+    reports: dict[str, LayerReport] = {}
+    cache = BlockCache(work, batches, moments)
     with _runner(model, list(blocks), batches) as runner:
         for _ in track(range(len(blocks)), "quantizing", len(blocks)):
-            part = runner.advance()
-            if part is None:
+            block = runner.advance()
+            if block is None:
                 break
-            finished.begin(part, {name: tensor_out_in(model, name) for name in blocks[block]}, plan)
-            kept = finished.read()
-            if kept is None:
-                follow = [
+            names = blocks[block]
+            cache.begin(block, {name: tensor_out_in(model, name) for name in names}, plan)
+            result = cache.read()
+            if result is None:
+                observed = [
                     name
-                    for name in blocks[block]
+                    for name in names
                     if moments is not None or SOLVERS[plan[name].solver].needs_calibration
                 ]
-                kept = _solve_block(
-                    model,
-                    blocks[block],
-                    plan,
-                    observe(model, part, follow, runner, moments is not None),
-                    moments,
-                )
-                finished.write(*kept)
-            quantized, reports = kept
-            for name in blocks[block]:
+                statistics = observe(model, block, observed, runner, moments is not None)
+                result = _solve_block(model, names, plan, statistics, moments)
+                cache.write(*result)
+            quantized, block_reports = result
+            for name in names:
                 pack_at_(model, name, quantized[name])
-            done.update({canonical_name(n): r for n, r in reports.items()})
+            reports.update({canonical_name(n): r for n, r in block_reports.items()})
         else:
             runner.advance()
-    if missed := [canonical_name(n) for n in plan if canonical_name(n) not in done]:
+    if missed := [canonical_name(n) for n in plan if canonical_name(n) not in reports]:
         raise CalibrationError(
-            f"layers that no calibration batch reaches: {listed(missed)}; give them solver rtn or "
-            "search, or keep them float, by a rule"
+            f"No calibration data reached {listed(missed)}. Add a rule for these layers: solver: "
+            "search, or keep: float."
         )
-    return done
+    return reports
 
 
 def observe_moments(
@@ -90,38 +88,33 @@ def observe_moments(
     *,
     track: Track = untracked,
 ) -> Moments:
-    """The moments (`grid/moment.py`) of a quantized model's packed linear layers: what starts that
-    follow the data need, where a base was made elsewhere.
+    """Second moments of the packed linear layers of a quantized model, for adapter initializations
+    that need them when the base was quantized elsewhere.
 
     Args:
         calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
             tensors, tuples).
-        moments: where they go; into memory unless given.
+        moments: where they are stored. Default: in memory.
 
     Raises:
         GridError: no linear layer is packed.
         CalibrationError: an input holds nan or infinity, or a part cannot be differentiated.
     """
     moments = moments if moments is not None else Moments()
-    blocks = tensors_by_block(
-        model,
-        {
-            f"{path}.weight": None
-            for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and is_packed(module)
-        },
-    )
-    if not parts:
-        raise GridError(
-            "no linear layer of the model is packed, so there is nothing to observe; quantize it "
-            "first"
-        )
+    packed = [
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and is_packed(module)
+    ]
+    if not packed:
+        raise GridError("no linear layer of the model is packed. Quantize it first.")
+    blocks = tensors_by_block(model, packed)
     with _runner(model, list(blocks), batches_of(calibration, model)) as runner:
         for _ in track(range(len(blocks)), "observing", len(blocks)):
-            part = runner.advance()
-            if part is None:
+            block = runner.advance()
+            if block is None:
                 break
-            for name, observed in observe(model, part, blocks[block], runner).items():
+            for name, observed in observe(model, block, blocks[block], runner).items():
                 moments.put(canonical_name(name).removesuffix(".weight"), observed.moment)
         else:
             runner.advance()
@@ -152,23 +145,21 @@ def batches_of(
     return [as_arguments(batch, names) for batch in calibration]
 
 
-def tensors_by_block(model: nn.Module, tensors: Mapping[str, object]) -> dict[str, list[str]]:
-    """The tensors of each part, by path of the part."""
-    blocks = blocks_of(model)
-    parts: dict[str, list[str]] = {}
-    for layer in tensors:
-        part = next(
-            (block for block in blocks if layer.startswith(f"{block}.")), layer.rpartition(".")[0]
-        )
-        parts.setdefault(part, []).append(layer)
-    return parts
+def tensors_by_block(model: nn.Module, tensors: Iterable[str]) -> dict[str, list[str]]:
+    """The names in `tensors`, grouped by the path of their block."""
+    paths = blocks_of(model)
+    found: dict[str, list[str]] = {}
+    for name in tensors:
+        inside = (path for path in paths if name.startswith(f"{path}."))
+        found.setdefault(next(inside, name.rpartition(".")[0]), []).append(name)
+    return found
 
 
 def _runner(
-    model: nn.Module, parts: Sequence[str], batches: Sequence[Mapping[str, Any]]
+    model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]]
 ) -> BlockRunner:
-    keep = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
-    return BlockRunner(model, parts, [{**batch, **keep} for batch in batches])
+    options = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
+    return BlockRunner(model, blocks, [{**batch, **options} for batch in batches])
 
 
 def arguments_of(model: nn.Module) -> tuple[str, ...]:
@@ -179,15 +170,15 @@ def arguments_of(model: nn.Module) -> tuple[str, ...]:
 
 def _solve_block(
     model: nn.Module,
-    tensors: Sequence[str],
+    names: Sequence[str],
     plan: Mapping[str, Assignment],
-    seen: dict[str, Observed],
+    statistics: dict[str, Observed],
     moments: Moments | None,
 ) -> QuantizedBlock:
-    """Codes and report of each tensor; R and G go to `moments`, and out of `seen`."""
+    """Codes and report of each tensor. Moves the second moments from `statistics` to `moments`."""
     quantized, reports = {}, {}
-    for name in tensors:
-        moment = seen.pop(name).moment if name in seen else None
+    for name in names:
+        moment = statistics.pop(name).moment if name in statistics else None
         quantized[name], reports[name] = solve_tensor(
             name, tensor_out_in(model, name), plan[name], None if moment is None else moment.input
         )

@@ -121,8 +121,8 @@ def _quantize_(lazy: LazyModel, name: str, todo: Assignment) -> LayerReport:
     (path, key), *others = lazy.places[name]
     if key not in lazy.model.get_submodule(path)._parameters:
         raise SourceError(
-            f"{name} is integers already in the files; leave the scheme out to keep them, or start "
-            "from a float checkpoint"
+            f"{name} is already integers in the files. Omit the scheme to keep them, or start from "
+            "a float checkpoint."
         )
     quantized, report = solve_tensor(name, tensor_out_in(lazy.model, name), todo)
     pack_at_(lazy.model, name, quantized)

@@ -1,17 +1,17 @@
-"""Parts of a model that are there only while they are needed: how a solver that follows a layer's
-inputs works through a model larger than memory.
+"""Load the blocks of a model only while they are needed, so that a solver with calibration data can quantize
+a model larger than memory.
 
-    load        what is below no part (embeddings, the last norm, the head), before the first batch starts
-                a part, when the first batch arrives at it
-    let go      a part, to the base on disk, when the last batch has arrived at the part behind it; the rest at the end
+    loaded     tensors outside all blocks (embeddings, last norm, head): before the first batch starts
+               a block: when the first batch arrives at it
+    released   a block: written to the base on disk when the last batch has arrived at the next block
+               everything else: at the end
 
-So the peak is what is below no part, one part as floats (two while batches change over) with its
-moments and the activations of a batch in it, one shard, and the hidden states of the batches.
-Arrivals are seen by hooks on the parts; who drives the batches (`quantize_blocks_`) knows nothing
-of it.
+Peak memory: what is outside the blocks, one block as floats (two while batches move on) with its
+moments and the activations of a batch, one shard, and the hidden states of the batches. Hooks on the
+blocks notice arrivals; `quantize_blocks_`, which runs the batches, does not know about this module.
 
-A tensor that is read both inside a part and elsewhere stays to the end. A part that is run again
-after the one behind it is refused.
+A tensor that is read both inside a block and elsewhere is kept to the end. A block that runs again
+after the next one is refused.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from qwlora.nn import tie_weights_
 
 
 class BlocksOnDemand:
-    """The parts of `lazy.model`, each there while batches are in it; use as a context manager
-    around `quantize_blocks_`.
+    """The blocks of `lazy.model`, each in memory while batches are in it. A context manager around
+    `quantize_blocks_`.
 
     Args:
-        writer: takes each part when it is let go, and the rest when the context is left without an
+        writer: gets each block when it is released, and the rest if the context is left without an
             error.
-        parts: the tensors to quantize in each part, by its path (see `tensors_by_block`).
-        batches: how many pass through the model.
+        blocks: the tensors to quantize in each block, by its path (see `tensors_by_block`).
+        batches: number of batches that run through the model.
 
     Raises:
-        SourceError: a tensor cannot be read, or one to quantize is integers already.
-        GridError: the model runs a part again that was let go.
+        SourceError: a tensor cannot be read, or one to quantize is already integers.
+        GridError: the model runs a block again that was released.
     """
 
     def __init__(
-        self, lazy: LazyModel, writer: BaseWriter, parts: Mapping[str, Sequence[str]], batches: int
+        self, lazy: LazyModel, writer: BaseWriter, blocks: Mapping[str, Sequence[str]], batches: int
     ):
-        self.lazy, self.writer, self.parts, self.batches = lazy, writer, parts, batches
-        self._arrivals = dict.fromkeys(parts, 0)
+        self.lazy, self.writer, self.blocks, self.batches = lazy, writer, blocks, batches
+        self._arrivals = dict.fromkeys(blocks, 0)
         self._order: list[str] = []
-        self._gone: set[str] = set()
+        self._released: set[str] = set()
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> BlocksOnDemand:
-        self.lazy.load_outside_(self.parts)
-        for path in self.parts:
+        self.lazy.load_outside_(self.blocks)
+        for path in self.blocks:
             hook = self._hook(path)
             self._hooks.append(self.lazy.model.get_submodule(path).register_forward_pre_hook(hook))
         return self
@@ -76,44 +76,44 @@ class BlocksOnDemand:
 
     def _hook(self, path: str) -> Any:
         def arrived(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if path in self._gone:
+            if path in self._released:
                 raise GridError(
-                    f"{path} runs again after a part behind it, so this model cannot be quantized "
-                    "part by part from its files; load it whole"
+                    f"{path} runs again after a later block, so this model cannot be quantized block by "
+                    "block from its files. Load the whole model."
                 )
             if not self._arrivals[path]:
                 self._order.append(path)
                 self.lazy.materialize_(path)
-                self._check_floats(self.parts[path])
+                self._check_floats(self.blocks[path])
             self._arrivals[path] += 1
             if self._arrivals[path] == self.batches and len(self._order) > 1:
-                self._let_go(self._order[-2])
+                self._release(self._order[-2])
 
         return arrived
 
-    def _let_go(self, path: str) -> None:
-        """Write a part and keep its shapes, unless something in it is read elsewhere too."""
+    def _release(self, path: str) -> None:
+        """Write a block and keep only its shapes, unless a tensor in it is also read elsewhere."""
         if any(
             self._is_shared(name)
             for name, places in self.lazy.places.items()
             if any(is_below(place, path) for place in places)
         ):
             return
-        self._gone.add(path)
-        part = self.lazy.model.get_submodule(path)
-        self.writer.add(part, path)
-        part.to("meta")
+        self._released.add(path)
+        block = self.lazy.model.get_submodule(path)
+        self.writer.add(block, path)
+        block.to("meta")
 
-    def _part_of(self, place: Place) -> str | None:
-        return next((path for path in self.parts if is_below(place, path)), None)
+    def _block_of(self, place: Place) -> str | None:
+        return next((path for path in self.blocks if is_below(place, path)), None)
 
     def _is_shared(self, name: str) -> bool:
-        return len({self._part_of(place) for place in self.lazy.places[name]}) > 1
+        return len({self._block_of(place) for place in self.lazy.places[name]}) > 1
 
     def _check_floats(self, names: Sequence[str]) -> None:
         for name in names:
             if tensor_at(self.lazy.model, self.lazy.places[name][0]) is None:
                 raise SourceError(
-                    f"{name} is integers already in the files; leave the scheme out to keep them, "
-                    "or start from a float checkpoint"
+                    f"{name} is already integers in the files. Omit the scheme to keep them, or start "
+                    "from a float checkpoint."
                 )

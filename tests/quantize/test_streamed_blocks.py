@@ -146,9 +146,7 @@ def test_goes_on_after_the_last_finished_part(tmp_path: Path, tokens: Tensor) ->
 
 def test_integers_are_not_quantized_again(tmp_path: Path, tokens: Tensor) -> None:
     checkpoint = Held(tiny_model("llama"), parse_scheme("w4-block32"))
-    with pytest.raises(
-        SourceError, match=r"q_proj.weight is integers already in the files; leave the scheme out"
-    ):
+    with pytest.raises(SourceError, match=r"q_proj\.weight is already integers.*scheme"):
         quantize_checkpoint(
             checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "gptq", calibration=tokens
         )
@@ -162,7 +160,7 @@ def test_layers_that_no_batch_reaches_are_named(
     )
     with pytest.raises(
         CalibrationError,
-        match=r"layers that no calibration batch reaches: model\.layers\.0\.self_attn\.q_proj",
+        match=r"No calibration data reached model\.layers\.0\.self_attn\.q_proj",
     ):
         quantize_checkpoint(
             Held(tiny_model("llama")),
@@ -183,5 +181,5 @@ def test_a_part_that_runs_again_is_refused(tmp_path: Path) -> None:
     with BlocksOnDemand(lazy, BaseWriter(tmp_path), {first: [], second: []}, 1):
         lazy.model.get_submodule(first)()
         lazy.model.get_submodule(second)()
-        with pytest.raises(GridError, match=r"model\.layers\.0 runs again after a part behind it"):
+        with pytest.raises(GridError, match=r"model\.layers\.0 runs again after a later block"):
             lazy.model.get_submodule(first)()

@@ -4,13 +4,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grid.strategies import brief, matrices, schemes_for
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.nn.custom_ops import dequantize, gather, layout_of, linear, quantized
 from qwlora.nn.packed_tensor import PackedTensor
-
-from .strategies import brief, matrices, schemes_for
 
 
 def arguments(packed: PackedTensor) -> tuple:

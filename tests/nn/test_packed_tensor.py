@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grid.strategies import cases, thorough
 from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import measure_float_offset
@@ -12,8 +13,6 @@ from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 from qwlora.nn.packed_tensor import PackedTensor, narrowest
-
-from .strategies import cases, thorough
 
 NARROW = (2, 3, 4, 5, 6, 7, 8)
 

@@ -42,7 +42,7 @@ from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.second_moments import Moment, Moments
 from qwlora.nn import weight_out_in
 from qwlora.quantize.quantize_model import base_size, quantize_
-from qwlora.quantize.tune_scales import SEQUENCES_ASIDE, TuningSettings, tune_scales_
+from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_scales_
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Bench:
             if row.tuned:
                 model = self.base(replace(row, tuned=0))
                 began = time.perf_counter() - self.quantize_seconds
-                learnt = self.training[: row.tuned + SEQUENCES_ASIDE]
+                learnt = self.training[: row.tuned + HELD_OUT_SEQUENCES]
                 self.solver_scales = tune_scales_(
                     model, self.reference, learnt, TuningSettings(row.tuned, compute=COMPUTE)
                 ).solver_scales

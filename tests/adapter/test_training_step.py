@@ -72,6 +72,9 @@ def test_lean_steps_match_plain_steps(
     expected = weight_changes(False, half)
     assert not used
     found = weight_changes(True, half)
-    assert used.keys() == {"LinearAddFunction", *(["_MappedCopy"] if sys.platform == "linux" else [])}
+    assert used.keys() == {
+        "LinearAddFunction",
+        *(["_MappedCopy"] if sys.platform == "linux" else []),
+    }
     for name, change in expected.items():
         assert float((found[name] - change).norm()) < near * float(change.norm()), name

@@ -271,7 +271,7 @@ def test_a_look_gives_its_values_to_any_operation() -> None:
 def test_writing_to_a_weight_is_refused(write) -> None:
     layer, _, _ = pair("linear")
     with pytest.raises(
-        MergeError, match=r"packed integers: .*qwlora merge-check.*Keep the adapter separate"
+        MergeError, match=r"packed integers.*qwlora merge-check.*Keep the adapter separate"
     ):
         write(layer.weight)
     with pytest.raises(MergeError):
@@ -297,7 +297,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
     module = nn.Linear(96, 40)
     with pytest.raises(
         GridError,
-        match=r"codes of shape \[40, 64\] do not stand for the weight of Linear.*\[40, 96\]",
+        match=r"codes have shape \[40, 64\].* weight of Linear.*\[40, 96\]",
     ):
         pack_module(module, quantized(torch.randn(40, 64), "w4-block16"))
     with pytest.raises(GridError, match="LayerNorm has no weight that can be packed"):
@@ -307,7 +307,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
     assert not is_packable(nn.Embedding(4, 4, max_norm=1.0))
     assert not is_packable(pack_module(module, quantized(module.weight, "w4-channel")))
     module.scale = 3
-    with pytest.raises(GridError, match="Linear has an attribute 'scale' of its own"):
+    with pytest.raises(GridError, match="Linear already has an attribute 'scale'"):
         pack_module(module, quantized(module.weight, "w4-channel"))
 
 

@@ -183,7 +183,7 @@ def _by_jacobian(model: nn.Module, name: str, lockstep: BlockRunner) -> dict[str
 def test_what_cannot_be_followed_is_named() -> None:
     with pytest.raises(
         CalibrationError,
-        match=r"no tensor in the result of 0 can be differentiated back to its layers; solver gptq, .* by a rule",
+        match=r"no tensor in the result of 0 can be differentiated back to its layers, which gptq.*by a rule",
     ):
         observed(torch.Tensor.detach, rows())
     with pytest.raises(CalibrationError, match="no tensor in the result of 0"):
@@ -199,5 +199,5 @@ def test_what_cannot_be_followed_is_named() -> None:
         def forward(ctx: object, z: Tensor) -> Tensor:
             return z.clone()
 
-    with pytest.raises(CalibrationError, match=r"0 cannot be differentiated .*; solver gptq"):
+    with pytest.raises(CalibrationError, match=r"0 cannot be differentiated .*, which gptq"):
         observed(Forward.apply, rows())

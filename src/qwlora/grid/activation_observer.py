@@ -1,24 +1,24 @@
-"""What a quantizer remembers of the values that passed: the ends of every batch, exactly, the
-values far out, and a sample of the rest.
+"""What is kept of an activation during calibration: exact ends, the values far out, and a sample.
 
-    ends      float32 [batches, 2], the lowest and the highest value of each batch
-    tails     the lowest and the highest values: the ends of each batch's 64 rows that reach furthest
-    sample    up to 12,288 values of all batches, each value having had the same chance
+    ends      float32 [batches, 2]: lowest and highest value of each batch
+    tails     lowest and highest values: the ends of the 64 rows of each batch that reach furthest
+    sample    up to 12,288 values of all batches, each with the same probability
 
-A sample alone misses the few values far out, and ranges are about those. A row is what lies along
-the last axis. The ends of all rows cost hardly more than those of the batch, and beyond the 64th of
-them, few rows have more than one value. Where some reach more than twice as far, which may have
-many (the first token of a language model), the furthest 8 are looked at whole. So the tails are as
-good as known, as far in as `bounds`.
+A sample alone misses the few values far out, and ranges depend on those. A row is the last axis.
+The ends of all rows cost hardly more than those of the batch, and beyond the 64th of them few rows
+have more than one value. Where some rows reach more than twice as far and may have many such values
+(the first token of a language model), the furthest 8 rows are kept whole. So the tails are reliable
+as far in as `bounds`.
 
 A batch costs one pass for ends and tails, and a copy of at most 4,096 values: rows at equal
-distances, of every channel if there are no more. Once the sample is full, half of it goes, and from
-later batches half as much is taken; likewise before a batch that would give more, having come after
-smaller ones. So memory is constant but for eight bytes a batch, and every estimator (`estimate.py`)
-works on one pass over the data, for any grid. Where all values fit, the sample is the data.
+distances, with all channels if they fit. When the sample is full, half of it is dropped and half as
+much is taken from later batches; the same happens before a batch that would contribute more than
+smaller ones before it. So memory is constant, except for eight bytes per batch, and every estimator
+(`estimate_ranges.py`) works on one pass over the data, for any grid. If all values fit, the sample
+is the data.
 
-Merging is exact for ends and tails. Of two samples the one with more of its data is thinned to the
-density of the other.
+Merging is exact for ends and tails. The denser of two samples is thinned to the density of the
+other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ VALUES = 3 * VALUES_A_BATCH
 ROWS_IN_TAIL, ROWS_LOOKED_AT, VALUES_IN_TAIL = 2**6, 2**3, 2**7  # of a batch
 _FAR_OUT = 2.0
 _MOST_IN_TAIL = 2**11
-# Fractions that fill an interval evenly: where in a stride each batch's rows, and columns, begin.
+# Multiples of these mod 1 fill an interval evenly: where in a stride each batch begins.
 _ROW_TURN, _COLUMN_TURN = 0.7548776662466927, 0.5698402909980532
 
 
@@ -47,7 +47,7 @@ class SampleObserver:
     """Ends, tails and sample of one activation.
 
     Args:
-        sampled: whether to keep tails and a sample; the ends alone are enough for some estimators.
+        sampled: whether to keep tails and sample; min-max needs only the ends.
     """
 
     def __init__(self, sampled: bool):
@@ -74,7 +74,7 @@ class SampleObserver:
 
     @property
     def high(self) -> Tensor | None:
-        """The highest, likewise."""
+        """The highest value of all, [] float32; None without data."""
         return self.ends[:, 1].amax() if self.batches else None
 
     @property
@@ -84,12 +84,12 @@ class SampleObserver:
 
     @property
     def tails(self) -> Float[Tensor, "2 values"]:
-        """Values far out, float32: negated low ones, and high ones. Some may lie within `bounds`."""
+        """float32: negated low values, and high values far out. Some may be inside `bounds`."""
         return self._tails[:, : self._tail_values]
 
     @property
     def bounds(self) -> Float[Tensor, " 2"]:
-        """How far in the tails are known: a negated low value, and a high one."""
+        """How far in the tails are complete: a negated low value, and a high value."""
         return torch.tensor(self._bounds, device=self._ends.device)
 
     @property
@@ -98,7 +98,7 @@ class SampleObserver:
         return self.sampled and self.row_stride * self.column_stride <= 1
 
     def update(self, x: Float[Tensor, "*shape"]) -> None:
-        """Take in the values of `x`; a batch without values is none."""
+        """Observe the values of `x`; an empty tensor is not a batch."""
         if not x.numel():
             return
         if x.requires_grad:
@@ -116,10 +116,10 @@ class SampleObserver:
             self._take(rows)
 
     def merge(self, other: SampleObserver) -> None:
-        """Take in what `other` saw, as if after this.
+        """Add what `other` observed.
 
         Raises:
-            CalibrationError: the other one kept no sample, and this one does.
+            CalibrationError: this observer keeps a sample and the other one does not.
         """
         if not other.batches:
             return
@@ -138,7 +138,7 @@ class SampleObserver:
             self._merge_sample(other)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Everything that is remembered, as tensors."""
+        """The whole state as tensors."""
         numbers = torch.tensor([self.count, self.row_stride, self.column_stride, int(self.sampled)])
         kept = {
             "ends": self.ends,
@@ -164,7 +164,7 @@ class SampleObserver:
         return made
 
     def to(self, device: torch.device) -> SampleObserver:
-        """The same memory there: what comes by on that device can be added to it."""
+        """The same observer on `device`."""
         if self._ends.device == device:
             return self
         return self.from_tensors(
@@ -175,8 +175,8 @@ class SampleObserver:
         )
 
     def _take_tails(self, rows: Tensor, reach: Float[Tensor, "2 rows"]) -> Float[Tensor, " 2"]:
-        """Keep what lies furthest out, given how far each row reaches to either side; returns how
-        far all do.
+        """Keep the values furthest out, given how far each row reaches on either side; returns how
+        far all rows reach.
         """
         furthest, where = reach.topk(
             max(1, min(ROWS_IN_TAIL, reach.shape[1] // 2))
@@ -268,7 +268,7 @@ class SampleObserver:
 def _with_room(
     memory: Float[Tensor, "*axes room"], used: int, added: int, device: torch.device
 ) -> Float[Tensor, "*axes more"]:
-    """`memory` on the device, with room for so many more values along the last axis than are used."""
+    """`memory` on `device`, with room for `added` more values after the `used` ones."""
     if used + added <= memory.shape[-1] and memory.device == device:
         return memory
     grown = torch.empty(
@@ -283,16 +283,14 @@ def _further(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 
 
 def _strides(rows: int, columns: int) -> tuple[int, int]:
-    """Distances of sampled rows and columns that give no more than a batch may: all columns, while
-    a row is not too much.
-    """
+    """Strides of sampled rows and columns: all columns if a row is within a batch's limit."""
     if columns <= VALUES_A_BATCH:
         return -(-rows // (VALUES_A_BATCH // columns)), 1
     return rows, -(-columns // VALUES_A_BATCH)
 
 
 def _as_rows(x: Tensor) -> Float[Tensor, "*axes columns"]:
-    """`x` along its last axis, with one axis of rows where that copies nothing."""
+    """`x` along its last axis, with a single axis of rows where that needs no copy."""
     if x.ndim < 2:
         return x.reshape(-1, 1)
     return x.view(-1, x.shape[-1]) if x.is_contiguous() else x
@@ -306,9 +304,7 @@ def _turned(batches: int, turn: float, stride: int) -> int:
 def _every(
     rows: Float[Tensor, "*axes columns"], first: int, stride: int
 ) -> Float[Tensor, "some columns"]:
-    """Rows at equal distances, of all axes but the last; copies no others, however `rows` lies in
-    memory.
-    """
+    """Rows at equal distances over all axes but the last; copies only those."""
     if rows.ndim == 2:
         return rows[first::stride]
     count = rows.numel() // rows.shape[-1]
@@ -321,7 +317,7 @@ def _every(
 
 @lru_cache(maxsize=16)  # activations have few sizes, and drawing takes longer than a small layer
 def _any_of(count: int, keep: int) -> Tensor:
-    """Ascending indices of `keep` out of `count`, always the same."""
+    """Ascending indices of `keep` out of `count`; always the same."""
     return (
         torch.randperm(count, generator=torch.Generator().manual_seed(count))[:keep].sort().values
     )

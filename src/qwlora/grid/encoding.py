@@ -1,15 +1,16 @@
-"""The measured grid of a tensor, and the three things that one does with it.
+"""The measured grid of a tensor: quantize, dequantize, fake-quantize.
 
-An encoding holds one `scale` (float32, > 0) and one `offset` (integer, AIMET's sign) for each
-tensor, channel or block:
+An encoding holds one `scale` (float32, > 0) and one `offset` (integer, AIMET's sign) per tensor,
+channel or block:
 
     quantize        q     = clamp(round_half_even(x / scale) - offset, 0, 2^bitwidth - 1)
     dequantize      x_hat = (q + offset) * scale
-    fake_quantize   dequantize(quantize(x)), with the straight-through gradient: 1 where x is inside the grid, 0 where it was clamped
+    fake_quantize   dequantize(quantize(x)), with the straight-through gradient: 1 where x is inside
+                    the grid, 0 where it was clamped
 
-The division is a division and the rounding is to even, as ONNX QuantizeLinear defines them;
-multiplying by a reciprocal differs in the last code. Values of a narrower type than float32 are
-computed in float32 and only the result is narrowed.
+It divides and rounds half to even, as ONNX QuantizeLinear does; multiplying by a reciprocal would
+differ in the last code. Values narrower than float32 are computed in float32, and only the result
+is narrowed.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class Encoding:
         return x
 
     def _bounds(self, x: Tensor, dtype: torch.dtype) -> tuple[Bound, Bound]:
-        """The lowest and highest number of steps, as one number each if all groups have the same."""
+        """The lowest and highest `q + offset`, one number each if all groups have the same."""
         low: Bound = (
             self.uniform_offset
             if self.uniform_offset is not None

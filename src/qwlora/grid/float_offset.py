@@ -1,11 +1,11 @@
-"""Grids with a float offset, as GGUF's Q4_1 and its kin have them.
+"""Grids with a float offset, as in GGUF's Q4_1 and similar types.
 
     quantize      q     = clamp(round_half_even((x - minimum) / scale), 0, 2^bitwidth - 1)
     dequantize    x_hat = q * scale + minimum
 
-Zero need not be on the grid. No integer offset says the same: rounding `minimum / scale` to one
-costs up to half a step. So this is a type of its own, which nothing that wants an `Encoding` can
-take by mistake; its `offset` raises, so a writer that asks for one refuses with a reason.
+Zero need not be on the grid. An integer offset cannot replace the minimum: rounding `minimum /
+scale` costs up to half a step. So this is a separate type, which code that needs an `Encoding`
+cannot take by mistake: its `offset` raises.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Bit-packing of codes, dense, in an order that few operations undo.
+"""Dense bit-packing of codes, in an order that few operations unpack.
 
-A row's codes are cut into planes of 8, 4, 2 or 1 bits, lowest bits first, and the planes of a row
-follow one another:
+A row's codes are split into planes of 8, 4, 2 or 1 bits, lowest bits first, stored one after
+another:
 
     bitwidth    1    2    3        4    5        6        7            8
     planes      1    2    2, 1     4    4, 1     4, 2     4, 2, 1      8
 
-A plane is dense. One of 4 or 2 bits begins in the low bits of a byte, so that codes of 4 and 2 bits
-lie as in ONNX's INT4 and INT2; one of 1 bit begins in the high bit, as in `numpy.packbits`. A row
-is padded with zero codes to a whole number of groups, a group being the fewest codes that fill
-whole bytes of every plane. So `bitwidth` bits a code it is, and nothing is shared between rows.
+A plane is dense. Planes of 4 or 2 bits start in the low bits of a byte, as in ONNX's INT4 and INT2;
+planes of 1 bit start in the high bit, as in `numpy.packbits`. A row is padded with zero codes to a
+whole number of groups, where a group is the fewest codes that fill whole bytes in every plane. So a
+code costs exactly `bitwidth` bits, and rows share no bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from qwlora.errors import GridError
 
-# One byte of a plane becomes a word of eight bytes with a code in each: copies of it that do not overlap, nine bits apart, have bit 7 - k at the top of byte k.
+# One byte of a plane becomes a word of eight bytes with one code each: copies of it, nine bits
+# apart so that they do not overlap, have bit 7 - k at the top of byte k.
 _NINE_APART = sum(1 << 9 * k for k in range(8)) - 2**64
 _EACH_BYTE = 0x0101010101010101
 
@@ -74,7 +75,7 @@ def unpack(
     """Undo `pack` for rows of `count` codes.
 
     Each plane is widened, one byte to the word of its codes, and a few operations on whole words
-    move each code to a byte of its own.
+    move each code to a separate byte.
     """
     _group(bitwidth)
     if bitwidth == 8:
@@ -92,7 +93,7 @@ def unpack(
 def _spread(
     plane: UInt8[Tensor, "*rows bytes"], width: int, place: int
 ) -> UInt8[Tensor, "*rows codes"]:
-    """The codes of a plane, each in a byte of its own, shifted up to bit `place` of it."""
+    """The codes of a plane, one per byte, shifted up to bit `place`."""
     if width == 4:
         words = _widened(plane, torch.int16)
         words = words.bitwise_or_(words << 4).bitwise_and_(0x0F0F)
@@ -118,7 +119,7 @@ def _spread(
 
 
 def _widened(narrow: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy that lies densely; `to` would keep odd strides of axes of size one, which no view of
-    another type allows.
+    """A contiguous copy. `to` would keep odd strides of axes of size one, which views of another
+    dtype do not allow.
     """
     return torch.empty(narrow.shape, dtype=dtype, device=narrow.device).copy_(narrow)

@@ -1,5 +1,5 @@
-"""A tensor as integers: codes and the encoding that gives them their values. What solvers and
-readers make, and packed layers take.
+"""A tensor as integers: codes and the encoding that gives them values. Solvers and readers return
+it, packed layers take it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""What is asked of a quantized tensor: bitwidth, symmetry, granularity. Plain values, no tensors,
-no torch.
+"""The request for a quantized tensor: bitwidth, symmetry, granularity. Plain values, free of torch.
 
-A code is an unsigned integer `q` in `[0, 2^bitwidth - 1]`; an encoding (see `encoding.py`) turns it
-into `x_hat = (q + offset) * scale`. How many scales and offsets a tensor has is its granularity:
+A code is an unsigned integer `q` in `[0, 2^bitwidth - 1]`; an encoding (see `encoding.py`) maps it
+to `x_hat = (q + offset) * scale`. The granularity says how many scales and offsets a tensor has:
 
     weight [A, B], PerTensor()           -> scale []
     weight [A, B], PerChannel(axis=0)    -> scale [A]
-    weight [A, B], PerBlock(size=32)     -> scale [A, B / 32]      blocks run along the last axis, a Linear's input
-    weight [A, B], Lpbq(32)              -> scale [A, B / 32]      the same, each scale an integer times its row's float scale
+    weight [A, B], PerBlock(size=32)     -> scale [A, B / 32]   blocks of inputs, the last axis
+    weight [A, B], Lpbq(32)              -> scale [A, B / 32]   each an integer times a row scale
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """One scale for every `size` neighbours along the last axis: weight [A, B] -> scale [A, B /
-    size].
-    """
+    """One scale per `size` neighbors along the last axis: weight [A, B] -> scale [A, B / size]."""
 
     size: int
 
@@ -196,8 +193,8 @@ class Scheme:
 
 
 def parse_scheme(text: str) -> Scheme:
-    """Read a short name: `w4-block32`, `w8-channel`, `w4-tensor`, with `-asymmetric` behind it
-    where wanted; `w4-lpbq64` for blocks with integer scales.
+    """Read a short name: `w4-block32`, `w8-channel`, `w4-tensor`, optionally with `-asymmetric` at
+    the end; `w4-lpbq64` for blocks with integer scales.
 
     Raises:
         GridError: the name does not follow the pattern.

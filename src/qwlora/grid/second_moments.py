@@ -1,11 +1,11 @@
-"""Second moments of a layer's input and of the gradient at its output, the statistics that
-data-aware solvers and starts share.
+"""Second moments of a layer's input and of the gradient at its output: the statistics that gptq and
+the qera initialization share.
 
     R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in]
     G = sum_t g_t g_t^T / sum_t 1                [out, out]
 
-`w_t` says how much token t matters, all alike unless given; `g_t` says which of the layer's outputs
-do (`base/observe.py` gives both). An error E of the weight costs about `tr(G E R E^T)`.
+`w_t` is how much token t matters (1 by default), `g_t` how much each output matters;
+`quantize/layer_statistics.py` computes both. An error E of the weight costs about `tr(G E R E^T)`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ REVISION = 2  # 2: moments of outputs as well
 
 
 class SecondMoment:
-    """Running second moment of rows, of an input or a gradient; one pass, mergeable.
+    """Running second moment of rows; one pass, mergeable.
 
     Raises:
-        CalibrationError: an input is nan or infinite, has another width than before; or `matrix`
-            before any data.
+        CalibrationError: a row is not finite or has another width than before; `matrix` without
+            data.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class SecondMoment:
     def update(
         self, x: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] | None = None
     ) -> None:
-        """Take in the rows of `x`."""
+        """Add the rows of `x`."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         if not len(rows):
             return
@@ -69,7 +69,7 @@ class SecondMoment:
         self.tokens += len(rows)
 
     def merge(self, other: SecondMoment) -> None:
-        """Take in what `other` saw."""
+        """Add what `other` observed."""
         if other.total is None:
             return
         if self.total is None:
@@ -92,7 +92,7 @@ class SecondMoment:
 
 
 class Moment(NamedTuple):
-    """R of a layer's input, and G of the gradient at its output; without, G = 1."""
+    """R of a layer's input, and G of the gradient at its output; None stands for the identity."""
 
     input: Float[Tensor, "in in"]
     output: Float[Tensor, "out out"] | None = None
@@ -101,8 +101,8 @@ class Moment(NamedTuple):
 def output_energy(
     matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None
 ) -> float:
-    """`tr(M R M^T)`: the mean square of what a matrix makes of inputs with moment R, which is 1
-    unless given. Never quite zero, so that it divides.
+    """`tr(M R M^T)`: the mean square of `M x` for inputs with second moment R (identity by
+    default). At least the smallest float, so that it can be a divisor.
     """
     weighted = matrix if moment is None else matrix @ moment
     return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
@@ -114,7 +114,7 @@ def _symmetric(upper: Tensor) -> Tensor:
 
 
 def _triangle(matrix: Float[Tensor, "n n"]) -> Float[Tensor, " entries"]:
-    """What is not there twice."""
+    """The upper triangle as a vector."""
     return matrix[tuple(torch.triu_indices(*matrix.shape))]
 
 
@@ -126,7 +126,7 @@ def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
 
 
 class Moments(Mapping[str, Moment]):
-    """R and G of many layers by canonical module path, in memory, or in a folder with one file a
+    """R and G of many layers by canonical module path, in memory or in a folder with one file per
     layer.
 
     Raises:
@@ -154,7 +154,7 @@ class Moments(Mapping[str, Moment]):
                 ) from error
 
     def put(self, layer: str, moment: Moment) -> None:
-        """Keep `moment` for `layer`."""
+        """Store `moment` for `layer`."""
         if self.folder is None:
             self._home[layer] = moment
             return

@@ -1,8 +1,8 @@
 """Layers whose weight is packed integers, and how a module becomes one.
 
-    layer = pack_module(module, quantized)      Linear, Conv1D, Embedding, Conv1d, Conv2d: a new module
+    layer = pack_module(module, quantized)      a new module for a Linear, Conv1D, Embedding, Conv
     head = pack_tied(head, layer)               an output head that reads the embedding's codes
-    pack_parameter_(module, name, quantized)    a 3-D parameter of any module (fused experts), in place
+    pack_parameter_(module, name, quantized)    a 3-D parameter (fused experts), in place
     layer.quantized, layer.encoding, layer.codes
 
 A packed layer is an instance of its float class, so PEFT's own LoRA attaches to it and a subclass

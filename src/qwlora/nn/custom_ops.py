@@ -1,9 +1,9 @@
 """Operators that a captured or compiled graph carries, in the namespace `qwlora`.
 
     dequantize(packed, ..., count, layout)        float32 [*rows, count], the values of packed codes
-    gather(index, packed, ..., count, layout)     float32 [*index, count], those of the indexed rows alone
-    linear(x, packed, ..., count, layout)         x W^T in the type of x; its gradient unpacks again, so that only codes are kept
-    quantized(x, name)                            x itself; says "this value has the encoding `name`"
+    gather(index, packed, ..., count, layout)     float32 [*index, count], the indexed rows only
+    linear(x, packed, ..., count, layout)         x W^T in the dtype of x; backward unpacks again
+    quantized(x, name)                            x; marks it as the value of encoding `name`
 
 `packed, ...` are the parts of a `PackedTensor`, `layout` is its scheme as JSON. `dequantize` keeps
 a frozen weight one node from torch.export to the exported file; `gather` and `linear` are what

@@ -1,23 +1,22 @@
 """The fingerprint of a base: SHA-256 over everything in it that changes a number.
 
-    fingerprint = sha256(numbers of the configuration, then for each tensor in order of name: its
-    name and its digest)
+    fingerprint = sha256(numbers of the configuration, then name and digest of each tensor by name)
     digest      = sha256(name, layout of its grid if it is packed, kind and shape, its values)
 
-Tensors are all parameters and persistent buffers, under their names without what an adapter library
-wraps around them. Floats are hashed by value, as float32: a norm that was bfloat16 in its
-checkpoint is the same norm in either type. Buffers that are not persistent (rotary frequencies,
-masks) follow from the configuration, which is hashed without what leaves the logits alone
-(`VOLATILE`) and without what is at its class's default, so that a library that learns a new key
-does not change it.
+Tensors are all parameters and persistent buffers, under names without what an adapter library adds.
+Floats are hashed as float32 values: a norm that was bfloat16 in its checkpoint is the same norm in
+either dtype. Buffers that are not persistent (rotary frequencies, masks) follow from the
+configuration. That is hashed without keys that do not change logits (`VOLATILE`) and without values
+that equal the default of their class, so that a new key in a library version does not change the
+fingerprint.
 
-So two bases have one fingerprint exactly if they hold the same codes, scales, offsets, float
-remainders and configuration under the same names. An adapter does not change it, nor does a device.
-A base that was loaded in a type that cannot hold its float remainder keeps its fingerprint
-(`keep_fingerprint_`) until it changes.
+So two bases have the same fingerprint exactly if they have the same codes, scales, offsets,
+remaining floats and configuration under the same names. Adapters and devices do not change it. A
+base that was loaded in a dtype that cannot hold its floats keeps its fingerprint
+(`keep_fingerprint_`) until it is changed.
 
-Given up: token ids of padding, start and end are volatile, because trainers set them to the
-tokenizer's; in the few encoders that count positions from the padding id they would matter.
+Limitation: token ids of padding, start and end are volatile, because trainers set them to the
+tokenizer's. In the few encoders that count positions from the padding id they would matter.
 """
 
 from __future__ import annotations
@@ -74,8 +73,8 @@ def fingerprint_of(digests: Mapping[str, str], model: nn.Module) -> str:
 
 
 def adapter_fingerprint(model: nn.Module) -> str | None:
-    """SHA-256 over the active adapters of `model`: each weight under its name without the adapter's
-    own, and the factor of each branch. None without one.
+    """SHA-256 over the active adapters of `model`: each weight by name, without the adapter's name,
+    and the scaling of each branch. None without an adapter.
     """
     if not hasattr(model, "peft_config") or any(
         getattr(m, "disable_adapters", False) is True for m in model.modules()
@@ -103,15 +102,15 @@ def adapter_fingerprint(model: nn.Module) -> str | None:
 
 
 def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
-    """Let `model`, whose tensors now hash to `now`, go by `identity`: its fingerprint before its
-    float remainder was cast. Any later change ends that.
+    """Let `model`, whose tensors now hash to `now`, keep `identity`, its fingerprint before its
+    floats were cast. Any later change ends that.
     """
     model.__dict__[_KEPT] = (now, identity)
 
 
 def remember_floats_(model: nn.Module, digests: Mapping[str, str] | None = None) -> None:
-    """Let `model` remember its tensors that are floats, so that `moved_floats` finds those that
-    something changed since. Packed layers need no digest: nothing trains integers.
+    """Store digests of the float tensors of `model`, so that `moved_floats` finds those that
+    change. Packed layers need none: nothing trains integers.
 
     Args:
         digests: of all tensors, if they are known.
@@ -126,9 +125,9 @@ def remember_floats_(model: nn.Module, digests: Mapping[str, str] | None = None)
 
 
 def moved_floats(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
-    """Names of the float tensors that are not those that `model` remembers, none if it remembers
-    nothing. Those that were cast to a narrower type since are left out: what they were is not
-    known.
+    """Names of the float tensors that changed since `remember_floats_`; empty if that was never
+    called. Tensors that were cast to a narrower dtype since are omitted: their previous values are
+    unknown.
 
     Args:
         digests: of all tensors, as they are now.
@@ -183,9 +182,7 @@ def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
 
 
 def take_in(digest: Any, things: Iterable[Any]) -> None:
-    """Let tensors, by their values, and other things, as they are written, go into a digest of
-    hashlib's.
-    """
+    """Add tensors, by their values, and other objects, by their text, to a hashlib digest."""
     for thing in things:
         digest.update(
             f"{tensor_digest('', '', thing) if isinstance(thing, Tensor) else thing}\0".encode()

@@ -1,15 +1,15 @@
-"""A quantized tensor as it lies in memory and on disk: codes bit-packed, the numbers of its grid in
-the narrowest type that holds them exactly.
+"""A quantized tensor in memory and on disk: bit-packed codes, and the numbers of the grid in the
+narrowest dtype that holds them exactly.
 
-    packed        uint8 [*rows, bytes]      codes, see `packing.py`
-    scale         float, of the granularity's shape; LPBQ: one for each row, [*rows, 1]
-    block_scale   uint8                     LPBQ only: the integers `n - 1` of `low_power.py`, packed along the row
-    zero_point    uint8                     asymmetric grids: `-offset`; packed along the row if there are blocks
-    minimum       float                     float-offset grids
+    packed        uint8 [*rows, bytes]   codes, see `packing.py`
+    scale         float                  of the granularity's shape; LPBQ: one per row, [*rows, 1]
+    block_scale   uint8                  LPBQ only: the integers minus 1, packed along the row
+    zero_point    uint8                  asymmetric grids: -offset; packed along the row per block
+    minimum       float                  float-offset grids
 
-A float part is float16 if every number of it survives that, else bfloat16 if it survives that, else
-float32; so the tensor is the same bit for bit, and its grid does not depend on how it is stored. A
-block of 32 with a float16 scale costs half a bit a weight, its zero point another `bitwidth / 32`.
+A float tensor is float16 if that holds all of its numbers, else bfloat16 if that does, else
+float32. So nothing is lost, and the grid does not depend on how it is stored. Blocks of 32 with a
+float16 scale cost half a bit per weight, a zero point another `bitwidth / 32`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _AT_ONCE = 2**18  # codes unpacked together, so that the steps in between stay i
 
 
 class Parts(NamedTuple):
-    """The tensors that are kept; see the module's text."""
+    """The tensors that are stored; see the module docstring."""
 
     packed: Tensor
     scale: Tensor
@@ -277,7 +277,7 @@ def _of(part: Tensor | None, rows: slice) -> Tensor:
 def narrowest(
     numbers: Tensor, candidates: Sequence[torch.dtype] = (torch.float16, torch.bfloat16)
 ) -> Tensor:
-    """`numbers` in the first of the candidates that holds all of them exactly, or else in float32."""
+    """`numbers` in the first candidate dtype that holds all of them exactly, else in float32."""
     for dtype in candidates:
         narrow = numbers.to(dtype)
         if torch.equal(narrow.to(numbers.dtype), numbers):
@@ -286,9 +286,7 @@ def narrowest(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type in which a product of a packed weight with `x` is computed: autocast's type where it
-    is on, else that of `x`.
-    """
+    """The dtype of a product of a packed weight with `x`: autocast's, or that of `x`."""
     kind = x.device.type
     return (
         torch.get_autocast_dtype(kind)

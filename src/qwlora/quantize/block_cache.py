@@ -1,4 +1,5 @@
-"""On-disk cache of quantized blocks: an interrupted quantization resumes after the last finished block.
+"""On-disk cache of quantized blocks: an interrupted quantization resumes after the last finished
+block.
 
 One safetensors file per block holds codes, scales, offsets and the report of each layer. A cached
 block is valid only if its key matches, a SHA-256 of everything that its result depends on:

@@ -1,9 +1,9 @@
-"""Run many batches through one model, block by block: all batches pause before a block, so that it can be
-observed and replaced before they continue.
+"""Run many batches through one model, block by block: all batches pause before a block, so that it
+can be observed and replaced before they continue.
 
-Each batch has a thread that runs the model's own forward, so nothing is assumed about how blocks are
-chained: masks, position tables and other arguments arrive as the model passes them. A block's forward
-is replaced by a gate. Only one thread runs at a time.
+Each batch has a thread that runs the model's own forward, so nothing is assumed about how blocks
+are chained: masks, position tables and other arguments arrive as the model passes them. A block's
+forward is replaced by a gate. Only one thread runs at a time.
 
     with BlockRunner(model, blocks, batches) as runner:
         while block := runner.advance():      # every batch has arrived at `block`

@@ -1,15 +1,17 @@
-"""GPTQ: round a weight column by column, and let the columns that are still float make good the
+"""GPTQ: round a weight column by column, and let the columns that are still float compensate the
 error (Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
 
-    minimize   tr((W - W_hat) H (W - W_hat)^T),    H = R + damping * mean(diag R) * I,    R = E[w x x^T] (grid/moment.py)
-    column i   e = (w_i - w_hat_i) / U_ii;   w_j -= e U_ij for j > i,    H^-1 = U^T U  (U upper triangular)
+    minimize   tr((W - W_hat) H (W - W_hat)^T)
+               H = R + damping * mean(diag R) * I,    R = E[w x x^T]  (grid/second_moments.py)
+    column i   e = (w_i - w_hat_i) / U_ii;    w_j -= e U_ij for j > i
+               H^-1 = U^T U,  U upper triangular
 
-The updates of a run of columns reach the columns behind it in one matrix product. A scale is chosen
-when its first column is reached, from the weights as they are then, as the range with the least
-error weighted by diag H. With `activation_order` columns are taken in the order of falling diag H,
-and all scales are chosen beforehand. A column that no input ever reached (`R_ii = 0`) is rounded to
-nearest. If H is not positive definite in float32 the damping is raised tenfold until it is; what
-was used is returned.
+The updates of a run of columns reach later columns in one matrix product. A scale is chosen when
+its first column is reached, from the weights as they are then: the range with the least error
+weighted by diag H. With `activation_order` columns are visited in the order of falling diag H, and
+all scales are chosen beforehand. A column that no input reached (`R_ii = 0`) is rounded to nearest.
+If H is not positive definite in float32, the damping is raised tenfold until it is; the report says
+which damping was used.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ _LEAST_DAMPING = 1e-6  # where none was asked for, and none does not do
 
 @dataclass(frozen=True)
 class GptqSettings:
-    """How GPTQ goes about it.
+    """Settings of GPTQ.
 
     Args:
-        damping: share of the mean of diag R that is added to it.
-        activation_order: take the columns with the largest inputs first; scales are then chosen
+        damping: added to the diagonal of R, as a share of its mean.
+        activation_order: quantize the columns with the largest inputs first; scales are then chosen
             before any column is rounded.
-        sweeps: passes over all columns afterwards, each of which improves codes and scales one at a
+        sweeps: passes of coordinate descent afterwards; each improves codes and scales one at a
             time (see `_Refinement`).
 
     Raises:
@@ -64,8 +66,8 @@ class GptqSettings:
 
 @dataclass(frozen=True)
 class GptqReport:
-    """What it took: the damping that made H positive definite, and the output error `tr(D R D^T) /
-    tr(W R W^T)` of the result.
+    """The damping that made H positive definite, and the output error of the result,
+    `tr(D R D^T) / tr(W R W^T)`.
     """
 
     damping: float
@@ -145,8 +147,8 @@ def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
 
 
 class _Rounding:
-    """One pass over the columns in `order`; `upper` is U for that order. Held transposed, [in,
-    out], so that a column lies in one piece.
+    """One pass over the columns in `order`; `upper` is U for that order. Stored transposed, [in,
+    out], so that a column is contiguous.
     """
 
     def __init__(
@@ -213,8 +215,8 @@ class _Rounding:
         )
 
     def _round(self, first: int, last: int, scale: Tensor, offset: Tensor, steps: Tensor) -> Tensor:
-        """Round columns `first` to `last`; returns e of each. `w / s` and `n` are what is computed
-        with, which saves two passes a column.
+        """Round columns `first` to `last`; returns e of each. Computes with `w / s` and `n`, which
+        saves two passes per column.
         """
         s, low = scale[0], offset[0]
         high = low + self.scheme.steps
@@ -230,8 +232,8 @@ class _Rounding:
         return left.mul_(s).div_(inside.diagonal().unsqueeze(1))
 
     def _choose(self, i: int, scale: Tensor, offset: Tensor, errors: Tensor, start: int) -> None:
-        """Scales of the block that begins at column `i`, from the weights as they are now; columns
-        behind the run are brought up to date first.
+        """Choose the scales of the block that begins at column `i`, from the weights as they are
+        now. Columns after the run are updated first.
         """
         last = i + self.size
         block = self.weight[i:last]
@@ -247,7 +249,7 @@ class _Rounding:
 
 
 def _columns_of_a_scale(scheme: Scheme) -> int | None:
-    """How many columns, one beside the other, share their scales; None if all do."""
+    """Number of consecutive columns that share their scales; None if all do."""
     match scheme.granularity:
         case PerBlock(size) | Lpbq(size):
             return size
@@ -283,7 +285,7 @@ class _Refinement:
     """Coordinate descent on `tr((W - W_hat) H (W - W_hat)^T)`: no step makes it larger.
 
         code of column i     n_i <- clamp(round((w_hat_i + g_i / H_ii) / s)),      g = (W - W_hat) H
-        scale of block b     s_b <- s_b + sum_b n g / sum_bb n H n                 (per row; blocks and channels only)
+        scale of block b     s_b <- s_b + sum_b n g / sum_bb n H n  (per row; not LPBQ, tensor)
 
     The first is QuantEase (Behdin et al. 2023, https://arxiv.org/abs/2309.01885), the second the
     least squares scale for the codes as they are. Held transposed, [in, out].

@@ -1,13 +1,12 @@
 """Which layers are quantized, and how: rules on module paths.
 
 A rule has a glob over canonical module paths (`*.down_proj`, `model.layers.0.*`, `lm_head`). The
-first rule that matches a layer decides: its scheme and solver, or that the layer stays float. A
-layer that no rule matches gets the base's own scheme and solver if it is one that is quantized by
-default.
+first rule that matches a layer decides its scheme and solver, or that it stays float. A layer
+without a rule gets the scheme and solver of the base if it is quantized by default.
 
-By default: every Linear and Conv1D and every bank of fused experts, but not the heads: an output
-head is shared with the embedding in tied models and costs most at few bits; a classifier is trained
-whole (PEFT's `modules_to_save`). A rule reaches whatever can be packed.
+By default: every Linear, Conv1D and bank of fused experts, but not the heads. An output head shares
+its weight with the embedding in tied models and costs most at few bits; a classifier is trained as
+a whole (PEFT's `modules_to_save`). A rule can name any layer that can be packed.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ class Rule:
 
     Args:
         match: a glob (`*`, `?`, `[...]`) over the whole canonical module path.
-        scheme: their grid; None keeps them float.
-        solver: their solver; None for the base's.
+        scheme: their scheme; None keeps them float.
+        solver: their solver. Default: that of the base.
     """
 
     match: str
@@ -40,7 +39,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Grid and solver of one tensor, and how that solver goes about it if it is gptq."""
+    """Scheme and solver of one tensor, and the settings of gptq."""
 
     scheme: Scheme
     solver: str
@@ -52,11 +51,11 @@ class Candidate:
     """A tensor that can be packed.
 
     Args:
-        paths: canonical paths of the layers that read it (two if they are tied); of a parameter
-            that is no layer's weight, its own path.
-        by_default: whether it is quantized where no rule says otherwise.
-        calibrated: whether a solver that follows the layer's inputs can solve it (matrices of
-            Linear and Conv1D).
+        paths: canonical paths of the layers that read it (two if they are tied); for a parameter
+            that is not the weight of a layer, its own path.
+        by_default: whether it is quantized without a rule.
+        calibrated: whether a solver that needs calibration can solve it (matrices of Linear and
+            Conv1D).
     """
 
     paths: tuple[str, ...]
@@ -67,13 +66,13 @@ class Candidate:
 def assign(
     candidates: Mapping[str, Candidate], scheme: Scheme, solver: str, rules: Sequence[Rule]
 ) -> dict[str, Assignment]:
-    """Grid and solver of each tensor that is quantized, in the candidates' order.
+    """Scheme and solver of each tensor that is quantized, in the order of the candidates.
 
-    Where the base's own solver follows inputs and a tensor has none to follow (embeddings, kernels,
-    fused experts), `search` takes its place.
+    If the solver of the base needs calibration and a tensor has no matrix input to calibrate on
+    (embeddings, kernels, fused experts), `search` replaces it.
 
     Raises:
-        GridError: rules match nothing (all are named, with near names), or one gives a tensor a
+        GridError: rules match nothing (all are named, with near names), or a rule gives a tensor a
             solver that cannot solve it.
     """
     names = [path for candidate in candidates.values() for path in candidate.paths]

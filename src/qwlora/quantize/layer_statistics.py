@@ -1,23 +1,24 @@
-"""What the layers of a part see, how much each token of it matters, and how much each of a layer's
-outputs does.
+"""Second moments of the inputs and output gradients of a block's layers, with tokens weighted by
+how much they matter.
 
-    R = sum_t w_t x_t x_t^T / sum_t w_t          [in, in],        w_t = |g_t|^2
-    G = mean_t g_t g_t^T                         [out, out],      g_t = dp / dz_t,        p = sum_s r_s . y_s / |y_s|,        r ~ N(0, 1)
+    R = sum_t w_t x_t x_t^T / sum_t w_t     [in, in],     w_t = |g_t|^2
+    G = mean_t g_t g_t^T                    [out, out],   g_t = dp / dz_t
+    p = sum_s r_s . y_s / |y_s|,            r ~ N(0, 1)
 
-x_t and z_t are a layer's input and output at token t, y_s the part's output at token s. The mean of
-w_t over r is `sum_s |dy_s / dz_t|_F^2 / |y_s|^2` (Hutchinson's estimator, one probe a batch): by
-how much an error of the layer at token t moves what the part makes, relative to its size.
+x_t and z_t are a layer's input and output at token t, y_s the block's output at token s. The mean
+of w_t over r is `sum_s |dy_s / dz_t|_F^2 / |y_s|^2` (Hutchinson's estimator, one probe per batch):
+how much an error of the layer at token t changes the block's output, relative to its size.
 
-A language model's tokens are far from alike. Nearly all of them attend to the first one, so an
-error in its value moves every output; and where its hidden state is thousands of times longer than
-the others', the norm that reads it makes that error vanish. With `w_t = 1` the first is lost among
-the rest, and the second is all of R. GuidedQuant (Kim et al. 2025,
-https://arxiv.org/abs/2505.07004) takes the gradient of the loss for p; this needs no loss, and no
-more of the model than one part. That an error's cost is nearly the product of two such moments is
-K-FAC's (Martens and Grosse 2015, https://arxiv.org/abs/1503.05671).
+The tokens of a language model differ widely. Nearly all of them attend to the first one, so an
+error in its value changes every output; and where its hidden state is thousands of times longer
+than the others, the norm that reads it makes that error vanish. With `w_t = 1` the first effect is
+lost and the second dominates R. GuidedQuant (Kim et al. 2025, https://arxiv.org/abs/2505.07004)
+uses the gradient of the loss; this needs no loss and only one block of the model. That the cost of
+an error is nearly a product of two such moments is K-FAC (Martens and Grosse 2015,
+https://arxiv.org/abs/1503.05671).
 
-y is the first tensor in the part's result that depends on its layers. Masked tokens count like
-others; leave padding out of calibration data.
+y is the first tensor in the block's result that depends on its layers. Masked tokens count like
+others, so calibration data should have no padding.
 """
 
 from __future__ import annotations
@@ -46,27 +47,27 @@ _SHORTEST = 0.1  # of the median length of an output: what is shorter counts as 
 
 @dataclass
 class Observed:
-    """Running R and, where it is wanted, G of one layer."""
+    """Running R and, if requested, G of one layer."""
 
     input: SecondMoment
     output: SecondMoment | None
 
     @property
     def moment(self) -> Moment:
-        """As they are now."""
+        """Their current values."""
         return Moment(self.input.matrix, None if self.output is None else self.output.matrix)
 
 
 def observe(
-    model: nn.Module, part: str, tensors: Sequence[str], runner: BlockRunner, outputs: bool = True
+    model: nn.Module, block: str, tensors: Sequence[str], runner: BlockRunner, outputs: bool = True
 ) -> dict[str, Observed]:
-    """Run the part that `runner` stands before, and give R and, with `outputs`, G for each matrix
-    product in `tensors` whose errors move the part's output. A layer that is the whole part, such
-    as a head, has no G: it would be a multiple of 1.
+    """Run the block at which `runner` has arrived, and return R and, with `outputs`, G of each
+    matrix product in `tensors` whose errors change the block's output. A layer that is the whole
+    block, such as a head, has no G: it would be a multiple of the identity.
 
     Raises:
-        CalibrationError: the part's result does not depend on its layers in a way that can be
-            differentiated, or an input or a gradient is not finite.
+        CalibrationError: the block's result cannot be differentiated back to its layers, or an
+            input or a gradient is not finite.
     """
     modules = {
         name: model.get_submodule(name.removesuffix(".weight"))
@@ -81,20 +82,20 @@ def observe(
         return found
     with (
         torch.enable_grad(),
-        gradients_disabled(model.get_submodule(part)),
+        gradients_disabled(model.get_submodule(block)),
         _recorded(products) as calls,
     ):
         seeds = count()
         for result in runner.repeat():
             if calls:
                 gradients = _gradients(
-                    canonical_name(part), result, [z for _, _, z in calls], next(seeds)
+                    canonical_name(block), result, [z for _, _, z in calls], next(seeds)
                 )
                 for (name, x, _), gradient in zip(calls, gradients, strict=True):
                     if name not in found:
                         found[name] = Observed(
                             SecondMoment(),
-                            SecondMoment() if outputs and name != f"{part}.weight" else None,
+                            SecondMoment() if outputs and name != f"{block}.weight" else None,
                         )
                     _take_in(found[name], canonical_name(name), x, gradient)
                 del gradients, gradient, x
@@ -104,10 +105,13 @@ def observe(
 
 
 def _gradients(
-    part: str, result: Any, outputs: Sequence[Tensor], seed: int
+    block: str, result: Any, outputs: Sequence[Tensor], seed: int
 ) -> Sequence[Tensor | None]:
     """dp / dz of each of the layers' outputs."""
-    remedy = "solver gptq, init qera and rank_budget need that; for its layers take solver search, by a rule, and init zero or svd"
+    remedy = (
+        "which gptq, init qera and rank_budget need. For its layers use solver search (by a rule), "
+        "and init zero or svd."
+    )
     try:
         for y in _tensors(result):
             if y.requires_grad:
@@ -118,9 +122,9 @@ def _gradients(
                 if any(gradient is not None for gradient in gradients):
                     return gradients
     except (RuntimeError, NotImplementedError) as error:
-        raise CalibrationError(f"{part} cannot be differentiated ({error}); {remedy}") from error
+        raise CalibrationError(f"{block} cannot be differentiated ({error}), {remedy}") from error
     raise CalibrationError(
-        f"no tensor in the result of {part} can be differentiated back to its layers; {remedy}"
+        f"no tensor in the result of {block} can be differentiated back to its layers, {remedy}"
     )
 
 
@@ -136,7 +140,7 @@ def _take_in(observed: Observed, layer: str, x: Tensor, gradient: Tensor | None)
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
-    """Tensors in nested results, those in fields of plain dataclasses too."""
+    """Tensors in a nested result, including the fields of dataclasses."""
     for leaf in tree_leaves(result):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -147,8 +151,8 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _recorded(products: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-    """(name, input, output) of every call of the layers; copies, since a model may change either in
-    place.
+    """(name, input, output) of every call of the layers; copies, because a model may change either
+    in place.
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
 

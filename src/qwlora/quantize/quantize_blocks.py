@@ -1,9 +1,11 @@
-"""Quantize a model block by block, each on the inputs that the already quantized blocks before it give.
+"""Quantize a model block by block, each on the inputs that the already quantized blocks before it
+give.
 
-A block is a member of an outermost `ModuleList` (a decoder block) with tensors to quantize, or a layer
-outside all lists. For each block, in the order of the forward pass:
+A block is a member of an outermost `ModuleList` (a decoder block) with tensors to quantize, or a
+layer outside all lists. For each block, in the order of the forward pass:
 
-    1. run it as it is on every batch and collect each layer's second moments (`layer_statistics.py`)
+    1. run it as it is on every batch and collect each layer's second moments
+    (`layer_statistics.py`)
     2. solve and pack its layers
     3. run it again, packed, to compute the inputs of the next block
 

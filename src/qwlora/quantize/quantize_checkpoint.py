@@ -1,10 +1,10 @@
-"""A checkpoint becomes a base on disk without ever being a model in memory.
+"""Quantize a checkpoint to a base on disk without holding the model in memory.
 
-For each module in the order of the files: its tensors are read, its weight is solved and packed if
-the rules say so, the result goes into the shard that is being written, and the module is let go.
-The peak is one module as floats (a linear layer, an embedding, a layer's fused experts), what its
-solver needs, and one shard. A solver that follows the inputs of a layer needs a block of the model
-at a time, and what lies outside all blocks (`stream_calibrated.py`).
+For each module in the order of the files: read its tensors, solve and pack its weight if the rules
+say so, write the result to the current shard, release the module. Peak memory is one module as
+floats (a linear layer, an embedding, a layer's fused experts), what its solver needs, and one
+shard. A solver that needs calibration holds a block of the model at a time, and what is outside all
+blocks (`streamed_blocks.py`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from qwlora.quantize.streamed_blocks import BlocksOnDemand
 
 @dataclass(frozen=True)
 class Streamed:
-    """The fingerprint of a base that was written, and what was done to each tensor."""
+    """The fingerprint of the base that was written, and how each tensor was quantized."""
 
     fingerprint: str
     report: QuantizeReport
@@ -66,21 +66,20 @@ def quantize_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     track: Track = untracked,
 ) -> Streamed:
-    """Write the base of `checkpoint` into `folder`, which must exist: the same as `quantize_` and
-    `save_base` make.
+    """Write the base of `checkpoint` into `folder`, which must exist. Same result as `quantize_`
+    and `save_base`.
 
     Args:
-        scheme: as for `quantize_`; None keeps the integers of a checkpoint that has them, and
-            quantizes nothing.
+        scheme: as for `quantize_`. None keeps the integers that the checkpoint has, and quantizes
+            nothing.
         calibration, moments, work, gptq: as for `quantize_`.
-        shard_bytes: at which a file is full; as much is held in memory.
+        shard_bytes: size of a shard, which is also held in memory.
 
     Raises:
-        GridError: as `quantize_`; or the model runs a block of its layers again after a later one.
-        SourceError: a tensor cannot be read, or a layer that a scheme is asked for is integers
-            already.
-        CalibrationError: a weight or an input holds nan or infinity, a layer saw no data, or a part
-            cannot be differentiated.
+        GridError: as `quantize_`; or the model runs a block again after a later one.
+        SourceError: a tensor cannot be read, or a layer to quantize is already integers.
+        CalibrationError: a weight or an input holds nan or infinity, no data reached a layer, or a
+            block cannot be differentiated.
     """
     lazy = LazyModel(checkpoint)
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
@@ -117,7 +116,7 @@ def _module_by_module(
 
 
 def _quantize_(lazy: LazyModel, name: str, todo: Assignment) -> LayerReport:
-    """Pack the tensor `name`, everywhere that it is read."""
+    """Pack the tensor `name` everywhere it is read."""
     (path, key), *others = lazy.places[name]
     if key not in lazy.model.get_submodule(path)._parameters:
         raise SourceError(
@@ -132,7 +131,7 @@ def _quantize_(lazy: LazyModel, name: str, todo: Assignment) -> LayerReport:
 
 
 def _let_go_(lazy: LazyModel, name: str) -> None:
-    """Only shapes stay of a tensor that was written, packed or not."""
+    """Keep only the shapes of a tensor that was written, packed or not."""
     places = lazy.places[name]
     tensor = tensor_at(lazy.model, places[0])
     if tensor is None:

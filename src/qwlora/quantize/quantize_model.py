@@ -1,10 +1,12 @@
 """Freeze a model's weights to integers, in place.
 
-    quantize_(model, "w4-block32")                                         each layer on its own (rtn, search, sqnr)
-    quantize_(model, "w4-block32", "gptq", calibration=token_ids)          part by part, on the inputs that the quantized parts before it make
+    quantize_(model, "w4-block32")
+        each layer on its own (rtn, search, sqnr)
+    quantize_(model, "w4-block32", "gptq", calibration=token_ids)
+        block by block, on the inputs that the quantized blocks before give
 
-Which layers, on which grid, by which solver: see `rules.py`. Works before or after PEFT has wrapped
-the layers: only the innermost base layer is replaced.
+`layer_rules.py` says which layers, on which grid, by which solver. Works before or after PEFT has
+wrapped the layers: only the innermost base layer is replaced.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ from qwlora.quantize.solvers import SOLVERS, solver_named
 
 @dataclass(frozen=True)
 class BaseSize:
-    """What the packed layers weigh (codes, scales and offsets), and how many weights the model
-    holds beside them, as floats.
+    """Size of the packed layers (codes, scales and offsets), and the number of weights that stay
+    float.
     """
 
     bytes: int
@@ -69,7 +71,7 @@ class BaseSize:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """The size of the base and, by canonical name, what was done to each tensor."""
+    """The size of the base, and how each tensor was quantized by its canonical name."""
 
     size: BaseSize
     layers: dict[str, LayerReport] = field(default_factory=dict)
@@ -144,8 +146,8 @@ def plan_layers(
     rules: Sequence[Rule] = (),
     gptq: GptqSettings | None = None,
 ) -> dict[str, Assignment]:
-    """Grid and solver of each tensor that `quantize_` would replace, by its name in the model;
-    raises what it would raise.
+    """Scheme and solver of each tensor that `quantize_` would replace, by its name in the model.
+    Raises what `quantize_` would raise.
     """
     for named in {solver, *(rule.solver for rule in rules if rule.solver)}:
         solver_named(named)
@@ -206,9 +208,7 @@ def _refuse_unpackable(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def find_tensors(model: nn.Module) -> dict[str, Candidate]:
-    """What can be packed, by the name of the tensor in the model; a tied one by the name that comes
-    first.
-    """
+    """The tensors that can be packed, by name in the model; tied ones under the first name."""
     readers: dict[int, list[str]] = {}
     computed = {}
     for path, module in model.named_modules():

@@ -1,5 +1,5 @@
-"""One tensor of a model: the float it is, what a solver makes of it, and how good that is. Called
-by whoever walks a model, in memory or in its files.
+"""Quantize one tensor of a model and report how well. Shared by quantization in memory and from
+files.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ _SAME_GRID = 5e-3  # relative error up to which a second grid counts as the firs
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was done to one layer.
+    """How one layer was quantized.
 
     Args:
-        error: output error `tr(D R D^T) / tr(W R W^T)`, where the input's moment R is known.
+        error: output error `tr(D R D^T) / tr(W R W^T)`, if the second moment R of the input is
+            known.
         rtn_error: the same for rounding to nearest.
-        damping: what made the moment positive definite (gptq).
-        second_rounding: relative error `|W - W_hat| / |W|` of weights that already were on a grid
-            of as few levels, and were moved to another one.
+        damping: the damping that made the second moment positive definite (gptq).
+        second_rounding: relative error `|W - W_hat| / |W|` of weights that were already on a grid
+            with as few levels and were moved to another one.
     """
 
     scheme: str
@@ -58,10 +59,10 @@ def tensor_out_in(model: nn.Module, name: str) -> Tensor:
 def solve_tensor(
     name: str, weight: Tensor, todo: Assignment, moment: Tensor | None = None
 ) -> tuple[QuantizedTensor, LayerReport]:
-    """Quantize one tensor, and say how well.
+    """Quantize one tensor and measure the error.
 
     Raises:
-        CalibrationError: as `solve`, with the tensor's name.
+        GridError, CalibrationError: as the solver; the latter with the tensor's name.
     """
     was_on_grid = is_on_grid(weight, todo.scheme.bitwidth)
     weight = weight.detach().float()
@@ -98,7 +99,7 @@ def _second_rounding(weight: Tensor, quantized: QuantizedTensor) -> float | None
 
 
 def warn_of_second_rounding(reports: Mapping[str, LayerReport]) -> None:
-    """Warn of layers whose weights already were on a grid and were moved to another one."""
+    """Warn about layers whose weights were already on a grid and were moved to another one."""
     found = {name: r.second_rounding for name, r in reports.items() if r.second_rounding}
     if not found:
         return

@@ -1,14 +1,14 @@
-"""Scales fitted to a weight: the grid of each group with the least weighted squared error.
+"""Scale search: the grid of each group of weights with the least weighted squared error.
 
-    minimize over scale, offset    sum_j h_j c_j (w_j - w_hat_j)^2          for each group of weights
+    minimize over scale, offset    sum_j h_j c_j (w_j - w_hat_j)^2
 
-`h_j >= 0` is the importance of input j, and `c_j` is `clipping_penalty` where the grid clips w_j
-and 1 elsewhere (3 gives AIMET's SQNR rule).
+`h_j >= 0` is the importance of input j; `c_j` is `clipping_penalty` where the grid clips w_j and 1
+elsewhere (3 gives AIMET's SQNR rule).
 
-First over fractions of the min-max range; then the scale that is best for the codes found, `sum h w
-n / sum h n^2` with `n = q + offset`, and the offsets beside the one found (asymmetric grids), as
-long as the error falls. Scales of blocks are numbers that float16 holds wherever float16 has its
-full precision, so that a packed layer keeps them in half the space without loss.
+Candidates are fractions of the min-max range, then the best scale for the codes found,
+`sum h w n / sum h n^2` with `n = q + offset`, and the neighboring offsets of an asymmetric grid, as
+long as the error falls. Scales of blocks are rounded to float16 wherever float16 has its full
+precision, so that a packed layer stores them in half the space without loss.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ def fit(
     clipping_penalty: float = 1.0,
     fractions: Sequence[float] = _FRACTIONS,
 ) -> Encoding:
-    """The encoding of `weight` under `scheme`, blocks and rows along the last axis.
+    """The encoding of `weight` under `scheme`; rows and blocks along the last axis.
 
     Args:
-        fractions: of the min-max range, to try; `COARSE` where scales are improved afterwards.
+        importance: h, one per input; all 1 by default.
+        clipping_penalty: weight of the squared error of a clipped value.
+        fractions: fractions of the min-max range to try. `COARSE` is enough if scales are improved
+            afterwards.
 
     Raises:
         GridError: the scheme does not fit the shape.
@@ -72,8 +75,8 @@ def fit(
 
 
 def storable_scale(scale: Float[Tensor, "*groups"]) -> Float[Tensor, "*groups"]:
-    """The nearest scales that float16 holds with its full precision; a scale outside that range
-    stays as it is.
+    """The nearest scales that float16 holds with full precision; scales outside its normal range
+    are unchanged.
     """
     half = scale.half().float()
     return torch.where((scale >= _HALF_NORMAL) & torch.isfinite(half), half, scale)

@@ -1,14 +1,15 @@
-"""Load the blocks of a model only while they are needed, so that a solver with calibration data can quantize
-a model larger than memory.
+"""Load the blocks of a model only while they are needed, so that a solver with calibration data can
+quantize a model larger than memory.
 
-    loaded     tensors outside all blocks (embeddings, last norm, head): before the first batch starts
+    loaded     tensors outside all blocks (embeddings, last norm, head): at the start
                a block: when the first batch arrives at it
-    released   a block: written to the base on disk when the last batch has arrived at the next block
+    released   a block: written to disk when the last batch has arrived at the next block
                everything else: at the end
 
 Peak memory: what is outside the blocks, one block as floats (two while batches move on) with its
-moments and the activations of a batch, one shard, and the hidden states of the batches. Hooks on the
-blocks notice arrivals; `quantize_blocks_`, which runs the batches, does not know about this module.
+moments and the activations of a batch, one shard, and the hidden states of the batches. Hooks on
+the blocks notice arrivals; `quantize_blocks_`, which runs the batches, does not know about this
+module.
 
 A tensor that is read both inside a block and elsewhere is kept to the end. A block that runs again
 after the next one is refused.
@@ -78,7 +79,8 @@ class BlocksOnDemand:
         def arrived(module: nn.Module, args: tuple[Any, ...]) -> None:
             if path in self._released:
                 raise GridError(
-                    f"{path} runs again after a later block, so this model cannot be quantized block by "
+                    f"{path} runs again after a later block, so this model cannot be quantized "
+                    "block by "
                     "block from its files. Load the whole model."
                 )
             if not self._arrivals[path]:
@@ -114,6 +116,7 @@ class BlocksOnDemand:
         for name in names:
             if tensor_at(self.lazy.model, self.lazy.places[name][0]) is None:
                 raise SourceError(
-                    f"{name} is already integers in the files. Omit the scheme to keep them, or start "
+                    f"{name} is already integers in the files. Omit the scheme to keep them, or "
+                    "start "
                     "from a float checkpoint."
                 )

@@ -1,18 +1,19 @@
-"""Tune the scales of a quantized model against the float model it came from; no code moves.
+"""Tune the scales of a quantized model against its float model; no code changes.
 
-    minimize over f    mean over tokens  KL( softmax(g_t) || softmax(h_t) ),    W_hat = (1 + f) * scale * (q + offset),    gain_hat = (1 + f) * gain
+    minimize over f    mean over tokens  KL( softmax(g_t) || softmax(h_t) )
+    W_hat = (1 + f) * scale * (q + offset),    gain_hat = (1 + f) * gain
 
-g and h are the logits of float and quantized model; f is one number for each scale and for each
-channel of a norm, from zero, by AdamW with a cosine schedule. A solver makes each layer's output
-right by itself; here the layers learn to make up for one another. It takes the float model, the
-quantized one, the activations of one sequence and some copies of its logits (of 512 positions at
-most) in memory, and about as long as training an adapter for as many steps.
+g and h are the logits of the float and the quantized model; f is one number per scale and per
+channel of a norm, starting at zero, trained by AdamW with a cosine schedule. A solver makes each
+layer's output right on its own; here the layers learn to compensate each other's errors. Memory:
+both models, the activations of one sequence and some copies of its logits (at most 512 positions).
+Time: about that of training an adapter for as many steps.
 
-Which scales and norms these are is in `tunable.py`. Some sequences are kept aside: if the
-divergence on those, in float32, does not fall, everything stays as it was.
+`tuned_parameters.py` says which scales and norms. Some sequences are held out: if the divergence on
+them, in float32, does not fall, the model is restored.
 
 Sources: the second phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062), with
-the float model's distribution in the place of the text; norm tweaking (Li et al. 2023,
+the float model's distribution instead of the text; norm tweaking (Li et al. 2023,
 https://arxiv.org/abs/2309.02784) for the norms.
 """
 
@@ -41,9 +42,9 @@ from qwlora.quantize.tuning_checkpoint import TuningState
 from qwlora.system.compute_precision import SlowComputeWarning, auto_compute, slow_compute
 
 REVISION = 3  # 2: norms are tuned as well; 3: the solver's scales are kept
-SEQUENCES_ASIDE = 8  # at most, and a quarter of all
-_FURTHEST = 0.5  # that anything may move, of itself
-_POSITIONS = 512  # of a sequence, whose logits are compared
+HELD_OUT_SEQUENCES = 8  # at most, and a quarter of all
+_LARGEST_CHANGE = 0.5  # of a tuned value, relative
+_POSITIONS = 512  # of a sequence at which logits are compared
 _CLIP = 1.0
 
 
@@ -52,13 +53,13 @@ class TuningSettings:
     """How a base is tuned.
 
     Args:
-        steps: of one sequence each.
-        learning_rate: the largest, relative to what is tuned. A scale that n weights of b bits
-            share has `min(1, sqrt(n) / 2^b)` of it: it moves weights by up to 2^(b - 1) times as
-            much of a step, and the fewer they are, the more of its gradient is noise.
-        compute: "float32", "bfloat16" (by autocast), or "auto": bfloat16 if the model's device
-            has instructions for it, else float32.
-        seed: of the order of sequences.
+        steps: number of steps, one sequence each.
+        learning_rate: peak rate, relative to the tuned value. A scale shared by n weights of b bits
+            gets `min(1, sqrt(n) / 2^b)` of it: it moves weights by up to 2^(b - 1) times as much of
+            a step, and with fewer weights its gradient is noisier.
+        compute: "float32", "bfloat16" (by autocast), or "auto": bfloat16 if the model's device has
+            instructions for it, else float32.
+        seed: seed of the order of sequences.
 
     Raises:
         CalibrationError: a number is out of its range.
@@ -84,17 +85,17 @@ class TuningSettings:
 
 @dataclass(frozen=True)
 class TuningReport:
-    """What tuning brought.
+    """The result of tuning.
 
     Args:
-        layers: whose scales were tuned.
-        norms: whose weights were tuned.
-        before, after: the divergence of the float model's next token from the quantized one's, in
-            nats, on the sequences kept aside.
-        kept: whether what was tuned is in the model.
-        resumed_from_step: 0, or the step behind which a call that was killed went on.
-        solver_scales: the layers' scales before, by their canonical paths, if it is: an adapter's
-            start corrects what the solver lost.
+        layers: number of layers whose scales were tuned.
+        norms: number of norms whose weights were tuned.
+        before, after: divergence of the float model's next token from the quantized one's, in nats,
+            on the held-out sequences.
+        kept: whether the tuned values are in the model.
+        resumed_from_step: 0, or the step after which an interrupted call resumed.
+        solver_scales: the layers' scales before tuning, by canonical path, if `kept`. An adapter's
+            initialization corrects the error of the solver.
     """
 
     layers: int
@@ -147,11 +148,10 @@ def tune_scales_(
     batches = batches_of(calibration, model)
     if len(batches) < 2:
         raise CalibrationError(
-            "tuning scales takes at least two sequences: one of them is kept aside to see whether "
-            "it helped"
+            "tuning scales takes at least two sequences: one is held out to check whether it helped"
         )
-    aside = batches[-min(SEQUENCES_ASIDE, max(1, len(batches) // 4)) :]
-    learnt = batches[: len(batches) - len(aside)]
+    held_out = batches[-min(HELD_OUT_SEQUENCES, max(1, len(batches) // 4)) :]
+    trained_on = batches[: len(batches) - len(held_out)]
     compare = _Comparison(model, teacher)
     state = TuningState(work, _made_from(settings, batches, model, teacher))
     training = [m for one in (model, teacher) for m in one.modules() if m.training]
@@ -159,10 +159,10 @@ def tune_scales_(
     teacher.eval()
     try:
         with gradients_disabled(model), gradients_disabled(teacher):
-            before = compare.mean(aside)
+            before = compare.mean(held_out)
             with tuned.learning():
                 resumed = _Descent(tuned.by_rate(settings.learning_rate), settings).run(
-                    compare, learnt, state, track
+                    compare, trained_on, state, track
                 )
             as_it_was, kept = tuned.state(), False
             scales = {
@@ -171,7 +171,7 @@ def tune_scales_(
             }
             try:
                 tuned.multiply_()
-                after = compare.mean(aside)
+                after = compare.mean(held_out)
                 kept = after < before
             finally:
                 if not kept:
@@ -260,7 +260,7 @@ class _Descent:
             self.schedule.step()
             with torch.no_grad():
                 for factor in self.factors:
-                    factor.clamp_(-_FURTHEST, _FURTHEST)
+                    factor.clamp_(-_LARGEST_CHANGE, _LARGEST_CHANGE)
             self.done = step + 1
             kept.write(self._state)
         return resumed

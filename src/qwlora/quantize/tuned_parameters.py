@@ -1,14 +1,12 @@
-"""What tuning moves in a quantized model: the scales of its linear layers, and the gains of its
-norms.
+"""The parameters that tuning changes: the scales of linear layers and the gains of norms.
 
-    W_hat = (1 + f) * scale * (q + offset)          y = x W_hat^T + b
+    W_hat    = (1 + f) * scale * (q + offset)       y = x W_hat^T + b
     gain_hat = (1 + f) * gain                       gain = w, or 1 + w as in Gemma's norms
 
-Scales are those of plain linear layers: of the grid's tensor, channels or blocks, or of the rows
-where blocks have integer scales. A float offset is multiplied like its scale. Scales of blocks stay
-numbers that float16 holds. Norms stand for the columns, which have no scale of their own; what a
-module does with its weight is seen by sending numbers through it, and the weight stays of the type
-that held it exactly.
+Scales are those of plain linear layers: per tensor, channel or block; for LPBQ, per row. A float
+offset is multiplied like its scale. Scales of blocks stay representable in float16. Norms tune the
+columns, which have no scale otherwise. How a norm uses its weight is found by probing it with
+numbers, and the weight keeps a dtype that holds it exactly.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ _CHECKPOINTS = (
 
 
 class Tunable:
-    """What is tuned in `model`, and by how much: `factors`, by the module's name."""
+    """What is tuned in `model`, and by how much: `factors`, by module name."""
 
     def __init__(self, model: nn.Module):
         modules = dict(model.named_modules())
@@ -75,7 +73,7 @@ class Tunable:
         self._times = {name: by_weight[id(norm.weight)] for name, norm in self.norms.items()}
 
     def by_rate(self, highest: float) -> dict[float, list[nn.Parameter]]:
-        """The factors by learning rate."""
+        """The factors, grouped by learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, factor in self.factors.items():
             layer, share = self.layers.get(name), 1.0
@@ -89,7 +87,7 @@ class Tunable:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """While it lasts, the model computes with everything multiplied by `1 + f`, and f gets
+        """Inside the block, the model computes with everything multiplied by `1 + f`, and f gets
         gradients.
         """
         own = {name: layer.__dict__.pop("forward", None) for name, layer in self.layers.items()}
@@ -112,14 +110,14 @@ class Tunable:
                         norm._parameters[key] = norm._parameters.pop(key)
 
     def state(self) -> dict[str, Parts | Tensor]:
-        """What is in the modules now, by name."""
+        """The current scales and gains, by name."""
         return {name: layer.tensor.parts for name, layer in self.layers.items()} | {
             name: norm.weight.detach().clone() for name, norm in self.norms.items()
         }
 
     @torch.no_grad()
     def multiply_(self) -> None:
-        """Put everything multiplied by `1 + f` into the modules."""
+        """Store everything multiplied by `1 + f` in the modules."""
         for name, layer in self.layers.items():
             _multiply_(layer, 1 + self.factors[name])
         for name, norm in self.norms.items():
@@ -132,7 +130,7 @@ class Tunable:
 
     @torch.no_grad()
     def restore_(self, state: Mapping[str, Any]) -> None:
-        """Put back what was there."""
+        """Restore what `state` returned."""
         for name, layer in self.layers.items():
             layer.scale, layer.minimum = state[name].scale, state[name].minimum
         for name, norm in self.norms.items():
@@ -145,8 +143,8 @@ def _factor(numbers: Tensor) -> nn.Parameter:
 
 @torch.no_grad()
 def _gain_beside_weight(module: nn.Module) -> float | None:
-    """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if by neither, or if it
-    counts what it sees: then it is not tuned.
+    """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if neither, or if it has
+    state of its own. None is not tuned.
     """
     weight = module._parameters.get("weight")
     if (
@@ -181,8 +179,8 @@ def _gain_beside_weight(module: nn.Module) -> float | None:
 
 
 class _Times(nn.Module):
-    """`w` where the gain is multiplied by `1 + f`. It holds f as it is, so that the model does not
-    count it among its parameters.
+    """Parametrization of `w` that multiplies the gain by `1 + f`. f is in a tuple so that it is not
+    a parameter of the model.
     """
 
     def __init__(self, factor: nn.Parameter, beside: float):
@@ -199,8 +197,8 @@ def _forward(layer: PackedLinear, factor: Tensor, x: Tensor) -> Tensor:
 
 
 class _TunedProduct(torch.autograd.Function):
-    """`y = x ((1 + f) W)^T + b`, W unpacked again for backward; `dL/df` is `dL/dW * W` summed over
-    what shares a scale.
+    """`y = x ((1 + f) W)^T + b`. W is unpacked again for backward; `dL/df` is `dL/dW * W` summed
+    over the weights that share a scale.
     """
 
     @staticmethod
@@ -253,7 +251,7 @@ def _aligned(part: PackedWeight, factor: Tensor) -> Tensor:
 
 
 def _multiply_(layer: PackedLayer, factor: Tensor) -> None:
-    """The layer's scales times `factor`, and its float offsets."""
+    """Multiply the layer's scales, and its float offsets, by `factor`."""
     parts, granularity = layer.tensor.parts, layer.scheme.granularity
     scale = parts.scale.float() * factor
     if isinstance(granularity, PerBlock):

@@ -1,10 +1,10 @@
-"""Where tuning stands, in a file, so that a call that was killed goes on from there and ends with
-the same bits.
+"""The state of an unfinished tuning in a file: a killed call resumes from it and ends with the same
+bits.
 
-A state is found again by the same call only: its key is a digest of all that decides over the
-numbers. One that is damaged is not taken up. It is written once in a while, by the clock, since a
-step may take a second or an hour: each minute, or when twenty times as long has passed as writing
-takes. It weighs three float32 numbers for each that is tuned.
+Only the same call finds the state: its key is a digest of everything that the result depends on. A
+damaged file is ignored. The state is written by the clock, because a step may take a second or an
+hour: every minute, or after twenty times as long as writing takes. Its size is three float32
+numbers per tuned number.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SECONDS_BETWEEN, _TIMES_WRITING = 60.0, 20
 
 
 class TuningState:
-    """The file; without a folder nothing is kept.
+    """The file; without a folder nothing is stored.
 
     Args:
         made_from: what the key is a digest of.
@@ -40,7 +40,7 @@ class TuningState:
         self._due = monotonic() + _SECONDS_BETWEEN
 
     def read(self) -> dict[str, Tensor] | None:
-        """What the same call left; None if it must begin."""
+        """The state that the same call stored; None if it must start from the beginning."""
         if self._file is None:
             return None
         try:
@@ -52,7 +52,7 @@ class TuningState:
             return None
 
     def write(self, state: Callable[[], dict[str, Tensor]]) -> None:
-        """Keep what `state` gives, if it is time to."""
+        """Store the result of `state` if it is time to."""
         if self._file is None or (began := monotonic()) < self._due:
             return
         write_tensors(self._file, state(), {"key": self._key})

@@ -155,11 +155,11 @@ def _tune(
 
     from qwlora.formats.base_folder import save_base
     from qwlora.quantize.quantize_model import base_size
-    from qwlora.quantize.tune_scales import SEQUENCES_ASIDE, TuningSettings, tune_scales_
+    from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_scales_
 
     section, model = context.recipe.base.tuning, context.load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=context.recipe.seed)
-    sequences = context.data.calibration_ids[: section.steps + SEQUENCES_ASIDE]
+    sequences = context.data.calibration_ids[: section.steps + HELD_OUT_SEQUENCES]
     report = tune_scales_(
         model, context.float_model(), sequences, settings, work=work, track=context.track
     )

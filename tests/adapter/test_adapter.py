@@ -61,7 +61,7 @@ def test_refuses_trainable_base_parameters() -> None:
 def test_refuses_a_rank_above_every_layer(rank: int) -> None:
     with pytest.raises(
         TrainingError,
-        match=rf"rank {rank} is above both sides of every layer that has it; the largest, .*mlp.\w+_proj, is 128 x 64",
+        match=rf"rank {rank} is above both sides .*mlp.\w+_proj, is 128 x 64",
     ):
         check_shape(tiny_model("llama"), LoraShape(rank, 8))
     with pytest.raises(
@@ -316,7 +316,7 @@ def cut_short(folder: Path) -> None:
     [
         (
             cut_short,
-            r"adapter_model.safetensors cannot be read \(.*\); copy it again from where it came, or train it again",
+            r"adapter_model.safetensors cannot be read \(.*\); copy it again",
         ),
         (
             lambda folder: (folder / "adapter_model.safetensors").unlink(),

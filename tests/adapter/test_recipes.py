@@ -218,7 +218,7 @@ def test_start_without_an_adapter_writes_nothing(
         (["c_attn"], "does not fit LlamaForCausalLM: Target modules .*c_attn"),
         (
             ["lm_head"],
-            r"weights differ, for example .*lm_head.lora_A.*, needs \[2, 64\], the file has \[2, 48\]",
+            r"weights differ.*lm_head.lora_A.* needs \[2, 64\], the file has \[2, 48\]",
         ),
     ],
 )
@@ -310,7 +310,7 @@ def test_fused_experts_get_adapters_by_recipe(
     [
         (
             ["experts.down_prj"],
-            r"'experts.down_prj' is no parameter of MixtralForCausalLM; similar names are mlp.experts.down_proj",
+            r"'experts.down_prj' is no parameter of Mixtral.*mlp.experts.down_proj",
         ),
         (
             ["self_attn.q_proj.weight"],
@@ -344,7 +344,7 @@ def test_refuses_experts_with_layers_or_in_a_dense_model() -> None:
     shape = LoraShape(2, 4, target_parameters=EXPERTS[:1], layers=[0])
     with pytest.raises(
         TrainingError,
-        match=r"layers: PEFT adapts target_parameters in all layers; remove one; .*it has no fused experts",
+        match=r"PEFT adapts target_parameters in all layers; .*it has no fused experts",
     ):
         attach(tiny_model("llama"), shape, 0)
 
@@ -388,7 +388,7 @@ def test_refuses_a_start_that_saves_packed_layers(
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
         SourceError,
-        match=rf"adapter a: .*modules_to_save hold .*{layers[0]} as floats, .*before the other rules: {{match: .*{layers[0]}, ",
+        match=rf"adapter a: .*modules_to_save hold .*{layers[0]} as floats.*{{match: .*{layers[0]}, ",
     ):
         run(
             load_recipe(path, changes),
@@ -427,7 +427,7 @@ def test_attach_names_saved_packed_layers(tmp_path: Path, layers: list[str]) -> 
     quantize_(model, "w4-block32", rules=[Rule("*", parse_scheme("w4-block32"))])
     with pytest.raises(
         SourceError,
-        match=rf"does not fit: its modules_to_save hold .*{layers[0]}.* as floats, but the base has integers there",
+        match=rf"modules_to_save hold .*{layers[0]}.* but the base has integers there",
     ):
         attach_existing(model, str(tmp_path), "accept")
 

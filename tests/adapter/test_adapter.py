@@ -260,7 +260,7 @@ def test_adapter_saved_by_peft_needs_unknown_base_accept(tmp_path: Path) -> None
     other = tiny_model("llama", seed=1)
     quantize_(other, "w4-block32")
     with pytest.raises(FingerprintError, match=fingerprint(base())):
-        attach_existing(other, str(tmp_path), "accept")  # what it says counts, if it says something
+        attach_existing(other, str(tmp_path), "accept")  # a recorded base is always compared
 
 
 def test_refuses_anything_but_a_lora_adapter(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_loss_and_gradients_match_the_models_own(name: str) -> None:
     model = built(name)
     assert_same(model)
     assert_same(model, num_items_in_batch=torch.tensor(77))
-    assert model(**batch()).logits.shape == (3, 21, VOCABULARY)  # it has its own forward again
+    assert model(**batch()).logits.shape == (3, 21, VOCABULARY)  # the own forward is restored
 
 
 @pytest.mark.parametrize("name", ["qwen3", "soft cap"])
@@ -341,9 +341,7 @@ def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize(
-    "name", ["llama", "qwen3"]
-)  # whose head is tied to the embedding, and is not
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # tied and untied heads
 def test_packed_head_is_never_unpacked_at_once(
     monkeypatch: pytest.MonkeyPatch, name: str, half: bool
 ) -> None:

@@ -512,7 +512,7 @@ def test_two_processes_train_the_same_adapter_as_one(
     trains(path, tmp_path / "one")
     result = launched(FSDP2 if launcher == "fsdp2" else LAUNCHERS[launcher], path, tmp_path / "two")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("quantize: done") == 1  # only the first speaks and writes
+    assert result.stdout.count("quantize: done") == 1  # only the first process prints and writes
     assert_same_adapter(tmp_path / "one", tmp_path / "two")
     whole, held = (
         json.loads((tmp_path / d / "results.json").read_text())["train"]["first"]["base_bytes"]
@@ -561,7 +561,7 @@ def test_sharded_run_resumes_and_ends_once(tmp_path: Path, compute: str) -> None
     assert (again["resumed"], again["losses"]) == (
         4,
         first["losses"],
-    )  # it was through, and nothing was trained
+    )  # the run had ended, so nothing was trained
     assert all(torch.equal(w, again["weights"][n]) for n, w in first["weights"].items())
     further = steps("parts", 8)
     assert (further["resumed"], further["losses"]) == (4, whole["losses"])

@@ -72,7 +72,7 @@ def test_padding_does_not_count() -> None:
         0,
         -100,
         -100,
-    )  # padding behind; a question is not learnt, and counts
+    )  # padding at the end; a question is outside the loss, but counts
     without: dict[str, Tensor] = {"input_ids": ids, "labels": labels}
     for inputs in (
         without,
@@ -88,7 +88,7 @@ def test_padding_does_not_count() -> None:
     nothing = {
         "input_ids": ids,
         "labels": torch.full_like(ids, -100),
-    }  # in a batch of several that make a step
+    }  # one of several accumulated batches
     model(input_ids=ids)
     assert float(recovery.distance(nothing).detach()) == 0
 

@@ -73,7 +73,7 @@ def test_training_moves_the_adapter_only(tmp_path: Path, shape: dict[str, Any]) 
     assert report.losses[-1] < report.losses[0]
     assert len(report.losses) == report.steps == 6
     assert report.trainable_parameters == sum(before[n].numel() for n in moved)
-    assert "forward" not in model.get_base_model().__dict__  # the model has its own loss again
+    assert "forward" not in model.get_base_model().__dict__  # the own forward is restored
 
 
 def test_chunked_and_whole_loss_train_the_same(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_bfloat16_reaches_the_adapter_as_bfloat16(tmp_path: Path) -> None:
         replace(SETTINGS, compute="bfloat16", steps=1, warmup_steps=0),
         tmp_path / "plain",
     )
-    assert seen[-1] == torch.bfloat16  # before that the loss is tried in float32
+    assert seen[-1] == torch.bfloat16  # the loss is checked in float32 first
     train_adapter(
         adapted(dora=True),
         IDS,
@@ -183,7 +183,7 @@ def test_bfloat16_reaches_the_adapter_as_bfloat16(tmp_path: Path) -> None:
 def test_keeps_the_best_evaluation_and_stops_early(tmp_path: Path) -> None:
     other = torch.randint(
         0, 256, (4, 32), generator=torch.Generator().manual_seed(3)
-    )  # gets worse as IDS is learnt
+    )  # gets worse while IDS is learned
     settings = replace(
         SETTINGS, steps=40, learning_rate=2e-2, evaluation_steps=1, patience=3, checkpoint_steps=100
     )
@@ -399,7 +399,7 @@ def test_never_resumes_from_a_broken_checkpoint(tmp_path: Path, broken: dict[str
     assert [last_checkpoint(tmp_path) for _ in "01"] == [
         whole,
         whole,
-    ]  # what a process finds does not change what the next one does
+    ]  # looking changes nothing for the next process
     delete_newer(tmp_path, whole)
     assert list(tmp_path.iterdir()) == [whole]
 

@@ -6,8 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from qwlora.atomic import move_into_place, write_text
+from qwlora.atomic import (
+    files_in,
+    move_into_place,
+    replacing,
+    replacing_files,
+    write_tensors,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -59,3 +68,43 @@ def test_text_that_cannot_be_flushed_leaves_the_old(
         write_text(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "new" / "a", {"x": torch.zeros(2)})
+    with pytest.raises(OSError, match="full"), replacing(tmp_path / "new" / "a") as scratch:
+        scratch.write_text("half")
+        raise OSError("full")
+    assert load_file(tmp_path / "new" / "a")["x"].tolist() == [0, 0]
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["a"]
+
+
+def test_the_record_of_a_folder_is_written_last(tmp_path: Path, calls: list[str]) -> None:
+    for name in ("a", "record", "kept"):
+        (tmp_path / name).write_text("old")
+    with replacing_files(tmp_path, last="record") as scratch:
+        (scratch / "below").mkdir()
+        for name in ("record", "z", "below/b", "a"):
+            (scratch / name).write_text("new")
+        assert (tmp_path / "record").read_text() == "old"
+    assert [name for name in calls if name in ("a", "b", "record", "z")] == [
+        "a",
+        "b",
+        "z",
+        "record",
+    ]
+    assert {name: (tmp_path / name).read_text() for name in files_in(tmp_path)} == {
+        "a": "new",
+        "below/b": "new",
+        "kept": "old",
+        "record": "new",
+        "z": "new",
+    }
+
+
+def test_an_interrupted_write_of_a_folder_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "record").write_text("old")
+    with pytest.raises(OSError, match="full"), replacing_files(tmp_path, last="record") as scratch:
+        (scratch / "a").write_text("new")
+        raise OSError("full")
+    assert files_in(tmp_path) == ["record"]

@@ -71,10 +71,14 @@ def test_text_that_cannot_be_flushed_leaves_the_old(
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
+    def write_half() -> None:
+        with replacing(tmp_path / "new" / "a") as scratch:
+            scratch.write_text("half")
+            raise OSError("full")
+
     write_tensors(tmp_path / "new" / "a", {"x": torch.zeros(2)})
-    with pytest.raises(OSError, match="full"), replacing(tmp_path / "new" / "a") as scratch:
-        scratch.write_text("half")
-        raise OSError("full")
+    with pytest.raises(OSError, match="full"):
+        write_half()
     assert load_file(tmp_path / "new" / "a")["x"].tolist() == [0, 0]
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a"]
 
@@ -103,8 +107,13 @@ def test_the_record_of_a_folder_is_written_last(tmp_path: Path, calls: list[str]
 
 
 def test_an_interrupted_write_of_a_folder_changes_nothing(tmp_path: Path) -> None:
+    def write_half() -> None:
+        with replacing_files(tmp_path, last="record") as scratch:
+            (scratch / "a").write_text("new")
+            raise OSError("full")
+
     (tmp_path / "record").write_text("old")
-    with pytest.raises(OSError, match="full"), replacing_files(tmp_path, last="record") as scratch:
-        (scratch / "a").write_text("new")
-        raise OSError("full")
+    with pytest.raises(OSError, match="full"):
+        write_half()
     assert files_in(tmp_path) == ["record"]
+    assert (tmp_path / "record").read_text() == "old"

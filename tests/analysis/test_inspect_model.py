@@ -359,7 +359,7 @@ def test_whatever_else_is_refused_with_a_reason(
     reseal(folder, "base.json")
     code, _, err = call(folder)
     assert code == 2
-    assert "describes layer 'model.layers.0.mlp.up_proj'" in err
+    assert "layer 'model.layers.0.mlp.up_proj' in base.json" in err
 
 
 def test_models_of_other_shapes_are_not_compared(

@@ -195,7 +195,7 @@ def retype(tensors: dict[str, torch.Tensor]) -> None:
         (reshape, rf"{LAYER}.packed is \[8192\] of U8, not \[128, 32\] of U8"),
         (retype, rf"{LAYER}.packed is \[128, 32\] of I16, not \[128, 32\] of U8"),
         (drop, "model.norm.weight is missing"),
-        (add, "../../outside is not part of the model"),
+        (add, "../../outside is not in the model"),
     ],
 )
 def test_tensors_of_another_kind_are_named_before_any_is_read(
@@ -284,7 +284,7 @@ def test_absurd_layers_are_refused_by_name(base: Path, name: str, layer: Any) ->
     edit_record(base, change)
     with pytest.raises(
         (GridError, SourceError),
-        match=rf"describes layer '{name}' in a way that its model cannot have .*; quantize again|the offset",
+        match=rf"layer '{name}' in base.json does not fit .*; quantize again|the offset",
     ):
         load_base(base)
 
@@ -301,7 +301,7 @@ def test_base_json_itself(base: Path) -> None:
         json.dumps(json.loads(good) | {"format": None}): "has format None",
         json.dumps(
             json.loads(good) | {"layers": [], "source": 3}
-        ): "does not say source and layers as it should",
+        ): "in base.json: source and layers",
         "[]": "is not a JSON object",
         "{": "cannot be read",
         "[" * 100_000: "cannot be read",

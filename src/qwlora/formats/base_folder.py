@@ -1,14 +1,18 @@
-"""A base on disk.
+"""Saves and loads a QWLoRA base: the frozen model, its configuration and tokenizer in one folder.
 
     base/
-      model.safetensors      packed codes and their grids, the float remainder in the narrowest type that holds it; in shards if it is large
-      base.json              format, fingerprint, source, the grid of each packed layer, digests of each tensor and of the files below
-                             (`manifest.py`); written last: a folder without it is no base
+      model.safetensors      packed codes, scales and offsets; float tensors in the narrowest type
+      that
+                             holds their values; in shards if large
+      base.json              format, fingerprint, source, scheme and shape of each packed layer,
+      digests
+                             of each tensor and of the files below (`manifest.py`); written last, so
+                             a folder without it is not a base
       config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
 
-Loading builds the model without data, puts packed layers in their places, checks every header against them, and maps the files: a tensor's bytes are read
-once, for its digest, and stay the system's to drop. The time grows with the bytes of the files (hashing) and the number of modules (building them), with
-nothing else; float tensors in another type than the one asked for are copied.
+Loading builds the model without data, inserts empty packed layers, checks all tensor names, shapes
+and types against it, and maps the files into memory. Each tensor is read once to check its digest.
+A float tensor is copied only if another dtype is requested.
 """
 
 from __future__ import annotations
@@ -67,17 +71,19 @@ def save_base(
     folder: str | Path,
     source: str,
 ) -> str:
-    """Write the base inside `model` into `folder`, which is created if needed.
+    """Save the frozen base of `model`, without adapters, in `folder`.
 
     Args:
-        tokenizer: saved with the base, unless None.
-        source: where the model came from; recorded.
+        model: a model with packed layers.
+        tokenizer: saved with the base; None for none.
+        folder: created if needed.
+        source: where the model came from; recorded in base.json.
 
     Returns:
         The fingerprint.
 
     Raises:
-        GridError: a layer is not frozen.
+        GridError: the model has no packed layers, or they are not frozen.
         SourceError: a tensor has no data, or `load_base` could not build a model of this class.
     """
     assert_frozen(model)
@@ -92,7 +98,7 @@ def save_base(
 
 
 class BaseWriter:
-    """Writes a base part by part; see `save_base` for a whole model."""
+    """Writes a base module by module; for a whole model, use `save_base`."""
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
         self.folder = folder
@@ -102,7 +108,10 @@ class BaseWriter:
         self._layers: dict[str, Any] = {}
 
     def add(self, module: nn.Module, path: str = "") -> None:
-        """Take the base's tensors in `module`, which is at `path` of the model, but for those without data. They must not change until `finish`."""
+        """Add the tensors of the module at `path` in the model, except those without data.
+
+        They must not be modified before `finish`.
+        """
         for name, (layout, tensor) in base_tensors(module).items():
             if tensor.is_meta:
                 continue
@@ -126,7 +135,7 @@ class BaseWriter:
     def finish(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: str
     ) -> str:
-        """Write what remains; `model` gives the configuration. Returns the fingerprint."""
+        """Write the last shard, configuration, tokenizer and base.json. Returns the fingerprint."""
         self._shards.finish()
         files = self._write_configuration(model, tokenizer)
         identity = combined(self.digests, config_numbers(model))
@@ -146,9 +155,10 @@ class BaseWriter:
     def _write_configuration(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ) -> list[str]:
-        """Write what Hugging Face writes next to weights; returns the paths of these files."""
+        """Write configuration, tokenizer and generation settings; returns the paths of these
+        files."""
         with replacing_files(self.folder) as scratch:
-            if _is_remote(type(model)):  # its code; that of configuration and tokenizer they save
+            if _is_remote(type(model)):  # save_pretrained copies only config's and tokenizer's code
                 config: Any = model.config  # annotated as a dict there
                 custom_object_save(model, scratch, config)
             model.config.save_pretrained(scratch)
@@ -160,10 +170,10 @@ class BaseWriter:
 
 
 def _class_name(model: PreTrainedModel) -> str | None:
-    """The class of transformers that `load_base` builds; None if it comes from the model's own code.
+    """The class of transformers that `load_base` will build; None if the model has its own code.
 
     Raises:
-        SourceError: it is another library's class, which config.json does not lead to.
+        SourceError: the class is from another library, so config.json does not determine it.
     """
     kinds = type(model).__mro__
     if any(_is_remote(kind) for kind in kinds):
@@ -172,15 +182,16 @@ def _class_name(model: PreTrainedModel) -> str | None:
     name = next(ours, "PreTrainedModel")
     if name.endswith("PreTrainedModel"):
         raise SourceError(
-            f"{type(model).__name__} ({type(model).__module__}) is not a model class of transformers, so "
-            "load_base could not build it from config.json. Save its state_dict() and call quantize_ "
-            "again with the same settings, or derive it from a class of transformers"
+            f"{type(model).__name__} ({type(model).__module__}) is not a model class of "
+            "transformers, so load_base could not build it from config.json. Save its "
+            "state_dict() and call quantize_ again with the same settings, or derive it from a "
+            "class of transformers"
         )
     return name
 
 
 def _is_remote(kind: type) -> bool:
-    """Whether transformers took this class from Python code in a model's folder."""
+    """Whether transformers loaded this class from Python code in a model's folder."""
     return kind.__module__.startswith("transformers_modules.")
 
 
@@ -193,17 +204,22 @@ def load_base(
     """Load a base that `save_base` wrote.
 
     Args:
-        dtype: of the float remainder; grids stay as they are. The fingerprint stays the file's, whatever the type.
-        trust_remote_code: run the model's own Python code, which the base's folder holds if the
-            recipe said model.trust_remote_code.
+        folder: the base's folder.
+        dtype: the type of the float tensors. Scales keep theirs, and the fingerprint is the saved
+            one.
+        device: where to put the model.
+        trust_remote_code: run the model's own Python code. The base's folder contains it if the
+            recipe set model.trust_remote_code.
 
     Raises:
-        SourceError: the folder holds no base, its format is another, or what the files, base.json and config.json say of a tensor differs (all are named).
-        GridError: a layer's grid is impossible.
-        FingerprintError: a tensor, the configuration or the tokenizer changed after saving.
+        SourceError: the folder is not a base, has another format version, or its tensors do not
+            match base.json and config.json (the message lists them).
+        GridError: a layer has an invalid scheme, scale or offset.
+        FingerprintError: a tensor, the configuration or the tokenizer was changed after saving.
 
     Warns:
-        UnverifiedWarning: an earlier version wrote it; its tensors are checked, the rest is not.
+        UnverifiedWarning: an earlier version wrote the base without digests of its configuration
+            and tokenizer, so only its tensors are checked.
     """
     folder = Path(folder)
     record = read_record(folder)
@@ -241,10 +257,10 @@ def check_files(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The contents of `base.json`.
+    """Read `base.json`.
 
     Raises:
-        SourceError: it is missing, unreadable, or of another format.
+        SourceError: it is missing, unreadable, or has another format version.
     """
     if not (folder / RECORD).is_file():
         raise SourceError(f"{str(folder)!r} is not a QWLoRA base: it has no {RECORD}")
@@ -253,21 +269,23 @@ def read_record(folder: Path) -> dict[str, Any]:
     if found != FORMAT:
         remedy = "update qwlora" if isinstance(found, int) and found > FORMAT else "quantize again"
         raise SourceError(
-            f"base {str(folder)!r} has format {found!r}, but this version reads format {FORMAT}; {remedy}"
+            f"base {str(folder)!r} has format {found!r}, but this version reads format {FORMAT}; "
+            f"{remedy}"
         )
     kinds = {"fingerprint": str, "source": str, "layers": dict, "tensors": dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]:
         raise SourceError(
-            f"base {str(folder)!r}: {RECORD} does not say {' and '.join(wrong)} as it should; quantize again"
+            f"base {str(folder)!r}: missing or malformed in {RECORD}: {' and '.join(wrong)}; "
+            "quantize again"
         )
     return record
 
 
 def read_layers(record: Mapping[str, Any], where: str) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
-    """Grid and shape of each packed layer of a `base.json`, by module path.
+    """Scheme and shape of each packed layer in a `base.json`, by module path.
 
     Raises:
-        GridError: one is not described as it should be.
+        GridError: the record of a layer is invalid.
     """
     layers = {}
     for name, layer in record["layers"].items():
@@ -280,11 +298,17 @@ def read_layers(record: Mapping[str, Any], where: str) -> dict[str, tuple[Scheme
 
 
 def _impossible(name: str, error: Exception, where: str) -> str:
-    return f"{where}: {RECORD} describes layer {name!r} in a way that its model cannot have ({error or type(error).__name__}); quantize again"
+    reason = str(error) or type(error).__name__
+    return f"{where}: layer {name!r} in {RECORD} does not fit the model ({reason}); quantize again"
 
 
 def _scheme(record: dict[str, Any]) -> Scheme:
-    """The scheme of a record whose values have the types that they should have: what is counted with is an int, never 4.0 or true."""
+    """The scheme in a layer's record, after checking the types of its values: integers must be
+    `int`, not 4.0 or true.
+
+    Raises:
+        GridError: a value has the wrong type, or the scheme is invalid.
+    """
     natural = (
         "bitwidth",
         *(key for key in ("axis", "block_size", "scale_bitwidth") if record.get(key) is not None),
@@ -305,7 +329,11 @@ def _scheme(record: dict[str, Any]) -> Scheme:
 def _place_packed_(
     model: PreTrainedModel, layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], where: str
 ) -> None:
-    """Packed layers without contents, where base.json says; what the model ties to one reads its codes."""
+    """Insert empty packed layers as base.json says, and tie layers that share weights.
+
+    Raises:
+        GridError: the model has no such layer, or it has another shape.
+    """
     for name, (scheme, shape) in layers.items():
         try:
             layer = place_empty_(model, name, scheme)
@@ -332,11 +360,13 @@ def _place_packed_(
 def _check_headers(
     model: PreTrainedModel, files: SafetensorsFiles, places: Mapping[str, list[Place]], where: str
 ) -> None:
-    """Names, shapes and types of all tensors, before any is read."""
+    """Compare names, shapes and types of all stored tensors with the model before any is read.
+
+    Raises:
+        SourceError: they differ; the message lists the first ones.
+    """
     wrong = [f"{name} is missing" for name in sorted(places.keys() - set(files.names()))]
-    wrong += [
-        f"{name} is not part of the model" for name in sorted(set(files.names()) - places.keys())
-    ]
+    wrong += [f"{name} is not in the model" for name in sorted(set(files.names()) - places.keys())]
     for name in places.keys() & set(files.names()):
         expected = tensor_at(model, places[name][0])
         assert expected is not None
@@ -353,7 +383,7 @@ def _check_headers(
     if wrong:
         shown = "\n  ".join(lines(wrong))
         raise SourceError(
-            f"{where}: its tensors are not those that {RECORD} and config.json describe; quantize again\n  {shown}"
+            f"{where}: its tensors do not match {RECORD} and config.json; quantize again\n  {shown}"
         )
 
 
@@ -365,8 +395,14 @@ def _read_(
     dtype: torch.dtype,
     where: str,
 ) -> dict[str, str]:
-    """Map every tensor, check its digest, put it in its places; returns the digests of the model's
-    tensors as they are then."""
+    """Map every tensor, check its digest and put it in its places.
+
+    Returns:
+        The digests of the tensors in the model; they differ from the saved ones if `dtype` does.
+
+    Raises:
+        FingerprintError: a tensor or config.json was changed after saving.
+    """
     layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}
     saved, now = {}, {}
     for name in files.names():
@@ -384,13 +420,14 @@ def _read_(
     if changed or identity != record["fingerprint"]:
         what = listed(changed) if changed else "config.json or its fingerprint"
         raise FingerprintError(
-            f"{where} has fingerprint {identity}, but {RECORD} says {record['fingerprint']}: {what} changed after saving. Copy it again, or quantize again"
+            f"{where} has fingerprint {identity}, but {RECORD} says {record['fingerprint']}: "
+            f"{what} changed after saving. Copy it again, or quantize again"
         )
     return now
 
 
 def _check_grids(model: PreTrainedModel, where: str) -> None:
-    """Scales are positive and offsets within range: the packed codes alone could be any."""
+    """Check that scales are positive and offsets in range; any packed codes are valid."""
     for name, layer in model.named_modules():
         if isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied:
             try:

@@ -49,8 +49,7 @@ def blocks(in_features: int, count: int, where: str) -> Granularity:
     if not count or in_features % count:
         raise SourceError(
             f"{where}: {count} groups do not divide rows of {in_features} evenly, but all blocks "
-            "must "
-            "have the same size. Quantize the float model instead"
+            "must have the same size. Quantize the float model instead"
         )
     return PerChannel(0) if count == 1 else PerBlock(in_features // count)
 

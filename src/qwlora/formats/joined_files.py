@@ -30,15 +30,13 @@ def join_parts(parts: Sequence[Path]) -> Path:
     if missing := [part for part in parts if not part.is_file()]:
         raise SourceError(
             f"{str(missing[0])!r}, part {parts.index(missing[0]) + 1} of {len(parts)} of a model, "
-            "is "
-            "missing; install or download all parts"
+            "is missing; install or download all parts"
         )
     stem, found, _ = parts[0].name.partition(SUFFIX)
     if not found:
         raise SourceError(
             f"{str(parts[0])!r} is not a part of a {SUFFIX} file. Only parts of {SUFFIX} files can "
-            "be "
-            f"joined: NAME{SUFFIX}.part00+NAME{SUFFIX}.part01"
+            f"be joined: NAME{SUFFIX}.part00+NAME{SUFFIX}.part01"
         )
     identity = "\0".join(
         f"{part.resolve()}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ctime_ns}\0{s.st_ino}"

@@ -1,14 +1,15 @@
-"""SHA-256 digests of the files in an artifact's folder, kept in the folder's own record.
+"""SHA-256 digests of the files of an artifact, stored in a JSON record in its folder.
 
-    {"base_fingerprint": ..., "files": {"adapter_config.json": SHA-256, ..., "qwlora.json": SHA-256}}
+    {"base_fingerprint": ..., "files": {"adapter_config.json": SHA-256, ..., "qwlora.json":
+    SHA-256}}
 
-An artifact has one JSON record: `qwlora.json` of an adapter, `base.json` of a base,
-`simulation.json` of a simulation. Its `files` lists what was written together with it, by path
-relative to the folder; the entry of the record itself is the digest of all its other fields.
-Files that are not listed (README.md, notes) are never looked at. Deleting an entry from `files`
-accepts an edit: that file is no longer checked.
+The record is `qwlora.json` for an adapter, `base.json` for a base, and `simulation.json` for a
+simulation. Its `files` lists the files that were written together, by path relative to the folder.
+The record's own entry is the digest of all its other fields. Files that are not listed (README.md,
+notes) are not checked. To accept an edited file, delete its entry from `files`; it is then no
+longer checked.
 
-A folder without a record, or with one that lists no digests (other tools, earlier versions),
+A folder without a record, or with a record without digests (from other tools or earlier versions),
 cannot be checked; `check` warns that it is unverified.
 """
 
@@ -29,24 +30,24 @@ FILES = "files"
 
 
 class UnverifiedWarning(UserWarning):
-    """An artifact was read whose files have no digests."""
+    """An artifact was read that has no digests, so changed files cannot be detected."""
 
 
 def write(folder: Path, name: str, record: Mapping[str, Any], files: Iterable[str]) -> None:
-    """Write `record` as `folder / name`, with the digests of `files` and its own."""
+    """Write `record` as `folder / name`, with the digests of `files` and of the record itself."""
     digests = {file: _file_digest(folder / file) for file in sorted(files)}
     _write(folder / name, {**record, FILES: {**digests, name: _record_digest(record)}})
 
 
 def add(folder: Path, name: str, files: Iterable[str]) -> None:
-    """List more files of the folder in its record."""
+    """Add the digests of more files to the record."""
     record = json.loads((folder / name).read_text())
     record[FILES] |= {file: _file_digest(folder / file) for file in files}
     _write(folder / name, record)
 
 
 def has_digests(folder: Path, name: str) -> bool:
-    """Whether the record of `folder` lists digests, so that `check` can find a changed file."""
+    """Whether the record has digests, so that `check` can detect changed files."""
     return FILES in _read(folder / name)
 
 
@@ -55,15 +56,18 @@ def check(
 ) -> None:
     """Compare the files of `folder` with the digests in its record `name`.
 
-    A record that cannot be read counts as one without digests: its own reader reports it.
+    A record that cannot be read counts as one without digests; the code that uses it reports the
+    error.
 
     Args:
-        what: the artifact, as messages call it.
-        remedy: how to make the artifact again.
-        only: the files to look at, besides the record; all that are listed by default.
+        folder: the artifact's folder.
+        name: the file name of its record.
+        what: the artifact, for messages.
+        remedy: how to create the artifact again, for messages.
+        only: the files to check, in addition to the record; default: all listed files.
 
     Raises:
-        FingerprintError: a file is missing or changed; all such files are named.
+        FingerprintError: files are missing or changed; the message lists them.
 
     Warns:
         UnverifiedWarning: there are no digests.
@@ -90,7 +94,8 @@ def check(
 
 
 def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) -> list[str]:
-    """Listed files that are missing or differ from their digests; none without digests."""
+    """The listed files that are missing or differ from their digests; empty if there are no
+    digests."""
     record = _read(folder / name)
     listed = record.pop(FILES, {})
     if not isinstance(listed, dict):

@@ -59,8 +59,7 @@ def check_positions(model: PreTrainedModel, count: int) -> str | None:
     )
     return (
         f"{found} ({origin}). It was not trained on longer sequences; expect worse results, or "
-        "lower "
-        "data.sequence_tokens"
+        "lower data.sequence_tokens"
     )
 
 

@@ -106,8 +106,7 @@ def _class_named(kind: Any) -> type[PreTrainedModel]:
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise SourceError(
             f"transformers {transformers.__version__} has no model class {kind!r}; install the "
-            "version "
-            "that the model was saved with"
+            "version that the model was saved with"
         )
     return found
 

@@ -253,15 +253,14 @@ def _refuse_other_tensors(source: str, model: str, found: dict[str, Any]) -> Non
         also = f"; the files also hold {listed(unknown)}, which it does not have" if unknown else ""
         raise SourceError(
             f"model {source!r}: missing from its files, or stored in another shape: "
-            f"{listed(wrong)} of "
-            f"{model}{also}. Download it again, or give a checkpoint of the whole language model"
+            f"{listed(wrong)} of {model}{also}. Download it again, or give a checkpoint of the "
+            "whole language model"
         )
     if unknown:
         raise SourceError(
             f"model {source!r}: its files hold {listed(unknown)}, which {model} built from "
-            "config.json "
-            f"does not have ({len(unknown)} tensors would be skipped). Compare config.json "
-            "(for example num_hidden_layers) with the original, or download it again"
+            f"config.json does not have ({len(unknown)} tensors would be skipped). Compare "
+            "config.json (for example num_hidden_layers) with the original, or download it again"
         )
 
 
@@ -304,8 +303,8 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
 
     location = _readable(source)
     missing = SourceError(
-        f"model {source!r} has no tokenizer. "
-        "Put its files (tokenizer.json and tokenizer_config.json) in the folder of the weights"
+        f"model {source!r} has no tokenizer. Put its files (tokenizer.json and "
+        "tokenizer_config.json) in the folder of the weights"
     )
     if not location.gguf_file and not any(
         re.match("(tokenizer|vocab|spiece|sentencepiece)", file.name) for file in location.files

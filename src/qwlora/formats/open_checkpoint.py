@@ -84,8 +84,7 @@ def open_checkpoint(
     if method not in METHODS:
         raise SourceError(
             f"{str(path)!r}: quant_method {method!r} is not supported; {', '.join(METHODS)}, GGUF "
-            "files "
-            "and float models with AIMET encodings are. Quantize the float model instead"
+            "files and float models with AIMET encodings are. Quantize the float model instead"
         )
     return METHODS[method](path, settings)
 

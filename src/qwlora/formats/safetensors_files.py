@@ -141,8 +141,7 @@ class SafetensorsFiles:
             if names is not None and (extra := sorted(held.keys() - set(names))):
                 raise SourceError(
                     f"{str(file)!r}: tensor {extra[0]!r} is in this file, but the index does not "
-                    "list it "
-                    f"there ({len(extra)} such tensors); download the model again"
+                    f"list it there ({len(extra)} such tensors); download the model again"
                 )
         return entries
 
@@ -178,8 +177,7 @@ class SafetensorsFiles:
             usual = INDEX if pattern.endswith(".json") else SINGLE
             raise SourceError(
                 f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}, but several other files: "
-                f"{names}. "
-                f"Rename the right one to {usual}, or remove the others"
+                f"{names}. Rename the right one to {usual}, or remove the others"
             )
         return found[0] if found else None
 

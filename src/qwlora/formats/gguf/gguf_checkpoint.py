@@ -199,11 +199,10 @@ class GgufCheckpoint:
     def _refuse_unknown(self, unknown: list[str]) -> None:
         if others := [name for name in unknown if not FACTORS.fullmatch(name)]:
             raise self.file.error(
-                f"{listed(others)}: no parameter of {type(self._model).__name__}, which its "
-                "metadata "
-                f"describe ({self.config.num_hidden_layers} layers); it needs a newer "
-                "transformers, or is "
-                "damaged"
+                f"{listed(others)}: not in {type(self._model).__name__}, which its metadata "
+                "describe "
+                f"({self.config.num_hidden_layers} layers). Update transformers, or download the "
+                "file again"
             )
 
     def _placed(self, found: dict[str, GgufOrigin]) -> dict[str, GgufOrigin]:

@@ -31,10 +31,10 @@ class Part(nn.Module):
 def observed(then: Callable[[Tensor], Tensor], *batches: Tensor) -> Observed:
     """Of the only layer of a model with one part."""
     model = nn.Sequential(Part(then))
-    with BlockRunner(model, ["0"], [{"input": batch} for batch in batches]) as lockstep:
-        lockstep.advance()
-        found = observe(model, "0", ["0.layer.weight"], lockstep)
-        lockstep.advance()
+    with BlockRunner(model, ["0"], [{"input": batch} for batch in batches]) as runner:
+        runner.advance()
+        found = observe(model, "0", ["0.layer.weight"], runner)
+        runner.advance()
     return found["0.layer.weight"]
 
 
@@ -105,9 +105,9 @@ def test_calls_in_place_changes_and_results_of_all_kinds() -> None:
     found = []
     for in_place in (False, True):
         model = nn.Sequential(Tangled(in_place))
-        with BlockRunner(model, ["0"], [{"input": rows(0)}, {"input": rows(1)}]) as lockstep:
-            lockstep.advance()
-            found.append(observe(model, "0", ["0.layer.weight", "0.unread.weight"], lockstep))
+        with BlockRunner(model, ["0"], [{"input": rows(0)}, {"input": rows(1)}]) as runner:
+            runner.advance()
+            found.append(observe(model, "0", ["0.layer.weight", "0.unread.weight"], runner))
         assert all(parameter.requires_grad for parameter in model.parameters())
     assert set(found[0]) == set(found[1]) == {"0.layer.weight"}
     assert found[0]["0.layer.weight"].input.tokens == 2 * 40
@@ -120,9 +120,9 @@ def test_half_precision(dtype: torch.dtype) -> None:
     found = []
     for kind in (torch.float32, dtype):
         model = nn.Sequential(Part(lambda z: 3000 * z)).to(kind)
-        with BlockRunner(model, ["0"], [{"input": rows().to(kind)}]) as lockstep:
-            lockstep.advance()
-            found.append(observe(model, "0", ["0.layer.weight"], lockstep)["0.layer.weight"])
+        with BlockRunner(model, ["0"], [{"input": rows().to(kind)}]) as runner:
+            runner.advance()
+            found.append(observe(model, "0", ["0.layer.weight"], runner)["0.layer.weight"])
     for one, half in ((getattr(o, side).matrix for o in found) for side in ("input", "output")):
         assert (half - one).norm() < 0.05 * one.norm()
 
@@ -140,18 +140,18 @@ def test_the_layers_of_a_block_against_its_jacobian(architecture: str) -> None:
         for path, module in model.get_submodule(part).named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
-    with BlockRunner(model, [part], [{"input_ids": ids, "use_cache": False}] * 300) as lockstep:
-        lockstep.advance()
-        found = observe(model, part, products, lockstep)
+    with BlockRunner(model, [part], [{"input_ids": ids, "use_cache": False}] * 300) as runner:
+        runner.advance()
+        found = observe(model, part, products, runner)
         for name in products:
-            for side, expected in _by_jacobian(model, name, lockstep).items():
+            for side, expected in _by_jacobian(model, name, runner).items():
                 assert (getattr(found[name], side).matrix - expected).norm() < {
                     "input": 0.12,
                     "output": 0.3,
                 }[side] * expected.norm(), (name, side)
 
 
-def _by_jacobian(model: nn.Module, name: str, lockstep: BlockRunner) -> dict[str, Tensor]:
+def _by_jacobian(model: nn.Module, name: str, runner: BlockRunner) -> dict[str, Tensor]:
     """R and G of one layer."""
     seen: dict[str, Tensor] = {}
 
@@ -161,7 +161,7 @@ def _by_jacobian(model: nn.Module, name: str, lockstep: BlockRunner) -> dict[str
             return z + change
 
         handle = model.get_submodule(name.removesuffix(".weight")).register_forward_hook(hook)
-        result = next(iter(lockstep.repeat()))
+        result = next(iter(runner.repeat()))
         handle.remove()
         y: Tensor = result[0] if isinstance(result, tuple) else result
         return y / y.detach().norm(dim=-1, keepdim=True)

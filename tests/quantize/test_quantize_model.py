@@ -240,9 +240,13 @@ def test_only_layers_that_follow_their_inputs_need_to_be_differentiated() -> Non
     assert report.layers["model.layers.1.mlp.up_proj.weight"].solver == "gptq"
 
 
-def test_a_killed_run_goes_on_at_the_last_finished_part(tmp_path: Path) -> None:
+# Leaves k_proj and down_proj to quantize: the cache is under test, not the solver.
+FEW = [Rule(f"*.{name}_proj", None) for name in ("q", "v", "o", "gate", "up")]
+
+
+def test_an_interrupted_run_resumes_after_the_last_finished_block(tmp_path: Path) -> None:
     ids, whole = token_ids(), tiny_model("llama")
-    quantize_(whole, "w3-block32", "gptq", calibration=ids)
+    quantize_(whole, "w3-block32", "gptq", calibration=ids, rules=FEW)
 
     class KilledError(Exception):
         pass
@@ -253,22 +257,33 @@ def test_a_killed_run_goes_on_at_the_last_finished_part(tmp_path: Path) -> None:
 
     with pytest.raises(KilledError):
         quantize_(
-            tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, track=killing
+            tiny_model("llama"),
+            "w3-block32",
+            "gptq",
+            calibration=ids,
+            work=tmp_path,
+            rules=FEW,
+            track=killing,
         )
     (finished,) = tmp_path.iterdir()
     stamp = finished.stat().st_mtime_ns
     model = tiny_model("llama")
-    quantize_(model, "w3-block32", "gptq", calibration=ids, work=tmp_path)
-    assert finished.stat().st_mtime_ns == stamp, "the finished part was solved again"
+    quantize_(model, "w3-block32", "gptq", calibration=ids, work=tmp_path, rules=FEW)
+    assert finished.stat().st_mtime_ns == stamp, "the finished block was solved again"
     assert fingerprint(model) == fingerprint(whole)
 
 
 @pytest.mark.parametrize("what", ["scheme", "calibration", "weights", "rules", "settings"])
-def test_another_call_does_not_take_finished_parts(tmp_path: Path, what: str) -> None:
+def test_another_call_does_not_use_cached_blocks(tmp_path: Path, what: str) -> None:
     ids = token_ids()
-    one_layer = [Rule("model.layers.*.down_proj", None)] if what == "rules" else []
+    fewer = [Rule("model.layers.*.down_proj", None)] if what == "rules" else []
     quantize_(
-        tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, rules=one_layer
+        tiny_model("llama"),
+        "w3-block32",
+        "gptq",
+        calibration=ids,
+        work=tmp_path,
+        rules=[*fewer, *FEW],
     )
     scheme, calibration = (
         "w4-block32" if what == "scheme" else "w3-block32",
@@ -277,21 +292,35 @@ def test_another_call_does_not_take_finished_parts(tmp_path: Path, what: str) ->
     models = [tiny_model("llama", seed=1 if what == "weights" else 0) for _ in range(2)]
     settings = GptqSettings(activation_order=True) if what == "settings" else None
     report = quantize_(
-        models[0], scheme, "gptq", calibration=calibration, work=tmp_path, gptq=settings
+        models[0], scheme, "gptq", calibration=calibration, work=tmp_path, rules=FEW, gptq=settings
     )
-    assert report == quantize_(models[1], scheme, "gptq", calibration=calibration, gptq=settings)
+    assert report == quantize_(
+        models[1], scheme, "gptq", calibration=calibration, rules=FEW, gptq=settings
+    )
     assert fingerprint(models[0]) == fingerprint(models[1])
 
 
-def test_a_finished_part_whose_moments_are_gone_is_made_again(tmp_path: Path) -> None:
+def test_a_cached_block_whose_moments_are_missing_is_recomputed(tmp_path: Path) -> None:
     ids, first = token_ids(), Moments(tmp_path / "first")
     quantize_(
-        tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=first
+        tiny_model("llama"),
+        "w3-block32",
+        "gptq",
+        calibration=ids,
+        work=tmp_path,
+        rules=FEW,
+        moments=first,
     )
-    (tmp_path / "first" / "model.layers.1.mlp.up_proj.safetensors").unlink()
+    (tmp_path / "first" / "model.layers.1.mlp.down_proj.safetensors").unlink()
     again = Moments(tmp_path / "first")
     quantize_(
-        tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=again
+        tiny_model("llama"),
+        "w3-block32",
+        "gptq",
+        calibration=ids,
+        work=tmp_path,
+        rules=FEW,
+        moments=again,
     )
     assert again.keys() == first.keys()
     assert all(
@@ -299,7 +328,7 @@ def test_a_finished_part_whose_moments_are_gone_is_made_again(tmp_path: Path) ->
     )
 
 
-def test_a_finished_part_with_moments_of_another_revision_is_made_again(
+def test_a_cached_block_with_moments_of_another_revision_is_recomputed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = token_ids()
@@ -322,12 +351,18 @@ def test_a_finished_part_with_moments_of_another_revision_is_made_again(
         )
         found = Moments(tmp_path / f"moments{revision}") if moments else None
         quantize_(
-            tiny_model("llama"), "w3-block32", "gptq", calibration=ids, work=tmp_path, moments=found
+            tiny_model("llama"),
+            "w3-block32",
+            "gptq",
+            calibration=ids,
+            work=tmp_path,
+            rules=FEW,
+            moments=found,
         )
         assert bool(solved) == again
 
 
-def test_lockstep_pauses_all_batches_before_each_part_and_leaves_no_trace() -> None:
+def test_block_runner_pauses_all_batches_before_each_block_and_leaves_no_trace() -> None:
     model, ids = tiny_model("qwen3"), token_ids(3)
     expected = model(ids[:1]).logits
     order, calls = [], []
@@ -336,13 +371,11 @@ def test_lockstep_pauses_all_batches_before_each_part_and_leaves_no_trace() -> N
         model,
         ["lm_head", "model.layers.1", "model.layers.0"],
         [{"input_ids": row[None]} for row in ids],
-    ) as lockstep:
-        while part := lockstep.advance():
+    ) as runner:
+        while part := runner.advance():
             order.append(part)
             if part == "model.layers.0":
-                assert [output.shape for output in lockstep.repeat()] == [
-                    torch.Size([1, 24, 64])
-                ] * 3
+                assert [output.shape for output in runner.repeat()] == [torch.Size([1, 24, 64])] * 3
     hook.remove()
     assert order == ["model.layers.0", "model.layers.1", "lm_head"]
     assert len(calls) == 6

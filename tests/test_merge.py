@@ -342,7 +342,7 @@ def test_a_full_disk_is_an_error_of_ours_and_keeps_nothing(
     with (
         pytest.raises(
             DirectoryError,
-            match=r"new/merged': no space left on the disk. Nothing half-written was kept; free some space and run again",
+            match=r"new/merged': no space left on the disk. Nothing half-written was kept. Free some space and run again",
         ),
         new_folder(disk / "new" / "merged") as folder,
     ):
@@ -364,10 +364,10 @@ def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(
 
 def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:
     assert (
-        "has no trained adapter 'other'; the recipe's are first"
+        "has no trained adapter 'other'; the recipe has first"
         in command("merge-check", job, "other").stderr
     )
-    assert "is no job's directory" in command("merge-check", tmp_path, "first").stderr
+    assert "is not a job directory" in command("merge-check", tmp_path, "first").stderr
     wrong = command("merge", job, "first", "--into", "gold", "--out", tmp_path / "x")
     assert (wrong.returncode, "neither float nor requantized" in wrong.stderr) == (2, True)
     assert not (tmp_path / "x").exists()

@@ -388,7 +388,7 @@ def test_directory_works_from_anywhere(
     run_recipe(recipe_for(), tmp_path / "out", f"data.source={corpus.name}", verbs=("quantize",))
     monkeypatch.chdir(tmp_path)
     _, said = run_recipe(Path("out/recipe.yaml"), Path("out"), verbs=("quantize",))
-    assert said == ["quantize: skipped, nothing that it depends on has changed"]
+    assert said == ["quantize: skipped, nothing it depends on has changed"]
 
 
 def test_adapter_of_another_base_is_refused_with_both_fingerprints(
@@ -560,7 +560,7 @@ def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
 def test_floats_hold_no_integers_to_keep(recipe_for: Any, tmp_path: Path) -> None:
     with pytest.raises(
         SourceError,
-        match=r"holds no integers to keep; choose another base\.solver, or give model\.encodings",
+        match=r"has no integers to keep; use another solver, or set model\.encodings",
     ):
         run_recipe(recipe_for(base={"solver": "keep"}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -573,7 +573,7 @@ def test_integers_of_a_base_are_kept(recipe_for: Any, tmp_path: Path) -> None:
     assert second["base"]["fingerprint"] == first["base"]["fingerprint"]
     with pytest.raises(
         SourceError,
-        match=r"is quantized already; take its integers as they are \(base.solver: keep\)",
+        match=r"is already quantized; use base\.solver: keep",
     ):
         run_recipe(path, tmp_path / "third", "base.solver=rtn", verbs=("quantize",))
 

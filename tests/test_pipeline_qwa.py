@@ -139,7 +139,7 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for: Any, tmp_pat
     _, said = run_recipe(path, out, verbs=("quantize", "calibrate-base", "train"))
     told = [line for line in said if "dropout" in line]
     assert told == [
-        f"adapter {name}: {tmp_path / 'from'} has dropout 0.05; with workflow qwa-lora it is trained without dropout"
+        f"adapter {name}: {tmp_path / 'from'} has dropout 0.05; workflow qwa-lora trains without dropout"
         for name in ("first", "second")
     ]
     assert said.index(told[0]) < said.index("train/first ...")
@@ -199,6 +199,6 @@ def test_documents_that_share_a_sequence_are_found_out_before_anything_is_writte
         )
     )
     path = recipe_for(workflow="qwa-lora", data={"source": str(source), "sequence_tokens": 64})
-    with pytest.raises(TrainingError, match="documents share a sequence"):
+    with pytest.raises(TrainingError, match="packs several documents into a sequence"):
         run_recipe(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

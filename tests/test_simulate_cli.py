@@ -261,10 +261,10 @@ def test_what_cannot_be_shown(
 ) -> None:
     code, _, errors = call(capsys, monkeypatch, tmp_path)
     assert code == 2
-    assert "is no job's directory: it has no recipe.yaml" in errors
+    assert "is not a job directory: it has no recipe.yaml" in errors
     code, _, errors = call(capsys, monkeypatch, job, "--adapter", "second")
     assert code == 2
-    assert "has no trained adapter 'second'; the recipe's are first, second. Train it" in errors
+    assert "has no trained adapter 'second'; the recipe has first, second. Train it" in errors
     code, _, errors = call(
         capsys, monkeypatch, job, "--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]"
     )
@@ -289,7 +289,7 @@ def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
         code, said, errors = call(capsys, monkeypatch, out, asked)
         assert (code, said) == (2, "")
         assert "the calibration of adapter 'first'" in errors
-        assert f"calibrate again: qwlora calibrate --out {out}" in errors
+        assert f"Calibrate again: qwlora calibrate --out {out}" in errors
     assert call(capsys, monkeypatch, out, "--set", "simulation.policy=weights-only")[0] == 0, (
         "of a change nothing is calibrated"
     )
@@ -305,7 +305,7 @@ def test_an_adapter_that_left_the_recipe_is_not_shown_by_it(job: Path, tmp_path:
     (out / "simulation" / "first").rename(out / "simulation" / "before")
     with pytest.raises(
         CalibrationError,
-        match=r"adapter 'before' in .* is left from another recipe; this one's are first, second",
+        match=r"adapter 'before' in .* is from an earlier version of the recipe, which now has first, second",
     ):
         explain_job(out, "before")
 
@@ -318,7 +318,7 @@ def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(
     Directory.read(out).drop("calibrate/first")  # as training leaves it
     with pytest.raises(
         CalibrationError,
-        match=r"is of another recipe, adapter or base than those that are there now \(has not run\); calibrate again: qwlora calibrate",
+        match=r"is of another recipe, adapter or base \(has not run\)\. Calibrate again: qwlora calibrate",
     ):
         explain_job(out)
 
@@ -328,13 +328,13 @@ def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(
     [
         (
             "base.weights.bitwidth=3",
-            "quantize, train/first, train/second would have to run again, and here only simulation.*, data.evaluation_sequences,",
+            "needs quantize, train/first, train/second to run again, but this command can only change simulation.*, data.evaluation_sequences,",
         ),
-        ("adapters.1.rank=2", "--set adapters.1.rank=2: train/second would have to run again"),
-        ("data.sequence_tokens=16", "train/first, train/second would have to run again"),
+        ("adapters.1.rank=2", "--set adapters.1.rank=2: needs train/second to run again"),
+        ("data.sequence_tokens=16", "train/first, train/second to run again"),
         (
             "verify.sequences=1",
-            "--set verify.sequences=1: nothing that is looked at here depends on it; leave it out",
+            "--set verify.sequences=1: has no effect on this command; remove it",
         ),
     ],
 )

@@ -188,7 +188,7 @@ def test_one_recovery_starts_two_adapters(recipe_for: Any, tmp_path: Path) -> No
     said.clear()
     run(changed, tmp_path / "out", ("quantize", "train"), say=said.append)
     assert [line for line in said if "skipped" in line] == [
-        "quantize: skipped, nothing that it depends on has changed"
+        "quantize: skipped, nothing it depends on has changed"
     ]
 
 

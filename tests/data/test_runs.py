@@ -123,7 +123,7 @@ def test_the_mask_is_shown(
     app(["data", str(path)], standalone_mode=False)
     shown = capsys.readouterr().out
     assert re.search(r"learnt tokens +\d", shown)
-    _, _, example = shown.partition("what is learnt stands in ⟦ ⟧")
+    _, _, example = shown.partition("loss tokens are in ⟦ ⟧")
     assert re.search(r"<\|user\|>", example.replace(" ", ""))
     assert example.count("⟦") == len(re.findall("assistant", example.replace(" ", ""))) > 1
     app(
@@ -133,7 +133,9 @@ def test_the_mask_is_shown(
     found = json.loads(capsys.readouterr().out)
     assert found["data"]["packing"] == "none"
     assert sum(r["tokens"] for r in found["documents"][0] if r["learnt"]) > 0
-    with pytest.raises(SourceError, match="there is no training sequence 999; there are"):
+    with pytest.raises(
+        SourceError, match="training sequence 999 does not exist; choose one from 0"
+    ):
         app(["data", str(path), "--sequence", "999"], standalone_mode=False)
 
 

@@ -71,9 +71,9 @@ def test_a_folder_that_no_record_lists_is_not_replaced(recipe: Recipe, tmp_path:
     finish(out, recipe, "train/first", "adapters/first")
     (out / "base").mkdir()
     (out / "base" / "mine.txt").write_text("mine")
-    with pytest.raises(DirectoryError, match=r"base' holds 'mine.txt'.*Move it out"):
+    with pytest.raises(DirectoryError, match=r"base' contains 'mine.txt'.*Move it out"):
         run(recipe, out, ("quantize",))  # before a model is loaded
-    with pytest.raises(DirectoryError, match=r"base' holds 'mine.txt'"):
+    with pytest.raises(DirectoryError, match=r"base' contains 'mine.txt'"):
         finish(out, recipe)
     assert (out / "base" / "mine.txt").read_text() == "mine"
     assert Directory.read(out).records.keys() == {"train/first"}
@@ -84,7 +84,7 @@ def test_a_users_file_among_a_jobs_is_not_removed(recipe: Recipe, tmp_path: Path
     finish(out, recipe)
     (out / "base" / "README.md").write_text("mine")
     before = contents(out)
-    with pytest.raises(DirectoryError, match=r"base' holds 'README.md'"):
+    with pytest.raises(DirectoryError, match=r"base' contains 'README.md'"):
         finish(out, recipe)
     assert contents(out) == before
 

@@ -609,7 +609,7 @@ def test_what_a_recipe_cannot_tune_is_found_before_any_work(
     )
     with pytest.raises(
         GridError,
-        match="tunes the scales of linear layers, and the recipe packs none; leave tuning out",
+        match="the recipe packs none; remove base",
     ):
         run(load_recipe(recipe_for(), no_linear), tmp_path / "out", verbs=("quantize",))
     (short := tmp_path / "short.txt").write_text("a b c d e f g h " * 6)
@@ -622,7 +622,7 @@ def test_what_a_recipe_cannot_tune_is_found_before_any_work(
     }
     with pytest.raises(
         SourceError,
-        match=r"base\.tuning takes at least two training sequences, and the text makes 1",
+        match=r"base\.tuning needs at least 2 training sequences, but the text gives 1",
     ):
         run(
             load_recipe(recipe_for(data=data), ("base.tuning.steps=4",)),

@@ -1,1 +1,5 @@
-"""The stages in order, over one output directory. Each reads artifacts, writes the next, and is skipped when nothing that it depends on has changed."""
+"""Runs a recipe as stages over one output directory.
+
+A stage reads the artifacts of earlier stages and writes its own. It is skipped if nothing that it
+depends on has changed.
+"""

@@ -1,8 +1,8 @@
-"""Where stages put their files inside a job's directory. Free of torch."""
+"""Paths of files and folders that stages write in a job's directory. Imports no torch."""
 
 MOMENTS = "moments"  # second moments of the base's layers, in base/
 SOLVER_SCALES = "tuning/solver_scales.safetensors"  # scales before tuning, in base/
-BASE_SIMULATION = "base_simulation"  # of the base alone, in workflow qwa-lora
-SHARED = "simulation/_shared"  # encodings that adapters share; no adapter has such a name
-SCALES = "activation_scales.safetensors"  # learned with an adapter, in adapters/NAME/
-ADAPTER = "adapter"  # in simulation/NAME/: the factors that its encodings belong to
+BASE_SIMULATION = "base_simulation"  # encodings of the base without an adapter; workflow qwa-lora
+SHARED = "simulation/_shared"  # encodings that adapters share; not a valid adapter name
+SCALES = "activation_scales.safetensors"  # trained with an adapter, in adapters/NAME/
+ADAPTER = "adapter"  # in simulation/NAME/: the adapter as it was calibrated (equalized)

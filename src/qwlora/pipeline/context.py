@@ -1,4 +1,7 @@
-"""What stages share within one process: text, models and the simulation, each loaded when first asked for and let go when it is in the way."""
+"""State that the stages of one process share: data, models and the simulation.
+
+Each is loaded on first use. Large ones are released as soon as another one replaces them.
+"""
 
 from __future__ import annotations
 
@@ -49,19 +52,19 @@ if TYPE_CHECKING:
 
 
 def learned_scales(adapter: Path) -> dict[str, Tensor]:
-    """The scales of activations that were learned with the adapter in a folder; none if it has none.
+    """Activation scales that were trained with the adapter in a folder; empty if there are none.
 
     Raises:
-        SourceError: their file is damaged.
+        SourceError: the file is damaged.
     """
     return _read_tensors(adapter / SCALES, f"adapter {str(adapter)!r}", "train it again")
 
 
 def solver_scales(base: Path) -> dict[str, Tensor]:
-    """The scales that the base in a folder had before tuning, by layer; none if it was not tuned.
+    """Scales of the base in a folder before tuning, by layer; empty if it was not tuned.
 
     Raises:
-        SourceError: their file is damaged.
+        SourceError: the file is damaged.
     """
     return _read_tensors(
         base / SOLVER_SCALES, f"base {str(base)!r}", "delete it and quantize again"
@@ -76,16 +79,15 @@ def _read_tensors(path: Path, owner: str, remedy: str) -> dict[str, Tensor]:
 
 
 class JobContext:
-    """Lazily loaded inputs of the stages of one directory."""
+    """Lazily loaded inputs of the stages of one job directory."""
 
     def __init__(self, recipe: Recipe, documents: Documents, path: Path, track: Track):
         self.recipe, self.documents, self.path, self.track = recipe, documents, path, track
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
         self._rules_are_checked = False
-        self.whole_because: str | None = (
-            None  # why a folder's weights cannot be read tensor by tensor, known from `lazy` on
-        )
+        # Why the weights cannot be read tensor by tensor; set by `lazy`.
+        self.whole_because: str | None = None
         self.equalization: dict[str, Any] = {}
 
     @cached_property
@@ -102,17 +104,17 @@ class JobContext:
 
     @property
     def evaluation(self) -> Sequences:
-        """What perplexity is measured on."""
+        """Held-out sequences that perplexity is measured on."""
         return self.data.held_out.first(self.recipe.data.evaluation_sequences)
 
     @property
     def calibration_ids(self) -> Tensor:
-        """What ranges and statistics of activations are measured on: int64 [count, tokens], without padding."""
+        """Token ids that activation ranges are measured on: int64 [count, tokens], no padding."""
         return self.data.calibration_ids[: self.recipe.data.calibration_sequences]
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """What step 3 sees, and when it has seen enough: arguments of `Calibrated.observe`."""
+        """Arguments of `Calibrated.observe`: calibration batches, and when to stop early."""
         section = self.recipe.simulation
         batches = [
             {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))}
@@ -134,14 +136,14 @@ class JobContext:
         return next(a for a in self.recipe.adapters if a.name == name)
 
     def float_model(self) -> PreTrainedModel:
-        """The model before step 1; stays until `take_float_model`."""
+        """The model before step 1; kept in memory until `take_float_model` or `base`."""
         if self._float_model is None:
             model = self.recipe.model
             self._float_model = load_model(model.source, model.trust_remote_code)
         return self._float_model
 
     def checkpoint(self) -> Checkpoint:
-        """The model's files as they are, integers where they hold integers."""
+        """The model's files, with integer weights where the files hold integers."""
         location = fetch(self.recipe.model.source)
         section = self.recipe.model
         return open_checkpoint(
@@ -153,23 +155,25 @@ class JobContext:
 
     @cached_property
     def lazy(self) -> LazyModel | None:
-        """The float model with its weights in their files; None if they are not in a folder that can be read tensor by tensor."""
+        """The float model with weights left in their files.
+
+        None if the files cannot be read tensor by tensor; `whole_because` may say why.
+        """
         location = fetch(self.recipe.model.source)
         if location.gguf_file or self.recipe.model.encodings is not None:
             return None
         if self.recipe.model.trust_remote_code:
-            self.whole_because = "model.trust_remote_code is true: its own code loads it"
+            self.whole_because = "model.trust_remote_code is true, so the model's own code loads it"
             return None
         try:
             return LazyModel(FloatCheckpoint(location.path))
-        except (
-            SourceError
-        ) as error:  # weights that transformers makes of others, or in pickles: it loads them whole
+        except SourceError as error:
+            # Weights that transformers converts on loading, or pickles: load the whole model.
             self.whole_because = str(error)
             return None
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without its weights, on the meta device: to see whether an adapter fits it."""
+        """The model on the meta device, without weights: to check whether an adapter fits it."""
         model = self.recipe.model
         config = (
             self._float_model.config
@@ -181,11 +185,11 @@ class JobContext:
 
     @property
     def holds_float_model(self) -> bool:
-        """Whether it is in memory."""
+        """Whether the float model is in memory."""
         return self._float_model is not None
 
     def take_float_model(self) -> PreTrainedModel:
-        """Hand the float model over to whoever changes it."""
+        """The float model, for a caller that modifies it; the context forgets it."""
         model, self._float_model = self.float_model(), None
         return model
 
@@ -205,7 +209,7 @@ class JobContext:
         return self.load_base(self.path / "base")
 
     def load_base(self, folder: Path) -> PreTrainedModel:
-        """The base in `folder`, with code of the model's own if the recipe trusts it."""
+        """The base in `folder`; runs the model's own code only if the recipe trusts it."""
         return load_base(folder, trust_remote_code=self.recipe.model.trust_remote_code)
 
     def adapted(self, name: str) -> PeftModel:
@@ -214,7 +218,7 @@ class JobContext:
 
     @property
     def schemes(self) -> SimulationSchemes:
-        """What the recipe's simulation asks for."""
+        """Schemes and rules of the recipe's simulation."""
         section = self.recipe.simulation
         return SimulationSchemes(
             activations=Scheme(section.activation_bitwidth, section.activation_symmetric),
@@ -224,17 +228,20 @@ class JobContext:
             rules=tuple(section.placement_rules()),
             observer=section.estimator(),
             symmetric_matmul_second_input=section.symmetric_matmul_second_input,
-            idle_rules="allow",  # a job has several graphs; `check_rules` looks at all
+            idle_rules="allow",  # `check_rules` checks them over all graphs of the job
         )
 
     @property
     def example_inputs(self) -> dict[str, Tensor]:
-        """What a graph is captured with."""
+        """Example inputs for capturing a graph."""
         ids = self.data.calibration_ids[:1, :16].repeat(2, 1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def equalized(self, *names: str) -> PeftModel:
-        """A fresh copy of the base with trained adapters in factors for their grid; the first is active. `equalization` says what was done to the last."""
+        """A fresh copy of the base with equalized trained adapters, the first of them active.
+
+        Sets `equalization` to the report of the last adapter.
+        """
         model = self.adapted(names[0])
         for number, name in enumerate(names[1:], 1):
             folder = self.path / "adapters" / name
@@ -255,10 +262,13 @@ class JobContext:
         return model.eval()
 
     def new_simulation(self, name: str, model: PeftModel | None = None) -> Simulation:
-        """Capture base and adapter; nothing is calibrated yet, but what training through the base's activations fixed. Only one simulation is kept.
+        """Capture base and adapter as a simulation that is not calibrated yet.
+
+        In workflow qwa-lora, the encodings that the adapter was trained through are already set.
+        Only one simulation is kept in memory.
 
         Args:
-            model: the base with the adapter in factors for their grid; `equalized` unless given.
+            model: the base with the equalized adapter. Default: `equalized(name)`.
         """
         self._simulation = None
         simulation = simulate(model or self.equalized(name), self.example_inputs, self.schemes)
@@ -270,19 +280,20 @@ class JobContext:
         return simulation
 
     def check_rules(self, *placements: Placement) -> None:
-        """Every placement rule does something in a graph of the job; see `unused_rules.py`.
+        """Check once that every placement rule has an effect in the job; see `unused_rules.py`.
 
         Args:
-            placements: of graphs that were captured anyway.
+            placements: placements of graphs that the caller captured anyway.
         """
         if not self._rules_are_checked and self.recipe.simulation.rules:
             refuse_unused_rules(placements, self._capture_graphs())
         self._rules_are_checked = True
 
     def _capture_graphs(self) -> Iterator[Placement]:
-        """Placements of the graphs that the job captures, one after another: the base with each adapter
-        as it starts, and alone where that is calibrated. An adapter that continues another one has
-        the same layers.
+        """Capture the job's graphs one by one and yield their placements.
+
+        These are the base with each untrained adapter, and the base alone if the job calibrates it.
+        An adapter that continues another one is left out: it has the same layers.
         """
         for adapter in self.recipe.adapters:
             if self.recipe.start_of(adapter) is None:
@@ -303,7 +314,7 @@ class JobContext:
         return self.schemes.placement(captured.program, captured.input_names)
 
     def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
-        """Base and adapter as one graph to train through, the base's activations on the grids that were calibrated."""
+        """Base and adapter as one graph to train through, with calibrated base activations."""
         simulation = simulate(model.eval(), self.example_inputs, self.schemes)
         return TrainingGraph(
             simulation, load_activations(self.path / BASE_SIMULATION), learns_ranges
@@ -316,9 +327,8 @@ class JobContext:
             simulation = self.new_simulation(
                 name, load_adapter(self.base(), folder / ADAPTER).eval()
             )
-            if (
-                self.recipe.simulation.base_activations == "none"
-            ):  # the adapter's weights lie on grids that their own values do not give
+            if self.recipe.simulation.base_activations == "none":
+                # Adapter weights use shared encodings, which their own values do not determine.
                 simulation.set_adapter_encodings(load_encodings(folder))
             restore(simulation, folder)
         assert self._simulation is not None

@@ -1,7 +1,7 @@
-"""Which stages are current, and why the others are not.
+"""Finds the stages that are out of date, and why. Imports no torch.
 
-A stage is current if it ran with the inputs of the plan, its files are there and unchanged, and all
-stages that it needs are current, all the way up. Free of torch.
+A stage is current if it ran with the inputs of the plan, its files exist unmodified, and all stages
+that it needs, directly or indirectly, are current.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from qwlora.pipeline.stage import Stage
 def find_stale(
     plan: Sequence[Stage], directory: Directory, whatever_inputs: bool = False
 ) -> dict[str, str]:
-    """The stages of `plan` that are not current, each with the reason, in the order of the plan.
+    """The stages of `plan` that are not current and the reason for each, in the order of the plan.
 
     Args:
-        whatever_inputs: do not ask whether a stage ran with the inputs of the plan, but only
-            whether what it made is there and unchanged.
+        whatever_inputs: check only that the stages' files exist unmodified, not that the inputs are
+            those of the plan.
     """
     stale: dict[str, str] = {}
     for stage in plan:
@@ -32,7 +32,7 @@ def find_stale(
 
 
 def upstream(plan: Sequence[Stage], name: str) -> list[Stage]:
-    """The stage `name` and all that it needs, all the way up, in the order of the plan."""
+    """The stage `name` and all it needs, directly or indirectly, in the order of the plan."""
     found = {name}
     for stage in reversed(plan):
         if stage.name in found:

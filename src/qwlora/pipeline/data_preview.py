@@ -1,4 +1,4 @@
-"""What a recipe's data comes to, without running anything: counts, and a training sequence as the Trainer gets it, with the learnt tokens marked."""
+"""Preview of a recipe's data: counts, and one training sequence with its loss tokens marked."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ OPEN, CLOSE = "⟦", "⟧"
 
 
 def preview(recipe: Recipe, sequence: int = 0) -> dict[str, Any]:
-    """Counts (`data`, as in results.json), and training sequence number `sequence` as `documents`: lists of runs {text, tokens, learnt}.
+    """Counts and one training sequence.
+
+    Returns:
+        `data`: counts as in results.json. `documents`: for each document in training sequence
+        number `sequence`, a list of runs {text, tokens, learnt}; `learnt` marks loss tokens.
 
     Raises:
-        SourceError: see `load_documents` and `prepare`; or there are fewer sequences.
+        SourceError: see `load_documents` and `prepare`; or there is no sequence of that number.
     """
     from qwlora.data.sequences import IGNORED
 
@@ -31,7 +35,7 @@ def preview(recipe: Recipe, sequence: int = 0) -> dict[str, Any]:
     train = context.data.train
     if not 0 <= sequence < len(train):
         raise SourceError(
-            f"there is no training sequence {sequence}; there are {len(train)}, counted from 0"
+            f"training sequence {sequence} does not exist; choose one from 0 to {len(train) - 1}"
         )
     item = train[sequence]
     ids, learnt = item["input_ids"].tolist(), (item["labels"] != IGNORED).tolist()
@@ -50,7 +54,10 @@ def preview(recipe: Recipe, sequence: int = 0) -> dict[str, Any]:
 
 
 def _runs(ids: list[int], learnt: list[bool]) -> Any:
-    """Neighbours that are both learnt or both not; what is not learnt and repeats one token to the end is padding, and left out."""
+    """Runs of tokens that are all loss tokens or all not.
+
+    Padding is left out: tokens without loss at the end that repeat one id.
+    """
     end = len(ids)
     while end > 1 and not learnt[end - 1] and ids[end - 1] == ids[end - 2]:
         end -= 1
@@ -75,7 +82,7 @@ def _run(tokenizer: Any, ids: list[int], learnt: bool) -> dict[str, Any]:
 
 
 def format_preview(found: dict[str, Any]) -> str:
-    """The counts as a table and the sequence as text, learnt tokens between OPEN and CLOSE."""
+    """The counts as a table and the sequence as text, loss tokens between OPEN and CLOSE."""
     data = found["data"]
     lines = [f"{data['kind']}, packing {data['packing']}"]
     lines += [
@@ -88,7 +95,7 @@ def format_preview(found: dict[str, Any]) -> str:
         f"{key.replace('_', ' '):22}{value:>12,}{data['held_out'][key]:>12,}"
         for key, value in data["train"].items()
     ]
-    lines += ["", f"training sequence {found['sequence']}; what is learnt stands in {OPEN} {CLOSE}"]
+    lines += ["", f"training sequence {found['sequence']}; loss tokens are in {OPEN} {CLOSE}"]
     for runs in found["documents"]:
         lines += [
             "-" * 40,

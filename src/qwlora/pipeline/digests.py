@@ -1,13 +1,12 @@
-"""SHA-256 of files, cached in a JSON file so that files that did not change are not read again.
+"""SHA-256 digests of files, cached in a JSON file so that unchanged files are not read again.
 
-A cached digest counts while the file's size, mtime, ctime and inode are what they were. The ctime
-is what finds a file that was rewritten in place and given its old mtime back: the kernel sets it
-at every write, and no program can set it to a chosen value.
+A cached digest is valid while the file's size, mtime, ctime and inode stay the same. The ctime
+detects a file that was rewritten in place and had its mtime restored: the kernel sets it at every
+write, and programs cannot choose its value.
 
     {"sha256": "of the rest", "files": {"/a/file": [size, mtime_ns, ctime_ns, inode, "digest"]}}
 
-The cache is only a shortcut: it may be deleted at any time, and a damaged one is ignored.
-This module does not import torch.
+The cache may be deleted at any time; a damaged one is ignored. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from qwlora import strict_json
 from qwlora.atomic import write_text
 from qwlora.progress import Track, untracked
 
-# A file that was written less than this ago is not cached: a second write within the same tick of
-# the file system's clock (up to 2 s) would leave the same stamps.
+# Files written less than this ago are not cached: a second write within the same tick of the file
+# system's clock (up to 2 s) would leave the stamps unchanged.
 SETTLED_NS = 2 * 10**9
 _CHUNK_BYTES = 2**22
-_SHOWN_BYTES = 2**30  # hashing takes about a second from here on, so it is shown
-_UNREAD = "mtime:"  # begins the identity of a file that was never read
+_SHOWN_BYTES = 2**30  # hashing takes a second or more from here on: show progress
+_UNREAD = "mtime:"  # prefix of the identity of a file that was not read
 
 Stamps = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
 
@@ -39,10 +38,9 @@ class Digests:
     """Digests of files. Nothing is written before `save`.
 
     Args:
-        cache: the JSON file; None keeps digests for the life of this object only.
-        trust_mtime: for models of terabytes. A cached digest counts while size and mtime are what
-            they were, whatever ctime and inode; and `identity` of a file that is not in the cache
-            is made of its size and mtime, without reading it.
+        cache: the JSON file; None caches in memory only.
+        trust_mtime: for models of terabytes. A cached digest is valid while size and mtime stay the
+            same, and `identity` of an uncached file is its size and mtime, without reading it.
         track: shows progress while a large file is read.
     """
 
@@ -54,7 +52,7 @@ class Digests:
         self._is_changed = False
 
     def content(self, path: str | Path) -> str | None:
-        """SHA-256 of a file's content, as hex digits; None if there is no file to read."""
+        """SHA-256 of a file's content, as hex digits; None if it cannot be read."""
         path = os.path.abspath(path)
         try:
             if (digest := self._cached(path)) and not digest.startswith(_UNREAD):
@@ -68,9 +66,9 @@ class Digests:
         return digest
 
     def identity(self, path: str | Path) -> str | None:
-        """What tells one content of a file from another: `content`, or with `trust_mtime` a stamp.
+        """A string that changes with the file's content: `content`, or a stamp with `trust_mtime`.
 
-        A cached stamp is used without `trust_mtime` too, while all four stamps are what they were.
+        Without `trust_mtime` a cached stamp is still used while all four stamps stay the same.
         """
         path = os.path.abspath(path)
         try:
@@ -86,7 +84,7 @@ class Digests:
         return stamp
 
     def save(self) -> None:
-        """Write the cache, if something was added and its folder is there and can be written."""
+        """Write the cache if it changed; does nothing if its folder is missing or read-only."""
         if self.cache is None or not self._is_changed:
             return
         kept = {p: [*s, d] for p, (s, d) in sorted(self._known.items()) if os.path.exists(p)}

@@ -3,14 +3,15 @@
     DIR/recipe.yaml            the recipe, resolved
     DIR/base/                  the frozen base
     DIR/base_simulation/       encodings of the base's activations (workflow qwa-lora)
-    DIR/adapters/NAME/         a PEFT adapter; with learned activation ranges beside it, if it has any
-    DIR/simulation/NAME/       encodings and placement, and the adapter in the factors that they are of
+    DIR/adapters/NAME/         a PEFT adapter, and its trained activation ranges if it has any
+    DIR/simulation/NAME/       encodings, placement, and the adapter as it was calibrated
     DIR/export/TARGET/NAME/    files for a runtime
-    DIR/results.json           what was measured (see docs/results.md)
-    DIR/.qwlora/               the marker of ownership, the stages' records, checkpoints, the lock
+    DIR/results.json           measurements (see docs/results.md)
+    DIR/.qwlora/               ownership marker, records of stages, checkpoints, lock
 
-An artifact is made in a scratch folder and renamed into place, so that what is there is whole. A stage's record is written after its artifact.
-Both are flushed to disk before they are renamed. `stages.json` has a line for each record, with a checksum: a damaged line makes its stage run again.
+Artifacts are written to a scratch folder and renamed into place, so they are never incomplete. A
+stage's record is written after its artifact. Both are flushed to disk before the rename.
+`stages.json` has one line per record, with a checksum; if a line is damaged, its stage runs again.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _FULL_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Record:
-    """What a finished stage leaves behind: the key of its inputs, what it measured, and the files of its artifact with their SHA-256."""
+    """Record of a finished stage: the key of its inputs, its results, SHA-256 of its files."""
 
     key: str
     seconds: float
@@ -56,14 +57,14 @@ class Record:
     files: dict[str, str] = field(default_factory=dict)
 
     def checksum(self, stage: str) -> str:
-        """SHA-256 over the record and the name of its stage."""
+        """SHA-256 of the record together with the name of its stage."""
         as_read = json.loads(json.dumps([stage, asdict(self)]))
         content = json.dumps(as_read, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 
 class Directory:
-    """One job's directory; use `open`."""
+    """The directory of one job. Use `open` to write to it, `peek` or `read` to look at it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -76,10 +77,10 @@ class Directory:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, recipe: Recipe) -> Iterator[Directory]:
-        """Claim `path` for `recipe`, and make it if it does not exist.
+        """Claim `path` for `recipe`, and create it if it does not exist.
 
-        If nothing was finished in a directory that this call claimed first, not even a part of a
-        stage, then what this call made is removed again: the marker, the recipe, the folders.
+        If this call claimed the directory and nothing was finished in it, not even a part of a
+        stage, everything this call created is removed again: marker, recipe and folders.
 
         Raises:
             DirectoryError: it belongs to another recipe or to something else, is in use, or
@@ -107,10 +108,10 @@ class Directory:
             lock.close()
 
     def check_owner(self, recipe: Recipe) -> None:
-        """Check that the directory is free, or belongs to this job: a recipe of this name and model.
+        """Check that the directory is free or belongs to this job (same recipe name and model).
 
         Raises:
-            DirectoryError: it belongs to another recipe, or holds something else.
+            DirectoryError: it belongs to another recipe, or contains something else.
         """
         with explained(self.path):
             if not check_output(self.path):
@@ -126,27 +127,27 @@ class Directory:
             if (owner.recipe, owner.model) != (recipe.name, recipe.model.source):
                 raise DirectoryError(
                     f"{str(self.path)!r} was made by another recipe ({owner.recipe!r} on "
-                    f"{owner.model}), not by {recipe.name!r} on {recipe.model.source}; "
-                    "choose another --out, or delete it"
+                    f"{owner.model}), not by {recipe.name!r} on {recipe.model.source}. "
+                    "Choose another --out, or delete the directory"
                 )
             self._check_recipe(owner, recipe)
 
     def check_replaceable(self, artifact: str) -> None:
-        """Check that the job made whatever is at `artifact` now.
+        """Check that everything at `artifact` was made by this job.
 
         Raises:
-            DirectoryError: there is something that no record lists.
+            DirectoryError: it contains a file that no record lists.
         """
         check_replaceable(self.path / artifact, self._files_made(artifact))
 
     @property
     def is_writable(self) -> bool:
-        """Whether files can be made here; true if the directory is yet to be made."""
+        """Whether files can be written here; true if the directory does not exist yet."""
         folders = (self.path, self.private)
         return all(os.access(folder, os.W_OK) for folder in folders if folder.exists())
 
     def check_writable(self) -> None:
-        """Refuse a directory in which nothing can be written.
+        """Check that the directory is writable.
 
         Raises:
             DirectoryError: it, or its .qwlora folder, is read-only.
@@ -155,17 +156,16 @@ class Directory:
             raise DirectoryError(f"{str(self.path)!r} is not writable; choose another --out")
 
     def problem(self, stage: str, key: str | None) -> str | None:
-        """Why `stage` must run, looking at itself alone; None if it need not.
+        """Why `stage` must run, without regard to other stages; None if it need not.
 
-        It need not if it is recorded with `key` (with any if None) and each file of its artifact
-        is as it was written.
+        It need not if its record has `key` (None: any key) and its files are unmodified.
         """
         if (record := self.records.get(stage)) is None:
             return (
                 "has not run, or its record is damaged" if self.damaged_records else "has not run"
             )
         if key is not None and record.key != key:
-            return "its inputs changed after it ran"
+            return "its inputs changed since it ran"
         found = []
         folder = os.path.commonpath(record.files) if len(record.files) > 1 else ""
         if folder and not (self.path / folder).exists():
@@ -181,7 +181,7 @@ class Directory:
 
     @classmethod
     def peek(cls, path: Path, recipe: Recipe) -> Directory:
-        """Look at the records of `path` without claiming it; see `check_owner` for the errors."""
+        """The records of `path` without claiming it. Raises like `check_owner`."""
         cls(path).check_owner(recipe)
         directory = cls.read(path)
         directory.owner = read_owner(path) or directory.owner
@@ -189,13 +189,16 @@ class Directory:
 
     @classmethod
     def read(cls, path: Path) -> Directory:
-        """The records of `path`, whoever owns it, none if no job ran there; nothing is claimed or written."""
+        """The records of `path`, regardless of its owner; empty if no job ran there.
+
+        Claims and writes nothing.
+        """
         directory = cls(path)
         directory._read_records()
         return directory
 
     def missing_adapters(self) -> list[str]:
-        """Adapters of the job that were trained here and whose folders are gone."""
+        """Adapters that the job has trained but whose folders are missing."""
         trained = [
             stage.removeprefix("train/") for stage in self.records if stage.startswith("train/")
         ]
@@ -211,9 +214,9 @@ class Directory:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """An empty folder, gone afterwards unless it was committed."""
+        """An empty folder; deleted afterwards unless it was committed."""
         folder = self.private / "scratch"
-        for old in (folder, self._replaced):  # of a run that was killed
+        for old in (folder, self._replaced):  # left by a run that was killed
             shutil.rmtree(old, ignore_errors=True)
         folder.mkdir()
         try:
@@ -223,11 +226,11 @@ class Directory:
 
     @property
     def _replaced(self) -> Path:
-        """Where an artifact goes that is replaced, until the new one is recorded."""
+        """Where the old artifact is kept until the new one is recorded."""
         return self.private / "replaced"
 
     def drop(self, *stages: str) -> None:
-        """Forget that `stages` ran; their files stay."""
+        """Drop the records of `stages`; their files stay."""
         for stage in stages:
             self.records.pop(stage, None)
         self._write_records()
@@ -240,18 +243,18 @@ class Directory:
         artifact: str | None,
         dependents: Collection[str],
     ) -> None:
-        """Replace the artifact by the scratch folder and record the stage.
+        """Replace the artifact with the scratch folder and record the stage.
 
-        `dependents` were made from the stage's old result; their records are dropped.
+        Drops the records of `dependents`, which were made from the old artifact.
 
         Raises:
-            DirectoryError: something is at `artifact` that the job did not make.
+            DirectoryError: `artifact` contains something that the job did not make.
         """
         old, new = set[str](), set[str]()
         if artifact is not None:
             self.check_replaceable(artifact)
             old, new = self._files_made(artifact), set(files_in(scratch))
-            # listed before it is in place, so that it is known as ours after a kill in between
+            # Listed first, so that the files are known to be the job's if it is killed in between.
             self._write_owner(artifact, old | new)
         for name in (stage, *dependents):
             self.records.pop(name, None)
@@ -264,7 +267,7 @@ class Directory:
                 for p in sorted(scratch.rglob("*"))
                 if p.is_file()
             }
-            if old and target.exists():  # moved, since a removal can be killed halfway
+            if old and target.exists():  # moved, since a deletion may be interrupted halfway
                 target.rename(self._replaced)
             target.parent.mkdir(parents=True, exist_ok=True)
             move_into_place(scratch, target)
@@ -275,16 +278,16 @@ class Directory:
         shutil.rmtree(self._replaced, ignore_errors=True)
 
     def work(self, stage: str, key: str) -> Path:
-        """Folder for what a stage must find again after an interruption; one for each key."""
+        """Folder for unfinished work that a stage resumes after an interruption; one per key."""
         return self.private / "work" / f"{stage.replace('/', '-')}-{key[:16]}"
 
     def drop_work(self, stage: str) -> None:
-        """Delete the work folders of `stage`, whatever their key."""
+        """Delete the work folders of `stage` for all keys."""
         for folder in (self.private / "work").glob(f"{stage.replace('/', '-')}-{'?' * 16}"):
             shutil.rmtree(folder)
 
     def _files_made(self, artifact: str) -> set[str]:
-        """The files at `artifact`, relative to it, that the job lists as its own."""
+        """Files that the job has written to `artifact`, relative to it."""
         folder = Path(artifact)
         listed = (Path(file) for record in self.records.values() for file in record.files)
         recorded = {str(file.relative_to(folder)) for file in listed if folder in file.parents}
@@ -295,7 +298,7 @@ class Directory:
         self.owner = owner or Owner(recipe.name, recipe.model.source)
         if (self.private / "owner.json").is_file():
             return
-        if owner is not None:  # a job of a version that wrote no marker
+        if owner is not None:  # a job of an older version, without a marker
             for file in (Path(file) for record in self.records.values() for file in record.files):
                 for folder in (p for p in file.parents if p.name):
                     listed = self.owner.artifacts.setdefault(str(folder), [])
@@ -308,21 +311,23 @@ class Directory:
         write_text(self.private / "owner.json", self.owner.to_json())
 
     def _check_recipe(self, owner: Owner, recipe: Recipe) -> None:
-        """Check that `recipe.yaml` says `recipe`, or that overwriting it loses nothing."""
+        """Check that `recipe.yaml` equals `recipe`, or can be overwritten without losing edits."""
         file = self.path / "recipe.yaml"
         has_marker = (self.private / "owner.json").is_file()
         if not has_marker or not os.path.lexists(file) or _digest(file) in owner.recipes:
             return
         if not _reads_as(file, recipe):
             raise DirectoryError(
-                f"{str(file)!r} was edited after qwlora wrote it, and is not the recipe of this "
-                "run, which would overwrite it. Nothing was changed. Make your changes in that "
-                "file and run it without --set, or move it away."
+                f"{str(file)!r} was edited after qwlora wrote it, and differs from the recipe of "
+                "this run, which would overwrite it. Nothing was changed. Make your changes in "
+                "that file and run it without --set, or move it away."
             )
 
     def _write_recipe(self, recipe: Recipe) -> None:
-        """Write the resolved recipe, unless the file reads so already: it may be the one that was
-        passed in, and its comments are the user's."""
+        """Write the resolved recipe.
+
+        A file with equal content is kept: it may be the user's own, with comments.
+        """
         file = self.path / "recipe.yaml"
         if _reads_as(file, recipe):
             return
@@ -333,13 +338,13 @@ class Directory:
         write_text(file, text)
 
     def _remove_claim(self) -> None:
-        """Remove what claiming an unclaimed directory made; the lock is held until it is gone."""
+        """Remove everything that claiming the directory created. The lock is still held."""
         if _digest(self.path / "recipe.yaml") in self.owner.recipes:
             (self.path / "recipe.yaml").unlink(missing_ok=True)
         shutil.rmtree(self.private, ignore_errors=True)
 
     def _has_results(self) -> bool:
-        """Whether a stage was finished, or a part of one that the next run can use."""
+        """Whether a stage was finished, or partly, so that the next run can resume it."""
         work = (self.private / "work").rglob("*")
         return bool(self.records or self.owner.artifacts) or any(file.is_file() for file in work)
 
@@ -358,16 +363,16 @@ class Directory:
 
     def _write_records(self) -> None:
         """Write `records` to stages.json."""
-        lines = [
-            f"{strict_json.dumps(stage)}: {strict_json.dumps(asdict(record) | {'sha256': record.checksum(stage)})}"
-            for stage, record in self.records.items()
-        ]
+        lines = []
+        for stage, record in self.records.items():
+            content = asdict(record) | {"sha256": record.checksum(stage)}
+            lines.append(f"{strict_json.dumps(stage)}: {strict_json.dumps(content)}")
         write_text(self.private / "stages.json", "{\n" + ",\n".join(lines) + "\n}\n")
         self.damaged_records = 0
 
 
 def _parse_record(line: bytes) -> tuple[str, Record] | None:
-    """A line of stages.json; None if it is not what was written."""
+    """The record in a line of stages.json; None if the line is damaged."""
     try:
         ((stage, content),) = json.loads(b"{" + line.removesuffix(b",") + b"}").items()
         checksum = content.pop("sha256")
@@ -378,7 +383,7 @@ def _parse_record(line: bytes) -> tuple[str, Record] | None:
 
 
 def _parse_without_checksums(content: bytes) -> dict[str, Record] | None:
-    """The records of a version that wrote no checksums: which files are the job's; None if not."""
+    """The records in a file of an older version, without checksums; None if it is not one."""
     try:
         return {stage: Record(**record) for stage, record in json.loads(content).items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
@@ -394,27 +399,30 @@ def _reads_as(file: Path, recipe: Recipe) -> bool:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's and the writers' ways to say "cannot be written" into one error."""
+    """Turn the various errors for a full disk or an unwritable path into a DirectoryError."""
     try:
         yield
     except DirectoryError:
         raise
     except Exception as error:
-        # writers in other languages report a full disk in words of their own, so the disk is asked too
+        # Native writers report a full disk in their own words, so the free space is checked too.
         if (
             getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             or "No space left" in str(error)
             or _free_bytes(path) < _FULL_BYTES
         ):
             raise DirectoryError(
-                f"{str(path)!r}: no space left on the disk. Nothing half-written was kept; free some space and run again"
+                f"{str(path)!r}: no space left on the disk. Nothing half-written was kept. Free "
+                "some space and run again"
             ) from error
         if file_being_read(error) is not None:
             raise
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(
             error, "errno", None
         ) in (errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.ENAMETOOLONG):
-            raise DirectoryError(f"{str(path)!r} cannot be written: {error}") from error
+            raise DirectoryError(
+                f"{str(path)!r} cannot be written: {error}. Fix this or choose another --out"
+            ) from error
         raise
 
 
@@ -422,7 +430,7 @@ def _free_bytes(path: Path) -> float:
     usage = shutil.disk_usage(
         next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
     )
-    return usage.free if usage.total else float("inf")  # /proc and its like have no size
+    return usage.free if usage.total else float("inf")  # file systems like /proc have no size
 
 
 def _digest(path: Path) -> str | None:

@@ -1,7 +1,8 @@
-"""Several processes and one directory, under `torchrun` or `accelerate launch`.
+"""Several processes on one directory, under `torchrun` or `accelerate launch`.
 
-The first process runs the stages, writes, and speaks; the others wait, and take part where a stage is done together: training. What the first tells them is the
-name of that stage, and in the end that there is nothing more.
+The first process runs all stages, writes files and prints. The others wait for a stage that all
+processes run together, which is training. The first process broadcasts the name of such a stage,
+and None at the end.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from typing import Any
 
 from qwlora.errors import TrainingError
 
-_PATIENCE = timedelta(days=30)  # quantizing a large model takes hours, and the others wait for it
+_PATIENCE = timedelta(days=30)  # the others wait while a large model is quantized, for hours
 _state: dict[str, Any] = {}
 
 
 def process_count() -> int:
-    """Processes of this run, as the launcher says."""
+    """Number of processes in this run, set by the launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this is the process that writes."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def tell(stage: str | None) -> None:
-    """From the first process to the others: take part in `stage`, or, with None, go home. Nothing is told after a common stage failed."""
+    """Called by the first process: tell the others to join `stage`, or to end if None.
+
+    Tells nothing after a common stage has failed.
+    """
     if _state.get("failed"):
         atexit.register(_exit)
     elif process_count() > 1:
@@ -41,15 +45,18 @@ def tell(stage: str | None) -> None:
 
 
 def done() -> None:
-    """A stage that was told came to its end; waits until it did in the others, which may still read what is in its work folder."""
+    """Called by the first process after a common stage: wait until the others finish it too.
+
+    Until then they may read its work folder.
+    """
     if _state.get("failed"):
         _wait_for_all()
     _state["failed"] = False
 
 
 def told_stages() -> Iterator[str]:
-    """What every process but the first does: yields the name of each stage to take part in, until the
-    first process is finished.
+    """Called by all other processes: yield each stage to join, until the first process is
+    finished.
     """
     while (name := _broadcast(None)) is not None:
         atexit.register(_exit)
@@ -60,14 +67,14 @@ def told_stages() -> Iterator[str]:
 
 
 def _exit() -> None:
-    """End without closing connections that the other processes still wait on: closing would wait for them, and they for us."""
+    """Exit without closing connections: closing waits for the other processes, a deadlock."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
 
 
 def _leave() -> None:
-    """Close the connections; a process that exits with open ones may be aborted."""
+    """Close the connections; a process that exits with open connections may be aborted."""
     from torch import distributed
 
     _state.clear()
@@ -81,7 +88,7 @@ def _wait_for_all() -> None:
         distributed.barrier(_state["group"])
     except RuntimeError as error:
         raise TrainingError(
-            "another process of this run has ended in the middle of the stage; what it printed says why"
+            "another process of this run ended during the stage; see its output for the reason"
         ) from error
 
 

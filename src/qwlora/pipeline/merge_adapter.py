@@ -1,9 +1,12 @@
-"""Merging an adapter of a finished job into its base, with the verdict first.
+"""Merge an adapter of a job into its base, and measure beforehand what that loses.
 
-    float         W_hat + Delta, a float model: computes what base and adapter compute, at the float model's size
-    requantized   W_hat + Delta rounded back onto the base's own grid: the base's size, and what the grid swallows is lost
+    float         W_hat + Delta as a float model: computes the same as base and adapter, but is as
+                  large as the float model
+    requantized   W_hat + Delta rounded onto the base's grid: as small as the base, but changes
+                  smaller than half a step are lost
 
-`W_hat` is what the base's integers stand for, never the float weight that they came from.
+`W_hat` are the dequantized weights of the base, never the original float weights. `Delta` is
+scaling * lora_B @ lora_A.
 """
 
 from __future__ import annotations
@@ -28,16 +31,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Into = Literal["float", "requantized"]
-LOSS = 0.01  # relative loss of perplexity up to which merging into integers is called harmless
+LOSS = 0.01  # largest relative increase of perplexity that is called harmless
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What merging into the base's integers would do.
+    """Effect of merging an adapter into the base's integers.
 
     Args:
-        layers: by canonical path.
-        base, adapted, merged: perplexity on held-out text of the base, of base and adapter, and of the requantized merge.
+        layers: rounding loss by canonical layer path.
+        base, adapted, merged: perplexity on held-out text of the base, of the base with the
+            adapter, and of the requantized merge.
     """
 
     layers: dict[str, RoundingLoss]
@@ -47,14 +51,17 @@ class Verdict:
 
     @property
     def share(self) -> float:
-        """Share of all entries of the adapter's delta under half a step."""
+        """Share of all entries of the adapter's delta that are smaller than half a step."""
         return sum(layer.below for layer in self.layers.values()) / max(
             1, sum(layer.entries for layer in self.layers.values())
         )
 
     @property
     def kept(self) -> float | None:
-        """Share of what the adapter gained on the base that is left after merging; can be negative. None if it gained nothing."""
+        """Share of the adapter's improvement in perplexity that is left after merging.
+
+        May be negative. None if the adapter did not improve perplexity.
+        """
         gained = self.base - self.adapted
         return (self.base - self.merged) / gained if gained > 0 else None
 
@@ -63,10 +70,16 @@ class Verdict:
         return self.merged <= self.adapted * (1 + LOSS)
 
     def recommendation(self) -> str:
-        """One sentence."""
+        """Advice in one sentence."""
         if self.is_harmless:
-            return "Merging into the integers loses next to nothing: merge, or keep the adapter separate for swapping."
-        return "Keep the adapter separate, or merge into floats: merging into the integers loses too much of it."
+            return (
+                "Merging into the integers loses next to nothing: merge, or keep the adapter "
+                "separate to swap adapters."
+            )
+        return (
+            "Keep the adapter separate, or use --into float: merging into the integers loses too "
+            "much of it."
+        )
 
     def to_json(self) -> dict[str, Any]:
         layers = {
@@ -88,7 +101,7 @@ class Verdict:
 
 
 def merge_verdict(context: JobContext, name: str, track: Track) -> Verdict:
-    """Compute the verdict for adapter `name` of the context's job."""
+    """Measure the effect of merging adapter `name`."""
     adapted = context.adapted(name)
     layers = rounding_losses(adapted)
     after = _perplexity(context, adapted, "adapted", track)
@@ -98,10 +111,13 @@ def merge_verdict(context: JobContext, name: str, track: Track) -> Verdict:
 
 
 def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
-    """The merged model; takes `adapted` apart. What it tied to a layer with an adapter is tied no longer.
+    """Merge and return the model. Destroys `adapted`.
+
+    Weights that were tied to a layer with an adapter are untied.
 
     Raises:
-        MergeError: the model has fused experts, or ties a layer with an adapter whatever its configuration says.
+        MergeError: the model has fused experts, or ties a layer with an adapter in code, so that
+            no configuration unties it.
     """
     packed = unpack_(adapted)
     for layers in untie_(adapted):
@@ -122,7 +138,7 @@ def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
 def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> None:
     """Write the merged model of adapter `name` into the empty `folder`.
 
-    A Hugging Face checkpoint if merged into floats; else a base, as `save_base` writes it.
+    Into float: a Hugging Face checkpoint. Requantized: a base, as `save_base` writes it.
     """
     merged = merged_model(context.adapted(name), into)
     if into == "float":

@@ -1,7 +1,7 @@
-"""The folder of a merged model: checked and locked before hours of work, replaced only when whole.
+"""The output folder of a merge: checked and locked before the work, replaced when it is complete.
 
-The model is written to `FOLDER/.qwlora-merge/model`, next to the lock, and then takes the folder's
-place. What a killed merge leaves there is removed by the next merge into the same folder.
+The model is written to `FOLDER/.qwlora-merge/model`, next to the lock, and then replaces the
+folder. The next merge into the same folder removes what a killed merge left.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def check_target(folder: Path) -> None:
     """Check that a merged model can be written to `folder`.
 
     Raises:
-        DirectoryError: it is a file, holds something, is the current directory or a mount point,
-            or cannot be made.
+        DirectoryError: it is a file, is not empty, is the current directory or a mount point, or
+            cannot be created.
     """
     with explained(folder):
         if not check_output(folder):
             return
         if os.path.realpath(folder) == os.path.realpath("."):
             raise DirectoryError(
-                f"{shown(folder)} is the current directory, which cannot be replaced by the merged "
-                "model; name a new folder with --out"
+                f"{shown(folder)} is the current directory, which the merged model cannot replace; "
+                "choose a new folder with --out"
             )
         if set(os.listdir(folder)) - {_PRIVATE} or _holds_more_than_ours(folder / _PRIVATE):
             raise DirectoryError(f"{shown(folder)} is not empty; choose another --out")
@@ -44,8 +44,8 @@ def check_target(folder: Path) -> None:
                 raise DirectoryError(f"{shown(needed)} is not writable; choose another --out")
         if os.path.ismount(folder):
             raise DirectoryError(
-                f"{shown(folder)} is a mount point, which cannot be replaced by the merged model; "
-                "name a new folder in it with --out"
+                f"{shown(folder)} is a mount point, which the merged model cannot replace; "
+                "choose a new folder in it with --out"
             )
 
 
@@ -55,7 +55,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
         DirectoryError: see `check_target`; or another merge writes there, or the disk is full.
-            Nothing half-written stays, and only what this call made is removed.
+            Nothing half-written stays; only what this call created is removed.
     """
     check_target(folder)
     folder = Path(os.path.realpath(folder))
@@ -66,11 +66,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
         with explained(folder):
             check_target(folder)  # another merge may have finished since the check
             scratch = folder / _PRIVATE / "model"
-            shutil.rmtree(scratch, ignore_errors=True)  # of a merge that was killed
+            shutil.rmtree(scratch, ignore_errors=True)  # left by a merge that was killed
             scratch.mkdir()
             yield scratch
             part = Path(tempfile.mkdtemp(prefix=f"{_PRIVATE}-", dir=folder.parent))
-            part.chmod(scratch.stat().st_mode)  # mkdtemp's own is private to the user
+            part.chmod(scratch.stat().st_mode)  # mkdtemp makes it private to the user
             scratch.rename(part)
             shutil.rmtree(folder / _PRIVATE)
             move_into_place(part, folder)

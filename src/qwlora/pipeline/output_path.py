@@ -1,7 +1,7 @@
 """Checks of an `--out` path, and the lock on a folder that is being written.
 
-Nothing is written before `check_output` has accepted a path. `lock_folder` makes the folder and
-returns the ones that this process made, so that a failed run can remove exactly those.
+Nothing is written before `check_output` has accepted a path. `lock_folder` creates the folder and
+returns the folders it created, so that a failed run can remove exactly those.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import IO
 
 from qwlora.errors import DirectoryError
 
-_LONGEST_INSIDE = 250  # characters that file names inside the folder may need
+_LONGEST_INSIDE = 250  # bytes that file names inside the folder may need
 _ATTEMPTS = 100
 
 
 def check_output(path: Path) -> bool:
-    """Whether the folder `path` exists. If it does not, check that it can be made.
+    """Whether the folder `path` exists. If it does not, check that it can be created.
 
     Raises:
         DirectoryError: it is a file, a dangling link or a loop of links; its name or path is too
@@ -50,7 +50,7 @@ def check_outside_data(path: Path, source: str) -> None:
     """Check that `path` is not inside the folder that a recipe reads its data from.
 
     Raises:
-        DirectoryError: it is; the next run would read the job's own files as data.
+        DirectoryError: it is; the next run would read the job's files as data.
     """
     folder = os.path.realpath(os.path.expanduser(source))
     target = os.path.realpath(path)
@@ -62,16 +62,16 @@ def check_outside_data(path: Path, source: str) -> None:
 
 
 def lock_folder(folder: Path, name: str) -> tuple[IO[str], list[Path]]:
-    """Make `folder`, open the file `name` in it and lock it; closing the file unlocks it.
+    """Create `folder`, open the file `name` in it and lock it; closing the file unlocks it.
 
-    A process that gives up removes its lock file while holding the lock, so a lock counts only if
-    the locked file is still the one in the folder.
+    A process that gives up deletes its lock file while it holds the lock. So a lock is valid only
+    if the locked file is still the one in the folder.
 
     Returns:
-        The open lock file, and the folders that this call made, outermost first.
+        The open lock file, and the folders that this call created, outermost first.
 
     Raises:
-        DirectoryError: another process holds the lock. What this call made is removed again.
+        DirectoryError: another process holds the lock. Folders created here are removed again.
     """
     made: list[Path] = []
     try:
@@ -103,14 +103,14 @@ def lock_folder(folder: Path, name: str) -> tuple[IO[str], list[Path]]:
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those of `folders` that are empty, the last one first."""
+    """Remove the empty ones among `folders`, last first."""
     for folder in reversed(list(folders)):
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def shown(path: Path) -> str:
-    """The quoted path, shortened in the middle if it is very long."""
+    """The path in quotes, shortened in the middle if it is very long."""
     text = str(path)
     return repr(text if len(text) <= 300 else f"{text[:60]}...{text[-20:]}")
 
@@ -138,16 +138,17 @@ def _check_parent(path: Path) -> None:
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
     if nearest.is_symlink() and not nearest.exists():
         raise DirectoryError(
-            f"{shown(path)} cannot be made: {shown(nearest)} is a link to "
+            f"{shown(path)} cannot be created: {shown(nearest)} is a link to "
             f"{os.readlink(nearest)!r}, which does not exist; choose another --out"
         )
     if not nearest.is_dir():
         raise DirectoryError(
-            f"{shown(path)} cannot be made: {shown(nearest)} is a file; choose another --out"
+            f"{shown(path)} cannot be created: {shown(nearest)} is a file; choose another --out"
         )
     if not os.access(nearest, os.W_OK):
         raise DirectoryError(
-            f"{shown(path)} cannot be made: {shown(nearest)} is not writable; choose another --out"
+            f"{shown(path)} cannot be created: {shown(nearest)} is not writable; choose another "
+            "--out"
         )
 
 

@@ -1,13 +1,13 @@
-"""What a job made in its directory, and therefore may replace.
+"""The ownership marker of a job directory: what the job wrote there, and so may replace.
 
-`.qwlora/owner.json` is written when the directory is made, before anything else, and names
+`.qwlora/owner.json` is the first file written to a new directory. It holds
 
-    the job:             the recipe's name and model
-    its artifacts:       each folder with the files that the job put there
-    its `recipe.yaml`:   SHA-256 of the versions that the job wrote
+    recipe, model    name and model of the recipe that the directory belongs to
+    artifacts        files that the job wrote, by folder
+    recipes          SHA-256 of the versions of recipe.yaml that the job wrote
 
-A directory without this marker is not ours. Older versions wrote no marker; their jobs are
-recognized by `.qwlora/stages.json`, and get a marker when they are next run.
+A directory without a marker does not belong to a job. Older versions wrote no marker; their jobs
+are recognized by `.qwlora/stages.json` and get one the next time they run.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ _BEFORE_MARKER = {"lock", ".owner.json.part", "digests.json", ".digests.json.par
 
 @dataclass
 class Owner:
-    """The content of a marker.
+    """Content of the marker.
 
     Args:
-        artifacts: folder, relative to the job's directory, to the files in it, relative to it.
-        recipes: SHA-256 of the last two versions of `recipe.yaml` that the job wrote. Two, since
-            a kill can leave the older one in place.
+        artifacts: files by folder. Folders are relative to the job's directory, files to their
+            folder.
+        recipes: SHA-256 of the last two versions of `recipe.yaml` that the job wrote. Two, because
+            a run killed in between leaves the older one in place.
     """
 
     recipe: str
@@ -48,11 +49,11 @@ class Owner:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """Who made the job directory `path`; None if no job did.
+    """The owner of the job directory `path`; None if it is not a job directory.
 
     Raises:
-        DirectoryError: the marker is damaged, or of a newer version; or a job without a marker
-            has no readable recipe.
+        DirectoryError: the marker is damaged or of a newer version, or a job without a marker has
+            no readable recipe.
     """
     marker = path / ".qwlora" / "owner.json"
     try:
@@ -62,14 +63,15 @@ def read_owner(path: Path) -> Owner | None:
         return _owner_without_marker(path)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DirectoryError(
-            f"{str(marker)!r} is damaged ({error}). It says that qwlora made this directory. "
-            "Restore it; if the directory is a job's, deleting it makes the next run write it anew."
+            f"{str(marker)!r} is damaged ({error}). It marks the directory as made by qwlora. "
+            "Restore it; or, if you are sure that the directory belongs to this job, delete the "
+            "file, and the next run writes it again."
         ) from error
 
 
 def is_unclaimed(path: Path) -> bool:
-    """Whether the existing folder `path` is empty, or was left so by a process that was killed
-    before it wrote the marker."""
+    """Whether the folder `path` is empty, except for what a process leaves that is killed before it
+    wrote the marker."""
     inside = set(os.listdir(path))
     private = path / ".qwlora"
     if inside - {private.name}:
@@ -78,7 +80,7 @@ def is_unclaimed(path: Path) -> bool:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Every file under `folder`, relative to it, links included and not followed."""
+    """All files under `folder`, relative to it. Includes links, but does not follow them."""
     found = []
     for root, folders, files in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
@@ -90,10 +92,10 @@ def check_replaceable(target: Path, known: set[str]) -> None:
     """Check that everything at `target` was made by the job.
 
     Args:
-        known: the files of `target` that the job made.
+        known: files at `target` that the job made, relative to it.
 
     Raises:
-        DirectoryError: something else is there.
+        DirectoryError: there is something else.
     """
     if not os.path.lexists(target):
         return
@@ -102,13 +104,13 @@ def check_replaceable(target: Path, known: set[str]) -> None:
     if is_folder and not foreign:
         return
     what = (
-        f"{str(target)!r} holds {foreign[0]!r}"
+        f"{str(target)!r} contains {foreign[0]!r}"
         + (f" and {len(foreign) - 1} more files" if len(foreign) > 1 else "")
         if is_folder
-        else f"{str(target)!r} exists and is no folder"
+        else f"{str(target)!r} exists and is not a folder"
     )
     raise DirectoryError(
-        f"{what}, not made by this job according to its records; the job would replace it. "
+        f"{what}, which this job did not make according to its records, but would replace. "
         "Nothing was changed. Move it out of the job's directory and run again."
     )
 
@@ -131,6 +133,6 @@ def _owner_without_marker(path: Path) -> Owner | None:
         return Owner(str(content["name"]), str(content["model"]["source"]))
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise DirectoryError(
-            f"{str(path / 'recipe.yaml')!r} cannot be read, so the job that {str(path)!r} belongs "
-            "to is not known. Restore it, or choose another --out."
+            f"{str(path / 'recipe.yaml')!r} cannot be read, so it is unknown which job "
+            f"{str(path)!r} belongs to. Restore it, or choose another --out."
         ) from error

@@ -1,4 +1,4 @@
-"""The placement of a job's simulation, for `qwlora simulate`."""
+"""The placement log of a job's simulation, for `qwlora simulate`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 def explain_job(
     folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()
 ) -> tuple[str, Explanation]:
-    """(adapter, what is placed where and why). Where the job is calibrated, and no change is given, what calibration found is in it.
+    """The adapter's name and its placement log: which values are quantized, and why.
+
+    Includes calibration results if the job is calibrated and there are no `changes`.
 
     Args:
-        adapter: the recipe's first unless given.
-        changes: to the recipe, see `load_recipe`; nothing is written.
+        adapter: default: the first in the recipe.
+        changes: changes to the recipe, see `load_recipe`; nothing is written.
 
     Raises:
-        DirectoryError: the folder is no job's directory, or has no such trained adapter.
-        CalibrationError: a rule does nothing; or the folder's calibration is of another recipe, see `is_calibrated`.
+        DirectoryError: the folder is not a job directory, or has no such trained adapter.
+        CalibrationError: a rule has no effect, or the calibration is out of date (see
+            `is_calibrated`).
     """
     context, name = open_job(folder, adapter, changes)
     from qwlora.simulation.placement_log import explain

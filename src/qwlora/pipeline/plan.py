@@ -1,4 +1,7 @@
-"""Which stages a recipe has, and in which order. Free of torch, so that a run in which nothing changed ends at once."""
+"""The plan of a job: its stages, in order.
+
+Imports no torch, so that a run in which nothing changed ends at once.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,17 @@ from qwlora.pipeline.stages import (
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import auto_compute, training_device
 
-TUNING_DEVICE = "cpu"  # where bases are made
+TUNING_DEVICE = "cpu"  # quantization runs on the CPU
 
 
 def make_plan(recipe: Recipe, documents: Documents, digests: Digests | None = None) -> list[Stage]:
-    """All stages in the order of a full run. An adapter's simulation is used while it is in memory.
+    """All stages in the order of a full run.
+
+    All stages of one adapter's simulation follow each other, while it is in memory.
 
     Args:
-        digests: of the model's files and of adapters to continue from; give a job's own, so that
-            files that did not change are not read again.
+        digests: digests of the model's files and of adapters to continue from. Pass those of the
+            job, so that unchanged files are not read again.
     """
     plan = PlanBuilder(recipe, documents, digests or Digests())
     if has_float_model(recipe):
@@ -48,11 +53,11 @@ def make_plan(recipe: Recipe, documents: Documents, digests: Digests | None = No
 
 
 def resolve_compute(recipe: Recipe) -> Recipe:
-    """`recipe` with `compute: auto` replaced by what it stands for on this machine.
+    """Replace `compute: auto` with the precision it means on this machine.
 
-    Results depend on it, so stage keys and the directory's own recipe hold the precision itself.
+    Results depend on it, so stage keys and the recipe in the directory hold the actual precision.
     """
-    base, graph = recipe.base, recipe.workflow == "qwa-lora"  # which computes in float32 alone
+    base, graph = recipe.base, recipe.workflow == "qwa-lora"  # the graph computes in float32 only
     if base.tuning.steps and base.tuning.compute == "auto":
         compute = {"compute": auto_compute(TUNING_DEVICE)}
         base = base.model_copy(update={"tuning": base.tuning.model_copy(update=compute)})
@@ -66,14 +71,14 @@ def resolve_compute(recipe: Recipe) -> Recipe:
 
 
 def has_float_model(recipe: Recipe) -> bool:
-    """Whether there is a float model to compare with: not where the files hold only integers that transformers would need another library for."""
+    """Whether there is a float model to compare with, or only integers in a quantized format."""
     return fetch(recipe.model.source).holds_floats
 
 
 def dependents(plan: list[Stage], name: str) -> list[str]:
-    """Names of the stages that read the result of `name`, or of one that does."""
+    """Names of the stages that depend on `name`, directly or indirectly."""
     found = {name}
-    for stage in plan:  # a stage comes after those that it needs
+    for stage in plan:  # stages are listed after the ones they need
         if found & set(stage.needs):
             found.add(stage.name)
     return [stage.name for stage in plan if stage.name in found - {name}]

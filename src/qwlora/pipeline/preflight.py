@@ -1,4 +1,4 @@
-"""What is wrong with a job is found before any work: text, model, grid, adapters and packages, in the order in which stages would meet them."""
+"""Checks of text, model, grids, adapters and packages, before a job writes or computes anything."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ from qwlora.system.optional_packages import require
 
 
 def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) -> None:
-    """Whatever can be wrong with text and model is found here, before the directory is touched; `say` is told what is no error.
+    """Check everything that the stages of `verbs` need. Passes warnings and notes to `say`.
 
     Raises:
-        SourceError: the text is too short, or its sequences too long for the model; that cannot be loaded, or cannot keep documents in one sequence apart.
+        SourceError: the text is too short; its sequences are too long for the model; the model
+            cannot be loaded, or cannot mask attention between documents in one sequence.
         GridError: the base's grid does not fit the model.
-        TrainingError: an adapter does not fit the model, or not the others with which it shares every encoding.
+        TrainingError: an adapter does not fit the model, or differs in shape from those it shares
+            all encodings with.
         MissingExtraError: a package that a later stage needs is not installed.
     """
     if verbs & {"export", "verify"}:
@@ -52,7 +54,8 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
             say(line)
         if context.recipe.workflow == "qwa-lora" and context.data.train.position_ids is not None:
             raise TrainingError(
-                "workflow qwa-lora: documents share a sequence (data.packing documents), which the graph cannot keep apart; use join or none"
+                "workflow qwa-lora: data.packing documents packs several documents into a "
+                "sequence, and the graph cannot mask attention between them; use join or none"
             )
     model, packed = _unquantized(context) if "quantize" in verbs else _quantized(context)
     if note := check_positions(model, context.data.positions()):
@@ -61,7 +64,8 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         _check_saved(context, model, packed)
     if context.whole_because is not None:
         say(
-            f"the model is loaded whole, since its weights cannot be read tensor by tensor: {context.whole_because}"
+            "the model is loaded whole, since its weights cannot be read tensor by tensor: "
+            f"{context.whole_because}"
         )
     if "quantize" in verbs:
         if context.recipe.base.tuning.steps:
@@ -70,11 +74,11 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         known = embedding.weight.shape[0]
         if largest >= known:
             raise SourceError(
-                f"the tokenizer of {context.recipe.model.source!r} gives token {largest}, but the model knows {known} tokens: they do not belong together"
+                f"the tokenizer of {context.recipe.model.source!r} produces token id {largest}, "
+                f"but the model has only {known} tokens; use the tokenizer that belongs to the model"
             )
-        if (
-            context.data.train.position_ids is not None and context.recipe.base.solver != "keep"
-        ):  # whose integers training looks at
+        # With solver keep there is no float model; training checks it on the base.
+        if context.data.train.position_ids is not None and context.recipe.base.solver != "keep":
             if context.lazy is None or context.holds_float_model:
                 check_isolation(context.float_model())
             else:
@@ -87,21 +91,23 @@ def _check_tuning(
 ) -> None:
     if (found := len(context.data.calibration_ids)) < 2:
         raise SourceError(
-            f"base.tuning takes at least two training sequences, and the text makes {found}; give more, or leave tuning out"
+            f"base.tuning needs at least 2 training sequences, but the text gives {found}; use "
+            "more text, or remove base.tuning"
         )
     if not any(
         type(module) in (nn.Linear, Conv1D) and packed(f"{path}.weight")
         for path, module in model.named_modules()
     ):
         raise GridError(
-            "base.tuning tunes the scales of linear layers, and the recipe packs none; leave tuning out"
+            "base.tuning trains the scales of packed linear layers, but the recipe packs none; "
+            "remove base.tuning"
         )
 
 
 def _slow_computing(recipe: Recipe, verbs: set[str]) -> Iterator[str]:
-    """Adapters and tuning that were asked to compute in what this machine emulates."""
+    """Warnings for a `compute` precision that this machine only emulates."""
     tuning, adapters = recipe.base.tuning, [a for a in recipe.adapters if a.steps]
-    asked: list[tuple[str, str, str]] = []  # of what, its precision, its device
+    asked: list[tuple[str, str, str]] = []  # (name, precision, device)
     if "quantize" in verbs and tuning.steps:
         asked.append(("base.tuning", tuning.compute, TUNING_DEVICE))
     if "train" in verbs:
@@ -112,7 +118,7 @@ def _slow_computing(recipe: Recipe, verbs: set[str]) -> Iterator[str]:
 
 
 def _dropouts_left_out(context: JobContext) -> Iterator[str]:
-    """Of adapters that go on from one with dropout, through a graph that has none."""
+    """Notes on adapters that continue one with dropout in workflow qwa-lora, which has none."""
     recipe = context.recipe
     if recipe.workflow != "qwa-lora":
         return
@@ -121,11 +127,18 @@ def _dropouts_left_out(context: JobContext) -> Iterator[str]:
         while (first := recipe.start_of(root)) is not None:
             root = first
         if adapter.steps and root.start is not None and (dropout := dropout_of(root.start)):
-            yield f"adapter {adapter.name}: {root.start} has dropout {dropout:g}; with workflow qwa-lora it is trained without dropout"
+            yield (
+                f"adapter {adapter.name}: {root.start} has dropout {dropout:g}; workflow qwa-lora "
+                "trains without dropout"
+            )
 
 
 def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bool]]:
-    """The model that step 1 would begin with, after seeing that it can, and which of its tensors will be packed."""
+    """The model before step 1, and a function that tells which tensors will be packed.
+
+    Raises:
+        SourceError: base.solver does not fit the model.
+    """
     base = context.recipe.base
     if base.solver == "keep":
         location = fetch(context.recipe.model.source)
@@ -135,7 +148,8 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], 
             and context.recipe.model.encodings is None
         ):
             raise SourceError(
-                f"model {context.recipe.model.source!r} holds no integers to keep; choose another base.solver, or give model.encodings"
+                f"base.solver keep: model {context.recipe.model.source!r} has no integers to keep; "
+                "use another solver, or set model.encodings"
             )
         lazy = LazyModel(context.checkpoint())
         return lazy.model, lambda name: isinstance(
@@ -143,7 +157,8 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], 
         )
     if not has_float_model(context.recipe):
         raise SourceError(
-            f"model {context.recipe.model.source!r} is quantized already; take its integers as they are (base.solver: keep)"
+            f"model {context.recipe.model.source!r} is already quantized; use base.solver: keep to "
+            "take its integers unchanged"
         )
     model = context.float_model() if context.lazy is None else context.lazy.model
     return model, plan_layers(
@@ -152,7 +167,7 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], 
 
 
 def _quantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bool]]:
-    """The model of the base that is there, without weights, and which of its tensors are packed."""
+    """The existing base without weights, and a function that tells which tensors are packed."""
     model = context.skeleton()
     model.tie_weights()
     return model, lambda name: name in context.packed_names
@@ -161,7 +176,7 @@ def _quantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bo
 def _check_saved(
     context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
 ) -> None:
-    """No adapter to start from holds a layer whole that the base has as integers."""
+    """Check that no adapter to start from contains a full copy of a layer that the base packs."""
     readers = {
         path: name for name, candidate in find_tensors(model).items() for path in candidate.paths
     }
@@ -175,7 +190,8 @@ def _check_saved(
 
 
 def _check_adapters(context: JobContext) -> None:
-    """Each adapter that the recipe asks for fits the model, and the others where they share every encoding; its loggers are installed."""
+    """Check that each adapter fits the model, its loggers are installed, and adapters that share
+    all encodings have equal shapes."""
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for adapter in context.recipe.adapters:
         check_loggers(adapter.report_to)
@@ -200,6 +216,8 @@ def _check_one_shape(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Non
                 list(each[differ[0]]) if differ[0] in each else "none" for each in (known, found)
             )
             raise TrainingError(
-                f"adapters {first} and {name} cannot share every encoding (simulation.base_activations none): {len(differ)} weights differ, "
-                f"for example {differ[0]}, {here} and {there}; give them one shape, or say adapter_only"
+                f"adapters {first} and {name} cannot share all encodings "
+                f"(simulation.base_activations none): the shapes of {len(differ)} weights differ, "
+                f"for example {differ[0]}: {here} and {there}; give them equal shapes, or use "
+                "base_activations: adapter_only"
             )

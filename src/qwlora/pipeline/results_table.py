@@ -1,4 +1,4 @@
-"""The table at the end of a run."""
+"""The results table that is printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwlora.messages import size
 
 
 def print_summary(results: dict[str, Any], console: Console) -> None:
-    """Perplexities, sizes, times and parity, as far as they are there."""
+    """Print perplexity, sizes, times and parity, as far as they were measured."""
     table = Table(
         title=f"{results['recipe']}",
         show_header=False,
@@ -41,30 +41,38 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 "base",
-                f"{size(base['bytes'])} packed, {base['bits_per_weight']:.2f} bits a weight, fingerprint {base['fingerprint'][:16]}",
+                f"{size(base['bytes'])} packed, {base['bits_per_weight']:.2f} bits per weight, "
+                f"fingerprint {base['fingerprint'][:16]}",
             )
         )
         if "float_weights" in base:
             rows.append(
                 (
                     "",
-                    f"{base['weights']:,} weights packed, {base['float_weights']:,} left float (embeddings, norms, biases)",
+                    f"{base['weights']:,} weights packed, {base['float_weights']:,} left float "
+                    "(embeddings, norms, biases)",
                 )
             )
     for name, train in results.get("train", {}).items():
-        cost = f"{train['step_seconds']:.2f} s a step, peak {size(train['peak_rss_bytes'])}"
+        cost = (
+            f"{train['step_seconds']:.2f} s per step, peak memory {size(train['peak_rss_bytes'])}"
+        )
         in_what = f" in {train['compute']}" if train["steps"] and "compute" in train else ""
         rows.append(
             (
                 f"training {name}",
-                f"{train['steps']} steps{in_what}, {cost}, {train['trainable_parameters']:,} parameters",
+                f"{train['steps']} steps{in_what}, {cost}, "
+                f"{train['trainable_parameters']:,} parameters",
             )
         )
     for target, adapters in results.get("export", {}).items():
         rows += [(f"{target} {name}", size(export["bytes"])) for name, export in adapters.items()]
     for target, adapters in results.get("parity", {}).items():
         for name, p in adapters.items():
-            found = f"perplexity {p['perplexity']:.3f} in the runtime, {p['simulated_perplexity']:.3f} simulated"
+            found = (
+                f"perplexity {p['perplexity']:.3f} in the runtime, "
+                f"{p['simulated_perplexity']:.3f} simulated"
+            )
             rows.append(
                 (
                     f"parity {target} {name}",
@@ -74,13 +82,15 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append(
                 (
                     "",
-                    f"same likeliest token {p['top1_agreement']:.2%}, floor {p['floor_top1_agreement']:.2%}",
+                    f"same likeliest token {p['top1_agreement']:.2%}, floor "
+                    f"{p['floor_top1_agreement']:.2%}",
                 )
             )
             rows.append(
                 (
                     "",
-                    f"worst of {p['layers']} layers {p['worst_layer_steps']:.2f} steps, on average {p['worst_layer_mean_steps']:.4f}",
+                    f"worst of {p['layers']} layers: {p['worst_layer_steps']:.2f} steps, worst "
+                    f"mean {p['worst_layer_mean_steps']:.4f}",
                 )
             )
     seconds = {verb: s["seconds"] for verb, s in results["stages"].items()}
@@ -88,7 +98,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "seconds",
             ", ".join(f"{verb} {s:.0f}" for verb, s in seconds.items())
-            + f"; all {sum(seconds.values()):.0f}",
+            + f"; total {sum(seconds.values()):.0f}",
         )
     )
     return rows

@@ -1,4 +1,7 @@
-"""Run a recipe: skip what is current, do the rest in order, keep `results.json` true after every stage."""
+"""Run the stages of a recipe in order, skipping those that are current.
+
+`results.json` is rewritten after every stage and lists only current results.
+"""
 
 from __future__ import annotations
 
@@ -43,23 +46,23 @@ def run(
     command: Callable[[str], str] | None = None,
     trust_mtime: bool = False,
 ) -> dict[str, Any]:
-    """Run the stages of `recipe` whose verb is in `verbs`, over the directory `out`.
+    """Run the stages of `recipe` whose verb is in `verbs` in the directory `out`.
 
-    Stages that are current are skipped, see `currency.py`; except that `verify`, unless all verbs
-    are asked for, always runs.
+    Current stages are skipped (see `currency.py`), but `verify` always runs when only some verbs
+    are requested.
 
     Args:
-        say: told, in a line each, what is skipped and what is done.
-        command: the command line for a verb of this job, for messages.
+        say: receives one line for each stage that is skipped or run.
+        command: returns the command line that runs a verb of this job, for messages.
         trust_mtime: see `Digests`.
 
     Returns:
         The content of `results.json`.
 
     Raises:
-        SourceError, GridError: something is wrong with model or text; nothing was written.
-        DirectoryError: `out` cannot be used, or a stage that is needed first is not current.
-        QwloraError: a stage's own errors; what was finished before it stays.
+        SourceError, GridError: the model or text cannot be used; nothing was written.
+        DirectoryError: `out` cannot be used, or a stage that must run first is not current.
+        QwloraError: a stage failed; the stages before it stay finished.
     """
     check_outside_data(out, recipe.data.source)
     recipe = resolve_compute(recipe)
@@ -110,7 +113,7 @@ def _run(
             say(_skipped(stage))
         return _results(peek, recipe, plan, stale)
     if peek.damaged_records:
-        say(f"{peek.private / 'stages.json'} is damaged: stages whose record is lost run again")
+        say(f"{peek.private / 'stages.json'} is damaged; stages whose record is lost run again")
     for stage in waiting:
         if stage.artifact is not None:
             peek.check_replaceable(stage.artifact)
@@ -119,8 +122,8 @@ def _run(
         if not peek.is_writable:
             first = waiting[0].name
             raise DirectoryError(
-                f"{str(out)!r} is not writable, and {first} must run "
-                f"({stale.get(first, 'asked for')}); copy the directory, or make it writable"
+                f"{str(out)!r} is not writable, but {first} must run "
+                f"({stale.get(first, 'as requested')}); make the directory writable, or copy it"
             )
         context = _start_context(recipe, documents, out, track, say, {s.verb for s in waiting})
         say(summary(describe(documents, context.data)))
@@ -135,7 +138,9 @@ def _run(
             reason = stale.get(stage.name, "has not run")
             say(f"{stage.name} ...{'' if reason.startswith('has not run') else f' ({reason})'}")
             follows = dependents(plan, stage.name)
-            if stage.name not in stale:  # a proof that fails now leaves none from before
+            if (
+                stage.name not in stale
+            ):  # if verification fails now, an earlier success must not remain
                 directory.drop(stage.name, *follows)
                 stale[stage.name] = "is running"
                 _write_results(directory, recipe, plan, stale)
@@ -149,7 +154,7 @@ def _run(
 
 
 def _take_part(context: Any, plan: Sequence[Stage]) -> dict[str, Any]:
-    """What every process but the first does. Results are the first's."""
+    """Join the stages that all processes run together; returns no results."""
     by_name = {stage.name: stage for stage in plan}
     for name in told_stages():
         stage = by_name[name]
@@ -159,7 +164,7 @@ def _take_part(context: Any, plan: Sequence[Stage]) -> dict[str, Any]:
 
 
 def _skipped(stage: Stage) -> str:
-    return f"{stage.name}: skipped, nothing that it depends on has changed"
+    return f"{stage.name}: skipped, nothing it depends on has changed"
 
 
 def _do(directory: Directory, context: Any, stage: Stage, follows: Collection[str]) -> float:
@@ -182,7 +187,7 @@ def _do(directory: Directory, context: Any, stage: Stage, follows: Collection[st
 def _start_context(
     recipe: Recipe, documents: Any, out: Path, track: Track, say: Say, verbs: set[str]
 ) -> Any:
-    """Find what is wrong before anything is written."""
+    """The context, after all checks that need no writing."""
     context = new_context(recipe, documents, out, track)
     from qwlora.pipeline.preflight import preflight
 
@@ -191,7 +196,7 @@ def _start_context(
 
 
 def new_context(recipe: Recipe, documents: Any, out: Path, track: Track) -> Any:
-    """Import torch and its friends."""
+    """A `JobContext`. Imports torch and transformers."""
     _quiet_libraries()
     from qwlora.pipeline.context import JobContext
 
@@ -204,31 +209,34 @@ def open_job(
     changes: tuple[str, ...] = (),
     track: Track = untracked,
 ) -> tuple[Any, str]:
-    """The context of a job's directory, and the name of one of its trained adapters: the recipe's first unless given.
+    """The context of an existing job, and the name of one of its trained adapters.
 
     Args:
-        changes: to the directory's recipe, for this context alone; see `load_recipe`.
+        adapter: default: the first in the recipe.
+        changes: changes to the job's recipe for this context only; see `load_recipe`.
 
     Raises:
-        DirectoryError: the folder is no job's directory, has no such trained adapter, or the files
-            of the adapter or of the base are not those that the job made.
-        RecipeError: a change is of what base and adapters were made from, which are there already.
-        FingerprintError: the adapter was trained on another base than the one that is there.
+        DirectoryError: the folder is not a job directory, has no such trained adapter, or files of
+            the adapter or the base are missing or modified.
+        RecipeError: a change would affect the base or the adapters, which exist already.
+        FingerprintError: the adapter was trained on a different base.
     """
     from qwlora.recipe import load_recipe
 
     if not (folder / "recipe.yaml").is_file():
         raise DirectoryError(
-            f"{str(folder)!r} is no job's directory: it has no recipe.yaml; `qwlora run` makes one"
+            f"{str(folder)!r} is not a job directory: it has no recipe.yaml; `qwlora run` "
+            "creates one"
         )
     recipe = resolve_compute(load_recipe(folder / "recipe.yaml", changes))
-    if made := tuple(change for change in changes if not _is_looked_at(change)):
+    if made := tuple(change for change in changes if not _is_harmless_change(change)):
         _refuse_changes(folder, made)
     name = adapter or recipe.adapters[0].name
     if not (folder / "adapters" / name).is_dir():
         known = ", ".join(adapter.name for adapter in recipe.adapters)
         raise DirectoryError(
-            f"{str(folder)!r} has no trained adapter {name!r}; the recipe's are {known}. Train it: {command_line('train', folder)}"
+            f"{str(folder)!r} has no trained adapter {name!r}; the recipe has {known}. Train it: "
+            f"{command_line('train', folder)}"
         )
     documents = load_documents(
         recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
@@ -252,15 +260,15 @@ def open_job(
 
 
 def command_line(verb: str, folder: Path) -> str:
-    """What goes on with the job in `folder`."""
+    """The command that runs `verb` on the job in `folder`."""
     return shlex.join(["qwlora", verb, "--out", str(folder)])
 
 
 def is_calibrated(context: Any, name: str) -> bool:
-    """Whether the context's job has a calibration of adapter `name`.
+    """Whether adapter `name` is calibrated in the context's job.
 
     Raises:
-        CalibrationError: it has one that is not of the context's recipe, or of another adapter or base than those that are there now.
+        CalibrationError: the calibration is of another recipe, adapter or base.
     """
     if not (context.path / "simulation" / name).is_dir():
         return False
@@ -269,19 +277,20 @@ def is_calibrated(context: Any, name: str) -> bool:
     if stage not in {s.name for s in plan}:
         known = ", ".join(adapter.name for adapter in context.recipe.adapters)
         raise CalibrationError(
-            f"adapter {name!r} in {str(context.path)!r} is left from another recipe; this one's are {known}"
+            f"adapter {name!r} in {str(context.path)!r} is from an earlier version of the recipe, "
+            f"which now has {known}; choose one of these"
         )
     if reason := find_stale(upstream(plan, stage), directory).get(stage):
         raise CalibrationError(
-            f"the calibration of adapter {name!r} in {str(context.path)!r} is of another recipe, "
-            f"adapter or base than those that are there now ({reason}); "
-            f"calibrate again: {command_line('calibrate', context.path)}"
+            f"the calibration of adapter {name!r} in {str(context.path)!r} is out of date: it "
+            f"is of another recipe, adapter or base ({reason}). Calibrate again: "
+            f"{command_line('calibrate', context.path)}"
         )
     return True
 
 
-def _is_looked_at(change: str) -> bool:
-    """Whether a change is of what the context of a job does by itself, with the base and the adapters that are there."""
+def _is_harmless_change(change: str) -> bool:
+    """Whether a change can be applied to an existing job without redoing its base or adapters."""
     key = change.partition("=")[0]
     return key.split(".")[0] == "simulation" or key in _COUNTS
 
@@ -302,15 +311,13 @@ def _refuse_changes(folder: Path, changes: tuple[str, ...]) -> None:
     ]
     asked = shlex.join(_as_options(changes))
     if not again:
-        raise RecipeError(
-            str(path), [f"{asked}: nothing that is looked at here depends on it; leave it out"]
-        )
+        raise RecipeError(str(path), [f"{asked}: has no effect on this command; remove it"])
     raise RecipeError(
         str(path),
         [
-            f"{asked}: {', '.join(again)} would have to run again, and here only {', '.join(('simulation.*', *_COUNTS))} can be changed. "
-            "Run it with the change first: "
-            f"{shlex.join(['qwlora', 'run', str(path), '--out', str(folder), *_as_options(changes)])}"
+            f"{asked}: needs {', '.join(again)} to run again, but this command can only change "
+            f"{', '.join(('simulation.*', *_COUNTS))}. Run the job with the change first: "
+            + shlex.join(["qwlora", "run", str(path), "--out", str(folder), *_as_options(changes)])
         ],
     )
 
@@ -337,7 +344,10 @@ def _check_needs(
     stale: Mapping[str, str],
     command: Callable[[str], str],
 ) -> None:
-    """Refuse stages whose needs are neither current nor asked for, naming every verb that has to run before."""
+    """Raise an error if a stage needs others that are neither current nor requested.
+
+    The error names all commands that must run first.
+    """
     by_name, lacking = {s.name: s for s in plan}, set[str]()
 
     def look(stage: Stage) -> None:
@@ -373,7 +383,7 @@ def _lacking(
 def _results(
     directory: Directory, recipe: Recipe, plan: list[Stage], stale: Collection[str]
 ) -> dict[str, Any]:
-    """What the current stages measured: the content of results.json."""
+    """The results of all current stages: the content of results.json."""
     results: dict[str, Any] = {"format": RESULTS_FORMAT, "recipe": recipe.name, "stages": {}}
     if recipe.model.trust_remote_code:
         results["trust_remote_code"] = True
@@ -400,15 +410,15 @@ def _merge(into: dict[str, Any], part: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(into[key], value)
         else:
-            into[key] = copy.deepcopy(value)  # records stay as their stages wrote them
+            into[key] = copy.deepcopy(value)  # so that later merges do not change the records
 
 
 def _quiet_libraries() -> None:
-    """Libraries draw no bars and print no notices of their own; what matters comes as an error."""
+    """Silence progress bars, notices and deprecation warnings of other libraries."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=SlowComputeWarning)  # preflight has said it
+    warnings.filterwarnings("ignore", category=SlowComputeWarning)  # preflight reports it
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

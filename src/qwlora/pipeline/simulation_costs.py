@@ -1,4 +1,7 @@
-"""What the simulation of a job's adapter costs, and the mixed precision that keeps it under a limit, for `qwlora simulate`."""
+"""Perplexity cost of a job's simulation, and mixed precision under a limit.
+
+For `qwlora simulate --costs` and `--suggest`.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ if TYPE_CHECKING:
     from qwlora.simulation.simulation import Simulation
 
 LISTED = 10
-SENSED_TOKENS = 128  # a sequence's beginning; every activation of it is in memory at once
-SEARCHED_SEQUENCES = 4  # what a search measures, some dozens of times
+SENSED_TOKENS = 128  # first tokens of a sequence; all their activations are in memory at once
+SEARCHED_SEQUENCES = 4  # measured dozens of times during a search
 NARROW_BITS, WIDE_BITS = 8, 16
 
 
@@ -27,11 +30,16 @@ def account_job(
     changes: tuple[str, ...] = (),
     track: Track = untracked,
 ) -> dict[str, Any]:
-    """Perplexity as one thing after the other is switched on, the dearest activations (nats a token), and those furthest from the float graph's.
+    """Measure the perplexity cost of each part of the simulation.
+
+    Returns:
+        `perplexity`: with the parts of the simulation enabled one after another.
+        `sensitivity`: the most expensive activations, cost in nats per token.
+        `layer_sqnr_db`: the layers that differ most from the float graph.
 
     Raises:
-        DirectoryError: as `open_job`.
-        CalibrationError: the folder's calibration is of another recipe, see `is_calibrated`.
+        DirectoryError, RecipeError, FingerprintError: see `open_job`.
+        CalibrationError: the calibration is out of date, see `is_calibrated`.
     """
     context, name = open_job(folder, adapter, changes, track)
     from qwlora.analysis.sensitivity import sensitivities
@@ -68,15 +76,21 @@ def suggest_job(
     share: float,
     track: Track = untracked,
 ) -> dict[str, Any]:
-    """The fewest activations at 16 bits, the others at 8, with which perplexity is at most `1 + share` of the adapter's with float activations.
+    """Find the fewest activations at 16 bits, the others at 8, that keep perplexity under a limit.
 
-    The search keeps to the limit on a few of the recipe's evaluation sequences (`sequences`), where the adapter with float activations has
-    `float_activations`. `fresh` is what the result does on the others, and the same there; None where there are no others. `kept` counts the activations that
-    the recipe's rules decide about, which are not searched; `rules` are all that give the result, the recipe's own first.
+    The limit is (1 + share) * perplexity with float activations.
+
+    Returns:
+        `sequences`: number of evaluation sequences used for the search; `measured`, `limit` and
+            `float_activations` are perplexities on these.
+        `fresh`: perplexities on the other evaluation sequences; None if there are none.
+        `kept`: number of activations that the recipe's rules decide; these are not searched.
+        `rules`: rules that give the result, starting with those of the recipe.
 
     Raises:
-        DirectoryError: as `open_job`.
-        CalibrationError: not even 16 bits for all keep the limit; or the adapter was trained through activations on grids (workflow qwa-lora).
+        DirectoryError, RecipeError, FingerprintError: see `open_job`.
+        CalibrationError: the limit is exceeded even with 16 bits for all; or the adapter was
+            trained through quantized activations (workflow qwa-lora).
     """
     context, name = open_job(
         folder, adapter, (*changes, f"simulation.activation_bitwidth={NARROW_BITS}"), track
@@ -85,8 +99,9 @@ def suggest_job(
 
     if context.recipe.workflow == "qwa-lora":
         raise CalibrationError(
-            f"adapter {name!r} was trained through activations on their grids (workflow qwa-lora), and other grids are another training, which is not "
-            "measured here; find them with workflow qw-lora, put the rules into the recipe, and train through those"
+            f"adapter {name!r} was trained through quantized activations (workflow qwa-lora), so "
+            "other grids need another training, which --suggest does not do. Find the rules with "
+            "workflow qw-lora, add them to the recipe, and train again"
         )
 
     simulation = _calibrated(context, name)
@@ -129,7 +144,8 @@ def suggest_job(
 
 
 def _unshared(context: JobContext) -> dict[str, str]:
-    """What the recipe shares among adapters, where it does, since a simulation that is calibrated here has encodings of its own."""
+    """What the recipe shares among adapters, if anything; simulations calibrated here share
+    nothing."""
     shares = context.recipe.simulation.base_activations
     return {} if shares == "all" else {"unshared": shares}
 
@@ -143,7 +159,7 @@ def _calibrated(context: JobContext, name: str) -> Simulation:
 
 
 def _sensed(context: JobContext) -> list[dict[str, Any]]:
-    """Beginnings of the calibration sequences."""
+    """The first tokens of each calibration sequence."""
     ids = context.calibration_ids[:, :SENSED_TOKENS]
     return [
         {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids

@@ -1,11 +1,11 @@
-"""One step of a job's plan, and a builder that collects them. Free of torch.
+"""A stage of a job, and a builder that collects the stages of a recipe. Imports no torch.
 
 A stage's key is a hash of everything its result depends on:
 
-    its section of the recipe, the version of the package and of the algorithms that it runs,
-    its text or model (by content), the keys of the stages that it needs
+    its section of the recipe, the revisions of the package and of the algorithms that it runs,
+    the content of its text or model, the keys of the stages that it needs
 
-A change therefore reruns the stages it affects, and nothing else.
+So a change reruns exactly the stages that it affects.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from qwlora.recipe import Recipe
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the plan.
+    """One stage.
 
     Args:
-        name: `verb` or `verb/what`, unique.
-        key: hash of what the result depends on.
-        adapter: the adapter that the stage works on, if any.
-        artifact: the folder that the stage makes, relative to the job's directory.
+        name: `verb` or `verb/...`; unique.
+        key: hash of everything the result depends on.
+        adapter: name of the adapter that the stage works on, if any.
+        artifact: the folder that the stage writes, relative to the job's directory.
         needs: names of the stages whose results it reads.
-        work_key: hash of what unfinished work depends on, which may be less than the result does.
+        work_key: hash of everything that unfinished work depends on; may cover less than `key`.
     """
 
     name: str
@@ -52,10 +52,10 @@ class Stage:
 
 
 class PlanBuilder:
-    """Collects the stages of a recipe, each after those that it needs.
+    """Collects the stages of a recipe; a stage must be added after the stages that it needs.
 
     Args:
-        digests: content digests of the model's files and of adapters to continue from.
+        digests: digests of the model's files and of adapters to continue from.
     """
 
     def __init__(self, recipe: Recipe, documents: Documents, digests: Digests):
@@ -79,8 +79,9 @@ class PlanBuilder:
         """Add a stage.
 
         Args:
-            inputs: JSON values that the result and unfinished work depend on, besides `needs`.
-            after_work: what only the result depends on, not the work that can be resumed.
+            inputs: JSON values that the result and unfinished work depend on, in addition to
+                `needs`.
+            after_work: JSON values that the result depends on, but unfinished work does not.
         """
         needed = [self._stages[need].key for need in needs]
         work_key = hash_json([name, inputs, needed])
@@ -89,7 +90,7 @@ class PlanBuilder:
 
     @cached_property
     def model(self) -> list[Any]:
-        """The model, by content."""
+        """Key inputs for the model, by content."""
         section = self.recipe.model
         files = fetch(section.source).files
         trusted = ["trust_remote_code"] if section.trust_remote_code else []
@@ -97,7 +98,7 @@ class PlanBuilder:
 
     @cached_property
     def text(self) -> list[Any]:
-        """The documents, and how they become sequences."""
+        """Key inputs for the documents and how they are cut into sequences."""
         data = self.recipe.data
         packing = data.cutting().packing_of(self.documents.kind)
         template = data.read_template()
@@ -105,14 +106,14 @@ class PlanBuilder:
 
     @cached_property
     def held_out(self) -> list[Any]:
-        """The text that perplexity is measured on."""
+        """Key inputs for the text that perplexity is measured on."""
         return [*self.text, self.recipe.data.evaluation_sequences]
 
     def contents(self, files: Iterable[Path]) -> list[tuple[str, str | None]]:
-        """Name and content digest of each file."""
+        """Name and digest of each file."""
         return [(file.name, self.digests.identity(file)) for file in files]
 
 
 def hash_json(content: Any) -> str:
-    """SHA-256 of JSON values."""
+    """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Placement rules of a job that match nothing are found before anything is trained.
+"""Finds placement rules that have no effect in a job, before anything is trained.
 
-A rule may be about values that only some of the job's graphs have: the weights of an adapter, which
-the base alone lacks, or layers that only one adapter is on. So a rule is refused if it does nothing
-in any graph. Graphs are captured with untrained adapters, and only until every rule has matched.
+A rule may concern values that only some of the job's graphs have, like the weights of one adapter.
+So a rule is an error only if it has no effect in any graph. Graphs are captured with untrained
+adapters, and only until every rule has had an effect.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from qwlora.simulation.placement import Placement, refuse_idle
 
 
 def refuse_unused_rules(known: Sequence[Placement], more: Iterator[Placement]) -> None:
-    """Refuse rules that match nothing in any graph of the job.
+    """Check that every rule has an effect in some graph of the job.
 
     Args:
         known: placements of graphs that were captured anyway.
-        more: placements of all graphs, captured when asked for.
+        more: placements of all graphs of the job, captured lazily.
 
     Raises:
-        CalibrationError: rules match nothing in any graph; all are named.
+        CalibrationError: names all rules without effect.
     """
     placements = list(known)
     while not _all_used(placements):

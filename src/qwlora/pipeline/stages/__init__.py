@@ -1,10 +1,10 @@
-"""The stages of a job, one file each: what a stage's key covers, what it needs, what it runs.
+"""The stages of a job, one module each: what the key covers, what the stage needs, what it runs.
 
-    add(plan, ...)                           adds the stage to a plan; free of torch
-    run(context, stage, scratch, work)       writes the artifact into `scratch` and returns the
-                                             stage's part of results.json; imports torch
+    add(plan, ...)                        adds the stage to a plan; imports no torch
+    run(context, stage, scratch, work)    writes the artifact to `scratch` and returns the stage's
+                                          part of results.json; imports torch
 
-`work` is a folder for what an interrupted run resumes from.
+A stage keeps unfinished work in the folder `work`, and resumes from it after an interruption.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Stage `calibrate-base` of workflow qwa-lora: encodings of the base's activations, which adapters are trained through."""
+"""Stage `calibrate-base`, workflow qwa-lora only: encodings of the base's activations.
+
+Adapters are then trained through the quantized activations.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ NAME = "calibrate-base"
 
 
 def add(plan: PlanBuilder) -> None:
-    """Add the stage, if the workflow has it."""
+    """Add the stage if the workflow is qwa-lora."""
     if plan.recipe.workflow == "qwa-lora":
         plan.add(NAME, range_inputs(plan), ("quantize",), artifact=BASE_SIMULATION)
 

@@ -1,4 +1,8 @@
-"""Stages `calibrate` (encodings that adapters share) and `calibrate/NAME`, step 3: encodings of activations and adapter."""
+"""Step 3: encodings of activations and adapters.
+
+calibrate         encodings that adapters share, if simulation.base_activations shares any
+calibrate/NAME    encodings of one adapter
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,13 @@ if TYPE_CHECKING:
 
 
 NAME = "calibrate"
-SIMULATION_FORMAT = 3  # 2: the adapter is in it; 3: says what calibration left float
+SIMULATION_FORMAT = 3  # 2: contains the adapter; 3: lists values that calibration left float
 
 
 def range_inputs(plan: PlanBuilder) -> list[Any]:
-    """What activation ranges depend on."""
+    """Key inputs of activation ranges."""
     section = plan.recipe.simulation
-    # momentum: of an observer that no longer exists; kept, so that stored calibrations stay valid
+    # `momentum` belonged to a removed observer; kept so that stored calibrations stay valid.
     settings = {**section.model_dump(), "momentum": 0.01}
     inputs = [settings, plan.text, plan.recipe.data.calibration_sequences]
     observers = {section.observer, *(r.observer for r in section.rules if r.observer is not None)}
@@ -31,14 +35,15 @@ def range_inputs(plan: PlanBuilder) -> list[Any]:
 
 
 def add_shared(plan: PlanBuilder) -> None:
-    """Add the stage of encodings that adapters share, if they share any."""
+    """Add the stage of shared encodings, if adapters share any."""
     if _shares(plan):
         trained = tuple(f"train/{adapter.name}" for adapter in plan.recipe.adapters)
         plan.add(NAME, range_inputs(plan), trained, artifact=SHARED)
 
 
 def add(plan: PlanBuilder, name: str) -> None:
-    """Add the stage of one adapter. What sharing costs is measured on held-out text."""
+    """Add the stage of one adapter. If encodings are shared, held-out text is an input, since the
+    cost of sharing is measured on it."""
     needs = (f"train/{name}", NAME) if _shares(plan) else (f"train/{name}",)
     inputs = [range_inputs(plan), SIMULATION_FORMAT, plan.held_out if _shares(plan) else None]
     plan.add(f"{NAME}/{name}", inputs, needs, name, f"simulation/{name}")
@@ -49,7 +54,7 @@ def _shares(plan: PlanBuilder) -> bool:
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Calibrate one adapter, or what all adapters share."""
+    """Calibrate one adapter, or the encodings that adapters share."""
     from qwlora.adapter.adapter_folder import save_adapter
     from qwlora.analysis.perplexity import perplexity
     from qwlora.simulation.shared_encodings import share
@@ -80,7 +85,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 
 
 def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
-    """Encodings that all adapters share, from the values of every adapter and of the base alone."""
+    """Calibrate the shared encodings, on the values of every adapter and of the base alone."""
     from qwlora.simulation.adapter_simulations import simulate_adapters
     from qwlora.simulation.stored_encodings import save_encodings
 

@@ -1,4 +1,4 @@
-"""Stages `evaluate/...`: perplexity of the float model, the base, each adapter and each simulation."""
+"""Stages `evaluate/...`: perplexity of float model, base, every adapter and every simulation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NAME = "evaluate"
 
 
 def add(plan: PlanBuilder, what: str, needs: tuple[str, ...] = (), name: str | None = None) -> None:
-    """Add the stage of one state of the model: `float`, `base`, `adapted` or `simulated`."""
+    """Add the stage of one kind of model: `float`, `base`, `adapted` or `simulated`."""
     inputs = [plan.model, plan.held_out] if what == "float" else plan.held_out
     stage = f"{NAME}/{what}" if name is None else f"{NAME}/{what}/{name}"
     plan.add(stage, inputs, needs, name)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Perplexity on held-out text."""
+    """Measure perplexity on held-out text."""
     from qwlora.analysis.perplexity import logits_of, perplexity
     from qwlora.data.prepared_data import describe
 

@@ -1,4 +1,4 @@
-"""Stages `export/TARGET/NAME`, step 4: files for a runtime."""
+"""Stages `export/TARGET/NAME`, step 4: write the files for a runtime."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Write the files, and the adapter in the factors that they hold."""
+    """Write the files, and next to them the adapter as it was calibrated."""
     from qwlora.export.onnx_bundle import export_onnx
 
     name = str(stage.adapter)

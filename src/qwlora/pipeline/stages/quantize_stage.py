@@ -1,4 +1,4 @@
-"""Stage `quantize`, step 1: the packed base."""
+"""Stage `quantize`, step 1: freeze the base to packed integers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ARTIFACT = "base"
 
 
 def add(plan: PlanBuilder) -> None:
-    """Add the stage. Tuning is not part of the work that can be resumed: it reads the solved base."""
+    """Add the stage. Unfinished work does not depend on tuning, which comes last."""
     recipe = plan.recipe
     base, named = recipe.base, {recipe.base.solver, *(r.solver for r in recipe.base.rules)}
     solvers = [solver for name, solver in SOLVERS.items() if name in named]
@@ -59,12 +59,12 @@ def _encodings(plan: PlanBuilder) -> list[Any] | None:
 
 
 def needs_moments(recipe: Recipe) -> bool:
-    """Whether the start of an adapter needs second moments of the base's layers."""
+    """Whether the initialization of an adapter needs second moments of the base's layers."""
     return any(adapter.init == "qera" for adapter in recipe.adapters)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Step 1: the packed base."""
+    """Quantize the base, and tune it if the recipe asks for it."""
     measured: dict[str, Any] = {}
     if context.recipe.base.tuning.steps:
         solved = work / "solved"
@@ -76,7 +76,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         identity, report = _quantize(context, scratch, work)
         size = report.size
     if (work / MOMENTS).is_dir():
-        # Linked, not moved: a run that is killed from here on still finds them in its work folder.
+        # Linked, not moved: if the run is killed now, the next one still finds them in `work`.
         shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=_link)
     layers = {name: asdict(layer) for name, layer in report.layers.items()}
     return {
@@ -91,7 +91,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 
 
 def _link(source: str, target: str) -> None:
-    """Link a file, or copy it where the file system has no hard links."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -99,8 +99,10 @@ def _link(source: str, target: str) -> None:
 
 
 def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, QuantizeReport]:
-    """Write the base: from the float model if it is in memory, otherwise from its files, one block at
-    a time where their format allows it.
+    """Quantize and write the base.
+
+    Uses the float model if it is in memory, otherwise its files, one block at a time if their
+    format allows it.
     """
     from qwlora.formats.assemble_model import load_precomputed
     from qwlora.formats.base_folder import save_base
@@ -148,8 +150,9 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
 def _tune(
     context: JobContext, solved: Path, scratch: Path, work: Path
 ) -> tuple[str, BaseSize, dict[str, Any]]:
-    """Write the base in `solved` again with tuned scales and norms, and the untuned scales next to it:
-    the starts of adapters correct what the solver lost.
+    """Tune scales and norms of the base in `solved` and write it to `scratch`.
+
+    Also writes the scales before tuning: adapter initialization corrects the solver's error.
     """
     from safetensors.torch import save_file
 

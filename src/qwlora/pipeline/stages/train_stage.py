@@ -1,4 +1,7 @@
-"""Stage `train/NAME`, step 2: one adapter on the frozen base, whose fingerprint stays the same."""
+"""Stages `train/NAME`, step 2: train one adapter on the frozen base.
+
+After training, the base's fingerprint is checked to be unchanged.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 
 NAME = "train"
-# Settings that do not change the adapter.
+# settings that do not change the result
 _WITHOUT_EFFECT = {"checkpoint_steps", "report_to"}
 
 
@@ -45,7 +48,10 @@ def add(plan: PlanBuilder, adapter: Adapter) -> None:
 
 
 def _start(plan: PlanBuilder, start: str | None) -> list[tuple[str, str | None]]:
-    """Contents of an adapter to continue from; one on the hub is known by its name."""
+    """Names and digests of the files of an adapter to continue from.
+
+    Empty for an adapter on the hub: its name, a part of the recipe, identifies it.
+    """
     folder = Path(start) if start else None
     if folder is None or not folder.is_dir():
         return []
@@ -122,7 +128,8 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         report = TrainingReport(0, 0.0, 0, check_trainable(model), ())
     if (after := fingerprint(model)) != base_identity:
         raise FingerprintError(
-            f"training adapter {adapter.name} changed the base: its fingerprint was {base_identity} and is {after}"
+            f"training adapter {adapter.name} changed the base: its fingerprint was "
+            f"{base_identity} and is now {after}. The adapter was not saved; report this as a bug"
         )
     if is_first_process():
         save_adapter(model, scratch, base_identity)
@@ -152,7 +159,11 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 def _initialize(
     context: JobContext, model: PeftModel, adapter: Adapter
 ) -> tuple[PeftModel, dict[str, Any]]:
-    """Start the adapter from what quantization lost; returns it with the errors before and after."""
+    """Initialize the adapter to correct the quantization error.
+
+    Returns:
+        The model, and a report with each layer's error before and after.
+    """
     from qwlora.adapter.attach import attach
     from qwlora.adapter.initialize import initialize_adapter_
     from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks

@@ -1,4 +1,4 @@
-"""Stages `verify/TARGET/NAME`, step 5: run the exported files and compare them with the simulation."""
+"""Stages `verify/TARGET/NAME`, step 5: run exported files and compare them with the simulation."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ WITH_MINIMUM = tuple(kind for kind, places in HALVES.items() if len(places) == 2
 
 
 def random_rows(kind: str, rows: int, width: int, seed: int = 0) -> np.ndarray:
-    """Bytes of blocks of every bit pattern; scales of both signs where a minimum does not forbid it, and some of zero."""
+    """Random block bytes; some scales are zero, and some negative if the type allows it."""
     rng = np.random.default_rng(seed)
     values, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     blocks = rng.integers(0, 256, (rows * width // values, size), dtype=np.uint8)
@@ -59,7 +59,7 @@ def metadata_of(arch: str, config: PretrainedConfig, key: str) -> dict[str, Any]
 
 
 def stored_shapes(arch: str, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a file's tensors, by transformers' own table of names; a tied head is left out."""
+    """Names and shapes of a file's tensors by transformers' name table, without a tied head."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config.to_dict())

@@ -31,7 +31,7 @@ def quantized(weight: Tensor, scheme: Scheme | str) -> QuantizedTensor:
 
 
 def packed_and_twin(model: nn.Module, scheme: Scheme | str) -> tuple[nn.Module, nn.Module]:
-    """`model` with everything packed that can be, and a float model that holds exactly what its codes stand for."""
+    """The packed model, and a float model with exactly the dequantized values."""
     twin = copy.deepcopy(model)
     tied = {
         id(p): sum(p is q for m in model.modules() for q in m._parameters.values())

@@ -1,4 +1,4 @@
-"""`GgufCheckpoint` against transformers' own load of the same file, all parameters, for architectures that it maps in different ways."""
+"""`GgufCheckpoint` equals transformers' own loading of the same file, for many architectures."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_every_parameter_of_small_models_of_all_types(tmp_path: Path, name: str)
 
 
 def hybrid_file(folder: Path, value_head_dim: int, experts: bool, kinds: tuple[str, ...]) -> Path:
-    """A file of an architecture that transformers converts in its newer way: linear attention, then full attention, with or without experts."""
+    """A model with linear and full attention, which transformers maps by its newer conversions."""
     arch = "qwen35moe" if experts else "qwen35"
     key_heads, value_heads, key_dim, hidden = 2, 4, 32, 256
     values = value_heads * value_head_dim
@@ -423,7 +423,7 @@ SCALED = {
 def test_positions_that_transformers_does_not_read_are_announced(
     tmp_path: Path, metadata: dict[str, Any], extra: dict[str, Any], message: str
 ) -> None:
-    """By both ways of opening the file; and the model's positions are the plain ones that the warning says."""
+    """Both ways of opening the file warn, and the model's positions are indeed unscaled."""
     path = llama(tmp_path, {}, extra, metadata=metadata)
     with pytest.warns(
         UserWarning,

@@ -1,4 +1,4 @@
-"""Damaged and hostile GGUF files: one clear error each, and nothing allocated that the file does not pay for."""
+"""Damaged and hostile GGUF files give one clear error each, without large allocations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real GGUF files: SmolLM2-135M (Q4_1, Q8_0) and Gemma-3-270M (Q4_K_M: Q4_K, Q6_K, Q5_0, Q8_0), the second in four parts."""
+"""Real GGUF files: SmolLM2-135M (Q4_1, Q8_0) and Gemma-3-270M (Q4_K_M, in four parts)."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def model_of(kind: str) -> PreTrainedModel:
 
 
 class Held:
-    """A checkpoint in memory: the values of `model`, those that can be packed as integers if a scheme is given."""
+    """A checkpoint in memory with the values of `model`, quantized if a scheme is given."""
 
     def __init__(self, model: PreTrainedModel, scheme: Scheme | None = None):
         self.model, self.config, self.scheme = model, model.config, scheme
@@ -204,7 +204,7 @@ def test_a_tensor_of_another_shape_is_named() -> None:
         load_precomputed(Changed(up, lambda t: t.T))
     with pytest.raises(
         SourceError,
-        match=rf"{up} is int4 symmetric per block 32 in the files, and cannot be packed: .*\[64, 128\]",
+        match=rf"{up} is int4 symmetric per block 32 in the files and cannot be packed: .*\[64, 128\]",
     ):
         load_precomputed(
             Changed(
@@ -216,7 +216,7 @@ def test_a_tensor_of_another_shape_is_named() -> None:
     norm = "model.norm.weight"
     with pytest.raises(
         SourceError,
-        match=rf"{norm} is int8 symmetric per tensor in the files, and cannot be packed",
+        match=rf"{norm} is int8 symmetric per tensor in the files and cannot be packed",
     ):
         load_precomputed(Changed(norm, lambda t: quantized(t, parse_scheme("w8-tensor"))))
 

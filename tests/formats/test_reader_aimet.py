@@ -198,7 +198,7 @@ def test_low_power_scales_without_their_largest_integer_are_blocks() -> None:
 
 
 def entry_of(name: str, encoding: Encoding, version: str, flipped: bool = False) -> Entry:
-    """What AIMET writes for a grid of a matrix [out, in]: nested with axes in 2.x, flat before; transposed for its ONNX exporter's [in, out]."""
+    """The entry AIMET writes for a matrix [out, in]: nested in 2.x, flat before; transposed for ONNX."""
     scheme, scale, offset = (
         encoding.scheme,
         encoding.scale.double().numpy(),
@@ -279,7 +279,7 @@ def matrices(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def test_every_version_gives_the_grid_that_was_written(
     tmp_path: Path, version: str, granularity: Granularity, folded: bool
 ) -> None:
-    """Names and layouts of both of AIMET's exporters: the parameter's own, and `NAME_0` for a tensor stored [in, out]."""
+    """Both of AIMET's exporters: the parameter's own name, and `NAME_0` stored as [in, out]."""
     if version == "0.6.1" and isinstance(granularity, PerBlock | Lpbq):
         pytest.skip("0.6.1 has no blocks")
     scheme = Scheme(4, True, granularity)

@@ -1,4 +1,4 @@
-"""AWQ layers equal what AutoAWQ unpacks (files/awq-*, made by make_gptq_awq_files.py), bit for bit."""
+"""AWQ layers equal what AutoAWQ unpacks, bit for bit (files/awq-*)."""
 
 from __future__ import annotations
 

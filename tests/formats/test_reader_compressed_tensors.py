@@ -1,4 +1,4 @@
-"""compressed-tensors layers equal what the library itself decompresses, bit for bit in float32, from files that it wrote."""
+"""compressed-tensors layers equal what the library decompresses, bit for bit in float32."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def gapped(codes: Tensor, bits: int) -> Tensor:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
 def test_the_older_packing_has_gaps(tmp_path: Path, bits: int, symmetric: bool) -> None:
-    """compressed-tensors 0.13 kept `32 // bits` whole codes in a word; the same codes in the newer packing are what the library decompresses."""
+    """compressed-tensors 0.13 put `32 // bits` whole codes into a word, without crossing words."""
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(bits))
     record = {
         "num_bits": bits,
@@ -189,7 +189,7 @@ def model_folder(
     layouts: dict[str, tuple[str, dict[str, Any]]],
     **more: Any,
 ) -> dict[str, Tensor]:
-    """A tiny llama whose layers ending in a key of `layouts` are compressed; the values that must come out."""
+    """Compress the layers of a tiny llama that `layouts` names; returns the expected values."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32,

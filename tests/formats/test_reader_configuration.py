@@ -1,4 +1,4 @@
-"""A configuration of a few hundred bytes that counts more than the files can hold is refused before transformers expands it, whoever opens the folder."""
+"""A small config.json with huge layer counts is refused before transformers expands it."""
 
 from __future__ import annotations
 

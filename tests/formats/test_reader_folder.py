@@ -1,4 +1,4 @@
-"""Safetensors folders: mapped, checked, and under the names that transformers gives the model's parameters."""
+"""Safetensors folders: header checks, and stored names mapped to the model's parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ layers equal what GPT-QModel unpacks (files/gptq-*, made by make_gptq_awq_files.py), bit for bit; what a grid cannot say is refused."""
+"""GPTQ layers equal what GPT-QModel unpacks, bit for bit (files/gptq-*)."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_g_idx_may_be_absent(tmp_path: Path) -> None:
 
 
 def test_a_negative_scale_is_autorounds_alone(tmp_path: Path) -> None:
-    """AutoRound's full-range symmetric grids have negative scales; x_hat = scale * (code - zero) all the same."""
+    """AutoRound's full-range symmetric scales may be negative; the values are the same."""
     scales = load_file(FILES / "gptq-v1" / "model.safetensors")[f"{LAYER}.scales"].clone()
     scales[0, ::2] *= -1
     folder = changed(tmp_path, scales=scales)

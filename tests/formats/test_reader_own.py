@@ -1,4 +1,4 @@
-"""A base as a source of integers: the same base comes out, and what was changed or taken away is named."""
+"""A base as a `Checkpoint`: it is reproduced exactly, and changed or missing tensors are reported."""
 
 from __future__ import annotations
 

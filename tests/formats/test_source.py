@@ -1,4 +1,4 @@
-"""What a model's source may be: whatever is incomplete or no float model is refused, never filled with random numbers."""
+"""Model sources: incomplete or quantized models are refused, never filled with random numbers."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_folder_of_gguf_files_names_them(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
-    """A hub without a network: folders by id, of which the client's own filter takes what is asked for."""
+    """A fake hub without network: folders by id, filtered as the real client does."""
 
     def download(
         repository: str, allow_patterns: list[str], ignore_patterns: list[str] | None

@@ -1,4 +1,4 @@
-"""The base on disk: it is the same base, in shards too, in any type; and whatever is wrong with its files is named."""
+"""A saved base loads identically, also from shards and in other dtypes; damage is reported."""
 
 from __future__ import annotations
 

@@ -1,9 +1,13 @@
-"""Writes files/gptq-*, files/awq-* and files/gptqmodel-llama with the formats' own libraries: the golden files of test_reader_gptq.py and test_reader_awq.py.
-Run by hand, in an environment with gptqmodel 7.7.0 and AutoAWQ 0.2.9 (no GPU is needed, and of AutoAWQ no more than its Python files):
+"""Writes the golden files of test_reader_gptq.py and test_reader_awq.py with the formats' own
+libraries: files/gptq-*, files/awq-* and files/gptqmodel-llama.
+
+Run by hand, in an environment with gptqmodel 7.7.0 and AutoAWQ 0.2.9 (no GPU needed; AutoAWQ's
+Python files are enough):
 
     python tests/formats/make_gptq_awq_files.py
 
-Each layer is packed by the library, given back its scales in float32, and unpacked by the library; what that gives is `expected.safetensors`.
+Each layer is packed by the library, its scales are set to float32 again, and the library unpacks it
+into `expected.safetensors`.
 """
 
 from __future__ import annotations
@@ -84,7 +88,8 @@ def gptq() -> None:
 
 
 def scattered() -> None:
-    """Activation order with groups over the whole row: what must be refused. And the same groups in another order of whole runs, which must not."""
+    """Scattered groups, which must be refused, and contiguous groups in another order, which must
+    not."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
     tensors, expected = {}, {}

@@ -1,6 +1,6 @@
-"""Assembly from a checkpoint, loading and letting go of parts, and quantizing without a model in memory.
+"""Building a model from a checkpoint, loading and releasing modules, and streamed quantization.
 
-The outside numbers are those of a plain transformers model that holds the same values as floats.
+Expected values come from a plain transformers model with the same values as floats.
 """
 
 from __future__ import annotations

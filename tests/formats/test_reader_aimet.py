@@ -1,7 +1,8 @@
-"""AIMET encodings beside a float checkpoint: which entry is whose, which way round, and everything that does not fit named at once.
+"""AIMET encodings with a float checkpoint: entries are matched and transposed correctly, and all
+problems are reported together.
 
-The grids of AIMET's own files (tests/encodings/files) are compared among its ways to write one simulation. Against aimet-torch itself:
-tests/aimet/test_reader.py.
+AIMET's own files (tests/encodings/files) are compared with each other: all versions describe the
+same simulation. tests/aimet/test_reader.py compares with aimet-torch itself.
 """
 
 from __future__ import annotations
@@ -198,7 +199,8 @@ def test_low_power_scales_without_their_largest_integer_are_blocks() -> None:
 
 
 def entry_of(name: str, encoding: Encoding, version: str, flipped: bool = False) -> Entry:
-    """The entry AIMET writes for a matrix [out, in]: nested in 2.x, flat before; transposed for ONNX."""
+    """The entry AIMET writes for a matrix [out, in]: nested in 2.x, flat before; transposed for
+    ONNX."""
     scheme, scale, offset = (
         encoding.scheme,
         encoding.scale.double().numpy(),
@@ -369,16 +371,16 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
     assert len(raised.value.problems) == 4
     message = str(raised.value)
     assert (
-        f"'layers.0.mlp.down_proj.weight' is listed as a parameter, but the model has no such parameter (near: {DOWN})"
-        in message
+        "'layers.0.mlp.down_proj.weight' is listed as a parameter, but the model has no such "
+        f"parameter (near: {DOWN})" in message
     )
     assert (
-        f"'{DOWN}', the weight of a Linear layer, has no entry (near: layers.0.mlp.down_proj.weight)"
-        in message
+        f"'{DOWN}', the weight of a Linear layer, has no entry (near: "
+        "layers.0.mlp.down_proj.weight)" in message
     )
     assert (
-        "'lm_head.weight', the weight of a Linear layer, has no entry. To keep it float, set model.keep_float: [lm_head] in the recipe"
-        in message
+        "'lm_head.weight', the weight of a Linear layer, has no entry. To keep it float, set "
+        "model.keep_float: [lm_head] in the recipe" in message
     )
     assert f"'{up}' has 16 bits, but weights must have 2 to 8 bits" in message
 

@@ -1,5 +1,4 @@
-"""Reader for a float checkpoint with an AIMET encodings file: float weights quantized on AIMET's
-grids.
+"""Reader for a float checkpoint with an AIMET encodings file: quantizes the float weights.
 
     codes = quantize(float weight)      with the encoding of the entry that has the parameter's name
 

@@ -80,7 +80,7 @@ def _reach(config: Any, stated: int) -> int | None:
 
 def _table(model: PreTrainedModel, stated: int | None) -> tuple[str, int] | None:
     """The name of the model's table of positions and its number of positions, or None."""
-    if found := min(_beside_tokens(model, stated), key=lambda entry: entry[0], default=None):
+    if found := min(_position_embeddings(model, stated), key=lambda entry: entry[0], default=None):
         return found[1:]
     return next(
         (
@@ -92,7 +92,7 @@ def _table(model: PreTrainedModel, stated: int | None) -> tuple[str, int] | None
     )
 
 
-def _beside_tokens(
+def _position_embeddings(
     model: PreTrainedModel, stated: int | None
 ) -> Iterator[tuple[tuple[bool, bool], str, int]]:
     """Embeddings next to the token embedding that are named like positions or have the stated size.
@@ -101,10 +101,10 @@ def _beside_tokens(
     """
     tokens = model.get_input_embeddings()
     for path, module in model.named_modules():
-        beside = dict(module.named_children())
-        if not any(child is tokens for child in beside.values()):
+        siblings = dict(module.named_children())
+        if not any(child is tokens for child in siblings.values()):
             continue
-        for key, table in beside.items():
+        for key, table in siblings.items():
             if not isinstance(table, nn.Embedding) or table is tokens:
                 continue
             named = bool(_NAME.search(key) or _CLASS.search(type(table).__name__))

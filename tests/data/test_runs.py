@@ -179,7 +179,7 @@ def test_a_model_that_mixes_documents_is_refused_until_the_recipe_chooses(
 ) -> None:
     with pytest.raises(
         SourceError,
-        match=r"OPTForCausalLM mixes documents that share a sequence .* Choose data.packing: none",
+        match=r"OPTForCausalLM mixes documents that share a sequence .* Set data.packing to none",
     ):
         run(load_recipe(recipe_for("opt", data=chat)), tmp_path / "out")
     assert not (tmp_path / "out").exists()

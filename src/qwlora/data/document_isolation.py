@@ -34,7 +34,7 @@ def check_isolation(model: PreTrainedModel | PeftModel) -> None:
         how = (
             "takes no position_ids"
             if leak is None
-            else f"mixes documents that share a sequence ({leak:.0%} of the effect without positions)"
+            else f"mixes documents that share a sequence ({leak:.0%} of that without positions)"
         )
         name = type(getattr(model, "get_base_model", lambda: model)()).__name__
         raise SourceError(

@@ -293,7 +293,7 @@ def test_encodings_belong_to_floats(
         assert message in err
     (tmp_path / ".qwlora").mkdir()
     code, _, err = call(tmp_path, "--encodings", "x")
-    assert (code, "not to an adapter or a job's directory" in err) == (2, True)
+    assert (code, "SOURCE is an adapter or a job's directory" in err) == (2, True)
 
 
 def test_an_adapter_and_a_job_directory(base: tuple[Path, Any], tmp_path: Path, call: Call) -> None:

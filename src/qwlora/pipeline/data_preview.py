@@ -38,12 +38,12 @@ def preview(recipe: Recipe, sequence: int = 0) -> dict[str, Any]:
             f"training sequence {sequence} does not exist; choose one from 0 to {len(train) - 1}"
         )
     item = train[sequence]
-    ids, learnt = item["input_ids"].tolist(), (item["labels"] != IGNORED).tolist()
+    ids, in_loss = item["input_ids"].tolist(), (item["labels"] != IGNORED).tolist()
     positions = item["position_ids"].tolist() if "position_ids" in item else list(range(len(ids)))
     starts = [i for i, position in enumerate(positions) if position == 0]
     parts = [slice(start, end) for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
     shown = [
-        [_run(context.tokenizer, list(run), flag) for flag, run in _runs(ids[part], learnt[part])]
+        [_run(context.tokenizer, list(run), flag) for flag, run in _runs(ids[part], in_loss[part])]
         for part in parts
     ]
     return {
@@ -53,31 +53,31 @@ def preview(recipe: Recipe, sequence: int = 0) -> dict[str, Any]:
     }
 
 
-def _runs(ids: list[int], learnt: list[bool]) -> Any:
+def _runs(ids: list[int], in_loss: list[bool]) -> Any:
     """Runs of tokens that are all loss tokens or all not.
 
     Padding is left out: tokens without loss at the end that repeat one id.
     """
     end = len(ids)
-    while end > 1 and not learnt[end - 1] and ids[end - 1] == ids[end - 2]:
+    while end > 1 and not in_loss[end - 1] and ids[end - 1] == ids[end - 2]:
         end -= 1
-    if end == 1 and len(ids) > 1 and not learnt[0]:
+    if end == 1 and len(ids) > 1 and not in_loss[0]:
         end = 0
     return (
         (flag, (i for i, _ in run))
         for flag, run in groupby(
-            zip(ids[:end], learnt[:end], strict=True), key=lambda pair: pair[1]
+            zip(ids[:end], in_loss[:end], strict=True), key=lambda pair: pair[1]
         )
     )
 
 
-def _run(tokenizer: Any, ids: list[int], learnt: bool) -> dict[str, Any]:
+def _run(tokenizer: Any, ids: list[int], in_loss: bool) -> dict[str, Any]:
     return {
         "text": tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         ),
         "tokens": len(ids),
-        "learnt": learnt,
+        "learnt": in_loss,
     }
 
 

@@ -97,7 +97,7 @@ def quantize_(
         rules: what is different for some layers (see `rules.py`).
         calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
             tensors, tuples); needed by gptq, and for `moments`.
-        moments: filled with the second moments of each layer (`grid/moment.py`), which the
+        moments: filled with the second moments of each layer (`second_moments.py`), which the
             data-aware start of an adapter needs.
         work: a folder for finished parts; the same call goes on after the last one there.
         gptq: how that solver goes about it.

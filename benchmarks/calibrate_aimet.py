@@ -1,7 +1,11 @@
-"""aimet-torch's side of `calibrate.py`, run by it in an environment with aimet-torch and transformers 4.49: `python calibrate_aimet.py FOLDER ROUNDS`.
+"""aimet-torch's side of `calibrate.py`, which runs it.
 
-Reads the float model, the adapter and the batch from FOLDER, and prints its rows as one line of JSON. The adapter's operators are modules, so that AIMET
-quantizes them; of the rest of the model it sees the modules, as its user would get it: attention's products, softmax and rotary tables are not among them.
+    python calibrate_aimet.py FOLDER ROUNDS       with aimet-torch and transformers 4.49
+
+Reads the float model, the adapter and the batch from FOLDER, and prints rows as one line of JSON.
+The adapter's operators are modules, so AIMET quantizes them. In the rest of the model it quantizes
+the modules, as for any user of AIMET: matrix products of attention, softmax and rotary embeddings
+are not among them.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def test_failed_proof_exits_with_one_and_names_the_limit(
         "verify.perplexity_difference=1e-14",
     )
     assert code == 1
-    assert "export/onnx/first: the exported file does not compute what was simulated" in errors
+    assert re.search(r"export/onnx/first: .*simulated", errors)
     assert "from the simulation's" in errors
     assert not (tmp_path / "out" / "results.json").read_text().count("parity")
 

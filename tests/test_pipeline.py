@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from conftest import ARCHITECTURES, text, tiny_model
 from qwlora.encodings.from_grid import entry_of
-from qwlora.encodings.split_versions import build_1_0_0
+from qwlora.encodings.versions_0_and_1 import build_1_0_0
 from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.observers import measure

@@ -123,7 +123,7 @@ def problems(path: Path, *changes: str) -> list[str]:
         (
             "simulation={activation_bitwidth: 4, rules: [{match: x, bitwidth: 6}]}",
             "recipe: simulation.activation_bitwidth 4, simulation.rules.0.bitwidth 6: "
-            "ONNX supports activations of 8 or 16 bits; use one of these, or remove onnx from "
+            "onnx supports activations of 8 or 16 bits; use one of these, or remove onnx from "
             "export.targets",
         ),
         ("seed", "--set seed: expected KEY=VALUE, for example base.weights.bitwidth=3"),

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.rank_budget import RankBudget, rank_by_layer
     from qwlora.adapter.training_step import chunk_loss_, lean_steps
     from qwlora.errors import QwloraError
-    from qwlora.export.onnx_bundle import export_onnx
-    from qwlora.export.verify_any_model import verify_onnx_outputs
-    from qwlora.export.verify_language_model import verify_onnx
+    from qwlora.export.onnx_bundle import export_onnx, verify_onnx, verify_onnx_outputs
     from qwlora.formats.assemble_model import load_precomputed
     from qwlora.formats.base_folder import load_base, save_base
     from qwlora.formats.open_checkpoint import open_checkpoint
@@ -67,8 +65,8 @@ _HOME = {
     "tune_scales_": "quantize.tune_scales",
     "QwloraError": "errors",
     "export_onnx": "export.onnx_bundle",
-    "verify_onnx": "export.verify_language_model",
-    "verify_onnx_outputs": "export.verify_any_model",
+    "verify_onnx": "export.onnx_bundle",
+    "verify_onnx_outputs": "export.onnx_bundle",
     "Encoding": "grid.encoding",
     "fingerprint": "nn.fingerprint",
     "Moment": "grid.second_moments",

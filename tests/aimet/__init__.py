@@ -1,1 +1,1 @@
-"""aimet-torch as the oracle of the grid, in an environment of its own: `make test-aimet`."""
+"""aimet-torch as the oracle of grids and simulations: `make test-aimet`."""

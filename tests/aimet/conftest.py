@@ -1,4 +1,4 @@
-"""What was compared is collected while the tests run; `--table FILE` writes it down."""
+"""Collects the results of all comparisons; `--table FILE` writes them as docs/aimet-oracle.md."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from .table import Comparison, Table
 
 HEAD = """# Grid and simulation against aimet-torch
 
-Written by `make test-aimet` (tests/aimet, option `--table`); do not edit. aimet-torch {aimet}, torch {torch}, Python {python}, on the CPU.
+Written by `make test-aimet` (tests/aimet, option `--table`); do not edit.
+aimet-torch {aimet}, torch {torch}, Python {python}, CPU.
 
-An ulp is the distance between two neighbouring float32 numbers. "Differ" counts numbers that are not equal bit for bit. Offsets are in AIMET's sign for
-unsigned codes; AIMET's signed quantizers are brought there by adding their `qmin`.
+An ulp is the distance between two adjacent float32 numbers. "Differ" counts numbers that are not
+equal bit for bit. Offsets have AIMET's sign for unsigned codes; for AIMET's signed quantizers,
+`qmin` is added.
 
-"Values that differ" are fake-quantized values. AIMET's own depend on the mode: where a gradient may be asked for it divides by the scale, as we and as ONNX
-Runtime do; under `torch.no_grad()`, per tensor and per channel, it calls `torch.fake_quantize_*`, which multiplies by the reciprocal and so puts a value that
-lies on the border between two codes into the other one now and then. The last column counts those; they are AIMET's two modes disagreeing with each other.
+"Values that differ" are fake-quantized values. AIMET's values depend on the mode. If gradients are
+enabled, it divides by the scale, as we and ONNX Runtime do. Under `torch.no_grad()`, per tensor and
+per channel, it calls `torch.fake_quantize_*`, which multiplies by the reciprocal: now and then a
+value on the border between two codes gets the other one. The last column counts these differences
+between AIMET's two modes.
 
-Rows named "simulation" compare a whole `QuantizationSimModel` with ours on equal placements: encodings of weights and activations after the same calibration
-batches, then every quantized value and the logits of another batch. A code that the short cut changes is carried on by all that reads it.
+Rows named "simulation" compare a whole `QuantizationSimModel` with ours, with equal placements:
+encodings of weights and activations after the same calibration batches, then every quantized value
+and the logits of another batch. A code that differs under `no_grad` changes all values computed
+from it.
 """
 
 
@@ -55,7 +61,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
 
 @pytest.fixture
 def comparison(table: Table) -> Iterator[Comparison]:
-    """Numbers of one row; the test names it."""
+    """One row of the table; the test sets its name."""
     row = Comparison()
     yield row
     table.rows.append(row)

@@ -1,7 +1,8 @@
-"""A Llama for AIMET, which quantizes modules and nothing else: as transformers has it, or with a module for every operator that we place a quantizer on.
+"""A Llama for AIMET, which quantizes only modules.
 
-The second is what AIMET's guides ask of a user. A module is called as our encoding is (`self_attn.matmul_1`, `mlp.mul`, `q_proj.lora_A`), so that the two
-sides' names meet. Nothing is computed in another order than transformers and PEFT do.
+Either as in transformers, or with a module for every operator that we place a quantizer on, as
+AIMET's guides ask. Modules are named like our encodings (`self_attn.matmul_1`, `mlp.mul`,
+`q_proj.lora_A`). Operations are in the same order as in transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class ForwardLogits(nn.Module):
-    """Positional inputs, one output: what AIMET's tracer takes."""
+    """Positional inputs and one output, for AIMET's tracer."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -48,7 +49,7 @@ class Lora(nn.Module):
 
 
 class Rotary(nn.Module):
-    """The rotary table, its two results through modules."""
+    """The rotary embedding, with a module for each of its two results."""
 
     def __init__(self, table: nn.Module):
         super().__init__()
@@ -60,14 +61,14 @@ class Rotary(nn.Module):
 
 
 def llama(config: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
-    """A Llama with these weights, as transformers has it."""
+    """A Llama of transformers with these weights."""
     model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager")).eval()
     model.load_state_dict(weights, strict=True)
     return model
 
 
 def make_modules_(model: nn.Module) -> None:
-    """A module for every operator."""
+    """Replace operators by modules."""
     model.model.rotary_emb = Rotary(model.model.rotary_emb)
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -89,7 +90,7 @@ def make_modules_(model: nn.Module) -> None:
 
 
 def adapt_(model: nn.Module, adapter: dict[str, Tensor], scaling: float) -> None:
-    """Put a LoRA on every linear layer that `adapter` has weights for."""
+    """Add LoRA to every linear layer in `adapter`."""
     for path in sorted({name.partition(".lora_")[0] for name in adapter}):
         model.set_submodule(
             path,

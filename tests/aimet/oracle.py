@@ -1,4 +1,4 @@
-"""AIMET's quantizers for our schemes, and how far the two are apart."""
+"""AIMET's quantizers for our schemes, and their comparison with our encodings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
     "QuantizationSimModel",
     "QuantizeDequantize",
     "SqnrEncodingAnalyzer",
-    "aimet_low_power_quantizer",
+    "aimet_lpbq_quantizer",
     "aimet_numbers",
     "aimet_quantizer",
     "compare",
@@ -72,8 +72,8 @@ def aimet_quantizer(
     return quantizer
 
 
-def aimet_low_power_quantizer(x: Tensor, scheme: Scheme) -> GroupedBlockQuantizeDequantize:
-    """A calibrated AIMET quantizer whose blocks share one float scale a row."""
+def aimet_lpbq_quantizer(x: Tensor, scheme: Scheme) -> GroupedBlockQuantizeDequantize:
+    """A calibrated AIMET LPBQ quantizer, with one float scale per row."""
     assert isinstance(scheme.granularity, Lpbq)
     shape, block_size = aimet_shape(scheme, tuple(x.shape))
     bitwidth = scheme.bitwidth + scheme.granularity.scale_bitwidth
@@ -94,7 +94,7 @@ def aimet_numbers(quantizer: QuantizeDequantize) -> tuple[Tensor, Tensor]:
 
 
 def ulps(a: Tensor, b: Tensor) -> int:
-    """The largest distance of two lots of positive float32 numbers, in representable numbers."""
+    """The largest distance between positive float32 numbers, in representable numbers."""
     return int(
         (a.contiguous().view(torch.int32).long() - b.contiguous().view(torch.int32).long())
         .abs()
@@ -105,8 +105,8 @@ def ulps(a: Tensor, b: Tensor) -> int:
 def compare(row: Comparison, x: Tensor, encoding: Encoding, quantizer: QuantizeDequantize) -> None:
     """Compare scales, offsets and fake-quantized values of `x`.
 
-    AIMET divides by the scale where a gradient may be asked for; under `no_grad`, per tensor and per channel, it takes a short cut through
-    `torch.fake_quantize_*`, which multiplies by the scale's reciprocal.
+    AIMET divides by the scale if gradients are enabled. Under `no_grad`, per tensor and per
+    channel, it calls `torch.fake_quantize_*`, which multiplies by the reciprocal of the scale.
     """
     scale, offset = aimet_numbers(quantizer)
     ours, theirs = encoding.fake_quantize(x), quantizer(x).detach()

@@ -1,4 +1,4 @@
-"""The record of what was compared. Free of AIMET, so that pytest can collect it anywhere."""
+"""The table of comparisons. Does not import AIMET, so pytest can collect it anywhere."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Table:
     def to_markdown(self) -> str:
         lines = [
             "",
-            "| what | tensors | scales | values | scales that differ | by at most | offsets that differ | values that differ | under `no_grad` |",
+            "| what | tensors | scales | values | scales that differ | by at most "
+            "| offsets that differ | values that differ | under `no_grad` |",
             "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for r in self.rows:

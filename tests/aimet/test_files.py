@@ -1,7 +1,7 @@
 """A file that we write, loaded by AIMET, gives its quantizers our grid.
 
-AIMET 2.42 loads files of version 0.6.1 into a simulation (`QuantizationSimModel.load_encodings`); it has no loader for the later versions, whose files it only
-writes. Those are compared in the other direction, by tests/encodings with the files that AIMET wrote.
+AIMET 2.42 loads only version 0.6.1 (`QuantizationSimModel.load_encodings`). For later versions,
+tests/encodings reads files that AIMET wrote.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GRIDS = [
 
 
 def simulated(scheme: Scheme) -> tuple[torch.nn.Module, object]:
-    """A model with one Linear of 64 -> 24, and AIMET's simulation of it with a weight quantizer of the scheme's granularity."""
+    """One Linear of 64 -> 24, and AIMET's simulation with a weight quantizer of the scheme."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 24, bias=False)).eval()
     sim = aimet_torch.QuantizationSimModel(model, torch.randn(2, 64), default_param_bw=8)

@@ -10,14 +10,17 @@ from qwlora.grid.lpbq import split_scales
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
-from .oracle import aimet_low_power_quantizer, aimet_quantizer, compare
+from .oracle import aimet_lpbq_quantizer, aimet_quantizer, compare
 
 pytestmark = [pytest.mark.aimet, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("bitwidth", [2, 3, 4, 8])
-def test_low_power_blocks(bitwidth, comparison):
-    comparison.name = f"min-max, random matrices, int{bitwidth} LPBQ, 1 to 8 bits of integer scale, blocks of 2, 16 and 64"
+def test_lpbq_encodings_equal_aimets(bitwidth, comparison):
+    comparison.name = (
+        f"min-max, random matrices, int{bitwidth} LPBQ, 1 to 8 bits of integer scale, "
+        "blocks of 2, 16 and 64"
+    )
     for scale_bitwidth in (1, 2, 4, 8):
         for size in (2, 16, 64):
             for seed in range(5):
@@ -25,7 +28,7 @@ def test_low_power_blocks(bitwidth, comparison):
                     1 + 2 * (seed % 2)
                 ) * 10.0 ** -(seed % 3)
                 scheme = Scheme(bitwidth, granularity=Lpbq(size, scale_bitwidth))
-                encoding, quantizer = measure(x, scheme), aimet_low_power_quantizer(x, scheme)
+                encoding, quantizer = measure(x, scheme), aimet_lpbq_quantizer(x, scheme)
                 compare(comparison, x, encoding, quantizer)
                 row, integers = split_scales(encoding.scale, scheme)
                 theirs = quantizer.get_encodings()
@@ -41,7 +44,7 @@ def test_low_power_blocks(bitwidth, comparison):
 @pytest.mark.parametrize("stretch", [0.7, 1.6])
 @pytest.mark.parametrize("bitwidth", [2, 4, 8])
 def test_gradient_of_a_learned_scale(bitwidth, stretch, granularity):
-    """AIMET learns the two ends, `scale = (max - min) / steps`; so its gradient for `max` is ours for `scale`, over the number of steps."""
+    """AIMET trains min and max, `scale = (max - min) / steps`: its gradient is ours over steps."""
     x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     upstream = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
     scheme = Scheme(bitwidth, granularity=granularity)

@@ -1,4 +1,4 @@
-"""Grids read from files that AIMET writes, by both its exporters and in every version, round weights as AIMET's own quantizers do, bit for bit."""
+"""Grids read from AIMET's files, of all exporters and versions, round as AIMET's quantizers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ pytest.importorskip(
 )
 
 from aimet_torch.common import quantsim  # noqa: E402
-from aimet_torch.quantization.affine import GroupedBlockQuantizeDequantize, QuantizeDequantize  # noqa: E402
+from aimet_torch.quantization.affine import (  # noqa: E402
+    GroupedBlockQuantizeDequantize,
+    QuantizeDequantize,
+)
 from aimet_torch.quantsim import QuantizationSimModel  # noqa: E402
 
 from qwlora.encodings import read  # noqa: E402
-from qwlora.encodings.grids import Placement, grid_of  # noqa: E402
+from qwlora.encodings.to_grid import Placement, grid_of  # noqa: E402
 from qwlora.errors import SourceError  # noqa: E402
 from qwlora.grid.scheme import Lpbq, PerBlock  # noqa: E402
 
@@ -33,7 +36,7 @@ SHAPES = {
 
 
 class Layers(nn.Module):
-    """On [batch, tokens, features], so that each Linear becomes a MatMul, as in a language model."""
+    """For [batch, tokens, features], so that each Linear becomes a MatMul."""
 
     def __init__(self) -> None:
         super().__init__()

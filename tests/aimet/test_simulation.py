@@ -1,8 +1,10 @@
-"""With placements matched, our simulation of a small Llama is aimet-torch's `QuantizationSimModel`: every encoding, every quantized value, the logits.
+"""Our simulation of a small Llama equals aimet-torch's, if placements are equal.
 
-Our half was written by `write_simulations.py`, in an environment with transformers 5; AIMET's tracer takes 4.49 or older. Tolerances: encodings and simulated
-values are equal bit for bit where AIMET divides by the scale, as it does when a gradient may be asked for. Under `torch.no_grad()` it multiplies by the
-reciprocal, other codes come out on the borders, and later layers carry them on; there the logits are `SHORTCUT_ERROR` apart at most.
+Compared are every encoding, every quantized value, and the logits. Our half is written by
+`write_simulations.py` with transformers 5; AIMET's tracer needs 4.49 or older. Encodings and
+simulated values are equal bit for bit if gradients are enabled, where AIMET divides by the scale.
+Under `torch.no_grad()` it multiplies by the reciprocal, which changes some codes and all values
+computed from them; then logits differ by at most `SHORTCUT_ERROR`.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ READ_BY = {
 
 @dataclass
 class Ours:
-    """What `write_simulations.py` wrote."""
+    """Our half of a case, as `write_simulations.py` wrote it."""
 
     record: dict[str, Any]
     encodings: dict[str, Encoding]
@@ -80,7 +82,8 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     folder = request.config.getoption("--simulations")
     if folder is None:
         pytest.skip(
-            "our half is not written: make test-aimet, or tests/aimet/write_simulations.py FOLDER and --simulations FOLDER"
+            "our half is missing: make test-aimet, or tests/aimet/write_simulations.py FOLDER and "
+            "--simulations FOLDER"
         )
     here = folder / f"{request.param}"
     tensors = {
@@ -107,7 +110,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 
 
 def make_pair(ours: Ours) -> Pair:
-    """AIMET's simulation of the case, its placement matched to ours or checked against it, calibrated."""
+    """AIMET's calibrated simulation, its placement matched to ours or compared with it."""
     model = llama(ours.record["model"], ours.weights)
     if not ours.record["as_aimet"]:
         make_modules_(model)
@@ -149,7 +152,7 @@ def quantized_modules(simulation: QuantizationSimModel) -> Iterator[tuple[str, n
 def place_parameters_(
     path: str, module: nn.Module, ours: Ours, found: dict[str, nn.Module]
 ) -> None:
-    """Quantizers of our schemes on the parameters; which ones have an encoding is the same on both sides."""
+    """Set quantizers of our schemes on the parameters that have an encoding on both sides."""
     for kind in module.param_quantizers:
         name = f"{path.removesuffix('.linear')}.{kind}"
         scheme = ours.encodings[name].scheme
@@ -160,7 +163,7 @@ def place_parameters_(
 
 
 def place_output_(path: str, module: nn.Module, ours: Ours) -> None:
-    """Our placement: each value is quantized where it is made, and nowhere else."""
+    """Quantize each value where it is computed, and nowhere else, as we do."""
     name = ours.activation_of(path)
     scheme = ours.encodings[name].scheme if name else None
     module.output_quantizers[0] = (
@@ -199,8 +202,8 @@ def values_of(pair: Pair) -> dict[str, Tensor]:
     return seen
 
 
-def test_the_two_models_are_one(pair: Pair) -> None:
-    """Without quantizers, and with the base in float, transformers' two versions agree; so do our names and AIMET's modules."""
+def test_both_float_models_are_equal(pair: Pair) -> None:
+    """In float, without quantizers, both versions of transformers compute the same logits."""
     assert torch.equal(pair.plain, pair.ours.results["plain"])
 
 
@@ -240,7 +243,7 @@ def test_encodings_and_values_are_equal(pair: Pair, comparison: Comparison, tabl
         comparison.values_differ += int((value != expected[value_name]).sum())
         comparison.shortcut_differ += int((shortcut[value_name] != expected[value_name]).sum())
     largest = float(expected["logits"].abs().max())
-    moved, apart, between = (
+    moved, difference, between = (
         float((a - b).abs().max()) / largest
         for a, b in (
             (expected["logits"], pair.plain),
@@ -249,11 +252,12 @@ def test_encodings_and_values_are_equal(pair: Pair, comparison: Comparison, tabl
         )
     )
     table.notes.append(
-        f"**{name}**: logits of {value.shape[0]} x {value.shape[1]} tokens against the float model's: {moved:.2g} of the largest apart; against AIMET's: "
-        f"{apart:.2g}; against AIMET's under `no_grad`: {between:.2g} (allowed {SHORTCUT_ERROR})."
+        f"**{name}**: largest difference of logits of {value.shape[0]} x {value.shape[1]} tokens, "
+        f"relative to the largest logit. From the float model: {moved:.2g}; from AIMET: "
+        f"{difference:.2g}; from AIMET under `no_grad`: {between:.2g} (allowed {SHORTCUT_ERROR})."
     )
     assert comparison.worst_ulps == 0
     assert comparison.offsets_differ == 0
     assert comparison.values_differ == 0
-    assert moved > 10 * apart
+    assert moved > 10 * difference
     assert between <= SHORTCUT_ERROR

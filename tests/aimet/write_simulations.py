@@ -1,13 +1,19 @@
-"""Our half of the comparison of simulations with aimet-torch's; it needs what AIMET cannot live with (transformers 5), so the two meet in files.
+"""Write our half of the comparison of simulations with aimet-torch.
 
-python tests/aimet/write_simulations.py FOLDER        writes FOLDER/CASE/... for every case; `make test-aimet` then has test_simulation.py read them
+    python tests/aimet/write_simulations.py FOLDER
 
-case.json                    the model's configuration, whether AIMET placed, the adapter's scaling (null without one)
-float.safetensors            the model before it was quantized
-adapter.safetensors          the LoRA weights, by canonical name (none without an adapter)
-batches.safetensors          token ids: calibration.0, calibration.1, ..., evaluation
-encodings.safetensors        our encodings, and simulation.json beside it (`save_simulation`)
-results.safetensors          logits of the evaluation batch: plain (nothing quantized) and simulated; every simulated value by its name, values.NAME
+It needs transformers 5, which AIMET does not support, so the two halves meet in files. For every
+case, FOLDER/CASE/ contains:
+
+    case.json                  model configuration, who placed, scaling of the adapter
+    float.safetensors          the model before quantization
+    adapter.safetensors        LoRA weights by canonical name (empty without an adapter)
+    batches.safetensors        token ids: calibration.0, calibration.1, ..., evaluation
+    encodings.safetensors      NAME.scale and NAME.offset of our encodings
+    results.safetensors        logits of the evaluation batch, plain (float) and simulated; every
+                               simulated value as values.NAME
+
+`make test-aimet` runs this, then test_simulation.py.
 """
 
 from __future__ import annotations
@@ -48,7 +54,8 @@ class Case:
     """One pair of simulations.
 
     Args:
-        as_aimet: place what AIMET places by itself, which sees modules alone; otherwise what we place, AIMET given a module for every operator.
+        as_aimet: quantize what AIMET does by default, which sees only modules; otherwise AIMET gets
+            a module for every operator that we quantize.
     """
 
     name: str
@@ -67,7 +74,7 @@ CASES = [
     Case("placed by us, W4 per block, A16, LoRA int8", "w4-block32", A16, rank=4),
     Case("placed by us, W4 per block, A8, LoRA int8", "w4-block32", A8, rank=4),
 ]
-# What AIMET's graph of a Llama misses: every operator that is a function and not a module, but for the product that down_proj reads.
+# Missing in AIMET's graph of a Llama: operators that are functions, except the input of down_proj.
 UNSEEN_BY_AIMET = tuple(
     PlacementRule(path, keep="float", of="activations")
     for path in ("model.embed_tokens", "model.rotary_emb", "*.self_attn")
@@ -83,7 +90,7 @@ def inputs(token_ids: Tensor) -> dict[str, Tensor]:
 
 
 def make_model(case: Case) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
-    """The model of a case, quantized and perhaps adapted; its float weights, and its logits (adapted too) with them."""
+    """The quantized model of a case with its adapter; its float weights, and its float logits."""
     torch.manual_seed(0)
     model: nn.Module = LlamaForCausalLM(LlamaConfig(**MODEL, attn_implementation="eager")).eval()
     with torch.no_grad():

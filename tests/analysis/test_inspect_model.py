@@ -22,7 +22,7 @@ from qwlora import fingerprint, quantize_, save_adapter, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.cli.main import main
 from qwlora.encodings.from_grid import entry_of
-from qwlora.encodings.split_versions import build_1_0_0
+from qwlora.encodings.versions_0_and_1 import build_1_0_0
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme

@@ -1,9 +1,9 @@
-"""Writes files/*.encodings and files/model.onnx with aimet-torch itself: the golden files of these tests. Run by hand, in an environment with aimet-torch:
+"""Write the golden files of these tests, files/*.encodings and files/model.onnx, with aimet-torch.
 
-    python tests/encodings/make_aimet_files.py
+    python tests/encodings/make_aimet_files.py       by hand, in an environment with aimet-torch
 
-One small network holds every granularity that AIMET can write: per tensor, per channel, per block, LPBQ, a float16 and (2.x only) a float8 weight,
-a zero point shift of a half.
+One small network has everything that AIMET can write: per tensor, per channel, per block, LPBQ, a
+float16 weight, a float8 weight (2.x only), a zero point shift of one half.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Random encodings files in each version, with the graph they belong to: weights [out, in], read by a Conv, so channels on axis 0 and blocks on axis 1."""
+"""Random encodings files of each version, and their graphs.
+
+Weights are [out, in] and read by a Conv: channels on axis 0, blocks on axis 1.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from qwlora.encodings import (
@@ -15,8 +19,14 @@ from qwlora.encodings import (
     FloatEncoding,
     IntegerEncoding,
     LpbqEncoding,
-    TensorFacts,
+    OnnxTensor,
 )
+
+# Hypothesis limits run time and generation; on a loaded machine both fail without a bug.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 FILES = Path(__file__).parent / "files"
 DECOMPRESSED_BITWIDTH = 8
@@ -33,22 +43,22 @@ def arrays(draw: Any, shape: tuple[int, ...], values: st.SearchStrategy[Any], dt
 
 
 @st.composite
-def encodings(draw: Any, version: str, name: str = "w") -> tuple[Encoding, TensorFacts]:
-    """An encoding as a file of `version` says it, and its tensor."""
+def encodings(draw: Any, version: str, name: str = "w") -> tuple[Encoding, OnnxTensor]:
+    """An encoding with the fields of `version`, and its tensor."""
     split = version < "2"
     channels, blocks, block_size = (
         draw(st.integers(1, 3)),
         draw(st.integers(1, 3)),
         draw(st.integers(1, 4)),
     )
-    facts = TensorFacts(draw(st.booleans()), (channels, blocks * block_size), 0, 1)
+    tensor = OnnxTensor(draw(st.booleans()), (channels, blocks * block_size), 0, 1)
     kind = draw(
         st.sampled_from(
             ["integer", "integer", "integer", "float"] + (["lpbq"] if version != "0.6.1" else [])
         )
     )
     if kind == "lpbq":
-        return draw(lpbq(version, name, channels, blocks, block_size)), facts
+        return draw(lpbq(version, name, channels, blocks, block_size)), tensor
     granularity = draw(
         st.sampled_from(["tensor", "channel"] + (["block"] if version != "0.6.1" else []))
     )
@@ -69,12 +79,12 @@ def encodings(draw: Any, version: str, name: str = "w") -> tuple[Encoding, Tenso
     )
     if kind == "float":
         if split:
-            return FloatEncoding(name, draw(st.sampled_from([8, 16, 32]))), facts
+            return FloatEncoding(name, draw(st.sampled_from([8, 16, 32]))), tensor
         chosen = draw(st.sampled_from(sorted(FLOAT_FORMATS)))
         return FloatEncoding(
             name, FLOAT_FORMATS[chosen], chosen, arrays(draw, shape, positive, float), **layout
-        ), facts
-    return draw(integer(version, name, shape, layout)), facts
+        ), tensor
+    return draw(integer(version, name, shape, layout)), tensor
 
 
 @st.composite
@@ -82,15 +92,15 @@ def integer(
     draw: Any, version: str, name: str, shape: tuple[int, ...], layout: dict[str, Any]
 ) -> IntegerEncoding:
     bitwidth = draw(st.integers(1, 16))
-    centre, lowest = -(2 ** (bitwidth - 1)), -(2**bitwidth - 1)
+    center, lowest = -(2 ** (bitwidth - 1)), -(2**bitwidth - 1)
     offset = (
-        np.full(shape, centre)
+        np.full(shape, center)
         if draw(st.booleans())
         else arrays(draw, shape, st.integers(lowest, 0), np.int64)
     )
-    centred = bool((offset == centre).all())
+    centered = bool((offset == center).all())
     symmetric, signed = (
-        (draw(st.booleans()), None) if version < "2" else (centred, draw(st.booleans()))
+        (draw(st.booleans()), None) if version < "2" else (centered, draw(st.booleans()))
     )
     return IntegerEncoding(
         name,
@@ -128,14 +138,14 @@ def lpbq(
 
 
 @st.composite
-def files(draw: Any, version: str) -> tuple[EncodingsFile, dict[str, TensorFacts]]:
-    """A file in which every field of the version may be there, and a graph that agrees with it."""
+def files(draw: Any, version: str) -> tuple[EncodingsFile, dict[str, OnnxTensor]]:
+    """A file with any of the version's fields, and a matching graph."""
     some = [
         draw(encodings(version, name)) for name in draw(st.lists(names, unique=True, max_size=4))
     ]
-    graph = {encoding.name: facts for encoding, facts in some}
+    graph = {encoding.name: tensor for encoding, tensor in some}
     parameters = (
-        frozenset(e.name for e, facts in some if facts.parameter) if version < "2" else None
+        frozenset(e.name for e, tensor in some if tensor.parameter) if version < "2" else None
     )
     producer = draw(st.none() | st.just({"package": "qwlora", "version": "1"}))
     extra: dict[str, Any] = {}

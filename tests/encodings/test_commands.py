@@ -23,7 +23,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line as a shell does: exit code, output, errors."""
+    """Run the command line; returns exit code, stdout, stderr."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["qwlora", "encodings", *arguments])
@@ -55,7 +55,7 @@ def test_show_lists_every_encoding(run: Run) -> None:
     )
 
 
-def test_show_json_is_alike_for_all_versions(run: Run) -> None:
+def test_show_json_has_the_same_fields_in_all_versions(run: Run) -> None:
     code, out, _ = run("show", OLD, "--json")
     record = json.loads(out)
     assert code == 0
@@ -79,7 +79,7 @@ def test_show_json_is_alike_for_all_versions(run: Run) -> None:
     }
 
 
-def test_validate_exits_1_on_errors_alone(run: Run) -> None:
+def test_validate_exits_1_only_on_errors(run: Run) -> None:
     code, out, _ = run("validate", OLD)
     assert (code, out) == (0, f"{OLD}: no findings\n")
     pytest.importorskip("onnx")
@@ -117,9 +117,7 @@ def test_convert_refuses_a_loss_until_it_is_accepted(run: Run, tmp_path: Path) -
     assert len(read(target).encodings) == 12
 
 
-def test_convert_takes_what_is_lacking_from_the_model_and_the_options(
-    run: Run, tmp_path: Path
-) -> None:
+def test_convert_takes_lacking_fields_from_model_and_options(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     target = str(tmp_path / "out.encodings")
     code, _, err = run("convert", NEW, "--to", "1.0.0", "--lossy", "--onnx", MODEL)
@@ -176,7 +174,10 @@ def test_bad_input_exits_2(run: Run, arguments: list[str], message: str) -> None
 
 
 def test_the_command_line_answers_without_torch() -> None:
-    program = "import sys; from qwlora import cli_encodings; print(sorted({'torch', 'onnx', 'transformers'} & set(sys.modules)))"
+    program = (
+        "import sys, qwlora.cli.encodings_commands;"
+        "print(sorted({'torch', 'onnx', 'transformers'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True

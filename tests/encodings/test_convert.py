@@ -1,4 +1,7 @@
-"""All sixteen pairs of versions. The rules of what a version holds are written again here, apart from the code, and the two must agree."""
+"""Conversion between all pairs of versions.
+
+`is_held` states what a version can express, independently of the code under test.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from qwlora.encodings import (
     FloatEncoding,
     IntegerEncoding,
     LpbqEncoding,
-    TensorFacts,
+    OnnxTensor,
     convert,
     read,
     read_graph,
@@ -33,7 +36,7 @@ def through_json(file: EncodingsFile) -> EncodingsFile:
 
 
 def is_held(e: Encoding, source: str, target: str) -> bool:
-    """Whether `target` holds all that `source` says of one encoding, the graph and the decompressed bitwidth being known."""
+    """Whether `target` can express an encoding, given its graph and decompressed bitwidth."""
     to_split, from_split = target < "2", source < "2"
     if isinstance(e, FloatEncoding):
         return to_split == from_split
@@ -53,9 +56,9 @@ def is_held(e: Encoding, source: str, target: str) -> bool:
 def test_an_encoding_comes_back_exactly_or_its_loss_is_listed(
     source: str, target: str, data: st.DataObject
 ) -> None:
-    encoding, facts = data.draw(encodings(source))
-    graph = {"w": facts}
-    parameters = frozenset({"w"} if facts.parameter else ()) if source < "2" else None
+    encoding, tensor = data.draw(encodings(source))
+    graph = {"w": tensor}
+    parameters = frozenset({"w"} if tensor.parameter else ()) if source < "2" else None
     file = EncodingsFile(source, (encoding,), parameters)
     known = {"graph": graph, "decompressed_bitwidth": DECOMPRESSED_BITWIDTH}
     if is_held(encoding, source, target):
@@ -105,16 +108,16 @@ def test_a_file_comes_back_exactly_or_its_loss_is_listed(
 
 @pytest.mark.parametrize("version", VERSIONS)
 @given(st.data())
-def test_a_version_holds_what_it_says(version: str, data: st.DataObject) -> None:
+def test_a_file_converts_to_its_own_version_unchanged(version: str, data: st.DataObject) -> None:
     file, _ = data.draw(files(version))
     assert convert(file, version) == file
     assert through_json(file) == file
 
 
 @given(st.data())
-def test_reals_are_the_same_in_every_version(data: st.DataObject) -> None:
-    """`(q + offset) * scale` of 1.0.0 and `(q - y_zero_point) * y_scale` of 2.0.0, from the JSON alone."""
-    encoding, facts = data.draw(
+def test_dequantized_values_are_the_same_in_every_version(data: st.DataObject) -> None:
+    """1.0.0: `(q + offset) * scale`; 2.0.0: `(q - y_zero_point) * y_scale`; from the JSON."""
+    encoding, tensor = data.draw(
         encodings("1.0.0").filter(
             lambda pair: isinstance(pair[0], IntegerEncoding) and pair[0].granularity == "channel"
         )
@@ -122,7 +125,7 @@ def test_reals_are_the_same_in_every_version(data: st.DataObject) -> None:
     assert isinstance(encoding, IntegerEncoding)
     file = EncodingsFile("1.0.0", (encoding,), frozenset({"w"}))
     old = to_document(file)["param_encodings"][0]
-    new = to_document(convert(file, "2.0.0", lossy=True, graph={"w": facts}))["encodings"][0]
+    new = to_document(convert(file, "2.0.0", lossy=True, graph={"w": tensor}))["encodings"][0]
     signed = new["output_dtype"].startswith("int")
     for code in (0, 1, 2 ** old["bw"] - 1):
         stored = code - 2 ** (old["bw"] - 1) if signed else code
@@ -134,7 +137,7 @@ def test_reals_are_the_same_in_every_version(data: st.DataObject) -> None:
             ][i]
 
 
-CONV = {"w": TensorFacts(True, (2, 6), 0, 1)}
+CONV = {"w": OnnxTensor(True, (2, 6), 0, 1)}
 CHANNEL = IntegerEncoding("w", 4, [0.1, 0.2], [-8, -8], True)
 BLOCK = IntegerEncoding("w", 4, [0.1, 0.2, 0.3, 0.4], [-8] * 4, True, block_size=3)
 LPBQ = LpbqEncoding("w", 4, 3, [1, 2, 3, 4], [0.1, 0.2], 8)
@@ -155,7 +158,8 @@ def one(version: str, encoding: Encoding, **fields: object) -> EncodingsFile:
             LPBQ,
             "2.1.0",
             [
-                "w: decompressed_bitwidth 8; to come back needs its decompressed bitwidth (--decompressed-bitwidth)"
+                "w: decompressed_bitwidth 8; to come back needs its decompressed bitwidth "
+                "(--decompressed-bitwidth)"
             ],
         ),
         (FloatEncoding("w", 16), "2.0.0", ["w: the whole encoding, floats of 16 bits"]),
@@ -182,7 +186,8 @@ def test_what_is_lost_from_1_0_0_is_named_and_nothing_else(
         (
             IntegerEncoding("w", 8, [0.1] * 6, [-128] * 6, True, True, axis=1),
             [
-                "w: axis 1; to come back needs its channel axis: there are 6 scales, but axis 0 has 2 in the graph"
+                "w: axis 1; to come back needs its channel axis: there are 6 scales, but axis 0 "
+                "has 2 in the graph"
             ],
         ),
         (IntegerEncoding("w", 8, 0.1, -128, True, False), ["w: signed False"]),
@@ -228,19 +233,19 @@ def test_without_a_graph_the_sections_and_file_fields_are_lost_to_2_x() -> None:
         (
             one("1.0.0", BLOCK),
             "2.0.0",
-            {"w": TensorFacts(True, (6, 2), 1, 0)},
+            {"w": OnnxTensor(True, (6, 2), 1, 0)},
             "w: the order of its block scales.*--block-order",
         ),
         (
             one("1.0.0", BLOCK),
             "2.0.0",
-            {"w": TensorFacts(True, (2, 9), 0, 1)},
+            {"w": OnnxTensor(True, (2, 9), 0, 1)},
             "blocks of 3 on a tensor of \\[2, 9\\] are not 4",
         ),
         (
             one("1.0.0", CHANNEL),
             "2.0.0",
-            {"w": TensorFacts(True, (3, 2), 0, 1)},
+            {"w": OnnxTensor(True, (3, 2), 0, 1)},
             "there are 2 scales, but axis 0 has 3",
         ),
         (one("1.0.0", LPBQ), "2.1.0", {}, "w: its block axis"),
@@ -280,7 +285,7 @@ def test_without_a_graph_the_sections_and_file_fields_are_lost_to_2_x() -> None:
 )
 @pytest.mark.parametrize("lossy", [False, True])
 def test_what_is_lacking_is_never_invented(
-    file: EncodingsFile, target: str, graph: dict[str, TensorFacts], lacking: str, lossy: bool
+    file: EncodingsFile, target: str, graph: dict[str, OnnxTensor], lacking: str, lossy: bool
 ) -> None:
     with pytest.raises(ConversionError, match=lacking):
         convert(file, target, lossy, graph=graph)
@@ -314,8 +319,8 @@ def test_aimets_2_0_0_and_2_1_0_are_the_same_file() -> None:
     assert convert(new, "2.0.0") == old
 
 
-def test_aimets_1_0_0_becomes_its_2_0_0_where_the_graph_decides() -> None:
-    """Our conversion against AIMET's own writing of the same simulation: equal, but for what the two simulations differ in (float8, biases)."""
+def test_aimets_1_0_0_converts_to_its_2_0_0() -> None:
+    """AIMET wrote both files; its two simulations differ only in float8 weights and biases."""
     pytest.importorskip("onnx")
     graph = read_graph(FILES / "model.onnx")
     old, new = read(FILES / "aimet-1.0.0.encodings"), read(FILES / "aimet-2.0.0.encodings").by_name
@@ -330,23 +335,23 @@ def test_aimets_1_0_0_becomes_its_2_0_0_where_the_graph_decides() -> None:
 
 
 def test_aimets_older_exporter_lists_blocks_by_output_channel() -> None:
-    """Its file has the same weights under other names; with the order said, it gives the same scales as the newer exporter's 2.0.0."""
+    """With the order given, its scales equal those of the newer exporter's 2.0.0."""
     pytest.importorskip("onnx")
     names = {"block.weight": "block.weight_0", "lpbq.weight": "lpbq.weight_0"}
-    facts = read_graph(FILES / "model.onnx")
+    graph_of_model = read_graph(FILES / "model.onnx")
     old, new = (
         read(FILES / "aimet-export-1.0.0.encodings"),
         read(FILES / "aimet-2.0.0.encodings").by_name,
     )
     some = tuple(e for e in old.encodings if e.name in names)
     file = EncodingsFile("1.0.0", some, frozenset(names))
-    graph = {name: facts[other] for name, other in names.items()}
+    graph = {name: graph_of_model[other] for name, other in names.items()}
     converted = convert(file, "2.0.0", lossy=True, graph=graph, block_order="channel").by_name
     for name, other in names.items():
         assert converted[name].replace(name=other) == new[other]
 
 
-MATMUL = TensorFacts(True, (6, 2), 1, 0)
+MATMUL = OnnxTensor(True, (6, 2), 1, 0)
 
 
 @pytest.mark.parametrize("target", ["2.0.0", "2.1.0"])
@@ -366,7 +371,7 @@ def test_both_orders_come_back(
     assert through_json(convert(through_json(there), "1.0.0", **known)) == file
 
 
-def test_the_producer_says_the_order_where_it_is_ours() -> None:
+def test_our_own_files_need_no_block_order() -> None:
     for package, held in (("qwlora", True), ("aimet-torch", False)):
         file = one("1.0.0", BLOCK, producer={"package": package, "version": "1"})
         if held:
@@ -378,7 +383,7 @@ def test_the_producer_says_the_order_where_it_is_ours() -> None:
                 convert(file, "2.0.0", graph={"w": MATMUL})
 
 
-def test_blocks_whose_order_nobody_says_are_not_flattened() -> None:
+def test_blocks_of_unknown_order_are_not_flattened() -> None:
     nested = IntegerEncoding(
         "w", 4, [[0.1, 0.2], [0.3, 0.4]], [[-8, -8], [-8, -8]], True, True, axis=0, block_size=3
     )
@@ -389,5 +394,5 @@ def test_blocks_whose_order_nobody_says_are_not_flattened() -> None:
 
 
 def test_an_unknown_order_is_refused() -> None:
-    with pytest.raises(ConversionError, match="block order 'rows' is not one of tensor, channel"):
+    with pytest.raises(ConversionError, match="block order 'rows' is not one of channel, tensor"):
         convert(one("1.0.0", BLOCK), "2.0.0", block_order="rows")  # type: ignore[arg-type]

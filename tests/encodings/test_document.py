@@ -1,4 +1,4 @@
-"""Reading and writing: AIMET's own files, every malformed field by name, hostile bytes, atomic writing, and the schemas beside the readers."""
+"""Reading and writing encodings files: AIMET's own, malformed fields, hostile bytes, atomicity."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_files import FILES, files
+from random_files import FILES
 
 from qwlora.encodings import (
     VERSIONS,
@@ -28,16 +27,12 @@ from qwlora.encodings import (
 )
 from qwlora.encodings.encodings_file import load_json, parse, to_document
 from qwlora.encodings.from_grid import entry_of
-from qwlora.encodings.split_versions import build_1_0_0
+from qwlora.encodings.versions_0_and_1 import build_1_0_0
 from qwlora.errors import ConversionError, EncodingsFileError, QwloraError
 
 GOLDEN = {
     version: json.loads((FILES / f"aimet-{version}.encodings").read_text()) for version in VERSIONS
 }
-
-
-def is_valid(document: Any, version: str) -> bool:
-    return jsonschema.Draft202012Validator(schema(version)).is_valid(document)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -51,7 +46,7 @@ def test_an_aimet_file_is_read_and_written_back_field_by_field(version: str) -> 
     assert to_document(read(FILES / f"aimet-{version}.encodings")) == document
 
 
-def test_aimet_says_the_same_grid_in_every_version() -> None:
+def test_aimets_files_have_the_same_grids_in_every_version() -> None:
     """The four files hold the same simulation."""
     by_version = {
         version: read(FILES / f"aimet-{version}.encodings").by_name for version in VERSIONS
@@ -71,7 +66,7 @@ def test_aimet_says_the_same_grid_in_every_version() -> None:
         assert (x.scale, x.offset, x.symmetric) == (0.014587393961846828, -149, False)
 
 
-def test_lpbq_of_aimet_reads_alike_in_three_versions() -> None:
+def test_aimets_lpbq_reads_the_same_in_three_versions() -> None:
     old, middle, new = (
         read(FILES / f"aimet-{v}.encodings").by_name["lpbq.weight_0"] for v in VERSIONS[1:]
     )
@@ -94,8 +89,7 @@ def test_lpbq_of_aimet_reads_alike_in_three_versions() -> None:
 
 
 def test_aimets_two_exporters_list_blocks_in_two_orders() -> None:
-    """Why 1.0.0 blocks of a MatMul's weight [in, out] are not converted without a word: `sim.export` lists them by output channel, `sim.onnx.export` as
-    they lie."""
+    """`sim.export` lists a MatMul weight by channel, `sim.onnx.export` as it is stored."""
     lying, older = (
         read(FILES / "aimet-1.0.0.encodings"),
         read(FILES / "aimet-export-1.0.0.encodings"),
@@ -114,7 +108,7 @@ def test_aimets_two_exporters_list_blocks_in_two_orders() -> None:
         assert a.reshape(-1, outputs).T.reshape(-1).tolist() == b.tolist()
 
 
-def test_what_entry_of_gives_is_written_as_an_entry() -> None:
+def test_entries_of_grids_are_read_and_written_back() -> None:
     torch = pytest.importorskip("torch")
     from qwlora.grid.encoding import Encoding
     from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
@@ -127,14 +121,6 @@ def test_what_entry_of_gives_is_written_as_an_entry() -> None:
         file, findings = parse(document)
         assert file is not None, findings
         assert to_document(file) == document
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-@given(st.data())
-def test_what_is_written_satisfies_the_schema(version: str, data: st.DataObject) -> None:
-    file, _ = data.draw(files(version))
-    jsonschema.Draft202012Validator.check_schema(schema(version))
-    assert not list(jsonschema.Draft202012Validator(schema(version)).iter_errors(to_document(file)))
 
 
 def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -170,7 +156,7 @@ PATHS = {version: list(nodes(document)) for version, document in GOLDEN.items()}
 
 @pytest.mark.parametrize("version", VERSIONS)
 @given(st.data())
-def test_a_changed_file_is_refused_with_findings_or_is_a_file_that_its_schema_takes(
+def test_a_changed_file_is_refused_with_findings_or_is_written_back(
     version: str, data: st.DataObject
 ) -> None:
     document = copy.deepcopy(GOLDEN[version])
@@ -190,7 +176,6 @@ def test_a_changed_file_is_refused_with_findings_or_is_a_file_that_its_schema_ta
     assert (file is None) == bool(findings)
     assert all(finding.message and len(str(finding)) < 1000 for finding in findings)
     if file is not None:
-        assert is_valid(document, file.version)
         assert parse(to_document(file)) == (file, [])
 
 
@@ -206,7 +191,7 @@ def test_any_bytes_give_a_value_or_our_error(
     try:
         read(path)
     except EncodingsFileError as error:
-        assert error.problems  # noqa: PT017 (either outcome is right; any other error fails the test)
+        assert error.problems  # noqa: PT017 (both outcomes are right, other errors are not)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +202,7 @@ def test_any_bytes_give_a_value_or_our_error(
         (b"\xff", "is not UTF-8 text"),
         (b"[" * 100_000, "is nested too deeply"),
         (b'{"a":' * 100_000, "is nested too deeply"),
-        (b"[" + b"9" * 5000 + b"]", "an integer of thousands of digits"),
+        (b"[" + b"9" * 5000 + b"]", "thousands of digits"),
         (b'{"version": "1.0.0", "version": "1.0.0"}', "has the key 'version' twice in one object"),
         (b"[]", "file: is a list; an object is needed"),
         (b"{}", "file, version: is missing"),
@@ -231,7 +216,7 @@ def test_any_bytes_give_a_value_or_our_error(
         ),
     ],
 )
-def test_a_file_that_is_none_says_why(tmp_path: Path, content: bytes, message: str) -> None:
+def test_an_invalid_file_says_why(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.encodings"
     path.write_bytes(content)
     with pytest.raises(EncodingsFileError, match=message) as caught:
@@ -253,7 +238,7 @@ def test_a_missing_file_says_so(tmp_path: Path) -> None:
 
 
 def changed(version: str, section: str, name: str, **fields: Any) -> dict[str, Any]:
-    """AIMET's file with fields of one entry replaced, or removed where the value is `...`."""
+    """AIMET's file with fields of one entry replaced, or removed if the value is `...`."""
     document = copy.deepcopy(GOLDEN[version])
     entries = document[section]
     entry = (
@@ -330,14 +315,14 @@ BAD_FIELDS = [
         "activation_encodings",
         "x",
         {"scale": [True]},
-        "scale: holds true or false; numbers are needed",
+        "scale: contains true or false; numbers are needed",
     ),
     (
         "1.0.0",
         "activation_encodings",
         "x",
         {"scale": [10**400]},
-        "scale: holds an integer that no float can hold",
+        "scale: contains an integer that is too large",
     ),
     ("1.0.0", "activation_encodings", "x", {"scale": [[0.1]]}, "scale: has 2 axes"),
     (
@@ -352,7 +337,7 @@ BAD_FIELDS = [
         "activation_encodings",
         "x",
         {"offset": [-1.5]},
-        "offset: holds -1.5; integers are needed",
+        "offset: contains -1.5; integers are needed",
     ),
     ("1.0.0", "activation_encodings", "x", {"offset": [2**70]}, "offset: is an integer of 71 bits"),
     (
@@ -473,7 +458,7 @@ BAD_FIELDS = [
         "encodings",
         "block.weight_0",
         {"y_scale": [[0.1], [0.1, 0.2]]},
-        "y_scale: holds lists of different lengths",
+        "y_scale: contains lists of different lengths",
     ),
     ("2.0.0", "encodings", "block.weight_0", {"y_scale": []}, "y_scale: is empty"),
     (
@@ -579,15 +564,15 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("section", ["param_encodings", "activation_encodings"])
-def test_a_name_twice_is_refused(section: str) -> None:
+def test_a_repeated_name_is_refused(section: str) -> None:
     document = copy.deepcopy(GOLDEN["1.0.0"])
     document[section].append(document["activation_encodings"][0])
     file, findings = parse(document)
     assert file is None
-    assert [str(f) for f in findings] == ["x, name: is there twice; one tensor has one encoding"]
+    assert [str(f) for f in findings] == ["x, name: is repeated; a tensor has one encoding"]
 
 
-def test_control_signs_in_names_do_not_reach_the_terminal() -> None:
+def test_control_characters_in_names_are_escaped() -> None:
     _, findings = parse({"version": "2.0.0", "encodings": [{"name": "\x1b[31m" + "a" * 10_000}]})
     assert "\x1b" not in str(findings[0])
     assert len(str(findings[0])) < 300
@@ -604,7 +589,7 @@ def test_a_written_file_reads_back(tmp_path: Path, version: str) -> None:
     assert len(lines) == len(file.encodings) + {"0.6.1": 10, "1.0.0": 10}.get(version, 6)
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "out.encodings"
     path.write_text("before")
     file = EncodingsFile(
@@ -625,7 +610,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "out.encodings"]
 
 
-def test_values_refuse_what_cannot_be() -> None:
+def test_invalid_values_are_refused() -> None:
     with pytest.raises(
         EncodingsFileError, match=r"'w'.*\n.*scale has shape \[2\] but offset \[1\]"
     ):
@@ -634,23 +619,12 @@ def test_values_refuse_what_cannot_be() -> None:
         IntegerEncoding("w", 8, [0.1, 0.1], [-1, -0.5], False)
     with pytest.raises(EncodingsFileError, match="offset holds inf; integers are needed"):
         IntegerEncoding("w", 8, 0.1, float("inf"), False)
-    with pytest.raises(EncodingsFileError, match="'w': encodings have distinct names"):
+    with pytest.raises(EncodingsFileError, match="'w': two encodings"):
         EncodingsFile("2.0.0", (FloatEncoding("w", 16), FloatEncoding("w", 16)))
-    with pytest.raises(
-        EncodingsFileError, match="'v': is named as a parameter, but has no encoding"
-    ):
+    with pytest.raises(EncodingsFileError, match=r"'v': .*parameter.* no encoding"):
         EncodingsFile("1.0.0", (), frozenset({"v"}))
 
 
-def test_values_do_not_change() -> None:
+def test_values_are_read_only() -> None:
     with pytest.raises(ValueError, match="read-only"):
         IntegerEncoding("w", 8, [0.1], [0], False).scale[0] = 1.0
-
-
-def test_there_is_a_schema_for_every_version_and_no_other() -> None:
-    for version in VERSIONS:
-        jsonschema.Draft202012Validator.check_schema(schema(version))
-        assert is_valid(GOLDEN[version], version)
-        assert [v for v in VERSIONS if is_valid(GOLDEN[version], v)] == [version]
-    with pytest.raises(EncodingsFileError, match="no such encodings version"):
-        schema("1")

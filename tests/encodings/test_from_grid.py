@@ -9,7 +9,7 @@ import torch
 
 from qwlora.encodings import VERSIONS, EncodingsFile, LpbqEncoding, read, write
 from qwlora.encodings.from_grid import encoding_of, entry_of
-from qwlora.encodings.grids import Placement, grid_of
+from qwlora.encodings.to_grid import Placement, grid_of
 from qwlora.errors import ConversionError, EncodingsFileError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding

@@ -1,4 +1,4 @@
-"""`encodings validate --onnx` on what this project exports: no errors, and warnings of what is computed in float only."""
+"""Our own exports validate without errors; warnings are only about tensors that stay float."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conftest import tiny_model
 from qwlora import export_onnx, quantize_, simulate
 from qwlora.encodings import Finding, convert, read, read_graph, validate
 
-# what a simulation leaves float: norms, the residual stream, the rotation, the masked scores, the factor inside SiLU
+# Ops that stay float: norms, residual adds, rotary tables, masked scores, the product in SiLU.
 COMPUTED = {"Add", "Mul", "Pow", "ReduceMean", "Sqrt", "Reciprocal", "Cos", "Sin", "Sigmoid"}
 
 
@@ -39,7 +39,7 @@ def findings(bundle: Path) -> list[Finding]:
     return validate(bundle / "model.encodings", bundle / "model.onnx")
 
 
-def test_every_warning_is_of_a_float_that_an_op_computes(
+def test_every_warning_is_about_a_computed_float_tensor(
     bundle: Path, findings: list[Finding]
 ) -> None:
     model = infer_shapes(onnx.load(bundle / "model.onnx"))
@@ -58,17 +58,15 @@ def test_every_warning_is_of_a_float_that_an_op_computes(
     assert len(findings) < 60
 
 
-def test_its_blocks_convert_to_2_x_and_back(bundle: Path) -> None:
-    """1.0.0 does not say the order of blocks; the producer does."""
+def test_blocks_convert_to_2_x_and_back(bundle: Path) -> None:
+    """The order of blocks in 1.0.0 follows from the producer."""
     graph, file = read_graph(bundle / "model.onnx"), read(bundle / "model.encodings")
     assert file.parameters is not None
     parameters = {name: file.by_name[name] for name in file.parameters}
     assert {e.granularity for e in parameters.values()} >= {"block", "channel"}
     for version in ("2.0.0", "2.1.0"):
-        there = convert(
-            file, version, lossy=True, graph=graph
-        )  # `excluded_layers` and `quantizer_args` have no place in 2.x
-        back = convert(
-            there, "1.0.0", lossy=True, graph=graph
-        )  # an asymmetric activation may happen to be centred
+        # 2.x has no `excluded_layers` and `quantizer_args`.
+        there = convert(file, version, lossy=True, graph=graph)
+        # An asymmetric activation may happen to be centered.
+        back = convert(there, "1.0.0", lossy=True, graph=graph)
         assert {name: back.by_name[name] for name in parameters} == parameters

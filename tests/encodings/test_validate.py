@@ -1,9 +1,9 @@
-"""Findings in a file, and beside a model."""
+"""Findings about a file, alone and with its model."""
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from qwlora.encodings import (
     Finding,
     IntegerEncoding,
     LpbqEncoding,
-    TensorFacts,
+    OnnxTensor,
     read,
     read_graph,
     validate,
 )
-from qwlora.encodings.validate import lines
+from qwlora.encodings.validate import finding_lines
 from qwlora.errors import EncodingsFileError, MissingExtraError
 
 onnx = pytest.importorskip("onnx")
@@ -29,7 +29,7 @@ MODEL = FILES / "model.onnx"
 
 
 def model_file(path: Path) -> Path:
-    """x [2, 3, 8, 8] -> Conv, ConvTranspose, Gemm twice, MatMul, with one weight that two ops read along different axes."""
+    """Weights of every op that implies axes; two ops read "both" along different axes."""
     from onnx import TensorProto, helper
 
     def weight(name: str, *dims: int, kind: int = TensorProto.FLOAT) -> Any:
@@ -83,9 +83,9 @@ def model_file(path: Path) -> Path:
 def test_axes_come_from_the_op_that_reads_the_tensor(tmp_path: Path) -> None:
     graph = read_graph(model_file(tmp_path / "m.onnx"))
     axes = {
-        name: (facts.channel_axis, facts.block_axis)
-        for name, facts in graph.items()
-        if facts.parameter
+        name: (tensor.channel_axis, tensor.block_axis)
+        for name, tensor in graph.items()
+        if tensor.parameter
     }
     assert axes == {
         "conv": (0, 1),
@@ -99,11 +99,11 @@ def test_axes_come_from_the_op_that_reads_the_tensor(tmp_path: Path) -> None:
         "tied": (0, 1),
         "constant": (None, None),
     }
-    assert graph["x"] == TensorFacts(False)
-    assert graph["m"] == TensorFacts(False, (2, 8))
-    assert graph["y"] == TensorFacts(False, (2, 2), computed_by="Add")
+    assert graph["x"] == OnnxTensor(False)
+    assert graph["m"] == OnnxTensor(False, (2, 8))
+    assert graph["y"] == OnnxTensor(False, (2, 2), computed_by="Add")
     assert graph["conv"].shape == (4, 3, 1, 1)
-    assert not graph["ids"].wanted
+    assert not graph["ids"].needs_encoding
     assert "gone" not in graph
 
 
@@ -118,7 +118,7 @@ def test_aimets_files_fit_aimets_model(version: str) -> None:
     assert all(f.severity == "warning" for f in findings)
 
 
-def test_blocks_that_0_6_1_lists_as_channels_are_found_beside_the_model() -> None:
+def test_blocks_listed_as_channels_by_0_6_1_do_not_fit_the_model() -> None:
     assert validate(FILES / "aimet-0.6.1.encodings") == []
     errors = [
         str(f) for f in validate(FILES / "aimet-0.6.1.encodings", MODEL) if f.severity == "error"
@@ -130,7 +130,10 @@ def test_blocks_that_0_6_1_lists_as_channels_are_found_beside_the_model() -> Non
 
 
 def plumbing_file(path: Path) -> Path:
-    """A head as exporters write it: shapes, positions and a mask are computed beside the values. x [2, tokens, 8], ids [2, tokens]."""
+    """An attention head with shapes, positions and a mask computed in the graph.
+
+    x [2, tokens, 8], ids [2, tokens].
+    """
     from onnx import TensorProto, helper
 
     def constant(name: str, value: Any, kind: int = TensorProto.INT64) -> Any:
@@ -185,9 +188,9 @@ def plumbing_file(path: Path) -> Path:
     return path
 
 
-def test_only_what_carries_values_wants_an_encoding(tmp_path: Path) -> None:
+def test_only_tensors_with_float_values_need_encodings(tmp_path: Path) -> None:
     graph = read_graph(plumbing_file(tmp_path / "m.onnx"))
-    wanted = {name: facts.computed_by for name, facts in graph.items() if facts.wanted}
+    wanted = {name: tensor.computed_by for name, tensor in graph.items() if tensor.needs_encoding}
     computed = {
         "sum": "Add",
         "scores": "MatMul",
@@ -199,7 +202,7 @@ def test_only_what_carries_values_wants_an_encoding(tmp_path: Path) -> None:
     assert wanted == {"x": None, "table": None, **computed}
 
 
-def test_every_wanted_tensor_is_warned_of_and_no_other(tmp_path: Path) -> None:
+def test_every_tensor_without_its_encoding_is_a_warning(tmp_path: Path) -> None:
     model = plumbing_file(tmp_path / "m.onnx")
     every = ["x", "table", "sum", "scores", "masked", "weights", "mixed", "y"]
     for left_out in ([], ["sum"], ["table", "y"]):
@@ -212,12 +215,12 @@ def test_every_wanted_tensor_is_warned_of_and_no_other(tmp_path: Path) -> None:
     assert validate(EncodingsFile("1.0.0", after_the_cast, frozenset({"table"})), model) == []
 
 
-def test_warnings_that_say_the_same_share_a_line(tmp_path: Path) -> None:
+def test_equal_warnings_share_a_line(tmp_path: Path) -> None:
     findings = [Finding("warning", f"t{i}", "", "is odd") for i in range(9)] + [
         Finding("warning", "u", "", "is rare"),
         Finding("error", "t", "", "is odd"),
     ]
-    assert lines(findings) == [
+    assert finding_lines(findings) == [
         "warning: 9 tensors (t0, t1, t2 ...): each is odd",
         "warning: u: is rare",
         "error: t: is odd",
@@ -305,16 +308,18 @@ def integers(
         (
             "2.0.0",
             integers("gemm", [[1.0] * 6] * 4, axis=0, block_size=4),
-            "gemm, scale: has shape [4, 6], which blocks of 4 on axis 0 of a tensor of shape [8, 6] do not give",
+            "gemm, scale: has shape [4, 6], which blocks of 4 on axis 0 of a tensor of shape "
+            "[8, 6] do not give",
         ),
         (
             "2.0.0",
             integers("gemm", [[1.0] * 5] * 2, axis=0, block_size=4),
-            "gemm, scale: has shape [2, 5], which blocks of 4 on axis 0 of a tensor of shape [8, 6] do not give",
+            "gemm, scale: has shape [2, 5], which blocks of 4 on axis 0 of a tensor of shape "
+            "[8, 6] do not give",
         ),
     ],
 )
-def test_what_does_not_fit_the_model_is_an_error(
+def test_scales_and_names_that_do_not_fit_the_model_are_errors(
     tmp_path: Path, version: str, encoding: Encoding, error: str
 ) -> None:
     assert errors_of(tmp_path, version, encoding) == [error]
@@ -333,11 +338,13 @@ def test_what_does_not_fit_the_model_is_an_error(
         ("1.0.0", LpbqEncoding("gemm", 4, 4, [1] * 12, [1.0] * 6, 8)),
     ],
 )
-def test_what_fits_the_model_is_none(tmp_path: Path, version: str, encoding: Encoding) -> None:
+def test_scales_that_fit_the_model_are_not_errors(
+    tmp_path: Path, version: str, encoding: Encoding
+) -> None:
     assert errors_of(tmp_path, version, encoding) == []
 
 
-def test_an_activation_that_is_stored_in_the_model_is_an_error(tmp_path: Path) -> None:
+def test_a_parameter_listed_as_activation_is_an_error(tmp_path: Path) -> None:
     assert errors_of(tmp_path, "1.0.0", integers("gemm", 1.0), parameter=False) == [
         "gemm, section: says an activation, but it is a parameter of the graph"
     ]
@@ -370,7 +377,7 @@ def test_an_offset_outside_its_codes_is_an_error_and_an_odd_one_a_warning() -> N
     )
 
 
-def test_what_is_wrong_inside_the_json_are_findings(tmp_path: Path) -> None:
+def test_problems_inside_the_json_are_findings(tmp_path: Path) -> None:
     path = tmp_path / "bad.encodings"
     path.write_text(
         json.dumps(
@@ -385,7 +392,7 @@ def test_what_is_wrong_inside_the_json_are_findings(tmp_path: Path) -> None:
         validate(path)
 
 
-def test_a_value_that_its_version_cannot_hold_is_found_before_it_is_written() -> None:
+def test_a_value_is_validated_before_it_is_written() -> None:
     file = EncodingsFile(
         "1.0.0", (IntegerEncoding("w", 8, 1.0, 0, False, signed=True),), frozenset()
     )
@@ -394,7 +401,7 @@ def test_a_value_that_its_version_cannot_hold_is_found_before_it_is_written() ->
     assert "w, scale: must be above 0" in validate(negative)[0].message
 
 
-def test_a_model_that_is_none_says_so(tmp_path: Path) -> None:
+def test_a_file_that_is_not_onnx_says_so(tmp_path: Path) -> None:
     for content in (b"", b"\xff\xff\xff", b"{}"):
         (tmp_path / "m.onnx").write_bytes(content)
         with pytest.raises(EncodingsFileError, match="is not an ONNX model"):
@@ -404,14 +411,7 @@ def test_a_model_that_is_none_says_so(tmp_path: Path) -> None:
 
 
 def test_without_onnx_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = builtins.__import__
-
-    def without(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "onnx":
-            raise ImportError(name)
-        return whole(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'qwlora\[onnx\]'"):
         read_graph(MODEL)
     assert read(FILES / "aimet-1.0.0.encodings").version == "1.0.0"

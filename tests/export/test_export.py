@@ -1,8 +1,10 @@
-"""What the files hold, and that the proof can fail."""
+"""The content of ONNX exports of language models, and the limits of their proof."""
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,11 @@ from qwlora import (
     simulate,
     verify_onnx,
 )
-from qwlora.encodings import validate
+from qwlora.encodings import LpbqEncoding, read, validate
+from qwlora.encodings.to_grid import Placement, grid_of
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
-from qwlora.export.verify_language_model import Limits, Parity, check_parity
+from qwlora.export.aimet_encodings import write_encodings
+from qwlora.export.verify import LanguageModelParity, Limits, check_parity
 from qwlora.graph.quantized_graph import Kind
 from qwlora.system import optional_packages as extras
 
@@ -98,14 +102,12 @@ def test_adapter_weights_of_every_width(
     assert int(codes.max()) == 2**bitwidth - 1
 
 
-def test_bits_without_an_onnx_type_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ExportError, match="ONNX has no 6-bit QuantizeLinear for activations; use 8 or 16 bits"
-    ):
+def test_activation_bitwidths_without_an_onnx_type_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"6-bit.*use 8 or 16 bits"):
         made("w4-block32", tmp_path, SimulationSchemes(activations=Scheme(6, symmetric=False)))
 
 
-def test_aimet_entries_say_what_the_grid_says(bundle: tuple[Path, Simulation]) -> None:
+def test_aimet_entries_describe_the_grids(bundle: tuple[Path, Simulation]) -> None:
     folder, simulation = bundle
     record = json.loads((folder / "model.encodings").read_text())
     parameters = {e["name"]: e for e in record["param_encodings"]}
@@ -141,6 +143,51 @@ def test_aimet_entries_say_what_the_grid_says(bundle: tuple[Path, Simulation]) -
     assert len(parameters) == sum(m.kind is not Kind.ACTIVATION for m in simulation.marks)
 
 
+def test_lpbq_weights_are_exported_as_lpbq_and_read_back_as_the_same_grid(tmp_path: Path) -> None:
+    simulation = made("w4-lpbq64", tmp_path)
+    entries = json.loads((tmp_path / "model.encodings").read_text())["param_encodings"]
+    by_type = {e["name"] for e in entries if e["enc_type"] == "LPBQ"}
+    base = {m.name for m in simulation.marks if m.kind is Kind.BASE}
+    assert base
+    assert by_type == base
+    file = read(tmp_path / "model.encodings")
+    for name in base:
+        encoding, entry = simulation.encodings[name], file.by_name[name]
+        assert isinstance(entry, LpbqEncoding)
+        assert (entry.bitwidth, entry.decompressed_bitwidth, entry.block_size) == (4, 8, 64)
+        rows, blocks = encoding.scale.shape
+        stored = Placement((rows, blocks * 64), transposed=True, block_order="tensor")
+        again = grid_of(entry, stored, file.version)
+        assert again.scheme == encoding.scheme
+        assert torch.equal(again.scale, encoding.scale)
+        assert torch.equal(again.offset, encoding.offset)
+
+
+@pytest.mark.parametrize(
+    ("observer", "quant_scheme"),
+    [
+        ("min-max", "min_max"),
+        ("sqnr", "post_training_tf_enhanced"),
+        ("percentile", "post_training_percentile"),
+        ("squared-error", "squared_error"),
+    ],
+)
+def test_quant_scheme_names_the_observer_of_the_activations(
+    bundle: tuple[Path, Simulation], tmp_path: Path, observer: str, quant_scheme: str
+) -> None:
+    graph = replace(bundle[1].graph(), observer=observer)
+    write_encodings(graph, tmp_path / "model.encodings")
+    assert read(tmp_path / "model.encodings").quantizer_args["quant_scheme"] == quant_scheme
+
+
+def test_a_simulation_tells_the_writer_which_observer_ran(bundle: tuple[Path, Simulation]) -> None:
+    simulation = bundle[1]
+    schemes = replace(simulation.origin.schemes, observer="sqnr")
+    other = copy.copy(simulation)
+    other.origin = replace(simulation.origin, schemes=schemes)
+    assert (simulation.graph().observer, other.graph().observer) == ("min-max", "sqnr")
+
+
 def test_the_validator_finds_nothing_wrong_with_the_bundle(bundle: tuple[Path, Simulation]) -> None:
     folder = bundle[0]
     findings = validate(folder / "model.encodings", folder / "model.onnx")
@@ -170,7 +217,7 @@ def test_file_carries_its_metadata_and_axis_names(bundle: tuple[Path, Simulation
     assert {n.domain for n in model.graph.node} == {""}
 
 
-def test_a_wrong_file_fails_the_proof(bundle: tuple[Path, Simulation], tmp_path: Path) -> None:
+def test_a_changed_scale_fails_the_proof(bundle: tuple[Path, Simulation], tmp_path: Path) -> None:
     folder, simulation = bundle
     model = onnx.load(folder / "model.onnx")
     scale = next(
@@ -191,7 +238,7 @@ def test_a_wrong_file_fails_the_proof(bundle: tuple[Path, Simulation], tmp_path:
         check_parity(parity, Limits(), "it")
 
 
-def test_each_limit_is_held(bundle: tuple[Path, Simulation]) -> None:
+def test_each_exceeded_limit_is_reported(bundle: tuple[Path, Simulation]) -> None:
     good = verify_onnx(bundle[0], bundle[1], IDS, layer_tokens=16)
     for change, message in (
         (
@@ -199,12 +246,12 @@ def test_each_limit_is_held(bundle: tuple[Path, Simulation]) -> None:
             "perplexity .* is 1.00% from the simulation's",
         ),
         ({"perplexity": float("nan")}, "perplexity nan"),
-        ({"top1_agreement": 0.5}, "below the floor"),
+        ({"top1_agreement": 0.5}, "below the noise floor"),
         ({"worst_layer_steps": 2.5}, "is 2.50 steps off"),
         ({"worst_layer_mean_steps": 0.06}, "0.0600 steps off on average"),
     ):
         with pytest.raises(VerificationError, match=message):
-            check_parity(Parity(**{**good.to_json(), **change}), Limits(), "it")
+            check_parity(LanguageModelParity(**{**good.to_json(), **change}), Limits(), "it")
 
 
 def test_unreadable_file_and_missing_extra(

@@ -1,4 +1,4 @@
-"""Packed embeddings, tied heads and float offsets in the files, run in ONNX Runtime."""
+"""Exports of packed embeddings, tied heads and float offsets, run in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conftest import tiny_model
 from formats.packing import packed_and_twin
 from qwlora import Simulation, export_onnx, simulate, verify_onnx
 from qwlora.errors import CalibrationError
-from qwlora.export.verify_language_model import Limits, check_parity
+from qwlora.export.verify import Limits, check_parity
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.scheme import PerBlock, PerTensor, Scheme, parse_scheme

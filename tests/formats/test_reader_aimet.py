@@ -23,13 +23,13 @@ from qwlora.encodings import (
     read,
     write,
 )
-from qwlora.encodings.grids import Placement, grid_of
+from qwlora.encodings.from_grid import entry_of
 from qwlora.encodings.model import Encoding as Entry
+from qwlora.encodings.to_grid import Placement, grid_of
 from qwlora.errors import EncodingsFileError, SourceError
 from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.lpbq import split_scales
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
@@ -71,7 +71,9 @@ def grids(file: str, version: str) -> dict[str, Encoding]:
         found[layer] = grid_of(
             entries[name],
             Placement(
-                shape, flipped=name == folded, block_order="tensor" if name == folded else "channel"
+                shape,
+                transposed=name == folded,
+                block_order="tensor" if name == folded else "channel",
             ),
             version,
         )
@@ -101,9 +103,9 @@ def test_the_order_of_a_flat_list_is_not_guessed() -> None:
     entry = read(GOLDEN / "aimet-1.0.0.encodings").by_name["block.weight_0"]
     with pytest.raises(
         SourceError,
-        match=r"is one flat list of blocks, whose order the file does not say.*model.block_order: channel or tensor in the recipe",
+        match=r"flat list of blocks.*order.*model.block_order: channel or tensor",
     ):
-        grid_of(entry, Placement((6, 8), flipped=True), "1.0.0")
+        grid_of(entry, Placement((6, 8), transposed=True), "1.0.0")
     right, wrong = (
         grid_of(entry, Placement((6, 8), True, 0, order), "1.0.0")
         for order in ("tensor", "channel")
@@ -122,9 +124,9 @@ def test_blocks_that_0_6_1_lists_as_channels() -> None:
     entry = read(GOLDEN / "aimet-0.6.1.encodings").by_name["block.weight_0"]
     with pytest.raises(
         SourceError,
-        match=r"has 12 scales, but axis 0 of \[6, 8\] has 6; version 0.6.1 lists the scales of blocks as if they were channels",
+        match=r"has 12 scales, but axis 0 of \[6, 8\] has 6; version 0.6.1 .* blocks as channels",
     ):
-        grid_of(entry, Placement((6, 8), flipped=True), "0.6.1")
+        grid_of(entry, Placement((6, 8), transposed=True), "0.6.1")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_blocks_that_0_6_1_lists_as_channels() -> None:
         ),
         (
             FloatEncoding("w", 8, "float8e4m3fn", np.ones(())),
-            "is a float of 8 bits, which is no grid of integers",
+            "is a float of 8 bits",
         ),
     ],
 )
@@ -196,64 +198,6 @@ def test_low_power_scales_without_their_largest_integer_are_blocks() -> None:
 
 
 # Whole checkpoints
-
-
-def entry_of(name: str, encoding: Encoding, version: str, flipped: bool = False) -> Entry:
-    """The entry AIMET writes for a matrix [out, in]: nested in 2.x, flat before; transposed for
-    ONNX."""
-    scheme, scale, offset = (
-        encoding.scheme,
-        encoding.scale.double().numpy(),
-        encoding.offset.long().numpy(),
-    )
-    granularity, split = scheme.granularity, version < "2"
-    if isinstance(granularity, Lpbq):
-        row, integers = (t.numpy() for t in split_scales(encoding.scale, scheme))
-        row = row.astype(np.float64)[:, None]
-        integers, row = (integers.T, row.T) if flipped else (integers, row)
-        if split:
-            decompressed = scheme.bitwidth + granularity.scale_bitwidth
-            return LpbqEncoding(
-                name,
-                scheme.bitwidth,
-                granularity.size,
-                integers.reshape(-1),
-                row.reshape(-1),
-                decompressed,
-            )
-        return LpbqEncoding(
-            name,
-            scheme.bitwidth,
-            granularity.size,
-            integers,
-            row,
-            None,
-            0 if flipped else 1,
-            1 if flipped else 0,
-        )
-    block_size = granularity.size if isinstance(granularity, PerBlock) else None
-    axis = None
-    if block_size is not None:
-        scale, offset = (scale.T, offset.T) if flipped else (scale, offset)
-        axis = 0 if flipped else 1
-    elif isinstance(granularity, PerChannel):
-        axis = 1 - granularity.axis if flipped else granularity.axis
-    if split:
-        axis = None
-        scale, offset = (a.reshape(-1) if a.ndim else a for a in (scale, offset))
-    symmetric = (
-        scheme.symmetric if split else bool((encoding.offset == scheme.symmetric_offset).all())
-    )
-    return IntegerEncoding(
-        name,
-        scheme.bitwidth,
-        scale,
-        offset,
-        symmetric,
-        None if split else symmetric,
-        axis,
-        block_size,
-    )
 
 
 def saved(
@@ -287,7 +231,7 @@ def test_every_version_gives_the_grid_that_was_written(
     scheme = Scheme(4, True, granularity)
     expected = {name: measure(value, scheme) for name, value in matrices(llama()).items()}
     entries = [
-        entry_of(f"{name}_0" if folded else name, encoding, version, flipped=folded)
+        entry_of(f"{name}_0" if folded else name, encoding, version, transposed=folded)
         for name, encoding in expected.items()
     ]
     checkpoint = open_checkpoint(tmp_path, saved(tmp_path, entries, version, llama()))
@@ -312,14 +256,14 @@ def test_a_layer_that_stores_its_weight_in_by_out(
     floats = {name: value for name, value in matrices(gpt2()).items() if ".h." in name}
     expected = {name: measure(value.t(), scheme) for name, value in floats.items()}
     entries = [
-        entry_of(name, encoding, version, flipped=True) for name, encoding in expected.items()
+        entry_of(name, encoding, version, transposed=True) for name, encoding in expected.items()
     ]
     encodings = saved(tmp_path, entries, version, gpt2())
     arguments: dict[str, Any] = {"keep_float": ["lm_head"]}
     if version == "1.0.0" and isinstance(granularity, PerBlock):
         with pytest.raises(
             EncodingsFileError,
-            match=r"'transformer.h.0.attn.c_attn.weight' is one flat list of blocks, whose order the file does not say",
+            match=r"'transformer.h.0.attn.c_attn.weight' is a flat list of blocks",
         ):
             open_checkpoint(tmp_path, encodings, **arguments)
         arguments["block_order"] = "tensor"
@@ -337,14 +281,12 @@ def test_a_file_of_another_producer_needs_the_order_of_its_blocks(tmp_path: Path
         for name, value in matrices(llama()).items()
     }
     entries = [
-        entry_of(name, encoding, "1.0.0", flipped=True) for name, encoding in expected.items()
+        entry_of(name, encoding, "1.0.0", transposed=True) for name, encoding in expected.items()
     ]
     encodings = saved(
         tmp_path, entries, "1.0.0", llama(), producer={"package": "aimet-onnx", "version": "2.42.0"}
     )
-    with pytest.raises(
-        EncodingsFileError, match=r"9 problems(.|\n)*whose order the file does not say"
-    ):
+    with pytest.raises(EncodingsFileError, match=r"9 problems(.|\n)*flat list of blocks"):
         open_checkpoint(tmp_path, encodings)
     found = open_checkpoint(tmp_path, encodings, block_order="tensor").read(DOWN)
     assert isinstance(found, QuantizedTensor)

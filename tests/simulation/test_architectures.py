@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwlora import Scheme, SimulationSchemes, export_onnx, quantize_, verify_onnx_outputs
-from qwlora.export.verify_any_model import (
+from qwlora.export.verify import (
     Difference,
-    OutputLimits,
+    Limits,
     OutputParity,
-    check_output_parity,
+    check_parity,
 )
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.quantized_graph import Kind
@@ -83,7 +83,7 @@ def simulated(
     start = time.perf_counter()
     simulation.calibrate([inputs(name, seed) for seed in SEEDS])
     seconds = time.perf_counter() - start
-    difference = Difference()
+    difference = OutputDifference()
     for seed in SEEDS:
         with torch.no_grad(), visible_implementations(model):
             expected = primary(model(**inputs(name, seed)))
@@ -101,9 +101,9 @@ def exported(
     seconds = time.perf_counter() - start
     parity = verify_onnx_outputs(folder, simulation, [inputs(name, seed) for seed in range(2)])
     tiny = ALL[name]
-    check_output_parity(
+    check_parity(
         parity,
-        OutputLimits(
+        Limits(
             layer_steps=tiny.layer_steps,
             layer_mean_steps=tiny.layer_mean_steps,
             below_floor=BELOW_FLOOR[bitwidth],

@@ -21,7 +21,7 @@ from transformers import (
 import qwlora
 from conftest import tiny_model
 from qwlora.errors import CaptureError, GridError, SourceError, VerificationError
-from qwlora.export.verify_language_model import _refuse_other_tasks
+from qwlora.export.verify import _refuse_other_tasks
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.capture import capture
 from qwlora.grid.observers import measure

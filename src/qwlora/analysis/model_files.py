@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.encodings.grids import BlockOrder
+from qwlora.encodings.model import BlockOrder
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.base_folder import RECORD

@@ -19,8 +19,8 @@ import typer
 
 from qwlora import encodings, strict_json
 from qwlora.encodings.encodings_file import to_text
-from qwlora.encodings.json_fields import shown
-from qwlora.encodings.validate import lines, summary
+from qwlora.encodings.json_fields import printable
+from qwlora.encodings.validate import finding_lines, summary
 
 app = typer.Typer(
     name="encodings",
@@ -57,7 +57,7 @@ def show(
         return
     producer = " ".join((content.producer or {}).values())
     print(
-        f"version {content.version}{f', by {shown(producer)}' if producer else ''}, "
+        f"version {content.version}{f', by {printable(producer)}' if producer else ''}, "
         f"{len(content.encodings)} encodings"
     )
     rows = [
@@ -78,7 +78,7 @@ def validate(file: File, onnx: Model = None) -> None:
     Exit code 1 if there is an error.
     """
     findings = encodings.validate(file, onnx)
-    for line in lines(findings):
+    for line in finding_lines(findings):
         print(line)
     print(f"{file}: {summary(findings)}")
     if any(finding.severity == "error" for finding in findings):
@@ -193,7 +193,7 @@ def _row(encoding: encodings.Encoding, file: encodings.EncodingsFile) -> tuple[s
         kind = f"{sign}int{encoding.bitwidth}{' symmetric' if encoding.symmetric else ''}"
         offset = _extent(encoding.offset)
     return (
-        shown(encoding.name),
+        printable(encoding.name),
         section,
         kind,
         granularity,

@@ -1,32 +1,32 @@
-"""AIMET's encodings files, versions 0.6.1, 1.0.0, 2.0.0 and 2.1.0: read, write, convert, compare, validate. numpy, no torch.
+"""AIMET encodings files, versions 0.6.1, 1.0.0, 2.0.0 and 2.1.0. numpy, no torch.
 
-    read(path) -> EncodingsFile          strict; every problem at once
-    write(file, path)                    atomic
-    convert(file, version)               lossless, or an error that lists what would be lost
-    diff(a, b, tolerance)                across versions too
-    validate(file, onnx_path)            findings, beside the model's graph if given
-    schema(version)                      the version's JSON Schema
+    read(path) -> EncodingsFile      strict; an error lists every problem
+    write(file, path)                atomic
+    convert(file, version)           lossless, or an error that lists what would be lost
+    diff(a, b, tolerance)            also across versions
+    validate(file, onnx_path)        findings, in the file alone or compared with the model's graph
 
-`docs/encodings.md` shows the four versions side by side.
+`docs/encodings.md` shows the four versions next to each other. `from_grid.py` and `to_grid.py`,
+which need torch, turn grids into entries and back.
 """
 
 from __future__ import annotations
 
 from qwlora.encodings.compare import Difference, diff
-from qwlora.encodings.convert import BlockOrder, convert
+from qwlora.encodings.convert import convert
 from qwlora.encodings.encodings_file import read, write
 from qwlora.encodings.json_fields import Finding
-from qwlora.encodings.json_schema import schema
 from qwlora.encodings.model import (
     FLOAT_FORMATS,
     VERSIONS,
+    BlockOrder,
     Encoding,
     EncodingsFile,
     FloatEncoding,
     IntegerEncoding,
     LpbqEncoding,
 )
-from qwlora.encodings.onnx_parameters import TensorFacts, read_graph
+from qwlora.encodings.onnx_tensors import OnnxTensor, read_graph
 from qwlora.encodings.validate import validate
 
 __all__ = [
@@ -40,12 +40,11 @@ __all__ = [
     "FloatEncoding",
     "IntegerEncoding",
     "LpbqEncoding",
-    "TensorFacts",
+    "OnnxTensor",
     "convert",
     "diff",
     "read",
     "read_graph",
-    "schema",
     "validate",
     "write",
 ]

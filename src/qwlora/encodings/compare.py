@@ -1,7 +1,8 @@
-"""What differs between two encodings files, in any versions.
+"""Differences between two encodings files of any versions.
 
-Scales differ when they are further apart than a relative tolerance, everything else when it is not equal. What one version cannot say (an axis, a section)
-is not a difference; that the versions and producers differ is not one either. Flat scales are compared with nested ones in order.
+Scales are compared with a relative tolerance, everything else exactly. Not differences: fields that
+one version does not have (an axis, a section), the version, the producer. Flat scales are compared
+with nested ones in order.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from qwlora.encodings.json_fields import shown
+from qwlora.encodings.json_fields import printable
 from qwlora.encodings.model import Encoding, EncodingsFile
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One field that differs, or a name in one file only (`field` is "only in the first" or "only in the second").
+    """One field that differs, or a name that only one file has.
 
-    `relative` is the largest `|a - b| / max(|a|, |b|)` among scales of equal number, else None.
+    Args:
+        name: of the tensor, or "file".
+        field: or "only in the first", "only in the second".
+        first, second: both values.
+        relative: of scales of equal number, the largest `|a - b| / max(|a|, |b|)`.
     """
 
     name: str
@@ -30,15 +35,19 @@ class Difference:
 
     def __str__(self) -> str:
         if self.field.startswith("only in"):
-            return f"{shown(self.name)}: {self.field}"
-        apart = "" if self.relative is None else f" (relative difference {self.relative:.3g})"
-        return f"{shown(self.name)}, {self.field}: {self.first} | {self.second}{apart}"
+            return f"{printable(self.name)}: {self.field}"
+        size = "" if self.relative is None else f" (relative difference {self.relative:.3g})"
+        return f"{printable(self.name)}, {self.field}: {self.first} | {self.second}{size}"
 
 
 def diff(a: EncodingsFile, b: EncodingsFile, tolerance: float = 0.0) -> list[Difference]:
-    """Every difference between `a` and `b`, in the order of `a`; `tolerance` is relative, of scales."""
+    """Every difference between `a` and `b`, in the order of `a`.
+
+    Args:
+        tolerance: relative, for scales.
+    """
     if not tolerance >= 0:
-        raise ValueError(f"the tolerance is a number, 0 or more, not {tolerance}")
+        raise ValueError(f"tolerance {tolerance} is not a number of 0 or more")
     found: list[Difference] = []
     first, second = a.by_name, b.by_name
     for name, encoding in first.items():
@@ -51,14 +60,18 @@ def diff(a: EncodingsFile, b: EncodingsFile, tolerance: float = 0.0) -> list[Dif
     for field in ("excluded_layers", "quantizer_args"):
         left, right = getattr(a, field), getattr(b, field)
         if left is not None and right is not None and left != right:
-            found.append(Difference("file", field, shown(repr(left)), shown(repr(right))))
+            found.append(Difference("file", field, printable(repr(left)), printable(repr(right))))
     return found
 
 
 def encoding_differences(
     a: Encoding, b: Encoding, tolerance: float = 0.0, unknown_differs: bool = False
 ) -> list[Difference]:
-    """The fields in which two encodings differ; with `unknown_differs`, also those that only one says, and shapes of equal content."""
+    """The fields in which two encodings differ.
+
+    Args:
+        unknown_differs: also report fields that only one has, and equal values in other shapes.
+    """
     if type(a) is not type(b):
         return [Difference(a.name, "kind", _kind(a), _kind(b))]
     if a.granularity != b.granularity:
@@ -88,18 +101,13 @@ def _array_difference(
         unequal = left != right
         relative = None
     else:
-        apart = np.abs(left - right) / np.maximum(np.abs(left), np.abs(right))
-        unequal, relative = apart > tolerance, float(apart.max())
+        distance = np.abs(left - right) / np.maximum(np.abs(left), np.abs(right))
+        unequal, relative = distance > tolerance, float(distance.max())
     if not unequal.any():
         return None
-    i = int(unequal.argmax())
-    where = (
-        f" at {i}, and {int(unequal.sum()) - 1} more"
-        if unequal.sum() > 1
-        else f" at {i}"
-        if left.size > 1
-        else ""
-    )
+    i, more = int(unequal.argmax()), int(unequal.sum()) - 1
+    where = f" at {i}" if left.size > 1 else ""
+    where += f", and {more} more" if more else ""
     return Difference(name, field, f"{left[i]}{where}", str(right[i]), relative)
 
 

@@ -1,9 +1,10 @@
-"""Reading and writing encodings files.
+"""Read and write encodings files.
 
-    read(path)          an EncodingsFile, or EncodingsFileError with everything that is wrong with it
-    write(file, path)   atomic; the file's own version, or ConversionError with what that version cannot hold
+    read(path)           an EncodingsFile, or EncodingsFileError with every problem
+    write(file, path)    atomic, in the file's version, or ConversionError if that cannot express it
 
-A file is not trusted: whatever it holds, it is read in time and memory proportional to its size, up to `LIMIT_BYTES`, and only those errors come out.
+Files are not trusted: reading takes time and memory proportional to the size, up to `LIMIT_BYTES`,
+and raises only these errors.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import numpy as np
 
 from qwlora.atomic import write_text
 from qwlora.encodings.convert import convert
-from qwlora.encodings.json_fields import FieldError, Finding, Record, found, shown, text_of
-from qwlora.encodings.list_versions import build_2, parse_2
-from qwlora.encodings.model import VERSIONS, Encoding, EncodingsFile
-from qwlora.encodings.split_versions import build_0_6_1, build_1_0_0, parse_0_6_1, parse_1_0_0
+from qwlora.encodings.json_fields import FieldError, Finding, Record, describe, printable, text_of
+from qwlora.encodings.model import VERSIONS, Encoding, EncodingsFile, repeated
+from qwlora.encodings.version_2 import build_2, parse_2
+from qwlora.encodings.versions_0_and_1 import build_0_6_1, build_1_0_0, parse_0_6_1, parse_1_0_0
 from qwlora.errors import EncodingsFileError
 
 LIMIT_BYTES = 2**31
@@ -31,7 +32,8 @@ def read(path: Path | str) -> EncodingsFile:
     """The encodings file at `path`.
 
     Raises:
-        EncodingsFileError: it is not there, is not JSON, or is not what its version asks for; `problems` has every finding.
+        EncodingsFileError: it does not exist, is not JSON, or violates the rules of its version;
+            `problems` has every finding.
     """
     file, findings = parse(load_json(path))
     if file is None:
@@ -40,24 +42,21 @@ def read(path: Path | str) -> EncodingsFile:
 
 
 def write(file: EncodingsFile, path: Path | str) -> None:
-    """Write `file` in its own version; either all of it is there afterwards, or what was there before.
+    """Write `file` in its own version; on an error the path keeps its old content.
 
     Raises:
-        ConversionError: the file's version cannot hold what it says, or needs more.
-        EncodingsFileError: a number is out of its range, or the path cannot be written.
+        ConversionError: the version cannot express the content, or needs more.
+        EncodingsFileError: a number is out of range, or the path cannot be written.
     """
-    path = Path(path)
     text = to_text(file)
     try:
         write_text(path, text)
     except (OSError, ValueError) as error:
-        raise EncodingsFileError(
-            str(path), [f"cannot be written: {getattr(error, 'strerror', None) or error}"]
-        ) from error
+        raise EncodingsFileError(str(path), [f"cannot be written: {_reason(error)}"]) from error
 
 
 def to_text(file: EncodingsFile) -> str:
-    """What `write` writes: JSON with one encoding a line.
+    """The text that `write` writes: JSON with one encoding per line.
 
     Raises:
         ConversionError, EncodingsFileError: as `write`.
@@ -72,7 +71,7 @@ def to_text(file: EncodingsFile) -> str:
 
 
 def _lines(value: Any) -> str:
-    """JSON; a list of objects, or an object of lists, with each on a line of its own."""
+    """JSON; a list of objects, or an object of lists, with one item per line."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return (
             "[\n  " + ",\n  ".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n ]"
@@ -90,14 +89,15 @@ def _lines(value: Any) -> str:
 
 
 def to_document(file: EncodingsFile) -> dict[str, Any]:
-    """The same, as plain values.
+    """The JSON value that `write` writes.
 
     Raises:
         ConversionError, EncodingsFileError: as `write`.
     """
     if file.version not in VERSIONS:
         raise EncodingsFileError(
-            "encodings", [f"version {shown(file.version)!r} is not one of {', '.join(VERSIONS)}"]
+            "encodings",
+            [f"version {printable(file.version)!r} is not one of {', '.join(VERSIONS)}"],
         )
     convert(file, file.version)
     document: dict[str, Any] = {"version": file.version}
@@ -119,7 +119,7 @@ def to_document(file: EncodingsFile) -> dict[str, Any]:
 
 
 def _build_sections(file: EncodingsFile) -> dict[str, Any]:
-    assert file.parameters is not None, "convert asks for it"
+    assert file.parameters is not None, "convert requires it"
     members = (
         [e for e in file.encodings if e.name not in file.parameters],
         [e for e in file.encodings if e.name in file.parameters],
@@ -139,15 +139,14 @@ def load_json(path: Path | str, limit_bytes: int = LIMIT_BYTES) -> Any:
     """The JSON value in a file.
 
     Raises:
-        EncodingsFileError: the file is not there, is larger than the limit, or is not JSON; a key is there twice in one object.
+        EncodingsFileError: the file does not exist, is larger than the limit, or is not JSON; a key
+            is repeated in one object.
     """
     try:
         with open(path, "rb") as stream:
             content = stream.read(limit_bytes + 1)
     except (OSError, ValueError) as error:
-        raise EncodingsFileError(
-            str(path), [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
-        ) from error
+        raise EncodingsFileError(str(path), [f"cannot be read: {_reason(error)}"]) from error
     if len(content) > limit_bytes:
         raise EncodingsFileError(str(path), [f"is larger than {limit_bytes} bytes"])
     try:
@@ -161,21 +160,25 @@ def load_json(path: Path | str, limit_bytes: int = LIMIT_BYTES) -> Any:
     except RecursionError:
         problem = "is nested too deeply for an encodings file"
     except ValueError:
-        problem = "holds an integer of thousands of digits"
+        problem = "contains an integer of thousands of digits"
     raise EncodingsFileError(str(path), [problem])
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """The operating system's message without the path, or that of a path that it cannot take."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise FieldError(f"has the key {shown(twice)!r} twice in one object")
+        twice = repeated(key for key, _ in pairs)[0]
+        raise FieldError(f"has the key {printable(twice)!r} twice in one object")
     return values
 
 
 def parse(document: Any) -> tuple[EncodingsFile | None, list[Finding]]:
-    """The file that a JSON value describes, or None, and everything that is wrong with it."""
+    """The file that a JSON value describes, or None and every problem."""
     findings: list[Finding] = []
     top = Record(document, "file", findings)
     version = top.text("version", VERSIONS)
@@ -235,7 +238,7 @@ def _parse_list(
 ) -> list[Encoding]:
     if not isinstance(section, list):
         findings.append(
-            Finding("error", key, "", f"is {found(section)}; a list of entries is needed")
+            Finding("error", key, "", f"is {describe(section)}; a list of entries is needed")
         )
         return []
     parsed = []
@@ -247,11 +250,9 @@ def _parse_list(
 
 
 def _duplicates(encodings: tuple[Encoding, ...]) -> list[Finding]:
-    seen: set[str] = set()
-    again = [e.name for e in encodings if e.name in seen or seen.add(e.name)]  # type: ignore[func-returns-value]
     return [
-        Finding("error", name, "name", "is there twice; one tensor has one encoding")
-        for name in again
+        Finding("error", name, "name", "is repeated; a tensor has one encoding")
+        for name in repeated(e.name for e in encodings)
     ]
 
 
@@ -274,18 +275,19 @@ def _producer(value: Any) -> dict[str, str]:
 
 def _names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise FieldError(f"is {found(value)}; a list of names is needed")
+        raise FieldError(f"is {describe(value)}; a list of names is needed")
     return tuple(text_of(name) for name in value)
 
 
 def _plain_values(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise FieldError(f"is {found(value)}; an object is needed")
+        raise FieldError(f"is {describe(value)}; an object is needed")
     for key, v in value.items():
         if not isinstance(v, str | bool | int | float) or (
             isinstance(v, float) and not np.isfinite(v)
         ):
             raise FieldError(
-                f"has {found(v)} under {shown(key)!r}; a text, a finite number, true or false is needed"
+                f"has {describe(v)} under {printable(key)!r}; a string, a finite number, true or false "
+                "is needed"
             )
     return value

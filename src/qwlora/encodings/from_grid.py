@@ -1,14 +1,14 @@
-"""Entries of an encodings file from encodings of the grid, and back. The only place where one becomes the other.
+"""Entries of an encodings file from encodings of the grid, and back. The only writer of entries.
 
-    grid                   entry                                         2.x                   before 2.0
-    PerTensor()            IntegerEncoding, scale []                     no axis               PER_TENSOR
-    PerChannel(axis)       IntegerEncoding, scale [A]                    axis                  PER_CHANNEL
-    PerBlock(size)         IntegerEncoding, scale [out, in / size]       axis, block_size      PER_BLOCK, flat
-    Lpbq(size)             LpbqEncoding, integers and channel scales     axis, block_size      LPBQ, flat
-    a float offset         refused: no version has one
+    grid               entry                                       2.x                 before 2.0
+    PerTensor()        IntegerEncoding, scale []                   no axis             PER_TENSOR
+    PerChannel(axis)   IntegerEncoding, scale [A]                  axis                PER_CHANNEL
+    PerBlock(size)     IntegerEncoding, scale [out, in / size]     axis, block_size    PER_BLOCK
+    Lpbq(size)         LpbqEncoding, block and channel scales      axis, block_size    LPBQ
+    a float offset     refused: no version has one
 
 Versions before 2.0 have no axis and list blocks in one flat list, in the order of the tensor. The
-weight of an ONNX MatMul is stored [in, out]; `transposed` says so, and flips scales and axes.
+weight of an ONNX MatMul is stored [in, out]; `transposed` says so, and swaps scales and axes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qwlora.encodings.grids import Placement, grid_of
 from qwlora.encodings.model import Encoding as Entry
 from qwlora.encodings.model import IntegerEncoding, LpbqEncoding
+from qwlora.encodings.to_grid import Placement, grid_of
 from qwlora.errors import EncodingsFileError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
@@ -34,7 +34,7 @@ def entry_of(
     version: str,
     transposed: bool = False,
 ) -> Entry:
-    """The entry that says what `encoding` says.
+    """The entry that describes `encoding`.
 
     Args:
         name: the tensor's name in the file.
@@ -99,8 +99,7 @@ def _integers(
             scheme.symmetric,
             block_size=block_size,
         )
-    # All that 2.x says about symmetry is whether every offset is at the center; the request is in
-    # `signed`.
+    # In 2.x symmetric means that every offset is at the center. `signed` keeps what was requested.
     centered = bool((offset == scheme.symmetric_offset).all())
     return IntegerEncoding(
         name, scheme.bitwidth, scale, offset, centered, scheme.symmetric, axis, block_size
@@ -112,7 +111,7 @@ def encoding_of(entry: Entry) -> Encoding:
 
     Raises:
         EncodingsFileError: the entry is a float format or has a zero point shift.
-        SourceError: it says what no grid can hold.
+        SourceError: no grid can express it.
     """
     match entry:
         case IntegerEncoding() if not entry.zero_point_shift:

@@ -1,6 +1,7 @@
-"""Reading fields of untrusted JSON: each `Record` method returns the value or None, and notes what is wrong, so that one reading finds everything.
+"""Read fields of untrusted JSON and collect every problem in one pass.
 
-Time and memory are proportional to the file: nothing here is broadcast, repeated or expanded. Arrays have at most `MAX_RANK` axes.
+Each method of `Record` returns a value, or None after adding a finding. Time and memory are
+proportional to the file: nothing is broadcast or expanded, and arrays have at most `MAX_RANK` axes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy as np
 from qwlora.encodings.model import MAX_BITWIDTH, Floats, Integers
 
 MAX_RANK = 8
-MAX_SCALE = float(np.finfo(np.float32).max)  # every runtime keeps scales in float32, or less
-MAX_INTEGER = 2**40  # far beyond any code or offset, well inside int64
+MAX_SCALE = float(np.finfo(np.float32).max)  # runtimes store scales in float32 at most
+MAX_INTEGER = 2**40  # larger than any code or offset, far below the end of int64
 
 T = TypeVar("T")
 Severity = Literal["error", "warning"]
@@ -24,7 +25,14 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong (`error`) or odd (`warning`) with a file: in which encoding (or part of the file), in which field, and what."""
+    """One problem of a file.
+
+    Args:
+        severity: `error`: a runtime computes something else, or nothing; `warning`: legal, but
+            unusual.
+        where: name of the encoding, or the section of the file.
+        field: of the encoding, or "".
+    """
 
     severity: Severity
     where: str
@@ -32,31 +40,34 @@ class Finding:
     message: str
 
     def __str__(self) -> str:
-        return (
-            f"{shown(self.where)}{f', {shown(self.field)}' if self.field else ''}: {self.message}"
+        place = (
+            f"{printable(self.where)}, {printable(self.field)}"
+            if self.field
+            else printable(self.where)
         )
+        return f"{place}: {self.message}"
 
 
 class FieldError(Exception):
-    """A value is not what it should be; the text says what was found and what is asked. Never leaves this package."""
+    """A value is invalid: what was found and what is needed. Never leaves this package."""
 
 
-def shown(text: str, most: int = 120) -> str:
-    """Untrusted text on one line, control signs escaped, cut where it is long."""
+def printable(text: str, most: int = 120) -> str:
+    """Untrusted text on one line, escaped, truncated after `most` characters."""
     line = text if text.isprintable() else repr(text)
     return line if len(line) <= most else f"{line[:most]}..."
 
 
-def found(value: Any) -> str:
+def describe(value: Any) -> str:
     """An untrusted JSON value on one short line."""
     if isinstance(value, list | dict):
         return _kind(value)
-    return number_shown(value) if type(value) is int else shown(repr(value))
+    return describe_integer(value) if type(value) is int else printable(repr(value))
 
 
 @dataclass
 class Record:
-    """A JSON object under reading. `close` reports the fields that nobody asked for."""
+    """A JSON object. `close` reports the fields that were not read."""
 
     values: Any
     where: str
@@ -70,7 +81,7 @@ class Record:
             self.values = {}
 
     def error(self, key: str, message: str) -> None:
-        """Note that something is wrong with `key`."""
+        """Add a finding about `key`."""
         self.findings.append(
             Finding(
                 "error", self.where, self.prefix + key if key else self.prefix.rstrip("."), message
@@ -78,18 +89,18 @@ class Record:
         )
 
     def has(self, key: str) -> bool:
-        """Whether the field is there."""
+        """Whether the field exists."""
         return key in self.values
 
     def value(self, key: str, required: bool = True) -> Any:
-        """The field as it is; None, and noted, when it is missing."""
+        """The field as it is; None, with a finding, if it is missing."""
         self.asked.add(key)
         if key not in self.values and required:
             self.error(key, "is missing")
         return self.values.get(key)
 
     def text(self, key: str, allowed: Collection[str] = ()) -> str | None:
-        """A non-empty string, one of `allowed` where that is given."""
+        """A non-empty string, one of `allowed` unless that is empty."""
         return self._checked(key, lambda value: text_of(value, allowed))
 
     def integer(self, key: str, low: int, high: int = MAX_INTEGER) -> int | None:
@@ -105,20 +116,20 @@ class Record:
         return self._checked(key, boolean_of)
 
     def scales(self, key: str) -> Floats | None:
-        """Positive finite numbers: one, a list, or lists of equal length in lists."""
+        """Positive finite numbers: one, a list, or nested lists of equal lengths."""
         return self._checked(key, scales_of)
 
     def integers(self, key: str, low: int = -MAX_INTEGER) -> Integers | None:
-        """Integers not below `low`: one, a list, or lists of equal length in lists."""
+        """Integers of at least `low`: one, a list, or nested lists of equal lengths."""
         return self._checked(key, lambda value: integers_of(value, low))
 
     def flat(self, key: str, array: Any) -> None:
-        """Note an `array` that is not one plain list."""
+        """Add a finding if `array` is not one flat list."""
         if array is not None and array.ndim != 1:
-            self.error(key, f"has {array.ndim} axes; this version writes one plain list")
+            self.error(key, f"has {array.ndim} axes; this version has one flat list")
 
     def record(self, key: str) -> Record | None:
-        """An object inside this one."""
+        """A nested object."""
         value = self.value(key)
         return (
             Record(value, self.where, self.findings, f"{self.prefix}{key}.")
@@ -127,9 +138,9 @@ class Record:
         )
 
     def close(self) -> None:
-        """Note every field that was not asked for."""
+        """Add a finding for every field that was not read."""
         for key in self.values.keys() - self.asked:
-            self.error(shown(key), "is not a field of this entry in this version")
+            self.error(printable(key), "is not a field of this entry in this version")
 
     def _checked(self, key: str, check: Any) -> Any:
         value = self.value(key)
@@ -143,27 +154,27 @@ class Record:
 
 
 def text_of(value: Any, allowed: Collection[str] = ()) -> str:
-    """A non-empty string, one of `allowed` where that is given."""
+    """A non-empty string, one of `allowed` unless that is empty."""
     if not isinstance(value, str) or not value:
-        raise FieldError(f"is {found(value)}; a non-empty string is needed")
+        raise FieldError(f"is {describe(value)}; a non-empty string is needed")
     if allowed and value not in allowed:
-        raise FieldError(f"is {found(value)}; one of {', '.join(allowed)} is needed")
+        raise FieldError(f"is {describe(value)}; one of {', '.join(allowed)} is needed")
     return value
 
 
 def integer_of(value: Any, low: int, high: int = MAX_INTEGER) -> int:
     """An integer in `[low, high]`."""
     if type(value) is not int:
-        raise FieldError(f"is {found(value)}; an integer is needed")
+        raise FieldError(f"is {describe(value)}; an integer is needed")
     if not low <= value <= high:
-        raise FieldError(f"is {number_shown(value)}; an integer from {low} to {high} is needed")
+        raise FieldError(f"is {describe_integer(value)}; an integer from {low} to {high} is needed")
     return value
 
 
 def boolean_of(value: Any) -> bool:
     """True or false."""
     if type(value) is not bool:
-        raise FieldError(f"is {found(value)}; true or false is needed")
+        raise FieldError(f"is {describe(value)}; true or false is needed")
     return value
 
 
@@ -173,7 +184,8 @@ def scales_of(value: Any) -> Floats:
     bad = ~((numbers > 0) & (numbers <= MAX_SCALE))
     if bad.any():
         raise FieldError(
-            f"must be above 0 and at most {MAX_SCALE:.3g}; {int(bad.sum())} of {numbers.size} values are not, the first is {numbers[bad][0]}"
+            f"must be above 0 and at most {MAX_SCALE:.3g}; {int(bad.sum())} of {numbers.size} "
+            f"values are not, the first is {numbers[bad][0]}"
         )
     return numbers
 
@@ -183,39 +195,41 @@ def numbers_of(value: Any) -> Floats:
     items, shape = _rectangle(value)
     if not set(map(type, items)) <= {int, float}:
         raise FieldError(
-            f"holds {_kind(next(i for i in items if type(i) not in (int, float)))}; numbers are needed"
+            f"contains {_kind(next(i for i in items if type(i) not in (int, float)))}; "
+            "numbers are needed"
         )
     try:
         numbers = np.array(items, dtype=np.float64)
     except OverflowError:
-        raise FieldError("holds an integer that no float can hold") from None
+        raise FieldError("contains an integer that is too large for a float") from None
     bad = ~np.isfinite(numbers)
     if bad.any():
         raise FieldError(
-            f"{int(bad.sum())} of {numbers.size} values are not finite, the first is {numbers[bad][0]}"
+            f"{int(bad.sum())} of {numbers.size} values are not finite, the first is "
+            f"{numbers[bad][0]}"
         )
     return numbers.reshape(shape)
 
 
 def integers_of(value: Any, low: int = -MAX_INTEGER) -> Integers:
-    """Integers not below `low`."""
+    """Integers of at least `low`."""
     items, shape = _rectangle(value)
     if set(map(type, items)) != {int}:
         raise FieldError(
-            f"holds {found(next(i for i in items if type(i) is not int))}; integers are needed"
+            f"contains {describe(next(i for i in items if type(i) is not int))}; integers are needed"
         )
     for extreme in (min(items), max(items)):
         integer_of(extreme, low)
     return np.array(items, dtype=np.int64).reshape(shape)
 
 
-def number_shown(value: int) -> str:
+def describe_integer(value: int) -> str:
     """An integer of any length on one short line."""
     return str(value) if abs(value) < 10**20 else f"an integer of {value.bit_length()} bits"
 
 
 def all_equal(items: Iterable[T]) -> bool:
-    """Whether every item equals the first, in type too: 1 is not True."""
+    """Whether every item equals the first, and has its type: 1 is not True."""
     iterator = iter(items)
     first = next(iterator, None)
     return all(type(item) is type(first) and item == first for item in iterator)
@@ -228,7 +242,7 @@ def _rectangle(value: Any) -> tuple[list[Any], tuple[int, ...]]:
     while isinstance(items[0], list):
         length = len(items[0])
         if not all(isinstance(item, list) and len(item) == length for item in items):
-            raise FieldError("holds lists of different lengths, or numbers beside lists")
+            raise FieldError("contains lists of different lengths, or lists and numbers")
         if not length:
             raise FieldError("is empty")
         if len(shape) == MAX_RANK:

@@ -1,23 +1,25 @@
-"""One encoding of an encodings file, and the file, as plain values: what all four versions say, in one convention. numpy, no torch.
+"""Encodings and encodings files as plain values, in one convention for all four versions.
 
-    integer     x_hat = (q + offset + zero_point_shift) * scale                q unsigned, in [0, 2^bitwidth - 1]
-    LPBQ        x_hat = (q - 2^(bitwidth - 1)) * block_scale * channel_scale   low power block quantization: integer scales under float ones
-    float       x_hat = cast(x / scale) * scale                                float8 and float4 formats; 16 bits have no scale
+    integer    x_hat = (q + offset + zero_point_shift) * scale, q unsigned in [0, 2^bitwidth - 1]
+    LPBQ       x_hat = (q - 2^(bitwidth - 1)) * block_scale * channel_scale, block_scale integer
+    float      x_hat = cast(x / scale) * scale; float8 and float4. 16-bit floats have no scale
 
-A field is None where the file's version does not say: no axis in 0.6.1 and 1.0.0, no sections in 2.x. Shapes of `scale` (and `offset`):
+A field is None if the file's version cannot express it: 0.6.1 and 1.0.0 have no axis, 2.x has no
+sections. Shapes of `scale` and `offset`:
 
-    weight [A, B], per tensor              scale []
-    weight [A, B], per channel, axis 0     scale [A]
-    weight [A, B], blocks of s on axis 1   scale [A, B / s]      flat, [A * B / s], where the version has no axis
+    weight [A, B], per tensor                      []
+    weight [A, B], per channel, axis 0             [A]
+    weight [A, B], blocks of s along axis 1        [A, B / s]; flat if the version has no axis
 
-Values only: reading and writing is `document.py`, converting `convert.py`.
+Values only, numpy, no torch. `encodings_file.py` reads and writes files, `convert.py` converts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +36,16 @@ FLOAT_FORMATS = {
     "float8e5m2fnuz": 8,
 }
 
+# Order of a flat list of block scales: as the tensor is stored, or channel by channel.
+BlockOrder = Literal["channel", "tensor"]
+BLOCK_ORDERS: tuple[BlockOrder, ...] = get_args(BlockOrder)
+
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 
 class _Value:
-    """Equality by fields, arrays compared in shape and bit for bit; not hashable."""
+    """Compared field by field, arrays by shape and value; not hashable."""
 
     name: str
     __hash__ = None  # type: ignore[assignment]
@@ -47,7 +53,8 @@ class _Value:
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        names = [f.name for f in fields(self)]  # type: ignore[arg-type]
+        return all(_same(getattr(self, name), getattr(other, name)) for name in names)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
@@ -70,18 +77,18 @@ class IntegerEncoding(_Value):
     """A grid of integers.
 
     Args:
-        name: the tensor's.
+        name: of the tensor.
         bitwidth: 1 to 32.
-        scale: float64, > 0; its shape says how many grids there are (see the module).
-        offset: int64, the same shape, AIMET's sign; `-2^(bitwidth - 1)` on a symmetric grid.
-        symmetric: what the file says (0.6.1, 1.0.0), or whether every offset is at the centre (2.x, which has no such field).
-        signed: whether stored codes are signed; None in 0.6.1 and 1.0.0, which do not say.
-        axis: the channel axis, or the axis that is cut into blocks; None where the version does not say, and per tensor.
-        block_size: values along `axis` that share a scale; None when there are no blocks.
+        scale: float64, > 0; its shape is described above.
+        offset: int64, same shape, AIMET's sign; `-2^(bitwidth - 1)` on a symmetric grid.
+        symmetric: as stored (0.6.1, 1.0.0); every offset is at the center (2.x).
+        signed: stored codes are signed; None in 0.6.1 and 1.0.0.
+        axis: of the channels or the blocks; None per tensor, and in 0.6.1 and 1.0.0.
+        block_size: values along `axis` that share a scale; None without blocks.
         zero_point_shift: 0 or 0.5, in steps.
 
     Raises:
-        EncodingsFileError: scale and offset differ in shape, or an offset is not an integer.
+        EncodingsFileError: shapes of scale and offset differ, or an offset is not an integer.
     """
 
     name: str
@@ -110,24 +117,26 @@ class IntegerEncoding(_Value):
         )
 
     @property
-    def centre(self) -> int:
+    def center(self) -> int:
         """The offset of a symmetric grid."""
         return -(2 ** (self.bitwidth - 1))
 
 
 @dataclass(frozen=True, eq=False)
 class LpbqEncoding(_Value):
-    """Symmetric blocks whose scale is a small integer times a float: `scale = block_scale * channel_scale`.
+    """Low-power blocks: symmetric, with `scale = block_scale * channel_scale`, block_scale integer.
 
     Args:
-        name: the tensor's.
+        name: of the tensor.
         bitwidth: of the stored codes (`compressed_bw` in 1.0.0).
         block_size: values that share a scale.
-        block_scale: int64 >= 1, one a block; flat in 1.0.0.
-        channel_scale: float64 > 0; the rank of `block_scale`, with 1 where one value serves the whole axis; flat in 1.0.0.
-        decompressed_bitwidth: bitwidth of the channel's grid (`bw` in 1.0.0), integers reach up to 2^(decompressed - stored); None in 2.x.
-        axis: the axis that is cut into blocks, never negative; None in 1.0.0.
-        channel_axis: the axis of `channel_scale`, never negative; None in 1.0.0, and where shapes leave it open in 2.0.0.
+        block_scale: int64 >= 1, one per block; flat in 1.0.0.
+        channel_scale: float64 > 0, broadcast to `block_scale`; flat in 1.0.0.
+        decompressed_bitwidth: of the channel's grid (`bw` in 1.0.0). Block scales are at most
+            2^(decompressed_bitwidth - bitwidth). None in 2.x.
+        axis: of the blocks, not negative; None in 1.0.0.
+        channel_axis: of `channel_scale`, not negative; None in 1.0.0, and in 2.0.0 if the shapes
+            leave it open.
     """
 
     name: str
@@ -147,14 +156,15 @@ class LpbqEncoding(_Value):
 
 @dataclass(frozen=True, eq=False)
 class FloatEncoding(_Value):
-    """A cast to a small float.
+    """A cast to a float format.
 
     Args:
-        name: the tensor's.
+        name: of the tensor.
         bitwidth: of the float.
-        format: ONNX's name, one of `FLOAT_FORMATS`; None in 0.6.1 and 1.0.0, which do not tell float16 from bfloat16.
-        scale: float64 > 0, shaped as an integer encoding's; None in 0.6.1 and 1.0.0, which know the scale 1 only.
-        axis, block_size: as of an integer encoding.
+        format: ONNX's name, one of `FLOAT_FORMATS`; None in 0.6.1 and 1.0.0, which do not
+            distinguish float16 from bfloat16.
+        scale: float64 > 0, shaped as in `IntegerEncoding`; None in 0.6.1 and 1.0.0 (a scale of 1).
+        axis, block_size: as in `IntegerEncoding`.
     """
 
     name: str
@@ -185,18 +195,18 @@ Encoding = IntegerEncoding | LpbqEncoding | FloatEncoding
 
 @dataclass(frozen=True, eq=False)
 class EncodingsFile:
-    """Everything that an encodings file says. Two are equal when they say the same; the order of the encodings says nothing.
+    """The content of an encodings file. Compared regardless of the order of the encodings.
 
     Args:
         version: one of `VERSIONS`.
-        encodings: all of them, names distinct.
-        parameters: the names of those that are parameters, the others being activations; None in 2.x, which has one list.
-        excluded_layers: names of layers that were not quantized; None where the file does not say.
-        quantizer_args: how the whole model was quantized, plain values; None where the file does not say.
-        producer: `{package, version}`; None where the file does not say.
+        encodings: with distinct names.
+        parameters: names of the encodings of parameters, the rest being activations; None in 2.x.
+        excluded_layers: names of layers that were not quantized, or None.
+        quantizer_args: settings of the whole model, plain values, or None.
+        producer: `{package, version}`, or None.
 
     Raises:
-        EncodingsFileError: a name twice, or a parameter without an encoding.
+        EncodingsFileError: a name is repeated, or a parameter has no encoding.
     """
 
     version: str
@@ -211,11 +221,10 @@ class EncodingsFile:
     def __post_init__(self) -> None:
         by_name = self.by_name
         problems = [
-            f"{n!r}: encodings have distinct names; this one is there twice"
-            for n in _repeated(e.name for e in self.encodings)
+            f"{n!r}: two encodings have this name" for n in repeated(e.name for e in self.encodings)
         ]
         problems += [
-            f"{n!r}: is named as a parameter, but has no encoding"
+            f"{n!r}: is listed as a parameter, but has no encoding"
             for n in sorted((self.parameters or set()) - by_name.keys())
         ]
         if problems:
@@ -223,7 +232,7 @@ class EncodingsFile:
 
     @property
     def by_name(self) -> dict[str, Encoding]:
-        """The encodings under their names, in the file's order."""
+        """The encodings by name, in the file's order."""
         return {e.name: e for e in self.encodings}
 
     def __eq__(self, other: object) -> bool:
@@ -240,9 +249,9 @@ class EncodingsFile:
         return replace(self, **changes)
 
 
-def _repeated(names: Any) -> list[str]:
-    seen: set[str] = set()
-    return [n for n in names if n in seen or seen.add(n)]  # type: ignore[func-returns-value]
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that are there more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _freeze(value: Any, **dtypes: Any) -> None:

@@ -1,6 +1,7 @@
-"""Everything that is wrong or odd about an encodings file, and about it beside its model, gathered.
+"""Findings about an encodings file, alone or compared with its model.
 
-An `error` makes a runtime compute something else, or nothing; a `warning` is legal and worth a look (a tensor without an encoding stays float).
+An `error` makes a runtime compute something else, or nothing. A `warning` is legal but unusual, for
+example a tensor without an encoding, which stays float.
 """
 
 from __future__ import annotations
@@ -9,19 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwlora.encodings.encodings_file import load_json, parse, to_document
-from qwlora.encodings.json_fields import Finding, shown
+from qwlora.encodings.json_fields import Finding, printable
 from qwlora.encodings.model import Encoding, EncodingsFile, IntegerEncoding, LpbqEncoding
-from qwlora.encodings.onnx_parameters import Graph, TensorFacts, read_graph
+from qwlora.encodings.onnx_tensors import Graph, OnnxTensor, read_graph
 from qwlora.errors import ConversionError, EncodingsFileError
 
 
 def validate(
     file: EncodingsFile | Path | str, onnx_path: Path | str | None = None
 ) -> list[Finding]:
-    """Findings about a file, or about a value before it is written; with a model, about names, shapes and axes too. Errors first.
+    """Findings, errors first.
+
+    Args:
+        file: a path, or a value before it is written.
+        onnx_path: the model; names, shapes and axes are compared with its graph.
 
     Raises:
-        EncodingsFileError: the file is not there or not JSON, or the model is not ONNX. What is wrong inside the JSON is a finding.
+        EncodingsFileError: the file does not exist or is not JSON, or the model is not ONNX.
+            Problems inside the JSON are findings.
         MissingExtraError: a model is given, and onnx is not installed.
     """
     parsed, findings = (
@@ -55,98 +61,98 @@ def _odd_values(encoding: Encoding) -> Iterator[Finding]:
     lowest = -(2**encoding.bitwidth - 1)
     outside = (encoding.offset < lowest) | (encoding.offset > 0)
     if outside.any():
-        found = f"is {encoding.offset[outside][0]}, outside [{lowest}, 0], in {int(outside.sum())} of {encoding.offset.size} grids: zero is not on the grid"
+        found = (
+            f"is {encoding.offset[outside][0]}, outside [{lowest}, 0], in {int(outside.sum())} of "
+            f"{encoding.offset.size} grids: zero is not on the grid"
+        )
         yield Finding("error", encoding.name, "offset", found)
-    elif encoding.symmetric and (encoding.offset != encoding.centre).any():
-        found = f"is {encoding.offset.reshape(-1)[0]}, but the encoding is called symmetric; zero is the middle code at {encoding.centre} only"
+    elif encoding.symmetric and (encoding.offset != encoding.center).any():
+        found = (
+            f"is {encoding.offset.reshape(-1)[0]}, but the encoding is called symmetric, "
+            f"which needs {encoding.center}"
+        )
         yield Finding("warning", encoding.name, "offset", found)
 
 
 def _against_graph(file: EncodingsFile, graph: Graph) -> Iterator[Finding]:
     for encoding in file.encodings:
-        facts = graph.get(encoding.name)
-        if facts is None:
-            yield Finding(
-                "error", encoding.name, "name", "is not the name of a tensor in the graph"
-            )
+        name, tensor = encoding.name, graph.get(encoding.name)
+        if tensor is None:
+            yield Finding("error", name, "name", "is not the name of a tensor in the graph")
             continue
-        if file.parameters is not None and (encoding.name in file.parameters) != facts.parameter:
-            said, kind = (
-                ("a parameter", "an activation")
-                if encoding.name in file.parameters
-                else ("an activation", "a parameter")
-            )
-            yield Finding(
-                "error", encoding.name, "section", f"says {said}, but it is {kind} of the graph"
-            )
-        if facts.shape is not None:
-            yield from _shape_findings(encoding, facts, facts.shape)
-    named = file.by_name.keys()
-    for name, facts in graph.items():
-        encoded_after = facts.moved_to and named >= set(facts.moved_to)
-        if facts.wanted and name not in named and not encoded_after:
-            what = (
-                "a parameter of the graph"
-                if facts.parameter
-                else f"computed by {facts.computed_by}"
-                if facts.computed_by
-                else "an input of the graph"
-            )
-            yield Finding(
-                "warning", name, "", f"is {what}, without an encoding, and so stays float"
-            )
+        if file.parameters is not None and (name in file.parameters) != tensor.parameter:
+            said, kind = "a parameter", "an activation"
+            if tensor.parameter:
+                said, kind = kind, said
+            yield Finding("error", name, "section", f"says {said}, but it is {kind} of the graph")
+        if tensor.shape is not None:
+            yield from _shape_findings(encoding, tensor, tensor.shape)
+    encoded = file.by_name.keys()
+    for name, tensor in graph.items():
+        encoded_later = tensor.moved_to and encoded >= set(tensor.moved_to)
+        if not tensor.needs_encoding or name in encoded or encoded_later:
+            continue
+        what = (
+            f"computed by {tensor.computed_by}" if tensor.computed_by else "an input of the graph"
+        )
+        what = "a parameter of the graph" if tensor.parameter else what
+        yield Finding("warning", name, "", f"is {what} without an encoding, and stays float")
 
 
 def _shape_findings(
-    encoding: Encoding, facts: TensorFacts, shape: tuple[int, ...]
+    encoding: Encoding, tensor: OnnxTensor, shape: tuple[int, ...]
 ) -> Iterator[Finding]:
     """Whether the scales fit a tensor of `shape`."""
     scale = encoding.block_scale if isinstance(encoding, LpbqEncoding) else encoding.scale
-    axis, block_size = encoding.axis, encoding.block_size
+    axis, size = encoding.axis, encoding.block_size
     if scale is None or not scale.ndim:
         return
+    of_shape = f"a tensor of shape {list(shape)}"
     if axis is not None and not -len(shape) <= axis < len(shape):
-        yield Finding(
-            "error", encoding.name, "axis", f"is {axis}, outside a tensor of shape {list(shape)}"
-        )
+        yield Finding("error", encoding.name, "axis", f"is {axis}, outside {of_shape}")
         return
     problem = None
-    if block_size is None:
-        axis = facts.channel_axis if axis is None else axis
+    if size is None:
+        axis = tensor.channel_axis if axis is None else axis
         if axis is None and scale.size not in shape:
-            problem = f"has {scale.size} values, but no axis of a tensor of shape {list(shape)} is as long"
+            problem = f"has {scale.size} values, but no axis of {of_shape} is as long"
         elif axis is not None and scale.size != shape[axis]:
-            problem = f"has {scale.size} values, but axis {axis} of a tensor of shape {list(shape)} has {shape[axis]}"
+            problem = f"has {scale.size} values, but axis {axis} of {of_shape} has {shape[axis]}"
     elif axis is None:
-        axes = range(len(shape)) if facts.block_axis is None else (facts.block_axis,)
-        if not any(
-            shape[a] % block_size == 0
-            and _blocks(shape, a, block_size, facts.channel_axis) == scale.size
-            for a in axes
-        ):
-            problem = f"has {scale.size} values, which blocks of {block_size} on a tensor of shape {list(shape)} do not give"
-    else:
-        fits = len(shape) == scale.ndim and shape[axis] == scale.shape[axis] * block_size
-        if not fits or any(
-            s not in (1, d)
-            for i, (s, d) in enumerate(zip(scale.shape, shape, strict=True))
-            if i != axis
-        ):
-            problem = f"has shape {list(scale.shape)}, which blocks of {block_size} on axis {axis} of a tensor of shape {list(shape)} do not give"
+        axes = range(len(shape)) if tensor.block_axis is None else (tensor.block_axis,)
+        counts = [_blocks(shape, a, size, tensor.channel_axis) for a in axes if not shape[a] % size]
+        if scale.size not in counts:
+            problem = f"has {scale.size} values, which blocks of {size} on {of_shape} do not give"
+    elif not _has_blocks(scale.shape, shape, axis % len(shape), size):
+        problem = (
+            f"has shape {list(scale.shape)}, which blocks of {size} on axis {axis} of {of_shape} "
+            "do not give"
+        )
     if problem is not None:
         yield Finding("error", encoding.name, "scale", problem)
 
 
-def _blocks(shape: tuple[int, ...], axis: int, block_size: int, channel_axis: int | None) -> int:
-    """How many blocks there are along `axis`, for each channel where the channel axis is known, else for each index of every other axis."""
-    count = shape[axis] // block_size
-    for a, size in enumerate(shape):
-        count *= size if a != axis and channel_axis in (None, a) else 1
+def _has_blocks(found: tuple[int, ...], shape: tuple[int, ...], axis: int, size: int) -> bool:
+    """Whether nested scales of shape `found` fit blocks along `axis`; other axes may be shared."""
+    if len(found) != len(shape) or found[axis] * size != shape[axis]:
+        return False
+    return all(f in (1, n) for i, (f, n) in enumerate(zip(found, shape, strict=True)) if i != axis)
+
+
+def _blocks(shape: tuple[int, ...], axis: int, size: int, channel_axis: int | None) -> int:
+    """Blocks along `axis`, per channel if that axis is known, else per index of all other axes."""
+    count = shape[axis] // size
+    for a, length in enumerate(shape):
+        count *= length if a != axis and channel_axis in (None, a) else 1
     return count
 
 
-def lines(findings: list[Finding], shown_names: int = 3) -> list[str]:
-    """One line a finding; warnings that say the same of many tensors on one line, in which all but the first few are counted."""
+def finding_lines(findings: list[Finding], shown_names: int = 3) -> list[str]:
+    """One line per finding; equal warnings about many tensors share a line.
+
+    Args:
+        shown_names: tensors to name on a shared line.
+    """
     alike: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         alike.setdefault((finding.severity, finding.field, finding.message), []).append(finding)
@@ -156,9 +162,10 @@ def lines(findings: list[Finding], shown_names: int = 3) -> list[str]:
         if finding.severity == "error" or len(same) <= shown_names:
             result.append(f"{finding.severity}: {finding}")
         elif finding is same[0]:
-            names = ", ".join(shown(other.where) for other in same[:shown_names])
+            names = ", ".join(printable(other.where) for other in same[:shown_names])
             result.append(
-                f"warning: {len(same)} tensors ({names} ...){f', {finding.field}' if finding.field else ''}: each {finding.message}"
+                f"warning: {len(same)} tensors ({names} ...)"
+                f"{f', {finding.field}' if finding.field else ''}: each {finding.message}"
             )
     return result
 

@@ -1,8 +1,8 @@
-"""The AIMET encodings file of an exported ONNX model, version 1.0.0: every encoding under the name of its tensor.
+"""The AIMET encodings file of an exported ONNX model, version 1.0.0.
 
-Scales of blocks are listed in the order of the ONNX tensor ([in / block, out] for the weight of a
-MatMul), as AIMET's own ONNX export does. A weight with float offsets has no encoding in any AIMET
-file; its layer is listed in `excluded_layers`.
+Every encoding has the name of its ONNX tensor. Block scales are in the order of that tensor
+([in / block, out] for the weight of a MatMul), as in AIMET's own ONNX export. A weight with float
+offsets has no encoding in any AIMET file; its layer is listed in `excluded_layers`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import PerTensor
 
 VERSION = "1.0.0"
-# AIMET's names of our observers, where it has one.
+# AIMET's names of observers that it also has; others keep ours, with underscores.
 _QUANT_SCHEMES = {
     "min-max": "min_max",
     "sqnr": "post_training_tf_enhanced",
@@ -28,7 +28,7 @@ _QUANT_SCHEMES = {
 
 
 def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[str] = ()) -> None:
-    """Write every encoding of `graph`, under the names that the ONNX file's tensors carry.
+    """Write every encoding of `graph`, named like the tensors of the ONNX file.
 
     Args:
         transposed: names of the weights that the ONNX file stores as [in, out].
@@ -53,9 +53,7 @@ def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[st
 
 
 def _quantizer_args(graph: QuantizedGraph) -> dict[str, Any]:
-    """AIMET's summary of the whole model: its first activation and base weight grids, and the observer of
-    its activations.
-    """
+    """AIMET's settings of a model: first activation grid, first base weight grid, observer."""
     by_kind = {m.kind: graph.encodings[m.name].scheme for m in reversed(graph.marks)}
     activation = by_kind.get(Kind.ACTIVATION)
     weight = by_kind.get(Kind.BASE, by_kind.get(Kind.PARAMETER))

@@ -1,14 +1,27 @@
-"""Everything that one target needs, in one folder."""
+"""Export to ONNX in one call, and the proof of the result in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+from jaxtyping import Int64
+from torch import Tensor
+
+from qwlora.data.sequences import Sequences
 from qwlora.export.aimet_encodings import write_encodings
 from qwlora.export.onnx_model import write_onnx
-from qwlora.export.onnx_runtime import write_session_options
+from qwlora.export.onnx_runtime import OnnxModel, write_session_options
+from qwlora.export.verify import (
+    LanguageModelParity,
+    OutputParity,
+    Reference,
+    verify_language_model,
+    verify_outputs,
+)
 from qwlora.graph.quantized_graph import QuantizedGraph
+from qwlora.progress import Track, untracked
 
 ENCODINGS_FILE = "model.encodings"
 
@@ -16,13 +29,17 @@ ENCODINGS_FILE = "model.encodings"
 def export_onnx(
     graph: QuantizedGraph, folder: str | Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write `model.onnx` (with its external data), `model.encodings` (AIMET 1.0.0) and `session_options.json` into `folder`.
+    """Write everything that ONNX Runtime and AIMET's tools need into `folder`.
+
+        model.onnx, model.onnx.data    the model with QuantizeLinear and DequantizeLinear nodes
+        model.encodings                AIMET 1.0.0
+        session_options.json           ONNX Runtime options without which results differ
 
     Args:
-        metadata: goes into the ONNX file's metadata.
+        metadata: added to the metadata of the ONNX file.
 
     Raises:
-        ExportError: see `write_onnx`.
+        ExportError: ONNX cannot express the graph (see `write_onnx`).
         MissingExtraError: the `onnx` extra is not installed.
     """
     folder = Path(folder)
@@ -30,3 +47,34 @@ def export_onnx(
     transposed = write_onnx(graph, folder, metadata or {})
     write_encodings(graph, folder / ENCODINGS_FILE, transposed)
     write_session_options(graph, folder)
+
+
+def verify_onnx(
+    folder: str | Path,
+    reference: Reference,
+    sequences: Sequences | Int64[Tensor, "count tokens"],
+    layer_tokens: int,
+    track: Track = untracked,
+) -> LanguageModelParity:
+    """`verify_language_model` for the files in `folder`, run in ONNX Runtime on the CPU.
+
+    Raises:
+        VerificationError: the graph is not that of a causal language model.
+        ExportError: ONNX Runtime refuses the files.
+    """
+    return verify_language_model(OnnxModel(Path(folder)), reference, sequences, layer_tokens, track)
+
+
+def verify_onnx_outputs(
+    folder: str | Path,
+    reference: Reference,
+    batches: Collection[Any],
+    track: Track = untracked,
+) -> OutputParity:
+    """`verify_outputs` for the files in `folder`, run in ONNX Runtime on the CPU.
+
+    Raises:
+        VerificationError: `batches` is empty.
+        ExportError: ONNX Runtime refuses the files.
+    """
+    return verify_outputs(OnnxModel(Path(folder)), reference, batches, track)

@@ -1,7 +1,9 @@
-"""The captured graph as an ONNX graph, with markers where encodings belong.
+"""From a captured graph to an `onnx_ir.Model` with markers where encodings belong.
 
-Each mark becomes a `qwlora::quantized` node in a copy of the captured program; `torch.onnx.export` carries the markers and the packed `qwlora::dequantize`
-nodes through as custom operators, with torch's own names and nothing optimized away. `onnx_model.py` rewrites both into standard ONNX.
+Each mark becomes a `qwlora::quantized` node in a copy of the captured program. `torch.onnx.export`
+passes these markers and the `qwlora::dequantize` nodes of packed weights through as custom
+operators, keeps torch's names, and optimizes nothing. `onnx_model.py` rewrites both into standard
+ONNX.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def to_onnx(graph: QuantizedGraph, opset: int) -> Any:
     """The `onnx_ir.Model` of `graph`, markers included.
 
     Raises:
-        ExportError: torch has no ONNX translation for an operator.
+        ExportError: torch.onnx cannot translate an operator.
         MissingExtraError: the `onnx` extra is not installed.
     """
     require("onnx", "onnx")
@@ -65,7 +67,7 @@ def to_onnx(graph: QuantizedGraph, opset: int) -> Any:
                 input_names=list(graph.inputs),
                 output_names=list(graph.interface.outputs),
             )
-    except Exception as error:  # torch.onnx wraps what it meets in several private kinds
+    except Exception as error:  # torch.onnx raises several private classes
         raise ExportError(f"torch.onnx cannot translate the graph: {error}") from error
     if exported is None:
         raise ExportError("torch.onnx returned no program")
@@ -73,7 +75,7 @@ def to_onnx(graph: QuantizedGraph, opset: int) -> Any:
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Custom operators for torch's two: they exist in this model only until they are rewritten."""
+    """Our two torch operators as custom ONNX operators, which are rewritten later."""
     from onnx.defs import OpSchema
     from onnxscript import values
 
@@ -108,7 +110,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         count: int,
         layout: str,
     ) -> Any:
-        return unpacker_op(packed)  # the other numbers are written from the weight's encoding
+        return unpacker_op(packed)  # scales and offsets are written from the weight's encoding
 
     return {
         torch.ops.qwlora.quantized.default: translate_quantized,

@@ -1,17 +1,19 @@
-"""Markers into standard ONNX: integers in the file, QuantizeLinear and DequantizeLinear around them, encoding names as tensor names.
+"""Write an ONNX model: markers become QuantizeLinear and DequantizeLinear, weights become integers.
 
-    activation `n`     QuantizeLinear -> `n.codes` -> DequantizeLinear -> `n`
-    input `n`          the same, -> `n.dequantized`: the input itself has the name
-    weight `n`         initializer `n.codes` (int4, int8, int16; unsigned if asymmetric) -> DequantizeLinear -> `n`
-                       float offsets: -> DequantizeLinear without zero point -> `n.scaled` -> Add `n.minimum`, block by block -> `n`
+    activation `n`    QuantizeLinear -> `n.codes` -> DequantizeLinear -> `n`
+    input `n`         the same, but the result is `n.dequantized`: the input itself is called `n`
+    weight `n`        initializer `n.codes` -> DequantizeLinear -> `n`
+    float offsets     initializer `n.codes` -> DequantizeLinear without zero point -> `n.scaled`
+                      -> Add `n.minimum`, per block -> `n`
 
-The weight of a Linear layer is stored as the right operand of its MatMul, [in, out], which is the form that ONNX Runtime fuses into MatMulNBits.
+Codes are int4, int8 or int16, unsigned if the grid is asymmetric. The name of an encoding is the
+name of its tensor. The weight of a Linear layer is stored [in, out], as the right operand of its
+MatMul: ONNX Runtime fuses that form into MatMulNBits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,21 @@ from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor
 from qwlora.messages import listed
 from qwlora.nn.custom_ops import NAMESPACE
+from qwlora.system.optional_packages import require
 
 OPSET = 21  # the first with int4, 16-bit and blocked DequantizeLinear
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
 
 def write_onnx(graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str]) -> set[str]:
-    """Write `model.onnx` with its external data into `folder`; returns the names of the weights that it stores as [in, out].
+    """Write `model.onnx` and its external data into `folder`.
+
+    Returns:
+        names of the weights that are stored [in, out].
 
     Raises:
-        ExportError: an operator has no translation, or two tensors would carry one name.
+        ExportError: an operator has no translation, activations have a bitwidth other than 8 or 16,
+            or two tensors have the same name.
         MissingExtraError: the `onnx` extra is not installed.
     """
     model = to_onnx(graph, OPSET)
@@ -45,27 +52,21 @@ def write_onnx(graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str])
     _name_dimensions(model, graph.interface.shapes)
     model.producer_name = "qwlora"
     model.metadata_props.update(metadata)
-    ir = _ir()
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
+    rewriter.ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
     return rewriter.transposed
 
 
-def _ir() -> Any:
-    import onnx_ir
-
-    return onnx_ir
-
-
-@dataclass
 class _Rewriter:
-    model: Any
-    graph: QuantizedGraph
-    transposed: set[str] = field(default_factory=set)
+    def __init__(self, model: Any, graph: QuantizedGraph):
+        self.model, self.graph = model, graph
+        self.ir = require("onnx_ir", "onnx")
+        self.transposed: set[str] = set()
+        self.inputs = {value.name for value in model.graph.inputs}
+        # By tensor of the model and whether it is transposed: tied weights share initializers.
+        self.initializers: dict[tuple[int, bool], list[Any]] = {}
 
     def run(self) -> None:
         kinds = {mark.name: mark.kind for mark in self.graph.marks}
-        self.inputs = {value.name for value in self.model.graph.inputs}
-        self.initializers: dict[tuple[int, bool], tuple[Any, Any, Any]] = {}
         for node in [n for n in self.model.graph if n.domain == NAMESPACE and n.op_type == MARKER]:
             name = node.attributes["name"].value
             encoding = self.graph.encodings[name]
@@ -81,11 +82,12 @@ class _Rewriter:
         self._check()
 
     def _activation(self, node: Any, name: str, encoding: Encoding) -> None:
-        ir = _ir()
+        ir = self.ir
         bits = 8 if encoding.scheme.bitwidth <= 8 else 16
         if encoding.scheme.bitwidth not in (8, 16):
             raise ExportError(
-                f"{name}: ONNX has no {encoding.scheme.bitwidth}-bit QuantizeLinear for activations; use 8 or 16 bits"
+                f"{name}: ONNX has no {encoding.scheme.bitwidth}-bit QuantizeLinear for "
+                "activations; use 8 or 16 bits"
             )
         scale = self._initializer(f"{name}.scale", encoding.scale.cpu().numpy())
         zero_point = self._initializer(
@@ -103,7 +105,7 @@ class _Rewriter:
     def _weight(
         self, node: Any, name: str, encoding: Encoding | FloatOffsetEncoding, right_operand: bool
     ) -> None:
-        ir = _ir()
+        ir = self.ir
         transposes = [user for user, _ in node.outputs[0].uses()]
         transposed = (
             right_operand
@@ -135,8 +137,8 @@ class _Rewriter:
         transposed: bool,
         shape: tuple[int, ...],
     ) -> list[Any]:
-        """Nodes that add each group's minimum to a weight of `shape`; blocks get an axis of their own for it."""
-        ir = _ir()
+        """Nodes that add each group's minimum to a weight of `shape`; blocks become an axis."""
+        ir = self.ir
         granularity = encoding.scheme.granularity
         minimum = aligned(encoding.minimum, granularity, len(shape))
         if not isinstance(granularity, PerBlock | Lpbq):
@@ -152,14 +154,14 @@ class _Rewriter:
         split, whole = [rows, columns // granularity.size, granularity.size], [rows, columns]
         if transposed:
             minimum, split, whole = minimum.permute(1, 2, 0), [*split[1:], rows], [columns, rows]
-        apart = ir.node(
+        blocks = ir.node(
             "Reshape",
             [scaled, self._initializer(f"{name}.blocks", np.array(split))],
             name=f"{name}/split",
         )
         added = ir.node(
             "Add",
-            [apart.outputs[0], self._initializer(f"{name}.minimum", minimum.contiguous().numpy())],
+            [blocks.outputs[0], self._initializer(f"{name}.minimum", minimum.contiguous().numpy())],
             name=f"{name}/add",
         )
         joined = ir.node(
@@ -167,13 +169,13 @@ class _Rewriter:
             [added.outputs[0], self._initializer(f"{name}.whole", np.array(whole))],
             name=f"{name}/join",
         )
-        apart.outputs[0].name, added.outputs[0].name = f"{name}.apart", f"{name}.added"
-        return [apart, added, joined]
+        blocks.outputs[0].name, added.outputs[0].name = f"{name}.split", f"{name}.added"
+        return [blocks, added, joined]
 
     def _weight_initializers(
         self, value: Any, name: str, encoding: Encoding | FloatOffsetEncoding, transposed: bool
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Codes, scale and, for asymmetric grids, zero point; shared among weights that are one tensor in the model."""
+        """Codes, scale and, if asymmetric, zero point; tied weights share them."""
         attributes = _axis_attributes(encoding, transposed, len(value.shape))
         key = (id(value), transposed)
         if key not in self.initializers:
@@ -196,8 +198,8 @@ class _Rewriter:
                         f"{name}.zero_point", (-offset).contiguous().numpy().astype(kind)
                     )
                 )
-            self.initializers[key] = tuple(made)
-        return list(self.initializers[key]), attributes
+            self.initializers[key] = made
+        return self.initializers[key], attributes
 
     def _codes(self, value: Any, encoding: Encoding | FloatOffsetEncoding) -> torch.Tensor:
         producer = value.producer()
@@ -207,14 +209,17 @@ class _Rewriter:
         return encoding.quantize(torch.from_numpy(np.array(value.const_value.numpy())))
 
     def _initializer(self, name: str, array: np.ndarray[Any, Any]) -> Any:
-        ir = _ir()
+        ir = self.ir
         value = ir.val(name, const_value=ir.tensor(array, name=name))
         self.model.graph.register_initializer(value)
         return value
 
     def _replace(self, node: Any, new: list[Any], name: str) -> None:
-        """Put `new` in the place of a marker; the last one's output carries `name`. A graph output keeps its own name behind an Identity."""
-        ir = _ir()
+        """Replace a marker by `new`, whose last output is called `name`.
+
+        A graph output keeps its own name, after an Identity.
+        """
+        ir = self.ir
         old, value = node.outputs[0], new[-1].outputs[0]
         value.name, value.type, value.shape = name, old.type, old.shape
         self.model.graph.insert_before(node, new)
@@ -242,9 +247,7 @@ class _Rewriter:
         ]
         for value in values:
             if value.name in seen:
-                raise ExportError(
-                    f"two tensors of the exported graph would carry the name {value.name}"
-                )
+                raise ExportError(f"two tensors of the exported graph have the name {value.name}")
             seen.add(value.name)
         if missing := [name for name in self.graph.encodings if name not in seen]:
             raise ExportError(
@@ -253,7 +256,7 @@ class _Rewriter:
 
 
 def activation_tensor(name: str, inputs: Collection[str]) -> str:
-    """The tensor that holds the value of the encoding `name` on its grid."""
+    """The tensor that has the quantized value of the encoding `name`."""
     return f"{name}.dequantized" if name in inputs else name
 
 
@@ -274,7 +277,7 @@ def _axis_attributes(
 
 
 def _container(encoding: Encoding | FloatOffsetEncoding) -> Any:
-    """The narrowest ONNX integer that holds the codes."""
+    """The narrowest ONNX integer type for the codes."""
     import ml_dtypes
 
     bits, signed = encoding.scheme.bitwidth, encoding.scheme.symmetric
@@ -284,11 +287,11 @@ def _container(encoding: Encoding | FloatOffsetEncoding) -> Any:
 
 
 def _name_dimensions(model: Any, shapes: Mapping[str, tuple[str | int, ...]]) -> None:
-    """Give inputs and outputs the shapes of the captured graph: names for axes of any size."""
-    ir = _ir()
+    """Give inputs and outputs the shapes of the captured graph, with names for variable axes."""
+    ir = require("onnx_ir", "onnx")
     for value in [*model.graph.inputs, *model.graph.outputs]:
         value.shape = ir.Shape(shapes[value.name])
     for node in model.graph:
         for output in node.outputs:
             if not output.is_graph_output():
-                output.shape = None  # torch's private symbols; a runtime infers its own
+                output.shape = None  # torch's private symbols; runtimes infer their own

@@ -31,9 +31,9 @@ from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from qwlora import encodings as files
-from qwlora.encodings.grids import BlockOrder, Placement, grid_of
+from qwlora.encodings.model import BlockOrder, EncodingsFile, FloatEncoding
 from qwlora.encodings.model import Encoding as Entry
-from qwlora.encodings.model import EncodingsFile, FloatEncoding
+from qwlora.encodings.to_grid import Placement, grid_of
 from qwlora.errors import EncodingsFileError, GridError, SourceError
 from qwlora.formats.huggingface_folder import FloatCheckpoint
 from qwlora.grid.encoding import Encoding

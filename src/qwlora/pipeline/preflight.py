@@ -19,6 +19,7 @@ from qwlora.adapter.attach import (
 from qwlora.adapter.train import check_loggers
 from qwlora.data.document_isolation import check_isolation
 from qwlora.errors import GridError, SourceError, TrainingError
+from qwlora.export.target import TARGETS, require_packages
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.max_positions import check_positions
 from qwlora.formats.model_source import fetch
@@ -28,7 +29,6 @@ from qwlora.pipeline.plan import TUNING_DEVICE, has_float_model
 from qwlora.quantize.quantize_model import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import slow_compute, training_device
-from qwlora.system.optional_packages import require
 
 
 def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) -> None:
@@ -43,8 +43,8 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         MissingExtraError: a package that a later stage needs is not installed.
     """
     if verbs & {"export", "verify"}:
-        for module in ("onnx", "onnxscript", "onnx_ir", "onnxruntime"):
-            require(module, "onnx")
+        for target in context.recipe.export.targets:
+            require_packages(TARGETS[target])
     for line in _slow_computing(context.recipe, verbs):
         say(line)
     largest = context.data.largest_id()

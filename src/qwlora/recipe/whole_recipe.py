@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from qwlora.export.target import TARGETS
 from qwlora.recipe.adapter_section import Adapter
 from qwlora.recipe.base_section import Base, Model
 from qwlora.recipe.data_section import Data
 from qwlora.recipe.section import Count, Name, Section
 from qwlora.recipe.simulation_section import SimulationSection
+
+if TYPE_CHECKING:
+    TargetName = str
+else:
+    TargetName = Literal[tuple(TARGETS)]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"base": {"solver": "search"}, "adapter": {"init": "zero"}},
@@ -25,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Export(Section):
     """Step 4: the files to write."""
 
-    targets: list[Literal["onnx"]] = Field(["onnx"], description="runtimes to write files for")
+    targets: list[TargetName] = Field(["onnx"], description="runtimes to write files for")
 
 
 class Verify(Section):
@@ -127,13 +133,14 @@ class Recipe(Section):
             for i, r in enumerate(section.rules)
             if r.bitwidth is not None and r.of != "weights"
         }
-        if "onnx" in self.export.targets and (
-            wrong := [f"{where} {bits}" for where, bits in asked.items() if bits not in (8, 16)]
-        ):
-            raise ValueError(
-                f"{', '.join(wrong)}: ONNX supports activations of 8 or 16 bits; use one of "
-                "these, or remove onnx from export.targets"
-            )
+        for target in self.export.targets:
+            held = TARGETS[target].activation_bitwidths
+            if wrong := [f"{key} {bits}" for key, bits in asked.items() if bits not in held]:
+                raise ValueError(
+                    f"{', '.join(wrong)}: {target} supports activations of "
+                    f"{' or '.join(map(str, held))} bits; use one of these, or remove {target} "
+                    "from export.targets"
+                )
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwlora.export.target import TARGETS
 from qwlora.pipeline.artifacts import ADAPTER
 from qwlora.pipeline.stage import PlanBuilder, Stage
 
@@ -24,14 +25,10 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Write the files, and next to them the adapter as it was calibrated."""
-    from qwlora.export.onnx_bundle import export_onnx
-
-    name = str(stage.adapter)
-    metadata = {"qwlora.base_fingerprint": context.base_fingerprint, "qwlora.adapter": name}
-    export_onnx(context.simulation(name).graph(), scratch, metadata)
-    shutil.copytree(context.path / "simulation" / name / ADAPTER, scratch / ADAPTER)
-    return {
-        "export": {
-            "onnx": {name: {"bytes": sum(p.stat().st_size for p in scratch.glob("model.onnx*"))}}
-        }
-    }
+    _, name, *_ = stage.name.split("/")
+    target, adapter = TARGETS[name], str(stage.adapter)
+    metadata = {"qwlora.base_fingerprint": context.base_fingerprint, "qwlora.adapter": adapter}
+    target.write(context.simulation(adapter).graph(), scratch, metadata)
+    size = sum(path.stat().st_size for path in scratch.glob(target.model_files))
+    shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
+    return {"export": {name: {adapter: {"bytes": size}}}}

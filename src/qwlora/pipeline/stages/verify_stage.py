@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwlora.export.target import TARGETS
 from qwlora.pipeline.stage import PlanBuilder, Stage
 
 if TYPE_CHECKING:
@@ -21,14 +22,14 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Run the exported file on held-out text and check it against the recipe's limits."""
-    from qwlora.export.verify_language_model import Limits, check_parity, verify_onnx
+    """Run the exported files on held-out text and compare the result with the recipe's limits."""
+    from qwlora.export.verify import Limits, check_parity, verify_language_model
 
-    name, section = str(stage.adapter), context.recipe.verify
-    folder = context.path / "export" / "onnx" / name
-    parity = verify_onnx(
-        folder,
-        context.simulation(name),
+    _, name, *_ = stage.name.split("/")
+    adapter, section = str(stage.adapter), context.recipe.verify
+    parity = verify_language_model(
+        TARGETS[name].open(context.path / "export" / name / adapter),
+        context.simulation(adapter),
         context.data.held_out.first(section.sequences),
         section.layer_tokens,
         context.track,
@@ -38,5 +39,5 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         layer_steps=section.layer_steps,
         layer_mean_steps=section.layer_mean_steps,
     )
-    check_parity(parity, limits, f"export/onnx/{name}")
-    return {"parity": {"onnx": {name: parity.to_json()}}}
+    check_parity(parity, limits, f"export/{name}/{adapter}")
+    return {"parity": {name: {adapter: parity.to_json()}}}

@@ -1,20 +1,26 @@
-"""Versions 0.6.1 and 1.0.0: activations and parameters in sections of their own, codes unsigned, no axis.
+"""Versions 0.6.1 and 1.0.0: separate sections of activations and parameters, no axis.
 
     {version, producer, activation_encodings, param_encodings, excluded_layers, quantizer_args}
 
-0.6.1: a section is an object; under each name, one item for each channel:
+0.6.1: a section is an object. Under each name is a list with one item per channel, or one for
+floats:
 
-    {min, max, scale, offset, bitwidth, dtype: "int", is_symmetric: "True" | "False"[, zero_point_shift]}   or one   {bitwidth, dtype: "float"}
+    {min, max, scale, offset, bitwidth, dtype: "int", is_symmetric: "True" | "False"
+    [, zero_point_shift]}
+    {bitwidth, dtype: "float"}
 
-`min = offset * scale` and `max = (offset + 2^bitwidth - 1) * scale` are redundant: they are computed on writing, and on reading must agree within half a step.
+`min = offset * scale` and `max = (offset + 2^bitwidth - 1) * scale` are redundant: computed when
+written, and when read they must agree within half a step.
 
 1.0.0: a section is a list of
 
-    {name, dtype: "INT", bw, is_sym, enc_type: PER_TENSOR | PER_CHANNEL | PER_BLOCK, scale, offset[, block_size][, zero_point_shift]}
-    {name, dtype: "INT", bw, compressed_bw, is_sym: true, enc_type: LPBQ, scale, offset, block_size, per_block_int_scale}
+    {name, dtype: "INT", bw, is_sym, enc_type: PER_TENSOR | PER_CHANNEL | PER_BLOCK, scale, offset
+    [, block_size][, zero_point_shift]}
+    {name, dtype: "INT", bw, compressed_bw, is_sym: true, enc_type: LPBQ, scale, offset, block_size,
+    per_block_int_scale}
     {name, dtype: "FLOAT", bw, enc_type: PER_TENSOR}
 
-Entries of vector quantization (enc_type VECTOR) are refused by name.
+Vector quantization (enc_type VECTOR) is refused by name.
 """
 
 from __future__ import annotations
@@ -45,12 +51,12 @@ _REFUSED = "is vector quantization, which is not supported"
 
 
 def parse_0_6_1(name: str, items: Any, report: Record) -> Encoding | None:
-    """The encoding under `name`; None, and reported, when it is malformed."""
+    """The encoding under `name`; None, with a finding, if it is malformed."""
     if not isinstance(items, list) or not items:
-        report.error("", "must be a list with one item for each channel")
+        report.error("", "must be a list with one item per channel")
         return None
     if not all(isinstance(item, dict) for item in items):
-        report.error("", "holds an item that is not an object")
+        report.error("", "contains an item that is not an object")
         return None
     if any(key in item for item in items for key in _VECTOR_FIELDS):
         report.error("", _REFUSED)
@@ -140,7 +146,7 @@ def _check_range(encoding: IntegerEncoding, low: Floats, high: Floats, report: R
             i = int(off.argmax())
             report.error(
                 key,
-                f"is {stated[i]} in item {i}, but scale and offset make it {computed[i]}; only one can be true",
+                f"is {stated[i]} in item {i}, but scale and offset make it {computed[i]}",
             )
 
 
@@ -171,7 +177,7 @@ def build_0_6_1(encoding: Encoding) -> list[dict[str, Any]]:
 
 
 def _range(encoding: IntegerEncoding) -> tuple[Floats, Floats]:
-    """Lowest and highest value of each grid; in float32 where the scales are float32, as AIMET's are, so that its numbers are ours."""
+    """Lowest and highest value of each grid; in float32 if the scales are, which is AIMET's way."""
     offset, scale = encoding.offset.reshape(-1), encoding.scale.reshape(-1)
     highest = offset + 2**encoding.bitwidth - 1
     with np.errstate(over="ignore", under="ignore"):
@@ -184,7 +190,7 @@ def _range(encoding: IntegerEncoding) -> tuple[Floats, Floats]:
 
 
 def parse_1_0_0(record: Record) -> Encoding | None:
-    """The entry's encoding; None, and reported, when it is malformed."""
+    """The entry's encoding; None, with a finding, if it is malformed."""
     name = record.text("name")
     bitwidth = record.bitwidth("bw")
     dtype = record.text("dtype", ("INT", "FLOAT"))
@@ -285,7 +291,8 @@ def _parse_lpbq(name: str, decompressed: int, record: Record) -> Encoding | None
     if offset.shape != scale.shape or (offset != -(2 ** (decompressed - 1))).any():
         record.error(
             "offset",
-            f"must be {-(2 ** (decompressed - 1))} for each of the {scale.size} scales: LPBQ is symmetric",
+            f"must be {-(2 ** (decompressed - 1))} for each of the {scale.size} scales: LPBQ is "
+            "symmetric",
         )
     if block_scale.size % scale.size:
         record.error(
@@ -295,7 +302,8 @@ def _parse_lpbq(name: str, decompressed: int, record: Record) -> Encoding | None
     if block_scale.max() > 2 ** (decompressed - bitwidth):
         record.error(
             "per_block_int_scale",
-            f"reaches {block_scale.max()}; with {bitwidth} of {decompressed} bits it ends at {2 ** (decompressed - bitwidth)}",
+            f"reaches {block_scale.max()}; with {bitwidth} of {decompressed} bits it ends at "
+            f"{2 ** (decompressed - bitwidth)}",
         )
     return LpbqEncoding(
         name, bitwidth, block_size, block_scale, scale, decompressed_bitwidth=decompressed
@@ -313,7 +321,7 @@ def build_1_0_0(encoding: Encoding) -> dict[str, Any]:
         }
     if isinstance(encoding, LpbqEncoding):
         decompressed = encoding.decompressed_bitwidth
-        assert decompressed is not None, "convert asks for it"
+        assert decompressed is not None, "convert requires it"
         scale = encoding.channel_scale.reshape(-1).tolist()
         entry: dict[str, Any] = {
             "name": encoding.name,

@@ -1,14 +1,19 @@
-"""Versions 2.0.0 and 2.1.0: parameters and activations in one list, an axis, codes signed or unsigned, scales nested as the tensor is.
+"""Versions 2.0.0 and 2.1.0: one list of encodings, axes, signed or unsigned codes, nested scales.
 
     {version, producer, encodings: [...]}
 
-    {name, output_dtype: "int8" | "uint16" | ..., y_scale[, y_zero_point][, axis][, block_size]}      real = (q - y_zero_point) * y_scale
-    {name, output_dtype: "float8e4m3fn" | ..., y_scale[, axis][, block_size]}
-    {name, output_dtype, per_block_int_scale, per_channel_float_scale, axis, block_size}              LPBQ in 2.0.0
-    {name, output_dtype, y_scale: {x, x_scale, axis}, axis, block_size}                               LPBQ in 2.1.0
+Entries:
 
-`axis` is the channel axis, or the axis cut into blocks where there is a `block_size`. A `y_zero_point` that is zero everywhere is left out; one that
-ends in .5 is a `zero_point_shift`. Axes of nested scales are read from the end too (AIMET 2.42 writes `-1` beside a positive axis) and made positive.
+    integers        {name, output_dtype: "int8" | "uint16" | ..., y_scale[, y_zero_point][, axis]
+                    [, block_size]};  real = (q - y_zero_point) * y_scale
+    floats          {name, output_dtype: "float8e4m3fn" | ..., y_scale[, axis][, block_size]}
+    LPBQ in 2.0.0   {name, output_dtype, per_block_int_scale, per_channel_float_scale, axis,
+                    block_size}
+    LPBQ in 2.1.0   {name, output_dtype, y_scale: {x, x_scale, axis}, axis, block_size}
+
+`axis` is the channel axis, or the block axis if there is a `block_size`. A `y_zero_point` that is
+zero everywhere is omitted; one that ends in .5 is a `zero_point_shift`. Negative axes of nested
+scales are accepted (AIMET 2.42 writes -1 next to a positive axis) and made positive.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from qwlora.encodings.model import (
 
 
 def parse_2(record: Record, version: str) -> Encoding | None:
-    """The entry's encoding; None, and reported, when it is malformed."""
+    """The entry's encoding; None, with a finding, if it is malformed."""
     name, dtype = record.text("name"), record.text("output_dtype")
     if name is None or dtype is None:
         return None
@@ -40,7 +45,8 @@ def parse_2(record: Record, version: str) -> Encoding | None:
     if dtype not in FLOAT_FORMATS and (integer is None or int(integer[2]) > MAX_BITWIDTH):
         record.error(
             "output_dtype",
-            f"is {dtype[:40]!r}; int1 to int32, uint1 to uint32 or one of {', '.join(FLOAT_FORMATS)} is needed",
+            f"is {dtype[:40]!r}; int1 to int32, uint1 to uint32 or one of "
+            f"{', '.join(FLOAT_FORMATS)} is needed",
         )
         return None
     nested = isinstance(record.values.get("y_scale"), dict)
@@ -79,7 +85,7 @@ def _parse_float(name: str, dtype: str, record: Record, nested: bool) -> Encodin
 
 
 def _grid(record: Record) -> tuple[Floats | None, int | None, int | None]:
-    """Scale, axis and block size, which must go together."""
+    """Scale, axis and block size, if they are consistent."""
     scale = record.scales("y_scale")
     axis = record.integer("axis", -MAX_RANK, MAX_RANK - 1) if record.has("axis") else None
     block_size = record.integer("block_size", 1) if record.has("block_size") else None
@@ -115,7 +121,7 @@ def _positive_axis(record: Record, key: str, axis: int, rank: int) -> int | None
 def _offset(
     record: Record, scale: Floats | None, bitwidth: int, signed: bool
 ) -> tuple[Integers | None, float]:
-    """`y_zero_point` as an offset of unsigned codes, and its half."""
+    """`y_zero_point` as an offset of unsigned codes, and the zero point shift."""
     lowest = -(2 ** (bitwidth - 1)) if signed else 0
     if not record.has("y_zero_point"):
         return (np.full(scale.shape, lowest), 0.0) if scale is not None else (None, 0.0)
@@ -153,7 +159,8 @@ def _parse_lpbq(
     if not record.has("per_block_int_scale") and version == "2.0.0":
         record.error(
             "y_scale",
-            "is an object, which is how 2.1.0 writes LPBQ; 2.0.0 has per_block_int_scale and per_channel_float_scale",
+            "is an object, which is how 2.1.0 writes LPBQ; 2.0.0 has per_block_int_scale and "
+            "per_channel_float_scale",
         )
         return None
     if not signed:
@@ -191,7 +198,10 @@ def _scales_2_0_0(record: Record) -> tuple[Integers | None, Floats | None, int |
         b % c == 0 for b, c in zip(block_scale.shape, channel_scale.shape, strict=True)
     )
     if not fits:
-        found = f"has shape {list(channel_scale.shape)}, which does not divide that of per_block_int_scale, {list(block_scale.shape)}"
+        found = (
+            f"has shape {list(channel_scale.shape)}, which does not divide that of "
+            f"per_block_int_scale, {list(block_scale.shape)}"
+        )
         record.error("per_channel_float_scale", found)
         return None, None, None
     return block_scale, channel_scale, None
@@ -216,7 +226,8 @@ def _scales_2_1_0(record: Record) -> tuple[Integers | None, Floats | None, int |
     if channel_scale.size != block_scale.shape[channel_axis]:
         inner.error(
             "x_scale",
-            f"has {channel_scale.size} values, but axis {axis} of x has {block_scale.shape[channel_axis]}",
+            f"has {channel_scale.size} values, but axis {axis} of x has "
+            f"{block_scale.shape[channel_axis]}",
         )
         return None, None, None
     return (
@@ -227,14 +238,17 @@ def _scales_2_1_0(record: Record) -> tuple[Integers | None, Floats | None, int |
 
 
 def channel_axis_of(shape: tuple[int, ...], block_axis: int) -> int | None:
-    """The axis of a channel scale: the one that is longer than 1, or the other one of two; None when shapes leave it open."""
+    """The axis of a channel scale: the only one longer than 1, or the other of two.
+
+    None if the shapes leave it open.
+    """
     long = [axis for axis, size in enumerate(shape) if size > 1]
     others = long or [axis for axis in range(len(shape)) if axis != block_axis]
     return others[0] if len(others) == 1 else None
 
 
 def channel_shape(rank: int, channel_axis: int) -> tuple[int, ...]:
-    """The shape of one value a channel, in `rank` axes: -1 at the channel axis and 1 elsewhere."""
+    """-1 at the channel axis and 1 at the others: for reshaping one value per channel."""
     return tuple(-1 if axis == channel_axis else 1 for axis in range(rank))
 
 
@@ -242,7 +256,7 @@ def build_2(encoding: Encoding, version: str) -> dict[str, Any]:
     """The encoding's entry."""
     if isinstance(encoding, LpbqEncoding):
         return _build_lpbq(encoding, version)
-    assert encoding.scale is not None, "convert leaves no float without a scale in 2.x"
+    assert encoding.scale is not None, "convert drops floats without a scale"
     entry: dict[str, Any] = {"name": encoding.name}
     if isinstance(encoding, FloatEncoding):
         entry |= {"output_dtype": encoding.format, "y_scale": encoding.scale.tolist()}
@@ -251,7 +265,7 @@ def build_2(encoding: Encoding, version: str) -> dict[str, Any]:
             "output_dtype": f"{'int' if encoding.signed else 'uint'}{encoding.bitwidth}",
             "y_scale": encoding.scale.tolist(),
         }
-        zero_point = (encoding.centre if encoding.signed else 0) - encoding.offset
+        zero_point = (encoding.center if encoding.signed else 0) - encoding.offset
         if encoding.zero_point_shift or zero_point.any():
             entry["y_zero_point"] = (
                 zero_point - encoding.zero_point_shift if encoding.zero_point_shift else zero_point

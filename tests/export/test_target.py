@@ -1,0 +1,102 @@
+"""The registry of export targets, and the stages and checks that use it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qwlora.errors import ExportError, MissingExtraError
+from qwlora.export.onnx_runtime import OnnxModel
+from qwlora.export.target import TARGETS, require_packages
+from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages import export_stage, verify_stage
+from qwlora.recipe.whole_recipe import Export
+
+
+class TextTarget:
+    """Writes the metadata; its runtime refuses every file."""
+
+    extra = "all"
+    packages: tuple[str, ...] = ("json", "not_there")
+    activation_bitwidths = (8,)
+    model_files = "*.txt"
+
+    def write(self, graph: Any, folder: Path, metadata: Mapping[str, str]) -> None:
+        (folder / "model.txt").write_text(f"{graph} {metadata['qwlora.adapter']}")
+        (folder / "notes.md").write_text("not part of the model")
+
+    def open(self, folder: Path) -> Any:
+        raise ExportError(f"opened {folder}")
+
+
+@pytest.fixture
+def text_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "text", TextTarget())
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Any:
+    (tmp_path / "simulation" / "first" / "adapter").mkdir(parents=True)
+    held_out = SimpleNamespace(first=lambda count: [])
+    return SimpleNamespace(
+        path=tmp_path,
+        base_fingerprint="f",
+        simulation=lambda name: SimpleNamespace(graph=lambda: f"graph of {name}"),
+        recipe=SimpleNamespace(verify=SimpleNamespace(sequences=1, layer_tokens=2)),
+        data=SimpleNamespace(held_out=held_out),
+        track=None,
+    )
+
+
+@pytest.mark.usefixtures("text_target")
+def test_the_export_stage_writes_through_the_target_in_its_name(
+    context: Any, tmp_path: Path
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    results = export_stage.run(context, Stage("export/text/first", "", "first"), scratch, tmp_path)
+    written = (scratch / "model.txt").read_text()
+    assert written == "graph of first first"
+    assert results == {"export": {"text": {"first": {"bytes": len(written)}}}}
+    assert (scratch / "adapter").is_dir()
+
+
+@pytest.mark.usefixtures("text_target")
+def test_the_verify_stage_opens_the_files_with_the_target_in_its_name(
+    context: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=r"opened .*export.text.first"):
+        verify_stage.run(context, Stage("verify/text/first", "", "first"), tmp_path, tmp_path)
+
+
+def test_a_recipe_takes_every_registered_target_and_no_other() -> None:
+    assert Export(targets=list(TARGETS)).targets == list(TARGETS)
+    with pytest.raises(ValueError, match=r"(?s)targets.*onnx"):
+        Export(targets=["gguf2"])
+
+
+def test_a_missing_package_names_the_extra_of_the_target() -> None:
+    with pytest.raises(MissingExtraError, match=r"not_there.*qwlora\[all\]"):
+        require_packages(TextTarget())
+
+
+def test_the_onnx_target_opens_its_files_in_onnx_runtime(tmp_path: Path) -> None:
+    require_packages(TARGETS["onnx"])
+    assert isinstance(TARGETS["onnx"].open(tmp_path), OnnxModel)
+
+
+def test_the_registry_and_the_recipe_load_neither_torch_nor_onnx() -> None:
+    program = (
+        "import sys, qwlora.recipe, qwlora.export.target;"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from qwlora import PlacementRule, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CaptureError
-from qwlora.export.onnx_bundle import export_onnx
-from qwlora.export.verify import verify_onnx_outputs
+from qwlora.export.onnx_bundle import export_onnx, verify_onnx_outputs
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.nn.custom_ops import linear

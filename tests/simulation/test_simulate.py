@@ -14,8 +14,7 @@ from conftest import ARCHITECTURES, tiny_model
 from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.analysis.sensitivity import sensitivities
 from qwlora.errors import CalibrationError, CaptureError
-from qwlora.export.onnx_bundle import export_onnx
-from qwlora.export.verify import verify_onnx_outputs
+from qwlora.export.onnx_bundle import export_onnx, verify_onnx_outputs
 from qwlora.graph.capture import capture
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.traceable_attention import visible_implementations

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwlora import Scheme, SimulationSchemes, export_onnx, quantize_, verify_onnx_outputs
-from qwlora.export.onnx_bundle import verify_onnx_outputs
-from qwlora.export.verify import Limits, OutputParity, check_parity
+from qwlora.export.verify import Limits, OutputDifference, OutputParity, check_parity
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.traceable_attention import visible_implementations

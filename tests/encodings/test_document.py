@@ -22,7 +22,6 @@ from qwlora.encodings import (
     IntegerEncoding,
     LpbqEncoding,
     read,
-    schema,
     write,
 )
 from qwlora.encodings.encodings_file import load_json, parse, to_document

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from qwlora.encodings import (
@@ -21,12 +20,6 @@ from qwlora.encodings import (
     LpbqEncoding,
     OnnxTensor,
 )
-
-# Hypothesis limits run time and generation; on a loaded machine both fail without a bug.
-settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("any machine")
 
 FILES = Path(__file__).parent / "files"
 DECOMPRESSED_BITWIDTH = 8

@@ -68,7 +68,11 @@ WORDS = [
 ]
 
 # Time limits belong into benchmarks: on a shared machine a deadline fails by chance.
-hypothesis.settings.register_profile("shared-machine", deadline=None)
+hypothesis.settings.register_profile(
+    "shared-machine",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("shared-machine")
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int64
@@ -34,6 +34,7 @@ from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, untracked
 
 
+@runtime_checkable
 class Runtime(Protocol):
     """An exported model, opened in the program that its files were written for."""
 
@@ -51,6 +52,7 @@ class Runtime(Protocol):
         """
 
 
+@runtime_checkable
 class Reference(Protocol):
     """What files are compared with; `qwlora.Simulation` is one."""
 

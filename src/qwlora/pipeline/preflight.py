@@ -75,7 +75,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         if largest >= known:
             raise SourceError(
                 f"the tokenizer of {context.recipe.model.source!r} produces token id {largest}, "
-                f"but the model has only {known} tokens; use the tokenizer that belongs to the model"
+                f"but the model has only {known} tokens; use the tokenizer of this model"
             )
         # With solver keep there is no float model; training checks it on the base.
         if context.data.train.position_ids is not None and context.recipe.base.solver != "keep":

@@ -1,14 +1,19 @@
-"""Imports point down only: cli, pipeline, recipe, steps, formats and graph and encodings, nn, grid, errors."""
+"""Imports between the files of the package: no circles, and always from a higher level to a lower.
+
+Every import counts, also inside functions and under TYPE_CHECKING.
+"""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "qwlora"
+# Folders and files directly below the package. A file imports from its own folder or lower levels.
 LEVELS = (
     {"messages", "parameter_names", "progress", "revisions"},
     {"errors"},
@@ -26,68 +31,128 @@ LEVELS = (
     {"cli"},
     {"__main__"},
 )
-RANK = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+# To be removed; the list may only get shorter.
+KNOWN_CIRCLES = [
+    {"pipeline.context", "pipeline.unused_rules"},
+    {"pipeline.distributed", "pipeline.stages"},
+]
 
 
-def room(module: str) -> str:
-    """The folder or file directly below the package: `qwlora.grid.scheme` -> `grid`."""
-    return [*module.split("."), ""][1]
-
-
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield from (
-                [node.module]
-                if node.module != "qwlora"
-                else [f"qwlora.{a.name}" for a in node.names]
-            )
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-
-
-def wrong_imports(package: Path) -> list[str]:
-    wrong = []
+def import_graph(package: Path) -> dict[str, set[str]]:
+    """The modules of the package that each module imports, by name without `qwlora.`."""
+    modules = {}
     for path in sorted(package.rglob("*.py")):
-        here = path.relative_to(package).with_suffix("").parts[0]
-        if here == "__init__":
+        parts = path.relative_to(package).with_suffix("").parts
+        modules[".".join(parts).removesuffix(".__init__")] = path
+    del modules["__init__"]  # loads public names on demand
+    return {
+        name: {target for target in imported(path, modules) if target != name}
+        for name, path in modules.items()
+    }
+
+
+def imported(path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            candidates = [[f"{node.module}.{alias.name}", node.module] for alias in node.names]
+        elif isinstance(node, ast.Import):
+            candidates = [[alias.name] for alias in node.names]
+        else:
             continue
-        for module in imports(path):
-            there = room(module)
-            if module.split(".")[0] != "qwlora" or there in ("", here):
-                continue
-            if RANK[there] >= RANK[here]:
-                wrong.append(f"{path.relative_to(package)} imports {module}")
-    return wrong
+        for names in candidates:
+            found = [name.removeprefix("qwlora.") for name in names if name.startswith("qwlora.")]
+            yield from [name for name in found if name in modules][:1]
 
 
-def test_imports_go_one_way() -> None:
-    assert wrong_imports(PACKAGE) == []
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Circles of imports; one edge of each is ignored afterwards, to find the next."""
+    graph = {name: set(targets) for name, targets in graph.items()}
+    found = []
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            circle = error.args[1]  # first and last are the same; each is imported by the next
+            found.append(set(circle))
+            graph[circle[1]].discard(circle[0])
+        else:
+            return found
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    """Imports of a module on the same level, in another folder, or a higher one."""
+    rooms = {name: name.partition(".")[0] for name in graph}
+    return [
+        f"{name} imports {target}"
+        for name, targets in graph.items()
+        for target in sorted(targets)
+        if rooms[name] != rooms[target] and LEVEL[rooms[target]] >= LEVEL[rooms[name]]
+    ]
+
+
+def test_no_circles() -> None:
+    assert [
+        circle for circle in circles(import_graph(PACKAGE)) if circle not in KNOWN_CIRCLES
+    ] == []
+
+
+def test_known_circles_exist() -> None:
+    found = circles(import_graph(PACKAGE))
+    assert [circle for circle in KNOWN_CIRCLES if circle not in found] == []
+
+
+def test_imports_point_down() -> None:
+    assert upward(import_graph(PACKAGE)) == []
+
+
+def test_every_module_has_a_level() -> None:
+    assert {name.partition(".")[0] for name in import_graph(PACKAGE)} <= LEVEL.keys()
+
+
+def planted(folder: Path, files: dict[str, str]) -> dict[str, set[str]]:
+    known = {"__init__.py": "", "grid/scheme.py": "", "nn/__init__.py": "", "adapter/train.py": ""}
+    known |= {"export/verify.py": "", "pipeline/__init__.py": "", "errors.py": ""}
+    for name, text in {**known, **files}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return import_graph(folder)
 
 
 @pytest.mark.parametrize(
-    ("file", "line"),
+    ("file", "text"),
     [
-        ("grid/planted.py", "from qwlora.nn import PackedLinear"),
-        ("simulation/planted.py", "import qwlora.export.verify"),
-        ("quantize/planted.py", "from qwlora.adapter import train"),
-        ("export/planted.py", "from qwlora import pipeline"),
+        ("grid/bad.py", "from qwlora.nn import PackedLinear"),
+        ("simulation/bad.py", "import qwlora.export.verify"),
+        ("quantize/bad.py", "from qwlora.adapter import train"),
+        ("export/bad.py", "from qwlora import pipeline"),
         ("errors.py", "from qwlora.grid import scheme"),
+        ("nn/bad.py", "def f():\n    import qwlora.adapter.train"),
+        ("nn/bad.py", "if TYPE_CHECKING:\n    from qwlora.adapter.train import train"),
     ],
 )
-def test_a_planted_import_is_found(tmp_path: Path, file: str, line: str) -> None:
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text(line + "\n")
-    assert len(wrong_imports(tmp_path)) == 1
+def test_a_planted_upward_import_is_found(tmp_path: Path, file: str, text: str) -> None:
+    assert len(upward(planted(tmp_path, {file: text}))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from qwlora.nn.b import x",
+        "import qwlora.nn.b",
+        "def f():\n    from qwlora.nn import b",
+        "if TYPE_CHECKING:\n    from qwlora.nn.b import x",
+    ],
+)
+def test_a_planted_circle_is_found(tmp_path: Path, text: str) -> None:
+    back = {"nn/b.py": "from qwlora.nn import c", "nn/c.py": "import qwlora.nn.a"}
+    graph = planted(tmp_path, {"nn/a.py": text, **back})
+    assert circles(graph) == [{"nn.a", "nn.b", "nn.c"}]
+    assert upward(graph) == []
 
 
 def test_names_that_are_loaded_later_are_listed() -> None:
     import qwlora
 
     assert {*qwlora.__all__, "__version__"} <= set(dir(qwlora))
-
-
-def test_every_module_has_a_place() -> None:
-    assert {p.relative_to(PACKAGE).with_suffix("").parts[0] for p in PACKAGE.rglob("*.py")} - {
-        "__init__"
-    } <= RANK.keys()

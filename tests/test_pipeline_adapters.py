@@ -276,7 +276,7 @@ def test_a_rule_may_be_for_one_adapter_alone(
     assert explain_job(out, "b")[0] == "b"
     with pytest.raises(
         CalibrationError,
-        match=r"1 of the placement rules do nothing:\n  '\*.k_proj.lora_A.weight' matches no value",
+        match=r"1 placement rules .*\n  '\*.k_proj.lora_A.weight' matches no value",
     ):
         explain_job(out, "b", ("simulation.rules.0.match='*.k_proj.lora_A.weight'",))
 
@@ -292,7 +292,7 @@ def test_a_rule_that_does_nothing_in_the_whole_job_is_refused_before_training(
     )
     with pytest.raises(
         CalibrationError,
-        match=r"1 of the placement rules do nothing:\n  '\*.sofmax' matches no value.*softmax",
+        match=r"1 placement rules .*\n  '\*.sofmax' matches no value.*softmax",
     ):
         run_recipe(path, out, verbs=("quantize", "calibrate-base", "train"))
     assert not (out / "adapters").exists()

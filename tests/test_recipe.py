@@ -63,10 +63,6 @@ def problems(path: Path, *changes: str) -> list[str]:
             "seed=4294967296",
             "seed: Input should be less than or equal to 4294967295 (given: 4294967296)",
         ),
-        (
-            "simulation.still_share=.inf",
-            "simulation.still_share: Input should be a finite number (given: inf)",
-        ),
         ("adapters=[]", "adapters: List should have at least 1 item after validation, not 0"),
         (
             "adapters=[{name: a}, {name: b}, {name: A}]",

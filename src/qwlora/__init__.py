@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from qwlora.quantize.quantize_blocks import observe_moments
     from qwlora.quantize.quantize_model import quantize_
     from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
+    from qwlora.simulation.load_simulation import load_simulation
     from qwlora.simulation.placement_rules import PlacementRule
-    from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
-    from qwlora.simulation.simulation_folder import load_simulation
+    from qwlora.simulation.simulation import Simulation, simulate
+    from qwlora.simulation.simulation_schemes import SimulationSchemes
 
 __version__ = "0.1.0"
 
@@ -55,7 +56,7 @@ _HOME = {
     "PackedLinear": "nn",
     "assert_frozen": "nn.frozen",
     "load_precomputed": "formats.assemble_model",
-    "load_simulation": "simulation.simulation_folder",
+    "load_simulation": "simulation.load_simulation",
     "quantize_": "quantize.quantize_model",
     "open_checkpoint": "formats.open_checkpoint",
     "Rule": "quantize.layer_rules",
@@ -78,7 +79,7 @@ _HOME = {
     "Estimator": "grid.range_estimator",
     "PlacementRule": "simulation.placement_rules",
     "Simulation": "simulation.simulation",
-    "SimulationSchemes": "simulation.simulation",
+    "SimulationSchemes": "simulation.simulation_schemes",
     "simulate": "simulation.simulation",
 }
 

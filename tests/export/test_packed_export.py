@@ -20,7 +20,8 @@ from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.scheme import PerBlock, PerTensor, Scheme, parse_scheme
 from qwlora.nn import packed_weights
-from qwlora.simulation.simulation_folder import load_simulation, save_simulation
+from qwlora.simulation.load_simulation import load_simulation
+from qwlora.simulation.save_simulation import save_simulation
 from qwlora.simulation.stored_encodings import load_encodings
 
 IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))

@@ -28,7 +28,7 @@ from qwlora.formats import manifest
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.manifest import UnverifiedWarning
 from qwlora.formats.qwlora_base import BaseCheckpoint
-from qwlora.simulation.simulation_folder import save_simulation
+from qwlora.simulation.save_simulation import save_simulation
 from qwlora.simulation.stored_encodings import load_encodings, save_encodings
 from qwlora.strict_json import dumps
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from qwlora.errors import RecipeError
 from qwlora.recipe import load_recipe
+from qwlora.recipe.dropped_keys import DROPPED_KEYS
 
 LONG = "x" * 5000
 
@@ -51,3 +54,14 @@ def test_a_template_that_is_not_utf8_names_its_line(recipe_for: Any, tmp_path: P
     (found,) = problems(recipe_for(), f"data.chat_template={tmp_path / 'chat.jinja'}")
     assert "chat.jinja:2" in found
     assert "UTF-8" in found
+
+
+def test_a_dropped_key_at_its_default_is_ignored(recipe_for: Any) -> None:
+    changes = [f"{key}={json.dumps(default)}" for key, default in DROPPED_KEYS.items()]
+    assert load_recipe(recipe_for(), tuple(changes)) == load_recipe(recipe_for())
+
+
+@pytest.mark.parametrize("key", DROPPED_KEYS)
+def test_a_dropped_key_with_another_value_is_refused(recipe_for: Any, key: str) -> None:
+    (found,) = problems(recipe_for(), f"{key}=0.25")
+    assert re.fullmatch(rf"{key}: is 0.25, .* no longer exists.*", found)

@@ -20,7 +20,8 @@ from qwlora.export.verify import Limits, OutputDifference, OutputParity, check_p
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.traceable_attention import visible_implementations
-from qwlora.simulation.simulation import Simulation, base_encodings
+from qwlora.simulation.simulated_graph import Origin
+from qwlora.simulation.simulation import Simulation
 from simulation.conftest import Table
 from simulation.tiny_architectures import ALL, inputs, make
 
@@ -70,11 +71,8 @@ def simulated(
     model: nn.Module, captured: Captured, name: str, bitwidth: int
 ) -> tuple[Simulation, float, float]:
     """(simulation, SQNR of its primary output against the model's, seconds of calibration)."""
-    simulation = Simulation(
-        captured,
-        SimulationSchemes(Scheme(bitwidth, symmetric=False), rules=ALL[name].rules),
-        base_encodings(model),
-    )
+    schemes = SimulationSchemes(Scheme(bitwidth, symmetric=False), rules=ALL[name].rules)
+    simulation = Simulation(captured, Origin.of(model, {}, schemes))
     start = time.perf_counter()
     simulation.calibrate([inputs(name, seed) for seed in SEEDS])
     seconds = time.perf_counter() - start

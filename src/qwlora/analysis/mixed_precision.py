@@ -1,11 +1,14 @@
-"""Mixed precision under a target: as many activations as possible on a narrow grid, the fewest on a wide one, with the loss within a limit.
+"""Mixed precision: give as few activations as possible a wide grid, with a measure within a limit.
 
-    rank        all on the narrow grid; each one's cost by `sensitivity.py`
-    promote     the k dearest go to the wide grid; the least k with `measure() <= limit`, by bisection
-    take back   groups of alike values among the promoted (one name, any layer), the cheapest group first, go back to the narrow grid if the limit still holds
+    rank       all on the narrow grid, by the cost of `sensitivity.py`
+    promote    the k most costly to the wide grid: the smallest k with `measure() <= limit`, by
+               bisection
+    demote     groups of promoted activations (same name in any layer) back to the narrow grid where
+               the limit still holds, least costly first
 
-What `measure` says decides; the ranking only orders the search. Bisection takes the measure to fall with k, which it does but for noise, so what is returned is
-what was measured last within the limit, not a proved minimum. Only bitwidths are changed, and none that a user's rule decided about or that was fixed before.
+Measurements decide; the ranking only orders the search. Bisection assumes that the measure falls
+with k, so the result satisfies the limit but is not proved minimal. Bitwidths that a user's rule or an
+earlier calibration fixed do not change.
 """
 
 from __future__ import annotations
@@ -19,20 +22,21 @@ from qwlora.analysis.sensitivity import Loss, sensitivities
 from qwlora.errors import CalibrationError
 from qwlora.progress import Track, untracked
 from qwlora.simulation.placement_rules import PlacementRule
-from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.simulated_graph import SimulatedGraph
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A mixed assignment; the simulation it was found on is left in it.
+    """A mixed-precision assignment, which the searched simulation has.
 
     Args:
-        wide: names of the activations on the wide grid, in order of the graph.
-        narrow: how many are on the narrow one.
-        kept: how many were not searched: a user's rule decided about them, or they were fixed before.
-        rules: what gives the same to a simulation whose activations are narrow; to stand behind the rules that this one has.
-        measured: what `measure` says of the assignment, and of all-narrow and all-wide.
-        limit: what was asked for.
+        wide: names of the activations on the wide grid, in graph order.
+        narrow: number of activations on the narrow grid.
+        kept: number of activations that were not searched.
+        rules: rules that create the assignment in a simulation with narrow activations; append them
+            to its other rules.
+        measured, all_narrow, all_wide: the measure of the assignment and of both extremes.
+        limit: as given.
     """
 
     wide: tuple[str, ...]
@@ -46,7 +50,7 @@ class Suggestion:
 
 
 def suggest(
-    simulation: Simulation,
+    simulation: SimulatedGraph,
     batches: Collection[Mapping[str, Any]],
     measure: Callable[[], float],
     limit: float,
@@ -55,22 +59,24 @@ def suggest(
     loss: Loss | None = None,
     track: Track = untracked,
 ) -> Suggestion:
-    """Find a mixed assignment of `simulation`, which was calibrated, and leave it in it.
+    """Search an assignment for a calibrated simulation, which has it afterwards.
 
     Args:
-        batches: what costs are estimated on, see `sensitivities`.
-        measure: what is held to `limit`, smaller being better: perplexity of the simulation, say. It is called some dozens of times.
+        batches: see `sensitivities`.
+        measure: what to keep within `limit`, smaller is better; for example the simulation's
+            perplexity. It is called several dozen times.
         narrow, wide: bitwidths.
 
     Raises:
-        CalibrationError: the limit does not even hold with everything on the wide grid; the message says what was measured.
+        CalibrationError: the measure exceeds the limit even with all activations on the wide grid.
     """
     search = _Search(simulation, narrow, wide, measure)
     all_wide = search.measured(search.names)
     if not all_wide <= limit:
         raise CalibrationError(
-            f"with every activation at {wide} bits the measure is {all_wide:.5g}, above the limit of {limit:.5g}: no mixture keeps it. "
-            "Give a higher limit, or keep what costs most float (simulation.rules with keep: float)"
+            f"with every activation at {wide} bits the measure is {all_wide:.5g}, above the limit "
+            f"of {limit:.5g}. Raise the limit, or keep the most costly activations float "
+            "(simulation.rules with keep: float)"
         )
     all_narrow = search.measured([])
     searched = set(search.names)
@@ -78,7 +84,7 @@ def suggest(
         s.name for s in sensitivities(simulation, batches, loss, track) if s.name in searched
     ]
     promoted = search.promote(ranking, limit, track)
-    chosen = search.take_back(promoted, limit, track)
+    chosen = search.demote(promoted, limit, track)
     measured = search.measured(chosen)
     kept = set(chosen)
     wide_names = tuple(name for name in search.names if name in kept)
@@ -102,10 +108,14 @@ def suggest(
 def rules_for(
     chosen: Collection[str], names: Mapping[str, tuple[str, ...]], narrow: int, wide: int
 ) -> tuple[PlacementRule, ...]:
-    """Rules under which just `chosen` is wide; `names` holds what a glob is matched with, for every value that may be.
+    """Rules that make `chosen` wide and everything else narrow.
 
-    One rule stands for all values of a kind where no other value fits it. The name of the first of several alike values of a module
-    (`model.layers.0.mlp.mul`) fits the others too (`mul_1`): those that are narrow are said to be so first.
+    One glob covers a value of all layers where it matches no other value. The name of the first
+    value of a module and operator (`model.layers.0.mlp.mul`) also matches the next (`mul_1`), so
+    exceptions for narrow ones come first.
+
+    Args:
+        names: by value, the names that a glob matches.
     """
     exceptions: dict[str, PlacementRule] = {}
     rules = []
@@ -128,10 +138,10 @@ def rules_for(
 
 
 class _Search:
-    """Assignments of one simulation, and what was measured of them."""
+    """Sets assignments of a simulation and caches their measures."""
 
     def __init__(
-        self, simulation: Simulation, narrow: int, wide: int, measure: Callable[[], float]
+        self, simulation: SimulatedGraph, narrow: int, wide: int, measure: Callable[[], float]
     ):
         self.simulation, self.narrow, self.wide, self.measure = simulation, narrow, wide, measure
         ruled = simulation.placement.ruled
@@ -141,7 +151,7 @@ class _Search:
         self._known: dict[frozenset[str], float] = {}
 
     def measured(self, wide: Sequence[str]) -> float:
-        """The measure with `wide` on the wide grid and the rest on the narrow one; the simulation is left so."""
+        """Set `wide` to the wide grid and the rest to the narrow one; returns the measure."""
         chosen = frozenset(wide)
         for name in self.names:
             quantizer = self.simulation.quantizers[name]
@@ -156,7 +166,7 @@ class _Search:
         return self._known[chosen]
 
     def promote(self, ranked: Sequence[str], limit: float, track: Track) -> list[str]:
-        """The fewest of the first in `ranked` that keep the limit."""
+        """The shortest prefix of `ranked` that keeps the limit."""
         too_few, enough = -1, len(ranked)
         halvings = (enough - too_few - 1).bit_length()
         for _ in track(range(halvings), "promoting", halvings):
@@ -169,11 +179,11 @@ class _Search:
                 too_few = middle
         return list(ranked[:enough])
 
-    def take_back(self, promoted: list[str], limit: float, track: Track) -> list[str]:
-        """Groups of alike values that need not be wide after all; the last in the ranking are tried first."""
+    def demote(self, promoted: list[str], limit: float, track: Track) -> list[str]:
+        """`promoted` without groups that can be narrow; the lowest-ranked are tried first."""
         groups = list(_by_kind(promoted).values())
         groups.sort(key=lambda names: -min(promoted.index(name) for name in names))
-        for group in track(groups, "taking back", len(groups)):
+        for group in track(groups, "demoting", len(groups)):
             fewer = [name for name in promoted if name not in set(group)]
             if self.measured(fewer) <= limit:
                 promoted = fewer
@@ -181,7 +191,7 @@ class _Search:
 
 
 def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
-    """Names that differ in the number of their layer only, by a glob that matches them all."""
+    """Names grouped by a glob that replaces the layer number."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)

@@ -1,13 +1,14 @@
-"""What each quantizer costs, from one forward and one backward pass of the float graph a batch.
+"""Estimated loss of each activation quantizer, from one forward and backward pass per batch.
 
-    cost = 1/2 sum (g e)^2,     e = x_hat - x,     g = dL/dx           summed over the values x that pass the quantizer
+    cost = 1/2 sum (g e)^2,     e = x_hat - x,     g = dL/dx
 
-The second-order term of the loss with the diagonal of the empirical Fisher information in the place of the Hessian; the first-order term is left out, since
-errors of rounding have no direction of their own. All costs are taken at the float graph, so they say nothing of how errors add up: they rank, and whoever
-chooses by them measures afterwards (`suggest.py`).
+summed over the values x of the activation. This is the second-order term of the loss, with the
+diagonal of the empirical Fisher information instead of the Hessian; the first-order term is omitted
+because rounding errors have no preferred direction. Costs are taken at the float graph and ignore
+how errors add up: use them to rank, and measure the result (`mixed_precision.py`).
 
-Source of the criterion: Dong et al. 2019 (HAWQ, https://arxiv.org/abs/1905.03696), with Fisher information as in Li et al. 2021 (BRECQ,
-https://arxiv.org/abs/2102.05426).
+Source: Dong et al. 2019 (HAWQ, https://arxiv.org/abs/1905.03696), with Fisher
+information as in Li et al. 2021 (BRECQ, https://arxiv.org/abs/2102.05426).
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from qwlora.grid.sqnr import sqnr_db
 from qwlora.nn.frozen import gradients_disabled
 from qwlora.progress import Track, untracked
 from qwlora.simulation.fake_quantizer import Quantizer
-from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.simulated_graph import SimulatedGraph
 
 Loss = Callable[[Tensor, Mapping[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One quantizer.
+    """The sensitivity of one quantizer.
 
     Args:
         bitwidth: of its encoding.
-        cost: estimated increase of the loss over all batches, in the loss's unit.
-        sqnr_db: `10 log10 (sum x^2 / sum e^2)`, of the value as the float graph makes it.
+        cost: estimated increase of the loss, summed over all batches.
+        sqnr_db: `10 log10 (sum x^2 / sum e^2)`, on the values of the float graph.
     """
 
     name: str
@@ -54,32 +55,30 @@ class _Sums:
 
 
 def sensitivities(
-    simulation: Simulation,
+    simulation: SimulatedGraph,
     batches: Collection[Mapping[str, Any]],
     loss: Loss | None = None,
     track: Track = untracked,
 ) -> list[Sensitivity]:
-    """The activation quantizers of a calibrated simulation, the dearest first.
+    """The activation quantizers of a calibrated simulation, most costly first.
 
     Args:
-        batches: the model's arguments; short ones do, since every value is in memory at once.
-        loss: from the graph's primary output and the batch to a scalar; by default the summed cross-entropy of the next token of `input_ids`.
+        batches: the model's arguments; keep them short, all activations are in memory at once.
+        loss: maps primary output and batch to a scalar. Default: `next_token_loss`.
 
     Raises:
         CalibrationError: an activation has no encoding yet.
     """
-    simulation.encodings  # noqa: B018 (raises before anything is run)
+    simulation.encodings  # noqa: B018 (raises if not calibrated)
     found = {name: _Sums() for name in simulation.quantizers}
     leaves: list[Tensor] = []
     hooks = [
-        q.register_forward_hook(partial(_sense, found[name], leaves))
+        q.register_forward_hook(partial(_add_cost_node, found[name], leaves))
         for name, q in simulation.quantizers.items()
     ]
     try:
-        with (
-            gradients_disabled(simulation),
-            simulation.only(),
-        ):  # gradients would reach values through parameters before they are sensed
+        # without it, gradients of parameters would make values require gradients before their hook
+        with gradients_disabled(simulation), simulation.only():
             for batch in track(batches, "measuring sensitivity", len(batches)):
                 with torch.enable_grad():
                     value = (loss or next_token_loss)(simulation.primary(batch), batch)
@@ -95,7 +94,7 @@ def sensitivities(
 
 
 def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Sum over the tokens that are attended to, but each sequence's first, in nats."""
+    """Summed cross-entropy of all attended tokens but the first of each sequence, in nats."""
     targets = batch["input_ids"][:, 1:]
     if (mask := batch.get("attention_mask")) is not None:
         targets = targets.masked_fill(mask[:, 1:] == 0, -100)
@@ -110,25 +109,25 @@ def _finished(quantizer: Quantizer, sums: _Sums) -> Sensitivity:
     )
 
 
-def _sense(
+def _add_cost_node(
     sums: _Sums, leaves: list[Tensor], quantizer: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> Tensor:
-    """Stand behind a quantizer that lets floats pass; a value that no gradient reaches yet begins a graph of its own."""
+    """Forward hook of a quantizer in float mode; values without gradient become leaves."""
     if not output.requires_grad:
         output = output.detach().requires_grad_()
         leaves.append(output)
-    sensed: Tensor = _Sense.apply(output, quantizer.encoding, sums)
-    return sensed
+    result: Tensor = _MeasureCost.apply(output, quantizer.encoding, sums)
+    return result
 
 
-class _Sense(torch.autograd.Function):
-    """The identity; on the way back it adds up what rounding its value would cost."""
+class _MeasureCost(torch.autograd.Function):
+    """The identity; backward adds the cost of rounding its value to `sums`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, encoding: Encoding, sums: _Sums) -> Tensor:
         ctx.save_for_backward(x)
         ctx.encoding, ctx.sums = encoding, sums
-        return x.clone()  # the model may go on in place
+        return x.clone()  # later operators may overwrite x
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

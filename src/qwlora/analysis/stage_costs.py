@@ -1,12 +1,11 @@
-"""Where a simulation's loss comes from.
+"""How much each part of a simulation adds to the loss.
 
-    adapted            base weights are integers, the rest is float
-    adapter_weights    and lora_A and lora_B are on their grids
-    parameters         and so are norm weights, biases and whatever else step 1 left float
-    activations        and so is every activation: the simulation as it is exported
+    adapted            only base weights are quantized
+    adapter_weights    also lora_A and lora_B
+    parameters         also norm weights, biases and everything else that step 1 left float
+    activations        also activations: the simulation as it is exported
 
-Each step keeps what the steps before it switched on. `layer_sqnr` says how far each value has come from the float graph's by then, errors of the layers before
-it included.
+`layer_sqnr` compares each activation with the float graph, including errors of earlier layers.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ import torch
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, untracked
-from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.simulated_graph import SimulatedGraph
 
 
-def account(
-    simulation: Simulation, measure: Callable[[], float], track: Track = untracked
+def cumulative_costs(
+    simulation: SimulatedGraph, measure: Callable[[], float], track: Track = untracked
 ) -> dict[str, float]:
-    """`measure()` after each thing is switched on, by the names of the module's text; steps that switch nothing on are left out.
+    """`measure()` after each step above, by name. Steps that quantize nothing are omitted.
 
     Raises:
         CalibrationError: an activation has no encoding yet.
     """
-    simulation.encodings  # noqa: B018 (raises before anything is run)
+    simulation.encodings  # noqa: B018 (raises if not calibrated)
     weights = {
         kind: [
             mark.name
@@ -47,20 +46,22 @@ def account(
     if simulation.quantizers:
         steps["activations"] = [*simulation.weights, *simulation.quantizers]
     found = {}
-    for name, switched_on in track(list(steps.items()), "accounting for the loss", len(steps)):
-        with simulation.only(*switched_on):
+    for name, quantized in track(list(steps.items()), "measuring costs", len(steps)):
+        with simulation.only(*quantized):
             found[name] = measure()
     return found
 
 
 @torch.no_grad()
 def layer_sqnr(
-    simulation: Simulation, batches: Collection[Mapping[str, Any]], track: Track = untracked
+    simulation: SimulatedGraph, batches: Collection[Mapping[str, Any]], track: Track = untracked
 ) -> dict[str, float]:
-    """`10 log10 (sum x^2 / sum (x_hat - x)^2)` of each quantized activation, in dB: x from the float graph, x_hat from the simulation.
+    """`10 log10 (sum x^2 / sum (x_hat - x)^2)` of each quantized activation, in dB.
+
+    x is from the float graph, x_hat from the simulation.
 
     Args:
-        batches: the model's arguments; two sets of all values of one batch are in memory.
+        batches: the model's arguments; all activations of a batch are in memory twice.
     """
     signal, noise = (
         dict.fromkeys(simulation.quantizers, 0.0),

@@ -20,7 +20,7 @@ from qwlora.cli.progress_bars import bars
 from qwlora.cli.tables import group_similar, table
 
 if TYPE_CHECKING:
-    from qwlora.simulation.placement_log import Explained, Explanation
+    from qwlora.simulation.placement_log import LoggedValue, PlacementLog
 
 Job = Annotated[
     Path,
@@ -203,7 +203,7 @@ def _compared(perplexity: float, plain: float) -> str:
     return f"{perplexity:.4f} ({change} from {plain:.4f} with float activations)"
 
 
-def _lines(name: str, found: Explanation, everything: bool) -> Iterator[str]:
+def _lines(name: str, found: PlacementLog, everything: bool) -> Iterator[str]:
     counts = Counter(value.decision.value for value in found.values)
     counted = ", ".join(f"{counts[d]} {d}" for d in ("quantize", "share", "float"))
     yield f"adapter {name}, policy {found.policy}: {counted}"
@@ -244,7 +244,7 @@ def _lines(name: str, found: Explanation, everything: bool) -> Iterator[str]:
         )
 
 
-def _name(value: Explained) -> str:
+def _name(value: LoggedValue) -> str:
     """The value's name without the number that distinguishes values of the same operator."""
     return (
         value.name
@@ -253,6 +253,6 @@ def _name(value: Explained) -> str:
     )
 
 
-def _grid(value: Explained) -> str:
+def _grid(value: LoggedValue) -> str:
     """The grid, and the observer unless it is min-max."""
     return value.grid if value.observer in ("", "min-max") else f"{value.grid}, {value.observer}"

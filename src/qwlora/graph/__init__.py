@@ -1,1 +1,1 @@
-"""The captured graph: torch.export capture, its bit-for-bit check, what its structure says, dynamic shapes."""
+"""Capture with torch.export, the bit-for-bit check, graph analysis, dynamic shapes."""

@@ -1,11 +1,11 @@
-"""Which values of a captured graph are an adapter's own, and which the base's.
+"""Which values of a captured graph belong to an adapter, and which to the base.
 
-An adapter's own is what is computed in the layer that holds its factors, outside the base layer under it:
+    adapter     everything an adapted layer computes outside its base layer: lora_A(x),
+                lora_B(lora_A(x)), the scaling, the sum with base_layer(x), DoRA; `modules_to_save`
+    base        base_layer(x), and everything between adapted layers
 
-    base's        base_layer(x), and all that lies between adapted layers
-    adapter's     lora_A(x), lora_B(lora_A(x)), the multiplication by the scaling, the sum with base_layer(x); what DoRA computes; modules saved whole
-
-The base's values depend on the adapters in the layers before them, but a graph without any adapter has them too.
+A graph without adapter has exactly the base's values, although with an adapter their numbers depend
+on the adapted layers before them.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ _OWN = re.compile(r"(.*?)\.(?:lora_\w+|modules_to_save)(?:\.|$)")
 
 
 def branch_nodes(program: ExportedProgram) -> set[str]:
-    """Names of the nodes that compute an adapter's own values; none where no adapter is active."""
-    return _nodes_beside(program, _OWN)
+    """Names of the nodes that compute values of the active adapter."""
+    return _adapter_nodes(program, _OWN)
 
 
 def factor_nodes(program: ExportedProgram) -> set[str]:
-    """Those of `branch_nodes` that are not of a module saved whole, which has a structure of its own."""
-    return _nodes_beside(program, _FACTOR)
+    """`branch_nodes` without those of `modules_to_save`."""
+    return _adapter_nodes(program, _FACTOR)
 
 
-def _nodes_beside(program: ExportedProgram, own_parameter: re.Pattern[str]) -> set[str]:
-    """Names of the nodes that run in the layers, but for their base layers, that have such a parameter; its first group is the layer."""
+def _adapter_nodes(program: ExportedProgram, own_parameter: re.Pattern[str]) -> set[str]:
+    """Names of the nodes of adapted layers, without their base layers.
+
+    Args:
+        own_parameter: matches an adapter's parameters; its first group is the adapted layer.
+    """
     used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     targets = [
         str(s.target)

@@ -1,11 +1,11 @@
-"""The operators that placement knows, by what they do to the values that reach them. Names only; free of torch.
+"""ATen operators by what they do to values, for placement. Plain names; does not import torch.
 
-    MOVES_DATA        what comes out was there before: the grid of the input holds it
-    MAKES_VALUES      what comes out was not there before
-    MATRIX_PRODUCTS   of these, the products of matrices, and which of their arguments are multiplied
+    MOVES_DATA        every output value is an input value, so the input's encoding also holds it
+    MAKES_VALUES      computes new values
+    MATRIX_PRODUCTS   the matrix products among MAKES_VALUES, with the positions of their factors
 
-An operator in neither of the first two is unknown to the rules: placement says so, and the policy decides as its rule for unknown operators asks.
-An operator that works in place goes by the name without its underscore.
+Placement reports operators in neither of the first two as unknown. In-place operators are listed
+without their trailing underscore.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOVES_DATA = _names("""
     topk sort amax amin tril triu
 """)
 
-# Arguments by position; one that is a list holds several.
+# Positions of the factors; an argument may also be a list of factors.
 MATRIX_PRODUCTS: dict[str, tuple[int, ...]] = {
     "linear": (0, 1),
     "matmul": (0, 1),
@@ -74,23 +74,23 @@ MAKES_VALUES = frozenset(MATRIX_PRODUCTS) | _names("""
     lstm gru rnn_tanh rnn_relu kron cross
 """)
 
-# A module that does one of these is more than one operation to a runtime, whatever its name.
+# Modules that run one of these are several operations to a runtime, whatever their class name.
 SEVERAL_OPERATIONS = frozenset(MATRIX_PRODUCTS) | {"softmax", "dequantize"}
 
-MASKS = frozenset({"add", "sub", "where", "masked_fill", "mul"})  # how a mask meets what it masks
-SOFTMAXES = frozenset(
-    {"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"}
-)  # what masked values are for
+# Operators that apply a mask.
+MASKS = frozenset({"add", "sub", "where", "masked_fill", "mul"})
+# Operators that read masked values.
+SOFTMAXES = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"})
 
-# Results that may be a view of an argument, so that nobody may write into them.
+# The result may be a view of an argument, so it must not be overwritten.
 MAY_ALIAS = MOVES_DATA | {"einsum", "dropout", "pad", "view_as_complex", "view_as_real"}
 
 
 def base_name(operator: str) -> str:
-    """The operator's name without the underscore of its form that works in place."""
+    """The operator's name without the trailing underscore of an in-place variant."""
     return operator[:-1] if operator.endswith("_") and not operator.endswith("__") else operator
 
 
 def is_known(operator: str) -> bool:
-    """Whether the rules know what this operator does to values."""
+    """Whether the operator is in MOVES_DATA or MAKES_VALUES."""
     return base_name(operator) in MOVES_DATA or base_name(operator) in MAKES_VALUES

@@ -25,15 +25,16 @@ def as_arguments(batch: Any, names: Sequence[str]) -> dict[str, Any]:
         names: what the model or graph takes, in order.
 
     Raises:
-        CaptureError: the batch is none of the forms above, has more tensors than there are names, or
-            has something else where the attention mask would be (labels, usually).
+        CaptureError: the batch has none of the forms above or more tensors than there are names,
+            or it has another tensor (usually labels) where the attention mask would be.
     """
     if isinstance(batch, Mapping):
         return {name: value for name, value in batch.items() if name != LABELS or name in names}
     tensors = [batch] if isinstance(batch, Tensor) else batch
     if not isinstance(tensors, tuple | list) or not all(isinstance(t, Tensor) for t in tensors):
         raise CaptureError(
-            f"A batch is a {type(batch).__name__}. Give a dict of arguments, a tensor, or a tuple of tensors"
+            f"A batch is a {type(batch).__name__}. Give a dict of arguments, a tensor, or a tuple of "
+            "tensors"
         )
     if len(tensors) > len(names):
         raise CaptureError(
@@ -44,7 +45,7 @@ def as_arguments(batch: Any, names: Sequence[str]) -> dict[str, Any]:
     mask = arguments.get(_MASK)
     if mask is not None and mask.ndim == 2 and bool(((mask != 0) & (mask != 1)).any()):
         raise CaptureError(
-            f"Tensor {list(arguments).index(_MASK)} of a batch would be {_MASK}, but holds values other "
-            "than 0 and 1. Give a dict of arguments"
+            f"Tensor {list(arguments).index(_MASK)} of a batch would be {_MASK}, but has values "
+            "other than 0 and 1. Give a dict of arguments"
         )
     return arguments

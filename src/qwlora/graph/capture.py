@@ -1,16 +1,22 @@
-"""Capture: one graph of base plus adapter by `torch.export`, cleaned, and proved to compute what the module computes.
+"""Capture base and adapter as one `torch.export` graph, clean it, and check it against the module.
 
-No tracing, no registration, no edits to the model. Any model, any nested keyword arguments, all tensors of
-its result. The graph shares the module's storage, except for tensors in half precision: it computes in
-float32 (`half_precision.py`). An axis has any size where the model allows it, and the example's where it
-does not (`Captured.interface` says which). What carries no arithmetic is taken out (assertions, casts to the
-same type, dropout at rest, copies for layout, empty parts of a concatenation), what torch.export wraps is
-inlined (`inline_subgraphs.py`), and a packed weight that is read again is unpacked once, so that a value has one node.
+It takes any model, any nested keyword arguments and all tensors of the result, and needs no changes
+to the model. The graph
 
-A causal language model with a key-value cache is two graphs of one set of encodings:
+- shares the module's storage, except for tensors in half precision: it computes in float32
+  (`half_precision.py`)
+- takes any size of each axis that the model does not fix (`Captured.interface` lists them)
+- has no nodes without arithmetic: assertions, casts to the same dtype, inactive dropout, layout
+  copies, empty parts of a concatenation
+- has no nested graphs (`inline_subgraphs.py`), and dequantizes each packed weight once
+- returns the module's outputs, bit for bit (`capture_check.py`)
 
-    capture(model, {"input_ids": ids, "use_cache": True})                     prefill: logits, present.0.key, present.0.value, ...
-    capture(model, {"input_ids": ids, "past_key_values": pairs, ...})         decode: the same from past_key_values.0.key, ...
+A causal language model with a key-value cache is two graphs with the same encodings:
+
+    capture(model, {"input_ids": ids, "use_cache": True})
+        prefill: logits, present.0.key, present.0.value, ...
+    capture(model, {"input_ids": ids, "past_key_values": pairs, ...})
+        decode: the same outputs from past_key_values.0.key, ...
 """
 
 from __future__ import annotations
@@ -30,8 +36,8 @@ from transformers.cache_utils import Cache
 
 from qwlora.errors import CaptureError
 from qwlora.graph.call_arguments import LABELS
-from qwlora.graph.capture_check import prove
-from qwlora.graph.dynamic_shapes import Axes, Place
+from qwlora.graph.capture_check import check_graph
+from qwlora.graph.dynamic_shapes import Axes, AxisIndex
 from qwlora.graph.flat_arguments import Structure, cache_of, tokens_in
 from qwlora.graph.graph_analysis import operator_of
 from qwlora.graph.graph_parameters import buffer_names, module_path
@@ -40,17 +46,15 @@ from qwlora.graph.inline_subgraphs import inlined_graph
 from qwlora.graph.quantized_graph import Interface, with_graph
 from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.nn.meta_tensors import refuse_meta
+from qwlora.nn.packed_layer import PackedLayer
 from qwlora.parameter_names import parameter_name
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
-CACHE = "cache"  # what newer models call the argument
+CACHE = "cache"  # name of the argument in newer models
 MASKS_OF = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 _aten = torch.ops.aten
 _SAME_VALUES = (_aten.alias.default, _aten.lift_fresh_copy.default)
-_STOPS = (
-    _aten.detach.default,
-    _aten.detach_.default,
-)  # the same values, but no gradient goes through
+_STOPS = (_aten.detach.default, _aten.detach_.default)  # these stop gradients
 _CASTS = (
     _aten.to.dtype,
     _aten.to.dtype_layout,
@@ -62,9 +66,11 @@ _CASTS = (
 
 @dataclass(frozen=True)
 class Captured:
-    """A program, the names and shapes of what goes in and out, and how these lie in the model's own arguments and result.
+    """A graph, its inputs and outputs, and how they map to the model's arguments and result.
 
-    An output that has an input's name is called `out_NAME` in the interface, since a file has one tensor of a name.
+    Args:
+        interface: an output with the name of an input is called `out_NAME` there, since tensor
+            names in a file are unique.
     """
 
     program: ExportedProgram
@@ -73,10 +79,13 @@ class Captured:
     result: Structure
 
     def bind(self, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The graph's inputs from the model's own arguments. Without an attention mask that the graph has, all positions are attended to, earlier ones too.
+        """The graph's inputs from the model's arguments.
+
+        A missing attention mask counts as all ones, including for positions in the cache.
 
         Raises:
-            CaptureError: arguments are missing, unknown, constants of another value, or tensors of a size that the graph does not take.
+            CaptureError: an argument is missing or unknown, a constant has another value, or a
+                tensor has a size that the graph does not take.
         """
         given = dict(arguments)
         for mask, ids in MASKS_OF.items():
@@ -94,15 +103,16 @@ class Captured:
                 isinstance(size, int) and size != found
                 for size, found in zip(shape, tensor.shape, strict=False)
             ):
-                wanted = ", ".join(str(size) for size in shape)
+                expected = ", ".join(str(size) for size in shape)
                 raise CaptureError(
-                    f"input {name} has shape {list(tensor.shape)}; the graph takes [{wanted}]. For another size capture again"
+                    f"input {name} has shape {list(tensor.shape)}; the graph takes [{expected}]. "
+                    "For another size, capture again"
                 )
         return tensors
 
     @property
     def input_names(self) -> dict[str, str]:
-        """The inputs' names by the graph's placeholders."""
+        """Input names by placeholder."""
         return dict(
             zip(self.program.graph_signature.user_inputs, self.interface.inputs, strict=True)
         )
@@ -112,12 +122,12 @@ class Captured:
         return dict(zip(self.interface.outputs, outputs, strict=True))
 
     def result_of(self, outputs: Sequence[Tensor]) -> Any:
-        """The graph's outputs in the type of the model's own result."""
+        """The graph's outputs in the model's result type."""
         return self.result.fill(dict(zip(self.result.names, outputs, strict=True)))
 
 
-class Flat(nn.Module):
-    """`model(**arguments)` with the arguments' tensors in order, and the result's tensors in order."""
+class FlatModel(nn.Module):
+    """A model with positional tensors as arguments and a tuple of tensors as result."""
 
     def __init__(self, model: nn.Module, arguments: Structure):
         super().__init__()
@@ -125,12 +135,11 @@ class Flat(nn.Module):
         self.cache_argument = CACHE if CACHE in _parameters(model) else PAST
 
     def result(self, *tensors: Tensor) -> Any:
-        """The model's own result."""
+        """The model's result in its own type."""
         arguments = self.arguments.fill(dict(zip(self.arguments.names, tensors, strict=True)))
         past = arguments.pop(PAST, None)
-        if arguments.get(
-            USE_CACHE
-        ):  # an empty one keeps every token, as the graph with a past does
+        if arguments.get(USE_CACHE):
+            # an empty DynamicCache keeps every token, like the decode graph
             arguments[self.cache_argument] = past if past is not None else cache_of([])
         return self.model(**arguments)
 
@@ -142,26 +151,30 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
     """The graph of `model(**example_inputs)`.
 
     Args:
-        example_inputs: tensors are the graph's inputs; numbers, strings and None are constants in it. `past_key_values` is a cache, or a pair of keys and
-            values [batch, heads, tokens, width] for each layer. At least two tokens, since a size of 1 is taken for a constant; a single row is captured twice.
-            `labels` of transformers models are left out: the graph ends at the logits.
+        example_inputs: tensors become inputs of the graph; numbers, strings and None become
+            constants. `past_key_values` is a cache, or a pair of keys and values [batch, heads,
+            tokens, width] for each layer. At least two tokens, because torch.export makes a size of
+            1 a constant; a single row is duplicated. `labels` of transformers models are ignored:
+            the graph ends at the logits.
 
     Raises:
-        CaptureError: `torch.export` refuses the model, or the graph's result differs from the module's in any bit, at the example's shape or another; the
-            message names the first module whose output differs.
+        CaptureError: the model is in training mode, `torch.export` cannot capture it, or the
+            graph's outputs differ from the module's in any bit, at the example's shape or another.
+            The message names the first module whose output differs.
     """
     if any(module.training for module in model.modules()):
         raise CaptureError(
-            "the model is in training mode; call model.eval() first, the graph is made for one mode"
+            "the model is in training mode; call model.eval() first, the graph is for evaluation"
         )
     refuse_meta(model, CaptureError)
     arguments, tensors = Structure.of(_completed(model, example_inputs), PAST)
     tensors = _two_rows(tensors)
     if not arguments.cached and any(_is_ids(t) and t.shape[1] < 2 for t in tensors):
         raise CaptureError(
-            "example inputs need at least two tokens, so that their number is not taken for a constant"
+            "example inputs have one token, and torch.export makes a size of 1 constant; give two or "
+            "more"
         )
-    flat = Flat(model, arguments).eval()
+    flat = FlatModel(model, arguments).eval()
     with in_float32(model), visible_implementations(model), torch.no_grad():
         try:
             result, outputs = Structure.of(flat.result(*tensors), PRESENT)
@@ -175,9 +188,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
             )
         except CaptureError:
             raise
-        except (
-            Exception
-        ) as error:  # torch.export raises a dozen kinds; each means the same to the caller
+        except Exception as error:  # torch.export raises many types for the same problem
             raise CaptureError(
                 f"torch.export cannot capture {type(model).__name__}: {error}"
             ) from error
@@ -200,17 +211,17 @@ def rebound(
     model: nn.Module,
     example_inputs: Mapping[str, Any],
 ) -> Captured:
-    """`captured` with `program` in the place of its own: the same graph over other tensors.
+    """`captured` with `program`, the same graph over other tensors.
 
     Raises:
-        CaptureError: it does not compute what `model` does now, bit for bit.
+        CaptureError: its outputs differ from those of `model`.
     """
     tensors = _two_rows(Structure.of(_completed(model, example_inputs), PAST)[1])
     axes = Axes.of(program, captured.arguments.names, tensors)
     with in_float32(model), visible_implementations(model), torch.no_grad():
-        prove(
+        check_graph(
             program,
-            Flat(model, captured.arguments).eval(),
+            FlatModel(model, captured.arguments).eval(),
             tensors,
             axes,
             captured.interface.outputs,
@@ -219,10 +230,10 @@ def rebound(
 
 
 def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with a cache in its own type, or with `use_cache` off where the model has it and nothing is said.
+    """Arguments with pairs of keys and values as a cache, and an explicit `use_cache`.
 
     Raises:
-        CaptureError: a cache is asked for of an encoder with a decoder.
+        CaptureError: the model is an encoder-decoder and a cache is requested.
     """
     completed = dict(example_inputs)
     if isinstance(_unwrapped(model), PreTrainedModel):
@@ -239,20 +250,21 @@ def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str,
         getattr(_unwrapped(model), "config", None), "is_encoder_decoder", False
     ):
         raise CaptureError(
-            f"{type(_unwrapped(model)).__name__} has an encoder and a decoder, which keep two caches for each layer (EncoderDecoderCache); a graph holds one. "
-            "Capture without a cache (use_cache=False, no past_key_values): each call then computes all of the decoder's tokens"
+            f"{type(_unwrapped(model)).__name__} is an encoder-decoder with two caches per layer "
+            "(EncoderDecoderCache), and a graph holds one. Capture without a cache "
+            "(use_cache=False, no past_key_values): each call then computes all decoder tokens"
         )
     return completed
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """An adapter library's model takes whatever its own model takes."""
+    """The model inside a PEFT model."""
     inner: nn.Module = getattr(model, "get_base_model", lambda: model)()
     return inner
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    """Names of the arguments of the model's forward."""
+    """Argument names of the model's forward."""
     return {
         name
         for each in (model, _unwrapped(model))
@@ -261,10 +273,10 @@ def _parameters(model: nn.Module) -> set[str]:
 
 
 def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A batch of one, repeated. All are copies: of two inputs that are one tensor, export would read one alone."""
+    """Copies with at least two rows. Copies, because export merges inputs that are one tensor."""
     with_axes = [t for t in tensors if t.ndim]
     if not with_axes:
-        raise CaptureError("example inputs hold no tensor with an axis; the graph needs one")
+        raise CaptureError("example inputs hold no tensor with an axis; give at least one")
     one = with_axes[0].shape[0] == 1
     repeated = (
         t.repeat(2, *[1] * (t.ndim - 1)) if one and t.ndim and t.shape[0] == 1 else t
@@ -283,33 +295,35 @@ def _primary(names: tuple[str, ...], outputs: tuple[Tensor, ...], model: str) ->
     ]
     if not floats:
         raise CaptureError(
-            f"{model} returns no floating point tensor (outputs: {', '.join(names) or 'none'}), so there is nothing to simulate"
+            f"{model} returns no floating point tensor (outputs: {', '.join(names) or 'none'}), so "
+            "there is nothing to simulate"
         )
     return "logits" if "logits" in floats else floats[0]
 
 
 def _cleaned(
     program: ExportedProgram,
-    flat: Flat,
+    flat: FlatModel,
     tensors: tuple[Tensor, ...],
     axes: Axes,
     outputs: tuple[str, ...],
-) -> tuple[ExportedProgram, set[Place]]:
-    """The program without what computes nothing, proved, and the axes that the model fixes.
+) -> tuple[ExportedProgram, set[AxisIndex]]:
+    """The cleaned and checked program, and the axes that the model fixes.
 
-    A copy that only changes the layout in memory goes too, unless a sum is then taken in another order: the proof finds that, and all of them stay.
+    Layout copies are removed too, unless that changes the order of a sum: then the check fails, and
+    all of them are kept.
     """
     packed = {
         path: module
         for path, module in flat.named_modules(remove_duplicate=False)
-        if hasattr(type(module), "encoding")
+        if isinstance(module, PackedLayer)
     }
     cleaned = _clean(program, packed, keep_layout=False)
     try:
-        return cleaned, prove(cleaned, flat, tensors, axes, outputs)
+        return cleaned, check_graph(cleaned, flat, tensors, axes, outputs)
     except CaptureError:
         cleaned = _clean(program, packed, keep_layout=True)
-        return cleaned, prove(cleaned, flat, tensors, axes, outputs)
+        return cleaned, check_graph(cleaned, flat, tensors, axes, outputs)
 
 
 def _clean(
@@ -322,9 +336,8 @@ def _clean(
             continue
         if node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif (
-            node.target is _aten.set_.source_Tensor
-        ):  # a parameter that is parametrized for one forward takes the storage that it has
+        elif node.target is _aten.set_.source_Tensor:
+            # PEFT parametrizes a parameter for one forward, which assigns its own storage to it
             node.replace_all_uses_with(node.args[1])
             graph.erase_node(node)
         elif node.target in _STOPS and node in learning:
@@ -339,14 +352,14 @@ def _clean(
         elif node.target is _aten.cat.default:
             node.args = ([part for part in node.args[0] if not _is_empty(part)], *node.args[1:])
     _unpack_once_(graph, packed)
-    graph.eliminate_dead_code()  # a weight that was only asked for its type, for one
+    graph.eliminate_dead_code()  # such as a weight of which only the dtype was read
     cleaned = with_graph(program, graph)
     _refuse_hidden_codes(cleaned)
     return cleaned
 
 
 def _learning(graph: Graph, program: ExportedProgram) -> set[Node]:
-    """The nodes that parameters with a gradient flow into: where one of them stops the gradient, training through the graph asks for it."""
+    """Nodes computed from trainable parameters; a detach among them must survive for training."""
     found: set[Node] = set()
     parameters = {
         s.arg.name: program.state_dict[s.target]
@@ -361,7 +374,10 @@ def _learning(graph: Graph, program: ExportedProgram) -> set[Node]:
 
 
 def _refuse_hidden_codes(program: ExportedProgram) -> None:
-    """Of a packed weight whose codes something else than `dequantize` reads, the graph shows no float values, so it would have no encoding."""
+    """Refuse a graph where something other than `dequantize` reads packed codes.
+
+    Such a weight has no float value in the graph, so it could have no encoding.
+    """
     codes = {name: path for name, path in buffer_names(program).items() if path.endswith(".packed")}
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in codes:
@@ -369,15 +385,16 @@ def _refuse_hidden_codes(program: ExportedProgram) -> None:
                 if operator_of(user) != "dequantize":
                     weight = parameter_name(codes[node.name].removesuffix(".packed"))
                     raise CaptureError(
-                        f"{weight}: its codes are read by {operator_of(user)}, so the graph does not show the weight, and it would have no encoding; "
-                        "let the packed layer itself compute (layer(x)), or read its weight, and capture again"
+                        f"{weight}: {operator_of(user)} reads its codes, so the weight would have "
+                        "no encoding. Call the packed layer (layer(x)) or read layer.weight, and "
+                        "capture again"
                     )
 
 
 def _unpack_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
-    """Let all who read one packed weight read it from one node: a layer that runs again, or an adapter that asks for its layer's weight.
+    """Merge the nodes that dequantize the same layer, which ran twice or whose adapter reads it.
 
-    A tied layer has a weight of its own, whose codes are another's.
+    A tied layer keeps its own node, although the codes are another layer's.
     """
     first: dict[tuple[Any, ...], list[tuple[nn.Module | None, Node]]] = {}
     for node in list(graph.nodes):
@@ -416,7 +433,7 @@ def _changes_nothing(node: Node) -> bool:
 
 
 def _is_empty(node: Any) -> bool:
-    """Whether a part of a concatenation is the empty vector that torch lets stand for a part of any shape."""
+    """Whether a node is an empty vector, which torch.cat ignores whatever the other shapes."""
     value = _value(node)
     return value is not None and value.ndim == 1 and value.shape[0] == 0
 

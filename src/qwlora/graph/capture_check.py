@@ -1,12 +1,16 @@
-"""The proof that a captured graph computes what its module computes: every output, bit for bit, at the example's shape and at others.
+"""Check that a captured graph returns the outputs of its module, bit for bit, at several shapes.
 
-Where another shape is concerned there are three cases. The module itself refuses it: that axis is not open. The module takes it, and so does the graph: they
-must agree. The module takes it on a path that the graph does not have (the conditions that torch.export assumed do not hold): that axis is not open either.
+At the example's shape they must agree. At another shape
+
+    the module raises                                        the axis is fixed
+    the module runs, the graph agrees                        the axis is dynamic
+    the module runs, torch.export's assumptions don't hold   the axis is fixed
+    the module runs, they hold, the graph differs            CaptureError
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,54 +19,54 @@ from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
 
 from qwlora.errors import CaptureError
-from qwlora.graph.dynamic_shapes import Axes, Place
+from qwlora.graph.dynamic_shapes import Axes, AxisIndex
 from qwlora.graph.graph_parameters import module_stack
 
 
-def prove(
+def check_graph(
     program: ExportedProgram,
     module: nn.Module,
     tensors: tuple[Tensor, ...],
     axes: Axes,
     outputs: Sequence[str],
-) -> set[Place]:
+) -> set[AxisIndex]:
     """Compare the graph of `module(*tensors)` with the module.
 
     Returns:
-        The axes of which no other size could be proved: the module fixes their size.
+        The axes that have the example's size only.
 
     Raises:
-        CaptureError: an output differs; the message names the first module whose own output does.
+        CaptureError: an output differs. The message names the first module whose output differs.
     """
     graph = program.module(check_guards=False)
     if difference := _difference(module(*tensors), graph(*tensors), outputs):
         _refuse(program, module, tensors, difference)
-    unproved = set(axes.symbols)
+    fixed = set(axes.symbols)
     for places, smaller in axes.trials(tensors):
-        if not unproved:
+        if not fixed:
             break
-        if not unproved.intersection(places):
+        if not fixed.intersection(places):
             continue
         try:
             expected = module(*smaller)
-        except Exception:  # whatever a model raises for a size that it does not take
+        except Exception:  # models raise anything for a size they do not support
             continue
         try:
             difference = _difference(expected, graph(*smaller), outputs)
-        except Exception as error:  # likewise the graph's operators
+        except Exception as error:  # so do the graph's operators
             difference = f"the graph fails with {type(error).__name__}: {error}"
         if not difference:
-            unproved.difference_update(places)
+            fixed.difference_update(places)
         elif _assumed(program, smaller):
             _refuse(program, module, smaller, difference)
-    return unproved
+    return fixed
 
 
 def _difference(expected: Sequence[Tensor], found: Sequence[Tensor], names: Sequence[str]) -> str:
-    """What the first output that is not the same says; nothing if all are."""
+    """The first difference in words; empty if all outputs are equal."""
     for name, one, other in zip(names, expected, found, strict=True):
         if one.shape != other.shape:
-            return f"output {name} has shape {list(other.shape)}, not {list(one.shape)}"
+            return f"output {name} has shape {list(other.shape)} instead of {list(one.shape)}"
         if not _same(one, other):
             largest = f"by {float((one.double() - other.double()).abs().nan_to_num().max()):.3g}"
             return f"output {name} differs {largest}"
@@ -74,10 +78,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _assumed(program: ExportedProgram, tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the conditions hold under which the graph was made."""
+    """Whether torch.export's assumptions (guards) hold for `tensors`."""
     try:
         program.module()(*tensors)
-    except Exception:  # a guard's own kinds, or what the graph's operators raise for a shape
+    except Exception:  # guards and operators raise many types
         return False
     return True
 
@@ -87,20 +91,21 @@ def _refuse(
 ) -> None:
     shapes = [list(t.shape) for t in tensors]
     raise CaptureError(
-        f"the captured graph does not compute what the module computes at input shapes {shapes}: {difference}. {first_difference(program, module, tensors)}. "
-        "Look there for randomness, for state that changes between calls, or for branches on values or shapes"
+        f"the captured graph differs from the module at input shapes {shapes}: {difference}. "
+        f"{first_difference(program, module, tensors)}. Look there for randomness, for state that "
+        "changes between calls, or for branches on values or shapes"
     )
 
 
 def first_difference(
     program: ExportedProgram, module: nn.Module, tensors: tuple[Tensor, ...]
 ) -> str:
-    """A sentence about the first module, in the order in which they finish, whose output is not what leaves it in the graph."""
+    """A sentence that names the first module, in order of completion, whose output differs."""
     values: dict[str, Tensor] = {}
     recorder = _Recorder(program.module(check_guards=False), values)
     try:
         recorder.run(*tensors)
-    except Exception as error:  # the graph's operators; what came before is known
+    except Exception as error:  # from an operator; earlier values are known
         stopped = f", after which the graph stops with {type(error).__name__}"
     else:
         stopped = ""
@@ -112,16 +117,18 @@ def first_difference(
             if name in values and values[name].shape == output.shape
         ]
         if candidates and not any(_same(output, value) for value in candidates):
-            return f"The first module whose output differs is {path.removeprefix('model.') or 'the model'} ({kind}){stopped}"
+            name = path.removeprefix("model.") or "the model"
+            return f"The first module whose output differs is {name} ({kind}){stopped}"
     return (
-        f"Every module that can be compared has the same output; they part between modules{stopped}"
+        "Every module that can be compared has the same output; the difference arises between "
+        f"modules{stopped}"
     )
 
 
 def _module_outputs(
     module: nn.Module, tensors: tuple[Tensor, ...]
 ) -> list[tuple[str, str, Tensor]]:
-    """(path, class name, first tensor of the output) of each module's first call, in the order in which they finish."""
+    """(path, class, first output tensor) of each module's first call, in order of completion."""
     found: dict[str, tuple[str, str, Tensor]] = {}
 
     def recorder(path: str) -> Any:
@@ -150,17 +157,13 @@ def _module_outputs(
 
 
 def _values(output: Any) -> list[Any]:
-    return (
-        list(output.values())
-        if hasattr(output, "values")
-        else list(output)
-        if isinstance(output, tuple | list)
-        else []
-    )
+    if isinstance(output, Mapping):
+        return list(output.values())
+    return list(output) if isinstance(output, tuple | list) else []
 
 
 def _leaving(program: ExportedProgram) -> dict[str, list[str]]:
-    """By module path, the nodes of its first call that something outside it reads."""
+    """By module path, the nodes of its first call that are read outside of it."""
     found: dict[str, list[str]] = {}
     for node in program.graph.nodes:
         if node.op == "call_function":
@@ -171,12 +174,12 @@ def _leaving(program: ExportedProgram) -> dict[str, list[str]]:
 
 
 def _calls(node: Node) -> dict[str, str]:
-    """Module path by call; of a module that is called again only the first call counts."""
+    """Module path by call; only the first call of a module counts."""
     return {key: path for key, (path, _) in module_stack(node).items() if "@" not in path}
 
 
 class _Recorder(Interpreter):
-    """Runs a graph and keeps every tensor."""
+    """Runs a graph and records every tensor."""
 
     def __init__(self, graph: torch.fx.GraphModule, values: dict[str, Tensor]):
         super().__init__(graph)

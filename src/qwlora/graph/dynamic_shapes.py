@@ -1,14 +1,15 @@
-"""The axes of a captured graph's inputs: which may have any size, what they are called, and inputs of other sizes to prove it with.
+"""Dynamic axes of a captured graph's inputs: their names, and inputs of other sizes to test them.
 
-torch.export gives each axis that the model does not fix a symbol, and equal symbols to axes that must agree. Symbols are called
+torch.export gives each axis that the model does not fix a symbol, and axes of equal size the same
+symbol. Symbols are named
 
     batch      axis 0 of every input that has as many rows as the first
-    tokens     axis 1 of the first matrix of integers
-    past       axis 2 of keys and values of earlier tokens
-    NAME.AXIS  whatever else: `pixel_values.2`
+    tokens     axis 1 of the first integer matrix
+    past       axis 2 of cached keys and values
+    NAME.AXIS  anything else: `pixel_values.2`
 
-Axes of different symbols may still belong together in ways that only the model knows (a mask as long as its text, the rows of a position table): those with
-equal sizes in the example are made smaller together.
+Axes with different symbols may still depend on each other in the model (a mask and its text), so
+axes with equal sizes in the example are varied together.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 BATCH, TOKENS, PAST = "batch", "tokens", "past"
-Place = tuple[int, int]  # (index of an input, axis)
+AxisIndex = tuple[int, int]  # (index of an input, axis)
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,15 @@ class Axes:
 
     Args:
         names: of the inputs.
-        sizes: of the example's inputs.
-        symbols: symbol by place, for the axes that the program leaves open.
-        called: the name of each symbol.
+        sizes: shape of each example input.
+        symbols: the symbol of each dynamic axis.
+        labels: the name of each symbol.
     """
 
     names: tuple[str, ...]
     sizes: tuple[tuple[int, ...], ...]
-    symbols: Mapping[Place, str]
-    called: Mapping[str, str]
+    symbols: Mapping[AxisIndex, str]
+    labels: Mapping[str, str]
 
     @classmethod
     def of(
@@ -48,65 +49,62 @@ class Axes:
         tensors: tuple[Tensor, ...],
         cached: Collection[str] = (),
     ) -> Axes:
-        """Read them from the program.
+        """The dynamic axes of a program.
 
         Args:
-            cached: names of the inputs that are keys and values of earlier tokens.
+            cached: names of the inputs that are cached keys and values.
         """
         values = {
             node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"
         }
-        symbols: dict[Place, str] = {}
-        called: dict[str, str] = {}
+        symbols: dict[AxisIndex, str] = {}
+        labels: dict[str, str] = {}
         batch = next(t.shape[0] for t in tensors if t.ndim)
         for index, (name, tensor, user_input) in enumerate(
             zip(names, tensors, program.graph_signature.user_inputs, strict=True)
         ):
             for axis, size in enumerate(values[user_input].shape):
                 symbol = str(size)
-                if (
-                    symbol.isdigit()
-                ):  # a symbol that torch.export found to be a number still has a symbol's type
+                if symbol.isdigit():  # a SymInt that torch.export resolved to a number
                     continue
                 symbols[index, axis] = symbol
                 ids = tensor.ndim == 2 and axis == 1 and not tensor.is_floating_point()
-                past = name in cached and axis == 2 and PAST not in called.values()
-                fallback = (
-                    PAST
-                    if past
-                    else TOKENS
-                    if ids and TOKENS not in called.values()
-                    else f"{name}.{axis}"
-                )
-                called.setdefault(
-                    symbol, BATCH if axis == 0 and tensor.shape[0] == batch else fallback
-                )
-        return cls(names, tuple(tuple(t.shape) for t in tensors), symbols, called)
+                past = name in cached and axis == 2 and PAST not in labels.values()
+                label = f"{name}.{axis}"
+                if axis == 0 and tensor.shape[0] == batch:
+                    label = BATCH
+                elif past:
+                    label = PAST
+                elif ids and TOKENS not in labels.values():
+                    label = TOKENS
+                labels.setdefault(symbol, label)
+        return cls(names, tuple(tuple(t.shape) for t in tensors), symbols, labels)
 
-    def groups(self) -> list[list[Place]]:
-        """Axes that are made smaller together; the batch first."""
-        found: dict[tuple[bool, int], list[Place]] = {}
+    def groups(self) -> list[list[AxisIndex]]:
+        """Axes that are varied together; the batch first."""
+        found: dict[tuple[bool, int], list[AxisIndex]] = {}
         for place, symbol in self.symbols.items():
             found.setdefault(
-                (self.called[symbol] != BATCH, self.sizes[place[0]][place[1]]), []
+                (self.labels[symbol] != BATCH, self.sizes[place[0]][place[1]]), []
             ).append(place)
         return [found[key] for key in sorted(found)]
 
     def smaller(
-        self, tensors: tuple[Tensor, ...], places: list[Place], halved: bool
+        self, tensors: tuple[Tensor, ...], places: list[AxisIndex], halved: bool
     ) -> tuple[Tensor, ...]:
-        """`tensors` cut at `places`, to half their size (but two, of a batch one) or by one."""
+        """`tensors` cut along `places` to half their size, or by one; to no less than two tokens or
+        one row."""
         cut = list(tensors)
         for index, axis in places:
             size = self.sizes[index][axis]
-            least = 1 if self.called[self.symbols[index, axis]] == BATCH else 2
+            least = 1 if self.labels[self.symbols[index, axis]] == BATCH else 2
             cut[index] = cut[index].narrow(axis, 0, max(least, size // 2 if halved else size - 1))
         return tuple(cut)
 
     def trials(
         self, tensors: tuple[Tensor, ...]
-    ) -> Iterator[tuple[list[Place], tuple[Tensor, ...]]]:
-        """Other inputs and the places where they are smaller: all groups at once, then each alone, then pairs of groups."""
+    ) -> Iterator[tuple[list[AxisIndex], tuple[Tensor, ...]]]:
+        """Smaller inputs and the axes that were cut: all groups, then each one, then pairs."""
         groups = self.groups()
         choices = [groups] if len(groups) > 1 else []
         choices += [list(chosen) for count in (1, 2) for chosen in combinations(groups, count)]
@@ -116,9 +114,13 @@ class Axes:
                 yield places, self.smaller(tensors, places, halved)
 
     def shapes(
-        self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[Place]
+        self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[AxisIndex]
     ) -> dict[str, tuple[str | int, ...]]:
-        """Shape of every input and output, names for the axes that are open; those in `fixed` are not, whatever torch.export thought."""
+        """Shape of every input and output, with names for dynamic axes.
+
+        Args:
+            fixed: axes that `check_graph` found to be fixed although they have a symbol.
+        """
         found: dict[str, tuple[str | int, ...]] = {}
         closed = {self.symbols[place]: self.sizes[place[0]][place[1]] for place in fixed}
         for index, name in enumerate(self.names):
@@ -130,11 +132,11 @@ class Axes:
         for name, value in zip(outputs, node.args[0], strict=True):
             sizes = [str(size) for size in value.meta["val"].shape]
             found[name] = tuple(
-                int(s) if s.isdigit() else closed.get(s, self.called.get(s, f"{name}.{axis}"))
+                int(s) if s.isdigit() else closed.get(s, self.labels.get(s, f"{name}.{axis}"))
                 for axis, s in enumerate(sizes)
             )
         return found
 
     def _label(self, index: int, axis: int, size: int, closed: Mapping[str, int]) -> str | int:
         symbol = self.symbols.get((index, axis))
-        return size if symbol is None or symbol in closed else self.called[symbol]
+        return size if symbol is None or symbol in closed else self.labels[symbol]

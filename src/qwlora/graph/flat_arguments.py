@@ -1,11 +1,12 @@
-"""Nested arguments and results as flat, named tensors, and back.
+"""Flatten nested arguments and results to named tensors, and back.
 
     {"ids": A, "added": {"text": B, "scale": 2.0}, "past": ((K, V), None)}
-    names      ids, added.text, past.0.0, past.0.1        in the order of the structure
-    constants  2.0, None                                  part of the structure: another value is another graph
+    names      ids, added.text, past.0.0, past.0.1    in this order
+    constants  2.0, None                              another value needs another graph
 
-Mappings (with those of transformers and diffusers, such as ModelOutput), tuples and lists may be nested. A key-value cache of transformers counts as its
-layers, each a pair: `past_key_values.0.key`, `past_key_values.0.value`. What comes back from `fill` has the types that went in.
+Mappings (ModelOutput included), tuples and lists may be nested. A key-value cache of transformers
+has two tensors per layer: `past_key_values.0.key`, `past_key_values.0.value`. `fill` restores the
+original types.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ CACHE_PARTS = ("key", "value")
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor was."""
+    """The place of a tensor."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """Where a key-value cache was: a pair of slots a layer."""
+    """The place of a key-value cache: a pair of slots per layer."""
 
     layers: tuple[tuple[Slot, Slot], ...]
 
@@ -42,9 +43,9 @@ class Structure:
     """A value with its tensors taken out.
 
     Args:
-        template: the value, a slot in the place of each tensor.
+        template: the value with a slot for each tensor.
         names: of the slots, in order.
-        cached: the names that lie in a key-value cache.
+        cached: names of the tensors in key-value caches.
     """
 
     template: Any
@@ -55,13 +56,16 @@ class Structure:
     def of(
         cls, value: Any, cache_name: str = "past_key_values"
     ) -> tuple[Structure, tuple[Tensor, ...]]:
-        """The structure of `value`, and its tensors in the order of `names`; a value that is itself a tensor is called `output`.
+        """The structure of `value`, and its tensors in the order of `names`.
+
+        A value that is itself a tensor has the name `output`.
 
         Args:
-            cache_name: what a cache's tensors are called by.
+            cache_name: prefix of the names of cached tensors.
 
         Raises:
-            CaptureError: two tensors would have one name, or a cache is of a kind that has no pairs of keys and values.
+            CaptureError: two tensors would have the same name, or a cache has no pairs of keys and
+                values.
         """
         found: list[tuple[str, Tensor]] = []
         cached: set[str] = set()
@@ -74,14 +78,14 @@ class Structure:
         return cls(template, names, frozenset(cached)), tuple(tensor for _, tensor in found)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> Any:
-        """The value with `tensors` in its slots."""
+        """The value with `tensors` by name in its slots."""
         return _filled(self.template, tensors)
 
     def flatten(self, value: Any) -> tuple[Tensor, ...]:
         """The tensors of another value of this structure.
 
         Raises:
-            CaptureError: its structure or one of its constants is another; the message names the first place.
+            CaptureError: its structure or a constant differs. The message names the first place.
         """
         return tuple(_matching(self.template, value, ""))
 
@@ -126,25 +130,27 @@ def _matching(template: Any, value: Any, path: str) -> Iterator[Tensor]:
     if isinstance(template, Slot):
         if not isinstance(value, Tensor):
             raise CaptureError(
-                f"{where}: the graph was captured with a tensor here, not with {value!r}; give one, or capture again"
+                f"{where}: the graph was captured with a tensor, not with {value!r}; give a "
+                "tensor, or capture again"
             )
         yield value
     elif isinstance(template, CacheSlot):
         pairs = _pairs(value, path) if isinstance(value, Cache) else list(value or ())
         if len(pairs) != len(template.layers):
             raise CaptureError(
-                f"{where}: the graph was captured with a cache of {len(template.layers)} layers, not of {len(pairs)}; capture again"
+                f"{where}: the graph was captured with a cache of {len(template.layers)} layers, "
+                f"not of {len(pairs)}; capture again"
             )
         for pair in pairs:
             yield from pair[:2]
     elif isinstance(template, Mapping | tuple | list):
-        expected, found = (
-            dict(_items(template)),
-            dict(_items(value)) if isinstance(value, Mapping | tuple | list) else {},
-        )
-        if strangers := [key for key in found if key not in expected and found[key] is not None]:
+        expected = dict(_items(template))
+        found = dict(_items(value)) if isinstance(value, Mapping | tuple | list) else {}
+        unknown = [key for key in found if key not in expected and found[key] is not None]
+        if unknown:
             raise CaptureError(
-                f"{_join(path, strangers[0])}: the graph was captured without this argument; leave it out, or capture again with it"
+                f"{_join(path, unknown[0])}: the graph was captured without this argument; omit "
+                "it, or capture again with it"
             )
         for key, inner in expected.items():
             yield from _matching(
@@ -154,17 +160,19 @@ def _matching(template: Any, value: Any, path: str) -> Iterator[Tensor]:
             )
     elif isinstance(value, Tensor) or not (value is template or value == template):
         raise CaptureError(
-            f"{where}: the graph was captured with {template!r} here and holds it as a constant; to use {value!r}, capture again"
+            f"{where}: the graph was captured with the constant {template!r}; to use {value!r}, "
+            "capture again"
         )
 
 
 def _absent(template: Any, path: str) -> Any:
-    """A constant may be left out, a tensor may not."""
+    """The value of a missing argument: a constant may be omitted, a tensor may not."""
     if isinstance(template, Slot | CacheSlot | Mapping | tuple | list) and any(
         True for _ in _slots(template)
     ):
         raise CaptureError(
-            f"{path}: the graph was captured with this argument; give it, or capture again without it"
+            f"{path}: the graph was captured with this argument; give it, or capture again without "
+            "it"
         )
     return template
 
@@ -188,7 +196,7 @@ def _items(value: Any) -> list[tuple[str, Any]]:
 
 
 def _mapped(value: Any, change: Callable[[str, Any], Any]) -> Any:
-    """`value` with `change(key, inner)` in the place of what it holds; a leaf as it is."""
+    """`value` with `change(key, inner)` applied to its items; a leaf is returned unchanged."""
     if isinstance(value, Mapping):
         changed = {key: change(str(key), inner) for key, inner in value.items()}
         return changed if type(value) is dict else type(value)(**changed)
@@ -209,23 +217,27 @@ def _pairs(cache: Cache, path: str) -> list[tuple[Tensor, Tensor]]:
     ]
     if not pairs or not all(isinstance(part, Tensor) for pair in pairs for part in pair):
         raise CaptureError(
-            f"{path}: a {type(cache).__name__} here has no key and value of each layer; capture without a cache (use_cache=False)"
+            f"{path}: a {type(cache).__name__} does not have a key and a value for each layer; "
+            "capture without a cache (use_cache=False)"
         )
     return pairs  # type: ignore[return-value]
 
 
 def tokens_in(cache: Any) -> int:
-    """Earlier tokens in a cache, or in pairs of keys and values [batch, heads, tokens, width]; the most of all layers, since some keep a window."""
+    """Tokens in a cache or in pairs of keys and values [batch, heads, tokens, width].
+
+    The maximum over layers, since some layers keep only a window.
+    """
     pairs = _pairs(cache, "the cache") if isinstance(cache, Cache) else list(cache or ())
     return max((int(key.shape[-2]) for key, *_ in pairs), default=0)
 
 
 def cache_of(pairs: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache that holds `pairs` of keys and values [batch, heads, tokens, width], and nothing if there are none."""
+    """A cache with `pairs` of keys and values [batch, heads, tokens, width], one per layer."""
     cache = DynamicCache()
     for key, value in pairs:
         layer = DynamicLayer()
         layer.lazy_initialization(key, value)
-        layer.keys, layer.values = key, value  # as they are: `update` would copy them
+        layer.keys, layer.values = key, value  # without the copies that `update` makes
         cache.layers.append(layer)
     return cache

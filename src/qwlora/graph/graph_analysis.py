@@ -1,6 +1,7 @@
-"""What the structure of a captured graph says about its values: the facts that placement rules ask for (`rules.Fact`).
+"""Find the traits of the values in a captured graph (`value_traits.py`).
 
-Everything is found from the operators and the modules that ran them. No data is needed, and no architecture is known by name.
+They follow from the operators and the modules that ran them. No data is needed, and no architecture
+is known by name.
 """
 
 from __future__ import annotations
@@ -25,86 +26,87 @@ from qwlora.graph.aten_ops import (
     is_known,
 )
 from qwlora.graph.graph_parameters import module_stack, parameter_names
-from qwlora.graph.value_facts import Fact
+from qwlora.graph.value_traits import Trait
 from qwlora.parameter_names import is_adapter_name
 
 
-class GraphFacts:
-    """Facts about the values of one program.
+class GraphAnalysis:
+    """The traits of the values of one program.
 
     Args:
-        one_operation: a regular expression over class names, see `rules.Policy`.
+        one_operation: a regular expression over class names, see `Policy`.
     """
 
     def __init__(self, program: ExportedProgram, one_operation: str):
         self.program = program
         self.parameters = parameter_names(program)
         self._one_operation = re.compile(one_operation)
-        # DoRA adds to a base layer's output what it computes from that, which makes it the layer's output and no residual stream
+        # DoRA's x + f(x) is a layer's output, not a residual stream
         self._residual_additions = residual_additions(program) - factor_nodes(program)
         integers = {
             n.name
             for n in _placeholders(program)
             if isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].is_floating_point()
         }
-        # what an embedding looks up is not an integer, whatever its table is made of
-        self._integer_origins = _made_from_alone(
-            program, integers, but_for=frozenset({"embedding"})
-        )
+        # embeddings are data, although they are looked up by integers
+        self._integer_origins = _computed_from(program, integers, frozenset({"embedding"}))
         self._masked = _masked(program, self._integer_origins)
         self._angles = _angles(program)
-        self._constants_given = {n.name for n in _placeholders(program)} - set(
+        self._constant_inputs = {n.name for n in _placeholders(program)} - set(
             program.graph_signature.user_inputs
         )
-        self._constants = _made_from_alone(program, self._constants_given)
+        self._constants = _computed_from(program, self._constant_inputs)
 
-    def facts(self, node: Node) -> frozenset[Fact]:
-        """Every fact that holds for the floating point value of `node`."""
+    def traits(self, node: Node) -> frozenset[Trait]:
+        """All traits of the floating-point value of `node`."""
         if node.op == "placeholder":
-            return frozenset(self._facts_of_placeholder(node))
+            return frozenset(self._placeholder_traits(node))
         found = set()
         operator = operator_of(node)
         made = origin(node)
-        multiplied = made is not None and Fact.MATMUL_INPUT in self._matmul_facts.get(
+        multiplied = made is not None and Trait.MATMUL_INPUT in self._matmul_traits.get(
             made.name, set()
         )
         if node.meta["val"].dtype == torch.float64:
-            found.add(Fact.FLOAT64)
+            found.add(Trait.FLOAT64)
         if node.name in self._integer_origins:
-            found.update(() if multiplied else {Fact.INTEGER_ORIGIN})
+            if not multiplied:
+                found.add(Trait.INTEGER_ORIGIN)
         elif node.name in self._masked:
-            found.add(Fact.MASKED)
+            found.add(Trait.MASKED)
         if owner := self.owner(node):
             outside = any(owner[0] not in module_stack(user) for user in node.users)
-            found.add(Fact.LEAVES_ONE_OPERATION if outside else Fact.INSIDE_ONE_OPERATION)
+            found.add(Trait.LEAVES_ONE_OPERATION if outside else Trait.INSIDE_ONE_OPERATION)
         if node.name in self._angles:
-            found.add(Fact.ANGLE)
+            found.add(Trait.ANGLE)
         if made is not None and made.op == "call_function" and made.name in self._adapted_weights:
-            found.add(Fact.ADAPTED_WEIGHT)
+            found.add(Trait.ADAPTED_WEIGHT)
         if node.name in self._residual_additions:
-            found.add(Fact.RESIDUAL_ADDITION)
+            found.add(Trait.RESIDUAL_ADDITION)
         if not is_known(operator):
-            found.add(Fact.UNKNOWN)
-        return frozenset(found | self._matmul_facts.get(node.name, set()))
+            found.add(Trait.UNKNOWN)
+        return frozenset(found | self._matmul_traits.get(node.name, set()))
 
     def owner(self, node: Node) -> tuple[str, str] | None:
-        """(stack key, class name) of the outermost enclosing module that is one operation."""
+        """(stack key, class name) of the outermost module around `node` that is one operation."""
         for key, (_, kind) in module_stack(node).items():
             if key not in self._compound and self._one_operation.search(_class_name(kind)):
                 return key, _class_name(kind)
         return None
 
-    def _facts_of_placeholder(self, node: Node) -> set[Fact]:
-        found = set(self._matmul_facts.get(node.name, set()))
+    def _placeholder_traits(self, node: Node) -> set[Trait]:
+        found = set(self._matmul_traits.get(node.name, set()))
         if (parameter := self.parameters.get(node.name)) is not None:
-            found.add(Fact.ADAPTER_WEIGHT if is_adapter_name(parameter) else Fact.PARAMETER)
+            found.add(Trait.ADAPTER_WEIGHT if is_adapter_name(parameter) else Trait.PARAMETER)
         elif node.name in self.program.graph_signature.user_inputs:
-            found.update({Fact.INPUT, Fact.ANGLE} if node.name in self._angles else {Fact.INPUT})
+            found.add(Trait.INPUT)
+            if node.name in self._angles:
+                found.add(Trait.ANGLE)
         return found
 
     @cached_property
     def _compound(self) -> set[str]:
-        """Stack keys of the modules that multiply matrices or attend."""
+        """Stack keys of the modules that run a matrix product, a softmax or a dequantize."""
         return {
             key
             for n in _calls(self.program)
@@ -114,10 +116,11 @@ class GraphFacts:
 
     @cached_property
     def _adapted_weights(self) -> set[str]:
-        """Names of the nodes that add an adapter's product to a weight, for a matrix product of that and an activation."""
+        """Names of the nodes between an adapter's weights and a matrix product that uses them as a
+        weight, such as W + BA."""
         own = {name for name, parameter in self.parameters.items() if is_adapter_name(parameter)}
-        made_of_adapter = self._constants - _made_from_alone(
-            self.program, self._constants_given - own
+        made_of_adapter = self._constants - _computed_from(
+            self.program, self._constant_inputs - own
         )
         found: set[str] = set()
         for node in reversed(_calls(self.program)):
@@ -129,9 +132,9 @@ class GraphFacts:
         return found
 
     @cached_property
-    def _matmul_facts(self) -> dict[str, set[Fact]]:
-        """By node: whether matrix products read it, and as what."""
-        facts: dict[str, set[Fact]] = {}
+    def _matmul_traits(self) -> dict[str, set[Trait]]:
+        """By node name: MATMUL_INPUT and MATMUL_SECOND_INPUT."""
+        found: dict[str, set[Trait]] = {}
         for node in _calls(self.program):
             activations = [
                 (i, made)
@@ -142,14 +145,14 @@ class GraphFacts:
                 (i, made) for i, made in activations if made.name not in self._adapted_weights
             ]
             for i, made in activations:
-                facts.setdefault(made.name, set()).add(Fact.MATMUL_INPUT)
+                found.setdefault(made.name, set()).add(Trait.MATMUL_INPUT)
                 if i > 0 and len(activations) > 1:
-                    facts[made.name].add(Fact.MATMUL_SECOND_INPUT)
-        return facts
+                    found[made.name].add(Trait.MATMUL_SECOND_INPUT)
+        return found
 
 
 def origin(node: Node) -> Node | None:
-    """The value that `node` was moved from; itself if it was not moved. None if that is an integer."""
+    """The value before all data movement that led to `node`; None if it is not floating point."""
     while (
         node.op == "call_function"
         and base_name(operator_of(node)) in MOVES_DATA
@@ -161,13 +164,13 @@ def origin(node: Node) -> Node | None:
 
 
 def _factors(node: Node) -> list[Node]:
-    """What a matrix product multiplies; nothing of another operator."""
+    """The factors of a matrix product; empty for other operators."""
     positions = MATRIX_PRODUCTS.get(base_name(operator_of(node)), ())
     return [a for p in positions if p < len(node.args) for a in _nodes(node.args[p])]
 
 
 def operator_of(node: Node) -> str:
-    """The operator's name; one of several results of an operator goes by that operator."""
+    """The operator's name; for one of several results, that of the operator that returns them."""
     producer = node
     while getattr(producer.target, "__name__", "") == "getitem" and isinstance(
         producer.args[0], Node
@@ -182,14 +185,14 @@ def operator_of(node: Node) -> str:
 
 
 def module_of(node: Node) -> tuple[str, str]:
-    """(path, class name) of the innermost module that ran this node."""
+    """(path, class name) of the innermost module around this node."""
     entries = list(module_stack(node).values())
     path, kind = entries[-1] if entries else ("", "")
     return path.removeprefix("model").removeprefix("."), _class_name(kind)
 
 
 def residual_additions(program: ExportedProgram) -> set[str]:
-    """Names of the nodes that compute `x + f(x)`: additions of two tensors, one of which the other was computed from."""
+    """Names of the nodes that compute `x + f(x)`."""
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     found = set()
     for node in _calls(program):
@@ -207,7 +210,7 @@ def residual_additions(program: ExportedProgram) -> set[str]:
 
 
 def _flows_into(source: Node, target: Node, order: dict[Node, int]) -> bool:
-    """Whether `target` was computed from `source`; nodes before `source` cannot lie between."""
+    """Whether `target` was computed from `source`; nodes before `source` need no visit."""
     waiting, seen = [target], {target}
     while waiting:
         for node in waiting.pop().all_input_nodes:
@@ -220,7 +223,7 @@ def _flows_into(source: Node, target: Node, order: dict[Node, int]) -> bool:
 
 
 def _angles(program: ExportedProgram) -> set[str]:
-    """Names of the nodes all of whose readers are sines, cosines, or such nodes themselves."""
+    """Names of the nodes that only sine and cosine read, directly or through other such nodes."""
     found: set[str] = set()
     for node in reversed(program.graph.nodes):
         if node.users and all(
@@ -233,7 +236,8 @@ def _angles(program: ExportedProgram) -> set[str]:
 
 
 def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
-    """Names of the nodes that meet a mask, which is made of integers, and of what is computed from them on the way to a softmax."""
+    """Names of the nodes that apply a mask (computed from integers), and of those from there to a
+    softmax."""
     scores: set[str] = set()
     for node in reversed(_calls(program)):
         if any(
@@ -259,16 +263,17 @@ def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
     return found
 
 
-def _made_from_alone(
-    program: ExportedProgram, placeholders: set[str], but_for: frozenset[str] = frozenset()
+def _computed_from(
+    program: ExportedProgram, placeholders: set[str], stop_at: frozenset[str] = frozenset()
 ) -> set[str]:
-    """Names of the nodes that no values flow into but those of `placeholders`, these among them; results of the operators `but_for` are not followed.
+    """Names of the nodes computed from nothing but `placeholders` (included) and tensor sizes.
 
-    The size of a tensor is a number like any other, whatever the tensor holds.
+    Args:
+        stop_at: operators whose results do not count.
     """
     found = set(placeholders)
     for node in _calls(program):
-        computed = operator_of(node) not in but_for and all(
+        computed = operator_of(node) not in stop_at and all(
             n.name in found for n in node.all_input_nodes
         )
         if computed or isinstance(node.meta.get("val"), torch.SymInt | int):
@@ -277,7 +282,7 @@ def _made_from_alone(
 
 
 def _operator_of_call(node: Node) -> str:
-    """The operator's name without the underscore of its form that works in place; nothing of what is no call."""
+    """The base name of a call's operator; empty for other nodes."""
     return base_name(operator_of(node)) if node.op == "call_function" else ""
 
 
@@ -290,7 +295,7 @@ def _calls(program: ExportedProgram) -> list[Node]:
 
 
 def _nodes(argument: Any) -> list[Node]:
-    """The nodes in an argument that is one, or a list of them."""
+    """The nodes in an argument: itself, or those in a list."""
     return [
         a
         for a in (argument if isinstance(argument, list | tuple) else [argument])

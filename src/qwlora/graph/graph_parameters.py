@@ -1,4 +1,4 @@
-"""How the model calls what is in a captured program: which placeholders are parameters, and which module ran a node."""
+"""Names from the model in a captured program: of parameters, buffers, and the modules of nodes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from torch.fx import Node
 
 
 def parameter_names(program: ExportedProgram) -> dict[str, str]:
-    """Parameter path by placeholder name; the capture wrapper's own prefix is dropped.
+    """Parameter path by placeholder name, without the prefix of `FlatModel`.
 
-    Of a tied weight, export lets all readers use one placeholder, whichever; it goes by the name under which the model has it first.
+    torch.export uses an arbitrary one of the placeholders of a tied weight for all readers. It gets
+    the name that comes first in the model.
     """
     used = {n.name: bool(n.users) for n in program.graph.nodes if n.op == "placeholder"}
     specs = [
         spec for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER
     ]
     names: dict[str, str] = {}
-    idle: dict[int, str] = {}
+    unused: dict[int, str] = {}  # by address of the parameter
     for spec in specs:
         if not used[spec.arg.name]:
-            idle.setdefault(program.state_dict[spec.target].data_ptr(), spec.target)
+            unused.setdefault(program.state_dict[spec.target].data_ptr(), spec.target)
     for spec in specs:
         target = (
-            idle.get(program.state_dict[spec.target].data_ptr(), spec.target)
+            unused.get(program.state_dict[spec.target].data_ptr(), spec.target)
             if used[spec.arg.name]
             else spec.target
         )
@@ -32,7 +33,7 @@ def parameter_names(program: ExportedProgram) -> dict[str, str]:
 
 
 def buffer_names(program: ExportedProgram) -> dict[str, str]:
-    """Buffer path by placeholder name, likewise."""
+    """Buffer path by placeholder name, without the prefix of `FlatModel`."""
     return {
         s.arg.name: str(s.target).removeprefix("model.")
         for s in program.graph_signature.input_specs
@@ -41,7 +42,10 @@ def buffer_names(program: ExportedProgram) -> dict[str, str]:
 
 
 def module_stack(node: Node) -> dict[str, tuple[str, str]]:
-    """The calls of modules that a node lies in, outermost first: path and class by key. A path ends in `@1` and so on where a module runs again."""
+    """Path and class of the module calls around a node, outermost first, by call.
+
+    The path of a module's second call ends in `@1`, and so on.
+    """
     return {
         key: entry
         for key, entry in (node.meta.get("nn_module_stack") or {}).items()
@@ -50,5 +54,5 @@ def module_stack(node: Node) -> dict[str, tuple[str, str]]:
 
 
 def module_path(node: Node) -> str:
-    """The path of the innermost module that ran a node; empty if none did."""
+    """The path of the innermost module around a node; empty if there is none."""
     return next((str(path) for path, _ in reversed(module_stack(node).values())), "")

@@ -1,14 +1,14 @@
 """bfloat16 and float16 models as float32 while a graph is captured.
 
-`from_pretrained` keeps the checkpoint's type, so most models arrive in bfloat16. Such a model trains in
-its own type, but its graph computes in float32: 16-bit activation grids are finer than bfloat16, and ONNX
+`from_pretrained` keeps the checkpoint's dtype, so most models are bfloat16. They train in bfloat16,
+but their graph computes in float32: 16-bit activation grids are finer than bfloat16, and ONNX
 Runtime has no quantizers in half precision.
 
     packed weights    the same codes, scales and offsets, in the same memory
     float32 tensors   the same tensors (PEFT keeps LoRA weights in float32)
     half precision    cast to float32, which is exact
 
-The graph of a bfloat16 model is therefore the graph of the base that `save_base` writes and `load_base`
+The graph of a bfloat16 model is therefore that of the base that `save_base` writes and `load_base`
 reads. Its outputs differ from the model's own by the rounding of half-precision arithmetic.
 """
 

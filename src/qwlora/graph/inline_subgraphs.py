@@ -1,11 +1,11 @@
-"""The graph of a program with what torch.export wraps laid open.
+"""Inline the nested graphs that torch.export creates for some context managers.
 
-    with torch.autocast("cpu", enabled=False): ...      one operator, which holds a graph of its own
-    with torch.enable_grad(): ...                       likewise
+    with torch.enable_grad(): ...                     an operator with a nested graph
+    with torch.autocast("cpu", enabled=False): ...    the same
 
-Placement, and whoever writes a file, look at the nodes of one graph, so these inner graphs are put in their operators' places. That is right where the wrapper
-changes no value: a gradient mode never does, autocast that is off does not, and autocast that is on does not where no operator inside gets another type by it.
-Any other operator that holds a graph (a branch on data, a loop) cannot be laid open, and is refused.
+Placement and exporters work on one flat graph. Inlining is valid where the context changes no
+value: gradient modes never do, and autocast does not if it is disabled or changes no result's
+dtype. Other operators with nested graphs (data-dependent branches, loops) are refused.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _GRADIENT_MODE, _AUTOCAST = (
 
 
 def inlined_graph(program: ExportedProgram) -> Graph:
-    """A copy of the program's graph without wrappers.
+    """A copy of the program's graph without nested graphs.
 
     Raises:
-        CaptureError: an operator holds a graph that cannot take its place; the message names the module that ran it.
+        CaptureError: a nested graph cannot be inlined. The message names its module.
     """
     graph = copy.deepcopy(program.graph)
     _inline_(graph, program.graph_module)
@@ -59,7 +59,7 @@ def _inline_(graph: Graph, owner: GraphModule) -> None:
         )
         with graph.inserting_before(node):
             results = graph.graph_copy(body, values)
-        for user in list(node.users):  # each takes one result out
+        for user in list(node.users):  # a getitem for each result
             user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
             graph.erase_node(user)
         wrapped = [
@@ -74,7 +74,7 @@ def _inline_(graph: Graph, owner: GraphModule) -> None:
 
 
 def _inner_graph(node: Node, owner: GraphModule) -> GraphModule | None:
-    """The first graph that an operator holds."""
+    """The nested graph of an operator, if it has one."""
     if node.op != "call_function":
         return None
     held = (getattr(owner, str(a.target), None) for a in node.all_input_nodes if a.op == "get_attr")
@@ -82,7 +82,7 @@ def _inner_graph(node: Node, owner: GraphModule) -> GraphModule | None:
 
 
 def _changes_types(graph: Graph) -> bool:
-    """Whether the result of an operator has a type that neither its arguments nor its options have: autocast gave it."""
+    """Whether autocast gave a result a dtype that its arguments and options do not explain."""
     for node in graph.nodes:
         result = node.meta.get("val")
         if (
@@ -93,7 +93,10 @@ def _changes_types(graph: Graph) -> bool:
             continue
         options = [*node.args, *node.kwargs.values()]
         types: list[torch.dtype] = []
-        map_arg(options, lambda n: types.append(n.meta["val"].dtype) if _is_float(n) else None)  # noqa: B023 (called at once)
+        map_arg(
+            options,
+            lambda n: types.append(n.meta["val"].dtype) if _is_float(n) else None,  # noqa: B023 (called at once)
+        )
         if (
             types
             and result.dtype not in options
@@ -113,10 +116,12 @@ def _refusal(node: Node) -> str:
     if node.target is _AUTOCAST:
         device, dtype = node.args[0], node.args[1]
         return (
-            f"{where} computes under torch.autocast({device!r}, {dtype}), which lets operators compute in another type without a word in the graph; "
-            "leave autocast out, or cast the model (model.to(dtype)), and capture again"
+            f"{where} computes under torch.autocast({device!r}, {dtype}), which changes the dtype "
+            "of operators without a trace in the graph. Remove autocast, or cast the model "
+            "(model.to(dtype)), and capture again"
         )
     return (
-        f"{where} runs {getattr(node.target, '__name__', node.target)}, an operator that holds a graph of its own: what it computes is not in the captured "
-        "graph, so nothing of it could be quantized; write that part without it (torch.where for a branch, say), and capture again"
+        f"{where} runs {getattr(node.target, '__name__', node.target)}, an operator with a nested "
+        "graph whose values could not be quantized. Write that part without it (torch.where "
+        "instead of a branch, for example), and capture again"
     )

@@ -1,7 +1,8 @@
-"""Moving a captured graph to another device, without moving the model that it was captured from.
+"""Move a captured graph to another device without moving the model it was captured from.
 
-The graph shares parameters with the model, so before one moves it gets an object of its own on the same storage. Devices also stand in the graph as constants
-(`arange(..., device=cpu)`): those are rewritten. Encodings are no buffers, and go along.
+The graph shares parameters with the model, so they become separate objects before they move.
+Devices in the graph (`arange(..., device=cpu)`) are rewritten. Encodings are not buffers and move
+separately.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ from qwlora.grid.encoding import Encoding
 
 
 def unshare_moving_(module: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
-    """Give each parameter that `move` would move an object of its own; tied ones stay tied."""
+    """Replace each parameter that `move` would move by a new object on the same storage.
+
+    Tied parameters stay tied.
+    """
     own: dict[int, nn.Parameter] = {}
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
             if parameter is not None and move(parameter).device != parameter.device:
                 if id(parameter) not in own:
                     own[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-                part._parameters[name] = own[id(parameter)]
+                inner._parameters[name] = own[id(parameter)]
 
 
 def rewrite_devices_(graph_module: GraphModule, device: torch.device) -> None:
-    """Let every constant device in the graph be `device`."""
+    """Set every device constant in the graph to `device`."""
 
     def moved(value: Any) -> Any:
         return device if isinstance(value, torch.device) else value
@@ -41,7 +45,7 @@ def rewrite_devices_(graph_module: GraphModule, device: torch.device) -> None:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the tensors of `module` are; the CPU if it has none."""
+    """The device of the tensors of `module`; the CPU if it has none."""
     return next(
         (
             tensor.device
@@ -53,9 +57,10 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def moved_encoding(encoding: Encoding, device: torch.device) -> Encoding:
-    """The same numbers there, a single scale too.
+    """`encoding` on `device`; unchanged for the meta device.
 
-    CUDA would take one from the CPU, but multiplies by its reciprocal then, which is not the grid's division. The meta device has no numbers, so they stay.
+    A per-tensor scale must move too: CUDA accepts it on the CPU, but then multiplies by its
+    reciprocal instead of dividing.
     """
     if device.type == "meta" or encoding.scale.device == device:
         return encoding

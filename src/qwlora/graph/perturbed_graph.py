@@ -1,4 +1,7 @@
-"""An equally right computation of a graph: how far it lies from the graph's own is how far two right runtimes may lie apart."""
+"""Another, equally valid float32 computation of a graph.
+
+Its distance to the graph's own outputs is the noise floor between two correct runtimes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ _aten = torch.ops.aten
 
 
 class SumInHalves(Interpreter):
-    """Runs a graph with every product `sum_k a_k b_k` of matrices or kernels computed as the sum over the first half of k plus the sum over the second."""
+    """Runs a graph with each sum over k of a matrix product or convolution in two halves."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is _aten.linear.default:
@@ -32,7 +35,7 @@ class SumInHalves(Interpreter):
         self, target: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any
     ) -> Tensor:
         half = weight.shape[1] // 2
-        if not half or weight.shape[1] != x.shape[1]:  # one channel, or groups of them
+        if not half or weight.shape[1] != x.shape[1]:  # one channel, or grouped
             result: Tensor = target(x, weight, bias, *options)
             return result
         return target(x[:, :half], weight[:, :half], bias, *options) + target(

@@ -1,4 +1,4 @@
-"""What a simulation hands to a writer: one captured graph, and which of its values have which encodings; and how both edit such a graph."""
+"""A captured graph with the encodings of its values, as exporters take it; helpers to edit it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from qwlora.grid.float_offset import FloatOffsetEncoding
 
 
 class Kind(StrEnum):
-    """What a quantized value is."""
+    """The kind of a quantized value."""
 
     BASE = "base"  # a packed weight of the frozen base
     ADAPTER = "adapter"  # a LoRA weight
-    PARAMETER = "parameter"  # a weight or bias of the base that step 1 left float
+    PARAMETER = "parameter"  # any other float weight or bias
     ACTIVATION = "activation"
 
 
 @dataclass(frozen=True)
 class Mark:
-    """The value of one graph node has an encoding.
+    """A graph node whose value has an encoding.
 
     Args:
-        node: the node's name in the program's graph.
-        name: the encoding's name; a tensor of every exported file carries it.
+        node: name of the node in the program's graph.
+        name: of the encoding, and of the tensor in every exported file.
     """
 
     node: str
@@ -39,14 +39,16 @@ class Mark:
 
 @dataclass(frozen=True)
 class Interface:
-    """What goes into a captured graph and what comes out of it: tensors with names, in the graph's order.
+    """Inputs and outputs of a captured graph, in order.
 
     Args:
-        inputs: names; those inside nested arguments are paths, `added_cond_kwargs.time_ids`.
-        outputs: likewise, of the tensors in the model's result.
-        primary: the output that is compared first: `logits` if there is one, else the first that is floating point.
-        shapes: of every input and output; an axis that may have any size has a name (`batch`, `tokens`, `sample.2`), one that the model fixes its number.
-        cached: the inputs that are keys and values of earlier tokens. They come from this graph's outputs (`present`), and lie on those grids already.
+        inputs: names; a path for nested arguments, such as `added_cond_kwargs.time_ids`.
+        outputs: names of the tensors in the model's result.
+        primary: the output to compare: `logits`, or the first floating-point output.
+        shapes: of every input and output. A dynamic axis has a name (`batch`, `tokens`,
+            `sample.2`), a fixed axis its size.
+        cached: inputs that are keys and values of earlier tokens. They are earlier outputs
+            (`present`) and already on their grids.
     """
 
     inputs: tuple[str, ...]
@@ -57,7 +59,7 @@ class Interface:
 
     @property
     def fixed(self) -> dict[str, dict[int, int]]:
-        """Of every input, the axes whose size the graph holds as a constant."""
+        """Size of each fixed axis, by input."""
         return {
             name: {
                 axis: size for axis, size in enumerate(self.shapes[name]) if isinstance(size, int)
@@ -68,10 +70,10 @@ class Interface:
 
 @dataclass(frozen=True)
 class QuantizedGraph:
-    """A captured program in which every mark has an encoding; that of a base weight may have float offsets.
+    """A captured program with an encoding for every mark; base weights may have float offsets.
 
     Args:
-        observer: the observer that chose the ranges of activations.
+        observer: name of the estimator that chose the ranges of activations.
     """
 
     program: ExportedProgram
@@ -87,7 +89,7 @@ class QuantizedGraph:
 
 
 def insert_after(node: Node, make: Callable[[Node], Node], place: Node | None = None) -> Node:
-    """Put `make(node)` behind `node` (or behind `place`, if given) and let all earlier users of `node` read the new one."""
+    """Insert `make(node)` after `node` or `place`; all other users of `node` then read it."""
     with node.graph.inserting_after(place or node):
         inserted = make(node)
     inserted.meta = dict(node.meta)
@@ -96,7 +98,7 @@ def insert_after(node: Node, make: Callable[[Node], Node], place: Node | None = 
 
 
 def with_graph(program: ExportedProgram, graph: Graph) -> ExportedProgram:
-    """`program` with another graph over the same placeholders; output names are taken from the graph, tensors are shared."""
+    """`program` with another graph over the same placeholders and tensors."""
     signature = copy.deepcopy(program.graph_signature)
     (output,) = (n for n in graph.nodes if n.op == "output")
     for spec, node in zip(signature.output_specs, output.args[0], strict=True):

@@ -1,9 +1,10 @@
-"""Ways to compute the same thing, of which only some have their inner values in a graph.
+"""Select the implementations of attention and experts whose inner values are nodes of a graph.
 
-    attention   "eager": two products and a softmax, each a node; the others are one
-    experts     "batched_mm": each product a node; the default is one opaque operator, and "eager" loops over data and cannot be captured
+    attention   "eager": two matrix products and a softmax; the others are one operator
+    experts     "batched_mm": one node per product; the default is one opaque operator, and "eager"
+                loops over data, which cannot be captured
 
-transformers keeps both choices in a model's config. They are set while a graph is captured, and put back: the user's model stays as it was.
+transformers stores both choices in the model's config. They are restored after the capture.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _CHOICES = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 @contextmanager
 def visible_implementations(model: nn.Module) -> Iterator[None]:
-    """Within, every transformers model inside `model` computes attention and experts in the ways that a graph shows."""
+    """Within, transformers models inside `model` use the implementations that can be captured."""
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     before = [
         (config, key, config.__dict__[key])
@@ -32,7 +33,7 @@ def visible_implementations(model: nn.Module) -> Iterator[None]:
     try:
         inside: set[int] = set()
         for each in models:
-            if id(each) not in inside:  # the outermost ones pass it on
+            if id(each) not in inside:  # the outer model sets it for its inner models
                 inside.update(id(m) for m in each.modules())
                 if each._can_set_attn_implementation():
                     each.set_attn_implementation(ATTENTION)
@@ -44,7 +45,7 @@ def visible_implementations(model: nn.Module) -> Iterator[None]:
 
 
 def _configs(models: list[PreTrainedModel]) -> list[PreTrainedConfig]:
-    """Every config of the models, those inside others too, once."""
+    """Every config of the models, including nested ones, once."""
     found: dict[int, Any] = {}
     waiting: list[Any] = [model.config for model in models]
     while waiting:

@@ -38,9 +38,9 @@ from qwlora.pipeline.artifacts import ADAPTER, BASE_SIMULATION, MOMENTS, SCALES,
 from qwlora.pipeline.unused_rules import refuse_unused_rules
 from qwlora.progress import Track
 from qwlora.recipe import Adapter, Recipe
-from qwlora.simulation.calibration import Stillness
-from qwlora.simulation.simulation import Simulation, SimulationSchemes, simulate
-from qwlora.simulation.simulation_folder import restore
+from qwlora.simulation.load_simulation import restore
+from qwlora.simulation.simulation import Simulation, simulate
+from qwlora.simulation.simulation_schemes import SimulationSchemes
 from qwlora.simulation.stored_encodings import load_activations, load_encodings
 from qwlora.simulation.training_graph import TrainingGraph, with_scales
 
@@ -114,23 +114,13 @@ class JobContext:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """Arguments of `Calibrated.observe`: calibration batches, and when to stop early."""
+        """Arguments of `CalibratedGraph.observe`: calibration batches, and when to stop."""
         section = self.recipe.simulation
         batches = [
             {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))}
             for row in self.calibration_ids
         ]
-        stillness = (
-            Stillness(section.still_share, section.still_batches)
-            if section.still_share is not None
-            else None
-        )
-        return {
-            "batches": batches,
-            "track": self.track,
-            "tokens": section.calibration_tokens,
-            "stillness": stillness,
-        }
+        return {"batches": batches, "track": self.track, "tokens": section.calibration_tokens}
 
     def adapter(self, name: str) -> Adapter:
         return next(a for a in self.recipe.adapters if a.name == name)
@@ -228,7 +218,7 @@ class JobContext:
             rules=tuple(section.placement_rules()),
             observer=section.estimator(),
             symmetric_matmul_second_input=section.symmetric_matmul_second_input,
-            idle_rules="allow",  # `check_rules` checks them over all graphs of the job
+            unused_rules="allow",  # `check_rules` checks them over all graphs of the job
         )
 
     @property
@@ -275,7 +265,9 @@ class JobContext:
         self.check_rules(simulation.placement)
         if self.recipe.workflow == "qwa-lora":
             scales = learned_scales(self.path / "adapters" / name)
-            simulation.take_over(with_scales(load_activations(self.path / BASE_SIMULATION), scales))
+            simulation.fix_encodings(
+                with_scales(load_activations(self.path / BASE_SIMULATION), scales)
+            )
         self._simulation = (name, simulation)
         return simulation
 

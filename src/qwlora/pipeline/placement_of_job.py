@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from qwlora.pipeline.run_job import is_calibrated, open_job
 
 if TYPE_CHECKING:
-    from qwlora.simulation.placement_log import Explanation
+    from qwlora.simulation.placement_log import PlacementLog
 
 
 def explain_job(
     folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()
-) -> tuple[str, Explanation]:
+) -> tuple[str, PlacementLog]:
     """The adapter's name and its placement log: which values are quantized, and why.
 
     Includes calibration results if the job is calibrated and there are no `changes`.

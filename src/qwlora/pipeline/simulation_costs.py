@@ -43,12 +43,12 @@ def account_job(
     """
     context, name = open_job(folder, adapter, changes, track)
     from qwlora.analysis.sensitivity import sensitivities
-    from qwlora.analysis.stage_costs import account, layer_sqnr
+    from qwlora.analysis.stage_costs import cumulative_costs, layer_sqnr
 
     calibrated = not changes and is_calibrated(context, name)
     simulation = context.simulation(name) if calibrated else _calibrated(context, name)
     perplexities = {"base": _perplexity(context.base(), context.evaluation)}
-    perplexities |= account(
+    perplexities |= cumulative_costs(
         simulation, lambda: _simulated(simulation, context.evaluation), context.track
     )
     batches = _sensed(context)

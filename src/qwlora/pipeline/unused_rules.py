@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from qwlora.simulation.placement import Placement, refuse_idle
+from qwlora.simulation.placement import Placement, refuse_ineffective_rules
 
 
 def refuse_unused_rules(known: Sequence[Placement], more: Iterator[Placement]) -> None:
@@ -26,11 +26,11 @@ def refuse_unused_rules(known: Sequence[Placement], more: Iterator[Placement]) -
     while not _all_used(placements):
         placement = next(more, None)
         if placement is None:
-            refuse_idle(placements)
+            refuse_ineffective_rules(placements)
             return
         placements.append(placement)
 
 
 def _all_used(placements: Sequence[Placement]) -> bool:
-    unused = [set(placement.idle) for placement in placements]
+    unused = [set(placement.unused_rules) for placement in placements]
     return bool(unused) and not set.intersection(*unused)

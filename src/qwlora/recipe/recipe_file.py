@@ -14,6 +14,7 @@ from qwlora.data.text_files import read_text
 from qwlora.errors import RecipeError, SourceError
 from qwlora.formats.user_path import user_path
 from qwlora.messages import suggestion
+from qwlora.recipe.dropped_keys import drop_keys
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import load_yaml
 
@@ -47,6 +48,7 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
             source, ["is not a mapping of sections; `qwlora init` writes a recipe to start from"]
         )
     problems = [p for change in changes if (p := _change(content, change))]
+    problems += drop_keys(content)
     problems += _missing_sources(content)
     _make_paths_absolute(content)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -99,12 +99,6 @@ class SimulationSection(Section):
         description="stop calibration after this many tokens. Default: all of "
         "data.calibration_sequences",
     )
-    still_share: Annotated[float, Field(ge=0)] | None = Field(
-        None,
-        description="stop when no range has moved by more than this share for "
-        "still_batches batches. Default: never stop early",
-    )
-    still_batches: Count = Field(4, description="see still_share")
     unseen: Literal["error", "float"] = Field(
         "error",
         description="what to do with a value that no calibration data reached, such as an expert "
@@ -118,7 +112,7 @@ class SimulationSection(Section):
     symmetric_matmul_second_input: bool = Field(
         False,
         description="give the second operand of an activation-by-activation product a "
-        "symmetric grid, which some runtimes need",
+        "symmetric grid; Qualcomm HTP needs it at 16 bits",
     )
     adapter_weights: AdapterWeights = Field(
         AdapterWeights(), description="grid of lora_A and lora_B"
@@ -134,17 +128,6 @@ class SimulationSection(Section):
         "its own values and weights, the base's activations are shared; none: one set for "
         "all adapters",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_momentum(cls, given: Any) -> Any:
-        """Drop `momentum`, which earlier versions wrote into every job's recipe.
-
-        It belonged to the removed observer moving-average; with that it is still an error.
-        """
-        if isinstance(given, dict) and given.get("observer") != "moving-average":
-            return {key: value for key, value in given.items() if key != "momentum"}
-        return given
 
     def estimator(self) -> Estimator:
         """How activation ranges are chosen."""

@@ -1,1 +1,1 @@
-"""Step 3: capture base plus adapter as one graph, place quantizers by rules, calibrate them, simulate the integer computation."""
+"""Step 3: place quantizers in a captured graph, calibrate them, simulate integer arithmetic."""

@@ -1,18 +1,17 @@
-"""Calibration: observe activations, then fix their encodings.
+"""Calibration of activations: observe data, then set the encodings.
 
-    observe(batches)      every quantizer takes in what passes it; may be called again, and goes on
-    freeze()              encodings from what was observed so far
+    observe(batches)      run float batches through the graph; further calls add to the statistics
+    freeze()              estimate encodings from all observed data
     calibrate(batches)    both
 
-What was observed stays. So another scheme (`set_scheme`) needs no data, several processes can share the work (`observations`, `take_in`, `merge`), and more
-batches can follow. `only` switches quantizers off and on.
+Observations are kept: more batches can follow, and another scheme needs no new data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,9 +24,7 @@ from qwlora.graph.aten_ops import MASKS, base_name
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.move_graph import device_of, moved_encoding
 from qwlora.graph.quantized_graph import Mark
-from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.scheme import Scheme
 from qwlora.messages import listed, suggestion
 from qwlora.progress import Track, untracked
 from qwlora.simulation.estimate_encodings import estimate
@@ -37,29 +34,14 @@ from qwlora.simulation.placement_rules import Decision
 
 
 @dataclass(frozen=True)
-class Stillness:
-    """When to stop before the data ends: no range has moved by more than `share` of its width for `batches` batches in a row."""
-
-    share: float = 0.01
-    batches: int = 4
-
-    def __post_init__(self) -> None:
-        if not self.share >= 0 or self.batches < 1:
-            raise CalibrationError(
-                f"ranges stand still by a share of at least 0 for at least 1 batch, not {self.share} and {self.batches}"
-            )
-
-
-@dataclass(frozen=True)
 class CalibrationReport:
-    """What a calibration saw.
+    """The data of a calibration, and values that are special.
 
     Args:
-        tokens: positions that are attended to; of inputs without tokens, rows.
-        constants: values that were the same number everywhere.
-        unseen: values that no number came by for; they are float now.
-        masks: values that were found to be masks, and are float now.
-        stopped_early: ranges stood still before the data ended.
+        tokens: attended positions; rows, for inputs without tokens.
+        constants: values with the same number everywhere.
+        unseen: values that no data reached; they are float now.
+        masks: values that turned out to be masks; they are float now.
     """
 
     tokens: int
@@ -67,30 +49,28 @@ class CalibrationReport:
     constants: tuple[str, ...]
     unseen: tuple[str, ...]
     masks: tuple[str, ...]
-    stopped_early: bool
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-_NO_BATCH = "calibration needs at least one batch, and none was given"
+_NO_BATCH = "calibration needs at least one batch, but got none"
 
 
 @dataclass
-class _Seen:
-    """What `observe` has counted."""
+class _Counts:
+    """How much data `observe` has run."""
 
     tokens: int = 0
     batches: int = 0
-    stopped_early: bool = False
 
 
-class Calibrated(nn.Module):
-    """A captured graph whose quantizers are calibrated; `Simulation` is one.
+class CalibratedGraph(nn.Module):
+    """A captured graph with quantizers that are calibrated.
 
     Attributes:
-        quantizers: those of activations, by name.
-        weights: those of weights that step 1 left float, and of the adapter's, by name.
+        quantizers: of activations, by name.
+        weights: float weights on their grids (the adapter's, and what step 1 left float), by name.
     """
 
     marks: list[Mark]
@@ -102,8 +82,8 @@ class Calibrated(nn.Module):
         super().__init__()
         self.quantizers: dict[str, Quantizer] = {}
         self.weights: dict[str, FrozenWeight] = {}
-        self._seen = _Seen()
-        self._chosen = 0  # how many `only` are open
+        self._counts = _Counts()
+        self._chosen = 0  # depth of nested `only` contexts
         self._dropped: set[str] = set()
         self._masks: list[str] = []
         self._unseen: list[str] = []
@@ -113,15 +93,14 @@ class Calibrated(nn.Module):
         batches: Iterable[Any],
         track: Track = untracked,
         tokens: int | None = None,
-        stillness: Stillness | None = None,
         allow_unseen: bool = False,
     ) -> CalibrationReport:
-        """`observe`, then `freeze`; see these. Without a batch it is an error, whatever was observed before."""
+        """`observe`, then `freeze`. Needs at least one batch, whatever was observed before."""
         if isinstance(batches, Collection) and not batches:
             raise CalibrationError(_NO_BATCH)
-        before = self._seen.batches
-        self.observe(batches, track, tokens, stillness)
-        if self._seen.batches == before:
+        before = self._counts.batches
+        self.observe(batches, track, tokens)
+        if self._counts.batches == before:
             raise CalibrationError(_NO_BATCH)
         return self.freeze(allow_unseen)
 
@@ -131,38 +110,31 @@ class Calibrated(nn.Module):
         batches: Iterable[Any],
         track: Track = untracked,
         tokens: int | None = None,
-        stillness: Stillness | None = None,
     ) -> None:
-        """Take in the activations of `batches`. The encodings of before are forgotten; call `freeze` for new ones.
+        """Observe the activations of `batches`, and remove encodings; `freeze` sets new ones.
 
         Args:
-            batches: dicts of arguments, tensors or tuples of tensors, as a DataLoader gives them; see
-                `call_arguments.py`.
-            tokens: go no further than the batch in which this many have come by in this call; a batch is taken whole.
-            stillness: stop when ranges stand still.
+            batches: dicts of arguments, tensors or tuples of tensors, as a DataLoader yields them;
+                see `graph/call_arguments.py`.
+            tokens: stop after the batch that reaches this number of tokens.
 
         Raises:
             CalibrationError: there was no batch.
         """
-        if self._seen.batches == 0 and isinstance(batches, Collection) and not batches:
+        if self._counts.batches == 0 and isinstance(batches, Collection) and not batches:
             raise CalibrationError(_NO_BATCH)
         for quantizer in self.quantizers.values():
             quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.OBSERVE
-        self._seen.stopped_early = False
-        watch = _Watch(stillness) if stillness is not None else None
-        before = self._seen.tokens
+        before = self._counts.tokens
         try:
             for batch in track(
                 batches, "calibrating", len(batches) if isinstance(batches, Collection) else None
             ):
                 batch = as_arguments(batch, self.inputs)
                 self._run(batch)
-                self._seen.batches += 1
-                self._seen.tokens += tokens_of(batch)
-                if tokens is not None and self._seen.tokens - before >= tokens:
-                    break
-                if watch is not None and watch.is_still(self.quantizers):
-                    self._seen.stopped_early = True
+                self._counts.batches += 1
+                self._counts.tokens += tokens_of(batch)
+                if tokens is not None and self._counts.tokens - before >= tokens:
                     break
         finally:
             self._set_mode(Mode.FLOAT)
@@ -170,41 +142,47 @@ class Calibrated(nn.Module):
             if not quantizer.fixed:
                 quantizer.encoding = None
 
-    def take_over(self, encodings: Mapping[str, Encoding]) -> None:
-        """Take activation encodings from a simulation of the same base: `observe` simulates these values and takes in the others, and `freeze` leaves them.
+    def fix_encodings(self, encodings: Mapping[str, Encoding]) -> None:
+        """Use activation encodings of another simulation of the same base.
 
-        A value that the policy leaves float here stays float: of a layer with an adapter, say, matrix products may read the sum alone.
+        `observe` simulates these activations and observes the others; `freeze` does not change
+        them. Activations that the policy leaves float here stay float.
 
         Raises:
-            CalibrationError: an encoding names no value of this graph.
+            CalibrationError: an encoding has no value in this graph.
         """
         known = {placed.name for placed in (*self.placement.weights, *self.explanation)}
-        if strangers := [name for name in encodings if name not in known]:
+        unknown = [name for name in encodings if name not in known]
+        if unknown:
             raise CalibrationError(
-                f"encodings name activations that the graph does not have: {listed(strangers, 3)}; calibrate the base again"
+                f"{len(unknown)} encodings have no activation in the graph: "
+                f"{listed(unknown, 3)}. Calibrate the base again"
             )
         for name, quantizer in self.quantizers.items():
-            if (encoding := encodings.get(name)) is None:
-                continue
-            quantizer.scheme, quantizer.encoding, quantizer.fixed = encoding.scheme, encoding, True
+            encoding = encodings.get(name)
+            if encoding is not None:
+                quantizer.scheme = encoding.scheme
+                quantizer.encoding, quantizer.fixed = encoding, True
         self._place_encodings()
 
     def freeze(self, allow_unseen: bool = False) -> CalibrationReport:
-        """Fix the encodings of what has none, from everything observed, and simulate from now on.
+        """Set missing encodings from all observed data, and simulate from now on.
 
-        Values that only a mask can hold (beyond 1e30; infinite ones, where an operator made them that combines with masks) lose their quantizer, and
-        `explanation` says so. An end of a range that a rule fixed is the rule's business.
+        Masks are left float: values beyond 1e30, or infinite results of operators that apply masks,
+        unless a rule fixed that end of the range.
 
         Args:
-            allow_unseen: a value that no number came by for (an expert that no token chose) stays float; otherwise it is an error.
+            allow_unseen: leave a value float that no data reached (an expert that no token chose)
+                instead of raising an error.
 
         Raises:
-            CalibrationError: nothing was observed; or an activation saw no data, or is not finite: the message names it.
+            CalibrationError: nothing was observed; or an activation saw no data or non-finite
+                values. The message names it.
         """
-        if not self._seen.batches and any(
+        if not self._counts.batches and any(
             q.encoding is None and not q.is_pinned for q in self.quantizers.values()
         ):
-            raise CalibrationError("calibration needs at least one batch: nothing was observed")
+            raise CalibrationError("calibration needs at least one batch, but nothing was observed")
         operators = {p.node: p.operator for p in self.explanation}
         nodes = {mark.name: mark.node for mark in self.marks}
         for name, quantizer in list(self.quantizers.items()):
@@ -220,111 +198,41 @@ class Calibrated(nn.Module):
         ]
         if unseen and not allow_unseen:
             raise CalibrationError(
-                f"{len(unseen)} activations saw no data: {listed(unseen, 3)}; "
-                "give other batches, keep them float by a rule, or allow_unseen=True"
+                f"{len(unseen)} activations saw no data: {listed(unseen, 3)}. Give other batches, add a rule with keep: "
+                "float, or allow_unseen=True (recipe: simulation.unseen: float)"
             )
         for name in unseen:
-            self._drop(name, "no data came by in calibration")
+            self._drop(name, "no calibration data reached it")
         self._unseen += unseen
         estimate([q for q in self.quantizers.values() if q.encoding is None])
         self._place_encodings()
         self._set_mode(Mode.SIMULATE)
         constants = tuple(name for name, q in self.quantizers.items() if q.is_constant)
-        seen = self._seen
         return CalibrationReport(
-            seen.tokens,
-            seen.batches,
+            self._counts.tokens,
+            self._counts.batches,
             constants,
             tuple(self._unseen),
             tuple(self._masks),
-            seen.stopped_early,
         )
 
     @property
     def dropped(self) -> frozenset[str]:
-        """Names of the activations that calibration left float, although placement gave them a quantizer: masks, and values that no data came by for."""
+        """Names of placed activations that calibration left float: masks and unseen values."""
         return frozenset(self._dropped)
-
-    def observations(self) -> dict[str, Tensor]:
-        """Everything that was observed, as tensors: a safetensors file holds them, another process takes them in."""
-        tensors = {
-            f"{name}.{part}": t
-            for name, q in self.quantizers.items()
-            for part, t in q.observer.to_tensors().items()
-        }
-        return {**tensors, "seen": torch.tensor([self._seen.tokens, self._seen.batches])}
-
-    def take_in(self, observations: Mapping[str, Tensor]) -> None:
-        """Add what another process observed, as if it came after; exact for the ends of ranges. Call `freeze` for encodings; those taken over stay.
-
-        Raises:
-            CalibrationError: they are of another graph or placement, or kept no sample where this simulation needs one.
-        """
-        theirs: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in observations.items():
-            name, dot, part = key.rpartition(".")
-            if dot:
-                theirs.setdefault(name, {})[part] = tensor
-        if "seen" not in observations or (
-            strangers := [n for n in theirs if n not in self.quantizers and n not in self._dropped]
-        ):
-            what = (
-                f"name values that this graph does not quantize: {listed(strangers, 3)}"
-                if "seen" in observations
-                else "do not say how much was seen"
-            )
-            raise CalibrationError(
-                f"these observations {what}; they belong to another model or placement"
-            )
-        for name, quantizer in self.quantizers.items():
-            if name not in theirs or quantizer.fixed:
-                continue
-            try:
-                quantizer.observer.merge(SampleObserver.from_tensors(theirs[name]))
-            except (CalibrationError, KeyError, ValueError) as error:
-                raise CalibrationError(f"{name}: {error}") from error
-            quantizer.encoding = None
-        tokens, batches = observations["seen"].tolist()
-        self._seen = replace(
-            self._seen, tokens=self._seen.tokens + tokens, batches=self._seen.batches + batches
-        )
-        self._set_mode(Mode.FLOAT)
-
-    def merge(self, other: Calibrated) -> None:
-        """Add what `other`, another simulation of this graph, observed; see `take_in`."""
-        self.take_in(other.observations())
-
-    def set_scheme(self, match: str, scheme: Scheme) -> list[str]:
-        """Ask for another grid of the activations whose name matches a glob; `freeze` makes it, from what was observed.
-
-        Returns:
-            their names; encodings that were taken over stay as they are.
-
-        Raises:
-            CalibrationError: none matches but such, or the scheme has several scales.
-        """
-        matching = self._matching(match, self.quantizers)
-        names = [name for name in matching if not self.quantizers[name].fixed]
-        if not names:
-            raise CalibrationError(
-                f"{match!r} matches only activations whose encodings were taken over, {matching[0]} the first: their grids stay as they are"
-            )
-        for name in names:
-            self.quantizers[name].scheme = scheme
-        return names
 
     @contextmanager
     def only(self, *matches: str) -> Iterator[None]:
-        """For a while, quantize only the activations and weights whose name matches a glob; the rest stays float. Without globs, nothing is quantized.
+        """Within, quantize only activations and weights whose name matches a glob.
 
-        Base weights are integers in the graph, and stay so.
+        Without globs nothing is quantized, except packed base weights, which always are.
 
         Raises:
             CalibrationError: a glob matches nothing.
         """
         modules: dict[str, Quantizer | FrozenWeight] = {**self.weights, **self.quantizers}
         wanted = {name for match in matches for name in self._matching(match, modules)}
-        on = {id(modules[name]) for name in wanted}  # a tied weight has several names
+        on = {id(modules[name]) for name in wanted}  # tied weights share a module
         before = {name: module.mode for name, module in modules.items()}
         try:
             for module in modules.values():
@@ -344,8 +252,9 @@ class Calibrated(nn.Module):
         ]
         if missing:
             raise CalibrationError(
-                f"{len(missing)} activations have no encoding yet, {missing[0]} first; call calibrate, or freeze. With float activations it computes "
-                "inside `with simulation.only():`"
+                f"{len(missing)} activations have no encoding yet, {missing[0]} first; call "
+                "calibrate, or freeze after observe. To compute with float activations, use "
+                "`with simulation.only():`"
             )
 
     @property
@@ -361,16 +270,16 @@ class Calibrated(nn.Module):
         names = [name for name in modules if fnmatchcase(name, match)]
         if not names:
             raise CalibrationError(
-                f"{match!r} matches nothing that is quantized{suggestion(match, list(modules), 3)}"
+                f"{match!r} matches no quantized value{suggestion(match, list(modules), 3)}"
             )
         return names
 
     def _drop(self, name: str, reason: str) -> None:
-        """Take a quantizer out of the graph; `explanation` says why."""
+        """Remove a quantizer from the graph, with the reason in the placement log."""
         del self.quantizers[name]
         self._dropped.add(name)
         (mark,) = (m for m in self.marks if m.name == name)
-        self.placement.take_out({name}, Decision.FLOAT, reason)
+        self.placement.exclude({name}, Decision.FLOAT, reason)
         node = next(
             n
             for n in self.graph_module.graph.nodes
@@ -382,7 +291,7 @@ class Calibrated(nn.Module):
         self.graph_module.recompile()
 
     def _place_encodings(self, device: torch.device | None = None) -> None:
-        """Put the encodings of activations where the graph is, or is now."""
+        """Move activation encodings to the device of the graph, or to `device`."""
         device = device or device_of(self.graph_module)
         for quantizer in self.quantizers.values():
             if quantizer.encoding is not None:
@@ -393,47 +302,8 @@ class Calibrated(nn.Module):
             quantizer.mode = mode
 
 
-class _Watch:
-    """Sees whether ranges stand still."""
-
-    def __init__(self, stillness: Stillness):
-        self.stillness = stillness
-        self.before: dict[str, tuple[float, float]] = {}
-        self.still = 0
-
-    def is_still(self, quantizers: Mapping[str, Quantizer]) -> bool:
-        """To be asked after every batch."""
-        names = [name for name, q in quantizers.items() if q.observer.batches and not q.is_pinned]
-        lows = (
-            torch.stack(
-                [low for name in names if (low := quantizers[name].observer.low) is not None]
-            ).tolist()
-            if names
-            else []
-        )
-        highs = (
-            torch.stack(
-                [high for name in names if (high := quantizers[name].observer.high) is not None]
-            ).tolist()
-            if names
-            else []
-        )
-        now = {name: (low, high) for name, low, high in zip(names, lows, highs, strict=True)}
-        moved = any(self._moved(self.before.get(name), *ends) for name, ends in now.items())
-        self.before = now
-        self.still = 0 if moved else self.still + 1
-        return self.still >= self.stillness.batches
-
-    def _moved(self, before: tuple[float, float] | None, low: float, high: float) -> bool:
-        if before is None:
-            return True
-        return max(before[0] - low, high - before[1]) > self.stillness.share * (
-            max(high, 0) - min(low, 0)
-        )
-
-
 def tokens_of(batch: Mapping[str, Any]) -> int:
-    """Positions of a batch that are attended to; without a mask or token ids, its rows."""
+    """Attended positions of a batch; its rows, if it has neither a mask nor token ids."""
     if isinstance(mask := batch.get("attention_mask"), Tensor) and mask.ndim == 2:
         return int((mask != 0).sum())
     if isinstance(ids := batch.get("input_ids"), Tensor):

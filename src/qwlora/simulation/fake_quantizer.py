@@ -1,4 +1,4 @@
-"""The modules that stand behind quantized values in the simulated graph."""
+"""Modules that quantize activations and weights in a simulated graph."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ MASK_MAGNITUDE = 1e30
 
 
 class Mode(StrEnum):
-    """What a quantizer does with a value that passes."""
+    """What a quantizer does."""
 
     FLOAT = "float"
     OBSERVE = "observe"
     SIMULATE = "simulate"
-    RECIPROCAL = "reciprocal"  # simulate, multiplying by 1 / scale: the arithmetic's noise floor (see `Simulation.perturbed_logits`)
+    RECIPROCAL = "reciprocal"  # simulate with x * (1 / scale); see `perturbed_outputs`
 
 
 class Quantizer(nn.Module):
-    """Observes an activation while calibrating and fake-quantizes it afterwards.
+    """Observes an activation during calibration and fake-quantizes it afterwards.
 
-    What was observed stays: another `scheme` takes effect with the next freeze, without data.
+    Observations are kept, so another `scheme` takes effect with the next freeze, without new data.
 
     Args:
         name: of the encoding.
-        scheme: one scale for the tensor.
-        estimator: how the range is chosen from what was observed.
-        minimum, maximum: fixed ends of the range; None takes what the estimator says.
-        in_place: whether nobody but this quantizer reads what it is given, so that it may write into it.
+        scheme: must be per tensor.
+        estimator: how the range is chosen. Default: min-max.
+        minimum, maximum: fixed ends of the range. None: as estimated.
+        in_place: whether the input may be overwritten.
 
     Raises:
-        CalibrationError: the scheme has several scales.
+        CalibrationError: the scheme has several scales, or float offsets.
     """
 
     def __init__(
@@ -56,27 +56,28 @@ class Quantizer(nn.Module):
         self.mode = Mode.FLOAT
         self.observer = SampleObserver(self.estimator.needs_sample and not self.is_pinned)
         self.encoding: Encoding | None = None
-        self.fixed = False  # whether the encoding came from elsewhere, so that it is not calibrated
-        self.seen: Tensor | None = None
-        self.keep = False
+        self.fixed = False  # set by `fix_encodings`: not calibrated
+        self.record = False  # whether forward stores its result in `recorded`
+        self.recorded: Tensor | None = None
         self.scheme = scheme
 
     @property
     def scheme(self) -> Scheme:
-        """The grid that is asked for. Setting another one forgets the encoding, not what was observed."""
+        """The requested grid. Setting it removes the encoding and keeps the observations."""
         return self._scheme
 
     @scheme.setter
     def scheme(self, scheme: Scheme) -> None:
         if not isinstance(scheme.granularity, PerTensor) or scheme.float_offset:
             raise CalibrationError(
-                f"{self.name}: an activation has one scale and an integer offset, not {scheme}"
+                f"{self.name}: activations need a per-tensor scheme with an integer offset, "
+                f"not {scheme}"
             )
         self._scheme, self.encoding = scheme, None
 
     @property
     def is_pinned(self) -> bool:
-        """Whether both ends of the range are fixed, so that no data is needed."""
+        """Whether both ends of the range are fixed, so that it needs no data."""
         return self.minimum is not None and self.maximum is not None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,48 +88,44 @@ class Quantizer(nn.Module):
                 x = self._simulate(x, self._known_encoding())
             case Mode.RECIPROCAL:
                 x = _by_reciprocal(x, self._known_encoding())
-        if self.keep:
-            self.seen = x.clone()  # the model may go on in place
+        if self.record:
+            self.recorded = x.clone()  # later operators may overwrite x
         return x
 
     def _simulate(self, x: Tensor, encoding: Encoding) -> Tensor:
-        """`fake_quantize`; in place where nobody sees it and no gradient is asked for."""
+        """`fake_quantize`, in place if that is allowed and no gradient is needed."""
         wants_gradient = torch.is_grad_enabled() and (
             x.requires_grad or encoding.scale.requires_grad
         )
-        return (
-            encoding.fake_quantize_(x)
-            if self.in_place and not wants_gradient
-            else encoding.fake_quantize(x)
-        )
+        if self.in_place and not wants_gradient:
+            return encoding.fake_quantize_(x)
+        return encoding.fake_quantize(x)
 
     def _known_encoding(self) -> Encoding:
         if self.encoding is None:
             raise CalibrationError(
-                f"{self.name} has no encoding; call freeze, after observe if nothing was observed yet"
+                f"{self.name} has no encoding; call calibrate, or freeze after observe"
             )
         return self.encoding
 
     @property
     def is_mask(self) -> bool:
-        """Whether values came by that only a mask holds, at an end of the range that is not fixed."""
+        """Whether an end of the range that is not fixed is beyond 1e30."""
         ends = ((self.observer.low, self.minimum), (self.observer.high, self.maximum))
         return any(
-            seen is not None and fixed is None and abs(float(seen)) > MASK_MAGNITUDE
-            for seen, fixed in ends
+            observed is not None and fixed is None and abs(float(observed)) > MASK_MAGNITUDE
+            for observed, fixed in ends
         )
 
     @property
     def is_infinite(self) -> bool:
-        """Whether an infinity came by."""
-        return any(
-            seen is not None and bool(seen.isinf())
-            for seen in (self.observer.low, self.observer.high)
-        )
+        """Whether an infinite value was observed."""
+        ends = (self.observer.low, self.observer.high)
+        return any(end is not None and bool(end.isinf()) for end in ends)
 
     @property
     def is_constant(self) -> bool:
-        """Whether all values that came by were one."""
+        """Whether all observed values were equal."""
         low, high = self.observer.low, self.observer.high
         return low is not None and high is not None and bool(low == high)
 
@@ -137,10 +134,10 @@ class Quantizer(nn.Module):
 
 
 class FrozenWeight(nn.Module):
-    """A weight on its grid, computed once: it no longer moves, and doing it anew in each forward costs more than the layer.
+    """A weight quantized once; doing that in every forward costs more than the layer itself.
 
     Attributes:
-        mode: FLOAT hands the weight through as it is.
+        mode: FLOAT returns the float weight.
     """
 
     def __init__(self, weight: Tensor, encoding: Encoding):
@@ -155,6 +152,6 @@ class FrozenWeight(nn.Module):
 
 
 def _by_reciprocal(x: Tensor, encoding: Encoding) -> Tensor:
-    """`fake_quantize` of a per-tensor encoding with `x * (1 / scale)` in place of `x / scale`."""
+    """`fake_quantize` of a per-tensor encoding with `x * (1 / scale)` instead of `x / scale`."""
     low, high = encoding.offset, encoding.offset + encoding.scheme.steps
     return torch.mul(x, 1.0 / encoding.scale).round_().clamp_(low, high).mul_(encoding.scale)

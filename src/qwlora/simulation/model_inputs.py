@@ -1,10 +1,11 @@
-"""Arguments of a call on a simulated model, made such that the graph takes them or refuses them for a reason.
+"""Adapt the arguments of a model call to the inputs of its captured graph.
 
-    attention_mask     given, and not captured: dropped if every position is attended to
-    position_ids       given, and not captured: dropped if it says 0, 1, 2 ...;   captured, and not given: 0, 1, 2 ... if nothing is masked
+    attention_mask     given but not captured: dropped if it is all ones
+    position_ids       given but not captured: dropped if they are 0, 1, 2, ...
+                       captured but not given: 0, 1, 2, ... if nothing is masked
     None               counts as not given
 
-What the graph assumes anyhow may be said; nothing that would change the result is dropped. The rest is `Captured.bind`'s.
+Only arguments that do not change the result are dropped. `Captured.bind` checks the rest.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ _MASK, _POSITIONS = "attention_mask", "position_ids"
 
 
 def complete(names: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by name, for a graph that was captured with the inputs `names`.
+    """Arguments by name for a graph with the inputs `names`.
 
     Raises:
-        CaptureError: positions that the graph lacks are not those it assumes, or those that it needs are not given with a mask.
+        CaptureError: the graph has no `position_ids` and the given ones do not count from zero; or
+            it has them, and a masked batch comes without.
     """
     present = {name: value for name, value in given.items() if value is not None}
     if _MASK in present and _MASK not in names and _is_all_ones(present[_MASK]):
@@ -32,8 +34,9 @@ def complete(names: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]
     if _POSITIONS in present and _POSITIONS not in names:
         if not _counts_from_zero(present.pop(_POSITIONS)):
             raise CaptureError(
-                f"{_POSITIONS}: the graph was captured with {', '.join(names)} and counts positions from the first token, padding or not; "
-                f"put {_POSITIONS} among the example inputs of `simulate`"
+                f"{_POSITIONS} do not count from zero, but the graph was captured with "
+                f"{', '.join(names)} and counts from the first token, padding included. Add "
+                f"{_POSITIONS} to the example inputs of `simulate`"
             )
     elif _POSITIONS in names and isinstance(ids := present.get("input_ids"), Tensor):
         present[_POSITIONS] = _positions(present, ids)
@@ -43,14 +46,12 @@ def complete(names: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]
 def _positions(present: Mapping[str, Any], ids: Tensor) -> Tensor:
     positions = present.get(_POSITIONS)
     if isinstance(positions, Tensor):
-        return (
-            positions.expand(len(ids), -1)
-            if positions.ndim == 2 and len(positions) == 1
-            else positions
-        )  # often given once for all rows
+        is_shared = positions.ndim == 2 and len(positions) == 1  # one row for the whole batch
+        return positions.expand(len(ids), -1) if is_shared else positions
     if _MASK in present and not _is_all_ones(present[_MASK]):
         raise CaptureError(
-            f"{_POSITIONS}: the graph was captured with them, and a masked batch needs them; give them"
+            f"the graph was captured with {_POSITIONS}, and a masked batch needs them; "
+            f"give {_POSITIONS}"
         )
     return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 

@@ -1,10 +1,11 @@
-"""Placement: which values of a captured graph get a quantizer, on which grid, and why.
+"""Placement: decide which values of a captured graph get a quantizer, on which grid, and why.
 
-Every floating point value is decided about by the first rule that fits it: the user's rules (`rules.PlacementRule`) stand in front of those of a policy
-(`rules.POLICIES`). `Placement.explanation` lists every computed value with the rule that decided, `Placement.weights` the same of weights and inputs.
+The first rule that fits a floating-point value decides: the user's `PlacementRule`s, then those of
+the policy (`placement_rules.py`). `Placement.explanation` lists every computed value with the rule
+that decided, `Placement.weights` every weight and input.
 
-Names do not depend on what was decided: among the values of one module and operator, those that are data in their own right are numbered first, in order of the
-graph, and what only moves, or is the inside of something, after them.
+Names do not depend on decisions. The values of one module and operator are numbered in graph order,
+data movement and inner values (masks, norm internals) after all others.
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ from torch.fx import Node
 
 from qwlora.errors import CalibrationError
 from qwlora.graph.aten_ops import MOVES_DATA, base_name
-from qwlora.graph.graph_analysis import GraphFacts, module_of, operator_of
+from qwlora.graph.graph_analysis import GraphAnalysis, module_of, operator_of
 from qwlora.graph.graph_parameters import buffer_names
 from qwlora.graph.quantized_graph import Kind, Mark
-from qwlora.graph.value_facts import Fact
+from qwlora.graph.value_traits import Trait
 from qwlora.grid.range_estimator import Estimator
 from qwlora.messages import suggestion
 from qwlora.parameter_names import canonical_name, parameter_name
 from qwlora.simulation.placement_rules import (
     Decision,
-    IdleRules,
     PlacementRule,
     Policy,
+    UnusedRules,
     policy,
 )
 
 _NO_VALUE = "matches no value"
-_NOT_DATA = {Fact.FLOAT64, Fact.INTEGER_ORIGIN, Fact.MASKED, Fact.INSIDE_ONE_OPERATION}
+_INNER_VALUES = {Trait.FLOAT64, Trait.INTEGER_ORIGIN, Trait.MASKED, Trait.INSIDE_ONE_OPERATION}
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One value and what was decided about it.
+    """A value and the decision about it.
 
     Args:
         node: in the program's graph.
         name: of its encoding, if it has one.
-        operator: that made it; `weight` or `input` of what was not made.
+        operator: that computed it; `weight` or `input` if none did.
     """
 
     node: str
@@ -58,13 +59,13 @@ class Placed:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a rule's glob is matched with; see `rules.PlacementRule`."""
+        """The names that a rule's glob matches; see `PlacementRule`."""
         return names_of_value(self.name, self.module, self.operator)
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """Where one value's grid differs from the simulation's; None is no difference."""
+    """How the grid of a value differs from the simulation's; None: not at all."""
 
     bitwidth: int | None = None
     symmetric: bool | None = None
@@ -75,13 +76,13 @@ class Overrides:
 
 @dataclass
 class Placement:
-    """The marks of a graph, where their grids are special, and the reason for every value that has or has not got one.
+    """The values to quantize, their special grids, and the placement log.
 
     Args:
-        overrides: by name of a mark.
-        ruled: the marks that a user's rule decided about.
-        unknown: how often each operator occurs that no rule knows.
-        idle: the user's rules that do nothing, by their place among them, and why.
+        overrides: by name of the mark.
+        ruled: names of the marks that a user's rule decided about.
+        unknown: number of occurrences of each unknown operator.
+        unused_rules: why a user's rule has no effect, by its index.
     """
 
     marks: list[Mark] = field(default_factory=list)
@@ -90,10 +91,10 @@ class Placement:
     explanation: list[Placed] = field(default_factory=list)
     weights: list[Placed] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
-    idle: dict[int, str] = field(default_factory=dict)
+    unused_rules: dict[int, str] = field(default_factory=dict)
 
-    def take_out(self, names: Collection[str], decision: Decision, reason: str) -> None:
-        """Leave the values of these names without encodings of their own, whatever was decided."""
+    def exclude(self, names: Collection[str], decision: Decision, reason: str) -> None:
+        """Override the decision for these values: they get no encoding."""
         self.marks[:] = [mark for mark in self.marks if mark.name not in names]
         for placed in (self.explanation, self.weights):
             placed[:] = [
@@ -104,14 +105,14 @@ class Placement:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A value that is to be decided about."""
+    """A value to decide about."""
 
     node: Node
     name: str
     operator: str
     module: str
     module_class: str
-    facts: frozenset[Fact]
+    traits: frozenset[Trait]
     owner: str = ""
     kind: Kind = Kind.ACTIVATION
 
@@ -127,31 +128,34 @@ def place(
     quantize_residual_adds: bool = False,
     symmetric_matmul_second_input: bool = False,
     input_names: Mapping[str, str] | None = None,
-    idle_rules: IdleRules = "refuse",
+    unused_rules: UnusedRules = "refuse",
 ) -> Placement:
     """Decide about every floating point value of `program`.
 
     Args:
-        chosen: the policy, or the name of one.
+        chosen: a policy, or its name.
         rules: the user's, tried before the policy's.
-        quantize_residual_adds: give the residual stream encodings too. An NPU without float needs it; where a few channels of the stream are thousands of
-            times larger than the rest, as in most language models, 16 bits then leave a few steps for everything else.
-        symmetric_matmul_second_input: the second factor of a product of two activations gets a symmetric grid, as some runtimes need it.
-        input_names: how the model's inputs are called, by placeholder; their own names unless given.
-        idle_rules: whether rules of the user's that do nothing are refused, or for another graph (see `refuse_idle`).
+        quantize_residual_adds: quantize the residual stream too, for NPUs without float. In most
+            language models a few channels are thousands of times larger than the rest, so that even
+            16 bits leave few steps for the others.
+        symmetric_matmul_second_input: give the second input of a product of two activations a
+            symmetric grid. Qualcomm HTP requires it at 16 bits (AIMET applies the same exception
+            when it is given an HTP configuration).
+        input_names: names of the model's inputs by placeholder. Default: the placeholder's name.
+        unused_rules: refuse user rules without effect, or allow them (see `refuse_ineffective_rules`).
 
     Raises:
-        CalibrationError: there is no such policy; or rules do nothing (all are named, with near names).
+        CalibrationError: there is no such policy; or rules have no effect (all are named).
     """
     chosen = policy(chosen) if isinstance(chosen, str) else chosen
     if quantize_residual_adds:
         chosen = replace(
             chosen,
-            rules=tuple(rule for rule in chosen.rules if rule.fact is not Fact.RESIDUAL_ADDITION),
+            rules=tuple(rule for rule in chosen.rules if rule.trait is not Trait.RESIDUAL_ADDITION),
         )
-    structure = GraphFacts(program, chosen.one_operation)
+    analysis = GraphAnalysis(program, chosen.one_operation)
     placement = Placement()
-    candidates = list(_candidates(program, structure, input_names or {}))
+    candidates = list(_candidates(program, analysis, input_names or {}))
     decider = _Decider(chosen, rules)
     for candidate in candidates:
         decision, reason, ruled = decider.decide(candidate)
@@ -160,7 +164,7 @@ def place(
         if (
             activation
             and symmetric_matmul_second_input
-            and Fact.MATMUL_SECOND_INPUT in candidate.facts
+            and Trait.MATMUL_SECOND_INPUT in candidate.traits
             and overrides.symmetric is None
         ):
             overrides = replace(overrides, symmetric=True)
@@ -178,7 +182,7 @@ def place(
             if activation and candidate.node.op == "call_function"
             else placement.weights
         ).append(placed)
-        if Fact.UNKNOWN in candidate.facts:
+        if Trait.UNKNOWN in candidate.traits:
             placement.unknown[candidate.operator] += 1
         if decision is Decision.QUANTIZE:
             placement.marks.append(Mark(candidate.node.name, candidate.name, candidate.kind))
@@ -186,51 +190,48 @@ def place(
                 placement.ruled.add(candidate.name)
             if overrides != Overrides():
                 placement.overrides[candidate.name] = overrides
-    placement.idle = decider.idle(candidates)
-    if idle_rules == "refuse":
-        refuse_idle([placement])
+    placement.unused_rules = decider.unused_rules(candidates)
+    if unused_rules == "refuse":
+        refuse_ineffective_rules([placement])
     return placement
 
 
-def refuse_idle(placements: Sequence[Placement]) -> None:
-    """Of rules for several graphs, each does something in one of them.
+def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
+    """Check that each user rule has an effect in one of several graphs.
 
     Raises:
-        CalibrationError: some do nothing in any; all are named.
+        CalibrationError: rules have no effect in any graph; all are named.
     """
-    everywhere = [
-        index
-        for index in placements[0].idle
-        if all(index in placement.idle for placement in placements)
-    ]
-    if everywhere:  # what is matched in vain says more than that nothing is matched
+    reasons = [placement.unused_rules for placement in placements]
+    unused = [index for index in reasons[0] if all(index in each for each in reasons)]
+    if unused:
+        # of the reasons in several graphs, prefer one of a graph where the rule matches something
         problems = [
-            min(
-                (placement.idle[index] for placement in placements),
-                key=lambda why: _NO_VALUE in why,
-            )
-            for index in everywhere
+            min((each[index] for each in reasons), key=lambda why: _NO_VALUE in why)
+            for index in unused
         ]
         raise CalibrationError(
-            "\n  ".join([f"{len(problems)} of the placement rules do nothing:", *problems])
+            "\n  ".join([f"{len(problems)} placement rules have no effect:", *problems])
         )
 
 
 class _Decider:
-    """The rules in order, and what became of each user's rule."""
+    """Applies the rules and records which of the user's rules have an effect."""
 
     def __init__(self, chosen: Policy, rules: Sequence[PlacementRule]):
         self.policy, self.rules = chosen, rules
         self.effective: set[int] = set()
 
     def decide(self, candidate: _Candidate) -> tuple[Decision, str, Overrides | None]:
-        """The decision about one value, the reason, and what a user's rule says of its grid, if one decided."""
+        """Decision and reason; overrides if a user's rule decided, else None."""
         if candidate.kind is Kind.BASE:
-            return Decision.QUANTIZE, "the integers of step 1", None
+            return Decision.QUANTIZE, "a packed weight of the base", None
         rule = next(
             r
             for r in self.policy.rules
-            if r.fits(candidate.operator, candidate.module_class, candidate.module, candidate.facts)
+            if r.fits(
+                candidate.operator, candidate.module_class, candidate.module, candidate.traits
+            )
         )
         decision, reason = rule.decision, rule.reason.format(owner=candidate.owner)
         for index, own in enumerate(self.rules):
@@ -251,8 +252,8 @@ class _Decider:
             )
         return decision, reason, None
 
-    def idle(self, candidates: Sequence[_Candidate]) -> dict[int, str]:
-        """The user's rules that have decided about nothing, and why."""
+    def unused_rules(self, candidates: Sequence[_Candidate]) -> dict[int, str]:
+        """The user's rules that decided about no value, and why."""
         return {
             i: f"{rule.match!r} {self._why(rule, candidates)}"
             for i, rule in enumerate(self.rules)
@@ -262,36 +263,38 @@ class _Decider:
     def _why(self, rule: PlacementRule, candidates: Sequence[_Candidate]) -> str:
         matched = [c for c in candidates if rule.fits(c.names)]
         if not matched:
-            return f"{_NO_VALUE}{suggestion(rule.match, [name for c in candidates for name in c.names], 3)}"
+            names = [name for candidate in candidates for name in candidate.names]
+            return f"{_NO_VALUE}{suggestion(rule.match, names, 3)}"
         open_to = [
             c
             for c in matched
             if rule.is_for(c.kind is not Kind.ACTIVATION) and c.kind is not Kind.BASE
         ]
         if not open_to:
-            what = (
-                "weights that step 1 made integers"
-                if all(c.kind is Kind.BASE for c in matched)
-                else "weights"
-                if rule.of is None
-                else f"no {rule.of}"
-            )
-            return f"matches {what} only, {matched[0].name} the first; of: weights is for the adapter's and for those left float"
+            first = matched[0].name
+            if all(candidate.kind is Kind.BASE for candidate in matched):
+                return f"matches only packed weights, {first} first; their grids cannot change"
+            if rule.of is None:
+                return f"matches only weights, {first} first; add of: weights"
+            return f"matches no {rule.of}, but {first}; change of: {rule.of}"
         if rule.keep is None and not rule.force:
-            return f"matches nothing that the policy {self.policy.name} quantizes, or only what an earlier rule decides about; force: true quantizes it anyway"
-        return "matches only what an earlier rule decides about"
+            return (
+                f"matches nothing that policy {self.policy.name} quantizes and no earlier rule "
+                "decides; force: true quantizes it anyway"
+            )
+        return "matches only values that an earlier rule decides; move it up, or remove it"
 
 
 def names_of_value(name: str, module: str, operator: str) -> tuple[str, ...]:
-    """What a rule's glob is matched with; see `rules.PlacementRule`."""
+    """The names that a rule's glob matches; see `PlacementRule`."""
     made = module and operator not in ("weight", "input")
     return tuple(n for n in (name, module, f"{module}.{operator}" if made else "") if n)
 
 
 def _candidates(
-    program: ExportedProgram, structure: GraphFacts, input_names: Mapping[str, str]
+    program: ExportedProgram, analysis: GraphAnalysis, input_names: Mapping[str, str]
 ) -> Iterator[_Candidate]:
-    """Every floating point value that is a parameter, an input, or computed; in order of the graph, numbered."""
+    """Every floating-point parameter, input and computed value in graph order, with its name."""
     found = []
     buffers, weights = buffer_names(program), set[str]()
     for node in program.graph.nodes:
@@ -299,13 +302,12 @@ def _candidates(
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         if node.op == "placeholder":
-            found += _outside(node, structure, input_names.get(node.name, node.name))
+            found += _graph_inputs(node, analysis, input_names.get(node.name, node.name))
         elif node.op == "call_function" and operator_of(node) == "dequantize":
             path, module_class = module_of(node)
             stored = parameter_name(buffers[node.args[0].name].removesuffix(".packed"))
-            name = (
-                stored if stored not in weights else parameter_name(path)
-            )  # a tied layer reads the codes of another
+            # a tied layer reads the codes of another layer
+            name = stored if stored not in weights else parameter_name(path)
             weights.add(stored)
             found.append(
                 _Candidate(
@@ -320,7 +322,7 @@ def _candidates(
             )
         elif node.op == "call_function":
             path, module_class = module_of(node)
-            owner = structure.owner(node)
+            owner = analysis.owner(node)
             found.append(
                 _Candidate(
                     node,
@@ -328,7 +330,7 @@ def _candidates(
                     operator_of(node),
                     canonical_name(path),
                     module_class,
-                    structure.facts(node),
+                    analysis.traits(node),
                     owner[1] if owner else "",
                 )
             )
@@ -337,18 +339,18 @@ def _candidates(
         yield replace(candidate, name=names.get(candidate.node.name, candidate.name))
 
 
-def _outside(node: Node, structure: GraphFacts, input_name: str) -> list[_Candidate]:
-    """A parameter, or a floating point input of the user, is a value. A buffer that is no parameter is a constant of the code, and stays."""
-    facts = structure.facts(node)
-    if (parameter := structure.parameters.get(node.name)) is not None:
-        kind = Kind.ADAPTER if Fact.ADAPTER_WEIGHT in facts else Kind.PARAMETER
+def _graph_inputs(node: Node, analysis: GraphAnalysis, input_name: str) -> list[_Candidate]:
+    """The candidate of a placeholder: a parameter in use or an input, but not a buffer."""
+    traits = analysis.traits(node)
+    if (parameter := analysis.parameters.get(node.name)) is not None:
+        kind = Kind.ADAPTER if Trait.ADAPTER_WEIGHT in traits else Kind.PARAMETER
         name = canonical_name(parameter)
         return (
-            [_Candidate(node, name, "weight", name.rpartition(".")[0], "", facts, kind=kind)]
+            [_Candidate(node, name, "weight", name.rpartition(".")[0], "", traits, kind=kind)]
             if node.users
             else []
         )
-    return [_Candidate(node, input_name, "input", "", "", facts)] if Fact.INPUT in facts else []
+    return [_Candidate(node, input_name, "input", "", "", traits)] if Trait.INPUT in traits else []
 
 
 def _numbered(candidates: Sequence[_Candidate]) -> dict[str, str]:
@@ -357,9 +359,11 @@ def _numbered(candidates: Sequence[_Candidate]) -> dict[str, str]:
     names = {}
     computed = [c for c in candidates if not c.name]
     for candidate in sorted(
-        computed, key=lambda c: bool(c.facts & _NOT_DATA) or base_name(c.operator) in MOVES_DATA
+        computed,
+        key=lambda c: bool(c.traits & _INNER_VALUES) or base_name(c.operator) in MOVES_DATA,
     ):
-        stem = f"{candidate.module or 'output'}.{candidate.operator}"  # the outermost module has no path
+        # the outermost module has no path
+        stem = f"{candidate.module or 'output'}.{candidate.operator}"
         names[candidate.node.name] = f"{stem}_{taken[stem]}" if taken[stem] else stem
         taken[stem] += 1
     return names

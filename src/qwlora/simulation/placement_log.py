@@ -1,4 +1,4 @@
-"""What was placed where, on which grid, and why: the answer to "why is this value (not) quantized?"."""
+"""The placement log: which values are quantized, on which grid, and why."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwlora.simulation.fake_quantizer import Quantizer
+from qwlora.simulation.placement import Placed
 from qwlora.simulation.placement_rules import Decision
-from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.simulated_graph import SimulatedGraph
 
 
 @dataclass(frozen=True)
-class Explained:
-    """One value of the graph.
+class LoggedValue:
+    """A value of the graph.
 
     Args:
-        kind: of the tensor: base, adapter, parameter or activation.
-        grid: the scheme in words; empty where there is none.
+        kind: base, adapter, parameter or activation.
+        grid: the scheme in words; empty if the value is not quantized.
         observer: how an activation's range is chosen.
-        low, high: the ends of the grid once it is known, of a value with one scale.
+        low, high: ends of an activation's grid, once calibrated or fixed.
     """
 
     name: str
@@ -35,20 +36,20 @@ class Explained:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """All values: weights and inputs first, then what is computed, in order of the graph.
+class PlacementLog:
+    """All values: weights and inputs first, then computed values, in graph order.
 
     Args:
-        policy: its name.
-        unknown: operators that no rule knows, with how often they occur.
+        policy: name of the policy.
+        unknown: number of occurrences of each unknown operator.
     """
 
     policy: str
-    values: tuple[Explained, ...]
+    values: tuple[LoggedValue, ...]
     unknown: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The log as JSON values."""
         return {
             "policy": self.policy,
             "unknown": self.unknown,
@@ -56,28 +57,28 @@ class Explanation:
         }
 
 
-def explain(simulation: Simulation, policy: str) -> Explanation:
-    """The placement of a simulation, calibrated or not."""
+def explain(simulation: SimulatedGraph, policy: str) -> PlacementLog:
+    """The placement log of a simulation, calibrated or not."""
     kinds = {mark.node: mark.kind.value for mark in simulation.marks}
     values = []
     for placed in (*simulation.placement.weights, *simulation.explanation):
-        known = {
-            f: getattr(placed, f)
-            for f in ("name", "module", "operator", "module_class", "decision", "reason")
-        }
+        unmarked = "parameter" if placed.operator == "weight" else "activation"
         values.append(
-            Explained(
-                **known,
-                kind=kinds.get(
-                    placed.node, "activation" if placed.operator != "weight" else "parameter"
-                ),
+            LoggedValue(
+                placed.name,
+                placed.module,
+                placed.operator,
+                placed.module_class,
+                kinds.get(placed.node, unmarked),
+                placed.decision,
+                placed.reason,
                 **_grid(simulation, placed),
             )
         )
-    return Explanation(policy, tuple(values), dict(simulation.placement.unknown))
+    return PlacementLog(policy, tuple(values), dict(simulation.placement.unknown))
 
 
-def _grid(simulation: Simulation, placed: Any) -> dict[str, Any]:
+def _grid(simulation: SimulatedGraph, placed: Placed) -> dict[str, Any]:
     if placed.decision is not Decision.QUANTIZE:
         return {}
     if placed.name in simulation.quantizers:

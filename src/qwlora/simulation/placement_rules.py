@@ -1,19 +1,19 @@
-"""Which values of a captured graph get a quantizer: rules, and policies made of them. Plain data; free of torch.
+"""Rules and policies that say which values of a graph get a quantizer. Does not import torch.
 
-A policy is an ordered list of rules; the first that fits a value decides:
+A policy is an ordered list of `PolicyRule`s; the first one that fits a value decides:
 
     quantize   the value gets an encoding
-    share      it has none of its own: the encoding of the value that it was moved from holds it
-    float      it stays as it is
+    share      data movement: the encoding of the value it was moved from also holds it
+    float      the value is not quantized
 
-A rule fits by the operator that made the value, the class of the module that ran it, a glob over its path, and one structural fact (`Fact`) about it. Three
-policies come with the package:
+A rule fits by operator, module class, module path and a structural trait (`Trait`). Policies:
 
-    npu              every value that is made, but for those that no grid holds beside the rest: the inside of norms, masks, angles, residual additions
-    matmul-inputs    what matrix products and convolutions read, and nothing else: integer kernels on a server
-    weights-only     no activation
+    npu              all computed values, except what needs more range than a grid has: norm
+                     internals, masked scores, angles, residual additions
+    matmul-inputs    only what matrix products and convolutions read (integer kernels on servers)
+    weights-only     no activations
 
-A `PlacementRule` is a user's: it stands in front of the policy, keeps values float or gives them another grid.
+The user's `PlacementRule`s come before the policy: they keep values float or change their grids.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import ClassVar, Literal
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.graph.aten_ops import MOVES_DATA, base_name
-from qwlora.graph.value_facts import Fact
+from qwlora.graph.value_traits import Trait
 from qwlora.grid.range_estimator import Estimator, as_estimator
 from qwlora.grid.scheme import BITWIDTHS
 
-# Class names of modules that are one operation to a runtime and several to torch: their inside stays float.
+# Class names of modules that are one operation to a runtime but several to torch; their inner
+# values are not quantized.
 ONE_OPERATION = r"(?i)Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation"
 
 
-IdleRules = Literal[
-    "refuse", "allow"
-]  # what becomes of a user's rule that does nothing in a graph: it may be for another graph of the same job
+# What to do about a user's rule without effect in a graph; it may be for another graph of the job.
+UnusedRules = Literal["refuse", "allow"]
 
 
 class Decision(StrEnum):
-    """What becomes of a value."""
+    """What happens to a value."""
 
     QUANTIZE = "quantize"
     SHARE = "share"
@@ -54,24 +54,28 @@ class PolicyRule:
 
     Args:
         decision: for the values that fit.
-        reason: what `explain` says; `{owner}` stands for the class of the module that is one operation.
-        operators: names of operators; None fits all.
+        reason: for the placement log; `{owner}` is the class of the enclosing module that is one
+            operation.
+        operators: base names; None fits all.
         module_class: a regular expression, searched in the class name of the innermost module.
         path: a glob over the module's path.
-        fact: a structural fact that must hold.
+        trait: a trait that the value must have.
     """
 
     decision: Decision
     reason: str
+    # a saved rule with other keys is of another version; ignoring them would change the policy
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
     operators: frozenset[str] | None = None
     module_class: str | None = None
     path: str | None = None
-    fact: Fact | None = None
+    trait: Trait | None = None
 
-    def fits(self, operator: str, module_class: str, path: str, facts: frozenset[Fact]) -> bool:
-        """Whether the rule decides about a value of which this is known."""
+    def fits(self, operator: str, module_class: str, path: str, traits: frozenset[Trait]) -> bool:
+        """Whether the rule decides about a value with these properties."""
         return (
-            (self.fact is None or self.fact in facts)
+            (self.trait is None or self.trait in traits)
             and (self.operators is None or base_name(operator) in self.operators)
             and (
                 self.module_class is None or re.search(self.module_class, module_class) is not None
@@ -85,7 +89,8 @@ class Policy:
     """Rules in order; the last must fit everything.
 
     Args:
-        one_operation: a regular expression over class names: modules that are one operation, unless they multiply matrices or attend.
+        one_operation: a regular expression over class names of modules that count as one
+            operation, unless they run a matrix product or a softmax.
     """
 
     name: str
@@ -94,29 +99,30 @@ class Policy:
 
     def __post_init__(self) -> None:
         last = self.rules[-1] if self.rules else None
-        if last is None or (last.operators, last.module_class, last.path, last.fact) != (
+        if last is None or (last.operators, last.module_class, last.path, last.trait) != (
             None,
             None,
             None,
             None,
         ):
             raise CalibrationError(
-                f"policy {self.name!r} must end with a rule that fits every value, so that none is left undecided"
+                f"policy {self.name!r} must end with a rule that fits every value; add a rule "
+                "without conditions"
             )
 
 
 _NOT_DATA = (
-    PolicyRule(Decision.FLOAT, "float64 is index arithmetic", fact=Fact.FLOAT64),
-    PolicyRule(Decision.FLOAT, "computed from integers alone", fact=Fact.INTEGER_ORIGIN),
-    PolicyRule(Decision.FLOAT, "an angle: only sine and cosine read it", fact=Fact.ANGLE),
-    PolicyRule(Decision.FLOAT, "combined with a mask", fact=Fact.MASKED),
+    PolicyRule(Decision.FLOAT, "float64 is index arithmetic", trait=Trait.FLOAT64),
+    PolicyRule(Decision.FLOAT, "computed from integers only", trait=Trait.INTEGER_ORIGIN),
+    PolicyRule(Decision.FLOAT, "an angle: read by sine and cosine only", trait=Trait.ANGLE),
+    PolicyRule(Decision.FLOAT, "combined with a mask", trait=Trait.MASKED),
     PolicyRule(
         Decision.FLOAT,
-        "a weight that is made of weights, which have grids of their own",
-        fact=Fact.ADAPTED_WEIGHT,
+        "a weight computed from weights, which have their own grids",
+        trait=Trait.ADAPTED_WEIGHT,
     ),
 )
-_ADAPTER = PolicyRule(Decision.QUANTIZE, "a weight of the adapter", fact=Fact.ADAPTER_WEIGHT)
+_ADAPTER = PolicyRule(Decision.QUANTIZE, "a weight of the adapter", trait=Trait.ADAPTER_WEIGHT)
 
 POLICIES: dict[str, Policy] = {
     policy.name: policy
@@ -126,26 +132,30 @@ POLICIES: dict[str, Policy] = {
             (
                 _ADAPTER,
                 PolicyRule(
-                    Decision.QUANTIZE, "a parameter that step 1 left float", fact=Fact.PARAMETER
+                    Decision.QUANTIZE, "a parameter that step 1 left float", trait=Trait.PARAMETER
                 ),
                 *_NOT_DATA,
-                PolicyRule(Decision.QUANTIZE, "an input of the model", fact=Fact.INPUT),
+                PolicyRule(Decision.QUANTIZE, "an input of the model", trait=Trait.INPUT),
                 PolicyRule(
                     Decision.FLOAT,
                     "inside {owner}, which is one operation",
-                    fact=Fact.INSIDE_ONE_OPERATION,
+                    trait=Trait.INSIDE_ONE_OPERATION,
                 ),
-                PolicyRule(Decision.QUANTIZE, "output of {owner}", fact=Fact.LEAVES_ONE_OPERATION),
-                PolicyRule(Decision.FLOAT, "a residual addition", fact=Fact.RESIDUAL_ADDITION),
+                PolicyRule(
+                    Decision.QUANTIZE, "output of {owner}", trait=Trait.LEAVES_ONE_OPERATION
+                ),
+                PolicyRule(Decision.FLOAT, "a residual addition", trait=Trait.RESIDUAL_ADDITION),
                 PolicyRule(
                     Decision.SHARE,
-                    "moves data; its input's encoding holds it",
+                    "data movement; the encoding of its input holds it",
                     operators=MOVES_DATA,
                 ),
                 PolicyRule(
-                    Decision.QUANTIZE, "unknown: treated as making new values", fact=Fact.UNKNOWN
+                    Decision.QUANTIZE,
+                    "unknown operator: assumed to compute new values",
+                    trait=Trait.UNKNOWN,
                 ),
-                PolicyRule(Decision.QUANTIZE, "makes new values"),
+                PolicyRule(Decision.QUANTIZE, "computes new values"),
             ),
         ),
         Policy(
@@ -153,19 +163,21 @@ POLICIES: dict[str, Policy] = {
             (
                 _ADAPTER,
                 PolicyRule(
-                    Decision.FLOAT, "a parameter that step 1 left float", fact=Fact.PARAMETER
+                    Decision.FLOAT, "a parameter that step 1 left float", trait=Trait.PARAMETER
                 ),
                 *_NOT_DATA,
-                PolicyRule(Decision.QUANTIZE, "a matrix product reads it", fact=Fact.MATMUL_INPUT),
+                PolicyRule(Decision.QUANTIZE, "read by a matrix product", trait=Trait.MATMUL_INPUT),
                 PolicyRule(
                     Decision.SHARE,
-                    "moves data; its input's encoding holds it",
+                    "data movement; the encoding of its input holds it",
                     operators=MOVES_DATA,
                 ),
                 PolicyRule(
-                    Decision.FLOAT, "unknown: treated as no matrix product", fact=Fact.UNKNOWN
+                    Decision.FLOAT,
+                    "unknown operator: assumed to be no matrix product",
+                    trait=Trait.UNKNOWN,
                 ),
-                PolicyRule(Decision.FLOAT, "no matrix product reads it"),
+                PolicyRule(Decision.FLOAT, "not read by a matrix product"),
             ),
         ),
         Policy(
@@ -173,9 +185,9 @@ POLICIES: dict[str, Policy] = {
             (
                 _ADAPTER,
                 PolicyRule(
-                    Decision.FLOAT, "a parameter that step 1 left float", fact=Fact.PARAMETER
+                    Decision.FLOAT, "a parameter that step 1 left float", trait=Trait.PARAMETER
                 ),
-                PolicyRule(Decision.FLOAT, "no activation is quantized"),
+                PolicyRule(Decision.FLOAT, "activations stay float"),
             ),
         ),
     )
@@ -195,22 +207,25 @@ def policy(name: str) -> Policy:
 
 @dataclass(frozen=True)
 class PlacementRule:
-    """A user's rule about the values that a glob matches; the first rule that fits a value is the one that counts.
+    """A user's rule for the values that a glob matches; the first rule that fits decides.
 
-    A value has three names: its module's path (`model.layers.0.self_attn`), that with the operator (`model.layers.0.self_attn.softmax`), and the name of its
-    encoding, which numbers equal ones (`model.layers.0.self_attn.mul_1`). A weight goes by its module's path and its own (`lm_head`, `lm_head.weight`).
+    A value has three names: its module's path (`model.layers.0.self_attn`), the path with the
+    operator (`model.layers.0.self_attn.softmax`), and the name of its encoding, where duplicates
+    are numbered (`model.layers.0.self_attn.mul_1`). A weight has its module's path and its own
+    (`lm_head`, `lm_head.weight`).
 
     Args:
-        match: a glob (`*`, `?`, `[...]`) over any of these.
-        keep: `"float"` leaves the values float; a weight that step 1 made integers is not touched.
-        bitwidth, symmetric: of the grid, in the place of the simulation's; None leaves that.
-        minimum, maximum: fixed ends of the range, zero between them; None takes what is observed.
-        observer: how the range is chosen, in the place of the simulation's.
-        force: quantize what matches even where the policy would not. Without it a grid is for the values that the policy quantizes.
-        of: only activations, or only weights. Unless given, `keep` is for both and a grid for activations.
+        match: a glob (`*`, `?`, `[...]`) over these names.
+        keep: `"float"` does not quantize the values. It has no effect on packed weights.
+        bitwidth, symmetric: of the grid. None: as in the simulation.
+        minimum, maximum: fixed ends of the range, with zero between them. None: as observed.
+        observer: how the range is chosen. None: as in the simulation.
+        force: quantize matching values even where the policy does not.
+        of: restrict the rule to activations or weights. None: `keep` applies to both, a grid to
+            activations.
 
     Raises:
-        GridError: the parts contradict each other.
+        GridError: the options contradict each other.
     """
 
     match: str
@@ -230,16 +245,18 @@ class PlacementRule:
             object.__setattr__(self, "observer", as_estimator(self.observer))
 
     def problem(self) -> str | None:
-        """What is wrong with the rule, if anything."""
+        """Why the rule is invalid; None if it is valid."""
         given = [
             n
             for n in ("bitwidth", "symmetric", "minimum", "maximum", "observer")
             if getattr(self, n) is not None
         ]
         if self.keep is not None and (given or self.force):
-            return f"a value that stays float has no {', '.join(given or ['force'])}; remove that, or keep"
+            return f"keep: float contradicts {', '.join(given or ['force'])}; remove one of them"
         if self.keep is None and not given and not self.force:
-            return "it changes nothing; give keep: float, or a bitwidth, symmetric, a range or an observer"
+            return (
+                "it changes nothing; add keep: float, bitwidth, symmetric, a range or an observer"
+            )
         if self.bitwidth is not None and self.bitwidth not in BITWIDTHS:
             return f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
         if wrong := [
@@ -247,30 +264,33 @@ class PlacementRule:
             for n in ("minimum", "maximum")
             if (end := getattr(self, n)) is not None and not math.isfinite(end)
         ]:
-            return f"{' and '.join(wrong)} must be finite; leave out what the data decides"
+            return f"{' and '.join(wrong)} must be finite; omit an end that the data decides"
         if (
             (self.minimum or 0) > 0
             or (self.maximum or 0) < 0
             or (self.minimum, self.maximum) == (0, 0)
         ):
-            return f"the range {self.minimum} to {self.maximum} must have zero in it, and something beside it"
+            return f"the range {self.minimum} to {self.maximum} must contain zero and another value"
         if self.of == "weights" and (
             of_activations := [n for n in given if n not in ("bitwidth", "symmetric")]
         ):
-            return f"a weight's range comes from its values: {', '.join(of_activations)} is for activations"
+            return (
+                f"{', '.join(of_activations)} is for activations; the range of a weight comes from "
+                "its values"
+            )
         return None
 
     @property
     def reason(self) -> str:
-        """What `explain` says."""
+        """For the placement log."""
         return f"rule {self.match!r}"
 
     def is_for(self, weight: bool) -> bool:
-        """Whether the rule speaks of weights, or of activations."""
+        """Whether the rule applies to weights (`weight`) or to activations."""
         if self.of is None:
             return self.keep is not None or not weight
         return (self.of == "weights") is weight
 
     def fits(self, names: tuple[str, ...]) -> bool:
-        """Whether one of a value's names matches."""
+        """Whether the glob matches one of a value's names."""
         return any(fnmatchcase(name, self.match) for name in names)

@@ -1,12 +1,16 @@
-"""What several adapters on one base share: encodings of one name that are one, and how they come to be.
+"""Encodings that several adapters on one base share.
 
-The words are those of QAIRT's `quant_updatable_mode`: what may change when an adapter takes the place of another.
+`base_activations` says what may change when a runtime switches adapters, with the values of QAIRT's
+`quant_updatable_mode`:
 
-    all             every activation encoding and the adapter's weights: each adapter has its own, calibrated with it alone
-    adapter_only    the adapter's own values (`branch.py`) and its weights; the base's activations have one set of encodings for all adapters
-    none            nothing: one encoding for each activation, and one for each adapter weight, which then have one shape
+    all             every activation and the adapter's weights; nothing is shared
+    adapter_only    the adapter's own activations (`graph/adapter_branch.py`) and weights; the
+                    base's activations have one set of encodings for all adapters
+    none            nothing: all activations and adapter weights share one set of encodings, so
+                    adapter weights must have the same shapes
 
-A shared encoding is that of everything any adapter saw: observers of one name are merged, and frozen once. The base's weights have one encoding in any case.
+A shared encoding covers everything that any adapter observed: observers of the same name are merged
+and then estimated once. Base weights have one encoding in every mode.
 """
 
 from __future__ import annotations
@@ -22,16 +26,16 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import MinMaxObserver
 from qwlora.simulation.estimate_encodings import estimate
 from qwlora.simulation.fake_quantizer import Quantizer
-from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.simulated_graph import SimulatedGraph
 
 BaseActivations = Literal["all", "adapter_only", "none"]
 
 
 class SharedObservation:
-    """What the simulations of several adapters saw of the values they share.
+    """Merged observations of the values that several simulations share.
 
     Args:
-        base_activations: what is shared; see the module's text.
+        base_activations: see the module's docstring.
     """
 
     def __init__(self, base_activations: BaseActivations):
@@ -40,26 +44,28 @@ class SharedObservation:
         self._weights: dict[str, MinMaxObserver] = {}
         self._names: set[str] | None = None
 
-    def take_in(self, simulation: Simulation) -> None:
-        """Add what `simulation`, which is frozen, observed, and the values of its adapter's weights where those are shared.
+    def add(self, simulation: SimulatedGraph) -> None:
+        """Merge what a frozen simulation observed; with `none`, its adapter weights too.
 
         Raises:
-            CalibrationError: a value has another shape or scheme than in the simulations before; or, where nothing may differ, one of them lacks it.
+            CalibrationError: a value has another shape or scheme than in earlier simulations, or
+                with `none` a value is missing in one of them.
         """
-        if (
-            self.base_activations == "none" and simulation.adapter_weights
-        ):  # the graph without any adapter has no value of one
-            self._refuse_other_names(simulation)
+        # a graph without any adapter lacks the adapter's values in every mode
+        if self.base_activations == "none" and simulation.adapter_weights:
+            self._check_names(simulation)
         for name in shared_activations(simulation, self.base_activations):
             quantizer = simulation.quantizers[name]
-            if name not in self._activations:
+            earlier = self._activations.get(name)
+            if earlier is None:
                 self._activations[name] = copy.deepcopy(quantizer)
-            elif self._activations[name].scheme != quantizer.scheme:
+            elif earlier.scheme != quantizer.scheme:
                 raise CalibrationError(
-                    f"{name} is to be {self._activations[name].scheme} with one adapter and {quantizer.scheme} with another; share less"
+                    f"adapters disagree on the grid of {name} ({earlier.scheme} vs "
+                    f"{quantizer.scheme}). Share less: base_activations all or adapter_only"
                 )
             else:
-                self._activations[name].observer.merge(quantizer.observer)
+                earlier.observer.merge(quantizer.observer)
         if self.base_activations == "none":
             encodings = simulation.encodings
             for name, weight in simulation.adapter_weights.items():
@@ -69,25 +75,30 @@ class SharedObservation:
                     name, self._weights.setdefault(name, MinMaxObserver(observer.scheme)), observer
                 )
 
-    def _refuse_other_names(self, simulation: Simulation) -> None:
+    def _check_names(self, simulation: SimulatedGraph) -> None:
         names = {*simulation.quantizers, *simulation.adapter_weights}
         if self._names is None:
             self._names = names
-        if differ := sorted(names ^ self._names):
-            why = (
-                "one adapter's data did not reach it; calibrate on more data, or keep it float by a rule"
-                if all(
-                    name in simulation.dropped or name in simulation.quantizers for name in differ
-                )
-                else "adapters that share every encoding are on the same layers and of one kind: "
-                "give them the same target_modules, layers and dora, or share less"
+        differing = sorted(names ^ self._names)
+        if not differing:
+            return
+        if all(name in simulation.dropped or name in simulation.quantizers for name in differing):
+            remedy = (
+                "The calibration data of one adapter did not reach it: calibrate on more data, or "
+                "add a rule with keep: float"
             )
-            raise CalibrationError(
-                f"{len(differ)} values have an encoding with one adapter and none with another, {differ[0]} first; {why}"
+        else:
+            remedy = (
+                "Adapters that share all encodings need the same target_modules, layers and dora; "
+                "otherwise share less"
             )
+        raise CalibrationError(
+            f"{len(differing)} values have an encoding with one adapter and none with another, "
+            f"{differing[0]} first. {remedy}"
+        )
 
     def encodings(self) -> dict[str, Encoding]:
-        """The shared encodings by name, in order of the graph of the first simulation."""
+        """The shared encodings by name, in graph order of the first simulation."""
         for quantizer in self._activations.values():
             quantizer.encoding = None
         estimate(list(self._activations.values()))
@@ -97,8 +108,8 @@ class SharedObservation:
         return found | {name: observer.encoding() for name, observer in self._weights.items()}
 
 
-def shared_activations(simulation: Simulation, base_activations: BaseActivations) -> list[str]:
-    """Names of the quantized activations of `simulation` whose encodings all adapters share, in order of the graph."""
+def shared_activations(simulation: SimulatedGraph, base_activations: BaseActivations) -> list[str]:
+    """Names of the quantized activations whose encodings all adapters share, in graph order."""
     if base_activations == "all":
         return []
     own = branch_nodes(simulation.program) if base_activations == "adapter_only" else set()
@@ -110,18 +121,20 @@ def shared_activations(simulation: Simulation, base_activations: BaseActivations
 
 
 def share(
-    simulation: Simulation, encodings: Mapping[str, Encoding], base_activations: BaseActivations
+    simulation: SimulatedGraph, encodings: Mapping[str, Encoding], base_activations: BaseActivations
 ) -> None:
-    """Give a frozen simulation the shared encodings, in the place of its own.
+    """Replace encodings of a frozen simulation by the shared ones.
 
     Raises:
-        CalibrationError: an activation that is shared has no encoding among them.
-        GridError: the grid of a weight does not fit it.
+        CalibrationError: a shared activation has no encoding in `encodings`.
+        GridError: the shape of an encoding does not match its weight.
     """
     names = shared_activations(simulation, base_activations)
-    if missing := [name for name in names if name not in encodings]:
+    missing = [name for name in names if name not in encodings]
+    if missing:
         raise CalibrationError(
-            f"{len(missing)} shared activations have no encoding, {missing[0]} first; observe every adapter before freezing"
+            f"{len(missing)} shared activations have no encoding, {missing[0]} first. Observe "
+            "every adapter before freezing"
         )
     device = device_of(simulation.graph_module)
     for name in names:
@@ -135,5 +148,6 @@ def _merge(name: str, observer: MinMaxObserver, other: MinMaxObserver) -> None:
         observer.merge(other)
     except CalibrationError as error:
         raise CalibrationError(
-            f"{name} differs among the adapters ({error}); what is shared must have one shape: give the adapters one rank, or share less"
+            f"adapters disagree on {name} ({error}). To share its encoding, give them the same "
+            "rank; otherwise share less"
         ) from error

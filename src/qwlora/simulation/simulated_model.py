@@ -1,15 +1,15 @@
-"""The simulation in the shape of the transformers model that it was made from, so that whatever evaluates that model evaluates the simulation.
+"""A simulation with the interface of its transformers model, for evaluation harnesses.
 
     model = simulation.model()
-    model(input_ids=ids, attention_mask=mask, labels=labels)     # the model's own output class: simulated logits, and its own loss on them
-    model.generate(ids, max_new_tokens=20)                       # the same tokens as ever, without a cache: each step runs the whole sequence
-    model.to("cuda")                                             # moves the simulation; the user's model stays where it is
+    model(input_ids=ids, attention_mask=mask, labels=labels)    # simulated logits, and their loss
+    model.generate(ids, max_new_tokens=20)    # without a cache: each step runs the whole sequence
+    model.to("cuda")                          # moves the simulation, not the captured model
 
-A batch that is padded on the left needs a graph that takes positions: put `position_ids` among the example inputs of `simulate`.
-
-It is an instance of the model's own class with its configuration and nothing below it: `forward` runs the graph. Arguments are those of the model's forward; an
-argument that the graph knows nothing of is refused, never ignored. It computes what was captured: evaluation, no gradients, no hidden states, no attentions, no
-cache. A term that the model's forward adds to its loss (a router's balance) is not in the graph, so a model that has one switched on gets no loss.
+It is an instance of a subclass of the model's class, with its config but without layers: `forward`
+runs the graph. It accepts the arguments of the model's forward and refuses those that the graph
+does not support. There are no gradients, hidden states, attentions or caches, and no loss for models
+that add other terms to it (router balance). Batches padded on the left need `position_ids` among
+the example inputs of `simulate`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from collections.abc import Mapping
 from typing import Any, NoReturn, Self, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwlora.errors import CaptureError
 from qwlora.simulation.model_inputs import complete
-from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.simulated_graph import SimulatedGraph
 
 _REFUSED = {
     "output_hidden_states": "hidden states",
@@ -36,24 +37,28 @@ _LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels"})
 
 
 class SimulatedModel:
-    """What a class of transformers gets in front of its own methods; `as_model` makes the class."""
+    """Methods that replace those of a transformers model; `as_model` makes the subclass."""
 
-    simulation: Simulation
+    simulation: SimulatedGraph
     own_arguments: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Simulated logits, in the model's own output class.
+        """Simulated logits in the model's output class.
 
         Raises:
-            CaptureError: an argument that the graph has no input for, or one that is missing; or labels with a loss that needs more than the logits.
+            CaptureError: an argument is missing or not supported by the graph, or the loss of
+                `labels` needs more than logits.
         """
-        if twice := kwargs.keys() & set(self.own_arguments[: len(args)]):
-            raise CaptureError(f"{', '.join(sorted(twice))}: given twice, by place and by name")
+        duplicates = kwargs.keys() & set(self.own_arguments[: len(args)])
+        if duplicates:
+            raise CaptureError(
+                f"{', '.join(sorted(duplicates))}: given both by position and by name"
+            )
         given = dict(zip(self.own_arguments, args, strict=False)) | kwargs
         for name, what in _REFUSED.items():
             if given.pop(name, None):
                 raise CaptureError(
-                    f"{name}: the simulated graph gives logits, and not {what}; leave it out"
+                    f"{name}: the simulated graph returns logits, not {what}; omit this argument"
                 )
         labels, keep = given.pop("labels", None), given.pop("logits_to_keep", None)
         in_class = given.pop("return_dict", None)
@@ -74,62 +79,66 @@ class SimulatedModel:
         return output.to_tuple() if in_class is False else output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`, told that there is no cache, which changes the time and not the tokens.
+        """The model's own `generate` without a cache.
 
         Raises:
-            CaptureError: it is an encoder with a decoder, whose halves `generate` runs apart.
+            CaptureError: the model is an encoder-decoder.
         """
         model = cast(PreTrainedModel, self)
         if model.config.is_encoder_decoder:
             raise CaptureError(
-                f"generate runs the encoder of {type(model).__name__} apart from its decoder, and the simulated graph is of both together; "
-                "call the model with the decoder's ids so far (decoder_input_ids), and append the token that the last logits choose"
+                f"generate runs encoder and decoder of {type(model).__name__} separately, and the "
+                "simulated graph has both. Call the model with decoder_input_ids, and append the "
+                "token that the last logits choose"
             )
         return super().generate(*args, **{**kwargs, "use_cache": False})  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Self:
-        """Refuses training: the graph is of evaluation."""
+        """Refuse training: the graph computes evaluation."""
         if mode:
             raise CaptureError(
-                "a simulated model is for evaluation; train the adapter before it is simulated (or through the graph, see `training`)"
+                "a simulated model is for evaluation; train the adapter before simulating it, or "
+                "with workflow: qwa-lora"
             )
         return self
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
-        """Nothing to do: a weight that the model ties is one in the graph. Evaluation harnesses call this."""
+        """Does nothing: tied weights are one in the graph. Evaluation harnesses call it."""
 
     def get_input_embeddings(self) -> NoReturn:
-        """Refuses: there are no layers to hand out or to change."""
+        """Refuse: a simulated model has no layers."""
         raise CaptureError(
-            "a simulated model is one graph and has no embedding layers; those that it was captured from are simulation.origin.model's, "
-            "and after a change of them simulate it again"
+            "a simulated model is one graph and has no embedding layers. Change those of "
+            "simulation.origin.model, and simulate it again"
         )
 
     get_output_embeddings = get_input_embeddings
 
     def set_input_embeddings(self, _: Any) -> NoReturn:
-        """Refuses likewise."""
+        """Refuse: a simulated model has no layers."""
         self.get_input_embeddings()
 
     set_output_embeddings = set_input_embeddings
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuses: this is no checkpoint."""
+        """Refuse: save the base, the adapter and the simulation instead."""
         raise CaptureError(
-            "a simulated model is no checkpoint; save base, adapter and simulation (`simulation.save(folder)`)"
+            "a simulated model is not a checkpoint; save the base, the adapter and the simulation "
+            "(simulation.save(folder))"
         )
 
 
-def as_model(simulation: Simulation) -> PreTrainedModel:
-    """See the module's text.
+def as_model(simulation: SimulatedGraph) -> PreTrainedModel:
+    """The simulation as a model of its transformers class; see the module's docstring.
 
     Raises:
-        CaptureError: the simulation was not made from a model of transformers.
+        CaptureError: the captured model is not from transformers, or was captured with a cache.
     """
     inner = inner_model(simulation.origin.model)
     if simulation.captured.interface.cached:
         raise CaptureError(
-            "the graph takes keys and values of earlier tokens; for the model's call, capture without past_key_values"
+            "the graph takes keys and values of earlier tokens; capture without past_key_values to "
+            "use it as a model"
         )
     own = type(inner)
     kind: Any = type(
@@ -159,16 +168,16 @@ def as_model(simulation: Simulation) -> PreTrainedModel:
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside `model`, which may be wrapped by PEFT.
+    """The transformers model in `model`, which may be a PEFT model.
 
     Raises:
         CaptureError: there is none.
     """
-    get = getattr(model, "get_base_model", None)
-    inner = get() if callable(get) else model
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise CaptureError(
-            f"{type(inner).__name__} is not a model of transformers, whose call could be kept; call the simulation itself, with tensors"
+            f"{type(inner).__name__} is not a transformers model; call the simulation with tensors "
+            "instead"
         )
     return inner
 
@@ -176,24 +185,24 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
 def loss_of(
     model: PreTrainedModel, logits: Tensor | None, labels: Tensor, given: Mapping[str, Any]
 ) -> Tensor:
-    """The loss function of `model` (`model.loss_function`) on these logits.
+    """`model.loss_function` of these logits.
+
+    Args:
+        given: further arguments of the loss function.
 
     Raises:
-        CaptureError: the loss needs more than logits and labels, or the model's forward adds to it.
+        CaptureError: the loss needs more than logits and labels, or the model's forward adds terms.
     """
     config = model.config
     if logits is None:
         raise CaptureError(
-            f"{type(model).__name__} returns no logits, so there is no loss of labels"
+            f"{type(model).__name__} returns no logits, so labels have no loss; omit them"
         )
     if config.is_encoder_decoder or getattr(config, "output_router_logits", False):
-        why = (
-            "moves the labels itself"
-            if config.is_encoder_decoder
-            else "adds the routers' balance to its loss"
-        )
+        why = "shifts labels" if config.is_encoder_decoder else "adds the router loss"
         raise CaptureError(
-            f"{type(model).__name__} {why}, which is not in the graph; compute the loss from the logits"
+            f"{type(model).__name__} {why} in its forward, which the graph does not have; compute "
+            "the loss from the logits"
         )
     text = config.get_text_config()
     known = {
@@ -206,20 +215,22 @@ def loss_of(
     }
     function = model.loss_function
     parameters = inspect.signature(function).parameters
-    if missing := [
+    missing = [
         n
         for n, p in parameters.items()
         if p.default is p.empty and p.kind is not p.VAR_KEYWORD and n not in known
-    ]:
+    ]
+    if missing:
         raise CaptureError(
-            f"the loss of {type(model).__name__} needs {', '.join(missing)} besides logits and labels; compute it from the logits"
+            f"the loss of {type(model).__name__} also needs {', '.join(missing)}; compute it from "
+            "the logits"
         )
     loss: Tensor = function(**{n: v for n, v in known.items() if n in parameters or n in given})
     return loss
 
 
 def _signed(inner: PreTrainedModel, inputs: tuple[str, ...]) -> Any:
-    """`SimulatedModel.forward` with a signature of its own: `generate` reads from it which inputs to make."""
+    """`SimulatedModel.forward` with a signature that tells `generate` what to pass."""
     own = _own_parameters(inner)
     names = [
         n

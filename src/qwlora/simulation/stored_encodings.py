@@ -1,7 +1,8 @@
-"""The encodings of a stored simulation: AIMET's encodings file, version 2.1.0, keyed by module path.
+"""The files of a saved simulation that can be read without transformers: encodings and record.
 
-A symmetric grid is signed there and an asymmetric one is not, which is how both come back: the version itself says only where zero is. Float32 scales are JSON
-numbers that read back to the same bits. Needs no transformers, so that any environment reads what this one wrote; `storage.py` has the rest of a simulation.
+Encodings are an AIMET file, version 2.1.0, by module path. That version stores where zero is, not
+whether a grid is symmetric: a signed grid is read back as symmetric, an unsigned one as asymmetric,
+which is how they are written. Float32 scales are JSON numbers that read back to the same bits.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 
-FORMAT = 3  # 3: the record says what calibration left float
+FORMAT = 3  # 3: the record names what calibration left float
 ENCODINGS, RECORD = "simulation.encodings", "simulation.json"
+INPUTS = "example_inputs.safetensors"
+SLOT, TUPLE = "$tensor", "$tuple"  # keys of the record's `inputs`
 _VERSION = "2.1.0"
 _KEYS = ("base_fingerprint", "adapter_fingerprint", "inputs", "schemes", "encodings", "dropped")
 
 
 def save_encodings(encodings: Mapping[str, Encoding | FloatOffsetEncoding], folder: Path) -> None:
-    """Write encodings alone into `folder`, with a record of their digest.
+    """Write encodings into `folder`, with a record of their digest.
 
     Raises:
-        CalibrationError: one has float offsets.
+        CalibrationError: an encoding has float offsets.
     """
     try:
         entries = tuple(entry_of(name, e, _VERSION) for name, e in encodings.items())
@@ -42,10 +45,10 @@ def save_encodings(encodings: Mapping[str, Encoding | FloatOffsetEncoding], fold
 
 
 def load_encodings(folder: Path) -> dict[str, Encoding]:
-    """The encodings in `folder`: of a simulation, all but those of the base's packed weights.
+    """The encodings in `folder`. A simulation's folder has all but those of packed base weights.
 
     Raises:
-        CalibrationError: the folder does not hold them, or not all.
+        CalibrationError: encodings are missing, or the file cannot be read.
         FingerprintError: the file changed after it was saved.
 
     Warns:
@@ -59,16 +62,18 @@ def load_encodings(folder: Path) -> dict[str, Encoding]:
         }
     except (EncodingsFileError, ValueError) as error:
         raise unreadable(folder, error) from error
-    wanted = _read(folder).get("encodings", ()) if (folder / RECORD).exists() else ()
-    if missing := [name for name in wanted if name not in found]:
+    expected = _read(folder).get("encodings", ()) if (folder / RECORD).exists() else ()
+    missing = [name for name in expected if name not in found]
+    if missing:
         raise CalibrationError(
-            f"{len(missing)} encodings are missing from {str(folder / ENCODINGS)!r}, {missing[0]} first; calibrate again"
+            f"{str(folder / ENCODINGS)!r} lacks {len(missing)} encodings, {missing[0]} first. "
+            "Calibrate again"
         )
     return found
 
 
 def load_activations(folder: Path) -> dict[str, Encoding]:
-    """Of a simulation's encodings, those of activations."""
+    """The activation encodings of the simulation in `folder`."""
     kinds = read_record(folder)["encodings"]
     return {
         name: e for name, e in load_encodings(folder).items() if kinds.get(name) == Kind.ACTIVATION
@@ -76,13 +81,14 @@ def load_activations(folder: Path) -> dict[str, Encoding]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What a simulation's folder says besides its encodings.
+    """`simulation.json`.
 
     Raises:
-        CalibrationError: it does not say it.
+        CalibrationError: it cannot be read, or lacks a key.
     """
     record = _read(folder)
-    if missing := [key for key in _KEYS if key not in record]:
+    missing = [key for key in _KEYS if key not in record]
+    if missing:
         raise unreadable(folder, ValueError(f"{RECORD} has no {missing[0]}"))
     return record
 
@@ -96,14 +102,14 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text())
         if record["format"] != FORMAT:
-            raise ValueError(f"format {record['format']}, and not {FORMAT}")
+            raise ValueError(f"format {record['format']}, expected {FORMAT}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise unreadable(folder, error) from error
     return record
 
 
 def unreadable(folder: Path, error: Exception) -> CalibrationError:
-    """The error of a folder that holds no whole simulation."""
+    """The error of a folder without a complete simulation."""
     return CalibrationError(
-        f"{str(folder)!r} holds no simulation that can be read ({error}); calibrate again"
+        f"{str(folder)!r} holds no readable simulation ({error}). Calibrate again"
     )

@@ -1,17 +1,20 @@
-"""QWA-LoRA: base and adapter as one graph to train through, the base's activations on their grids.
+"""QWA-LoRA: train the adapter through a graph with the base's activations quantized.
 
     graph = TrainingGraph(simulate(model, example_inputs, schemes), base_encodings)
-    logits = graph(input_ids=ids, attention_mask=mask)     # differentiable in the adapter's weights, which are the model's own parameters
+    logits = graph(input_ids=ids, attention_mask=mask)    # differentiable in the adapter's weights
 
-QW-LoRA trains on integer weights and calibrates activations afterwards; here they are calibrated first, on the base alone, and the adapter learns what undoes
-their rounding too. Every value that the base has is on the grid that the base was calibrated to. What the adapter adds (rank space, branch, sum) is float while
-it learns, and so are its weights. The gradient is straight-through: 1 inside a grid, 0 where a value was clamped.
+QW-LoRA trains on integer weights and calibrates activations afterwards. Here the activations of the
+base are calibrated first, and the adapter also learns to compensate their rounding. Base
+activations are on the calibrated grids; the adapter's weights and activations stay float. The
+gradient is straight-through: 1 inside the range, 0 where a value was clamped.
 
-Learned ranges (LSQ, https://arxiv.org/abs/1902.08153): one number r for each grid, `scale = scale_0 * exp(r)`, r = 0 at the beginning. A scale stays positive
-whatever the step, and a step is relative, so one learning rate serves grids of any size. The offset stays, and with it the negative share of the range.
+Learned ranges (LSQ, https://arxiv.org/abs/1902.08153): `scale = scale_0 * exp(r)` with one r per
+grid, initially 0. Scales stay positive and steps are relative, so one learning rate fits all grids.
+Offsets do not change.
 
-Not here: dropout and other randomness (the graph is of evaluation), gradient checkpointing, processes that share a model, terms beside the loss. `detach` stops
-a gradient as in the model; `torch.no_grad()` in the model's forward leaves no trace in a captured graph, and stops none.
+It does not support dropout and other randomness (the graph computes evaluation), gradient
+checkpointing, data parallelism, or losses other than that of the logits. `detach` stops gradients
+as in the model; `torch.no_grad()` in the model's forward is not captured and stops none.
 """
 
 from __future__ import annotations
@@ -31,29 +34,30 @@ from qwlora.messages import listed
 from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.model_inputs import complete
-from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.simulated_graph import SimulatedGraph
 
 _aten = torch.ops.aten
 
 
 class TrainingGraph(nn.Module):
-    """See the module's text.
+    """A differentiable graph; see the module's docstring.
 
     Args:
-        simulation: of base and adapter, fresh; it is used up.
-        base_encodings: of the activations of the base alone, by name.
-        learns_ranges: make `ranges` a parameter.
+        simulation: of base and adapter, not calibrated. It is modified.
+        base_encodings: of the base's activations, by name.
+        learns_ranges: train the scales too, through the parameter `ranges` (r above).
 
     Raises:
-        CalibrationError: an encoding belongs to no activation here; the base was captured otherwise.
-        TrainingError: the adapter has dropout, or nothing in the graph can be trained.
+        CalibrationError: an encoding has no activation in this graph.
+        CaptureError: the graph holds copies of the trainable parameters.
+        TrainingError: the adapter has dropout, or nothing in the graph is trainable.
     """
 
     ranges: nn.Parameter | None
 
     def __init__(
         self,
-        simulation: Simulation,
+        simulation: SimulatedGraph,
         base_encodings: Mapping[str, Encoding],
         learns_ranges: bool = False,
     ):
@@ -65,14 +69,15 @@ class TrainingGraph(nn.Module):
             if is_adapter_name(path)
         ):
             raise TrainingError(
-                "the adapter has dropout, which a graph of evaluation leaves out; set dropout to 0, or train without the graph"
+                "the adapter has dropout, which a captured graph does not have; set dropout to 0, "
+                "or use workflow: qw-lora"
             )
         self.simulation = simulation
         self._own_parameters = {id(p) for p in model.parameters()}
-        simulation.take_over(base_encodings)
+        simulation.fix_encodings(base_encodings)
         for name, quantizer in simulation.quantizers.items():
             quantizer.mode = Mode.SIMULATE if name in base_encodings else Mode.FLOAT
-        _free_adapter_(simulation)
+        _unquantize_adapter_(simulation)
         _keep_codes_(simulation.graph_module)
         self._check()
         self.names = (
@@ -87,7 +92,10 @@ class TrainingGraph(nn.Module):
             simulation.graph_module.add_submodule(f"quantizer_{nodes[name]}", grid)
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Logits of the model's arguments, by name.
+        """Logits.
+
+        Args:
+            inputs: the model's arguments.
 
         Raises:
             CaptureError: see `complete` and `Captured.bind`.
@@ -102,7 +110,7 @@ class TrainingGraph(nn.Module):
         return captured.named(outputs)[captured.interface.primary]
 
     def scales(self) -> dict[str, Tensor]:
-        """The learned scale of each activation, by name; empty if ranges are not learned."""
+        """Learned scales by activation name; empty if ranges are not learned."""
         factors = self.ranges.detach().exp().cpu().unbind() if self.ranges is not None else ()
         return {
             name: grid.encoding.scale * factor
@@ -113,18 +121,18 @@ class TrainingGraph(nn.Module):
         parameters = list(self.simulation.graph_module.parameters())
         if not any(p.requires_grad for p in parameters):
             raise TrainingError(
-                "nothing in the graph can be trained: attach an adapter before it is captured"
+                "nothing in the graph is trainable; attach an adapter before the capture"
             )
         if any(p.requires_grad and id(p) not in self._own_parameters for p in parameters):
             raise CaptureError(
-                "The captured graph holds copies of the model's trainable parameters, so training would "
-                "not change the model. Keep the adapter in float32, as PEFT does by default "
+                "The captured graph holds copies of the model's trainable parameters, so training "
+                "would not change the model. Keep the adapter in float32, as PEFT does by default "
                 "(autocast_adapter_dtype=True)"
             )
 
 
 class _LearnedGrid(nn.Module):
-    """Fake-quantizes with a scale that learns; `factor` is put in before each forward."""
+    """Fake-quantizes with `scale * factor`; `TrainingGraph.forward` sets the factor."""
 
     factor: Tensor
 
@@ -139,18 +147,20 @@ class _LearnedGrid(nn.Module):
 def with_scales(
     encodings: Mapping[str, Encoding], scales: Mapping[str, Tensor]
 ) -> dict[str, Encoding]:
-    """Encodings with learned scales in the place of their own.
+    """Encodings with learned scales instead of their own.
 
     Raises:
-        CalibrationError: a scale belongs to no encoding, or has another shape.
+        CalibrationError: a scale has no encoding, or another shape.
     """
-    if strangers := [
+    unknown = [
         name
         for name in scales
         if name not in encodings or encodings[name].scale.shape != scales[name].shape
-    ]:
+    ]
+    if unknown:
         raise CalibrationError(
-            f"learned scales belong to no activation of the base: {listed(strangers, 3)}; calibrate the base, and train again"
+            f"{len(unknown)} learned scales have no activation in the base: "
+            f"{listed(unknown, 3)}. Calibrate the base, and train again"
         )
     return {
         name: replace(e, scale=scales[name]) if name in scales else e
@@ -158,8 +168,8 @@ def with_scales(
     }
 
 
-def _free_adapter_(simulation: Simulation) -> None:
-    """Let the adapter's weights be what they are at each forward, and not what they were on their grids."""
+def _unquantize_adapter_(simulation: SimulatedGraph) -> None:
+    """Use the adapter's float weights instead of their quantized copies."""
     graph_module = simulation.graph_module
     frozen = {f"quantizer_{mark.node}" for mark in simulation.marks if mark.kind is Kind.ADAPTER}
     for node in list(graph_module.graph.nodes):
@@ -171,9 +181,10 @@ def _free_adapter_(simulation: Simulation) -> None:
 
 
 def _keep_codes_(graph_module: GraphModule) -> None:
-    """Turn `linear(x, dequantize(codes))` into the operator whose backward unpacks again: autograd would keep every unpacked weight, which is the float model.
+    """Replace `linear(x, dequantize(codes))` by an operator whose backward dequantizes again.
 
-    A bias is then added to the product and not within it, which may differ in the last bit.
+    Autograd would otherwise keep every float weight in memory. A bias is added after the product,
+    which may change the last bit.
     """
     for node in list(graph_module.graph.nodes):
         if node.op != "call_function" or node.target is not _aten.linear.default:
@@ -196,14 +207,11 @@ def _keep_codes_(graph_module: GraphModule) -> None:
 
 
 def _through_views(node: Any) -> Node | None:
-    """The dequantize that `node` is a view of, in its own shape."""
+    """The dequantize node that `node` is a view of with the same shape."""
     while isinstance(node, Node) and node.target in (_aten.view.default, _aten.reshape.default):
         viewed: Any = node.args[0]
         if node.meta["val"].shape != viewed.meta["val"].shape:
             return None
         node = viewed
-    return (
-        node
-        if isinstance(node, Node) and node.target is torch.ops.qwlora.dequantize.default
-        else None
-    )
+    is_dequantize = isinstance(node, Node) and node.target is torch.ops.qwlora.dequantize.default
+    return node if is_dequantize else None

@@ -27,8 +27,8 @@ def add(plan: PlanBuilder) -> None:
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Calibrate the base without an adapter."""
+    from qwlora.simulation.save_simulation import save_simulation
     from qwlora.simulation.simulation import simulate
-    from qwlora.simulation.simulation_folder import save_simulation
 
     simulation = simulate(context.base(), context.example_inputs, context.schemes)
     context.check_rules(simulation.placement)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.grid.range_estimator import Estimator
 from qwlora.pipeline.artifacts import ADAPTER, SHARED
 from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.recipe.dropped_keys import dropped_defaults
 from qwlora.revisions import revision
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ SIMULATION_FORMAT = 3  # 2: contains the adapter; 3: lists values that calibrati
 def range_inputs(plan: PlanBuilder) -> list[Any]:
     """Key inputs of activation ranges."""
     section = plan.recipe.simulation
-    # `momentum` belonged to a removed observer; kept so that stored calibrations stay valid.
-    settings = {**section.model_dump(), "momentum": 0.01}
+    settings = section.model_dump() | dropped_defaults("simulation")
     inputs = [settings, plan.text, plan.recipe.data.calibration_sequences]
     observers = {section.observer, *(r.observer for r in section.rules if r.observer is not None)}
     if any(Estimator(observer).needs_sample for observer in observers):
@@ -57,8 +57,8 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     """Calibrate one adapter, or the encodings that adapters share."""
     from qwlora.adapter.adapter_folder import save_adapter
     from qwlora.analysis.perplexity import perplexity
+    from qwlora.simulation.save_simulation import save_simulation
     from qwlora.simulation.shared_encodings import share
-    from qwlora.simulation.simulation_folder import save_simulation
     from qwlora.simulation.stored_encodings import load_encodings
 
     if stage.adapter is None:
@@ -71,7 +71,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         "calibration_tokens": report.tokens,
         "constants": list(report.constants),
         "unseen": list(report.unseen),
-        "stopped_early": report.stopped_early,
         "equalize": {"method": section.equalize, "layers": context.equalization},
     }
     if section.base_activations != "all":

@@ -13,7 +13,7 @@ from conftest import tiny_model
 from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.analysis.mixed_precision import rules_for, suggest
 from qwlora.analysis.sensitivity import next_token_loss, sensitivities
-from qwlora.analysis.stage_costs import account, layer_sqnr
+from qwlora.analysis.stage_costs import cumulative_costs, layer_sqnr
 from qwlora.errors import CalibrationError
 from qwlora.simulation.simulation import Simulation
 from simulation.captured import batch, simulation
@@ -89,7 +89,7 @@ def test_costs_do_not_depend_on_what_may_be_trained(architecture: str) -> None:
 
 def test_the_account_goes_from_float_to_the_whole_simulation() -> None:
     made = calibrated(4)
-    steps = account(made, lambda: loss(made))
+    steps = cumulative_costs(made, lambda: loss(made))
     assert list(steps) == ["adapted", "adapter_weights", "parameters", "activations"]
     assert steps["activations"] == loss(made)
     with made.only():
@@ -169,12 +169,13 @@ def test_a_limit_that_nothing_keeps_is_refused() -> None:
     made = calibrated(8)
     with pytest.raises(
         CalibrationError,
-        match=r"with every activation at 8 bits the measure is .* above the limit of 0: no mixture keeps it",
+        match=r"with every activation at 8 bits the measure is .* above the limit of 0",
     ):
         suggest(made, BATCHES, lambda: loss(made), 0.0, 2, 8)
 
 
 def _all(made: Simulation, scheme: Scheme) -> Simulation:
-    made.set_scheme("*", scheme)
+    for quantizer in made.quantizers.values():
+        quantizer.scheme = scheme
     made.freeze()
     return made

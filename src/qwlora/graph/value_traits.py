@@ -1,7 +1,6 @@
-"""Structural facts about the values of a captured graph. Plain data; free of torch.
+"""Structural traits of the values in a captured graph. Plain data; does not import torch.
 
-`graph_analysis.py` derives them from the graph alone; placement rules (`simulation/placement_rules.py`)
-ask for them.
+`graph_analysis.py` finds them, placement rules (`simulation/placement_rules.py`) select by them.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 from enum import StrEnum
 
 
-class Fact(StrEnum):
-    """One structural property of a value; a value may have several."""
+class Trait(StrEnum):
+    """A structural property of a value, which may have several."""
 
     # The value is a float64 tensor.
     FLOAT64 = "float64"

@@ -79,9 +79,9 @@ def test_captured_graph_shares_storage_with_the_model() -> None:
 
 
 def test_capture_refuses_what_it_cannot_prove() -> None:
-    with pytest.raises(CaptureError, match="at least two tokens"):
+    with pytest.raises(CaptureError, match="two or more"):
         capture(adapted("llama"), inputs(tokens=1))
-    with pytest.raises(CaptureError, match="the model is in training mode"):
+    with pytest.raises(CaptureError, match="training mode"):
         capture(adapted("llama").train(), inputs())
     model = adapted("llama")
     forward = model.forward
@@ -236,7 +236,9 @@ def test_calibration_says_what_is_missing() -> None:
     simulation.freeze()
     for use in uses:
         use()
-    simulation.set_scheme("*.softmax", Scheme(8, symmetric=False))
+    for name, quantizer in simulation.quantizers.items():
+        if name.endswith(".softmax"):
+            quantizer.scheme = Scheme(8, symmetric=False)
     with pytest.raises(
         CalibrationError,
         match=r"2 activations have no encoding yet, model.layers.0.self_attn.softmax first",

@@ -180,7 +180,7 @@ def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path
         value for value in explain(again, "npu").values if value.name == "past_key_values.0.key"
     )
     assert (keys.decision, keys.grid) == ("share", "")
-    assert keys.reason == "comes from a cache: the encoding with which it was kept holds it"
+    assert keys.reason == "comes from the cache, on the grid of the output that filled it"
     with pytest.raises(CaptureError, match="capture without past_key_values"):
         simulation.model()
 
@@ -213,9 +213,7 @@ def test_what_a_folder_held_stays_until_all_is_written(tmp_path: Path) -> None:
         simulation.save(tmp_path)
     simulation.origin = replace(simulation.origin, example_inputs=batch())
     with (
-        mock.patch(
-            "qwlora.simulation.simulation_folder.save_file", side_effect=OSError("disk full")
-        ),
+        mock.patch("qwlora.simulation.save_simulation.save_file", side_effect=OSError("disk full")),
         pytest.raises(OSError, match="disk full"),
     ):
         simulation.save(tmp_path)
@@ -247,7 +245,7 @@ def test_two_arguments_may_be_one_tensor(tmp_path: Path) -> None:
 
 def test_only_what_calibration_left_float_comes_back_without_an_encoding(tmp_path: Path) -> None:
     simulation = calibrated(adapted())
-    simulation._drop("model.layers.0.self_attn.softmax", "no data came by in calibration")
+    simulation._drop("model.layers.0.self_attn.softmax", "no calibration data reached it")
     simulation.save(tmp_path)
     record = json.loads((tmp_path / "simulation.json").read_text())
     assert record["dropped"] == ["model.layers.0.self_attn.softmax"]
@@ -270,15 +268,15 @@ def test_it_is_captured_where_the_model_is(tmp_path: Path, monkeypatch: pytest.M
     calibrated(adapted()).save(tmp_path)
     record = json.loads((tmp_path / "simulation.json").read_text())
     monkeypatch.setattr(
-        "qwlora.simulation.simulation_folder.fingerprint", lambda model: record["base_fingerprint"]
+        "qwlora.simulation.load_simulation.fingerprint", lambda model: record["base_fingerprint"]
     )
     monkeypatch.setattr(
-        "qwlora.simulation.simulation_folder.adapter_fingerprint",
+        "qwlora.simulation.load_simulation.adapter_fingerprint",
         lambda model: record["adapter_fingerprint"],
     )
     with (
         mock.patch(
-            "qwlora.simulation.simulation_folder.simulate", side_effect=InterruptedError
+            "qwlora.simulation.load_simulation.simulate", side_effect=InterruptedError
         ) as simulated,
         pytest.raises(InterruptedError),
     ):
@@ -291,7 +289,7 @@ def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
     calibrated(adapted()).save(tmp_path)
     with pytest.raises(
         CalibrationError,
-        match=r"a simulation of the base with fingerprint \w{64}, but this model's is \w{64}; give it the model",
+        match=r"a simulation of the base with fingerprint \w{64}, but this model's is \w{64}.* the model it was made from",
     ):
         load_simulation(tmp_path, adapted(scheme="w8-channel"))
     for other in (adapted(seed=2), adapted(lora_alpha=99), adapted(r=2)):
@@ -325,7 +323,7 @@ def test_adapter_fingerprint_is_of_the_active_adapter_whatever_its_name() -> Non
 
 
 def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
+    with pytest.raises(CalibrationError, match="holds no readable simulation"):
         load_simulation(tmp_path, adapted())
     calibrated(adapted()).save(tmp_path)
     path = tmp_path / "simulation.encodings"
@@ -338,7 +336,7 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     reseal(tmp_path, "simulation.json")
     with pytest.raises(
         CalibrationError,
-        match=r"1 encodings are missing from .*, model.layers.1.self_attn.softmax first",
+        match=r"lacks 1 encodings, model.layers.1.self_attn.softmax first",
     ):
         load_simulation(tmp_path, adapted())
     path.write_text(text[:-20])
@@ -347,7 +345,7 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
         load_simulation(tmp_path, adapted())
     path.write_text(text.replace('"uint16"', '"float8e5m2"'))
     reseal(tmp_path, "simulation.json")
-    with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
+    with pytest.raises(CalibrationError, match="holds no readable simulation"):
         load_simulation(tmp_path, adapted())
     path.write_text(text)
     reseal(tmp_path, "simulation.json")
@@ -361,10 +359,10 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     ):
         record.write_text(damaged)
         reseal(tmp_path, "simulation.json")
-        with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
+        with pytest.raises(CalibrationError, match="holds no readable simulation"):
             load_simulation(tmp_path, adapted())
     record.write_text(whole)
     (tmp_path / "example_inputs.safetensors").write_bytes(b"0")
     reseal(tmp_path, "simulation.json")
-    with pytest.raises(CalibrationError, match="holds no simulation that can be read"):
+    with pytest.raises(CalibrationError, match="holds no readable simulation"):
         load_simulation(tmp_path, adapted())

@@ -90,7 +90,7 @@ def test_a_cache_is_its_keys_and_values() -> None:
     ] == [True] * 4
     with pytest.raises(CaptureError, match="captured with a cache of 2 layers, not of 1"):
         structure.flatten({"past": pairs[:1]})
-    with pytest.raises(CaptureError, match="has no key and value of each layer"):
+    with pytest.raises(CaptureError, match="does not have a key and a value"):
         Structure.of({"past": cache_of([])})
 
 
@@ -99,7 +99,7 @@ def test_a_cache_is_its_keys_and_values() -> None:
     [
         (
             {"x": torch.ones(1), "n": 3, "more": {"y": torch.ones(1)}},
-            "n: the graph was captured with 2 here and holds it as a constant",
+            "n: .* the constant 2",
         ),
         (
             {"n": 2, "more": {"y": torch.ones(1)}},
@@ -115,7 +115,7 @@ def test_a_cache_is_its_keys_and_values() -> None:
         ),
         (
             {"x": 1, "n": 2, "more": {"y": torch.ones(1)}},
-            "x: the graph was captured with a tensor here, not with 1",
+            "x: the graph was captured with a tensor, not with 1",
         ),
     ],
 )

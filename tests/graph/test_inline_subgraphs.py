@@ -85,15 +85,15 @@ def test_autocast_that_changes_no_type_is_laid_open() -> None:
     [
         (
             "autocast",
-            r"the model computes under torch.autocast\('cpu', torch.bfloat16\), which lets operators compute in another type .* leave autocast out",
+            r"the model computes under torch.autocast\('cpu', torch.bfloat16\), which changes the dtype .* Remove autocast",
         ),
         (
             "branch",
-            "the model runs cond, an operator that holds a graph of its own.*nothing of it could be quantized.*capture again",
+            "the model runs cond, an operator with a nested graph.*capture again",
         ),
         (
             "operator",
-            r"third\.weight: its codes are read by linear, so the graph does not show the weight.*layer\(x\)",
+            r"third\.weight: linear reads its codes.*layer\(x\)",
         ),
     ],
 )

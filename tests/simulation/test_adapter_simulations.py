@@ -28,9 +28,10 @@ from qwlora.nn.fingerprint import adapter_fingerprint
 from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
 from qwlora.simulation.adapter_simulations import capture as capture_anew
+from qwlora.simulation.load_simulation import load_simulation
+from qwlora.simulation.save_simulation import save_simulation
 from qwlora.simulation.shared_encodings import BaseActivations
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.simulation_folder import load_simulation, save_simulation
 from qwlora.simulation.stored_encodings import load_encodings
 
 EIGHT_BITS = SimulationSchemes(Scheme(8, symmetric=False))
@@ -323,31 +324,16 @@ def test_shared_encodings_are_those_of_all_data_together(
         assert bool((simulations.shared[name].scale >= scale * 0.999).all())
 
 
-def test_sharing_costs_what_it_costs(
+def test_the_base_pays_for_sharing_ranges_with_adapters(
     model: PeftModel, calibrated: dict[str, AdapterSimulations]
 ) -> None:
     batch = inputs(seed=1)
-    expected = {name: peft_logits(model, name, batch) for name in ("first", "second", "base")}
-
-    def error(simulations: AdapterSimulations, name: str) -> float:
-        with torch.no_grad():
-            return float(
-                (simulations[name].outputs(batch)["logits"] - expected[name]).square().mean()
-            )
-
-    simulations = calibrated["none"]
-    before = {name: simulations[name].outputs(batch)["logits"] for name in simulations}
-    names = {id(simulation): name for name, simulation in simulations.items()}
-    costs = simulations.cost_of_sharing(
-        lambda simulation: error(simulations, names[id(simulation)])
-    )
-    for name, cost in costs.items():
-        assert cost.own == error(calibrated["all"], name)
-        assert cost.shared == error(simulations, name)
-        assert torch.equal(simulations[name].outputs(batch)["logits"], before[name])
-    assert (
-        costs["base"].shared > costs["base"].own
-    )  # it pays for ranges ten times wider than its own
+    expected = peft_logits(model, "base", batch)
+    errors = {
+        mode: float((calibrated[mode]["base"].outputs(batch)["logits"] - expected).square().mean())
+        for mode in ("all", "none")
+    }
+    assert errors["none"] > errors["all"]  # ranges of an adapter ten times wider
 
 
 def test_each_adapter_may_see_its_own_data(model: PeftModel) -> None:
@@ -384,7 +370,7 @@ def test_a_later_adapter_takes_the_encodings_that_are_fixed(
     missing = {name: encoding for name, encoding in fixed.items() if "layers.1" not in name}
     with pytest.raises(
         CalibrationError,
-        match=r"shared activations have no encoding, model\.layers\.1.* first; observe every adapter",
+        match=r"shared activations have no encoding, model\.layers\.1.* first.* every adapter",
     ):
         later.freeze(missing)
 
@@ -466,7 +452,7 @@ def test_the_adapter_that_adds_zero_comes_back_from_disk(
         model.disable_adapter(),
         pytest.raises(
             CalibrationError,
-            match=r"simulation of an adapter that adds zero; give it a model with an adapter of that",
+            match=r"zero adapter.* active adapter",
         ),
     ):
         load_simulation(tmp_path, model)
@@ -479,7 +465,7 @@ def test_what_cannot_be_shared_says_why(model: PeftModel) -> None:
     )
     with pytest.raises(
         CalibrationError,
-        match=r"q_proj\.lora_A\.weight differs among the adapters .* give the adapters one rank, or share less",
+        match=r"q_proj\.lora_A\.weight .*rank.* share less",
     ):
         simulations.calibrate([inputs()])
     simulations = simulate_adapters(
@@ -496,7 +482,7 @@ def test_what_cannot_be_shared_says_why(model: PeftModel) -> None:
     simulations["second"]._drop("lm_head.linear", "no data came by in calibration")
     with pytest.raises(
         CalibrationError,
-        match=r"1 values have an encoding .*, lm_head.linear first; one adapter's data did not reach it; calibrate on more",
+        match=r"1 values have an encoding .*, lm_head.linear first.* more data",
     ):
         simulations.calibrate([inputs()])
 
@@ -506,7 +492,7 @@ def test_names_that_cannot_be(model: PeftModel) -> None:
         CaptureError, match="the model has no adapter third; it has first, second, wide"
     ):
         simulate_adapters(model, inputs(), adapters=["first", "third"])
-    with pytest.raises(CaptureError, match="an adapter is named 'base'"):
+    with pytest.raises(CaptureError, match="an adapter is called 'base'"):
         simulate_adapters(adapted(base=shape()), inputs())
 
 
@@ -538,7 +524,9 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
     simulations = simulate_adapters(
         with_first.eval(), inputs(), SimulationSchemes(rules=rules), base_activations="all"
     )
-    assert [list(simulations[name].placement.idle) for name in ("first", "second", "base")] == [
+    assert [
+        list(simulations[name].placement.unused_rules) for name in ("first", "second", "base")
+    ] == [
         [1],
         [0],
         [1],
@@ -551,13 +539,13 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
     simulations.calibrate([inputs()])
     simulations["first"].save(tmp_path)
     with_first.set_adapter("first")
-    assert load_simulation(tmp_path, with_first).placement.idle.keys() == {1}
+    assert load_simulation(tmp_path, with_first).placement.unused_rules.keys() == {1}
     wrong = [
         *rules,
         PlacementRule("*.k_proj.lora_A.weight", of="weights", bitwidth=4),
         PlacementRule("*.up_proj.lora_B.weight", bitwidth=4),
     ]
-    with pytest.raises(CalibrationError, match="2 of the placement rules do nothing:") as caught:
+    with pytest.raises(CalibrationError, match="2 placement rules") as caught:
         simulate_adapters(with_first, inputs(), SimulationSchemes(rules=wrong))
     assert "'*.k_proj.lora_A.weight' matches no value; did you mean " in str(caught.value)
     assert (

@@ -14,7 +14,9 @@ from qwlora.errors import CaptureError
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.flat_arguments import cache_of
 from qwlora.graph.traceable_attention import visible_implementations
-from qwlora.simulation.simulation import Simulation, SimulationSchemes, base_encodings, simulate
+from qwlora.simulation.simulated_graph import Origin
+from qwlora.simulation.simulation import Simulation, simulate
+from qwlora.simulation.simulation_schemes import SimulationSchemes
 from simulation.tiny_architectures import inputs, make
 
 
@@ -98,7 +100,7 @@ def test_arguments_that_the_graph_does_not_take_are_refused() -> None:
         captured.bind({**nested(), "rest": (torch.ones(15), None, 3)})
     with pytest.raises(
         CaptureError,
-        match=r"rest\.2: the graph was captured with 3 here and holds it as a constant; to use 4, capture again",
+        match=r"rest\.2: the constant 3; to use 4, capture again",
     ):
         captured.bind({**nested(), "rest": (torch.ones(16), None, 4)})
     with pytest.raises(CaptureError, match="example inputs hold no tensor with an axis"):
@@ -209,7 +211,7 @@ def test_capture_leaves_the_model_as_it_was() -> None:
         sum("aten.baddbmm" in operator for operator in operators) == 4
     )  # and two weights with their adapters
     assert sum("softmax" in str(node.target) for node in captured.program.graph.nodes) >= 4
-    with pytest.raises(CaptureError, match="at least two tokens"):
+    with pytest.raises(CaptureError, match="two or more"):
         capture(model, {"input_ids": torch.ones(2, 1, dtype=torch.int64)})
     assert (config._attn_implementation, config._experts_implementation) == before
 
@@ -296,7 +298,7 @@ def test_prefill_and_decode_are_one_model(name: str) -> None:
     torch.testing.assert_close(one_more["logits"], full[:, SPLIT : SPLIT + 1], atol=1e-5, rtol=1e-4)
 
     before, after = (
-        Simulation(captured, SimulationSchemes(), base_encodings(model))
+        Simulation(captured, Origin.of(model, {}, SimulationSchemes()))
         for captured in (prefill, decode)
     )
     before.calibrate([{"input_ids": IDS}])
@@ -316,7 +318,7 @@ def test_a_cache_of_an_encoder_with_a_decoder_is_refused() -> None:
     for more in ({"use_cache": True}, {"past_key_values": cache_of([])}):
         with pytest.raises(
             CaptureError,
-            match=r"T5ForConditionalGeneration has an encoder and a decoder.*EncoderDecoderCache.*use_cache=False",
+            match=r"T5ForConditionalGeneration is an encoder-decoder.*EncoderDecoderCache.*use_cache=False",
         ):
             capture(packed("T5"), {**inputs("T5"), **more})
 

@@ -176,12 +176,12 @@ def test_a_simulated_model_has_no_layers_to_hand_out(
     _, model = pair
     with pytest.raises(
         CaptureError,
-        match=r"is one graph and has no embedding layers; those that it was captured from are simulation.origin.model's",
+        match=r"embedding layers.* simulation.origin.model",
     ):
         getattr(model, call)()
-    with pytest.raises(CaptureError, match="is one graph and has no embedding layers"):
+    with pytest.raises(CaptureError, match="no embedding layers"):
         getattr(model, call.replace("get", "set"))(nn.Embedding(2, 2))
-    with pytest.raises(CaptureError, match="is one graph and has no embedding layers"):
+    with pytest.raises(CaptureError, match="no embedding layers"):
         model.resize_token_embeddings(300)
 
 
@@ -195,7 +195,7 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
     )  # says what the graph assumes
     with pytest.raises(
         CaptureError,
-        match=r"position_ids: the graph was captured with input_ids, attention_mask and counts positions from the first token",
+        match=r"position_ids .* captured with input_ids, attention_mask .* first token",
     ):
         model(**given, position_ids=positions + 1)
     with pytest.raises(
@@ -207,20 +207,20 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
     ):
         model(**given, nonsense=1)
     for name in ("output_hidden_states", "output_attentions", "use_cache"):
-        with pytest.raises(CaptureError, match=f"{name}: the simulated graph gives logits"):
+        with pytest.raises(CaptureError, match=f"{name}: the simulated graph returns logits"):
             model(**given, **{name: True})
     with pytest.raises(
         CaptureError, match="input_ids: the graph was captured with this argument; give it"
     ):
         model(attention_mask=given["attention_mask"])
-    with pytest.raises(CaptureError, match="input_ids: given twice"):
+    with pytest.raises(CaptureError, match="input_ids: given both"):
         model(given["input_ids"], input_ids=given["input_ids"])
     with pytest.raises(CaptureError, match="is for evaluation"):
         model.train()
-    with pytest.raises(CaptureError, match="is no checkpoint"):
+    with pytest.raises(CaptureError, match="not a checkpoint"):
         model.save_pretrained("somewhere")
     with pytest.raises(
-        CaptureError, match="put position_ids among the example inputs"
+        CaptureError, match=r"position_ids .*example inputs"
     ):  # padding on the left would give other positions
         model.generate(
             given["input_ids"],
@@ -238,7 +238,7 @@ def test_an_encoder_with_a_decoder_is_called_and_does_not_generate() -> None:
     assert torch.equal(model(**given).logits, simulation.outputs(given)["logits"])
     with pytest.raises(
         CaptureError,
-        match=r"generate runs the encoder of SimulatedT5\w+ apart from its decoder, .* \(decoder_input_ids\)",
+        match=r"generate runs the encoder of SimulatedT5\w+ separately, .* \(decoder_input_ids\)",
     ):
         model.generate(given["input_ids"], max_new_tokens=2)
 
@@ -249,7 +249,7 @@ def test_positions_of_a_masked_batch_are_asked_for() -> None:
     given["attention_mask"][0, :3] = 0
     with pytest.raises(
         CaptureError,
-        match="position_ids: the graph was captured with them, and a masked batch needs them",
+        match="captured with position_ids, and a masked batch needs them",
     ):
         model(**given)
 
@@ -321,5 +321,5 @@ def test_only_models_of_transformers_have_such_a_call() -> None:
         def forward(self, **inputs: Tensor) -> object:
             return self.inner(**inputs)
 
-    with pytest.raises(CaptureError, match="Wrapped is not a model of transformers"):
+    with pytest.raises(CaptureError, match="Wrapped is not a transformers model"):
         calibrated(Wrapped().eval()).model()

@@ -130,7 +130,7 @@ def test_adapted_experts_are_base_weight_and_factors(tmp_path: Path) -> None:
         if p.module == experts and p.operator in ("baddbmm", "index")
     }
     assert {p.reason for p in sums.values()} == {
-        "a weight that is made of weights, which have grids of their own"
+        "a weight computed from weights, which have their own grids"
     }
     assert {p.decision for p in sums.values()} == {Decision.FLOAT}
     made.calibrate([inputs("Mixtral", seed) for seed in range(2)])

@@ -61,22 +61,25 @@ def every_kind() -> ExportedProgram:
     )
 
 
-MOVED, OWNED = "moves data; its input's encoding holds it", "inside OddNorm, which is one operation"
+MOVED, OWNED = (
+    "data movement; the encoding of its input holds it",
+    "inside OddNorm, which is one operation",
+)
 NPU = {
     "norm.pow": (Decision.FLOAT, OWNED),
     "norm.rsqrt": (Decision.FLOAT, OWNED),
     "norm.mul": (Decision.QUANTIZE, "output of OddNorm"),
-    "up.linear": (Decision.QUANTIZE, "makes new values"),
+    "up.linear": (Decision.QUANTIZE, "computes new values"),
     "output.split": (Decision.SHARE, MOVED),
     "output.topk": (Decision.SHARE, MOVED),
-    "output.var_mean": (Decision.QUANTIZE, "makes new values"),
+    "output.var_mean": (Decision.QUANTIZE, "computes new values"),
     "output.to": (Decision.FLOAT, "float64 is index arithmetic"),
-    "output.add": (Decision.QUANTIZE, "makes new values"),
+    "output.add": (Decision.QUANTIZE, "computes new values"),
     "output.add_1": (Decision.FLOAT, "a residual addition"),
     "output.add_2": (Decision.FLOAT, "combined with a mask"),
-    "output.unsqueeze": (Decision.FLOAT, "computed from integers alone"),
-    "output.twist": (Decision.QUANTIZE, "unknown: treated as making new values"),
-    "output.matmul": (Decision.QUANTIZE, "makes new values"),
+    "output.unsqueeze": (Decision.FLOAT, "computed from integers only"),
+    "output.twist": (Decision.QUANTIZE, "unknown operator: assumed to compute new values"),
+    "output.matmul": (Decision.QUANTIZE, "computes new values"),
 }
 
 
@@ -352,7 +355,7 @@ class Clock(nn.Module):
 
 def test_angles_stay_float() -> None:
     found = decisions(torch.export.export(Clock(), (torch.rand(3), torch.rand(3, 8))))
-    angle = (Decision.FLOAT, "an angle: only sine and cosine read it")
+    angle = (Decision.FLOAT, "an angle: read by sine and cosine only")
     assert [found[name] for name in ("time", "output.mul", "output.unsqueeze", "output.mul_2")] == [
         angle
     ] * 4
@@ -360,7 +363,7 @@ def test_angles_stay_float() -> None:
         found[name][0] is Decision.QUANTIZE
         for name in ("shared", "output.mul_1", "output.sin", "output.cos", "output.cat")
     )
-    assert found["output.exp"] == (Decision.FLOAT, "computed from integers alone")
+    assert found["output.exp"] == (Decision.FLOAT, "computed from integers only")
 
 
 class Timed(nn.Module):
@@ -389,4 +392,4 @@ def test_what_a_product_reads_is_quantized_though_it_comes_from_integers(name: s
         assert [found[node][0] for node in ("mul_2", "sin_1", "softmax")] == [Decision.QUANTIZE] * 3
         assert [found[node][0] for node in ("unsqueeze_1", "repeat")] == [Decision.SHARE] * 2
         assert found["add"] == (Decision.FLOAT, "combined with a mask")
-        assert found["mul_3"] == (Decision.FLOAT, "computed from integers alone")  # the mask
+        assert found["mul_3"] == (Decision.FLOAT, "computed from integers only")  # the mask

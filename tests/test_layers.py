@@ -32,11 +32,6 @@ LEVELS = (
     {"__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-# To be removed; the list may only get shorter.
-KNOWN_CIRCLES = [
-    {"pipeline.context", "pipeline.unused_rules"},
-    {"pipeline.distributed", "pipeline.stages"},
-]
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
@@ -93,14 +88,7 @@ def upward(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_no_circles() -> None:
-    assert [
-        circle for circle in circles(import_graph(PACKAGE)) if circle not in KNOWN_CIRCLES
-    ] == []
-
-
-def test_known_circles_exist() -> None:
-    found = circles(import_graph(PACKAGE))
-    assert [circle for circle in KNOWN_CIRCLES if circle not in found] == []
+    assert circles(import_graph(PACKAGE)) == []
 
 
 def test_imports_point_down() -> None:

@@ -238,7 +238,7 @@ def test_an_encoder_with_a_decoder_is_called_and_does_not_generate() -> None:
     assert torch.equal(model(**given).logits, simulation.outputs(given)["logits"])
     with pytest.raises(
         CaptureError,
-        match=r"generate runs the encoder of SimulatedT5\w+ separately, .* \(decoder_input_ids\)",
+        match=r"generate .* SimulatedT5\w+ separately, .* decoder_input_ids",
     ):
         model.generate(given["input_ids"], max_new_tokens=2)
 
@@ -317,6 +317,7 @@ def test_only_models_of_transformers_have_such_a_call() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = tiny_model("llama")
+            quantize_(self.inner, "w4-block32")
 
         def forward(self, **inputs: Tensor) -> object:
             return self.inner(**inputs)

@@ -580,7 +580,7 @@ def test_control_characters_in_names_are_escaped() -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_written_file_reads_back(tmp_path: Path, version: str) -> None:
     file = read(FILES / f"aimet-{version}.encodings")
-    write(file, tmp_path / "out.encodings")
+    write(file, str(tmp_path / "out.encodings"))
     assert read(tmp_path / "out.encodings") == file
     assert [p.name for p in tmp_path.iterdir()] == ["out.encodings"]
     lines = (tmp_path / "out.encodings").read_text().splitlines()

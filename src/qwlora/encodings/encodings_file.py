@@ -50,7 +50,7 @@ def write(file: EncodingsFile, path: Path | str) -> None:
     """
     text = to_text(file)
     try:
-        write_text(path, text)
+        write_text(Path(path), text)
     except (OSError, ValueError) as error:
         raise EncodingsFileError(str(path), [f"cannot be written: {_reason(error)}"]) from error
 

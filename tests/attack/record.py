@@ -24,9 +24,8 @@ SECTIONS = {
         "Every kind of file in three finished jobs, found by listing their directories, gets a "
         "flipped bit at ten random places (half of the time with the old modification time "
         "restored), is cut at a random length, emptied, deleted, and swapped with another file. "
-        "Then the commands and functions that read it run. Held: exit code 2 with one message "
-        "(`adapters check`: exit code 1), or QWLoRA's own exception in Python, or harmless as "
-        "listed below.",
+        "Then the commands and functions that read it run. Held: exit code 2 with one message, "
+        "or QWLoRA's own exception in Python, or harmless as listed below.",
     ),
     "unfinished": (
         "Damaged checkpoints of unfinished stages",

@@ -96,9 +96,7 @@ class Running:
 
     def stage_began(self) -> bool:
         """Whether it has said that it begins with a stage, or with a merge."""
-        return any(
-            word in self.out.read_text(errors="replace") for word in (" ...\n", "perplexity:")
-        )
+        return any(word in self.out.read_text(errors="replace") for word in (" ...", "perplexity:"))
 
 
 def threads() -> int:

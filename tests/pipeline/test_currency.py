@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.conftest import FakeJob
 from qwlora.errors import DirectoryError, VerificationError
+from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.placement_of_job import explain_job
 from qwlora.pipeline.run_job import open_job
 
@@ -248,3 +249,32 @@ def test_records_of_a_version_without_checksums_are_read(job: FakeJob) -> None:
     file.write_text(json.dumps(records, indent=1))
     job.run()
     assert not job.ran
+
+
+def test_work_of_a_run_that_was_killed_when_it_was_done_is_removed(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+
+    def keep(folder: Directory, stage: str, key: str | None = None) -> None:
+        raise KeyboardInterrupt
+
+    def place(folder: Directory, stage: str, key: str) -> Path:
+        places.append(real(folder, stage, key))
+        places[-1].mkdir(parents=True)
+        return places[-1]
+
+    real = Directory.work
+    with monkeypatch.context() as patched:
+        patched.setattr(Directory, "drop_work", keep)
+        patched.setattr(Directory, "work", place)
+        with pytest.raises(KeyboardInterrupt):
+            job.run("quantize")
+    (work,) = places
+    other = work.with_name(f"quantize-{'0' * 16}")
+    other.mkdir()
+    assert work.exists()
+    job.run("quantize")
+    assert job.ran == []
+    assert not work.exists()
+    assert other.exists()

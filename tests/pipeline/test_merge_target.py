@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from qwlora.errors import DirectoryError
+from qwlora.pipeline import merge_target
 from qwlora.pipeline.merge_target import check_target, new_folder
 
 
@@ -63,6 +65,45 @@ def test_what_a_killed_merge_left_is_replaced(tmp_path: Path) -> None:
     (half.parent / "lock").touch()
     with new_folder(tmp_path / "merged") as folder:
         (folder / "config.json").write_text("{}")
+    assert names(tmp_path) == ["merged", "merged/config.json"]
+
+
+@pytest.mark.parametrize("function", ["shutil.rmtree", "move_into_place"])
+def test_what_a_merge_left_that_was_killed_in_its_last_steps_is_replaced(
+    tmp_path: Path, function: str
+) -> None:
+    """Killed before it removes its scratch folder, or before the model takes the folder's place."""
+    place = tmp_path / "merged"
+    if not (child := os.fork()):
+        try:
+            with pytest.MonkeyPatch.context() as patched, new_folder(place) as folder:
+                (folder / "config.json").write_text("old")
+                patched.setattr(f"qwlora.pipeline.merge_target.{function}", lambda *_: os._exit(9))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert any(name.endswith("config.json") for name in names(tmp_path))
+    with new_folder(place) as folder:
+        (folder / "config.json").write_text("new")
+    assert names(tmp_path) == ["merged", "merged/config.json"]
+    assert (place / "config.json").read_text() == "new"
+
+
+def test_a_merge_that_is_about_to_finish_keeps_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock is gone by then with the folder that held it."""
+    place = tmp_path / "merged"
+
+    def move(part: Path, target: Path) -> None:
+        with pytest.raises(DirectoryError, match="is in use"), new_folder(place):
+            pass
+        real(part, target)
+
+    real = merge_target.move_into_place
+    with monkeypatch.context() as patched, new_folder(place) as folder:
+        (folder / "config.json").write_text("{}")
+        patched.setattr(merge_target, "move_into_place", move)
     assert names(tmp_path) == ["merged", "merged/config.json"]
 
 

@@ -352,3 +352,14 @@ def test_an_artifact_that_is_replaced_is_never_visible_in_part(
         "owner.json",
         "stages.json",
     ]
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(recipe: Recipe, tmp_path: Path) -> None:
+    finish(tmp_path / "out", recipe)
+    for name in ("scratch", "replaced"):
+        (tmp_path / "out" / ".qwlora" / name).mkdir()
+        (tmp_path / "out" / ".qwlora" / name / "model.safetensors").write_text("half")
+    with Directory.open(tmp_path / "out", recipe):
+        pass
+    names = {path.name for path in (tmp_path / "out" / ".qwlora").iterdir()}
+    assert names == {"lock", "owner.json", "stages.json"}

@@ -98,6 +98,8 @@ class Directory:
                 directory.check_owner(recipe)
                 is_new = read_owner(path) is None
                 directory._read_records()
+                if not is_new:
+                    directory._remove_scratch()  # of a run that was killed
                 directory._read_or_make_owner(recipe)
                 directory._write_recipe(recipe)
                 yield directory
@@ -215,19 +217,24 @@ class Directory:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """An empty folder; deleted afterwards unless it was committed."""
-        folder = self.private / "scratch"
-        for old in (folder, self._replaced):  # left by a run that was killed
-            shutil.rmtree(old, ignore_errors=True)
-        folder.mkdir()
+        self._scratch.mkdir()
         try:
-            yield folder
+            yield self._scratch
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._remove_scratch()
+
+    @property
+    def _scratch(self) -> Path:
+        return self.private / "scratch"
 
     @property
     def _replaced(self) -> Path:
         """Where the old artifact is kept until the new one is recorded."""
         return self.private / "replaced"
+
+    def _remove_scratch(self) -> None:
+        for folder in (self._scratch, self._replaced):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def drop(self, *stages: str) -> None:
         """Drop the records of `stages`; their files stay."""
@@ -275,15 +282,15 @@ class Directory:
         self._write_records()
         if artifact is not None and old - new:
             self._write_owner(artifact, new)
-        shutil.rmtree(self._replaced, ignore_errors=True)
 
     def work(self, stage: str, key: str) -> Path:
         """Folder for unfinished work that a stage resumes after an interruption; one per key."""
         return self.private / "work" / f"{stage.replace('/', '-')}-{key[:16]}"
 
-    def drop_work(self, stage: str) -> None:
-        """Delete the work folders of `stage` for all keys."""
-        for folder in (self.private / "work").glob(f"{stage.replace('/', '-')}-{'?' * 16}"):
+    def drop_work(self, stage: str, key: str | None = None) -> None:
+        """Delete the work folder of `stage` for `key`; by default those of all keys."""
+        name = self.work(stage, key).name if key else f"{stage.replace('/', '-')}-{'?' * 16}"
+        for folder in (self.private / "work").glob(name):
             shutil.rmtree(folder)
 
     def _files_made(self, artifact: str) -> set[str]:

@@ -1,15 +1,17 @@
 """The output folder of a merge: checked and locked before the work, replaced when it is complete.
 
-The model is written to `FOLDER/.qwlora-merge/model`, next to the lock, and then replaces the
-folder. The next merge into the same folder removes what a killed merge left.
+The model is written to `FOLDER/.qwlora-merge/model`, next to the lock. It is then moved next to
+FOLDER, as `.qwlora-merge-HASH` (of FOLDER's path), and replaces the folder. The next merge into the
+same folder removes what a killed merge left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,27 +61,57 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     check_target(folder)
     folder = Path(os.path.realpath(folder))
+    private, scratch = folder / _PRIVATE, folder / _PRIVATE / "model"
+    # nobody else has a name with this hash, so what is there is of a merge
+    part = folder.with_name(f"{_PRIVATE}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}")
     with explained(folder):
-        lock, made = lock_folder(folder / _PRIVATE, "lock")
-    part: Path | None = None
+        lock, made = lock_folder(private, "lock")
+    ours, scratch_lock = [private], -1
     try:
         with explained(folder):
             check_target(folder)  # another merge may have finished since the check
-            scratch = folder / _PRIVATE / "model"
-            shutil.rmtree(scratch, ignore_errors=True)  # left by a merge that was killed
+            _remove_of_killed_merge(part)
+            shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
+            # the lock in `private` is gone before the model is in place; this one moves with it
+            scratch_lock = os.open(scratch, os.O_RDONLY)
+            fcntl.flock(scratch_lock, fcntl.LOCK_EX)
             yield scratch
-            part = Path(tempfile.mkdtemp(prefix=f"{_PRIVATE}-", dir=folder.parent))
-            part.chmod(scratch.stat().st_mode)  # mkdtemp makes it private to the user
             scratch.rename(part)
-            shutil.rmtree(folder / _PRIVATE)
+            ours = [part, private]
+            shutil.rmtree(private)
+            ours = [part]
             move_into_place(part, folder)
+            ours = []
     finally:
-        shutil.rmtree(folder / _PRIVATE, ignore_errors=True)
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
+        for each in ours:
+            shutil.rmtree(each, ignore_errors=True)
         remove_empty(made)
         lock.close()
+        if scratch_lock >= 0:
+            os.close(scratch_lock)
+
+
+def _remove_of_killed_merge(part: Path) -> None:
+    """Remove a model that a killed merge left on its way into place.
+
+    Raises:
+        DirectoryError: the merge is not dead, but about to finish.
+    """
+    try:
+        descriptor = os.open(part, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(part, ignore_errors=True)
+    except BlockingIOError as error:
+        raise DirectoryError(
+            f"{shown(part)} is in use by another qwlora process; wait for it, or choose another "
+            "--out"
+        ) from error
+    finally:
+        os.close(descriptor)
 
 
 def _holds_more_than_ours(private: Path) -> bool:

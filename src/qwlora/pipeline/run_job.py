@@ -133,6 +133,7 @@ def _run(
         directory.forget(keep={s.name for s in plan})
         for stage in asked:
             if stage.name not in stale and stage.name not in always:
+                directory.drop_work(stage.name, stage.work_key)  # of a run killed at its end
                 say(_skipped(stage))
                 continue
             reason = stale.get(stage.name, "has not run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from .damage import HOWS, damage, kinds
-from .jobs import Job, differences, state
+from .jobs import Job, artifacts, differences, state, without_times
 from .record import Record
 from .targets import Target, stage_target
 from .victims import (
@@ -125,6 +126,11 @@ READERS = (
             r"^results\.json$": "written, never read; the next verb writes it again",
             r"^recipe\.yaml$": FOUND_AGAIN,
             r"^\.qwlora/lock$": "its content is never read",
+            r"^\.qwlora/digests\.json$": "a cache with a checksum; a damaged one is not used",
+            r"^\.qwlora/owner\.json$": "lists the job's files; a file that is missing there is never "
+            "removed, and damaged names of recipe or model are noticed",
+            r"^\.qwlora/stages\.json$": "each record has a checksum; a damaged one is dropped, which "
+            "`verify` says, and the stage runs again when it is needed",
         },
         jobs=("qwa",),
     ),
@@ -160,9 +166,22 @@ def _judge(reader: Reader, kind: str, ended: Ended, job: Path, reference: Path) 
     if not may_pass:
         return f"not noticed (exit code {ended.code}): {(ended.out + ended.err).strip()[-200:]}"
     if reader.name == "verify" and not kind.endswith("recipe.yaml"):
-        unequal = differences(state(job), state(reference))
-        return f"harms: {unequal}" if unequal else ""
+        unequal = differences(artifacts(job), artifacts(reference))
+        return f"harms: {unequal}" if unequal else _false_numbers(job, reference)
     return ""
+
+
+def _false_numbers(job: Path, reference: Path) -> str:
+    """Whether results.json says something that it should not; it may say less."""
+
+    def false(found: Any, true: Any, where: str) -> list[str]:
+        if isinstance(found, dict) and isinstance(true, dict):
+            return [x for k in found for x in false(found[k], true.get(k), f"{where}/{k}")]
+        return [] if found == true else [f"{where}: {found!r:.60} is not {true!r:.60}"]
+
+    found, true = (json.loads((folder / "results.json").read_text()) for folder in (job, reference))
+    wrong = false(without_times(found), without_times(true), "")
+    return f"false numbers: {wrong}" if wrong else ""
 
 
 def test_damaged_files_are_noticed_by_what_reads_them(

@@ -127,10 +127,14 @@ READERS = (
             r"^recipe\.yaml$": FOUND_AGAIN,
             r"^\.qwlora/lock$": "its content is never read",
             r"^\.qwlora/digests\.json$": "a cache with a checksum; a damaged one is not used",
-            r"^\.qwlora/owner\.json$": "lists the job's files; a file that is missing there is never "
-            "removed, and damaged names of recipe or model are noticed",
-            r"^\.qwlora/stages\.json$": "each record has a checksum; a damaged one is dropped, which "
-            "`verify` says, and the stage runs again when it is needed",
+            r"^\.qwlora/owner\.json$": (
+                "lists the job's files; a file that is missing there is never removed, and damaged "
+                "names of recipe or model are noticed"
+            ),
+            r"^\.qwlora/stages\.json$": (
+                "each record has a checksum; a damaged one is dropped, which `verify` says, and the "
+                "stage runs again when it is needed"
+            ),
         },
         jobs=("qwa",),
     ),

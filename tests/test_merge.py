@@ -225,7 +225,7 @@ def test_fused_experts_say_that_they_cannot_be_merged() -> None:
     wrapped = get_peft_model(
         model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     )
-    with pytest.raises(MergeError, match=r"experts.*keep the adapter separate"):
+    with pytest.raises(MergeError, match=r"experts.*Keep the adapter separate"):
         merged_model(wrapped, "float")
 
 

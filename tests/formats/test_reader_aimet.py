@@ -320,10 +320,8 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
         f"'{DOWN}', the weight of a Linear layer, has no entry (near: "
         "layers.0.mlp.down_proj.weight)" in message
     )
-    assert (
-        "'lm_head.weight', the weight of a Linear layer, has no entry. To keep it float, set "
-        "model.keep_float: [lm_head] in the recipe" in message
-    )
+    assert "'lm_head.weight', the weight of a Linear layer, has no entry" in message
+    assert "To keep it float, set model.keep_float: [lm_head] in the recipe" in message
     assert f"'{up}' has 16 bits, but weights must have 2 to 8 bits" in message
 
 

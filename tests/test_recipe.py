@@ -248,10 +248,10 @@ def test_recipe_reference_is_up_to_date() -> None:
 
 def test_presets_fill_in_what_the_recipe_does_not_set(recipe_for: Any) -> None:
     best = load_recipe(recipe_for(preset="best"))
-    assert (best.base.solver, best.base.gptq.sweeps, best.base.tuning.steps) == ("gptq", 4, 512)
+    assert (best.base.solver, best.base.tuning.steps) == ("gptq", 512)
     assert [adapter.init for adapter in best.adapters] == ["qera"]
     own = load_recipe(recipe_for(preset="best"), ("base.solver=rtn", "adapters.0.init=zero"))
-    assert (own.base.solver, own.base.gptq.sweeps, own.adapters[0].init) == ("rtn", 4, "zero")
+    assert (own.base.solver, own.base.tuning.steps, own.adapters[0].init) == ("rtn", 512, "zero")
     fast = load_recipe(recipe_for(preset="fast"))
     assert (fast.base.solver, fast.adapters[0].init) == ("search", "zero")
 

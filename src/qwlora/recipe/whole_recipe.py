@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"base": {"solver": "search"}, "adapter": {"init": "zero"}},
     "balanced": {"base": {"solver": "gptq"}, "adapter": {"init": "qera"}},
     "best": {
-        "base": {"solver": "gptq", "gptq": {"sweeps": 4}, "tuning": {"steps": 512}},
+        "base": {"solver": "gptq", "tuning": {"steps": 512}},
         "adapter": {"init": "qera"},
     },
 }
@@ -64,8 +64,8 @@ class Recipe(Section):
     preset: Literal["fast", "balanced", "best"] = Field(
         "balanced",
         description="how much work goes into the base and the starts of adapters. fast: solver "
-        "search, init zero; balanced: gptq, init qera; best: gptq with 4 sweeps, scales tuned for "
-        "512 steps, init qera. Keys that the recipe sets itself win",
+        "search, init zero; balanced: gptq, init qera; best: the same, with scales "
+        "tuned for 512 steps. Keys that the recipe sets itself win",
     )
     workflow: Literal["qw-lora", "qwa-lora"] = Field(
         "qw-lora",

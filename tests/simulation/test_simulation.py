@@ -269,6 +269,7 @@ def with_relu(inplace: bool) -> Simulation:
 RELU_INPUTS = {"input": torch.randn(16, 8, generator=torch.Generator().manual_seed(0))}
 
 
+@pytest.mark.filterwarnings("ignore:.* has no packed layer")  # a float model on purpose
 def test_what_an_operator_overwrites_was_seen_before(tmp_path: Path) -> None:
     simulation, plain = with_relu(inplace=True), with_relu(inplace=False)
     values, expected = simulation.values(RELU_INPUTS), plain.values(RELU_INPUTS)

@@ -488,7 +488,7 @@ def test_what_cannot_be_shared_says_why(model: PeftModel) -> None:
 
 
 def test_names_that_cannot_be(model: PeftModel) -> None:
-    with pytest.raises(CaptureError, match="no adapter third. It has first, second, wide"):
+    with pytest.raises(CaptureError, match=r"no adapter third\. It has first, second, wide"):
         simulate_adapters(model, inputs(), adapters=["first", "third"])
     with pytest.raises(CaptureError, match="an adapter is called 'base'"):
         simulate_adapters(adapted(base=shape()), inputs())

@@ -114,7 +114,7 @@ def problems(path: Path, *changes: str) -> list[str]:
         ),
         (
             "simulation.rules=[{match: lm_head, keep: float, bitwidth: 8}]",
-            "simulation.rules.0: rule 'lm_head': a value that stays float has no bitwidth; remove that, or keep",
+            "simulation.rules.0: rule 'lm_head': keep: float contradicts bitwidth; remove one of them",
         ),
         (
             "simulation={activation_bitwidth: 4, rules: [{match: x, bitwidth: 6}]}",

@@ -198,7 +198,7 @@ def test_a_suggestion_counts_and_prints_the_rules_that_are_there(
 
 @pytest.mark.parametrize(
     ("share", "message"),
-    [("5", "for 5 % give 0.05"), ("-0.1", "0.05 is 5 %"), ("nan", "0.05 is 5 %")],
+    [("5", "for 5 % use 0.05"), ("-0.1", "0.05 is 5 %"), ("nan", "0.05 is 5 %")],
 )
 def test_a_share_is_between_zero_and_one(
     tmp_path: Path,
@@ -345,7 +345,7 @@ def test_a_change_that_needs_another_stage_is_refused(
         assert f"qwlora run {job / 'recipe.yaml'} --out {job} --set {change}" in errors
 
 
-def test_an_adapter_of_another_base_is_refused(
+def test_an_adapter_whose_record_was_replaced_is_refused(
     job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -355,7 +355,8 @@ def test_an_adapter_of_another_base_is_refused(
     )
     code, out, errors = call(capsys, monkeypatch, other)
     assert (code, out) == (2, "")
-    assert f"was trained on the base with fingerprint {'0' * 64}, but this base has" in errors
+    assert "adapters/first/qwlora.json has changed" in errors
+    assert "qwlora train" in errors
 
 
 def test_tables_of_alike_things() -> None:

@@ -547,6 +547,6 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
         simulate_adapters(with_first, inputs(), SimulationSchemes(rules=wrong))
     assert "'*.k_proj.lora_A.weight' matches no value; did you mean " in str(caught.value)
     assert (
-        "'*.up_proj.lora_B.weight' matches weights only, model.layers.0.mlp.up_proj.lora_B.weight the first"
+        "'*.up_proj.lora_B.weight' matches only weights, model.layers.0.mlp.up_proj.lora_B.weight"
         in str(caught.value)
     )

@@ -63,7 +63,7 @@ def test_unpacking_a_dispatched_model_leaves_no_forward_on_codes() -> None:
 def test_offloaded_layers_are_refused_by_name() -> None:
     model = tiny_model("qwen3")
     cpu_offload(model)
-    with pytest.raises(GridError, match=r"layers\.0\.self_attn\.q_proj is offloaded"):
+    with pytest.raises(GridError, match=r"q_proj\.weight.*device_map offloading"):
         quantize_(model, "w4-block32", "rtn")
 
 

@@ -144,7 +144,7 @@ def test_no_merge_gets_through_and_nothing_changes(options: dict[str, Any], safe
 def test_starts_that_change_the_base_are_refused(start: str) -> None:
     model, _, config = mixed()
     config.init_lora_weights, config.target_modules = start, {"linear"}
-    with pytest.raises(MergeError, match="change the base's weights.*pissa"):
+    with pytest.raises(MergeError, match=r"change the base's weights.*pissa"):
         get_peft_model(model, config)
 
 

@@ -29,7 +29,7 @@ from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import Rule
 
-GPTQ = Path(__file__).parent / "files" / "gptqmodel-llama"
+GPTQ = Path(__file__).parent.parent / "formats" / "files" / "gptqmodel-llama"
 Call = Callable[..., tuple[int, str, str]]
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, reseal, tiny_model
 from qwlora import load_base, quantize_, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
@@ -92,6 +92,7 @@ def test_counts_of_a_base(
     save_base(model, byte_tokenizer(), tmp_path, "somewhere")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": MANY}))
+    reseal(tmp_path, "base.json")
     with pytest.raises(
         SourceError,
         match=f"config.json': num_hidden_layers is {MANY}, but .* at most 128",

@@ -54,6 +54,8 @@ def test_a_signal_ends_a_command_with_its_exit_code_and_one_message(number: int)
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A runner in the background may hand down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"

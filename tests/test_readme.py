@@ -74,7 +74,7 @@ def test_every_folder_is_in_the_map_of_the_code() -> None:
         for p in (ROOT / "src" / "qwlora").iterdir()
         if p.is_dir() and p.name != "__pycache__"
     }
-    assert folders == listed
+    assert folders == listed - {Path("src/qwlora/*.py")}
 
 
 def test_every_file_that_the_map_of_the_code_names_exists() -> None:

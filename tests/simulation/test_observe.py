@@ -20,12 +20,12 @@ def _seeded() -> None:
 def test_quantizer_says_what_it_cannot_do() -> None:
     for scheme in (Scheme(8, granularity=PerChannel(0)), Scheme(4, False, float_offset=True)):
         with pytest.raises(
-            CalibrationError, match="it: activations need a per-tensor scheme.*not int"
+            CalibrationError, match=r"it: activations need a per-tensor scheme.*not int"
         ):
             Quantizer("it", scheme)
     quantizer = Quantizer("it", Scheme(8))
     quantizer.mode = Mode.SIMULATE
-    with pytest.raises(CalibrationError, match="it has no encoding; call freeze"):
+    with pytest.raises(CalibrationError, match="it has no encoding; call calibrate"):
         quantizer(torch.ones(2))
     quantizer.observer.update(torch.ones(2))
     quantizer.estimator = Estimator("sqnr")

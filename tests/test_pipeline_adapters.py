@@ -173,10 +173,6 @@ def test_the_adapter_is_equalized_for_its_grid(recipe_for: Any, tmp_path: Path) 
             "must have equal shapes, but rank_pattern differs among them",
         ),
         ({"rank": 8, "dora": True}, "must have equal shapes, but rank, dora differ among them"),
-        (
-            {"init": "svd", "rank_budget": 0.5},
-            "rank_budget chooses the ranks of b, .* remove rank_budget",
-        ),
     ],
 )
 def test_adapters_that_share_everything_have_one_shape(
@@ -207,11 +203,7 @@ def test_what_is_one_shape(recipe_for: Any) -> None:
         change["target_modules"] for change in targets
     ]
     goes_on = {"name": "b", "start": "a", "steps": 2, "warmup_steps": 0}
-    recipe = load_recipe(
-        recipe_for(
-            simulation=none, adapters=[{**TWO[0], "init": "svd", "rank_budget": 0.5}, goes_on]
-        )
-    )
+    recipe = load_recipe(recipe_for(simulation=none, adapters=[{**TWO[0], "init": "svd"}, goes_on]))
     assert recipe.start_of(recipe.adapters[1]) == recipe.adapters[0]
 
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwlora.adapter.adapter_folder import load_adapter, save_adapter
     from qwlora.adapter.initialize import initialize_adapter_
-    from qwlora.adapter.rank_budget import RankBudget, rank_by_layer
     from qwlora.adapter.training_step import chunk_loss_, lean_steps
     from qwlora.errors import QwloraError
     from qwlora.export.onnx_bundle import export_onnx, verify_onnx, verify_onnx_outputs
@@ -50,8 +49,6 @@ _HOME = {
     "chunk_loss_": "adapter.training_step",
     "load_adapter": "adapter.adapter_folder",
     "save_adapter": "adapter.adapter_folder",
-    "RankBudget": "adapter.rank_budget",
-    "rank_by_layer": "adapter.rank_budget",
     "observe_moments": "quantize.quantize_blocks",
     "PackedLinear": "nn",
     "assert_frozen": "nn.frozen",
@@ -94,7 +91,6 @@ __all__ = [
     "PerTensor",
     "PlacementRule",
     "QwloraError",
-    "RankBudget",
     "Rule",
     "Scheme",
     "Simulation",
@@ -113,7 +109,6 @@ __all__ = [
     "observe_moments",
     "open_checkpoint",
     "quantize_",
-    "rank_by_layer",
     "save_adapter",
     "save_base",
     "simulate",

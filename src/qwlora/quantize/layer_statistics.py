@@ -109,7 +109,7 @@ def _gradients(
 ) -> Sequence[Tensor | None]:
     """dp / dz of each of the layers' outputs."""
     remedy = (
-        "which gptq, init qera and rank_budget need. For its layers use solver search (by a rule), "
+        "which gptq and init qera need. For its layers use solver search (by a rule), "
         "and init zero or svd."
     )
     try:

@@ -65,16 +65,7 @@ class Adapter(Section):
     init_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5,
         description="share of the ranks that carry the correction, rounded up; the rest start at "
-        "zero and are free to learn. Use 1 at 2 bits. Not used by rank_budget",
-    )
-    rank_budget: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="distribute ranks over layers: total parameters as a share of what rank would "
-        "give, to where init corrects most",
-    )
-    rank_cap: Rank | None = Field(
-        None,
-        description="largest rank that rank_budget may give a layer. Default: four times rank",
+        "zero and are free to learn. Use 1 at 2 bits.",
     )
     dora: bool = Field(False, description="DoRA: train the norm of every output as well")
     rank_pattern: dict[str, Rank] = Field(
@@ -171,11 +162,6 @@ class Adapter(Section):
         """The keys that determine the shapes of its weights in any given layer."""
         return {"rank": self.rank, "rank_pattern": self.rank_pattern, "dora": self.dora}
 
-    @property
-    def correcting_share(self) -> float:
-        """Share of a layer's ranks that init uses to correct the quantization error."""
-        return self.init_share if self.rank_budget is None else 1.0
-
     def without_graph(self) -> list[str]:
         """Settings that cannot be trained through a captured graph, and what to use instead."""
         problems = {
@@ -227,7 +213,6 @@ class Adapter(Section):
             "alpha_pattern",
             "layers",
         }
-        shape |= {"rank_budget", "rank_cap"}
         if self.start is not None and (
             given := sorted(
                 n
@@ -263,7 +248,6 @@ class Adapter(Section):
             raise ValueError(
                 "init_share has no effect with init zero; remove it, or set init to svd or qera"
             )
-        self._check_budget()
         if self.steps and self.warmup_steps >= self.steps and self.schedule != "constant":
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})"
@@ -273,36 +257,3 @@ class Adapter(Section):
                 "patience counts evaluations, but there are none; set evaluation_steps"
             )
         return self
-
-    def _check_budget(self) -> None:
-        if self.rank_budget is None:
-            if self.rank_cap is not None:
-                raise ValueError("rank_cap needs rank_budget; remove it, or set rank_budget")
-            return
-        if self.init == "zero":
-            raise ValueError(
-                "rank_budget distributes ranks by what init corrects, and init zero corrects "
-                "nothing; set init to svd or qera"
-            )
-        if self.init_share != Adapter.model_fields["init_share"].default:
-            raise ValueError(
-                "init_share has no effect with rank_budget, where all ranks carry the correction; "
-                "remove init_share"
-            )
-        if self.rank_pattern or self.alpha_pattern:
-            raise ValueError("rank_budget sets rank_pattern and alpha_pattern itself; remove yours")
-        if self.rank_budget * self.rank < 1:
-            raise ValueError(
-                f"rank_budget {self.rank_budget:g} of rank {self.rank} is less than rank 1 per "
-                f"layer; raise it to {1 / self.rank:g}"
-            )
-        if self.rank_cap is not None and self.rank_cap < self.rank_budget * self.rank:
-            raise ValueError(
-                f"rank_cap {self.rank_cap} in every layer is less than rank_budget "
-                f"{self.rank_budget:g} of rank {self.rank}; raise rank_cap, or lower rank_budget"
-            )
-        if self.rank_budget * self.rank > 4 * self.rank and self.rank_cap is None:
-            raise ValueError(
-                f"rank_budget {self.rank_budget:g} exceeds the default rank_cap of four times "
-                "rank; raise rank, or set rank_cap"
-            )

@@ -10,6 +10,8 @@ from typing import Any
 
 # Key and default. In a list such as `adapters`, a key applies to every item.
 DROPPED_KEYS: dict[str, Any] = {
+    "adapters.rank_budget": None,
+    "adapters.rank_cap": None,
     "simulation.momentum": 0.01,
     "simulation.still_share": None,
     "simulation.still_batches": 4,

@@ -168,12 +168,6 @@ class Recipe(Section):
         roots = [a for a in self.adapters if self.start_of(a) is None]
         if self.simulation.base_activations != "none" or len(roots) < 2:
             return self
-        if budgets := [a.name for a in roots if a.rank_budget is not None]:
-            raise ValueError(
-                f"simulation.base_activations none: rank_budget chooses the ranks of "
-                f"{', '.join(budgets)}, but adapters that share all encodings must have equal "
-                "shapes; remove rank_budget, or use base_activations: adapter_only"
-            )
         # The shape of an adapter started from files is known only when these are read.
         shapes = [a.shape() for a in roots if a.start is None]
         if differ := [

@@ -164,9 +164,7 @@ def _initialize(
     Returns:
         The model, and a report with each layer's error before and after.
     """
-    from qwlora.adapter.attach import attach
     from qwlora.adapter.initialize import initialize_adapter_
-    from qwlora.adapter.rank_budget import RankBudget, rank_by_layer, with_ranks
     from qwlora.grid.second_moments import Moments
     from qwlora.nn import weight_out_in
     from qwlora.pipeline.context import solver_scales
@@ -176,29 +174,17 @@ def _initialize(
     def weight(path: str) -> Tensor:
         return weight_out_in(floats.get_submodule(path)).detach()
 
-    moments, found = (
-        Moments(context.path / "base" / MOMENTS) if adapter.init == "qera" else None,
-        {},
-    )
-    scales = solver_scales(context.path / "base")
-    if adapter.rank_budget is not None:
-        budget = RankBudget(adapter.rank_budget, adapter.rank_cap or 4 * adapter.rank)
-        ranks = rank_by_layer(
-            model, budget, weight, moments, track=context.track, solver_scales=scales
-        )
-        model = attach(model.unload(), with_ranks(adapter.lora_shape(), ranks), context.recipe.seed)
-        found["ranks"] = ranks
+    moments = Moments(context.path / "base" / MOMENTS) if adapter.init == "qera" else None
     reports = initialize_adapter_(
         model,
         adapter.init,
         weight,
         moments,
-        share=adapter.correcting_share,
+        share=adapter.init_share,
         track=context.track,
-        solver_scales=scales,
+        solver_scales=solver_scales(context.path / "base"),
     )
     return model, {
         "method": adapter.init,
-        **found,
         "layers": {path: asdict(report) for path, report in reports.items()},
     }

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
-from qwlora.data import load_documents
 from qwlora.errors import CalibrationError, RecipeError, TrainingError
+from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.placement_of_job import explain_job
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run_job import open_job, run
@@ -99,10 +99,7 @@ def test_another_adapter_changes_what_is_shared(recipe_for: Any, tmp_path: Path)
         recipe = load_recipe(
             path, (f"adapters.1.steps={steps}", "simulation.base_activations=none")
         )
-        documents = load_documents(
-            recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
-        )
-        keys[steps] = {stage.name: stage.key for stage in make_plan(recipe, documents)}
+        keys[steps] = {stage.name: stage.key for stage in make_plan(recipe, JobTexts(recipe))}
     changed = {name for name in keys[2] if keys[2][name] != keys[3][name]}
     assert {"calibrate", "calibrate/a", "calibrate/b", "export/onnx/a"} <= changed
     assert "train/a" not in changed
@@ -113,10 +110,7 @@ def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
 ) -> None:
     def keys(init: str) -> dict[str, str]:
         recipe = load_recipe(recipe_for(), ("base.solver=rtn", f"adapters.0.init={init}"))
-        documents = load_documents(
-            recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
-        )
-        return {stage.name: stage.key for stage in make_plan(recipe, documents)}
+        return {stage.name: stage.key for stage in make_plan(recipe, JobTexts(recipe))}
 
     before = {init: keys(init) for init in ("zero", "svd", "qera")}
     all_inits = {init: ["quantize", "train/first"] for init in before}

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from pipeline.conftest import FakeJob
-from qwlora.data import load_documents
 from qwlora.pipeline import digests as module
 from qwlora.pipeline.digests import Digests
+from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.plan import make_plan
 from qwlora.recipe import load_recipe
 
@@ -136,10 +136,7 @@ def test_a_cache_is_not_written_where_there_is_no_job(tmp_path: Path) -> None:
 
 def keys(path: Path, cache: Path, *changes: str) -> dict[str, str]:
     recipe, digests = load_recipe(path, changes), Digests(cache)
-    documents = load_documents(
-        recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
-    )
-    plan = make_plan(recipe, documents, digests)
+    plan = make_plan(recipe, JobTexts(recipe), digests)
     digests.save()
     return {stage.name: stage.key for stage in plan}
 

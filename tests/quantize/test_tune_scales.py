@@ -17,7 +17,6 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conftest import tiny_model
-from qwlora.data import load_documents
 from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.float_offset import measure_float_offset
@@ -27,6 +26,7 @@ from qwlora.nn import PackedLinear
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.artifacts import SOLVER_SCALES
 from qwlora.pipeline.context import solver_scales
+from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run_job import run
 from qwlora.quantize.layer_rules import Rule
@@ -633,9 +633,7 @@ def test_tuning_otherwise_solves_nothing_again(recipe_for: Any) -> None:
         recipe = load_recipe(recipe_for(), ("base.solver=rtn", *changes))
         plan = make_plan(
             recipe,
-            load_documents(
-                recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
-            ),
+            JobTexts(recipe),
         )
         return next(s for s in plan if s.name == "quantize")
 

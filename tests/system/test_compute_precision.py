@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from conftest import tiny_model
-from qwlora.data import load_documents
+from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.run_job import run
 from qwlora.quantize.quantize_model import quantize_
@@ -127,9 +127,7 @@ def test_a_torch_without_cuda_trains_on_the_processor(monkeypatch: pytest.Monkey
 
 def keys(recipe: Recipe) -> dict[str, str]:
     resolved = resolve_compute(recipe)
-    data = resolved.data
-    documents = load_documents(data.source, data.held_out, resolved.seed, data.reading())
-    return {stage.name: stage.key for stage in make_plan(resolved, documents)}
+    return {stage.name: stage.key for stage in make_plan(resolved, JobTexts(resolved))}
 
 
 def precisions(recipe: Recipe) -> tuple[str, ...]:

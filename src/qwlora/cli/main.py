@@ -180,13 +180,16 @@ def data(
     sequence: Annotated[
         int, typer.Option(help="Number of the training sequence to show, counted from 0.")
     ] = 0,
+    adapter: Annotated[
+        str | None, typer.Option(help="Whose text. Default: the first adapter's.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Summarize a recipe's data and show one training sequence, loss tokens marked."""
     from qwlora.pipeline.data_preview import format_preview, preview
     from qwlora.recipe import load_recipe
 
-    found = preview(load_recipe(recipe, tuple(changes or ())), sequence)
+    found = preview(load_recipe(recipe, tuple(changes or ())), sequence, adapter)
     print(strict_json.dumps(found, indent=1) if as_json else format_preview(found))
 
 

@@ -66,7 +66,7 @@ def merge(job: Job, name: Name, into: Target, out: Out) -> None:
 
     with new_folder(out) as folder:
         session, name = open_job(job, name)
-        check_outside_data(out, session.recipe.data.source)
+        check_outside_data(out, session.recipe)
         from qwlora.pipeline.merge_adapter import merge_verdict, write_merged
 
         print("\n".join(_lines(merge_verdict(session, name, bars()))), flush=True)

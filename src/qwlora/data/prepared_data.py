@@ -137,8 +137,8 @@ def describe(documents: Documents, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def summary(description: dict[str, Any]) -> str:
-    """The same in one line."""
+def summary(description: dict[str, Any], name: str | None = None) -> str:
+    """The same in one line; `name` tells several texts apart."""
     parts = []
     for part, name in (("train", "training"), ("held_out", "held out")):
         c = description[part]
@@ -160,4 +160,5 @@ def summary(description: dict[str, Any]) -> str:
         ),
     ]
     parts += [f"{count:,} {what}" for count, what in notes if count]
-    return f"data ({description['kind']}, packing {description['packing']}): " + "; ".join(parts)
+    of = "data" if name is None else f"data of {name}"
+    return f"{of} ({description['kind']}, packing {description['packing']}): " + "; ".join(parts)

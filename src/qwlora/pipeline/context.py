@@ -5,9 +5,11 @@ Each is loaded on first use. Large ones are released as soon as another one repl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,6 @@ from torch import Tensor, nn
 from qwlora.adapter.adapter_folder import check_adapter, load_adapter, reading
 from qwlora.adapter.attach import attach, attach_existing
 from qwlora.adapter.equalize_factors import equalize_adapter_
-from qwlora.data import Documents, Prepared, prepare
-from qwlora.data.sequences import Sequences
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_folder import load_base, read_record
@@ -35,9 +35,11 @@ from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import Moments
 from qwlora.parameter_names import parameter_name
 from qwlora.pipeline.artifacts import ADAPTER, BASE_SIMULATION, MOMENTS, SCALES, SOLVER_SCALES
+from qwlora.pipeline.job_texts import JobTexts
+from qwlora.pipeline.prepared_text import PreparedText
 from qwlora.pipeline.unused_rules import refuse_unused_rules
 from qwlora.progress import Track
-from qwlora.recipe import Adapter, Recipe
+from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.simulation.load_simulation import restore
 from qwlora.simulation.simulation import Simulation, simulate
 from qwlora.simulation.simulation_schemes import SimulationSchemes
@@ -78,11 +80,18 @@ def _read_tensors(path: Path, owner: str, remedy: str) -> dict[str, Tensor]:
         raise SourceError(f"{owner}: {path.name} cannot be read ({error}); {remedy}") from error
 
 
+def _alternating(texts: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The rows of several tensors [count, tokens] in turn, until all are used up."""
+    for rows in zip_longest(*texts):
+        yield from (row for row in rows if row is not None)
+
+
 class JobContext:
     """Lazily loaded inputs of the stages of one job directory."""
 
-    def __init__(self, recipe: Recipe, documents: Documents, path: Path, track: Track):
-        self.recipe, self.documents, self.path, self.track = recipe, documents, path, track
+    def __init__(self, recipe: Recipe, texts: JobTexts, path: Path, track: Track):
+        self.recipe, self.texts, self.path, self.track = recipe, texts, path, track
+        self._prepared: dict[Data, PreparedText] = {}
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
         self._rules_are_checked = False
@@ -98,29 +107,73 @@ class JobContext:
             tokenizer.chat_template = template
         return tokenizer
 
-    @cached_property
-    def data(self) -> Prepared:
-        return prepare(self.documents, self.tokenizer, self.recipe.data.cutting())
+    def prepared(self, data: Data) -> PreparedText:
+        """The sequences of a data section that has a source."""
+        if data not in self._prepared:
+            tokenizer = self.tokenizer
+            template = data.read_template()
+            if template is not None and template != tokenizer.chat_template:
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.chat_template = template
+            self._prepared[data] = PreparedText(data, self.texts.documents(data), tokenizer)
+        return self._prepared[data]
 
-    @property
-    def evaluation(self) -> Sequences:
-        """Held-out sequences that perplexity is measured on."""
-        return self.data.held_out.first(self.recipe.data.evaluation_sequences)
+    def text(self, adapter: str | None) -> PreparedText:
+        """The text of an adapter; None: that of the base."""
+        data = self.recipe.base_text() if adapter is None else self.recipe.data_of(adapter)
+        assert data is not None, "adapters have different texts, and the base has none of its own"
+        return self.prepared(data)
 
-    @property
-    def calibration_ids(self) -> Tensor:
-        """Token ids that activation ranges are measured on: int64 [count, tokens], no padding."""
-        return self.data.calibration_ids[: self.recipe.data.calibration_sequences]
+    def all_texts(self) -> dict[str, PreparedText]:
+        """All texts of the job: the base's under the name `base`, those of adapters by name."""
+        recipe, found = self.recipe, dict[Data, str]()
+        for adapter in (*recipe.base.calibrate_on, *recipe.texts()):
+            found.setdefault(recipe.data_of(adapter), adapter)
+        if recipe.data.source is not None:
+            found.setdefault(recipe.data, "base")
+        return {name: self.prepared(data) for data, name in found.items()}
 
-    @property
-    def calibration(self) -> dict[str, Any]:
-        """Arguments of `CalibratedGraph.observe`: calibration batches, and when to stop."""
-        section = self.recipe.simulation
+    def texts_measured(self, adapter: str | None) -> list[str]:
+        """The text of an adapter (None: of the base) as a row of the table that compares adapters
+        on each other's texts; empty if there is no such table, or no such row."""
+        texts = self.recipe.texts()
+        own = self.recipe.base_text() if adapter is None else self.recipe.data_of(adapter)
+        return [name for name, data in texts.items() if data == own] if len(texts) > 1 else []
+
+    def described(self, adapter: str | None) -> dict[str, Any]:
+        """The counts of an adapter's text (None: of the base's), as a part of results.json."""
+        description = self.text(adapter).describe()
+        if len(self.recipe.texts()) < 2:
+            return {"data": description}
+        names = self.texts_measured(adapter) or ["base"]
+        return {"texts": dict.fromkeys(names, description)}
+
+    def base_calibration_ids(self, count: int) -> Tensor:
+        """Token ids that the base is calibrated on: int64 [count, tokens], fewer if there are not
+        as many; the sequences of several texts alternate."""
+        ids = [self.prepared(data).data.calibration_ids for data in self.recipe.base_texts()]
+        return torch.stack(list(islice(_alternating(ids), count)))
+
+    def base_calibration(self) -> dict[str, Any]:
+        """Arguments of `CalibratedGraph.observe` for the base alone."""
+        return self._observation(self.base_calibration_ids(self.recipe.data.calibration_sequences))
+
+    def calibration(self, adapter: str) -> dict[str, Any]:
+        """Arguments of `CalibratedGraph.observe` for an adapter: batches, and when to stop."""
+        return self._observation(self.text(adapter).calibration_ids)
+
+    def shared_calibration(self) -> dict[str, Any]:
+        """Arguments of `observe` for encodings that adapters share: the texts of all of them."""
+        texts = [self.prepared(data).calibration_ids for data in self.recipe.texts().values()]
+        return self._observation(_alternating(texts))
+
+    def _observation(self, rows: Iterable[Tensor]) -> dict[str, Any]:
         batches = [
             {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))}
-            for row in self.calibration_ids
+            for row in rows
         ]
-        return {"batches": batches, "track": self.track, "tokens": section.calibration_tokens}
+        tokens = self.recipe.simulation.calibration_tokens
+        return {"batches": batches, "track": self.track, "tokens": tokens}
 
     def adapter(self, name: str) -> Adapter:
         return next(a for a in self.recipe.adapters if a.name == name)
@@ -224,7 +277,7 @@ class JobContext:
     @property
     def example_inputs(self) -> dict[str, Tensor]:
         """Example inputs for capturing a graph."""
-        ids = self.data.calibration_ids[:1, :16].repeat(2, 1)
+        ids = self.base_calibration_ids(1)[:, :16].repeat(2, 1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def equalized(self, *names: str) -> PeftModel:

@@ -6,9 +6,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from qwlora.data import load_documents
-from qwlora.data.prepared_data import describe
 from qwlora.errors import SourceError
+from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.run_job import new_context
 from qwlora.progress import untracked
 from qwlora.recipe import Recipe
@@ -16,8 +15,11 @@ from qwlora.recipe import Recipe
 OPEN, CLOSE = "⟦", "⟧"
 
 
-def preview(recipe: Recipe, sequence: int = 0) -> dict[str, Any]:
+def preview(recipe: Recipe, sequence: int = 0, adapter: str | None = None) -> dict[str, Any]:
     """Counts and one training sequence.
+
+    Args:
+        adapter: whose text; default: the first adapter's.
 
     Returns:
         `data`: counts as in results.json. `documents`: for each document in training sequence
@@ -28,11 +30,12 @@ def preview(recipe: Recipe, sequence: int = 0) -> dict[str, Any]:
     """
     from qwlora.data.sequences import IGNORED
 
-    documents = load_documents(
-        recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
-    )
-    context = new_context(recipe, documents, Path(), untracked)
-    train = context.data.train
+    names = [a.name for a in recipe.adapters]
+    if adapter is not None and adapter not in names:
+        raise SourceError(f"there is no adapter {adapter!r}; the recipe has {', '.join(names)}")
+    context = new_context(recipe, JobTexts(recipe), Path(), untracked)
+    text = context.text(adapter or names[0])
+    train = text.data.train
     if not 0 <= sequence < len(train):
         raise SourceError(
             f"training sequence {sequence} does not exist; choose one from 0 to {len(train) - 1}"
@@ -47,7 +50,7 @@ def preview(recipe: Recipe, sequence: int = 0) -> dict[str, Any]:
         for part in parts
     ]
     return {
-        "data": describe(documents, context.data),
+        "data": text.describe(),
         "sequence": sequence,
         "documents": [runs for runs in shown if runs],
     }

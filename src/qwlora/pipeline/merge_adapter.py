@@ -104,9 +104,9 @@ def merge_verdict(context: JobContext, name: str, track: Track) -> Verdict:
     """Measure the effect of merging adapter `name`."""
     adapted = context.adapted(name)
     layers = rounding_losses(adapted)
-    after = _perplexity(context, adapted, "adapted", track)
-    before = _perplexity(context, context.base(), "base", track)
-    merged = _perplexity(context, merged_model(adapted, "requantized"), "merged", track)
+    after = _perplexity(context, name, adapted, "adapted", track)
+    before = _perplexity(context, name, context.base(), "base", track)
+    merged = _perplexity(context, name, merged_model(adapted, "requantized"), "merged", track)
     return Verdict(layers, before, after, merged)
 
 
@@ -149,6 +149,10 @@ def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> No
 
 
 def _perplexity(
-    context: JobContext, model: PreTrainedModel | PeftModel, what: str, track: Track
+    context: JobContext,
+    name: str,
+    model: PreTrainedModel | PeftModel,
+    what: str,
+    track: Track,
 ) -> float:
-    return perplexity(logits_of(model), context.evaluation, f"perplexity, {what}", track)
+    return perplexity(logits_of(model), context.text(name).evaluation, f"perplexity, {what}", track)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from qwlora.errors import DirectoryError
+from qwlora.recipe import Recipe
 
 _LONGEST_INSIDE = 250  # bytes that file names inside the folder may need
 _ATTEMPTS = 100
@@ -46,19 +47,20 @@ def check_output(path: Path) -> bool:
     return exists
 
 
-def check_outside_data(path: Path, source: str) -> None:
+def check_outside_data(path: Path, recipe: Recipe) -> None:
     """Check that `path` is not inside the folder that a recipe reads its data from.
 
     Raises:
         DirectoryError: it is; the next run would read the job's files as data.
     """
-    folder = os.path.realpath(os.path.expanduser(source))
     target = os.path.realpath(path)
-    if os.path.isdir(folder) and os.path.commonpath([folder, target]) == folder:
-        raise DirectoryError(
-            f"{shown(path)} is inside the data folder {source!r} (data.source), so its own files "
-            "would be read as data. Choose an --out outside of it."
-        )
+    for data in (recipe.data, *recipe.texts().values()):
+        folder = os.path.realpath(os.path.expanduser(data.source or ""))
+        if data.source and os.path.isdir(folder) and os.path.commonpath([folder, target]) == folder:
+            raise DirectoryError(
+                f"{shown(path)} is inside the data folder {data.source!r} (data.source), so its "
+                "own files would be read as data. Choose an --out outside of it."
+            )
 
 
 def lock_folder(folder: Path, name: str) -> tuple[IO[str], list[Path]]:

@@ -5,9 +5,9 @@ Imports no torch, so that a run in which nothing changed ends at once.
 
 from __future__ import annotations
 
-from qwlora.data import Documents
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.digests import Digests
+from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages import (
     calibrate_base_stage,
@@ -24,7 +24,7 @@ from qwlora.system.compute_precision import auto_compute, training_device
 TUNING_DEVICE = "cpu"  # quantization runs on the CPU
 
 
-def make_plan(recipe: Recipe, documents: Documents, digests: Digests | None = None) -> list[Stage]:
+def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -> list[Stage]:
     """All stages in the order of a full run.
 
     All stages of one adapter's simulation follow each other, while it is in memory.
@@ -33,7 +33,7 @@ def make_plan(recipe: Recipe, documents: Documents, digests: Digests | None = No
         digests: digests of the model's files and of adapters to continue from. Pass those of the
             job, so that unchanged files are not read again.
     """
-    plan = PlanBuilder(recipe, documents, digests or Digests())
+    plan = PlanBuilder(recipe, texts, digests or Digests())
     if has_float_model(recipe):
         evaluate_stage.add(plan, "float")
     quantize_stage.add(plan)

@@ -47,18 +47,20 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
             require_packages(TARGETS[target])
     for line in _slow_computing(context.recipe, verbs):
         say(line)
-    largest = context.data.largest_id()
+    texts = context.all_texts()
+    largest = max(text.data.largest_id() for text in texts.values())
+    is_packed = any(text.data.train.position_ids is not None for text in texts.values())
     if "train" in verbs:
         _check_adapters(context)
         for line in _dropouts_left_out(context):
             say(line)
-        if context.recipe.workflow == "qwa-lora" and context.data.train.position_ids is not None:
+        if context.recipe.workflow == "qwa-lora" and is_packed:
             raise TrainingError(
                 "workflow qwa-lora: data.packing documents packs several documents into a "
                 "sequence, and the graph cannot mask attention between them; use join or none"
             )
     model, packed = _unquantized(context) if "quantize" in verbs else _quantized(context)
-    if note := check_positions(model, context.data.positions()):
+    if note := check_positions(model, max(t.data.positions() for t in texts.values())):
         say(note)
     if "train" in verbs:
         _check_saved(context, model, packed)
@@ -78,7 +80,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
                 f"but the model has only {known} tokens; use the tokenizer of this model"
             )
         # With solver keep there is no float model; training checks it on the base.
-        if context.data.train.position_ids is not None and context.recipe.base.solver != "keep":
+        if is_packed and context.recipe.base.solver != "keep":
             if context.lazy is None or context.holds_float_model:
                 check_isolation(context.float_model())
             else:
@@ -89,7 +91,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
 def _check_tuning(
     context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
 ) -> None:
-    if (found := len(context.data.calibration_ids)) < 2:
+    if (found := len(context.base_calibration_ids(2))) < 2:
         raise SourceError(
             f"base.tuning needs at least 2 training sequences, but the text gives {found}; use "
             "more text, or remove base.tuning"

@@ -37,6 +37,13 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             (f"perplexity, {what} {name}", f"{value:.3f}")
             for name, value in perplexity.get(kind, {}).items()
         ]
+    for text, measured in perplexity.get("on", {}).items():
+        models = {
+            **{kind: measured[kind] for kind in ("float", "base") if kind in measured},
+            **measured.get("adapted", {}),
+        }
+        found = ", ".join(f"{model} {value:.3f}" for model, value in models.items())
+        rows.append((f"perplexity on the text of {text}", found))
     if base := results.get("base"):
         rows.append(
             (

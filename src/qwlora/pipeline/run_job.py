@@ -17,13 +17,13 @@ from typing import Any
 
 from qwlora import strict_json
 from qwlora.atomic import write_text
-from qwlora.data import load_documents
-from qwlora.data.prepared_data import describe, summary
+from qwlora.data.prepared_data import summary
 from qwlora.errors import CalibrationError, DirectoryError, RecipeError
 from qwlora.pipeline.currency import find_stale, upstream
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained
 from qwlora.pipeline.distributed import done, is_first_process, tell, told_stages
+from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.output_path import check_outside_data
 from qwlora.pipeline.plan import dependents, make_plan, resolve_compute
 from qwlora.pipeline.stage import Stage
@@ -64,21 +64,19 @@ def run(
         DirectoryError: `out` cannot be used, or a stage that must run first is not current.
         QwloraError: a stage failed; the stages before it stay finished.
     """
-    check_outside_data(out, recipe.data.source)
+    check_outside_data(out, recipe)
     recipe = resolve_compute(recipe)
-    documents = load_documents(
-        recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
-    )
+    texts = JobTexts(recipe)
     digests = Digests(out / ".qwlora" / "digests.json", trust_mtime=trust_mtime, track=track)
-    plan = make_plan(recipe, documents, digests)
+    plan = make_plan(recipe, texts, digests)
     if not is_first_process():
-        return _take_part(new_context(recipe, documents, out, untracked), plan)
+        return _take_part(new_context(recipe, texts, out, untracked), plan)
     try:
         return _run(
             recipe,
             out,
             verbs,
-            documents,
+            texts,
             plan,
             digests,
             track,
@@ -94,7 +92,7 @@ def _run(
     recipe: Recipe,
     out: Path,
     verbs: Collection[str],
-    documents: Any,
+    texts: JobTexts,
     plan: list[Stage],
     digests: Digests,
     track: Track,
@@ -125,8 +123,9 @@ def _run(
                 f"{str(out)!r} is not writable, but {first} must run "
                 f"({stale.get(first, 'as requested')}); make the directory writable, or copy it"
             )
-        context = _start_context(recipe, documents, out, track, say, {s.verb for s in waiting})
-        say(summary(describe(documents, context.data)))
+        context = _start_context(recipe, texts, out, track, say, {s.verb for s in waiting})
+        for name, text in (prepared := context.all_texts()).items():
+            say(summary(text.describe(), name if len(prepared) > 1 else None))
     with Directory.open(out, recipe) as directory:
         directory.digests = digests
         stale = find_stale(plan, directory)
@@ -145,7 +144,7 @@ def _run(
                 directory.drop(stage.name, *follows)
                 stale[stage.name] = "is running"
                 _write_results(directory, recipe, plan, stale)
-            context = context or new_context(recipe, documents, out, track)
+            context = context or new_context(recipe, texts, out, track)
             seconds = _do(directory, context, stage, follows)
             stale |= dict.fromkeys(follows, f"reads {stage.name}, which ran again")
             del stale[stage.name]
@@ -186,22 +185,22 @@ def _do(directory: Directory, context: Any, stage: Stage, follows: Collection[st
 
 
 def _start_context(
-    recipe: Recipe, documents: Any, out: Path, track: Track, say: Say, verbs: set[str]
+    recipe: Recipe, texts: JobTexts, out: Path, track: Track, say: Say, verbs: set[str]
 ) -> Any:
     """The context, after all checks that need no writing."""
-    context = new_context(recipe, documents, out, track)
+    context = new_context(recipe, texts, out, track)
     from qwlora.pipeline.preflight import preflight
 
     preflight(context, verbs, say)
     return context
 
 
-def new_context(recipe: Recipe, documents: Any, out: Path, track: Track) -> Any:
+def new_context(recipe: Recipe, texts: JobTexts, out: Path, track: Track) -> Any:
     """A `JobContext`. Imports torch and transformers."""
     _quiet_libraries()
     from qwlora.pipeline.context import JobContext
 
-    return JobContext(recipe, documents, out, track)
+    return JobContext(recipe, texts, out, track)
 
 
 def open_job(
@@ -239,11 +238,9 @@ def open_job(
             f"{str(folder)!r} has no trained adapter {name!r}; the recipe has {known}. Train it: "
             f"{command_line('train', folder)}"
         )
-    documents = load_documents(
-        recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
-    )
+    texts = JobTexts(recipe)
     directory = Directory.read(folder)
-    plan = make_plan(recipe, documents, directory.digests)
+    plan = make_plan(recipe, texts, directory.digests)
     stale = find_stale(upstream(plan, f"train/{name}"), directory, whatever_inputs=True)
     if stale:
         raise _lacking(
@@ -253,7 +250,7 @@ def open_job(
             folder,
             lambda verb: command_line(verb, folder),
         )
-    context = new_context(recipe, documents, folder, track)
+    context = new_context(recipe, texts, folder, track)
     from qwlora.adapter.adapter_folder import check_adapter
 
     check_adapter(folder / "adapters" / name, context.base_fingerprint)
@@ -274,7 +271,7 @@ def is_calibrated(context: Any, name: str) -> bool:
     if not (context.path / "simulation" / name).is_dir():
         return False
     directory, stage = Directory.read(context.path), f"calibrate/{name}"
-    plan = make_plan(context.recipe, context.documents, directory.digests)
+    plan = make_plan(context.recipe, context.texts, directory.digests)
     if stage not in {s.name for s in plan}:
         known = ", ".join(adapter.name for adapter in context.recipe.adapters)
         raise CalibrationError(
@@ -329,12 +326,7 @@ def _as_options(changes: Iterable[str]) -> list[str]:
 
 def _plan_of(recipe: Recipe) -> list[Stage]:
     recipe = resolve_compute(recipe)
-    return make_plan(
-        recipe,
-        load_documents(
-            recipe.data.source, recipe.data.held_out, recipe.seed, recipe.data.reading()
-        ),
-    )
+    return make_plan(recipe, JobTexts(recipe))
 
 
 def _check_needs(

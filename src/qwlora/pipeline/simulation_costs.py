@@ -47,11 +47,12 @@ def account_job(
 
     calibrated = not changes and is_calibrated(context, name)
     simulation = context.simulation(name) if calibrated else _calibrated(context, name)
-    perplexities = {"base": _perplexity(context.base(), context.evaluation)}
+    evaluation = context.text(name).evaluation
+    perplexities = {"base": _perplexity(context.base(), evaluation)}
     perplexities |= cumulative_costs(
-        simulation, lambda: _simulated(simulation, context.evaluation), context.track
+        simulation, lambda: _simulated(simulation, evaluation), context.track
     )
-    batches = _sensed(context)
+    batches = _sensed(context, name)
     tokens = sum(batch["input_ids"].numel() - 1 for batch in batches)
     ranking = [
         {**asdict(s), "cost": s.cost / tokens}
@@ -105,13 +106,13 @@ def suggest_job(
         )
 
     simulation = _calibrated(context, name)
-    searched, others = context.evaluation.spread(SEARCHED_SEQUENCES)
+    searched, others = context.text(name).evaluation.spread(SEARCHED_SEQUENCES)
     with simulation.only():
         reference = _simulated(simulation, searched)
     limit = (1 + share) * reference
     found = suggest(
         simulation,
-        _sensed(context),
+        _sensed(context, name),
         lambda: _simulated(simulation, searched),
         limit,
         NARROW_BITS,
@@ -153,14 +154,14 @@ def _unshared(context: JobContext) -> dict[str, str]:
 def _calibrated(context: JobContext, name: str) -> Simulation:
     simulation = context.new_simulation(name)
     simulation.calibrate(
-        **context.calibration, allow_unseen=context.recipe.simulation.unseen == "float"
+        **context.calibration(name), allow_unseen=context.recipe.simulation.unseen == "float"
     )
     return simulation
 
 
-def _sensed(context: JobContext) -> list[dict[str, Any]]:
+def _sensed(context: JobContext, name: str) -> list[dict[str, Any]]:
     """The first tokens of each calibration sequence."""
-    ids = context.calibration_ids[:, :SENSED_TOKENS]
+    ids = context.text(name).calibration_ids[:, :SENSED_TOKENS]
     return [
         {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids
     ]

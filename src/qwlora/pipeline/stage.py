@@ -19,10 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwlora.data import Documents
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.digests import Digests
-from qwlora.recipe import Recipe
+from qwlora.pipeline.job_texts import JobTexts
+from qwlora.recipe import Data, Recipe
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class PlanBuilder:
         digests: digests of the model's files and of adapters to continue from.
     """
 
-    def __init__(self, recipe: Recipe, documents: Documents, digests: Digests):
-        self.recipe, self.documents, self.digests = recipe, documents, digests
+    def __init__(self, recipe: Recipe, texts: JobTexts, digests: Digests):
+        self.recipe, self.texts, self.digests = recipe, texts, digests
         self._stages: dict[str, Stage] = {}
 
     @property
@@ -97,17 +97,17 @@ class PlanBuilder:
         return [version("qwlora"), section.source, *self.contents(files), *trusted]
 
     @cached_property
-    def text(self) -> list[Any]:
-        """Key inputs for the documents and how they are cut into sequences."""
-        data = self.recipe.data
-        packing = data.cutting().packing_of(self.documents.kind)
-        template = data.read_template()
-        return [self.documents.digest, data.sequence_tokens, packing, data.turns, template]
+    def base_text(self) -> list[Any]:
+        """Key inputs for the text that the base is calibrated on."""
+        return [self.texts.key(data) for data in self.recipe.base_texts()]
 
-    @cached_property
-    def held_out(self) -> list[Any]:
-        """Key inputs for the text that perplexity is measured on."""
-        return [*self.text, self.recipe.data.evaluation_sequences]
+    def text(self, adapter: str) -> list[Any]:
+        """Key inputs for the text of an adapter."""
+        return self.texts.key(self.recipe.data_of(adapter))
+
+    def held_out(self, data: Data) -> list[Any]:
+        """Key inputs for the held-out part of a text that perplexity is measured on."""
+        return [*self.texts.key(data), data.evaluation_sequences]
 
     def contents(self, files: Iterable[Path]) -> list[tuple[str, str | None]]:
         """Name and digest of each file."""

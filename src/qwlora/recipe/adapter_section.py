@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qwlora.parameter_names import pattern_problem
+from qwlora.recipe.data_section import Data
 from qwlora.recipe.section import Count, Name, Section
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ class Adapter(Section):
     """Step 2: one adapter, its shape, start and training."""
 
     name: Name = Field(description="name of the adapter and of its folder")
+    data: Data | None = Field(
+        None,
+        description="its own text: any keys of the data section, which gives the defaults of the "
+        "others",
+    )
     start: str | None = Field(
         None,
         description="adapter to continue training from: the name of one listed before this one, or "

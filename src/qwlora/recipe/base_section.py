@@ -16,7 +16,7 @@ from qwlora.grid.scheme import (
     parse_scheme,
 )
 from qwlora.quantize.solvers import SOLVERS, SolverName
-from qwlora.recipe.section import Count, Section
+from qwlora.recipe.section import Count, Name, Section
 
 if TYPE_CHECKING:
     from qwlora.quantize.layer_rules import Rule
@@ -263,6 +263,11 @@ class Base(Section):
         32,
         description="training sequences that gptq and the starts of adapters see, at most. Weights "
         "only: activation ranges have data.calibration_sequences",
+    )
+    calibrate_on: list[Name] = Field(
+        [],
+        description="adapters whose text the base is calibrated on. Default: data.source, or the "
+        "text of every adapter if that is not set",
     )
 
     def layer_rules(self) -> list[Rule]:

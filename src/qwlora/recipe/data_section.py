@@ -13,11 +13,16 @@ from qwlora.recipe.section import Count, Section
 
 
 class Data(Section):
-    """Training, calibration and evaluation text, and how it becomes sequences."""
+    """Training, calibration and evaluation text, and how it becomes sequences.
 
-    source: str = Field(
+    It is the base's text, and the default of every adapter's. If `source` is not set, every adapter
+    has its own, and the base is calibrated on all of them.
+    """
+
+    source: str | None = Field(
+        None,
         description="a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of "
-        "them, a folder from datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id"
+        "them, a folder from datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id",
     )
     split: str | None = Field(
         None,

@@ -118,15 +118,7 @@ def _make_paths_absolute(content: dict[str, Any]) -> None:
     """Make relative paths in `content` absolute, so that the resolved recipe does not depend on the
     current directory. Values that are not valid paths stay unchanged.
     """
-    for section, key in (
-        ("model", "source"),
-        ("model", "encodings"),
-        ("data", "source"),
-        ("data", "chat_template"),
-    ):
-        part = content.get(section)
-        if not isinstance(part, dict):
-            continue
+    for _, part, key, _ in _named_files(content):
         path = _path_of(part.get(key))
         if path is not None and (key != "source" or path.exists()):
             part[key] = str(path.absolute())
@@ -135,6 +127,26 @@ def _make_paths_absolute(content: dict[str, Any]) -> None:
         path = _path_of(adapter.get("start"))
         if path is not None and adapter["start"] not in names and path.exists():
             adapter["start"] = str(path.absolute())
+
+
+def _named_files(
+    content: dict[str, Any],
+) -> Iterator[tuple[str, dict[str, Any], str, Callable[[str], Any]]]:
+    """Every place of a recipe that may name a file: the section's key and mapping, the key in it,
+    and a function that raises SourceError for a value that names nothing."""
+    from qwlora.data import locate_documents
+    from qwlora.formats.model_source import locate
+
+    data = {"source": locate_documents, "chat_template": _check_template}
+    sections: list[tuple[str, Any, dict[str, Callable[[str], Any]]]] = [
+        ("model", content.get("model"), {"source": locate, "encodings": _check_encodings}),
+        ("data", content.get("data"), data),
+        *((f"adapters.{i}.data", a.get("data"), data) for i, a in enumerate(_adapters(content))),
+    ]
+    for where, part, checks in sections:
+        if isinstance(part, dict):
+            for key, check in checks.items():
+                yield where, part, key, check
 
 
 def _path_of(value: Any) -> Path | None:
@@ -159,9 +171,6 @@ def _missing_sources(content: dict[str, Any]) -> list[str]:
 
     Loads nothing.
     """
-    from qwlora.data import locate_documents
-    from qwlora.formats.model_source import locate
-
     names = _names(content)
 
     def check_start(source: str) -> None:
@@ -172,17 +181,10 @@ def _missing_sources(content: dict[str, Any]) -> list[str]:
                 "this recipe, a folder with adapter_config.json, or a hub id"
             )
 
-    values: list[tuple[str, Any, Callable[[str], Any]]] = []
-    checks: dict[tuple[str, str], Callable[[str], Any]] = {
-        ("model", "source"): locate,
-        ("model", "encodings"): _check_encodings,
-        ("data", "source"): locate_documents,
-        ("data", "chat_template"): _check_template,
-    }
-    for (section, key), look in checks.items():
-        part = content.get(section)
-        if isinstance(part, dict):
-            values.append((f"{section}.{key}", part.get(key), look))
+    values: list[tuple[str, Any, Callable[[str], Any]]] = [
+        (f"{where}.{key}", part.get(key), check)
+        for where, part, key, check in _named_files(content)
+    ]
     values += [
         (f"adapters.{i}.start", a.get("start"), check_start)
         for i, a in enumerate(_adapters(content))

@@ -90,6 +90,8 @@ def _type(kind: Any) -> str:
         return " or ".join(_type(k) for k in inner if k is not types.NoneType)
     if origin is list:
         return f"list of {_type(inner[0])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"keys of [{kind.__name__.lower()}](#{kind.__name__.lower()})"
     if origin is dict:
         return f"{_type(inner[0])} to {_type(inner[1])}"
     names = {str: "text", int: "integer", float: "number", bool: "`true` \\| `false`"}

@@ -67,18 +67,19 @@ def _section(kind: type[BaseModel], path: str, depth: int) -> list[str]:
         if name == "adapters":
             lines += [f"adapters:{_comment(field)}", *_item(_section(Adapter, where, depth + 1))]
         elif inner is not None:
-            required = any(f.is_required() for f in inner.model_fields.values())
+            required = any(f"{where}.{key}" in _PLACEHOLDERS for key in inner.model_fields)
             lines += [f"{'' if required else '# '}{name}:{_comment(field)}"]
             body = textwrap.indent("\n".join(_section(inner, where, depth + 1)), "  ").split("\n")
             lines += body if required else [f"# {line.replace('# ', '', 1)}" for line in body]
         else:
-            default = _PLACEHOLDERS.get(where) if field.is_required() else _usual(where, field)
+            required = where in _PLACEHOLDERS
+            default = _PLACEHOLDERS[where] if required else _usual(where, field)
             value = (
                 yaml.safe_dump(default, default_flow_style=True)
                 .removesuffix("\n")
                 .removesuffix("\n...")
             )
-            lines.append(f"{'' if field.is_required() else '# '}{name}: {value}{_comment(field)}")
+            lines.append(f"{'' if required else '# '}{name}: {value}{_comment(field)}")
     return lines
 
 

@@ -76,7 +76,7 @@ class Recipe(Section):
         0, description="seed of the data split, the start of adapters and the order of training"
     )
     model: Model
-    data: Data
+    data: Data = Data()
     base: Base = Base()
     adapters: list[Adapter] = Field(min_length=1, description="one base, many adapters")
     simulation: SimulationSection = SimulationSection()
@@ -100,6 +100,38 @@ class Recipe(Section):
             for a in adapters
         ]
         return {**given, "base": base, "adapters": adapters}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_data_of_adapters(cls, given: Any) -> Any:
+        """Fill in the keys of the data section that an adapter's own data does not set."""
+        if not isinstance(given, dict) or not isinstance(given.get("adapters"), list):
+            return given
+        section = given.get("data") or {}
+        if not isinstance(section, dict):
+            return given
+        adapters = [
+            {**a, "data": {**section, **a["data"]}}
+            if isinstance(a, dict) and isinstance(a.get("data"), dict)
+            else a
+            for a in given["adapters"]
+        ]
+        return {**given, "adapters": adapters}
+
+    @model_validator(mode="after")
+    def _everyone_has_text(self) -> Recipe:
+        if without := [a.name for a in self.adapters if self.data_of(a).source is None]:
+            raise ValueError(
+                f"data.source: required, but not set, and adapters {', '.join(without)} have no "
+                "adapters[].data.source either"
+            )
+        names = {a.name for a in self.adapters}
+        if unknown := [name for name in self.base.calibrate_on if name not in names]:
+            raise ValueError(
+                f"base.calibrate_on: there is no adapter {', '.join(unknown)}; the recipe has "
+                f"{', '.join(sorted(names))}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _encodings_are_used(self) -> Recipe:
@@ -211,6 +243,39 @@ class Recipe(Section):
         if problems:
             raise ValueError(f"workflow {self.workflow}: {'; '.join(problems)}")
         return self
+
+    def data_of(self, adapter: Adapter | str | None) -> Data:
+        """The data of an adapter, or of an adapter by name; None: the data section."""
+        if isinstance(adapter, str):
+            adapter = next(a for a in self.adapters if a.name == adapter)
+        return self.data if adapter is None or adapter.data is None else adapter.data
+
+    def texts(self) -> dict[str, Data]:
+        """The distinct texts of the adapters, each by the name of the first adapter that has it."""
+        found: dict[Data, str] = {}
+        for adapter in self.adapters:
+            found.setdefault(self.data_of(adapter), adapter.name)
+        return {name: data for data, name in found.items()}
+
+    def text_of(self, adapter: str) -> str:
+        """The name in `texts` of an adapter's text."""
+        data = self.data_of(adapter)
+        return next(name for name, other in self.texts().items() if other == data)
+
+    def base_text(self) -> Data | None:
+        """The text that the base's perplexity is measured on; None if adapters have different ones
+        and the data section has none."""
+        texts = list(self.texts().values())
+        return self.data if self.data.source is not None else texts[0] if len(texts) == 1 else None
+
+    def base_texts(self) -> list[Data]:
+        """The texts that the base is calibrated on, cut into sequences as the data section says."""
+        if self.base.calibrate_on:
+            given = [self.data_of(name) for name in self.base.calibrate_on]
+        else:
+            given = [self.data] if self.data.source is not None else list(self.texts().values())
+        own = {"sequence_tokens": self.data.sequence_tokens}
+        return list(dict.fromkeys(data.model_copy(update=own) for data in given))
 
     def start_of(self, adapter: Adapter) -> Adapter | None:
         """The adapter in this recipe that `adapter` continues from; None if there is none."""

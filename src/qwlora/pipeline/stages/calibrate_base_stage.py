@@ -22,7 +22,12 @@ NAME = "calibrate-base"
 def add(plan: PlanBuilder) -> None:
     """Add the stage if the workflow is qwa-lora."""
     if plan.recipe.workflow == "qwa-lora":
-        plan.add(NAME, range_inputs(plan), ("quantize",), artifact=BASE_SIMULATION)
+        plan.add(
+            NAME,
+            range_inputs(plan, plan.recipe.base_texts()),
+            ("quantize",),
+            artifact=BASE_SIMULATION,
+        )
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -33,7 +38,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     simulation = simulate(context.base(), context.example_inputs, context.schemes)
     context.check_rules(simulation.placement)
     report = simulation.calibrate(
-        **context.calibration, allow_unseen=context.recipe.simulation.unseen == "float"
+        **context.base_calibration(), allow_unseen=context.recipe.simulation.unseen == "float"
     )
     save_simulation(simulation, scratch)
     return {

@@ -6,12 +6,14 @@ calibrate/NAME    encodings of one adapter
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.grid.range_estimator import Estimator
 from qwlora.pipeline.artifacts import ADAPTER, SHARED
 from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.recipe import Data
 from qwlora.recipe.dropped_keys import dropped_defaults
 from qwlora.revisions import revision
 
@@ -23,11 +25,11 @@ NAME = "calibrate"
 SIMULATION_FORMAT = 3  # 2: contains the adapter; 3: lists values that calibration left float
 
 
-def range_inputs(plan: PlanBuilder) -> list[Any]:
-    """Key inputs of activation ranges."""
+def range_inputs(plan: PlanBuilder, texts: Iterable[Data]) -> list[Any]:
+    """Key inputs of activation ranges that are measured on `texts`."""
     section = plan.recipe.simulation
     settings = section.model_dump() | dropped_defaults("simulation")
-    inputs = [settings, plan.text, plan.recipe.data.calibration_sequences]
+    inputs: list[Any] = [settings, [[plan.texts.key(t), t.calibration_sequences] for t in texts]]
     observers = {section.observer, *(r.observer for r in section.rules if r.observer is not None)}
     if any(Estimator(observer).needs_sample for observer in observers):
         inputs.append(revision("grid.activation_observer"))
@@ -38,14 +40,16 @@ def add_shared(plan: PlanBuilder) -> None:
     """Add the stage of shared encodings, if adapters share any."""
     if _shares(plan):
         trained = tuple(f"train/{adapter.name}" for adapter in plan.recipe.adapters)
-        plan.add(NAME, range_inputs(plan), trained, artifact=SHARED)
+        plan.add(NAME, range_inputs(plan, plan.recipe.texts().values()), trained, artifact=SHARED)
 
 
 def add(plan: PlanBuilder, name: str) -> None:
     """Add the stage of one adapter. If encodings are shared, held-out text is an input, since the
     cost of sharing is measured on it."""
     needs = (f"train/{name}", NAME) if _shares(plan) else (f"train/{name}",)
-    inputs = [range_inputs(plan), SIMULATION_FORMAT, plan.held_out if _shares(plan) else None]
+    data = plan.recipe.data_of(name)
+    held_out = plan.held_out(data) if _shares(plan) else None
+    inputs = [range_inputs(plan, [data]), SIMULATION_FORMAT, held_out]
     plan.add(f"{NAME}/{name}", inputs, needs, name, f"simulation/{name}")
 
 
@@ -65,7 +69,9 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         return _calibrate_shared(context, scratch)
     name, section = stage.adapter, context.recipe.simulation
     simulation = context.new_simulation(name)
-    report = simulation.calibrate(**context.calibration, allow_unseen=section.unseen == "float")
+    report = simulation.calibrate(
+        **context.calibration(name), allow_unseen=section.unseen == "float"
+    )
     measured: dict[str, Any] = {
         "encodings": len(simulation.encodings),
         "calibration_tokens": report.tokens,
@@ -75,7 +81,10 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     }
     if section.base_activations != "all":
         measured["perplexity_with_own_encodings"] = perplexity(
-            simulation.logits, context.evaluation, "perplexity, own encodings", context.track
+            simulation.logits,
+            context.text(name).evaluation,
+            "perplexity, own encodings",
+            context.track,
         )
         share(simulation, load_encodings(context.path / SHARED), section.base_activations)
     save_simulation(simulation, scratch)
@@ -94,7 +103,7 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
         model, context.example_inputs, context.schemes, section.base_activations
     )
     context.check_rules(*(simulation.placement for simulation in simulations.values()))
-    simulations.observe(**context.calibration)
+    simulations.observe(**context.shared_calibration())
     simulations.freeze(allow_unseen=section.unseen == "float")
     save_encodings(simulations.shared, scratch)
     return {

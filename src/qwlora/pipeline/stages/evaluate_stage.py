@@ -1,4 +1,11 @@
-"""Stages `evaluate/...`: perplexity of float model, base, every adapter and every simulation."""
+"""Stages `evaluate/...`: perplexity of float model, base, every adapter and every simulation.
+
+evaluate/MODEL             on its own text: that of the base, or of the adapter
+evaluate/MODEL/on/TEXT     on the text of another adapter, if adapters have different texts
+
+MODEL is `float`, `base`, `adapted/NAME` or `simulated/NAME`. A simulation is measured on its own
+text only.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +22,27 @@ if TYPE_CHECKING:
 NAME = "evaluate"
 
 
-def add(plan: PlanBuilder, what: str, needs: tuple[str, ...] = (), name: str | None = None) -> None:
-    """Add the stage of one kind of model: `float`, `base`, `adapted` or `simulated`."""
-    inputs = [plan.model, plan.held_out] if what == "float" else plan.held_out
-    stage = f"{NAME}/{what}" if name is None else f"{NAME}/{what}/{name}"
-    plan.add(stage, inputs, needs, name)
+def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | None = None) -> None:
+    """Add the stages of one model: `float`, `base`, `adapted` or `simulated`."""
+    recipe = plan.recipe
+    own = recipe.base_text() if name is None else recipe.data_of(name)
+    model = [plan.model] if kind == "float" else []
+    stage = f"{NAME}/{kind}" if name is None else f"{NAME}/{kind}/{name}"
+    if own is not None:
+        plan.add(stage, [*model, plan.held_out(own)], needs, name)
+    if len(recipe.texts()) > 1 and kind != "simulated":
+        for text, data in recipe.texts().items():
+            if data != own:
+                plan.add(f"{stage}/on/{text}", [*model, plan.held_out(data)], needs, name)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Measure perplexity on held-out text."""
     from qwlora.analysis.perplexity import logits_of, perplexity
-    from qwlora.data.prepared_data import describe
 
-    _, kind, *_ = stage.name.split("/")
-    name = stage.adapter
+    model, _, other = stage.name.removeprefix(f"{NAME}/").partition("/on/")
+    kind, name = model.partition("/")[0], stage.adapter
+    text = context.text(other or name)
     if kind == "simulated":
         logits: Logits = context.simulation(str(name)).logits
     else:
@@ -39,8 +53,10 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
             if kind == "base"
             else context.adapted(str(name))
         )
-    value = perplexity(logits, context.evaluation, f"perplexity, {kind}", context.track)
-    return {
-        "perplexity": {kind: value if name is None else {name: value}},
-        "data": describe(context.documents, context.data),
-    }
+    where = f" on the text of {other}" if other else ""
+    value = perplexity(logits, text.evaluation, f"perplexity, {kind}{where}", context.track)
+    found = {kind: value if name is None else {name: value}}
+    measured: dict[str, Any] = {} if other else dict(found)
+    if texts := context.texts_measured(other or name):
+        measured["on"] = dict.fromkeys(texts, found)
+    return {"perplexity": measured, **context.described(other or name)}

@@ -30,11 +30,11 @@ def add(plan: PlanBuilder) -> None:
     solvers = [solver for name, solver in SOLVERS.items() if name in named]
     observed: list[Any] | None = None
     if any(solver.needs_calibration for solver in solvers) or needs_moments(recipe):
-        observed = [plan.text, recipe.seed, str(revision("quantize.layer_statistics"))]
+        observed = [plan.base_text, recipe.seed, str(revision("quantize.layer_statistics"))]
     inputs = [
         plan.model,
         _encodings(plan),
-        base.model_dump(exclude={"tuning"}),
+        base.model_dump(exclude={"tuning", "calibrate_on"}),
         observed,
         needs_moments(recipe) and str(revision("grid.second_moments")),
         *sorted({pair for solver in solvers for pair in solver.later_revisions}),
@@ -43,7 +43,7 @@ def add(plan: PlanBuilder) -> None:
     if base.tuning.steps:
         tuning = [
             base.tuning.model_dump(),
-            plan.text,
+            plan.base_text,
             recipe.seed,
             str(revision("quantize.tune_scales")),
         ]
@@ -113,7 +113,7 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
     from qwlora.quantize.quantize_model import QuantizeReport, base_size, quantize_
 
     base, source = context.recipe.base, context.recipe.model.source
-    calibration = context.data.calibration_ids[: base.calibration_sequences]
+    calibration = context.base_calibration_ids(base.calibration_sequences)
     moments = Moments(work / MOMENTS) if needs_moments(context.recipe) else None
     if base.solver == "keep":
         model = load_precomputed(context.checkpoint(), context.track)
@@ -162,7 +162,7 @@ def _tune(
 
     section, model = context.recipe.base.tuning, context.load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=context.recipe.seed)
-    sequences = context.data.calibration_ids[: section.steps + HELD_OUT_SEQUENCES]
+    sequences = context.base_calibration_ids(section.steps + HELD_OUT_SEQUENCES)
     report = tune_scales_(
         model, context.float_model(), sequences, settings, work=work, track=context.track
     )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NAME = "train"
 # settings that do not change the result
-_WITHOUT_EFFECT = {"checkpoint_steps", "report_to"}
+_WITHOUT_EFFECT = {"checkpoint_steps", "report_to", "data"}  # the text itself is an input
 
 
 def add(plan: PlanBuilder, adapter: Adapter) -> None:
@@ -33,8 +33,8 @@ def add(plan: PlanBuilder, adapter: Adapter) -> None:
     recipe, first = plan.recipe, plan.recipe.start_of(adapter)
     unused = _WITHOUT_EFFECT | (set() if adapter.init != "zero" else {"init_share"})
     learns: list[Any] = [
-        plan.text,
-        plan.held_out if adapter.evaluation_steps else None,
+        plan.text(adapter.name),
+        plan.held_out(recipe.data_of(adapter)) if adapter.evaluation_steps else None,
         _start(plan, None if first else adapter.start),
     ]
     if adapter.init != "zero":
@@ -75,12 +75,12 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     )
     from qwlora.adapter.train import TrainingReport, train_adapter
     from qwlora.data.document_isolation import check_isolation
-    from qwlora.data.prepared_data import describe
     from qwlora.formats import manifest
     from qwlora.nn.fingerprint import fingerprint
     from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
     adapter = context.adapter(str(stage.adapter))
+    text = context.text(adapter.name)
     base_identity, seed = context.base_fingerprint, context.recipe.seed
     context.check_rules()
     reset_peak_rss()
@@ -102,9 +102,9 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         model, initialized = _initialize(context, model, adapter)
         reset_peak_rss()
     if adapter.steps:
-        if context.data.train.position_ids is not None:
+        if text.data.train.position_ids is not None:
             check_isolation(model)
-        held_out = context.evaluation if adapter.evaluation_steps else None
+        held_out = text.evaluation if adapter.evaluation_steps else None
         logs = context.path / "logs" / adapter.name
         teacher = context.take_float_model() if adapter.objective == "recovery" else None
         graph = (
@@ -114,7 +114,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         )
         report = train_adapter(
             model,
-            context.data.train,
+            text.data.train,
             adapter.training_settings(seed, whole_loss=graph is not None),
             work,
             context.track,
@@ -153,7 +153,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         }
     if initialized:
         measured["init"] = initialized
-    return {"train": {adapter.name: measured}, "data": describe(context.documents, context.data)}
+    return {"train": {adapter.name: measured}, **context.described(adapter.name)}
 
 
 def _initialize(

@@ -17,7 +17,7 @@ NAME = "verify"
 
 def add(plan: PlanBuilder, target: str, name: str) -> None:
     """Add the stage of one target and adapter."""
-    inputs = [plan.recipe.verify.model_dump(), plan.text]
+    inputs = [plan.recipe.verify.model_dump(), plan.text(name)]
     plan.add(f"{NAME}/{target}/{name}", inputs, (f"export/{target}/{name}",), name)
 
 
@@ -30,7 +30,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     parity = verify_language_model(
         TARGETS[name].open(context.path / "export" / name / adapter),
         context.simulation(adapter),
-        context.data.held_out.first(section.sequences),
+        context.text(adapter).data.held_out.first(section.sequences),
         section.layer_tokens,
         context.track,
     )

@@ -1,0 +1,148 @@
+"""Adapters with texts of their own: what each is trained, calibrated and measured on."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import text
+from qwlora.errors import RecipeError
+from qwlora.pipeline.job_texts import JobTexts
+from qwlora.pipeline.plan import make_plan
+from qwlora.pipeline.run_job import run
+from qwlora.recipe import load_recipe
+from qwlora.recipe.yaml_core import dump_yaml
+
+SETTINGS = {"rank": 4, "steps": 40, "warmup_steps": 1, "learning_rate": 0.01}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two texts with nothing in common: words, and digits."""
+    folder, digits = tmp_path_factory.mktemp("texts"), random.Random(0)
+    for i in range(8):
+        for name in ("words", "digits"):
+            (folder / name).mkdir(exist_ok=True)
+            content = text(i, 60) if name == "words" else digits.choices("0123456789", k=300)
+            (folder / name / f"{i}.txt").write_text("".join(content))
+    return {name: folder / name for name in ("words", "digits")}
+
+
+@pytest.fixture
+def two_texts(recipe_for: Any, texts: dict[str, Path]) -> Any:
+    """Write a recipe of one adapter per text; the data section has no source."""
+
+    def write(**sections: Any) -> Path:
+        data = {"sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequences": 3}
+        adapters = [
+            {"name": name, "data": {"source": str(path)}, **SETTINGS}
+            for name, path in texts.items()
+        ]
+        return recipe_for(**{"data": data, "adapters": adapters, **sections})  # type: ignore[no-any-return]
+
+    return write
+
+
+def keys(path: Path) -> dict[str, str]:
+    recipe = load_recipe(path)
+    return {stage.name: stage.key for stage in make_plan(recipe, JobTexts(recipe))}
+
+
+def test_an_adapters_data_takes_what_it_does_not_set_from_the_data_section(
+    two_texts: Any, texts: dict[str, Path], tmp_path: Path
+) -> None:
+    path = two_texts()
+    content = yaml.safe_load(path.read_text())
+    content["adapters"][1]["data"]["sequence_tokens"] = 16
+    path.write_text(yaml.safe_dump(content))
+    recipe = load_recipe(path)
+    words, digits = (recipe.data_of(name) for name in texts)
+    assert (words.source, words.sequence_tokens) == (str(texts["words"]), 32)
+    assert (digits.source, digits.sequence_tokens) == (str(texts["digits"]), 16)
+    assert digits.evaluation_sequences == recipe.data.evaluation_sequences == 4
+    (tmp_path / "resolved.yaml").write_text(dump_yaml(recipe.model_dump(mode="json")))
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+def test_an_adapter_without_any_text_is_named(two_texts: Any) -> None:
+    path = two_texts(adapters=[{"name": "lonely", **SETTINGS}])
+    with pytest.raises(RecipeError, match=r"data\.source: required, but not set.*lonely"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({"sorce": "x"}, r"adapters\.0\.data\.sorce: unknown key; did you mean source"),
+        ({"source": "/no/such/text"}, r"adapters\.0\.data\.source: .*/no/such/text"),
+        ({"chat_template": "/no/t.jinja"}, r"adapters\.0\.data\.chat_template: .*/no/t\.jinja"),
+    ],
+)
+def test_problems_of_an_adapters_data_are_located(
+    two_texts: Any, data: dict[str, str], problem: str
+) -> None:
+    path = two_texts(adapters=[{"name": "a", "data": data, **SETTINGS}])
+    with pytest.raises(RecipeError, match=problem):
+        load_recipe(path)
+
+
+def test_each_adapter_learns_its_own_text_and_is_measured_on_all(
+    two_texts: Any, tmp_path: Path
+) -> None:
+    verbs = ("quantize", "train", "calibrate", "evaluate")
+    results = run(load_recipe(two_texts()), tmp_path / "out", verbs)
+    on = results["perplexity"]["on"]
+    assert set(on) == set(results["texts"]) == {"words", "digits"}
+    for name, other in (("words", "digits"), ("digits", "words")):
+        measured = on[name]
+        assert measured["adapted"][name] == results["perplexity"]["adapted"][name]
+        assert measured["adapted"][name] < 0.9 * measured["base"]
+        assert measured["adapted"][name] < 0.9 * measured["adapted"][other]
+    assert "base" not in results["perplexity"]  # the base has no text of its own
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+
+
+def test_a_change_of_one_text_concerns_its_adapter_only(
+    two_texts: Any, texts: dict[str, Path], corpus: Path
+) -> None:
+    with_own_text = {"sequence_tokens": 32, "source": str(corpus)}
+    before = keys(two_texts(data=with_own_text))
+    content = yaml.safe_load(two_texts(data=with_own_text).read_text())
+    content["adapters"][1]["data"]["held_out"] = 0.4
+    path = two_texts(data=with_own_text, adapters=content["adapters"])
+    changed = {name for name, key in keys(path).items() if before[name] != key}
+    assert changed and all("digits" in name for name in changed)
+    assert {"train/digits", "calibrate/digits", "evaluate/adapted/words/on/digits"} <= changed
+
+
+def test_the_base_is_calibrated_on_its_own_text_or_on_all(
+    two_texts: Any, texts: dict[str, Path], corpus: Path
+) -> None:
+    def sources(**sections: Any) -> list[str | None]:
+        return [data.source for data in load_recipe(two_texts(**sections)).base_texts()]
+
+    words, digits = map(str, texts.values())
+    assert sources() == [words, digits]
+    assert sources(base={"calibrate_on": ["digits"]}) == [digits]
+    assert sources(data={"source": str(corpus)}) == [str(corpus)]
+    with pytest.raises(RecipeError, match=r"base\.calibrate_on: there is no adapter third"):
+        sources(base={"calibrate_on": ["third"]})
+
+
+def test_sequences_of_several_texts_alternate_in_the_bases_calibration(
+    two_texts: Any, tmp_path: Path
+) -> None:
+    from qwlora.pipeline.run_job import new_context
+    from qwlora.progress import untracked
+
+    recipe = load_recipe(two_texts())
+    context = new_context(recipe, JobTexts(recipe), tmp_path, untracked)
+    found = context.tokenizer.batch_decode(context.base_calibration_ids(5))
+    assert [any(c.isdigit() for c in line) for line in found] == [False, True, False, True, False]
+    shared = [batch["input_ids"] for batch in context.shared_calibration()["batches"]]
+    assert len(shared) == 6

@@ -104,6 +104,15 @@ TrustMtime = Annotated[
     ),
 ]
 
+Replace = Annotated[
+    bool,
+    typer.Option(
+        "--replace",
+        help="Train adapters again that exist with other settings. The old one stays in place until "
+        "the new one is finished.",
+    ),
+]
+
 _SUMMARY = {
     "quantize": "Step 1: freeze the base model's weights to packed integers.",
     "calibrate-base": "Workflow qwa-lora only: calibrate the base's activations before training.",
@@ -131,10 +140,11 @@ def run_all(
     out: Out,
     changes: Changes = None,
     as_json: AsJson = False,
+    replace: Replace = False,
     trust_mtime: TrustMtime = False,
 ) -> None:
     """Run all stages of a recipe. Stages that are finished and up to date are skipped."""
-    _run(recipe, out, changes, as_json, VERBS, trust_mtime)
+    _run(recipe, out, changes, as_json, VERBS, trust_mtime, replace)
 
 
 def _add_stage(verb: str) -> None:
@@ -149,12 +159,13 @@ def _add_stage(verb: str) -> None:
         ] = None,
         changes: Changes = None,
         as_json: AsJson = False,
+        replace: Replace = False,
         trust_mtime: TrustMtime = False,
     ) -> None:
         from qwlora.pipeline.output_path import check_output
 
         check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
-        _run(recipe or out / "recipe.yaml", out, changes, as_json, (verb,), trust_mtime)
+        _run(recipe or out / "recipe.yaml", out, changes, as_json, (verb,), trust_mtime, replace)
 
     app.command(verb, help=_SUMMARY[verb])(stage)
 
@@ -222,6 +233,7 @@ def _run(
     as_json: bool,
     verbs: Iterable[str],
     trust_mtime: bool,
+    replace: bool,
 ) -> None:
     from qwlora.pipeline.run_job import run
     from qwlora.recipe import load_recipe
@@ -242,6 +254,7 @@ def _run(
         say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
         command=lambda verb: shlex.join(["qwlora", verb, *given]),
         trust_mtime=trust_mtime,
+        replace=replace,
     )
     if not results:  # in a distributed run, only the first process reports
         return

@@ -24,6 +24,7 @@ from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained
 from qwlora.pipeline.distributed import done, is_first_process, tell, told_stages
 from qwlora.pipeline.job_texts import JobTexts
+from qwlora.pipeline.kept_adapters import check_kept
 from qwlora.pipeline.output_path import check_outside_data
 from qwlora.pipeline.plan import dependents, make_plan, resolve_compute
 from qwlora.pipeline.stage import Stage
@@ -45,6 +46,7 @@ def run(
     say: Say = lambda line: None,
     command: Callable[[str], str] | None = None,
     trust_mtime: bool = False,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Run the stages of `recipe` whose verb is in `verbs` in the directory `out`.
 
@@ -55,13 +57,15 @@ def run(
         say: receives one line for each stage that is skipped or run.
         command: returns the command line that runs a verb of this job, for messages.
         trust_mtime: see `Digests`.
+        replace: replace adapters that were trained with other settings.
 
     Returns:
         The content of `results.json`.
 
     Raises:
         SourceError, GridError: the model or text cannot be used; nothing was written.
-        DirectoryError: `out` cannot be used, or a stage that must run first is not current.
+        DirectoryError: `out` cannot be used, a stage that must run first is not current, or an
+            adapter would be replaced.
         QwloraError: a stage failed; the stages before it stay finished.
     """
     check_outside_data(out, recipe)
@@ -82,6 +86,7 @@ def run(
             track,
             say,
             command or (lambda verb: command_line(verb, out)),
+            replace,
         )
     finally:
         digests.save()
@@ -98,6 +103,7 @@ def _run(
     track: Track,
     say: Say,
     command: Callable[[str], str],
+    replace: bool,
 ) -> dict[str, Any]:
     asked = [stage for stage in plan if stage.verb in verbs]
     always = set() if set(VERBS) <= set(verbs) else {s.name for s in asked if s.verb == "verify"}
@@ -106,6 +112,8 @@ def _run(
     stale = find_stale(plan, peek)
     waiting = [stage for stage in asked if stage.name in stale or stage.name in always]
     _check_needs(plan, waiting, verbs, peek, stale, command)
+    if not replace:
+        check_kept(plan, waiting, peek, recipe, stale)
     if not waiting and not peek.is_writable:
         for stage in asked:
             say(_skipped(stage))

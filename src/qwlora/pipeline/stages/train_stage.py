@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.errors import FingerprintError
 from qwlora.pipeline.artifacts import MOMENTS, SCALES
 from qwlora.pipeline.distributed import is_first_process
+from qwlora.pipeline.kept_adapters import settings
 from qwlora.pipeline.stage import PlanBuilder, Stage
 from qwlora.recipe import Adapter
 from qwlora.revisions import revision
@@ -139,6 +140,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     measured: dict[str, Any] = {
         "steps": report.steps,
         "compute": adapter.compute,
+        "settings": settings(context.recipe, adapter),
         "step_seconds": report.step_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "base_bytes": report.base_bytes,

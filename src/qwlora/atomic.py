@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,6 +73,14 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def link(source: str, target: str) -> None:
+    """Hard-link a file, or copy it if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def write_tensors(

@@ -1,10 +1,12 @@
-"""`qwlora adapters`: list adapters, and check their files and the base they were trained on.
+"""`qwlora adapters`: add, list, show, rename, remove and check the adapters of a job.
 
 No model is loaded.
 """
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.adapter_check import AdapterReport
 
 app = typer.Typer(
-    help="List and check the adapters of a job, or any PEFT adapters.",
+    help="Add, list, show, rename, remove and check the adapters of a job.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -133,3 +135,79 @@ def check(
         raise SystemExit(2)
     if wrong:
         raise SystemExit(1)
+
+
+JobFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The job's directory.", show_default=False)
+]
+
+
+@app.command()
+def add(
+    folder: JobFolder,
+    name: Annotated[str, typer.Option(help="Its name.", show_default=False)],
+    data: Annotated[
+        str | None, typer.Option(help="Source of its text, as data.source in a recipe.")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option(help="Adapter whose settings it takes. Default: the first.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one of these settings, for example steps=100 or data.held_out=0.1.",
+        ),
+    ] = None,
+) -> None:
+    """Add an adapter to a job; the job's next run trains it."""
+    from qwlora.pipeline.manage_adapters import add_adapter
+
+    add_adapter(folder, name, data, like, tuple(changes or ()))
+    command = shlex.join(["qwlora", "run", str(folder / "recipe.yaml"), "--out", str(folder)])
+    print(f"added {name} to {folder / 'recipe.yaml'}. Train it: {command}")
+
+
+@app.command()
+def rename(
+    folder: JobFolder,
+    old: Annotated[str, typer.Argument(help="Its name.", show_default=False)],
+    new: Annotated[str, typer.Argument(help="The new name.", show_default=False)],
+) -> None:
+    """Rename an adapter of a job, with its files and results. Nothing is computed again."""
+    from qwlora.pipeline.manage_adapters import rename_adapter
+
+    rename_adapter(folder, old, new)
+    print(f"renamed {old} to {new}")
+
+
+@app.command()
+def remove(
+    folder: JobFolder,
+    name: Annotated[str, typer.Argument(help="Its name.", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove an adapter from a job, with its files and results."""
+    from qwlora.errors import DirectoryError
+    from qwlora.pipeline.manage_adapters import remove_adapter
+
+    if not yes:
+        if not sys.stdin.isatty():
+            raise DirectoryError(f"removing {name} deletes its files; confirm with --yes")
+        typer.confirm(f"Delete adapter {name}, its simulation and its exports?", abort=True)
+    remove_adapter(folder, name)
+    print(f"removed {name}")
+
+
+@app.command()
+def show(
+    folder: JobFolder,
+    name: Annotated[str, typer.Argument(help="Its name.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Show an adapter's settings, text, losses, perplexities and size."""
+    from qwlora.pipeline.adapter_card import adapter_card, card_lines
+
+    card = adapter_card(folder, name)
+    print(strict_json.dumps(card, indent=1) if as_json else "\n".join(card_lines(card)))

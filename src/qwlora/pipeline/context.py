@@ -133,21 +133,6 @@ class JobContext:
             found.setdefault(recipe.data, "base")
         return {name: self.prepared(data) for data, name in found.items()}
 
-    def texts_measured(self, adapter: str | None) -> list[str]:
-        """The text of an adapter (None: of the base) as a row of the table that compares adapters
-        on each other's texts; empty if there is no such table, or no such row."""
-        texts = self.recipe.texts()
-        own = self.recipe.base_text() if adapter is None else self.recipe.data_of(adapter)
-        return [name for name, data in texts.items() if data == own] if len(texts) > 1 else []
-
-    def described(self, adapter: str | None) -> dict[str, Any]:
-        """The counts of an adapter's text (None: of the base's), as a part of results.json."""
-        description = self.text(adapter).describe()
-        if len(self.recipe.texts()) < 2:
-            return {"data": description}
-        names = self.texts_measured(adapter) or ["base"]
-        return {"texts": dict.fromkeys(names, description)}
-
     def base_calibration_ids(self, count: int) -> Tensor:
         """Token ids that the base is calibrated on: int64 [count, tokens], fewer if there are not
         as many; the sequences of several texts alternate."""

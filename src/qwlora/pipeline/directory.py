@@ -22,13 +22,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwlora import strict_json
-from qwlora.atomic import move_into_place, write_text
+from qwlora.atomic import link, move_into_place, write_text
 from qwlora.errors import DirectoryError, RecipeError, file_being_read
 from qwlora.messages import listed
 from qwlora.pipeline.digests import Digests
@@ -40,10 +40,10 @@ from qwlora.pipeline.ownership import (
     is_unclaimed,
     read_owner,
 )
+from qwlora.pipeline.stage import Stage
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
 
-RESULTS_FORMAT = 1
 _FULL_BYTES = 64 * 1024
 
 
@@ -282,6 +282,72 @@ class Directory:
         self._write_records()
         if artifact is not None and old - new:
             self._write_owner(artifact, new)
+
+    def discard(self, stages: Iterable[Stage]) -> None:
+        """Delete the artifacts of `stages`, their records and their unfinished work.
+
+        Raises:
+            DirectoryError: an artifact contains something that the job did not make.
+        """
+        artifacts = [s.artifact for s in stages if s.artifact is not None]
+        for artifact in artifacts:
+            self.check_replaceable(artifact)
+        for stage in stages:
+            self.drop_work(stage.name)
+        self.drop(*(stage.name for stage in stages))
+        for artifact in artifacts:
+            if (self.path / artifact).exists():
+                (self.path / artifact).rename(self._replaced)
+                shutil.rmtree(self._replaced)
+            if self.owner.artifacts.pop(artifact, None) is not None:
+                write_text(self.private / "owner.json", self.owner.to_json())
+
+    def rename_stages(
+        self,
+        pairs: Sequence[tuple[Stage, Stage]],
+        renamed: Callable[[dict[str, Any]], dict[str, Any]],
+        recipe: Recipe,
+    ) -> None:
+        """Move artifacts and records from one stage to another, and write the changed recipe.
+
+        Artifacts are linked first and the old ones deleted last, so that nothing is lost if the
+        process is killed in between.
+
+        Args:
+            pairs: stages before and after.
+            renamed: a stage's results after the change.
+        """
+        moved = [(b.artifact, a.artifact) for b, a in pairs if b.artifact != a.artifact is not None]
+        for old, new in moved:
+            assert old is not None
+            if (self.path / old).exists():
+                self.check_replaceable(old)
+                if os.path.lexists(self.path / str(new)):
+                    raise DirectoryError(f"{str(self.path / str(new))!r} exists; move it away")
+        for old, new in moved:
+            if (self.path / str(old)).exists():
+                self._write_owner(str(new), sorted(self._files_made(str(old))))
+                shutil.copytree(self.path / str(old), self.path / str(new), copy_function=link)
+        records = dict(self.records)
+        for before, _ in pairs:
+            records.pop(before.name, None)
+        for before, after in pairs:
+            if (record := self.records.get(before.name)) is None:
+                continue
+            prefix = (f"{before.artifact}/", f"{after.artifact}/")
+            records[after.name] = Record(
+                after.key if record.key == before.key else record.key,
+                record.seconds,
+                renamed(record.results),
+                {file.replace(*prefix, 1): digest for file, digest in record.files.items()},
+            )
+        self.records = records
+        self._write_records()
+        self._write_recipe(recipe)
+        for old, _ in moved:
+            shutil.rmtree(self.path / str(old), ignore_errors=True)
+            self.owner.artifacts.pop(str(old), None)
+        write_text(self.private / "owner.json", self.owner.to_json())
 
     def work(self, stage: str, key: str) -> Path:
         """Folder for unfinished work that a stage resumes after an interruption; one per key."""

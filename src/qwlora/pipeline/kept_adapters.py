@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qwlora.errors import DirectoryError, RecipeError
@@ -56,6 +57,35 @@ def check_kept(
             + "Nothing was changed. Give the new adapter another name, use another --out, or "
             "replace the old one with --replace (it stays in place until the new one is finished)"
         )
+
+
+def check_none_lost(directory: Directory, recipe: Recipe) -> None:
+    """Check that the recipe has every trained adapter that the recipe in the directory has.
+
+    Raises:
+        DirectoryError: it lacks one, such as one that was added with `qwlora adapters add`.
+    """
+    names = {adapter.name for adapter in recipe.adapters}
+    lost = [
+        name
+        for name in _adapters_of(directory.path)
+        if name not in names
+        and f"train/{name}" in directory.records
+        and (directory.path / "adapters" / name).is_dir()
+    ]
+    if lost:
+        raise DirectoryError(
+            f"{str(directory.path)!r} has adapters {', '.join(lost)}, which this recipe lacks. Run "
+            f"{str(directory.path / 'recipe.yaml')!r}, add them to the recipe, or remove them: "
+            f"qwlora adapters remove {directory.path} {lost[0]}"
+        )
+
+
+def _adapters_of(folder: Path) -> list[str]:
+    try:
+        return [adapter.name for adapter in load_recipe(folder / "recipe.yaml").adapters]
+    except RecipeError:
+        return []
 
 
 def _differs(stage: Stage, directory: Directory) -> bool:

@@ -61,17 +61,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
                 )
             )
     for name, train in results.get("train", {}).items():
-        cost = (
-            f"{train['step_seconds']:.2f} s per step, peak memory {size(train['peak_rss_bytes'])}"
-        )
-        in_what = f" in {train['compute']}" if train["steps"] and "compute" in train else ""
-        rows.append(
-            (
-                f"training {name}",
-                f"{train['steps']} steps{in_what}, {cost}, "
-                f"{train['trainable_parameters']:,} parameters",
-            )
-        )
+        rows += _training_rows(name, train, perplexity)
     for target, adapters in results.get("export", {}).items():
         rows += [(f"{target} {name}", size(export["bytes"])) for name, export in adapters.items()]
     for target, adapters in results.get("parity", {}).items():
@@ -108,4 +98,41 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
             + f"; total {sum(seconds.values()):.0f}",
         )
     )
+    return rows
+
+
+def _training_rows(
+    name: str, train: dict[str, Any], perplexity: dict[str, Any]
+) -> list[tuple[str, str]]:
+    """Steps, loss and costs of one adapter, its gain on held-out text, and warnings."""
+    in_what = f" in {train['compute']}" if train["steps"] and "compute" in train else ""
+    losses = train.get("losses") or []
+    course = f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
+    rows = [
+        (f"training {name}", f"{train['steps']} steps{in_what}{course}"),
+        (
+            "",
+            f"{train['step_seconds']:.2f} s per step, peak memory "
+            f"{size(train['peak_rss_bytes'])}, {train['trainable_parameters']:,} parameters",
+        ),
+    ]
+    after = perplexity.get("adapted", {}).get(name)
+    own = perplexity.get("on", {}).get(train.get("text"), perplexity)
+    before = own.get("base")
+    if after is not None and before is not None:
+        change = after / before - 1
+        rows.append(("", f"held-out perplexity {before:.3f} to {after:.3f} ({change:+.1%})"))
+        if change >= 0:
+            rows.append(("warning", f"{name} is no better than the base on held-out text"))
+    if len(losses) > 1:
+        part = max(1, len(losses) // 5)
+        start, end = (sum(p) / part for p in (losses[:part], losses[-part:]))
+        if end >= start:
+            rows.append(
+                (
+                    "warning",
+                    f"{name} did not learn: its loss went from {start:.3f} to {end:.3f} (means of "
+                    f"{part} steps). Try a lower learning_rate, or more steps",
+                )
+            )
     return rows

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import shlex
@@ -21,12 +20,13 @@ from qwlora.data.prepared_data import summary
 from qwlora.errors import CalibrationError, DirectoryError, RecipeError
 from qwlora.pipeline.currency import find_stale, upstream
 from qwlora.pipeline.digests import Digests
-from qwlora.pipeline.directory import RESULTS_FORMAT, Directory, Record, explained
+from qwlora.pipeline.directory import Directory, Record, explained
 from qwlora.pipeline.distributed import done, is_first_process, tell, told_stages
 from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.kept_adapters import check_kept
+from qwlora.pipeline.kept_adapters import check_kept, check_none_lost
 from qwlora.pipeline.output_path import check_outside_data
 from qwlora.pipeline.plan import dependents, make_plan, resolve_compute
+from qwlora.pipeline.results import collect_results
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import RUN, VERBS
 from qwlora.progress import Track, untracked
@@ -110,14 +110,17 @@ def _run(
     peek = Directory.peek(out, recipe)
     peek.digests = digests
     stale = find_stale(plan, peek)
+    if "calibrate" not in verbs:
+        asked = _without_uncalibrated(asked, peek, say)
     waiting = [stage for stage in asked if stage.name in stale or stage.name in always]
     _check_needs(plan, waiting, verbs, peek, stale, command)
     if not replace:
+        check_none_lost(peek, recipe)
         check_kept(plan, waiting, peek, recipe, stale)
     if not waiting and not peek.is_writable:
         for stage in asked:
             say(_skipped(stage))
-        return _results(peek, recipe, plan, stale)
+        return collect_results(peek, recipe, plan, stale)
     if peek.damaged_records:
         say(f"{peek.private / 'stages.json'} is damaged; stages whose record is lost run again")
     for stage in waiting:
@@ -159,6 +162,17 @@ def _run(
             say(f"{stage.name}: done in {seconds:.1f} s")
             _write_results(directory, recipe, plan, stale)
         return _write_results(directory, recipe, plan, stale)
+
+
+def _without_uncalibrated(asked: list[Stage], directory: Directory, say: Say) -> list[Stage]:
+    """`asked` without the evaluation of simulations that were never calibrated."""
+    kept = []
+    for stage in asked:
+        if stage.name.startswith("evaluate/simulated/") and stage.needs[0] not in directory.records:
+            say(f"{stage.name}: left out, {stage.needs[0]} has not run")
+        else:
+            kept.append(stage)
+    return kept
 
 
 def _take_part(context: Any, plan: Sequence[Stage]) -> dict[str, Any]:
@@ -381,37 +395,13 @@ def _lacking(
     )
 
 
-def _results(
-    directory: Directory, recipe: Recipe, plan: list[Stage], stale: Collection[str]
-) -> dict[str, Any]:
-    """The results of all current stages: the content of results.json."""
-    results: dict[str, Any] = {"format": RESULTS_FORMAT, "recipe": recipe.name, "stages": {}}
-    if recipe.model.trust_remote_code:
-        results["trust_remote_code"] = True
-    for stage in plan:
-        if stage.name not in stale:
-            record = directory.records[stage.name]
-            _merge(results, record.results)
-            entry = results["stages"].setdefault(stage.verb, {"seconds": 0.0})
-            entry["seconds"] += record.seconds
-    return results
-
-
 def _write_results(
     directory: Directory, recipe: Recipe, plan: list[Stage], stale: Collection[str]
 ) -> dict[str, Any]:
-    results = _results(directory, recipe, plan, stale)
+    results = collect_results(directory, recipe, plan, stale)
     with explained(directory.path):
         write_text(directory.path / "results.json", strict_json.dumps(results, indent=1) + "\n")
     return results
-
-
-def _merge(into: dict[str, Any], part: dict[str, Any]) -> None:
-    for key, value in part.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = copy.deepcopy(value)  # so that later merges do not change the records
 
 
 def _quiet_libraries() -> None:

@@ -8,7 +8,7 @@ wrong types, values out of range, combinations that cannot work, and sources tha
 from qwlora.recipe.adapter_section import Adapter
 from qwlora.recipe.base_section import Base
 from qwlora.recipe.data_section import Data
-from qwlora.recipe.recipe_file import load_recipe
+from qwlora.recipe.recipe_file import load_recipe, parse_recipe
 from qwlora.recipe.whole_recipe import PRESETS, Recipe
 
-__all__ = ["PRESETS", "Adapter", "Base", "Data", "Recipe", "load_recipe"]
+__all__ = ["PRESETS", "Adapter", "Base", "Data", "Recipe", "load_recipe", "parse_recipe"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,6 +48,12 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
         raise RecipeError(
             source, ["is not a mapping of sections; `qwlora init` writes a recipe to start from"]
         )
+    return parse_recipe(content, source, changes)
+
+
+def parse_recipe(given: Mapping[str, Any], source: str, changes: tuple[str, ...] = ()) -> Recipe:
+    """A recipe from its content; `source` is the file that messages name. See `load_recipe`."""
+    content = copy.deepcopy(dict(given))
     problems = [p for change in changes if (p := _change(content, change))]
     problems += drop_keys(content)
     problems += _missing_sources(content)

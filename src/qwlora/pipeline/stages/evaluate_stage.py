@@ -56,7 +56,4 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     where = f" on the text of {other}" if other else ""
     value = perplexity(logits, text.evaluation, f"perplexity, {kind}{where}", context.track)
     found = {kind: value if name is None else {name: value}}
-    measured: dict[str, Any] = {} if other else dict(found)
-    if texts := context.texts_measured(other or name):
-        measured["on"] = dict.fromkeys(texts, found)
-    return {"perplexity": measured, **context.described(other or name)}
+    return {"perplexity": {"on": {other: found}} if other else found, "data": text.describe()}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwlora.atomic import link
 from qwlora.pipeline.artifacts import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.stage import PlanBuilder, Stage
 from qwlora.quantize.solvers import SOLVERS
@@ -77,7 +77,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         size = report.size
     if (work / MOMENTS).is_dir():
         # Linked, not moved: if the run is killed now, the next one still finds them in `work`.
-        shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=_link)
+        shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=link)
     layers = {name: asdict(layer) for name, layer in report.layers.items()}
     return {
         "base": {
@@ -88,14 +88,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
             **measured,
         }
     }
-
-
-def _link(source: str, target: str) -> None:
-    """Hard-link a file, or copy it if the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, QuantizeReport]:

@@ -155,7 +155,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         }
     if initialized:
         measured["init"] = initialized
-    return {"train": {adapter.name: measured}, **context.described(adapter.name)}
+    return {"train": {adapter.name: measured}, "data": text.describe()}
 
 
 def _initialize(

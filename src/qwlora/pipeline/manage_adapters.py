@@ -1,0 +1,175 @@
+"""Add, rename and remove the adapters of a job. No other adapter's files or records change.
+
+A change of the recipe must leave the base and the other adapters as they are; if it does not, it is
+refused before anything is written. Only encodings that adapters share are calibrated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwlora.errors import DirectoryError, RecipeError
+from qwlora.messages import suggestion
+from qwlora.pipeline.digests import Digests
+from qwlora.pipeline.directory import Directory
+from qwlora.pipeline.job_texts import JobTexts
+from qwlora.pipeline.plan import make_plan, resolve_compute
+from qwlora.pipeline.stage import Stage
+from qwlora.recipe import Recipe, load_recipe, parse_recipe
+
+
+def add_adapter(
+    folder: Path,
+    name: str,
+    data: str | None = None,
+    like: str | None = None,
+    changes: tuple[str, ...] = (),
+) -> None:
+    """Add an adapter to the recipe of a job; it is trained by the job's next run.
+
+    Args:
+        data: source of its text. Default: that of `like`.
+        like: the adapter whose settings it takes. Default: the first in the recipe.
+        changes: changes to these settings, `key=value`.
+
+    Raises:
+        DirectoryError: the folder is not a job directory, has such an adapter, or the base would
+            change.
+        RecipeError: a setting is not valid.
+    """
+    recipe = _recipe(folder)
+    if name in (known := [a.name for a in recipe.adapters]):
+        raise DirectoryError(
+            f"{str(folder)!r} already has adapter {name!r}; choose another name, or change its "
+            "settings in a run with --replace"
+        )
+    model = _named(recipe, like or known[0], folder)
+    content, entry = recipe.model_dump(mode="json"), model.model_dump(mode="json")
+    entry["name"] = name
+    if data is not None:
+        own = recipe.data_of(model).model_dump(mode="json")
+        entry["data"] = {**own, "source": data}
+    content["adapters"].append(entry)
+    if recipe.data.source is None and not recipe.base.calibrate_on:
+        content["base"]["calibrate_on"] = list(recipe.texts())  # what the base was calibrated on
+    position = len(known)
+    _rewrite(folder, recipe, content, tuple(f"adapters.{position}.{c}" for c in changes))
+
+
+def rename_adapter(folder: Path, old: str, new: str) -> None:
+    """Rename an adapter in the recipe, its folders, its records and results.
+
+    Raises:
+        DirectoryError, RecipeError: as for `add_adapter`.
+    """
+    recipe = _recipe(folder)
+    _named(recipe, old, folder)
+    content = recipe.model_dump(mode="json")
+    for adapter in content["adapters"]:
+        for key in ("name", "start"):
+            if adapter[key] == old:
+                adapter[key] = new
+    on = content["base"]["calibrate_on"]
+    content["base"]["calibrate_on"] = [new if name == old else name for name in on]
+    changed = resolve_compute(parse_recipe(content, str(folder / "recipe.yaml")))
+    before, after = _plan(folder, recipe), _plan(folder, changed)
+    with Directory.open(folder, recipe) as directory:
+        directory.rename_stages(
+            [(b, a) for b, a in zip(before, after, strict=True) if b != a],
+            lambda results: _renamed(results, old, new),
+            changed,
+        )
+
+
+def remove_adapter(folder: Path, name: str) -> None:
+    """Remove an adapter from the recipe, with its files and records.
+
+    Raises:
+        DirectoryError: the folder is not a job directory, has no such adapter or only this one;
+            another adapter continues it; or the base was calibrated on its text.
+    """
+    recipe = _recipe(folder)
+    _named(recipe, name, folder)
+    if len(recipe.adapters) == 1:
+        raise DirectoryError(
+            f"{name!r} is the only adapter of {str(folder)!r}, and a recipe needs one; delete the "
+            "directory, or add another adapter first"
+        )
+    if continued := [a.name for a in recipe.adapters if a.start == name]:
+        raise DirectoryError(
+            f"adapter {name!r} is continued by {', '.join(continued)}; remove these first"
+        )
+    content = recipe.model_dump(mode="json")
+    content["adapters"] = [a for a in content["adapters"] if a["name"] != name]
+    if name in recipe.base.calibrate_on or (
+        recipe.data.source is None and name in recipe.texts() and not recipe.base.calibrate_on
+    ):
+        raise DirectoryError(
+            f"the base was calibrated on the text of adapter {name!r}, so without it the base "
+            "would change; keep the adapter in the recipe"
+        )
+    gone = [s for s in _plan(folder, recipe) if s.adapter == name]
+    _rewrite(folder, recipe, content, (), gone)
+
+
+def _recipe(folder: Path) -> Recipe:
+    if not (folder / "recipe.yaml").is_file():
+        raise DirectoryError(
+            f"{str(folder.absolute())!r} is not a job directory: it has no recipe.yaml; "
+            "`qwlora run` creates one"
+        )
+    return resolve_compute(load_recipe(folder / "recipe.yaml"))
+
+
+def _named(recipe: Recipe, name: str, folder: Path) -> Any:
+    found = next((a for a in recipe.adapters if a.name == name), None)
+    if found is None:
+        known = [a.name for a in recipe.adapters]
+        raise DirectoryError(f"{str(folder)!r} has no adapter {name!r}{suggestion(name, known)}")
+    return found
+
+
+def _plan(folder: Path, recipe: Recipe) -> list[Stage]:
+    return make_plan(recipe, JobTexts(recipe), Digests(folder / ".qwlora" / "digests.json"))
+
+
+def _rewrite(
+    folder: Path,
+    recipe: Recipe,
+    content: Mapping[str, Any],
+    changes: tuple[str, ...],
+    gone: list[Stage] | None = None,
+) -> None:
+    """Write the changed recipe, after checking that the base and other adapters stay as they are."""
+    changed = resolve_compute(parse_recipe(content, str(folder / "recipe.yaml"), changes))
+    after = {stage.name: stage.key for stage in _plan(folder, changed)}
+    removed = {stage.name for stage in gone or ()}
+    differ = [
+        stage.name
+        for stage in _plan(folder, recipe)
+        if stage.verb in ("quantize", "calibrate-base", "train")
+        and stage.name not in removed
+        and after.get(stage.name, stage.key) != stage.key
+    ]
+    if differ:
+        raise RecipeError(
+            str(folder / "recipe.yaml"),
+            [
+                f"this would change {', '.join(differ)}, which exist already. Use the same init, "
+                "or a new directory"
+            ],
+        )
+    with Directory.open(folder, changed) as directory:
+        directory.discard(gone or [])
+
+
+def _renamed(results: Any, old: str, new: str, depth: int = 4) -> Any:
+    """`results` with the key `old` replaced, down to the depth at which names of adapters are."""
+    if not isinstance(results, dict) or not depth:
+        return results
+    return {
+        new if key == old else key: _renamed(value, old, new, depth - 1)
+        for key, value in results.items()
+    }

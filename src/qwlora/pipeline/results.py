@@ -1,0 +1,64 @@
+"""Collects the results of all current stages: the content of results.json (docs/results.md)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+from qwlora.pipeline.directory import Directory
+from qwlora.pipeline.stage import Stage
+from qwlora.recipe import Recipe
+
+RESULTS_FORMAT = 1
+
+
+def collect_results(
+    directory: Directory, recipe: Recipe, plan: list[Stage], stale: Collection[str]
+) -> dict[str, Any]:
+    """The results of all stages of `plan` that are not stale."""
+    results: dict[str, Any] = {"format": RESULTS_FORMAT, "recipe": recipe.name, "stages": {}}
+    if recipe.model.trust_remote_code:
+        results["trust_remote_code"] = True
+    for stage in plan:
+        if stage.name not in stale:
+            record = directory.records[stage.name]
+            _merge(results, _by_text(record.results, stage, recipe))
+            entry = results["stages"].setdefault(stage.verb, {"seconds": 0.0})
+            entry["seconds"] += record.seconds
+    return results
+
+
+def _by_text(results: dict[str, Any], stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """A stage's results. If adapters have different texts, counts and perplexities are also listed
+    by text, so that adapters can be compared on each other's."""
+    texts = recipe.texts()
+    if len(texts) < 2:
+        return results
+    text = stage.name.partition("/on/")[2]
+    if not text:
+        own = recipe.base_text() if stage.adapter is None else recipe.data_of(stage.adapter)
+        text = next((name for name, data in texts.items() if data == own), "base")
+    found = {key: value for key, value in results.items() if key != "data"}
+    if "data" in results:
+        found["texts"] = {text: results["data"]}
+    if "train" in results:
+        found["train"] = {
+            name: {**measured, "text": text} for name, measured in results["train"].items()
+        }
+    measured = {
+        kind: value
+        for kind, value in results.get("perplexity", {}).items()
+        if kind in ("float", "base", "adapted")
+    }
+    if measured and text in texts:
+        found["perplexity"] = {**results["perplexity"], "on": {text: measured}}
+    return found
+
+
+def _merge(into: dict[str, Any], part: dict[str, Any]) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)  # so that later merges do not change the records

@@ -1,0 +1,246 @@
+"""Adapters that are added, renamed and removed: nothing else of the job changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import text
+from qwlora.cli.main import app
+from qwlora.errors import DirectoryError, RecipeError
+from qwlora.pipeline.adapter_card import adapter_card, card_lines, sparkline
+from qwlora.pipeline.manage_adapters import add_adapter, remove_adapter, rename_adapter
+from qwlora.pipeline.results_table import _rows
+from qwlora.pipeline.run_job import run
+from qwlora.recipe import load_recipe
+
+VERBS = ("quantize", "train")
+SETTINGS = {"rank": 2, "steps": 2, "warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def other_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("other")
+    for i in range(8):
+        (folder / f"{i}.txt").write_text(text(100 + i, 60))
+    return folder
+
+
+@pytest.fixture
+def job(recipe_for: Any, tmp_path: Path) -> Path:
+    """A job with two trained adapters."""
+    path = recipe_for(adapters=[{"name": name, **SETTINGS} for name in ("first", "second")])
+    run(load_recipe(path), tmp_path / "job", VERBS)
+    return tmp_path / "job"
+
+
+def files(job: Path, *names: str) -> dict[str, str]:
+    """SHA-256 of the files in folders of the job."""
+    return {
+        str(path.relative_to(job)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in names
+        for path in (job / name).rglob("*")
+        if path.is_file()
+    }
+
+
+def records(job: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((job / ".qwlora" / "stages.json").read_text())
+    return content
+
+
+def again(job: Path, *verbs: str) -> list[str]:
+    """Run the job's own recipe again; returns the lines about its stages."""
+    said: list[str] = []
+    run(load_recipe(job / "recipe.yaml"), job, verbs or VERBS, say=said.append)
+    return [line for line in said if line.split(":")[0].split(" ")[0] in records(job)]
+
+
+def test_an_added_adapter_is_trained_and_no_other_file_or_record_moves(
+    job: Path, other_text: Path
+) -> None:
+    before, kept = files(job, "base", "adapters"), records(job)
+    add_adapter(job, "third", str(other_text), changes=("steps=3",))
+    assert next(line for line in again(job) if "skipped" not in line) == "train/third ..."
+    after = files(job, "base", "adapters")
+    assert {name: digest for name, digest in after.items() if "third" not in name} == before
+    assert {name: record for name, record in records(job).items() if name in kept} == kept
+    added = load_recipe(job / "recipe.yaml").adapters[-1]
+    assert (added.name, added.rank, added.steps) == ("third", 2, 3)
+    assert added.data is not None
+    assert added.data.source == str(other_text)
+
+
+def test_adding_an_existing_or_unusable_adapter_changes_nothing(job: Path) -> None:
+    before = (job / "recipe.yaml").read_text()
+    with pytest.raises(DirectoryError, match="already has adapter 'first'"):
+        add_adapter(job, "first")
+    with pytest.raises(DirectoryError, match="no adapter 'frist'; did you mean first"):
+        add_adapter(job, "third", like="frist")
+    with pytest.raises(RecipeError, match=r"adapters\.2\.stps: unknown key; did you mean steps"):
+        add_adapter(job, "third", changes=("stps=3",))
+    with pytest.raises(RecipeError, match=r"would change quantize, .*train/first"):
+        add_adapter(job, "third", changes=("init=qera",))
+    assert (job / "recipe.yaml").read_text() == before
+
+
+def test_without_a_text_of_its_own_the_base_stays_calibrated_on_what_it_was(
+    recipe_for: Any, corpus: Path, other_text: Path, tmp_path: Path
+) -> None:
+    path = recipe_for(
+        data={"sequence_tokens": 32},
+        base={"solver": "gptq", "calibration_sequences": 4},
+        adapters=[{"name": "first", "data": {"source": str(corpus)}, **SETTINGS}],
+    )
+    run(load_recipe(path), tmp_path / "job", VERBS)
+    add_adapter(tmp_path / "job", "second", str(other_text))
+    assert load_recipe(tmp_path / "job" / "recipe.yaml").base.calibrate_on == ["first"]
+    said = again(tmp_path / "job")
+    assert said[:2] == [
+        f"{n}: skipped, nothing it depends on has changed" for n in ("quantize", "train/first")
+    ]
+    with pytest.raises(
+        DirectoryError, match="the base was calibrated on the text of adapter 'first'"
+    ):
+        remove_adapter(tmp_path / "job", "first")
+
+
+def test_a_renamed_adapter_keeps_its_files_and_results(job: Path) -> None:
+    before, results = files(job, "adapters"), json.loads((job / "results.json").read_text())
+    rename_adapter(job, "first", "one")
+    renamed = {n.replace("adapters/first/", "adapters/one/"): d for n, d in before.items()}
+    assert files(job, "adapters") == renamed
+    assert all("skipped" in line for line in again(job))
+    now = json.loads((job / "results.json").read_text())
+    assert now["train"] == {"one": results["train"]["first"], "second": results["train"]["second"]}
+
+
+def test_a_name_that_is_taken_is_refused(job: Path) -> None:
+    before = files(job, "adapters")
+    with pytest.raises(RecipeError, match="adapters second, second"):
+        rename_adapter(job, "first", "second")
+    (job / "adapters" / "mine").mkdir()
+    with pytest.raises(DirectoryError, match="mine' exists"):
+        rename_adapter(job, "first", "mine")
+    assert files(job, "adapters") == before
+
+
+def test_an_adapter_that_another_continues_is_renamed_there_too_and_not_removed(
+    recipe_for: Any, tmp_path: Path
+) -> None:
+    adapters = [
+        {"name": "first", **SETTINGS},
+        {"name": "second", "start": "first", "steps": 2, "warmup_steps": 0},
+    ]
+    run(load_recipe(recipe_for(adapters=adapters)), tmp_path / "job", VERBS)
+    with pytest.raises(DirectoryError, match="continued by second"):
+        remove_adapter(tmp_path / "job", "first")
+    rename_adapter(tmp_path / "job", "first", "one")
+    assert load_recipe(tmp_path / "job" / "recipe.yaml").adapters[1].start == "one"
+    assert all("skipped" in line for line in again(tmp_path / "job"))
+
+
+def test_a_removed_adapter_leaves_the_others_as_they_are(job: Path) -> None:
+    before = files(job, "base", "adapters/second")
+    answer = CliRunner().invoke(app, ["adapters", "remove", str(job), "first"])
+    assert "--yes" in str(answer.exception)
+    remove_adapter(job, "first")
+    assert not (job / "adapters" / "first").exists()
+    assert files(job, "base", "adapters") == before
+    assert all("skipped" in line for line in again(job))
+    with pytest.raises(DirectoryError, match="only adapter"):
+        remove_adapter(job, "second")
+
+
+def test_an_adapter_trained_with_other_settings_is_replaced_only_on_request(job: Path) -> None:
+    before = files(job, "adapters")
+    path = job / "recipe.yaml"
+    with pytest.raises(DirectoryError, match=r"(?s)first: steps: 2, now 3.*--replace"):
+        run(load_recipe(path, ("adapters.0.steps=3",)), job, VERBS)
+    with pytest.raises(DirectoryError, match=r"(?s)first, second: their base.*bitwidth: 4, now 3"):
+        run(load_recipe(path, ("base.weights.bitwidth=3",)), job, ("quantize",))
+    assert files(job, "adapters") == before
+    run(load_recipe(path, ("adapters.0.steps=3",)), job, VERBS, replace=True)
+    after = files(job, "adapters")
+    changed = {name for name in before if before[name] != after[name]}
+    assert "adapters/first/adapter_model.safetensors" in changed
+    assert not any(name.startswith("adapters/second/") for name in changed)
+
+
+def test_a_damaged_adapter_is_trained_again_without_a_request(job: Path) -> None:
+    before = files(job, "adapters")
+    (job / "adapters" / "first" / "adapter_model.safetensors").unlink()
+    again(job)
+    assert files(job, "adapters") == before
+
+
+def test_a_recipe_that_lacks_a_trained_adapter_is_refused(job: Path, recipe_for: Any) -> None:
+    shorter = recipe_for(adapters=[{"name": "first", **SETTINGS}])
+    with pytest.raises(DirectoryError, match=r"adapters second.*adapters remove"):
+        run(load_recipe(shorter), job, VERBS)
+    assert "second" in (job / "recipe.yaml").read_text()
+
+
+def test_adapters_are_evaluated_before_they_are_calibrated(job: Path) -> None:
+    said: list[str] = []
+    results = run(load_recipe(job / "recipe.yaml"), job, ("evaluate",), say=said.append)
+    assert set(results["perplexity"]) == {"float", "base", "adapted"}
+    assert "evaluate/simulated/first: left out, calibrate/first has not run" in said
+    shutil.rmtree(job / "adapters" / "first")
+    with pytest.raises(DirectoryError, match=r"evaluate needs train/first"):
+        run(load_recipe(job / "recipe.yaml"), job, ("evaluate",))
+
+
+def test_the_card_of_an_adapter(job: Path) -> None:
+    card = adapter_card(job, "first")
+    results = json.loads((job / "results.json").read_text())
+    assert card["train"] == results["train"]["first"]
+    lines = "\n".join(card_lines(card))
+    assert f"{results['train']['first']['losses'][0]:.3f} to" in lines
+    assert results["base"]["fingerprint"][:16] in lines
+    with pytest.raises(DirectoryError, match="'frist'; did you mean first"):
+        adapter_card(job, "frist")
+    with pytest.raises(DirectoryError, match=r"no results\.json"):
+        adapter_card(job / "base", "first")
+    (job / "results.json").write_text("{")
+    with pytest.raises(DirectoryError, match=r"results\.json' cannot be read"):
+        adapter_card(job, "first")
+
+
+@pytest.mark.parametrize(
+    ("values", "line"), [([2.0, 1.0], "█▁"), ([1.0, 1.0], "▁▁"), (range(120), None)]
+)
+def test_a_sparkline_shows_the_course(values: Any, line: str | None) -> None:
+    found = sparkline(list(values))
+    assert found == line if line else (len(found), found[0], found[-1]) == (60, "▁", "█")
+
+
+@pytest.mark.parametrize(
+    ("losses", "after", "warnings"),
+    [
+        ([3.0, 2.0], 4.0, []),
+        ([2.0, 3.0], 4.0, ["did not learn"]),
+        ([3.0, 2.0], 6.0, ["no better than the base"]),
+    ],
+)
+def test_training_without_success_is_said(
+    losses: list[float], after: float, warnings: list[str]
+) -> None:
+    train = {
+        "steps": 2,
+        "step_seconds": 1.0,
+        "peak_rss_bytes": 1,
+        "trainable_parameters": 1,
+        "losses": losses,
+    }
+    perplexity = {"base": 5.0, "adapted": {"a": after}}
+    rows = _rows({"recipe": "r", "stages": {}, "train": {"a": train}, "perplexity": perplexity})
+    found = [text for title, text in rows if title == "warning"]
+    assert len(found) == len(warnings)
+    assert all(part in text for part, text in zip(warnings, found, strict=True))

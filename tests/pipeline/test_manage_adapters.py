@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
-from conftest import text
+from adapter.test_mlx_adapter import write_mlx
+from conftest import text, tiny_model
+from qwlora import load_adapter, load_base
 from qwlora.cli.main import app
-from qwlora.errors import DirectoryError, RecipeError
+from qwlora.errors import DirectoryError, RecipeError, SourceError
 from qwlora.pipeline.adapter_card import adapter_card, card_lines, sparkline
-from qwlora.pipeline.manage_adapters import add_adapter, remove_adapter, rename_adapter
+from qwlora.pipeline.manage_adapters import (
+    add_adapter,
+    import_adapter,
+    remove_adapter,
+    rename_adapter,
+)
 from qwlora.pipeline.results_table import _rows
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
@@ -244,3 +252,44 @@ def test_training_without_success_is_said(
     found = [text for title, text in rows if title == "warning"]
     assert len(found) == len(warnings)
     assert all(part in text for part, text in zip(warnings, found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
+@pytest.mark.parametrize("layout", ["peft", "mlx"])
+def test_an_imported_adapter_is_used_as_it_is_and_measured_before_and_after(
+    job: Path, tmp_path: Path, layout: str
+) -> None:
+    if layout == "mlx":
+        source = write_mlx(tmp_path / "elsewhere")
+    else:
+        model = get_peft_model(
+            tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        )
+        source = tmp_path / "elsewhere"
+        model.save_pretrained(str(source), save_embedding_layers=False)
+    before = files(job, "base", "adapters")
+    import_adapter(job, "imported", str(source))
+    results = run(load_recipe(job / "recipe.yaml"), job, (*VERBS, "evaluate"))
+    assert {
+        n: d for n, d in files(job, "base", "adapters").items() if "imported" not in n
+    } == before
+    assert results["train"]["imported"]["steps"] == 0
+    perplexity = results["perplexity"]
+    assert perplexity["imported"]["imported"] != perplexity["adapted"]["imported"]
+    if layout == "peft":  # its B is zero, so that it changes nothing
+        assert perplexity["imported"]["imported"] == pytest.approx(perplexity["float"])
+        assert perplexity["adapted"]["imported"] == pytest.approx(perplexity["base"])
+    shutil.rmtree(source)  # it is the job's own by now
+    assert load_adapter(load_base(job / "base"), job / "adapters" / "imported")
+
+
+@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
+def test_an_imported_adapter_is_trained_further_on_request(job: Path, tmp_path: Path) -> None:
+    source = write_mlx(tmp_path / "elsewhere")
+    import_adapter(
+        job, "imported", str(source), continues=True, changes=("steps=2", "warmup_steps=0")
+    )
+    results = run(load_recipe(job / "recipe.yaml"), job, VERBS)
+    assert results["train"]["imported"]["steps"] == 2
+    with pytest.raises(SourceError, match="neither a folder nor a hub id"):
+        import_adapter(job, "other", "./nowhere")

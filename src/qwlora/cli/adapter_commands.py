@@ -1,4 +1,4 @@
-"""`qwlora adapters`: add, list, show, rename, remove and check the adapters of a job.
+"""`qwlora adapters`: add, import, list, show, rename, remove and check the adapters of a job.
 
 No model is loaded.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.adapter_check import AdapterReport
 
 app = typer.Typer(
-    help="Add, list, show, rename, remove and check the adapters of a job.",
+    help="Add, import, list, show, rename, remove and check the adapters of a job.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -167,6 +167,33 @@ def add(
     add_adapter(folder, name, data, like, tuple(changes or ()))
     command = shlex.join(["qwlora", "run", str(folder / "recipe.yaml"), "--out", str(folder)])
     print(f"added {name} to {folder / 'recipe.yaml'}. Train it: {command}")
+
+
+@app.command("import")
+def import_(
+    folder: JobFolder,
+    source: Annotated[
+        str,
+        typer.Argument(help="A folder of PEFT or mlx-lm, or a hub id.", show_default=False),
+    ],
+    name: Annotated[str, typer.Option(help="Its name here.", show_default=False)],
+    data: Annotated[
+        str | None, typer.Option(help="Source of its text. Default: the recipe's data.source.")
+    ] = None,
+    continues: Annotated[
+        bool, typer.Option("--continue", help="Train it on this base. Default: use it as it is.")
+    ] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as steps=100."),
+    ] = None,
+) -> None:
+    """Add an adapter that was trained elsewhere. The job's next run compares it before and after."""
+    from qwlora.pipeline.manage_adapters import import_adapter
+
+    import_adapter(folder, name, source, data, continues, tuple(changes or ()))
+    command = shlex.join(["qwlora", "run", str(folder / "recipe.yaml"), "--out", str(folder)])
+    print(f"added {name} to {folder / 'recipe.yaml'}. Use it: {command}")
 
 
 @app.command()

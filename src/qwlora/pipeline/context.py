@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qwlora.adapter.adapter_folder import check_adapter, load_adapter, reading
-from qwlora.adapter.attach import attach, attach_existing
+from qwlora.adapter.attach import adapter_folder, attach, attach_existing
 from qwlora.adapter.equalize_factors import equalize_adapter_
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import LazyModel
@@ -239,6 +239,14 @@ class JobContext:
     def load_base(self, folder: Path) -> PreTrainedModel:
         """The base in `folder`; runs the model's own code only if the recipe trusts it."""
         return load_base(folder, trust_remote_code=self.recipe.model.trust_remote_code)
+
+    def imported(self, name: str) -> PeftModel:
+        """The float model with the adapter that adapter `name` starts from."""
+        from peft import PeftModel
+
+        folder, model = adapter_folder(str(self.adapter(name).start)), self.take_float_model()
+        with reading(folder, model):
+            return PeftModel.from_pretrained(model, str(folder)).eval()
 
     def adapted(self, name: str) -> PeftModel:
         """A fresh copy of the base with the trained adapter."""

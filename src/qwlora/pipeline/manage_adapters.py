@@ -1,4 +1,4 @@
-"""Add, rename and remove the adapters of a job. No other adapter's files or records change.
+"""Add, import, rename and remove the adapters of a job. No other adapter's files or records change.
 
 A change of the recipe must leave the base and the other adapters as they are; if it does not, it is
 refused before anything is written. Only encodings that adapters share are calibrated again.
@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwlora.atomic import replacing_files
 from qwlora.errors import DirectoryError, RecipeError
+from qwlora.formats.user_path import user_path
 from qwlora.messages import suggestion
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.directory import Directory
@@ -40,22 +42,57 @@ def add_adapter(
         RecipeError: a setting is not valid.
     """
     recipe = _recipe(folder)
-    if name in (known := [a.name for a in recipe.adapters]):
-        raise DirectoryError(
-            f"{str(folder)!r} already has adapter {name!r}; choose another name, or change its "
-            "settings in a run with --replace"
-        )
-    model = _named(recipe, like or known[0], folder)
+    _check_new(recipe, name, folder)
+    model = _named(recipe, like or recipe.adapters[0].name, folder)
     content, entry = recipe.model_dump(mode="json"), model.model_dump(mode="json")
     entry["name"] = name
     if data is not None:
         own = recipe.data_of(model).model_dump(mode="json")
         entry["data"] = {**own, "source": data}
-    content["adapters"].append(entry)
-    if recipe.data.source is None and not recipe.base.calibrate_on:
-        content["base"]["calibrate_on"] = list(recipe.texts())  # what the base was calibrated on
-    position = len(known)
-    _rewrite(folder, recipe, content, tuple(f"adapters.{position}.{c}" for c in changes))
+    _append(folder, recipe, content, entry, changes)
+
+
+def import_adapter(
+    folder: Path,
+    name: str,
+    source: str,
+    data: str | None = None,
+    continues: bool = False,
+    changes: tuple[str, ...] = (),
+) -> None:
+    """Add an adapter that was trained elsewhere, on the float model or other integers.
+
+    Args:
+        source: a folder of PEFT or of mlx-lm, or a hub id.
+        data: source of its text. Default: the data section's.
+        continues: train it on this base; default: use it as it is.
+        changes: changes to its settings, `key=value`.
+
+    Raises:
+        SourceError: there is no LoRA adapter at `source`.
+        DirectoryError, RecipeError: as for `add_adapter`.
+    """
+    from qwlora.adapter.attach import adapter_folder, check_start
+    from qwlora.adapter.mlx_adapter import convert_mlx_adapter, is_mlx_adapter
+
+    recipe = _recipe(folder)
+    _check_new(recipe, name, folder)
+    start = source
+    if is_mlx_adapter(found := user_path(source)):
+        converted = folder / ".qwlora" / "imports" / name
+        with replacing_files(converted) as scratch:
+            convert_mlx_adapter(found, scratch)
+        start = str(converted.absolute())
+    elif adapter_folder(source).is_dir() and user_path(source).is_dir():
+        start = str(user_path(source).absolute())
+    check_start(start, "accept")
+    content = recipe.model_dump(mode="json")
+    entry: dict[str, Any] = {"name": name, "start": start, "unknown_base": "accept"}
+    if not continues:
+        entry |= {"steps": 0}
+    if data is not None:
+        entry["data"] = {**recipe.data.model_dump(mode="json"), "source": data}
+    _append(folder, recipe, content, entry, changes)
 
 
 def rename_adapter(folder: Path, old: str, new: str) -> None:
@@ -121,6 +158,29 @@ def _recipe(folder: Path) -> Recipe:
             "`qwlora run` creates one"
         )
     return resolve_compute(load_recipe(folder / "recipe.yaml"))
+
+
+def _check_new(recipe: Recipe, name: str, folder: Path) -> None:
+    if name in {a.name for a in recipe.adapters}:
+        raise DirectoryError(
+            f"{str(folder)!r} already has adapter {name!r}; choose another name, or change its "
+            "settings in a run with --replace"
+        )
+
+
+def _append(
+    folder: Path,
+    recipe: Recipe,
+    content: dict[str, Any],
+    entry: dict[str, Any],
+    changes: tuple[str, ...],
+) -> None:
+    """Append an adapter to `content`, the recipe's, and write it."""
+    content["adapters"].append(entry)
+    if recipe.data.source is None and not recipe.base.calibrate_on:
+        content["base"]["calibrate_on"] = list(recipe.texts())  # what the base was calibrated on
+    position = len(recipe.adapters)
+    _rewrite(folder, recipe, content, tuple(f"adapters.{position}.{c}" for c in changes))
 
 
 def _named(recipe: Recipe, name: str, folder: Path) -> Any:

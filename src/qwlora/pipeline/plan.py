@@ -18,7 +18,7 @@ from qwlora.pipeline.stages import (
     train_stage,
     verify_stage,
 )
-from qwlora.recipe import Recipe
+from qwlora.recipe import Adapter, Recipe
 from qwlora.system.compute_precision import auto_compute, training_device
 
 TUNING_DEVICE = "cpu"  # quantization runs on the CPU
@@ -40,6 +40,8 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
     evaluate_stage.add(plan, "base", ("quantize",))
     calibrate_base_stage.add(plan)
     for adapter in recipe.adapters:
+        if is_imported(recipe, adapter) and has_float_model(recipe):
+            evaluate_stage.add(plan, "imported", (), adapter.name)
         train_stage.add(plan, adapter)
     calibrate_stage.add_shared(plan)
     for name in (adapter.name for adapter in recipe.adapters):
@@ -68,6 +70,15 @@ def resolve_compute(recipe: Recipe) -> Recipe:
             compute = {"compute": "float32" if is_fixed else auto_compute(training_device())}
             adapters[i] = adapter.model_copy(update=compute)
     return recipe.model_copy(update={"base": base, "adapters": adapters})
+
+
+def is_imported(recipe: Recipe, adapter: Adapter) -> bool:
+    """Whether an adapter starts from one that was trained elsewhere, perhaps on another base."""
+    return (
+        adapter.start is not None
+        and adapter.unknown_base == "accept"
+        and recipe.start_of(adapter) is None
+    )
 
 
 def has_float_model(recipe: Recipe) -> bool:

@@ -32,7 +32,11 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     for kind, what in (("float", "float model"), ("base", "frozen base")):
         if kind in perplexity:
             rows.append((f"perplexity, {what}", f"{perplexity[kind]:.3f}"))
-    for kind, what in (("adapted", "after adapter"), ("simulated", "simulated, adapter")):
+    for kind, what in (
+        ("imported", "float model, imported"),
+        ("adapted", "after adapter"),
+        ("simulated", "simulated, adapter"),
+    ):
         rows += [
             (f"perplexity, {what} {name}", f"{value:.3f}")
             for name, value in perplexity.get(kind, {}).items()

@@ -3,8 +3,9 @@
 evaluate/MODEL             on its own text: that of the base, or of the adapter
 evaluate/MODEL/on/TEXT     on the text of another adapter, if adapters have different texts
 
-MODEL is `float`, `base`, `adapted/NAME` or `simulated/NAME`. A simulation is measured on its own
-text only.
+MODEL is `float`, `base`, `adapted/NAME`, `simulated/NAME`, or, for an adapter from elsewhere,
+`imported/NAME`: the float model with the adapter as it came, so that the step to this base can be
+seen. The last two are measured on their own text only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.pipeline.stages.train_stage import start_files
 
 if TYPE_CHECKING:
     from qwlora.analysis.perplexity import Logits
@@ -23,14 +25,17 @@ NAME = "evaluate"
 
 
 def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | None = None) -> None:
-    """Add the stages of one model: `float`, `base`, `adapted` or `simulated`."""
+    """Add the stages of one model: `float`, `base`, `imported`, `adapted` or `simulated`."""
     recipe = plan.recipe
     own = recipe.base_text() if name is None else recipe.data_of(name)
-    model = [plan.model] if kind == "float" else []
+    model: list[Any] = [plan.model] if kind in ("float", "imported") else []
+    if kind == "imported":
+        start = next(a.start for a in recipe.adapters if a.name == name)
+        model.append([start, start_files(plan, start)])
     stage = f"{NAME}/{kind}" if name is None else f"{NAME}/{kind}/{name}"
     if own is not None:
         plan.add(stage, [*model, plan.held_out(own)], needs, name)
-    if len(recipe.texts()) > 1 and kind != "simulated":
+    if len(recipe.texts()) > 1 and kind not in ("imported", "simulated"):
         for text, data in recipe.texts().items():
             if data != own:
                 plan.add(f"{stage}/on/{text}", [*model, plan.held_out(data)], needs, name)
@@ -47,7 +52,9 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         logits: Logits = context.simulation(str(name)).logits
     else:
         logits = logits_of(
-            context.float_model()
+            context.imported(str(name))
+            if kind == "imported"
+            else context.float_model()
             if kind == "float"
             else context.base()
             if kind == "base"

@@ -36,7 +36,7 @@ def add(plan: PlanBuilder, adapter: Adapter) -> None:
     learns: list[Any] = [
         plan.text(adapter.name),
         plan.held_out(recipe.data_of(adapter)) if adapter.evaluation_steps else None,
-        _start(plan, None if first else adapter.start),
+        start_files(plan, None if first else adapter.start),
     ]
     if adapter.init != "zero":
         learns.append(revision("adapter.initialize"))
@@ -48,7 +48,7 @@ def add(plan: PlanBuilder, adapter: Adapter) -> None:
     plan.add(f"{NAME}/{adapter.name}", inputs, needs, adapter.name, artifact)
 
 
-def _start(plan: PlanBuilder, start: str | None) -> list[tuple[str, str | None]]:
+def start_files(plan: PlanBuilder, start: str | None) -> list[tuple[str, str | None]]:
     """Names and digests of the files of an adapter to continue from.
 
     Empty for an adapter on the hub: its name, a part of the recipe, identifies it.

@@ -1,0 +1,88 @@
+"""Adapters in the layout of mlx-lm, converted to PEFT's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conftest import VOCABULARY, tiny_model
+from qwlora.adapter.mlx_adapter import convert_mlx_adapter, is_mlx_adapter
+from qwlora.errors import SourceError
+
+MODULES = {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.mlp.up_proj": 4}
+
+
+def write_mlx(folder: Path, config: dict[str, Any] | None = None, **replaced: Tensor) -> Path:
+    """What `mlx_lm.lora` writes: one scale, and factors as they multiply from the left."""
+    torch.manual_seed(1)
+    model, tensors = tiny_model("llama"), dict[str, Tensor]()
+    for module, rank in MODULES.items():
+        out, columns = model.get_submodule(module).weight.shape
+        tensors[f"{module}.lora_a"] = torch.randn(columns, rank) / 8
+        tensors[f"{module}.lora_b"] = torch.randn(rank, out) / 8
+    folder.mkdir(parents=True)
+    save_file(tensors | replaced, folder / "adapters.safetensors")
+    given = {
+        "fine_tune_type": "lora",
+        "model": "somebody/model",
+        "num_layers": 2,
+        "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0},
+        **(config or {}),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(given))
+    return folder
+
+
+def test_the_converted_adapter_computes_mlx_lms_formula(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    source = write_mlx(tmp_path / "mlx")
+    assert is_mlx_adapter(source)
+    (tmp_path / "peft").mkdir()
+    convert_mlx_adapter(source, tmp_path / "peft")
+    converted = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "peft")).eval()
+    expected, tensors = tiny_model("llama"), load_file(source / "adapters.safetensors")
+    for module in MODULES:
+        a, b = tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
+        expected.get_submodule(module).weight.data += 20.0 * (a @ b).T
+    ids = torch.arange(24).reshape(2, 12) % VOCABULARY
+    with torch.no_grad():
+        torch.testing.assert_close(
+            converted(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "problem"),
+    [
+        ({"fine_tune_type": "dora"}, {}, "type dora; only lora"),
+        ({"lora_parameters": {"rank": 4}}, {}, r"adapter_config\.json of mlx-lm .*scale"),
+        ({}, {"lm_head.m": torch.ones(3)}, r"missing or unknown: lm_head\.lora_a, .*lm_head\.m"),
+        (
+            {},
+            {"model.layers.1.mlp.up_proj.lora_b": torch.ones(3, 128)},
+            r"lora_a \[64, 4\] and lora_b \[3, 128\]",
+        ),
+    ],
+)
+def test_what_cannot_be_converted_is_named(
+    config: dict[str, Any], tensors: dict[str, Tensor], problem: str, tmp_path: Path
+) -> None:
+    source = write_mlx(tmp_path / "mlx", config, **tensors)
+    with pytest.raises(SourceError, match=problem):
+        convert_mlx_adapter(source, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlx"]
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    source = write_mlx(tmp_path / "mlx")
+    (source / "adapters.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(SourceError, match=r"adapters\.safetensors cannot be read"):
+        convert_mlx_adapter(source, tmp_path)

@@ -173,6 +173,18 @@ def test_what_is_kept_of_no_gain_is_null() -> None:
     assert Verdict({}, base=6.0, adapted=5.0, merged=5.5).kept == 0.5
 
 
+@pytest.mark.parametrize(
+    ("merged", "advice"), [(9.95, "Keep the adapter separate"), (9.02, "Merge")]
+)
+def test_the_advice_weighs_what_is_kept_of_the_gain(merged: float, advice: str) -> None:
+    """An adapter that gained 10 %: a merge that is 1 % worse than it may have lost most of that."""
+    verdict = Verdict({}, base=10.0, adapted=9.0, merged=merged)
+    assert verdict.recommendation().startswith(advice)
+    small = Verdict({}, base=10.0, adapted=9.95, merged=9.9974)  # keeps 5.2 %, 0.5 % worse
+    assert not small.is_harmless
+    assert small.recommendation().startswith("Keep the adapter separate")
+
+
 def test_merged_onto_the_grid_it_is_the_float_merge_rounded() -> None:
     model, twin = adapted("llama", 0.3), adapted("llama", 0.3)
     before = {name: layer.encoding.scale for name, layer in packed_weights(model).items()}

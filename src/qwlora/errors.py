@@ -124,7 +124,18 @@ def _bulleted(items: Sequence[str]) -> list[str]:
 
 
 class VerificationError(QwloraError, RuntimeError):
-    """A runtime's results differ from the simulation by more than the recipe allows."""
+    """A runtime's results differ from the simulation by more than the recipe allows.
+
+    Args:
+        problems: a sentence for each limit that is exceeded; a part of the message.
+        results: what was measured, in the form of results.json.
+    """
+
+    def __init__(
+        self, what: str, problems: Sequence[str] = (), results: dict[str, Any] | None = None
+    ):
+        self.problems, self.results = tuple(problems), results
+        super().__init__("\n  ".join([what, *self.problems]))
 
 
 class NonFiniteError(QwloraError, ArithmeticError):

@@ -229,21 +229,24 @@ def test_a_changed_scale_fails_the_proof(bundle: tuple[Path, Simulation], tmp_pa
         )
     )
     onnx.save(model, tmp_path / "model.onnx")
-    parity = verify_onnx(tmp_path, simulation, IDS, layer_tokens=16)
+    parity = verify_onnx(tmp_path, simulation, IDS, layer_tokens=16, limits=None)
     assert parity.worst_layer == "model.layers.1.mlp.up_proj.linear"
     with pytest.raises(
         VerificationError,
         match=r"layer model.layers.1.mlp.up_proj.linear is [\d.]+ steps off \(limit 2\)",
     ):
-        check_parity(parity, Limits(), "it")
+        verify_onnx(tmp_path, simulation, IDS, layer_tokens=16)
 
 
 def test_each_exceeded_limit_is_reported(bundle: tuple[Path, Simulation]) -> None:
     good = verify_onnx(bundle[0], bundle[1], IDS, layer_tokens=16)
     for change, message in (
         (
-            {"perplexity": good.simulated_perplexity * 1.01},
-            "perplexity .* is 1.00% from the simulation's",
+            {
+                "perplexity": good.simulated_perplexity * 1.01,
+                "floor_perplexity_difference": 0.009,
+            },
+            r"perplexity .* is 1.00% from the simulation's .*noise floor 0.90%",
         ),
         ({"perplexity": float("nan")}, "perplexity nan"),
         ({"top1_agreement": 0.5}, "below the noise floor"),
@@ -252,6 +255,30 @@ def test_each_exceeded_limit_is_reported(bundle: tuple[Path, Simulation]) -> Non
     ):
         with pytest.raises(VerificationError, match=message):
             check_parity(LanguageModelParity(**{**good.to_json(), **change}), Limits(), "it")
+
+
+def test_rounding_alone_never_fails_the_proof(bundle: tuple[Path, Simulation]) -> None:
+    """The floor of perplexity: two simulations that differ only in rounding agree within it."""
+    good = verify_onnx(bundle[0], bundle[1], IDS, layer_tokens=16)
+    drift = {"perplexity": good.simulated_perplexity * 1.01}
+    within = {"floor_perplexity_difference": 0.011, "top1_agreement": 1.0}
+    check_parity(LanguageModelParity(**{**good.to_json(), **drift, **within}), Limits(), "it")
+    difference, total, count = 0.0, 0.0, 0
+    for ids in IDS:
+        expected, perturbed = (
+            torch.nn.functional.cross_entropy(
+                outputs({"input_ids": ids[None]})["logits"][0, :-1].double(),
+                ids[1:],
+                reduction="none",
+            )
+            for outputs in (bundle[1].outputs, bundle[1].perturbed_outputs)
+        )
+        difference += float((perturbed - expected).square().sum())
+        total += float((perturbed - expected).sum())
+        count += len(ids) - 1
+    floor = good.floor_perplexity_difference
+    assert floor == pytest.approx(math.expm1(1.96 * math.sqrt(difference) / count), rel=1e-6)
+    assert 0 <= floor < 0.1
 
 
 def test_unreadable_file_and_missing_extra(

@@ -74,9 +74,8 @@ def test_without_session_options_integer_kernels_change_results(tmp_path: Path) 
     options = tmp_path / "session_options.json"
     assert json.loads(options.read_text())["session.disable_quant_qdq"] == "1"
     faithful = verify_onnx_outputs(tmp_path, simulation, batches)
-    check_parity(faithful, Limits(), "mixed")
     options.unlink()
-    careless = verify_onnx_outputs(tmp_path, simulation, batches)
+    careless = verify_onnx_outputs(tmp_path, simulation, batches, limits=None)
     assert careless.sqnr["output"] < faithful.sqnr["output"] - 10
 
 
@@ -112,12 +111,12 @@ def test_a_changed_scale_fails_the_proof(bundle: tuple[Path, Simulation], tmp_pa
     )
     onnx.save(file, tmp_path / "model.onnx")
     (tmp_path / "session_options.json").write_text((folder / "session_options.json").read_text())
-    parity = verify_onnx_outputs(tmp_path, simulation, BATCHES)
+    assert verify_onnx_outputs(tmp_path, simulation, BATCHES, limits=None).worst_layer_steps > 2
     with pytest.raises(
         VerificationError,
         match=r"(?s)output logits is .* dB .*limit .*layer .* steps off \(limit 2\)",
     ):
-        check_parity(parity, Limits(), NAME)
+        verify_onnx_outputs(tmp_path, simulation, BATCHES)
 
 
 def test_each_exceeded_limit_is_reported(bundle: tuple[Path, Simulation]) -> None:

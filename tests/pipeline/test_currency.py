@@ -135,12 +135,16 @@ def test_a_proof_that_fails_leaves_no_earlier_proof(job: FakeJob) -> None:
     assert "verify/onnx/first" in job.run()
 
     def fail(stage: str) -> None:
-        raise VerificationError("too far")
+        problems = ["too far"]
+        measured = {"first": {"passed": False, "problems": problems}}
+        raise VerificationError("files", problems, {"parity": {"onnx": measured}})
 
     job.on_stage = fail
-    with pytest.raises(VerificationError):
+    with pytest.raises(VerificationError) as raised:
         job.run("verify")
     results = json.loads((job.out / "results.json").read_text())
+    assert raised.value.results == results
+    assert results["parity"]["onnx"]["first"]["problems"] == ["too far"]
     assert "verify/onnx/first" not in results
     assert "export/onnx/first" in results
     job.on_stage = lambda name: None

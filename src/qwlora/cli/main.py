@@ -246,16 +246,24 @@ def _run(
         *(part for change in changes or () for part in ("--set", change)),
         *(["--trust-mtime"] if trust_mtime else []),
     ]
-    results = run(
-        recipe,
-        out,
-        tuple(verbs),
-        track=bars(quiet=as_json),
-        say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
-        command=lambda verb: shlex.join(["qwlora", verb, *given]),
-        trust_mtime=trust_mtime,
-        replace=replace,
-    )
+    try:
+        results = run(
+            recipe,
+            out,
+            tuple(verbs),
+            track=bars(quiet=as_json),
+            say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
+            command=lambda verb: shlex.join(["qwlora", verb, *given]),
+            trust_mtime=trust_mtime,
+            replace=replace,
+        )
+    except VerificationError as error:
+        _print_results(error.results, as_json)
+        raise
+    _print_results(results, as_json)
+
+
+def _print_results(results: dict[str, Any] | None, as_json: bool) -> None:
     if not results:  # in a distributed run, only the first process reports
         return
     if as_json:

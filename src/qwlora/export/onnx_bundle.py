@@ -15,8 +15,10 @@ from qwlora.export.onnx_model import write_onnx
 from qwlora.export.onnx_runtime import OnnxModel, write_session_options
 from qwlora.export.verify import (
     LanguageModelParity,
+    Limits,
     OutputParity,
     Reference,
+    check_parity,
     verify_language_model,
     verify_outputs,
 )
@@ -24,6 +26,7 @@ from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.progress import Track, untracked
 
 ENCODINGS_FILE = "model.encodings"
+DEFAULT_LIMITS = Limits()
 
 
 def export_onnx(
@@ -55,14 +58,22 @@ def verify_onnx(
     sequences: Sequences | Int64[Tensor, "count tokens"],
     layer_tokens: int,
     track: Track = untracked,
+    limits: Limits | None = DEFAULT_LIMITS,
 ) -> LanguageModelParity:
     """`verify_language_model` for the files in `folder`, run in ONNX Runtime on the CPU.
 
+    Args:
+        limits: largest allowed differences; None: measure only.
+
     Raises:
-        VerificationError: the graph is not that of a causal language model.
+        VerificationError: a limit is exceeded, or the graph is not that of a causal language model.
         ExportError: ONNX Runtime refuses the files.
     """
-    return verify_language_model(OnnxModel(Path(folder)), reference, sequences, layer_tokens, track)
+    files = OnnxModel(Path(folder))
+    parity = verify_language_model(files, reference, sequences, layer_tokens, track)
+    if limits is not None:
+        check_parity(parity, limits, str(folder))
+    return parity
 
 
 def verify_onnx_outputs(
@@ -70,11 +81,18 @@ def verify_onnx_outputs(
     reference: Reference,
     batches: Collection[Any],
     track: Track = untracked,
+    limits: Limits | None = DEFAULT_LIMITS,
 ) -> OutputParity:
     """`verify_outputs` for the files in `folder`, run in ONNX Runtime on the CPU.
 
+    Args:
+        limits: largest allowed differences; None: measure only.
+
     Raises:
-        VerificationError: `batches` is empty.
+        VerificationError: a limit is exceeded, or `batches` is empty.
         ExportError: ONNX Runtime refuses the files.
     """
-    return verify_outputs(OnnxModel(Path(folder)), reference, batches, track)
+    parity = verify_outputs(OnnxModel(Path(folder)), reference, batches, track)
+    if limits is not None:
+        check_parity(parity, limits, str(folder))
+    return parity

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Into = Literal["float", "requantized"]
-LOSS = 0.01  # largest relative increase of perplexity that is called harmless
+KEPT = 0.9  # share of the adapter's improvement that a merge must keep to be called harmless
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,20 @@ class Verdict:
 
     @property
     def is_harmless(self) -> bool:
-        return self.merged <= self.adapted * (1 + LOSS)
+        """Whether merging keeps what the adapter improved; false if it improved nothing."""
+        return self.kept is not None and self.kept >= KEPT
 
     def recommendation(self) -> str:
         """Advice in one sentence."""
-        if self.is_harmless:
+        if self.kept is None:
             return (
-                "Merging into the integers loses next to nothing: merge, or keep the adapter "
-                "separate to swap adapters."
+                "There is nothing to merge: the adapter does not improve perplexity on this text."
             )
+        if self.is_harmless:
+            return "Merge, or keep the adapter separate to swap adapters."
         return (
-            "Keep the adapter separate, or use --into float: merging into the integers loses too "
-            "much of it."
+            f"Keep the adapter separate, or use --into float: less than {KEPT:.0%} of its "
+            "improvement is left in the integers."
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def collect_results(
     for stage in plan:
         if stage.name not in stale:
             record = directory.records[stage.name]
-            _merge(results, _by_text(record.results, stage, recipe))
+            merge_results(results, _by_text(record.results, stage, recipe))
             entry = results["stages"].setdefault(stage.verb, {"seconds": 0.0})
             entry["seconds"] += record.seconds
     return results
@@ -56,9 +56,10 @@ def _by_text(results: dict[str, Any], stage: Stage, recipe: Recipe) -> dict[str,
     return found
 
 
-def _merge(into: dict[str, Any], part: dict[str, Any]) -> None:
+def merge_results(into: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add `part` to the results `into`, in place; numbers in both are those of `part`."""
     for key, value in part.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
+            merge_results(into[key], value)
         else:
             into[key] = copy.deepcopy(value)  # so that later merges do not change the records

@@ -94,6 +94,11 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
                     f"mean {p['worst_layer_mean_steps']:.4f}",
                 )
             )
+    for target, adapters in results.get("parity", {}).items():
+        for name, p in adapters.items():
+            problems = p.get("problems", [])
+            verdict = f"FAIL: {'; '.join(problems)}" if problems else "PASS"
+            rows.append((f"{target} {name}", verdict))
     seconds = {verb: s["seconds"] for verb, s in results["stages"].items()}
     rows.append(
         (

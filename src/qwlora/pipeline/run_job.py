@@ -17,7 +17,7 @@ from typing import Any
 from qwlora import strict_json
 from qwlora.atomic import write_text
 from qwlora.data.prepared_data import summary
-from qwlora.errors import CalibrationError, DirectoryError, RecipeError
+from qwlora.errors import CalibrationError, DirectoryError, RecipeError, VerificationError
 from qwlora.pipeline.currency import find_stale, upstream
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.directory import Directory, Record, explained
@@ -26,7 +26,7 @@ from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.kept_adapters import check_kept, check_none_lost
 from qwlora.pipeline.output_path import check_outside_data
 from qwlora.pipeline.plan import dependents, make_plan, resolve_compute
-from qwlora.pipeline.results import collect_results
+from qwlora.pipeline.results import collect_results, merge_results
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import RUN, VERBS
 from qwlora.progress import Track, untracked
@@ -156,7 +156,11 @@ def _run(
                 stale[stage.name] = "is running"
                 _write_results(directory, recipe, plan, stale)
             context = context or new_context(recipe, texts, out, track)
-            seconds = _do(directory, context, stage, follows)
+            try:
+                seconds = _do(directory, context, stage, follows)
+            except VerificationError as error:
+                error.results = _write_results(directory, recipe, plan, stale, error.results)
+                raise
             stale |= dict.fromkeys(follows, f"reads {stage.name}, which ran again")
             del stale[stage.name]
             say(f"{stage.name}: done in {seconds:.1f} s")
@@ -396,9 +400,15 @@ def _lacking(
 
 
 def _write_results(
-    directory: Directory, recipe: Recipe, plan: list[Stage], stale: Collection[str]
+    directory: Directory,
+    recipe: Recipe,
+    plan: list[Stage],
+    stale: Collection[str],
+    failed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
+    """Write results.json; `failed` is what a proof measured that did not pass."""
     results = collect_results(directory, recipe, plan, stale)
+    merge_results(results, failed or {})
     with explained(directory.path):
         write_text(directory.path / "results.json", strict_json.dumps(results, indent=1) + "\n")
     return results

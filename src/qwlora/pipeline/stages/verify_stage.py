@@ -23,7 +23,8 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Run the exported files on held-out text and compare the result with the recipe's limits."""
-    from qwlora.export.verify import Limits, check_parity, verify_language_model
+    from qwlora.errors import VerificationError
+    from qwlora.export.verify import Limits, verify_language_model
 
     _, name, *_ = stage.name.split("/")
     adapter, section = str(stage.adapter), context.recipe.verify
@@ -39,5 +40,10 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         layer_steps=section.layer_steps,
         layer_mean_steps=section.layer_mean_steps,
     )
-    check_parity(parity, limits, f"export/{name}/{adapter}")
-    return {"parity": {name: {adapter: parity.to_json()}}}
+    problems = list(parity.broken_limits(limits))
+    measured = {**parity.to_json(), "passed": not problems, "problems": problems}
+    results = {"parity": {name: {adapter: measured}}}
+    if problems:
+        what = f"export/{name}/{adapter}: the exported files do not compute what was simulated"
+        raise VerificationError(what, problems, results)
+    return results

@@ -254,7 +254,7 @@ def test_rank_budget_by_recipe(recipe_for: Any, tmp_path: Path, init: str) -> No
         ),
         ("{rank_cap: 8, init: svd}", "rank_cap needs rank_budget"),
         (
-            "{rank_budget: 1.0, start: a/b}",
+            "{rank_budget: 1.0, continue_from: a/b}",
             "rank_budget: with start, these come from that adapter",
         ),
     ],

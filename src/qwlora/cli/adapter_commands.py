@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.adapter_check import AdapterReport
 
 app = typer.Typer(
-    help="List and check the adapters of a job, or any PEFT adapters.",
+    help="List and check adapters, of a job or from PEFT.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -87,7 +87,9 @@ def check(
         ),
     ] = False,
 ) -> None:
-    """Check that every adapter is present, unmodified, finite, and trained on this base.
+    """Check the files of every adapter and its base.
+
+    Every adapter must be present, unmodified, finite, and trained on this base.
 
     Exit code 2 if a file was modified after it was saved, 1 for any other problem.
     An adapter that does not record its base passes, unless --needs-base is given.

@@ -288,7 +288,7 @@ class JobContext:
         An adapter that continues another one is left out: it has the same layers.
         """
         for adapter in self.recipe.adapters:
-            if self.recipe.start_of(adapter) is None:
+            if self.recipe.predecessor(adapter) is None:
                 model = self._untrained(adapter)
                 yield self._placement(model.eval())
         shares = self.recipe.simulation.base_activations != "all"
@@ -297,9 +297,9 @@ class JobContext:
 
     def _untrained(self, adapter: Adapter) -> PeftModel:
         base, seed = self.base(), self.recipe.seed
-        if adapter.start is None:
+        if adapter.continue_from is None:
             return attach(base, adapter.lora_shape(), seed)
-        return attach_existing(base, adapter.start, adapter.unknown_base, seed)
+        return attach_existing(base, adapter.continue_from, adapter.unknown_base, seed)
 
     def _placement(self, model: nn.Module) -> Placement:
         captured = capture(model, self.example_inputs)

@@ -36,7 +36,7 @@ def recipe_reference() -> str:
     lines.append(
         "\nKeys set in the recipe override the preset. `init: qera` is not applied to adapters with"
     )
-    lines.append("`dora` or `start`, nor with `base.solver: keep`.\n")
+    lines.append("`dora` or `continue_from`, nor with `base.solver: keep`.\n")
     lines += _tables("Top level", Recipe, "")
     return "\n".join(lines).rstrip() + "\n"
 

@@ -201,8 +201,9 @@ class Gptq(Section):
 
 
 class Tuning(Section):
-    """Training of scales and norms against the float model's logits. Keeps the float model in
-    memory meanwhile.
+    """Train scales and norms against the float model's logits.
+
+    The float model stays in memory meanwhile.
     """
 
     steps: Annotated[int, Field(ge=0)] = Field(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -53,7 +54,7 @@ def _tables(title: str, section: type[BaseModel], path: str) -> list[str]:
     """A table of the section's keys, followed by the tables of its subsections."""
     lines = [f"## {title}\n"]
     if path and section.__doc__:
-        lines.append(f"{section.__doc__.strip()}\n")
+        lines.append(f"{inspect.cleandoc(section.__doc__)}\n")
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     inner: list[str] = []
     for name, field in section.model_fields.items():

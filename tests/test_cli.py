@@ -202,13 +202,26 @@ def test_init_check_and_wrong_command_lines(call: Any, tmp_path: Path) -> None:
     assert "set model.source and data.source" in out
     code, _, errors = call("init", path)
     assert code == 2
-    assert "already exists" in errors
+    assert str(path) in errors
+    assert "another path" in errors
+    assert "recipe" not in errors.replace(str(path), "")
     code, _, errors = call("check", path)
     assert code == 2
     assert "model.source" in errors
     assert "data.source" in errors
     assert call("run", path)[0] == 2
     assert call("no-such-verb")[0] == 2
+
+
+@pytest.mark.parametrize("group", [(), ("adapters",), ("encodings",)])
+def test_help_shows_the_summary_of_every_command_in_full(
+    call: Any, monkeypatch: pytest.MonkeyPatch, group: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = call(*group, "--help")
+    commands = out.partition("Commands:")[2]
+    assert commands
+    assert "..." not in commands
 
 
 def test_check_prints_every_default(call: Any, recipe_for: Any) -> None:

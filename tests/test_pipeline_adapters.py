@@ -196,9 +196,9 @@ def test_what_is_one_shape(recipe_for: Any) -> None:
     assert [adapter.target_modules for adapter in recipe.adapters] == [
         change["target_modules"] for change in targets
     ]
-    goes_on = {"name": "b", "start": "a", "steps": 2, "warmup_steps": 0}
+    goes_on = {"name": "b", "continue_from": "a", "steps": 2, "warmup_steps": 0}
     recipe = load_recipe(recipe_for(simulation=none, adapters=[{**TWO[0], "init": "svd"}, goes_on]))
-    assert recipe.start_of(recipe.adapters[1]) == recipe.adapters[0]
+    assert recipe.predecessor(recipe.adapters[1]) == recipe.adapters[0]
 
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
@@ -211,7 +211,7 @@ def test_adapters_from_elsewhere_that_cannot_share_everything_are_found_before_t
     elsewhere.save_pretrained(tmp_path / "elsewhere", save_embedding_layers=False)
     begins = {
         "name": "b",
-        "start": str(tmp_path / "elsewhere"),
+        "continue_from": str(tmp_path / "elsewhere"),
         "unknown_base": "accept",
         "steps": 2,
         "warmup_steps": 0,

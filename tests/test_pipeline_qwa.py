@@ -131,9 +131,19 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for: Any, tmp_pat
     )
     steps = {"steps": 2, "warmup_steps": 0}
     adapters = [
-        {"name": "kept", "start": str(tmp_path / "from"), "unknown_base": "accept", "steps": 0},
-        {"name": "first", "start": str(tmp_path / "from"), "unknown_base": "accept", **steps},
-        {"name": "second", "start": "kept", **steps},
+        {
+            "name": "kept",
+            "continue_from": str(tmp_path / "from"),
+            "unknown_base": "accept",
+            "steps": 0,
+        },
+        {
+            "name": "first",
+            "continue_from": str(tmp_path / "from"),
+            "unknown_base": "accept",
+            **steps,
+        },
+        {"name": "second", "continue_from": "kept", **steps},
     ]
     path, out = recipe_for(workflow="qwa-lora", adapters=adapters), tmp_path / "out"
     _, said = run_recipe(path, out, verbs=("quantize", "calibrate-base", "train"))

@@ -5,7 +5,7 @@
      ├── SourceError        (ValueError)       a model or data source is missing or unusable
      ├── GridError          (ValueError)       a scheme, encoding or codes do not fit a tensor
      ├── FingerprintError   (ValueError)       an artifact belongs to another base, or was changed
-     ├── DirectoryError     (OSError)          the output directory cannot be used
+     ├── DirectoryError     (OSError)          an output directory or file cannot be used
      ├── MergeError         (RuntimeError)     an adapter cannot be merged into packed integers
      ├── TrainingError      (RuntimeError)     training would change the base, or the loss diverged
      ├── CaptureError       (RuntimeError)     the captured graph computes something else
@@ -30,6 +30,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from qwlora.messages import lines
 
@@ -66,7 +67,7 @@ class FingerprintError(QwloraError, ValueError):
 
 
 class DirectoryError(QwloraError, OSError):
-    """The output directory belongs to something else, or cannot be written."""
+    """An output directory or file belongs to something else, or cannot be written."""
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -4,8 +4,10 @@ PEFT wraps a model (`base_model.model.`) and its layers (`.base_layer`), and add
 after `lora_A` and `modules_to_save`. Encodings, fingerprints and exported files use names without
 these parts:
 
-    base_model.model.model.layers.0.up_proj.base_layer.weight     -> model.layers.0.up_proj.weight
-    base_model.model.model.layers.0.up_proj.lora_A.topics.weight  -> model.layers.0.up_proj.lora_A.weight
+    base_model.model.model.layers.0.up_proj.base_layer.weight
+                     model.layers.0.up_proj.weight
+    base_model.model.model.layers.0.up_proj.lora_A.topics.weight
+                     model.layers.0.up_proj.lora_A.weight
 
 If PEFT nests several LoRA wrappers around one module (one for each of its parameters), the factors
 of an inner wrapper keep the `base_layer`s on their path, so that names stay distinct.

@@ -20,8 +20,8 @@ from qwlora.adapter.attach import (
     LoraShape,
     attach,
     attach_existing,
+    check_existing,
     check_shape,
-    check_start,
     check_trainable,
 )
 from qwlora.errors import FingerprintError, SourceError, TrainingError
@@ -474,7 +474,7 @@ def test_loftq_without_scipy_names_the_missing_package(
     with pytest.raises(SourceError, match="scipy"):
         load_adapter(model, tmp_path, unknown_base="accept")
     with pytest.raises(SourceError, match="scipy"):
-        check_start(str(tmp_path), "accept", skeleton=tiny_model("llama"))
+        check_existing(str(tmp_path), "accept", skeleton=tiny_model("llama"))
 
 
 @UNVERIFIED

@@ -104,8 +104,8 @@ def test_adapter_starts_from_another(recipe_for: Any, tmp_path: Path) -> None:
     first = tmp_path / "out" / "adapters" / "first"
     adapters = [
         {"name": "first", **FAST},
-        {"name": "second", "start": str(first), "steps": 2, "warmup_steps": 0},
-        {"name": "same", "start": str(first), "steps": 0},
+        {"name": "second", "continue_from": str(first), "steps": 2, "warmup_steps": 0},
+        {"name": "same", "continue_from": str(first), "steps": 0},
     ]
     results = trains(recipe_for(adapters=adapters), tmp_path / "out")
     weights = {
@@ -128,7 +128,7 @@ def test_external_adapter_needs_unknown_base_accept(
         LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
     )
     model.save_pretrained(str(elsewhere))
-    path = recipe_for(adapters=[{"name": "taken", "start": str(elsewhere), "steps": 0}])
+    path = recipe_for(adapters=[{"name": "taken", "continue_from": str(elsewhere), "steps": 0}])
     with pytest.raises(SourceError, match="does not say which base it belongs to"):
         trains(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -150,21 +150,21 @@ def test_external_adapter_needs_unknown_base_accept(
     ("change", "message"),
     [
         (
-            "adapters.0.start=/not/there",
-            "adapters.0.start: adapter '/not/there' does not exist. Give the name of an "
+            "adapters.0.continue_from=/not/there",
+            "adapters.0.continue_from: adapter '/not/there' does not exist. Give the name of an "
             "adapter in this recipe, a folder with adapter_config.json",
         ),
         (
-            "adapters.0={name: a, start: a/b, rank: 4, dora: true}",
-            "adapters.0: dora, rank: with start, these come from that adapter; remove them",
+            "adapters.0={name: a, continue_from: a/b, rank: 4, dora: true}",
+            "adapters.0: dora, rank: with continue_from, these come from that adapter",
         ),
         (
             "adapters.0={name: a, steps: 0}",
-            "adapters.0: steps is 0, so nothing would be trained; set steps, or start",
+            "adapters.0: steps is 0, so nothing would be trained; set steps, or continue_from",
         ),
         (
             "adapters.0={name: a, unknown_base: accept}",
-            "adapters.0: unknown_base: accept needs start",
+            "adapters.0: unknown_base: accept needs continue_from",
         ),
         (
             "adapters.0={name: a, rank_pattern: {'*.down_proj': 8, 'mlp.(up': 2}}",
@@ -206,7 +206,7 @@ def test_recipe_problems_are_found_first(recipe_for: Any, change: str, message: 
 def test_start_without_an_adapter_writes_nothing(
     recipe_for: Any, tmp_path: Path, corpus: Path
 ) -> None:
-    path = recipe_for(adapters=[{"name": "a", "start": str(corpus), "steps": 0}])
+    path = recipe_for(adapters=[{"name": "a", "continue_from": str(corpus), "steps": 0}])
     with pytest.raises(SourceError, match=r"adapter a: .* has no PEFT adapter"):
         trains(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -242,7 +242,7 @@ def test_start_that_does_not_fit_writes_nothing(
     )
     path = recipe_for(
         "qwen3" if target == ["lm_head"] else "llama",
-        adapters=[{"name": "a", "start": str(tmp_path / "a"), "steps": 0}],
+        adapters=[{"name": "a", "continue_from": str(tmp_path / "a"), "steps": 0}],
     )
     with pytest.raises(SourceError, match=message):
         trains(path, tmp_path / "out")
@@ -275,7 +275,7 @@ def test_fused_experts_get_adapters_by_recipe(
     some = {**FAST, "target_modules": ["q_proj"], "target_parameters": EXPERTS}
     adapters = [
         {"name": "some", **some, "rank_pattern": {"down_proj": 3}},
-        {"name": "further", "start": "some", "steps": 1, "warmup_steps": 0},
+        {"name": "further", "continue_from": "some", "steps": 1, "warmup_steps": 0},
     ]
     trains(recipe_for(**mixtral, adapters=adapters), tmp_path / "out")
     for folder in (tmp_path / "out" / "adapters" / name for name in ("some", "further")):
@@ -369,7 +369,7 @@ def test_refuses_a_start_that_saves_packed_layers(
     with_whole_layers(tmp_path / "start", architecture, layers)
     start = {
         "name": "a",
-        "start": str(tmp_path / "start"),
+        "continue_from": str(tmp_path / "start"),
         "unknown_base": "accept",
         "steps": 2,
         "warmup_steps": 0,
@@ -403,7 +403,7 @@ def test_start_that_saves_float_layers_is_trained_further(recipe_for: Any, tmp_p
     with_whole_layers(tmp_path / "start", "qwen3", ["lm_head"])
     start = {
         "name": "a",
-        "start": str(tmp_path / "start"),
+        "continue_from": str(tmp_path / "start"),
         "unknown_base": "accept",
         "steps": 1,
         "warmup_steps": 0,

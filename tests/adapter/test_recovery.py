@@ -178,7 +178,10 @@ def test_one_recovery_starts_two_adapters(recipe_for: Any, tmp_path: Path) -> No
     plain = {"rank": 4, "steps": 4, "warmup_steps": 1}
     adapters = [
         {"name": "back", "objective": "recovery", **plain},
-        *({"name": n, "start": "back", "steps": 2, "warmup_steps": 1} for n in ("one", "two")),
+        *(
+            {"name": n, "continue_from": "back", "steps": 2, "warmup_steps": 1}
+            for n in ("one", "two")
+        ),
     ]
     recipe = load_recipe(recipe_for(adapters=adapters))
     said: list[str] = []
@@ -195,8 +198,8 @@ def test_one_recovery_starts_two_adapters(recipe_for: Any, tmp_path: Path) -> No
 def test_refuses_a_later_start_and_recovery_without_floats(
     recipe_for: Any,
 ) -> None:
-    later = [{"name": "one", "start": "two"}, {"name": "two"}]
-    with pytest.raises(RecipeError, match="one starts from two, which must be listed before it"):
+    later = [{"name": "one", "continue_from": "two"}, {"name": "two"}]
+    with pytest.raises(RecipeError, match=r"one.*two.*listed before"):
         load_recipe(recipe_for(adapters=later))
     with pytest.raises(
         RecipeError, match=r"adapters back: objective recovery and .* need the float model"

@@ -1,9 +1,10 @@
-"""`qwlora inspect`: sizes are those of the files, grids those that were asked for, SQNR that of a plain computation; anything else ends with 2 and a reason."""
+"""`qwlora inspect`: sizes, grids and SQNR are right; any other input ends with code 2 and a reason."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -347,7 +348,7 @@ def test_whatever_else_is_refused_with_a_reason(
             "somebody/a-model-that-is-not-here",
         ): "not-here' is not a local path, and cannot be downloaded from the hub either:\n",
         (folder, "--against", tmp_path / "nowhere"): "does not exist",
-        (folder, "--against", checkpoints["gpt2"]): "have no tensor of the same name",
+        (folder, "--against", checkpoints["gpt2"]): "no tensor name in common",
     }.items():
         code, out, err = call(*arguments)
         assert (code, out) == (2, "")
@@ -378,7 +379,4 @@ def test_models_of_other_shapes_are_not_compared(
     ).save_pretrained(tmp_path)
     code, _, err = call(tmp_path, "--against", checkpoints["gpt2"])
     assert code == 2
-    assert (
-        "transformer.wte.weight is [99, 32] in one source and [260, 64] in the other; they are not one model"
-        in err
-    )
+    assert re.search(r"transformer\.wte\.weight .*\[99, 32\] .*\[260, 64\]", err)

@@ -116,7 +116,7 @@ def test_hostile_adapters_are_refused(qwa: Job, tuned: Job, record: Record, tmp_
         recipe["adapters"] = [
             {
                 "name": "next",
-                "start": str(foreign),
+                "continue_from": str(foreign),
                 "unknown_base": "accept",
                 "steps": 1,
                 "warmup_steps": 0,
@@ -189,7 +189,7 @@ RECIPES: dict[str, tuple[str | bytes, Check]] = {
     "a path of 5,000 characters": (GOOD.replace("MODEL", "/" + "m" * 5000), refused),
     "a data path of 5,000 characters": (GOOD.replace("DATA", "d" * 5000), refused),
     "a start of 5,000 characters": (
-        GOOD.replace("{name: a}", "{name: a, start: " + "s" * 5000 + "}"),
+        GOOD.replace("{name: a}", "{name: a, continue_from: " + "s" * 5000 + "}"),
         refused,
     ),
     "a user that is not there": (GOOD.replace("MODEL", "~nouser/model"), refused),
@@ -199,7 +199,7 @@ RECIPES: dict[str, tuple[str | bytes, Check]] = {
         refused,
     ),
     "a start of a user that is not there": (
-        GOOD.replace("{name: a}", "{name: a, start: ~nouser/a}"),
+        GOOD.replace("{name: a}", "{name: a, continue_from: ~nouser/a}"),
         refused,
     ),
     "a name of 300 characters": (GOOD.replace("name: a", f"name: {'a' * 300}"), refused),

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import measure
-from qwlora.grid.packing import pack
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn.fingerprint import (
     adapter_fingerprint,
@@ -16,27 +14,8 @@ from qwlora.nn.fingerprint import (
     fingerprint,
     keep_fingerprint_,
 )
+from qwlora.nn.packed_modules import PackedLinear
 from qwlora.parameter_names import adapter_of, is_adapter_name
-
-
-class Packed(nn.Linear):
-    """A layer of packed codes, with the buffers that a base's layers have; itself a Linear, so that PEFT wraps it."""
-
-    def __init__(self, encoding: Encoding, codes: torch.Tensor):
-        super().__init__(codes.shape[1], codes.shape[0])
-        del self.weight
-        self.scheme = encoding.scheme
-        self.register_buffer("packed", pack(codes, encoding.scheme.bitwidth))
-        self.register_buffer("scale", encoding.scale)
-        self.register_buffer("offset", encoding.offset)
-        self.register_buffer("cache", torch.zeros(3), persistent=False)
-
-    @property
-    def weight(self):
-        return self.packed
-
-    def forward(self, x):
-        return x
 
 
 class Model(nn.Module):
@@ -45,7 +24,10 @@ class Model(nn.Module):
         torch.manual_seed(0)
         weight = torch.randn(8, 16)
         encoding = measure(weight, Scheme(4, False, PerBlock(8)))
-        self.fc = Packed(encoding, encoding.quantize(weight))
+        self.fc = PackedLinear.from_codes(
+            encoding.quantize(weight), encoding, nn.Parameter(torch.zeros(8))
+        )
+        self.fc.register_buffer("cache", torch.zeros(3), persistent=False)
         self.norm = nn.LayerNorm(16)
         self.head = nn.Linear(16, 4, bias=False)
         self.tied = nn.Linear(16, 4, bias=False)
@@ -74,7 +56,7 @@ def nudge_scale(model):
 
 
 def move_offset(model):
-    model.fc.offset[-1, -1] += 1
+    model.fc.zero_point[-1, -1] ^= 1
 
 
 def nudge_float_remainder(model):
@@ -95,7 +77,7 @@ def rename(model):
 
 
 def change_type_but_no_byte(model):
-    model.fc.offset = model.fc.offset.view(torch.float32)
+    model.fc.zero_point = model.fc.zero_point.view(torch.int8)
 
 
 def reshape(model):
@@ -229,7 +211,7 @@ def test_tied_tensors_are_listed_once(model):
     assert names == {
         "fc.packed",
         "fc.scale",
-        "fc.offset",
+        "fc.zero_point",
         "fc.bias",
         "norm.weight",
         "norm.bias",

@@ -15,6 +15,7 @@ from qwlora.pipeline import digests as module
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.plan import make_plan
+from qwlora.pipeline.stage import PlanBuilder
 from qwlora.recipe import load_recipe
 
 
@@ -159,19 +160,39 @@ def test_a_model_retrained_in_place_is_another_model(
 
 
 @pytest.mark.usefixtures("settled")
-def test_an_adapter_to_start_from_counts_by_its_content(recipe_for: Any, tmp_path: Path) -> None:
-    start, cache = tmp_path / "start", tmp_path / "cache.json"
-    start.mkdir()
-    (start / "adapter_model.safetensors").write_bytes(b"old")
-    (start / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
-    adapter = {"name": "first", "start": str(start), "steps": 2, "warmup_steps": 0}
+def test_an_adapter_to_continue_counts_by_its_content(recipe_for: Any, tmp_path: Path) -> None:
+    source, cache = tmp_path / "source", tmp_path / "cache.json"
+    source.mkdir()
+    (source / "adapter_model.safetensors").write_bytes(b"old")
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    adapter = {"name": "first", "continue_from": str(source), "steps": 2, "warmup_steps": 0}
     recipe = recipe_for(adapters=[adapter])
     before = keys(recipe, cache)
-    rewrite(start / "adapter_model.safetensors", b"new")
+    rewrite(source / "adapter_model.safetensors", b"new")
     after = keys(recipe, cache)
     changed = {name for name in before if after[name] != before[name]}
     assert "train/first" in changed
     assert "quantize" not in changed
+
+
+def test_the_key_of_a_training_stage_has_the_names_that_older_jobs_hashed(
+    recipe_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: dict[str, Any] = {}
+    own = PlanBuilder.add
+
+    def add(plan: PlanBuilder, name: str, inputs: Any, *rest: Any, **more: Any) -> None:
+        hashed[name] = inputs
+        own(plan, name, inputs, *rest, **more)
+
+    monkeypatch.setattr(PlanBuilder, "add", add)
+    adapters = [{"name": "a"}, {"name": "b", "continue_from": "a"}]
+    recipe = load_recipe(recipe_for(adapters=adapters))
+    data = recipe.data
+    make_plan(recipe, load_documents(data.source, data.held_out, recipe.seed, data.reading()))
+    settings = hashed["train/b"][0]
+    assert settings["start"] == "a"
+    assert "continue_from" not in settings
 
 
 @pytest.mark.usefixtures("settled")

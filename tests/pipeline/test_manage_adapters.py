@@ -144,13 +144,13 @@ def test_an_adapter_that_another_continues_is_renamed_there_too_and_not_removed(
 ) -> None:
     adapters = [
         {"name": "first", **SETTINGS},
-        {"name": "second", "start": "first", "steps": 2, "warmup_steps": 0},
+        {"name": "second", "continue_from": "first", "steps": 2, "warmup_steps": 0},
     ]
     run(load_recipe(recipe_for(adapters=adapters)), tmp_path / "job", VERBS)
     with pytest.raises(DirectoryError, match="continued by second"):
         remove_adapter(tmp_path / "job", "first")
     rename_adapter(tmp_path / "job", "first", "one")
-    assert load_recipe(tmp_path / "job" / "recipe.yaml").adapters[1].start == "one"
+    assert load_recipe(tmp_path / "job" / "recipe.yaml").adapters[1].continue_from == "one"
     assert all("skipped" in line for line in again(tmp_path / "job"))
 
 

@@ -25,7 +25,9 @@ def problems(path: Path, *changes: str) -> list[str]:
 @pytest.mark.parametrize("value", ["[a]", "{a: b}", "2024-01-31T00:00:00", "x" * 300, "3"])
 def test_a_name_that_cannot_be_one_names_its_key(recipe_for: Any, value: str) -> None:
     assert problems(recipe_for(), f"name={value}")[0].startswith("name: ")
-    found = problems(recipe_for(), f"adapters.0.name={value}", "adapters.0.start=first/second")
+    found = problems(
+        recipe_for(), f"adapters.0.name={value}", "adapters.0.continue_from=first/second"
+    )
     assert found[0].startswith("adapters.0.name: ")
 
 
@@ -44,8 +46,8 @@ def test_a_path_that_cannot_be_one_names_its_key(
 
 
 def test_a_start_that_cannot_be_a_path_names_its_key(recipe_for: Any) -> None:
-    found = problems(recipe_for(), f"adapters.0.start=/{LONG}")[0]
-    assert found.startswith("adapters.0.start: ")
+    found = problems(recipe_for(), f"adapters.0.continue_from=/{LONG}")[0]
+    assert found.startswith("adapters.0.continue_from: ")
     assert "too long" in found
 
 
@@ -65,3 +67,13 @@ def test_a_dropped_key_at_its_default_is_ignored(recipe_for: Any) -> None:
 def test_a_dropped_key_with_another_value_is_refused(recipe_for: Any, key: str) -> None:
     (found,) = problems(recipe_for(), f"{key}=0.25")
     assert re.fullmatch(rf"{key}: is 0.25, .* no longer exists.*", found)
+
+
+def test_a_renamed_key_is_refused_with_its_new_name(recipe_for: Any) -> None:
+    (found,) = problems(recipe_for(), "adapters.0.start=owner/adapter")
+    assert found.startswith("adapters.0.start: ")
+    assert "continue_from" in found
+
+
+def test_a_renamed_key_that_is_null_as_older_jobs_wrote_it_is_ignored(recipe_for: Any) -> None:
+    assert load_recipe(recipe_for(), ("adapters.0.start=null",)) == load_recipe(recipe_for())

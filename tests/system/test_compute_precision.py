@@ -160,7 +160,7 @@ def test_auto_is_float32_where_nothing_else_computes(
     pretend(monkeypatch, True)
     adapters = [
         {"name": "first", "steps": 6},
-        {"name": "same", "start": "first", "steps": 0},
+        {"name": "same", "continue_from": "first", "steps": 0},
         {"name": "asked", "steps": 6, "compute": "float32"},
     ]
     path = recipe_for(adapters=adapters)

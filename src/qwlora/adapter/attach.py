@@ -179,7 +179,7 @@ def attach_existing(
     """
     torch.manual_seed(seed)  # for dropout
     folder = adapter_folder(source)
-    check_start(source, unknown_base)
+    check_existing(source, unknown_base)
     check_adapter(folder, fingerprint(model), unknown_base)
     packed = [
         parameter_name(name).removesuffix(".weight")
@@ -193,7 +193,7 @@ def attach_existing(
 
 
 def dropout_of(source: str) -> float:
-    """The dropout of the adapter at `source`, which must have passed `check_start`."""
+    """The dropout of the adapter at `source`, which must have passed `check_existing`."""
     return float(read_config(adapter_folder(source)).get("lora_dropout") or 0.0)
 
 
@@ -206,7 +206,7 @@ def without_dropout_(model: PeftModel) -> None:
         config.lora_dropout = 0.0
 
 
-def check_start(
+def check_existing(
     source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Check what `attach_existing` would refuse, as far as possible before there is a base.

@@ -1,1 +1,1 @@
-"""What quantization costs, where, and what to change: perplexity, sensitivity, mixed precision, inspection."""
+"""Perplexity, sensitivity of activations, mixed precision, and inspection of model files."""

@@ -1,10 +1,12 @@
-"""What a model's files hold, tensor by tensor, without loading the model.
+"""Describe a model's files tensor by tensor, without loading the model.
 
-    bits = 8 * stored bytes / weights                           scales, offsets, minima and group indices included
-    SQNR = 10 log10(sum w^2 / sum (w - w_hat)^2), in dB         w_hat from these files, w from another source
+    bits = 8 * stored bytes / weights      scales, offsets, minima and group indices included
+    SQNR = 10 log10(sum w^2 / sum (w - w_hat)^2) dB
+                                           w_hat from these files, w from another source
 
-Sizes come from headers. Where a grid is in no header, one tensor of each kind (the same types and shapes of what is stored for it) is read to know it.
-Whether a grid is symmetric is for each tensor's own offsets to say, so a kind of several is not said to be either, unless all of them are read to compare.
+Sizes come from headers. Where no header states the grid, one tensor is read for each combination of
+stored types and shapes. Whether a grid is symmetric depends on the offsets of the tensor itself, so
+it is omitted for tensors that were not read; comparing with another source reads all of them.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ class TensorView:
     """One tensor of a model.
 
     Args:
-        shape: of its values; `[out, in]` for integers.
-        grid: the scheme in words, without symmetry where that was not read; or the type of floats.
-        bytes: of all that is stored for it.
-        sqnr_db: against another source, if one was given; infinite if equal.
+        shape: of the values; `[out, in]` for integers.
+        grid: the scheme, without symmetry if the tensor was not read; or the dtype of floats.
+        bytes: all stored bytes, including scales and offsets.
+        sqnr_db: SQNR against another source, if one was given; infinite if equal.
     """
 
     name: str
@@ -60,7 +62,7 @@ class TensorView:
         return bits_per_weight([self])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `exact` says that the SQNR is infinite, for which JSON has no number."""
+        """JSON values; `exact` is true if the SQNR is infinite, which JSON cannot express."""
         exact = None if self.sqnr_db is None else math.isinf(self.sqnr_db)
         return asdict(self) | {
             "bits_per_weight": self.bits_per_weight,
@@ -71,10 +73,12 @@ class TensorView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's files.
+    """The content of a model's files.
 
     Args:
-        fingerprint: of a base.
+        kind: the format, in words.
+        source: as given.
+        fingerprint: of a QWLoRA base; None for other formats.
     """
 
     kind: str
@@ -83,7 +87,7 @@ class Inspection:
     fingerprint: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """JSON values."""
         parts = {"all": self.tensors, "integers": [t for t in self.tensors if t.is_integers]}
         totals = {
             name: {
@@ -103,17 +107,17 @@ class Inspection:
 
 
 def weights(views: Iterable[TensorView]) -> int:
-    """How many weights these tensors have."""
+    """Number of weights in these tensors."""
     return sum(view.weights for view in views)
 
 
 def size_bytes(views: Iterable[TensorView]) -> int:
-    """Their bytes."""
+    """Stored bytes of these tensors."""
     return sum(view.bytes for view in views)
 
 
 def bits_per_weight(views: Sequence[TensorView]) -> float:
-    """Their true bits for each weight."""
+    """Stored bits per weight, scales and offsets included."""
     return 8 * size_bytes(views) / weights(views) if weights(views) else 0.0
 
 
@@ -123,15 +127,16 @@ def inspect_source(
     track: Track = untracked,
     encodings: AimetFile | None = None,
 ) -> Inspection:
-    """What `source` holds: a base, a Hugging Face folder of floats or integers, a GGUF file.
+    """Describe `source`: a base, a Hugging Face folder of floats or integers, or a GGUF file.
 
     Args:
         source: a path, or `package:NAME/PATH`.
-        against: another source, usually the float model: gives each tensor that both have its SQNR. All of both is read, a tensor at a time.
-        encodings: an AIMET encodings file for the floats of `source`.
+        against: another source, usually the float model, to compute the SQNR of every common
+            tensor. Reads both in full, one tensor at a time.
+        encodings: an AIMET encodings file for the float model in `source`.
 
     Raises:
-        SourceError: one of them is no such thing, or cannot be read; or they share no tensor.
+        SourceError: a source has another format or cannot be read, or no tensor is in both.
         EncodingsFileError: the encodings do not fit the model.
     """
     opened = open_files(path_of(source), encodings)
@@ -140,17 +145,18 @@ def inspect_source(
         other = open_files(path_of(against))
         if not opened.tensors.keys() & other.tensors.keys():
             raise SourceError(
-                f"{source!r} and {against!r} have no tensor of the same name; are they one model?"
+                f"{source!r} and {against!r} have no tensor name in common. Give two versions of "
+                "the same model"
             )
         views = [_compared(view, opened, other) for view in track(views, "comparing", len(views))]
     return Inspection(opened.kind, source, tuple(views), opened.fingerprint)
 
 
 def path_of(source: str) -> Path:
-    """The file or folder that a source stands for.
+    """The file or folder of a source, downloaded if it is a hub id.
 
     Raises:
-        SourceError: nothing is there, or it cannot be had from the hub.
+        SourceError: it does not exist, or cannot be downloaded.
     """
     return fetch(source).path
 
@@ -187,10 +193,12 @@ def _compared(view: TensorView, opened: Opened, other: Opened) -> TensorView:
     if view.name not in other.tensors:
         return view
     ours, theirs = opened.read(view.name), other.read(view.name)
-    w_hat, w = _like(ours, theirs, opened, view.name), _like(theirs, ours, other, view.name)
+    w_hat = _laid_out_like(theirs, ours, opened, view.name)
+    w = _laid_out_like(ours, theirs, other, view.name)
     if w.shape != w_hat.shape:
         raise SourceError(
-            f"{view.name} is {list(w_hat.shape)} in one source and {list(w.shape)} in the other; they are not one model"
+            f"{view.name} has shape {list(w_hat.shape)} in one source and {list(w.shape)} in the "
+            "other. Give two versions of the same model"
         )
     if isinstance(ours, QuantizedTensor):
         view = replace(view, grid=str(ours.encoding.scheme))
@@ -198,14 +206,14 @@ def _compared(view: TensorView, opened: Opened, other: Opened) -> TensorView:
     return replace(view, sqnr_db=sqnr_db(signal, noise))
 
 
-def _like(
-    value: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor, opened: Opened, name: str
+def _laid_out_like(
+    other: Tensor | QuantizedTensor, value: Tensor | QuantizedTensor, opened: Opened, name: str
 ) -> Tensor:
-    """The values; floats the way round that integers have, if the other ones are integers."""
+    """The values of `value` as floats; if `other` is integers, as `[out, in]` as well."""
     if isinstance(value, QuantizedTensor):
         return value.dequantize()
     values = value.to(torch.float32)
     if not isinstance(other, QuantizedTensor):
         return values
-    values = values.mT if name in opened.turned() else values
+    values = values.mT if name in opened.transposed() else values
     return values.flatten(1) if other.codes.ndim == 2 and values.ndim > 2 else values

@@ -1,4 +1,4 @@
-"""Mixed precision: give as few activations as possible a wide grid, with a measure within a limit.
+"""Mixed precision: the fewest activations on a wide grid that keep a measure within a limit.
 
     rank       all on the narrow grid, by the cost of `sensitivity.py`
     promote    the k most costly to the wide grid: the smallest k with `measure() <= limit`, by
@@ -7,8 +7,8 @@
                the limit still holds, least costly first
 
 Measurements decide; the ranking only orders the search. Bisection assumes that the measure falls
-with k, so the result satisfies the limit but is not proved minimal. Bitwidths that a user's rule or an
-earlier calibration fixed do not change.
+with k, so the result satisfies the limit but may not be minimal. Bitwidths that a user's rule or
+an earlier calibration fixed do not change.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qwlora.simulation.simulated_graph import SimulatedGraph
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A mixed-precision assignment, which the searched simulation has.
+    """The result of a search, which the simulation has afterwards.
 
     Args:
         wide: names of the activations on the wide grid, in graph order.
@@ -59,7 +59,7 @@ def suggest(
     loss: Loss | None = None,
     track: Track = untracked,
 ) -> Suggestion:
-    """Search an assignment for a calibrated simulation, which has it afterwards.
+    """Search for an assignment of bitwidths and apply it to a calibrated simulation.
 
     Args:
         batches: see `sensitivities`.

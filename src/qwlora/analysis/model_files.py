@@ -1,4 +1,7 @@
-"""The kinds of files that `inspect.py` knows, opened by their headers: what is stored for each tensor of the model, and how to read one."""
+"""Open a model's files by their headers: what is stored for each tensor, and how to read one.
+
+`inspect_model.py` describes what this finds.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,12 @@ from qwlora.grid.scheme import Scheme
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file, from its header: what it is to the layer (`qweight`), its type in the format's words, its shape and its bytes."""
+    """One tensor of a file, from its header.
+
+    Args:
+        part: its role in the layer, such as `weight` or `qweight`.
+        dtype: as the format names it.
+    """
 
     part: str
     dtype: str
@@ -35,26 +43,29 @@ class Stored:
 
 @dataclass(frozen=True)
 class Opened:
-    """Files of one model.
+    """The files of one model.
 
     Args:
-        tensors: what is stored for each tensor of the model.
-        read: one of these tensors, by name.
-        turned: names of what a layer keeps `[in, out]` as floats; asked for only where floats meet integers.
-        schemes: grid and shape of those that the headers tell of.
+        kind: the format, in words.
+        tensors: the stored tensors of each parameter or buffer of the model.
+        read: reads one of these by name.
+        transposed: returns the names of parameters that the model stores as `[in, out]`. Slow, so
+            it is called only to compare floats with integers.
+        fingerprint: of a QWLoRA base.
+        schemes: grid and shape of the tensors whose headers state them.
     """
 
     kind: str
     tensors: Mapping[str, tuple[Stored, ...]]
     read: Callable[[str], Tensor | QuantizedTensor]
-    turned: Callable[[], frozenset[str]]
+    transposed: Callable[[], frozenset[str]]
     fingerprint: str | None = None
     schemes: Mapping[str, tuple[Scheme, tuple[int, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class AimetFile:
-    """An encodings file for a folder of floats, and how to read it: see `open_checkpoint`."""
+    """An encodings file for a float model, and how to read it; see `open_checkpoint`."""
 
     path: Path
     keep_float: tuple[str, ...] = ()
@@ -62,10 +73,14 @@ class AimetFile:
 
 
 def open_files(path: Path, encodings: AimetFile | None = None) -> Opened:
-    """Whatever lies at `path`: a base, a Hugging Face folder of floats (with `encodings`, of the integers that these make of them) or integers, a GGUF file.
+    """Open a base, a Hugging Face folder of floats or integers, or a GGUF file.
+
+    Args:
+        encodings: the AIMET encodings that quantize the float model at `path`.
 
     Raises:
-        SourceError: it is none of these, or cannot be read; encodings are given for what holds integers already.
+        SourceError: `path` is none of these or cannot be read, or `encodings` is given although the
+            model is quantized already.
         EncodingsFileError: the encodings do not fit the model.
     """
     if encodings is not None:
@@ -76,7 +91,7 @@ def open_files(path: Path, encodings: AimetFile | None = None) -> Opened:
         return _open_base(path)
     if not (path / "config.json").is_file():
         raise SourceError(
-            f"{str(path)!r} is no base, no Hugging Face folder (it has no config.json) and no .gguf file"
+            f"{str(path)!r} is neither a base, nor a folder with config.json, nor a .gguf file"
         )
     method, _ = quantization_of(path)
     return _open_folder(path, method)
@@ -93,7 +108,7 @@ def _open_base(folder: Path) -> Opened:
         "QWLoRA base",
         stored,
         base.read,
-        lambda: _turned(empty_model(base.config, len(stored))),
+        lambda: _transposed(empty_model(base.config, len(stored))),
         base.record["fingerprint"],
         schemes,
     )
@@ -107,9 +122,9 @@ def _open_aimet(folder: Path, encodings: AimetFile) -> Opened:
     floats = checkpoint.floats
     return Opened(
         "float checkpoint with AIMET encodings",
-        _held(floats),
+        _stored_tensors(floats),
         checkpoint.read,
-        lambda: _turned(floats.model),
+        lambda: _transposed(floats.model),
         schemes=checkpoint.schemes(),
     )
 
@@ -119,9 +134,7 @@ def _open_folder(folder: Path, method: str | None) -> Opened:
         files = SafetensorsFiles(folder)
         try:
             checkpoint = open_checkpoint(folder)
-        except (
-            SourceError
-        ):  # of a kind that has no language model: its headers can be shown all the same
+        except SourceError:  # not a language model; its headers can still be shown
             return Opened(
                 "float checkpoint",
                 {name: (_stored(files, name, "weight"),) for name in files.names()},
@@ -134,14 +147,14 @@ def _open_folder(folder: Path, method: str | None) -> Opened:
     model = checkpoint.model
     return Opened(
         "float checkpoint" if method is None else f"{method} checkpoint",
-        _held(checkpoint),
+        _stored_tensors(checkpoint),
         checkpoint.read,
-        lambda: _turned(model),
+        lambda: _transposed(model),
     )
 
 
-def _held(checkpoint: FolderCheckpoint) -> dict[str, tuple[Stored, ...]]:
-    """What a folder's files hold for each parameter."""
+def _stored_tensors(checkpoint: FolderCheckpoint) -> dict[str, tuple[Stored, ...]]:
+    """The stored tensors of each parameter in a folder."""
     files = checkpoint.files
     raw: dict[str, list[str]] = {}
     for name in files.names():
@@ -151,26 +164,29 @@ def _held(checkpoint: FolderCheckpoint) -> dict[str, tuple[Stored, ...]]:
         names = [
             found
             for stored in checkpoint.stored_names(name)
-            for found in _behind(stored, files, raw)
+            for found in _sources_of(stored, files, raw)
         ]
         tensors[name] = tuple(_stored(files, found, found.rpartition(".")[2]) for found in names)
     return tensors
 
 
 def _open_gguf(path: Path) -> Opened:
-    checkpoint = open_checkpoint(path)
-    held, tensors = checkpoint.file.tensors, {}  # type: ignore[attr-defined]
+    from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+
+    checkpoint = GgufCheckpoint(path)
+    in_file, tensors = checkpoint.file.tensors, {}
     for name in checkpoint.names():
-        sources = [held[stored] for stored in checkpoint.stored_names(name)]  # type: ignore[attr-defined]
+        sources = [in_file[stored] for stored in checkpoint.stored_names(name)]
         tensors[name] = tuple(
             Stored("weight", source.kind, source.shape, source.size_bytes) for source in sources
         )
-    model = checkpoint.model  # type: ignore[attr-defined]
-    return Opened("GGUF file", tensors, checkpoint.read, lambda: _turned(model))
+    model = checkpoint.model
+    return Opened("GGUF file", tensors, checkpoint.read, lambda: _transposed(model))
 
 
-def _behind(stored: str, files: SafetensorsFiles, raw: Mapping[str, list[str]]) -> list[str]:
-    """The files' own tensors behind one that a reader makes: itself, or all of its layer but the bias."""
+def _sources_of(stored: str, files: SafetensorsFiles, raw: Mapping[str, list[str]]) -> list[str]:
+    """The tensors in the files from which a reader makes `stored`: itself, or all of its layer
+    except the bias."""
     return (
         [stored]
         if stored in files
@@ -178,18 +194,19 @@ def _behind(stored: str, files: SafetensorsFiles, raw: Mapping[str, list[str]]) 
     )
 
 
-def _turned(model: nn.Module) -> frozenset[str]:
-    """Conv1D's weights, and the experts of modules that say so (see `packed/parameters.py`)."""
+def _transposed(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters stored as `[in, out]`: weights of Conv1D, and experts of modules with
+    `is_transposed` (see `nn/packed_experts.py`)."""
     found = set()
     for path, module in model.named_modules():
-        turned = ["weight"] if isinstance(module, Conv1D) else []
+        keys = ["weight"] if isinstance(module, Conv1D) else []
         if getattr(module, "is_transposed", False):
-            turned += [
+            keys += [
                 key
                 for key, parameter in module._parameters.items()
                 if parameter is not None and parameter.ndim == 3
             ]
-        found |= {place_name((path, key)) for key in turned}
+        found |= {place_name((path, key)) for key in keys}
     return frozenset(found)
 
 

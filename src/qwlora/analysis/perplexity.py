@@ -1,5 +1,5 @@
-"""Perplexity: `exp` of the mean negative log-likelihood of each learnt token given those before it,
-over sequences.
+"""Perplexity: `exp` of the mean negative log-likelihood of each loss token, given the tokens before
+it in its sequence.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import NonFiniteError
 from qwlora.progress import Track, untracked
 
-LARGEST = 709.0  # nats; exp of more overflows float64
+LARGEST_LOSS = 709.0  # nats; exp of more overflows float64
 
 Logits = Callable[[Tensor], Tensor]
 
 
 def logits_of(model: Callable[..., Any]) -> Logits:
-    """What a causal language model of transformers says of token ids."""
+    """A function from token ids to the logits of a causal language model of transformers."""
 
     def logits(ids: Tensor) -> Tensor:
         found: Tensor = model(ids, use_cache=False).logits
@@ -34,8 +34,8 @@ def logits_of(model: Callable[..., Any]) -> Logits:
 def negative_log_likelihood(
     logits: Float[Tensor, "batch tokens vocabulary"], labels: Int64[Tensor, "batch tokens"]
 ) -> float:
-    """Sum over the tokens with a label (plain ids are labels too) but each sequence's first, in
-    nats.
+    """Sum over all tokens with a label, except the first of each sequence, in nats. Token ids can
+    be their own labels.
     """
     return float(
         torch.nn.functional.cross_entropy(
@@ -54,11 +54,12 @@ def perplexity(
     description: str,
     track: Track = untracked,
 ) -> float:
-    """Perplexity of `logits(ids)` on the learnt tokens of `sequences` (all, if they are plain ids),
-    one sequence at a time.
+    """Perplexity of `logits(ids)` on the loss tokens of `sequences`, or on all tokens if it is a
+    tensor of ids. Runs one sequence at a time.
 
     Raises:
-        NonFiniteError: it is NaN or infinite; the first such sequence is named.
+        NonFiniteError: the perplexity is NaN or infinite. The message names the first such
+            sequence.
     """
     data = as_sequences(sequences)
     total = 0.0
@@ -71,9 +72,9 @@ def perplexity(
             )
         total += loss
     mean = total / data.loss_tokens
-    if mean > LARGEST:
+    if mean > LARGEST_LOSS:
         raise NonFiniteError(
             f"{description}: the mean loss over the {len(data)} sequences of the held-out text is "
-            f"{mean:.4g} nats, and its perplexity is beyond any number. Check the model's weights"
+            f"{mean:.4g} nats, too much for a perplexity. Check the model's weights"
         )
     return math.exp(mean)

@@ -89,7 +89,9 @@ def check(
         ),
     ] = False,
 ) -> None:
-    """Check that every adapter is present, unmodified, finite, and trained on this base.
+    """Check the files of every adapter and its base.
+
+    Every adapter must be present, unmodified, finite, and trained on this base.
 
     Exit code 2 if a file was modified after it was saved, 1 for any other problem.
     An adapter that does not record its base passes, unless --needs-base is given.
@@ -188,7 +190,7 @@ def import_(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as steps=100."),
     ] = None,
 ) -> None:
-    """Add an adapter that was trained elsewhere. The job's next run compares it before and after."""
+    """Add an adapter from elsewhere; the job's next run measures it before and after."""
     from qwlora.pipeline.manage_adapters import import_adapter
 
     import_adapter(folder, name, source, data, continues, tuple(changes or ()))

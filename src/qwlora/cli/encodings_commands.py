@@ -11,10 +11,11 @@ Exit codes:
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from qwlora import encodings, strict_json
@@ -73,7 +74,9 @@ def show(
 
 @app.command()
 def validate(file: File, onnx: Model = None) -> None:
-    """List the problems in a file; with --onnx, also check it against its model.
+    """List the problems in a file.
+
+    With --onnx, also checks it against its model.
 
     Exit code 1 if there is an error.
     """
@@ -210,18 +213,19 @@ def _extent(array: Any) -> str:
 
 
 def _plain(file: encodings.EncodingsFile) -> dict[str, Any]:
-    def value(item: Any) -> Any:
-        return (
-            item.tolist()
-            if hasattr(item, "tolist")
-            else sorted(item)
-            if isinstance(item, frozenset)
-            else item
-        )
-
-    record = {f.name: value(getattr(file, f.name)) for f in fields(file) if f.name != "encodings"}
-    entries = [
-        {"granularity": e.granularity, **{f.name: value(getattr(e, f.name)) for f in fields(e)}}
-        for e in file.encodings
+    """The content of a file as JSON values, with the same keys for every version."""
+    record = asdict(file, dict_factory=_plain_values)
+    record["encodings"] = [
+        {"granularity": encoding.granularity, **fields}
+        for encoding, fields in zip(file.encodings, record["encodings"], strict=True)
     ]
-    return record | {"encodings": entries}
+    return record
+
+
+def _plain_values(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    plain = {}
+    for key, value in items:
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        plain[key] = sorted(value) if isinstance(value, frozenset) else value
+    return plain

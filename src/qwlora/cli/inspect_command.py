@@ -81,7 +81,10 @@ def inspect(
     block_order: BlockOrder = None,
     as_json: AsJson = False,
 ) -> None:
-    """Describe a model, an adapter or a job: shapes, grids, bits per weight, fingerprint."""
+    """Describe a model, an adapter or a job.
+
+    Shows shapes, grids, bits per weight and the fingerprint.
+    """
     path = Path(source)
     if encodings is None and (keep_float or block_order):
         raise SourceError("--keep-float and --block-order need --encodings; add it, or remove them")

@@ -35,8 +35,8 @@ from qwlora.cli.merge_commands import merge, merge_check
 from qwlora.cli.progress_bars import bars
 from qwlora.cli.simulate_command import simulate
 from qwlora.errors import (
+    DirectoryError,
     QwloraError,
-    RecipeError,
     VerificationError,
     described,
     file_being_read,
@@ -108,19 +108,20 @@ Replace = Annotated[
     bool,
     typer.Option(
         "--replace",
-        help="Train adapters again that exist with other settings. The old one stays in place until "
-        "the new one is finished.",
+        help="Train adapters again that exist with other settings. The old one stays in place "
+        "until the new one is finished.",
     ),
 ]
 
 _SUMMARY = {
-    "quantize": "Step 1: freeze the base model's weights to packed integers.",
-    "calibrate-base": "Workflow qwa-lora only: calibrate the base's activations before training.",
+    "quantize": "Step 1: freeze the model's weights to packed integers.",
+    "calibrate-base": "Workflow qwa-lora: calibrate the base before training.",
     "train": "Step 2: train the adapters on the frozen base.",
-    "calibrate": "Step 3: calibrate the encodings of activations and adapters.",
+    "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
-    "verify": "Step 5: run the exported files and compare them with the simulation; never skipped.",
-    "evaluate": "Measure perplexity: float model, base, every adapter, every simulation.",
+    "verify": "Step 5: compare the exported files with the simulation.\n\nRuns every file; never "
+    "skipped, even if nothing changed.",
+    "evaluate": "Measure perplexity: model, base, adapters, simulations.",
 }
 
 
@@ -176,7 +177,7 @@ for _verb in VERBS:
 
 @app.command()
 def check(recipe: RecipeFile, changes: Changes = None) -> None:
-    """Validate a recipe and print it with every default filled in."""
+    """Validate a recipe and print it with its defaults."""
     from qwlora.recipe import load_recipe
     from qwlora.recipe.yaml_core import dump_yaml
 
@@ -196,7 +197,10 @@ def data(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Summarize a recipe's data and show one training sequence, loss tokens marked."""
+    """Summarize a recipe's data and show a training sequence.
+
+    Loss tokens are marked.
+    """
     from qwlora.pipeline.data_preview import format_preview, preview
     from qwlora.recipe import load_recipe
 
@@ -216,11 +220,13 @@ def init(
     from qwlora.recipe.starter import full_recipe, starter_recipe
 
     if path.exists():
-        raise RecipeError(str(path), ["already exists and was not changed; give another path"])
+        raise DirectoryError(f"{str(path)!r} exists and was not changed. Give another path")
     try:
         write_text(path, full_recipe() if full else starter_recipe())
     except OSError as error:
-        raise RecipeError(str(path), [f"cannot be written: {error.strerror}"]) from error
+        raise DirectoryError(
+            f"{str(path)!r} cannot be written: {error.strerror}. Give another path"
+        ) from error
     print(
         f"wrote {path}; set model.source and data.source in it, then: qwlora run {path} --out out"
     )

@@ -45,7 +45,10 @@ Out = Annotated[
 
 
 def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
-    """Measure what merging an adapter into the base's integers would lose. Writes nothing."""
+    """Measure what merging an adapter would lose.
+
+    Merging rounds the sum of base and adapter to the base's integers. Writes nothing.
+    """
     from qwlora.pipeline.run_job import open_job
 
     session, name = open_job(job, name)
@@ -56,8 +59,10 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
 
 
 def merge(job: Job, name: Name, into: Target, out: Out) -> None:
-    """Merge an adapter into its base, after reporting what that loses. The merge starts from the
-    dequantized base, never from the original float weights."""
+    """Merge an adapter into its base; reports what that loses.
+
+    The merge starts from the dequantized base, never from the original float weights.
+    """
     if into not in ("float", "requantized"):
         raise typer.BadParameter(f"{into!r} is neither float nor requantized", param_hint="--into")
     from qwlora.pipeline.merge_target import new_folder

@@ -1,14 +1,18 @@
 """Which files of a folder are its documents.
 
-All visible files of a supported kind, in subfolders too; or those of one split, by the hub's
-naming: the split, or a synonym, between separators in the file's name (`train-00000-of-00001.parquet`,
-`data/my_test.jsonl`) or, if no file has it, in a folder's name (`train/0.jsonl`).
+Without a split: all visible files of a supported kind, subfolders included. With a split: those
+named after it, as on the hub. The split or a synonym stands between separators in the file's name
+(`my_test.jsonl`, `train-00000-of-00001.parquet`) or, if that is true for no file, in the name of a
+folder (`train/0.jsonl`).
 
 A file of records that cannot be read (`file_kinds.refusal`: compressed, a spreadsheet,
-`.jsonl.bak`) is refused if it belongs to the split. Ignored are hidden files; a dataset's card (README.md,
-LICENSE.txt, dataset_infos.json) next to records; files about other files (`a.csv.sha256`); and all
-other kinds (images, code). A folder whose only readable file is the card, among such others, is
-refused, so that nobody trains on the card.
+`.jsonl.bak`) is refused if it belongs to the split. These files are ignored:
+
+    hidden files, and files about other files (`a.csv.sha256`)
+    a dataset's card (README.md, LICENSE.txt, dataset_infos.json) next to records
+    files of any other kind (images, code)
+
+A folder in which nothing but the card can be read is refused, so that nobody trains on the card.
 """
 
 from __future__ import annotations

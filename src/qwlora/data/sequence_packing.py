@@ -7,8 +7,8 @@
     none        one document a sequence, padded to the longest
 
 Running text longer than a sequence is cut into pieces. Other documents are truncated at the end,
-and dropped if that leaves no loss token. Except with `join`, the first token of a document is never in
-the loss, since the document before it must not predict it.
+and dropped if that leaves no loss token. Except with `join`, the first token of a document is never
+in the loss, since the document before it must not predict it.
 """
 
 from __future__ import annotations

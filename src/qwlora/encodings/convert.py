@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy.typing as npt
 
@@ -51,7 +51,6 @@ from qwlora.encodings.onnx_tensors import Graph, OnnxTensor
 from qwlora.encodings.version_2 import channel_axis_of, channel_shape
 from qwlora.errors import ConversionError
 
-T = TypeVar("T", IntegerEncoding, LpbqEncoding)
 _OUR_PACKAGE = "qwlora"
 _UNKNOWN = OnnxTensor(parameter=False)
 
@@ -212,7 +211,10 @@ def _project(encoding: Encoding, target: _Target) -> tuple[Encoding | None, list
 def _project_integer(encoding: IntegerEncoding, target: _Target) -> tuple[Encoding, list[str]]:
     tensor = target.graph.get(encoding.name, _UNKNOWN)
     if target.has_sections:
-        encoding = _listed(encoding, tensor.channel_axis, target.block_order, "scale", "offset")
+        if axes := _exchanged_axes(encoding, tensor.channel_axis, target.block_order):
+            encoding = encoding.replace(
+                scale=encoding.scale.swapaxes(*axes), offset=encoding.offset.swapaxes(*axes)
+            )
         one = encoding.granularity == "tensor" or (
             target.version == "0.6.1" and encoding.scale.size == 1
         )
@@ -248,7 +250,8 @@ def _project_lpbq(encoding: LpbqEncoding, target: _Target) -> tuple[Encoding | N
         return None, []
     if target.version == "1.0.0":
         decompressed = encoding.decompressed_bitwidth or target.decompressed_bitwidth
-        encoding = _listed(encoding, encoding.channel_axis, target.block_order, "block_scale")
+        if axes := _exchanged_axes(encoding, encoding.channel_axis, target.block_order):
+            encoding = encoding.replace(block_scale=encoding.block_scale.swapaxes(*axes))
         flat = {
             "block_scale": encoding.block_scale.reshape(-1),
             "channel_scale": encoding.channel_scale.reshape(-1),
@@ -320,20 +323,15 @@ class _Layout:
         return flat.reshape(swapped).swapaxes(self.axis, self.channel_first)
 
 
-def _listed(encoding: T, channel_axis: int | None, order: BlockOrder | None, *fields: str) -> T:
-    """With axes of nested block scales swapped if the flat list is ordered by channel."""
+def _exchanged_axes(
+    encoding: IntegerEncoding | LpbqEncoding, channel_axis: int | None, order: BlockOrder | None
+) -> tuple[int, int] | None:
+    """The axes of nested block scales to swap before they are listed by channel; None if they are
+    in that order already, or are to be listed in the order of the tensor."""
     axis = encoding.axis
-    if (
-        order != "channel"
-        or encoding.block_size is None
-        or axis is None
-        or channel_axis is None
-        or channel_axis < axis
-    ):
-        return encoding
-    return encoding.replace(
-        **{field: getattr(encoding, field).swapaxes(axis, channel_axis) for field in fields}
-    )
+    if order != "channel" or encoding.block_size is None or axis is None or channel_axis is None:
+        return None
+    return (axis, channel_axis) if axis <= channel_axis else None
 
 
 def _channel_layout(encoding: IntegerEncoding, tensor: OnnxTensor) -> _Layout | str:

@@ -287,7 +287,7 @@ def _plain_values(value: Any) -> dict[str, Any]:
             isinstance(v, float) and not np.isfinite(v)
         ):
             raise FieldError(
-                f"has {describe(v)} under {printable(key)!r}; a string, a finite number, true or false "
-                "is needed"
+                f"has {describe(v)} under {printable(key)!r}; a string, a finite number, true or "
+                "false is needed"
             )
     return value

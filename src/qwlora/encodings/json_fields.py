@@ -216,7 +216,8 @@ def integers_of(value: Any, low: int = -MAX_INTEGER) -> Integers:
     items, shape = _rectangle(value)
     if set(map(type, items)) != {int}:
         raise FieldError(
-            f"contains {describe(next(i for i in items if type(i) is not int))}; integers are needed"
+            f"contains {describe(next(i for i in items if type(i) is not int))}; integers are "
+            "needed"
         )
     for extreme in (min(items), max(items)):
         integer_of(extreme, low)

@@ -68,6 +68,7 @@ class AimetCheckpoint:
         block_order: BlockOrder | None = None,
     ):
         self.floats = FloatCheckpoint(folder)
+        self.folder = self.floats.folder
         self.config: PretrainedConfig = self.floats.config
         self.path, self.keep_float, self.block_order = (
             Path(encodings),

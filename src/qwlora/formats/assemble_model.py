@@ -1,10 +1,9 @@
 """Builds a model from a checkpoint, tensor by tensor.
 
-    load_precomputed(checkpoint)     the whole model; stored integers become packed layers, the rest
-    float32
-    LazyModel(checkpoint)            a model whose modules are loaded and released one by one, to
-    quantize
-                                     models larger than memory
+    load_precomputed(checkpoint)    the whole model: stored integers become packed layers, the rest
+                                    float32
+    LazyModel(checkpoint)           a model whose modules are loaded and released one by one, to
+                                    quantize models larger than memory
 
 Tensors are read one at a time, so the peak memory is the finished model plus one tensor.
 """
@@ -65,7 +64,7 @@ class LazyModel:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.model = empty_model(checkpoint.config, len(checkpoint.names()))
-        folder = getattr(checkpoint, "folder", None)  # only checkpoints that are folders have it
+        folder = checkpoint.folder
         if folder is not None and (folder / "generation_config.json").is_file():
             with reading(folder / "generation_config.json"):
                 self.model.generation_config = GenerationConfig.from_pretrained(folder)

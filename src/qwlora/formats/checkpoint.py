@@ -7,6 +7,7 @@ reader loads a tensor only when it is asked for, so the whole model is never in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -23,6 +24,12 @@ class Checkpoint(Protocol):
     """
 
     config: PretrainedConfig
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the files, which may also hold a generation_config.json; None if there is
+        none."""
+        ...
 
     def names(self) -> Sequence[str]:
         """Parameter names of the model that `config` builds

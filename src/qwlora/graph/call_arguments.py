@@ -33,8 +33,8 @@ def as_arguments(batch: Any, names: Sequence[str]) -> dict[str, Any]:
     tensors = [batch] if isinstance(batch, Tensor) else batch
     if not isinstance(tensors, tuple | list) or not all(isinstance(t, Tensor) for t in tensors):
         raise CaptureError(
-            f"A batch is a {type(batch).__name__}. Give a dict of arguments, a tensor, or a tuple of "
-            "tensors"
+            f"A batch is a {type(batch).__name__}. Give a dict of arguments, a tensor, or a tuple "
+            "of tensors"
         )
     if len(tensors) > len(names):
         raise CaptureError(

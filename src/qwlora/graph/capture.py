@@ -171,8 +171,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
     tensors = _two_rows(tensors)
     if not arguments.cached and any(_is_ids(t) and t.shape[1] < 2 for t in tensors):
         raise CaptureError(
-            "example inputs have one token, and torch.export makes a size of 1 constant; give two or "
-            "more"
+            "example inputs have one token, and torch.export makes a size of 1 constant; give two "
+            "or more"
         )
     flat = FlatModel(model, arguments).eval()
     with in_float32(model), visible_implementations(model), torch.no_grad():

@@ -93,9 +93,9 @@ def _changes_types(graph: Graph) -> bool:
             continue
         options = [*node.args, *node.kwargs.values()]
         types: list[torch.dtype] = []
-        map_arg(
+        map_arg(  # calls the function at once
             options,
-            lambda n: types.append(n.meta["val"].dtype) if _is_float(n) else None,  # noqa: B023 (called at once)
+            lambda n: types.append(n.meta["val"].dtype) if _is_float(n) else None,  # noqa: B023
         )
         if (
             types

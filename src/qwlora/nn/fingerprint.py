@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.grid.scheme import Scheme
+from qwlora.nn.packed_layer import PackedLayer, is_packed
 from qwlora.nn.unwrap import unwrapped
 from qwlora.parameter_names import adapter_of, canonical_name, is_adapter_name
 
@@ -218,8 +219,9 @@ def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     found: dict[str, tuple[str, Tensor]] = {}
     seen: set[int] = set()
     for path, module in unwrapped(model).named_modules():
-        scheme = getattr(module, "scheme", None)
-        layout = layout_text(scheme) if isinstance(scheme, Scheme) else ""
+        layout = ""
+        if isinstance(module, PackedLayer) and is_packed(module):
+            layout = layout_text(module.scheme)
         own = {
             **module._parameters,
             **{

@@ -60,7 +60,8 @@ class _WithPackedParameters(nn.Module):
         for name, parameter in self._modules[FOLDER]._modules.items():  # type: ignore[union-attr]
             # PEFT asks this module itself. A whole model lists only its float parameters.
             if name in self._buffers:
-                yield f"{prefix}.{name}" if prefix else name, parameter.weight  # type: ignore[misc, union-attr]
+                path = f"{prefix}.{name}" if prefix else name
+                yield path, parameter.weight  # type: ignore[misc, union-attr]
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         # torch registers the original again after a parametrization for one forward
@@ -154,6 +155,8 @@ def _reader(name: str) -> property:
         # While torch parametrizes it, the name must not exist.
         if name not in module._buffers:
             raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
-        return module._modules[FOLDER]._modules[name].weight  # type: ignore[union-attr, return-value]
+        folder: Any = module._modules[FOLDER]
+        weight: Tensor = folder._modules[name].weight
+        return weight
 
     return property(read)

@@ -85,7 +85,7 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weig
         )
 
 
-class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # the weight is a property
+class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # weight: a property
     """Embedding on packed codes [rows, width]."""
 
     def forward(self, index: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
@@ -99,7 +99,7 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # th
 
 
 class PackedConv1d(PackedLayer, nn.Conv1d):  # type: ignore[override] # the weight is a property
-    """ConvolutionFunction on packed codes [out, in / groups * kernel]."""
+    """Convolution on packed codes [out, in / groups * kernel]."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # PEFT builds a LoRA's convolutions by `type(base_layer)(...)`
@@ -107,7 +107,7 @@ class PackedConv1d(PackedLayer, nn.Conv1d):  # type: ignore[override] # the weig
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # the weight is a property
-    """ConvolutionFunction on packed codes [out, in / groups * height * width]."""
+    """Convolution on packed codes [out, in / groups * height * width]."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)

@@ -16,10 +16,14 @@ from qwlora.nn.packed_tensor import Parts
 from qwlora.parameter_names import canonical_name
 
 
+class UnpackedConv1D(nn.Linear):
+    """A float layer that replaces a packed Conv1D, with the weight as [out, in]."""
+
+
 def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
     """Replace every packed layer of `model` by its float class, in place. Tied layers share one
-    parameter. A Conv1D was packed as a Linear and stays one, because PEFT layers may wrap it, until
-    `restore_conv1d_`.
+    parameter. What replaced a Conv1D becomes an `UnpackedConv1D`, because a PEFT layer may wrap it
+    as a Linear; `restore_conv1d_` makes it a Conv1D again.
 
     Returns:
         The packed tensors by their canonical names.
@@ -33,8 +37,7 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
     if experts := [name for name, module in layers.items() if isinstance(module, PackedParameter)]:
         raise MergeError(
             f"{canonical_name(experts[0])}: fused experts cannot be unpacked to floats, so nothing "
-            "can be "
-            "merged into this model. Keep the adapter separate."
+            "can be merged into this model. Keep the adapter separate."
         )
     for name, layer in layers.items():
         if problem := own_forward_problem(layer):
@@ -54,9 +57,9 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
 
 
 def restore_conv1d_(model: nn.Module) -> None:
-    """Make a Conv1D again of each Linear that replaced one; after `unpack_`, without adapters."""
+    """Replace each `UnpackedConv1D` by a Conv1D. Call it after the adapters are removed."""
     for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and getattr(linear, "was_conv1d", False):
+        if isinstance(linear, UnpackedConv1D):
             conv1d = Conv1D(0, 0).train(linear.training)
             conv1d.nf, conv1d.nx = linear.weight.shape
             conv1d.weight, conv1d.bias = (
@@ -68,8 +71,8 @@ def restore_conv1d_(model: nn.Module) -> None:
 
 def _float_module(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
     kind = (
-        nn.Linear
-        if type(layer) is PackedLinear
+        UnpackedConv1D
+        if isinstance(layer, PackedLinear) and layer.was_conv1d
         else next(
             k
             for k in type(layer).__mro__
@@ -80,7 +83,7 @@ def _float_module(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
     module.__dict__.update(state_without_hook(layer))
     for name in (*Parts._fields, "weight"):
         module._buffers.pop(name, None)
-    for name in ("scheme", "count", "weight_shape", "compute_dtype", "_owner"):
+    for name in ("scheme", "count", "weight_shape", "compute_dtype", "_owner", "was_conv1d"):
         module.__dict__.pop(name, None)
     module._parameters = {"weight": weight, **module._parameters}
     move_hook_(layer, module)

@@ -130,7 +130,9 @@ _METADATA = frozenset(
 
 def _property(func: Callable[..., Any], kind: str) -> str:
     """The attribute that `func` gets (or sets); empty if it does neither."""
-    return func.__self__.__name__ if getattr(func, "__name__", "") == kind else ""  # type: ignore[attr-defined]
+    if getattr(func, "__name__", "") != kind:
+        return ""
+    return func.__self__.__name__  # type: ignore[attr-defined]
 
 
 def _needs_no_values(func: Callable[..., Any]) -> bool:
@@ -313,7 +315,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _select,
     **dict.fromkeys((torch.transpose, Tensor.transpose), _transpose),
     Tensor.mT.__get__: _transpose_last_axes,  # type: ignore[attr-defined]
-    **dict.fromkeys((Tensor.T.__get__, Tensor.t, torch.t), _transpose_matrix),  # type: ignore[attr-defined]
+    Tensor.T.__get__: _transpose_matrix,  # type: ignore[attr-defined]
+    **dict.fromkeys((Tensor.t, torch.t), _transpose_matrix),
     **dict.fromkeys((Tensor.detach, torch.detach, Tensor.requires_grad_), _itself),
     Tensor.data.__get__: _itself,  # type: ignore[attr-defined]
     Tensor.set_: _set,

@@ -241,10 +241,11 @@ class JobContext:
         return load_base(folder, trust_remote_code=self.recipe.model.trust_remote_code)
 
     def imported(self, name: str) -> PeftModel:
-        """The float model with the adapter that adapter `name` starts from."""
+        """The float model with the adapter that adapter `name` continues."""
         from peft import PeftModel
 
-        folder, model = adapter_folder(str(self.adapter(name).start)), self.take_float_model()
+        folder = adapter_folder(str(self.adapter(name).continue_from))
+        model = self.take_float_model()
         with reading(folder, model):
             return PeftModel.from_pretrained(model, str(folder)).eval()
 
@@ -334,7 +335,7 @@ class JobContext:
         An adapter that continues another one is left out: it has the same layers.
         """
         for adapter in self.recipe.adapters:
-            if self.recipe.start_of(adapter) is None:
+            if self.recipe.predecessor(adapter) is None:
                 model = self._untrained(adapter)
                 yield self._placement(model.eval())
         shares = self.recipe.simulation.base_activations != "all"
@@ -343,9 +344,9 @@ class JobContext:
 
     def _untrained(self, adapter: Adapter) -> PeftModel:
         base, seed = self.base(), self.recipe.seed
-        if adapter.start is None:
+        if adapter.continue_from is None:
             return attach(base, adapter.lora_shape(), seed)
-        return attach_existing(base, adapter.start, adapter.unknown_base, seed)
+        return attach_existing(base, adapter.continue_from, adapter.unknown_base, seed)
 
     def _placement(self, model: nn.Module) -> Placement:
         captured = capture(model, self.example_inputs)

@@ -326,7 +326,7 @@ class Directory:
                     raise DirectoryError(f"{str(self.path / str(new))!r} exists; move it away")
         for old, new in moved:
             if (self.path / str(old)).exists():
-                self._write_owner(str(new), sorted(self._files_made(str(old))))
+                self._write_owner(str(new), self._files_made(str(old)))
                 shutil.copytree(self.path / str(old), self.path / str(new), copy_function=link)
         records = dict(self.records)
         for before, _ in pairs:

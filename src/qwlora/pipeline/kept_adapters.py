@@ -13,7 +13,7 @@ from qwlora.pipeline.stage import Stage
 from qwlora.recipe import Adapter, Recipe, load_recipe
 
 
-def settings(recipe: Recipe, adapter: Adapter) -> dict[str, Any]:
+def trained_with(recipe: Recipe, adapter: Adapter) -> dict[str, Any]:
     """The settings that an adapter is trained with, without defaults: recorded in the results."""
     found = adapter.model_dump(mode="json", exclude_defaults=True, exclude={"name", "data"})
     data = recipe.data_of(adapter).model_dump(mode="json", exclude_defaults=True)
@@ -41,7 +41,7 @@ def check_kept(
         stage = by_name.get(f"train/{adapter.name}")
         if stage is not None and (directory.path / "adapters" / adapter.name).is_dir():
             old = directory.records[stage.name].results.get("train", {}).get(adapter.name, {})
-            found = _differences(old.get("settings"), settings(recipe, adapter))
+            found = _differences(old.get("settings"), trained_with(recipe, adapter))
             changed = [need.name for need in upstream(plan, stage.name) if need.name in by_name]
             found += [f"{name}: {stale[name]}" for name in changed if name != stage.name]
             problems.append(f"{adapter.name}: {'; '.join(found) or stale[stage.name]}")
@@ -100,11 +100,11 @@ def _base_differences(directory: Directory, recipe: Recipe) -> list[str]:
         old = load_recipe(directory.path / "recipe.yaml")
     except RecipeError:
         return []
-    sections = [
+    before, now = (
         {"model": r.model.model_dump(mode="json"), "base": r.base.model_dump(mode="json")}
         for r in (old, recipe)
-    ]
-    return _differences(*sections)
+    )
+    return _differences(before, now)
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

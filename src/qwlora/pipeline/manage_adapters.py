@@ -72,7 +72,7 @@ def import_adapter(
         SourceError: there is no LoRA adapter at `source`.
         DirectoryError, RecipeError: as for `add_adapter`.
     """
-    from qwlora.adapter.attach import adapter_folder, check_start
+    from qwlora.adapter.attach import adapter_folder, check_existing
     from qwlora.adapter.mlx_adapter import convert_mlx_adapter, is_mlx_adapter
 
     recipe = _recipe(folder)
@@ -85,9 +85,9 @@ def import_adapter(
         start = str(converted.absolute())
     elif adapter_folder(source).is_dir() and user_path(source).is_dir():
         start = str(user_path(source).absolute())
-    check_start(start, "accept")
+    check_existing(start, "accept")
     content = recipe.model_dump(mode="json")
-    entry: dict[str, Any] = {"name": name, "start": start, "unknown_base": "accept"}
+    entry: dict[str, Any] = {"name": name, "continue_from": start, "unknown_base": "accept"}
     if not continues:
         entry |= {"steps": 0}
     if data is not None:
@@ -105,7 +105,7 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
     _named(recipe, old, folder)
     content = recipe.model_dump(mode="json")
     for adapter in content["adapters"]:
-        for key in ("name", "start"):
+        for key in ("name", "continue_from"):
             if adapter[key] == old:
                 adapter[key] = new
     on = content["base"]["calibrate_on"]
@@ -134,7 +134,7 @@ def remove_adapter(folder: Path, name: str) -> None:
             f"{name!r} is the only adapter of {str(folder)!r}, and a recipe needs one; delete the "
             "directory, or add another adapter first"
         )
-    if continued := [a.name for a in recipe.adapters if a.start == name]:
+    if continued := [a.name for a in recipe.adapters if a.continue_from == name]:
         raise DirectoryError(
             f"adapter {name!r} is continued by {', '.join(continued)}; remove these first"
         )
@@ -202,7 +202,7 @@ def _rewrite(
     changes: tuple[str, ...],
     gone: list[Stage] | None = None,
 ) -> None:
-    """Write the changed recipe, after checking that the base and other adapters stay as they are."""
+    """Write the changed recipe, if the base and the other adapters stay as they are."""
     changed = resolve_compute(parse_recipe(content, str(folder / "recipe.yaml"), changes))
     after = {stage.name: stage.key for stage in _plan(folder, changed)}
     removed = {stage.name for stage in gone or ()}

@@ -73,11 +73,11 @@ def resolve_compute(recipe: Recipe) -> Recipe:
 
 
 def is_imported(recipe: Recipe, adapter: Adapter) -> bool:
-    """Whether an adapter starts from one that was trained elsewhere, perhaps on another base."""
+    """Whether an adapter continues one that was trained elsewhere, perhaps on another base."""
     return (
-        adapter.start is not None
+        adapter.continue_from is not None
         and adapter.unknown_base == "accept"
-        and recipe.start_of(adapter) is None
+        and recipe.predecessor(adapter) is None
     )
 
 

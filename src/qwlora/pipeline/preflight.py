@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.attach import (
+    check_existing,
     check_shape,
-    check_start,
     dropout_of,
     saved_among,
     saved_on_integers,
@@ -126,11 +126,12 @@ def _dropouts_left_out(context: JobContext) -> Iterator[str]:
         return
     for adapter in recipe.adapters:
         root = adapter
-        while (first := recipe.start_of(root)) is not None:
+        while (first := recipe.predecessor(root)) is not None:
             root = first
-        if adapter.steps and root.start is not None and (dropout := dropout_of(root.start)):
+        source = root.continue_from
+        if adapter.steps and source is not None and (dropout := dropout_of(source)):
             yield (
-                f"adapter {adapter.name}: {root.start} has dropout {dropout:g}; workflow qwa-lora "
+                f"adapter {adapter.name}: {source} has dropout {dropout:g}; workflow qwa-lora "
                 "trains without dropout"
             )
 
@@ -178,16 +179,17 @@ def _quantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bo
 def _check_saved(
     context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
 ) -> None:
-    """Check that no adapter to start from contains a full copy of a layer that the base packs."""
+    """Check that no adapter to continue contains a full copy of a layer that the base packs."""
     readers = {
         path: name for name, candidate in find_tensors(model).items() for path in candidate.paths
     }
     for adapter in context.recipe.adapters:
-        if adapter.start is None or context.recipe.start_of(adapter) is not None:
+        source = adapter.continue_from
+        if source is None or context.recipe.predecessor(adapter) is not None:
             continue
-        if lost := [path for path in saved_among(adapter.start, readers) if packed(readers[path])]:
+        if lost := [path for path in saved_among(source, readers) if packed(readers[path])]:
             raise SourceError(
-                f"adapter {adapter.name}: {adapter.start!r} does not fit: {saved_on_integers(lost)}"
+                f"adapter {adapter.name}: {source!r} does not fit: {saved_on_integers(lost)}"
             )
 
 
@@ -198,11 +200,11 @@ def _check_adapters(context: JobContext) -> None:
     for adapter in context.recipe.adapters:
         check_loggers(adapter.report_to)
         try:
-            if adapter.start is None:
+            if adapter.continue_from is None:
                 shapes[adapter.name] = check_shape(context.skeleton(), adapter.lora_shape())
-            elif context.recipe.start_of(adapter) is None:
-                shapes[adapter.name] = check_start(
-                    adapter.start, adapter.unknown_base, context.skeleton()
+            elif context.recipe.predecessor(adapter) is None:
+                shapes[adapter.name] = check_existing(
+                    adapter.continue_from, adapter.unknown_base, context.skeleton()
                 )
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error

@@ -125,10 +125,15 @@ def suggest_job(
         with simulation.only():
             fresh["float_activations"] = _simulated(simulation, others)
     measured = {
-        key: getattr(found, key)
-        for key in ("narrow", "kept", "measured", "all_narrow", "all_wide", "limit")
+        "narrow": found.narrow,
+        "kept": found.kept,
+        "measured": found.measured,
+        "all_narrow": found.all_narrow,
+        "all_wide": found.all_wide,
+        "limit": found.limit,
+        "float_activations": reference,
+        "sequences": len(searched),
     }
-    measured |= {"float_activations": reference, "sequences": len(searched)}
     own = [
         rule.model_dump(exclude_defaults=True, mode="json")
         for rule in context.recipe.simulation.rules

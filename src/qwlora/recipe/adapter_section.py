@@ -20,7 +20,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about th
 
 
 class Adapter(Section):
-    """Step 2: one adapter, its shape, start and training."""
+    """Step 2: one adapter: its shape, initialization and training."""
 
     name: Name = Field(description="name of the adapter and of its folder")
     data: Data | None = Field(
@@ -28,11 +28,11 @@ class Adapter(Section):
         description="its own text: any keys of the data section, which gives the defaults of the "
         "others",
     )
-    start: str | None = Field(
+    continue_from: str | None = Field(
         None,
-        description="adapter to continue training from: the name of one listed before this one, or "
-        "a PEFT folder or hub id. Takes over its shape and dropout (no dropout in workflow "
-        "qwa-lora)",
+        description="trained adapter to continue training: the name of one listed before this one, "
+        "a PEFT folder or a hub id. Its shape and dropout are kept (no dropout in workflow "
+        "qwa-lora). Default: a new adapter",
     )
     objective: Literal["text", "recovery"] = Field(
         "text",
@@ -41,8 +41,8 @@ class Adapter(Section):
     )
     unknown_base: Literal["refuse", "accept"] = Field(
         "refuse",
-        description="accept: allow a start that does not record which base it was trained on, like "
-        "plain PEFT adapters",
+        description="accept: continue_from may be an adapter that does not record which base it "
+        "was trained on, such as one that PEFT saved",
     )
     rank: Rank = Field(16, description="inner dimension of lora_B @ lora_A")
     alpha: Annotated[float, Field(gt=0)] = Field(
@@ -64,14 +64,14 @@ class Adapter(Section):
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
     init: Literal["zero", "svd", "qera"] = Field(
         "zero",
-        description="zero: start at zero; svd: correct the error of the weights; qera: correct the "
-        "error of layer outputs (best; needs the float weights and second moments). "
+        description="zero: lora_B is zero; svd: correct the error of the weights; qera: correct "
+        "the error of layer outputs (best; needs the float weights and second moments). "
         "Set by the preset",
     )
     init_share: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5,
-        description="share of the ranks that carry the correction, rounded up; the rest start at "
-        "zero and are free to learn. Use 1 at 2 bits.",
+        description="share of the ranks that carry the correction, rounded up; the rest are zero "
+        "and free to learn. Use 1 at 2 bits",
     )
     dora: bool = Field(False, description="DoRA: train the norm of every output as well")
     rank_pattern: dict[str, Rank] = Field(
@@ -85,7 +85,7 @@ class Adapter(Section):
         None, description="numbers of the transformer layers that get an adapter. Default: all"
     )
     steps: Annotated[int, Field(ge=0)] = Field(
-        60, description="optimizer steps, at most. 0 together with start uses that adapter as it is"
+        60, description="optimizer steps, at most. 0 with continue_from uses that adapter as it is"
     )
     batch_sequences: Count = Field(1, description="sequences per forward pass, over all processes")
     accumulation_steps: Count = Field(1, description="forward passes per optimizer step")
@@ -127,8 +127,8 @@ class Adapter(Section):
     )
     divergence: Literal["stop", "ignore"] = Field(
         "stop",
-        description="stop: end with an error if the loss stays far above its start; ignore: keep "
-        "going. A loss that is not finite always stops",
+        description="stop: end with an error if the loss stays far above its first value; ignore: "
+        "keep going. A loss that is not finite always stops",
     )
     range_learning_rate: Rate | None = Field(
         None,
@@ -146,7 +146,8 @@ class Adapter(Section):
         """Which layers get an adapter and its size, in the form that `attach` takes."""
         from qwlora.adapter.attach import LoraShape
 
-        return LoraShape(**{f.name: getattr(self, f.name) for f in fields(LoraShape)})
+        keys = {f.name for f in fields(LoraShape)}
+        return LoraShape(**{key: value for key, value in self if key in keys})
 
     def training_settings(self, seed: int, whole_loss: bool) -> TrainingSettings:
         """The settings in the form that `train_adapter` takes.
@@ -156,9 +157,9 @@ class Adapter(Section):
         """
         from qwlora.adapter.train import TrainingSettings
 
-        own = {f.name for f in fields(TrainingSettings)} - {"seed", "report_to", "loss"}
+        keys = {f.name for f in fields(TrainingSettings)} - {"seed", "report_to", "loss"}
         return TrainingSettings(
-            **{name: getattr(self, name) for name in own},
+            **{key: value for key, value in self if key in keys},
             seed=seed,
             report_to=tuple(self.report_to),
             loss=self.loss or ("whole" if whole_loss else "chunked"),
@@ -219,36 +220,34 @@ class Adapter(Section):
             "alpha_pattern",
             "layers",
         }
-        if self.start is not None and (
-            given := sorted(
-                n
-                for n in shape & self.model_fields_set
-                if getattr(self, n) != Adapter.model_fields[n].default
-            )
-        ):
+        given = sorted(self.model_dump(include=shape, exclude_unset=True, exclude_defaults=True))
+        if self.continue_from is not None and given:
             raise ValueError(
-                f"{', '.join(given)}: with start, these come from that adapter; remove them"
+                f"{', '.join(given)}: with continue_from, these come from that adapter; remove them"
             )
-        if self.start is None and self.unknown_base == "accept":
-            raise ValueError("unknown_base: accept needs start; remove it, or set start")
-        if self.start is None and self.steps == 0:
+        if self.continue_from is None and self.unknown_base == "accept":
             raise ValueError(
-                "steps is 0, so nothing would be trained; set steps, or start to use an adapter "
-                "as it is"
+                "unknown_base: accept needs continue_from; remove it, or set continue_from"
             )
-        if self.target_parameters and (
-            given := [
-                n for n in ("dropout", "dora", "layers") if getattr(self, n) not in (None, 0, False)
-            ]
-        ):
+        if self.continue_from is None and self.steps == 0:
+            raise ValueError(
+                "steps is 0, so nothing would be trained; set steps, or continue_from to use an "
+                "adapter as it is"
+            )
+        unsupported = {
+            "dropout": self.dropout > 0,
+            "dora": self.dora,
+            "layers": self.layers is not None,
+        }
+        if self.target_parameters and (given := [k for k, is_set in unsupported.items() if is_set]):
             raise ValueError(
                 f"{', '.join(given)}: PEFT does not support this together with target_parameters; "
                 "remove one of them"
             )
-        if self.init != "zero" and (self.dora or self.start is not None):
+        if self.init != "zero" and (self.dora or self.continue_from is not None):
             raise ValueError(
-                f"init {self.init} cannot be combined with dora or start; remove it, or remove "
-                f"{'start' if self.start is not None else 'dora'}"
+                f"init {self.init} cannot be combined with dora or continue_from; remove it, or "
+                f"remove {'dora' if self.continue_from is None else 'continue_from'}"
             )
         if self.init == "zero" and self.init_share != Adapter.model_fields["init_share"].default:
             raise ValueError(

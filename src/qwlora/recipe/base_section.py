@@ -154,12 +154,9 @@ class BaseRule(Section):
     block_size: Count | None = Field(None, description="default: that of base.weights")
 
     @model_validator(mode="after")
-    def _one_thing(self) -> BaseRule:
-        given = [
-            n
-            for n in ("solver", "bitwidth", "symmetric", "granularity", "block_size")
-            if getattr(self, n) is not None
-        ]
+    def _changes_something(self) -> BaseRule:
+        changes = self.model_dump(exclude={"match", "keep"}, exclude_none=True)
+        given = list(changes)
         if self.keep is not None and given:
             raise ValueError(f"keep: float excludes {', '.join(given)}; remove one or the other")
         if self.keep is None and not given:
@@ -174,7 +171,7 @@ class BaseRule(Section):
         if self.keep is not None:
             return None
         keys = ("bitwidth", "symmetric", "granularity", "block_size")
-        own = {key: value for key in keys if (value := getattr(self, key)) is not None}
+        own = self.model_dump(include=set(keys), exclude_none=True)
         whole = base.model_dump()
         if own.get("granularity", whole["granularity"]) != whole["granularity"]:
             whole["block_size"] = None
@@ -204,8 +201,9 @@ class Gptq(Section):
 
 
 class Tuning(Section):
-    """Training of scales and norms against the float model's logits. Keeps the float model in
-    memory meanwhile.
+    """Train scales and norms against the float model's logits.
+
+    The float model stays in memory meanwhile.
     """
 
     steps: Annotated[int, Field(ge=0)] = Field(
@@ -261,7 +259,7 @@ class Base(Section):
     )
     calibration_sequences: Count = Field(
         32,
-        description="training sequences that gptq and the starts of adapters see, at most. Weights "
+        description="training sequences that gptq and init qera use, at most. Weights "
         "only: activation ranges have data.calibration_sequences",
     )
     calibrate_on: list[Name] = Field(
@@ -277,12 +275,8 @@ class Base(Section):
         return [Rule(rule.match, rule.scheme(self.weights), rule.solver) for rule in self.rules]
 
     @model_validator(mode="after")
-    def _nothing_beside_keep(self) -> Base:
-        given = [
-            n
-            for n in ("weights", "rules", "gptq")
-            if getattr(self, n) != Base.model_fields[n].default
-        ]
+    def _keep_is_alone(self) -> Base:
+        given = list(self.model_dump(include={"weights", "rules", "gptq"}, exclude_defaults=True))
         if self.tuning.steps:
             given.append("tuning")
         if self.solver == "keep" and given:

@@ -131,9 +131,9 @@ def _make_paths_absolute(content: dict[str, Any]) -> None:
             part[key] = str(path.absolute())
     names = _names(content)
     for adapter in _adapters(content):
-        path = _path_of(adapter.get("start"))
-        if path is not None and adapter["start"] not in names and path.exists():
-            adapter["start"] = str(path.absolute())
+        path = _path_of(adapter.get("continue_from"))
+        if path is not None and adapter["continue_from"] not in names and path.exists():
+            adapter["continue_from"] = str(path.absolute())
 
 
 def _named_files(
@@ -174,13 +174,13 @@ def _names(content: dict[str, Any]) -> set[str]:
 
 
 def _missing_sources(content: dict[str, Any]) -> list[str]:
-    """Problems with sources that do not exist: model, encodings, data, template, adapter starts.
+    """Problems with sources that do not exist: model, encodings, data, template, adapters.
 
     Loads nothing.
     """
     names = _names(content)
 
-    def check_start(source: str) -> None:
+    def check_adapter(source: str) -> None:
         is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)
         if source not in names and not is_hub_id and not user_path(source).exists():
             raise SourceError(
@@ -193,7 +193,7 @@ def _missing_sources(content: dict[str, Any]) -> list[str]:
         for where, part, key, check in _named_files(content)
     ]
     values += [
-        (f"adapters.{i}.start", a.get("start"), check_start)
+        (f"adapters.{i}.continue_from", a.get("continue_from"), check_adapter)
         for i, a in enumerate(_adapters(content))
     ]
     problems = []

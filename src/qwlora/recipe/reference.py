@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -36,7 +37,7 @@ def recipe_reference() -> str:
     lines.append(
         "\nKeys set in the recipe override the preset. `init: qera` is not applied to adapters with"
     )
-    lines.append("`dora` or `start`, nor with `base.solver: keep`.\n")
+    lines.append("`dora` or `continue_from`, nor with `base.solver: keep`.\n")
     lines += _tables("Top level", Recipe, "")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -53,7 +54,7 @@ def _tables(title: str, section: type[BaseModel], path: str) -> list[str]:
     """A table of the section's keys, followed by the tables of its subsections."""
     lines = [f"## {title}\n"]
     if path and section.__doc__:
-        lines.append(f"{section.__doc__.strip()}\n")
+        lines.append(f"{inspect.cleandoc(section.__doc__)}\n")
     lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
     inner: list[str] = []
     for name, field in section.model_fields.items():

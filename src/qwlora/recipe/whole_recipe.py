@@ -63,8 +63,8 @@ class Recipe(Section):
     )
     preset: Literal["fast", "balanced", "best"] = Field(
         "balanced",
-        description="how much work goes into the base and the starts of adapters. fast: solver "
-        "search, init zero; balanced: gptq, init qera; best: the same, with scales "
+        description="how much work goes into the base and the initialization of adapters. fast: "
+        "solver search, init zero; balanced: gptq, init qera; best: the same, with scales "
         "tuned for 512 steps. Keys that the recipe sets itself win",
     )
     workflow: Literal["qw-lora", "qwa-lora"] = Field(
@@ -73,7 +73,9 @@ class Recipe(Section):
         "activations first and train through them",
     )
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
-        0, description="seed of the data split, the start of adapters and the order of training"
+        0,
+        description="seed of the data split, the initialization of adapters and the order of "
+        "training",
     )
     model: Model
     data: Data = Data()
@@ -176,13 +178,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _starts_come_first(self) -> Recipe:
+    def _continued_adapters_come_first(self) -> Recipe:
         names = [a.name for a in self.adapters]
         for i, adapter in enumerate(self.adapters):
-            if adapter.start in names[i:]:
+            if adapter.continue_from in names[i:]:
                 raise ValueError(
-                    f"adapter {adapter.name} starts from {adapter.start}, which must be listed "
-                    "before it"
+                    f"adapter {adapter.name} continues {adapter.continue_from}, which must be "
+                    "listed before it"
                 )
         return self
 
@@ -197,11 +199,11 @@ class Recipe(Section):
                 "several adapters only if their target_parameters are equal; make them equal, or "
                 "use base_activations: all"
             )
-        roots = [a for a in self.adapters if self.start_of(a) is None]
+        roots = [a for a in self.adapters if self.predecessor(a) is None]
         if self.simulation.base_activations != "none" or len(roots) < 2:
             return self
-        # The shape of an adapter started from files is known only when these are read.
-        shapes = [a.shape() for a in roots if a.start is None]
+        # The shape of an adapter that continues one in files is known only when these are read.
+        shapes = [a.shape() for a in roots if a.continue_from is None]
         if differ := [
             name
             for name in (shapes[0] if shapes else ())
@@ -257,11 +259,6 @@ class Recipe(Section):
             found.setdefault(self.data_of(adapter), adapter.name)
         return {name: data for data, name in found.items()}
 
-    def text_of(self, adapter: str) -> str:
-        """The name in `texts` of an adapter's text."""
-        data = self.data_of(adapter)
-        return next(name for name, other in self.texts().items() if other == data)
-
     def base_text(self) -> Data | None:
         """The text that the base's perplexity is measured on; None if adapters have different ones
         and the data section has none."""
@@ -277,9 +274,9 @@ class Recipe(Section):
         own = {"sequence_tokens": self.data.sequence_tokens}
         return list(dict.fromkeys(data.model_copy(update=own) for data in given))
 
-    def start_of(self, adapter: Adapter) -> Adapter | None:
+    def predecessor(self, adapter: Adapter) -> Adapter | None:
         """The adapter in this recipe that `adapter` continues from; None if there is none."""
-        return next((a for a in self.adapters if a.name == adapter.start), None)
+        return next((a for a in self.adapters if a.name == adapter.continue_from), None)
 
     @field_validator("adapters")
     @classmethod
@@ -307,4 +304,4 @@ def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 def _may_correct(adapter: dict[str, Any], base_is_kept: bool) -> bool:
     """Whether the adapter can be initialized to correct the quantization error."""
-    return not (base_is_kept or adapter.get("dora") or adapter.get("start") is not None)
+    return not (base_is_kept or adapter.get("dora") or adapter.get("continue_from") is not None)

@@ -198,8 +198,9 @@ class CalibratedGraph(nn.Module):
         ]
         if unseen and not allow_unseen:
             raise CalibrationError(
-                f"{len(unseen)} activations saw no data: {listed(unseen, 3)}. Give other batches, add a rule with keep: "
-                "float, or allow_unseen=True (recipe: simulation.unseen: float)"
+                f"{len(unseen)} activations saw no data: {listed(unseen, 3)}. Give other batches, "
+                "add a rule with keep: float, or set allow_unseen=True (recipe: simulation.unseen: "
+                "float)"
             )
         for name in unseen:
             self._drop(name, "no calibration data reached it")

@@ -142,7 +142,8 @@ def place(
             symmetric grid. Qualcomm HTP requires it at 16 bits (AIMET applies the same exception
             when it is given an HTP configuration).
         input_names: names of the model's inputs by placeholder. Default: the placeholder's name.
-        unused_rules: refuse user rules without effect, or allow them (see `refuse_ineffective_rules`).
+        unused_rules: refuse user rules without effect, or allow them; see
+            `refuse_ineffective_rules`.
 
     Raises:
         CalibrationError: there is no such policy; or rules have no effect (all are named).

@@ -246,11 +246,14 @@ class PlacementRule:
 
     def problem(self) -> str | None:
         """Why the rule is invalid; None if it is valid."""
-        given = [
-            n
-            for n in ("bitwidth", "symmetric", "minimum", "maximum", "observer")
-            if getattr(self, n) is not None
-        ]
+        grid = {
+            "bitwidth": self.bitwidth,
+            "symmetric": self.symmetric,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+            "observer": self.observer,
+        }
+        given = [key for key, value in grid.items() if value is not None]
         if self.keep is not None and (given or self.force):
             return f"keep: float contradicts {', '.join(given or ['force'])}; remove one of them"
         if self.keep is None and not given and not self.force:
@@ -259,11 +262,8 @@ class PlacementRule:
             )
         if self.bitwidth is not None and self.bitwidth not in BITWIDTHS:
             return f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
-        if wrong := [
-            n
-            for n in ("minimum", "maximum")
-            if (end := getattr(self, n)) is not None and not math.isfinite(end)
-        ]:
+        ends = {"minimum": self.minimum, "maximum": self.maximum}
+        if wrong := [k for k, end in ends.items() if end is not None and not math.isfinite(end)]:
             return f"{' and '.join(wrong)} must be finite; omit an end that the data decides"
         if (
             (self.minimum or 0) > 0

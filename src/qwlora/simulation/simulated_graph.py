@@ -150,7 +150,7 @@ class SimulatedGraph(CalibratedGraph):
     def adapter_weights(self) -> dict[str, Tensor]:
         """The float weights of the adapter, by name."""
         return {
-            name: _attribute(self.graph_module, str(node.args[0].target)).detach()  # type: ignore[union-attr]
+            name: _attribute(self.graph_module, str(_source(node).target)).detach()
             for name, node in self._adapter_nodes()
         }
 
@@ -406,6 +406,12 @@ def _node_of_placeholder(program: ExportedProgram, module: GraphModule) -> dict[
     }
     found = {name: by_target[target] for name, target in specs.items() if target in by_target}
     return found | dict(zip(program.graph_signature.user_inputs, inputs, strict=True))
+
+
+def _source(node: Node) -> Node:
+    """The node that a quantizer's node reads."""
+    (source,) = node.all_input_nodes
+    return source
 
 
 def _attribute(module: nn.Module, path: str) -> Tensor:

@@ -7,9 +7,9 @@
 
 It is an instance of a subclass of the model's class, with its config but without layers: `forward`
 runs the graph. It accepts the arguments of the model's forward and refuses those that the graph
-does not support. There are no gradients, hidden states, attentions or caches, and no loss for models
-that add other terms to it (router balance). Batches padded on the left need `position_ids` among
-the example inputs of `simulate`.
+does not support. There are no gradients, hidden states, attentions or caches, and no loss for
+models that add other terms to it (router balance). Batches padded on the left need `position_ids`
+among the example inputs of `simulate`.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ class GgufCheckpoint:
     """
 
     config: PretrainedConfig
+    folder = None
 
     def __init__(self, path: str | Path):
         self._origins = self._placed(self._found(path))

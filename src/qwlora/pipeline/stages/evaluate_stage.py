@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.pipeline.stage import PlanBuilder, Stage
-from qwlora.pipeline.stages.train_stage import start_files
+from qwlora.pipeline.stages.train_stage import adapter_contents
 
 if TYPE_CHECKING:
     from qwlora.analysis.perplexity import Logits
@@ -30,8 +30,8 @@ def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | N
     own = recipe.base_text() if name is None else recipe.data_of(name)
     model: list[Any] = [plan.model] if kind in ("float", "imported") else []
     if kind == "imported":
-        start = next(a.start for a in recipe.adapters if a.name == name)
-        model.append([start, start_files(plan, start)])
+        start = next(a.continue_from for a in recipe.adapters if a.name == name)
+        model.append([start, adapter_contents(plan, start)])
     stage = f"{NAME}/{kind}" if name is None else f"{NAME}/{kind}/{name}"
     if own is not None:
         plan.add(stage, [*model, plan.held_out(own)], needs, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,8 +162,6 @@ def _tune(
     if report.solver_scales:
         (scratch / SOLVER_SCALES).parent.mkdir()
         save_file(report.solver_scales, scratch / SOLVER_SCALES)
-    return (
-        identity,
-        base_size(model),
-        {f.name: getattr(report, f.name) for f in fields(report) if f.name != "solver_scales"},
-    )
+    measured = asdict(replace(report, solver_scales={}))  # these are in a file, not in the results
+    del measured["solver_scales"]
+    return identity, base_size(model), measured

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.errors import FingerprintError
 from qwlora.pipeline.artifacts import MOMENTS, SCALES
 from qwlora.pipeline.distributed import is_first_process
-from qwlora.pipeline.kept_adapters import settings
+from qwlora.pipeline.kept_adapters import trained_with
 from qwlora.pipeline.stage import PlanBuilder, Stage
 from qwlora.recipe import Adapter
 from qwlora.revisions import revision
@@ -31,29 +31,31 @@ _WITHOUT_EFFECT = {"checkpoint_steps", "report_to", "data"}  # the text itself i
 
 def add(plan: PlanBuilder, adapter: Adapter) -> None:
     """Add the stage of one adapter."""
-    recipe, first = plan.recipe, plan.recipe.start_of(adapter)
+    recipe, first = plan.recipe, plan.recipe.predecessor(adapter)
     unused = _WITHOUT_EFFECT | (set() if adapter.init != "zero" else {"init_share"})
     learns: list[Any] = [
         plan.text(adapter.name),
         plan.held_out(recipe.data_of(adapter)) if adapter.evaluation_steps else None,
-        start_files(plan, None if first else adapter.start),
+        adapter_contents(plan, None if first else adapter.continue_from),
     ]
     if adapter.init != "zero":
         learns.append(revision("adapter.initialize"))
     needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
     if recipe.workflow == "qwa-lora":
         needs = (*needs, "calibrate-base")
-    inputs = [adapter.model_dump(exclude=unused), learns, recipe.seed]
+    settings = adapter.model_dump(exclude=unused)
+    settings["start"] = settings.pop("continue_from")  # its name when the first jobs were made
+    inputs = [settings, learns, recipe.seed]
     artifact = f"adapters/{adapter.name}"
     plan.add(f"{NAME}/{adapter.name}", inputs, needs, adapter.name, artifact)
 
 
-def start_files(plan: PlanBuilder, start: str | None) -> list[tuple[str, str | None]]:
-    """Names and digests of the files of an adapter to continue from.
+def adapter_contents(plan: PlanBuilder, source: str | None) -> list[tuple[str, str | None]]:
+    """Names and digests of the files of an adapter to continue.
 
     Empty for an adapter on the hub: its name, a part of the recipe, identifies it.
     """
-    folder = Path(start) if start else None
+    folder = Path(source) if source else None
     if folder is None or not folder.is_dir():
         return []
     return plan.contents(sorted(p for p in folder.iterdir() if p.is_file()))
@@ -86,17 +88,17 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     context.check_rules()
     reset_peak_rss()
     base = context.base()
-    start = (
+    source = (
         str(context.path / "adapters" / first.name)
-        if (first := context.recipe.start_of(adapter))
-        else adapter.start
+        if (first := context.recipe.predecessor(adapter))
+        else adapter.continue_from
     )
     model = (
         attach(base, adapter.lora_shape(), seed)
-        if start is None
-        else attach_existing(base, start, adapter.unknown_base, seed)
+        if source is None
+        else attach_existing(base, source, adapter.unknown_base, seed)
     )
-    if context.recipe.workflow == "qwa-lora" and adapter.steps and start is not None:
+    if context.recipe.workflow == "qwa-lora" and adapter.steps and source is not None:
         without_dropout_(model)
     initialized: dict[str, Any] = {}
     if adapter.init != "zero":
@@ -140,7 +142,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     measured: dict[str, Any] = {
         "steps": report.steps,
         "compute": adapter.compute,
-        "settings": settings(context.recipe, adapter),
+        "settings": trained_with(context.recipe, adapter),
         "step_seconds": report.step_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "base_bytes": report.base_bytes,

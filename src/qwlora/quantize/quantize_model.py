@@ -29,8 +29,8 @@ from qwlora.grid.second_moments import Moments
 from qwlora.messages import lines
 from qwlora.nn import (
     has_computed_weight,
+    instance_forward_problem,
     is_packable,
-    own_forward_problem,
     pack_at_,
     packed_weights,
     tie_weights_,
@@ -192,7 +192,7 @@ def _refuse_unpackable(model: nn.Module, names: Iterable[str]) -> None:
                 "remove_parametrizations(layer, 'weight'), remove_weight_norm or prune.remove"
             )
         else:
-            problem = own_forward_problem(module) or ""
+            problem = instance_forward_problem(module) or ""
         if problem:
             problems.append(f"{canonical_name(path)} {problem}")
     if problems:
@@ -228,7 +228,7 @@ def find_tensors(model: nn.Module) -> dict[str, Candidate]:
         product = isinstance(module, nn.Linear | Conv1D)
         if key == "weight" and is_packable(module):
             by_default = product and len(names) == 1 and module not in heads
-        elif is_bank(module, key):
+        elif is_expert_stack(module, key):
             by_default, product = True, False
         else:
             continue
@@ -262,7 +262,7 @@ def _transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
         yield from _transformers_models(child)
 
 
-def is_bank(module: nn.Module, key: str) -> bool:
+def is_expert_stack(module: nn.Module, key: str) -> bool:
     """Whether the parameter is a stack of matrices, one an expert."""
     parameter = module._parameters.get(key)
     return (

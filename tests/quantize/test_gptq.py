@@ -123,7 +123,7 @@ def test_without_damping_a_moment_that_cannot_be_factored_gets_some() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(GridError, match="damping -1 is not a finite number of at least 0"):
         GptqSettings(damping=-1)
-    with pytest.raises(GridError, match="sweeps -1: there cannot be fewer than none"):
+    with pytest.raises(GridError, match=r"sweeps .*-1.*at least 0"):
         GptqSettings(sweeps=-1)
 
 

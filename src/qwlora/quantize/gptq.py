@@ -35,7 +35,7 @@ from qwlora.quantize.scale_search import COARSE, search_scale, storable_scale
 
 REVISION = 1
 _RUN = 32  # columns between two updates of all that follow
-_LEAST_DAMPING = 1e-6  # where none was asked for, and none does not do
+_LEAST_DAMPING = 1e-6  # first damping if 0 was requested and H is not positive definite
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class GptqSettings:
         if not 0 <= self.damping < math.inf:
             raise GridError(f"damping {self.damping} is not a finite number of at least 0")
         if self.sweeps < 0:
-            raise GridError(f"sweeps {self.sweeps}: there cannot be fewer than none")
+            raise GridError(f"sweeps is {self.sweeps}; it must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -93,20 +93,20 @@ def quantize_(
 
     Args:
         scheme: the grid of every weight, or its short name (`w4-block32`, see `parse_scheme`).
-        solver: `rtn`, `search`, `sqnr` or `gptq` (see `solver.py`).
-        rules: what is different for some layers (see `rules.py`).
+        solver: `rtn`, `search`, `sqnr` or `gptq` (see `solvers.py`).
+        rules: exceptions for some layers (see `layer_rules.py`).
         calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
             tensors, tuples); needed by gptq, and for `moments`.
-        moments: filled with the second moments of each layer (`second_moments.py`), which the
-            data-aware start of an adapter needs.
-        work: a folder for finished parts; the same call goes on after the last one there.
-        gptq: how that solver goes about it.
+        moments: filled with the second moments of each layer (`second_moments.py`), which
+            `initialize_adapter_` needs for `qera`.
+        work: a folder for finished blocks; the same call resumes after the last one in it.
+        gptq: settings of that solver.
 
     Raises:
         GridError: a scheme does not fit its layer (all such layers are named), a rule matches
             nothing, or there is nothing to quantize.
         CalibrationError: a tensor of the model or an input holds nan or infinity, a layer saw no
-            data, or a part cannot be differentiated.
+            data, or a block cannot be differentiated.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise GridError(
@@ -242,8 +242,8 @@ def find_tensors(model: nn.Module) -> dict[str, Candidate]:
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
-    """What makes the result from the last hidden state: the output head, and whatever else a
-    transformers model has outside of its body (a classifier, a projection)."""
+    """The modules that compute the result from the last hidden state: the output head, and anything
+    else outside a transformers model's body (a classifier, a projection)."""
     heads: set[nn.Module] = set()
     for inner in _transformers_models(model):
         output = inner.get_output_embeddings()
@@ -263,7 +263,7 @@ def _transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def is_expert_stack(module: nn.Module, key: str) -> bool:
-    """Whether the parameter is a stack of matrices, one an expert."""
+    """Whether the parameter is a stack of matrices, one per expert."""
     parameter = module._parameters.get(key)
     return (
         parameter is not None

@@ -1,15 +1,25 @@
-"""How much a frozen base loses, and how much of it 60 LoRA steps win back: one table a model.
+"""How much perplexity a frozen base loses, and how much of it 60 LoRA steps recover.
 
     python benchmarks/fidelity.py [--model smollm2|gemma3] [--only SUBSTRING ...] [--aimet PYTHON]
 
-Rows: solver x bitwidth x granularity x start of the adapter (svd and qera correct in half of its ranks, or in all; qera-inputs is qera as published, to which
-all of a layer's outputs are alike, and which corrects what tuning moved, too; in its rows here R was damped by 0.01 and B as long as A L everywhere), with
-and without tuning, bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is one that has it, `make .venv-aimet/ready`), and
-the float model with LoRA, all trained on the same sequences in the same order. Columns: true bits of a weight, perplexity of the base, at the adapter's start,
-after the steps, and that over float LoRA's, for tuned bases on all of the held-out text too; seconds of one thread. Training computes in bfloat16 (autocast),
-everything else in float32; a base of a perplexity above 1,000 is not trained. A finished row is in the result file and is not computed again; several processes
-may fill one file. Delete it to begin anew. The table lies beside it, as Markdown.
-SmolLM2 is 576 wide, which 128 does not divide: its blocks are of 192 there.
+Rows: solver x bitwidth x granularity x initialization of the adapter, with and without tuning. Also
+bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is an
+interpreter that has it, `make .venv-aimet/ready`), and the float model with LoRA. All are trained on
+the same sequences in the same order.
+
+    svd, qera      half of the ranks carry the correction, or all of them
+    qera-inputs    qera as published: all outputs of a layer count equally, and the adapter also
+                   corrects what tuning changed. In these rows R was damped by 0.01, and B was as
+                   long as A L everywhere
+
+Columns: stored bits per weight; perplexity of the base, of the adapter before the first step
+("start") and after the last ("end"); the end over that of float LoRA; for tuned bases the same on
+all held-out text; seconds on one thread. Training computes in bfloat16 (autocast), everything else
+in float32. A base with a perplexity above 1,000 is not trained.
+
+A finished row is in the result file and is not computed again; several processes may fill one file.
+Delete the file to start over. The table is next to it, as Markdown. SmolLM2 has a width of 576,
+which 128 does not divide, so its blocks have 192 weights where others have 128.
 """
 
 from __future__ import annotations
@@ -47,7 +57,7 @@ from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, how long its sequences are, and the block that stands where 128 is asked for."""
+    """A model, the length of its sequences, and the block size to use instead of 128."""
 
     source: str
     tokens: int
@@ -82,7 +92,7 @@ SEED_HELPER = Path(__file__).parent / "seed_helper.py"
 
 @dataclass(frozen=True)
 class Row:
-    """One base and one start."""
+    """One base and one initialization."""
 
     solver: str  # rtn, search, gptq; nf4; seed; float
     scheme: str = "float"
@@ -190,7 +200,7 @@ class Bench:
         return weight_out_in(self.reference.get_submodule(path)).detach()
 
     def base(self, row: Row) -> nn.Module:
-        """A copy of a row's base; the last one is kept, for rows that differ in their start, and for the same base tuned."""
+        """A copy of a row's base; the last one is kept, for rows that differ in their initialization, and for tuning."""
         if self.base_key != row.base:
             if row.tuned:
                 model = self.base(replace(row, tuned=0))
@@ -313,7 +323,7 @@ def table(results: dict[str, Any]) -> str:
     """All rows, in Markdown."""
     reference = results.get("float float zero", {})
     lines = [
-        "| solver, grid, start | bits a weight | base | start | end | of float LoRA | on all held-out text | seconds |",
+        "| solver, grid, init | bits a weight | base | start | end | of float LoRA | on all held-out text | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in results.items():

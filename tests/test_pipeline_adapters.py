@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from qwlora.errors import CalibrationError, RecipeError, TrainingError
+from qwlora.pipeline.explain_placement import explain_placement
 from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.placement_of_job import explain_job
 from qwlora.pipeline.plan import make_plan
 from qwlora.pipeline.run_job import open_job, run
 from qwlora.recipe import load_recipe
@@ -259,12 +259,12 @@ def test_a_rule_may_be_for_one_adapter_alone(
             ].scheme.bitwidth
             == 4
         )
-    assert explain_job(out, "b")[0] == "b"
+    assert explain_placement(out, "b")[0] == "b"
     with pytest.raises(
         CalibrationError,
         match=r"1 placement rules .*\n  '\*.k_proj.lora_A.weight' matches no value",
     ):
-        explain_job(out, "b", ("simulation.rules.0.match='*.k_proj.lora_A.weight'",))
+        explain_placement(out, "b", ("simulation.rules.0.match='*.k_proj.lora_A.weight'",))
 
 
 @pytest.mark.parametrize("workflow", ["qw-lora", "qwa-lora"])

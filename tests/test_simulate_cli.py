@@ -14,7 +14,7 @@ from qwlora.cli.simulate_command import _suggestion_lines
 from qwlora.cli.tables import group_similar, table
 from qwlora.errors import CalibrationError
 from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.placement_of_job import explain_job
+from qwlora.pipeline.explain_placement import explain_placement
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.recipe.simulation_section import SimulationRule
@@ -101,7 +101,7 @@ def test_json_has_every_value_and_what_was_calibrated(
     assert (softmax["kind"], softmax["observer"]) == ("activation", "sqnr")
     assert 0 <= softmax["high"] <= 1.01
     assert values["model.layers.1.self_attn.q_proj.weight"]["kind"] == "base"
-    _, changed = explain_job(job, changes=("simulation.policy=weights-only",))
+    _, changed = explain_placement(job, changes=("simulation.policy=weights-only",))
     assert {v.decision.value for v in changed.values if v.kind == "activation"} == {"float"}
 
 
@@ -298,7 +298,7 @@ def test_an_adapter_that_left_the_recipe_is_not_shown_by_it(job: Path, tmp_path:
         CalibrationError,
         match=r"adapter 'before' in .* is from an earlier version of the recipe, which now has first, second",
     ):
-        explain_job(out, "before")
+        explain_placement(out, "before")
 
 
 def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(
@@ -311,7 +311,7 @@ def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(
         CalibrationError,
         match=r"is of another recipe, adapter or base \(has not run\)\. Calibrate again: qwlora calibrate",
     ):
-        explain_job(out)
+        explain_placement(out)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def _flush_file(path: Path) -> None:
 
 
 def _flush_folder(path: Path) -> None:
-    """Flush a folder's list of names; some network file systems cannot, and keep it safe anyway."""
+    """Flush a folder's list of names; ignored where a network file system cannot."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

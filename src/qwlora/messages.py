@@ -1,4 +1,4 @@
-"""Parts of messages: lists of names, names that may have been meant, sizes."""
+"""Parts of messages: lists of names, suggestions for misspelled names, sizes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def listed(items: Iterable[object], most: int = 5) -> str:
 
 
 def lines(items: Sequence[str], most: int = 5) -> list[str]:
-    """The first of `items` and, if there are others, the line `and 7 more`."""
+    """The first items and, if there are more, a last line such as `and 7 more`."""
     more = [f"and {len(items) - most} more"] if len(items) > most else []
     return [*items[:most], *more]
 
 
 def near_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """Those of `names` that are spelled much like `name`, the nearest first; case is ignored.
+    """The names with a spelling similar to `name`, closest first; case is ignored.
 
-    Dotted names are alike in their last part (`*.up_prj` and `layers.0.mlp.up_proj`), or as a
-    whole where the last part is right or like none.
+    Dotted names are compared by their last part (`*.up_prj` and `layers.0.mlp.up_proj`), or as a
+    whole if the last part is correct or similar to none.
     """
     known = list(dict.fromkeys(names))
     end = _last_part(name).lower()
@@ -42,7 +42,7 @@ def near_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
 
 
 def suggestion(name: str, names: Collection[str], count: int = 1) -> str:
-    """End of a message about an unknown name: the near names, or the first of all."""
+    """The end of a message about an unknown name: similar names, or else the known ones."""
     if near := near_names(name, names, count):
         return f"; did you mean {' or '.join(near)}?"
     return f"; there are {listed(names, 20)}"

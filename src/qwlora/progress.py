@@ -1,6 +1,6 @@
-"""How long steps report progress.
+"""How long-running steps report progress.
 
-A step that loops takes a `Track`: a function that yields the items and may draw a progress bar.
+Such a step takes a `Track`, a function that yields the items and may draw a progress bar.
 The default `untracked` draws nothing; the command line passes a `rich` bar
 (`cli/progress_bars.py`), so no step depends on a terminal.
 """

@@ -1,9 +1,9 @@
-"""Revisions of algorithms. A module whose results are stored states its own, beside its code:
+"""Revisions of algorithms. A module whose results are stored states its own, next to its code:
 
     REVISION = 2  # 2: what changed
 
 and raises it when the same inputs give other results. Stage keys contain the revisions of the
-modules that a stage runs, so results of an older revision are recomputed.
+modules that a stage runs, so results of an older revision are computed again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it: without the `NaN` and `Infinity` that Python's `json` writes."""
+"""JSON as RFC 8259 defines it: without the `NaN` and `Infinity` that Python's `json` writes."""
 
 from __future__ import annotations
 

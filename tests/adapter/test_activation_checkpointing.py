@@ -69,7 +69,7 @@ def test_trims_after_every_third_large_layer_in_both_passes(
     worth: int, trims: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trimmed: list[int] = []
-    monkeypatch.setattr(activation_checkpointing, "give_back", lambda: trimmed.append(1))
+    monkeypatch.setattr(activation_checkpointing, "return_freed_memory", lambda: trimmed.append(1))
     monkeypatch.setattr(activation_checkpointing, "_MIN_COPY_BYTES", 1)
     monkeypatch.setattr(activation_checkpointing, "_MIN_TRIM_BYTES", worth)
     sizes = {

@@ -93,7 +93,7 @@ def test_trims_memory_only_with_gradient_checkpointing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     given: list[int] = []
-    monkeypatch.setattr("qwlora.adapter.chunked_loss.give_back", lambda: given.append(1))
+    monkeypatch.setattr("qwlora.adapter.chunked_loss.return_freed_memory", lambda: given.append(1))
     monkeypatch.setattr("qwlora.adapter.chunked_loss._MIN_TRIM_TOKENS", 1)
     train_adapter(adapted(), IDS, replace(SETTINGS, gradient_checkpointing=checkpointing), tmp_path)
     assert len(given) == (3 * SETTINGS.steps if checkpointing else 0)

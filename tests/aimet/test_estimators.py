@@ -21,7 +21,7 @@ from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.observers import encoding_from_range
 from qwlora.grid.range_estimator import Estimator
 from qwlora.grid.scheme import PerChannel, Scheme
-from qwlora.quantize.scale_search import fit
+from qwlora.quantize.scale_search import search_scale
 
 from .oracle import PercentileEncodingAnalyzer, SqnrEncodingAnalyzer, aimet_numbers, aimet_quantizer
 from .table import Table
@@ -152,7 +152,7 @@ def test_percentile(percentile, table: Table):
 
 def solver_ratio(weight: Tensor, scheme: Scheme) -> float:
     """Error of the encoding of the solver `sqnr` over that of AIMET's SQNR analyzer."""
-    mine = fit(weight, scheme, clipping_penalty=3.0)
+    mine = search_scale(weight, scheme, clipping_penalty=3.0)
     scale, offset = aimet_numbers(aimet_quantizer(weight, scheme, SqnrEncodingAnalyzer, gamma=3.0))
     shape = scheme.scale_shape(tuple(weight.shape))
     aimet = Encoding(scheme, scale.view(shape), offset.view(shape))

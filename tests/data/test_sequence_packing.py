@@ -22,7 +22,7 @@ from transformers import (
 from conftest import VOCABULARY, tiny_model
 from qwlora.analysis.perplexity import perplexity
 from qwlora.data.document_isolation import check_isolation, isolation_leak
-from qwlora.data.sequence_packing import cut, joined_ids
+from qwlora.data.sequence_packing import cut_into_sequences, joined_ids
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.data.tokenization import Tokens
 from qwlora.errors import SourceError
@@ -73,7 +73,7 @@ def test_logits_in_a_pack_are_those_of_the_document_alone(name: str, attention: 
     model = MODELS[name]()
     model.set_attn_implementation(attention)
     documents = records(7, 30)
-    packed, _ = cut(documents, 64, "documents", [], PAD, "training")
+    packed, _ = cut_into_sequences(documents, 64, "documents", [], PAD, "training")
     assert len(packed) < len(documents)
     logits = model(packed.input_ids, position_ids=packed.position_ids, use_cache=False).logits
     assert packed.position_ids is not None
@@ -96,8 +96,8 @@ def test_logits_in_a_pack_are_those_of_the_document_alone(name: str, attention: 
 
 def test_loss_of_packs_is_the_mean_over_the_learnt_tokens_of_all_documents() -> None:
     model, documents = tiny_model("llama"), records(9, 30)
-    packed, counts = cut(documents, 64, "documents", [], PAD, "training")
-    padded, _ = cut(documents, 64, "none", [], PAD, "training")
+    packed, counts = cut_into_sequences(documents, 64, "documents", [], PAD, "training")
+    padded, _ = cut_into_sequences(documents, 64, "none", [], PAD, "training")
     total, learnt = 0.0, 0
     for document in documents:
         labels = torch.tensor(
@@ -193,7 +193,7 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(
         for k, (n, _, prompt) in enumerate(shapes)
     ]
     try:
-        found, counts = cut(documents, width, packing, [], -1, "training")
+        found, counts = cut_into_sequences(documents, width, packing, [], -1, "training")
     except SourceError:
         assert packing == "join" or not any(any(t.in_loss[1:width]) for t in documents)
         return
@@ -223,7 +223,7 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(
 
 def test_running_text_is_cut_into_pieces_each_begun_and_nothing_is_lost() -> None:
     text = Tokens(list(range(25)), [True] * 25, divisible=True)
-    found, counts = cut([text], 10, "none", [99], -1, "training")
+    found, counts = cut_into_sequences([text], 10, "none", [99], -1, "training")
     assert found.input_ids.tolist() == [
         [99, *range(9)],
         [99, *range(9, 18)],
@@ -235,7 +235,7 @@ def test_running_text_is_cut_into_pieces_each_begun_and_nothing_is_lost() -> Non
         [-100, *range(18, 25), -100, -100],
     ]
     assert (counts.dropped_tokens, counts.truncated_documents, counts.padding_tokens) == (0, 0, 2)
-    packed, _ = cut([text], 10, "documents", [99], -1, "training")
+    packed, _ = cut_into_sequences([text], 10, "documents", [99], -1, "training")
     assert packed.position_ids is not None
     assert packed.position_ids[0].tolist() == list(range(10))
 
@@ -246,7 +246,7 @@ def test_what_is_too_long_is_truncated_and_counted() -> None:
         Tokens(list(range(20)), [False] * 12 + [True] * 8),
         Tokens([1, 2, 3], [False, True, True]),
     ]
-    _, counts = cut(documents, 10, "documents", [], -1, "training")
+    _, counts = cut_into_sequences(documents, 10, "documents", [], -1, "training")
     assert (counts.documents, counts.tokens, counts.sequences) == (3, 35, 2)
     assert (counts.truncated_documents, counts.truncated_tokens) == (2, 12)
     assert (counts.dropped_documents, counts.dropped_tokens) == (1, 22)
@@ -255,9 +255,11 @@ def test_what_is_too_long_is_truncated_and_counted() -> None:
         SourceError,
         match=r"none of the 1 held-out documents has a loss token within its first 10 tokens: raise data.sequence_tokens",
     ):
-        cut(documents[1:2], 10, "none", [], -1, "held-out")
+        cut_into_sequences(documents[1:2], 10, "none", [], -1, "held-out")
     with pytest.raises(SourceError, match="no sequence of the training part has a loss token"):
-        cut([Tokens(list(range(12)), [True] + [False] * 11)], 10, "join", [], -1, "training")
+        cut_into_sequences(
+            [Tokens(list(range(12)), [True] + [False] * 11)], 10, "join", [], -1, "training"
+        )
 
 
 def test_calibration_sees_no_padding() -> None:

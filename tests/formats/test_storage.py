@@ -18,7 +18,7 @@ from qwlora import PerChannel, Scheme, fingerprint, load_base, quantize_, save_b
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.formats.base_folder import BaseWriter
 from qwlora.grid.scheme import parse_scheme
-from qwlora.nn.fingerprint import combined, config_numbers
+from qwlora.nn.fingerprint import combined_fingerprint, config_numbers
 from qwlora.quantize.layer_rules import Rule
 
 IDS = torch.arange(40).view(2, 20)
@@ -241,7 +241,10 @@ def resign(folder: Path) -> None:
     }
     digests = {name: tensor_digest(name, kinds[name], t) for name, t in tensors.items()}
     numbers = config_numbers(empty_model(read_config(folder, len(tensors)), len(tensors)))
-    edit_record(folder, lambda r: r.update(fingerprint=combined(digests, numbers), tensors=digests))
+    edit_record(
+        folder,
+        lambda r: r.update(fingerprint=combined_fingerprint(digests, numbers), tensors=digests),
+    )
 
 
 def parse(layer: dict[str, Any]) -> Scheme:

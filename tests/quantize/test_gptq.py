@@ -11,7 +11,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.quantize.gptq import GptqSettings, gptq
-from qwlora.quantize.scale_search import COARSE, fit, storable_scale
+from qwlora.quantize.scale_search import COARSE, search_scale, storable_scale
 
 SCHEMES = [
     "w4-channel",
@@ -82,7 +82,7 @@ def test_independent_inputs_leave_nothing_to_make_good() -> None:
     weight, _ = problem()
     scheme = parse_scheme("w4-block32")
     found, _ = gptq(weight, torch.eye(128), scheme, GptqSettings(sweeps=0))
-    expected = fit(weight, scheme, fractions=COARSE)
+    expected = search_scale(weight, scheme, fractions=COARSE)
     assert torch.equal(found.codes, expected.quantize(weight))
 
 
@@ -123,7 +123,7 @@ def test_without_damping_a_moment_that_cannot_be_factored_gets_some() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(GridError, match="damping -1 is not a finite number of at least 0"):
         GptqSettings(damping=-1)
-    with pytest.raises(GridError, match="sweeps -1: there cannot be fewer than none"):
+    with pytest.raises(GridError, match=r"sweeps .*-1.*at least 0"):
         GptqSettings(sweeps=-1)
 
 
@@ -144,7 +144,7 @@ def test_fit_is_never_worse_than_the_min_max_range(name: str) -> None:
     importance = moment.diagonal()
     errors = [
         float(((e.fake_quantize(weight) - weight).square() * importance).sum())
-        for e in (fit(weight, scheme, importance), measure(weight, scheme))
+        for e in (search_scale(weight, scheme, importance), measure(weight, scheme))
     ]
     if name != "w4-lpbq64":  # whose integer scales are found from free ones
         assert errors[0] <= errors[1] * 1.001
@@ -152,7 +152,7 @@ def test_fit_is_never_worse_than_the_min_max_range(name: str) -> None:
 
 def test_block_scales_survive_float16() -> None:
     weight, _ = problem()
-    scale = fit(weight, parse_scheme("w4-block32")).scale
+    scale = search_scale(weight, parse_scheme("w4-block32")).scale
     assert torch.equal(scale, scale.half().float())
     tiny = torch.tensor([1e-7, 1e6, 0.1])
     assert torch.equal(storable_scale(tiny)[:2], tiny[:2]), (
@@ -163,4 +163,6 @@ def test_block_scales_survive_float16() -> None:
 def test_a_clipping_penalty_widens_the_grid() -> None:
     weight, _ = problem()
     scheme = Scheme(3)
-    assert float(fit(weight, scheme, clipping_penalty=3).scale) > float(fit(weight, scheme).scale)
+    assert float(search_scale(weight, scheme, clipping_penalty=3).scale) > float(
+        search_scale(weight, scheme).scale
+    )

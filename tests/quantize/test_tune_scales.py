@@ -378,15 +378,13 @@ def test_what_cannot_be_tuned_says_why() -> None:
         CalibrationError, match=r"the float model's logits are \[1, 32, 300\], the quantized one's"
     ):
         tune_scales_(model, larger, ids())
-    with pytest.raises(
-        CalibrationError, match="compares logits, and LlamaModel makes none; leave tuning out"
-    ):
+    with pytest.raises(CalibrationError, match=r"logits.* LlamaModel .*remove tuning"):
         tune_scales_(model.model, reference.model, ids())
     with torch.no_grad():
         reference.model.norm.weight.fill_(float("nan"))
     with pytest.raises(
         CalibrationError,
-        match="the divergence is nan at step 1; take a lower learning rate, or compute float32",
+        match=r"divergence is nan at step 1; .*lower learning rate",
     ):
         tune_scales_(model, reference, ids())
     for wrong in (

@@ -8,7 +8,7 @@ import torch
 from qwlora.errors import CalibrationError
 from qwlora.grid.range_estimator import Estimator
 from qwlora.grid.scheme import PerChannel, Scheme
-from qwlora.simulation.estimate_encodings import estimate
+from qwlora.simulation.estimate_encodings import estimate_encodings
 from qwlora.simulation.fake_quantizer import Mode, Quantizer
 
 
@@ -30,7 +30,7 @@ def test_quantizer_says_what_it_cannot_do() -> None:
     quantizer.observer.update(torch.ones(2))
     quantizer.estimator = Estimator("sqnr")
     with pytest.raises(CalibrationError, match=r"it was observed without a sample.* sqnr"):
-        estimate([quantizer])
+        estimate_encodings([quantizer])
     for bad, message in (
         (torch.nan, r"not finite \(nan or infinity in the data\)"),
         (3e38, "wider than float32 can hold; look for values that are masks"),
@@ -38,14 +38,14 @@ def test_quantizer_says_what_it_cannot_do() -> None:
         quantizer = Quantizer("it", Scheme(8, symmetric=False))
         quantizer.observer.update(torch.tensor([bad, -bad]))
         with pytest.raises(CalibrationError, match=f"it: the observed range is {message}"):
-            estimate([quantizer])
+            estimate_encodings([quantizer])
 
 
 def test_in_place_is_the_same_and_only_where_no_gradient_is() -> None:
     quantizer = Quantizer("it", Scheme(8, symmetric=False), in_place=True)
     x = torch.randn(3, 50)
     quantizer.observer.update(x)
-    estimate([quantizer])
+    estimate_encodings([quantizer])
     assert quantizer.encoding is not None
     quantizer.mode, expected = Mode.SIMULATE, quantizer.encoding.fake_quantize(x)
     learning = x.clone().requires_grad_()

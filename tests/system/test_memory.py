@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwlora.system.memory import give_back, peak_rss_bytes, reset_peak_rss
+from qwlora.system.memory import peak_rss_bytes, reset_peak_rss, return_freed_memory
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="resident memory is read from /proc"
@@ -28,7 +28,7 @@ def test_holes_between_blocks_are_given_back() -> None:
     kept = blocks[::20]
     del blocks
     before = resident_bytes()
-    assert give_back()
+    assert return_freed_memory()
     assert resident_bytes() < before - 70e6
     assert all(float(block.sum()) == 2**14 for block in kept)
 

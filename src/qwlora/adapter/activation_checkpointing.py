@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qwlora.system.memory import give_back
+from qwlora.system.memory import return_freed_memory
 
 _MIN_COPY_BYTES = 2**20  # below this, the copy costs more than the hole
 # A layer makes about twenty times as many bytes as its output has. Below this size, returning them
@@ -77,7 +77,7 @@ class _MappedCopy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, trims: bool) -> Tensor:
         ctx.trims = trims
         if trims:
-            give_back()
+            return_freed_memory()
         mapping = mmap.mmap(-1, x.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):
             mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -86,5 +86,5 @@ class _MappedCopy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         if ctx.trims:
-            give_back()
+            return_freed_memory()
         return gradient, None

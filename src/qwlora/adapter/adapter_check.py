@@ -79,7 +79,7 @@ def adapter_report(adapter: Path, below: Path) -> AdapterReport:
         alpha=config.get("lora_alpha"),
         modules=len(layers),
         parameters=sum(math.prod(shape) for shape in shapes.values()),
-        base=base_of(adapter) if says_base(adapter) else None,
+        base=base_of(adapter) if records_base(adapter) else None,
     )
 
 
@@ -100,7 +100,7 @@ def job_fingerprint(folder: Path) -> str | None:
     return str(found)
 
 
-def says_base(adapter: Path) -> bool:
+def records_base(adapter: Path) -> bool:
     """Whether `adapter` records which base it was trained on; PEFT alone does not record it."""
     return (adapter / FILE).exists()
 
@@ -130,7 +130,7 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
         found += _weight_problems(adapter, read_config(adapter))
     except QwloraError as error:
         return [*found, str(error)]
-    if unknown_base == "accept" and not says_base(adapter):
+    if unknown_base == "accept" and not records_base(adapter):
         return found
     try:
         said = base_of(adapter)

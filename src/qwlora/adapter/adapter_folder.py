@@ -34,7 +34,7 @@ from qwlora.errors import (
 )
 from qwlora.formats import manifest
 from qwlora.messages import listed
-from qwlora.nn.fingerprint import fingerprint_of, moved_floats, remember_floats_, tensor_digests
+from qwlora.nn.fingerprint import changed_floats, fingerprint_of, remember_floats_, tensor_digests
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.nn.unwrap import unwrapped
 
@@ -76,7 +76,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_fingerprint: str | N
 
 def _unmoved_fingerprint(model: nn.Module) -> str:
     digests = tensor_digests(model)
-    if moved := moved_floats(model, digests):
+    if moved := changed_floats(model, digests):
         raise FingerprintError(
             f"{len(moved)} float tensors of the base changed since it was quantized or loaded: "
             f"{listed(moved)}. An adapter fits only the base that it was trained on. If the "

@@ -42,7 +42,7 @@ from qwlora.adapter.vocabulary_slice_loss import WeightRows, sliced_cross_entrop
 from qwlora.errors import TrainingError
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import compute_dtype
-from qwlora.system.memory import give_back
+from qwlora.system.memory import return_freed_memory
 
 # Logits in a chunk: a little over 32 MiB in float32. Freed blocks above 32 MiB are returned to the
 # system by glibc's malloc.
@@ -166,7 +166,7 @@ class ChunkedLoss:
             and self._model.training
             and self._model.is_gradient_checkpointing
         ):
-            give_back()
+            return_freed_memory()
 
     def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Sum of the cross-entropies.

@@ -26,7 +26,7 @@ from qwlora.nn import PackedLayer
 from qwlora.parameter_names import is_adapter_name
 
 
-def switch_on_(accelerator: Any) -> bool:
+def enable_fsdp_(accelerator: Any) -> bool:
     """Whether the launcher asked for FSDP; on CPUs, switch it on.
 
     Accelerate supports FSDP on accelerators only. On CPUs it ignores the request without a message

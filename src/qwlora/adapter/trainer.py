@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
 from qwlora.adapter.adapter_folder import write_adapter
-from qwlora.adapter.fsdp import is_sharded, switch_on_, whole_adapter
+from qwlora.adapter.fsdp import enable_fsdp_, is_sharded, whole_adapter
 from qwlora.adapter.graph_training import add_ranges_, load_ranges_, save_ranges
 from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.training_callbacks import first_gradient_not_finite, first_output_not_finite
@@ -77,7 +77,7 @@ class AdapterTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self.is_fsdp_enabled = switch_on_(self.accelerator)
+        self.is_fsdp_enabled = enable_fsdp_(self.accelerator)
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True

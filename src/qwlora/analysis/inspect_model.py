@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora.analysis.model_files import AimetFile, Opened, Stored, open_files
+from qwlora.analysis.model_files import AimetFile, OpenedModel, TensorHeader, open_files
 from qwlora.errors import SourceError
 from qwlora.formats.model_source import fetch
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -161,9 +161,9 @@ def path_of(source: str) -> Path:
     return fetch(source).path
 
 
-def _views(opened: Opened) -> list[TensorView]:
+def _views(opened: OpenedModel) -> list[TensorView]:
     kinds = Counter(stored for name, stored in opened.tensors.items() if name not in opened.schemes)
-    known: dict[tuple[Stored, ...], tuple[tuple[int, ...], str]] = {}
+    known: dict[tuple[TensorHeader, ...], tuple[tuple[int, ...], str]] = {}
     views = []
     for name, stored in opened.tensors.items():
         if name in opened.schemes:
@@ -189,7 +189,7 @@ def _described(value: Tensor | QuantizedTensor) -> tuple[tuple[int, ...], str]:
     return tuple(value.shape), str(value.dtype).removeprefix("torch.")
 
 
-def _compared(view: TensorView, opened: Opened, other: Opened) -> TensorView:
+def _compared(view: TensorView, opened: OpenedModel, other: OpenedModel) -> TensorView:
     if view.name not in other.tensors:
         return view
     ours, theirs = opened.read(view.name), other.read(view.name)
@@ -207,7 +207,7 @@ def _compared(view: TensorView, opened: Opened, other: Opened) -> TensorView:
 
 
 def _laid_out_like(
-    other: Tensor | QuantizedTensor, value: Tensor | QuantizedTensor, opened: Opened, name: str
+    other: Tensor | QuantizedTensor, value: Tensor | QuantizedTensor, opened: OpenedModel, name: str
 ) -> Tensor:
     """The values of `value` as floats; if `other` is integers, as `[out, in]` as well."""
     if isinstance(value, QuantizedTensor):

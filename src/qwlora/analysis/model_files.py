@@ -27,7 +27,7 @@ from qwlora.grid.scheme import Scheme
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorHeader:
     """One tensor of a file, from its header.
 
     Args:
@@ -42,7 +42,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """The files of one model.
 
     Args:
@@ -56,7 +56,7 @@ class Opened:
     """
 
     kind: str
-    tensors: Mapping[str, tuple[Stored, ...]]
+    tensors: Mapping[str, tuple[TensorHeader, ...]]
     read: Callable[[str], Tensor | QuantizedTensor]
     transposed: Callable[[], frozenset[str]]
     fingerprint: str | None = None
@@ -72,7 +72,7 @@ class AimetFile:
     block_order: BlockOrder | None = None
 
 
-def open_files(path: Path, encodings: AimetFile | None = None) -> Opened:
+def open_files(path: Path, encodings: AimetFile | None = None) -> OpenedModel:
     """Open a base, a Hugging Face folder of floats or integers, or a GGUF file.
 
     Args:
@@ -97,14 +97,14 @@ def open_files(path: Path, encodings: AimetFile | None = None) -> Opened:
     return _open_folder(path, method)
 
 
-def _open_base(folder: Path) -> Opened:
+def _open_base(folder: Path) -> OpenedModel:
     base = BaseCheckpoint(folder)
     stored = {
         name: tuple(_stored(base.files, found, found.rpartition(".")[2]) for found in parts)
         for name, parts in base.stored.items()
     }
     schemes = {name: (scheme, shape) for name, (_, scheme, shape) in base.layers.items()}
-    return Opened(
+    return OpenedModel(
         "QWLoRA base",
         stored,
         base.read,
@@ -114,13 +114,13 @@ def _open_base(folder: Path) -> Opened:
     )
 
 
-def _open_aimet(folder: Path, encodings: AimetFile) -> Opened:
+def _open_aimet(folder: Path, encodings: AimetFile) -> OpenedModel:
     checkpoint = open_checkpoint(
         folder, encodings.path, keep_float=encodings.keep_float, block_order=encodings.block_order
     )
     assert isinstance(checkpoint, AimetCheckpoint)
     floats = checkpoint.floats
-    return Opened(
+    return OpenedModel(
         "float checkpoint with AIMET encodings",
         _stored_tensors(floats),
         checkpoint.read,
@@ -129,13 +129,13 @@ def _open_aimet(folder: Path, encodings: AimetFile) -> Opened:
     )
 
 
-def _open_folder(folder: Path, method: str | None) -> Opened:
+def _open_folder(folder: Path, method: str | None) -> OpenedModel:
     if method is None:
         files = SafetensorsFiles(folder)
         try:
             checkpoint = open_checkpoint(folder)
         except SourceError:  # not a language model; its headers can still be shown
-            return Opened(
+            return OpenedModel(
                 "float checkpoint",
                 {name: (_stored(files, name, "weight"),) for name in files.names()},
                 files.read,
@@ -145,7 +145,7 @@ def _open_folder(folder: Path, method: str | None) -> Opened:
         checkpoint = open_checkpoint(folder)
     assert isinstance(checkpoint, FolderCheckpoint)
     model = checkpoint.model
-    return Opened(
+    return OpenedModel(
         "float checkpoint" if method is None else f"{method} checkpoint",
         _stored_tensors(checkpoint),
         checkpoint.read,
@@ -153,7 +153,7 @@ def _open_folder(folder: Path, method: str | None) -> Opened:
     )
 
 
-def _stored_tensors(checkpoint: FolderCheckpoint) -> dict[str, tuple[Stored, ...]]:
+def _stored_tensors(checkpoint: FolderCheckpoint) -> dict[str, tuple[TensorHeader, ...]]:
     """The stored tensors of each parameter in a folder."""
     files = checkpoint.files
     raw: dict[str, list[str]] = {}
@@ -170,7 +170,7 @@ def _stored_tensors(checkpoint: FolderCheckpoint) -> dict[str, tuple[Stored, ...
     return tensors
 
 
-def _open_gguf(path: Path) -> Opened:
+def _open_gguf(path: Path) -> OpenedModel:
     from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 
     checkpoint = GgufCheckpoint(path)
@@ -178,10 +178,11 @@ def _open_gguf(path: Path) -> Opened:
     for name in checkpoint.names():
         sources = [in_file[stored] for stored in checkpoint.stored_names(name)]
         tensors[name] = tuple(
-            Stored("weight", source.kind, source.shape, source.size_bytes) for source in sources
+            TensorHeader("weight", source.kind, source.shape, source.size_bytes)
+            for source in sources
         )
     model = checkpoint.model
-    return Opened("GGUF file", tensors, checkpoint.read, lambda: _transposed(model))
+    return OpenedModel("GGUF file", tensors, checkpoint.read, lambda: _transposed(model))
 
 
 def _sources_of(stored: str, files: SafetensorsFiles, raw: Mapping[str, list[str]]) -> list[str]:
@@ -210,6 +211,6 @@ def _transposed(model: nn.Module) -> frozenset[str]:
     return frozenset(found)
 
 
-def _stored(files: SafetensorsFiles, name: str, part: str) -> Stored:
+def _stored(files: SafetensorsFiles, name: str, part: str) -> TensorHeader:
     shape, dtype = files.shape(name), files.dtype(name)
-    return Stored(part, dtype, shape, math.prod(shape) * BITS[dtype] // 8)
+    return TensorHeader(part, dtype, shape, math.prod(shape) * BITS[dtype] // 8)

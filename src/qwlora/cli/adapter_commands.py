@@ -102,7 +102,7 @@ def check(
         is_verifiable,
         job_fingerprint,
         problems,
-        says_base,
+        records_base,
     )
     from qwlora.errors import SourceError
     from qwlora.pipeline.directory import Directory
@@ -126,7 +126,7 @@ def check(
         wrong += bool(found)
         changed += bool(changed_files(adapter))
         good = "good"
-        if not says_base(adapter):
+        if not records_base(adapter):
             good += "; does not record its base"
         elif not base:
             good += "; no base here to compare with"

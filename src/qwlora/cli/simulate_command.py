@@ -98,23 +98,23 @@ def simulate(
         raise typer.BadParameter(f"--suggest must be between 0 and 1, not {suggest:g}; {remedy}")
     asked = tuple(changes or ())
     if costs:
-        from qwlora.pipeline.simulation_costs import account_job
+        from qwlora.pipeline.simulation_costs import measure_costs
 
-        account = account_job(job, adapter, asked, bars(as_json))
+        account = measure_costs(job, adapter, asked, bars(as_json))
         print(strict_json.dumps(account, indent=1) if as_json else "\n".join(_cost_lines(account)))
     elif suggest is not None:
-        from qwlora.pipeline.simulation_costs import suggest_job
+        from qwlora.pipeline.simulation_costs import suggest_bitwidths
 
-        suggestion = suggest_job(job, adapter, asked, suggest, bars(as_json))
+        suggestion = suggest_bitwidths(job, adapter, asked, suggest, bars(as_json))
         print(
             strict_json.dumps(suggestion, indent=1)
             if as_json
             else "\n".join(_suggestion_lines(suggestion))
         )
     else:
-        from qwlora.pipeline.placement_of_job import explain_job
+        from qwlora.pipeline.explain_placement import explain_placement
 
-        name, found = explain_job(job, adapter, asked)
+        name, found = explain_placement(job, adapter, asked)
         print(
             strict_json.dumps({"adapter": name, **found.to_json()}, indent=1)
             if as_json

@@ -51,7 +51,7 @@ def folder_files(folder: Path, split: str | None) -> list[Path]:
     """The files of `folder` with its documents, or with those of `split`, all of one kind.
 
     Raises:
-        SourceError: there is no file besides a card, none belongs to the split, one of them cannot
+        SourceError: there is no file but a card, none belongs to the split, one of them cannot
             be read, or there are both records and running text.
     """
     every = sorted(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import Document, Documents
-from qwlora.data.sequence_packing import Counts, cut, joined_ids
+from qwlora.data.sequence_packing import Counts, cut_into_sequences, joined_ids
 from qwlora.data.tokenization import encode_documents, start_tokens
 
 if TYPE_CHECKING:
@@ -85,8 +85,10 @@ def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cutting: C
     )
     train = encode_documents(documents.train, tokenizer, cutting.turns)
     held_out = encode_documents(documents.held_out, tokenizer, cutting.turns)
-    train_sequences, train_counts = cut(train, tokens, packing, start, padding, "training")
-    held_out_sequences, held_out_counts = cut(
+    train_sequences, train_counts = cut_into_sequences(
+        train, tokens, packing, start, padding, "training"
+    )
+    held_out_sequences, held_out_counts = cut_into_sequences(
         held_out, tokens, "none" if packing == "documents" else packing, start, padding, "held-out"
     )
     calibration = (

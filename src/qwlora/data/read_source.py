@@ -1,13 +1,13 @@
-"""A source to the list of its documents.
+"""Read the documents of a source.
 
     ./file.txt, .md, or any other        one document, running text; unreadable kinds of records are
                                          refused (`file_kinds.py`)
-    ./file.jsonl, .jsonlines, .ndjson    one document a line
-    ./file.json                          one document an element of its list, or a line
-    ./file.csv, .tsv                     one document a row
-    ./file.parquet, .arrow, .feather     one document a row
+    ./file.jsonl, .jsonlines, .ndjson    one document per line
+    ./file.json                          one document per element of its list, or line
+    ./file.csv, .tsv                     one document per row
+    ./file.parquet, .arrow, .feather     one document per row
     ./folder                             saved by `datasets.save_to_disk`, or files of the kinds
-                                         above in it and below it (`folder_files.py`)
+                                         above, subfolders included (`folder_files.py`)
     python:MODULE:ATTRIBUTE              strings in an installed Python module (one string, a
                                          sequence, or a mapping's values)
     owner/name                           a dataset on the Hugging Face hub

@@ -60,7 +60,7 @@ class Counts:
         return asdict(self)
 
 
-def cut(
+def cut_into_sequences(
     encoded: Sequence[Tokens],
     sequence_tokens: int,
     packing: str,

@@ -39,7 +39,7 @@ from qwlora.messages import lines, listed
 from qwlora.nn import PackedLayer, is_packed, place_empty_, tie_weights_
 from qwlora.nn.fingerprint import (
     base_tensors,
-    combined,
+    combined_fingerprint,
     config_numbers,
     keep_fingerprint_,
     remember_floats_,
@@ -138,7 +138,7 @@ class BaseWriter:
         """Write the last shard, configuration, tokenizer and base.json. Returns the fingerprint."""
         self._shards.finish()
         files = self._write_configuration(model, tokenizer)
-        identity = combined(self.digests, config_numbers(model))
+        identity = combined_fingerprint(self.digests, config_numbers(model))
         record = {
             "format": FORMAT,
             "fingerprint": identity,
@@ -235,7 +235,7 @@ def load_base(
     digests = _read_(model, files, places, record, dtype, where)
     _check_grids(model, where)
     remember_floats_(model, digests)
-    now = combined(digests, config_numbers(model))
+    now = combined_fingerprint(digests, config_numbers(model))
     if now != record["fingerprint"]:
         keep_fingerprint_(model, now, record["fingerprint"])
     if (folder / "generation_config.json").is_file():
@@ -416,7 +416,7 @@ def _read_(
         if isinstance(layer, PackedLayer):
             layer.compute_dtype = dtype
     changed = [name for name, digest in saved.items() if record["tensors"].get(name) != digest]
-    identity = combined(saved, config_numbers(model))
+    identity = combined_fingerprint(saved, config_numbers(model))
     if changed or identity != record["fingerprint"]:
         what = listed(changed) if changed else "config.json or its fingerprint"
         raise FingerprintError(

@@ -11,7 +11,7 @@ keeps codes, never floats. Not supported: a gradient for the weight (it is froze
 float delta into the codes.
 """
 
-from qwlora.nn.own_forward import own_calls, own_forward_problem
+from qwlora.nn.instance_forward import instance_calls, instance_forward_problem
 from qwlora.nn.pack import (
     empty_packed,
     has_computed_weight,
@@ -40,10 +40,10 @@ __all__ = [
     "empty_packed",
     "empty_packed_parameter_",
     "has_computed_weight",
+    "instance_calls",
+    "instance_forward_problem",
     "is_packable",
     "is_packed",
-    "own_calls",
-    "own_forward_problem",
     "pack_at_",
     "pack_module",
     "pack_parameter_",

@@ -66,7 +66,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def fingerprint_of(digests: Mapping[str, str], model: nn.Module) -> str:
     """`fingerprint` of `model`, whose tensors have these digests (see `tensor_digests`)."""
-    found = combined(digests, config_numbers(model))
+    found = combined_fingerprint(digests, config_numbers(model))
     kept = next(
         (module.__dict__[_KEPT] for module in model.modules() if _KEPT in module.__dict__), None
     )
@@ -96,7 +96,9 @@ def adapter_fingerprint(model: nn.Module) -> str | None:
         if isinstance(getattr(module, "scaling", None), dict)
     }
     return (
-        combined(digests, {path: sorted(factors.values()) for path, factors in scaling.items()})
+        combined_fingerprint(
+            digests, {path: sorted(factors.values()) for path, factors in scaling.items()}
+        )
         if digests
         else None
     )
@@ -110,7 +112,7 @@ def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
 
 
 def remember_floats_(model: nn.Module, digests: Mapping[str, str] | None = None) -> None:
-    """Store digests of the float tensors of `model`, so that `moved_floats` finds those that
+    """Store digests of the float tensors of `model`, so that `changed_floats` finds those that
     change. Packed layers need none: nothing trains integers.
 
     Args:
@@ -125,7 +127,7 @@ def remember_floats_(model: nn.Module, digests: Mapping[str, str] | None = None)
     }
 
 
-def moved_floats(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
+def changed_floats(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
     """Names of the float tensors that changed since `remember_floats_`; empty if that was never
     called. Tensors that were cast to a narrower dtype since are omitted: their previous values are
     unknown.
@@ -151,7 +153,7 @@ def moved_floats(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
     return sorted(moved)
 
 
-def combined(digests: Mapping[str, str], numbers: Mapping[str, Any]) -> str:
+def combined_fingerprint(digests: Mapping[str, str], numbers: Mapping[str, Any]) -> str:
     """The fingerprint of a base with these digests of tensors (see `tensor_digests`) and these
     numbers (see `config_numbers`).
     """
@@ -182,7 +184,7 @@ def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def take_in(digest: Any, things: Iterable[Any]) -> None:
+def update_digest(digest: Any, things: Iterable[Any]) -> None:
     """Add tensors, by their values, and other objects, by their text, to a hashlib digest."""
     for thing in things:
         digest.update(

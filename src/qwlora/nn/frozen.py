@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qwlora.errors import GridError
 from qwlora.messages import lines
-from qwlora.nn import PackedLayer, is_packed, own_calls
+from qwlora.nn import PackedLayer, instance_calls, is_packed
 from qwlora.nn.unwrap import unwrapped
 from qwlora.parameter_names import canonical_name
 
@@ -46,7 +46,7 @@ def assert_frozen(model: nn.Module) -> None:
     problems = [
         f"{name}: {problem}"
         for name, layer in packed.items()
-        if "forward" in own_calls(layer) and (problem := _problem(layer))
+        if "forward" in instance_calls(layer) and (problem := _problem(layer))
     ]
     if problems:
         what = f"{len(problems)} packed layers do not compute their codes"

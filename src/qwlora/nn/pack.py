@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.errors import GridError
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.nn.own_forward import move_hook_, own_forward_problem, state_without_hook
+from qwlora.nn.instance_forward import instance_forward_problem, move_hook_, state_without_hook
 from qwlora.nn.packed_layer import PackedLayer, is_packed
 from qwlora.nn.packed_modules import PackedLinear, packed_class
 from qwlora.nn.packed_tensor import PackedTensor, Parts
@@ -113,7 +113,7 @@ def _packed(module: nn.Module, tensor: PackedTensor | None, owner: PackedLayer |
             f"the codes have shape {list(shape)}, but the weight of {module} has "
             f"{list(weight.shape)}"
         )
-    if problem := own_forward_problem(module):
+    if problem := instance_forward_problem(module):
         raise GridError(f"this {type(module).__name__} {problem}")
     if isinstance(module, Conv1D):
         linear = PackedLinear.build(tensor, owner, module.bias, weight.dtype).train(module.training)

@@ -43,8 +43,9 @@ class PackedWeightOwner(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A packed weight, or one expert of it, as it lies or with its last two axes exchanged. What a
-    `Look` shows, without being a tensor.
+    """A packed weight, or one expert of it, as stored or with the last two axes exchanged.
+
+    A `WeightView` shows it as a tensor.
 
     Args:
         owner: the packed layer.

@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import MergeError
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.nn.own_forward import move_hook_, own_forward_problem, state_without_hook
+from qwlora.nn.instance_forward import instance_forward_problem, move_hook_, state_without_hook
 from qwlora.nn.packed_experts import PackedParameter
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_matmul import PackedWeightOwner
@@ -40,7 +40,7 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
             "can be merged into this model. Keep the adapter separate."
         )
     for name, layer in layers.items():
-        if problem := own_forward_problem(layer):
+        if problem := instance_forward_problem(layer):
             raise MergeError(f"{canonical_name(name)} {problem}")
     parameters: dict[int, nn.Parameter] = {}
     found = {}

@@ -89,11 +89,11 @@ class Directory:
         directory = cls(path)
         directory.check_owner(recipe)
         directory.check_writable()
-        with explained(path):
+        with as_directory_errors(path):
             lock, made = lock_folder(directory.private, "lock")
         is_new = False
         try:
-            with explained(path):
+            with as_directory_errors(path):
                 # another process may have finished a job here since the check
                 directory.check_owner(recipe)
                 is_new = read_owner(path) is None
@@ -115,7 +115,7 @@ class Directory:
         Raises:
             DirectoryError: it belongs to another recipe, or contains something else.
         """
-        with explained(self.path):
+        with as_directory_errors(self.path):
             if not check_output(self.path):
                 return
             owner = read_owner(self.path)
@@ -471,7 +471,7 @@ def _reads_as(file: Path, recipe: Recipe) -> bool:
 
 
 @contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
+def as_directory_errors(path: Path) -> Iterator[None]:
     """Turn the various errors for a full disk or an unwritable path into a DirectoryError."""
     try:
         yield

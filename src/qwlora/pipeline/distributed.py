@@ -30,21 +30,21 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def tell(stage: str | None) -> None:
+def announce(stage: str | None) -> None:
     """Called by the first process: tell the others to join `stage`, or to end if None.
 
-    Tells nothing after a common stage has failed.
+    Does nothing after a common stage has failed.
     """
     if _state.get("failed"):
         atexit.register(_exit)
     elif process_count() > 1:
         _broadcast(stage)
-        _state["failed"] = stage is not None  # until `done`
+        _state["failed"] = stage is not None  # until `wait_for_others`
         if stage is None:
             _leave()
 
 
-def done() -> None:
+def wait_for_others() -> None:
     """Called by the first process after a common stage: wait until the others finish it too.
 
     Until then they may read its work folder.
@@ -54,7 +54,7 @@ def done() -> None:
     _state["failed"] = False
 
 
-def told_stages() -> Iterator[str]:
+def announced_stages() -> Iterator[str]:
     """Called by all other processes: yield each stage to join, until the first process is
     finished.
     """

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.errors import DirectoryError, RecipeError
-from qwlora.pipeline.currency import upstream
 from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stale_stages import upstream
 from qwlora.recipe import Adapter, Recipe, load_recipe
 
 

@@ -18,10 +18,14 @@ from qwlora import strict_json
 from qwlora.atomic import write_text
 from qwlora.data.prepared_data import summary
 from qwlora.errors import CalibrationError, DirectoryError, RecipeError, VerificationError
-from qwlora.pipeline.currency import find_stale, upstream
 from qwlora.pipeline.digests import Digests
-from qwlora.pipeline.directory import Directory, Record, explained
-from qwlora.pipeline.distributed import done, is_first_process, tell, told_stages
+from qwlora.pipeline.directory import Directory, Record, as_directory_errors
+from qwlora.pipeline.distributed import (
+    announce,
+    announced_stages,
+    is_first_process,
+    wait_for_others,
+)
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.kept_adapters import check_kept, check_none_lost
 from qwlora.pipeline.output_path import check_outside_data
@@ -29,6 +33,7 @@ from qwlora.pipeline.plan import dependents, make_plan, resolve_compute
 from qwlora.pipeline.results import collect_results, merge_results
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import RUN, VERBS
+from qwlora.pipeline.stale_stages import find_stale, upstream
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import SlowComputeWarning
@@ -50,8 +55,8 @@ def run(
 ) -> dict[str, Any]:
     """Run the stages of `recipe` whose verb is in `verbs` in the directory `out`.
 
-    Current stages are skipped (see `currency.py`), but `verify` always runs when only some verbs
-    are requested.
+    Current stages are skipped (see `stale_stages.py`), but `verify` always runs when only some
+    verbs are requested.
 
     Args:
         say: receives one line for each stage that is skipped or run.
@@ -74,7 +79,7 @@ def run(
     digests = Digests(out / ".qwlora" / "digests.json", trust_mtime=trust_mtime, track=track)
     plan = make_plan(recipe, texts, digests)
     if not is_first_process():
-        return _take_part(new_context(recipe, texts, out, untracked), plan)
+        return _join_stages(new_context(recipe, texts, out, untracked), plan)
     try:
         return _run(
             recipe,
@@ -90,7 +95,7 @@ def run(
         )
     finally:
         digests.save()
-        tell(None)
+        announce(None)
 
 
 def _run(
@@ -119,7 +124,7 @@ def _run(
         check_kept(plan, waiting, peek, recipe, stale)
     if not waiting and not peek.is_writable:
         for stage in asked:
-            say(_skipped(stage))
+            say(_skipped_line(stage))
         return collect_results(peek, recipe, plan, stale)
     if peek.damaged_records:
         say(f"{peek.private / 'stages.json'} is damaged; stages whose record is lost run again")
@@ -144,7 +149,7 @@ def _run(
         for stage in asked:
             if stage.name not in stale and stage.name not in always:
                 directory.drop_work(stage.name, stage.work_key)  # of a run killed at its end
-                say(_skipped(stage))
+                say(_skipped_line(stage))
                 continue
             reason = stale.get(stage.name, "has not run")
             say(f"{stage.name} ...{'' if reason.startswith('has not run') else f' ({reason})'}")
@@ -157,7 +162,7 @@ def _run(
                 _write_results(directory, recipe, plan, stale)
             context = context or new_context(recipe, texts, out, track)
             try:
-                seconds = _do(directory, context, stage, follows)
+                seconds = _run_stage(directory, context, stage, follows)
             except VerificationError as error:
                 error.results = _write_results(directory, recipe, plan, stale, error.results)
                 raise
@@ -179,29 +184,29 @@ def _without_uncalibrated(asked: list[Stage], directory: Directory, say: Say) ->
     return kept
 
 
-def _take_part(context: Any, plan: Sequence[Stage]) -> dict[str, Any]:
+def _join_stages(context: Any, plan: Sequence[Stage]) -> dict[str, Any]:
     """Join the stages that all processes run together; returns no results."""
     by_name = {stage.name: stage for stage in plan}
-    for name in told_stages():
+    for name in announced_stages():
         stage = by_name[name]
         work = Directory(context.path).work(name, stage.work_key)
         RUN[stage.verb](context, stage, work, work)  # only the first process writes an artifact
     return {}
 
 
-def _skipped(stage: Stage) -> str:
+def _skipped_line(stage: Stage) -> str:
     return f"{stage.name}: skipped, nothing it depends on has changed"
 
 
-def _do(directory: Directory, context: Any, stage: Stage, follows: Collection[str]) -> float:
+def _run_stage(directory: Directory, context: Any, stage: Stage, follows: Collection[str]) -> float:
     began = time.perf_counter()
-    with explained(directory.path), directory.scratch() as scratch:
+    with as_directory_errors(directory.path), directory.scratch() as scratch:
         if stage.verb == "train":
-            tell(stage.name)
+            announce(stage.name)
         results = RUN[stage.verb](
             context, stage, scratch, directory.work(stage.name, stage.work_key)
         )
-        done()
+        wait_for_others()
         seconds = time.perf_counter() - began
         directory.commit(
             stage.name, Record(stage.key, seconds, results), scratch, stage.artifact, follows
@@ -369,14 +374,14 @@ def _check_needs(
     """
     by_name, lacking = {s.name: s for s in plan}, set[str]()
 
-    def look(stage: Stage) -> None:
+    def find_lacking(stage: Stage) -> None:
         for need in (by_name[name] for name in stage.needs):
             if need.name in stale and need.verb not in verbs and need.name not in lacking:
                 lacking.add(need.name)
-                look(need)
+                find_lacking(need)
 
     for stage in waiting:
-        look(stage)
+        find_lacking(stage)
     if lacking:
         asking = dict.fromkeys(s.verb for s in waiting)
         needed = [s for s in plan if s.name in lacking]
@@ -409,7 +414,7 @@ def _write_results(
     """Write results.json; `failed` is what a proof measured that did not pass."""
     results = collect_results(directory, recipe, plan, stale)
     merge_results(results, failed or {})
-    with explained(directory.path):
+    with as_directory_errors(directory.path):
         write_text(directory.path / "results.json", strict_json.dumps(results, indent=1) + "\n")
     return results
 

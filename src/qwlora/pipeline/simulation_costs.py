@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from qwlora.simulation.simulation import Simulation
 
 LISTED = 10
-SENSED_TOKENS = 128  # first tokens of a sequence; all their activations are in memory at once
+SENSITIVITY_TOKENS = 128  # first tokens of a sequence; all their activations are in memory at once
 SEARCHED_SEQUENCES = 4  # measured dozens of times during a search
 NARROW_BITS, WIDE_BITS = 8, 16
 
 
-def account_job(
+def measure_costs(
     folder: Path,
     adapter: str | None = None,
     changes: tuple[str, ...] = (),
@@ -52,7 +52,7 @@ def account_job(
     perplexities |= cumulative_costs(
         simulation, lambda: _simulated(simulation, evaluation), context.track
     )
-    batches = _sensed(context, name)
+    batches = _sensitivity_batches(context, name)
     tokens = sum(batch["input_ids"].numel() - 1 for batch in batches)
     ranking = [
         {**asdict(s), "cost": s.cost / tokens}
@@ -70,7 +70,7 @@ def account_job(
     return found if calibrated else found | _unshared(context)
 
 
-def suggest_job(
+def suggest_bitwidths(
     folder: Path,
     adapter: str | None,
     changes: tuple[str, ...],
@@ -112,7 +112,7 @@ def suggest_job(
     limit = (1 + share) * reference
     found = suggest(
         simulation,
-        _sensed(context, name),
+        _sensitivity_batches(context, name),
         lambda: _simulated(simulation, searched),
         limit,
         NARROW_BITS,
@@ -164,9 +164,9 @@ def _calibrated(context: JobContext, name: str) -> Simulation:
     return simulation
 
 
-def _sensed(context: JobContext, name: str) -> list[dict[str, Any]]:
+def _sensitivity_batches(context: JobContext, name: str) -> list[dict[str, Any]]:
     """The first tokens of each calibration sequence."""
-    ids = context.text(name).calibration_ids[:, :SENSED_TOKENS]
+    ids = context.text(name).calibration_ids[:, :SENSITIVITY_TOKENS]
     return [
         {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids
     ]

@@ -30,7 +30,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import Moments
-from qwlora.nn.fingerprint import take_in
+from qwlora.nn.fingerprint import update_digest
 from qwlora.parameter_names import canonical_name
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.quantize_tensor import LayerReport
@@ -56,7 +56,7 @@ class BlockCache:
         self.folder, self.moments = folder, moments
         self._digest, self._file = hashlib.sha256(), Path()
         if folder is not None:
-            take_in(
+            update_digest(
                 self._digest,
                 [
                     str(revision("quantize.layer_statistics")),
@@ -73,7 +73,7 @@ class BlockCache:
             return
         for name, tensor in floats.items():
             later = SOLVERS[plan[name].solver].later_revisions
-            take_in(self._digest, [name, plan[name], *map(str, later), tensor])
+            update_digest(self._digest, [name, plan[name], *map(str, later), tensor])
         self._file = self.folder / f"{canonical_name(block)}.safetensors"
 
     def read(self) -> QuantizedBlock | None:

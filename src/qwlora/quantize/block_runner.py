@@ -117,8 +117,8 @@ class BlockRunner:
             self._open(name)
 
     def advance(self) -> str | None:
-        """Let every batch run to the next part that was not visited yet, and name it; None when all
-        have left the model.
+        """Let every batch run to the next block that was not visited yet; returns its name, or None
+        when all batches have left the model.
         """
         for batch in self.batches:
             self._current = batch
@@ -126,8 +126,8 @@ class BlockRunner:
         places = {batch.at for batch in self.batches}
         if len(places) > 1:
             raise CalibrationError(
-                "the calibration batches do not run through the model's blocks in one order: some "
-                f"stand at {', '.join(map(str, places))}"
+                "the calibration batches do not run through the model's blocks in the same order: "
+                f"some have arrived at {', '.join(map(str, places))}"
             )
         (place,) = places
         if place is not None:
@@ -136,8 +136,8 @@ class BlockRunner:
         return place
 
     def repeat(self) -> Iterator[Any]:
-        """Run the part that all batches stand before, for one of them after the other, and stay
-        before it; gives what it makes of each, with gradients where the caller has them on.
+        """Run the block that all batches have arrived at, one batch after the other, and stay
+        before it. Yields the result for each batch, with gradients if the caller has enabled them.
         """
         self._current = None
         for batch in self.batches:

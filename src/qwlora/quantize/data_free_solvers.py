@@ -14,7 +14,7 @@ from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.quantize.gptq import GptqSettings
-from qwlora.quantize.scale_search import fit
+from qwlora.quantize.scale_search import search_scale
 
 REVISION = 1
 
@@ -30,14 +30,14 @@ def solve_search(
     weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None
 ) -> tuple[QuantizedTensor, None]:
     """The least squared error."""
-    return _rounded(weight, fit(weight, scheme))
+    return _rounded(weight, search_scale(weight, scheme))
 
 
 def solve_sqnr(
     weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None
 ) -> tuple[QuantizedTensor, None]:
     """The least squared error, with clipped weights counted three times."""
-    return _rounded(weight, fit(weight, scheme, clipping_penalty=3.0))
+    return _rounded(weight, search_scale(weight, scheme, clipping_penalty=3.0))
 
 
 def _rounded(weight: Tensor, encoding: Encoding) -> tuple[QuantizedTensor, None]:

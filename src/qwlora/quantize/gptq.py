@@ -31,11 +31,11 @@ from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.second_moments import output_energy
-from qwlora.quantize.scale_search import COARSE, fit, storable_scale
+from qwlora.quantize.scale_search import COARSE, search_scale, storable_scale
 
 REVISION = 1
 _RUN = 32  # columns between two updates of all that follow
-_LEAST_DAMPING = 1e-6  # where none was asked for, and none does not do
+_LEAST_DAMPING = 1e-6  # first damping if 0 was requested and H is not positive definite
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class GptqSettings:
         if not 0 <= self.damping < math.inf:
             raise GridError(f"damping {self.damping} is not a finite number of at least 0")
         if self.sweeps < 0:
-            raise GridError(f"sweeps {self.sweeps}: there cannot be fewer than none")
+            raise GridError(f"sweeps is {self.sweeps}; it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class _Rounding:
         if beforehand and self.run_of_scale is not None:
             self.run_of_scale = 1  # neighbours in the order are of different blocks
         in_place = torch.empty_like(self.importance).index_copy_(0, order, self.importance)
-        self.encoding = measure(weight, scheme) if late else fit(weight, scheme, in_place)
+        self.encoding = measure(weight, scheme) if late else search_scale(weight, scheme, in_place)
 
     def run(self) -> QuantizedTensor:
         columns = len(self.weight)
@@ -243,7 +243,7 @@ class _Rounding:
             block[behind - i :] -= self.upper[start:i, behind:last].T @ errors[: i - start]
         importance, scheme = self.importance[i:last], self.block_scheme
         assert scheme is not None
-        found = fit(block.T.contiguous(), scheme, importance, fractions=COARSE)
+        found = search_scale(block.T.contiguous(), scheme, importance, fractions=COARSE)
         scale[i:last] = found.scale.T
         offset[i:last] = found.offset.T
 

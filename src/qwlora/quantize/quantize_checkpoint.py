@@ -43,7 +43,7 @@ from qwlora.quantize.streamed_blocks import BlocksOnDemand
 
 
 @dataclass(frozen=True)
-class Streamed:
+class QuantizedCheckpoint:
     """The fingerprint of the base that was written, and how each tensor was quantized."""
 
     fingerprint: str
@@ -65,7 +65,7 @@ def quantize_checkpoint(
     gptq: GptqSettings | None = None,
     shard_bytes: int = SHARD_BYTES,
     track: Track = untracked,
-) -> Streamed:
+) -> QuantizedCheckpoint:
     """Write the base of `checkpoint` into `folder`, which must exist. Same result as `quantize_`
     and `save_base`.
 
@@ -92,7 +92,7 @@ def quantize_checkpoint(
     else:
         layers = _module_by_module(lazy, writer, plan, track)
     warn_of_second_rounding(layers)
-    return Streamed(
+    return QuantizedCheckpoint(
         writer.finish(lazy.model, tokenizer, source), QuantizeReport(base_size(lazy.model), layers)
     )
 
@@ -111,7 +111,7 @@ def _module_by_module(
                 reports[canonical_name(name)] = _quantize_(lazy, name, plan[name])
         writer.add(lazy.model.get_submodule(path), path)
         for name in modules[path]:
-            _let_go_(lazy, name)
+            _drop_data_(lazy, name)
     return reports
 
 
@@ -130,7 +130,7 @@ def _quantize_(lazy: LazyModel, name: str, todo: Assignment) -> LayerReport:
     return report
 
 
-def _let_go_(lazy: LazyModel, name: str) -> None:
+def _drop_data_(lazy: LazyModel, name: str) -> None:
     """Keep only the shapes of a tensor that was written, packed or not."""
     places = lazy.places[name]
     tensor = tensor_at(lazy.model, places[0])

@@ -29,8 +29,8 @@ from qwlora.grid.second_moments import Moments
 from qwlora.messages import lines
 from qwlora.nn import (
     has_computed_weight,
+    instance_forward_problem,
     is_packable,
-    own_forward_problem,
     pack_at_,
     packed_weights,
     tie_weights_,
@@ -93,20 +93,20 @@ def quantize_(
 
     Args:
         scheme: the grid of every weight, or its short name (`w4-block32`, see `parse_scheme`).
-        solver: `rtn`, `search`, `sqnr` or `gptq` (see `solver.py`).
-        rules: what is different for some layers (see `rules.py`).
+        solver: `rtn`, `search`, `sqnr` or `gptq` (see `solvers.py`).
+        rules: exceptions for some layers (see `layer_rules.py`).
         calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
             tensors, tuples); needed by gptq, and for `moments`.
-        moments: filled with the second moments of each layer (`second_moments.py`), which the
-            data-aware start of an adapter needs.
-        work: a folder for finished parts; the same call goes on after the last one there.
-        gptq: how that solver goes about it.
+        moments: filled with the second moments of each layer (`second_moments.py`), which
+            `initialize_adapter_` needs for `qera`.
+        work: a folder for finished blocks; the same call resumes after the last one in it.
+        gptq: settings of that solver.
 
     Raises:
         GridError: a scheme does not fit its layer (all such layers are named), a rule matches
             nothing, or there is nothing to quantize.
         CalibrationError: a tensor of the model or an input holds nan or infinity, a layer saw no
-            data, or a part cannot be differentiated.
+            data, or a block cannot be differentiated.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise GridError(
@@ -192,7 +192,7 @@ def _refuse_unpackable(model: nn.Module, names: Iterable[str]) -> None:
                 "remove_parametrizations(layer, 'weight'), remove_weight_norm or prune.remove"
             )
         else:
-            problem = own_forward_problem(module) or ""
+            problem = instance_forward_problem(module) or ""
         if problem:
             problems.append(f"{canonical_name(path)} {problem}")
     if problems:
@@ -228,7 +228,7 @@ def find_tensors(model: nn.Module) -> dict[str, Candidate]:
         product = isinstance(module, nn.Linear | Conv1D)
         if key == "weight" and is_packable(module):
             by_default = product and len(names) == 1 and module not in heads
-        elif is_bank(module, key):
+        elif is_expert_stack(module, key):
             by_default, product = True, False
         else:
             continue
@@ -242,8 +242,8 @@ def find_tensors(model: nn.Module) -> dict[str, Candidate]:
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
-    """What makes the result from the last hidden state: the output head, and whatever else a
-    transformers model has outside of its body (a classifier, a projection)."""
+    """The modules that compute the result from the last hidden state: the output head, and anything
+    else outside a transformers model's body (a classifier, a projection)."""
     heads: set[nn.Module] = set()
     for inner in _transformers_models(model):
         output = inner.get_output_embeddings()
@@ -262,8 +262,8 @@ def _transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
         yield from _transformers_models(child)
 
 
-def is_bank(module: nn.Module, key: str) -> bool:
-    """Whether the parameter is a stack of matrices, one an expert."""
+def is_expert_stack(module: nn.Module, key: str) -> bool:
+    """Whether the parameter is a stack of matrices, one per expert."""
     parameter = module._parameters.get(key)
     return (
         parameter is not None

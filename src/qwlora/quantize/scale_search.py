@@ -31,7 +31,7 @@ _REFITS = 3
 _HALF_NORMAL = torch.finfo(torch.float16).smallest_normal
 
 
-def fit(
+def search_scale(
     weight: Float[Tensor, "*rows in"],
     scheme: Scheme,
     importance: Float[Tensor, " in"] | None = None,

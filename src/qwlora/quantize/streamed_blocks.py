@@ -117,6 +117,5 @@ class BlocksOnDemand:
             if tensor_at(self.lazy.model, self.lazy.places[name][0]) is None:
                 raise SourceError(
                     f"{name} is already integers in the files. Omit the scheme to keep them, or "
-                    "start "
-                    "from a float checkpoint."
+                    "give a float checkpoint."
                 )

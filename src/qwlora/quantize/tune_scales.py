@@ -117,19 +117,19 @@ def tune_scales_(
     track: Track = untracked,
 ) -> TuningReport:
     """Tune the scales of the packed linear layers and the weights of the norms in `model`, in
-    place, so that its logits come near those of `teacher`.
+    place, so that its logits approach those of `teacher`.
 
     Args:
         teacher: the float model.
         calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
             tensors, tuples); at least two.
-        work: a folder for the state; the same call, with as many threads, goes on from what it
-            finds there and ends with the same bits.
+        work: a folder for checkpoints; the same call with the same number of threads resumes from
+            there and ends with the same bits.
 
     Raises:
         GridError: no linear layer is packed.
         CalibrationError: there are fewer than two sequences, the two models share a norm, their
-            logits are of different shapes, or the divergence is no number.
+            logits are of different shapes, or the divergence is NaN.
         SafetensorError: `work` cannot be written to.
     """
     settings = _resolved(settings or TuningSettings(), model)
@@ -193,7 +193,7 @@ def tune_scales_(
 
 
 def _resolved(settings: TuningSettings, model: nn.Module) -> TuningSettings:
-    """With the precision that "auto" stands for; warns if the one asked for is slow here."""
+    """The settings with "auto" replaced by a precision; warns if the requested one is slow here."""
     device = next(model.parameters()).device.type
     if problem := slow_compute(settings.compute, device):
         warnings.warn(problem, SlowComputeWarning, stacklevel=3)
@@ -208,14 +208,14 @@ def _made_from(
     model: nn.Module,
     teacher: nn.Module,
 ) -> Iterator[Any]:
-    """What decides over the numbers."""
+    """Everything that the result depends on."""
     yield from (str(REVISION), settings, *named_inputs(batches), adapter_fingerprint(model))
     for one in (model, teacher):
         yield from (fingerprint(one), sorted({str(p.dtype) for p in one.parameters()}))
 
 
 class _Descent:
-    """AdamW on the divergence, one sequence a step, all of them before any again."""
+    """AdamW on the divergence, one sequence per step, none repeated until all are used."""
 
     def __init__(self, by_rate: Mapping[float, list[nn.Parameter]], settings: TuningSettings):
         self.steps, self.compute = settings.steps, settings.compute
@@ -239,7 +239,7 @@ class _Descent:
         kept: TuningState,
         track: Track,
     ) -> int:
-        """All steps, or those behind what is kept; returns how many were."""
+        """Run all steps, or those after the checkpoint; returns the number of the latter."""
         if (state := kept.read()) is not None:
             self._restore_(state)
         resumed = self.done
@@ -251,7 +251,7 @@ class _Descent:
             if not bool(torch.isfinite(loss)):
                 raise CalibrationError(
                     f"tuning scales: the divergence is {float(loss.detach())} at step {step + 1}; "
-                    "take a lower learning rate, or compute float32"
+                    "use a lower learning rate, or compute: float32"
                 )
             self.optimizer.zero_grad()
             loss.backward()
@@ -320,7 +320,7 @@ class _Comparison:
         if g.shape != h.shape:
             raise CalibrationError(
                 f"the float model's logits are {list(g.shape)}, the quantized one's "
-                f"{list(h.shape)}: they are not one model"
+                f"{list(h.shape)}: give two versions of the same model"
             )
         divergence = F.kl_div(
             h.float().log_softmax(-1), g.float().log_softmax(-1), log_target=True, reduction="none"
@@ -365,7 +365,6 @@ def _logits(model: nn.Module, given: Mapping[str, Any], compute: str) -> Tensor:
         logits = getattr(model(**given), "logits", None)
     if not isinstance(logits, Tensor):
         raise CalibrationError(
-            f"tuning scales compares logits, and {type(model).__name__} makes none; leave tuning "
-            "out"
+            f"tuning scales compares logits, but {type(model).__name__} returns none; remove tuning"
         )
     return logits

@@ -53,7 +53,7 @@ class Tunable:
             if type(m) is PackedLinear and is_packed(m) and not m.is_tied
         }
         gains = {
-            name: _gain_beside_weight(m)
+            name: _gain_offset(m)
             for name, m in modules.items()
             if not is_adapter_name(f"{name}.weight")
         }
@@ -142,7 +142,7 @@ def _factor(numbers: Tensor) -> nn.Parameter:
 
 
 @torch.no_grad()
-def _gain_beside_weight(module: nn.Module) -> float | None:
+def _gain_offset(module: nn.Module) -> float | None:
     """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if neither, or if it has
     state of its own. None is not tuned.
     """

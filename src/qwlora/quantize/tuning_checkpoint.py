@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qwlora.atomic import write_tensors
-from qwlora.nn.fingerprint import take_in
+from qwlora.nn.fingerprint import update_digest
 
 _SECONDS_BETWEEN, _TIMES_WRITING = 60.0, 20
 
@@ -35,7 +35,7 @@ class TuningState:
     def __init__(self, folder: Path | None, made_from: Iterable[Any]):
         self._file, self._key = None if folder is None else folder / "tuning.safetensors", ""
         if folder is not None:
-            take_in(digest := hashlib.sha256(), made_from)
+            update_digest(digest := hashlib.sha256(), made_from)
             self._key = digest.hexdigest()
         self._due = monotonic() + _SECONDS_BETWEEN
 

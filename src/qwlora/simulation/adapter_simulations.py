@@ -35,7 +35,11 @@ from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.parameter_names import adapter_of, canonical_name
 from qwlora.progress import Track, untracked
 from qwlora.simulation.placement import refuse_ineffective_rules
-from qwlora.simulation.shared_encodings import BaseActivations, SharedObservation, share
+from qwlora.simulation.shared_encodings import (
+    BaseActivations,
+    SharedObservation,
+    apply_shared_encodings,
+)
 from qwlora.simulation.simulated_graph import Origin
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.simulation_schemes import SimulationSchemes
@@ -111,7 +115,7 @@ class AdapterSimulations(Mapping[str, Simulation]):
             observation.add(simulation)
         self._shared = dict(shared) if shared is not None else observation.encodings()
         for simulation in self.values():
-            share(simulation, self._shared, self.base_activations)
+            apply_shared_encodings(simulation, self._shared, self.base_activations)
 
     @property
     def shared(self) -> dict[str, Encoding]:

@@ -27,7 +27,7 @@ from qwlora.graph.quantized_graph import Mark
 from qwlora.grid.encoding import Encoding
 from qwlora.messages import listed, suggestion
 from qwlora.progress import Track, untracked
-from qwlora.simulation.estimate_encodings import estimate
+from qwlora.simulation.estimate_encodings import estimate_encodings
 from qwlora.simulation.fake_quantizer import FrozenWeight, Mode, Quantizer
 from qwlora.simulation.placement import Placed, Placement
 from qwlora.simulation.placement_rules import Decision
@@ -205,7 +205,7 @@ class CalibratedGraph(nn.Module):
         for name in unseen:
             self._drop(name, "no calibration data reached it")
         self._unseen += unseen
-        estimate([q for q in self.quantizers.values() if q.encoding is None])
+        estimate_encodings([q for q in self.quantizers.values() if q.encoding is None])
         self._place_encodings()
         self._set_mode(Mode.SIMULATE)
         constants = tuple(name for name, q in self.quantizers.items() if q.is_constant)

@@ -17,7 +17,7 @@ from qwlora.messages import listed
 from qwlora.simulation.fake_quantizer import Quantizer
 
 
-def estimate(quantizers: Sequence[Quantizer]) -> None:
+def estimate_encodings(quantizers: Sequence[Quantizer]) -> None:
     """Set the encoding of each of `quantizers`.
 
     Raises:

@@ -21,7 +21,7 @@ from qwlora.errors import CaptureError
 _MASK, _POSITIONS = "attention_mask", "position_ids"
 
 
-def complete(names: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]:
+def complete_arguments(names: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by name for a graph with the inputs `names`.
 
     Raises:

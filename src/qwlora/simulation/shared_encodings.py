@@ -24,7 +24,7 @@ from qwlora.graph.adapter_branch import branch_nodes
 from qwlora.graph.move_graph import device_of, moved_encoding
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import MinMaxObserver
-from qwlora.simulation.estimate_encodings import estimate
+from qwlora.simulation.estimate_encodings import estimate_encodings
 from qwlora.simulation.fake_quantizer import Quantizer
 from qwlora.simulation.simulated_graph import SimulatedGraph
 
@@ -101,7 +101,7 @@ class SharedObservation:
         """The shared encodings by name, in graph order of the first simulation."""
         for quantizer in self._activations.values():
             quantizer.encoding = None
-        estimate(list(self._activations.values()))
+        estimate_encodings(list(self._activations.values()))
         found = {
             name: q.encoding for name, q in self._activations.items() if q.encoding is not None
         }
@@ -120,7 +120,7 @@ def shared_activations(simulation: SimulatedGraph, base_activations: BaseActivat
     ]
 
 
-def share(
+def apply_shared_encodings(
     simulation: SimulatedGraph, encodings: Mapping[str, Encoding], base_activations: BaseActivations
 ) -> None:
     """Replace encodings of a frozen simulation by the shared ones.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwlora.errors import CaptureError
-from qwlora.simulation.model_inputs import complete
+from qwlora.simulation.model_inputs import complete_arguments
 from qwlora.simulation.simulated_graph import SimulatedGraph
 
 _REFUSED = {
@@ -64,7 +64,7 @@ class SimulatedModel:
         in_class = given.pop("return_dict", None)
         for_loss = {name: given.pop(name) for name in _LOSS_ARGUMENTS & given.keys()}
         with torch.no_grad():
-            output = self.simulation(**complete(self.simulation.inputs, given))
+            output = self.simulation(**complete_arguments(self.simulation.inputs, given))
             if keep is not None and not (isinstance(keep, int) and keep == 0):
                 output["logits"] = output["logits"][
                     :, slice(-keep, None) if isinstance(keep, int) else keep

@@ -33,7 +33,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.messages import listed
 from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.fake_quantizer import Mode
-from qwlora.simulation.model_inputs import complete
+from qwlora.simulation.model_inputs import complete_arguments
 from qwlora.simulation.simulated_graph import SimulatedGraph
 
 _aten = torch.ops.aten
@@ -105,7 +105,7 @@ class TrainingGraph(nn.Module):
                 grid.factor = factor
         captured = self.simulation.captured
         outputs = self.simulation.graph_module(
-            *captured.bind(complete(captured.interface.inputs, inputs))
+            *captured.bind(complete_arguments(captured.interface.inputs, inputs))
         )
         return captured.named(outputs)[captured.interface.primary]
 

@@ -1,4 +1,4 @@
-"""The machine that a run has: its processor, memory, signals and installed packages.
+"""The machine: processor, memory, signals and installed packages.
 
-Nothing here imports torch when it is loaded.
+Importing these modules does not import torch.
 """

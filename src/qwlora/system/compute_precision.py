@@ -1,11 +1,10 @@
-"""Which precision `compute: auto` stands for, and what bfloat16 costs where it is emulated.
+"""The precision that `compute: auto` selects, and how slow bfloat16 is where it is emulated.
 
-bfloat16 where the device multiplies in it, float32 elsewhere. A processor without bfloat16
+bfloat16 if the device has instructions for it, else float32. A processor without bfloat16
 instructions converts each operand instead, which made a layer seven times slower than float32.
 
-Deciding must not import torch, since stage keys depend on it and a run that skips everything ends
-before torch is imported. So the processor is looked up in /proc/cpuinfo, and an NVIDIA GPU through
-its driver.
+The decision does not import torch, because stage keys depend on it and a run that skips every stage
+never imports torch. So it reads /proc/cpuinfo, and asks the driver about an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ class SlowComputeWarning(UserWarning):
 
 
 def auto_compute(device: str) -> Compute:
-    """What `compute: auto` stands for on a device of this type (torch's word: cpu, cuda ...)."""
+    """What `compute: auto` selects on a device of this torch type (cpu, cuda, ...)."""
     return "bfloat16" if has_bfloat16(device) else "float32"
 
 
 @cache
 def has_bfloat16(device: str) -> bool:
-    """Whether a device of this type multiplies in bfloat16. MPS counts as one that does not."""
+    """Whether a device of this type has bfloat16 instructions. MPS counts as having none."""
     if device == "cpu":
         return _cpu_has_bfloat16()
     if device == "cuda" and _has_library("torch_cuda"):
@@ -60,7 +59,7 @@ def training_device() -> str:
 
 
 def slowdown_of_bfloat16(device: str) -> float:
-    """How many times as long as in float32 a small linear layer takes in bfloat16, measured now.
+    """Time of a small linear layer in bfloat16 over its time in float32, measured now.
 
     Forward and backward pass of a 256 x 512 layer on 64 tokens under autocast, as in training.
     """
@@ -82,7 +81,7 @@ def slowdown_of_bfloat16(device: str) -> float:
 
 @cache  # measured once
 def slow_compute(compute: str, device: str) -> str | None:
-    """What to tell a user who asked for `compute` on a device that emulates it, else None."""
+    """A warning if the device emulates the requested `compute`, else None."""
     if compute != "bfloat16" or has_bfloat16(device):
         return None
     kind = "processor" if device == "cpu" else f"{device} device"

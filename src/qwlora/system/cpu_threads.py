@@ -1,8 +1,8 @@
 """How OpenMP threads wait and how many there are, decided before torch is imported.
 
-By default OpenMP threads spin while they wait for one another. On a machine that does other work
-too, the thread that the others wait for may not be running, and the rest burn its processor time:
-a training step of the demo takes many times longer than with one thread
+By default OpenMP threads spin while they wait for each other. If other programs use the cores too,
+the thread that the others wait for may not be running while they use up its processor time: a
+training step of the demo takes many times longer than with one thread
 (`benchmarks/shared_cpu.py` measures it). With OMP_WAIT_POLICY=passive they sleep instead, in GNU's
 OpenMP (torch's own packages for Linux) as in LLVM's and Intel's.
 
@@ -51,7 +51,7 @@ def usable_cores(root: Path = Path("/")) -> int | None:
 
 
 def _siblings(root: Path, cpu: int) -> str:
-    """The hardware threads of the core of `cpu`, as the kernel lists them, like `0,64`."""
+    """The hardware threads on the core of `cpu`, as the kernel lists them (`0,64`)."""
     path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
     try:
         return path.read_text().strip()
@@ -60,7 +60,7 @@ def _siblings(root: Path, cpu: int) -> str:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Cores' worth of time that each cgroup around this process allows, of version 2 and 1."""
+    """CPU quotas of the cgroups around this process, in cores; cgroup versions 1 and 2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

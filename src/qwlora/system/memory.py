@@ -15,7 +15,7 @@ from pathlib import Path
 _STATUS = Path("/proc/self/status")
 
 
-def give_back() -> bool:
+def return_freed_memory() -> bool:
     """Make glibc return its free pages to the system now; False if malloc is not glibc's.
 
     Takes 20 ms per 100 MB, and as long again when the pages are next used. Having malloc return

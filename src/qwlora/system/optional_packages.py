@@ -18,5 +18,5 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{module} is needed here and is not installed: pip install 'qwlora[{extra}]'"
+            f"{module} is not installed, but is needed here: pip install 'qwlora[{extra}]'"
         ) from error

@@ -5,7 +5,7 @@
     SIGTERM    kill, job schedulers, container runtimes    143
     SIGHUP     a terminal that is closed                   129
 
-A signal that was ignored when the process started stays ignored, as `nohup` wants it.
+A signal that was ignored when the process started stays ignored, as `nohup` requires.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def raise_stopped(number: int) -> None:
 
 
 def _leave_closed_terminal() -> None:
-    """Send what is printed to a closed terminal to nowhere: writing to it is an error."""
+    """Discard output to a closed terminal, because writing to it raises an error."""
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):
             is_device = stat.S_ISCHR(os.fstat(descriptor).st_mode)

@@ -1,4 +1,4 @@
-"""A limit for work that somebody else's text decides: chat templates and regular expressions."""
+"""A time limit for text that users supply: chat templates and regular expressions."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ SECONDS = 10.0
 
 
 class _LateError(BaseException):
-    """Not an Exception: Jinja drops those that it meets while it folds constants."""
+    """Not an Exception, because Jinja ignores exceptions while it folds constants."""
 
 
 @contextmanager
 def time_limit(error: QwloraError, seconds: float = SECONDS) -> Iterator[None]:
-    """Raise `error` when what is inside has used `seconds` of processor time.
+    """Raise `error` when the block has used `seconds` of processor time.
 
-    Processor time, since a busy machine or a suspended process is no fault of the text. Python's
-    regular expressions look for signals while they match, so a timer's signal ends them too.
-    Signals reach the main thread of a Unix process only: elsewhere there is no limit.
+    Processor time, because a busy machine or a suspended process is not the text's fault. Python's
+    regular expressions check for signals while they match, so the timer ends them too. Only the
+    main thread of a Unix process receives signals; elsewhere there is no limit.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or not hasattr(signal, "setitimer"):

@@ -62,7 +62,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     from qwlora.adapter.adapter_folder import save_adapter
     from qwlora.analysis.perplexity import perplexity
     from qwlora.simulation.save_simulation import save_simulation
-    from qwlora.simulation.shared_encodings import share
+    from qwlora.simulation.shared_encodings import apply_shared_encodings
     from qwlora.simulation.stored_encodings import load_encodings
 
     if stage.adapter is None:
@@ -86,7 +86,9 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
             "perplexity, own encodings",
             context.track,
         )
-        share(simulation, load_encodings(context.path / SHARED), section.base_activations)
+        apply_shared_encodings(
+            simulation, load_encodings(context.path / SHARED), section.base_activations
+        )
     save_simulation(simulation, scratch)
     save_adapter(simulation.origin.model, scratch / ADAPTER, context.base_fingerprint)
     return {"simulation": {name: measured}}

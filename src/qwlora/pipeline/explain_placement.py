@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qwlora.simulation.placement_log import PlacementLog
 
 
-def explain_job(
+def explain_placement(
     folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()
 ) -> tuple[str, PlacementLog]:
     """The adapter's name and its placement log: which values are quantized, and why.

@@ -16,7 +16,7 @@ import pytest
 from pipeline.conftest import FakeJob
 from qwlora.errors import DirectoryError, VerificationError
 from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.placement_of_job import explain_job
+from qwlora.pipeline.explain_placement import explain_placement
 from qwlora.pipeline.run_job import open_job
 
 ALL = [
@@ -163,7 +163,7 @@ def test_results_hold_only_what_is_current(job: FakeJob) -> None:
 def test_verbs_that_read_a_job_refuse_files_that_it_did_not_make(job: FakeJob, path: str) -> None:
     job.run()
     flip_bit(job.out / path)
-    for verb in (explain_job, open_job):
+    for verb in (explain_placement, open_job):
         with pytest.raises(DirectoryError, match=re.escape(f"{path} has changed")):
             verb(job.out)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qwlora.atomic import move_into_place
 from qwlora.errors import DirectoryError
-from qwlora.pipeline.directory import explained
+from qwlora.pipeline.directory import as_directory_errors
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty, shown
 
 _PRIVATE = ".qwlora-merge"
@@ -31,7 +31,7 @@ def check_target(folder: Path) -> None:
         DirectoryError: it is a file, is not empty, is the current directory or a mount point, or
             cannot be created.
     """
-    with explained(folder):
+    with as_directory_errors(folder):
         if not check_output(folder):
             return
         if os.path.realpath(folder) == os.path.realpath("."):
@@ -64,11 +64,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
     private, scratch = folder / _PRIVATE, folder / _PRIVATE / "model"
     # nobody else has a name with this hash, so what is there is of a merge
     part = folder.with_name(f"{_PRIVATE}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}")
-    with explained(folder):
+    with as_directory_errors(folder):
         lock, made = lock_folder(private, "lock")
     ours, scratch_lock = [private], -1
     try:
-        with explained(folder):
+        with as_directory_errors(folder):
             check_target(folder)  # another merge may have finished since the check
             _remove_of_killed_merge(part)
             shutil.rmtree(scratch, ignore_errors=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwlora.errors import DirectoryError
-from qwlora.pipeline import merge_target
-from qwlora.pipeline.merge_target import check_target, new_folder
+from qwlora.pipeline import merged_folder
+from qwlora.pipeline.merged_folder import check_target, new_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -78,7 +78,7 @@ def test_what_a_merge_left_that_was_killed_in_its_last_steps_is_replaced(
         try:
             with pytest.MonkeyPatch.context() as patched, new_folder(place) as folder:
                 (folder / "config.json").write_text("old")
-                patched.setattr(f"qwlora.pipeline.merge_target.{function}", lambda *_: os._exit(9))
+                patched.setattr(f"qwlora.pipeline.merged_folder.{function}", lambda *_: os._exit(9))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -100,10 +100,10 @@ def test_a_merge_that_is_about_to_finish_keeps_its_model(
             pass
         real(part, target)
 
-    real = merge_target.move_into_place
+    real = merged_folder.move_into_place
     with monkeypatch.context() as patched, new_folder(place) as folder:
         (folder / "config.json").write_text("{}")
-        patched.setattr(merge_target, "move_into_place", move)
+        patched.setattr(merged_folder, "move_into_place", move)
     assert names(tmp_path) == ["merged", "merged/config.json"]
 
 

@@ -20,9 +20,9 @@ _HOOK, _HOOKED_FORWARD = "_hf_hook", "_old_forward"
 _CALLS = ("forward", "_call_impl", "_slow_forward", "_compiled_call_impl")
 
 
-def own_forward_problem(module: nn.Module) -> str | None:
+def instance_forward_problem(module: nn.Module) -> str | None:
     """Why a new module cannot replace `module`: it has a forward of its own. None if it can."""
-    own = own_calls(module)
+    own = instance_calls(module)
     if not own:
         hook = accelerate_hook(module)
         return None if hook is None else _offload_problem(hook)
@@ -34,7 +34,7 @@ def own_forward_problem(module: nn.Module) -> str | None:
     )
 
 
-def own_calls(module: nn.Module) -> list[str]:
+def instance_calls(module: nn.Module) -> list[str]:
     """Attributes of the instance that change what a call of `module` computes; accelerate's hook
     around the class's own forward is none."""
     hooked = ("forward",) if accelerate_hook(module) is not None else ()

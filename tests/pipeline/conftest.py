@@ -51,8 +51,6 @@ def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
     fake = FakeJob(recipe_for(), tmp_path / "out")
     for verb in RUN:
         monkeypatch.setitem(RUN, verb, fake.stage)
-    session = SimpleNamespace(data=None)
-    monkeypatch.setattr(run_job, "_start_context", lambda *arguments: session)
-    monkeypatch.setattr(run_job, "describe", lambda *arguments: {})
-    monkeypatch.setattr(run_job, "summary", lambda description: "data")
+    context = SimpleNamespace(all_texts=dict)
+    monkeypatch.setattr(run_job, "_start_context", lambda *arguments: context)
     return fake

@@ -188,8 +188,7 @@ def test_the_key_of_a_training_stage_has_the_names_that_older_jobs_hashed(
     monkeypatch.setattr(PlanBuilder, "add", add)
     adapters = [{"name": "a"}, {"name": "b", "continue_from": "a"}]
     recipe = load_recipe(recipe_for(adapters=adapters))
-    data = recipe.data
-    make_plan(recipe, load_documents(data.source, data.held_out, recipe.seed, data.reading()))
+    make_plan(recipe, JobTexts(recipe))
     settings = hashed["train/b"][0]
     assert settings["start"] == "a"
     assert "continue_from" not in settings

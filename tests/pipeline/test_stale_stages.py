@@ -219,7 +219,7 @@ def test_a_current_job_in_a_read_only_folder_can_be_read(read_only: FakeJob) -> 
     with pytest.raises(
         DirectoryError, match=r"is not writable, but evaluate/float must run \(its inputs changed"
     ):
-        read_only.run(changes=("seed=7",))
+        read_only.run(changes=("seed=7",), replace=True)
     assert not read_only.ran
 
 

@@ -156,10 +156,10 @@ def heading(description: dict[str, Any]) -> str:
 def summary(description: dict[str, Any], name: str | None = None) -> str:
     """The same in one line; `name` tells several texts apart."""
     parts = []
-    for part, name in (("train", "training"), ("held_out", "held out")):
+    for part, label in (("train", "training"), ("held_out", "held out")):
         c = description[part]
         text = (
-            f"{name} {c['documents']:,} documents, {c['tokens']:,} tokens, "
+            f"{label} {c['documents']:,} documents, {c['tokens']:,} tokens, "
             f"{c['sequences']:,} sequences, {c['learnt_tokens']:,} loss tokens"
         )
         lost = [

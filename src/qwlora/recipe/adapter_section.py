@@ -31,8 +31,8 @@ class Adapter(Section):
     start: str | None = Field(
         None,
         description="adapter to continue training from: the name of one listed before this one, or "
-        "a PEFT folder or hub id. Takes over its shape and dropout (no dropout in workflow "
-        "qwa-lora)",
+        "a PEFT folder, package:NAME/PATH or a hub id. Takes over its shape and dropout (no "
+        "dropout in workflow qwa-lora)",
     )
     objective: Literal["text", "recovery"] = Field(
         "text",

@@ -185,6 +185,25 @@ def test_missing_encodings_are_found_early(
     assert [p.split(":")[0] for p in found] == ["model.encodings", "data.source"]
 
 
+def test_a_path_that_does_not_exist_is_shown_as_an_absolute_path(
+    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    every = problems(
+        recipe_for(),
+        "model.source=./no/model",
+        "model.encodings=no/file.encodings",
+        "data.source=./no/data",
+        "data.chat_template=no/template.jinja",
+        "adapters.0.continue_from=./no/adapter",
+        "adapters.0.data={source: no/text.jsonl}",
+    )
+    found = [problem for problem in every if "does not exist" in problem]
+    places = ("model", "file.encodings", "data", "template.jinja", "text.jsonl", "adapter")
+    for problem, place in zip(found, places, strict=True):
+        assert f"does not exist (looked for {tmp_path}/no/{place})" in problem
+
+
 def test_unreadable_recipes(tmp_path: Path) -> None:
     assert problems(tmp_path / "no.yaml") == ["cannot be read: No such file or directory"]
     (tmp_path / "list.yaml").write_text("- 1")

@@ -346,7 +346,7 @@ def test_whatever_else_is_refused_with_a_reason(
         (tmp_path / "half",): "has no adapter_model.safetensors",
         (
             "somebody/a-model-that-is-not-here",
-        ): "not-here' is not a local path, and cannot be downloaded from the hub either:\n",
+        ): "not-here), and cannot be downloaded from the hub either:\n",
         (folder, "--against", tmp_path / "nowhere"): "does not exist",
         (folder, "--against", checkpoints["gpt2"]): "no tensor name in common",
     }.items():

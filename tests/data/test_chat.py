@@ -432,7 +432,7 @@ def test_a_completion_follows_its_prompt_as_it_will_at_inference(
     smollm2: PreTrainedTokenizerBase, prompt: str, completion: str
 ) -> None:
     tokenizer = smollm2
-    (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer)
+    (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer, prompt_format="plain")
     given = [i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if not flag]
     assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
     assert (
@@ -509,3 +509,26 @@ def test_a_template_that_never_ends_is_stopped(
     monkeypatch.setattr("qwlora.system.time_limit.time_limit.__defaults__", (0.2,))
     with pytest.raises(SourceError, match=r"chat\.jsonl:7.*data\.chat_template"):
         encode_conversation(TALK, with_template(template + marked))
+
+
+def test_a_pair_is_rendered_with_the_chat_template() -> None:
+    pair = Completion("What is 2+2?", "4", "a.jsonl:1")
+    alpaca = Completion("### Instruction:\nadd", "4", "a.jsonl:2", user_message="add")
+    tokenizer = with_template(CHATML)
+    found = encode_documents([pair, alpaca], tokenizer)
+    for tokens, asked in zip(found, ("What is 2+2?", "add"), strict=True):
+        messages = conversation(asked, "4")
+        assert (tokens.ids, tokens.in_loss) == encode_conversation(messages, tokenizer)
+        assert learnt_text(tokenizer, tokens.ids, tokens.in_loss) == ["4<end>"]
+    plain = encode_documents([pair, alpaca], tokenizer, prompt_format="plain")
+    tokenizer.chat_template = None
+    assert encode_documents([pair, alpaca], tokenizer) == plain
+    assert tokenizer.decode(plain[1].ids).startswith("### Instruction:\nadd4")
+
+
+def test_a_template_that_refuses_a_pair_can_be_switched_off() -> None:
+    tokenizer = with_template("{{ raise_exception('no users here') }}")
+    pair = Completion("Q", "A", "a.jsonl:1")
+    with pytest.raises(SourceError, match=r"a\.jsonl:1.*no users here.*data\.prompt_format: plain"):
+        encode_documents([pair], tokenizer)
+    assert encode_documents([pair], tokenizer, prompt_format="plain")

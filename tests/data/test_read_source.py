@@ -33,6 +33,7 @@ from qwlora.errors import MissingExtraError, SourceError
 datasets.disable_progress_bars()
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "text": [{"text": "first, “quoted”\nand a second line"}, {"text": "NA"}, {"text": "third"}],
     "completions": [
@@ -43,6 +44,14 @@ RECORDS: dict[str, list[dict[str, Any]]] = {
         {"messages": TALK},
         {"messages": [{"role": "system", "content": "Be kind."}, *TALK]},
     ],
+    "sharegpt": [
+        {"conversations": SHAREGPT},
+        {"conversations": [{"from": "system", "value": "Be kind."}, *SHAREGPT]},
+    ],
+    "alpaca": [
+        {"instruction": "Translate.", "input": "ja", "output": "yes"},
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+    ],
 }
 
 
@@ -51,7 +60,24 @@ def expected(kind: str) -> list[Document]:
         return [Text(r["text"]) for r in RECORDS[kind]]
     if kind == "completions":
         return [Completion(r["prompt"], r["completion"]) for r in RECORDS[kind]]
-    return [Conversation(tuple(r["messages"])) for r in RECORDS[kind]]
+    if kind == "alpaca":
+        return [
+            Completion(
+                "Below is an instruction that describes a task, paired with an input that "
+                "provides further context. Write a response that appropriately completes the "
+                "request.\n\n### Instruction:\nTranslate.\n\n### Input:\nja\n\n### Response:\n",
+                "yes",
+                user_message="Translate.\n\nja",
+            ),
+            Completion(
+                "Below is an instruction that describes a task. Write a response that "
+                "appropriately completes the request.\n\n### Instruction:\nSay hi.\n\n"
+                "### Response:\n",
+                "hi",
+                user_message="Say hi.",
+            ),
+        ]
+    return [Conversation(tuple(r["messages"])) for r in RECORDS["conversations"]]
 
 
 def read(path: Path | str, reading: Reading | None = None) -> list[Document]:
@@ -121,7 +147,7 @@ WRITERS: dict[str, Callable[[Path, list[Any]], None]] = {
         (n, k)
         for n in WRITERS
         for k in RECORDS
-        if not (k == "conversations" and n.lower().endswith(("csv", "tsv")))
+        if not (k in ("conversations", "sharegpt") and n.lower().endswith(("csv", "tsv")))
     ],
 )
 def test_each_format_holds_each_kind(tmp_path: Path, name: str, kind: str) -> None:
@@ -392,7 +418,9 @@ WRONG_TABLES = [
     (
         "a.csv",
         b"txt\nhello\n",
-        "its columns (txt) are neither text, nor prompt and completion, nor messages. Name them in the recipe, perhaps data.text_column: txt",
+        "its columns (txt) are neither text, nor prompt and completion, nor messages or "
+        "conversations, nor instruction and output. Name them in the recipe, perhaps "
+        "data.text_column: txt",
     ),
     (
         "a.csv",
@@ -409,7 +437,8 @@ WRONG_TABLES = [
     (
         "a.jsonl",
         b'{"a": 1}\n',
-        ":1: its columns (a) are neither text, nor prompt and completion, nor messages. Name them in the recipe (data.text_column",
+        ":1: its columns (a) are neither text, nor prompt and completion, nor messages or "
+        "conversations, nor instruction and output. Name them in the recipe (data.text_column",
     ),
     (
         "a.jsonl",
@@ -705,7 +734,8 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         SourceError,
-        match="data source 'no-owner/no-dataset' is not a local file or folder, and datasets cannot load it from the hub",
+        match="'no-owner/no-dataset' is not a local file or folder "
+        rf"\(looked for {re.escape(str(Path.cwd()))}/no-owner/no-dataset\).*from the hub",
     ):
         read("no-owner/no-dataset")
 
@@ -723,9 +753,10 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_mistaken_path_is_no_hub_id(source: str) -> None:
     with pytest.raises(
-        SourceError, match=r"does not exist. Give a file \(text, .jsonl.*hub id like owner/name"
-    ):
+        SourceError, match=r"does not exist.*\. Give a file \(text, .jsonl.*hub id like owner/name"
+    ) as caught:
         locate_documents(source)
+    assert str(Path(source).absolute()) in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,11 @@ from conftest import byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.cli.main import app
-from qwlora.data import Conversation, Cutting, Documents, prepare
+from qwlora.data import Completion, Conversation, Cutting, Documents, prepare
+from qwlora.data.prepared_data import describe, summary
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError, SourceError
+from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 
@@ -200,7 +202,7 @@ def test_a_model_that_mixes_documents_is_refused_until_the_recipe_chooses(
         ),
         (
             "data.chat_template=/not/there.jinja",
-            "data.chat_template: '/not/there.jinja' is not a file",
+            "data.chat_template: '/not/there.jinja' does not exist. Give a file with a Jinja",
         ),
         (
             "data={source: x, text_column: a, messages_column: b}",
@@ -208,7 +210,8 @@ def test_a_model_that_mixes_documents_is_refused_until_the_recipe_chooses(
         ),
         (
             "data.source=corpus/train.jsonl",
-            "data.source: data source 'corpus/train.jsonl' does not exist. Give a file (text, .jsonl",
+            "data.source: data source 'corpus/train.jsonl' does not exist (looked for "
+            f"{Path.cwd()}/corpus/train.jsonl). Give a file (text, .jsonl",
         ),
         (
             "data.mesages_column=x",
@@ -222,3 +225,56 @@ def test_the_recipe_names_what_is_wrong_with_its_data(
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_for(), (change,))
     assert any(message in problem for problem in caught.value.problems)
+
+
+PAIRS = [{"prompt": f"{i}+{i}?", "completion": f"it is {2 * i}"} for i in range(30)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "first"),
+    [
+        ((), "completions with the chat template", "<|user|>N+N?<end>\n<|assistant|>⟦"),
+        (("data.prompt_format=plain",), "completions as plain text", "N+N?⟦it is"),
+        (("data.chat_template=null",), "completions as plain text", "N+N?⟦it is"),
+    ],
+)
+def test_the_preview_says_how_pairs_are_rendered(
+    recipe_for: Any,
+    chat: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    changes: tuple[str, ...],
+    kind: str,
+    first: str,
+) -> None:
+    Path(chat["source"]).write_text("\n".join(map(json.dumps, PAIRS)))
+    sets = [part for change in changes for part in ("--set", change)]
+    app(["data", str(recipe_for(data=chat)), *sets], standalone_mode=False)
+    heading, _, example = capsys.readouterr().out.partition("loss tokens are in ⟦ ⟧")
+    assert heading.startswith(f"{kind}, packing documents\n")
+    text = example.replace(" ", "").translate({ord("Ġ"): " ", ord("Ċ"): "\n"})
+    assert first in re.sub(r"\d+", "N", text)
+
+
+@pytest.mark.parametrize("prompt_format", ["auto", "plain"])
+def test_the_data_line_says_how_pairs_are_rendered(prompt_format: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    pairs = tuple(Completion(**pair) for pair in PAIRS)
+    documents = Documents(pairs[:20], pairs[20:])
+    prepared = prepare(documents, tokenizer, Cutting(96, prompt_format=prompt_format))
+    description = describe(documents, prepared)
+    assert description["chat_template"] is (prompt_format == "auto")
+    how = "with the chat template" if prompt_format == "auto" else "as plain text"
+    assert summary(description).startswith(f"data (completions {how}, packing documents): ")
+
+
+def test_stages_depend_on_the_prompt_format_of_pairs_only(
+    recipe_for: Any, chat: dict[str, Any]
+) -> None:
+    def key(*changes: str) -> list[Any]:
+        recipe = load_recipe(recipe_for(data=chat), changes)
+        return JobTexts(recipe).key(recipe.data)
+
+    assert key() == key("data.prompt_format=plain")
+    Path(chat["source"]).write_text("\n".join(map(json.dumps, PAIRS)))
+    assert key() != key("data.prompt_format=plain")

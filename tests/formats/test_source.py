@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from conftest import byte_tokenizer, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora import load_precomputed, quantize_, save_base
+from qwlora.adapter.attach import adapter_folder
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
@@ -218,9 +219,50 @@ def test_integers_and_single_files_are_had_from_the_hub(hub: Callable[[str], Pat
     assert not (found.path.parents[1] / "other.gguf").exists()
 
 
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the Python package `tiny_files`, which the distribution `Some.Models` installs
+    with a second package."""
+    info = tmp_path / "some_models-1.dist-info"
+    for folder in (info, tmp_path / "a_module", tmp_path / "tiny_files"):
+        folder.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: Some.Models\nVersion: 1\n")
+    (tmp_path / "a_module" / "__init__.py").touch()
+    (tmp_path / "tiny_files" / "__init__.py").touch()
+    (tmp_path / "tiny_files" / "model.gguf").touch()
+    (tmp_path / "tiny_files" / "adapter").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path / "tiny_files"
+
+
+@pytest.mark.parametrize("name", ["tiny_files", "Some.Models", "some-models", "some_models"])
+@pytest.mark.parametrize("listed_in", ["top_level.txt", "RECORD"])
+def test_a_package_is_found_by_its_name_and_by_its_distributions(
+    package: Path, name: str, listed_in: str
+) -> None:
+    info = package.parent / "some_models-1.dist-info"
+    names = ("a_module", "tiny_files")
+    (info / listed_in).write_text(
+        "\n".join(names)
+        if listed_in == "top_level.txt"
+        else "".join(f"{n}/__init__.py,,\n" for n in names)
+    )
+    assert locate(f"package:{name}/model.gguf").path == package / "model.gguf"
+    assert adapter_folder(f"package:{name}/adapter") == package / "adapter"
+    with pytest.raises(SourceError, match=r"does not exist \(looked for .*/\w+/no\.gguf\)"):
+        locate(f"package:{name}/no.gguf")
+
+
+def test_a_package_that_is_not_installed_is_named() -> None:
+    for locating in (locate, adapter_folder):
+        with pytest.raises(SourceError, match=r"'no_such_package' is not.*pip install no-such-pac"):
+            locating("package:no_such_package/x")
+
+
 def test_what_the_hub_does_not_have_is_named(hub: Callable[[str], Path]) -> None:
     with pytest.raises(
         SourceError,
-        match=r"model 'owner/nothing' is not a local path.*hub either:\n  404 Client Error",
+        match=r"model 'owner/nothing' is not a local path \(looked for /.*/owner/nothing\)"
+        r".*hub either:\n  404 Client Error",
     ):
         load_model("owner/nothing")

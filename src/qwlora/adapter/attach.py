@@ -39,7 +39,7 @@ from qwlora.adapter.adapter_folder import (
 from qwlora.adapter.module_patterns import check_pattern_times
 from qwlora.errors import SourceError, TrainingError, foreign_as
 from qwlora.formats.hub import downloaded
-from qwlora.formats.user_path import user_path
+from qwlora.formats.user_path import looked_for, source_path
 from qwlora.messages import listed, near_names
 from qwlora.nn import PackedLayer
 from qwlora.nn.fingerprint import fingerprint
@@ -304,11 +304,14 @@ def adapter_folder(source: str) -> Path:
     Raises:
         SourceError: it is neither a folder nor a reachable hub id.
     """
-    path = user_path(source)
+    path = source_path(source)
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise SourceError(f"adapter {source!r} is neither a folder nor a hub id like owner/name")
+        raise SourceError(
+            f"adapter {source!r} is neither a folder nor a hub id like owner/name"
+            f"{looked_for(source, path)}"
+        )
     return downloaded("adapter", source, ["adapter_config.json", WEIGHTS, FILE])
 
 

@@ -1,7 +1,8 @@
 """The documents of a source, all of one kind.
 
     Text           every token counts in the loss
-    Completion     a prompt, and a completion, which counts in the loss
+    Completion     a prompt, and a completion, which counts in the loss; with a chat template they may
+                   become a message of the user and one of the assistant
     Conversation   messages; those of the assistant count in the loss
 
 Each knows its place (`file:line`, or `source row N`), so that later messages can name it.
@@ -44,11 +45,16 @@ class Text:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt, and the text that should follow it."""
+    """A prompt, and the text that should follow it.
+
+    Args:
+        user_message: the prompt as a user's message. Default: the prompt itself.
+    """
 
     prompt: str
     completion: str
     where: str = ""
+    user_message: str | None = None
     kind = "completions"
 
     @property
@@ -96,6 +102,18 @@ class Conversation:
     def answers(self) -> tuple[str, ...]:
         """What counts in the loss."""
         return tuple(m.get("content") or "" for m in self.messages if m["role"] == ASSISTANT)
+
+
+def as_conversation(document: Completion) -> Conversation:
+    """The prompt as a message of the user, and the completion as the assistant's."""
+    asked = document.prompt if document.user_message is None else document.user_message
+    return Conversation(
+        (
+            {"role": "user", "content": asked},
+            {"role": ASSISTANT, "content": document.completion},
+        ),
+        document.where,
+    )
 
 
 Document = Text | Completion | Conversation

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import Document, Documents
 from qwlora.data.sequence_packing import Counts, cut_into_sequences, joined_ids
-from qwlora.data.tokenization import encode_documents, start_tokens
+from qwlora.data.tokenization import encode_documents, renders_pairs, start_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +28,13 @@ class Cutting:
     Args:
         packing: join, documents or none; default: join for running text, else documents.
         turns: of a conversation: together or apart.
+        prompt_format: of completions: auto (the chat template, if there is one) or plain.
     """
 
     sequence_tokens: int
     packing: str | None = None
     turns: str = "together"
+    prompt_format: str = "auto"
 
     def packing_of(self, kind: str) -> str:
         """The packing of documents of `kind`."""
@@ -46,6 +48,7 @@ class Prepared:
     Args:
         train, held_out: sequences; the held-out ones have no position_ids.
         calibration_ids: int64 [count, tokens], concatenated training documents.
+        chat_template: whether a chat template rendered the documents.
     """
 
     kind: str
@@ -55,6 +58,7 @@ class Prepared:
     calibration_ids: Tensor
     train_counts: Counts
     held_out_counts: Counts
+    chat_template: bool = False
 
     def largest_id(self) -> int:
         """The largest token id."""
@@ -83,8 +87,9 @@ def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cutting: C
     padding = next(
         (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
     )
-    train = encode_documents(documents.train, tokenizer, cutting.turns)
-    held_out = encode_documents(documents.held_out, tokenizer, cutting.turns)
+    how = (cutting.turns, cutting.prompt_format)
+    train = encode_documents(documents.train, tokenizer, *how)
+    held_out = encode_documents(documents.held_out, tokenizer, *how)
     train_sequences, train_counts = cut_into_sequences(
         train, tokens, packing, start, padding, "training"
     )
@@ -104,6 +109,8 @@ def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cutting: C
         calibration,
         train_counts,
         held_out_counts,
+        kind == "conversations"
+        or (kind == "completions" and renders_pairs(tokenizer, cutting.prompt_format)),
     )
 
 
@@ -130,6 +137,7 @@ def describe(documents: Documents, prepared: Prepared) -> dict[str, Any]:
     """The section `data` of results.json."""
     return {
         "kind": prepared.kind,
+        "chat_template": prepared.chat_template,
         "packing": prepared.packing,
         "skipped_records": documents.skipped_records,
         "overlapping_documents": documents.overlapping_documents,
@@ -139,13 +147,21 @@ def describe(documents: Documents, prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def heading(description: dict[str, Any]) -> str:
+    """The kind of the documents, how completions are rendered, and the packing."""
+    form = ""
+    if description["kind"] == "completions":
+        form = " with the chat template" if description["chat_template"] else " as plain text"
+    return f"{description['kind']}{form}, packing {description['packing']}"
+
+
 def summary(description: dict[str, Any], name: str | None = None) -> str:
     """The same in one line; `name` tells several texts apart."""
     parts = []
-    for part, name in (("train", "training"), ("held_out", "held out")):
+    for part, label in (("train", "training"), ("held_out", "held out")):
         c = description[part]
         text = (
-            f"{name} {c['documents']:,} documents, {c['tokens']:,} tokens, "
+            f"{label} {c['documents']:,} documents, {c['tokens']:,} tokens, "
             f"{c['sequences']:,} sequences, {c['learnt_tokens']:,} loss tokens"
         )
         lost = [
@@ -163,4 +179,4 @@ def summary(description: dict[str, Any], name: str | None = None) -> str:
     ]
     parts += [f"{count:,} {what}" for count, what in notes if count]
     of = "data" if name is None else f"data of {name}"
-    return f"{of} ({description['kind']}, packing {description['packing']}): " + "; ".join(parts)
+    return f"{of} ({heading(description)}): " + "; ".join(parts)

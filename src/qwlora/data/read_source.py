@@ -38,7 +38,7 @@ from qwlora.data.folder_files import folder_files
 from qwlora.data.records import Columns, EmptyRecordError, Fields, choose_fields, make_document
 from qwlora.data.text_files import read_attribute, read_json, read_json_lines, read_text
 from qwlora.errors import SourceError
-from qwlora.formats.user_path import user_path
+from qwlora.formats.user_path import does_not_exist, user_path
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def locate_documents(source: str) -> None:
             )
     elif not user_path(source).exists() and not _is_hub_id(source):
         raise SourceError(
-            f"data source {source!r} does not exist. Give a file (text, "
+            f"data source {source!r} {does_not_exist(source, user_path(source))}. Give a file (text, "
             f"{', '.join(RECORD_SUFFIXES)}), a folder of such files or of datasets.save_to_disk, "
             "python:MODULE:ATTRIBUTE, or a dataset's hub id like owner/name"
         )

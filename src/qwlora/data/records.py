@@ -5,8 +5,12 @@ The recipe names the columns, or their names determine the kind:
     text                       running text
     prompt and completion      the completion counts in the loss
     messages                   a list of {role, content}; the assistant's count in the loss
+    conversations              the same in ShareGPT's form: a list of {from, value}. The first
+                               message determines which form a list has, not the column
     tools, next to messages    optional: JSON schemas of the functions that may be called, as a list
                                or as the JSON of a list
+    instruction and output     Alpaca: the output counts in the loss
+    input, next to them        optional: what the instruction is about
 
 A bad record is refused with its file and line. Nothing is repaired or skipped silently.
 """
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qwlora.data.document import ASSISTANT, ROLES, Completion, Conversation, Document, Text
@@ -26,8 +30,42 @@ KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "completions": ("prompt", "completion"),
     "conversations": ("messages",),
+    "instructions": ("instruction", "output"),
 }
 TOOLS = "tools"
+_OPTIONAL = {"conversations": (TOOLS,), "instructions": ("input",)}
+_PREFERENCES = {"chosen", "rejected"}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": ASSISTANT,
+    "chatgpt": ASSISTANT,
+    "bot": ASSISTANT,
+    "model": ASSISTANT,
+    "observation": "tool",
+    "function_response": "tool",
+}
+# Stanford Alpaca's prompts, as in the column `text` of its dataset
+_ALPACA = """\
+Below is an instruction that describes a task. Write a response that appropriately completes the \
+request.
+
+### Instruction:
+{instruction}
+
+### Response:
+"""
+_ALPACA_WITH_INPUT = """\
+Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Input:
+{input}
+
+### Response:
+"""
 
 
 class EmptyRecordError(SourceError):
@@ -42,6 +80,9 @@ class Columns:
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
+    instruction: str | None = None
+    input: str | None = None
+    output: str | None = None
 
     @property
     def asked(self) -> dict[str, str]:
@@ -50,47 +91,68 @@ class Columns:
 
 @dataclass(frozen=True)
 class Fields:
-    """The kind of documents in a source, and the column of each field."""
+    """The kind of records in a source, and the column of each field.
+
+    Args:
+        names: columns of the required fields.
+        optional: columns of fields that a record may lack.
+    """
 
     kind: str
     names: Mapping[str, str]
+    optional: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> tuple[str, ...]:
         return tuple(self.names.values())
 
     def among(self, present: Collection[str]) -> tuple[str, ...]:
-        """The columns of a table to read: the required ones, and `tools` if present."""
-        may = (
-            (TOOLS,)
-            if self.kind == "conversations" and TOOLS in present and TOOLS not in self.columns
-            else ()
-        )
-        return (*self.columns, *may)
+        """The columns of a table to read: the required ones, and the optional ones it has."""
+        return (*self.columns, *(name for name in self.optional.values() if name in present))
+
+
+def _fields(kind: str, asked: Mapping[str, str]) -> Fields:
+    """Fields of `kind`, in the columns `asked` or in those named like the fields."""
+    names = {role: asked.get(role, role) for role in KINDS[kind]}
+    optional = {role: asked.get(role, role) for role in _OPTIONAL.get(kind, ())}
+    taken = set(names.values())
+    return Fields(kind, names, {r: name for r, name in optional.items() if name not in taken})
+
+
+_FOUND_BY_NAME = (
+    *(_fields(kind, {}) for kind in KINDS),
+    _fields("conversations", {"messages": "conversations"}),
+)
 
 
 def choose_fields(present: Collection[str], columns: Columns, where: str) -> Fields:
     """Decide which of the columns `present` are used.
 
     Raises:
-        SourceError: a column from the recipe is missing, or the columns fit no kind or several.
+        SourceError: a column from the recipe is missing, the columns fit no kind or several, or
+            they hold preferences (chosen and rejected).
     """
     if asked := columns.asked:
-        kind = next(kind for kind, roles in KINDS.items() if set(asked) & set(roles))
-        names = {role: asked.get(role, role) for role in KINDS[kind]}
-        for role, name in names.items():
+        kind = next(
+            kind for kind, roles in KINDS.items() if set(asked) & {*roles, *_OPTIONAL.get(kind, ())}
+        )
+        fields = _fields(kind, asked)
+        for role, name in {**fields.names, **asked}.items():
             if name not in present:
                 raise SourceError(
                     f"{where}: there is no column {name!r} (data.{role}_column)"
                     f"{suggestion(name, present)}"
                 )
-        return Fields(kind, names)
-    complete = [kind for kind, roles in KINDS.items() if set(roles) <= set(present)]
+        return fields
+    if {name.lower() for name in present} >= _PREFERENCES:
+        raise SourceError(_preferences(present, where))
+    complete = [fields for fields in _FOUND_BY_NAME if set(fields.columns) <= set(present)]
     if len(complete) == 1:
-        return Fields(complete[0], {role: role for role in KINDS[complete[0]]})
+        return complete[0]
     if complete:
-        found = " and ".join("+".join(KINDS[kind]) for kind in complete)
-        asking = " or ".join(f"data.{KINDS[kind][0]}_column: {KINDS[kind][0]}" for kind in complete)
+        found = " and ".join("+".join(fields.columns) for fields in complete)
+        first = [next(iter(fields.names.items())) for fields in complete]
+        asking = " or ".join(f"data.{role}_column: {name}" for role, name in first)
         raise SourceError(
             f"{where}: has both {found}, and only one of them can be trained on. Say which in the "
             f"recipe ({asking})"
@@ -103,8 +165,24 @@ def choose_fields(present: Collection[str], columns: Columns, where: str) -> Fie
     ]
     raise SourceError(
         f"{where}: its columns ({listed(present, 20)}) are neither text, nor prompt and "
-        "completion, nor messages. Name them in the recipe"
+        "completion, nor messages or conversations, nor instruction and output. Name them in the "
+        "recipe"
         f"{', perhaps ' + guesses[0] if guesses else ' (data.text_column and so on)'}"
+    )
+
+
+def _preferences(present: Collection[str], where: str) -> str:
+    chosen = next(name for name in present if name.lower() == "chosen")
+    pair = (
+        f"data.prompt_column: prompt and data.completion_column: {chosen}"
+        if "prompt" in present
+        else f"data.text_column: {chosen}"
+    )
+    return (
+        f"{where}: these are preference data (columns {listed(present, 20)}): pairs of a chosen "
+        "and a rejected answer, as DPO takes them. QWLoRA trains on answers, not on preferences. "
+        "To train on the chosen answers, set "
+        f"data.messages_column: {chosen} if it holds lists of messages, or {pair} if it holds text"
     )
 
 
@@ -121,14 +199,10 @@ def make_document(record: Any, fields: Fields, where: str) -> Document:
         )
     missing = [name for name in fields.columns if name not in record]
     if missing:
-        others = [
-            kind
-            for kind, roles in KINDS.items()
-            if kind != fields.kind and set(roles) <= set(record)
-        ]
+        others = [other for other in _FOUND_BY_NAME if set(other.columns) <= set(record)]
         if others:
             raise SourceError(
-                f"{where}: this record has {'+'.join(KINDS[others[0]])}, those before it "
+                f"{where}: this record has {'+'.join(others[0].columns)}, those before it "
                 f"{'+'.join(fields.columns)}. A source holds one kind"
             )
         if not record:
@@ -138,7 +212,7 @@ def make_document(record: Any, fields: Fields, where: str) -> Document:
         )
     values = {role: record[name] for role, name in fields.names.items()}
     if fields.kind == "conversations":
-        tools = () if TOOLS in fields.columns else _tools(record.get(TOOLS), where)
+        tools = _tools(record.get(TOOLS), where) if TOOLS in fields.optional else ()
         return Conversation(
             _messages(values["messages"], fields.names["messages"], where), where, tools
         )
@@ -146,11 +220,27 @@ def make_document(record: Any, fields: Fields, where: str) -> Document:
     for role, value in strings.items():
         if not value.strip():
             raise EmptyRecordError(f"{where}: {fields.names[role]!r} is empty")
-    return (
-        Text(strings["text"], where)
-        if fields.kind == "text"
-        else Completion(strings["prompt"], strings["completion"], where)
-    )
+    if fields.kind == "text":
+        return Text(strings["text"], where)
+    if fields.kind == "completions":
+        return Completion(strings["prompt"], strings["completion"], where)
+    column = fields.optional.get("input")
+    given = record.get(column) if column is not None else None
+    about = "" if given is None or column is None else _string(given, column, where)
+    return _instruction(strings["instruction"], about, strings["output"], where)
+
+
+def _instruction(instruction: str, about: str, output: str, where: str) -> Completion:
+    """An Alpaca record; `about` is its input, which may be empty.
+
+    As a user's message it is the instruction, an empty line and the input; as plain text it is
+    Alpaca's own prompt.
+    """
+    if not about.strip():
+        prompt = _ALPACA.format(instruction=instruction)
+        return Completion(prompt, output, where, instruction)
+    prompt = _ALPACA_WITH_INPUT.format(instruction=instruction, input=about)
+    return Completion(prompt, output, where, f"{instruction}\n\n{about}")
 
 
 def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...]:
@@ -161,35 +251,45 @@ def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...
         )
     if not value:
         raise EmptyRecordError(f"{where}: {name!r} is empty")
+    first = value[0]
+    sharegpt = isinstance(first, Mapping) and "from" in first and "role" not in first
     messages = tuple(
-        _message(message, f"{where}: message {i}") for i, message in enumerate(value, 1)
+        _message(message, f"{where}: message {i}", sharegpt) for i, message in enumerate(value, 1)
     )
     if not any(m["role"] == ASSISTANT for m in messages):
         raise SourceError(f"{where}: there is no message of the {ASSISTANT} to train on")
     return messages
 
 
-def _message(message: Any, where: str) -> Mapping[str, Any]:
+def _message(message: Any, where: str, sharegpt: bool) -> Mapping[str, Any]:
+    """A message with role and content; ShareGPT's has `from` and `value` instead."""
+    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     if not isinstance(message, Mapping):
-        raise SourceError(f"{where} must be an object with role and content, not {_type(message)}")
+        raise SourceError(
+            f"{where} must be an object with {role_key} and {content_key}, not {_type(message)}"
+        )
     kept = {
         key: value for key, value in message.items() if value is not None
     }  # tables add missing keys as null
-    for key in ("role", "content"):
-        if key not in kept and not (key == "content" and kept.get("tool_calls")):
+    for key in (role_key, content_key):
+        if key not in kept and not (key == content_key and kept.get("tool_calls")):
             what = "is null" if key in message else f"is missing{suggestion(key, message)}"
             raise SourceError(f"{where}: {key!r} {what}")
-    role = _string(kept["role"], "role", where)
+    given = _string(kept.pop(role_key), role_key, where)
+    role = _SHAREGPT_ROLES.get(given, given) if sharegpt else given
     if role not in ROLES:
-        raise SourceError(f"{where}: unknown role {role!r}{suggestion(role, ROLES)}")
-    if (
-        "content" in kept
-        and not _string(kept["content"], "content", where).strip()
-        and role in ("user", ASSISTANT)
-        and not kept.get("tool_calls")
-    ):
-        raise EmptyRecordError(f"{where}: the {role}'s content is empty")
-    return kept
+        known = (*ROLES, *_SHAREGPT_ROLES) if sharegpt else ROLES
+        raise SourceError(f"{where}: unknown role {given!r}{suggestion(given, known)}")
+    content = {}
+    if content_key in kept:
+        content["content"] = _string(kept.pop(content_key), content_key, where)
+        if (
+            not content["content"].strip()
+            and role in ("user", ASSISTANT)
+            and not kept.get("tool_calls")
+        ):
+            raise EmptyRecordError(f"{where}: the {role}'s {content_key} is empty")
+    return {"role": role, **content, **kept}
 
 
 def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:

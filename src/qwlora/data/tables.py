@@ -21,6 +21,7 @@ from typing import Any
 from qwlora.data.file_kinds import suffix_of
 from qwlora.data.text_files import decode, read_bytes
 from qwlora.errors import MissingExtraError, SourceError, foreign_as
+from qwlora.formats.user_path import looked_for
 
 Rows = Iterator[tuple[str, Any]]
 SAVED_DATASET = ("dataset_info.json", "dataset_dict.json")
@@ -234,8 +235,9 @@ def read_hub(source: str, split: str | None, subset: str | None) -> tuple[list[s
         loaded = datasets.load_dataset(source, name=subset)
     except Exception as error:  # the network, the hub, a builder: each raises its own
         raise SourceError(
-            f"data source {source!r} is not a local file or folder, and datasets cannot load it "
-            f"from the hub: {_first_line(error)}"
+            f"data source {source!r} is not a local file or folder"
+            f"{looked_for(source, Path(source))}, and datasets cannot load it from the hub: "
+            f"{_first_line(error)}"
         ) from error
     return _dataset_rows(loaded, source, split, datasets)
 

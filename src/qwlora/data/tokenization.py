@@ -2,7 +2,8 @@
 
     Text           its tokens and the end-of-sequence token, all in the loss; may be cut anywhere
     Completion     what the tokenizer puts before a text, the prompt, the completion and the
-                   end-of-sequence token; the last two are in the loss
+                   end-of-sequence token; the last two are in the loss. With a chat template, a
+                   conversation of two messages (`renders_pairs`)
     Conversation   what the chat template renders (see `chat`)
 
 At inference the prompt is tokenized alone, so it is here. The tokens of the completion are the
@@ -24,7 +25,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwlora.data.chat import common_prefix_length, encode_conversation, split_turns
-from qwlora.data.document import Completion, Conversation, Document, Text
+from qwlora.data.document import Completion, Conversation, Document, Text, as_conversation
+from qwlora.errors import SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,9 +49,15 @@ class Tokens:
 
 
 def encode_documents(
-    documents: Sequence[Document | str], tokenizer: PreTrainedTokenizerBase, turns: str = "together"
+    documents: Sequence[Document | str],
+    tokenizer: PreTrainedTokenizerBase,
+    turns: str = "together",
+    prompt_format: str = "auto",
 ) -> list[Tokens]:
     """Tokens of each document, or of each turn if `turns` is `apart`.
+
+    Args:
+        prompt_format: of completions; see `renders_pairs`.
 
     Raises:
         SourceError: see `encode_conversation`.
@@ -62,7 +70,11 @@ def encode_documents(
             ids = [*_ids(text, tokenizer), *_end(tokenizer)]
             encoded.append(Tokens(ids, [True] * len(ids), divisible=True))
         elif isinstance(document, Completion):
-            encoded.append(_encode_completion(document, tokenizer, start))
+            encoded.append(
+                _encode_pair(document, tokenizer)
+                if renders_pairs(tokenizer, prompt_format)
+                else _encode_completion(document, tokenizer, start)
+            )
         else:
             apart = turns == "apart"
             encoded += [
@@ -70,6 +82,11 @@ def encode_documents(
                 for c in _conversations(document, apart)
             ]
     return encoded
+
+
+def renders_pairs(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> bool:
+    """Whether completions are rendered with the chat template: `auto`, and there is one."""
+    return prompt_format == "auto" and bool(tokenizer.chat_template)
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -80,6 +97,16 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if full[at : at + len(bare)] == bare:
             return full[:at]
     return []
+
+
+def _encode_pair(document: Completion, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    try:
+        return Tokens(*encode_conversation(as_conversation(document), tokenizer))
+    except SourceError as error:
+        raise SourceError(
+            f"{error}. To train on prompts and completions without the chat template, set "
+            "data.prompt_format: plain"
+        ) from error
 
 
 def _encode_completion(

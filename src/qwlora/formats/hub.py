@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwlora.errors import SourceError
+from qwlora.formats.user_path import looked_for
 
 
 def downloaded(
@@ -34,6 +35,6 @@ def downloaded(
         )
     except Exception as error:  # the client raises many types: offline, not found, private ...
         raise SourceError(
-            f"{what} {repository!r} is not a local path, and cannot be downloaded from the hub "
-            f"either:\n  {error}"
+            f"{what} {repository!r} is not a local path{looked_for(repository, Path(repository))}, and "
+            f"cannot be downloaded from the hub either:\n  {error}"
         ) from error

@@ -2,7 +2,8 @@
 
     ./a/folder                 a Hugging Face checkpoint
     ./a/model.gguf             a GGUF file, dequantized when it is loaded
-    package:NAME/PATH          a file or folder in an installed Python package (it is not imported)
+    package:NAME/PATH          a file or folder in an installed Python package (it is not imported),
+                               by the name of the package or of its distribution
     A+B+C                      the pieces of a split .gguf file in order, each written as one of the
                                above; they are joined once, in the user's cache
     owner/name                 a Hugging Face hub id; owner/name/FILE.gguf is one file of it.
@@ -28,7 +29,7 @@ from qwlora.errors import MissingExtraError, SourceError, foreign_as
 from qwlora.formats.hub import downloaded
 from qwlora.formats.joined_files import join_parts
 from qwlora.formats.remote_code import refuse_remote_code
-from qwlora.formats.user_path import user_path
+from qwlora.formats.user_path import does_not_exist, source_path, user_path
 from qwlora.messages import listed
 
 if TYPE_CHECKING:
@@ -83,22 +84,16 @@ def locate(source: str) -> Location:
         SourceError: the path does not exist or is not a model.
     """
     if "+" in source and not user_path(source).exists():
-        parts = [
-            _inside_package(part) if part.startswith("package:") else user_path(part)
-            for part in source.split("+")
-        ]
+        parts = [source_path(part) for part in source.split("+")]
         path = join_parts(parts)
         return Location(str(path.parent), path.name, tuple(parts))
-    if source.startswith("package:"):
-        path = _inside_package(source)
-    else:
-        path = user_path(source)
-        on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.gguf))?", source)
-        if on_hub and not path.exists():
-            return Location(on_hub[1], on_hub[2], ())
+    path = source_path(source)
+    on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.gguf))?", source)
+    if on_hub and not path.exists():
+        return Location(on_hub[1], on_hub[2], ())
     if not path.exists():
         raise SourceError(
-            f"model {source!r} does not exist. Give a folder with config.json, a .gguf file, "
+            f"model {source!r} {does_not_exist(source, path)}. Give a folder with config.json, a .gguf file, "
             "package:NAME/PATH for a file inside an installed package, or a hub id like owner/name"
         )
     if path.is_dir():
@@ -141,17 +136,6 @@ def _downloaded(repository: str, *files: str) -> Path:
     # subfolders of a repository usually hold the same weights in other formats
     ignored = None if any("/" in file for file in files) else ["*/*"]
     return downloaded("model", repository, files, ignored)
-
-
-def _inside_package(source: str) -> Path:
-    package, _, rest = source.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package) if re.fullmatch(r"\w+", package) else None
-    if spec is None or not spec.submodule_search_locations:
-        raise SourceError(
-            f"model {source!r}: the Python package {package!r} is not installed. "
-            f"Install it: pip install {package.replace('_', '-')}"
-        )
-    return Path(next(iter(spec.submodule_search_locations))) / rest
 
 
 def _readable(source: str) -> Location:

@@ -18,6 +18,7 @@ from qwlora.formats.gptq import GptqCheckpoint
 from qwlora.formats.huggingface_folder import FloatCheckpoint
 from qwlora.formats.qwlora_base import BaseCheckpoint
 from qwlora.formats.safetensors_files import read_json
+from qwlora.formats.user_path import looked_for
 
 METHODS = {
     "gptq": GptqCheckpoint,
@@ -62,7 +63,9 @@ def open_checkpoint(
 
         return GgufCheckpoint(path)
     if not path.is_dir():
-        raise SourceError(f"{str(path)!r} is neither a folder nor a .gguf file")
+        raise SourceError(
+            f"{str(path)!r} is neither a folder nor a .gguf file{looked_for(str(path), path)}"
+        )
     if (path / RECORD).is_file():
         if encodings is not None:
             raise SourceError(

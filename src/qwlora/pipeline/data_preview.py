@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from qwlora.data.prepared_data import heading
 from qwlora.errors import SourceError
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.run_job import new_context
@@ -87,7 +88,7 @@ def _run(tokenizer: Any, ids: list[int], in_loss: bool) -> dict[str, Any]:
 def format_preview(found: dict[str, Any]) -> str:
     """The counts as a table and the sequence as text, loss tokens between OPEN and CLOSE."""
     data = found["data"]
-    lines = [f"{data['kind']}, packing {data['packing']}"]
+    lines = [heading(data)]
     lines += [
         f"{data[key]:,} {key.replace('_', ' ')}"
         for key in ("skipped_records", "overlapping_documents", "overlapping_paragraphs")

@@ -35,4 +35,7 @@ class JobTexts:
         documents = self.documents(data)
         packing = data.cutting().packing_of(documents.kind)
         template = data.read_template()
-        return [documents.digest, data.sequence_tokens, packing, data.turns, template]
+        inputs = [documents.digest, data.sequence_tokens, packing, data.turns, template]
+        if documents.kind == "completions" and data.prompt_format != "plain":
+            inputs.append(data.prompt_format)
+        return inputs

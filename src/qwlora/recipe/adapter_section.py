@@ -31,8 +31,8 @@ class Adapter(Section):
     continue_from: str | None = Field(
         None,
         description="trained adapter to continue training: the name of one listed before this one, "
-        "a PEFT folder or a hub id. Its shape and dropout are kept (no dropout in workflow "
-        "qwa-lora). Default: a new adapter",
+        "a PEFT folder, package:NAME/PATH or a hub id. Its shape and dropout are kept (no dropout "
+        "in workflow qwa-lora). Default: a new adapter",
     )
     objective: Literal["text", "recovery"] = Field(
         "text",

@@ -33,7 +33,7 @@ class Data(Section):
     text_column: str | None = Field(
         None,
         description="column with running text. Default: columns named text, prompt and completion, "
-        "or messages are recognized",
+        "messages, conversations (ShareGPT), or instruction and output (Alpaca) are recognized",
     )
     prompt_column: str | None = Field(
         None, description="column with the prompt, which is not trained on"
@@ -43,8 +43,18 @@ class Data(Section):
     )
     messages_column: str | None = Field(
         None,
-        description="column with conversations, lists of {role, content}; only the assistant's "
-        "messages are trained on",
+        description="column with conversations, lists of {role, content} or of ShareGPT's "
+        "{from, value}; only the assistant's messages are trained on",
+    )
+    instruction_column: str | None = Field(
+        None, description="column with the instruction of Alpaca's records; not trained on"
+    )
+    input_column: str | None = Field(
+        None,
+        description="column with what the instruction is about, which may be empty; not trained on",
+    )
+    output_column: str | None = Field(
+        None, description="column with the answer to the instruction, which is trained on"
     )
     empty_records: Literal["error", "skip"] = Field(
         "error", description="what to do with an empty record"
@@ -56,6 +66,12 @@ class Data(Section):
     )
     chat_template: str | None = Field(
         None, description="file with a Jinja chat template, used instead of the tokenizer's"
+    )
+    prompt_format: Literal["auto", "plain"] = Field(
+        "auto",
+        description="prompts and completions, instructions and outputs: auto: as a user's and an "
+        "assistant's message, if the tokenizer has a chat template; plain: as running text, the "
+        "completion after the prompt",
     )
     turns: Literal["together", "apart"] = Field(
         "together",
@@ -86,12 +102,14 @@ class Data(Section):
     @model_validator(mode="after")
     def _one_kind_of_columns(self) -> Data:
         pair = self.prompt_column or self.completion_column
+        alpaca = self.instruction_column or self.input_column or self.output_column
         asked = [
             n
             for n, given in (
                 ("text_column", self.text_column),
                 ("prompt_column", pair),
                 ("messages_column", self.messages_column),
+                ("instruction_column", alpaca),
             )
             if given
         ]
@@ -110,7 +128,13 @@ class Data(Section):
     def reading(self) -> Reading:
         """How the source is read."""
         columns = Columns(
-            self.text_column, self.prompt_column, self.completion_column, self.messages_column
+            text=self.text_column,
+            prompt=self.prompt_column,
+            completion=self.completion_column,
+            messages=self.messages_column,
+            instruction=self.instruction_column,
+            input=self.input_column,
+            output=self.output_column,
         )
         return Reading(
             columns, self.split, self.subset, self.empty_records == "skip", self.unpack_limit
@@ -118,4 +142,4 @@ class Data(Section):
 
     def cutting(self) -> Cutting:
         """How documents become sequences."""
-        return Cutting(self.sequence_tokens, self.packing, self.turns)
+        return Cutting(self.sequence_tokens, self.packing, self.turns, self.prompt_format)

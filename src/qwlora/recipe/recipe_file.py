@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from qwlora.data.text_files import read_text
 from qwlora.errors import RecipeError, SourceError
-from qwlora.formats.user_path import user_path
+from qwlora.formats.user_path import does_not_exist, source_path, user_path
 from qwlora.messages import suggestion
 from qwlora.recipe.dropped_keys import drop_keys
 from qwlora.recipe.whole_recipe import Recipe
@@ -182,10 +182,12 @@ def _missing_sources(content: dict[str, Any]) -> list[str]:
 
     def check_adapter(source: str) -> None:
         is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)
-        if source not in names and not is_hub_id and not user_path(source).exists():
+        path = source_path(source)
+        if source not in names and not is_hub_id and not path.exists():
             raise SourceError(
-                f"adapter {source!r} does not exist. Give the name of an adapter in "
-                "this recipe, a folder with adapter_config.json, or a hub id"
+                f"adapter {source!r} {does_not_exist(source, path)}. Give the name of an adapter "
+                "in this recipe, a folder with adapter_config.json, package:NAME/PATH for a "
+                "folder inside an installed package, or a hub id"
             )
 
     values: list[tuple[str, Any, Callable[[str], Any]]] = [
@@ -209,7 +211,7 @@ def _missing_sources(content: dict[str, Any]) -> list[str]:
 def _check_encodings(encodings: str) -> None:
     path = user_path(encodings)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = "is a folder" if path.is_dir() else does_not_exist(encodings, path)
         raise SourceError(
             f"{encodings!r} {what}. Give the .encodings or .json file that AIMET wrote"
         )
@@ -218,5 +220,6 @@ def _check_encodings(encodings: str) -> None:
 def _check_template(template: str) -> None:
     path = user_path(template)
     if not path.is_file():
-        raise SourceError(f"{template!r} is not a file. Give a Jinja template")
+        what = "is a folder" if path.is_dir() else does_not_exist(template, path)
+        raise SourceError(f"{template!r} {what}. Give a file with a Jinja template")
     read_text(path)

@@ -1,8 +1,8 @@
 """The documents of a source, all of one kind.
 
     Text           every token counts in the loss
-    Completion     a prompt, and a completion, which counts in the loss; with a chat template they may
-                   become a message of the user and one of the assistant
+    Completion     a prompt, and a completion, which counts in the loss; a chat template may make
+                   them a message of the user and one of the assistant
     Conversation   messages; those of the assistant count in the loss
 
 Each knows its place (`file:line`, or `source row N`), so that later messages can name it.

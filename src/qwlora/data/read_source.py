@@ -76,9 +76,9 @@ def locate_documents(source: str) -> None:
             )
     elif not user_path(source).exists() and not _is_hub_id(source):
         raise SourceError(
-            f"data source {source!r} {does_not_exist(source, user_path(source))}. Give a file (text, "
-            f"{', '.join(RECORD_SUFFIXES)}), a folder of such files or of datasets.save_to_disk, "
-            "python:MODULE:ATTRIBUTE, or a dataset's hub id like owner/name"
+            f"data source {source!r} {does_not_exist(source, user_path(source))}. Give a file "
+            f"(text, {', '.join(RECORD_SUFFIXES)}), a folder of such files or of "
+            "datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a dataset's hub id like owner/name"
         )
 
 

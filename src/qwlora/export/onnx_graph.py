@@ -1,9 +1,10 @@
 """From a captured graph to an `onnx_ir.Model` with markers where encodings belong.
 
-Each mark becomes a `qwlora::quantized` node in a copy of the captured program. `torch.onnx.export`
-passes these markers and the `qwlora::dequantize` nodes of packed weights through as custom
-operators, keeps torch's names, and optimizes nothing. `onnx_model.py` rewrites both into standard
-ONNX.
+A `QuantizedGraph` lists marks: the values that have an encoding (`simulation/placement.py` chooses
+them). Each mark becomes a marker, a `qwlora::quantized` node, in a copy of the captured program.
+`torch.onnx.export` passes these markers and the `qwlora::dequantize` nodes of packed weights
+through as custom operators, keeps torch's names, and optimizes nothing. `onnx_model.py` rewrites
+both into standard ONNX.
 """
 
 from __future__ import annotations

@@ -202,6 +202,7 @@ class _Rewriter:
         return self.initializers[key], attributes
 
     def _codes(self, value: Any, encoding: Encoding | FloatOffsetEncoding) -> torch.Tensor:
+        """Codes of a weight: those of a packed layer, or of an adapter's float weight, rounded."""
         producer = value.producer()
         if producer is not None and producer.domain == NAMESPACE and producer.op_type == DEQUANTIZE:
             packed = torch.from_numpy(np.array(producer.inputs[0].const_value.numpy()))

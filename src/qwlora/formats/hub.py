@@ -35,6 +35,6 @@ def downloaded(
         )
     except Exception as error:  # the client raises many types: offline, not found, private ...
         raise SourceError(
-            f"{what} {repository!r} is not a local path{looked_for(repository, Path(repository))}, and "
-            f"cannot be downloaded from the hub either:\n  {error}"
+            f"{what} {repository!r} is not a local path{looked_for(repository, Path(repository))}, "
+            f"and cannot be downloaded from the hub either:\n  {error}"
         ) from error

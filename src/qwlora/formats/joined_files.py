@@ -29,8 +29,8 @@ def join_parts(parts: Sequence[Path]) -> Path:
     """
     if missing := [part for part in parts if not part.is_file()]:
         raise SourceError(
-            f"{str(missing[0].absolute())!r}, part {parts.index(missing[0]) + 1} of {len(parts)} of a model, "
-            "is missing; install or download all parts"
+            f"{str(missing[0].absolute())!r}, part {parts.index(missing[0]) + 1} of "
+            f"{len(parts)} of a model, is missing; install or download all parts"
         )
     stem, found, _ = parts[0].name.partition(SUFFIX)
     if not found:

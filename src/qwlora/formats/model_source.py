@@ -93,8 +93,9 @@ def locate(source: str) -> Location:
         return Location(on_hub[1], on_hub[2], ())
     if not path.exists():
         raise SourceError(
-            f"model {source!r} {does_not_exist(source, path)}. Give a folder with config.json, a .gguf file, "
-            "package:NAME/PATH for a file inside an installed package, or a hub id like owner/name"
+            f"model {source!r} {does_not_exist(source, path)}. Give a folder with config.json, a "
+            ".gguf file, package:NAME/PATH for a file inside an installed package, or a "
+            "hub id like owner/name"
         )
     if path.is_dir():
         if not (path / "config.json").exists():

@@ -351,7 +351,7 @@ def _clean(
             graph.erase_node(node)
         elif node.target is _aten.cat.default:
             node.args = ([part for part in node.args[0] if not _is_empty(part)], *node.args[1:])
-    _unpack_once_(graph, packed)
+    _dequantize_once_(graph, packed)
     graph.eliminate_dead_code()  # such as a weight of which only the dtype was read
     cleaned = with_graph(program, graph)
     _refuse_hidden_codes(cleaned)
@@ -391,10 +391,10 @@ def _refuse_hidden_codes(program: ExportedProgram) -> None:
                     )
 
 
-def _unpack_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
+def _dequantize_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
     """Merge the nodes that dequantize the same layer, which ran twice or whose adapter reads it.
 
-    A tied layer keeps its own node, although the codes are another layer's.
+    A tied layer keeps its own node, because nodes carry the name of their layer.
     """
     first: dict[tuple[Any, ...], list[tuple[nn.Module | None, Node]]] = {}
     for node in list(graph.nodes):

@@ -92,9 +92,10 @@ class Weights(Section):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, given: Any) -> Any:
-        """Expand a short name to keys, and fill in the default block size."""
+        """Expand a short name to keys, so that the resolved recipe shows them and a rule can change
+        one; fill in the default block size."""
         if isinstance(given, str):
-            given = _keys(parse_scheme(given))
+            given = _keys_of_scheme(parse_scheme(given))
         if isinstance(given, dict) and given.get("block_size") is None:
             default = DEFAULT_BLOCK_SIZES.get(str(given.get("granularity", "block")))
             return {**given, "block_size": default}
@@ -119,7 +120,7 @@ class Weights(Section):
         return Scheme(self.bitwidth, self.symmetric, granularity)
 
 
-def _keys(scheme: Scheme) -> dict[str, Any]:
+def _keys_of_scheme(scheme: Scheme) -> dict[str, Any]:
     """The keys of `Weights` that request `scheme`."""
     keys: dict[str, Any] = {"bitwidth": scheme.bitwidth, "symmetric": scheme.symmetric}
     match scheme.granularity:

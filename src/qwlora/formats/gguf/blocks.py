@@ -15,16 +15,14 @@ llama.cpp, so values are equal bit for bit. The only exception is the sign of ze
 
 GGUF allows negative and zero scales, an encoding does not:
 
-* Scale zero: the block is constant. It becomes the code of that constant with the scale 2^-14; its
-own
-  codes are dropped.
+* Scale zero: the block is constant. It becomes the code of that constant with the scale 2^-14, and
+  its own codes are dropped.
 * Negative scale, integer offset: `(code - z) * d = ((2^bits - 1 - code) - (z - 1)) * |d|`, so the
-codes are
-  reversed and the block gets the offset `-(z - 1)` instead of `-z`. The scheme becomes asymmetric,
-  unless no such block uses code 0: then `2 z - code` fits, and the scheme stays symmetric.
-* Negative scale, float minimum: the codes are reversed and the minimum becomes `m + (2^bits - 1) *
-d`, if this
-  gives the same float32 values; otherwise the tensor is refused. No quantizer writes such blocks.
+  codes are reversed and the block gets the offset `-(z - 1)` instead of `-z`. The scheme becomes
+  asymmetric, unless no such block uses code 0: then `2 z - code` fits, and it stays symmetric.
+* Negative scale, float minimum: the codes are reversed and the minimum becomes
+  `m + (2^bits - 1) * d` if this gives the same float32 values; otherwise the tensor is refused. No
+  quantizer writes such blocks.
 
 Source: `ggml-common.h` and `ggml-quants.c` of llama.cpp.
 """

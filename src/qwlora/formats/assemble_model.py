@@ -48,7 +48,7 @@ def load_precomputed(checkpoint: Checkpoint, track: Track = untracked) -> PreTra
     lazy = LazyModel(checkpoint)
     lazy.materialize_(track=track)
     remember_floats_(lazy.model)
-    save_as_base_(lazy.model, lazy.model.name_or_path)
+    save_as_base_(lazy.model)
     return lazy.model
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -176,11 +176,12 @@ class BaseWriter:
         config: Any = copy.deepcopy(model.config)
         config.dtype, config.architectures = model.dtype, [type(model).__name__]
         config.quantization_config = {"quant_method": "qwlora", "weights": weights}
-        config.transformers_weights = WITHOUT_QWLORA
         with replacing_files(self.folder) as scratch:
             if _is_remote(type(model)):  # save_pretrained copies only config's and tokenizer's code
                 custom_object_save(model, scratch, config)
             config.save_pretrained(scratch)
+            config.transformers_weights = WITHOUT_QWLORA  # save_pretrained would leave it out
+            config.to_json_file(Path(scratch, "config.json"))
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
             if model.can_generate() and model.generation_config is not None:
@@ -353,15 +354,16 @@ def _belongs_to_(model: PreTrainedModel, folder: Path, source: str) -> None:
     save_as_base_(model, source)
 
 
-def save_as_base_(model: PreTrainedModel, source: str) -> None:
+def save_as_base_(model: PreTrainedModel, source: str | None = None) -> None:
     """Let `model.save_pretrained(folder)` write a base while the model has packed layers.
 
     transformers' own method would write codes and scales without saying what they are, and then
     load them as random weights.
 
     Args:
-        source: where the model came from; recorded in base.json.
+        source: where the model came from, recorded in base.json; default: `model.name_or_path`.
     """
+    source = (model.name_or_path or "") if source is None else source
     model.__dict__["save_pretrained"] = _SaveAsBase(model, source)
 
 

@@ -118,7 +118,7 @@ class QwloraQuantizer(HfQuantizer):
                 buffers[key] = torch.empty_like(stored, device="meta")  # scales keep their dtype
         for layer in model.modules():
             if isinstance(layer, PackedLayer):
-                layer._is_hf_initialized = True  # type: ignore[assignment]
+                layer._is_hf_initialized = True
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         return []  # a base has the names of the model in memory
@@ -129,6 +129,7 @@ class QwloraQuantizer(HfQuantizer):
         del config.transformers_weights
         model.requires_grad_(False)
         self._base.finish_(model, self._dtype)
+        del self._base  # open files; the model keeps the quantizer, and may be copied
 
     def _refuse_disk(self, device_map: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values():

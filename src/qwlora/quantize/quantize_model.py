@@ -134,7 +134,7 @@ def quantize_(
         tie_weights_(model)
         if getattr(model, "quantization_method", None) == "gguf":
             forget_gguf_(model)
-        save_as_base_(model, model.name_or_path)
+        save_as_base_(model)
     warn_of_second_rounding(reports)
     assert_frozen(model)
     remember_floats_(model)

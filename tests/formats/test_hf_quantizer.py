@@ -410,8 +410,10 @@ def test_files_that_the_hub_cache_lacks_are_downloaded(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers downloads config.json and the weights; checking needs base.json and more."""
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / "a1b2"
-    shutil.copytree(base, snapshot)
+    repository, revision = tmp_path / "models--owner--name", "a1b2" * 10
+    snapshot = Path(shutil.copytree(base, repository / "snapshots" / revision))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
     wanted = {"base.json", "tokenizer.json", "tokenizer_config.json"}
     for name in wanted:
         (snapshot / name).unlink()
@@ -424,7 +426,10 @@ def test_files_that_the_hub_cache_lacks_are_downloaded(
             wanted.remove(name)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    model = AutoModelForCausalLM.from_pretrained(snapshot)
-    assert set(asked) == {("owner/name", "a1b2", tmp_path)}
+    model = AutoModelForCausalLM.from_pretrained(
+        "owner/name", cache_dir=tmp_path, local_files_only=True
+    )
+    assert set(asked) == {("owner/name", revision, tmp_path)}
     assert not wanted
+    assert model.name_or_path == "owner/name"
     assert torch.equal(logits(model), logits(load_base(base)))

@@ -128,7 +128,10 @@ class QwloraQuantizer(HfQuantizer):
         config: Any = model.config
         del config.transformers_weights
         model.requires_grad_(False)
+        name = model.name_or_path or ""
         self._base.finish_(model, self._dtype)
+        if not Path(name).is_dir():
+            model.name_or_path = name  # an id on the hub, which adapters should name
         del self._base  # open files; the model keeps the quantizer, and may be copied
 
     def _refuse_disk(self, device_map: Any) -> None:

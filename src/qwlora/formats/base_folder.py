@@ -17,8 +17,8 @@ transformers warns about a quantization method that it does not know and goes on
 weights. So the weights are in a file that it does not look for, and `transformers_weights` in
 config.json, which it takes as a file name and refuses, says what to install.
 
-Bases of format 3 have their weights in `model.safetensors` and no `quantization_config`. `load_base`
-reads them; `from_pretrained` cannot.
+Bases of format 3 have their weights in `model.safetensors` and no `quantization_config`.
+`load_base` reads them; `from_pretrained` cannot.
 """
 
 from __future__ import annotations

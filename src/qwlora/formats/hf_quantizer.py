@@ -5,7 +5,8 @@
 
 gives the model of `load_base`, with the same checks, in the dtype and on the devices that
 transformers chooses. transformers reads the tensors; `base_folder.BaseFiles` inserts the packed
-layers before that and compares every stored tensor with its digest. `save_pretrained` writes a base.
+layers before that and compares every stored tensor with its digest. `save_pretrained` writes a
+base.
 
 Refused: quantizing a float model while it is loaded, offloading to disk, tensor parallelism,
 integer dtypes. Written for transformers 5.24. It imports this module while it is itself being

@@ -177,8 +177,8 @@ class SafetensorsFiles:
             names = listed(path.name for path in found)
             usual = self._index if pattern.endswith(".json") else self._single
             raise SourceError(
-                f"{str(self.folder)!r} has neither {self._single} nor {self._index}, but several other files: "
-                f"{names}. Rename the right one to {usual}, or remove the others"
+                f"{str(self.folder)!r} has neither {self._single} nor {self._index}, but several "
+                f"other files: {names}. Rename the right one to {usual}, or remove the others"
             )
         return found[0] if found else None
 

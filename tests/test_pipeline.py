@@ -308,7 +308,7 @@ def test_damaged_artifact_is_made_again(recipe_for: Any, tmp_path: Path) -> None
         "export/onnx/first",
         "verify/onnx/first",
     }
-    (out / "base" / "model.safetensors").write_bytes(b"")
+    (out / "base" / "base.safetensors").write_bytes(b"")
     _, said = run_recipe(path, out)
     assert "quantize: done" in " ".join(said)
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny_model
+import qwlora
+from conftest import byte_tokenizer, tiny_model
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 
@@ -41,6 +42,11 @@ def test_the_result_of_a_job_generates_and_its_file_computes_the_same(
         line.startswith(start) and len(line) > len(start)
         for line in capsys.readouterr().out.splitlines()
     ] == [True, True]
+    with torch.no_grad():
+        ids = names["inputs"]["input_ids"]
+        adapted = qwlora.load_adapter(qwlora.load_base("out/base"), "out/adapters/first").eval()
+        assert torch.equal(names["base"](ids).logits, qwlora.load_base("out/base")(ids).logits)
+        assert torch.equal(names["adapted"](ids).logits, adapted(ids).logits)
     expected = names["simulation"].logits(names["inputs"]["input_ids"])
     assert float((torch.from_numpy(names["logits"]) - expected).abs().max()) < 0.02 * float(
         expected.abs().max()
@@ -55,7 +61,7 @@ def test_python_example_runs_and_proves_its_file(
     torch.manual_seed(0)
     model = tiny_model("llama")
     first = torch.randint(0, 256, (1, 32)).repeat(2, 1)
-    names = {"model": model, "batches": [first] * 8}
+    names = {"model": model, "tokenizer": byte_tokenizer(), "batches": [first] * 8}
     before = model(input_ids=first, labels=first).loss.item()
     exec(compile(code, "README.md", "exec"), names)
     with torch.no_grad():
@@ -63,6 +69,10 @@ def test_python_example_runs_and_proves_its_file(
     printed = capsys.readouterr().out
     assert float(re.search(r"worst_layer_steps=([\d.]+)", printed)[1]) <= 2  # type: ignore[index]
     assert (tmp_path / "adapter" / "qwlora.json").exists()
+    assert torch.equal(
+        names["model"].get_base_model()(first[:, :4]).logits,  # type: ignore[attr-defined]
+        qwlora.load_adapter(qwlora.load_base("base"), "adapter")(first[:, :4]).logits,
+    )
     assert (tmp_path / "bundle" / "session_options.json").exists()
 
 

@@ -9,12 +9,15 @@
     verify_onnx      step 5: run these files and compare them with the simulation
 
 Names are imported on first use: importing this package imports neither torch nor transformers.
+It makes transformers' `from_pretrained` load the folders that `save_base` writes.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from qwlora.formats.register_quantizer import register_when_imported
 
 if TYPE_CHECKING:
     from qwlora.adapter.adapter_folder import load_adapter, save_adapter
@@ -116,6 +119,9 @@ __all__ = [
     "verify_onnx",
     "verify_onnx_outputs",
 ]
+
+
+register_when_imported()
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,10 @@ from qwlora import fingerprint, load_adapter, load_base, quantize_, save_adapter
 from qwlora.errors import FingerprintError, SourceError
 
 IDS = torch.arange(16).view(2, 8)
-LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
 
 def base() -> PreTrainedModel:
@@ -51,7 +54,7 @@ def test_refuses_a_base_that_an_optimizer_changed_and_names_the_tensors(
     made: str, folder: Path, tmp_path: Path
 ) -> None:
     dtype = torch.bfloat16 if made == "loaded in bfloat16" else torch.float32
-    model = get_peft_model(base() if made == "quantized" else load_base(folder, dtype), LORA)
+    model = get_peft_model(base() if made == "quantized" else load_base(folder, dtype), lora())
     save_adapter(model, tmp_path / "before")
     step_over_all(model)
     with pytest.raises(FingerprintError, match=r"tensors of the base changed.*lm_head\.weight"):
@@ -75,7 +78,7 @@ def replaced_layer(model: PeftModel) -> None:
 def test_names_the_changed_tensors(
     change: Callable[[PeftModel], None], name: str, tmp_path: Path
 ) -> None:
-    model = get_peft_model(base(), LORA)
+    model = get_peft_model(base(), lora())
     change(model)
     with pytest.raises(FingerprintError, match=rf"1 float tensors of the base changed.*: {name}"):
         save_adapter(model, tmp_path / "adapter")
@@ -85,14 +88,14 @@ def test_saving_a_changed_base_makes_it_a_new_base(tmp_path: Path) -> None:
     model = base()
     model.model.norm.weight.data.mul_(2)
     save_base(model, byte_tokenizer(), tmp_path, "here")
-    save_adapter(get_peft_model(model, LORA), tmp_path / "adapter")
+    save_adapter(get_peft_model(model, lora()), tmp_path / "adapter")
     load_adapter(load_base(tmp_path), tmp_path / "adapter")
 
 
 def test_casting_the_base_is_no_change_but_casting_back_is(
     tmp_path: Path,
 ) -> None:
-    model = get_peft_model(base(), LORA)
+    model = get_peft_model(base(), lora())
     model(input_ids=IDS, labels=IDS).loss.backward()
     torch.optim.AdamW(p for p in model.parameters() if p.requires_grad).step()
     save_adapter(model, tmp_path / "first")
@@ -103,7 +106,7 @@ def test_casting_the_base_is_no_change_but_casting_back_is(
 
 def test_injected_adapter_is_saved_like_a_peft_model(folder: Path, tmp_path: Path) -> None:
     model = load_base(folder)
-    inject_adapter_in_model(LORA, model)
+    inject_adapter_in_model(lora(), model)
     save_adapter(model, tmp_path)
     found = {path.name for path in tmp_path.iterdir()}
     assert found >= {"adapter_config.json", "adapter_model.safetensors", "qwlora.json"}
@@ -115,7 +118,7 @@ def test_injected_adapter_is_saved_like_a_peft_model(folder: Path, tmp_path: Pat
 
 def test_named_injected_adapters_get_separate_folders(tmp_path: Path) -> None:
     model = base()
-    inject_adapter_in_model(LORA, model, adapter_name="topics")
+    inject_adapter_in_model(lora(), model, adapter_name="topics")
     save_adapter(model, tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
     loaded = load_adapter(base(), tmp_path / "topics")
@@ -123,7 +126,7 @@ def test_named_injected_adapters_get_separate_folders(tmp_path: Path) -> None:
 
 
 def test_compiled_model_has_the_same_fingerprint(tmp_path: Path) -> None:
-    model = get_peft_model(base(), LORA)
+    model = get_peft_model(base(), lora())
     compiled = torch.compile(model, backend="eager")
     assert fingerprint(compiled) == fingerprint(base())
     save_adapter(compiled, tmp_path)

@@ -76,7 +76,7 @@ def test_a_base_as_json(base: tuple[Path, Any], call: Call) -> None:
     assert code == 0
     assert record["kind"] == "QWLoRA base"
     assert record["fingerprint"] == fingerprint(model)
-    assert record["totals"]["all"]["bytes"] == data_bytes(folder / "model.safetensors")
+    assert record["totals"]["all"]["bytes"] == data_bytes(folder / "base.safetensors")
     assert record["totals"]["all"]["weights"] == tiny_model("llama").num_parameters()
     for name, layer in packed_weights(model).items():
         assert (tensors[name]["grid"], tensors[name]["shape"]) == (

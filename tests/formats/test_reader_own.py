@@ -53,9 +53,9 @@ def test_the_same_base_comes_out(base: Path) -> None:
 
 
 def test_what_changed_is_named(base: Path) -> None:
-    tensors = load_file(base / "model.safetensors")
+    tensors = load_file(base / "base.safetensors")
     tensors[f"{UP}.packed"][0, 0] ^= 1
-    save_file(tensors, base / "model.safetensors")
+    save_file(tensors, base / "base.safetensors")
     checkpoint = BaseCheckpoint(base)
     checkpoint.read("model.layers.1.mlp.up_proj.weight")
     with pytest.raises(FingerprintError, match=rf"{UP}.packed changed after saving"):
@@ -63,15 +63,15 @@ def test_what_changed_is_named(base: Path) -> None:
 
 
 def test_parts_that_do_not_fit_are_named(base: Path) -> None:
-    tensors = load_file(base / "model.safetensors")
+    tensors = load_file(base / "base.safetensors")
     block_scale = tensors.pop(f"{UP}.block_scale")
-    save_file(tensors, base / "model.safetensors")
+    save_file(tensors, base / "base.safetensors")
     with pytest.raises(
         SourceError,
         match=rf"{UP}.block_scale is missing, but int4 symmetric per block 16 with int4 scales needs \[128, 2\]; quantize again",
     ):
         BaseCheckpoint(base).read(f"{UP}.weight")
-    save_file({**tensors, f"{UP}.block_scale": block_scale}, base / "model.safetensors")
+    save_file({**tensors, f"{UP}.block_scale": block_scale}, base / "base.safetensors")
     record = json.loads((base / "base.json").read_text())
     record["layers"][UP]["shape"] = [128, 32]
     (base / "base.json").write_text(json.dumps(record))

@@ -62,15 +62,15 @@ def test_a_large_base_lies_in_shards_and_is_the_same(
     writer = BaseWriter(folder, shard_bytes=20_000)
     writer.add(model)
     assert writer.finish(model, byte_tokenizer(), "somewhere") == fingerprint(model)
-    shards = sorted(folder.glob("model-*.safetensors"))
+    shards = sorted(folder.glob("base-*.safetensors"))
     assert len(shards) > 3
-    assert shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
+    assert shards[0].name == f"base-00001-of-{len(shards):05}.safetensors"
     largest = max(t.nbytes for t in model.state_dict().values())
     assert all(sum(t.nbytes for t in load_file(s).values()) <= max(20_000, largest) for s in shards)
     with torch.no_grad():
         assert torch.equal(load_base(folder)(IDS).logits, model(IDS).logits)
     save_base(model, byte_tokenizer(), folder, "somewhere")
-    assert [p.name for p in folder.glob("model*")] == ["model.safetensors"], (
+    assert [p.name for p in folder.glob("*.safetensors*")] == ["base.safetensors"], (
         "nothing of the older, larger base remains"
     )
     assert fingerprint(load_base(folder)) == fingerprint(model)
@@ -103,7 +103,7 @@ def test_floats_that_were_narrow_are_stored_narrow_and_come_back_exact(tmp_path:
     model = tiny_model("llama").bfloat16().float()
     quantize_(model, "w4-block32", "rtn")
     save_base(model, byte_tokenizer(), tmp_path, "somewhere")
-    stored, loaded = load_file(tmp_path / "model.safetensors"), load_base(tmp_path)
+    stored, loaded = load_file(tmp_path / "base.safetensors"), load_base(tmp_path)
     assert stored["model.embed_tokens.weight"].element_size() == 2
     assert loaded.get_parameter("model.embed_tokens.weight").dtype == torch.float32
     assert torch.equal(
@@ -117,7 +117,7 @@ def test_the_files_are_mapped_not_copied(base: Path) -> None:
     mapped = [
         line
         for line in Path("/proc/self/maps").read_text().splitlines()
-        if line.endswith(str(base / "model.safetensors"))
+        if line.endswith(str(base / "base.safetensors"))
     ]
     spans = [[int(edge, 16) for edge in line.split()[0].split("-")] for line in mapped]
     assert any(low <= layer.packed.data_ptr() < high for low, high in spans)
@@ -134,9 +134,9 @@ def edit_tensors(
     folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], sign: bool = False
 ) -> None:
     """Rewrite the tensors; `sign` makes base.json agree, as somebody would who means harm."""
-    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+    tensors = {name: t.clone() for name, t in load_file(folder / "base.safetensors").items()}
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "base.safetensors", metadata={"format": "pt"})
     if sign:
         with pytest.raises(FingerprintError) as caught:
             load_base(folder)
@@ -147,7 +147,7 @@ def edit_tensors(
 
 
 def test_a_changed_tensor_or_configuration_is_named(base: Path) -> None:
-    path = base / "model.safetensors"
+    path = base / "base.safetensors"
     whole = path.read_bytes()
     edit_tensors(base, lambda t: t[f"{LAYER}.packed"][0].bitwise_xor_(1))
     with pytest.raises(
@@ -165,7 +165,7 @@ def test_a_changed_tensor_or_configuration_is_named(base: Path) -> None:
 
 
 def test_truncated_files_are_refused(base: Path) -> None:
-    path = base / "model.safetensors"
+    path = base / "base.safetensors"
     whole = path.read_bytes()
     for length in (0, 4, 1000, len(whole) - 1):
         path.write_bytes(whole[:length])
@@ -227,7 +227,7 @@ def resign(folder: Path) -> None:
     from qwlora.nn.fingerprint import tensor_digest
 
     record = json.loads((folder / "base.json").read_text())
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "base.safetensors")
     kinds = {
         name: next(
             (
@@ -297,10 +297,10 @@ def test_base_json_itself(base: Path) -> None:
     for text, message in {
         json.dumps(
             json.loads(good) | {"format": 1}
-        ): "has format 1, but this version reads format 3; quantize again",
+        ): "has format 1, but this version reads 3 and 4; quantize again",
         json.dumps(
             json.loads(good) | {"format": 99}
-        ): "has format 99, but this version reads format 3; update qwlora",
+        ): "has format 99, but this version reads 3 and 4; update qwlora",
         json.dumps(json.loads(good) | {"format": None}): "has format None",
         json.dumps(
             json.loads(good) | {"layers": [], "source": 3}
@@ -318,8 +318,8 @@ def test_base_json_itself(base: Path) -> None:
 
 
 def test_an_index_cannot_point_outside(base: Path) -> None:
-    (base / "model.safetensors").rename(base.parent / "elsewhere.safetensors")
-    (base / "model.safetensors.index.json").write_text(
+    (base / "base.safetensors").rename(base.parent / "elsewhere.safetensors")
+    (base / "base.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}})
     )
     with pytest.raises(
@@ -350,7 +350,7 @@ def test_an_absurd_configuration_costs_nothing(base: Path, change: dict[str, Any
 
 
 def test_a_header_that_claims_more_than_the_file_is_refused(base: Path) -> None:
-    path = base / "model.safetensors"
+    path = base / "base.safetensors"
     path.write_bytes(struct.pack("<Q", 2**40) + path.read_bytes()[8:])
     with pytest.raises(SourceError, match="header claims 1099511627776"):
         load_base(base)

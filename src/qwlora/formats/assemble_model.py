@@ -18,6 +18,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from qwlora.errors import GridError, SourceError, reading
+from qwlora.formats.base_folder import save_as_base_
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.meta_model import (
     Place,
@@ -47,6 +48,7 @@ def load_precomputed(checkpoint: Checkpoint, track: Track = untracked) -> PreTra
     lazy = LazyModel(checkpoint)
     lazy.materialize_(track=track)
     remember_floats_(lazy.model)
+    save_as_base_(lazy.model)
     return lazy.model
 
 

@@ -1,29 +1,36 @@
 """Saves and loads a QWLoRA base: the frozen model, its configuration and tokenizer in one folder.
 
     base/
-      model.safetensors      packed codes, scales and offsets; float tensors in the narrowest type
-      that
-                             holds their values; in shards if large
+      base.safetensors       packed codes, scales and offsets; float tensors in the narrowest type
+                             that holds their values; in shards if large
       base.json              format, fingerprint, source, scheme and shape of each packed layer,
-      digests
-                             of each tensor and of the files below (`manifest.py`); written last, so
-                             a folder without it is not a base
-      config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
+                             digests of each tensor and of the files below (`manifest.py`); written
+                             last, so a folder without it is not a base
+      config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them,
+                             for transformers' `from_pretrained` (`hf_quantizer.py`)
 
 Loading builds the model without data, inserts empty packed layers, checks all tensor names, shapes
 and types against it, and maps the files into memory. Each tensor is read once to check its digest.
 A float tensor is copied only if another dtype is requested.
+
+transformers warns about a quantization method that it does not know and goes on with random
+weights. So the weights are in a file that it does not look for, and `transformers_weights` in
+config.json, which it takes as a file name and refuses, says what to install.
+
+Bases of format 3 have their weights in `model.safetensors` and no `quantization_config`.
+`load_base` reads them; `from_pretrained` cannot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -33,7 +40,7 @@ from qwlora.formats import manifest
 from qwlora.formats.meta_model import Place, empty_model, put_, tensor_at, tensor_places
 from qwlora.formats.model_config import read_config
 from qwlora.formats.safetensors_files import SafetensorsFiles, read_json
-from qwlora.formats.shard_writer import SHARD_BYTES, ShardWriter
+from qwlora.formats.shard_writer import INDEX, OLD_STEM, SHARD_BYTES, SINGLE, STEM, ShardWriter
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import lines, listed
 from qwlora.nn import PackedLayer, is_packed, place_empty_, tie_weights_
@@ -46,13 +53,17 @@ from qwlora.nn.fingerprint import (
     tensor_digest,
 )
 from qwlora.nn.finite import check_finite
-from qwlora.nn.frozen import assert_frozen
+from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.nn.meta_tensors import refuse_meta
 from qwlora.nn.packed_tensor import narrowest
 from qwlora.parameter_names import canonical_name
 
-FORMAT = 3
+FORMAT = 4  # 4: base.safetensors, and a config.json for `from_pretrained`
+READABLE = (3, 4)
 RECORD = "base.json"
+WITHOUT_QWLORA = (
+    "this model is a QWLoRA base; run `pip install qwlora`, and `import qwlora` before you load it"
+)
 _FLOATS = ("F32", "BF16", "F16")
 _TYPES = {
     torch.uint8: "U8",
@@ -94,6 +105,7 @@ def save_base(
     writer.add(model)
     identity = writer.finish(model, tokenizer, source)
     remember_floats_(model, writer.digests)
+    _belongs_to_(model, Path(folder), source)
     return identity
 
 
@@ -136,8 +148,8 @@ class BaseWriter:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: str
     ) -> str:
         """Write the last shard, configuration, tokenizer and base.json. Returns the fingerprint."""
-        self._shards.finish()
-        files = self._write_configuration(model, tokenizer)
+        weights = self._shards.finish()
+        files = self._write_configuration(model, tokenizer, weights)
         identity = combined_fingerprint(self.digests, config_numbers(model))
         record = {
             "format": FORMAT,
@@ -153,15 +165,23 @@ class BaseWriter:
         return identity
 
     def _write_configuration(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, weights: str
     ) -> list[str]:
         """Write configuration, tokenizer and generation settings; returns the paths of these
-        files."""
+        files.
+
+        Args:
+            weights: the file with the weights, or their index.
+        """
+        config: Any = copy.deepcopy(model.config)
+        config.dtype, config.architectures = model.dtype, [type(model).__name__]
+        config.quantization_config = {"quant_method": "qwlora", "weights": weights}
         with replacing_files(self.folder) as scratch:
             if _is_remote(type(model)):  # save_pretrained copies only config's and tokenizer's code
-                config: Any = model.config  # annotated as a dict there
                 custom_object_save(model, scratch, config)
-            model.config.save_pretrained(scratch)
+            config.save_pretrained(scratch)
+            config.transformers_weights = WITHOUT_QWLORA  # save_pretrained would leave it out
+            config.to_json_file(Path(scratch, "config.json"))
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
             if model.can_generate() and model.generation_config is not None:
@@ -221,31 +241,162 @@ def load_base(
         UnverifiedWarning: an earlier version wrote the base without digests of its configuration
             and tokenizer, so only its tensors are checked.
     """
-    folder = Path(folder)
-    record = read_record(folder)
-    check_files(folder)
-    files = SafetensorsFiles(folder)
-    count = len(files.names())
-    config = read_config(folder, count, trust_remote_code)
-    model = empty_model(config, count, trust_remote_code, record.get("class"))
-    where = f"base {str(folder)!r}"
-    _place_packed_(model, read_layers(record, where), where)
-    places = tensor_places(model)
-    _check_headers(model, files, places, where)
-    digests = _read_(model, files, places, record, dtype, where)
-    _check_grids(model, where)
-    remember_floats_(model, digests)
-    now = combined_fingerprint(digests, config_numbers(model))
-    if now != record["fingerprint"]:
-        keep_fingerprint_(model, now, record["fingerprint"])
-    if (folder / "generation_config.json").is_file():
-        with reading(folder / "generation_config.json"):
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.name_or_path = (
-        record["source"] if Path(record["source"]).is_dir() else ""
-    )  # what PEFT writes into an adapter as its base
+    base = BaseFiles(Path(folder))
+    count = len(base.files.names())
+    config = read_config(base.folder, count, trust_remote_code)
+    model = empty_model(config, count, trust_remote_code, base.record.get("class"))
+    places = base.place_packed_(model)
+    for name, tensor in base.verified(model):
+        is_cast = tensor.is_floating_point() and name not in base.packed
+        put_(model, places[name], tensor.to(dtype) if is_cast else tensor)
+    base.check_configuration(model)
+    if (base.folder / "generation_config.json").is_file():
+        with reading(base.folder / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(base.folder)
+    base.finish_(model, dtype)
     model.to(device)  # type: ignore[arg-type] # transformers hides the signature of Module.to
     return model
+
+
+class BaseFiles:
+    """The base in `folder`, and the steps to load it into a model that was built without data:
+    `place_packed_`, then all tensors of `verified`, then `finish_`.
+
+    Raises:
+        SourceError: the folder is not a base, has another format version, or cannot be read.
+        FingerprintError: the configuration or the tokenizer was changed after saving.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.where = folder, f"base {str(folder)!r}"
+        self.record = read_record(folder)
+        check_files(folder)
+        self.files = SafetensorsFiles(folder, stem_of(folder))
+        self.digests: dict[str, str] = {}
+        self.packed: frozenset[str] = frozenset()
+
+    def place_packed_(self, model: PreTrainedModel) -> dict[str, list[Place]]:
+        """Insert empty packed layers, and check names, shapes and types of all stored tensors.
+
+        Returns:
+            The places of each stored tensor.
+
+        Raises:
+            SourceError: the tensors are not those of the model; the message lists them.
+            GridError: a layer does not exist in the model, or has another shape.
+        """
+        _place_packed_(model, read_layers(self.record, self.where), self.where)
+        places = tensor_places(model)
+        _check_headers(model, self.files, places, self.where)
+        self.packed = frozenset(name for name, (layout, _) in base_tensors(model).items() if layout)
+        return places
+
+    def verified(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor, as a view of the mapped file, of everything stored.
+
+        Raises:
+            FingerprintError: after the last one, if any differs from its digest.
+        """
+        layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}
+        for name in self.files.names():
+            tensor = self.files.read(name)
+            self.digests[name] = tensor_digest(name, layouts[name], tensor)
+            yield name, tensor
+        saved = self.record["tensors"]
+        if changed := [name for name, found in self.digests.items() if saved.get(name) != found]:
+            raise FingerprintError(self._changed(model, listed(changed)))
+
+    def check_configuration(self, model: PreTrainedModel) -> None:
+        """Compare the fingerprint with the saved one, after `verified`.
+
+        Raises:
+            FingerprintError: the model's configuration is not the one it was saved with.
+        """
+        if self._identity(model) != self.record["fingerprint"]:
+            raise FingerprintError(self._changed(model, "config.json or its fingerprint"))
+
+    def finish_(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Check the grids, and note on the model which base it is.
+
+        Raises:
+            GridError: a layer has an invalid scale or offset.
+        """
+        for layer in model.modules():
+            if isinstance(layer, PackedLayer):
+                layer.compute_dtype = dtype
+        _check_grids(model, self.where)
+        digests = dict(self.digests)
+        for name, (layout, tensor) in base_tensors(model).items():
+            # stored floats are float32 or narrower, and digests are of their float32 values
+            is_cast = tensor.is_floating_point() and tensor.dtype != torch.float32
+            if is_cast and not layout and not tensor.is_meta:
+                digests[name] = tensor_digest(name, layout, tensor)
+        remember_floats_(model, digests)
+        now = combined_fingerprint(digests, config_numbers(model))
+        if now != self.record["fingerprint"] == self._identity(model):
+            keep_fingerprint_(model, now, self.record["fingerprint"])
+        _belongs_to_(model, self.folder, self.record["source"])
+
+    def _identity(self, model: PreTrainedModel) -> str:
+        return combined_fingerprint(self.digests, config_numbers(model))
+
+    def _changed(self, model: PreTrainedModel, what: str) -> str:
+        return (
+            f"{self.where} has fingerprint {self._identity(model)}, but {RECORD} says "
+            f"{self.record['fingerprint']}: {what} changed after saving. Copy it again, or "
+            "quantize again"
+        )
+
+
+def _belongs_to_(model: PreTrainedModel, folder: Path, source: str) -> None:
+    """Note the base's folder, which PEFT writes into adapters, and what `save_pretrained` needs."""
+    model.name_or_path = str(folder.absolute())
+    save_as_base_(model, source)
+
+
+def save_as_base_(model: PreTrainedModel, source: str | None = None) -> None:
+    """Let `model.save_pretrained(folder)` write a base while the model has packed layers.
+
+    transformers' own method would write codes and scales without saying what they are, and then
+    load them as random weights.
+
+    Args:
+        source: where the model came from, recorded in base.json; default: `model.name_or_path`.
+    """
+    source = (model.name_or_path or "") if source is None else source
+    model.__dict__["save_pretrained"] = _SaveAsBase(model, source)
+
+
+class _SaveAsBase:
+    """`save_pretrained` of one model; it is copied along with the model."""
+
+    def __init__(self, model: PreTrainedModel, source: str):
+        self.model, self.source = model, source
+
+    def __call__(
+        self, save_directory: str | Path, is_main_process: bool = True, **settings: Any
+    ) -> None:
+        model = self.model
+        if not packed_layers(model) or getattr(model, "_hf_peft_config_loaded", False):
+            method = type(model).save_pretrained  # floats, or the adapter of model.add_adapter
+            method(model, save_directory, is_main_process=is_main_process, **settings)
+            return
+        unknown = ("state_dict", "variant", "push_to_hub", "distributed_checkpoint")
+        if refused := [name for name in unknown if settings.get(name)]:
+            raise SourceError(
+                f"save_pretrained: a QWLoRA base cannot be saved with {listed(refused)}. Leave it "
+                "out; to upload the base, call model.push_to_hub"
+            )
+        if is_main_process:
+            save_base(model, None, save_directory, self.source)
+
+
+def stem_of(folder: Path) -> str:
+    """The stem of the weight files in a base's folder; format 3 had `model`."""
+    is_old = not any((folder / f"{STEM}{kind}").is_file() for kind in (SINGLE, INDEX)) and any(
+        (folder / f"{OLD_STEM}{kind}").is_file() for kind in (SINGLE, INDEX)
+    )
+    return OLD_STEM if is_old else STEM
 
 
 def check_files(folder: Path) -> None:
@@ -266,11 +417,11 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise SourceError(f"{str(folder)!r} is not a QWLoRA base: it has no {RECORD}")
     record = read_json(folder / RECORD)
     found = record.get("format")
-    if found != FORMAT:
+    if found not in READABLE:
         remedy = "update qwlora" if isinstance(found, int) and found > FORMAT else "quantize again"
+        known = " and ".join(map(str, READABLE))
         raise SourceError(
-            f"base {str(folder)!r} has format {found!r}, but this version reads format {FORMAT}; "
-            f"{remedy}"
+            f"base {str(folder)!r} has format {found!r}, but this version reads {known}; {remedy}"
         )
     kinds = {"fingerprint": str, "source": str, "layers": dict, "tensors": dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]:
@@ -385,45 +536,6 @@ def _check_headers(
         raise SourceError(
             f"{where}: its tensors do not match {RECORD} and config.json; quantize again\n  {shown}"
         )
-
-
-def _read_(
-    model: PreTrainedModel,
-    files: SafetensorsFiles,
-    places: Mapping[str, list[Place]],
-    record: Mapping[str, Any],
-    dtype: torch.dtype,
-    where: str,
-) -> dict[str, str]:
-    """Map every tensor, check its digest and put it in its places.
-
-    Returns:
-        The digests of the tensors in the model; they differ from the saved ones if `dtype` does.
-
-    Raises:
-        FingerprintError: a tensor or config.json was changed after saving.
-    """
-    layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}
-    saved, now = {}, {}
-    for name in files.names():
-        tensor = files.read(name)
-        saved[name] = now[name] = tensor_digest(name, layouts[name], tensor)
-        if tensor.is_floating_point() and not layouts[name] and tensor.dtype != dtype:
-            tensor = tensor.to(dtype)
-            now[name] = tensor_digest(name, layouts[name], tensor)
-        put_(model, places[name], tensor)
-    for layer in model.modules():
-        if isinstance(layer, PackedLayer):
-            layer.compute_dtype = dtype
-    changed = [name for name, digest in saved.items() if record["tensors"].get(name) != digest]
-    identity = combined_fingerprint(saved, config_numbers(model))
-    if changed or identity != record["fingerprint"]:
-        what = listed(changed) if changed else "config.json or its fingerprint"
-        raise FingerprintError(
-            f"{where} has fingerprint {identity}, but {RECORD} says {record['fingerprint']}: "
-            f"{what} changed after saving. Copy it again, or quantize again"
-        )
-    return now
 
 
 def _check_grids(model: PreTrainedModel, where: str) -> None:

@@ -26,7 +26,8 @@ MOST = 10_000  # layers, if the number of tensors is not known
 
 
 def read_config(folder: Path, tensors: int, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Read the configuration, without its `quantization_config`.
+    """Read the configuration, without what it says about the files of the weights
+    (`quantization_config`, `transformers_weights`).
 
     Args:
         folder: the folder that contains config.json.
@@ -44,7 +45,7 @@ def read_config(folder: Path, tensors: int, trust_remote_code: bool = False) -> 
         refuse_remote_code(repr(str(folder)), error)
         raise _unreadable(folder, error) from error
     for part in (config, config.get_text_config()):
-        for key in ("quantization_config", "compression_config"):
+        for key in ("quantization_config", "compression_config", "transformers_weights"):
             if hasattr(part, key):
                 delattr(part, key)
     return config

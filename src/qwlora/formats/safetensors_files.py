@@ -27,7 +27,6 @@ from torch import Tensor
 from qwlora.errors import SourceError
 from qwlora.messages import listed
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADER_LIMIT_BYTES = 100_000_000  # a limit of the format
 BITS = {
     "BOOL": 8,
@@ -69,6 +68,7 @@ class SafetensorsFiles:
 
     Args:
         folder: a Hugging Face folder.
+        stem: the usual name of the file, without what follows (`model`.safetensors).
         mapped: return views of the memory-mapped files instead of copies.
 
     Raises:
@@ -77,8 +77,9 @@ class SafetensorsFiles:
             duplicated; a file is truncated or malformed.
     """
 
-    def __init__(self, folder: str | Path, mapped: bool = True):
+    def __init__(self, folder: str | Path, stem: str = "model", mapped: bool = True):
         self.folder, self._backend = Path(folder), "mmap" if mapped else "pread"
+        self._single, self._index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         self._handles: dict[Path, Any] = {}
         self._entries = self._read_entries()
 
@@ -147,10 +148,10 @@ class SafetensorsFiles:
 
     def _listed_files(self) -> dict[Path, list[str] | None]:
         """Each file with the tensors that the index lists in it; None if there is no index."""
-        if (self.folder / INDEX).is_file():
-            return self._indexed_files(self.folder / INDEX)
-        if (self.folder / SINGLE).is_file():
-            return {self.folder / SINGLE: None}
+        if (self.folder / self._index).is_file():
+            return self._indexed_files(self.folder / self._index)
+        if (self.folder / self._single).is_file():
+            return {self.folder / self._single: None}
         if index := self._only("*.safetensors.index.json"):
             return self._indexed_files(index)
         if single := self._only("*.safetensors"):
@@ -161,7 +162,7 @@ class SafetensorsFiles:
                 "is read. Save the model as safetensors first (model.save_pretrained)"
             )
         raise SourceError(
-            f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}. "
+            f"{str(self.folder)!r} has neither {self._single} nor {self._index}. "
             "Give the folder of a Hugging Face checkpoint"
         )
 
@@ -174,10 +175,10 @@ class SafetensorsFiles:
         found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
         if len(found) > 1:
             names = listed(path.name for path in found)
-            usual = INDEX if pattern.endswith(".json") else SINGLE
+            usual = self._index if pattern.endswith(".json") else self._single
             raise SourceError(
-                f"{str(self.folder)!r} has neither {SINGLE} nor {INDEX}, but several other files: "
-                f"{names}. Rename the right one to {usual}, or remove the others"
+                f"{str(self.folder)!r} has neither {self._single} nor {self._index}, but several "
+                f"other files: {names}. Rename the right one to {usual}, or remove the others"
             )
         return found[0] if found else None
 

@@ -1,7 +1,7 @@
 """Writes safetensors shards one by one, so that at most one shard is in memory.
 
-    model.safetensors                                           if everything fits in one shard
-    model-00001-of-00003.safetensors ... and an index file      otherwise, named as by Hugging Face
+    base.safetensors                                          if everything fits in one shard
+    base-00001-of-00003.safetensors ... and an index file     otherwise, as in Hugging Face folders
 
 Shards have temporary names until `finish` renames them. Creating a `ShardWriter` deletes the shards
 of an earlier run from the folder.
@@ -17,7 +17,8 @@ from torch import Tensor
 from qwlora import strict_json
 from qwlora.atomic import move_into_place, write_text
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+STEM, OLD_STEM = "base", "model"
+SINGLE, INDEX = ".safetensors", ".safetensors.index.json"  # after the stem
 SHARD_BYTES = 2**29
 
 
@@ -31,8 +32,10 @@ class ShardWriter:
         self._waiting_bytes = self._total_bytes = 0
         self._shards: list[list[str]] = []
         for old in [
-            *folder.glob("model*.safetensors"),
-            folder / INDEX,
+            *folder.glob(f"{OLD_STEM}*{SINGLE}"),
+            *folder.glob(f"{STEM}{SINGLE}"),
+            *folder.glob(f"{STEM}-*-of-*{SINGLE}"),
+            *(folder / f"{stem}{INDEX}" for stem in (STEM, OLD_STEM)),
             *folder.glob(".shard-*.part"),
         ]:
             old.unlink(missing_ok=True)
@@ -46,14 +49,18 @@ class ShardWriter:
         self._waiting_bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
 
-    def finish(self) -> None:
-        """Write the last shard, rename all shards, and write the index if there are several."""
+    def finish(self) -> str:
+        """Write the last shard, rename all shards, and write the index if there are several.
+
+        Returns:
+            The name of the file, or of the index.
+        """
         self._write()
         count = len(self._shards)
         names = (
-            [SINGLE]
+            [f"{STEM}{SINGLE}"]
             if count == 1
-            else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+            else [f"{STEM}-{i + 1:05}-of-{count:05}{SINGLE}" for i in range(count)]
         )
         for i, name in enumerate(names):
             # safetensors creates files that only their owner can read
@@ -69,7 +76,8 @@ class ShardWriter:
                 "metadata": {"total_size": self._total_bytes},
                 "weight_map": dict(sorted(placed.items())),
             }
-            write_text(self.folder / INDEX, strict_json.dumps(index, indent=1) + "\n")
+            write_text(self.folder / f"{STEM}{INDEX}", strict_json.dumps(index, indent=1) + "\n")
+        return names[0] if count == 1 else f"{STEM}{INDEX}"
 
     def _write(self) -> None:
         save_file(self._waiting, self._part(len(self._shards)), metadata={"format": "pt"})

@@ -49,6 +49,7 @@ VOLATILE = frozenset(
             "output_attentions",
             "output_hidden_states",
         ),  # what a forward hands back
+        *("quantization_config", "transformers_weights"),  # how the files hold the weights
         *("bos_token_id", "eos_token_id", "pad_token_id"),
         *("id2label", "label2id", "problem_type"),  # of classifiers
         *("initializer_range", "init_std"),  # of weights that are read, not drawn
@@ -202,14 +203,14 @@ def _numbers(config: Any) -> dict[str, Any]:
     defaults = config.default_config_fields() if hasattr(config, "default_config_fields") else {}
     found = {}
     for key, value in config.to_dict().items():
+        if key in VOLATILE:
+            continue
         part = config.__dict__.get(key)
         if hasattr(
             part, "to_dict"
         ):  # the configuration of a part, as models of text and images have them
             found[key] = _numbers(part)
-        elif (
-            key not in VOLATILE and defaults.get(key) != value
-        ):  # fields without a default count as None
+        elif defaults.get(key) != value:  # fields without a default count as None
             found[key] = value
     return found
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import GridError
+from qwlora.formats.base_folder import save_as_base_
 from qwlora.formats.model_source import forget_gguf_
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme
 from qwlora.grid.second_moments import Moments
@@ -133,6 +134,7 @@ def quantize_(
         tie_weights_(model)
         if getattr(model, "quantization_method", None) == "gguf":
             forget_gguf_(model)
+        save_as_base_(model)
     warn_of_second_rounding(reports)
     assert_frozen(model)
     remember_floats_(model)

@@ -1,0 +1,189 @@
+"""QWLoRA bases in transformers: what `from_pretrained` does with `quant_method: qwlora`.
+
+    import qwlora
+    model = AutoModelForCausalLM.from_pretrained("out/base", device_map="auto")
+
+gives the model of `load_base`, with the same checks, in the dtype and on the devices that
+transformers chooses. transformers reads the tensors; `base_folder.BaseFiles` inserts the packed
+layers before that and compares every stored tensor with its digest. `save_pretrained` writes a
+base.
+
+Refused: quantizing a float model while it is loaded, offloading to disk, tensor parallelism,
+integer dtypes. Written for transformers 5.24. It imports this module while it is itself being
+imported, so everything else is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qwlora.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from qwlora.formats.base_folder import BaseFiles
+
+METHOD = "qwlora"
+
+
+class QwloraConfig(QuantizationConfigMixin):
+    """`quantization_config` in the config.json of a base.
+
+    Args:
+        weights: the file with the weights, or their index.
+    """
+
+    def __init__(self, weights: str = "base.safetensors", **unused: Any):
+        self.quant_method, self.weights = METHOD, weights  # type: ignore[assignment]
+
+
+class QwloraQuantizer(HfQuantizer):
+    """Inserts packed layers before transformers reads the weights, and checks the base."""
+
+    quantization_config: QwloraConfig
+    _base: BaseFiles
+    _dtype: torch.dtype
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on the model."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes a base; see `base_folder.save_as_base_`."""
+        return True
+
+    def validate_environment(self, device_map: Any = None, **unused: Any) -> None:
+        if not self.pre_quantized:
+            raise SourceError(
+                "from_pretrained does not quantize to QWLoRA's integers. Load the float model "
+                "without quantization_config, then call qwlora.quantize_(model, ...)"
+            )
+        self._refuse_disk(device_map)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if not dtype.is_floating_point:
+            raise SourceError(
+                f"dtype {dtype}: a QWLoRA base computes in floats; its integers stay packed. Give "
+                "float32, bfloat16 or float16"
+            )
+        return dtype
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        # the last call before the files are looked for: give the name of the weights in place of
+        # the sentence that stops transformers without qwlora
+        if getattr(config, "distributed_config", None) is not None:
+            raise SourceError(
+                "a QWLoRA base cannot be split by distributed_config, tp_plan or tp_size; leave "
+                "them out, or use device_map"
+            )
+        config.transformers_weights = self.quantization_config.weights
+        return config
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Sequence[str] = (),
+        **unused: Any,
+    ) -> None:
+        import torch
+
+        from qwlora.formats.base_folder import BaseFiles
+        from qwlora.nn import PackedLayer
+
+        self._dtype = dtype or torch.float32
+        self._base = base = BaseFiles(_folder_of(Path(checkpoint_files[0])))
+        expected = base.record.get("class")
+        if expected not in (None, type(model).__name__):
+            raise SourceError(
+                f"{base.where} is a {expected}, not a {type(model).__name__}; load it with "
+                f"transformers.{expected}.from_pretrained"
+            )
+        _tie_(model)
+        base.place_packed_(model)
+        for target in [name for name in model.all_tied_weights_keys if _is_in_packed(model, name)]:
+            del model.all_tied_weights_keys[target]  # no parameter: it reads the other's codes
+        for name, stored in base.verified(model):
+            if name in base.packed and stored.is_floating_point():
+                path, _, key = name.rpartition(".")
+                buffers = model.get_submodule(path)._buffers
+                buffers[key] = torch.empty_like(stored, device="meta")  # scales keep their dtype
+        for layer in model.modules():
+            if isinstance(layer, PackedLayer):
+                layer._is_hf_initialized = True
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        return []  # a base has the names of the model in memory
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: Any) -> None:
+        self._refuse_disk(getattr(model, "hf_device_map", None))
+        config: Any = model.config
+        del config.transformers_weights
+        model.requires_grad_(False)
+        name = model.name_or_path or ""
+        self._base.finish_(model, self._dtype)
+        if not Path(name).is_dir():
+            model.name_or_path = name  # an id on the hub, which adapters should name
+        del self._base  # open files; the model keeps the quantizer, and may be copied
+
+    def _refuse_disk(self, device_map: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            modules = [name or "the model" for name, place in device_map.items() if place == "disk"]
+            raise SourceError(
+                f"device_map puts {modules[0]} on disk, but packed integers stay in memory. Map "
+                "all modules to devices or to the processor, or allow it more with max_memory"
+            )
+
+
+def _tie_(model: PreTrainedModel) -> None:
+    """`model.tie_weights()`, which transformers switches off while it builds a model to load."""
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        path, _, key = target.rpartition(".")
+        model.get_submodule(path)._parameters[key] = model.get_parameter(source)
+
+
+def _is_in_packed(model: PreTrainedModel, name: str) -> bool:
+    from qwlora.nn import PackedLayer
+
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), PackedLayer)
+
+
+def register_in(table: ModuleType) -> None:
+    """Register the method in `transformers.quantizers.auto`."""
+    if METHOD not in table.AUTO_QUANTIZER_MAPPING:
+        table.register_quantization_config(METHOD)(QwloraConfig)
+        table.register_quantizer(METHOD)(QwloraQuantizer)
+
+
+def _folder_of(weights: Path) -> Path:
+    """The base's folder; in the hub's cache, its other files are downloaded into it."""
+    from qwlora.formats.base_folder import RECORD, read_record
+    from qwlora.formats.manifest import FILES
+
+    folder = weights.parent
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        _download_beside(folder, [RECORD])
+        _download_beside(folder, list(read_record(folder).get(FILES, {})))
+    return folder
+
+
+def _download_beside(snapshot: Path, files: list[str]) -> None:
+    from huggingface_hub import snapshot_download
+
+    cached = snapshot.parents[1]
+    if missing := [file for file in files if not (snapshot / file).is_file()]:
+        snapshot_download(
+            cached.name.removeprefix("models--").replace("--", "/"),
+            revision=snapshot.name,
+            cache_dir=cached.parent,
+            allow_patterns=missing,
+        )

@@ -1,0 +1,435 @@
+"""transformers and PEFT load a base folder as the packed model, or stop with one clear error."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from conftest import ARCHITECTURES, byte_tokenizer, reseal, text, tiny_model
+from qwlora import fingerprint, load_base, quantize_, save_adapter, save_base
+from qwlora.errors import FingerprintError, SourceError
+from qwlora.formats import hf_quantizer
+from qwlora.formats.base_folder import BaseWriter
+from qwlora.grid.scheme import parse_scheme
+from qwlora.nn.frozen import packed_layers
+from qwlora.quantize.layer_rules import Rule
+
+IDS = torch.arange(40).view(2, 20)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(IDS).logits
+    return found
+
+
+def adapted(model: PreTrainedModel) -> PeftModel:
+    """With a random adapter that is not zero."""
+    torch.manual_seed(0)
+    settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, settings)
+
+
+def quantized(architecture: str = "llama", scheme: str = "w4-block32") -> PreTrainedModel:
+    model = tiny_model(architecture)
+    quantize_(model, scheme, "rtn")
+    return model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base to read only."""
+    folder = tmp_path_factory.mktemp("base")
+    save_base(quantized(), byte_tokenizer(), folder, "somewhere")
+    return folder
+
+
+@pytest.fixture
+def own_base(base: Path, tmp_path: Path) -> Path:
+    """A base to damage."""
+    return Path(shutil.copytree(base, tmp_path / "base"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_from_pretrained_gives_the_model_of_load_base(
+    tmp_path: Path, architecture: str, dtype: torch.dtype
+) -> None:
+    save_base(quantized(architecture), byte_tokenizer(), tmp_path, "somewhere")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    expected = load_base(tmp_path, dtype)
+    assert torch.equal(logits(model), logits(expected))
+    assert fingerprint(model) == fingerprint(expected)
+    assert packed_layers(model).keys() == packed_layers(expected).keys()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def _packed_embedding() -> PreTrainedModel:
+    model = tiny_model("llama")
+    scheme = parse_scheme("w4-block32")
+    quantize_(model, scheme, "rtn", rules=[Rule("*embed_tokens", scheme)])
+    return model
+
+
+def _lpbq() -> PreTrainedModel:
+    return quantized("qwen3", "w4-lpbq16")
+
+
+def _experts() -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=260,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+        )
+    ).eval()
+    quantize_(model, "w4-block32", "rtn")
+    assert any("experts" in name for name in packed_layers(model))
+    return model
+
+
+@pytest.mark.parametrize("make", [_packed_embedding, _lpbq, _experts])
+def test_tied_heads_and_experts_load_as_well(
+    tmp_path: Path, make: Callable[[], PreTrainedModel]
+) -> None:
+    save_base(make(), None, tmp_path, "somewhere")
+    model, expected = AutoModelForCausalLM.from_pretrained(tmp_path), load_base(tmp_path)
+    assert torch.equal(logits(model), logits(expected))
+    assert fingerprint(model) == fingerprint(expected)
+
+
+def test_shards_load_as_well(base: Path, tmp_path: Path) -> None:
+    model = load_base(base)
+    writer = BaseWriter(tmp_path, shard_bytes=20_000)
+    writer.add(model)
+    writer.finish(model, None, "somewhere")
+    assert (tmp_path / "base.safetensors.index.json").is_file()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
+def test_device_map_is_followed(base: Path, device_map: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, device_map=device_map)
+    assert model.device == torch.device("cpu")
+    assert torch.equal(logits(model), logits(load_base(base)))
+
+
+def test_the_dtype_is_by_default_the_one_that_the_model_had(tmp_path: Path) -> None:
+    model = tiny_model("llama").bfloat16()
+    quantize_(model, "w4-block32", "rtn")
+    save_base(model, None, tmp_path, "somewhere")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(logits(loaded), logits(load_base(tmp_path, torch.bfloat16)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"device_map": {"model": "disk", "lm_head": "cpu"}}, "model on disk.*max_memory"),
+        ({"dtype": torch.int8}, "torch.int8.*bfloat16"),
+        ({"tp_plan": "auto"}, "tp_plan.*device_map"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_honored_is_refused(
+    base: Path, settings: dict[str, Any], facts: str
+) -> None:
+    with pytest.raises(SourceError, match=facts):
+        AutoModelForCausalLM.from_pretrained(base, **settings)
+
+
+def test_a_float_model_is_not_quantized_while_it_is_loaded(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(SourceError, match=r"qwlora\.quantize_"):
+        AutoModelForCausalLM.from_pretrained(
+            checkpoints["llama"], quantization_config=hf_quantizer.QwloraConfig()
+        )
+
+
+def test_another_class_is_refused_by_name(base: Path) -> None:
+    with pytest.raises(SourceError, match="LlamaForCausalLM, not a LlamaModel"):
+        AutoModel.from_pretrained(base)
+
+
+def test_changed_weights_are_refused(own_base: Path) -> None:
+    tensors = load_file(own_base / "base.safetensors")
+    name = "model.layers.0.mlp.up_proj.packed"
+    tensors[name] = tensors[name] ^ 1
+    save_file(tensors, own_base / "base.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FingerprintError, match=f"{name} changed after saving"):
+        AutoModelForCausalLM.from_pretrained(own_base)
+
+
+def test_a_changed_configuration_is_refused(own_base: Path) -> None:
+    config = json.loads((own_base / "config.json").read_text())
+    (own_base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    with pytest.raises(FingerprintError, match=r"config.json changed"):
+        AutoModelForCausalLM.from_pretrained(own_base)
+
+
+def in_a_new_process(code: str) -> str:
+    """What the code prints; the test fails if it raises."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_qwlora_loading_stops_and_says_what_to_install(base: Path, tmp_path: Path) -> None:
+    save_adapter(adapted(load_base(base)), tmp_path)
+    code = f"""
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
+for load in (
+    lambda: AutoModelForCausalLM.from_pretrained({str(base)!r}),
+    lambda: AutoModelForCausalLM.from_pretrained({str(base)!r}, ignore_mismatched_sizes=True),
+    lambda: AutoPeftModelForCausalLM.from_pretrained({str(tmp_path)!r}),
+    lambda: pipeline("text-generation", {str(base)!r}),
+):
+    try:
+        load()
+    except ValueError as error:
+        print("pip install qwlora" in str(error), "import qwlora" in str(error))
+    else:
+        print("loaded")
+"""
+    assert in_a_new_process(code).splitlines() == ["True True"] * 4
+
+
+def test_import_qwlora_first_is_cheap_and_enough(base: Path) -> None:
+    code = f"""
+import sys, qwlora
+print([name for name in ("torch", "transformers") if name in sys.modules])
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained({str(base)!r}).model.layers[0].mlp.up_proj))
+"""
+    first, second = in_a_new_process(code).splitlines()
+    assert first == "[]"
+    assert "PackedLinear" in second
+
+
+def test_a_base_of_the_previous_format_still_loads(own_base: Path) -> None:
+    """As version 0.1.0 wrote it: model.safetensors, and a config.json without our keys."""
+    (own_base / "base.safetensors").rename(own_base / "model.safetensors")
+    config = json.loads((own_base / "config.json").read_text())
+    del config["quantization_config"], config["transformers_weights"]
+    (own_base / "config.json").write_text(json.dumps(config))
+    record = json.loads((own_base / "base.json").read_text())
+    (own_base / "base.json").write_text(json.dumps(record | {"format": 3}))
+    reseal(own_base, "base.json")
+    expected = quantized()
+    model = load_base(own_base)
+    assert fingerprint(model) == fingerprint(expected) == record["fingerprint"]
+    assert torch.equal(logits(model), logits(expected))
+    save_base(model, None, own_base, "somewhere")  # in the new format
+    assert sorted(path.name for path in own_base.glob("*.safetensors")) == ["base.safetensors"]
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(own_base)), logits(expected))
+
+
+@pytest.mark.parametrize(
+    "load",
+    [lambda _: quantized(), load_base, AutoModelForCausalLM.from_pretrained],
+    ids=["quantize_", "load_base", "from_pretrained"],
+)
+def test_save_pretrained_writes_what_save_base_writes(
+    base: Path, tmp_path: Path, load: Callable[[Path], PreTrainedModel]
+) -> None:
+    model = load(base)
+    model.save_pretrained(tmp_path)
+    for name in ("base.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / name).read_bytes() == (base / name).read_bytes()
+    records = [json.loads((folder / "base.json").read_text()) for folder in (tmp_path, base)]
+    for key in ("fingerprint", "layers", "tensors", "class", "format"):
+        assert records[0][key] == records[1][key]
+    assert records[0]["source"] == ("" if load.__name__ == "<lambda>" else "somewhere")
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert torch.equal(logits(load_base(tmp_path)), logits(load_base(base)))
+
+
+def test_a_copy_saves_itself(base: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    copied = copy.deepcopy(model)
+    copied.model.norm.weight.data[0] += 1
+    copied.save_pretrained(tmp_path)
+    assert fingerprint(load_base(tmp_path)) == fingerprint(copied) != fingerprint(model)
+
+
+def test_save_pretrained_refuses_what_it_would_ignore(base: Path, tmp_path: Path) -> None:
+    model = load_base(base)
+    with pytest.raises(SourceError, match=r"variant.*push_to_hub"):
+        model.save_pretrained(tmp_path / "new", variant="fp16", push_to_hub=True)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("load", [load_base, AutoModelForCausalLM.from_pretrained])
+def test_an_adapter_folder_loads_with_its_packed_base(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Any
+) -> None:
+    monkeypatch.chdir(base.parent)
+    trained = adapted(load(Path(base.name)))
+    save_adapter(trained, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base), "found from any directory"
+    monkeypatch.chdir(tmp_path)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    assert packed_layers(loaded)
+    assert torch.equal(logits(loaded), logits(trained))
+    assert not torch.equal(logits(loaded), logits(load_base(base)))
+    directly = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(directly), logits(trained))
+
+
+def test_after_save_base_an_adapter_names_the_base_and_not_the_float_model(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(checkpoints["llama"])
+    quantize_(model, "w4-block32", "rtn")
+    save_base(model, None, tmp_path / "base", "somewhere")
+    save_adapter(adapted(model), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+def test_a_pipeline_generates_what_the_base_generates(base: Path) -> None:
+    tokenizer = byte_tokenizer()
+    inputs = tokenizer("the grid", return_tensors="pt", return_token_type_ids=False)
+    expected = load_base(base).generate(**inputs, max_new_tokens=8, do_sample=False)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), expected)
+    generate = pipeline("text-generation", model=str(base))
+    (found,) = generate("the grid", max_new_tokens=8, do_sample=False, return_tensors=True)
+    assert found["generated_token_ids"] == expected[0].tolist()
+
+
+def training_arguments(folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=2e-2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def test_trainer_trains_an_adapter_and_not_the_base(base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules="all-linear")
+    )
+    identity, before = fingerprint(model), logits(model)
+    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    Trainer(model, training_arguments(tmp_path), train_dataset=rows).train()
+    assert fingerprint(model) == identity
+    assert not torch.equal(logits(model), before)
+    save_adapter(model, tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_trainer_refuses_to_train_the_integers(base: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        Trainer(model, training_arguments(tmp_path))
+
+
+def test_sft_trainer_of_trl_trains_an_adapter_on_a_base(base: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="pip install trl")
+    from datasets import Dataset
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    identity, before = fingerprint(model), logits(model)
+    settings = training_arguments(tmp_path).to_dict()
+    keys = ("output_dir", "max_steps", "per_device_train_batch_size", "learning_rate", "use_cpu")
+    arguments = {key: settings[key] for key in (*keys, "save_strategy", "disable_tqdm")}
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**arguments, report_to=[], bf16=False, max_length=32),
+        train_dataset=Dataset.from_dict({"text": [text(seed, 12) for seed in range(8)]}),
+        processing_class=byte_tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )
+    trainer.train()
+    assert fingerprint(trainer.model) == identity
+    assert not torch.equal(logits(trainer.model), before)
+    save_adapter(trainer.model, tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(trainer.model))
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # the harness does
+def test_the_evaluation_harness_scores_a_base(base: Path) -> None:
+    pytest.importorskip("lm_eval", reason="pip install lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=str(base), device="cpu", batch_size=1, dtype="float32")
+    assert torch.equal(logits(harness.model), logits(load_base(base)))
+    request = Instance("loglikelihood", {}, ("the grid", " holds"), 0)
+    ((found, _),) = harness.loglikelihood([request])
+    ids = byte_tokenizer()("the grid holds", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        scores = load_base(base)(ids[:, :-1]).logits.log_softmax(-1)[0]
+    count = len(byte_tokenizer()(" holds")["input_ids"])
+    expected = scores.gather(-1, ids[0, 1:, None])[-count:].sum()
+    assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_files_that_the_hub_cache_lacks_are_downloaded(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers downloads config.json and the weights; checking needs base.json and more."""
+    repository, revision = tmp_path / "models--owner--name", "a1b2" * 10
+    snapshot = Path(shutil.copytree(base, repository / "snapshots" / revision))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    wanted = {"base.json", "tokenizer.json", "tokenizer_config.json"}
+    for name in wanted:
+        (snapshot / name).unlink()
+    asked = []
+
+    def download(repository: str, **settings: Any) -> None:
+        asked.append((repository, settings["revision"], settings["cache_dir"]))
+        for name in settings["allow_patterns"]:
+            shutil.copy(base / name, snapshot)
+            wanted.remove(name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    model = AutoModelForCausalLM.from_pretrained(
+        "owner/name", cache_dir=tmp_path, local_files_only=True
+    )
+    assert set(asked) == {("owner/name", revision, tmp_path)}
+    assert not wanted
+    assert model.name_or_path == "owner/name"
+    assert torch.equal(logits(model), logits(load_base(base)))

@@ -1,6 +1,7 @@
 """QWLoRA: fine-tune LoRA adapters on the exact quantized weights you deploy.
 
     quantize_        step 1: freeze a model's weights to packed integers, in place
+    freeze_          the same on a grid that you have, without rounding anything
     assert_frozen    check that every packed layer still computes with its integers
     save_adapter     after step 2, which is PEFT with your own training loop or Trainer: save the
                      adapter with the fingerprint of its base
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.training_step import chunk_loss_, lean_steps
     from qwlora.errors import QwloraError
     from qwlora.export.onnx_bundle import export_onnx, verify_onnx, verify_onnx_outputs
+    from qwlora.export.verify import Limits
     from qwlora.formats.assemble_model import load_precomputed
     from qwlora.formats.base_folder import load_base, save_base
     from qwlora.formats.open_checkpoint import open_checkpoint
@@ -35,14 +37,17 @@ if TYPE_CHECKING:
     from qwlora.nn import PackedLinear
     from qwlora.nn.fingerprint import fingerprint
     from qwlora.nn.frozen import assert_frozen
+    from qwlora.quantize.freeze_model import freeze_
     from qwlora.quantize.layer_rules import Rule
     from qwlora.quantize.quantize_blocks import observe_moments
     from qwlora.quantize.quantize_model import quantize_
     from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
+    from qwlora.simulation.adapter_simulations import simulate_adapters
     from qwlora.simulation.load_simulation import load_simulation
     from qwlora.simulation.placement_rules import PlacementRule
     from qwlora.simulation.simulation import Simulation, simulate
     from qwlora.simulation.simulation_schemes import SimulationSchemes
+    from qwlora.simulation.training_graph import TrainingGraph
 
 __version__ = "0.1.0"
 
@@ -58,6 +63,10 @@ _HOME = {
     "load_precomputed": "formats.assemble_model",
     "load_simulation": "simulation.load_simulation",
     "quantize_": "quantize.quantize_model",
+    "freeze_": "quantize.freeze_model",
+    "simulate_adapters": "simulation.adapter_simulations",
+    "TrainingGraph": "simulation.training_graph",
+    "Limits": "export.verify",
     "open_checkpoint": "formats.open_checkpoint",
     "Rule": "quantize.layer_rules",
     "load_base": "formats.base_folder",
@@ -86,6 +95,7 @@ _HOME = {
 __all__ = [
     "Encoding",
     "Estimator",
+    "Limits",
     "Moment",
     "Moments",
     "PackedLinear",
@@ -98,11 +108,13 @@ __all__ = [
     "Scheme",
     "Simulation",
     "SimulationSchemes",
+    "TrainingGraph",
     "TuningSettings",
     "assert_frozen",
     "chunk_loss_",
     "export_onnx",
     "fingerprint",
+    "freeze_",
     "initialize_adapter_",
     "lean_steps",
     "load_adapter",
@@ -115,6 +127,7 @@ __all__ = [
     "save_adapter",
     "save_base",
     "simulate",
+    "simulate_adapters",
     "tune_scales_",
     "verify_onnx",
     "verify_onnx_outputs",

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from conftest import reseal, tiny_model
@@ -491,3 +492,32 @@ def test_never_opens_a_pickled_adapter(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(SourceError, match=r"adapter_model\.bin.*runs code"):
         load_adapter(model, tmp_path, unknown_base="accept")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("by", ["get_peft_model", "inject_adapter_in_model"])
+def test_one_of_several_adapters_is_saved_by_name_and_loaded_under_another(
+    by: str, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    if by == "get_peft_model":
+        model: Any = get_peft_model(base(), config, adapter_name="one")
+        model.add_adapter("two", config)
+    else:
+        model = inject_adapter_in_model(config, base(), adapter_name="one")
+        inject_adapter_in_model(config, model, adapter_name="two")
+    drawn(model)
+    save_adapter(model, tmp_path / "two", adapter="two")
+    assert not (tmp_path / "two" / "two").exists()
+    loaded = load_adapter(base(), tmp_path / "two", adapter_name="mine").eval()
+    assert list(loaded.peft_config) == ["mine"]
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter("two")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    save_adapter(loaded, tmp_path / "again", adapter="mine")
+    load_adapter(loaded, tmp_path / "again", adapter_name="second")
+    assert list(loaded.peft_config) == ["mine", "second"]
+    with pytest.raises(SourceError, match="has no adapter 'c'; it has mine, second"):
+        save_adapter(loaded, tmp_path / "c", adapter="c")

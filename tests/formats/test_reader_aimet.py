@@ -413,3 +413,30 @@ def test_a_float_that_is_nan(tmp_path: Path) -> None:
         open_checkpoint(
             tmp_path, saved(tmp_path, list(all_entries(model).values()), "1.0.0", model)
         ).read(DOWN)
+
+
+@pytest.mark.parametrize("bitwidth", [3, 4, 8])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(8)], ids=str)
+def test_encodings_of_another_checkpoint_are_refused(
+    tmp_path: Path, bitwidth: int, granularity: Granularity
+) -> None:
+    """Scales that clip outliers are accepted, scales that are far too small or large are not."""
+
+    def checkpoint(factor: float) -> Any:
+        entries = []
+        for name, value in matrices(llama()).items():
+            grid = measure(value, Scheme(bitwidth, True, granularity))
+            entries.append(
+                entry_of(name, Encoding(grid.scheme, grid.scale * factor, grid.offset), "1.0.0")
+            )
+        folder = tmp_path / str(factor)
+        return open_checkpoint(folder, saved(folder, entries, "1.0.0", llama()))
+
+    for factor in (1.0, 0.7):
+        assert isinstance(checkpoint(factor).read(DOWN), QuantizedTensor)
+    for factor in (0.1, 40.0 if bitwidth < 8 else 400.0):
+        with pytest.raises(
+            SourceError,
+            match=rf"'{DOWN}': .*SQNR of .* dB.*clips [\d,]+ of 2,048.*another checkpoint",
+        ):
+            checkpoint(factor).read(DOWN)

@@ -286,3 +286,15 @@ def test_what_an_operator_overwrites_was_seen_before(tmp_path: Path) -> None:
     ]
     assert [c.cost for c in costs[0]] == pytest.approx([c.cost for c in costs[1]])
     assert all(c.cost > 0 for c in costs[0])
+
+
+def test_printing_a_simulation_is_one_line(
+    simulations: dict[str, tuple[PeftModel, Simulation]],
+) -> None:
+    model, simulation = simulations["llama"]
+    counts = Counter(mark.kind for mark in simulation.marks)
+    assert repr(simulation) == (
+        f"Simulation of {type(model).__name__}: {counts[Kind.BASE]} base weights, "
+        f"{counts[Kind.ADAPTER]} adapter weights, {counts[Kind.PARAMETER]} other parameters, "
+        f"{counts[Kind.ACTIVATION]} activations; calibrated"
+    )

@@ -44,15 +44,22 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base_fingerprint: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    base_fingerprint: str | None = None,
+    adapter: str | None = None,
+) -> None:
     """Write the adapters of `model` into `folder`, as PEFT does, with the fingerprint of its base.
 
     Args:
         model: a `PeftModel`, or a model after `peft.inject_adapter_in_model`.
         base_fingerprint: if it is known; default: computed.
+        adapter: the one to write, directly into `folder`. Default: all; PEFT gives each but
+            `default` a folder of its own.
 
     Raises:
-        SourceError: the model has no adapter.
+        SourceError: the model has no adapter, or none of this name.
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
         FingerprintError: a float tensor of the base changed since the base was made or loaded, so
             the adapter belongs to no base that anybody has.
@@ -63,12 +70,17 @@ def save_adapter(model: nn.Module, folder: str | Path, base_fingerprint: str | N
         raise SourceError(
             f"{type(model).__name__} has no adapter to save; attach one with peft.get_peft_model"
         )
+    names = list(cast(Any, model).peft_config)
+    if adapter is not None and adapter not in names:
+        raise SourceError(
+            f"{type(model).__name__} has no adapter {adapter!r}; it has {', '.join(names)}"
+        )
     if packed_layers(model):
         assert_frozen(model)
     identity = base_fingerprint or _unmoved_fingerprint(model)
     for old in folder.rglob(FILE):
         old.unlink()  # never an old statement next to new weights
-    write_adapter(model, folder)
+    write_adapter(model, folder, adapter=adapter)
     record = {"format": FORMAT, "base_fingerprint": identity}
     for config in folder.rglob(CONFIG):  # PEFT gives each named adapter a folder of its own
         manifest.write(config.parent, FILE, record, (CONFIG, WEIGHTS))
@@ -86,13 +98,30 @@ def _unmoved_fingerprint(model: nn.Module) -> str:
     return fingerprint_of(digests, model)
 
 
-def write_adapter(model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+def write_adapter(
+    model: nn.Module,
+    folder: Path,
+    state: dict[str, Tensor] | None = None,
+    adapter: str | None = None,
+) -> None:
     """PEFT's own `save_pretrained`, or the same files of a model that adapters were injected into.
     Embeddings below an adapter are frozen and belong to the base, so they are not saved with it
     (and no hub is asked). PEFT writes sets (target_modules) in arbitrary order; they are sorted,
-    so that equal adapters are equal bytes."""
-    _write_as_peft_does(model, folder, state)
-    for name, config in cast(Any, model).peft_config.items():
+    so that equal adapters are equal bytes.
+
+    Args:
+        adapter: the only one to write, then into `folder` itself.
+    """
+    configs = cast(Any, model).peft_config
+    names = list(configs) if adapter is None else [adapter]
+    _write_as_peft_does(model, folder, state, names)
+    if adapter not in (None, "default"):
+        for path in (folder / str(adapter)).iterdir():
+            path.replace(folder / path.name)
+        (folder / str(adapter)).rmdir()
+        names = ["default"]  # where its files are now
+    for name in names:
+        config = configs[adapter or name]
         path = (folder if name == "default" else folder / name) / CONFIG
         sets = {key for key, value in vars(config).items() if isinstance(value, set)}
         if sets and path.is_file():
@@ -101,13 +130,17 @@ def write_adapter(model: nn.Module, folder: Path, state: dict[str, Tensor] | Non
             write_text(path, strict_json.dumps(content, indent=2))
 
 
-def _write_as_peft_does(model: nn.Module, folder: Path, state: dict[str, Tensor] | None) -> None:
+def _write_as_peft_does(
+    model: nn.Module, folder: Path, state: dict[str, Tensor] | None, names: list[str]
+) -> None:
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+        model.save_pretrained(
+            str(folder), save_embedding_layers=False, state_dict=state, selected_adapters=names
+        )
         return
     configs = cast(Any, model).peft_config
-    for name, config in configs.items():
-        own = folder if name == "default" else folder / name
+    for name in names:
+        config, own = configs[name], folder if name == "default" else folder / name
         own.mkdir(parents=True, exist_ok=True)
         found = get_peft_model_state_dict(
             model, state, adapter_name=name, save_embedding_layers=False
@@ -122,14 +155,16 @@ def _write_as_peft_does(model: nn.Module, folder: Path, state: dict[str, Tensor]
 
 
 def load_adapter(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     folder: str | Path,
     is_trainable: bool = False,
     unknown_base: str = "refuse",
+    adapter_name: str = "default",
 ) -> PeftModel:
-    """Attach the adapter in `folder` to the base `model`.
+    """Attach the adapter in `folder` to the base `model`, or to a model with other adapters.
 
     Args:
+        adapter_name: its name in the model. A model that has adapters keeps its active one.
         unknown_base: whether to `refuse` or `accept` an adapter that does not record which base it
             was trained on, such as one that PEFT saved.
 
@@ -146,7 +181,12 @@ def load_adapter(
     check_adapter(folder, fingerprint_of(digests, model), unknown_base)
     remember_floats_(model, digests)
     with reading(folder, model):
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+            return model
+        return PeftModel.from_pretrained(
+            model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable
+        )
 
 
 @contextmanager

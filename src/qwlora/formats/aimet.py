@@ -26,6 +26,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -37,9 +38,15 @@ from qwlora.encodings.to_grid import Placement, grid_of
 from qwlora.errors import EncodingsFileError, GridError, SourceError
 from qwlora.formats.huggingface_folder import FloatCheckpoint
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import BITWIDTHS, Scheme
+from qwlora.grid.sqnr import sqnr_db
 from qwlora.messages import near_names
+
+# An encoding below LEAST_SQNR that is WORSE than a min-max grid is refused, both in dB. Clipping
+# that an observer chose costs less. At 2 bits a min-max grid is too poor to tell.
+LEAST_SQNR, WORSE = 12.0, 6.0
 
 
 class AimetCheckpoint:
@@ -108,7 +115,9 @@ class AimetCheckpoint:
         try:
             if value.ndim < 2:
                 return grid.fake_quantize(value.float())
-            return QuantizedTensor(grid.quantize(matrix.float()), grid)
+            quantized = QuantizedTensor(grid.quantize(matrix.float()), grid)
+            _check_fit(matrix.float(), quantized)
+            return quantized
         except GridError as error:
             raise SourceError(f"{str(self.floats.folder)!r}: {name!r}: {error}") from error
 
@@ -253,6 +262,29 @@ class AimetCheckpoint:
             fnmatch.fnmatchcase(parameter_or_layer, glob)
             for parameter_or_layer in (name, name.rpartition(".")[0])
             for glob in self.keep_float
+        )
+
+
+def _check_fit(weight: Tensor, quantized: QuantizedTensor) -> None:
+    """Refuse an encoding that cannot have been made for this weight.
+
+    Raises:
+        GridError: it is much worse than a min-max grid of the same scheme.
+    """
+    scheme, values = quantized.encoding.scheme, quantized.dequantize()
+    signal = float(weight.square().sum())
+    found, by_range = (
+        sqnr_db(signal, float((weight - rounded).square().sum()))
+        for rounded in (values, measure(weight, scheme).fake_quantize(weight))
+    )
+    if found < min(LEAST_SQNR, by_range - WORSE):
+        ones = torch.ones_like(quantized.codes)
+        step = quantized.encoding.dequantize(ones) - quantized.encoding.dequantize(ones - 1)
+        clipped = int(((weight - values).abs() > 0.51 * step).sum())
+        raise GridError(
+            f"its encoding leaves an SQNR of {found:.1f} dB, where the range of the weight would "
+            f"give {by_range:.1f} dB, and clips {clipped:,} of {weight.numel():,} values. The "
+            "encodings belong to another checkpoint, or their scales are wrong"
         )
 
 

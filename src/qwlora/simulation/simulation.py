@@ -11,6 +11,7 @@ The graph computes in float32 for bfloat16 and float16 models too (`graph/half_p
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from qwlora.errors import CaptureError
 from qwlora.graph.capture import capture
+from qwlora.graph.quantized_graph import Kind
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.nn.unwrap import unwrapped
 from qwlora.simulation.save_simulation import save_simulation
@@ -40,6 +42,19 @@ class Simulation(SimulatedGraph):
         """
         self._refuse_uncalibrated()
         return as_model(self)
+
+    def __repr__(self) -> str:
+        found = Counter(mark.kind for mark in self.marks)
+        words = {
+            Kind.BASE: "base weights",
+            Kind.ADAPTER: "adapter weights",
+            Kind.PARAMETER: "other parameters",
+            Kind.ACTIVATION: "activations",
+        }
+        counts = ", ".join(f"{found[kind]:,} {word}" for kind, word in words.items())
+        missing = len({mark.name for mark in self.marks} - self.encodings.keys())
+        state = f"{missing:,} not calibrated" if missing else "calibrated"
+        return f"Simulation of {type(self.origin.model).__name__}: {counts}; {state}"
 
     def save(self, folder: str | Path) -> None:
         """Write the simulation to `folder`; see `save_simulation`."""

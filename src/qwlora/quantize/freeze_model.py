@@ -1,0 +1,170 @@
+"""Freezes a model on a grid that is given: from weights that lie on it, or from integers.
+
+    freeze_(model, {"model.layers.0.mlp.up_proj.weight": encoding, ...})
+    freeze_(model, codes={"model.layers.0.mlp.up_proj.weight": (codes, scale)}, bitwidth=4)
+
+Unlike `quantize_`, which chooses a grid, this rounds nothing: a weight that is off its grid is
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qwlora.errors import GridError
+from qwlora.formats.base_folder import save_as_base_
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.messages import lines, suggestion
+from qwlora.nn.fingerprint import remember_floats_
+from qwlora.nn.frozen import assert_frozen
+from qwlora.nn.pack_at import pack_at_, tie_weights_
+from qwlora.nn.unwrap import unwrapped
+from qwlora.quantize.quantize_model import find_tensors
+from qwlora.quantize.quantize_tensor import tensor_out_in
+
+# Largest distance from the grid, in steps, that counts as rounding of the weight's computation.
+TOLERANCE = 0.01
+
+
+def freeze_(
+    model: nn.Module,
+    encodings: Mapping[str, Encoding | FloatOffsetEncoding] | None = None,
+    *,
+    codes: Mapping[str, tuple[Tensor, ...]] | None = None,
+    bitwidth: int | None = None,
+    signed: bool = True,
+) -> nn.Module:
+    """Replace weights by packed layers on a given grid, in place; returns `model`.
+
+        from an encoding    codes = round(W / scale) - offset, if |W - W_hat| <= 0.01 scale
+        from codes          W_hat = (code + offset) scale; offset 0 if it is not given
+
+    Weights that are stored in float16 or bfloat16 may be off by the rounding of their type.
+
+    Args:
+        encodings: encoding by the weight's name, in the layout [out, in] of a Linear layer.
+        codes: (integers [out, in], scale) or (integers, scale, offset) by the weight's name. The
+            scale's shape gives the granularity: [], [out], [out, 1] or [out, in / block size].
+        bitwidth: of the codes.
+        signed: whether the codes run from -2^(bitwidth - 1), or from 0.
+
+    Raises:
+        GridError: a name is not a weight that can be packed, a weight lies off its grid (named,
+            with the distance in steps), or a scale does not fit its codes. The model is unchanged.
+    """
+    if (encodings is None) == (codes is None):
+        raise GridError("freeze_ takes either encodings or codes")
+    given = unwrapped(model)
+    known = find_tensors(given)
+    packed, problems = dict[str, QuantizedTensor](), list[str]()
+    for name in encodings or codes or ():
+        if name not in known:
+            problems.append(f"{name}: no weight that can be packed{suggestion(name, list(known))}")
+            continue
+        try:
+            if encodings is not None:
+                packed[name] = _on_grid(tensor_out_in(given, name), encodings[name])
+            elif codes is not None:
+                packed[name] = _from_codes(codes[name], bitwidth, signed)
+                _check_shape(packed[name], tensor_out_in(given, name))
+        except GridError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        shown = "\n  ".join(lines(problems))
+        raise GridError(f"{len(problems)} weights cannot be frozen:\n  {shown}")
+    if not packed:
+        raise GridError("there is nothing to freeze: no weight is named")
+    for name, quantized in packed.items():
+        pack_at_(given, name, quantized)
+    if isinstance(given, PreTrainedModel):
+        tie_weights_(given)
+        save_as_base_(given)
+    assert_frozen(given)
+    remember_floats_(given)
+    return model
+
+
+def _on_grid(weight: Tensor, encoding: Encoding | FloatOffsetEncoding) -> QuantizedTensor:
+    """The codes of a weight that lies on the grid.
+
+    Raises:
+        GridError: it does not; says how many values do not, and the largest distance.
+    """
+    values = weight.detach().float()
+    quantized = QuantizedTensor(encoding.quantize(values), encoding)
+    ones = torch.ones_like(quantized.codes)
+    step = encoding.dequantize(ones) - encoding.dequantize(torch.zeros_like(ones))
+    distance = (values - quantized.dequantize()).abs() / step
+    narrow = torch.finfo(weight.dtype).eps if weight.dtype != torch.float32 else 0.0
+    off = distance > TOLERANCE + narrow * values.abs() / step
+    if bool(off.any()):
+        raise GridError(
+            f"{int(off.sum()):,} of {off.numel():,} values lie off the grid, the farthest by "
+            f"{float(distance[off].max()):.3g} steps. Use the grid that the weights were rounded "
+            "to, or quantize_ to round them"
+        )
+    return quantized
+
+
+def _from_codes(given: tuple[Tensor, ...], bitwidth: int | None, signed: bool) -> QuantizedTensor:
+    if bitwidth is None:
+        raise GridError("codes need their bitwidth: freeze_(..., bitwidth=4)")
+    if len(given) not in (2, 3) or not all(isinstance(part, Tensor) for part in given):
+        raise GridError("codes are given as tensors (codes, scale) or (codes, scale, offset)")
+    integers, scale, *more = given
+    if integers.is_floating_point():
+        raise GridError(f"the codes are {integers.dtype}, not integers")
+    half = 2 ** (bitwidth - 1)
+    lowest = -half if signed else 0
+    wide = integers.to(torch.int64) - lowest
+    if wide.numel() and not 0 <= int(wide.min()) <= int(wide.max()) < 2 * half:
+        raise GridError(
+            f"codes run from {int(integers.min())} to {int(integers.max())}, but {bitwidth} bits "
+            f"{'signed' if signed else 'unsigned'} hold {lowest} to {lowest + 2 * half - 1}"
+        )
+    granularity, shape = _granularity(tuple(scale.shape), tuple(integers.shape))
+    offset = more[0].to(torch.int32) if more else torch.zeros_like(scale, dtype=torch.int32)
+    offset = (offset + lowest).expand(scale.shape).reshape(shape)
+    is_symmetric = bool((offset == -half).all())
+    scheme = Scheme(bitwidth, is_symmetric, granularity)
+    encoding = Encoding(scheme, scale.float().reshape(shape).contiguous(), offset.contiguous())
+    return QuantizedTensor(wide.to(torch.uint8), encoding)
+
+
+def _granularity(
+    scale: tuple[int, ...], codes: tuple[int, ...]
+) -> tuple[Granularity, tuple[int, ...]]:
+    """The granularity of a scale, and the shape that its scheme gives it.
+
+    Raises:
+        GridError: the shape is none of those that `freeze_` takes.
+    """
+    rows, columns = codes[0], codes[-1]
+    if len(scale) == 2 and scale[0] == rows and scale[1] > 1 and columns % scale[1] == 0:
+        return PerBlock(columns // scale[1]), scale
+    granularity: Granularity
+    if not scale or scale in ((1,), (1, 1)):
+        granularity = PerTensor()
+    elif scale in ((rows,), (rows, 1)):
+        granularity = PerChannel()
+    else:
+        raise GridError(
+            f"a scale of shape {list(scale)} fits no granularity of codes {list(codes)}: [] (per "
+            f"tensor), [{rows}] (per channel) or [{rows}, {columns} / block size]"
+        )
+    return granularity, Scheme(8, granularity=granularity).scale_shape(codes)
+
+
+def _check_shape(quantized: QuantizedTensor, weight: Tensor) -> None:
+    if quantized.codes.shape != weight.shape:
+        raise GridError(
+            f"the codes have shape {list(quantized.codes.shape)}, the weight is "
+            f"{list(weight.shape)} [out, in]"
+        )

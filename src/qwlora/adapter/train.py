@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -50,6 +51,12 @@ from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.progress import Track, untracked
 from qwlora.system.stop_signals import Stopped, on_stop_signal
+
+_CHECKPOINTING = (  # transformers before 5.23 has only the old name
+    "activation_checkpointing"
+    if hasattr(TrainingArguments, "activation_checkpointing")
+    else "gradient_checkpointing"
+)
 
 
 @dataclass(frozen=True)
@@ -311,6 +318,10 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
             "processes. Use a multiple"
         )
     evaluates = settings.evaluation_steps is not None
+    checkpointing: dict[str, Any] = {
+        _CHECKPOINTING: settings.gradient_checkpointing,
+        f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False},
+    }
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
@@ -323,8 +334,7 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
         per_device_eval_batch_size=settings.batch_sequences // processes,
         gradient_accumulation_steps=settings.accumulation_steps,
         bf16=settings.compute == "bfloat16",
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=settings.evaluation_steps,
         prediction_loss_only=True,

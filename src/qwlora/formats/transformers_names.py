@@ -22,13 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    Chunk,
-    Concatenate,
-    MergeModulelist,
-    Split,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -41,7 +37,11 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
 
-ROW_OPERATIONS = (Chunk, Concatenate, MergeModulelist, Split)
+ROW_OPERATIONS = tuple(
+    getattr(core_model_loading, name)
+    for name in ("Chunk", "Concatenate", "MergeModulelist", "Split")
+    if hasattr(core_model_loading, name)  # transformers before 5.20 has no Split
+)
 
 
 @dataclass

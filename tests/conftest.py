@@ -72,14 +72,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("shared-machine")
 
 
-def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """Two layers of width 64, random weights that are large enough to matter."""
+def tiny_model(architecture: str, seed: int = 0, layers: int = 2) -> PreTrainedModel:
+    """Layers of width 64, random weights that are large enough to matter.
+
+    Capturing and exporting takes time in proportion to the layers: use one where one will do.
+    """
     torch.manual_seed(seed)
     ids = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
     llama = {
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         **ids,
@@ -98,14 +101,14 @@ def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
             )
         case "gpt2":
             model = GPT2LMHeadModel(
-                GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **ids)
+                GPT2Config(n_embd=64, n_layer=layers, n_head=4, n_positions=128, **ids)
             )
         case "opt":
             model = OPTForCausalLM(
                 OPTConfig(
                     hidden_size=64,
                     ffn_dim=128,
-                    num_hidden_layers=2,
+                    num_hidden_layers=layers,
                     num_attention_heads=4,
                     max_position_embeddings=128,
                     word_embed_proj_dim=64,

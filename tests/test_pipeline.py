@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from conftest import ARCHITECTURES, text, tiny_model
+from conftest import text, tiny_model
 from qwlora.encodings.from_grid import entry_of
 from qwlora.encodings.versions_0_and_1 import build_1_0_0
 from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
@@ -43,13 +44,31 @@ def run_recipe(
     return run(load_recipe(path, changes), out, say=said.append, **options), said
 
 
+class Made(dict[str, Path]):
+    """Values that `make` gives for their keys, once."""
+
+    def __init__(self, make: Callable[[str], Path]):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, key: str) -> Path:
+        self[key] = self.make(key)
+        return self[key]
+
+
+EACH_ARCHITECTURE = pytest.mark.parametrize(
+    "architecture",
+    ["llama", "gpt2", *(pytest.param(a, marks=pytest.mark.slow) for a in ("opt", "qwen3"))],
+)
+
+
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints: dict[str, Path]
 ) -> dict[str, Path]:
-    """A finished run of each architecture."""
-    outs = {}
-    for architecture in ARCHITECTURES:
+    """A finished run of each architecture, made when it is first asked for."""
+
+    def make(architecture: str) -> Path:
         out = tmp_path_factory.mktemp("runs") / architecture
         recipe = {
             "name": "tiny",
@@ -62,11 +81,12 @@ def finished(
         }
         (out.parent / f"{architecture}.yaml").write_text(yaml.safe_dump(recipe))
         run(load_recipe(out.parent / f"{architecture}.yaml"), out)
-        outs[architecture] = out
-    return outs
+        return out
+
+    return Made(make)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EACH_ARCHITECTURE
 def test_results_hold_the_contract(finished: dict[str, Path], architecture: str) -> None:
     results = json.loads((finished[architecture] / "results.json").read_text())
     perplexity = results["perplexity"]
@@ -127,7 +147,7 @@ def test_sequences_longer_than_rotary_positions_are_spoken_of(
     )
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EACH_ARCHITECTURE
 def test_exported_names_and_encodings_agree(finished: dict[str, Path], architecture: str) -> None:
     folder = finished[architecture] / "export" / "onnx" / "first"
     onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
@@ -156,7 +176,7 @@ def test_exported_names_and_encodings_agree(finished: dict[str, Path], architect
     assert set(parameters) <= set(names)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EACH_ARCHITECTURE
 def test_exported_integers_are_the_trained_integers(
     finished: dict[str, Path], architecture: str
 ) -> None:
@@ -182,7 +202,7 @@ def test_exported_integers_are_the_trained_integers(
         np.testing.assert_array_equal(scale, layer.scale.numpy())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EACH_ARCHITECTURE
 def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(
     finished: dict[str, Path], architecture: str
 ) -> None:
@@ -243,7 +263,7 @@ def test_session_options_beside_the_file_make_it_faithful(finished: dict[str, Pa
     assert np.abs(faithful - node_by_node).mean() * 5 < np.abs(default - node_by_node).mean()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EACH_ARCHITECTURE
 @pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to False"
 )  # PEFT, about GPT-2; it then sets it right
@@ -274,6 +294,7 @@ def test_second_run_skips_everything_and_says_so(finished: dict[str, Path]) -> N
     assert results == json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow  # tests/pipeline has the same with fake stages
 def test_changed_section_reruns_it_and_what_follows(recipe_for: Any, tmp_path: Path) -> None:
     path, out = recipe_for(), tmp_path / "out"
     run_recipe(path, out)
@@ -286,10 +307,10 @@ def test_changed_section_reruns_it_and_what_follows(recipe_for: Any, tmp_path: P
         "train/first",
         "evaluate/adapted/first",
     }
-    partial, _ = run_recipe(path, out, "base.weights.bitwidth=3", verbs=("quantize",))
+    partial, _ = run_recipe(path, out, "base.weights.bitwidth=3", verbs=("quantize",), replace=True)
     assert set(partial["perplexity"]) == {"float"}  # nothing of the other base is shown
     assert "train" not in partial
-    results, said = run_recipe(path, out, "base.weights.bitwidth=3")
+    results, said = run_recipe(path, out, "base.weights.bitwidth=3", replace=True)
     assert {line.split(":")[0] for line in said if "skipped" in line} == {
         "evaluate/float",
         "quantize",
@@ -299,6 +320,7 @@ def test_changed_section_reruns_it_and_what_follows(recipe_for: Any, tmp_path: P
     )  # 3 bits, and half a bit for the scale of 32 in float16
 
 
+@pytest.mark.slow  # tests/pipeline has the same with fake stages
 def test_damaged_artifact_is_made_again(recipe_for: Any, tmp_path: Path) -> None:
     path, out = recipe_for(), tmp_path / "out"
     run_recipe(path, out)
@@ -313,6 +335,7 @@ def test_damaged_artifact_is_made_again(recipe_for: Any, tmp_path: Path) -> None
     assert "quantize: done" in " ".join(said)
 
 
+@pytest.mark.slow  # tests/pipeline has the same with fake stages
 def test_another_adapter_in_the_place_of_the_trained_one_is_noticed(
     recipe_for: Any, tmp_path: Path
 ) -> None:
@@ -334,6 +357,7 @@ def test_another_adapter_in_the_place_of_the_trained_one_is_noticed(
     assert weights.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_two_adapters_share_one_base(recipe_for: Any, tmp_path: Path) -> None:
     adapters = [
         {"name": n, "rank": r, "steps": 2, "warmup_steps": 0} for n, r in (("a", 2), ("b", 4))
@@ -348,6 +372,7 @@ def test_two_adapters_share_one_base(recipe_for: Any, tmp_path: Path) -> None:
     assert identities == {results["base"]["fingerprint"]}
 
 
+@pytest.mark.slow  # tests/pipeline has the same with fake stages
 def test_verbs_do_their_stage_only_and_name_what_is_missing(
     recipe_for: Any, tmp_path: Path
 ) -> None:

@@ -36,8 +36,10 @@ from qwlora.system import optional_packages as extras
 IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))
 
 
-def made(scheme: str, folder: Path, schemes: SimulationSchemes | None = None) -> Simulation:
-    model = tiny_model("llama")
+def made(
+    scheme: str, folder: Path, schemes: SimulationSchemes | None = None, layers: int = 1
+) -> Simulation:
+    model = tiny_model("llama", layers=layers)
     quantize_(model, scheme)
     torch.manual_seed(1)
     adapted = get_peft_model(
@@ -53,7 +55,7 @@ def made(scheme: str, folder: Path, schemes: SimulationSchemes | None = None) ->
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Simulation]:
     folder = tmp_path_factory.mktemp("bundle")
-    return folder, made("w4-block32", folder)
+    return folder, made("w4-block32", folder, layers=2)
 
 
 @pytest.mark.parametrize(

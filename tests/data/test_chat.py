@@ -404,7 +404,7 @@ def test_an_assistant_that_cannot_speak_first_is_refused(template: str, message:
         ),
         (
             "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}",
-            "renders no token of the assistant's messages",
+            "renders no token of the assistant's messages|chat template refuses",
         ),
     ],
 )

@@ -40,7 +40,7 @@ test-aimet: .venv/ready .venv-aimet/ready   # in two steps, since the simulation
 test-attack: .venv/ready   # about 15 minutes; it forks, which is safe only with one thread
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m attack tests/attack --reliability docs/reliability.md
 
-# Python 3.11 or 3.12: newer ones have no wheels of some of the oldest releases
+# needs Python 3.11 or 3.12: PyYAML 6.0.1 has no wheel for newer ones
 .venv-oldest/ready: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --upgrade pip

@@ -350,7 +350,7 @@ class BaseFiles:
 
 def _belongs_to_(model: PreTrainedModel, folder: Path, source: str) -> None:
     """Note the base's folder, which PEFT writes into adapters, and what `save_pretrained` needs."""
-    model.name_or_path = str(folder.absolute())
+    model.name_or_path = str(folder)
     save_as_base_(model, source)
 
 

@@ -94,7 +94,11 @@ def test_the_whole_job(recipe_for: Any, tmp_path: Path) -> None:
     )
     assert done(said) == []
     _, said = run_recipe(
-        path, out, "adapters.0.steps=5", verbs=("quantize", "calibrate-base", "train")
+        path,
+        out,
+        "adapters.0.steps=5",
+        verbs=("quantize", "calibrate-base", "train"),
+        replace=True,
     )
     assert done(said) == ["train/first"]
     _, said = run_recipe(
@@ -103,6 +107,7 @@ def test_the_whole_job(recipe_for: Any, tmp_path: Path) -> None:
         "adapters.0.steps=5",
         "simulation.activation_bitwidth=16",
         verbs=("quantize", "calibrate-base", "train"),
+        replace=True,
     )
     assert done(said) == ["calibrate-base", "train/first", "train/second"]
 

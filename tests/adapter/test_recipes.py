@@ -38,7 +38,7 @@ FAST = {"steps": 2, "warmup_steps": 0, "rank": 2}
 
 
 def trains(path: Path, out: Path, *changes: str) -> dict[str, Any]:
-    return run(load_recipe(path, changes), out, ("quantize", "train"))
+    return run(load_recipe(path, changes), out, ("quantize", "train"), replace=True)
 
 
 def problems(path: Path, change: str) -> str:

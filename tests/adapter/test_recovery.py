@@ -189,7 +189,7 @@ def test_one_recovery_starts_two_adapters(recipe_for: Any, tmp_path: Path) -> No
     assert set(results["train"]) == {"back", "one", "two"}
     changed = load_recipe(recipe_for(adapters=[{**adapters[0], "steps": 5}, *adapters[1:]]))
     said.clear()
-    run(changed, tmp_path / "out", ("quantize", "train"), say=said.append)
+    run(changed, tmp_path / "out", ("quantize", "train"), say=said.append, replace=True)
     assert [line for line in said if "skipped" in line] == [
         "quantize: skipped, nothing it depends on has changed"
     ]

@@ -181,18 +181,16 @@ def test_json_is_the_only_output(call: Any, recipe_for: Any, tmp_path: Path) -> 
 def test_failed_proof_exits_with_one_and_names_the_limit(
     call: Any, recipe_for: Any, tmp_path: Path
 ) -> None:
-    code, _, errors = call(
-        "run",
-        recipe_for("gpt2"),
-        "--out",
-        tmp_path / "out",
-        "--set",
-        "verify.perplexity_difference=1e-14",
-    )
+    limit = ("--set", "verify.layer_mean_steps=1e-14", "--set", "verify.layer_steps=1e-14")
+    code, out, errors = call("run", recipe_for("gpt2"), "--out", tmp_path / "out", *limit)
     assert code == 1
     assert re.search(r"export/onnx/first: .*simulated", errors)
-    assert "from the simulation's" in errors
-    assert not (tmp_path / "out" / "results.json").read_text().count("parity")
+    assert "steps off" in errors
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    parity = results["parity"]["onnx"]["first"]
+    assert not parity["passed"]
+    assert all(problem in errors for problem in parity["problems"])
+    assert "FAIL" in out
 
 
 def test_init_check_and_wrong_command_lines(call: Any, tmp_path: Path) -> None:

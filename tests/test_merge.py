@@ -271,6 +271,7 @@ def command(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_path: Path) -> None:
     checked = command("merge-check", job, "first", "--json")
     assert checked.returncode == 0, checked.stderr

@@ -38,6 +38,7 @@ def done(said: list[str]) -> set[str]:
     return {line.split(":")[0] for line in said if ": done" in line}
 
 
+@pytest.mark.slow
 def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) -> None:
     path, out = recipe_for(adapters=TWO), tmp_path / "out"
     found = {}
@@ -239,6 +240,7 @@ def on_different_layers() -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workflow", ["qw-lora", "qwa-lora"])
 def test_a_rule_may_be_for_one_adapter_alone(
     recipe_for: Any, tmp_path: Path, workflow: str

@@ -112,6 +112,7 @@ def test_the_whole_job(recipe_for: Any, tmp_path: Path) -> None:
     assert done(said) == ["calibrate-base", "train/first", "train/second"]
 
 
+@pytest.mark.slow
 def test_export_is_proved(recipe_for: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     results, said = run_recipe(recipe_for(workflow="qwa-lora", adapters=[SECOND]), out)
@@ -127,6 +128,7 @@ def test_export_is_proved(recipe_for: Any, tmp_path: Path) -> None:
     assert len(done(said)) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for: Any, tmp_path: Path) -> None:
     """PEFT's adapters often have some, and a graph of evaluation has none."""

@@ -136,6 +136,7 @@ def test_costs_are_switched_on_one_by_one(
     ]
 
 
+@pytest.mark.slow
 def test_a_suggestion_is_what_its_rules_give(
     job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +264,7 @@ def test_what_cannot_be_shown(
     assert "'lm_hed' matches no value; did you mean lm_head" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [("activation_bitwidth", 8), ("residual_adds", "quantize")])
 def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
     job: Path,

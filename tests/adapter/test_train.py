@@ -513,6 +513,7 @@ def killed_moments(folder: Path, count: int, whole_seconds: float) -> bytes:
     )
 
 
+@pytest.mark.slow
 def test_killed_twice_ends_with_the_same_bits(tmp_path: Path) -> None:
     began = time.monotonic()
     whole = run_to_the_end(tmp_path / "whole")

@@ -80,6 +80,7 @@ def test_eight_bit_activations(tmp_path: Path) -> None:
     assert kinds == {onnx.TensorProto.UINT8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bitwidth", "symmetric", "container"),
     [(5, False, "uint8"), (12, True, "int16"), (12, False, "uint16")],

@@ -52,6 +52,7 @@ def test_layers_that_are_shared() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_dora_asks_for_the_weight_of_its_layer(name: str) -> None:
     model = tiny_model(name)
@@ -66,6 +67,7 @@ def test_dora_asks_for_the_weight_of_its_layer(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_model_without_packed_weights_needs_no_operators_of_theirs() -> None:
     program = (
         "import torch; from qwlora import simulate; "

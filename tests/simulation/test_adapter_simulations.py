@@ -125,6 +125,7 @@ def calibrated(model: PeftModel) -> dict[str, AdapterSimulations]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "adapters", "captures"),
     [

@@ -106,6 +106,7 @@ def exported(
     return parity, seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -60,6 +60,7 @@ def calibrated(model: PeftModel, schemes: SimulationSchemes | None = None) -> Si
     return simulation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "schemes",

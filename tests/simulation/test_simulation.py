@@ -148,6 +148,7 @@ def test_residual_additions_get_encodings_when_asked() -> None:
     assert not any(p.reason == "a residual addition" for p in simulation.explanation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_simulation_is_close_at_16_bits_and_not_the_same(
     simulations: dict[str, tuple[PeftModel, Simulation]], architecture: str

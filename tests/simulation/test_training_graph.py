@@ -106,6 +106,7 @@ def weights(model: PeftModel) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_through_the_graph_moves_the_adapter_and_nothing_else(
     tmp_path: Path, architecture: str
@@ -267,6 +268,7 @@ def test_the_gradient_of_a_range_is_the_slope_of_the_loss() -> None:
     assert float(r.grad) == pytest.approx(12.7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [None, 1e-2])
 def test_goes_on_with_the_same_bits_after_a_stop(tmp_path: Path, rate: float | None) -> None:
     whole, graph, report, _ = through(tmp_path / "whole", rate=rate)
@@ -353,6 +355,7 @@ def simulated_loss(
     return float(model.get_base_model().loss_function(simulation.logits(ids), ids, 260))
 
 
+@pytest.mark.slow
 def test_through_the_graph_is_better_where_activations_are_the_problem(tmp_path: Path) -> None:
     settings = replace(
         SETTINGS, steps=60, batch_sequences=4, learning_rate=3e-3, checkpoint_steps=100

@@ -190,6 +190,7 @@ def test_a_forced_slow_precision_is_said_with_its_factor(
             tmp_path / "out",
             ("quantize", "train"),
             say=lines.append,
+            replace=True,
         )
         return [line for line in lines if "bfloat16" in line]
 

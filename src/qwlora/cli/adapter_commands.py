@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.adapter_check import AdapterReport
 
 app = typer.Typer(
-    help="Add, import, list, show, rename, remove and check the adapters of a job.",
+    help="Add, import, show, rename, remove and check adapters.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -190,7 +190,7 @@ def import_(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as steps=100."),
     ] = None,
 ) -> None:
-    """Add an adapter from elsewhere; the job's next run measures it before and after."""
+    """Add an adapter that was trained elsewhere, by PEFT or mlx-lm."""
     from qwlora.pipeline.manage_adapters import import_adapter
 
     import_adapter(folder, name, source, data, continues, tuple(changes or ()))

@@ -147,7 +147,8 @@ def as_model(simulation: SimulatedGraph) -> PreTrainedModel:
         {"__module__": own.__module__, "forward": _signed(inner, simulation.inputs)},
     )
     model = kind.__new__(kind)
-    model.__dict__.update({key: value for key, value in inner.__dict__.items() if key != "forward"})
+    patched = ("forward", "save_pretrained")  # of this model alone; the class has its own
+    model.__dict__.update({k: value for k, value in inner.__dict__.items() if k not in patched})
     for table in ("_parameters", "_buffers", "_modules"):
         model.__dict__[table] = {}
     for table in [

@@ -231,6 +231,21 @@ def test_reports_a_deleted_adapter_as_missing(job: Path) -> None:
     assert (checked.returncode, checked.stdout) == (1, message.replace("/c", "/a") + message)
 
 
+def test_a_job_misses_a_file_that_it_wrote(job: Path) -> None:
+    """Without its record, an adapter of the job would look like one that PEFT saved."""
+    directory = Directory(job)
+    record = Record("", 1.0, files={"adapters/a/qwlora.json": "", "adapters/a/README.md": ""})
+    directory.records = {"train/a": record}
+    directory.drop()
+    (job / "adapters" / "a" / "qwlora.json").unlink()
+    checked = command("check", str(job))
+    assert checked.returncode == 1
+    assert "adapters/a: " in checked.stdout
+    assert "qwlora.json is missing, which this job wrote" in checked.stdout.replace(
+        "README.md, ", ""
+    )
+
+
 def test_adapters_saved_by_peft_pass(tmp_path: Path) -> None:
     get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
         str(tmp_path / "a")

@@ -164,8 +164,10 @@ def _judge(reader: Reader, kind: str, ended: Ended, job: Path, reference: Path) 
     """Why this is wrong; empty if the damage was noticed or did no harm."""
     if ended.has_traceback or ended.code not in (0, 1, 2):
         return f"exit code {ended.code}: {(ended.out + ended.err).strip()[-400:]}"
-    if ended.code == 2:  # `adapters check` lists what it found
-        return "" if reader.name == "adapters check" and ended.out else ended.refused()
+    if reader.name == "adapters check" and ended.code:  # it lists what it found, with code 1 or 2
+        return "" if ended.out else ended.refused()
+    if ended.code == 2:
+        return ended.refused()
     may_pass = any(re.search(pattern, kind) for pattern in reader.harmless)
     if not may_pass:
         return f"not noticed (exit code {ended.code}): {(ended.out + ended.err).strip()[-200:]}"

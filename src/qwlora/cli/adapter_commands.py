@@ -108,7 +108,8 @@ def check(
     from qwlora.pipeline.directory import Directory
     from qwlora.pipeline.run_job import command_line
 
-    base, missing = job_fingerprint(folder), Directory.read(folder).missing_adapters()
+    directory = Directory.read(folder)
+    base, missing = job_fingerprint(folder), directory.missing_adapters()
     wrong, changed = len(missing), 0
     for name in missing:
         print(
@@ -123,6 +124,8 @@ def check(
         adapters = []
     for adapter in adapters:
         found = problems(adapter, base, "refuse" if needs_base else "accept")
+        if lost := directory.missing_files(str(adapter.relative_to(folder))):
+            found.append(f"{', '.join(lost)} is missing, which this job wrote")
         wrong += bool(found)
         changed += bool(changed_files(adapter))
         good = "good"

@@ -210,6 +210,15 @@ class Directory:
             if not (self.path / "adapters" / name / "adapter_config.json").is_file()
         ]
 
+    def missing_files(self, artifact: str) -> list[str]:
+        """Files that a stage wrote into `artifact` and that are no longer there."""
+        listed = (Path(file) for record in self.records.values() for file in record.files)
+        return sorted(
+            file.name
+            for file in listed
+            if str(file.parent) == artifact and not (self.path / file).is_file()
+        )
+
     def forget(self, keep: set[str]) -> None:
         """Drop the records of stages that the recipe no longer has; their files stay."""
         self.records = {stage: record for stage, record in self.records.items() if stage in keep}

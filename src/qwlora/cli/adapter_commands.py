@@ -170,8 +170,7 @@ def add(
     from qwlora.pipeline.manage_adapters import add_adapter
 
     add_adapter(folder, name, data, like, tuple(changes or ()))
-    command = shlex.join(["qwlora", "run", str(folder / "recipe.yaml"), "--out", str(folder)])
-    print(f"added {name} to {folder / 'recipe.yaml'}. Train it: {command}")
+    _print_added(folder, name, "Train it")
 
 
 @app.command("import")
@@ -197,8 +196,13 @@ def import_(
     from qwlora.pipeline.manage_adapters import import_adapter
 
     import_adapter(folder, name, source, data, continues, tuple(changes or ()))
-    command = shlex.join(["qwlora", "run", str(folder / "recipe.yaml"), "--out", str(folder)])
-    print(f"added {name} to {folder / 'recipe.yaml'}. Use it: {command}")
+    _print_added(folder, name, "Use it")
+
+
+def _print_added(folder: Path, name: str, what_next: str) -> None:
+    recipe = folder / "recipe.yaml"
+    command = shlex.join(["qwlora", "run", str(recipe), "--out", str(folder)])
+    print(f"added {name} to {recipe}. {what_next}: {command}")
 
 
 @app.command()

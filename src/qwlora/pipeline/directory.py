@@ -199,14 +199,17 @@ class Directory:
         directory._read_records()
         return directory
 
-    def missing_adapters(self) -> list[str]:
-        """Adapters that the job has trained but whose folders are missing."""
-        trained = [
+    def trained_adapters(self) -> list[str]:
+        """Adapters that the job has trained, whether or not their folders are there."""
+        return [
             stage.removeprefix("train/") for stage in self.records if stage.startswith("train/")
         ]
+
+    def missing_adapters(self) -> list[str]:
+        """Adapters that the job has trained but whose folders are missing."""
         return [
             name
-            for name in trained
+            for name in self.trained_adapters()
             if not (self.path / "adapters" / name / "adapter_config.json").is_file()
         ]
 

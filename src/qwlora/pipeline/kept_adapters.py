@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from qwlora.errors import DirectoryError, RecipeError
@@ -60,7 +59,7 @@ def check_kept(
 
 
 def check_none_lost(directory: Directory, recipe: Recipe) -> None:
-    """Check that the recipe has every trained adapter that the recipe in the directory has.
+    """Check that the recipe has every adapter that was trained in the directory.
 
     Raises:
         DirectoryError: it lacks one, such as one that was added with `qwlora adapters add`.
@@ -68,10 +67,8 @@ def check_none_lost(directory: Directory, recipe: Recipe) -> None:
     names = {adapter.name for adapter in recipe.adapters}
     lost = [
         name
-        for name in _adapters_of(directory.path)
-        if name not in names
-        and f"train/{name}" in directory.records
-        and (directory.path / "adapters" / name).is_dir()
+        for name in directory.trained_adapters()
+        if name not in names and (directory.path / "adapters" / name).is_dir()
     ]
     if lost:
         raise DirectoryError(
@@ -79,13 +76,6 @@ def check_none_lost(directory: Directory, recipe: Recipe) -> None:
             f"{str(directory.path / 'recipe.yaml')!r}, add them to the recipe, or remove them: "
             f"qwlora adapters remove {directory.path} {lost[0]}"
         )
-
-
-def _adapters_of(folder: Path) -> list[str]:
-    try:
-        return [adapter.name for adapter in load_recipe(folder / "recipe.yaml").adapters]
-    except RecipeError:
-        return []
 
 
 def _differs(stage: Stage, directory: Directory) -> bool:

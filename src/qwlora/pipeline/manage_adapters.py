@@ -44,12 +44,11 @@ def add_adapter(
     recipe = _recipe(folder)
     _check_new(recipe, name, folder)
     model = _named(recipe, like or recipe.adapters[0].name, folder)
-    content, entry = recipe.model_dump(mode="json"), model.model_dump(mode="json")
-    entry["name"] = name
+    entry = {**model.model_dump(mode="json"), "name": name}
     if data is not None:
         own = recipe.data_of(model).model_dump(mode="json")
         entry["data"] = {**own, "source": data}
-    _append(folder, recipe, content, entry, changes)
+    _append(folder, recipe, entry, changes)
 
 
 def import_adapter(
@@ -72,27 +71,23 @@ def import_adapter(
         SourceError: there is no LoRA adapter at `source`.
         DirectoryError, RecipeError: as for `add_adapter`.
     """
-    from qwlora.adapter.attach import adapter_folder, check_existing
+    from qwlora.adapter.attach import check_existing
     from qwlora.adapter.mlx_adapter import convert_mlx_adapter, is_mlx_adapter
 
     recipe = _recipe(folder)
     _check_new(recipe, name, folder)
-    start = source
     if is_mlx_adapter(found := user_path(source)):
         converted = folder / ".qwlora" / "imports" / name
         with replacing_files(converted) as scratch:
             convert_mlx_adapter(found, scratch)
-        start = str(converted.absolute())
-    elif adapter_folder(source).is_dir() and user_path(source).is_dir():
-        start = str(user_path(source).absolute())
-    check_existing(start, "accept")
-    content = recipe.model_dump(mode="json")
-    entry: dict[str, Any] = {"name": name, "continue_from": start, "unknown_base": "accept"}
+        source = str(converted)
+    check_existing(source, "accept")
+    entry: dict[str, Any] = {"name": name, "continue_from": source, "unknown_base": "accept"}
     if not continues:
         entry |= {"steps": 0}
     if data is not None:
         entry["data"] = {**recipe.data.model_dump(mode="json"), "source": data}
-    _append(folder, recipe, content, entry, changes)
+    _append(folder, recipe, entry, changes)
 
 
 def rename_adapter(folder: Path, old: str, new: str) -> None:
@@ -111,7 +106,7 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
     on = content["base"]["calibrate_on"]
     content["base"]["calibrate_on"] = [new if name == old else name for name in on]
     changed = resolve_compute(parse_recipe(content, str(folder / "recipe.yaml")))
-    before, after = _plan(folder, recipe), _plan(folder, changed)
+    before, after = _plans(folder, recipe, changed)
     with Directory.open(folder, recipe) as directory:
         directory.rename_stages(
             [(b, a) for b, a in zip(before, after, strict=True) if b != a],
@@ -147,8 +142,7 @@ def remove_adapter(folder: Path, name: str) -> None:
             f"the base was calibrated on the text of adapter {name!r}, so without it the base "
             "would change; keep the adapter in the recipe"
         )
-    gone = [s for s in _plan(folder, recipe) if s.adapter == name]
-    _rewrite(folder, recipe, content, (), gone)
+    _rewrite(folder, recipe, content, gone=name)
 
 
 def _recipe(folder: Path) -> Recipe:
@@ -168,14 +162,9 @@ def _check_new(recipe: Recipe, name: str, folder: Path) -> None:
         )
 
 
-def _append(
-    folder: Path,
-    recipe: Recipe,
-    content: dict[str, Any],
-    entry: dict[str, Any],
-    changes: tuple[str, ...],
-) -> None:
-    """Append an adapter to `content`, the recipe's, and write it."""
+def _append(folder: Path, recipe: Recipe, entry: Any, changes: tuple[str, ...]) -> None:
+    """Append an adapter to the recipe of a job."""
+    content = recipe.model_dump(mode="json")
     content["adapters"].append(entry)
     if recipe.data.source is None and not recipe.base.calibrate_on:
         content["base"]["calibrate_on"] = list(recipe.texts())  # what the base was calibrated on
@@ -191,27 +180,33 @@ def _named(recipe: Recipe, name: str, folder: Path) -> Any:
     return found
 
 
-def _plan(folder: Path, recipe: Recipe) -> list[Stage]:
-    return make_plan(recipe, JobTexts(recipe), Digests(folder / ".qwlora" / "digests.json"))
+def _plans(folder: Path, before: Recipe, after: Recipe) -> tuple[list[Stage], list[Stage]]:
+    """The plans of both recipes; a source that both have is read once."""
+    texts, digests = JobTexts(after), Digests(folder / ".qwlora" / "digests.json")
+    return make_plan(before, texts, digests), make_plan(after, texts, digests)
 
 
 def _rewrite(
     folder: Path,
     recipe: Recipe,
     content: Mapping[str, Any],
-    changes: tuple[str, ...],
-    gone: list[Stage] | None = None,
+    changes: tuple[str, ...] = (),
+    gone: str | None = None,
 ) -> None:
-    """Write the changed recipe, if the base and the other adapters stay as they are."""
+    """Write the changed recipe, if the base and the other adapters stay as they are.
+
+    Args:
+        gone: an adapter to delete.
+    """
     changed = resolve_compute(parse_recipe(content, str(folder / "recipe.yaml"), changes))
-    after = {stage.name: stage.key for stage in _plan(folder, changed)}
-    removed = {stage.name for stage in gone or ()}
+    before, after = _plans(folder, recipe, changed)
+    keys = {stage.name: stage.key for stage in after}
     differ = [
         stage.name
-        for stage in _plan(folder, recipe)
+        for stage in before
         if stage.verb in ("quantize", "calibrate-base", "train")
-        and stage.name not in removed
-        and after.get(stage.name, stage.key) != stage.key
+        and (gone is None or stage.adapter != gone)
+        and keys.get(stage.name, stage.key) != stage.key
     ]
     if differ:
         raise RecipeError(
@@ -222,7 +217,7 @@ def _rewrite(
             ],
         )
     with Directory.open(folder, changed) as directory:
-        directory.discard(gone or [])
+        directory.discard([s for s in before if gone is not None and s.adapter == gone])
 
 
 def _renamed(results: Any, old: str, new: str, depth: int = 4) -> Any:

@@ -13,20 +13,15 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from qwlora.errors import GridError
-from qwlora.formats.base_folder import save_as_base_
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.messages import lines, suggestion
-from qwlora.nn.fingerprint import remember_floats_
-from qwlora.nn.frozen import assert_frozen
-from qwlora.nn.pack_at import pack_at_, tie_weights_
-from qwlora.nn.unwrap import unwrapped
-from qwlora.quantize.quantize_model import find_tensors
+from qwlora.nn.pack_at import pack_at_
+from qwlora.quantize.quantize_model import find_tensors, finish_packing_, model_to_pack
 from qwlora.quantize.quantize_tensor import tensor_out_in
 
 # Largest distance from the grid, in steps, that counts as rounding of the weight's computation.
@@ -61,7 +56,7 @@ def freeze_(
     """
     if (encodings is None) == (codes is None):
         raise GridError("freeze_ takes either encodings or codes")
-    given = unwrapped(model)
+    given = model_to_pack(model)
     known = find_tensors(given)
     packed, problems = dict[str, QuantizedTensor](), list[str]()
     for name in encodings or codes or ():
@@ -83,11 +78,7 @@ def freeze_(
         raise GridError("there is nothing to freeze: no weight is named")
     for name, quantized in packed.items():
         pack_at_(given, name, quantized)
-    if isinstance(given, PreTrainedModel):
-        tie_weights_(given)
-        save_as_base_(given)
-    assert_frozen(given)
-    remember_floats_(given)
+    finish_packing_(given)
     return model
 
 

@@ -109,13 +109,7 @@ def quantize_(
         CalibrationError: a tensor of the model or an input holds nan or infinity, a layer saw no
             data, or a block cannot be differentiated.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise GridError(
-            "the model is wrapped in DistributedDataParallel, which keeps track of the float "
-            "weights that would be replaced; quantize first, then wrap"
-        )
-    model = unwrapped(model)
-    refuse_meta(model, GridError)
+    model = model_to_pack(model)
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     plan = plan_layers(model, scheme, solver, rules, gptq)
     check_base_finite(model)
@@ -130,15 +124,41 @@ def quantize_(
                 name, tensor_out_in(model, name), plan[name]
             )
             pack_at_(model, name, quantized)
+    finish_packing_(model)
+    warn_of_second_rounding(reports)
+    return QuantizeReport(base_size(model), reports)
+
+
+def model_to_pack(model: nn.Module) -> nn.Module:
+    """The model itself, without wrappers, whose weights can be replaced by packed layers.
+
+    Raises:
+        GridError: it is wrapped in DistributedDataParallel, or has weights without data.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise GridError(
+            "the model is wrapped in DistributedDataParallel, which keeps track of the float "
+            "weights that would be replaced; quantize first, then wrap"
+        )
+    model = unwrapped(model)
+    refuse_meta(model, GridError)
+    return model
+
+
+def finish_packing_(model: nn.Module) -> None:
+    """Make a base of a model whose weights were packed: tie heads, let it save itself as a base,
+    check that it computes its codes, and remember its float tensors.
+
+    Raises:
+        GridError: a packed layer does not compute its codes; see `assert_frozen`.
+    """
     if isinstance(model, PreTrainedModel):
         tie_weights_(model)
         if getattr(model, "quantization_method", None) == "gguf":
             forget_gguf_(model)
         save_as_base_(model)
-    warn_of_second_rounding(reports)
     assert_frozen(model)
     remember_floats_(model)
-    return QuantizeReport(base_size(model), reports)
 
 
 def plan_layers(

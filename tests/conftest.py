@@ -16,7 +16,13 @@ from jaxtyping import install_import_hook
 
 SHAPES_CHECKED = [
     f"qwlora.{module}"
-    for module in ("grid.encoding", "grid.observers", "grid.packing", "analysis.perplexity")
+    for module in (
+        "grid.encoding",
+        "grid.observers",
+        "grid.packing",
+        "analysis.perplexity",
+        "analysis.token_scores",
+    )
 ]
 install_import_hook(SHAPES_CHECKED, "beartype.beartype")  # stays installed: modules come later
 

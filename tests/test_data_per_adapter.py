@@ -103,7 +103,12 @@ def test_each_adapter_learns_its_own_text_and_is_measured_on_all(
         assert measured["adapted"][name] == results["perplexity"]["adapted"][name]
         assert measured["adapted"][name] < 0.9 * measured["base"]
         assert measured["adapted"][name] < 0.9 * measured["adapted"][other]
+        assert (
+            results["perplexity_stderr"]["on"][name]["adapted"][name]
+            == results["perplexity_stderr"]["adapted"][name]
+        )
     assert "base" not in results["perplexity"]  # the base has no text of its own
+    assert set(results["kl"]) == set(results["top1"]) == {"adapted", "simulated"}
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 

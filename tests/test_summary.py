@@ -33,6 +33,22 @@ def test_a_parity_says_how_many_sequences_it_is_of() -> None:
     )
 
 
+def test_distances_from_the_float_model_have_their_errors() -> None:
+    base = {"mean": 0.09119, "stderr": 0.0021, "document_stderr": None, "p999": 1.5}
+    only = {"mean": 0.5, "stderr": None, "document_stderr": None, "p999": 1.5}
+    share = {"share": 0.8312, "stderr": 0.004, "document_stderr": None}
+    found = dict(
+        rows(
+            kl={"base": base, "adapted": {"first": only}},
+            top1={"base": share, "adapted": {"first": share}},
+        )
+    )
+    assert found == found | {
+        "KL from float, frozen base": "0.0912 ± 0.0021, same likeliest token 83.12% ± 0.40%",
+        "KL from float, after adapter first": "0.5000, same likeliest token 83.12% ± 0.40%",
+    }
+
+
 def test_the_words_of_the_table_are_explained() -> None:
     text = (Path(__file__).parent.parent / "docs" / "results.md").read_text()
     shown = " ".join(part for row in rows(parity={"onnx": {"first": PARITY}}) for part in row)

@@ -189,7 +189,7 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(
     shapes: list[tuple[int, bool, int]], packing: str, width: int
 ) -> None:
     documents = [
-        Tokens([k * 30 + i for i in range(n)], [i >= prompt for i in range(n)])
+        Tokens([k * 30 + i for i in range(n)], [i >= prompt for i in range(n)], document=k)
         for k, (n, _, prompt) in enumerate(shapes)
     ]
     try:
@@ -215,6 +215,8 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(
     assert set(found.labels[learnt].tolist()) <= wanted
     assert torch.equal(found.labels[learnt], found.input_ids[learnt])
     assert learnt[:, 1:].any(dim=1).all()
+    assert found.documents is not None
+    assert torch.equal(found.documents, torch.where(found.input_ids < 0, -1, found.input_ids // 30))
     if found.position_ids is not None:
         assert not learnt[
             found.position_ids == 0
@@ -235,6 +237,12 @@ def test_running_text_is_cut_into_pieces_each_begun_and_nothing_is_lost() -> Non
         [-100, *range(18, 25), -100, -100],
     ]
     assert (counts.dropped_tokens, counts.truncated_documents, counts.padding_tokens) == (0, 0, 2)
+    assert found.documents is not None
+    assert found.documents.tolist() == [[0] * 10, [0] * 10, [0] * 8 + [-1] * 2]
+    two = [Tokens([1] * 14, [True] * 14, divisible=True, document=k) for k in (3, 5)]
+    joined, _ = cut_into_sequences(two, 10, "join", [99], -1, "training")
+    assert joined.documents is not None
+    assert joined.documents.tolist() == [[3] * 10, [3] * 6 + [5] * 4, [5] * 10]
     packed, _ = cut_into_sequences([text], 10, "documents", [99], -1, "training")
     assert packed.position_ids is not None
     assert packed.position_ids[0].tolist() == list(range(10))

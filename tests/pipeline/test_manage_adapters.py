@@ -298,6 +298,9 @@ def test_an_imported_adapter_is_used_as_it_is_and_measured_before_and_after(
     if layout == "peft":  # its B is zero, so that it changes nothing
         assert perplexity["imported"]["imported"] == pytest.approx(perplexity["float"])
         assert perplexity["adapted"]["imported"] == pytest.approx(perplexity["base"])
+        assert results["kl"]["imported"]["imported"]["mean"] == pytest.approx(0, abs=1e-6)
+    else:
+        assert results["kl"]["imported"]["imported"]["mean"] > 1e-4
     shutil.rmtree(source)  # it is the job's own by now
     assert load_adapter(load_base(job / "base"), job / "adapters" / "imported")
 

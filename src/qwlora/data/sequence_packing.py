@@ -139,8 +139,13 @@ def _join(
     from qwlora.data.sequences import IGNORED, Sequences
 
     ids = joined_ids(encoded, sequence_tokens, start, part)
-    if all(t.divisible for t in encoded):
-        return Sequences(ids, ids)
+    is_text = all(t.divisible for t in encoded)
+    numbers = [tokens.document for tokens in encoded for _ in tokens.ids]
+    added = len(start) if is_text else 0
+    rows = torch.tensor(numbers[: len(ids) * (ids.shape[1] - added)]).view(len(ids), -1)
+    documents = torch.cat([rows[:, :1].expand(-1, added), rows], dim=1)
+    if is_text:
+        return Sequences(ids, ids, documents=documents)
     in_loss = torch.tensor(
         [flag for tokens in encoded for flag in tokens.in_loss][: ids.numel()]
     ).view(ids.shape)
@@ -151,7 +156,7 @@ def _join(
             f"no sequence of the {part} part has a loss token: raise data.sequence_tokens, or "
             "set another data.packing"
         )
-    return Sequences(ids[kept], labels[kept])
+    return Sequences(ids[kept], labels[kept], documents=documents[kept])
 
 
 def _pieces(
@@ -166,11 +171,18 @@ def _pieces(
                 Tokens(
                     [*start, *tokens.ids[at : at + fresh]],
                     [False] * len(start) + tokens.in_loss[at : at + fresh],
+                    document=tokens.document,
                 )
                 for at in range(0, len(tokens.ids), fresh)
             ]
         else:
-            parts = [Tokens(tokens.ids[:sequence_tokens], tokens.in_loss[:sequence_tokens])]
+            parts = [
+                Tokens(
+                    tokens.ids[:sequence_tokens],
+                    tokens.in_loss[:sequence_tokens],
+                    document=tokens.document,
+                )
+            ]
             if (over := len(tokens.ids) - sequence_tokens) > 0:
                 counts.truncated_documents += 1
                 counts.truncated_tokens += over
@@ -217,6 +229,7 @@ def _fill(rows: Sequence[Sequence[Tokens]], width: int, padding: int, positions:
     ids = torch.full((len(rows), width), padding, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)
     places = torch.zeros_like(ids)
+    numbers = torch.full_like(ids, -1)
     for row, documents in enumerate(rows):
         at = 0
         for tokens in documents:
@@ -229,6 +242,7 @@ def _fill(rows: Sequence[Sequence[Tokens]], width: int, padding: int, positions:
                 ]
             )
             places[row, at:end] = torch.arange(end - at)
+            numbers[row, at:end] = tokens.document
             at = end
         places[row, at:] = torch.arange(width - at)
-    return Sequences(ids, labels, places if positions else None)
+    return Sequences(ids, labels, places if positions else None, numbers)

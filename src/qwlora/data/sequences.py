@@ -29,11 +29,15 @@ class Sequences(Dataset[dict[str, Tensor]]):
         labels: int64 [count, tokens], IGNORED for tokens that are not in the loss.
         position_ids: int64 [count, tokens], if documents share a sequence without attending to
             each other.
+        documents: int64 [count, tokens], the number of the document that each token is from;
+            tokens of one document are not independent samples. -1 for padding. Not an argument
+            of the model.
     """
 
     input_ids: Int64[Tensor, "count tokens"]
     labels: Int64[Tensor, "count tokens"]
     position_ids: Int64[Tensor, "count tokens"] | None = None
+    documents: Int64[Tensor, "count tokens"] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -55,6 +59,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
             self.input_ids[rows],
             self.labels[rows],
             None if self.position_ids is None else self.position_ids[rows],
+            None if self.documents is None else self.documents[rows],
         )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -79,6 +84,17 @@ class Sequences(Dataset[dict[str, Tensor]]):
     def loss_tokens(self) -> int:
         """Number of tokens that the loss is a mean over."""
         return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def counts(self) -> dict[str, int | None]:
+        """Numbers of sequences, loss tokens, and documents with a loss token (None: unknown)."""
+        documents = None
+        if self.documents is not None:
+            documents = len(self.documents[:, 1:][self.labels[:, 1:] != IGNORED].unique())
+        return {
+            "sequences": len(self),
+            "learnt_tokens": self.loss_tokens,
+            "documents": documents,
+        }
 
 
 def as_sequences(sequences: Sequences | Int64[Tensor, "count tokens"]) -> Sequences:

@@ -21,7 +21,7 @@ prompt's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qwlora.data.chat import common_prefix_length, encode_conversation, split_turns
@@ -41,11 +41,14 @@ class Tokens:
     Args:
         ids, in_loss: [tokens].
         divisible: running text, which may be cut; each piece begins with the start tokens.
+        document: number of the document in its part of the source; turns of one conversation
+            share it.
     """
 
     ids: list[int]
     in_loss: list[bool]
     divisible: bool = False
+    document: int = 0
 
 
 def encode_documents(
@@ -64,21 +67,22 @@ def encode_documents(
     """
     encoded: list[Tokens] = []
     start = start_tokens(tokenizer)
-    for document in documents:
+    for number, document in enumerate(documents):
         if isinstance(document, str | Text):
             text = document if isinstance(document, str) else document.text
             ids = [*_ids(text, tokenizer), *_end(tokenizer)]
-            encoded.append(Tokens(ids, [True] * len(ids), divisible=True))
+            encoded.append(Tokens(ids, [True] * len(ids), divisible=True, document=number))
         elif isinstance(document, Completion):
-            encoded.append(
+            pair = (
                 _encode_pair(document, tokenizer)
                 if renders_pairs(tokenizer, prompt_format)
                 else _encode_completion(document, tokenizer, start)
             )
+            encoded.append(replace(pair, document=number))
         else:
             apart = turns == "apart"
             encoded += [
-                Tokens(*encode_conversation(c, tokenizer, last_only=apart))
+                Tokens(*encode_conversation(c, tokenizer, last_only=apart), document=number)
                 for c in _conversations(document, apart)
             ]
     return encoded

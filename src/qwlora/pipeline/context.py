@@ -170,6 +170,11 @@ class JobContext:
             self._float_model = load_model(model.source, model.trust_remote_code)
         return self._float_model
 
+    @property
+    def has_float_model(self) -> bool:
+        """Whether the model's files hold floats, and not only integers."""
+        return fetch(self.recipe.model.source).holds_floats
+
     def checkpoint(self) -> Checkpoint:
         """The model's files, with integer weights where the files hold integers."""
         location = fetch(self.recipe.model.source)

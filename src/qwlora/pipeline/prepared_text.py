@@ -42,4 +42,7 @@ class PreparedText:
 
     def describe(self) -> dict[str, Any]:
         """Counts of documents, tokens and sequences."""
-        return describe(self._documents, self.data)
+        return {
+            **describe(self._documents, self.data),
+            "evaluation": self.evaluation.counts(),
+        }

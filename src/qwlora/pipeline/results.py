@@ -46,13 +46,14 @@ def _by_text(results: dict[str, Any], stage: Stage, recipe: Recipe) -> dict[str,
         found["train"] = {
             name: {**measured, "text": text} for name, measured in results["train"].items()
         }
-    measured = {
-        kind: value
-        for kind, value in results.get("perplexity", {}).items()
-        if kind in ("float", "base", "adapted")
-    }
-    if measured and text in texts:
-        found["perplexity"] = {**results["perplexity"], "on": {text: measured}}
+    for key in ("perplexity", "perplexity_stderr", "perplexity_document_stderr"):
+        measured = {
+            kind: value
+            for kind, value in results.get(key, {}).items()
+            if kind in ("float", "base", "adapted")
+        }
+        if measured and text in texts:
+            found[key] = {**results[key], "on": {text: measured}}
     return found
 
 

@@ -48,6 +48,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         }
         found = ", ".join(f"{model} {value:.3f}" for model, value in models.items())
         rows.append((f"perplexity on the text of {text}", found))
+    rows += _divergence_rows(results)
     if base := results.get("base"):
         rows.append(
             (
@@ -108,6 +109,31 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         )
     )
     return rows
+
+
+def _divergence_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """How far each model's next-token distribution is from the float model's."""
+    divergences, agreements = results.get("kl", {}), results.get("top1", {})
+    models = [("frozen base", divergences, agreements, "base")] if "base" in divergences else []
+    for kind, what in (
+        ("imported", "float model, imported"),
+        ("adapted", "after adapter"),
+        ("simulated", "simulated, adapter"),
+    ):
+        models += [
+            (f"{what} {name}", divergences[kind], agreements[kind], name)
+            for name in divergences.get(kind, {})
+        ]
+    rows = []
+    for what, kl, top1, key in models:
+        divergence = _with_error(kl[key]["mean"], kl[key]["stderr"], ".4f")
+        share = _with_error(top1[key]["share"], top1[key]["stderr"], ".2%")
+        rows.append((f"KL from float, {what}", f"{divergence}, same likeliest token {share}"))
+    return rows
+
+
+def _with_error(value: float, error: float | None, form: str) -> str:
+    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form}}"
 
 
 def _training_rows(

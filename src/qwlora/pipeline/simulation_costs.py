@@ -179,6 +179,7 @@ def _simulated(simulation: Simulation, evaluation: Sequences) -> float:
 
 
 def _perplexity(model: Any, evaluation: Sequences) -> float:
-    from qwlora.analysis.perplexity import logits_of, perplexity
+    from qwlora.analysis.perplexity import perplexity
+    from qwlora.analysis.token_scores import logits_of
 
     return perplexity(logits_of(model.eval()), evaluation, "perplexity")

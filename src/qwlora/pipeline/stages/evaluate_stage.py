@@ -1,4 +1,5 @@
-"""Stages `evaluate/...`: perplexity of float model, base, every adapter and every simulation.
+"""Stages `evaluate/...`: perplexity of float model, base, every adapter and every simulation, and
+how far each of the last three is from the float model on the same tokens.
 
 evaluate/MODEL             on its own text: that of the base, or of the adapter
 evaluate/MODEL/on/TEXT     on the text of another adapter, if adapters have different texts
@@ -6,6 +7,10 @@ evaluate/MODEL/on/TEXT     on the text of another adapter, if adapters have diff
 MODEL is `float`, `base`, `adapted/NAME`, `simulated/NAME`, or, for an adapter from elsewhere,
 `imported/NAME`: the float model with the adapter as it came, so that the step to this base can be
 seen. The last two are measured on their own text only.
+
+KL divergence and token agreement are measured on the model's own text only, if there is a float
+model. It runs again beside the other one, sequence by sequence: keeping its logits would take
+gigabytes.
 """
 
 from __future__ import annotations
@@ -15,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.pipeline.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages.train_stage import adapter_contents
+from qwlora.revisions import later_revisions
 
 if TYPE_CHECKING:
-    from qwlora.analysis.perplexity import Logits
+    from torch import Tensor
+
+    from qwlora.analysis.token_scores import Logits
     from qwlora.pipeline.context import JobContext
 
 
@@ -29,6 +37,7 @@ def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | N
     recipe = plan.recipe
     own = recipe.base_text() if name is None else recipe.data_of(name)
     model: list[Any] = [plan.model] if kind in ("float", "imported") else []
+    model += later_revisions(("analysis.token_scores",))
     if kind == "imported":
         start = next(a.continue_from for a in recipe.adapters if a.name == name)
         model.append([start, adapter_contents(plan, start)])
@@ -42,25 +51,48 @@ def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | N
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Measure perplexity on held-out text."""
-    from qwlora.analysis.perplexity import logits_of, perplexity
+    """Score the model on held-out text."""
+    from qwlora.analysis.token_scores import score_tokens
 
     model, _, other = stage.name.removeprefix(f"{NAME}/").partition("/on/")
     kind, name = model.partition("/")[0], stage.adapter
     text = context.text(other or name)
-    if kind == "simulated":
-        logits: Logits = context.simulation(str(name)).logits
-    else:
-        logits = logits_of(
-            context.imported(str(name))
-            if kind == "imported"
-            else context.float_model()
-            if kind == "float"
-            else context.base()
-            if kind == "base"
-            else context.adapted(str(name))
-        )
+    logits, reference = _models(context, kind, name, compared=not other)
     where = f" on the text of {other}" if other else ""
-    value = perplexity(logits, text.evaluation, f"perplexity, {kind}{where}", context.track)
-    found = {kind: value if name is None else {name: value}}
-    return {"perplexity": {"on": {other: found}} if other else found, "data": text.describe()}
+    scores = score_tokens(
+        logits, text.evaluation, f"perplexity, {kind}{where}", context.track, reference
+    )
+    found = {}
+    for key, value in scores.to_json().items():
+        by_model = {kind: value if name is None else {name: value}}
+        found[key] = {"on": {other: by_model}} if other else by_model
+    return {**found, "data": text.describe()}
+
+
+def _models(
+    context: JobContext, kind: str, name: str | None, compared: bool
+) -> tuple[Logits, Logits | None]:
+    """Logits of a model, and those of the float model if they are to be compared."""
+    from qwlora.analysis.token_scores import logits_of
+
+    if kind == "float":
+        return logits_of(context.float_model()), None
+    if kind == "imported":
+        imported = context.imported(str(name))
+        own = logits_of(imported)
+
+        def without_adapter(ids: Tensor) -> Tensor:
+            with imported.disable_adapter():
+                return own(ids)
+
+        return own, without_adapter
+    logits: Logits
+    if kind == "simulated":
+        logits = context.simulation(str(name)).logits
+    else:
+        logits = logits_of(context.base() if kind == "base" else context.adapted(str(name)))
+    if not compared or not context.has_float_model:
+        return logits, None
+    # Loading a base releases the float model, so it is loaded after it; the context must not keep
+    # it in memory through the stages that follow.
+    return logits, logits_of(context.take_float_model())

@@ -1,0 +1,212 @@
+"""Scores of a language model on each loss token, alone and against a reference model.
+
+    nll_t   = -log q(y_t)                                given the tokens before t
+    KL_t    = sum_v p(v) (log p(v) - log q(v))           p: next-token distribution of the reference
+    same_t  = argmax_v p(v) == argmax_v q(v)
+
+Natural logarithms, over the whole vocabulary. Both models run on one sequence at a time, and
+log-softmax, in float32, on a part of it: besides the models, memory holds the logits of one
+sequence from each. Sums over tokens are float64.
+
+A mean over tokens has a standard error that takes the tokens of one cluster (a sequence, or a
+document) as dependent, and clusters as independent:
+
+    mean   = 1/n sum_t x_t
+    error  = 1/n sqrt(G / (G - 1) sum_g (sum_{t in g} (x_t - mean))^2)      G clusters, n tokens
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+from qwlora.data.sequences import IGNORED, Sequences, as_sequences
+from qwlora.errors import NonFiniteError
+from qwlora.progress import Track, untracked
+
+REVISION = 2  # 2: KL divergence, same likeliest token and standard errors
+LARGEST_LOSS = 709.0  # nats; exp of more overflows float64
+_AT_ONCE = 2**22  # logits whose log-softmax exists at one time
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def logits_of(model: Callable[..., Any]) -> Logits:
+    """A function from token ids to the logits of a causal language model of transformers."""
+
+    def logits(ids: Tensor) -> Tensor:
+        found: Tensor = model(ids, use_cache=False).logits
+        return found
+
+    return logits
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against the reference, by loss token.
+
+    Args:
+        reference_nll: of the reference, nats.
+        kl: KL divergence from the reference, nats.
+        same_likeliest: whether both have the same likeliest token.
+    """
+
+    reference_nll: Float64[Tensor, " tokens"]
+    kl: Float64[Tensor, " tokens"]
+    same_likeliest: Bool[Tensor, " tokens"]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """The loss tokens of some sequences, in order.
+
+    Args:
+        nll: negative log-likelihood, nats.
+        sequences: the sequence of each token.
+        documents: the document of each token, if known.
+        comparison: with a reference only.
+    """
+
+    nll: Float64[Tensor, " tokens"]
+    sequences: Int64[Tensor, " tokens"]
+    documents: Int64[Tensor, " tokens"] | None
+    comparison: Comparison | None
+
+    @property
+    def perplexity(self) -> float:
+        """`exp` of the mean of `nll`."""
+        return math.exp(float(self.nll.mean()))
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of results.json, see docs/results.md."""
+        perplexity = self.perplexity
+        errors = self._errors(self.nll, perplexity)
+        found: dict[str, Any] = {
+            "perplexity": perplexity,
+            "perplexity_stderr": errors["stderr"],
+            "perplexity_document_stderr": errors["document_stderr"],
+        }
+        if (against := self.comparison) is None:
+            return found
+        change = self.nll - against.reference_nll
+        ratio = math.exp(float(change.mean()))
+        same = against.same_likeliest.double()
+        return found | {
+            "perplexity_ratio": {"value": ratio, **self._errors(change, ratio)},
+            "kl": {
+                "mean": float(against.kl.mean()),
+                **self._errors(against.kl),
+                "p999": float(against.kl.quantile(0.999)),
+            },
+            "top1": {"share": float(same.mean()), **self._errors(same)},
+        }
+
+    def _errors(self, values: Tensor, derivative: float = 1.0) -> dict[str, float | None]:
+        """Standard errors of a function of the mean of `values`, by its derivative there."""
+        clusters = {"stderr": self.sequences, "document_stderr": self.documents}
+        errors = {
+            key: None if index is None else clustered_error(values, index)
+            for key, index in clusters.items()
+        }
+        return {key: None if e is None else derivative * e for key, e in errors.items()}
+
+
+def clustered_error(
+    values: Float64[Tensor, " tokens"], clusters: Int64[Tensor, " tokens"]
+) -> float | None:
+    """Standard error of the mean of `values`, which are independent only between clusters.
+
+    None with fewer than two clusters.
+    """
+    names, index = clusters.unique(return_inverse=True)
+    if len(names) < 2:
+        return None
+    sums = values.new_zeros(len(names)).index_add_(0, index, values - values.mean())
+    correction = len(names) / (len(names) - 1)
+    return math.sqrt(correction * float(sums.square().sum())) / len(values)
+
+
+@torch.no_grad()
+def score_tokens(
+    logits: Logits,
+    sequences: Sequences | Int64[Tensor, "count tokens"],
+    description: str,
+    track: Track = untracked,
+    reference: Logits | None = None,
+) -> TokenScores:
+    """Score `logits(ids)` on the loss tokens of `sequences`, or on all tokens if it is a tensor of
+    ids.
+
+    Args:
+        reference: logits of the model to compare with; runs on each sequence after the other.
+
+    Raises:
+        NonFiniteError: a sum over a sequence is NaN or infinite, or the mean loss is too large for
+            a perplexity. The message names the sequence.
+    """
+    data = as_sequences(sequences)
+    parts: list[tuple[Tensor, ...]] = []
+    numbers: list[Tensor] = []
+    documents: list[Tensor] = []
+    for number, (ids, labels) in enumerate(track(data.rows(), description, len(data))):
+        predicted = (labels[1:] != IGNORED).nonzero()[:, 0] + 1
+        found, compared = logits(ids[None])[0], None
+        if reference is not None:
+            compared = reference(ids[None])[0]
+        scores = _score_row(found, compared, predicted - 1, labels[predicted])
+        for what, values in zip(
+            ("loss", "reference's loss", "KL divergence"), scores, strict=False
+        ):
+            if not math.isfinite(total := float(values.sum())):
+                raise NonFiniteError(
+                    f"{description}: the {what} on sequence {number + 1} of {len(data)} of the "
+                    f"held-out text is {total}. Check the model's weights, and what was trained or "
+                    "calibrated last"
+                )
+        parts.append(scores)
+        numbers.append(torch.full_like(predicted, number))
+        if data.documents is not None:
+            documents.append(data.documents[number][predicted])
+    nll, *against = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    if (mean := float(nll.mean())) > LARGEST_LOSS:
+        raise NonFiniteError(
+            f"{description}: the mean loss over the {len(data)} sequences of the held-out text is "
+            f"{mean:.4g} nats, too much for a perplexity. Check the model's weights"
+        )
+    return TokenScores(
+        nll,
+        torch.cat(numbers),
+        torch.cat(documents) if documents else None,
+        Comparison(*against) if against else None,
+    )
+
+
+def _score_row(
+    logits: Tensor, reference: Tensor | None, positions: Tensor, targets: Tensor
+) -> tuple[Tensor, ...]:
+    """(nll,) or (nll, reference's nll, KL, same likeliest) of the tokens after `positions`."""
+    found = []
+    size = max(1, _AT_ONCE // logits.shape[-1])
+    for at, expected in zip(positions.split(size), targets.split(size), strict=True):
+        rows = logits[at].float()
+        log_q = rows.log_softmax(-1)
+        scores = [-log_q.gather(1, expected[:, None])[:, 0].double()]
+        if reference is not None:
+            reference_rows = reference[at].float()
+            log_p = reference_rows.log_softmax(-1)
+            scores.append(-log_p.gather(1, expected[:, None])[:, 0].double())
+            difference = log_p - log_q
+            # Tokens that the reference excludes add nothing, also where both are minus infinity.
+            difference.masked_fill_(log_p == -math.inf, 0)
+            scores += [
+                (log_p.exp_() * difference).sum(-1, dtype=torch.float64),
+                reference_rows.argmax(-1) == rows.argmax(-1),
+            ]
+        found.append(tuple(scores))
+    return tuple(torch.cat(columns) for columns in zip(*found, strict=True))

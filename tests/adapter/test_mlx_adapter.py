@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from conftest import VOCABULARY, tiny_model
 from qwlora.adapter.mlx_adapter import convert_mlx_adapter, is_mlx_adapter
@@ -86,3 +87,16 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (source / "adapters.safetensors").write_bytes(b"no safetensors")
     with pytest.raises(SourceError, match=r"adapters\.safetensors cannot be read"):
         convert_mlx_adapter(source, tmp_path)
+
+
+def test_an_adapter_saved_by_mlx_lm_computes_its_logits(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "formats" / "files" / "mlx-adapter"
+    convert_mlx_adapter(folder, tmp_path)
+    expected = load_file(folder / "expected.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    tokens = expected["tokens"].long()
+    with torch.no_grad():
+        base = model(input_ids=tokens).logits
+        logits = PeftModel.from_pretrained(model, tmp_path)(input_ids=tokens).logits
+    assert float((logits - expected["logits"]).abs().max()) < 1e-5
+    assert float((logits - base).abs().max()) > 1e-2

@@ -194,8 +194,7 @@ def test_a_simulation_tells_the_writer_which_observer_ran(bundle: tuple[Path, Si
 
 def test_the_validator_finds_nothing_wrong_with_the_bundle(bundle: tuple[Path, Simulation]) -> None:
     folder = bundle[0]
-    findings = validate(folder / "model.encodings", folder / "model.onnx")
-    assert [f for f in findings if f.severity == "error"] == []
+    assert validate(folder / "model.encodings", folder / "model.onnx") == []
     record = json.loads((folder / "model.encodings").read_text())
     record["param_encodings"][0]["scale"][0] = -1.0
     record["activation_encodings"][3]["name"] = "no.such.tensor"

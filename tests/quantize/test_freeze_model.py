@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from conftest import VOCABULARY, tiny_model
 from qwlora import fingerprint, freeze_, quantize_
-from qwlora.errors import GridError
+from qwlora.encodings import EncodingsFile, write
+from qwlora.encodings.from_grid import entry_of
+from qwlora.errors import EncodingsFileError, GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
@@ -159,3 +162,41 @@ def test_unknown_names_and_nothing_at_all_are_refused() -> None:
         freeze_(tiny_model("llama"))
     with pytest.raises(GridError, match="nothing to freeze"):
         freeze_(tiny_model("llama"), {})
+
+
+def aimet_file(folder: Path, grids: dict[str, Encoding]) -> Path:
+    entries = tuple(entry_of(name, grid, "1.0.0") for name, grid in grids.items())
+    file = EncodingsFile(
+        "1.0.0",
+        entries,
+        producer={"package": "aimet-torch", "version": "2.42.0"},
+        parameters=frozenset(grids),
+        excluded_layers=(),
+        quantizer_args={},
+    )
+    write(file, folder / "model.encodings")
+    return folder / "model.encodings"
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, granularity=PerBlock(16)), Scheme(8)], ids=str)
+def test_an_encodings_file_freezes_like_its_encodings(scheme: Scheme, tmp_path: Path) -> None:
+    model, encodings = on_a_grid(scheme)
+    assert fingerprint(freeze_(model, aimet_file(tmp_path, encodings))) == fingerprint(
+        freeze_(on_a_grid(scheme)[0], encodings)
+    )
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    path = aimet_file(tmp_path, {n: grid for n, grid in encodings.items() if n != name})
+    with pytest.raises(EncodingsFileError, match=rf"{name}'.*no entry.*keep_float"):
+        freeze_(on_a_grid(scheme)[0], path)
+    kept = freeze_(on_a_grid(scheme)[0], path, keep_float=["model.layers.1.mlp.up_proj"])
+    assert packed_weights(kept).keys() == encodings.keys() - {name}
+
+
+def test_a_file_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    model, encodings = on_a_grid(Scheme(4, granularity=PerChannel()))
+    wrong = {n: Encoding(e.scheme, e.scale * 0.2, e.offset) for n, e in encodings.items()}
+    before = fingerprint(model)
+    with pytest.raises(GridError, match="14 weights cannot be frozen"):
+        freeze_(model, aimet_file(tmp_path, wrong))
+    assert fingerprint(model) == before

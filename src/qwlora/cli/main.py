@@ -29,6 +29,7 @@ from rich.console import Console
 from qwlora import strict_json
 from qwlora.atomic import write_text
 from qwlora.cli.adapter_commands import app as adapters_app
+from qwlora.cli.base_commands import app as base_app
 from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.inspect_command import inspect
 from qwlora.cli.merge_commands import merge, merge_check
@@ -285,6 +286,7 @@ app.command("merge-check")(merge_check)
 app.command("merge")(merge)
 app.command("simulate")(simulate)
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(base_app, name="base")
 app.add_typer(encodings_app, name="encodings")
 
 

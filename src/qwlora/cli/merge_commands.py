@@ -65,7 +65,7 @@ def merge(job: Job, name: Name, into: Target, out: Out) -> None:
     """
     if into not in ("float", "requantized"):
         raise typer.BadParameter(f"{into!r} is neither float nor requantized", param_hint="--into")
-    from qwlora.pipeline.merged_folder import new_folder
+    from qwlora.pipeline.model_folder import new_folder
     from qwlora.pipeline.output_path import check_outside_data
     from qwlora.pipeline.run_job import open_job
 

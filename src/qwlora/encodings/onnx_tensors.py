@@ -158,7 +158,11 @@ class _GraphReader:
         return not kind or kind in self.float_types
 
     def _carriers(self) -> dict[str, str | None]:
-        """Tensors that need an encoding, and the op that computes each (None: input or stored)."""
+        """Tensors that need an encoding, and the op that computes each (None: input or stored).
+
+        A graph with QuantizeLinear nodes says itself what is quantized: the outputs of its
+        DequantizeLinear nodes.
+        """
         inputs = {value.name for value in self.graph.input}
         vectors = {name for name, t in self.stored.items() if math.prod(t.dims) > 1}
         carrying = {name for name in inputs | vectors if self._is_float(name)}
@@ -177,7 +181,11 @@ class _GraphReader:
                 needing.update(dict.fromkeys(outputs, node.op_type))
         quantized = {n for n, readers in self.readers.items() if _ops(readers) <= _QUANTIZERS}
         moved = {n for n in needing if (to := self._moved_to(n)) and quantized.issuperset(to)}
-        return {name: op for name, op in needing.items() if name not in quantized | moved}
+        unquantized = set[str]()
+        if any(node.op_type == "QuantizeLinear" for node in self.graph.node):
+            unquantized = {n for n, op in needing.items() if op != "DequantizeLinear"}
+        without = quantized | moved | unquantized
+        return {name: op for name, op in needing.items() if name not in without}
 
     def _moved_to(self, name: str) -> tuple[str, ...]:
         """The results of the ops that read `name`, if all of them only move it."""

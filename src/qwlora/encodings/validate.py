@@ -171,11 +171,11 @@ def finding_lines(findings: list[Finding], shown_names: int = 3) -> list[str]:
 
 
 def summary(findings: list[Finding]) -> str:
-    """`2 errors, 1 warning`, or `no findings`."""
+    """`2 errors, 1 warning`, or `valid, no findings`."""
     errors = sum(f.severity == "error" for f in findings)
     counts = [
         f"{n} {word}{'' if n == 1 else 's'}"
         for n, word in ((errors, "error"), (len(findings) - errors, "warning"))
         if n
     ]
-    return ", ".join(counts) or "no findings"
+    return ", ".join(counts) or "valid, no findings"

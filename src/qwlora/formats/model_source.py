@@ -73,7 +73,7 @@ class Location:
             return False
         config = (self.path / "config.json").read_text(errors="replace")
         return not names & {"quantize_config.json", "quant_config.json"} and not re.search(
-            r'"(quantization|compression)_config"\s*:\s*\{', config
+            r'"(quantization|quantization_config|compression_config)"\s*:\s*\{', config
         )
 
 

@@ -16,6 +16,7 @@ from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.compressed_tensors import CompressedTensorsCheckpoint
 from qwlora.formats.gptq import GptqCheckpoint
 from qwlora.formats.huggingface_folder import FloatCheckpoint
+from qwlora.formats.mlx import MlxCheckpoint
 from qwlora.formats.qwlora_base import BaseCheckpoint
 from qwlora.formats.safetensors_files import read_json
 from qwlora.formats.user_path import looked_for
@@ -24,6 +25,7 @@ METHODS = {
     "gptq": GptqCheckpoint,
     "awq": AwqCheckpoint,
     "compressed-tensors": CompressedTensorsCheckpoint,
+    "mlx": MlxCheckpoint,
 }
 OLD_FILES = {
     "quantize_config.json": "gptq",
@@ -105,7 +107,7 @@ def quantization_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
         (
             part[key]
             for part in places
-            for key in ("quantization_config", "compression_config")
+            for key in ("quantization_config", "compression_config", "quantization")
             if part.get(key)
         ),
         None,
@@ -123,4 +125,6 @@ def quantization_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
     method = settings.get("quant_method")
     if method is None and "config_groups" in settings:
         method = "compressed-tensors"
+    elif method is None and {"bits", "group_size"} <= settings.keys():
+        method = "mlx"  # mlx-lm names no method
     return str(method), settings

@@ -1,5 +1,6 @@
 """Freezes a model on a grid that is given: from weights that lie on it, or from integers.
 
+    freeze_(model, "model.encodings")                                    an AIMET file
     freeze_(model, {"model.layers.0.mlp.up_proj.weight": encoding, ...})
     freeze_(model, codes={"model.layers.0.mlp.up_proj.weight": (codes, scale)}, bitwidth=4)
 
@@ -9,12 +10,14 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from qwlora.errors import GridError
+from qwlora.formats.matched_encodings import MatchedEncodings
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -30,11 +33,12 @@ TOLERANCE = 0.01
 
 def freeze_(
     model: nn.Module,
-    encodings: Mapping[str, Encoding | FloatOffsetEncoding] | None = None,
+    encodings: Mapping[str, Encoding | FloatOffsetEncoding] | str | Path | None = None,
     *,
     codes: Mapping[str, tuple[Tensor, ...]] | None = None,
     bitwidth: int | None = None,
     signed: bool = True,
+    keep_float: Sequence[str] = (),
 ) -> nn.Module:
     """Replace weights by packed layers on a given grid, in place; returns `model`.
 
@@ -44,13 +48,16 @@ def freeze_(
     Weights that are stored in float16 or bfloat16 may be off by the rounding of their type.
 
     Args:
-        encodings: encoding by the weight's name, in the layout [out, in] of a Linear layer.
+        encodings: an AIMET encodings file, or encoding by the weight's name, in the layout
+            [out, in] of a Linear layer.
         codes: (integers [out, in], scale) or (integers, scale, offset) by the weight's name. The
             scale's shape gives the granularity: [], [out], [out, 1] or [out, in / block size].
         bitwidth: of the codes.
         signed: whether the codes run from -2^(bitwidth - 1), or from 0.
+        keep_float: of a file, globs of parameters or layers that stay float.
 
     Raises:
+        EncodingsFileError: the file cannot be read, or does not fit the model.
         GridError: a name is not a weight that can be packed, a weight lies off its grid (named,
             with the distance in steps), or a scale does not fit its codes. The model is unchanged.
     """
@@ -58,6 +65,10 @@ def freeze_(
         raise GridError("freeze_ takes either encodings or codes")
     given = model_to_pack(model)
     known = find_tensors(given)
+    if isinstance(encodings, str | Path):
+        grids = MatchedEncodings(given, encodings, keep_float).grids
+        # a vector's values already lie on its grid, and it has no packed layer
+        encodings = {n: grid for n, grid in grids.items() if given.get_parameter(n).ndim > 1}
     packed, problems = dict[str, QuantizedTensor](), list[str]()
     for name in encodings or codes or ():
         if name not in known:

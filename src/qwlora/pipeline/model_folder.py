@@ -1,8 +1,8 @@
-"""The output folder of a merge: checked and locked before the work, replaced when it is complete.
+"""The output folder of `merge` and `base import`: checked and locked first, replaced at the end.
 
-The model is written to `FOLDER/.qwlora-merge/model`, next to the lock. It is then moved next to
-FOLDER, as `.qwlora-merge-HASH` (of FOLDER's path), and replaces the folder. The next merge into the
-same folder removes what a killed merge left.
+The model is written to `FOLDER/.qwlora-write/model`, next to the lock. It is then moved next to
+FOLDER, as `.qwlora-write-HASH` (of FOLDER's path), and replaces the folder. The next command that
+writes the same folder removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from qwlora.errors import DirectoryError
 from qwlora.pipeline.directory import as_directory_errors
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty, shown
 
-_PRIVATE = ".qwlora-merge"
+_PRIVATE = ".qwlora-write"
 _PRIVATE_FILES = {"lock", "model"}
 
 
 def check_target(folder: Path) -> None:
-    """Check that a merged model can be written to `folder`.
+    """Check that a model can be written to `folder`.
 
     Raises:
         DirectoryError: it is a file, is not empty, is the current directory or a mount point, or
@@ -36,7 +36,7 @@ def check_target(folder: Path) -> None:
             return
         if os.path.realpath(folder) == os.path.realpath("."):
             raise DirectoryError(
-                f"{shown(folder)} is the current directory, which the merged model cannot replace; "
+                f"{shown(folder)} is the current directory, which the new model cannot replace; "
                 "choose a new folder with --out"
             )
         if set(os.listdir(folder)) - {_PRIVATE} or _holds_more_than_ours(folder / _PRIVATE):
@@ -46,7 +46,7 @@ def check_target(folder: Path) -> None:
                 raise DirectoryError(f"{shown(needed)} is not writable; choose another --out")
         if os.path.ismount(folder):
             raise DirectoryError(
-                f"{shown(folder)} is a mount point, which the merged model cannot replace; "
+                f"{shown(folder)} is a mount point, which the new model cannot replace; "
                 "choose a new folder in it with --out"
             )
 
@@ -56,21 +56,21 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to write to. When the block ends without an error, it becomes `folder`.
 
     Raises:
-        DirectoryError: see `check_target`; or another merge writes there, or the disk is full.
+        DirectoryError: see `check_target`; or another process writes there, or the disk is full.
             Nothing half-written stays; only what this call created is removed.
     """
     check_target(folder)
     folder = Path(os.path.realpath(folder))
     private, scratch = folder / _PRIVATE, folder / _PRIVATE / "model"
-    # nobody else has a name with this hash, so what is there is of a merge
+    # nobody else has a name with this hash, so what is there is ours
     part = folder.with_name(f"{_PRIVATE}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}")
     with as_directory_errors(folder):
         lock, made = lock_folder(private, "lock")
     ours, scratch_lock = [private], -1
     try:
         with as_directory_errors(folder):
-            check_target(folder)  # another merge may have finished since the check
-            _remove_of_killed_merge(part)
+            check_target(folder)  # another process may have finished since the check
+            _remove_of_killed_command(part)
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
             # the lock in `private` is gone before the model is in place; this one moves with it
@@ -92,11 +92,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
             os.close(scratch_lock)
 
 
-def _remove_of_killed_merge(part: Path) -> None:
-    """Remove a model that a killed merge left on its way into place.
+def _remove_of_killed_command(part: Path) -> None:
+    """Remove a model that a killed command left on its way into place.
 
     Raises:
-        DirectoryError: the merge is not dead, but about to finish.
+        DirectoryError: the command is not dead, but about to finish.
     """
     try:
         descriptor = os.open(part, os.O_RDONLY)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwlora.errors import DirectoryError
-from qwlora.pipeline import merged_folder
-from qwlora.pipeline.merged_folder import check_target, new_folder
+from qwlora.pipeline import model_folder
+from qwlora.pipeline.model_folder import check_target, new_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -59,7 +59,7 @@ def test_a_second_merge_into_the_folder_is_refused_and_harms_nothing(tmp_path: P
 
 
 def test_what_a_killed_merge_left_is_replaced(tmp_path: Path) -> None:
-    half = tmp_path / "merged" / ".qwlora-merge" / "model"
+    half = tmp_path / "merged" / ".qwlora-write" / "model"
     half.mkdir(parents=True)
     (half / "half.safetensors").touch()
     (half.parent / "lock").touch()
@@ -78,7 +78,7 @@ def test_what_a_merge_left_that_was_killed_in_its_last_steps_is_replaced(
         try:
             with pytest.MonkeyPatch.context() as patched, new_folder(place) as folder:
                 (folder / "config.json").write_text("old")
-                patched.setattr(f"qwlora.pipeline.merged_folder.{function}", lambda *_: os._exit(9))
+                patched.setattr(f"qwlora.pipeline.model_folder.{function}", lambda *_: os._exit(9))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -100,10 +100,10 @@ def test_a_merge_that_is_about_to_finish_keeps_its_model(
             pass
         real(part, target)
 
-    real = merged_folder.move_into_place
+    real = model_folder.move_into_place
     with monkeypatch.context() as patched, new_folder(place) as folder:
         (folder / "config.json").write_text("{}")
-        patched.setattr(merged_folder, "move_into_place", move)
+        patched.setattr(model_folder, "move_into_place", move)
     assert names(tmp_path) == ["merged", "merged/config.json"]
 
 

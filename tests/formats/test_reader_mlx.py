@@ -1,0 +1,93 @@
+"""MLX folders equal what MLX dequantizes and mlx-lm computes (files/mlx-*)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwlora.errors import SourceError
+from qwlora.formats.assemble_model import load_precomputed
+from qwlora.formats.mlx import MlxTensors
+from qwlora.formats.model_source import locate
+from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.grid.quantized_tensor import QuantizedTensor
+
+FILES = Path(__file__).parent / "files"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_layers_equal_mlxs(bits: int, group: int) -> None:
+    folder, name = FILES / "mlx-layers", f"w{bits}-{group}.weight"
+    tensors = MlxTensors(SafetensorsFiles(folder), {"bits": bits, "group_size": group})
+    found = tensors.read(name)
+    assert isinstance(found, QuantizedTensor)
+    assert tensors.shape(name) == found.codes.shape
+    expected = load_file(folder / "expected.safetensors")[name]
+    rounding = torch.finfo(torch.float32).eps * float(expected.abs().max())
+    assert float((found.dequantize() - expected).abs().max()) <= 2 * rounding
+    assert found.encoding.scheme.bitwidth == bits
+
+
+def test_the_golden_files_have_negative_scales() -> None:
+    stored = load_file(FILES / "mlx-layers" / "model.safetensors")
+    assert any(bool((t < 0).any()) for name, t in stored.items() if name.endswith(".scales"))
+
+
+def test_a_whole_model_computes_mlx_lms_logits() -> None:
+    folder = FILES / "mlx-llama"
+    assert not locate(str(folder)).holds_floats
+    checkpoint = open_checkpoint(folder)
+    embedding = checkpoint.read("model.embed_tokens.weight")
+    assert isinstance(embedding, QuantizedTensor)
+    assert embedding.encoding.scheme.bitwidth == 8
+    expected = load_file(folder / "expected.safetensors")
+    with torch.no_grad():
+        logits = load_precomputed(checkpoint)(input_ids=expected["tokens"].long()).logits
+    assert float((logits - expected["logits"]).abs().max()) < 1e-5
+
+
+def edited(
+    tmp_path: Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None
+) -> Path:
+    folder = tmp_path / "edited"
+    shutil.copytree(FILES / "mlx-llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config")
+    config["quantization"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    if tensors:
+        stored = load_file(folder / "model.safetensors")
+        save_file(stored | tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "mxfp4"}, "mxfp4.*affine"),
+        ({"bits": 7}, "bits 7.*2, 3, 4, 5, 6, 8"),
+        ({"group_size": "64"}, "group_size '64'"),
+        ({"bits": 8}, "do not fit 8 bits in groups of 64"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        open_checkpoint(edited(tmp_path, settings))
+
+
+def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.scales"
+    scales = load_file(FILES / "mlx-llama" / "model.safetensors")[name]
+    folder = edited(tmp_path, {}, {name: scales * float("nan")})
+    with pytest.raises(SourceError, match=r"up_proj\.weight"):
+        open_checkpoint(folder).read("model.layers.0.mlp.up_proj.weight")

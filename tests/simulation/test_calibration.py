@@ -56,7 +56,25 @@ def test_observing_goes_on_and_freezing_fixes(whole: Simulation) -> None:
     assert torch.equal(made.logits(IDS), whole.logits(IDS))
 
 
-@pytest.mark.parametrize("nothing", [[], iter(())], ids=["list", "iterator"])
+def test_a_callback_calibrates_like_its_batches() -> None:
+    by_callback, by_batches = simulation(), simulation()
+    outputs: list[Any] = []
+
+    def forward_pass(model: Any) -> None:
+        outputs.extend(model(**batch) for batch in BATCHES[:2])
+        model(BATCHES[2]["input_ids"], BATCHES[2]["attention_mask"])
+
+    report = by_callback.calibrate(forward_pass)
+    assert report == by_batches.calibrate(BATCHES[:3])
+    assert encodings(by_callback) == encodings(by_batches)
+    assert all(torch.isfinite(output[0]).all() for output in outputs)
+    with pytest.raises(CalibrationError, match="positional and keyword"):
+        by_callback.observe(lambda model: model(IDS, attention_mask=None))
+
+
+@pytest.mark.parametrize(
+    "nothing", [[], iter(()), lambda model: None], ids=["list", "iterator", "callback"]
+)
 def test_a_calibration_without_a_batch_is_no_success(nothing: Any) -> None:
     made = simulation()
     made.calibrate(BATCHES[:1])

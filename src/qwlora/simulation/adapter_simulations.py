@@ -34,6 +34,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.parameter_names import adapter_of, canonical_name
 from qwlora.progress import Track, untracked
+from qwlora.simulation.calibration import Callback
 from qwlora.simulation.placement import refuse_ineffective_rules
 from qwlora.simulation.shared_encodings import (
     BaseActivations,
@@ -45,7 +46,7 @@ from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.simulation_schemes import SimulationSchemes
 
 BASE = "base"
-Batches = Collection[Mapping[str, Any]]
+Batches = Collection[Any] | Callback
 
 
 class AdapterSimulations(Mapping[str, Simulation]):

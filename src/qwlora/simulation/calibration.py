@@ -9,7 +9,7 @@ Observations are kept: more batches can follow, and another scheme needs no new 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -54,6 +54,9 @@ class CalibrationReport:
         return asdict(self)
 
 
+# Calibration data by callback: it calls the model that it gets with each batch.
+Callback = Callable[[Callable[..., Sequence[Tensor]]], Any]
+
 _NO_BATCH = "calibration needs at least one batch, but got none"
 
 
@@ -90,7 +93,7 @@ class CalibratedGraph(nn.Module):
 
     def calibrate(
         self,
-        batches: Iterable[Any],
+        batches: Iterable[Any] | Callback,
         track: Track = untracked,
         tokens: int | None = None,
         allow_unseen: bool = False,
@@ -107,7 +110,7 @@ class CalibratedGraph(nn.Module):
     @torch.no_grad()
     def observe(
         self,
-        batches: Iterable[Any],
+        batches: Iterable[Any] | Callback,
         track: Track = untracked,
         tokens: int | None = None,
     ) -> None:
@@ -115,8 +118,9 @@ class CalibratedGraph(nn.Module):
 
         Args:
             batches: dicts of arguments, tensors or tuples of tensors, as a DataLoader yields them;
-                see `graph/call_arguments.py`.
-            tokens: stop after the batch that reaches this number of tokens.
+                see `graph/call_arguments.py`. Or a callback, as AIMET's `compute_encodings` takes
+                it: it gets a model, and calls it with each batch.
+            tokens: stop after the batch that reaches this number of tokens; not with a callback.
 
         Raises:
             CalibrationError: there was no batch.
@@ -127,20 +131,35 @@ class CalibratedGraph(nn.Module):
             quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.OBSERVE
         before = self._counts.tokens
         try:
-            for batch in track(
-                batches, "calibrating", len(batches) if isinstance(batches, Collection) else None
-            ):
-                batch = as_arguments(batch, self.inputs)
-                self._run(batch)
-                self._counts.batches += 1
-                self._counts.tokens += tokens_of(batch)
-                if tokens is not None and self._counts.tokens - before >= tokens:
-                    break
+            if callable(batches):
+                batches(self._observe_call)
+            else:
+                total = len(batches) if isinstance(batches, Collection) else None
+                for batch in track(batches, "calibrating", total):
+                    self._observe_batch(batch)
+                    if tokens is not None and self._counts.tokens - before >= tokens:
+                        break
         finally:
             self._set_mode(Mode.FLOAT)
         for quantizer in self.quantizers.values():
             if not quantizer.fixed:
                 quantizer.encoding = None
+
+    def _observe_call(self, *inputs: Any, **arguments: Any) -> Sequence[Tensor]:
+        """What a callback gets as its model."""
+        if inputs and arguments:
+            raise CalibrationError(
+                "a callback called the model with positional and keyword arguments; give it all "
+                "of them by name"
+            )
+        return self._observe_batch(arguments or (inputs[0] if len(inputs) == 1 else inputs))
+
+    def _observe_batch(self, batch: Any) -> Sequence[Tensor]:
+        batch = as_arguments(batch, self.inputs)
+        outputs = self._run(batch)
+        self._counts.batches += 1
+        self._counts.tokens += tokens_of(batch)
+        return outputs
 
     def fix_encodings(self, encodings: Mapping[str, Encoding]) -> None:
         """Use activation encodings of another simulation of the same base.

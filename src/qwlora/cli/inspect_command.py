@@ -5,7 +5,7 @@
     adapter                    its size, and the base it was trained on
     job directory              its base and adapters, and whether they belong together
 
-A model is a folder (float, GPTQ, AWQ, compressed-tensors), a .gguf file or package:NAME/PATH.
+A model is a folder (float, GPTQ, AWQ, compressed-tensors, MLX), a .gguf file or package:NAME/PATH.
 """
 
 from __future__ import annotations

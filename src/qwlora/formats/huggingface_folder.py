@@ -1,4 +1,4 @@
-"""Hugging Face folders as `Checkpoint`: the base class of the GPTQ, AWQ and compressed-tensors
+"""Hugging Face folders as `Checkpoint`: the base class of the GPTQ, AWQ, compressed-tensors and MLX
 readers.
 
 `FolderCheckpoint` reads config.json and maps stored names to the model's parameters. A format only

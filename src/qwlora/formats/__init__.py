@@ -1,4 +1,4 @@
 """Model files on disk: Hugging Face folders, GGUF, GPTQ, AWQ, compressed-tensors, MLX, AIMET
-encodings, and QWLoRA's own base. `checkpoint.py` defines the interface of all readers, `open_checkpoint.py`
-picks one.
+encodings, and QWLoRA's own base. `checkpoint.py` defines the interface of all readers,
+`open_checkpoint.py` picks one.
 """

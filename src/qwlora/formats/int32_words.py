@@ -1,4 +1,4 @@
-"""Unpacking of codes stored in int32 words, shared by the GPTQ, AWQ, compressed-tensors and MLX readers.
+"""Unpacking of codes stored in int32 words, shared by several readers.
 
 The words of a row form a little-endian bit stream: code `i` occupies the bits
 `[i * bitwidth, (i + 1) * bitwidth)`, so a 3-bit code may cross a word boundary. For 4 and 2 bits

@@ -42,6 +42,10 @@ class QwloraError(Exception):
     """Base class: catches every error that QWLoRA raises on purpose."""
 
 
+class QwloraWarning(UserWarning):
+    """Base class of every warning that QWLoRA gives; the command line prints it in one line."""
+
+
 class RecipeError(QwloraError, ValueError):
     """The recipe cannot be followed; `problems` lists every finding, so one edit fixes them all."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import tiny_model
+from qwlora.errors import QwloraWarning
 from qwlora.quantize.existing_grid import is_on_grid
 from qwlora.quantize.quantize_model import quantize_
 
@@ -66,7 +67,7 @@ def test_a_second_rounding_warns_with_the_layer_and_the_remedy(solver: str) -> N
     layer = model.model.layers[1].mlp.up_proj
     layer.weight.data = rounded(layer.weight.data, 4, 32)
     name = "model.layers.1.mlp.up_proj.weight"
-    with pytest.warns(UserWarning, match=rf"of 1 layers.*{name} by \d+\.\d%.*from_codes"):
+    with pytest.warns(QwloraWarning, match=rf"of 1 layers.*{name} by \d+\.\d%.*freeze_"):
         report = quantize_(
             model, "w4-block32", solver, calibration=torch.arange(64).view(4, 16) % 60
         )

@@ -24,12 +24,12 @@ from typing import Any
 
 from qwlora import strict_json
 from qwlora.atomic import write_text
-from qwlora.errors import FingerprintError
+from qwlora.errors import FingerprintError, QwloraWarning
 
 FILES = "files"
 
 
-class UnverifiedWarning(UserWarning):
+class UnverifiedWarning(QwloraWarning):
     """An artifact was read that has no digests, so changed files cannot be detected."""
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from qwlora.errors import CalibrationError
+from qwlora.errors import CalibrationError, QwloraWarning
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.second_moments import output_energy
@@ -107,8 +107,8 @@ def warn_of_second_rounding(reports: Mapping[str, LayerReport]) -> None:
     shown = listed(f"{name} by {error:.1%}" for name, error in worst)
     warnings.warn(
         f"the weights of {len(found)} layers already were on a grid with as few levels, and were "
-        f"rounded a second time, to another grid: {shown}. To keep the grid they had, pass "
-        "its codes and scales to PackedLinear.from_codes, or its encodings file to open_checkpoint "
-        "(recipe: model.encodings with solver: keep)",
+        f"rounded a second time, to another grid: {shown}. To keep the grid they had, give "
+        "its encodings to qwlora.freeze_, or set model.encodings and base.solver: keep in a recipe",
+        QwloraWarning,
         stacklevel=3,
     )

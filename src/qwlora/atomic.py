@@ -8,6 +8,8 @@ The scratch copy of `NAME` is `.NAME.part`, next to it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -17,6 +19,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# In the metadata of a safetensors file: the key of all metadata as JSON, and in it, of the digest.
+_RECORD, _DIGEST = "qwlora", "sha256"
 
 
 @contextlib.contextmanager
@@ -88,6 +93,8 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file, replacing what was there; its folder is made if need be.
 
+    Its metadata get a digest of the tensors and the metadata, which `read_tensors` checks.
+
     Raises:
         SafetensorError: it cannot be written; the old file is as it was.
         OSError: it cannot be flushed or renamed.
@@ -96,8 +103,55 @@ def write_tensors(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as scratch:
-        save_file(contiguous, scratch, metadata=metadata)
+    record = {**(metadata or {}), _DIGEST: _digest(contiguous, metadata or {})}
+    with replacing(path) as scratch:  # one key: safetensors writes several in random order
+        save_file(contiguous, scratch, metadata={_RECORD: json.dumps(record, sort_keys=True)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata that `write_tensors` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        SafetensorError: it is not a safetensors file.
+        ValueError: its content changed after it was written, by its digest. A file without a
+            digest, from an earlier version, is not checked.
+    """
+    from safetensors.torch import load_file
+
+    metadata, expected = _metadata_and_digest(path)
+    tensors = load_file(path)
+    if expected is not None and expected != _digest(tensors, metadata):
+        raise ValueError("its content changed after it was written")
+    return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata that `write_tensors` wrote; reads and checks no tensor.
+
+    Raises:
+        OSError, SafetensorError, ValueError: the file cannot be read.
+    """
+    return _metadata_and_digest(path)[0]
+
+
+def _metadata_and_digest(path: Path) -> tuple[dict[str, str], str | None]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as opened:
+        written = dict(opened.metadata() or {})
+    metadata = json.loads(written[_RECORD]) if _RECORD in written else written
+    return metadata, metadata.pop(_DIGEST, None)
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    import torch
+
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def move_into_place(scratch: Path, target: Path) -> None:

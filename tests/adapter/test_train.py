@@ -27,7 +27,7 @@ from qwlora import fingerprint, quantize_
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingSettings, _arguments, check_loggers, train_adapter
 from qwlora.adapter.training_callbacks import Divergence, divergence
-from qwlora.adapter.training_checkpoints import delete_newer, last_checkpoint
+from qwlora.adapter.training_checkpoints import delete_newer, last_checkpoint, seal
 from qwlora.errors import MissingExtraError, TrainingError
 
 SHAPE = LoraShape(rank=4, alpha=8)
@@ -365,56 +365,66 @@ def test_divergence_on_mixed_data_is_found_soon(healthy: int, times: float, step
         assert healthy < found[0] <= healthy + 10 + steps
 
 
-def checkpoint(
-    work: Path, step: int, state: str | None = "{}", kept: int | None = None, sharded: bool = False
-) -> Path:
-    """A checkpoint as the Trainer writes it, with only the first `kept` bytes of the adapter."""
+def checkpoint(work: Path, step: int, sealed: bool = True, best: int | None = None) -> Path:
+    """A checkpoint as the Trainer writes it; without its digests it was interrupted."""
     folder = work / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
+    (folder / "pytorch_model_fsdp_0").mkdir(parents=True)
     save_file({"lora_A": torch.ones(3)}, folder / "adapter_model.safetensors")
-    whole = (folder / "adapter_model.safetensors").read_bytes()
-    (folder / "adapter_model.safetensors").write_bytes(whole[:kept])
-    if kept == 0:
-        (folder / "adapter_model.safetensors").unlink()
-    if sharded:
-        (folder / "pytorch_model_fsdp_0").mkdir()
-    if state is not None:
-        (folder / "trainer_state.json").write_text(state)
+    (folder / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(bytes(range(100)))
+    (folder / "optimizer.pt").write_bytes(bytes(range(200)))
+    (folder / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
+    if sealed:
+        seal(folder)
     return folder
 
 
 @pytest.mark.parametrize(
-    "broken",
+    "file",
     [
-        {"state": '{"global'},
-        {"state": None},
-        {"kept": -1},
-        {"kept": 0},
-        {"kept": -1, "sharded": True},
+        "trainer_state.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "pytorch_model_fsdp_0/__0_0.distcp",
+        "digests.json",
     ],
 )
-def test_never_resumes_from_a_broken_checkpoint(tmp_path: Path, broken: dict[str, Any]) -> None:
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_never_resumes_from_a_damaged_checkpoint(tmp_path: Path, file: str, how: str) -> None:
     whole = checkpoint(tmp_path, 2)
-    checkpoint(tmp_path, 10, **broken)
-    assert [last_checkpoint(tmp_path) for _ in "01"] == [
-        whole,
-        whole,
-    ]  # looking changes nothing for the next process
+    damaged = checkpoint(tmp_path, 10) / file
+    assert last_checkpoint(tmp_path) == damaged.parents[file.count("/")]
+    content = damaged.read_bytes()
+    if how == "gone":
+        damaged.unlink()
+    else:
+        flipped = bytes([content[-5] ^ 1])
+        damaged.write_bytes(content[:-5] + (flipped + content[-4:] if how == "flipped" else b""))
+    found = [last_checkpoint(tmp_path) for _ in "01"]
+    assert found == [whole, whole]  # looking changes nothing for the next process
     delete_newer(tmp_path, whole)
     assert list(tmp_path.iterdir()) == [whole]
 
 
-def test_sharded_checkpoint_needs_no_unsharded_adapter(tmp_path: Path) -> None:
+def test_never_resumes_where_the_best_checkpoint_is_damaged(tmp_path: Path) -> None:
+    """Training ends with the adapter of the best evaluation."""
+    first = checkpoint(tmp_path, 2)
+    best = checkpoint(tmp_path, 4, best=4)
+    assert checkpoint(tmp_path, 6, best=4) == last_checkpoint(tmp_path)
+    (best / "adapter_model.safetensors").unlink()
+    assert last_checkpoint(tmp_path) == first
+
+
+def test_an_interrupted_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "nowhere") is None
-    checkpoint(tmp_path, 2)
-    assert last_checkpoint(tmp_path) != checkpoint(tmp_path, 4, kept=0)
-    assert checkpoint(tmp_path, 6, kept=0, sharded=True) == last_checkpoint(tmp_path)
+    whole = checkpoint(tmp_path, 2)
+    checkpoint(tmp_path, 10, sealed=False)
+    assert last_checkpoint(tmp_path) == whole
 
 
 def test_broken_checkpoints_are_deleted_after_all_processes_looked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = checkpoint(tmp_path, 10, kept=-1)
+    broken = checkpoint(tmp_path, 10, sealed=False)
     os.utime(broken, (time.time() + 10**6,) * 2)  # rotation would delete it last
     seen: list[bool] = []
     monkeypatch.setattr(

@@ -136,7 +136,7 @@ def test_hostile_adapters_are_refused(qwa: Job, tuned: Job, record: Record, tmp_
 
     started = tmp_path / "started"
     recipe = yaml.safe_load(tuned.recipe.read_text()) | {"base": {"solver": "rtn"}}
-    recipe["adapters"] = [{"name": "next", "rank": 4, "steps": 1}]
+    recipe["adapters"] = [{"name": "next", "rank": 4, "steps": 1, "warmup_steps": 0}]
     (tmp_path / "started.yaml").write_text(yaml.safe_dump(recipe))
     assert qwlora("quantize", tmp_path / "started.yaml", "--out", started).code == 0
     _run_all(record, "adapters", hostile_models.ADAPTERS, attack, tmp_path)

@@ -31,13 +31,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwlora.adapter.fsdp import base_bytes
+from qwlora.adapter.training_checkpoints import seal
 from qwlora.errors import TrainingError
 from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track
@@ -134,6 +137,13 @@ class TrainingMonitor(TrainerCallback):
             control.should_save = True
         if self.interrupted is not None:
             control.should_save = control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        PartialState().wait_for_everyone()  # each process writes files of its own
+        if args.should_save:
+            seal(Path(str(args.output_dir), f"checkpoint-{state.global_step}"))
 
     def on_log(
         self,

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: the newest complete one, and whether training had ended there.
 
-The Trainer writes `trainer_state.json` last. A folder without a readable one was interrupted and is
-never resumed from.
+`seal` writes the digests of all files of a checkpoint after the Trainer has written them. A folder
+without them was interrupted, and one whose files differ is damaged: neither is resumed from.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils.constants import FSDP_MODEL_NAME
-from safetensors import SafetensorError, safe_open
-
 from qwlora.adapter.adapter_folder import WEIGHTS
+from qwlora.atomic import files_in
 from qwlora.errors import reading
+from qwlora.formats import manifest
 
 STATE = "trainer_state.json"
+DIGESTS = "digests.json"
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the digests of the files of a complete checkpoint."""
+    manifest.write(checkpoint, DIGESTS, {}, files_in(checkpoint))
 
 
 def last_checkpoint(work: Path) -> Path | None:
@@ -29,7 +34,7 @@ def last_checkpoint(work: Path) -> Path | None:
         (
             c
             for c in sorted(work.glob("checkpoint-*"), key=step_of, reverse=True)
-            if _is_complete(c)
+            if _is_complete(c) and _is_complete(_best(c) or c)
         ),
         None,
     )
@@ -58,27 +63,21 @@ def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: b
         patience and evaluations_without_improvement(last) >= patience
     ):
         return None
-    chosen = (
-        last.with_name(f"checkpoint-{state['best_global_step']}")
-        if keeps_best and state.get("best_global_step")
-        else last
-    )
+    chosen = (_best(last) if keeps_best else None) or last
     return chosen if (chosen / WEIGHTS).exists() else None
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether its state and its adapter can be read.
+def _best(checkpoint: Path) -> Path | None:
+    """The checkpoint of the best evaluation so far, which training may end with."""
+    step = read_state(checkpoint).get("best_global_step")
+    return checkpoint.with_name(f"checkpoint-{step}") if step else None
 
-    A sharded run may have the adapter in FSDP's files only.
-    """
-    try:
-        read_state(checkpoint)
-        if (checkpoint / WEIGHTS).exists() or not any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")):
-            with safe_open(checkpoint / WEIGHTS, "pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return True
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether it was sealed, and no file has changed since."""
+    return manifest.has_digests(checkpoint, DIGESTS) and not manifest.changed_files(
+        checkpoint, DIGESTS
+    )
 
 
 def evaluations_without_improvement(checkpoint: Path) -> int:
@@ -93,7 +92,7 @@ def evaluations_without_improvement(checkpoint: Path) -> int:
 
 def last_good(work: Path) -> str:
     """Where the newest complete checkpoint is, in words for an error message."""
-    complete = [c for c in work.glob("checkpoint-*") if (c / STATE).exists()]
+    complete = [c for c in work.glob("checkpoint-*") if (c / DIGESTS).exists()]
     return (
         f"the last good checkpoint is {max(complete, key=step_of)}"
         if complete

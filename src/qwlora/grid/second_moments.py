@@ -18,10 +18,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from qwlora.atomic import write_tensors
+from qwlora.atomic import read_metadata, read_tensors, write_tensors
 from qwlora.errors import CalibrationError, SourceError
 
 REVISION = 2  # 2: moments of outputs as well
@@ -146,12 +145,24 @@ class Moments(Mapping[str, Moment]):
                             f"it holds {', '.join(sorted(held))}, not "
                             f"{' and '.join(Moment._fields)}"
                         )
-                    self._home[opened.metadata()["layer"]] = file
+                self._home[read_metadata(file)["layer"]] = file
             except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
                 raise SourceError(
                     f"the moments in {str(file)!r} cannot be read ({error}); delete them and "
                     "quantize again"
                 ) from error
+
+    @classmethod
+    def resumed(cls, folder: Path) -> Moments:
+        """The moments of an unfinished job; files that are damaged or misnamed are deleted."""
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                good = read_tensors(file)[1].get("layer") == file.stem
+            except (OSError, SafetensorError, ValueError):
+                good = False
+            if not good:
+                file.unlink(missing_ok=True)
+        return cls(folder)
 
     def put(self, layer: str, moment: Moment) -> None:
         """Store `moment` for `layer`."""
@@ -173,7 +184,7 @@ class Moments(Mapping[str, Moment]):
     def __getitem__(self, layer: str) -> Moment:
         home = self._home[layer]
         return (
-            Moment(**{name: _whole(triangle) for name, triangle in load_file(home).items()})
+            Moment(**{name: _whole(triangle) for name, triangle in read_tensors(home)[0].items()})
             if isinstance(home, Path)
             else home
         )

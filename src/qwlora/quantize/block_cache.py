@@ -20,12 +20,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from qwlora import strict_json
-from qwlora.atomic import write_tensors
+from qwlora.atomic import read_tensors, write_tensors
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
@@ -84,19 +84,18 @@ class BlockCache:
         if self.folder is None:
             return None
         try:
-            with safe_open(self._file, "pt") as opened:
-                metadata = opened.metadata()
-                if metadata["key"] != self._digest.hexdigest():
-                    return None
-                records = json.loads(metadata["layers"])
-                quantized = {}
-                for name, record in records.items():
-                    codes, scale, offset = (
-                        opened.get_tensor(f"{name}/{key}") for key in ("codes", "scale", "offset")
-                    )
-                    quantized[name] = QuantizedTensor(
-                        codes, Encoding(Scheme.from_json(record["scheme"]), scale, offset)
-                    )
+            tensors, metadata = read_tensors(self._file)
+            if metadata["key"] != self._digest.hexdigest():
+                return None
+            records = json.loads(metadata["layers"])
+            quantized = {}
+            for name, record in records.items():
+                codes, scale, offset = (
+                    tensors[f"{name}/{k}"] for k in ("codes", "scale", "offset")
+                )
+                quantized[name] = QuantizedTensor(
+                    codes, Encoding(Scheme.from_json(record["scheme"]), scale, offset)
+                )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
             return None
         reports = {name: LayerReport(**record["report"]) for name, record in records.items()}

@@ -15,11 +15,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from qwlora.atomic import write_tensors
+from qwlora.atomic import read_tensors, write_tensors
 from qwlora.nn.fingerprint import update_digest
 
 _SECONDS_BETWEEN, _TIMES_WRITING = 60.0, 20
@@ -44,12 +43,10 @@ class TuningState:
         if self._file is None:
             return None
         try:
-            with safe_open(self._file, "pt") as opened:
-                if (opened.metadata() or {}).get("key") != self._key:
-                    return None
-            return load_file(self._file)
-        except (FileNotFoundError, SafetensorError):
+            tensors, metadata = read_tensors(self._file)
+        except (FileNotFoundError, SafetensorError, ValueError):
             return None
+        return tensors if metadata.get("key") == self._key else None
 
     def write(self, state: Callable[[], dict[str, Tensor]]) -> None:
         """Store the result of `state` if it is time to."""

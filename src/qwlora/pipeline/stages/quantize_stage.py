@@ -106,7 +106,7 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
 
     base, source = context.recipe.base, context.recipe.model.source
     calibration = context.base_calibration_ids(base.calibration_sequences)
-    moments = Moments(work / MOMENTS) if needs_moments(context.recipe) else None
+    moments = Moments.resumed(work / MOMENTS) if needs_moments(context.recipe) else None
     if base.solver == "keep":
         model = load_precomputed(context.checkpoint(), context.track)
         if moments is not None:

@@ -94,7 +94,8 @@ def main() -> None:
             commands.append((shown, time.perf_counter() - began, said))
 
         run = ["--out", str(job), str(job / "recipe.yaml")]
-        qwlora("train", "--out", str(job), str(recipe))
+        qwlora("quantize", "--out", str(job), str(recipe))
+        qwlora("train", *run)
         qwlora("adapters", "add", str(job), "--name", "torch", "--data", TEXTS["torch"])
         qwlora("train", *run)
         qwlora(

@@ -33,6 +33,27 @@ def test_a_parity_says_how_many_sequences_it_is_of() -> None:
     )
 
 
+def test_the_course_of_training_is_of_means() -> None:
+    """Single steps differ more than training changes them."""
+    train = {
+        "steps": 10,
+        "losses": [2.8, 3.0, *[2.7] * 6, 2.2, 3.2],
+        "step_seconds": 1.0,
+        "peak_rss_bytes": 10**9,
+        "trainable_parameters": 5,
+    }
+    found = rows(train={"first": train})
+    assert ("training first", "10 steps, loss 2.900 to 2.700 (means of 2)") in found
+    assert "warning" not in dict(found)
+
+
+def test_every_name_in_the_table_is_there_once() -> None:
+    found = rows(export={"onnx": {"first": {"bytes": 1}}}, parity={"onnx": {"first": PARITY}})
+    names = [name for name, _ in found if name]
+    assert len(set(names)) == len(names)
+    assert dict(found)["verdict, onnx first"] == "PASS"
+
+
 def test_distances_from_the_float_model_have_their_errors() -> None:
     base = {"mean": 0.09119, "stderr": 0.0021, "document_stderr": None, "p999": 1.5}
     only = {"mean": 0.5, "stderr": None, "document_stderr": None, "p999": 1.5}
@@ -63,4 +84,4 @@ def test_the_words_of_the_table_are_explained() -> None:
 )
 def test_sizes_do_not_round_to_nothing(count: int, words: str) -> None:
     assert size(count) == words
-    assert dict(rows(export={"onnx": {"first": {"bytes": count}}}))["onnx first"] == words
+    assert dict(rows(export={"onnx": {"first": {"bytes": count}}}))["size, onnx first"] == words

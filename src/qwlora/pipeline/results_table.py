@@ -25,18 +25,54 @@ def print_summary(results: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
-    perplexity, rows = results.get("perplexity", {}), list[tuple[str, str]]()
+Row = tuple[str, str]
+
+# The kinds of models that adapters are measured on, and their words in the table.
+_KINDS = (
+    ("imported", "float model, imported"),
+    ("adapted", "after adapter"),
+    ("simulated", "simulated, adapter"),
+)
+
+
+def _rows(results: dict[str, Any]) -> list[Row]:
+    perplexity = results.get("perplexity", {})
+    rows: list[Row] = []
     if results.get("trust_remote_code"):
         rows.append(("trust_remote_code", "true: Python code from the model's folder was run"))
-    for kind, what in (("float", "float model"), ("base", "frozen base")):
-        if kind in perplexity:
-            rows.append((f"perplexity, {what}", f"{perplexity[kind]:.3f}"))
-    for kind, what in (
-        ("imported", "float model, imported"),
-        ("adapted", "after adapter"),
-        ("simulated", "simulated, adapter"),
-    ):
+    rows += _perplexity_rows(perplexity)
+    rows += _divergence_rows(results)
+    if "base" in results:
+        rows += _base_rows(results["base"])
+    for name, train in results.get("train", {}).items():
+        rows += _training_rows(name, train, perplexity)
+    for target, adapters in results.get("export", {}).items():
+        rows += [
+            (f"size, {target} {name}", size(export["bytes"])) for name, export in adapters.items()
+        ]
+    parity = [
+        (f"{target} {name}", found)
+        for target, adapters in results.get("parity", {}).items()
+        for name, found in adapters.items()
+    ]
+    for name, found in parity:
+        rows += _parity_rows(name, found)
+    for name, found in parity:
+        problems = found.get("problems", [])
+        rows.append((f"verdict, {name}", f"FAIL: {'; '.join(problems)}" if problems else "PASS"))
+    seconds = {verb: stage["seconds"] for verb, stage in results["stages"].items()}
+    each = ", ".join(f"{verb} {s:.0f}" for verb, s in seconds.items())
+    rows.append(("seconds", f"{each}; total {sum(seconds.values()):.0f}"))
+    return rows
+
+
+def _perplexity_rows(perplexity: dict[str, Any]) -> list[Row]:
+    rows = [
+        (f"perplexity, {what}", f"{perplexity[kind]:.3f}")
+        for kind, what in (("float", "float model"), ("base", "frozen base"))
+        if kind in perplexity
+    ]
+    for kind, what in _KINDS:
         rows += [
             (f"perplexity, {what} {name}", f"{value:.3f}")
             for name, value in perplexity.get(kind, {}).items()
@@ -48,78 +84,55 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         }
         found = ", ".join(f"{model} {value:.3f}" for model, value in models.items())
         rows.append((f"perplexity on the text of {text}", found))
-    rows += _divergence_rows(results)
-    if base := results.get("base"):
-        rows.append(
-            (
-                "base",
-                f"{size(base['bytes'])} packed, {base['bits_per_weight']:.2f} bits per weight, "
-                f"fingerprint {base['fingerprint'][:16]}",
-            )
-        )
-        if "float_weights" in base:
-            rows.append(
-                (
-                    "",
-                    f"{base['weights']:,} weights packed, {base['float_weights']:,} left float "
-                    "(embeddings, norms, biases)",
-                )
-            )
-    for name, train in results.get("train", {}).items():
-        rows += _training_rows(name, train, perplexity)
-    for target, adapters in results.get("export", {}).items():
-        rows += [(f"{target} {name}", size(export["bytes"])) for name, export in adapters.items()]
-    for target, adapters in results.get("parity", {}).items():
-        for name, p in adapters.items():
-            found = (
-                f"perplexity {p['perplexity']:.3f} in the runtime, "
-                f"{p['simulated_perplexity']:.3f} simulated"
-            )
-            rows.append(
-                (
-                    f"parity {target} {name}",
-                    f"{found} (on {p['sequences']} sequences)" if "sequences" in p else found,
-                )
-            )
-            rows.append(
-                (
-                    "",
-                    f"same likeliest token {p['top1_agreement']:.2%}, floor "
-                    f"{p['floor_top1_agreement']:.2%}",
-                )
-            )
-            rows.append(
-                (
-                    "",
-                    f"worst of {p['layers']} layers: {p['worst_layer_steps']:.2f} steps, worst "
-                    f"mean {p['worst_layer_mean_steps']:.4f}",
-                )
-            )
-    for target, adapters in results.get("parity", {}).items():
-        for name, p in adapters.items():
-            problems = p.get("problems", [])
-            verdict = f"FAIL: {'; '.join(problems)}" if problems else "PASS"
-            rows.append((f"{target} {name}", verdict))
-    seconds = {verb: s["seconds"] for verb, s in results["stages"].items()}
-    rows.append(
-        (
-            "seconds",
-            ", ".join(f"{verb} {s:.0f}" for verb, s in seconds.items())
-            + f"; total {sum(seconds.values()):.0f}",
-        )
-    )
     return rows
 
 
-def _divergence_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+def _base_rows(base: dict[str, Any]) -> list[Row]:
+    rows = [
+        (
+            "base",
+            f"{size(base['bytes'])} packed, {base['bits_per_weight']:.2f} bits per weight, "
+            f"fingerprint {base['fingerprint'][:16]}",
+        )
+    ]
+    if "float_weights" in base:
+        rows.append(
+            (
+                "",
+                f"{base['weights']:,} weights packed, {base['float_weights']:,} left float "
+                "(embeddings, norms, biases)",
+            )
+        )
+    return rows
+
+
+def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
+    """How closely a runtime agrees with the simulation."""
+    found = (
+        f"perplexity {parity['perplexity']:.3f} in the runtime, "
+        f"{parity['simulated_perplexity']:.3f} simulated"
+    )
+    on = f" (on {parity['sequences']} sequences)" if "sequences" in parity else ""
+    return [
+        (f"parity {name}", found + on),
+        (
+            "",
+            f"same likeliest token {parity['top1_agreement']:.2%}, floor "
+            f"{parity['floor_top1_agreement']:.2%}",
+        ),
+        (
+            "",
+            f"worst of {parity['layers']} layers: {parity['worst_layer_steps']:.2f} steps, worst "
+            f"mean {parity['worst_layer_mean_steps']:.4f}",
+        ),
+    ]
+
+
+def _divergence_rows(results: dict[str, Any]) -> list[Row]:
     """How far each model's next-token distribution is from the float model's."""
     divergences, agreements = results.get("kl", {}), results.get("top1", {})
     models = [("frozen base", divergences, agreements, "base")] if "base" in divergences else []
-    for kind, what in (
-        ("imported", "float model, imported"),
-        ("adapted", "after adapter"),
-        ("simulated", "simulated, adapter"),
-    ):
+    for kind, what in _KINDS:
         models += [
             (f"{what} {name}", divergences[kind], agreements[kind], name)
             for name in divergences.get(kind, {})
@@ -136,13 +149,14 @@ def _with_error(value: float, error: float | None, form: str) -> str:
     return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form}}"
 
 
-def _training_rows(
-    name: str, train: dict[str, Any], perplexity: dict[str, Any]
-) -> list[tuple[str, str]]:
+def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any]) -> list[Row]:
     """Steps, loss and costs of one adapter, its gain on held-out text, and warnings."""
     in_what = f" in {train['compute']}" if train["steps"] and "compute" in train else ""
     losses = train.get("losses") or []
-    course = f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
+    course, part = "", max(1, len(losses) // 5)
+    if losses:
+        start, end = (sum(p) / part for p in (losses[:part], losses[-part:]))
+        course = f", loss {start:.3f} to {end:.3f}" + (f" (means of {part})" if part > 1 else "")
     rows = [
         (f"training {name}", f"{train['steps']} steps{in_what}{course}"),
         (
@@ -159,15 +173,12 @@ def _training_rows(
         rows.append(("", f"held-out perplexity {before:.3f} to {after:.3f} ({change:+.1%})"))
         if change >= 0:
             rows.append(("warning", f"{name} is no better than the base on held-out text"))
-    if len(losses) > 1:
-        part = max(1, len(losses) // 5)
-        start, end = (sum(p) / part for p in (losses[:part], losses[-part:]))
-        if end >= start:
-            rows.append(
-                (
-                    "warning",
-                    f"{name} did not learn: its loss went from {start:.3f} to {end:.3f} (means of "
-                    f"{part} steps). Try a lower learning_rate, or more steps",
-                )
+    if len(losses) > 1 and end >= start:
+        rows.append(
+            (
+                "warning",
+                f"{name} did not learn: its loss went from {start:.3f} to {end:.3f} (means of "
+                f"{part} steps). Try a lower learning_rate, or more steps",
             )
+        )
     return rows

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from transformers import (
 from conftest import ARCHITECTURES, byte_tokenizer, reseal, text, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_adapter, save_base
 from qwlora.errors import FingerprintError, SourceError
-from qwlora.formats import hf_quantizer
+from qwlora.formats import hf_quantizer, register_quantizer
 from qwlora.formats.base_folder import BaseWriter
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.frozen import packed_layers
@@ -434,3 +435,8 @@ def test_files_that_the_hub_cache_lacks_are_downloaded(
     assert not wanted
     assert model.name_or_path == "owner/name"
     assert torch.equal(logits(model), logits(load_base(base)))
+
+
+def test_a_transformers_without_the_table_can_still_be_imported() -> None:
+    """As in an environment with aimet-torch, which needs an older one."""
+    register_quantizer._register(ModuleType("transformers.quantizers.auto"))

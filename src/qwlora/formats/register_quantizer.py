@@ -27,6 +27,8 @@ def register_when_imported() -> None:
 
 
 def _register(table: ModuleType) -> None:
+    if not hasattr(table, "register_quantization_config"):
+        return  # before transformers 4.50, below our range; importing it must still work
     importlib.import_module("qwlora.formats.hf_quantizer").register_in(table)
 
 

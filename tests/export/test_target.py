@@ -13,17 +13,18 @@ import pytest
 
 from qwlora.errors import ExportError, MissingExtraError
 from qwlora.export.onnx_runtime import OnnxModel
-from qwlora.export.target import TARGETS, require_packages
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import GraphTarget
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import export_stage, verify_stage
 from qwlora.recipe.whole_recipe import Export
 
 
-class TextTarget:
+class TextTarget(GraphTarget):
     """Writes the metadata; its runtime refuses every file."""
 
     extra = "all"
-    packages: tuple[str, ...] = ("json", "not_there")
+    packages = ("json", "not_there")
     activation_bitwidths = (8,)
     model_files = "*.txt"
 
@@ -83,18 +84,20 @@ def test_a_recipe_takes_every_registered_target_and_no_other() -> None:
 
 def test_a_missing_package_names_the_extra_of_the_target() -> None:
     with pytest.raises(MissingExtraError, match=r"not_there.*qwlora\[all\]"):
-        require_packages(TextTarget())
+        TextTarget().require_packages()
 
 
 def test_the_onnx_target_opens_its_files_in_onnx_runtime(tmp_path: Path) -> None:
-    require_packages(TARGETS["onnx"])
-    assert isinstance(TARGETS["onnx"].open(tmp_path), OnnxModel)
+    onnx = TARGETS["onnx"]
+    assert isinstance(onnx, GraphTarget)
+    onnx.require_packages()
+    assert isinstance(onnx.open(tmp_path), OnnxModel)
 
 
 def test_the_registry_and_the_recipe_load_neither_torch_nor_onnx() -> None:
     program = (
-        "import sys, qwlora.recipe, qwlora.export.target;"
-        "print(sorted({'torch', 'onnx', 'onnxruntime', 'transformers'} & set(sys.modules)))"
+        "import sys, qwlora.recipe, qwlora.export.registry;"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'transformers', 'mlx'} & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwlora.export.target import GraphTarget
+
 if TYPE_CHECKING:
     from qwlora.export.verify import Runtime
     from qwlora.graph.quantized_graph import QuantizedGraph
 
 
-class OnnxTarget:
-    """`export_onnx` and `OnnxModel` as a `Target`."""
+class OnnxTarget(GraphTarget):
+    """`export_onnx` and `OnnxModel` as a target."""
 
     extra = "onnx"
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")

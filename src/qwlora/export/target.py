@@ -1,43 +1,73 @@
-"""Export targets: each writes a simulation as files of one runtime, and opens them there.
+"""What an export target is: it writes files for one runtime, and opens them there.
 
-A new target costs a module with a class that satisfies `Target` and one entry in `TARGETS`. This
-module and the modules of the targets import neither torch nor the packages of any runtime, because
-recipes are validated against the registry before anything heavy is loaded.
+    GraphTarget      the simulation of one adapter as one model: activations on their grids
+    WeightsTarget    the base's integers once, and adapters beside it: a runtime switches them
+
+A new target costs a module with one of these and an entry in `registry.py`. None of these modules
+imports torch or the packages of a runtime before it is used, because recipes are validated against
+the registry before anything heavy is loaded.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from qwlora.export.onnx_target import OnnxTarget
+from qwlora.errors import MissingExtraError
 from qwlora.system.optional_packages import require
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qwlora.export.canonical_adapter import CanonicalAdapter
     from qwlora.export.verify import Runtime
+    from qwlora.export.verify_weights import WeightsRuntime
     from qwlora.graph.quantized_graph import QuantizedGraph
 
 
-class Target(Protocol):
-    """One kind of exported files."""
+class Target(ABC):
+    """Files for one runtime.
 
-    @property
-    def extra(self) -> str:
-        """The extra of this package that installs `packages`."""
+    Attributes:
+        extra: the extra of this package that installs `packages`.
+        packages: modules that are imported to open the files, and for a graph also to write them.
+    """
 
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """Modules that `write` and `open` import."""
+    extra: str
+    packages: tuple[str, ...]
 
-    @property
-    def activation_bitwidths(self) -> tuple[int, ...]:
-        """Bitwidths of activations that the files can express."""
+    def require_packages(self) -> None:
+        """Import `packages`.
 
-    @property
-    def model_files(self) -> str:
-        """Glob of the files that hold the model; their total size is reported."""
+        Raises:
+            MissingExtraError: one is missing; the message names the extra that installs it.
+        """
+        for package in self.packages:
+            require(package, self.extra)
 
+    def missing(self) -> str | None:
+        """Which package is missing, and how to install it; None if all are there."""
+        try:
+            self.require_packages()
+        except MissingExtraError as error:
+            return str(error)
+        return None
+
+
+class GraphTarget(Target):
+    """A simulation as a model in one folder.
+
+    Attributes:
+        activation_bitwidths: bitwidths of activations that the files can express.
+        model_files: glob of the files that hold the model; their total size is reported.
+    """
+
+    activation_bitwidths: tuple[int, ...]
+    model_files: str
+
+    @abstractmethod
     def write(self, graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str]) -> None:
         """Write the files of `graph` into `folder`.
 
@@ -45,6 +75,7 @@ class Target(Protocol):
             ExportError: the files cannot express the graph.
         """
 
+    @abstractmethod
     def open(self, folder: Path) -> Runtime:
         """The files in `folder`, opened in the target's runtime.
 
@@ -53,14 +84,27 @@ class Target(Protocol):
         """
 
 
-TARGETS: dict[str, Target] = {"onnx": OnnxTarget()}
+class WeightsTarget(Target):
+    """A base folder with the base's integers, and a folder for every adapter."""
 
+    @abstractmethod
+    def write_base(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+    ) -> None:
+        """Write the base into `folder`.
 
-def require_packages(target: Target) -> None:
-    """Import everything that `target` needs.
+        Raises:
+            ExportError: the files cannot hold a layer's grid; all such layers are listed.
+        """
 
-    Raises:
-        MissingExtraError: a package is missing; the message names the extra that installs it.
-    """
-    for package in target.packages:
-        require(package, target.extra)
+    @abstractmethod
+    def write_adapter(self, adapter: CanonicalAdapter, folder: Path) -> None:
+        """Write an adapter into `folder`."""
+
+    @abstractmethod
+    def open(self, folder: Path) -> WeightsRuntime:
+        """The base in `folder`, opened in the target's runtime without an adapter.
+
+        Raises:
+            ExportError: the runtime refuses it.
+        """

@@ -260,7 +260,7 @@ def verify_language_model(
     data, primary = as_sequences(sequences), interface.primary
     first = next(data.rows())[0][None, :layer_tokens]
     layers = compare_layers(runtime, reference, {"input_ids": first})
-    exported, floor = _LogitDifference(), _LogitDifference()
+    exported, floor = LogitDifference(), LogitDifference()
     nll, simulated_nll, squared_noise = 0.0, 0.0, 0.0
     for ids, labels in track(data.rows(), "verifying", len(data)):
         batch = {"input_ids": ids[None]}
@@ -272,10 +272,10 @@ def verify_language_model(
         predicting[-1] = labels[-1] != IGNORED
         exported.update(found[:, predicting], expected[:, predicting])
         floor.update(perturbed[:, predicting], expected[:, predicting])
-        simulated = _nll(expected, labels)
-        nll += float(_nll(found, labels).sum())
+        simulated = token_losses(expected, labels)
+        nll += float(token_losses(found, labels).sum())
         simulated_nll += float(simulated.sum())
-        squared_noise += float((_nll(perturbed, labels) - simulated).square().sum())
+        squared_noise += float((token_losses(perturbed, labels) - simulated).square().sum())
     return LanguageModelParity(
         **layers.to_json(),
         max_abs_logit_difference=exported.largest,
@@ -341,7 +341,7 @@ class OutputDifference:
 
 
 @dataclass
-class _LogitDifference:
+class LogitDifference:
     """Running difference between logits [batch, tokens, vocabulary] of two computations."""
 
     largest: float = 0.0
@@ -374,7 +374,7 @@ class _LogitDifference:
         return (center - margin) / (1 + z * z / n)
 
 
-def _nll(logits: Tensor, labels: Tensor) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each token given those before it; 0 for those not in the loss."""
     return torch.nn.functional.cross_entropy(
         logits[0, :-1].double(), labels[1:], ignore_index=IGNORED, reduction="none"

@@ -1,4 +1,4 @@
-"""Unpacking of codes stored in int32 words, shared by several readers.
+"""Codes stored in int32 words: what several readers and writers share.
 
 The words of a row form a little-endian bit stream: code `i` occupies the bits
 `[i * bitwidth, (i + 1) * bitwidth)`, so a 3-bit code may cross a word boundary. For 4 and 2 bits
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
@@ -17,6 +18,8 @@ from qwlora.errors import GridError, SourceError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, Scheme
+
+_AT_ONCE = 2**22  # codes whose bits are in memory at once, a byte each
 
 
 def unpack_words(
@@ -38,6 +41,19 @@ def unpack_words(
             field = field | fields[..., byte + 1] << (8 - shift)
         codes.append(field & (2**bitwidth - 1))
     return torch.stack(codes, -1).flatten(-2)[..., :count]
+
+
+def pack_words(codes: UInt8[Tensor, "rows count"], bitwidth: int) -> Int[Tensor, "rows words"]:
+    """Undo `unpack_words`: one little-endian bit stream per row, padded with zeros to whole
+    words."""
+    rows = []
+    for part in codes.split(max(1, _AT_ONCE // max(1, codes.shape[1]))):
+        bits = (part.unsqueeze(-1) >> torch.arange(bitwidth, dtype=torch.uint8)) & 1
+        stream = bits.flatten(1)
+        stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 32))
+        packed = np.packbits(stream.numpy(), axis=1, bitorder="little")
+        rows.append(torch.from_numpy(packed).view(torch.int32))
+    return torch.cat(rows)
 
 
 def blocks(in_features: int, count: int, where: str) -> Granularity:

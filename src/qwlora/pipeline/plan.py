@@ -38,6 +38,8 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
         evaluate_stage.add(plan, "float")
     quantize_stage.add(plan)
     evaluate_stage.add(plan, "base", ("quantize",))
+    for target in recipe.export.targets:
+        export_stage.add_base(plan, target)
     calibrate_base_stage.add(plan)
     for adapter in recipe.adapters:
         if is_imported(recipe, adapter) and has_float_model(recipe):

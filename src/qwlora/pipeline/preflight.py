@@ -19,7 +19,8 @@ from qwlora.adapter.attach import (
 from qwlora.adapter.train import check_loggers
 from qwlora.data.document_isolation import check_isolation
 from qwlora.errors import GridError, SourceError, TrainingError
-from qwlora.export.target import TARGETS, require_packages
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import GraphTarget
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.max_positions import check_positions
 from qwlora.formats.model_source import fetch
@@ -43,8 +44,9 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         MissingExtraError: a package that a later stage needs is not installed.
     """
     if verbs & {"export", "verify"}:
-        for target in context.recipe.export.targets:
-            require_packages(TARGETS[target])
+        for target in (TARGETS[name] for name in context.recipe.export.targets):
+            if isinstance(target, GraphTarget):
+                target.require_packages()
     for line in _slow_computing(context.recipe, verbs):
         say(line)
     texts = context.all_texts()

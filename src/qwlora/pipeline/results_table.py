@@ -56,10 +56,8 @@ def _rows(results: dict[str, Any]) -> list[Row]:
         for name, found in adapters.items()
     ]
     for name, found in parity:
-        rows += _parity_rows(name, found)
-    for name, found in parity:
-        problems = found.get("problems", [])
-        rows.append((f"verdict, {name}", f"FAIL: {'; '.join(problems)}" if problems else "PASS"))
+        rows += _parity_rows(name, found) if "not_run" not in found else []
+    rows += [(f"verdict, {name}", _verdict(found)) for name, found in parity]
     seconds = {verb: stage["seconds"] for verb, stage in results["stages"].items()}
     each = ", ".join(f"{verb} {s:.0f}" for verb, s in seconds.items())
     rows.append(("seconds", f"{each}; total {sum(seconds.values()):.0f}"))
@@ -106,13 +104,31 @@ def _base_rows(base: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def _verdict(parity: dict[str, Any]) -> str:
+    if "not_run" in parity:
+        return f"written, not run: {parity['not_run']}"
+    problems = parity.get("problems", [])
+    return f"FAIL: {'; '.join(problems)}" if problems else "PASS"
+
+
 def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
-    """How closely a runtime agrees with the simulation."""
+    """How closely a runtime agrees with the simulation or with the trained model."""
+    is_graph = "simulated_perplexity" in parity
+    other = "simulated_perplexity" if is_graph else "reference_perplexity"
     found = (
-        f"perplexity {parity['perplexity']:.3f} in the runtime, "
-        f"{parity['simulated_perplexity']:.3f} simulated"
+        f"perplexity {parity['perplexity']:.3f} in the runtime, {parity[other]:.3f} "
+        f"{'simulated' if is_graph else 'trained'}"
     )
     on = f" (on {parity['sequences']} sequences)" if "sequences" in parity else ""
+    if not is_graph:
+        return [
+            (f"parity {name}", found + on),
+            (
+                "",
+                f"same likeliest token {parity['top1_agreement']:.2%}, largest difference of a "
+                f"logit {parity['max_abs_logit_difference']:.2g}",
+            ),
+        ]
     return [
         (f"parity {name}", found + on),
         (

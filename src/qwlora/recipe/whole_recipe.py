@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qwlora.export.target import TARGETS
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import GraphTarget, WeightsTarget
 from qwlora.recipe.adapter_section import Adapter
 from qwlora.recipe.base_section import Base, Model
 from qwlora.recipe.data_section import Data
@@ -168,12 +169,33 @@ class Recipe(Section):
             if r.bitwidth is not None and r.of != "weights"
         }
         for target in self.export.targets:
-            held = TARGETS[target].activation_bitwidths
+            kind = TARGETS[target]
+            if not isinstance(kind, GraphTarget):
+                continue
+            held = kind.activation_bitwidths
             if wrong := [f"{key} {bits}" for key, bits in asked.items() if bits not in held]:
                 raise ValueError(
                     f"{', '.join(wrong)}: {target} supports activations of "
                     f"{' or '.join(map(str, held))} bits; use one of these, or remove {target} "
                     "from export.targets"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _runtimes_have_the_adapters(self) -> Recipe:
+        for target in self.export.targets:
+            if not isinstance(TARGETS[target], WeightsTarget):
+                continue
+            if wrong := [a.name for a in self.adapters if a.dora or a.target_parameters]:
+                raise ValueError(
+                    f"adapters {', '.join(wrong)}: {target} holds LoRA factors of linear layers, "
+                    f"but no DoRA and no experts; remove {target} from export.targets, or train "
+                    "without dora and target_parameters"
+                )
+            if "base" in (a.name for a in self.adapters):
+                raise ValueError(
+                    f"adapters: base is the name of the base's folder in export/{target}; choose "
+                    "another name"
                 )
         return self
 

@@ -1,4 +1,8 @@
-"""Stages `export/TARGET/NAME`, step 4: write the files for a runtime."""
+"""Stages of step 4: write the files for a runtime.
+
+export/TARGET/NAME    the simulation of an adapter as a model, or, of a weights target, the adapter
+export/TARGET         of a weights target: the base, in the folder export/TARGET/base
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.export.target import TARGETS
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import GraphTarget, WeightsTarget
 from qwlora.pipeline.artifacts import ADAPTER
 from qwlora.pipeline.stage import PlanBuilder, Stage
 
@@ -15,20 +20,55 @@ if TYPE_CHECKING:
 
 
 NAME = "export"
+BASE = "base"
+RECORD = "qwlora.json"  # next to exported weights: the base's fingerprint, and digests of the files
+
+
+def add_base(plan: PlanBuilder, target: str) -> None:
+    """Add the stage that writes the base, if the target has one."""
+    if isinstance(TARGETS[target], WeightsTarget):
+        plan.add(f"{NAME}/{target}", [], ("quantize",), None, f"{NAME}/{target}/{BASE}")
 
 
 def add(plan: PlanBuilder, target: str, name: str) -> None:
     """Add the stage of one target and adapter."""
     stage = f"{NAME}/{target}/{name}"
-    plan.add(stage, [], (f"calibrate/{name}",), name, stage)
+    needs = f"calibrate/{name}" if isinstance(TARGETS[target], GraphTarget) else f"train/{name}"
+    plan.add(stage, [], (needs,), name, stage)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Write the files, and next to them the adapter as it was calibrated."""
+    """Write the files."""
     _, name, *_ = stage.name.split("/")
-    target, adapter = TARGETS[name], str(stage.adapter)
+    target = TARGETS[name]
+    if isinstance(target, GraphTarget):
+        size = _write_graph(context, target, str(stage.adapter), scratch)
+    else:
+        assert isinstance(target, WeightsTarget)
+        _write_weights(context, target, stage.adapter, scratch)
+        size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+    return {"export": {name: {stage.adapter or BASE: {"bytes": size}}}}
+
+
+def _write_graph(context: JobContext, target: GraphTarget, adapter: str, scratch: Path) -> int:
+    """Write a simulation, with its calibrated adapter; returns the size of the model."""
     metadata = {"qwlora.base_fingerprint": context.base_fingerprint, "qwlora.adapter": adapter}
     target.write(context.simulation(adapter).graph(), scratch, metadata)
     size = sum(path.stat().st_size for path in scratch.glob(target.model_files))
     shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
-    return {"export": {name: {adapter: {"bytes": size}}}}
+    return size
+
+
+def _write_weights(
+    context: JobContext, target: WeightsTarget, adapter: str | None, scratch: Path
+) -> None:
+    """Write the base, or an adapter as it was trained, and which base they are of."""
+    from qwlora.export.canonical_adapter import read_canonical
+    from qwlora.formats import manifest
+
+    if adapter is None:
+        target.write_base(context.base(), context.tokenizer, scratch)
+    else:
+        target.write_adapter(read_canonical(context.path / "adapters" / adapter), scratch)
+    files = [file.name for file in scratch.iterdir()]
+    manifest.write(scratch, RECORD, {"base_fingerprint": context.base_fingerprint}, files)

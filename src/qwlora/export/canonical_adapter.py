@@ -1,0 +1,131 @@
+"""An adapter in the one form that every runtime reads alike: factors with the scale folded in.
+
+    W x + scaling B A x  =  W x + B' A x,    B' = scaling B
+
+`scaling` is alpha / r, or alpha / sqrt(r) for rsLoRA, with the rank and alpha of each module's
+pattern. Runtimes disagree about it: some ignore alpha, some ignore rsLoRA or the patterns, some
+have one scale for all modules. With alpha = r and no pattern all of their defaults are right.
+
+Read from the files of an adapter, as PEFT writes them. DoRA, embeddings, convolutions, fused
+experts, biases and whole modules have no such form and are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwlora import strict_json
+from qwlora.adapter.adapter_folder import CONFIG, FILE, WEIGHTS, read_config
+from qwlora.errors import ExportError, SourceError
+from qwlora.messages import listed
+
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+
+
+@dataclass(frozen=True)
+class CanonicalAdapter:
+    """Factors by module path in the base model.
+
+    Args:
+        factors: A [r, in] and B [out, r], scaled, both float32.
+        base_fingerprint: of the base that it was trained on; None if it does not record one.
+    """
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    base_fingerprint: str | None
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(len(a) for a, _ in self.factors.values())
+
+
+def read_canonical(folder: Path) -> CanonicalAdapter:
+    """The adapter in `folder`, which PEFT or `save_adapter` wrote.
+
+    Raises:
+        SourceError: its files cannot be read.
+        ExportError: it holds something that is no pair of LoRA factors of a linear layer.
+    """
+    config, what = read_config(folder), f"adapter {str(folder)!r}"
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"{what}: {WEIGHTS} cannot be read ({error}); copy it again") from error
+    halves: dict[str, dict[str, Tensor]] = {}
+    other = []
+    for name, tensor in tensors.items():
+        match = _FACTOR.fullmatch(name)
+        if match is None or tensor.ndim != 2:
+            other.append(name)
+        else:
+            halves.setdefault(match[1], {})[match[2]] = tensor.float()
+    other += [module for module, found in halves.items() if len(found) < 2]
+    if other or config.get("use_dora") or config.get("target_parameters"):
+        raise ExportError(
+            f"{what} holds {listed(other) or 'DoRA magnitudes or experts'}: only LoRA factors of "
+            "linear layers can be exported to this target. Remove it from export.targets, or train "
+            "an adapter without DoRA, embeddings, convolutions and experts"
+        )
+    factors = {
+        module: (found["A"].contiguous(), (found["B"] * _scaling(config, module, found["A"])))
+        for module, found in halves.items()
+    }
+    return CanonicalAdapter(factors, _fingerprint(folder))
+
+
+def write_peft(adapter: CanonicalAdapter, folder: Path) -> None:
+    """Write it as a PEFT directory whose alpha is its rank, without patterns of alpha."""
+    ranks = {module: len(a) for module, (a, _) in adapter.factors.items()}
+    save_file(
+        {
+            f"base_model.model.{module}.lora_{half}.weight": factor.contiguous()
+            for module, pair in adapter.factors.items()
+            for half, factor in zip("AB", pair, strict=True)
+        },
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    others = {re.escape(module): r for module, r in ranks.items() if r != adapter.rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": adapter.rank,
+        "lora_dropout": 0.0,
+        "r": adapter.rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
+
+
+def _scaling(config: dict[str, Any], module: str, a: Tensor) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    key = get_pattern_key(patterns.keys(), module)
+    alpha, rank = float(patterns.get(key, config["lora_alpha"])), len(a)
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _fingerprint(folder: Path) -> str | None:
+    try:
+        found = json.loads((folder / FILE).read_text())["base_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(found)

@@ -1,0 +1,81 @@
+"""The `hf` target: a compressed-tensors folder and PEFT directories, for transformers, vLLM and
+SGLang.
+
+    transformers   AutoModelForCausalLM.from_pretrained("base")
+                   PeftModel.from_pretrained(model, "NAME")
+    vLLM           vllm serve base --enable-lora --lora-modules NAME=NAME
+
+Imports torch and transformers only when it writes or opens files (see `target.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.errors import ExportError, foreign_as
+from qwlora.export.target import WeightsTarget
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qwlora.export.canonical_adapter import CanonicalAdapter
+
+
+class HfTarget(WeightsTarget):
+    """`write_compressed_tensors` and `write_peft` as a target; transformers and PEFT run it."""
+
+    extra = "hf"
+    packages = ("compressed_tensors",)
+
+    def write_base(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+    ) -> None:
+        from qwlora.export.compressed_tensors_folder import write_compressed_tensors
+
+        write_compressed_tensors(model, tokenizer, folder)
+
+    def write_adapter(self, adapter: CanonicalAdapter, folder: Path) -> None:
+        from qwlora.export.canonical_adapter import write_peft
+
+        write_peft(adapter, folder)
+
+    def open(self, folder: Path) -> TransformersRuntime:
+        return TransformersRuntime(folder)
+
+
+class TransformersRuntime:
+    """The folder in transformers, in float32; adapters by PEFT.
+
+    Raises:
+        ExportError: transformers refuses the folder.
+    """
+
+    def __init__(self, folder: Path):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with foreign_as(ExportError, f"transformers cannot load {str(folder)!r}"):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._base: Any = model.eval()
+        self._active: Any = self._base
+
+    def use(self, adapter: Path | None) -> None:
+        """Switch to an adapter's folder, or to none."""
+        from peft import PeftModel
+
+        if self._active is not self._base:
+            self._base = self._active.unload()
+        self._active = self._base
+        if adapter is not None:
+            with foreign_as(ExportError, f"PEFT cannot load {str(adapter)!r}"):
+                self._active = PeftModel.from_pretrained(self._base, adapter).eval()
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Float32 logits [batch, tokens, vocabulary] of token ids [batch, tokens]."""
+        import torch
+
+        with torch.no_grad():
+            logits: Tensor = self._active(input_ids=ids).logits
+        return logits

@@ -1,0 +1,75 @@
+"""The `mlx` target: an affine-quantized folder and adapters for mlx-lm.
+
+    mlx_lm.generate --model base --adapter-path NAME --prompt "..."
+
+Imports torch and MLX only when it writes or opens files (see `target.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.errors import ExportError, foreign_as
+from qwlora.export.target import WeightsTarget
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qwlora.export.canonical_adapter import CanonicalAdapter
+
+
+class MlxTarget(WeightsTarget):
+    """`write_mlx` and `write_mlx_adapter` as a target; mlx-lm runs it."""
+
+    extra = "mlx"
+    packages = ("mlx.core", "mlx_lm")
+
+    def write_base(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+    ) -> None:
+        from qwlora.export.mlx_folder import write_mlx
+
+        write_mlx(model, tokenizer, folder)
+
+    def write_adapter(self, adapter: CanonicalAdapter, folder: Path) -> None:
+        from qwlora.export.mlx_folder import write_mlx_adapter
+
+        write_mlx_adapter(adapter, folder)
+
+    def open(self, folder: Path) -> MlxRuntime:
+        return MlxRuntime(folder)
+
+
+class MlxRuntime:
+    """The folder in mlx-lm.
+
+    Raises:
+        ExportError: mlx-lm refuses the folder.
+    """
+
+    def __init__(self, folder: Path):
+        from mlx_lm.utils import load_model
+
+        with foreign_as(ExportError, f"mlx-lm cannot load {str(folder)!r}"):
+            self._model: Any = load_model(folder)[0]
+
+    def use(self, adapter: Path | None) -> None:
+        """Switch to an adapter's folder, or to none."""
+        from mlx_lm.tuner.utils import load_adapters, remove_lora_layers
+
+        self._model = remove_lora_layers(self._model)
+        if adapter is not None:
+            with foreign_as(ExportError, f"mlx-lm cannot load {str(adapter)!r}"):
+                self._model = load_adapters(self._model, str(adapter))
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Float32 logits [batch, tokens, vocabulary] of token ids [batch, tokens]."""
+        import mlx.core as mx
+        import numpy as np
+        import torch
+
+        self._model.eval()
+        found = self._model(mx.array(ids.numpy().astype(np.int32)))
+        return torch.from_numpy(np.array(found.astype(mx.float32)))

@@ -1,0 +1,10 @@
+"""All export targets by the name that recipes use."""
+
+from __future__ import annotations
+
+from qwlora.export.hf_target import HfTarget
+from qwlora.export.mlx_target import MlxTarget
+from qwlora.export.onnx_target import OnnxTarget
+from qwlora.export.target import Target
+
+TARGETS: dict[str, Target] = {"onnx": OnnxTarget(), "hf": HfTarget(), "mlx": MlxTarget()}

@@ -1,0 +1,136 @@
+"""The proof of a weights target: its files, run in its runtime, against the trained model.
+
+    base        the runtime without an adapter, against the packed base
+    adapter     the same with the adapter, against the base with the adapter that was trained
+    off again   without it once more: bit for bit what it was before
+
+Weights are the same integers on both sides and everything else is float, so only rounding may
+differ: a logit by LOGIT_DIFFERENCE of the largest logit, the likeliest token of one token in a
+thousand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qwlora.data.sequences import Sequences
+from qwlora.export.verify import Limits, LogitDifference, token_losses
+from qwlora.progress import Track, untracked
+
+LOGIT_DIFFERENCE = 1e-4
+AGREEMENT = 0.999
+
+
+class WeightsRuntime(Protocol):
+    """A base folder, opened in the program that it was written for."""
+
+    def use(self, adapter: Path | None) -> None:
+        """Switch to the adapter in a folder, or to none."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Float32 logits [batch, tokens, vocabulary] of token ids [batch, tokens]."""
+
+
+@dataclass(frozen=True)
+class WeightsParity:
+    """How far a runtime is from the trained model.
+
+    Args:
+        max_abs_logit_difference, mean_abs_logit_difference: with the adapter.
+        largest_logit: of the trained model, absolute.
+        top1_agreement: share of tokens with the same likeliest next token.
+        base_max_abs_logit_difference: without the adapter, on the first sequence.
+        off_is_equal: whether switching the adapter off gives the bits of before.
+        perplexity, reference_perplexity: of the runtime and of the trained model.
+        sequences, tokens: compared.
+    """
+
+    max_abs_logit_difference: float
+    mean_abs_logit_difference: float
+    largest_logit: float
+    top1_agreement: float
+    base_max_abs_logit_difference: float
+    off_is_equal: bool
+    perplexity: float
+    reference_perplexity: float
+    sequences: int
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def broken_limits(self, limits: Limits) -> Iterator[str]:
+        """A sentence for each limit that is exceeded."""
+        allowed = LOGIT_DIFFERENCE * self.largest_logit
+        for what, found in (
+            ("with the adapter", self.max_abs_logit_difference),
+            ("without it", self.base_max_abs_logit_difference),
+        ):
+            if not found <= allowed:
+                yield f"a logit {what} is off by {found:.3g} (limit {allowed:.3g})"
+        if not self.top1_agreement >= AGREEMENT:
+            yield (
+                f"the likeliest token is the same for {self.top1_agreement:.2%} of tokens (limit "
+                f"{AGREEMENT:.1%})"
+            )
+        if not self.off_is_equal:
+            yield "after the adapter is switched off, logits differ from those before"
+        difference = abs(self.perplexity / self.reference_perplexity - 1)
+        if not difference <= limits.perplexity_difference:
+            yield (
+                f"perplexity differs by {difference:.2%} (limit {limits.perplexity_difference:.2%})"
+            )
+
+
+@torch.no_grad()
+def verify_weights(
+    runtime: WeightsRuntime,
+    model: PeftModel,
+    adapter: Path,
+    sequences: Sequences,
+    track: Track = untracked,
+) -> WeightsParity:
+    """Compare the runtime's logits on `sequences` with those of the trained `model`.
+
+    Args:
+        model: the packed base with the trained adapter.
+        adapter: the exported adapter.
+
+    Raises:
+        ExportError: the runtime refuses the adapter.
+    """
+    first = next(sequences.rows())[0][None]
+    runtime.use(None)
+    before = runtime.logits(first)
+    with model.disable_adapter():
+        base = (before - model(input_ids=first).logits.float()).abs().max()
+    runtime.use(adapter)
+    found, nll, reference_nll, largest = LogitDifference(), 0.0, 0.0, 0.0
+    for ids, labels in track(sequences.rows(), "verifying", len(sequences)):
+        expected = model(input_ids=ids[None]).logits.float()
+        logits = runtime.logits(ids[None])
+        found.update(logits, expected)
+        nll += float(token_losses(logits, labels).sum())
+        reference_nll += float(token_losses(expected, labels).sum())
+        largest = max(largest, float(expected.abs().max()))
+    runtime.use(None)
+    return WeightsParity(
+        max_abs_logit_difference=found.largest,
+        mean_abs_logit_difference=found.total / found.count,
+        largest_logit=largest,
+        top1_agreement=found.agreement,
+        base_max_abs_logit_difference=float(base),
+        off_is_equal=torch.equal(runtime.logits(first), before),
+        perplexity=math.exp(nll / sequences.loss_tokens),
+        reference_perplexity=math.exp(reference_nll / sequences.loss_tokens),
+        sequences=len(sequences),
+        tokens=found.tokens,
+    )

@@ -1,0 +1,81 @@
+"""What the folders of all weights targets hold: float tensors, configuration, tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qwlora import strict_json
+from qwlora.errors import ExportError
+from qwlora.messages import lines
+from qwlora.nn.pack_at import packed_weights
+from qwlora.nn.packed_layer import PackedLayer
+
+
+def layers_to_write(model: PreTrainedModel) -> dict[str, PackedLayer]:
+    """Packed layers by the name of their weight, without output heads that share an embedding."""
+    return {name: layer for name, layer in packed_weights(model).items() if not layer.is_tied}
+
+
+def float_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and saved buffers that are not part of a packed weight."""
+    inside = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, PackedLayer)
+        for name in module.state_dict()
+        if name != "bias"
+    }
+    seen = set[int]()
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in inside and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor.detach()
+    return found
+
+
+def refuse(target: str, problems: list[str]) -> None:
+    """Raise one error about all layers that a target cannot hold.
+
+    Raises:
+        ExportError: there are problems.
+    """
+    if problems:
+        shown = "\n  ".join(lines(problems))
+        raise ExportError(f"{target} cannot hold {len(problems)} layers of this base:\n  {shown}")
+
+
+def write_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    changes: Mapping[str, Any],
+) -> None:
+    """Write a Hugging Face folder.
+
+    Args:
+        tensors: every tensor of the model's files.
+        changes: keys to set in config.json.
+    """
+    save_torch_state_dict(dict(tensors), folder)
+    config: Any = copy.deepcopy(model.config)
+    config.dtype, config.architectures = model.dtype, [type(model).__name__]
+    if "quantization_config" in vars(config):
+        del config.quantization_config
+    config.save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text())
+    content.pop("transformers_weights", None)
+    (folder / "config.json").write_text(strict_json.dumps({**content, **changes}, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)

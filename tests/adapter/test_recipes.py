@@ -479,6 +479,7 @@ DISTRIBUTED = {
     "batch_sequences": 4,
     "learning_rate": 5e-3,
     "evaluation_steps": 3,
+    "compute": "float32",
 }
 
 

@@ -48,7 +48,7 @@ def aimet_shape(
         case PerChannel(axis):
             axis %= len(shape)
             return tuple(n if i == axis else 1 for i, n in enumerate(shape)), None
-        case PerBlock(size):
+        case PerBlock(size) | Lpbq(size):
             return (*shape[:-1], shape[-1] // size), (*(1 for _ in shape[:-1]), size)
 
 

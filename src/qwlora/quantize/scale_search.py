@@ -5,10 +5,12 @@
 `h_j >= 0` is the importance of input j; `c_j` is `clipping_penalty` where the grid clips w_j and 1
 elsewhere (3 gives AIMET's SQNR rule).
 
-Candidates are fractions of the min-max range, then the best scale for the codes found,
-`sum h w n / sum h n^2` with `n = q + offset`, and the neighboring offsets of an asymmetric grid, as
-long as the error falls. Scales of blocks are rounded to float16 wherever float16 has its full
-precision, so that a packed layer stores them in half the space without loss.
+Candidates are fractions of the min-max range down to 0.3, and below as long as the error of some
+group falls: with one grid per tensor, few outliers can make a tenth of the range best. Then follow
+the best scale for the codes found, `sum h w n / sum h n^2` with `n = q + offset`, and the
+neighboring offsets of an asymmetric grid, as long as the error falls. Scales of blocks are rounded
+to float16 wherever float16 has its full precision, so that a packed layer stores them in half the
+space without loss.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from qwlora.grid.lpbq import to_integer_scales
 from qwlora.grid.observers import encoding_from_range, rows_of_groups
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 
-REVISION = 1
+REVISION = 2  # 2: ranges below 0.3 of the min-max range
 _FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())
 COARSE = (1.0, 0.88, 0.76)
+_NARROWEST = 0.01
 _REFITS = 3
 _HALF_NORMAL = torch.finfo(torch.float16).smallest_normal
 
@@ -62,6 +65,12 @@ def search_scale(
     for fraction in fractions:
         candidate = encoding_from_range(low * fraction, high * fraction, flat)
         best.offer(candidate.scale, candidate.offset)
+    narrow, improved = fractions[-1], fractions is _FRACTIONS
+    while improved and narrow > _NARROWEST:  # few outliers among many values: one grid per tensor
+        narrow, before = 0.9 * narrow, best.error
+        candidate = encoding_from_range(low * narrow, high * narrow, flat)
+        best.offer(candidate.scale, candidate.offset)
+        improved = bool((best.error < before).any())
     for _ in range(_REFITS if fractions is _FRACTIONS else 1):
         best.offer(best.refitted_scale(), best.offset)
         for shift in () if scheme.symmetric else (-1, 1):

@@ -120,9 +120,7 @@ def test_grids_round_as_aimets_quantizers(tmp_path: Path, exporter: str, version
             shape, transposed=numbered, block_order="tensor" if numbered else "channel"
         )
         if version == "0.6.1" and ("block" in name or name == "lpbq"):
-            with pytest.raises(
-                SourceError, match=r"0.6.1 lists scales of blocks as channels"
-            ):
+            with pytest.raises(SourceError, match=r"0.6.1 lists scales of blocks as channels"):
                 grid_of(entry, placement, version)
             continue
         grid = grid_of(entry, placement, version)

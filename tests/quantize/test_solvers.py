@@ -14,6 +14,7 @@ import torch
 import qwlora
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.scheme import PerBlock, Scheme
+from qwlora.quantize.scale_search import search_scale
 from qwlora.quantize.solvers import SOLVERS, Solver, solver_named
 from qwlora.recipe import base_section
 from qwlora.revisions import later_revisions, revision
@@ -21,11 +22,12 @@ from qwlora.revisions import later_revisions, revision
 SCHEME = Scheme(3, granularity=PerBlock(16))
 # Codes of 2 x 16 weights by the revisions of the solver's modules. If a solver's results change on
 # purpose, raise REVISION in its module and write the new codes here under the new revisions.
+SEARCH = (("quantize.scale_search", 2),)
 CODES = {
     ("rtn", ()): "33445440434445542145424744446653",
-    ("search", ()): "33445440434445542145414754446753",
-    ("sqnr", ()): "33445440434445542145424754446653",
-    ("gptq", ()): "33445440434445542145514754446753",
+    ("search", SEARCH): "33445440434445542145414754446753",
+    ("sqnr", SEARCH): "33445440434445542145424754446653",
+    ("gptq", SEARCH): "33445440434445542145514754446753",
 }
 
 
@@ -95,3 +97,12 @@ def test_the_first_revision_is_in_no_key(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_module_without_a_revision_is_an_error() -> None:
     with pytest.raises(LookupError, match=r"qwlora\.grid\.packing states no REVISION"):
         revision("grid.packing")
+
+
+def test_the_search_finds_a_narrow_range() -> None:
+    """One outlier among many values: a tenth of the min-max range is best for one grid of all."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    weight[0, 0] = 40.0
+    found = float(search_scale(weight, Scheme(4)).scale)
+    assert found == pytest.approx(float(search_scale(weight[1:], Scheme(4)).scale), rel=0.15)
+    assert found < 0.2 * 40 / 7

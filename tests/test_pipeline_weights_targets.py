@@ -99,3 +99,25 @@ def test_adapters_that_a_target_cannot_hold_are_refused_at_once(
     adapter = {**ADAPTERS[0], **change}
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_for(export={"targets": ["hf"]}, adapters=[adapter]))
+
+
+@pytest.mark.parametrize(
+    ("target", "base", "message"),
+    [
+        ("mlx", {"weights": {"bitwidth": 7, "block_size": 32}}, "mlx cannot hold int7"),
+        ("mlx", {"weights": {"bitwidth": 4, "block_size": 16}}, "MLX has groups of 32"),
+        (
+            "hf",
+            {
+                "weights": {"bitwidth": 4, "symmetric": False, "block_size": 32},
+                "rules": [{"match": "*.mlp.*", "bitwidth": 8}],
+            },
+            "int4 asymmetric.*, int8 asymmetric.* together",
+        ),
+    ],
+)
+def test_a_grid_that_a_target_cannot_hold_is_refused_at_once(
+    recipe_for: Any, target: str, base: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_for(export={"targets": [target]}, base=base))

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.errors import ExportError
+from qwlora.export.held_schemes import compressed_tensors_problem, transformers_conflict
 from qwlora.export.weights_folder import float_tensors, layers_to_write, refuse, write_folder
 from qwlora.formats.int32_words import pack_words
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
-from qwlora.messages import listed
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedEmbedding, PackedLinear
 
@@ -60,12 +60,8 @@ def write_compressed_tensors(
         path = name.removesuffix(".weight")
         tensors |= {f"{path}.{part}": tensor for part, tensor in _parts(layer)}
         groups.setdefault(layer.scheme, []).append(path)
-    if len(groups) > 1 and not all(scheme.symmetric for scheme in groups):
-        raise ExportError(
-            f"hf cannot hold this base: its layers have {len(groups)} schemes "
-            f"({listed(map(str, groups))}), and transformers reads an asymmetric one only if all "
-            "layers have it. Use one scheme, or symmetric ones (base.weights, base.rules)"
-        )
+    if conflict := transformers_conflict(groups):
+        raise ExportError(f"hf cannot hold this base: {conflict}")
     packed = {path for paths in groups.values() for path in paths}
     ignored = [
         path
@@ -96,9 +92,7 @@ def _problem(layer: PackedLayer) -> str | None:
         return f"the format has integers for Linear layers only, not for {type(layer).__name__}"
     if isinstance(layer, PackedLinear) and layer.was_conv1d:
         return "compressed-tensors has no integers for transformers' Conv1D"
-    if scheme.float_offset and isinstance(layer, PackedLinear):
-        return f"{scheme} has a float offset; quantize to integer offsets (base.weights)"
-    return None
+    return compressed_tensors_problem(scheme) if isinstance(layer, PackedLinear) else None
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:

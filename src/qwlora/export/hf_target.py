@@ -10,10 +10,12 @@ Imports torch and transformers only when it writes or opens files (see `target.p
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
+from qwlora.export.held_schemes import compressed_tensors_problem, transformers_conflict
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.export.canonical_adapter import CanonicalAdapter
+    from qwlora.grid.scheme import Scheme
 
 
 class HfTarget(WeightsTarget):
@@ -28,6 +31,12 @@ class HfTarget(WeightsTarget):
 
     extra = "hf"
     packages = ("compressed_tensors",)
+
+    def problem(self, scheme: Scheme) -> str | None:
+        return compressed_tensors_problem(scheme)
+
+    def conflict(self, schemes: Collection[Scheme]) -> str | None:
+        return transformers_conflict(schemes)
 
     def write_base(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path

@@ -33,16 +33,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora import strict_json
 from qwlora.export.canonical_adapter import CanonicalAdapter
+from qwlora.export.held_schemes import MLX_GROUPS, mlx_problem
 from qwlora.export.weights_folder import float_tensors, layers_to_write, refuse, write_folder
 from qwlora.formats.int32_words import pack_words
-from qwlora.formats.mlx import BITWIDTHS
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.scheme import Lpbq, PerBlock
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedEmbedding, PackedLinear
-
-GROUPS = (128, 64, 32)
 
 
 def write_mlx(
@@ -105,10 +103,10 @@ def _problem(layer: PackedLayer) -> str | None:
         return f"MLX has integers for Linear and Embedding layers, not for {type(layer).__name__}"
     if isinstance(layer, PackedLinear) and layer.was_conv1d:
         return "mlx-lm has no quantized form of transformers' Conv1D"
-    if scheme.bitwidth not in BITWIDTHS:
-        return f"MLX has {', '.join(map(str, BITWIDTHS))} bits, not {scheme.bitwidth}"
+    if problem := mlx_problem(scheme):
+        return problem
     if _group(layer) is None:
-        return f"MLX has groups of 32, 64 and 128, into which {scheme} does not divide"
+        return f"{scheme}: {layer.tensor.shape[-1]} inputs do not divide into MLX's groups of 32"
     return None
 
 
@@ -116,7 +114,7 @@ def _group(layer: PackedLayer) -> int | None:
     """The largest group of MLX that does not cross a block of the grid; None if there is none."""
     granularity, columns = layer.scheme.granularity, layer.tensor.shape[-1]
     size = granularity.size if isinstance(granularity, PerBlock | Lpbq) else columns
-    return next((g for g in GROUPS if size % g == 0 and columns % g == 0), None)
+    return next((g for g in MLX_GROUPS if size % g == 0 and columns % g == 0), None)
 
 
 def _scales_and_biases(layer: PackedLayer, group: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
+from qwlora.export.held_schemes import mlx_problem
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.export.canonical_adapter import CanonicalAdapter
+    from qwlora.grid.scheme import Scheme
 
 
 class MlxTarget(WeightsTarget):
@@ -25,6 +27,9 @@ class MlxTarget(WeightsTarget):
 
     extra = "mlx"
     packages = ("mlx.core", "mlx_lm")
+
+    def problem(self, scheme: Scheme) -> str | None:
+        return mlx_problem(scheme)
 
     def write_base(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path

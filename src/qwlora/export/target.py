@@ -11,7 +11,7 @@ the registry before anything heavy is loaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from qwlora.export.verify import Runtime
     from qwlora.export.verify_weights import WeightsRuntime
     from qwlora.graph.quantized_graph import QuantizedGraph
+    from qwlora.grid.scheme import Scheme
 
 
 class Target(ABC):
-    """Files for one runtime.
+    """Files for one runtime; see the subclasses.
 
     Attributes:
         extra: the extra of this package that installs `packages`.
@@ -86,6 +87,14 @@ class GraphTarget(Target):
 
 class WeightsTarget(Target):
     """A base folder with the base's integers, and a folder for every adapter."""
+
+    @abstractmethod
+    def problem(self, scheme: Scheme) -> str | None:
+        """Why the files cannot hold integers of a scheme, and what they can; None if they can."""
+
+    def conflict(self, schemes: Collection[Scheme]) -> str | None:
+        """Why the files cannot hold layers of all these schemes together; None if they can."""
+        return None
 
     @abstractmethod
     def write_base(

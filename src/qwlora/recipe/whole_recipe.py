@@ -182,10 +182,21 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _runtimes_have_the_adapters(self) -> Recipe:
+    def _runtimes_hold_base_and_adapters(self) -> Recipe:
         for target in self.export.targets:
-            if not isinstance(TARGETS[target], WeightsTarget):
+            kind = TARGETS[target]
+            if not isinstance(kind, WeightsTarget):
                 continue
+            if self.base.solver != "keep":
+                weights = self.base.weights
+                asked = {weights.scheme(), *(r.scheme(weights) for r in self.base.rules)}
+                schemes = [scheme for scheme in asked if scheme is not None]
+                found = [*map(kind.problem, schemes), kind.conflict(schemes)]
+                if problems := [p for p in found if p is not None]:
+                    raise ValueError(
+                        f"base.weights, base.rules: {target} cannot hold {'; '.join(problems)}. "
+                        f"Choose another scheme, or remove {target} from export.targets"
+                    )
             if wrong := [a.name for a in self.adapters if a.dora or a.target_parameters]:
                 raise ValueError(
                     f"adapters {', '.join(wrong)}: {target} holds LoRA factors of linear layers, "

@@ -1,0 +1,38 @@
+"""Which schemes the formats of weights targets can hold as integers. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
+from qwlora.messages import listed
+
+MLX_BITWIDTHS = (2, 3, 4, 5, 6, 8)
+MLX_GROUPS = (128, 64, 32)
+
+
+def compressed_tensors_problem(scheme: Scheme) -> str | None:
+    """Why compressed-tensors cannot hold a scheme; None if it can."""
+    if scheme.float_offset:
+        return f"{scheme} has a float offset; compressed-tensors has integer zero points only"
+    return None
+
+
+def transformers_conflict(schemes: Collection[Scheme]) -> str | None:
+    """Why transformers cannot read layers of these schemes from one folder; None if it can."""
+    if len(schemes) < 2 or all(scheme.symmetric for scheme in schemes):
+        return None
+    return (
+        f"{listed(sorted(map(str, schemes)))} together: transformers reads an asymmetric scheme "
+        "only if all layers have it"
+    )
+
+
+def mlx_problem(scheme: Scheme) -> str | None:
+    """Why MLX cannot hold a scheme; None if it can."""
+    if scheme.bitwidth not in MLX_BITWIDTHS:
+        return f"{scheme}: MLX has {', '.join(map(str, MLX_BITWIDTHS))} bits"
+    match scheme.granularity:
+        case PerBlock(size) | Lpbq(size) if all(size % group for group in MLX_GROUPS):
+            return f"{scheme}: MLX has groups of 32, 64 and 128"
+    return None

@@ -29,7 +29,9 @@ def pins() -> dict[str, Version]:
     "requirement", [found for found in REQUIREMENTS if found.name != "qwlora"], ids=str
 )
 def test_the_oldest_allowed_release_is_pinned(requirement: Requirement) -> None:
-    (lowest,) = (Version(part.version) for part in requirement.specifier if part.operator == ">=")
+    (lowest,) = (
+        Version(part.version) for part in requirement.specifier if part.operator in (">=", "==")
+    )
     assert pins()[requirement.name] == lowest
 
 

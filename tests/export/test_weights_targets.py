@@ -18,7 +18,7 @@ from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import WeightsTarget
+from qwlora.export.target import ExportedBase, WeightsTarget
 from qwlora.export.verify import Limits
 from qwlora.export.verify_weights import verify_weights
 from qwlora.formats.assemble_model import load_precomputed
@@ -103,9 +103,9 @@ def test_every_scheme_is_held_bit_for_bit_or_refused(
     )
     if refused:
         with pytest.raises(ExportError, match=r"7 layers of this base.*\n.*q_proj\.weight"):
-            target(name).write_base(model, None, tmp_path)
+            target(name).write_base(ExportedBase(model, None), tmp_path)
         return
-    target(name).write_base(model, byte_tokenizer(), tmp_path)
+    target(name).write_base(ExportedBase(model, byte_tokenizer()), tmp_path)
     found = packed_weights(load_precomputed(open_checkpoint(tmp_path)))
     expected = packed_weights(model)
     assert found.keys() == expected.keys()
@@ -144,13 +144,15 @@ def test_the_runtime_computes_base_and_adapters(
         pytest.skip(missing)
     model = base(scheme, architecture, rules=rules)
     (tmp_path / "base").mkdir()
-    kind.write_base(model, byte_tokenizer(), tmp_path / "base")
+    kind.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "base")
     adapted = adapters(model, tmp_path / "trained")
     runtime = kind.open(tmp_path / "base")
     for adapter in ("first", "second", "first"):  # switched in one runtime
         folder = tmp_path / adapter
         folder.mkdir(exist_ok=True)
-        kind.write_adapter(read_canonical(tmp_path / "trained" / adapter), folder)
+        kind.write_adapter(
+            read_canonical(tmp_path / "trained" / adapter), tmp_path / "base", folder
+        )
         adapted.set_adapter(adapter)
         parity = verify_weights(runtime, adapted, folder, as_sequences(IDS))
         assert list(parity.broken_limits(Limits())) == []
@@ -164,14 +166,14 @@ def test_an_asymmetric_grid_beside_another_is_refused_by_hf(tmp_path: Path) -> N
     with pytest.raises(
         ExportError, match=r"int4 asymmetric .*int8 symmetric per channel.* together"
     ):
-        target("hf").write_base(model, None, tmp_path)
+        target("hf").write_base(ExportedBase(model, None), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["hf", "mlx"])
 def test_conv1d_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"c_attn\.weight.*Conv1D"):
-        target(name).write_base(base("w4-block32", "gpt2"), None, tmp_path)
+        target(name).write_base(ExportedBase(base("w4-block32", "gpt2"), None), tmp_path)
 
 
 def test_a_canonical_adapter_has_one_scale_for_everyone(tmp_path: Path) -> None:
@@ -186,7 +188,7 @@ def test_a_canonical_adapter_has_one_scale_for_everyone(tmp_path: Path) -> None:
         assert canonical.base_fingerprint is not None
         written = tmp_path / f"{adapter}-written"
         written.mkdir()
-        TARGETS["hf"].write_adapter(canonical, written)  # type: ignore[attr-defined]
+        target("hf").write_adapter(canonical, tmp_path, written)
         config = json.loads((written / "adapter_config.json").read_text())
         assert (config["lora_alpha"], config["use_rslora"]) == (config["r"], False)
         assert config["rank_pattern"] == config["alpha_pattern"]
@@ -206,6 +208,6 @@ def test_an_adapter_without_a_canonical_form_is_refused(tmp_path: Path) -> None:
 def test_an_mlx_adapter_pads_ranks(tmp_path: Path) -> None:
     adapters(base("w4-block32"), tmp_path)
     (tmp_path / "mlx").mkdir()
-    target("mlx").write_adapter(read_canonical(tmp_path / "second"), tmp_path / "mlx")
+    target("mlx").write_adapter(read_canonical(tmp_path / "second"), tmp_path, tmp_path / "mlx")
     tensors = load_file(tmp_path / "mlx" / "adapters.safetensors")
     assert {t.shape[1 if n.endswith("a") else 0] for n, t in tensors.items()} == {6}

@@ -28,6 +28,19 @@ def transformers_conflict(schemes: Collection[Scheme]) -> str | None:
     )
 
 
+def gguf_problem(scheme: Scheme) -> str | None:
+    """Why GGUF cannot hold a scheme; None if it can."""
+    bits = (4, 5) if scheme.float_offset else (4, 5, 8)
+    if not (scheme.symmetric or scheme.float_offset):
+        return f"{scheme}: GGUF has symmetric grids and float offsets, no integer zero points"
+    if scheme.bitwidth not in bits:
+        return f"{scheme}: GGUF has {' and '.join(map(str, bits))} bits in blocks of 32"
+    match scheme.granularity:
+        case PerBlock(size) | Lpbq(size) if size % 32:
+            return f"{scheme}: GGUF has blocks of 32"
+    return None
+
+
 def mlx_problem(scheme: Scheme) -> str | None:
     """Why MLX cannot hold a scheme; None if it can."""
     if scheme.bitwidth not in MLX_BITWIDTHS:

@@ -20,9 +20,9 @@ from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.export.canonical_adapter import CanonicalAdapter
+    from qwlora.export.target import ExportedBase
     from qwlora.grid.scheme import Scheme
 
 
@@ -38,14 +38,12 @@ class HfTarget(WeightsTarget):
     def conflict(self, schemes: Collection[Scheme]) -> str | None:
         return transformers_conflict(schemes)
 
-    def write_base(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
-    ) -> None:
+    def write_base(self, base: ExportedBase, folder: Path) -> None:
         from qwlora.export.compressed_tensors_folder import write_compressed_tensors
 
-        write_compressed_tensors(model, tokenizer, folder)
+        write_compressed_tensors(base.model, base.tokenizer, folder)
 
-    def write_adapter(self, adapter: CanonicalAdapter, folder: Path) -> None:
+    def write_adapter(self, adapter: CanonicalAdapter, base: Path, folder: Path) -> None:
         from qwlora.export.canonical_adapter import write_peft
 
         write_peft(adapter, folder)
@@ -60,6 +58,8 @@ class TransformersRuntime:
     Raises:
         ExportError: transformers refuses the folder.
     """
+
+    shipped = None  # what is verified is what is shipped
 
     def __init__(self, folder: Path):
         import torch

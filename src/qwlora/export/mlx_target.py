@@ -16,9 +16,9 @@ from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.export.canonical_adapter import CanonicalAdapter
+    from qwlora.export.target import ExportedBase
     from qwlora.grid.scheme import Scheme
 
 
@@ -31,14 +31,12 @@ class MlxTarget(WeightsTarget):
     def problem(self, scheme: Scheme) -> str | None:
         return mlx_problem(scheme)
 
-    def write_base(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
-    ) -> None:
+    def write_base(self, base: ExportedBase, folder: Path) -> None:
         from qwlora.export.mlx_folder import write_mlx
 
-        write_mlx(model, tokenizer, folder)
+        write_mlx(base.model, base.tokenizer, folder)
 
-    def write_adapter(self, adapter: CanonicalAdapter, folder: Path) -> None:
+    def write_adapter(self, adapter: CanonicalAdapter, base: Path, folder: Path) -> None:
         from qwlora.export.mlx_folder import write_mlx_adapter
 
         write_mlx_adapter(adapter, folder)
@@ -53,6 +51,8 @@ class MlxRuntime:
     Raises:
         ExportError: mlx-lm refuses the folder.
     """
+
+    shipped = None  # what is verified is what is shipped
 
     def __init__(self, folder: Path):
         from mlx_lm.utils import load_model

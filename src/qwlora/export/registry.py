@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from qwlora.export.gguf_target import GgufTarget
 from qwlora.export.hf_target import HfTarget
 from qwlora.export.mlx_target import MlxTarget
 from qwlora.export.onnx_target import OnnxTarget
 from qwlora.export.target import Target
 
-TARGETS: dict[str, Target] = {"onnx": OnnxTarget(), "hf": HfTarget(), "mlx": MlxTarget()}
+TARGETS: dict[str, Target] = {
+    "onnx": OnnxTarget(),
+    "hf": HfTarget(),
+    "gguf": GgufTarget(),
+    "mlx": MlxTarget(),
+}

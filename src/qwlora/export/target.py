@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,19 @@ class GraphTarget(Target):
         """
 
 
+@dataclass(frozen=True)
+class ExportedBase:
+    """What a weights target writes.
+
+    Args:
+        gguf_file: the file that the model came from, if it was a GGUF file.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    gguf_file: Path | None = None
+
+
 class WeightsTarget(Target):
     """A base folder with the base's integers, and a folder for every adapter."""
 
@@ -97,9 +111,7 @@ class WeightsTarget(Target):
         return None
 
     @abstractmethod
-    def write_base(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
-    ) -> None:
+    def write_base(self, base: ExportedBase, folder: Path) -> None:
         """Write the base into `folder`.
 
         Raises:
@@ -107,8 +119,15 @@ class WeightsTarget(Target):
         """
 
     @abstractmethod
-    def write_adapter(self, adapter: CanonicalAdapter, folder: Path) -> None:
-        """Write an adapter into `folder`."""
+    def write_adapter(self, adapter: CanonicalAdapter, base: Path, folder: Path) -> None:
+        """Write an adapter into `folder`.
+
+        Args:
+            base: the folder that `write_base` wrote.
+
+        Raises:
+            ExportError: the files cannot hold it.
+        """
 
     @abstractmethod
     def open(self, folder: Path) -> WeightsRuntime:

@@ -30,7 +30,14 @@ AGREEMENT = 0.999
 
 
 class WeightsRuntime(Protocol):
-    """A base folder, opened in the program that it was written for."""
+    """A base folder, opened in the program that it was written for, with exact settings.
+
+    Attributes:
+        shipped: the same with the program's own settings, if those compute something else.
+    """
+
+    @property
+    def shipped(self) -> WeightsRuntime | None: ...
 
     def use(self, adapter: Path | None) -> None:
         """Switch to the adapter in a folder, or to none."""
@@ -51,6 +58,8 @@ class WeightsParity:
         off_is_equal: whether switching the adapter off gives the bits of before.
         perplexity, reference_perplexity: of the runtime and of the trained model.
         sequences, tokens: compared.
+        shipped_perplexity, shipped_top1_agreement: with the runtime's own settings; None if these
+            are the exact ones.
     """
 
     max_abs_logit_difference: float
@@ -63,9 +72,11 @@ class WeightsParity:
     reference_perplexity: float
     sequences: int
     tokens: int
+    shipped_perplexity: float | None = None
+    shipped_top1_agreement: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     def broken_limits(self, limits: Limits) -> Iterator[str]:
         """A sentence for each limit that is exceeded."""
@@ -114,6 +125,7 @@ def verify_weights(
         base = (before - model(input_ids=first).logits.float()).abs().max()
     runtime.use(adapter)
     found, nll, reference_nll, largest = LogitDifference(), 0.0, 0.0, 0.0
+    shipped, shipped_nll = LogitDifference(), 0.0
     for ids, labels in track(sequences.rows(), "verifying", len(sequences)):
         expected = model(input_ids=ids[None]).logits.float()
         logits = runtime.logits(ids[None])
@@ -121,7 +133,12 @@ def verify_weights(
         nll += float(token_losses(logits, labels).sum())
         reference_nll += float(token_losses(expected, labels).sum())
         largest = max(largest, float(expected.abs().max()))
+        if runtime.shipped is not None:
+            logits = runtime.shipped.logits(ids[None])
+            shipped.update(logits, expected)
+            shipped_nll += float(token_losses(logits, labels).sum())
     runtime.use(None)
+    tokens = sequences.loss_tokens
     return WeightsParity(
         max_abs_logit_difference=found.largest,
         mean_abs_logit_difference=found.total / found.count,
@@ -129,8 +146,10 @@ def verify_weights(
         top1_agreement=found.agreement,
         base_max_abs_logit_difference=float(base),
         off_is_equal=torch.equal(runtime.logits(first), before),
-        perplexity=math.exp(nll / sequences.loss_tokens),
-        reference_perplexity=math.exp(reference_nll / sequences.loss_tokens),
+        perplexity=math.exp(nll / tokens),
+        reference_perplexity=math.exp(reference_nll / tokens),
         sequences=len(sequences),
         tokens=found.tokens,
+        shipped_perplexity=math.exp(shipped_nll / tokens) if shipped.tokens else None,
+        shipped_top1_agreement=shipped.agreement if shipped.tokens else None,
     )

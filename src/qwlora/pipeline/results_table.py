@@ -121,7 +121,7 @@ def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
     )
     on = f" (on {parity['sequences']} sequences)" if "sequences" in parity else ""
     if not is_graph:
-        return [
+        rows = [
             (f"parity {name}", found + on),
             (
                 "",
@@ -129,6 +129,16 @@ def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
                 f"logit {parity['max_abs_logit_difference']:.2g}",
             ),
         ]
+        if "shipped_perplexity" in parity:
+            rows.append(
+                (
+                    "",
+                    f"with the runtime's own settings: perplexity "
+                    f"{parity['shipped_perplexity']:.3f}, same likeliest token "
+                    f"{parity['shipped_top1_agreement']:.2%}",
+                )
+            )
+        return rows
     return [
         (f"parity {name}", found + on),
         (

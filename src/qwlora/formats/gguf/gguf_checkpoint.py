@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
-from qwlora.errors import SourceError
+from qwlora.errors import ExportError, SourceError
 from qwlora.formats.gguf.blocks import TYPES, Blocks, decode_blocks, to_quantized
 from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
 from qwlora.formats.gguf.rope_config import FACTORS, warn_of_positions
@@ -105,6 +106,25 @@ class GgufCheckpoint:
     def stored_names(self, name: str) -> tuple[str, ...]:
         """The names of the stored tensors of one parameter."""
         return self._origins[name].sources
+
+    def stored_rows(self, name: str) -> tuple[str, Int64[Tensor, " out"]]:
+        """The stored tensor of a matrix [out, in], and the stored row of each of its rows.
+
+        Raises:
+            SourceError: there is no such parameter.
+            ExportError: it is stored in several tensors, transposed, or with its columns moved.
+        """
+        if name not in self._origins:
+            raise self.file.error(f"{name!r} is not a parameter of {type(self._model).__name__}")
+        origin = self._origins[name]
+        shapes = [self.file.tensors[source].shape for source in origin.sources]
+        found = find_reordering(origin, shapes, 1, self._what(origin))
+        if len(origin.sources) > 1 or found.transposed or found.columns is not None:
+            raise ExportError(
+                f"{name!r} is stored in {listed(list(origin.sources))} in another form than its "
+                "rows, so nothing can be put in its place"
+            )
+        return origin.sources[0], found.rows.flatten()
 
     @property
     def model(self) -> PreTrainedModel:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, WeightsTarget
+from qwlora.export.target import ExportedBase, GraphTarget, WeightsTarget
+from qwlora.formats.model_source import fetch
 from qwlora.pipeline.artifacts import ADAPTER
 from qwlora.pipeline.stage import PlanBuilder, Stage
 
@@ -33,8 +34,12 @@ def add_base(plan: PlanBuilder, target: str) -> None:
 def add(plan: PlanBuilder, target: str, name: str) -> None:
     """Add the stage of one target and adapter."""
     stage = f"{NAME}/{target}/{name}"
-    needs = f"calibrate/{name}" if isinstance(TARGETS[target], GraphTarget) else f"train/{name}"
-    plan.add(stage, [], (needs,), name, stage)
+    needs = (
+        (f"calibrate/{name}",)
+        if isinstance(TARGETS[target], GraphTarget)
+        else (f"{NAME}/{target}", f"train/{name}")
+    )
+    plan.add(stage, [], needs, name, stage)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -44,8 +49,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     if isinstance(target, GraphTarget):
         size = _write_graph(context, target, str(stage.adapter), scratch)
     else:
-        assert isinstance(target, WeightsTarget)
-        _write_weights(context, target, stage.adapter, scratch)
+        _write_weights(context, name, stage.adapter, scratch)
         size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
     return {"export": {name: {stage.adapter or BASE: {"bytes": size}}}}
 
@@ -59,16 +63,19 @@ def _write_graph(context: JobContext, target: GraphTarget, adapter: str, scratch
     return size
 
 
-def _write_weights(
-    context: JobContext, target: WeightsTarget, adapter: str | None, scratch: Path
-) -> None:
+def _write_weights(context: JobContext, name: str, adapter: str | None, scratch: Path) -> None:
     """Write the base, or an adapter as it was trained, and which base they are of."""
     from qwlora.export.canonical_adapter import read_canonical
     from qwlora.formats import manifest
 
+    target = TARGETS[name]
+    assert isinstance(target, WeightsTarget)
     if adapter is None:
-        target.write_base(context.base(), context.tokenizer, scratch)
+        location = fetch(context.recipe.model.source)
+        gguf_file = location.path if location.gguf_file else None
+        target.write_base(ExportedBase(context.base(), context.tokenizer, gguf_file), scratch)
     else:
-        target.write_adapter(read_canonical(context.path / "adapters" / adapter), scratch)
+        canonical = read_canonical(context.path / "adapters" / adapter)
+        target.write_adapter(canonical, context.path / NAME / name / BASE, scratch)
     files = [file.name for file in scratch.iterdir()]
     manifest.write(scratch, RECORD, {"base_fingerprint": context.base_fingerprint}, files)

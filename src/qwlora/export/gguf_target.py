@@ -1,0 +1,174 @@
+"""The `gguf` target: a GGUF base and GGUF LoRA adapters for llama.cpp.
+
+    llama-cli -m base/base.gguf --lora NAME/adapter.gguf
+
+llama.cpp multiplies quantized weights with activations of 8 bits, which no training knows of. So it
+is verified twice: with the same weights as float32, where only rounding may differ, and as shipped,
+where the difference is llama.cpp's own and only reported.
+
+Imports torch, gguf and llama.cpp only when it writes or opens files (see `target.py`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.errors import ExportError
+from qwlora.export.held_schemes import gguf_problem
+from qwlora.export.target import WeightsTarget
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwlora.export.canonical_adapter import CanonicalAdapter
+    from qwlora.export.target import ExportedBase
+    from qwlora.grid.scheme import Scheme
+
+
+@cache
+def _errors_of_llama() -> list[str]:
+    """The error messages of llama.cpp, which then prints nothing; the list grows as it fails."""
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    ffi, errors = get_ffi(), list[str]()
+
+    def listen(level: int, text: Any, _: Any) -> None:
+        if level == get_lib().GGML_LOG_LEVEL_ERROR:
+            errors.append(ffi.string(text).decode(errors="replace").strip())
+
+    callback = ffi.callback("void(enum ggml_log_level, const char *, void *)", listen)
+    get_lib().llama_log_set(callback, ffi.NULL)
+    _CALLBACKS.append(callback)  # llama.cpp has its address only
+    return errors
+
+
+_CALLBACKS: list[Any] = []
+
+
+class GgufTarget(WeightsTarget):
+    """`write_gguf` and `write_gguf_adapter` as a target; llama.cpp runs it."""
+
+    extra = "llamacpp"
+    packages = ("gguf", "llama_cpp_py_sync")
+
+    def problem(self, scheme: Scheme) -> str | None:
+        return gguf_problem(scheme)
+
+    def write_base(self, base: ExportedBase, folder: Path) -> None:
+        from qwlora.export.gguf_folder import write_gguf
+
+        write_gguf(base.model, base.gguf_file, folder)
+
+    def write_adapter(self, adapter: CanonicalAdapter, base: Path, folder: Path) -> None:
+        from qwlora.export.gguf_folder import BASE, write_gguf_adapter
+
+        write_gguf_adapter(adapter, base / BASE, folder)
+
+    def open(self, folder: Path) -> LlamaRuntime:
+        from qwlora.export.gguf_folder import BASE, float_copy
+
+        shipped = LlamaRuntime(folder / BASE)
+        with tempfile.TemporaryDirectory() as scratch:
+            floats = Path(scratch, BASE)
+            float_copy(folder / BASE, floats)
+            return LlamaRuntime(floats, shipped)  # which has mapped the file, and needs no name
+
+
+class LlamaRuntime:
+    """A GGUF file in llama.cpp, on the CPU, with a float32 cache.
+
+    Args:
+        path: the file.
+        shipped: the file that `path` is a float32 copy of, opened; None if it is no copy.
+
+    Raises:
+        ExportError: llama.cpp refuses the file.
+    """
+
+    def __init__(self, path: Path, shipped: LlamaRuntime | None = None):
+        from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+        self.shipped = shipped
+        self._llama, self._ffi = get_lib(), get_ffi()
+        self._errors = _errors_of_llama()
+        self._llama.llama_backend_init()
+        self._adapters: dict[Path, Any] = {}
+        self._active: Path | None = None
+        parameters = self._llama.llama_model_default_params()
+        self._model = self._llama.llama_model_load_from_file(str(path).encode(), parameters)
+        if self._model == self._ffi.NULL:
+            raise ExportError(f"llama.cpp cannot load {str(path)!r}: {self._reason()}")
+        self._context, self._tokens = self._ffi.NULL, 0
+        vocabulary = self._llama.llama_model_get_vocab(self._model)
+        self._vocabulary = self._llama.llama_vocab_n_tokens(vocabulary)
+
+    def use(self, adapter: Path | None) -> None:
+        """Switch to an adapter's folder, or to none."""
+        from qwlora.export.gguf_folder import ADAPTER
+
+        if adapter is not None and adapter not in self._adapters:
+            file = str(adapter / ADAPTER)
+            found = self._llama.llama_adapter_lora_init(self._model, file.encode())
+            if found == self._ffi.NULL:
+                raise ExportError(f"llama.cpp cannot load {file!r}: {self._reason()}")
+            self._adapters[adapter] = found
+        self._active = adapter
+        if self._context != self._ffi.NULL:
+            self._switch()
+        if self.shipped is not None:
+            self.shipped.use(adapter)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Float32 logits [1, tokens, vocabulary] of token ids [1, tokens]."""
+        import numpy as np
+        import torch
+
+        llama, tokens = self._llama, ids[0].tolist()
+        self._make_room(len(tokens))
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        batch = llama.llama_batch_init(len(tokens), 0, 1)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+            batch.seq_id[i][0] = 0
+        batch.n_tokens = len(tokens)
+        status = llama.llama_decode(self._context, batch)
+        if status:
+            raise ExportError(f"llama.cpp cannot decode {len(tokens)} tokens (status {status})")
+        count = len(tokens) * self._vocabulary
+        buffer = self._ffi.buffer(llama.llama_get_logits(self._context), 4 * count)
+        found = torch.from_numpy(np.frombuffer(buffer, dtype=np.float32).copy())
+        llama.llama_batch_free(batch)
+        return found.view(1, len(tokens), self._vocabulary)
+
+    def _reason(self) -> str:
+        return "; ".join(self._errors[-3:]) or "it gives no reason"
+
+    def _make_room(self, tokens: int) -> None:
+        """A context for sequences of this length."""
+        if tokens <= self._tokens:
+            return
+        parameters = self._llama.llama_context_default_params()
+        self._tokens = -(-tokens // 256) * 256
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = self._tokens
+        parameters.n_threads = parameters.n_threads_batch = 1
+        parameters.type_k = parameters.type_v = 0  # float32
+        parameters.flash_attn_type = 0
+        self._context = self._llama.llama_init_from_model(self._model, parameters)
+        if self._context == self._ffi.NULL:
+            raise ExportError(f"llama.cpp has no memory for {tokens} tokens")
+        self._switch()
+
+    def _switch(self) -> None:
+        active = [] if self._active is None else [self._adapters[self._active]]
+        pointers = self._ffi.new("struct llama_adapter_lora *[]", active) if active else None
+        status = self._llama.llama_set_adapters_lora(
+            self._context,
+            pointers if pointers is not None else self._ffi.NULL,
+            len(active),
+            self._ffi.new("float[]", [1.0]) if active else self._ffi.NULL,
+        )
+        if status:
+            raise ExportError(f"llama.cpp cannot use {self._active} (status {status})")

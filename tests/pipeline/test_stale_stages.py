@@ -156,7 +156,7 @@ def test_results_hold_only_what_is_current(job: FakeJob) -> None:
     job.run()
     flip_bit(job.out / "simulation" / "first" / "weights.bin")
     results = job.run("quantize")
-    assert set(results) == {"format", "recipe", "stages", *ALL[:5]}
+    assert set(results) == {"format", "recipe", "stages", "sizes", "run", *ALL[:5]}
 
 
 @pytest.mark.parametrize("path", ["base/weights.bin", "adapters/first/weights.bin"])

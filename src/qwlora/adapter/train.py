@@ -35,7 +35,13 @@ from qwlora.adapter.chunked_loss import causal_model, vocabulary_size
 from qwlora.adapter.fsdp import gather_, prepare_sharding_
 from qwlora.adapter.graph_training import RangesCallback, TrainableGraph, load_ranges_
 from qwlora.adapter.trainer import AdapterTrainer
-from qwlora.adapter.training_callbacks import TrainingMonitor, losses_of
+from qwlora.adapter.training_callbacks import (
+    TrainingMonitor,
+    Watch,
+    evaluations_of,
+    losses_of,
+    unwatched,
+)
 from qwlora.adapter.training_checkpoints import (
     delete_newer,
     evaluations_without_improvement,
@@ -123,6 +129,7 @@ def train_adapter(
     logs: Path | None = None,
     teacher: PreTrainedModel | None = None,
     training_graph: TrainableGraph | None = None,
+    watch: Watch = unwatched,
 ) -> TrainingReport:
     """Train the active adapter of `model`, in place.
 
@@ -136,6 +143,7 @@ def train_adapter(
         teacher: the float model, to train for recovery (`recovery_loss.py`).
         training_graph: replaces the model's forward during training (`graph_training.py`). Its
             ranges, if any, are trained at `range_learning_rate`.
+        watch: see `TrainingMonitor`.
 
     Raises:
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
@@ -164,7 +172,9 @@ def train_adapter(
             return _restore(model, last, final, settings, trainable)
     arguments = _arguments(settings, work, _world_size())
     vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
-    monitor = TrainingMonitor(track, settings.checkpoint_steps, vocabulary, lambda: last_good(work))
+    monitor = TrainingMonitor(
+        track, settings.checkpoint_steps, vocabulary, lambda: last_good(work), watch
+    )
     with (
         replaced_forward(
             model,
@@ -272,7 +282,7 @@ def _report(
         resumed_from_step=resumed_from_step,
         trainable_parameters=trainable,
         losses=tuple(losses_of(state)),
-        evaluations=_evaluations(state.log_history),
+        evaluations=evaluations_of(state.log_history),
         best_step=state.best_global_step if settings.evaluation_steps else None,
         base_bytes=monitor.base_bytes,
     )
@@ -292,13 +302,9 @@ def _restore(
         state["global_step"],
         trainable,
         losses,
-        _evaluations(state["log_history"]),
+        evaluations_of(state["log_history"]),
         best,
     )
-
-
-def _evaluations(history: list[dict[str, float]]) -> tuple[tuple[int, float], ...]:
-    return tuple((int(e["step"]), float(e["eval_loss"])) for e in history if "eval_loss" in e)
 
 
 def _dataset(

@@ -46,6 +46,12 @@ from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track
 
 FEW, MANY = 5, 50
+Progress = Callable[[], dict[str, Any]]
+Watch = Callable[[Progress], None]
+
+
+def unwatched(progress: Progress) -> None:
+    """Ignore the progress."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class TrainingMonitor(TrainerCallback):
         checkpoint_steps: steps between checkpoints, in addition to those after an evaluation.
         vocabulary: number of entries; None disables the divergence check.
         last_good: describes the newest complete checkpoint, for the error message.
+        watch: called after each step with a function that returns `step`, `steps`, `losses`,
+            `evaluations`, `step_seconds`, and, if training diverged, the `limit` of the loss.
     """
 
     def __init__(
@@ -100,7 +108,9 @@ class TrainingMonitor(TrainerCallback):
         checkpoint_steps: int,
         vocabulary: int | None,
         last_good: Callable[[], str],
+        watch: Watch = unwatched,
     ):
+        self.watch = watch
         self.track, self.checkpoint_steps = track, checkpoint_steps
         self.vocabulary, self.last_good = vocabulary, last_good
         self.step_seconds: list[float] = []
@@ -153,10 +163,15 @@ class TrainingMonitor(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if self.vocabulary is None or "loss" not in (logs or {}):
+        if "loss" not in (logs or {}):
+            return
+        self.watch(lambda: self._progress(args, state))
+        if self.vocabulary is None:
             return
         losses = losses_of(state)
         if (found := divergence(losses, self.vocabulary)) is not None:
+            limit = found.limit
+            self.watch(lambda: {**self._progress(args, state), "limit": limit})
             mean = "" if found.steps == FEW else "in the mean "
             raise TrainingError(
                 f"training diverged: the loss is {losses[-1]:.3f} at step {state.global_step}, and "
@@ -166,12 +181,27 @@ class TrainingMonitor(TrainerCallback):
                 "divergence: ignore"
             )
 
+    def _progress(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        timed = self.step_seconds[1:] or self.step_seconds or [0.0]
+        return {
+            "step": state.global_step,
+            "steps": args.max_steps,
+            "losses": losses_of(state),
+            "evaluations": [list(e) for e in evaluations_of(state.log_history)],
+            "step_seconds": sum(timed) / len(timed),
+        }
+
     def interrupt(self, number: int) -> None:
         """Stop after this step because of signal `number`; a second Ctrl-C stops at once."""
         if self.interrupted is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.interrupted is None:
             self.interrupted = number
+
+
+def evaluations_of(history: list[dict[str, float]]) -> tuple[tuple[int, float], ...]:
+    """(step, loss) of each evaluation on held-out text in the Trainer's history."""
+    return tuple((int(e["step"]), float(e["eval_loss"])) for e in history if "eval_loss" in e)
 
 
 def losses_of(state: TrainerState) -> list[float]:

@@ -34,6 +34,7 @@ from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.inspect_command import inspect
 from qwlora.cli.merge_commands import merge, merge_check
 from qwlora.cli.progress_bars import bars
+from qwlora.cli.report_command import report
 from qwlora.cli.simulate_command import simulate
 from qwlora.errors import (
     DirectoryError,
@@ -285,6 +286,7 @@ app.command("inspect")(inspect)
 app.command("merge-check")(merge_check)
 app.command("merge")(merge)
 app.command("simulate")(simulate)
+app.command("report")(report)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(base_app, name="base")
 app.add_typer(encodings_app, name="encodings")

@@ -6,7 +6,7 @@ Each is loaded on first use. Large ones are released as soon as another one repl
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import islice, zip_longest
@@ -98,6 +98,8 @@ class JobContext:
         # Why the weights cannot be read tensor by tensor; set by `lazy`.
         self.whole_because: str | None = None
         self.equalization: dict[str, Any] = {}
+        # Called after each training step with a function that describes the progress.
+        self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@
     DIR/simulation/NAME/       encodings, placement, and the adapter as it was calibrated
     DIR/export/TARGET/NAME/    files for a runtime
     DIR/results.json           measurements (see docs/results.md)
+    DIR/report.html            the same for people
     DIR/.qwlora/               ownership marker, records of stages, checkpoints, lock
 
 Artifacts are written to a scratch folder and renamed into place, so they are never incomplete. A
@@ -426,6 +427,8 @@ class Directory:
         """Remove everything that claiming the directory created. The lock is still held."""
         if _digest(self.path / "recipe.yaml") in self.owner.recipes:
             (self.path / "recipe.yaml").unlink(missing_ok=True)
+        for name in ("results.json", "report.html"):
+            (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.private, ignore_errors=True)
 
     def _has_results(self) -> bool:

@@ -11,6 +11,7 @@ from qwlora.pipeline.stage import Stage
 from qwlora.recipe import Recipe
 
 RESULTS_FORMAT = 1
+TIMING = "timing"  # of one stage, in its record; `stages` and `sizes` in results.json
 
 
 def collect_results(
@@ -23,9 +24,15 @@ def collect_results(
     for stage in plan:
         if stage.name not in stale:
             record = directory.records[stage.name]
-            merge_results(results, _by_text(record.results, stage, recipe))
-            entry = results["stages"].setdefault(stage.verb, {"seconds": 0.0})
+            found = {key: value for key, value in record.results.items() if key != TIMING}
+            merge_results(results, _by_text(found, stage, recipe))
+            entry = results["stages"].setdefault(stage.verb, {"seconds": 0.0, "parts": {}})
             entry["seconds"] += record.seconds
+            timing = dict(record.results.get(TIMING, {}))
+            size = timing.pop("bytes", None)
+            entry["parts"][stage.name] = {"seconds": record.seconds, **timing}
+            if size is not None and stage.artifact is not None:
+                results.setdefault("sizes", {})[stage.artifact] = size
     return results
 
 

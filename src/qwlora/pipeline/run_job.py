@@ -1,23 +1,26 @@
 """Run the stages of a recipe in order, skipping those that are current.
 
-`results.json` is rewritten after every stage and lists only current results.
+`results.json` and `report.html` are rewritten when a stage begins and ends, and while an adapter is
+trained (`job_status.py`). They list only current results.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from qwlora import strict_json
 from qwlora.atomic import write_text
 from qwlora.data.prepared_data import summary
-from qwlora.errors import CalibrationError, DirectoryError, RecipeError, VerificationError
+from qwlora.errors import CalibrationError, DirectoryError, RecipeError
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.directory import Directory, Record, as_directory_errors
 from qwlora.pipeline.distributed import (
@@ -26,17 +29,20 @@ from qwlora.pipeline.distributed import (
     is_first_process,
     wait_for_others,
 )
+from qwlora.pipeline.job_report import write_report
+from qwlora.pipeline.job_status import JobStatus
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.kept_adapters import check_kept, check_none_lost
 from qwlora.pipeline.output_path import check_outside_data
 from qwlora.pipeline.plan import dependents, make_plan, resolve_compute
-from qwlora.pipeline.results import collect_results, merge_results
+from qwlora.pipeline.results import TIMING, collect_results, merge_results
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import RUN, VERBS
 from qwlora.pipeline.stale_stages import find_stale, upstream
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import SlowComputeWarning
+from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
 Say = Callable[[str], None]
 
@@ -125,7 +131,9 @@ def _run(
     if not waiting and not peek.is_writable:
         for stage in asked:
             say(_skipped_line(stage))
-        return collect_results(peek, recipe, plan, stale)
+        earlier = _earlier_results(out)
+        kept = {key: earlier[key] for key in ("run", "error") if key in earlier}
+        return collect_results(peek, recipe, plan, stale) | kept
     if peek.damaged_records:
         say(f"{peek.private / 'stages.json'} is damaged; stages whose record is lost run again")
     for stage in waiting:
@@ -146,6 +154,12 @@ def _run(
         directory.digests = digests
         stale = find_stale(plan, directory)
         directory.forget(keep={s.name for s in plan})
+        status = JobStatus(
+            lambda keys: _write_results(directory, recipe, plan, stale, keys),
+            plan,
+            f"qwlora run {out.absolute().name}/recipe.yaml --out {out.absolute().name}",
+            _earlier_results(out),
+        )
         for stage in asked:
             if stage.name not in stale and stage.name not in always:
                 directory.drop_work(stage.name, stage.work_key)  # of a run killed at its end
@@ -159,18 +173,15 @@ def _run(
             ):  # if verification fails now, an earlier success must not remain
                 directory.drop(stage.name, *follows)
                 stale[stage.name] = "is running"
-                _write_results(directory, recipe, plan, stale)
-            context = context or new_context(recipe, texts, out, track)
-            try:
+            with status.failures():
+                status.begin(stage.name)
+                context = context or new_context(recipe, texts, out, track)
+                context.on_training = status.train
                 seconds = _run_stage(directory, context, stage, follows)
-            except VerificationError as error:
-                error.results = _write_results(directory, recipe, plan, stale, error.results)
-                raise
             stale |= dict.fromkeys(follows, f"reads {stage.name}, which ran again")
             del stale[stage.name]
             say(f"{stage.name}: done in {seconds:.1f} s")
-            _write_results(directory, recipe, plan, stale)
-        return _write_results(directory, recipe, plan, stale)
+        return status.end(stale)
 
 
 def _without_uncalibrated(asked: list[Stage], directory: Directory, say: Say) -> list[Stage]:
@@ -199,7 +210,8 @@ def _skipped_line(stage: Stage) -> str:
 
 
 def _run_stage(directory: Directory, context: Any, stage: Stage, follows: Collection[str]) -> float:
-    began = time.perf_counter()
+    began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    reset_peak_rss()
     with as_directory_errors(directory.path), directory.scratch() as scratch:
         if stage.verb == "train":
             announce(stage.name)
@@ -208,6 +220,11 @@ def _run_stage(directory: Directory, context: Any, stage: Stage, follows: Collec
         )
         wait_for_others()
         seconds = time.perf_counter() - began
+        results[TIMING] = {"started": started, "peak_rss_bytes": peak_rss_bytes()}
+        if stage.artifact is not None:
+            results[TIMING]["bytes"] = sum(
+                f.stat().st_size for f in scratch.rglob("*") if f.is_file()
+            )
         directory.commit(
             stage.name, Record(stage.key, seconds, results), scratch, stage.artifact, follows
         )
@@ -409,14 +426,24 @@ def _write_results(
     recipe: Recipe,
     plan: list[Stage],
     stale: Collection[str],
-    failed: dict[str, Any] | None = None,
+    keys: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write results.json; `failed` is what a proof measured that did not pass."""
+    """Write results.json and report.html; `keys` are added to the results."""
     results = collect_results(directory, recipe, plan, stale)
-    merge_results(results, failed or {})
+    merge_results(results, keys)
     with as_directory_errors(directory.path):
         write_text(directory.path / "results.json", strict_json.dumps(results, indent=1) + "\n")
+    write_report(directory.path, results, recipe)
     return results
+
+
+def _earlier_results(out: Path) -> dict[str, Any]:
+    """The results of an earlier run; empty if there are none, or they are damaged."""
+    try:
+        found = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _quiet_libraries() -> None:

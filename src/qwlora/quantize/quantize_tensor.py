@@ -4,6 +4,7 @@ files.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class LayerReport:
             known.
         rtn_error: the same for rounding to nearest.
         damping: the damping that made the second moment positive definite (gptq).
+        weight_error: share of the weights' energy lost, `|W - W_hat|^2 / |W|^2`; None for zeros.
         second_rounding: relative error `|W - W_hat| / |W|` of weights that were already on a grid
             with as few levels and were moved to another one.
     """
@@ -43,6 +45,7 @@ class LayerReport:
     rtn_error: float | None = None
     damping: float | None = None
     second_rounding: float | None = None
+    weight_error: float | None = None
 
 
 def tensor_out_in(model: nn.Module, name: str) -> Tensor:
@@ -71,15 +74,15 @@ def solve_tensor(
         quantized, report = solver.solve(weight, todo.scheme, moment, todo.gptq)
     except CalibrationError as error:
         raise CalibrationError(f"{canonical_name(name)}: {error}") from error
-    second = _second_rounding(weight, quantized) if was_on_grid else None
+    difference, energy = weight - quantized.dequantize(), float(weight.square().sum())
+    weight_error = float(difference.square().sum()) / energy if energy else None
+    second = _second_rounding(weight_error) if was_on_grid else None
     if moment is None:
-        return quantized, LayerReport(str(todo.scheme), todo.solver, second_rounding=second)
+        return quantized, LayerReport(
+            str(todo.scheme), todo.solver, second_rounding=second, weight_error=weight_error
+        )
     whole = output_energy(weight, moment)
-    own_error = (
-        report.relative_error
-        if report
-        else output_energy(weight - quantized.dequantize(), moment) / whole
-    )
+    own_error = report.relative_error if report else output_energy(difference, moment) / whole
     rtn_error = (
         output_energy(weight - measure(weight, todo.scheme).fake_quantize(weight), moment) / whole
     )
@@ -90,11 +93,12 @@ def solve_tensor(
         rtn_error,
         report.damping if report else None,
         second,
+        weight_error,
     )
 
 
-def _second_rounding(weight: Tensor, quantized: QuantizedTensor) -> float | None:
-    error = float((weight - quantized.dequantize()).norm() / weight.norm())
+def _second_rounding(weight_error: float | None) -> float | None:
+    error = math.sqrt(weight_error or 0.0)
     return error if error > _SAME_GRID else None
 
 

@@ -60,6 +60,7 @@ def _shares(plan: PlanBuilder) -> bool:
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Calibrate one adapter, or the encodings that adapters share."""
     from qwlora.adapter.adapter_folder import save_adapter
+    from qwlora.analysis.encodings_summary import encodings_summary
     from qwlora.analysis.perplexity import perplexity
     from qwlora.simulation.save_simulation import save_simulation
     from qwlora.simulation.shared_encodings import apply_shared_encodings
@@ -89,6 +90,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         apply_shared_encodings(
             simulation, load_encodings(context.path / SHARED), section.base_activations
         )
+    measured |= encodings_summary(simulation)
     save_simulation(simulation, scratch)
     save_adapter(simulation.origin.model, scratch / ADAPTER, context.base_fingerprint)
     return {"simulation": {name: measured}}

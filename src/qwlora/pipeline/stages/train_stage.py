@@ -70,6 +70,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     from safetensors.torch import save_file
 
     from qwlora.adapter.adapter_folder import FILE, save_adapter
+    from qwlora.adapter.adapter_updates import adapter_updates
     from qwlora.adapter.attach import (
         attach,
         attach_existing,
@@ -125,6 +126,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
             logs,
             teacher,
             graph,
+            lambda progress: context.on_training(lambda: {"adapter": adapter.name, **progress()}),
         )
     else:
         graph = None
@@ -134,7 +136,9 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
             f"training adapter {adapter.name} changed the base: its fingerprint was "
             f"{base_identity} and is now {after}. The adapter was not saved; report this as a bug"
         )
+    updates: dict[str, Any] = {}
     if is_first_process():
+        updates = adapter_updates(model)
         save_adapter(model, scratch, base_identity)
         if graph is not None and (scales := graph.scales()):
             save_file(scales, scratch / SCALES)
@@ -149,6 +153,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         "trainable_parameters": report.trainable_parameters,
         "resumed_from_step": report.resumed_from_step,
         "losses": list(report.losses),
+        "layers": updates,
     }
     if adapter.evaluation_steps:
         measured |= {

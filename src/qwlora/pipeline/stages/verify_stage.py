@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 NAME = "verify"
+_LIMITS = ("perplexity_difference", "layer_steps", "layer_mean_steps")
 
 
 def add(plan: PlanBuilder, target: str, name: str) -> None:
@@ -45,13 +46,14 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         if missing := target.missing():
             return {"parity": {name: {adapter: {"not_run": missing}}}}
         parity = _verify_weights(context, target, name, adapter)
-    limits = Limits(
-        perplexity_difference=section.perplexity_difference,
-        layer_steps=section.layer_steps,
-        layer_mean_steps=section.layer_mean_steps,
-    )
+    limits = Limits(**section.model_dump(include=set(_LIMITS)))
     problems = list(parity.broken_limits(limits))
-    measured = {**parity.to_json(), "passed": not problems, "problems": problems}
+    measured = {
+        **parity.to_json(),
+        "passed": not problems,
+        "problems": problems,
+        "limits": section.model_dump(include=set(_LIMITS)),
+    }
     results = {"parity": {name: {adapter: measured}}}
     if problems:
         what = f"export/{name}/{adapter}: the exported files do not compute what they should"

@@ -1,0 +1,183 @@
+"""A job as the report reads it: results.json, the resolved recipe, and what is out of date.
+
+The report knows nothing but these. A key that is missing was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from markupsafe import Markup, escape
+
+RUNTIMES = {"onnx": "ONNX Runtime"}  # names of export targets' runtimes; others as they are
+FILES = {"onnx": "ONNX file"}
+FEW_TOKENS = 1000  # a proof on fewer tokens is a caution
+NOT_MEASURED = Markup('<span class="nm">not measured</span>')
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job.
+
+    Args:
+        results: the content of results.json.
+        recipe: the resolved recipe; empty if it cannot be read.
+        recipe_text: the file's text.
+        name: of the job's folder, without its parents.
+        stale: why the proof of an adapter's files is out of date, by (target, adapter).
+    """
+
+    results: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    name: str
+    stale: Mapping[tuple[str, str], str] = field(default_factory=dict)
+
+    def get(self, *path: str) -> Any:
+        """The value at `path` of the results; None if it is not there."""
+        return _at(self.results, path)
+
+    def setting(self, *path: str) -> Any:
+        """The value at `path` of the recipe; None if it is not there."""
+        return _at(self.recipe, path)
+
+    def number(self, *path: str) -> float | None:
+        """A finite number of the results; None if there is none."""
+        return finite(self.get(*path))
+
+    def section(self, *path: str) -> dict[str, Any]:
+        """A dict of the results; empty if there is none."""
+        found = self.get(*path)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters, in the order of the recipe."""
+        listed = self.setting("adapters")
+        names = [str(a["name"]) for a in listed] if isinstance(listed, list) else []
+        return names or list(self.section("train"))
+
+    @property
+    def targets(self) -> list[str]:
+        """Export targets of the recipe, or those that were checked."""
+        listed = self.setting("export", "targets")
+        return (
+            [str(t) for t in listed] if isinstance(listed, list) else list(self.section("parity"))
+        )
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `failed`, `interrupted` or `incomplete`."""
+        if isinstance(state := self.get("run", "state"), str):
+            return state
+        waits = self.targets and not self.section("parity")  # a job of an older version
+        return "incomplete" if waits else "finished"
+
+    @property
+    def model(self) -> str:
+        """Name of the model: the last part of its source, without the file's ending."""
+        source = str(self.setting("model", "source") or "").rstrip("/")
+        return re.sub(r"\.(gguf|safetensors)$", "", source.rpartition("/")[2]) or "unknown model"
+
+    def text_of(self, adapter: str | None) -> str | None:
+        """The name of the adapter's text, if adapters have different texts."""
+        text = self.get("train", adapter, "text") if adapter else None
+        return text if isinstance(text, str) else None
+
+    def path(self, kind: str, adapter: str | None, key: str = "perplexity") -> Path:
+        """Where the results hold a measurement of a model on the text of `adapter`.
+
+        Args:
+            kind: `float`, `base`, `adapted`, `simulated` or `imported`.
+            key: `perplexity`, `perplexity_stderr`, `perplexity_ratio`, `kl` or `top1`.
+        """
+        if kind in ("float", "base"):
+            text = self.text_of(adapter)
+            on = (key, "on", text, kind) if text else ()
+            return on if on and self.get(*on) is not None else (key, kind)
+        return (key, kind, adapter or "")
+
+    def perplexity(self, kind: str, adapter: str | None) -> float | None:
+        """The perplexity of a model on the text of `adapter`."""
+        return self.number(*self.path(kind, adapter))
+
+    def change(self, kind: str, against: str, adapter: str | None) -> float | None:
+        """Relative change of the perplexity; negative is better."""
+        after, before = self.perplexity(kind, adapter), self.perplexity(against, adapter)
+        return after / before - 1 if after and before else None
+
+    def limit(self, target: str, adapter: str, name: str) -> float | None:
+        """The limit that the proof of `adapter` had to keep."""
+        own = self.number("parity", target, adapter, "limits", name)
+        return own if own is not None else finite(self.setting("verify", name))
+
+    def drift(self, target: str, adapter: str) -> float | None:
+        """Relative difference of the exported file's perplexity from the simulation's."""
+        found = self.number("parity", target, adapter, "perplexity")
+        expected = self.number("parity", target, adapter, "simulated_perplexity")
+        return found / expected - 1 if found and expected else None
+
+    def best_kind(self, adapter: str) -> str | None:
+        """The last model of an adapter that was evaluated: `simulated`, else `adapted`."""
+        kinds = ("simulated", "adapted")
+        return next((kind for kind in kinds if self.perplexity(kind, adapter)), None)
+
+    @property
+    def command(self) -> str:
+        """The command that runs the job, from the folder above the job's."""
+        command = self.get("run", "command")
+        return command if isinstance(command, str) else f"qwlora run {self.name}/recipe.yaml"
+
+    def verb_command(self, verb: str) -> str:
+        """The command that runs one stage of this job."""
+        return f"qwlora {verb} --out {self.name}"
+
+
+def _at(content: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        if not isinstance(content, Mapping):
+            return None
+        content = content.get(key)
+    return content
+
+
+def finite(value: Any) -> float | None:
+    """`value` if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def runtime(target: str) -> str:
+    """The runtime's name of an export target."""
+    return RUNTIMES.get(target, target)
+
+
+def tagged(text: str, value: float | None, path: Path) -> Markup:
+    """A number with its exact value and its place in results.json, which tests and tools read."""
+    if value is None:
+        return NOT_MEASURED
+    key = json.dumps(path)
+    return Markup('<data value="{}" data-key="{}">{}</data>').format(repr(value), key, text)
+
+
+def valued(text: str, value: float) -> Markup:
+    """A number that was computed from several keys, with its exact value, by which tables sort."""
+    return Markup('<data value="{}">{}</data>').format(repr(value), text)
+
+
+def without_folders(text: str) -> str:
+    """`text` with absolute paths cut to their last part: a report can be passed on."""
+    return re.sub(r"(?<![\w.:/~])(?:/|[A-Za-z]:\\)(?:[^\s/\\'\":,;)]+[/\\])+", "", text)
+
+
+def code(text: str) -> Markup:
+    """`text` as code."""
+    return Markup("<code>{}</code>").format(escape(text))

@@ -1,0 +1,74 @@
+"""Names of layers as a grid: a column for each block of the model, a row for each projection."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+MOST_COLUMNS = 120  # above, a column is a group of blocks, and shows the worst of them
+_BLOCK = re.compile(r"^(.*?)\.?\b(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is: its block, and its name within the block."""
+
+    block: int
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """`layer 3, v_proj`."""
+        return f"layer {self.block}, {self.kind.rpartition('.')[2]}"
+
+
+def place_of(tensor: str) -> Place | None:
+    """The place of a tensor or module; None if it is outside the blocks."""
+    found = _BLOCK.match(tensor.removesuffix(".weight"))
+    if found is None:
+        return None
+    kind = re.sub(r"\.\d+(?=\.|$)", ".*", found[3])  # experts: one row for all
+    return Place(int(found[2]), kind)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values by place.
+
+    Args:
+        rows: kinds, in the order of the model.
+        columns: first and last block of each.
+        cells: the largest value by (row, column), with its place.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[tuple[int, int], ...]
+    cells: Mapping[tuple[int, int], tuple[float, Place]]
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The cell of the largest value."""
+        return max(self.cells, key=lambda cell: self.cells[cell][0])
+
+
+def grid_of(values: Mapping[str, float], blocks: Iterable[int] | None = None) -> Grid | None:
+    """Arrange values of tensors; None if none is in a block.
+
+    Args:
+        blocks: of all grids that share their columns; default: those of `values`.
+    """
+    placed = [(place, value) for name, value in values.items() if (place := place_of(name))]
+    if not placed:
+        return None
+    last = max(blocks) if blocks else max(place.block for place, _ in placed)
+    group = -(-(last + 1) // MOST_COLUMNS)
+    columns = tuple((n, min(n + group - 1, last)) for n in range(0, last + 1, group))
+    rows = tuple(dict.fromkeys(place.kind for place, _ in placed))
+    number = {kind: n for n, kind in enumerate(rows)}
+    cells: dict[tuple[int, int], tuple[float, Place]] = {}
+    for place, value in placed:
+        cell = (number[place.kind], place.block // group)
+        if cell not in cells or value > cells[cell][0]:
+            cells[cell] = (value, place)
+    return Grid(rows, columns, cells)

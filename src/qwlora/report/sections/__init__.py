@@ -1,0 +1,37 @@
+"""The sections of the report, in their order. A section costs one module and one template."""
+
+from __future__ import annotations
+
+from qwlora.report.section import Section
+from qwlora.report.sections import (
+    activation_ranges,
+    adapter_spectrum,
+    adapter_table,
+    data_summary,
+    layer_errors,
+    reproduction,
+    runtime_parity,
+    size_quality,
+    stage_losses,
+    task_scores,
+    time_and_size,
+    training_course,
+)
+
+SECTIONS: tuple[Section, ...] = tuple(
+    module.SECTION
+    for module in (
+        adapter_table,
+        stage_losses,
+        size_quality,
+        training_course,
+        layer_errors,
+        activation_ranges,
+        adapter_spectrum,
+        runtime_parity,
+        task_scores,
+        time_and_size,
+        data_summary,
+        reproduction,
+    )
+)

@@ -1,0 +1,214 @@
+"""Does each runtime compute what was trained? Agreement against the noise floor, and each limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from qwlora.report.drawing import Drawing, Scale, figure, shortened, ticks
+from qwlora.report.job import Job, code, runtime
+from qwlora.report.section import Section, View
+from qwlora.report.written_numbers import count, fixed, listed, precise_percent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One runtime; without `share` it was not checked, for the reason `why`."""
+
+    name: str
+    share: float | None
+    floor: float | None = None
+    own: float | None = None
+    tokens: float | None = None
+    why: str = ""
+
+
+def view(job: Job, adapter: str | None) -> View | None:
+    """What the template draws."""
+    name = adapter or job.adapters[0]
+    if not job.targets:
+        return None
+    rows = [_row(job, target, name) for target in job.targets]
+    measured = [row for row in rows if row.share is not None]
+    if not measured and job.state != "finished":
+        return None
+    return {
+        "figure": figure(lambda width: _draw(rows, width)) if measured else "",
+        "answer": _answer(job, name, rows),
+        "limits": [
+            _limits(job, target, name) for target in job.targets if _limits(job, target, name)
+        ],
+    }
+
+
+def _row(job: Job, target: str, adapter: str) -> Row:
+    if (reason := job.stale.get((target, adapter))) is not None:
+        return Row(runtime(target), None, why=f"files changed after the check: {reason}")
+    place = ("parity", target, adapter)
+    return Row(
+        runtime(target),
+        job.number(*place, "top1_agreement"),
+        job.number(*place, "floor_top1_agreement"),
+        job.number(*place, "perturbed_top1_agreement"),
+        job.number(*place, "tokens"),
+        "not checked",
+    )
+
+
+def _draw(rows: list[Row], width: int) -> Drawing:
+    narrow = width < 500
+    left, right, step = (0 if narrow else 152), 118 if not narrow else 62, 46 if narrow else 32
+    shares = [v for row in rows for v in (row.share, row.floor, row.own) if v is not None]
+    low = min(shares) - max(0.4 * (1 - min(shares)), 0.002)
+    scale = Scale(low, 1.0, left, width - right)
+    height = 50 + step * len(rows)
+    words = "; ".join(
+        f"{row.name} {precise_percent(row.share)}, noise floor {precise_percent(row.floor or 0)}"
+        if row.share is not None
+        else f"{row.name} {row.why}"
+        for row in rows
+    )
+    drawing = Drawing(width, height, "Agreement by runtime", f"{words}.")
+    bottom = height - 28
+    floors = [row.floor for row in rows if row.floor is not None]
+    owns = [row.own for row in rows if row.own is not None]
+    floor, own = max(floors, default=None), min(owns, default=None)
+    if floor is not None:
+        word = "Below the noise floor: a real difference"
+        drawing.rect(left, 22, scale(floor) - left, bottom - 22, "below", word)
+        drawing.line(scale(floor), 16, scale(floor), bottom, "limit")
+        at_left = scale(floor) - left > 130
+        drawing.text(
+            scale(floor) + (-5 if at_left else 0),
+            12,
+            f"noise floor {precise_percent(floor)}",
+            "ax",
+            "end" if at_left else "start",
+        )
+    if own is not None:
+        drawing.line(scale(own), 22, scale(own), bottom, "ref")
+        if not narrow and (
+            floor is None or scale(own) - scale(floor) > 130 or scale(floor) - left > 130
+        ):
+            drawing.text(
+                scale(own) + 5, 12, f"simulation against itself {precise_percent(own)}", "ax"
+            )
+    for tick in ticks(low, 1.0, 3 if narrow else 5):
+        drawing.text(scale(tick), height - 8, f"{100 * tick:g}%", "ax", "middle")
+    for number, row in enumerate(rows):
+        y = 41 + step * number
+        drawing.text(0, y - 8 if narrow else y + 5, shortened(row.name, 146), "lb")
+        if row.share is None:
+            drawing.rect(left, y - 4, width - right - left, 8, "hatch", row.why, 4)
+            drawing.text(width, y + 5, "not measured", "mut", "end")
+            continue
+        y += 6 if narrow else 0
+        drawing.line(left, y, width - right, y)
+        below = row.floor is not None and row.share < row.floor
+        title = f"{row.name}: {precise_percent(row.share)} of {count(row.tokens or 0)} tokens"
+        drawing.circle(scale(row.share), y, 6, f"mark {'d-loss' if below else 'd-gain'}", title)
+        drawing.text(width, y + 5, precise_percent(row.share), "nm2", "end")
+    return drawing
+
+
+def _answer(job: Job, adapter: str, rows: list[Row]) -> Markup:
+    failed = [t for t in job.targets if job.get("parity", t, adapter, "passed") is False]
+    if failed:
+        problems = job.get("parity", failed[0], adapter, "problems") or []
+        return Markup("<b>{} does not.</b> {}.").format(
+            listed([runtime(t) for t in failed]), "; ".join(str(p) for p in problems)
+        )
+    missing = [row for row in rows if row.share is None]
+    if missing:
+        return Markup("<b>Not proven for {}: {}.</b> Check the files with {}.").format(
+            listed([row.name for row in missing]),
+            missing[0].why,
+            code(job.verb_command("verify")),
+        )
+    names = listed([row.name for row in rows])
+    return Markup(
+        "<b>{} {}.</b> {} with the simulation as often as the simulation agrees with itself when "
+        "sums are taken in another order."
+    ).format(
+        names, "does" if len(rows) == 1 else "do", "It agrees" if len(rows) == 1 else "Each agrees"
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of each limit a runtime used."""
+
+    title: str
+    figure: Markup
+    caption: Markup | str
+
+
+def _limits(job: Job, target: str, adapter: str) -> Limits | None:
+    if (target, adapter) in job.stale:
+        return None
+    place = ("parity", target, adapter)
+    drift = job.drift(target, adapter)
+    used: list[tuple[str, str, float]] = []
+    allowed = [
+        x
+        for x in (
+            job.limit(target, adapter, "perplexity_difference"),
+            job.number(*place, "floor_perplexity_difference"),
+        )
+        if x is not None
+    ]
+    if drift is not None and allowed:
+        shown = f"{precise_percent(abs(drift))} of {precise_percent(max(allowed))}"
+        used.append(("Perplexity", shown, abs(drift) / max(allowed)))
+    for key, limit, name, digits in (
+        ("worst_layer_steps", "layer_steps", "Worst layer", 2),
+        ("worst_layer_mean_steps", "layer_mean_steps", "Worst mean of a layer", 4),
+    ):
+        value, most = job.number(*place, key), job.limit(target, adapter, limit)
+        if value is not None and most:
+            used.append((name, f"{fixed(value, digits)} of {most:g} steps", value / most))
+    if not used:
+        return None
+    layers = job.number(*place, "layers")
+    worst = job.get(*place, "worst_layer")
+    caption: Markup | str = ""
+    if worst:
+        caption = Markup(
+            "Worst layer: {}. Each of {} layers was fed the simulation's own input."
+        ).format(code(str(worst)), count(layers or 0))
+    return Limits(
+        f"{runtime(target)}, share of each limit used",
+        figure(lambda width: _bullets(used, width)),
+        caption,
+    )
+
+
+def _bullets(used: list[tuple[str, str, float]], width: int) -> Drawing:
+    narrow = width < 500
+    left, right, step = (0, 0, 46) if narrow else (170, 170, 30)
+    most = max(1.25, *(share for _, _, share in used))
+    scale = Scale(0, most, left, width - right)
+    words = "; ".join(f"{name} {shown}" for name, shown, _ in used)
+    drawing = Drawing(width, 26 + step * len(used), "Share of each limit used", f"{words}.")
+    drawing.text(scale(1), 12, "limit", "ax", "middle")
+    for number, (name, shown, share) in enumerate(used):
+        y = 24 + step * number + (18 if narrow else 0)
+        drawing.text(0, y - 5 if narrow else y + 11, name, "lb")
+        drawing.text(width, y - 5 if narrow else y + 11, shown, "nm2", "end")
+        drawing.rect(left, y, width - right - left, 12, "track", "", 2)
+        kind = "k-loss" if share > 1 else "k-gain"
+        drawing.rect(left, y, scale(share) - left, 12, f"mark {kind}", f"{name}: {shown}", 2)
+        drawing.line(scale(1), y - 4, scale(1), y + 16, "limit")
+    return drawing
+
+
+SECTION = Section(
+    "parity",
+    "Runtimes",
+    "Does each runtime compute what was trained?",
+    "runtime_parity.html",
+    view,
+    of_job=False,
+    of_adapter=True,
+)

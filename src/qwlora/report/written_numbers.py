@@ -1,0 +1,88 @@
+"""Numbers as the report writes them: "13.6%", "1,595", "2 min 06 s", "149.5 MB".
+
+A minus sign is U+2212. What rounds to zero has no sign.
+"""
+
+from __future__ import annotations
+
+import math
+
+MINUS = "\u2212"
+TIMES = "\u00d7"
+
+
+def signed(text: str) -> str:
+    """`text`, a formatted number, with a minus sign that has the width of a digit."""
+    digits = text.lstrip("+-")
+    if not any(digit in "123456789" for digit in digits):
+        return digits
+    return text.replace("-", MINUS)
+
+
+def count(value: float) -> str:
+    """`1,595`."""
+    return signed(f"{value:,.0f}")
+
+
+def fixed(value: float, digits: int = 2) -> str:
+    """With a fixed number of decimals and separated thousands."""
+    return signed(f"{value:,.{digits}f}")
+
+
+def perplexity(value: float) -> str:
+    """Two decimals; none from 1,000 on."""
+    return fixed(value, 2 if value < 1000 else 0)
+
+
+def percent(value: float, sign: bool = False) -> str:
+    """A share as a percentage: one decimal, two below 1%.
+
+    Args:
+        sign: write a plus sign too.
+    """
+    digits = 2 if abs(value) < 0.00995 else 1
+    return signed(f"{100 * value:{'+' if sign else ''},.{digits}f}%")
+
+
+def precise_percent(value: float, sign: bool = False) -> str:
+    """A share as a percentage with two decimals, for tables and limits."""
+    return signed(f"{100 * value:{'+' if sign else ''},.2f}%")
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """With a number of significant digits: `28,344`, `0.44`, `1.2e−07`."""
+    if not value:
+        return "0"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    if places > digits + 4:
+        return signed(f"{value:.{digits - 1}e}")
+    return signed(f"{value:,.{max(0, places)}f}")
+
+
+def seconds(value: float) -> str:
+    """`0.35 s`, `52.6 s`, `2 min 06 s`, `1 h 16 min`."""
+    if value < 10:
+        return f"{value:.2f} s"
+    if value < 60:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+
+
+def size(count_bytes: float) -> str:
+    """`45.6 kB`, `149.5 MB`, `1.9 GB`: decimal, one decimal."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count_bytes >= factor:
+            return f"{count_bytes / factor:,.1f} {unit}"
+    return f"{count_bytes / 1e3:.1f} kB"
+
+
+def listed(names: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`, `a, b and 4 more`."""
+    if len(names) > 4:
+        return f"{', '.join(names[:2])} and {len(names) - 2} more"
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from markupsafe import Markup, escape
 
 WIDTHS = {"wide": 920, "mid": 660, "narrow": 358}
+PANEL_WIDTHS = {"large": 208, "small": 168}
 MOST_TITLES = 2000  # above this, marks have no tooltip
 
 
@@ -105,9 +106,13 @@ def figure(draw: Callable[[int], Drawing]) -> Markup:
     return Markup(f'<div class="fig">{drawn}</div>')
 
 
-def panels(drawings: Sequence[Drawing]) -> Markup:
-    """Small multiples, four in a row, two on a phone. Their text is small enough for both."""
-    return Markup(f'<div class="sm-grid">{"".join(d.svg("plot sm") for d in drawings)}</div>')
+def panels(draw: Callable[[int], Sequence[Drawing]]) -> Markup:
+    """Small multiples: four in a row, and two on a phone, drawn for each width."""
+    drawn = "".join(
+        f'<div class="sm-grid {name}">{"".join(d.svg("plot sm") for d in draw(width))}</div>'
+        for name, width in PANEL_WIDTHS.items()
+    )
+    return Markup(drawn)
 
 
 class Scale:
@@ -152,5 +157,5 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def shortened(text: str, pixels: float, size: float = 13) -> str:
     """`text`, cut with an ellipsis so that it is not wider than `pixels`."""
-    most = max(int(pixels / (0.56 * size)), 3)
+    most = max(int(pixels / (0.5 * size)), 3)
     return text if len(text) <= most else text[: most - 1] + "…"

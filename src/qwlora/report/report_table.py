@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-MOST_ROWS = 50  # further rows are shown on request
+MOST_ROWS = 50
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Table:
         marked: numbers of the rows to highlight.
         left: numbers of the columns that hold words.
         sortable: a reader may sort it by any column.
+        most: rows that are shown at once; the others are shown on request.
     """
 
     caption: str | Markup
@@ -26,17 +27,18 @@ class Table:
     marked: Sequence[int] = field(default=())
     left: Sequence[int] = field(default=())
     sortable: bool = False
+    most: int = MOST_ROWS
     note: str | Markup = ""
 
     @property
     def first_rows(self) -> Sequence[Sequence[str | Markup | None]]:
         """The rows that are shown at once."""
-        return self.rows[:MOST_ROWS]
+        return self.rows[: self.most]
 
     @property
     def other_rows(self) -> list[list[str | None]]:
         """Those that are shown on request, as HTML."""
         return [
             [None if cell is None else str(Markup.escape(cell)) for cell in row]
-            for row in self.rows[MOST_ROWS:]
+            for row in self.rows[self.most :]
         ]

@@ -199,7 +199,7 @@ def _limits(job: Job, target: str, adapter: str, where: str, place: Path) -> Ite
                 _within(steps <= most),
                 f"{where}{what} of {count(layers or 0)} layers, in steps of its grid",
                 tagged(fixed(steps, digits), steps, (*place, key)),
-                f"limit {most:.{2 if digits == 2 else 3}f}",
+                f"limit {most:g}",
                 f"one layer is {fixed(steps, digits)} steps off, and the limit is {most:g}",
             )
     share, least = job.number(*place, "top1_agreement"), job.number(*place, "floor_top1_agreement")
@@ -328,7 +328,8 @@ def _few_tokens(job: Job, target: str) -> Iterator[Check]:
             f"Tokens on which {runtime(target)} was checked; raise verify.sequences",
             tagged(count(known[name]), known[name], ("parity", target, name, "tokens")),
             f"{count(FEW_TOKENS)} or more expected",
-            f"it was checked on {count(known[name])} tokens only",
+            f"{'it was' if len(known) == 1 else 'they were'} checked on "
+            f"{count(known[name])} tokens only",
         )
 
 
@@ -353,7 +354,11 @@ def _fact_for(job: Job, proven: bool) -> str:
         if (kind := job.best_kind(name)) and (change := job.change(kind, "float", name)) is not None
     }
     one = len(job.adapters) == 1
-    files = "The exported file computes" if one else f"All {len(job.adapters)} files compute"
+    files = (
+        "The exported file computes"
+        if one
+        else f"{'Both' if len(job.adapters) == 2 else f'All {len(job.adapters)}'} exported files compute"
+    )
     better = {name: change for name, change in gains.items() if change < 0}
     if gains and len(better) == len(gains):
         least = percent(-max(better.values()))

@@ -73,7 +73,9 @@ def view(job: Job, adapter: str | None) -> View | None:
         "tokens": count(tokens) if tokens is not None else "",
         "low": significant(low, 1),
         "high": significant(high, 1),
-        "figure": panels([_draw(panel, low, high) for panel in shown]) if shown else "",
+        "figure": panels(lambda width: [_draw(panel, low, high, width) for panel in shown])
+        if shown
+        else "",
         "answer": _answer(shown),
         "table": table,
         "left_out": _left_out(simulation),
@@ -119,8 +121,8 @@ def _axis(shown: list[Panel]) -> tuple[float, float]:
     return (low, high) if high > low else (low, 10 * low)
 
 
-def _draw(panel: Panel, low: float, high: float) -> Drawing:
-    width, height, base = 208, 116, 100
+def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
+    height, base, right = 116, 100, width - 4
     scale = Scale(low, high, base, 30, logarithmic=True)
     peaks = panel.peaks
     top = max(peaks, key=lambda block: peaks[block])
@@ -131,12 +133,12 @@ def _draw(panel: Panel, low: float, high: float) -> Drawing:
         f"Largest value {significant(peaks[top])} in layer {top}; median over {len(peaks)} layers "
         f"{significant(panel.median)}.",
     )
-    drawing.text(4, 12, shortened(panel.title, 200, 12), "lb2")
+    drawing.text(4, 12, shortened(panel.title, width - 8, 12), "lb2")
     decades = log_ticks(low, high)
     for number, tick in enumerate(decades):
-        drawing.line(4, scale(tick), 204, scale(tick))
+        drawing.line(4, scale(tick), right, scale(tick))
         if number % max(1, len(decades) // 3) == 0 and number:
-            drawing.text(204, scale(tick) - 2, significant(tick, 1), "axs", "end")
+            drawing.text(right, scale(tick) - 2, significant(tick, 1), "axs", "end")
     last = max(peaks) + 1
     group = -(-last // MOST_COLUMNS)
     columns: dict[int, int] = {}
@@ -144,7 +146,7 @@ def _draw(panel: Panel, low: float, high: float) -> Drawing:
         column = block // group
         if column not in columns or peak > peaks[columns[column]]:
             columns[column] = block
-    step = 200 / (-(-last // group))
+    step = (width - 8) / (-(-last // group))
     bar = max(min(step * 0.55, 6), 1)
     for column, block in columns.items():
         x, peak = 4 + (column + 0.5) * step, peaks[block]
@@ -164,7 +166,7 @@ def _draw(panel: Panel, low: float, high: float) -> Drawing:
         )
     column = top // group
     x = 4 + (column + 0.5) * step
-    anchor = "start" if x < 60 else "end" if x > 150 else "middle"
+    anchor = "start" if x < 60 else "end" if x > width - 58 else "middle"
     drawing.text(x, max(scale(peaks[top]) - 4, 26), significant(peaks[top]), "pk", anchor)
     return drawing
 
@@ -204,10 +206,11 @@ def _answer(shown: list[Panel]) -> Markup:
 
 
 def _table(simulation: dict[str, Any]) -> Table:
+    by_kind = simulation.get("bits") or {}
     rows: list[list[str | Markup | None]] = [
-        [WORDS.get(kind, kind), f"{bits} bits", count(number)]
-        for kind, by_bits in (simulation.get("bits") or {}).items()
-        for bits, number in sorted(by_bits.items(), key=lambda item: -int(item[0]))
+        [WORDS[kind], f"{bits} bits", count(number)]
+        for kind in WORDS
+        for bits, number in sorted(by_kind.get(kind, {}).items(), key=lambda item: -int(item[0]))
     ]
     total = finite(simulation.get("encodings"))
     words = f"Bit widths of the {count(total)} encodings" if total is not None else "Bit widths"

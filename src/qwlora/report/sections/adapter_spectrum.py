@@ -67,15 +67,15 @@ def view(job: Job, adapter: str | None) -> View | None:
         "layers": count(layers),
         "low": significant(low, 1),
         "high": significant(high, 2),
-        "figure": panels([_draw(panel, low, high) for panel in shown[:12]]),
+        "figure": panels(lambda width: [_draw(panel, low, high, width) for panel in shown[:12]]),
         "answer": _answer(shown),
     }
 
 
-def _draw(panel: Panel, low: float, high: float) -> Drawing:
-    width, height, bottom, top = 208, 112, 96, 24
+def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
+    height, bottom, top, right = 112, 96, 24, width - 4
     rank = panel.rank
-    x = Scale(0, max(rank - 1, 1), 8, 200)
+    x = Scale(0, max(rank - 1, 1), 8, width - 8)
     y = Scale(low, high, bottom, top, logarithmic=True)
     middle = [panel.quantile(n, 0.5) for n in range(rank)]
     enough = needed(middle)
@@ -87,10 +87,10 @@ def _draw(panel: Panel, low: float, high: float) -> Drawing:
         f"{significant(middle[-1])}; {ENERGY:.0%} of the energy lies in the first {enough} of "
         f"{rank} directions.",
     )
-    drawing.text(4, 12, shortened(panel.title, 200, 12), "lb2")
+    drawing.text(4, 12, shortened(panel.title, width - 8, 12), "lb2")
     for tick in log_ticks(low, high):
-        drawing.line(4, y(tick), 204, y(tick))
-        drawing.text(204, y(tick) - 2, significant(tick, 1), "axs", "end")
+        drawing.line(4, y(tick), right, y(tick))
+        drawing.text(right, y(tick) - 2, significant(tick, 1), "axs", "end")
     drawing.band(
         [(x(n), y(panel.quantile(n, 0.9999))) for n in range(rank)],
         [(x(n), y(panel.quantile(n, 0.0))) for n in range(rank)],
@@ -101,7 +101,7 @@ def _draw(panel: Panel, low: float, high: float) -> Drawing:
         drawing.circle(x(0), y(middle[0]), 3, "mark d-gain")
     edge = x(min(enough - 1, rank - 1)) if rank > 1 else x(0)
     drawing.line(edge, top, edge, bottom, "ref")
-    near = edge > 130
+    near = edge > width - 90
     drawing.text(
         edge + (-4 if near else 4),
         bottom + 12,

@@ -156,7 +156,7 @@ def _same_token(job: Job, adapter: str) -> Tile:
     if value is None or (target, adapter) in job.stale:
         return Tile("Same likeliest token", tip, NOT_MEASURED, "", _add(job, "verify"))
     note = f"noise floor {precise_percent(floor)}" if floor is not None else runtime(target)
-    return Tile("Same likeliest token", tip, tagged(fixed(100 * value), value, path), "%", note)
+    return Tile("Same likeliest token", tip, tagged(precise_percent(value), value, path), "", note)
 
 
 def float_bytes(job: Job) -> float | None:

@@ -290,11 +290,12 @@ def _table(job: Job, adapter: str | None, of_base: bool) -> Table:
             row.append(str(fixes.get(layer, {}).get("method", "none")))
         rows.append(row)
     return Table(
-        "All layers, those that stand out first. Select a column heading to sort.",
+        "The layers that stand out. Select a column heading to sort all of them.",
         headings,
         rows if columns else [],
         left=(len(headings) - 1,) if fixes else (),
         sortable=True,
+        most=12,
     )
 
 

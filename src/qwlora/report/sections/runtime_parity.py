@@ -88,14 +88,15 @@ def _draw(rows: list[Row], width: int) -> Drawing:
         )
     if own is not None:
         drawing.line(scale(own), 22, scale(own), bottom, "ref")
-        if not narrow and (
-            floor is None or scale(own) - scale(floor) > 130 or scale(floor) - left > 130
-        ):
-            drawing.text(
-                scale(own) + 5, 12, f"simulation against itself {precise_percent(own)}", "ax"
-            )
+        word = f"simulation against itself {precise_percent(own)}"
+        at_right = scale(own) + 195 > width
+        free = scale(own) - (scale(floor) if floor is not None else left)
+        if not narrow and (not at_right or free > 210):
+            x, anchor = scale(own) + (-5 if at_right else 5), "end" if at_right else "start"
+            drawing.text(x, 12, word, "ax", anchor)
     for tick in ticks(low, 1.0, 3 if narrow else 5):
-        drawing.text(scale(tick), height - 8, f"{100 * tick:g}%", "ax", "middle")
+        anchor = "start" if scale(tick) < 16 else "middle"
+        drawing.text(scale(tick), height - 8, f"{100 * tick:g}%", "ax", anchor)
     for number, row in enumerate(rows):
         y = 41 + step * number
         drawing.text(0, y - 8 if narrow else y + 5, shortened(row.name, 146), "lb")
@@ -194,12 +195,12 @@ def _bullets(used: list[tuple[str, str, float]], width: int) -> Drawing:
     drawing.text(scale(1), 12, "limit", "ax", "middle")
     for number, (name, shown, share) in enumerate(used):
         y = 24 + step * number + (18 if narrow else 0)
-        drawing.text(0, y - 5 if narrow else y + 11, name, "lb")
-        drawing.text(width, y - 5 if narrow else y + 11, shown, "nm2", "end")
+        drawing.text(0, y - 7 if narrow else y + 11, name, "lb")
+        drawing.text(width, y - 7 if narrow else y + 11, shown, "nm2", "end")
         drawing.rect(left, y, width - right - left, 12, "track", "", 2)
         kind = "k-loss" if share > 1 else "k-gain"
         drawing.rect(left, y, scale(share) - left, 12, f"mark {kind}", f"{name}: {shown}", 2)
-        drawing.line(scale(1), y - 4, scale(1), y + 16, "limit")
+        drawing.line(scale(1), y - (2 if narrow else 4), scale(1), y + 16, "limit")
     return drawing
 
 

@@ -78,12 +78,8 @@ def waterfall(job: Job, adapter: str) -> list[Row]:
         end = (
             own if own is not None else start * (1 + drift) if start and drift is not None else None
         )
-        sequences = job.number("parity", target, adapter, "sequences")
-        small = runtime(target)
-        if sequences is not None and own is None and drift is not None:
-            small = f"{small}, {count(sequences)} sequences"
         shown = "" if own is not None or drift is None else f"{TIMES} {1 + drift:.4f}"
-        rows.append(Row("Exported file", small, start, end, drift, shown))
+        rows.append(Row("Exported file", runtime(target), start, end, drift, shown))
     return rows
 
 
@@ -94,7 +90,7 @@ def _small(job: Job, adapter: str, kind: str) -> str:
         weights = job.setting("base", "weights")
         bits = weights.get("bitwidth") if isinstance(weights, dict) else None
         solver = job.setting("base", "solver")
-        return f"{bits}-bit integers, {solver}" if bits else "integers"
+        return f"{bits}-bit, {solver}" if bits else "integers"
     if kind == "adapted":
         steps = job.number("train", adapter, "steps")
         return f"{adapter}, {count(steps)} steps" if steps is not None else adapter
@@ -104,7 +100,7 @@ def _small(job: Job, adapter: str, kind: str) -> str:
 
 def _draw(rows: list[Row], width: int) -> Drawing:
     narrow = width < 500
-    left, right = (104, 74) if narrow else (216, 186)
+    left, right = (112, 70) if narrow else (216, 186)
     values = [v for row in rows for v in (row.before, row.after) if v is not None]
     low, high = min(values), max(values)
     margin = max((high / low) ** 0.08, 1.005)
@@ -228,7 +224,7 @@ def _magnified(job: Job, adapter: str) -> Markup | None:
 
 def _bullets(rows: list[tuple[str, float, float | None, str]], width: int) -> Drawing:
     narrow = width < 500
-    left, right = (0, 70) if narrow else (250, 150)
+    left, right = (0, 0) if narrow else (250, 150)
     step = 50 if narrow else 34
     most = max(abs(value) for _, value, _, _ in rows)
     most = 1.25 * max([most, *(limit for _, _, limit, _ in rows if limit is not None), 1e-6])
@@ -237,14 +233,18 @@ def _bullets(rows: list[tuple[str, float, float | None, str]], width: int) -> Dr
     drawing = Drawing(width, 22 + step * len(rows), "The last steps, magnified", f"{words}.")
     for number, (name, value, limit, kind) in enumerate(rows):
         y = 24 + step * number + (16 if narrow else 0)
-        drawing.text(0, y - 6 if narrow else y + 10, name, "lb")
+        drawing.text(0, y - 7 if narrow else y + 10, name, "lb")
         drawing.rect(left, y, width - right - left, 12, "track", "", 2)
         title = f"{name}: {precise_percent(value, True)}"
         drawing.rect(left, y, scale(abs(value)) - left, 12, f"mark {kind}", title, 2)
         if limit is not None:
-            drawing.line(scale(limit), y - 5, scale(limit), y + 17, "limit")
+            drawing.line(scale(limit), y - (2 if narrow else 5), scale(limit), y + 17, "limit")
+        shown = precise_percent(value, True)
+        if narrow and limit is not None:
+            shown = f"{shown}, limit {precise_percent(limit)}"
+        elif limit is not None:
             drawing.text(scale(limit), y - 8, f"limit {precise_percent(limit)}", "ax", "middle")
-        drawing.text(width, y + 11, precise_percent(value, True), "nm2", "end")
+        drawing.text(width, y - 7 if narrow else y + 11, shown, "nm2", "end")
     return drawing
 
 

@@ -12,7 +12,7 @@ from qwlora.report.report_table import Table
 from qwlora.report.section import Section, View
 from qwlora.report.sections.key_figures import FLOAT_BYTES, float_bytes
 from qwlora.report.verdict import finished_stages, planned_stages
-from qwlora.report.written_numbers import fixed, percent, seconds, size
+from qwlora.report.written_numbers import count, fixed, percent, seconds, size
 
 MOST_BARS = 40
 
@@ -45,15 +45,15 @@ def view(job: Job, adapter: str | None) -> View | None:
     sizes = _sizes(job)
     total = sum(bar.seconds or 0.0 for bar in bars)
     longest = max(bars, key=lambda bar: bar.seconds or 0.0)
-    is_unfinished = any(bar.state != "done" for bar in bars)
+    waits = any(bar.state in ("waiting", "running") for bar in bars)
     return {
         "question": {"failed": "Where did it stop?", "running": "Where is the job?"}.get(
             job.state, "What did it take, and how big is it?"
         ),
         "summary": f"{seconds(total)} in all; "
-        f"{percent((longest.seconds or 0) / total) if total else '0%'} of it was "
-        f"{_spoken(longest.name).lower()}.",
-        "is_unfinished": is_unfinished,
+        f"the longest stage was {_spoken(longest.name).lower()}, "
+        f"{percent((longest.seconds or 0) / total) if total else '0%'} of it.",
+        "waits": waits,
         "time": figure(lambda width: _draw(bars[:MOST_BARS], total, width)),
         "left_out": max(0, len(bars) - MOST_BARS),
         "table": _table(job, bars),
@@ -217,12 +217,12 @@ def _answer(job: Job) -> Markup:
     whole = 8 * (packed + FLOAT_BYTES * floats) / (weights + floats)
     share = FLOAT_BYTES * floats / (packed + FLOAT_BYTES * floats)
     return Markup(
-        "<b>{} bits per packed weight, {} over the whole model.</b> {} million values stay float "
+        "<b>{} bits per packed weight, {} over the whole model.</b> {} values stay float "
         "(embeddings, norms, biases); in float32 they are {} of the base."
     ).format(
         tagged(fixed(bits), bits, ("base", "bits_per_weight")),
         fixed(whole, 1),
-        fixed(floats / 1e6, 1 if floats >= 1e6 else 3),
+        f"{fixed(floats / 1e6, 1)} million" if floats >= 1e6 else count(floats),
         percent(share),
     )
 

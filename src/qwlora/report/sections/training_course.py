@@ -197,12 +197,16 @@ def _answer(job: Job, adapter: str, found: Course) -> Markup:
         return Markup("<b>{}: {} to {} nats per token.</b> On held-out text: {}.").format(
             word, fixed(first), fixed(last), NOT_MEASURED
         )
-    (_, before), (_, after) = found.held_out[0], found.held_out[-1]
+    (first_step, before), (_, after) = found.held_out[0], found.held_out[-1]
     if found.is_evaluated and found.best_step is not None:
         after = dict(found.held_out).get(found.best_step, after)
     fell = after < before
-    sentence = Markup("<b>{}: held-out loss {} from {} to {} nats per token.</b> ").format(
-        "Yes" if fell else "No", "fell" if fell else "rose", fixed(before), fixed(after)
+    sentence = Markup("<b>{}: held-out loss {} from {}{} to {} nats per token.</b> ").format(
+        "Yes" if fell else "No",
+        "fell" if fell else "rose",
+        fixed(before),
+        f" at step {first_step}" if first_step else "",
+        fixed(after),
     )
     if found.is_evaluated:
         kept = f"The adapter of step {count(found.best_step)} was kept." if found.best_step else ""

@@ -1,0 +1,93 @@
+"""Record the jobs that the tests of the report read: real runs of a tiny model.
+
+    python tests/report/record_jobs.py FOLDER
+
+writes results.json and recipe.yaml of three jobs to tests/report/jobs/: one adapter, two adapters with
+a text each, and one whose proof fails (limits that nothing can keep). FOLDER receives the jobs.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import byte_tokenizer, text, tiny_model
+from qwlora.errors import VerificationError
+from qwlora.pipeline.run_job import run
+from qwlora.recipe import load_recipe
+
+RECORDED = Path(__file__).parent / "jobs"
+COUNTS = {"sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequences": 4}
+
+
+def recipes(model: Path, corpus: Path, digits: Path) -> dict[str, dict[str, Any]]:
+    train = {"rank": 4, "warmup_steps": 3, "learning_rate": 5e-3}
+    base = {"name": "tiny", "model": {"source": str(model)}}
+    one = {"data": {"source": str(corpus), **COUNTS}}
+    return {
+        "finished": {
+            **base,
+            **one,
+            "adapters": [{"name": "first", "steps": 60, "evaluation_steps": 15, **train}],
+            "verify": {"sequences": 8, "layer_tokens": 16},
+        },
+        "two": {
+            **base,
+            "preset": "fast",
+            "data": COUNTS,
+            "adapters": [
+                {"name": name, "steps": 40, "data": {"source": str(source), **COUNTS}, **train}
+                for name, source in (("words", corpus), ("digits", digits))
+            ],
+            "verify": {"sequences": 8, "layer_tokens": 16},
+        },
+        "failed": {
+            **base,
+            **one,
+            "preset": "fast",
+            "adapters": [{"name": "first", "steps": 60, **train}],
+            "verify": {
+                "sequences": 1,
+                "layer_tokens": 16,
+                "perplexity_difference": 1e-9,
+                "layer_steps": 0.001,
+            },
+        },
+    }
+
+
+def main(folder: Path) -> None:
+    model, corpus, digits = (folder / name for name in ("tiny-llama", "corpus", "digits"))
+    tiny_model("llama", layers=3).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    generator = random.Random(1)
+    for place in (corpus, digits):
+        place.mkdir(exist_ok=True)
+    for i in range(10):
+        (corpus / f"{i}.txt").write_text(text(i, 60))
+        numbers = " ".join(str(generator.randint(0, 999)) for _ in range(90))
+        (digits / f"{i}.txt").write_text(numbers)
+    for name, content in recipes(model, corpus, digits).items():
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        try:
+            run(load_recipe(path), folder / name, say=print)
+        except VerificationError:
+            assert name == "failed"
+        (RECORDED / name).mkdir(parents=True, exist_ok=True)
+        results = json.loads((folder / name / "results.json").read_text().replace(f"{folder}/", ""))
+        results["run"]["machine"]["processor"] = "recorded on another machine"
+        (RECORDED / name / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        recipe = (folder / name / "recipe.yaml").read_text().replace(f"{folder}/", "")
+        (RECORDED / name / "recipe.yaml").write_text(recipe)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute())

@@ -1,0 +1,93 @@
+"""Jobs for the tests of the report: recorded runs, and jobs derived from them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from qwlora.recipe.yaml_core import load_yaml
+from qwlora.report.job import Job
+
+RECORDED = Path(__file__).parent / "jobs"
+NAMES = ("finished", "two", "failed")
+
+
+def job_of(name: str, results: dict[str, Any] | None = None, **options: Any) -> Job:
+    """A recorded job, with other results if they are given."""
+    text = (RECORDED / name / "recipe.yaml").read_text()
+    recipe = load_yaml(text)
+    return Job(results_of(name) if results is None else results, recipe, text, name, **options)
+
+
+def results_of(name: str) -> dict[str, Any]:
+    return json.loads((RECORDED / name / "results.json").read_text())
+
+
+def running(step: int = 37) -> Job:
+    """The recorded job as it was while its adapter was trained."""
+    results = results_of("finished")
+    train = results.pop("train")["first"]
+    done = ("evaluate/float", "quantize", "evaluate/base")
+    for verb in list(results["stages"]):
+        parts = results["stages"][verb]["parts"]
+        results["stages"][verb]["parts"] = {n: p for n, p in parts.items() if n in done}
+        if not results["stages"][verb]["parts"]:
+            del results["stages"][verb]
+    for key in ("simulation", "export", "parity"):
+        del results[key]
+    del results["perplexity"]["adapted"], results["perplexity"]["simulated"]
+    del results["run"]["finished"]
+    results["run"] |= {"state": "running", "stage": "train/first"}
+    results["run"]["training"] = {
+        "adapter": "first",
+        "step": step,
+        "steps": train["steps"],
+        "losses": train["losses"][:step],
+        "evaluations": [e for e in train["evaluations"] if e[0] <= step],
+        "step_seconds": train["step_seconds"],
+    }
+    return job_of("finished", results)
+
+
+def many_layers(count: int) -> Job:
+    """The recorded job as if its model had `count` layers: each is a copy of one of the three."""
+    results = results_of("finished")
+
+    def repeated(layers: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in layers.items():
+            match = re.search(r"(?<=layers\.)\d+(?=\.)", name)
+            if match is None:
+                found[name] = value
+                continue
+            for layer in range(int(match[0]), count, 3):
+                new = f"{name[: match.start()]}{layer}{name[match.end() :]}"
+                found[new] = copy.deepcopy(value)
+        return found
+
+    results["base"]["layers"] = repeated(results["base"]["layers"])
+    train, simulation = results["train"]["first"], results["simulation"]["first"]
+    train["layers"] = repeated(train["layers"])
+    simulation["ranges"] = repeated(simulation["ranges"])
+    simulation["equalize"]["layers"] = repeated(simulation["equalize"]["layers"])
+    return job_of("finished", results)
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Paths of all keys of nested dicts."""
+    if not isinstance(value, dict):
+        return []
+    return [p for k, v in value.items() for p in ((*path, k), *leaves(v, (*path, k)))]
+
+
+def without(results: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """A copy of `results` without one key."""
+    changed = copy.deepcopy(results)
+    holder = changed
+    for key in path[:-1]:
+        holder = holder[key]
+    del holder[path[-1]]
+    return changed

@@ -1,0 +1,260 @@
+"""The page: every number equals results.json, names are escaped, and any key may be missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from qwlora.report.drawing import ticks
+from qwlora.report.job import Job, without_folders
+from qwlora.report.page import render, render_comparison
+from qwlora.report.sections.adapter_spectrum import needed
+from qwlora.report.written_numbers import (
+    MINUS,
+    count,
+    fixed,
+    percent,
+    perplexity,
+    precise_percent,
+    seconds,
+    significant,
+    size,
+)
+from report.recorded import NAMES, job_of, leaves, many_layers, results_of, running, without
+
+HOSTILE = '<script>alert("x")</script>&\'"'
+
+
+class Page(HTMLParser):
+    """Numbers with a key, ids, links, and the elements that could load something."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.numbers: list[tuple[list[str], float, str]] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.scripts = 0
+        self.loads: list[str] = []
+        self._open: tuple[list[str], float] | None = None
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {key: value or "" for key, value in attrs}
+        self.scripts += tag == "script"
+        if "id" in found:
+            self.ids.append(found["id"])
+        if found.get("href", "").startswith("#"):
+            self.links.append(found["href"][1:])
+        self.loads += [v for k, v in found.items() if k in ("src", "href") and "//" in v]
+        if tag == "data" and "data-key" in found:
+            self._open = (json.loads(found["data-key"]), float(found["value"]))
+
+    def handle_data(self, data: str) -> None:
+        if self._open is not None:
+            self.numbers.append((*self._open, data))
+            self._open = None
+
+
+def at(results: Any, path: list[str]) -> Any:
+    for key in path:
+        results = results[key]
+    return results
+
+
+def read(shown: str) -> tuple[float, float]:
+    """A number as the page writes it, and half a unit of its last place."""
+    text = shown.replace(MINUS, "-").replace(",", "").removeprefix("± ")
+    if match := re.fullmatch(r"(?:(\d+) h )?(\d+) min(?: (\d\d) s)?", text):
+        hours, minutes, rest = (int(part or 0) for part in match.groups())
+        return 3600 * hours + 60 * minutes + rest, 0.5 if match[3] else 30
+    number, _, unit = text.partition(" ")
+    factor = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "ppm": 1e-6}.get(unit, 1.0)
+    factor = 0.01 if number.endswith("%") else factor
+    decimals = len(number.rstrip("%").partition(".")[2])
+    return float(number.rstrip("%")) * factor, 0.5001 * 10**-decimals * factor
+
+
+ALL = [*NAMES, "running", "many"]
+
+
+def job_named(name: str) -> Job:
+    return running() if name == "running" else many_layers(200) if name == "many" else job_of(name)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_number_equals_results_json(name: str) -> None:
+    job = job_named(name)
+    page = Page(render(job))
+    assert len(page.numbers) > 10
+    for path, value, shown in page.numbers:
+        assert value == at(job.results, path), path
+        if path[-1] == "bytes" and " " not in shown:
+            shown += " MB"  # in a table whose column says so, or in a tile with the unit behind it
+        number, half = read(shown)
+        assert abs(number - value) <= half, (path, shown)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_page_is_one_file_with_unique_ids_and_links_that_lead_somewhere(name: str) -> None:
+    html = render(job_named(name))
+    page = Page(html)
+    assert not page.loads
+    assert "default-src 'none'" in html
+    assert len(page.ids) == len(set(page.ids))
+    assert {link for link in page.links if link} <= set(page.ids)
+    assert html.count("<h1") == 1
+    assert ('http-equiv="refresh"' in html) == (name == "running")
+    assert not re.search(
+        r"\bnan\b|\bNone\b|\binf\b|Undefined", re.sub(r"(?s)<script.*?</script>", "", html)
+    )
+
+
+def hostile(value: Any, old: str) -> Any:
+    """`value` with every name `old`, key or text, replaced by a hostile one."""
+    if isinstance(value, dict):
+        return {hostile(k, old): hostile(v, old) for k, v in value.items()}
+    if isinstance(value, list):
+        return [hostile(v, old) for v in value]
+    if isinstance(value, str):
+        return value.replace(old, HOSTILE)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("name", "old"), [("finished", "first"), ("two", "words"), ("failed", "layers")]
+)
+def test_names_are_escaped(name: str, old: str) -> None:
+    job = job_of(name)
+    changed = Job(
+        hostile(job.results, old), hostile(job.recipe, old), job.recipe_text + HOSTILE, HOSTILE
+    )
+    for html, plain in (
+        (render(changed), render(job)),
+        (render_comparison([changed, job]), render_comparison([job, job])),
+    ):
+        assert "<script>alert" not in html
+        assert Page(html).scripts == Page(plain).scripts
+        assert "&lt;script&gt;alert" in html
+
+
+def some(name: str) -> list[tuple[str, ...]]:
+    """Keys of a recorded job, of the layers only one."""
+    kept = re.compile(r"model\.layers\.0\.self_attn\.q_proj(\.weight|\.add)?")
+    found = leaves(results_of(name))
+    return [p for p in found if all("." not in k or kept.fullmatch(k) for k in p)]
+
+
+@pytest.mark.parametrize(("name", "depth"), [("finished", 9), ("two", 3), ("failed", 2)])
+def test_any_key_may_be_missing(name: str, depth: int) -> None:
+    results = results_of(name)
+    keys = [path for path in some(name) if len(path) <= depth]
+    assert len(keys) > 50
+    for path in keys:
+        html = render(job_of(name, without(results, path)))
+        assert "<h1>" in html, path
+
+
+@pytest.mark.parametrize(
+    "results", [{}, {"stages": {}}, {"run": {"state": "running"}}, {"parity": None}]
+)
+def test_an_empty_job_has_a_page(results: dict[str, Any]) -> None:
+    html = render(job_of("finished", results))
+    assert "not measured" in html
+    assert "No verdict yet" in html
+    render(Job(results, {}, "", "job"))
+
+
+def test_what_is_missing_says_how_to_measure_it() -> None:
+    html = render(job_of("finished"))
+    assert "qwlora evaluate --out finished" in html
+    without_parity = render(job_of("finished", without(results_of("finished"), ("parity",))))
+    assert "qwlora verify --out finished" in without_parity
+
+
+def test_plots_hold_every_value() -> None:
+    job = job_of("finished")
+    html = render(job)
+    losses, layers = job.get("train", "first", "losses"), job.get("base", "layers")
+    (raw, *_) = re.findall(r'<path d="([^"]*)" class="mark raw"', html)
+    assert raw.count(",") == len(losses)
+    wide = html.split("<title>Weight error by layer and projection</title>")[1].split("</svg>")[0]
+    assert len(re.findall(r'class="mark q\d"', wide)) == len(layers)
+    for name in ("Float model", "Packed base", "With adapter", "Simulated", "Exported file"):
+        assert f"<title>{name}: " in html
+
+
+def test_a_page_of_1000_layers_is_small() -> None:
+    html = render(many_layers(1000))
+    assert len(html.encode()) < 1.5e6
+    (rows,) = re.findall(r'data-rows="t-layers"[^>]*>(.*?)</script>', html, re.S)
+    assert html.split('id="t-layers"')[1].split("</table>")[0].count("<tr>") == 13
+    assert len(json.loads(rows)) == 7000 - 12
+
+
+def test_a_finished_page_has_no_absolute_path() -> None:
+    job = job_of("finished")
+    changed = json.loads(json.dumps(job.results))
+    changed["run"]["command"] = "qwlora run /home/me/job/recipe.yaml --out /home/me/job"
+    recipe = json.loads(json.dumps(job.recipe))
+    recipe["model"]["source"] = "/srv/models/tiny"
+    text = job.recipe_text.replace("source: tiny-llama", "source: /srv/models/tiny")
+    html = render(Job(changed, recipe, text, "job"))
+    assert "/home/me" not in html
+    assert "/srv/models" not in html
+
+
+def test_folders_are_cut_from_paths() -> None:
+    assert without_folders("'/a b/c' is damaged") == "'/a b/c' is damaged".replace("/a b/", "/a b/")
+    assert without_folders("open /home/me/x.json: no") == "open x.json: no"
+    assert without_folders("see https://a.org/b/c and a/b/c") == "see https://a.org/b/c and a/b/c"
+
+
+def test_two_jobs_are_compared() -> None:
+    one, other = job_of("finished"), job_of("failed")
+    html = render_comparison([one, other])
+    assert "finished" in html
+    assert "Do not ship" in html
+    assert "verify.sequences" in html  # a line of the recipes that differs
+    assert ">seed<" not in html  # and one that does not
+    numbers = Page(html).numbers
+    assert numbers
+    for path, value, _ in numbers:
+        assert value in (_at(one, path), _at(other, path))
+
+
+def _at(job: Job, path: list[str]) -> Any:
+    return job.get(*path)
+
+
+def test_numbers_are_written_plainly() -> None:
+    assert perplexity(13.619) == "13.62"
+    assert perplexity(49344.04) == "49,344"
+    assert percent(-0.136, sign=True) == f"{MINUS}13.6%"
+    assert percent(0.0011) == "0.11%"
+    assert precise_percent(-1e-9, sign=True) == "0.00%"
+    assert count(1595) == "1,595"
+    assert fixed(-0.001) == "0.00"
+    assert seconds(125.7) == "2 min 06 s"
+    assert seconds(4560) == "1 h 16 min"
+    assert seconds(59.96) == "60.0 s"
+    assert size(149_540_000) == "149.5 MB"
+    assert size(1.91e9) == "1.9 GB"
+    assert significant(28344.2) == "28,344"
+    assert significant(0.4366, 2) == "0.44"
+    assert significant(-1e-9).startswith(f"{MINUS}1.00e")
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(13, 20) == [13, 14, 15, 16, 17, 18, 19, 20]
+    assert ticks(0.91, 1.0, 5) == pytest.approx([0.92, 0.94, 0.96, 0.98, 1.0])
+    assert ticks(2, 2) == [2]
+
+
+def test_the_energy_of_an_update() -> None:
+    assert needed([3.0, 1.0, 0.0]) == 1
+    assert needed([1.0, 1.0, 1.0, 1.0]) == 4
+    assert needed([2.0]) == 1

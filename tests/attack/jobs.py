@@ -63,6 +63,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 CACHE = ".qwlora/digests.json"  # may be there or not: files younger than two seconds are not in it
 # measured in this process, and so different where a run resumed
 _MEASURED = {"seconds", "step_seconds", "peak_rss_bytes", "base_bytes", "resumed_from_step"}
+_MEASURED |= {"parts", "run", "error"}
 
 
 @dataclass(frozen=True)

@@ -354,21 +354,14 @@ def _fact_for(job: Job, proven: bool) -> str:
         if (kind := job.best_kind(name)) and (change := job.change(kind, "float", name)) is not None
     }
     one = len(job.adapters) == 1
-    files = (
-        "The exported file computes"
-        if one
-        else f"{'Both' if len(job.adapters) == 2 else f'All {len(job.adapters)}'} exported files compute"
-    )
+    every = "Both" if len(job.adapters) == 2 else f"All {len(job.adapters)}"
+    files = "The exported file computes" if one else f"{every} exported files compute"
     better = {name: change for name, change in gains.items() if change < 0}
     if gains and len(better) == len(gains):
         least = percent(-max(better.values()))
         gain = f"beats the float model by {least} on held-out text"
         if not proven:
-            return (
-                f"The adapter {gain}"
-                if one
-                else f"Every adapter {gain.replace('by', 'by at least', 1)}"
-            )
+            return f"{'The' if one else 'Every'} adapter {gain}{'' if one else ' or more'}"
         if one:
             return f"{files} what you trained and {gain}"
         return (

@@ -1,0 +1,198 @@
+"""report.html and the state of a run in results.json, over a job of fake stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import tiny_model
+from pipeline.conftest import FakeJob
+from qwlora.adapter.adapter_updates import adapter_updates, update_values
+from qwlora.adapter.attach import LoraShape, attach
+from qwlora.errors import DirectoryError, RecipeError, TrainingError
+from qwlora.pipeline.job_report import read_job, rebuild_reports
+from qwlora.pipeline.job_status import COST, JobStatus, described_error
+from qwlora.quantize.quantize_model import quantize_
+from qwlora.system.stop_signals import Stopped
+
+
+def results(job: FakeJob) -> dict[str, Any]:
+    return json.loads((job.out / "results.json").read_text())
+
+
+def page(job: FakeJob) -> str:
+    return (job.out / "report.html").read_text()
+
+
+def test_the_report_follows_the_stages(job: FakeJob) -> None:
+    seen: dict[str, str] = {}
+
+    def look(stage: str) -> None:
+        run = results(job)["run"]
+        assert run["stage"] == stage
+        assert run["plan"][len(seen)] == stage
+        assert 'http-equiv="refresh"' in page(job)
+        seen[stage] = run["state"]
+
+    job.on_stage = look
+    returned = job.run()
+    assert set(seen.values()) == {"running"}
+    assert returned == results(job)
+    run = returned["run"]
+    assert run["state"] == "finished"
+    assert run["plan"] == list(seen)
+    assert run["machine"].keys() >= {"system", "cores"}
+    assert run["command"] == "qwlora run out/recipe.yaml --out out"
+    assert 'http-equiv="refresh"' not in page(job)
+    parts = {n: p for s in returned["stages"].values() for n, p in s["parts"].items()}
+    assert parts.keys() == seen.keys()
+    assert all(part["peak_rss_bytes"] > 0 and part["started"] for part in parts.values())
+    size = sum(f.stat().st_size for f in (job.out / "base").rglob("*") if f.is_file())
+    assert returned["sizes"]["base"] == size
+
+
+def test_a_run_with_nothing_to_do_keeps_what_the_last_one_recorded(job: FakeJob) -> None:
+    before = job.run()["run"]
+    assert job.run()["run"] == before
+
+
+def test_a_run_of_some_stages_is_incomplete(job: FakeJob) -> None:
+    assert job.run("quantize", "evaluate", "train")["run"]["state"] == "incomplete"
+    assert "No verdict yet" in page(job)
+
+
+def test_a_failure_says_what_to_do(job: FakeJob) -> None:
+    def fail(stage: str) -> None:
+        if stage == "train/first":
+            raise TrainingError("training diverged at <step> 3")
+
+    job.on_stage = fail
+    with pytest.raises(TrainingError):
+        job.run()
+    found = results(job)
+    assert found["run"]["state"] == "failed"
+    error = found["error"]
+    assert (error["class"], error["stage"]) == ("TrainingError", "train/first")
+    assert "learning_rate" in error["remedy"][0]
+    assert "Do not ship" in page(job)
+    assert "diverged at &lt;step&gt; 3" in page(job)
+    job.on_stage = lambda name: None
+    assert "error" not in job.run()
+    assert "error" not in results(job)
+
+
+def test_an_interrupted_run_says_so(job: FakeJob) -> None:
+    def stop(stage: str) -> None:
+        if stage == "train/first":
+            raise Stopped(15, "stopped after step 3")
+
+    job.on_stage = stop
+    with pytest.raises(KeyboardInterrupt):
+        job.run()
+    assert results(job)["run"]["state"] == "interrupted"
+    assert "interrupted in stage train/first" in page(job)
+
+
+def test_a_new_job_that_finishes_nothing_leaves_nothing(job: FakeJob) -> None:
+    def fail(stage: str) -> None:
+        assert (job.out / "report.html").exists()
+        raise TrainingError("no")
+
+    job.on_stage = fail
+    with pytest.raises(TrainingError):
+        job.run()
+    assert not job.out.exists()
+
+
+def test_reports_are_rebuilt_and_compared(job: FakeJob, tmp_path: Path) -> None:
+    job.run()
+    first = page(job)
+    (job.out / "report.html").write_text("old")
+    written = rebuild_reports([job.out, job.out], tmp_path / "both.html")
+    assert written == [*[job.out / "report.html"] * 2, tmp_path / "both.html"]
+    assert page(job) == first
+    assert "2 jobs" in (tmp_path / "both.html").read_text()
+
+
+def test_a_file_that_changed_after_the_check_makes_the_proof_stale(job: FakeJob) -> None:
+    job.run()
+    found = results(job) | {"parity": {"onnx": {"first": {"passed": True}}}}
+    (job.out / "results.json").write_text(json.dumps(found))
+    assert not read_job(job.out).stale
+    (job.out / "export" / "onnx" / "first" / "weights.bin").write_bytes(b"other")
+    (reason,) = read_job(job.out).stale.values()
+    assert "weights.bin has changed" in reason
+
+
+def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> None:
+    with pytest.raises(DirectoryError, match=r"has no results\.json"):
+        rebuild_reports([tmp_path])
+    job.run()
+    (job.out / "results.json").write_text("[1")
+    with pytest.raises(DirectoryError, match="cannot be read"):
+        rebuild_reports([job.out])
+    (job.out / "results.json").write_text("{}")
+    (job.out / "recipe.yaml").write_text("a: [")
+    with pytest.raises(RecipeError):
+        rebuild_reports([job.out])
+
+
+def test_training_is_written_only_so_often_that_it_costs_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("qwlora.pipeline.job_status.time.monotonic", lambda: clock[0])
+    written: list[dict[str, Any]] = []
+
+    def write(keys: dict[str, Any]) -> dict[str, Any]:
+        clock[0] += 0.5  # a slow disk
+        written.append(keys)
+        return keys
+
+    status = JobStatus(write, [], "qwlora run", {})
+    status.begin("train/first")
+    for step in range(1, 1001):
+        clock[0] += 1.0
+        status.train(lambda step=step: {"step": step})  # type: ignore[misc]
+    spent = 0.5 * (len(written) - 1)
+    assert 10 <= len(written) <= 1000 / (0.5 * COST) + 2
+    assert spent < 0.011 * clock[0]
+    assert written[-1]["run"]["training"]["step"] > 900
+
+
+def test_an_unknown_error_asks_for_a_report() -> None:
+    found = described_error(KeyError("x"), "quantize")
+    assert "--debug" in found["remedy"][0]
+    assert "Free memory" in described_error(MemoryError(), "train/a")["remedy"][0]
+
+
+def test_paths_of_the_user_are_not_recorded() -> None:
+    message = described_error(ValueError(f"{Path.home()}/x and {Path.cwd()}/y"), "train/a")[
+        "message"
+    ]
+    assert str(Path.home()) not in message
+    assert "y" in message
+
+
+def test_updates_of_an_adapter() -> None:
+    torch.manual_seed(0)
+    second, first = torch.randn(32, 4), torch.randn(4, 64)
+    expected = torch.linalg.svdvals((second @ first).double())[:4]
+    torch.testing.assert_close(update_values(second, first), expected, rtol=1e-5, atol=1e-8)
+
+    model = tiny_model("llama", layers=1)
+    quantize_(model, "w4-block32", "rtn")
+    adapted = attach(model, LoraShape(rank=4, alpha=8.0), 0)
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    update = layer.get_delta_weight("default").double()
+    found = adapter_updates(adapted)["model.layers.0.self_attn.q_proj"]
+    values = torch.linalg.svdvals(update)[:4].tolist()
+    assert found["singular_values"] == pytest.approx(values, rel=1e-4)
+    frozen = layer.get_base_layer().tensor.dequantize().double()
+    assert found["gain"] == pytest.approx(float(update.norm() / frozen.norm()), rel=1e-4)

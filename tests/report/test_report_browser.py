@@ -1,0 +1,213 @@
+"""The report in Debian's chromium, headless: no error, no request, plots have data, tables sort."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwlora.report.page import render, render_comparison
+from report.recorded import job_of, many_layers, running
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+HAS_PLAYWRIGHT = importlib.util.find_spec("playwright") is not None
+WIDTHS = (390, 700, 1050, 1150, 1440)
+SMALLEST_TEXT = 10.5  # px
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        BROWSER is None or not HAS_PLAYWRIGHT,
+        reason="the report was NOT tested in a browser: install chromium (apt-get install chromium) "
+        "and playwright (pip install playwright)",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    jobs = {name: job_of(name) for name in ("finished", "two", "failed")}
+    written = {
+        **{name: render(job) for name, job in jobs.items()},
+        "running": render(running()),
+        "thousand": render(many_layers(1000)),
+        "comparison": render_comparison(list(jobs.values())),
+    }
+    for name, html in written.items():
+        (folder / f"{name}.html").write_text(html, encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in written}
+
+
+NAMES = ("finished", "two", "failed", "running", "thousand", "comparison")
+
+
+class Opened:
+    """A page, with everything it wrote to the console and every request it made."""
+
+    def __init__(self, browser: Any, path: Path, width: int = 1440, scheme: str = "light"):
+        self.page = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme
+        ).new_page()
+        self.console: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.console.append(message.text))
+        self.page.on("pageerror", lambda error: self.console.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        began = time.perf_counter()
+        self.page.goto(path.as_uri())
+        self.page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
+        self.seconds = time.perf_counter() - began
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_error_and_no_request(
+    browser: Any, pages: dict[str, Path], name: str, scheme: str
+) -> None:
+    opened = Opened(browser, pages[name], scheme=scheme)
+    assert opened.console == []
+    assert opened.requests == [pages[name].as_uri()]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_wider_than_the_page_and_no_text_is_too_small(
+    browser: Any, pages: dict[str, Path], name: str, width: int
+) -> None:
+    page = Opened(browser, pages[name], width).page
+    page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    sizes = page.evaluate(
+        """[...document.querySelectorAll("svg.plot text")].filter(t => t.getClientRects().length).map(
+            t => parseFloat(getComputedStyle(t).fontSize) * t.ownerSVGElement.getScreenCTM().a)"""
+    )
+    assert len(sizes) > 10
+    assert min(sizes) >= SMALLEST_TEXT - 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_plot_has_marks_that_can_be_seen(
+    browser: Any, pages: dict[str, Path], name: str
+) -> None:
+    page = Opened(browser, pages[name]).page
+    page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    plots = page.evaluate(
+        """[...document.querySelectorAll("svg.plot")].filter(p => p.getClientRects().length).map(p => ({
+            title: p.querySelector("title").textContent, words: p.querySelector("desc").textContent,
+            marks: [...p.querySelectorAll(".mark")].filter(m => {
+                const box = m.getBoundingClientRect(), style = getComputedStyle(m);
+                return box.width + box.height > 0 && (style.fill !== "none" || style.stroke !== "none");
+            }).length}))"""
+    )
+    assert len(plots) >= 2
+    for plot in plots:
+        assert plot["marks"] > 0, plot
+        assert any(c.isdigit() for c in plot["words"]), plot
+
+
+@pytest.mark.parametrize("name", ["finished", "two", "comparison", "thousand"])
+def test_tables_sort_by_every_column(browser: Any, pages: dict[str, Path], name: str) -> None:
+    page = Opened(browser, pages[name]).page
+    page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    tables = page.locator("table.sortable")
+    assert tables.count() >= 1
+    for number in range(tables.count()):
+        table = tables.nth(number)
+        for column in range(table.locator("thead th").count()):
+            heading = table.locator("thead th").nth(column)
+            for direction in ("descending", "ascending"):
+                heading.locator("button").click()
+                assert heading.get_attribute("aria-sort") == direction
+                values = table.evaluate(
+                    """(t, n) => [...t.tBodies[0].rows].map(row => {
+                        const cell = row.children[n], data = cell.querySelector("data");
+                        return cell.className === "e" ? null
+                            : data ? +data.value : cell.textContent.trim();
+                    })""",
+                    column,
+                )
+                known = [v for v in values if v is not None]
+                assert values[len(known) :] == [None] * (len(values) - len(known))
+                keys = [_key(v) for v in known]
+                assert keys == sorted(keys, reverse=direction == "descending"), (name, column)
+
+
+def _key(value: Any) -> tuple[int, Any]:
+    """Numbers before words; a cell of text that begins with a number counts as one."""
+    if isinstance(value, str):
+        digits = value.replace(",", "").replace("\u2212", "-").split(" ")[0].rstrip("%")
+        try:
+            return (0, float(digits))
+        except ValueError:
+            return (1, value)
+    return (0, value)
+
+
+def test_a_thousand_layers_open_in_3_seconds(browser: Any, pages: dict[str, Path]) -> None:
+    opened = Opened(browser, pages["thousand"])
+    assert opened.seconds < 3
+    rows = opened.page.locator("#layers tbody tr")
+    assert rows.count() == 12
+    opened.page.get_by_role("button", name="Show all 7,000 rows").click()
+    assert rows.count() == 7000
+    assert opened.page.get_by_role("button", name="Show all").count() == 0
+
+
+def test_the_theme_is_kept_when_the_page_is_loaded_again(
+    browser: Any, pages: dict[str, Path]
+) -> None:
+    page = Opened(browser, pages["finished"]).page
+    color = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(color)
+    page.get_by_role("button", name="Light or dark").click()
+    dark = page.evaluate(color)
+    assert dark != light
+    page.reload()
+    assert page.evaluate(color) == dark
+
+
+def test_a_job_without_news_may_have_stopped(
+    browser: Any, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    page = Opened(browser, pages["running"]).page
+    assert "Stopped? Last update" in page.locator("#stopped").inner_text()
+    assert page.locator("meta[http-equiv=refresh]").get_attribute("content") == "15"
+    fresh = running()
+    fresh.results["run"]["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    (tmp_path / "fresh.html").write_text(render(fresh), encoding="utf-8")
+    assert Opened(browser, tmp_path / "fresh.html").page.locator("#stopped").is_hidden()
+
+
+def test_definitions_open_by_keyboard(browser: Any, pages: dict[str, Path]) -> None:
+    page = Opened(browser, pages["finished"]).page
+    button = page.locator(".tipb").first
+    assert button.locator("span").is_hidden()
+    button.focus()
+    assert button.locator("span").is_visible()
+
+
+def test_print_shows_folds_and_hides_controls(browser: Any, pages: dict[str, Path]) -> None:
+    page = Opened(browser, pages["finished"], scheme="dark").page
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("#theme").is_hidden()
+    assert page.locator("#reproduce pre").last.is_visible()
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(26, 28, 32)"

@@ -44,7 +44,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = {key: value or "" for key, value in attrs}
-        self.scripts += tag == "script"
+        self.scripts += tag == "script" and "data-rows" not in found  # rows are data
         if "id" in found:
             self.ids.append(found["id"])
         if found.get("href", "").startswith("#"):
@@ -133,12 +133,9 @@ def test_names_are_escaped(name: str, old: str) -> None:
     changed = Job(
         hostile(job.results, old), hostile(job.recipe, old), job.recipe_text + HOSTILE, HOSTILE
     )
-    for html, plain in (
-        (render(changed), render(job)),
-        (render_comparison([changed, job]), render_comparison([job, job])),
-    ):
+    for html in (render(changed), render_comparison([changed, job])):
         assert "<script>alert" not in html
-        assert Page(html).scripts == Page(plain).scripts
+        assert Page(html).scripts == 1
         assert "&lt;script&gt;alert" in html
 
 

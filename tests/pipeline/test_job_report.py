@@ -13,7 +13,7 @@ from conftest import tiny_model
 from pipeline.conftest import FakeJob
 from qwlora.adapter.adapter_updates import adapter_updates, update_values
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.errors import DirectoryError, RecipeError, TrainingError
+from qwlora.errors import DirectoryError, QwloraWarning, RecipeError, TrainingError
 from qwlora.pipeline.job_report import read_job, rebuild_reports
 from qwlora.pipeline.job_status import COST, JobStatus, described_error
 from qwlora.quantize.quantize_model import quantize_
@@ -106,6 +106,18 @@ def test_a_new_job_that_finishes_nothing_leaves_nothing(job: FakeJob) -> None:
     with pytest.raises(TrainingError):
         job.run()
     assert not job.out.exists()
+
+
+def test_a_report_that_cannot_be_drawn_does_not_stop_the_job(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(job: Any) -> str:
+        raise ZeroDivisionError("no layers")
+
+    monkeypatch.setattr("qwlora.pipeline.job_report.render", fail)
+    with pytest.warns(QwloraWarning, match="ZeroDivisionError: no layers"):
+        assert job.run()["run"]["state"] == "finished"
+    assert results(job)["run"]["state"] == "finished"
 
 
 def test_reports_are_rebuilt_and_compared(job: FakeJob, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qwlora.atomic import write_text
-from qwlora.errors import DirectoryError
+from qwlora.errors import DirectoryError, QwloraWarning
 from qwlora.pipeline.directory import Directory, as_directory_errors
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
@@ -19,16 +20,27 @@ REPORT = "report.html"
 PAGE_MARK = '<meta name="generator" content="QWLoRA">'
 
 
-def write_report(folder: Path, results: dict[str, Any], recipe: Recipe) -> Path:
+def write_report(folder: Path, results: dict[str, Any], recipe: Recipe) -> None:
     """Write the report of a job whose results are known to be up to date.
+
+    A report that cannot be drawn is a bug, and no reason to stop a job of hours: it warns.
 
     Raises:
         DirectoryError: the file cannot be written.
     """
     job = Job(results, *_as_read(recipe), folder.absolute().name)
+    try:
+        page = render(job)
+    except Exception as error:
+        warnings.warn(
+            f"{str(folder / REPORT)!r} was not written ({type(error).__name__}: {error}). The job "
+            "and results.json are not affected; report this as a bug",
+            QwloraWarning,
+            stacklevel=2,
+        )
+        return
     with as_directory_errors(folder):
-        write_text(folder / REPORT, render(job))
-    return folder / REPORT
+        write_text(folder / REPORT, page)
 
 
 def read_job(folder: Path) -> Job:

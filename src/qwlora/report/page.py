@@ -57,6 +57,7 @@ def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("qwlora.report", "templates"),
         autoescape=True,
+        auto_reload=False,  # a job runs for hours; the package may be upgraded meanwhile
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -392,12 +392,11 @@ def _below(job: Job, kind: Kind) -> str | Markup:
         for name in job.adapters
     ]
     known = [number for number in tokens if number is not None]
-    checked = (
-        f"Checked in {listed([runtime(t) for t in job.targets])} on {count(min(known))} tokens"
-    )
+    runtimes = listed([runtime(target) for target in job.targets])
+    of_tokens = f" on {count(min(known))} tokens" if known else ""
     each = " each" if len(known) > 1 else ""
     missing = _not_measured(job) if kind is not Kind.SHIP else ""
-    return f"{checked}{each}. {missing[:1].upper()}{missing[1:]}{'.' if missing else ''}"
+    return f"Checked in {runtimes}{of_tokens}{each}. {missing[:1].upper()}{missing[1:]}{'.' if missing else ''}"
 
 
 def _failure(job: Job, checks: tuple[Check, ...]) -> str:

@@ -202,7 +202,7 @@ def test_updates_of_an_adapter() -> None:
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
     with torch.no_grad():
         layer.lora_B["default"].weight.normal_()
-    update = layer.get_delta_weight("default").double()
+    update = layer.get_delta_weight("default").detach().double()
     found = adapter_updates(adapted)["model.layers.0.self_attn.q_proj"]
     values = torch.linalg.svdvals(update)[:4].tolist()
     assert found["singular_values"] == pytest.approx(values, rel=1e-4)

@@ -396,7 +396,8 @@ def _below(job: Job, kind: Kind) -> str | Markup:
     of_tokens = f" on {count(min(known))} tokens" if known else ""
     each = " each" if len(known) > 1 else ""
     missing = _not_measured(job) if kind is not Kind.SHIP else ""
-    return f"Checked in {runtimes}{of_tokens}{each}. {missing[:1].upper()}{missing[1:]}{'.' if missing else ''}"
+    rest = f" {missing[:1].upper()}{missing[1:]}." if missing else ""
+    return f"Checked in {runtimes}{of_tokens}{each}.{rest}"
 
 
 def _failure(job: Job, checks: tuple[Check, ...]) -> str:

@@ -160,12 +160,23 @@ def runtime(target: str) -> str:
     return RUNTIMES.get(target, target)
 
 
+class Tagged(Markup):
+    """A number as HTML, and what it was made of."""
+
+    text = ""
+    value = 0.0
+
+
 def tagged(text: str, value: float | None, path: Path) -> Markup:
     """A number with its exact value and its place in results.json, which tests and tools read."""
     if value is None:
         return NOT_MEASURED
-    key = json.dumps(path)
-    return Markup('<data value="{}" data-key="{}">{}</data>').format(repr(value), key, text)
+    html = Markup('<data value="{}" data-key="{}">{}</data>').format(
+        repr(value), json.dumps(path), text
+    )
+    number = Tagged(html)
+    number.text, number.value = text, value
+    return number
 
 
 def valued(text: str, value: float) -> Markup:

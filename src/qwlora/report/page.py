@@ -6,12 +6,14 @@ the browser itself refuse any request. Every name is escaped (jinja2's autoescap
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from qwlora.report.comparison import comparison
 from qwlora.report.job import Job, finite, without_folders
@@ -54,7 +56,7 @@ class Fold:
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("qwlora.report", "templates"),
         autoescape=True,
         auto_reload=False,  # a job runs for hours; the package may be upgraded meanwhile
@@ -62,6 +64,14 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["compact_json"] = _compact_json
+    return environment
+
+
+def _compact_json(value: Any) -> Markup:
+    """JSON for a `script` element, which must not contain `</script>` or `<!--`."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return Markup(text.replace("<", "\\u003c").replace("&", "\\u0026"))
 
 
 def render(job: Job) -> str:

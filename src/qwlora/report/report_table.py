@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
+
+from qwlora.report.job import Tagged
 
 MOST_ROWS = 50
 
@@ -36,9 +38,14 @@ class Table:
         return self.rows[: self.most]
 
     @property
-    def other_rows(self) -> list[list[str | None]]:
-        """Those that are shown on request, as HTML."""
-        return [
-            [None if cell is None else str(Markup.escape(cell)) for cell in row]
-            for row in self.rows[self.most :]
-        ]
+    def other_rows(self) -> list[list[str | list[str | float] | None]]:
+        """Those that are shown on request: HTML, or a number as its text and six digits of it."""
+        return [[_compact(cell) for cell in row] for row in self.rows[self.most :]]
+
+
+def _compact(cell: str | Markup | None) -> str | list[str | float] | None:
+    if cell is None:
+        return None
+    if isinstance(cell, Tagged) and cell.text:
+        return [str(escape(cell.text)), float(f"{cell.value:.6g}")]
+    return str(escape(cell))

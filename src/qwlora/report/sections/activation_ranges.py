@@ -148,6 +148,7 @@ def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
             columns[column] = block
     step = (width - 8) / (-(-last // group))
     bar = max(min(step * 0.55, 6), 1)
+    paths: dict[str, list[str]] = {}
     for column, block in columns.items():
         x, peak = 4 + (column + 0.5) * step, peaks[block]
         bits = panel.ranges[block][2]
@@ -156,14 +157,15 @@ def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
             f"from {significant(panel.ranges[block][0])} to {significant(panel.ranges[block][1])}"
         )
         y = min(scale(max(peak, low)), base - 1)
-        drawing.rect(
-            x - bar / 2,
-            y,
-            bar,
-            base - y,
-            f"mark {kind}",
-            f"Layer {block}, {panel.title}: {span}, {bits} bits",
-        )
+        if group == 1:
+            word = f"Layer {block}, {panel.title}: {span}, {bits} bits"
+            drawing.rect(x - bar / 2, y, bar, base - y, f"mark {kind}", word)
+        else:
+            paths.setdefault(kind, []).append(
+                f"M{x - bar / 2:.1f},{base}v{y - base:.1f}h{bar:g}V{base}z"
+            )
+    for kind, bars in paths.items():
+        drawing.path("".join(bars), f"mark {kind}")
     column = top // group
     x = 4 + (column + 0.5) * step
     anchor = "start" if x < 60 else "end" if x > width - 58 else "middle"

@@ -39,7 +39,7 @@ class Tile:
 
 def tiles(job: Job) -> list[Tile]:
     """The key figures of a job, as far as it got."""
-    if job.state != "finished" and job.state != "failed":
+    if job.state not in ("finished", "failed") or not job.adapters:
         return _of_unfinished(job)
     if len(job.adapters) != 1:
         return _of_several(job)

@@ -183,7 +183,8 @@ def _draw(
         f"Smallest {write(low)}, largest {write(value)} at {place.name}. The table lists the "
         "largest.",
     )
-    titled = len(grid.cells) <= MOST_TITLES and width > 900
+    is_grouped = grid.columns[0][1] > grid.columns[0][0]
+    titled = width > 900 and not is_grouped and len(grid.cells) <= MOST_TITLES
     paths: dict[int, list[str]] = {}
     for (row, column), (number, where) in grid.cells.items():
         x, y = left + column * step, row * cell

@@ -57,6 +57,7 @@
       return "<tr>" + row.map(function (cell, n) {
         if (!n) return '<th scope="row">' + cell + "</th>";
         if (cell === null) return '<td class="e"><span class="vh">not measured</span></td>';
+        if (cell instanceof Array) return '<td><data value="' + cell[1] + '">' + cell[0] + "</data></td>";
         return (left.indexOf(n) < 0 ? "<td>" : '<td class="l">') + cell + "</td>";
       }).join("") + "</tr>";
     }).join(""));

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qwlora.report.job import Job
+from qwlora.report.page import render
 from qwlora.report.verdict import Kind, Outcome, remedies, remedy_command, verdict
 from qwlora.report.written_numbers import MINUS
 from report.recorded import job_of, results_of, running
@@ -110,6 +111,56 @@ def test_files_that_changed_after_the_check_are_not_proven() -> None:
     assert found.kind is Kind.NOT_PROVEN
     assert "changed after the check" in found.sentence
     assert not any(c.outcome is Outcome.PASSED and "step" in str(c.what) for c in found.checks)
+
+
+WEIGHTS = {
+    "max_abs_logit_difference": 1e-5,
+    "base_max_abs_logit_difference": 1e-5,
+    "largest_logit": 10.0,
+    "top1_agreement": 1.0,
+    "off_is_equal": True,
+    "perplexity": 56.09,
+    "reference_perplexity": 56.09,
+    "sequences": 8,
+    "tokens": 4096,
+    "passed": True,
+    "problems": [],
+    "limits": {
+        "perplexity_difference": 0.003,
+        "logit_difference": 1e-3,
+        "top1_agreement": 0.999,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({}, Kind.SHIP, "computes what you trained"),
+        ({"max_abs_logit_difference": 0.1, "passed": False}, Kind.DO_NOT_SHIP, "off by 0.100"),
+        ({"top1_agreement": 0.9, "passed": False}, Kind.DO_NOT_SHIP, "90.00% of tokens"),
+        ({"off_is_equal": False, "passed": False}, Kind.DO_NOT_SHIP, "does not give the base"),
+        ({"perplexity": 60.0, "passed": False}, Kind.DO_NOT_SHIP, "6.97% away"),
+    ],
+)
+def test_files_without_activations_have_their_own_limits(
+    changes: dict[str, Any], kind: Kind, words: str
+) -> None:
+    job = job_of("finished", finished(parity={"hf": {"first": {**WEIGHTS, **changes}}}))
+    job = Job(job.results, {**job.recipe, "export": {"targets": ["hf"]}}, "", "job")
+    found = verdict(job)
+    assert found.kind is kind
+    assert words in found.sentence
+    assert "transformers" in render(job)
+
+
+def test_files_that_were_written_but_not_run_are_not_proven() -> None:
+    job = job_of("finished", finished(parity={"mlx": {"first": {"not_run": "mlx is missing"}}}))
+    job = Job(job.results, {**job.recipe, "export": {"targets": ["mlx"]}}, "", "job")
+    found = verdict(job)
+    assert found.kind is Kind.NOT_PROVEN
+    assert "was not checked in MLX" in found.sentence
+    assert "mlx is missing" in render(job)
 
 
 def test_a_noise_floor_above_the_limit_is_the_limit() -> None:

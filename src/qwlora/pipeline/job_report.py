@@ -67,12 +67,13 @@ def read_job(folder: Path) -> Job:
     recipe, recipe_text = _as_read(load_recipe(folder / "recipe.yaml"))
     job = Job(content, recipe, recipe_text, folder.absolute().name)
     directory = Directory.read(folder)
-    stale = {
-        (target, name): reason
-        for target in job.targets
-        for name in job.section("parity", target)
-        if (reason := directory.problem(f"export/{target}/{name}", None)) is not None
-    }
+    stale = {}
+    for target in job.targets:
+        for name in job.section("parity", target):
+            own, base = f"export/{target}/{name}", f"export/{target}"  # a base of its own, or none
+            for stage in (own, *([base] if base in directory.records else [])):
+                if (reason := directory.problem(stage, None)) is not None:
+                    stale[target, name] = reason
     return Job(content, recipe, recipe_text, job.name, stale)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-RUNTIMES = {"onnx": "ONNX Runtime"}  # names of export targets' runtimes; others as they are
+RUNTIMES = {"onnx": "ONNX Runtime", "hf": "transformers", "mlx": "MLX"}  # others as they are
 FILES = {"onnx": "ONNX file"}
 FEW_TOKENS = 1000  # a proof on fewer tokens is a caution
 NOT_MEASURED = Markup('<span class="nm">not measured</span>')
@@ -118,10 +118,25 @@ class Job:
         own = self.number("parity", target, adapter, "limits", name)
         return own if own is not None else finite(self.setting("verify", name))
 
+    def parity(self, target: str, adapter: str) -> dict[str, Any]:
+        """What the proof of an adapter's files found; empty if they were not run."""
+        found = self.section("parity", target, adapter)
+        return {} if "not_run" in found else found
+
+    def compared_with(self, target: str, adapter: str) -> str:
+        """What the files were compared with: `simulated`, or, without activations, `adapted`."""
+        is_trained = "reference_perplexity" in self.section("parity", target, adapter)
+        return "adapted" if is_trained else "simulated"
+
+    def expected(self, target: str, adapter: str) -> float | None:
+        """The perplexity of that model on the tokens of the proof."""
+        found = self.section("parity", target, adapter)
+        return finite(found.get("simulated_perplexity", found.get("reference_perplexity")))
+
     def drift(self, target: str, adapter: str) -> float | None:
-        """Relative difference of the exported file's perplexity from the simulation's."""
+        """Relative difference of the exported file's perplexity from what is expected."""
         found = self.number("parity", target, adapter, "perplexity")
-        expected = self.number("parity", target, adapter, "simulated_perplexity")
+        expected = self.expected(target, adapter)
         return found / expected - 1 if found and expected else None
 
     def best_kind(self, adapter: str) -> str | None:

@@ -43,6 +43,7 @@ from qwlora.report.written_numbers import (
     significant,
 )
 
+_MODELS = {"simulated": "simulation", "adapted": "trained model"}
 LEAST_GAIN = 0.01  # an adapter should beat the float model by this much
 
 
@@ -153,7 +154,7 @@ def all_checks(job: Job) -> Iterator[Check]:
 
 def proof_checks(job: Job, target: str, adapter: str) -> Iterator[Check]:
     """The limits of one exported file."""
-    parity = job.section("parity", target, adapter)
+    parity = job.parity(target, adapter)
     place = ("parity", target, adapter)
     where = "" if len(job.targets) == 1 else f"{runtime(target)}: "
     if (reason := job.stale.get((target, adapter))) is not None:
@@ -164,9 +165,11 @@ def proof_checks(job: Job, target: str, adapter: str) -> Iterator[Check]:
         )
         return
     if not parity:
-        yield Check(Outcome.MISSING, f"{where}Exported file against the simulation", NOT_MEASURED)
+        why = job.get(*place, "not_run")
+        what = f"{where}Exported file against what was trained"
+        yield Check(Outcome.MISSING, f"{what}: {why}" if why else what, NOT_MEASURED)
         return
-    found = [*_limits(job, target, adapter, where, place)]
+    found = [*_limits(job, target, adapter, where, place), *_weights_limits(job, where, place)]
     yield from found
     if parity.get("passed") is False and not any(c.outcome is Outcome.FAILED for c in found):
         problems = "; ".join(str(problem) for problem in parity.get("problems", []))
@@ -174,7 +177,7 @@ def proof_checks(job: Job, target: str, adapter: str) -> Iterator[Check]:
 
 
 def _limits(job: Job, target: str, adapter: str, where: str, place: Path) -> Iterator[Check]:
-    drift = job.drift(target, adapter)
+    drift, model = job.drift(target, adapter), _MODELS[job.compared_with(target, adapter)]
     limit = job.limit(target, adapter, "perplexity_difference")
     floor = job.number(*place, "floor_perplexity_difference")
     allowed = max((x for x in (limit, floor) if x is not None), default=None)
@@ -182,7 +185,7 @@ def _limits(job: Job, target: str, adapter: str, where: str, place: Path) -> Ite
         is_floor = floor is not None and allowed == floor
         yield Check(
             _within(abs(drift) <= allowed),
-            f"{where}Perplexity of the exported file against the simulation",
+            f"{where}Perplexity of the exported file against the {model}",
             valued(precise_percent(abs(drift)), drift),
             f"{'noise floor' if is_floor else 'limit'} {precise_percent(allowed)}",
             f"its perplexity is {precise_percent(abs(drift))} away, and the limit is "
@@ -211,6 +214,42 @@ def _limits(job: Job, target: str, adapter: str, where: str, place: Path) -> Ite
             f"floor {precise_percent(least)}",
             f"it agrees on {precise_percent(share)} of tokens, below the noise floor of "
             f"{precise_percent(least)}",
+        )
+
+
+def _weights_limits(job: Job, where: str, place: Path) -> Iterator[Check]:
+    """Limits of files without activations, which are compared with the trained model."""
+    for key, what in (
+        ("max_abs_logit_difference", "Largest difference of a logit"),
+        ("base_max_abs_logit_difference", "The same without the adapter"),
+    ):
+        value, most = job.number(*place, key), job.number(*place, "limits", "logit_difference")
+        if value is not None and most is not None:
+            yield Check(
+                _within(value <= most),
+                f"{where}{what}",
+                tagged(significant(value), value, (*place, key)),
+                f"limit {significant(most)}",
+                f"a logit is off by {significant(value)}, and the limit is {significant(most)}",
+            )
+    share, least = (
+        job.number(*place, *key) for key in (("top1_agreement",), ("limits", "top1_agreement"))
+    )
+    if share is not None and least is not None:
+        yield Check(
+            _within(share >= least),
+            f"{where}Same likeliest token",
+            tagged(precise_percent(share), share, (*place, "top1_agreement")),
+            f"limit {precise_percent(least)}",
+            f"it agrees on {precise_percent(share)} of tokens, and the limit is "
+            f"{precise_percent(least)}",
+        )
+    if isinstance(is_equal := job.get(*place, "off_is_equal"), bool):
+        yield Check(
+            _within(is_equal),
+            f"{where}Switching the adapter off gives the base again, bit for bit",
+            "yes" if is_equal else "no",
+            against="switching the adapter off does not give the base again",
         )
 
 
@@ -342,7 +381,7 @@ def _unproven(job: Job) -> str:
             of = f" of {name}" if len(job.adapters) > 1 else ""
             if (target, name) in job.stale:
                 return f"the files{of} for {runtime(target)} changed after the check"
-            if not job.section("parity", target, name):
+            if not job.parity(target, name):
                 return f"the file{of} was not checked in {runtime(target)}"
     return ""
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 NAME = "verify"
-_LIMITS = ("perplexity_difference", "layer_steps", "layer_mean_steps")
 
 
 def add(plan: PlanBuilder, target: str, name: str) -> None:
@@ -46,19 +45,40 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         if missing := target.missing():
             return {"parity": {name: {adapter: {"not_run": missing}}}}
         parity = _verify_weights(context, target, name, adapter)
-    limits = Limits(**section.model_dump(include=set(_LIMITS)))
+    limits = Limits(
+        perplexity_difference=section.perplexity_difference,
+        layer_steps=section.layer_steps,
+        layer_mean_steps=section.layer_mean_steps,
+    )
     problems = list(parity.broken_limits(limits))
     measured = {
         **parity.to_json(),
         "passed": not problems,
         "problems": problems,
-        "limits": section.model_dump(include=set(_LIMITS)),
+        "limits": _limits_of(parity, limits),
     }
     results = {"parity": {name: {adapter: measured}}}
     if problems:
         what = f"export/{name}/{adapter}: the exported files do not compute what they should"
         raise VerificationError(what, problems, results)
     return results
+
+
+def _limits_of(parity: LanguageModelParity | WeightsParity, limits: Limits) -> dict[str, float]:
+    """What was required, for results.json."""
+    from qwlora.export.verify_weights import AGREEMENT, LOGIT_DIFFERENCE, WeightsParity
+
+    if isinstance(parity, WeightsParity):
+        return {
+            "perplexity_difference": limits.perplexity_difference,
+            "logit_difference": LOGIT_DIFFERENCE * parity.largest_logit,
+            "top1_agreement": AGREEMENT,
+        }
+    return {
+        "perplexity_difference": limits.perplexity_difference,
+        "layer_steps": limits.layer_steps,
+        "layer_mean_steps": limits.layer_mean_steps,
+    }
 
 
 def _verify_graph(

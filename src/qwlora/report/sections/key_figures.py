@@ -104,8 +104,10 @@ def packing(job: Job, adapter: str | None) -> Tile:
 
 def shipping_cost(job: Job, adapter: str) -> float | None:
     """Relative perplexity between the trained adapter and the exported file."""
-    simulation = job.change("simulated", "adapted", adapter)
     drift = job.drift(job.targets[0], adapter) if job.targets else None
+    if job.targets and job.compared_with(job.targets[0], adapter) == "adapted":
+        return drift  # the files hold no activations
+    simulation = job.change("simulated", "adapted", adapter)
     return None if simulation is None or drift is None else (1 + simulation) * (1 + drift) - 1
 
 
@@ -117,14 +119,17 @@ def _shipping(job: Job, adapter: str) -> Tile:
     cost = shipping_cost(job, adapter)
     if cost is None:
         return Tile("Cost of shipping", tip, NOT_MEASURED, "", _add(job, "verify"))
-    simulation = job.change("simulated", "adapted", adapter) or 0.0
     drift = job.drift(job.targets[0], adapter) or 0.0
+    export = f"export {precise_percent(drift, True)}"
+    if job.compared_with(job.targets[0], adapter) == "simulated":
+        simulation = job.change("simulated", "adapted", adapter) or 0.0
+        export = f"simulation {precise_percent(simulation, True)}, {export}"
     return Tile(
         "Cost of shipping",
         tip,
         valued(percent(cost, sign=True), cost),
         "",
-        f"simulation {precise_percent(simulation, True)}, export {precise_percent(drift, True)}",
+        export,
     )
 
 
@@ -178,6 +183,9 @@ def _file_size(job: Job, adapter: str) -> Tile:
         return Tile(f"Size of the {name}", tip, NOT_MEASURED, "", _add(job, "export"))
     number, unit = size(value).split(" ")
     note = f"{value / whole:.0%} of {size(whole)} in float32" if whole else ""
+    base = job.number("export", target, "base", "bytes")
+    if base is not None:  # the base once, and adapters beside it
+        note = f"the adapter; the base has {size(base)}"
     return Tile(f"Size of the {name}", tip, tagged(number, value, path), unit, note)
 
 
@@ -230,7 +238,7 @@ def _of_several(job: Job) -> list[Tile]:
         ),
         Tile(
             "Size of all files",
-            "Exported files of all adapters. Each holds the base.",
+            "Exported files of all adapters, each with its base if it holds one.",
             valued(size(total).split(" ")[0], total) if sizes else NOT_MEASURED,
             size(total).split(" ")[1] if sizes else "",
             f"{len(sizes)} of {len(names)} adapters exported" if sizes else _add(job, "export"),

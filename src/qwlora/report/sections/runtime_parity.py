@@ -9,7 +9,7 @@ from markupsafe import Markup
 from qwlora.report.drawing import Drawing, Scale, figure, shortened, ticks
 from qwlora.report.job import Job, code, runtime
 from qwlora.report.section import Section, View
-from qwlora.report.written_numbers import count, fixed, listed, precise_percent
+from qwlora.report.written_numbers import count, fixed, listed, precise_percent, significant
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _row(job: Job, target: str, adapter: str) -> Row:
         job.number(*place, "floor_top1_agreement"),
         job.number(*place, "perturbed_top1_agreement"),
         job.number(*place, "tokens"),
-        "not checked",
+        str(job.get(*place, "not_run") or "not checked"),
     )
 
 
@@ -127,13 +127,20 @@ def _answer(job: Job, adapter: str, rows: list[Row]) -> Markup:
             missing[0].why,
             code(job.verb_command("verify")),
         )
-    names = listed([row.name for row in rows])
-    return Markup(
-        "<b>{} {}.</b> {} with the simulation as often as the simulation agrees with itself when "
-        "sums are taken in another order."
-    ).format(
-        names, "does" if len(rows) == 1 else "do", "It agrees" if len(rows) == 1 else "Each agrees"
+    graphs = [row.name for row in rows if row.floor is not None]
+    answer = Markup("<b>{} {}.</b>").format(
+        listed([row.name for row in rows]), "does" if len(rows) == 1 else "do"
     )
+    if graphs:
+        answer += Markup(
+            " {} with the simulation as often as the simulation agrees with itself when sums are "
+            "taken in another order."
+        ).format("It agrees" if len(rows) == 1 else f"{listed(graphs)} agrees")
+    if weights := [row.name for row in rows if row.floor is None]:
+        answer += Markup(" {} has the logits of the trained model, up to rounding.").format(
+            listed(weights)
+        )
+    return answer
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,13 @@ def _limits(job: Job, target: str, adapter: str) -> Limits | None:
     if drift is not None and allowed:
         shown = f"{precise_percent(abs(drift))} of {precise_percent(max(allowed))}"
         used.append(("Perplexity", shown, abs(drift) / max(allowed)))
+    logit, most_logit = (
+        job.number(*place, *key)
+        for key in (("max_abs_logit_difference",), ("limits", "logit_difference"))
+    )
+    if logit is not None and most_logit:
+        shown = f"{significant(logit, 2)} of {significant(most_logit, 2)}"
+        used.append(("Largest logit difference", shown, logit / most_logit))
     for key, limit, name, digits in (
         ("worst_layer_steps", "layer_steps", "Worst layer", 2),
         ("worst_layer_mean_steps", "layer_mean_steps", "Worst mean of a layer", 4),

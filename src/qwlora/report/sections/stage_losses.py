@@ -73,7 +73,7 @@ def waterfall(job: Job, adapter: str) -> list[Row]:
         before = after if after is not None else before
     for target in job.targets:
         drift = None if (target, adapter) in job.stale else job.drift(target, adapter)
-        start = job.perplexity("simulated", adapter)
+        start = job.perplexity(job.compared_with(target, adapter), adapter)
         own = job.number("perplexity", "exported", target, adapter)
         end = (
             own if own is not None else start * (1 + drift) if start and drift is not None else None
@@ -218,7 +218,8 @@ def _magnified(job: Job, adapter: str) -> Markup | None:
             floor = job.number("parity", target, adapter, "floor_perplexity_difference")
             allowed = max((x for x in (limit, floor) if x is not None), default=None)
             kind = "k-loss" if allowed is not None and abs(drift) > allowed else "k-gain"
-            rows.append((f"{runtime(target)}, of the simulation", drift, allowed, kind))
+            of = "simulation" if job.compared_with(target, adapter) == "simulated" else "adapter"
+            rows.append((f"{runtime(target)}, of the {of}", drift, allowed, kind))
     return figure(lambda width: _bullets(rows, width)) if rows else None
 
 
@@ -252,11 +253,11 @@ def _note(job: Job, adapter: str) -> str:
     for target in job.targets:
         sequences = job.number("parity", target, adapter, "sequences")
         found = job.number("parity", target, adapter, "perplexity")
-        expected = job.number("parity", target, adapter, "simulated_perplexity")
+        expected = job.expected(target, adapter)
         if None not in (sequences, found, expected):
             return (
                 f"The exported file was run on {count(sequences or 0)} sequences: "
-                f"{fixed(found or 0, 3)}, where the simulation has {fixed(expected or 0, 3)}. "
+                f"{fixed(found or 0, 3)}, where {fixed(expected or 0, 3)} is expected. "
                 "Compare those two with each other, not with the table."
             )
     return ""

@@ -12,7 +12,7 @@ from qwlora.pipeline.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages.export_stage import BASE, RECORD
 
 if TYPE_CHECKING:
-    from qwlora.export.verify import LanguageModelParity
+    from qwlora.export.verify import LanguageModelParity, Limits
     from qwlora.export.verify_weights import WeightsParity
     from qwlora.pipeline.context import JobContext
 

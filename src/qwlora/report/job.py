@@ -14,7 +14,12 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-RUNTIMES = {"onnx": "ONNX Runtime", "hf": "transformers", "mlx": "MLX"}  # others as they are
+RUNTIMES = {
+    "onnx": "ONNX Runtime",
+    "hf": "transformers",
+    "gguf": "llama.cpp",
+    "mlx": "MLX",
+}  # others as they are
 FILES = {"onnx": "ONNX file"}
 FEW_TOKENS = 1000  # a proof on fewer tokens is a caution
 NOT_MEASURED = Markup('<span class="nm">not measured</span>')

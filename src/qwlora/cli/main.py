@@ -36,6 +36,7 @@ from qwlora.cli.merge_commands import merge, merge_check
 from qwlora.cli.progress_bars import bars
 from qwlora.cli.report_command import report
 from qwlora.cli.simulate_command import simulate
+from qwlora.cli.talk_commands import chat, generate
 from qwlora.errors import (
     DirectoryError,
     QwloraError,
@@ -287,6 +288,8 @@ app.command("merge-check")(merge_check)
 app.command("merge")(merge)
 app.command("simulate")(simulate)
 app.command("report")(report)
+app.command("generate")(generate)
+app.command("chat")(chat)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(base_app, name="base")
 app.add_typer(encodings_app, name="encodings")

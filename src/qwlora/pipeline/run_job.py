@@ -245,7 +245,7 @@ def _start_context(
 
 def new_context(recipe: Recipe, texts: JobTexts, out: Path, track: Track) -> Any:
     """A `JobContext`. Imports torch and transformers."""
-    _quiet_libraries()
+    quiet_libraries()
     from qwlora.pipeline.context import JobContext
 
     return JobContext(recipe, texts, out, track)
@@ -269,14 +269,7 @@ def open_job(
         RecipeError: a change would affect the base or the adapters, which exist already.
         FingerprintError: the adapter was trained on a different base.
     """
-    from qwlora.recipe import load_recipe
-
-    if not (folder / "recipe.yaml").is_file():
-        raise DirectoryError(
-            f"{str(folder)!r} is not a job directory: it has no recipe.yaml; `qwlora run` "
-            "creates one"
-        )
-    recipe = resolve_compute(load_recipe(folder / "recipe.yaml", changes))
+    recipe = resolve_compute(job_recipe(folder, changes))
     if made := tuple(change for change in changes if not _is_harmless_change(change)):
         _refuse_changes(folder, made)
     name = adapter or recipe.adapters[0].name
@@ -303,6 +296,47 @@ def open_job(
 
     check_adapter(folder / "adapters" / name, context.base_fingerprint)
     return context, name
+
+
+def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
+    """The recipe of an existing job.
+
+    Raises:
+        DirectoryError: the folder is not a job directory.
+        RecipeError: the recipe or a change is not valid.
+    """
+    from qwlora.recipe import load_recipe
+
+    if not (folder / "recipe.yaml").is_file():
+        raise DirectoryError(
+            f"{str(folder)!r} is not a job directory: it has no recipe.yaml; `qwlora run` "
+            "creates one"
+        )
+    return load_recipe(folder / "recipe.yaml", changes)
+
+
+def check_current(context: Any, stage: str) -> None:
+    """Check that a stage of the context's job, and all that it needs, is current.
+
+    Raises:
+        DirectoryError: it is not, or the recipe no longer has this stage.
+    """
+    directory = Directory.read(context.path)
+    plan = make_plan(context.recipe, context.texts, directory.digests)
+    needed = upstream(plan, stage)
+    if not needed:
+        raise DirectoryError(
+            f"{str(context.path)!r} holds {stage}, but its recipe no longer does; add it to the "
+            "recipe and run the job again"
+        )
+    if stale := find_stale(needed, directory):
+        raise _lacking(
+            stage,
+            [s for s in needed if s.name in stale],
+            stale,
+            context.path,
+            lambda verb: command_line(verb, context.path),
+        )
 
 
 def command_line(verb: str, folder: Path) -> str:
@@ -446,7 +480,7 @@ def _earlier_results(out: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Silence progress bars, notices and deprecation warnings of other libraries."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)

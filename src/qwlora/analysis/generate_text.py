@@ -1,0 +1,163 @@
+"""Text from a causal language model, as it is generated.
+
+    ids = prompt_ids(tokenizer, [{"role": "user", "content": "What is a scale?"}])
+    answer = generate_text(model, tokenizer, ids, Sampling(max_new_tokens=50), write=print)
+
+Generation is that of transformers, with its key-value cache where the model has one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from qwlora.errors import SourceError, foreign_as
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        max_new_tokens: most tokens of an answer.
+        temperature: 0: always the likeliest token. Above: sample from softmax(logits /
+            temperature), over the whole vocabulary.
+        seed: of the samples.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and how long it took.
+
+    Args:
+        text: without special tokens.
+        tokens: number of generated tokens, with the one that ended it.
+        first_seconds: until the first token, which includes reading the prompt.
+        seconds: until the last one.
+    """
+
+    text: str
+    tokens: int
+    first_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Rate after the first token; None for a single token."""
+        rest = self.seconds - self.first_seconds
+        return (self.tokens - 1) / rest if self.tokens > 1 and rest > 0 else None
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, Any]]
+) -> Int64[Tensor, "1 tokens"]:
+    """Token ids of a text, or of a conversation rendered with the tokenizer's chat template.
+
+    Raises:
+        SourceError: the template refuses the conversation, or the prompt has no tokens.
+    """
+    if isinstance(prompt, str):
+        ids: Any = tokenizer(prompt)["input_ids"]
+    else:
+        with foreign_as(
+            SourceError,
+            "the chat template refuses this conversation",
+            "--raw generates without it",
+        ):
+            rendered: Any = tokenizer.apply_chat_template(
+                [dict(message) for message in prompt], add_generation_prompt=True, return_dict=True
+            )
+            ids = rendered["input_ids"]
+    if not ids:
+        raise SourceError("the prompt is empty; give at least one word")
+    return torch.tensor([ids], dtype=torch.int64)
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Int64[Tensor, "1 tokens"],
+    sampling: Sampling,
+    write: Callable[[str], None],
+) -> Answer:
+    """Continue the prompt `ids`; the answer also ends at the model's last position.
+
+    Args:
+        write: receives the text in parts, as soon as no later token can change them.
+
+    Raises:
+        SourceError: the prompt leaves no position for an answer.
+    """
+    count, limit = ids.shape[1], sampling.max_new_tokens
+    config: Any = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        if count >= positions:
+            raise SourceError(
+                f"the prompt has {count} tokens, but the model has positions for {positions}; "
+                "shorten the prompt"
+            )
+        limit = min(limit, positions - count)
+    ends = _end_tokens(model, tokenizer)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    chosen: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    settings = GenerationConfig(
+        max_new_tokens=limit, eos_token_id=ends or None, pad_token_id=padding, **chosen
+    )
+    streamer, generate = _Streamer(tokenizer, write), cast(Any, model).generate
+    torch.manual_seed(sampling.seed)
+    with torch.inference_mode():
+        generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            streamer=streamer,
+        )
+    return streamer.answer()
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer, of the model's generation settings and of the tokenizer."""
+    settings: Any = getattr(model, "generation_config", None)
+    found = [tokenizer.eos_token_id]
+    if settings is not None:
+        stated = settings.eos_token_id
+        found += stated if isinstance(stated, list) else [stated]
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+class _Streamer(TextStreamer):
+    """Passes text on, and takes the time of each token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+        self._began, self._times, self._parts = time.perf_counter(), list[float](), list[str]()
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self._times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._parts.append(text)
+            self._write(text)
+
+    def answer(self) -> Answer:
+        first, last = self._times[0] - self._began, self._times[-1] - self._began
+        return Answer("".join(self._parts), len(self._times), first, last)

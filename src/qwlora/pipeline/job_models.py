@@ -1,0 +1,191 @@
+"""The models of a job under the names that results.json uses, ready for `generate`.
+
+    float              the model as loaded, before step 1
+    base               the frozen base
+    adapted/NAME       base and adapter; NAME alone means the same
+    simulated/NAME     base, adapter and activations as integers
+    TARGET/NAME        exported files in their runtime, such as onnx/NAME
+
+float, base and adapted use a key-value cache. A simulation and an exported graph are captured
+without one, so each new token runs the whole sequence again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwlora.errors import DirectoryError
+from qwlora.export.target import TARGETS
+from qwlora.messages import suggestion
+from qwlora.pipeline.run_job import (
+    check_current,
+    command_line,
+    is_calibrated,
+    job_recipe,
+    open_job,
+    quiet_libraries,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STAGES = ("float", "base", "adapted", "simulated", *TARGETS)
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model of a job: its stage, and its adapter unless the stage is `float` or `base`."""
+
+    stage: str
+    adapter: str | None
+
+    def __str__(self) -> str:
+        return self.stage if self.adapter is None else f"{self.stage}/{self.adapter}"
+
+
+def model_name(text: str, adapters: Iterable[str]) -> ModelName:
+    """Parse the name of a model; see the module's docstring.
+
+    Raises:
+        DirectoryError: it is neither a stage nor an adapter; the message lists similar names.
+    """
+    known = list(adapters)
+    stage, _, adapter = text.partition("/")
+    if text in ("float", "base"):
+        return ModelName(text, None)
+    if adapter and stage in STAGES[2:]:
+        return ModelName(stage, adapter)
+    if text in known:
+        return ModelName("adapted", text)
+    names = ["float", "base", *known]
+    raise DirectoryError(f"there is no model or adapter {text!r}{suggestion(text, names)}")
+
+
+class JobModels:
+    """Opens the models of one job.
+
+    Args:
+        folder: the job's directory.
+
+    Raises:
+        DirectoryError: the folder is not a job directory.
+        RecipeError: its recipe is not valid.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.recipe = folder, job_recipe(folder)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the recipe's adapters."""
+        return [adapter.name for adapter in self.recipe.adapters]
+
+    def name(self, stage: str, adapter: str | None) -> ModelName:
+        """The model of a stage.
+
+        Args:
+            adapter: default: the first in the recipe.
+
+        Raises:
+            DirectoryError: there is no such stage.
+        """
+        if stage not in STAGES:
+            raise DirectoryError(f"there is no stage {stage!r}{suggestion(stage, STAGES)}")
+        if stage in ("float", "base"):
+            return ModelName(stage, None)
+        return ModelName(stage, adapter or self.adapters[0])
+
+    def check(self, name: ModelName) -> None:
+        """Check that the model's files are there, before anything large is loaded.
+
+        Raises:
+            DirectoryError: the adapter is unknown, or a step of the job has to run first.
+        """
+        if name.stage == "float":
+            return
+        if name.adapter is not None and name.adapter not in self.adapters:
+            raise DirectoryError(
+                f"{str(self.folder)!r} has no adapter {name.adapter!r}"
+                f"{suggestion(name.adapter, self.adapters)}"
+            )
+        needed = [("base", "quantize", "has no base yet")]
+        if name.adapter is not None:
+            made = f"has not trained adapter {name.adapter!r} yet"
+            needed.append((f"adapters/{name.adapter}", "train", made))
+        if name.stage == "simulated":
+            made = f"has not calibrated adapter {name.adapter!r} yet"
+            needed.append((f"simulation/{name.adapter}", "calibrate", made))
+        if name.stage in TARGETS:
+            made = f"has not exported adapter {name.adapter!r} to {name.stage} yet"
+            needed.append((f"export/{name.stage}/{name.adapter}", "export", made))
+        verbs = []
+        lacking = ""
+        for path, verb, what in needed:
+            if not (self.folder / path).is_dir():
+                verbs.append(verb)
+                lacking = lacking or what
+        if verbs:
+            commands = " && ".join(command_line(verb, self.folder) for verb in verbs)
+            raise DirectoryError(f"{str(self.folder)!r} {lacking}. Run first: {commands}")
+
+    def open(self, name: ModelName) -> PreTrainedModel:
+        """Load a model.
+
+        Raises:
+            DirectoryError: see `check`; or the files are out of date.
+            SourceError: the float model cannot be loaded, or there is none.
+            FingerprintError: a file was changed, or the adapter is of another base.
+            CalibrationError: the calibration is out of date.
+            ExportError: the runtime refuses the files.
+        """
+        self.check(name)
+        quiet_libraries()
+        if name.stage in ("simulated", *TARGETS):
+            return self._open_graph(name)
+        recipe = self.recipe
+        if name.stage == "float":
+            from qwlora.formats.model_source import load_model
+
+            return load_model(recipe.model.source, recipe.model.trust_remote_code)
+        from qwlora.adapter.adapter_folder import load_adapter
+        from qwlora.formats.base_folder import load_base
+
+        base = load_base(
+            self.folder / "base", trust_remote_code=recipe.model.trust_remote_code
+        ).eval()
+        if name.adapter is None:
+            return base
+        folder = self.folder / "adapters" / name.adapter
+        # its `generate` passes everything on to the model that it wraps
+        adapted: PreTrainedModel = load_adapter(base, folder).eval()
+        return adapted
+
+    def _open_graph(self, name: ModelName) -> PreTrainedModel:
+        context, adapter = open_job(self.folder, name.adapter)
+        if name.stage == "simulated":
+            is_calibrated(context, adapter)
+            simulated: PreTrainedModel = context.simulation(adapter).model()
+            return simulated
+        check_current(context, f"export/{name.stage}/{adapter}")
+        from qwlora.export.exported_model import ExportedModel
+
+        runtime = TARGETS[name.stage].open(self.folder / "export" / name.stage / adapter)
+        return ExportedModel(runtime, context.skeleton())
+
+    def tokenizer(self, name: ModelName) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the chat template that the recipe sets for the adapter's text.
+
+        Raises:
+            SourceError: it cannot be loaded.
+        """
+        from qwlora.formats.model_source import load_tokenizer
+
+        base, model = self.folder / "base", self.recipe.model
+        source = str(base) if base.is_dir() else model.source
+        tokenizer = load_tokenizer(source, model.trust_remote_code)
+        if (template := self.recipe.data_of(name.adapter).read_template()) is not None:
+            tokenizer.chat_template = template
+        return tokenizer

@@ -1,0 +1,195 @@
+"""`qwlora generate` and `qwlora chat`: answers are those of transformers' own generate, from every stage."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import byte_tokenizer, tiny_model
+from qwlora.cli.main import main
+from qwlora.pipeline.run_job import run
+from qwlora.recipe import load_recipe
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PROMPT = "the integer"
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A finished job with an adapter that changes answers; its recipe has a second, untrained one."""
+    folder = tmp_path_factory.mktemp("talk")
+    tiny_model("llama", layers=1).save_pretrained(folder / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
+    content = {
+        "name": "talk",
+        "preset": "fast",
+        "model": {"source": str(folder / "model")},
+        "data": {"source": str(corpus), "sequence_tokens": 32},
+        "adapters": [
+            {"name": "first", "rank": 4, "steps": 3, "learning_rate": 0.05, "warmup_steps": 0}
+        ],
+        "verify": {"sequences": 1, "layer_tokens": 8},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(content))
+    run(load_recipe(path), folder / "out", ("quantize", "train", "calibrate", "export"))
+    content["adapters"].append({"name": "second", "steps": 1, "warmup_steps": 0})  # type: ignore[attr-defined]
+    (folder / "out" / "recipe.yaml").write_text(json.dumps(content))
+    return folder / "out"
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    def run_command(*arguments: Any, typed: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["qwlora", *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        with pytest.raises(SystemExit) as caught:
+            main()
+        captured = capsys.readouterr()
+        return int(caught.value.code or 0), captured.out, captured.err
+
+    return run_command
+
+
+def expected(job: Path, stage: str, prompt: str, count: int = 8) -> str:
+    """The likeliest tokens, each from a pass over the whole text by plain transformers and PEFT."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        job.parent / "model" if stage == "float" else job / "base"
+    )
+    if stage == "adapted":
+        model = PeftModel.from_pretrained(model, job / "adapters" / "first")
+    tokenizer = AutoTokenizer.from_pretrained(job.parent / "model")
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, model.eval()(ids).logits[:, -1:].argmax(-1)], 1)
+            if int(ids[0, -1]) == tokenizer.eos_token_id:
+                break
+    return str(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
+
+
+def chat_text(*turns: str) -> str:
+    """The turns as the template renders them, users first."""
+    roles = ("user", "assistant")
+    lines = [f"<{roles[i % 2]}>{turn}\n" for i, turn in enumerate(turns)]
+    return "".join(lines) + "<assistant>"
+
+
+@pytest.mark.parametrize("stage", ["float", "base", "adapted"])
+def test_each_stage_answers_as_plain_transformers_does(job: Path, call: Call, stage: str) -> None:
+    options = ("generate", job, PROMPT, "--stage", stage, "--max-new-tokens", 8)
+    code, out, err = call(*options)
+    assert (code, out) == (0, expected(job, stage, chat_text(PROMPT)) + "\n"), err
+    assert "8 tokens: the first after" in err
+    assert call(*options, "--raw")[1] == expected(job, stage, PROMPT) + "\n"
+
+
+def test_simulation_and_exported_files_answer_alike_and_base_differs(job: Path, call: Call) -> None:
+    names = "base,first,simulated/first,onnx/first"
+    options = ("generate", job, PROMPT, "--compare", names, "--max-new-tokens", 6)
+    code, out, err = call(*options, "--json")
+    assert code == 0, err
+    answers = {a["model"]: a for a in json.loads(out)["answers"]}
+    assert list(answers) == ["base", "adapted/first", "simulated/first", "onnx/first"]
+    assert answers["base"]["text"] != answers["adapted/first"]["text"]
+    assert answers["simulated/first"]["text"] == answers["onnx/first"]["text"]
+    assert answers["adapted/first"]["text"] == expected(job, "adapted", chat_text(PROMPT), 6)
+    code, out, _ = call("generate", job, PROMPT, "--compare", "base,first", "--max-new-tokens", 6)
+    assert out == (
+        f"== base\n{answers['base']['text']}\n\n== adapted/first\n"
+        f"{answers['adapted/first']['text']}\n"
+    )
+
+
+def test_samples_repeat_with_their_seed_only(job: Path, call: Call) -> None:
+    options = ("generate", job, PROMPT, "--temperature", 2, "--max-new-tokens", 12, "--seed")
+    one, again, other = (call(*options, seed)[1] for seed in (1, 1, 2))
+    assert one == again != other
+
+
+def test_a_conversation_keeps_its_turns_until_it_is_reset(job: Path, call: Call) -> None:
+    typed = "hello\n\nand now\n/reset\nhello\n/exit\nnever read\n"
+    code, out, _ = call("chat", job, "--max-new-tokens", 6, typed=typed)
+    first = expected(job, "adapted", chat_text("hello"), 6)
+    second = expected(job, "adapted", chat_text("hello", first, "and now"), 6)
+    assert (code, out) == (0, f"{first}\n{second}\n{first}\n")
+
+
+def test_without_a_template_each_message_continues_the_text(job: Path, call: Call) -> None:
+    code, out, _ = call("chat", job, "--raw", "--max-new-tokens", 6, typed="hello\nand now")
+    first = expected(job, "adapted", "hello", 6)
+    second = expected(job, "adapted", f"hello{first}\nand now", 6)
+    assert (code, out) == (0, f"{first}\n{second}\n")
+
+
+def test_an_answer_ends_at_the_last_position(job: Path, call: Call) -> None:
+    long = "a" * 120
+    code, _, err = call("generate", job, long, "--raw", "--max-new-tokens", 50)
+    assert (code, "8 tokens" in err) == (0, True), err
+    code, _, err = call("generate", job, long + "a" * 8, "--raw")
+    assert (code, err.count("\n")) == (2, 2)  # what is loaded, and the error
+    assert "the prompt has 128 tokens, but the model has positions for 128" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        (("--adapter", "frist"), ("no adapter 'frist'", "did you mean first")),
+        (("--compare", "base,frist"), ("no model or adapter 'frist'", "did you mean first")),
+        (("--adapter", "second"), ("not trained adapter 'second' yet", "qwlora train --out")),
+        (
+            ("--adapter", "second", "--stage", "onnx"),
+            ("not trained", "train --out", "&& qwlora export --out"),
+        ),
+        (("--stage", "simulatd"), ("no stage 'simulatd'", "did you mean simulated")),
+        (("--compare", "base", "--stage", "base"), ("--compare names its models itself",)),
+    ],
+)
+def test_what_cannot_be_used_is_named_before_anything_is_loaded(
+    job: Path, call: Call, options: tuple[str, ...], facts: tuple[str, ...]
+) -> None:
+    code, out, err = call("generate", job, PROMPT, *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    for fact in facts:
+        assert fact in err
+
+
+def test_a_folder_that_is_no_job_or_has_no_base_is_refused(
+    job: Path, call: Call, tmp_path: Path
+) -> None:
+    code, _, err = call("chat", tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is not a job directory" in err
+    shutil.copy(job / "recipe.yaml", tmp_path)
+    code, _, err = call("generate", tmp_path, PROMPT)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "has no base yet. Run first: qwlora quantize" in err
+    assert "&& qwlora train --out" in err
+
+
+def test_exported_files_of_another_adapter_are_not_run(
+    job: Path, call: Call, tmp_path: Path
+) -> None:
+    copied = tmp_path / "job"
+    shutil.copytree(job, copied)
+    model = copied / "export" / "onnx" / "first" / "model.onnx.data"
+    model.write_bytes(model.read_bytes()[::-1])
+    code, out, err = call("generate", copied, PROMPT, "--stage", "onnx")
+    assert (code, out) == (2, "")
+    assert "model.onnx.data has changed" in err

@@ -43,6 +43,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
         "adapters": [
             {"name": "first", "rank": 4, "steps": 3, "learning_rate": 0.05, "warmup_steps": 0}
         ],
+        "export": {"targets": ["onnx", "hf"]},
         "verify": {"sequences": 1, "layer_tokens": 8},
     }
     path = folder / "recipe.yaml"
@@ -93,24 +94,39 @@ def chat_text(*turns: str) -> str:
 
 @pytest.mark.parametrize("stage", ["float", "base", "adapted"])
 def test_each_stage_answers_as_plain_transformers_does(job: Path, call: Call, stage: str) -> None:
-    options = ("generate", job, PROMPT, "--stage", stage, "--max-new-tokens", 8)
+    options = ("generate", job, PROMPT, "--stage", stage, "--max-new-tokens", 8, "--exact")
     code, out, err = call(*options)
     assert (code, out) == (0, expected(job, stage, chat_text(PROMPT)) + "\n"), err
     assert "8 tokens: the first after" in err
     assert call(*options, "--raw")[1] == expected(job, stage, PROMPT) + "\n"
 
 
+def test_kernels_of_torch_are_used_unless_answers_are_to_be_exact(
+    job: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product of the kernel's that is zero everywhere shows where it is used."""
+    zero = "qwlora.nn.few_row_kernels._product"
+    monkeypatch.setattr(
+        zero, lambda layer: lambda rows: rows.new_zeros(len(rows), layer.out_features)
+    )
+    options = ("generate", job, "the", "--raw", "--max-new-tokens", 6)
+    exact = expected(job, "adapted", "the", 6) + "\n"
+    assert call(*options, "--exact")[1] == exact
+    assert call(*options)[1] != exact
+
+
 def test_simulation_and_exported_files_answer_alike_and_base_differs(job: Path, call: Call) -> None:
-    names = "base,first,simulated/first,onnx/first"
-    options = ("generate", job, PROMPT, "--compare", names, "--max-new-tokens", 6)
+    names = "base,first,simulated/first,onnx/first,hf/first"
+    options = ("generate", job, PROMPT, "--compare", names, "--max-new-tokens", 6, "--exact")
     code, out, err = call(*options, "--json")
     assert code == 0, err
     answers = {a["model"]: a for a in json.loads(out)["answers"]}
-    assert list(answers) == ["base", "adapted/first", "simulated/first", "onnx/first"]
+    assert list(answers) == ["base", "adapted/first", "simulated/first", "onnx/first", "hf/first"]
     assert answers["base"]["text"] != answers["adapted/first"]["text"]
     assert answers["simulated/first"]["text"] == answers["onnx/first"]["text"]
+    assert answers["adapted/first"]["text"] == answers["hf/first"]["text"]
     assert answers["adapted/first"]["text"] == expected(job, "adapted", chat_text(PROMPT), 6)
-    code, out, _ = call("generate", job, PROMPT, "--compare", "base,first", "--max-new-tokens", 6)
+    code, out, _ = call(*options[:4], "base,first", *options[5:])
     assert out == (
         f"== base\n{answers['base']['text']}\n\n== adapted/first\n"
         f"{answers['adapted/first']['text']}\n"
@@ -125,14 +141,16 @@ def test_samples_repeat_with_their_seed_only(job: Path, call: Call) -> None:
 
 def test_a_conversation_keeps_its_turns_until_it_is_reset(job: Path, call: Call) -> None:
     typed = "hello\n\nand now\n/reset\nhello\n/exit\nnever read\n"
-    code, out, _ = call("chat", job, "--max-new-tokens", 6, typed=typed)
+    code, out, _ = call("chat", job, "--exact", "--max-new-tokens", 6, typed=typed)
     first = expected(job, "adapted", chat_text("hello"), 6)
     second = expected(job, "adapted", chat_text("hello", first, "and now"), 6)
     assert (code, out) == (0, f"{first}\n{second}\n{first}\n")
 
 
 def test_without_a_template_each_message_continues_the_text(job: Path, call: Call) -> None:
-    code, out, _ = call("chat", job, "--raw", "--max-new-tokens", 6, typed="hello\nand now")
+    code, out, _ = call(
+        "chat", job, "--raw", "--exact", "--max-new-tokens", 6, typed="hello\nand now"
+    )
     first = expected(job, "adapted", "hello", 6)
     second = expected(job, "adapted", f"hello{first}\nand now", 6)
     assert (code, out) == (0, f"{first}\n{second}\n")

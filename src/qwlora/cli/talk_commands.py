@@ -71,6 +71,14 @@ Temperature = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the samples.")]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="Compute exactly as evaluation does. Default: products with packed weights may use "
+        "bfloat16, which is several times as fast.",
+    ),
+]
 Compare = Annotated[
     str | None,
     typer.Option(
@@ -96,6 +104,7 @@ def generate(
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt with a model of a job."""
@@ -122,7 +131,7 @@ def generate(
     streams = compare is None and not as_json
     answers: list[tuple[ModelName, Answer]] = []
     for name in names:  # one model in memory at a time
-        model, tokenizer = _open(models, name)
+        model, tokenizer = _open(models, name, exact)
         answers.append((name, _answer(model, tokenizer, prompt, raw, sampling, streams)))
         del model
     if as_json:
@@ -140,6 +149,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    exact: Exact = False,
 ) -> None:
     """Talk to a model of a job.
 
@@ -153,7 +163,7 @@ def chat(
     models.check(name)
     from qwlora.analysis.generate_text import Sampling
 
-    model, tokenizer = _open(models, name)
+    model, tokenizer = _open(models, name, exact)
     sampling = Sampling(max_new_tokens, temperature, seed)
     _say(f"{name}: /reset forgets the conversation, /exit ends it")
     conversation = _Conversation(is_raw=raw or not tokenizer.chat_template)
@@ -188,9 +198,11 @@ class _Conversation:
         return self._text if self._is_raw else self._messages
 
 
-def _open(models: JobModels, name: ModelName) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _open(
+    models: JobModels, name: ModelName, exact: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     _say(f"loading {name} ...")
-    return models.open(name), models.tokenizer(name)
+    return models.open(name, exact), models.tokenizer(name)
 
 
 def _answer(

@@ -1,15 +1,17 @@
 """Exported files with the interface of a transformers model, for `generate`.
 
-    model = ExportedModel(runtime, like)
+    model = ExportedModel(logits, like)
     model.generate(input_ids=ids, max_new_tokens=20)
 
-The exported graph takes no keys and values of earlier tokens, so each new token runs the whole
-sequence again.
+A runtime is asked for the logits of whole sequences, without keys and values of earlier tokens, so
+each new token runs the whole sequence again.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,36 +19,57 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from qwlora.export.verify import Runtime
+from qwlora.export.target import GraphTarget, Target, WeightsTarget
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def exported_logits(target: Target, folder: Path, base: Path) -> Logits:
+    """Logits that a target's runtime computes of token ids [1, tokens].
+
+    Args:
+        folder: the exported files of an adapter.
+        base: those of the base, of a weights target.
+
+    Raises:
+        MissingExtraError: a package of the runtime is missing.
+        ExportError: the runtime refuses the files.
+    """
+    target.require_packages()
+    if isinstance(target, GraphTarget):
+        graph = target.open(folder)
+        return lambda ids: graph.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[
+            "logits"
+        ]
+    assert isinstance(target, WeightsTarget)
+    weights = target.open(base)
+    weights.use(folder)
+    return weights.logits
 
 
 class ExportedModel(PreTrainedModel, GenerationMixin):
-    """A causal language model that computes its logits in `runtime`; it has no weights.
+    """A causal language model without weights, whose logits come from somewhere else.
 
     Args:
-        runtime: the opened files, which take `input_ids` and `attention_mask`.
+        logits: of token ids [1, tokens], none of them masked.
         like: the model that was exported, for its configuration; may be without weights.
     """
 
     main_input_name = "input_ids"
 
-    def __init__(self, runtime: Runtime, like: PreTrainedModel):
+    def __init__(self, logits: Logits, like: PreTrainedModel):
         config = copy.deepcopy(like.config)
         config._attn_implementation = "eager"  # of no effect, but transformers checks it
         super().__init__(config)
-        self.runtime = runtime
+        self._logits = logits
         self.config.use_cache = False
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
-    ) -> CausalLMOutput:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        found = self.runtime.run({"input_ids": input_ids, "attention_mask": mask})
-        return CausalLMOutput(logits=found["logits"])
+    def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
+        return CausalLMOutput(logits=self._logits(input_ids))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, without a cache."""

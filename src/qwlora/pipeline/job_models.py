@@ -6,8 +6,8 @@
     simulated/NAME     base, adapter and activations as integers
     TARGET/NAME        exported files in their runtime, such as onnx/NAME
 
-float, base and adapted use a key-value cache. A simulation and an exported graph are captured
-without one, so each new token runs the whole sequence again.
+float, base and adapted use a key-value cache. A simulation is captured without one, and exported
+files are run without one, so there each new token runs the whole sequence again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwlora.errors import DirectoryError
-from qwlora.export.target import TARGETS
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import WeightsTarget
 from qwlora.messages import suggestion
 from qwlora.pipeline.run_job import (
     check_current,
@@ -131,8 +132,12 @@ class JobModels:
             commands = " && ".join(command_line(verb, self.folder) for verb in verbs)
             raise DirectoryError(f"{str(self.folder)!r} {lacking}. Run first: {commands}")
 
-    def open(self, name: ModelName) -> PreTrainedModel:
+    def open(self, name: ModelName, exact: bool = False) -> PreTrainedModel:
         """Load a model.
+
+        Args:
+            exact: compute as evaluation does; else packed layers may use torch's integer kernels,
+                see `nn/few_row_kernels.py`.
 
         Raises:
             DirectoryError: see `check`; or the files are out of date.
@@ -152,16 +157,18 @@ class JobModels:
             return load_model(recipe.model.source, recipe.model.trust_remote_code)
         from qwlora.adapter.adapter_folder import load_adapter
         from qwlora.formats.base_folder import load_base
+        from qwlora.nn.few_row_kernels import use_few_row_kernels_
 
         base = load_base(
             self.folder / "base", trust_remote_code=recipe.model.trust_remote_code
         ).eval()
-        if name.adapter is None:
-            return base
-        folder = self.folder / "adapters" / name.adapter
-        # its `generate` passes everything on to the model that it wraps
-        adapted: PreTrainedModel = load_adapter(base, folder).eval()
-        return adapted
+        model: PreTrainedModel = base
+        if name.adapter is not None:
+            # its `generate` passes everything on to the model that it wraps
+            model = load_adapter(base, self.folder / "adapters" / name.adapter).eval()
+        if not exact:
+            use_few_row_kernels_(model)
+        return model
 
     def _open_graph(self, name: ModelName) -> PreTrainedModel:
         context, adapter = open_job(self.folder, name.adapter)
@@ -169,11 +176,14 @@ class JobModels:
             is_calibrated(context, adapter)
             simulated: PreTrainedModel = context.simulation(adapter).model()
             return simulated
+        target, exported = TARGETS[name.stage], self.folder / "export" / name.stage
+        if isinstance(target, WeightsTarget):
+            check_current(context, f"export/{name.stage}")
         check_current(context, f"export/{name.stage}/{adapter}")
-        from qwlora.export.exported_model import ExportedModel
+        from qwlora.export.exported_model import ExportedModel, exported_logits
 
-        runtime = TARGETS[name.stage].open(self.folder / "export" / name.stage / adapter)
-        return ExportedModel(runtime, context.skeleton())
+        logits = exported_logits(target, exported / adapter, exported / "base")
+        return ExportedModel(logits, context.skeleton())
 
     def tokenizer(self, name: ModelName) -> PreTrainedTokenizerBase:
         """The tokenizer, with the chat template that the recipe sets for the adapter's text.

@@ -1,0 +1,83 @@
+"""torch's integer kernels give the product with the packed weight, up to bfloat16, for few rows only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import tiny_model
+from formats.packing import quantized
+from qwlora import PackedLinear, quantize_
+from qwlora.errors import GridError
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.nn.few_row_kernels import ROWS, use_few_row_kernels_
+from qwlora.nn.frozen import assert_frozen
+
+FITS = [
+    *(Scheme(bits, granularity=PerBlock(32)) for bits in (2, 3, 4)),
+    *(Scheme(4, granularity=PerBlock(size)) for size in (64, 96, 192)),
+    Scheme(3, False, PerBlock(32)),
+    Scheme(4, False, PerBlock(64)),
+    Scheme(4, False, PerBlock(32), float_offset=True),
+    Scheme(4, granularity=Lpbq(32)),
+    Scheme(4, granularity=PerChannel(0)),
+    Scheme(4, False, PerChannel(0)),
+    Scheme(8, granularity=PerChannel(0)),
+]
+FITS_NOT = [
+    Scheme(5, granularity=PerBlock(32)),
+    Scheme(8, granularity=PerBlock(32)),
+    Scheme(8, False, PerChannel(0)),
+    Scheme(4, granularity=PerBlock(16)),
+    Scheme(4, granularity=PerTensor()),
+    Scheme(4, granularity=PerChannel(1)),
+]
+
+
+def packed(scheme: Scheme, outputs: int = 48, inputs: int = 192) -> PackedLinear:
+    torch.manual_seed(0)
+    found = quantized(torch.randn(outputs, inputs), scheme)
+    bias = nn.Parameter(torch.randn(outputs), requires_grad=False)
+    return PackedLinear.from_codes(found.codes, found.encoding, bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", FITS, ids=str)
+def test_few_rows_are_multiplied_in_bfloat16_and_others_exactly(scheme: Scheme) -> None:
+    layer = packed(scheme)
+    few, many = torch.randn(2, ROWS // 2, 192), torch.randn(ROWS + 1, 192)
+    expected, exact = layer(few), layer(many)
+    assert use_few_row_kernels_(layer) == 1
+    found = layer(few)
+    assert found.dtype == torch.float32
+    error = (found - expected).norm() / (expected - layer.bias).norm()
+    assert 0 < error < 0.01
+    assert torch.equal(layer(many), exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scheme", FITS_NOT, ids=str)
+def test_layers_on_other_grids_stay_exact(scheme: Scheme) -> None:
+    layer, x = packed(scheme), torch.randn(1, 192)
+    expected = layer(x)
+    assert use_few_row_kernels_(layer) == 0
+    assert torch.equal(layer(x), expected)
+
+
+def test_outputs_that_do_not_fill_the_kernel_stay_exact() -> None:
+    assert use_few_row_kernels_(packed(Scheme(4, granularity=PerBlock(32)), outputs=40)) == 0
+
+
+def test_gradients_pass_and_the_model_is_not_taken_for_a_frozen_one() -> None:
+    layer = packed(Scheme(4, granularity=PerBlock(32)))
+    x = torch.randn(1, 192, requires_grad=True)
+    expected = layer(x)
+    use_few_row_kernels_(layer)
+    assert torch.equal(layer(x), expected)
+    assert layer(x).requires_grad
+    model = tiny_model("llama", layers=1)
+    quantize_(model, "w4-block32", "rtn")
+    assert use_few_row_kernels_(model) == 7
+    with pytest.raises(GridError):
+        assert_frozen(model)

@@ -153,7 +153,11 @@ class Job:
     def command(self) -> str:
         """The command that runs the job, from the folder above the job's."""
         command = self.get("run", "command")
-        return command if isinstance(command, str) else f"qwlora run {self.name}/recipe.yaml --out {self.name}"
+        return (
+            command
+            if isinstance(command, str)
+            else f"qwlora run {self.name}/recipe.yaml --out {self.name}"
+        )
 
     def verb_command(self, verb: str) -> str:
         """The command that runs one stage of this job."""

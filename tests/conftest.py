@@ -200,6 +200,17 @@ def recipe_for(tmp_path: Path, corpus: Path, checkpoints: dict[str, Path]) -> An
     return write
 
 
+@pytest.fixture(scope="module")
+def shared_captures() -> Iterator[None]:
+    """Models of one structure are captured once; see `shared_captures.py`."""
+    from shared_captures import CALLERS, shared_capture
+
+    with pytest.MonkeyPatch.context() as patch:
+        for caller in CALLERS:
+            patch.setattr(f"qwlora.{caller}.capture", shared_capture)
+        yield
+
+
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mounts an empty file system with the given options, like `size=100k` or `ro`; skips the test where that is not allowed."""

@@ -36,6 +36,8 @@ from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def run_recipe(
     path: Path, out: Path, *changes: str, **options: Any

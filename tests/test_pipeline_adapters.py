@@ -19,6 +19,7 @@ from qwlora.recipe import load_recipe
 from qwlora.revisions import revision
 from qwlora.simulation.stored_encodings import load_encodings
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 TWO = [
     {"name": n, "rank": 4, "steps": 2, "warmup_steps": 0, "learning_rate": rate}
     for n, rate in (("a", 5e-3), ("b", 2e-2))

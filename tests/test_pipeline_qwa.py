@@ -19,6 +19,7 @@ from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.simulation.stored_encodings import load_activations
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 FIRST = {
     "name": "first",
     "rank": 4,

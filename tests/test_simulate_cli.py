@@ -19,6 +19,7 @@ from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.recipe.simulation_section import SimulationRule
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 RULES = 'simulation.rules=[{match: "*.softmax", bitwidth: 8, observer: percentile, minimum: 0}, {match: lm_head, keep: float}]'
 
 

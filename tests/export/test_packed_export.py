@@ -24,6 +24,7 @@ from qwlora.simulation.load_simulation import load_simulation
 from qwlora.simulation.save_simulation import save_simulation
 from qwlora.simulation.stored_encodings import load_encodings
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 FLOAT_BLOCKS = Scheme(4, False, PerBlock(16), float_offset=True)
@@ -33,7 +34,7 @@ SCHEMES = [FLOAT_BLOCKS, *(pytest.param(scheme, marks=pytest.mark.slow) for sche
 
 def exported(scheme: Scheme, folder: Path) -> tuple[torch.nn.Module, Simulation]:
     """A llama whose embedding, head and layers are all packed."""
-    model, _ = packed_and_twin(tiny_model("llama"), scheme)
+    model, _ = packed_and_twin(tiny_model("llama", layers=1), scheme)
     torch.manual_seed(1)
     adapted = get_peft_model(
         model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -68,7 +69,7 @@ def test_the_file_computes_what_was_simulated(tmp_path: Path, scheme: Scheme) ->
 
 
 def test_float_offsets_come_back_from_disk(tmp_path: Path) -> None:
-    model, _ = packed_and_twin(tiny_model("llama"), FLOAT_BLOCKS)
+    model, _ = packed_and_twin(tiny_model("llama", layers=1), FLOAT_BLOCKS)
     simulation = simulate(model.eval(), BATCH)
     simulation.calibrate([BATCH])
     save_simulation(simulation, tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -19,7 +18,6 @@ from qwlora.errors import CalibrationError, CaptureError, GridError
 from qwlora.export.aimet_encodings import write_encodings
 from qwlora.export.onnx_bundle import export_onnx
 from qwlora.graph.adapter_branch import branch_nodes
-from qwlora.graph.capture import Captured
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.grid.observers import encoding_from_range
@@ -27,13 +25,13 @@ from qwlora.grid.scheme import PerChannel
 from qwlora.nn.fingerprint import adapter_fingerprint
 from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
-from qwlora.simulation.adapter_simulations import capture as capture_anew
 from qwlora.simulation.load_simulation import load_simulation
 from qwlora.simulation.save_simulation import save_simulation
 from qwlora.simulation.shared_encodings import BaseActivations
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.stored_encodings import load_encodings
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 EIGHT_BITS = SimulationSchemes(Scheme(8, symmetric=False))
 
 
@@ -56,7 +54,7 @@ def shape(rank: int = 4, alpha: float = 8, **given: object) -> LoraConfig:
 
 def eager(architecture: str) -> PreTrainedModel:
     """A graph is captured with eager attention, whose bits are not those of another."""
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, layers=1)
     model.set_attn_implementation("eager")
     return model
 
@@ -93,26 +91,6 @@ def unquantized(simulation: Simulation, batch: dict[str, Tensor]) -> Tensor:
 @pytest.fixture(scope="module")
 def model() -> PeftModel:
     return adapted(wide=shape(6), narrow=shape(target_modules=["v_proj"]), strong=shape(alpha=12))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def captures_once(model: PeftModel) -> Iterator[None]:
-    """A graph of each active adapter of `model` serves all tests."""
-    known: dict[str, Captured] = {}
-
-    def capture(candidate: PeftModel, example_inputs: dict[str, Tensor]) -> Captured:
-        if candidate is not model:
-            return capture_anew(candidate, example_inputs)
-        (active,) = candidate.active_adapters
-        return (
-            known[active]
-            if active in known
-            else known.setdefault(active, capture_anew(candidate, example_inputs))
-        )
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwlora.simulation.adapter_simulations.capture", capture)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -368,10 +346,10 @@ def test_a_later_adapter_takes_the_encodings_that_are_fixed(
         .encodings["model.layers.0.self_attn.q_proj.lora_B.linear"]
         .scale,
     )
-    missing = {name: encoding for name, encoding in fixed.items() if "layers.1" not in name}
+    missing = {name: encoding for name, encoding in fixed.items() if "layers.0" not in name}
     with pytest.raises(
         CalibrationError,
-        match=r"shared activations have no encoding, model\.layers\.1.* first.* every adapter",
+        match=r"shared activations have no encoding, model\.layers\.0.* first.* every adapter",
     ):
         later.freeze(missing)
 

@@ -43,7 +43,7 @@ def classifier(seed: int = 0) -> LlamaForSequenceClassification:
 @pytest.fixture(scope="module")
 def simulation() -> qwlora.Simulation:
     """Of a language model."""
-    model = tiny_model("llama")
+    model = tiny_model("llama", layers=1)
     qwlora.quantize_(model, "w4-block32", "rtn")
     return qwlora.simulate(model, {"input_ids": IDS, "attention_mask": MASK})
 
@@ -162,7 +162,7 @@ def test_a_batch_whose_second_tensor_is_no_mask_is_refused() -> None:
 
 
 def test_gptq_takes_what_a_dataloader_gives() -> None:
-    models = [tiny_model("llama") for _ in range(3)]
+    models = [tiny_model("llama", layers=1) for _ in range(3)]
     batches: list[Any] = [
         IDS,
         DataLoader(TensorDataset(IDS)),

@@ -36,11 +36,13 @@ from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.stored_encodings import load_activations
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def adapted(
     architecture: str = "llama", scheme: str = "w4-block32", seed: int = 1, **lora: Any
 ) -> PeftModel:
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, layers=1)
     quantize_(model, scheme)
     torch.manual_seed(seed)
     return get_peft_model(
@@ -119,7 +121,7 @@ def test_its_encodings_are_a_valid_2_1_0_file_keyed_by_module_path(tmp_path: Pat
 
 def test_a_base_with_float_offsets_is_no_obstacle(tmp_path: Path) -> None:
     def model() -> PeftModel:
-        base = tiny_model("llama").requires_grad_(False)
+        base = tiny_model("llama", layers=1).requires_grad_(False)
         for name in [
             n
             for n, m in base.named_modules()
@@ -296,7 +298,7 @@ def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
     for other in (adapted(seed=2), adapted(lora_alpha=99), adapted(r=2)):
         with pytest.raises(CalibrationError, match="a simulation of the adapter with fingerprint"):
             load_simulation(tmp_path, other)
-    base = tiny_model("llama")
+    base = tiny_model("llama", layers=1)
     quantize_(base, "w4-block32")
     with pytest.raises(CalibrationError, match=r"this model's is \(none\)"):
         load_simulation(tmp_path, base)
@@ -331,13 +333,13 @@ def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     text = path.read_text()
     document = json.loads(text)
     document["encodings"] = [
-        e for e in document["encodings"] if e["name"] != "model.layers.1.self_attn.softmax"
+        e for e in document["encodings"] if e["name"] != "model.layers.0.self_attn.softmax"
     ]
     path.write_text(json.dumps(document))
     reseal(tmp_path, "simulation.json")
     with pytest.raises(
         CalibrationError,
-        match=r"lacks 1 encodings, model.layers.1.self_attn.softmax first",
+        match=r"lacks 1 encodings, model.layers.0.self_attn.softmax first",
     ):
         load_simulation(tmp_path, adapted())
     path.write_text(text[:-20])

@@ -17,9 +17,11 @@ from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation
 from simulation import tiny_architectures
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def adapted(architecture: str) -> PeftModel:
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, layers=1)
     quantize_(model, "w4-block32")
     torch.manual_seed(1)
     return get_peft_model(
@@ -316,7 +318,7 @@ def test_only_models_of_transformers_have_such_a_call() -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = tiny_model("llama")
+            self.inner = tiny_model("llama", layers=1)
             quantize_(self.inner, "w4-block32")
 
         def forward(self, **inputs: Tensor) -> object:

@@ -29,6 +29,7 @@ from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph, with_scales
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 SHAPE = LoraShape(rank=4, alpha=8)
 SETTINGS = TrainingSettings(
     steps=6,
@@ -49,7 +50,7 @@ def inputs(ids: Tensor) -> dict[str, Tensor]:
 
 
 def base(architecture: str = "llama", planted: bool = False) -> PreTrainedModel:
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, layers=2 if planted else 1)
     if planted:
         plant_(model)
     quantize_(model, "w4-block32")
@@ -394,7 +395,12 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
             )
     with pytest.raises(TrainingError, match="does not support recovery"):
         train_adapter(
-            adapted, IDS, SETTINGS, tmp_path, training_graph=graph, teacher=tiny_model("llama")
+            adapted,
+            IDS,
+            SETTINGS,
+            tmp_path,
+            training_graph=graph,
+            teacher=tiny_model("llama", layers=1),
         )
     assert "forward" not in adapted.get_base_model().__dict__
     with pytest.raises(CalibrationError, match=r"encodings .*: strange"):

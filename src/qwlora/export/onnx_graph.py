@@ -5,17 +5,22 @@ them). Each mark becomes a marker, a `qwlora::quantized` node, in a copy of the 
 `torch.onnx.export` passes these markers and the `qwlora::dequantize` nodes of packed weights
 through as custom operators, keeps torch's names, and optimizes nothing. `onnx_model.py` rewrites
 both into standard ONNX.
+
+`torch.onnx.export` is by far the slowest step of an export, and depends on no tensor's values. So
+the last translations are kept without tensors: adapters of one structure are translated once.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -25,6 +30,8 @@ from qwlora.nn.custom_ops import NAMESPACE
 from qwlora.system.optional_packages import require
 
 MARKER, DEQUANTIZE = "Quantized", "Dequantize"
+TRANSLATIONS_KEPT = 8
+_translations_by_structure: dict[str, Any] = {}  # without tensors; the last one was used last
 
 
 def marked_program(graph: QuantizedGraph) -> ExportedProgram:
@@ -53,13 +60,52 @@ def to_onnx(graph: QuantizedGraph, opset: int) -> Any:
         ExportError: torch.onnx cannot translate an operator.
         MissingExtraError: the `onnx` extra is not installed.
     """
+    ir = require("onnx_ir", "onnx")
+    program = marked_program(graph)
+    key = _structure(program, graph, opset)
+    translation = _translations_by_structure.pop(key, None)
+    if translation is None:
+        translation = _translate(program, graph, opset)
+        for name, _ in _tensors(program):
+            if name in translation.graph.initializers:
+                translation.graph.initializers[name].const_value = None
+    _translations_by_structure[key] = translation
+    while len(_translations_by_structure) > TRANSLATIONS_KEPT:
+        del _translations_by_structure[next(iter(_translations_by_structure))]
+    model = translation.clone()
+    for name, tensor in _tensors(program):
+        if name in model.graph.initializers:
+            model.graph.initializers[name].const_value = ir.tensor(tensor, name=name)
+    return model
+
+
+def _structure(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> str:
+    """A digest of everything that a translation depends on, which excludes values of tensors."""
+    digest = hashlib.sha256(repr((opset, graph.interface)).encode())
+    digest.update(f"{program.graph_signature} {program.range_constraints}".encode())
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        form = (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+        origin = node.meta.get("nn_module_stack"), node.meta.get("stack_trace")
+        digest.update(f"{node.format_node()} {form} {origin}\n".encode())
+    return digest.hexdigest()
+
+
+def _tensors(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the program by the names of their initializers; ONNX has complex ones as pairs."""
+    for name, tensor in {**program.state_dict, **program.constants}.items():
+        if isinstance(tensor, Tensor):
+            yield name, torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
+
+
+def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> Any:
     require("onnx", "onnx")
     require("onnxscript", "onnx")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own deprecations here
             exported = torch.onnx.export(
-                marked_program(graph),
+                program,
                 dynamo=True,
                 custom_translation_table=_translations(),
                 opset_version=opset,

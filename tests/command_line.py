@@ -1,0 +1,33 @@
+"""`qwlora ARGUMENTS` in this process: a new one takes seconds to import torch and transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from pathlib import Path
+from subprocess import CompletedProcess
+from unittest import mock
+
+from qwlora.cli.main import main
+
+
+def qwlora(*arguments: object, cwd: Path | None = None) -> CompletedProcess[str]:
+    """Exit code, standard output and standard error of a command."""
+    words = ["qwlora", *map(str, arguments)]
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        mock.patch("sys.argv", words),
+        mock.patch("warnings.formatwarning", warnings.formatwarning),  # `main` sets it
+        warnings.catch_warnings(),
+        contextlib.chdir(cwd or Path.cwd()),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+    ):
+        warnings.simplefilter("default")
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    assert isinstance(code, int)
+    return CompletedProcess(words, code, out.getvalue(), errors.getvalue())

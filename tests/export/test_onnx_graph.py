@@ -1,0 +1,65 @@
+"""Graphs of one structure are translated once, and the files are those of a translation of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from conftest import tiny_model
+from qwlora import Scheme, Simulation, SimulationSchemes, export_onnx, quantize_, simulate
+from qwlora.export import onnx_graph
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
+IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(3))
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+
+
+def simulation(seed: int, rank: int = 2, activations: int = 16) -> Simulation:
+    model = tiny_model("llama", seed, layers=1)
+    quantize_(model, "w4-block32", solver="rtn")
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, target_modules=["v_proj"], init_lora_weights=False)
+    made = simulate(
+        get_peft_model(model, config).eval(),
+        BATCH,
+        SimulationSchemes(Scheme(activations, symmetric=False)),
+    )
+    made.calibrate([BATCH])
+    return made
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_second_model_of_a_structure_is_not_translated_and_gets_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, object] = {}
+    monkeypatch.setattr(onnx_graph, "_translations_by_structure", kept)
+    first, second = simulation(0), simulation(1, activations=8)
+    with mock.patch("torch.onnx.export", side_effect=torch.onnx.export) as translations:
+        export_onnx(first.graph(), tmp_path / "first")
+        export_onnx(second.graph(), tmp_path / "second")
+        assert translations.call_count == 1
+        kept.clear()
+        export_onnx(second.graph(), tmp_path / "again")
+        assert translations.call_count == 2
+    assert files(tmp_path / "second") == files(tmp_path / "again")
+    assert files(tmp_path / "second") != files(tmp_path / "first")
+
+
+def test_another_structure_is_translated_anew_and_the_oldest_translation_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_graph, "_translations_by_structure", {})
+    monkeypatch.setattr(onnx_graph, "TRANSLATIONS_KEPT", 1)
+    first, wider = simulation(0).graph(), simulation(0, rank=3).graph()
+    with mock.patch("torch.onnx.export", side_effect=torch.onnx.export) as translations:
+        for graph in (first, wider, first):
+            export_onnx(graph, tmp_path)
+    assert translations.call_count == 3

@@ -48,6 +48,13 @@ transformers_logging.disable_progress_bar()
 
 VOCABULARY = 260
 ARCHITECTURES = ("llama", "gpt2", "opt", "qwen3")
+# where each costs seconds: the two that differ most in the fast lane, the others in the slow one
+EACH_ARCHITECTURE = (
+    "llama",
+    "gpt2",
+    pytest.param("opt", marks=pytest.mark.slow),
+    pytest.param("qwen3", marks=pytest.mark.slow),
+)
 WORDS = [
     "the",
     "integer",

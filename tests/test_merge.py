@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from command_line import qwlora
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from qwlora import load_base, quantize_
 from qwlora.adapter.merge_loss import rounding_losses
@@ -261,13 +262,12 @@ def job(
     return folder / "out"
 
 
-def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "qwlora", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
-        cwd=cwd,
     )
 
 
@@ -337,7 +337,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(
         (tmp_path / "notes.txt" / "a" / "b", "notes.txt' is a file; choose"),
         (".", "'.' is the current directory"),
     ):
-        refused = command("merge", job, "first", "--into", "float", "--out", place, cwd=empty)
+        refused = qwlora("merge", job, "first", "--into", "float", "--out", place, cwd=empty)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
@@ -378,9 +378,9 @@ def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(
 def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:
     assert (
         "has no trained adapter 'other'; the recipe has first"
-        in command("merge-check", job, "other").stderr
+        in qwlora("merge-check", job, "other").stderr
     )
-    assert "is not a job directory" in command("merge-check", tmp_path, "first").stderr
-    wrong = command("merge", job, "first", "--into", "gold", "--out", tmp_path / "x")
+    assert "is not a job directory" in qwlora("merge-check", tmp_path, "first").stderr
+    wrong = qwlora("merge", job, "first", "--into", "gold", "--out", tmp_path / "x")
     assert (wrong.returncode, "neither float nor requantized" in wrong.stderr) == (2, True)
     assert not (tmp_path / "x").exists()

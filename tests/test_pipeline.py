@@ -23,7 +23,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from conftest import text, tiny_model
+from conftest import EACH_ARCHITECTURE, text, tiny_model
 from qwlora.encodings.from_grid import entry_of
 from qwlora.encodings.versions_0_and_1 import build_1_0_0
 from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
@@ -58,12 +58,6 @@ class Made(dict[str, Path]):
         return self[key]
 
 
-EACH_ARCHITECTURE = pytest.mark.parametrize(
-    "architecture",
-    ["llama", "gpt2", *(pytest.param(a, marks=pytest.mark.slow) for a in ("opt", "qwen3"))],
-)
-
-
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints: dict[str, Path]
@@ -88,7 +82,7 @@ def finished(
     return Made(make)
 
 
-@EACH_ARCHITECTURE
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_results_hold_the_contract(finished: dict[str, Path], architecture: str) -> None:
     results = json.loads((finished[architecture] / "results.json").read_text())
     perplexity = results["perplexity"]
@@ -149,7 +143,7 @@ def test_sequences_longer_than_rotary_positions_are_spoken_of(
     )
 
 
-@EACH_ARCHITECTURE
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_exported_names_and_encodings_agree(finished: dict[str, Path], architecture: str) -> None:
     folder = finished[architecture] / "export" / "onnx" / "first"
     onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
@@ -178,7 +172,7 @@ def test_exported_names_and_encodings_agree(finished: dict[str, Path], architect
     assert set(parameters) <= set(names)
 
 
-@EACH_ARCHITECTURE
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_exported_integers_are_the_trained_integers(
     finished: dict[str, Path], architecture: str
 ) -> None:
@@ -204,7 +198,7 @@ def test_exported_integers_are_the_trained_integers(
         np.testing.assert_array_equal(scale, layer.scale.numpy())
 
 
-@EACH_ARCHITECTURE
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(
     finished: dict[str, Path], architecture: str
 ) -> None:
@@ -265,7 +259,7 @@ def test_session_options_beside_the_file_make_it_faithful(finished: dict[str, Pa
     assert np.abs(faithful - node_by_node).mean() * 5 < np.abs(default - node_by_node).mean()
 
 
-@EACH_ARCHITECTURE
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 @pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to False"
 )  # PEFT, about GPT-2; it then sets it right
@@ -455,7 +449,7 @@ def test_interrupted_training_goes_on_to_the_same_adapter(recipe_for: Any, tmp_p
     assert "interrupted by SIGINT, stopped after step" in errors
     assert "The same command resumes from here" in errors
     assert not (interrupted / "adapters").exists()
-    results, _ = run_recipe(path, interrupted)
+    results, _ = run_recipe(path, interrupted, verbs=("quantize", "train"))
     assert results["train"]["first"]["resumed_from_step"] > 0
     assert not list((interrupted / ".qwlora" / "work").glob("*"))
     run_recipe(path, whole, verbs=("quantize", "train"))

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from command_line import qwlora
 from conftest import reseal, tiny_model
 from qwlora import save_adapter
 from qwlora.adapter.adapter_check import (
@@ -192,16 +193,16 @@ def test_names_an_adapter_of_another_base(job: Path) -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qwlora", "adapters", *arguments],
+    return qwlora("adapters", *arguments)
+
+
+def test_commands(job: Path) -> None:
+    listed = subprocess.run(
+        [sys.executable, "-m", "qwlora", "adapters", "list", str(job)],
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-def test_commands(job: Path) -> None:
-    listed = command("list", str(job))
     assert listed.returncode == 0, listed.stderr
     assert "adapters/b" in listed.stdout
     assert "DoRA" in listed.stdout

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from conftest import ARCHITECTURES, tiny_model
+from conftest import tiny_model
 from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError, GridError
 from qwlora.export.aimet_encodings import write_encodings
@@ -177,7 +177,13 @@ DORA = (
 
 @pytest.mark.parametrize(
     ("architecture", "dora"),
-    [*((architecture, False) for architecture in ARCHITECTURES), ("llama", True)],
+    [
+        ("llama", False),
+        ("gpt2", False),
+        pytest.param("opt", False, marks=pytest.mark.slow),
+        pytest.param("qwen3", False, marks=pytest.mark.slow),
+        ("llama", True),
+    ],
 )
 def test_every_part_of_a_branch_has_an_encoding_of_its_own(
     architecture: str, dora: bool, request: pytest.FixtureRequest

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, StoppingCriteriaList
 
-from conftest import ARCHITECTURES, tiny_model
+from conftest import EACH_ARCHITECTURE, tiny_model
 from qwlora import quantize_, simulate
 from qwlora.errors import CaptureError
 from qwlora.grid.encoding import Encoding
@@ -43,7 +43,7 @@ def calibrated(model: nn.Module, positions: bool = False) -> Simulation:
     return simulation
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=EACH_ARCHITECTURE)
 def pair(request: pytest.FixtureRequest) -> tuple[Simulation, PreTrainedModel]:
     simulation = calibrated(adapted(request.param), positions=True)
     return simulation, simulation.model()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from conftest import ARCHITECTURES, tiny_model
+from conftest import EACH_ARCHITECTURE, tiny_model
 from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.analysis.sensitivity import sensitivities
 from qwlora.errors import CalibrationError, CaptureError
@@ -38,18 +39,15 @@ def adapted(architecture: str) -> PeftModel:
     ).eval()
 
 
-@pytest.fixture(scope="module")
-def simulations() -> dict[str, tuple[PeftModel, Simulation]]:
-    made = {}
-    for architecture in ARCHITECTURES:
-        model = adapted(architecture)
-        simulation = simulate(model, inputs())
-        simulation.calibrate([inputs(seed=s) for s in range(4)])
-        made[architecture] = (model, simulation)
-    return made
+@cache
+def calibrated(architecture: str) -> tuple[PeftModel, Simulation]:
+    model = adapted(architecture)
+    simulation = simulate(model, inputs())
+    simulation.calibrate([inputs(seed=s) for s in range(4)])
+    return model, simulation
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_captured_graph_computes_what_the_model_computes_with_padding_too(
     architecture: str,
 ) -> None:
@@ -92,11 +90,9 @@ def test_capture_refuses_what_it_cannot_prove() -> None:
         capture(model, inputs())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_value_is_decided_about_and_every_weight_has_an_encoding(
-    simulations: dict[str, tuple[PeftModel, Simulation]], architecture: str
-) -> None:
-    model, simulation = simulations[architecture]
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
+def test_every_value_is_decided_about_and_every_weight_has_an_encoding(architecture: str) -> None:
+    model, simulation = calibrated(architecture)
     graph = simulation.graph()
     decided = {p.node for p in simulation.explanation}
     floats = {
@@ -116,11 +112,9 @@ def test_every_value_is_decided_about_and_every_weight_has_an_encoding(
     assert len({m.name for m in graph.marks}) == len(graph.marks)
 
 
-def test_decisions_by_operator_and_module_class(
-    simulations: dict[str, tuple[PeftModel, Simulation]],
-) -> None:
+def test_decisions_by_operator_and_module_class() -> None:
     decisions = {
-        (p.module, p.operator): (p.decision, p.reason) for p in simulations["llama"][1].explanation
+        (p.module, p.operator): (p.decision, p.reason) for p in calibrated("llama")[1].explanation
     }
     layer = "model.layers.0"
     assert decisions[f"{layer}.input_layernorm", "rsqrt"] == (
@@ -149,11 +143,9 @@ def test_residual_additions_get_encodings_when_asked() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_simulation_is_close_at_16_bits_and_not_the_same(
-    simulations: dict[str, tuple[PeftModel, Simulation]], architecture: str
-) -> None:
-    model, _ = simulations[architecture]
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
+def test_simulation_is_close_at_16_bits_and_not_the_same(architecture: str) -> None:
+    model, _ = calibrated(architecture)
     batch = inputs(
         seed=0
     )  # one of those that set the ranges: beyond them values are clipped, at any bitwidth
@@ -175,10 +167,8 @@ def test_simulation_is_close_at_16_bits_and_not_the_same(
     assert errors[8] > 3 * errors[16]
 
 
-def test_simulated_values_lie_on_their_grids(
-    simulations: dict[str, tuple[PeftModel, Simulation]],
-) -> None:
-    simulation = simulations["llama"][1]
+def test_simulated_values_lie_on_their_grids() -> None:
+    simulation = calibrated("llama")[1]
     encodings = simulation.encodings
     values = simulation.values(inputs()["input_ids"])
     assert set(values) == {m.name for m in simulation.marks if m.kind is Kind.ACTIVATION}
@@ -187,20 +177,16 @@ def test_simulated_values_lie_on_their_grids(
         assert len(value.unique()) <= 2**16
 
 
-def test_base_encodings_are_those_of_the_packed_layers(
-    simulations: dict[str, tuple[PeftModel, Simulation]],
-) -> None:
-    model, simulation = simulations["gpt2"]
+def test_base_encodings_are_those_of_the_packed_layers() -> None:
+    model, simulation = calibrated("gpt2")
     packed = model.get_submodule("base_model.model.transformer.h.0.attn.c_attn.base_layer")
     assert torch.equal(
         simulation.encodings["transformer.h.0.attn.c_attn.weight"].scale, packed.scale
     )
 
 
-def test_perturbed_logits_differ_a_little(
-    simulations: dict[str, tuple[PeftModel, Simulation]],
-) -> None:
-    simulation, ids = simulations["llama"][1], inputs()["input_ids"]
+def test_perturbed_logits_differ_a_little() -> None:
+    simulation, ids = calibrated("llama")[1], inputs()["input_ids"]
     before = simulation.logits(ids)
     perturbed = simulation.perturbed_logits(ids)
     assert 0 < (perturbed - before).abs().max() < 0.01 * before.abs().max()
@@ -289,10 +275,8 @@ def test_what_an_operator_overwrites_was_seen_before(tmp_path: Path) -> None:
     assert all(c.cost > 0 for c in costs[0])
 
 
-def test_printing_a_simulation_is_one_line(
-    simulations: dict[str, tuple[PeftModel, Simulation]],
-) -> None:
-    model, simulation = simulations["llama"]
+def test_printing_a_simulation_is_one_line() -> None:
+    model, simulation = calibrated("llama")
     counts = Counter(mark.kind for mark in simulation.marks)
     assert repr(simulation) == (
         f"Simulation of {type(model).__name__}: {counts[Kind.BASE]} base weights, "

@@ -15,6 +15,8 @@ import qwlora
 from conftest import byte_tokenizer
 from qwlora.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def run_cli(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path

@@ -18,6 +18,7 @@ from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 SETTINGS = {"rank": 4, "steps": 40, "warmup_steps": 1, "learning_rate": 0.01}
 
 

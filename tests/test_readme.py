@@ -14,6 +14,7 @@ from conftest import byte_tokenizer, tiny_model
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 

@@ -437,10 +437,8 @@ UNVERIFIED = pytest.mark.filterwarnings("ignore:.* is unverified")
         LoraShape(4, 8, rank_pattern={SLOW_PATTERN: 2}),
     ],
 )
-def test_refuses_a_pattern_with_exponential_time(
-    shape: LoraShape, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qwlora.system.time_limit.time_limit.__defaults__", (0.2,))
+@pytest.mark.usefixtures("short_time_limit")
+def test_refuses_a_pattern_with_exponential_time(shape: LoraShape) -> None:
     with pytest.raises(SourceError, match=r"_(modules|pattern) .*nested repetitions"):
         check_shape(tiny_model("llama"), shape)
 
@@ -456,11 +454,9 @@ def saved_adapter(folder: Path, **config: Any) -> PreTrainedModel:
 
 
 @UNVERIFIED
-def test_refuses_a_slow_pattern_in_an_existing_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("short_time_limit")
+def test_refuses_a_slow_pattern_in_an_existing_adapter(tmp_path: Path) -> None:
     model = saved_adapter(tmp_path, target_modules=SLOW_PATTERN)
-    monkeypatch.setattr("qwlora.system.time_limit.time_limit.__defaults__", (0.2,))
     with pytest.raises(SourceError, match=r"target_modules .*nested repetitions"):
         load_adapter(model, tmp_path, unknown_base="accept")
 

@@ -502,11 +502,9 @@ def test_what_cannot_be_tokenized_apart_is_learnt_from_the_token_that_both_share
 
 
 @pytest.mark.parametrize("marked", ["", "{% generation %}{% endgeneration %}"])
-def test_a_template_that_never_ends_is_stopped(
-    marked: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("short_time_limit")
+def test_a_template_that_never_ends_is_stopped(marked: str) -> None:
     template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    monkeypatch.setattr("qwlora.system.time_limit.time_limit.__defaults__", (0.2,))
     with pytest.raises(SourceError, match=r"chat\.jsonl:7.*data\.chat_template"):
         encode_conversation(TALK, with_template(template + marked))
 

@@ -7,27 +7,19 @@ from unittest import mock
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from torch import nn
 
-from conftest import tiny_model
 from qwlora import Scheme, Simulation, SimulationSchemes, export_onnx, quantize_, simulate
 from qwlora.export import onnx_graph
 
-pytestmark = pytest.mark.usefixtures("shared_captures")
-IDS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(3))
-BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+BATCH = {"input": torch.randn(8, 32, generator=torch.Generator().manual_seed(3))}
 
 
-def simulation(seed: int, rank: int = 2, activations: int = 16) -> Simulation:
-    model = tiny_model("llama", seed, layers=1)
-    quantize_(model, "w4-block32", solver="rtn")
+def simulation(seed: int, width: int = 32, activations: int = 16) -> Simulation:
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, target_modules=["v_proj"], init_lora_weights=False)
-    made = simulate(
-        get_peft_model(model, config).eval(),
-        BATCH,
-        SimulationSchemes(Scheme(activations, symmetric=False)),
-    )
+    model = nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 32)).eval()
+    quantize_(model, "w4-block32", solver="rtn")
+    made = simulate(model, BATCH, SimulationSchemes(Scheme(activations, symmetric=False)))
     made.calibrate([BATCH])
     return made
 
@@ -58,7 +50,7 @@ def test_another_structure_is_translated_anew_and_the_oldest_translation_is_drop
 ) -> None:
     monkeypatch.setattr(onnx_graph, "_translations_by_structure", {})
     monkeypatch.setattr(onnx_graph, "TRANSLATIONS_KEPT", 1)
-    first, wider = simulation(0).graph(), simulation(0, rank=3).graph()
+    first, wider = simulation(0).graph(), simulation(0, width=64).graph()
     with mock.patch("torch.onnx.export", side_effect=torch.onnx.export) as translations:
         for graph in (first, wider, first):
             export_onnx(graph, tmp_path)

@@ -216,6 +216,8 @@ def test_two_jobs_are_compared() -> None:
     html = render_comparison([one, other])
     assert "finished" in html
     assert "Do not ship" in html
+    assert "failed has the lowest perplexity" in html
+    assert "different texts" in render_comparison([one, job_of("two")])
     assert "verify.sequences" in html  # a line of the recipes that differs
     assert ">seed<" not in html  # and one that does not
     numbers = Page(html).numbers

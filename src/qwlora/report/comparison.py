@@ -76,14 +76,22 @@ def _answer(names: list[str], jobs: Sequence[Job]) -> Markup:
     }
     if len(values) < 2:
         return Markup("<b>Fewer than two of these jobs were evaluated.</b>")
+    if len({_text(job, adapter) for _, job, adapter in _series(names, jobs)}) > 1:
+        return Markup(
+            "<b>They were tested on different texts, so their perplexities cannot be compared.</b>"
+        )
     best, worst = min(values, key=lambda n: values[n]), max(values, key=lambda n: values[n])
-    texts = {str(job.setting("data", "source")) for job in jobs}
-    note = (
-        "" if len(texts) == 1 else " They were tested on different texts, so do not compare them."
+    return Markup("<b>{} has the lowest perplexity, {}; {} has the highest, {}.</b>").format(
+        best, perplexity(values[best]), worst, perplexity(values[worst])
     )
-    return Markup("<b>{} has the lowest perplexity, {}; {} has the highest, {}.</b>{}").format(
-        best, perplexity(values[best]), worst, perplexity(values[worst]), note
-    )
+
+
+def _text(job: Job, adapter: str) -> str:
+    """The source of an adapter's text."""
+    listed = job.setting("adapters")
+    found = [a for a in listed if a.get("name") == adapter] if isinstance(listed, list) else []
+    own = (found[0].get("data") or {}).get("source") if found else None
+    return str(own or job.setting("data", "source"))
 
 
 def _stage_table(names: list[str], jobs: Sequence[Job]) -> Table:
@@ -244,7 +252,18 @@ def _cost_table(names: list[str], jobs: Sequence[Job]) -> Table:
 
 
 def _recipe_table(names: list[str], jobs: Sequence[Job]) -> Table:
-    flat = [dict(_lines("", job.recipe)) for job in jobs]
+    shared = set.intersection(*(set(job.adapters) for job in jobs))
+    flat = [
+        dict(_lines("", {key: value for key, value in job.recipe.items() if key != "adapters"}))
+        | {f"adapters.{name}": "there" for name in job.adapters if name not in shared}
+        | {
+            key: value
+            for adapter in job.setting("adapters") or []
+            if adapter.get("name") in shared
+            for key, value in _lines(f"adapters.{adapter['name']}", adapter)
+        }
+        for job in jobs
+    ]
     keys = list(dict.fromkeys(key for found in flat for key in found))
     rows: list[Row] = [
         [key, *(found.get(key, "not set") for found in flat)]
@@ -271,5 +290,5 @@ def _lines(prefix: str, value: Any) -> list[tuple[str, str]]:
             for p in _lines(f"{prefix}.{item.get('name', number)}", item)
         ]
     number = finite(value)
-    shown = f"{number:g}" if number is not None else str(value)
+    shown = f"{number:g}" if number is not None else "null" if value is None else str(value)
     return [(prefix, without_folders(shown))]

@@ -137,7 +137,7 @@ def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
     decades = log_ticks(low, high)
     for number, tick in enumerate(decades):
         drawing.line(4, scale(tick), right, scale(tick))
-        if number % max(1, len(decades) // 3) == 0 and number:
+        if number % max(1, len(decades) // 2) == 0 and number:
             drawing.text(right, scale(tick) - 2, significant(tick, 1), "axs", "end")
     last = max(peaks) + 1
     group = -(-last // MOST_COLUMNS)

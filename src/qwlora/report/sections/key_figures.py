@@ -78,6 +78,8 @@ def _perplexity(job: Job, adapter: str) -> Tile:
 
 
 def _add(job: Job, verb: str) -> Markup:
+    if job.state == "running":
+        return Markup("not yet")
     return Markup("add it: {}").format(code(job.verb_command(verb)))
 
 

@@ -51,8 +51,9 @@ def view(job: Job, adapter: str | None) -> View | None:
     rows = waterfall(job, name)
     if sum(row.after is not None for row in rows) < 2:
         return None
+    missing = "waiting" if job.state == "running" else "not measured"
     return {
-        "figure": figure(lambda width: _draw(rows, width)),
+        "figure": figure(lambda width: _draw(rows, width, missing)),
         "answer": _answer(job, name),
         "magnified": _magnified(job, name),
         "note": _note(job, name),
@@ -98,9 +99,9 @@ def _small(job: Job, adapter: str, kind: str) -> str:
     return f"{bits}-bit activations" if bits else "integer activations"
 
 
-def _draw(rows: list[Row], width: int) -> Drawing:
+def _draw(rows: list[Row], width: int, missing: str) -> Drawing:
     narrow = width < 500
-    left, right = (112, 70) if narrow else (216, 186)
+    left, right = (118, 80) if narrow else (216, 186)
     values = [v for row in rows for v in (row.before, row.after) if v is not None]
     low, high = min(values), max(values)
     margin = max((high / low) ** 0.08, 1.005)
@@ -127,11 +128,11 @@ def _draw(rows: list[Row], width: int) -> Drawing:
         value = row.shown or (perplexity(row.after) if row.after is not None else "")
         change = "reference" if number == 0 else _change(row)
         if narrow:
-            drawing.text(width, y + 10, value or "waiting", "nm2" if value else "mut", "end")
+            drawing.text(width, y + 10, value or missing, "nm2" if value else "mut", "end")
             drawing.text(width, y + 25, change if value else "", "ax", "end")
         else:
             drawing.text(width - 78, y + 10, value, "nm2", "end")
-            drawing.text(width, y + 10, change or "not measured", "nm2" if value else "mut", "end")
+            drawing.text(width, y + 10, change or missing, "nm2" if value else "mut", "end")
     return drawing
 
 
@@ -256,7 +257,8 @@ def _note(job: Job, adapter: str) -> str:
         expected = job.expected(target, adapter)
         if None not in (sequences, found, expected):
             return (
-                f"The exported file was run on {count(sequences or 0)} sequences: "
+                f"The exported file was run on {count(sequences or 0)} "
+                f"sequence{'' if sequences == 1 else 's'}: "
                 f"{fixed(found or 0, 3)}, where {fixed(expected or 0, 3)} is expected. "
                 "Compare those two with each other, not with the table."
             )

@@ -152,6 +152,8 @@ def _held_out(drawing: Drawing, found: Course, x: Scale, y: Scale, narrow: bool)
         word = f"{fixed(loss)} held out"
         if narrow:
             drawing.text(x(step) - 8, y(loss) - 10, word, "th", "end")
+        elif step < found.steps:
+            drawing.text(x(step), y(loss) + 22, word, "th", "middle")
         else:
             drawing.text(x(step) + 10, y(loss) + 4, word, "th")
 

@@ -21,9 +21,10 @@ Page = Annotated[
 
 
 def report(jobs: Jobs, out: Page = Path("comparison.html")) -> None:
-    """Rebuild report.html of each job; for several jobs, also write a page that compares them.
+    """Rebuild report.html of jobs; compare several.
 
-    `qwlora run` keeps report.html up to date by itself.
+    `qwlora run` keeps report.html up to date by itself. For several jobs, also writes a page that
+    shows them side by side.
     """
     from qwlora.pipeline.job_report import PAGE_MARK, rebuild_reports
 

@@ -24,6 +24,7 @@ from qwlora.report.verdict import finished_stages, remedies, remedy_command, ver
 from qwlora.report.written_numbers import count
 
 REFRESH_SECONDS = 15
+TRAINING_PATIENCE, STAGE_PATIENCE = 600.0, 1800.0  # at least, in seconds
 _FIRST = {  # sections that come first while a job is not finished
     "running": ("training", "cost"),
     "failed": ("cost",),
@@ -140,9 +141,12 @@ def _subtitle(job: Job) -> str:
 
 
 def _patience(job: Job) -> float:
-    """Seconds without an update after which a running job may have stopped."""
-    steps: list[Any] = [part.get("seconds") for part in finished_stages(job).values()]
-    longest = max((x for x in map(finite, steps) if x is not None), default=0.0)
-    per_step = job.number("run", "training", "step_seconds") or 0.0
-    waits = 3 * per_step if job.section("run", "training") else 3 * longest
-    return max(waits, 120.0)
+    """Seconds without an update after which a running job may have stopped.
+
+    A stage writes nothing until it ends, and the next may take much longer than those before.
+    """
+    if job.section("run", "training"):
+        return max(3 * (job.number("run", "training", "step_seconds") or 0.0), TRAINING_PATIENCE)
+    stages: list[Any] = [part.get("seconds") for part in finished_stages(job).values()]
+    longest = max((x for x in map(finite, stages) if x is not None), default=0.0)
+    return max(3 * longest, STAGE_PATIENCE)

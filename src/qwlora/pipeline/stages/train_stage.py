@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
+    from qwlora.adapter.train import TrainingReport
     from qwlora.pipeline.context import JobContext
 
 
@@ -67,82 +68,28 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     Raises:
         FingerprintError: training changed the base.
     """
-    from safetensors.torch import save_file
-
-    from qwlora.adapter.adapter_folder import FILE, save_adapter
     from qwlora.adapter.adapter_updates import adapter_updates
-    from qwlora.adapter.attach import (
-        attach,
-        attach_existing,
-        check_trainable,
-        without_dropout_,
-    )
-    from qwlora.adapter.train import TrainingReport, train_adapter
-    from qwlora.data.document_isolation import check_isolation
-    from qwlora.formats import manifest
     from qwlora.nn.fingerprint import fingerprint
     from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
-    adapter = context.adapter(str(stage.adapter))
-    text = context.text(adapter.name)
-    base_identity, seed = context.base_fingerprint, context.recipe.seed
+    adapter, identity = context.adapter(str(stage.adapter)), context.base_fingerprint
     context.check_rules()
     reset_peak_rss()
-    base = context.base()
-    source = (
-        str(context.path / "adapters" / first.name)
-        if (first := context.recipe.predecessor(adapter))
-        else adapter.continue_from
-    )
-    model = (
-        attach(base, adapter.lora_shape(), seed)
-        if source is None
-        else attach_existing(base, source, adapter.unknown_base, seed)
-    )
-    if context.recipe.workflow == "qwa-lora" and adapter.steps and source is not None:
-        without_dropout_(model)
+    model = _attached(context, adapter)
     initialized: dict[str, Any] = {}
     if adapter.init != "zero":
         model, initialized = _initialize(context, model, adapter)
         reset_peak_rss()
-    if adapter.steps:
-        if text.data.train.position_ids is not None:
-            check_isolation(model)
-        held_out = text.evaluation if adapter.evaluation_steps else None
-        logs = context.path / "logs" / adapter.name
-        teacher = context.take_float_model() if adapter.objective == "recovery" else None
-        graph = (
-            context.training_graph(model, adapter.range_learning_rate is not None)
-            if context.recipe.workflow == "qwa-lora"
-            else None
-        )
-        report = train_adapter(
-            model,
-            text.data.train,
-            adapter.training_settings(seed, whole_loss=graph is not None),
-            work,
-            context.track,
-            held_out,
-            logs,
-            teacher,
-            graph,
-            lambda progress: context.on_training(lambda: {"adapter": adapter.name, **progress()}),
-        )
-    else:
-        graph = None
-        report = TrainingReport(0, 0.0, 0, check_trainable(model), ())
-    if (after := fingerprint(model)) != base_identity:
+    report, scales = _train(context, model, adapter, work)
+    if (after := fingerprint(model)) != identity:
         raise FingerprintError(
             f"training adapter {adapter.name} changed the base: its fingerprint was "
-            f"{base_identity} and is now {after}. The adapter was not saved; report this as a bug"
+            f"{identity} and is now {after}. The adapter was not saved; report this as a bug"
         )
     updates: dict[str, Any] = {}
     if is_first_process():
         updates = adapter_updates(model)
-        save_adapter(model, scratch, base_identity)
-        if graph is not None and (scales := graph.scales()):
-            save_file(scales, scratch / SCALES)
-            manifest.add(scratch, FILE, [SCALES])
+        _save(model, scratch, identity, scales)
     measured: dict[str, Any] = {
         "steps": report.steps,
         "compute": adapter.compute,
@@ -162,7 +109,72 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         }
     if initialized:
         measured["init"] = initialized
-    return {"train": {adapter.name: measured}, "data": text.describe()}
+    return {"train": {adapter.name: measured}, "data": context.text(adapter.name).describe()}
+
+
+def _attached(context: JobContext, adapter: Adapter) -> PeftModel:
+    """The base with a new adapter, or with the one that this one continues."""
+    from qwlora.adapter.attach import attach, attach_existing, without_dropout_
+
+    base, seed = context.base(), context.recipe.seed
+    first = context.recipe.predecessor(adapter)
+    source = str(context.path / "adapters" / first.name) if first else adapter.continue_from
+    if source is None:
+        return attach(base, adapter.lora_shape(), seed)
+    model = attach_existing(base, source, adapter.unknown_base, seed)
+    if context.recipe.workflow == "qwa-lora" and adapter.steps:
+        without_dropout_(model)
+    return model
+
+
+def _train(
+    context: JobContext, model: PeftModel, adapter: Adapter, work: Path
+) -> tuple[TrainingReport, dict[str, Tensor]]:
+    """Train the adapter of `model`, if it has steps.
+
+    Returns:
+        The report, and the learned scales of activations; empty if none are learned.
+    """
+    from qwlora.adapter.attach import check_trainable
+    from qwlora.adapter.train import TrainingReport, train_adapter
+    from qwlora.data.document_isolation import check_isolation
+
+    if not adapter.steps:
+        return TrainingReport(0, 0.0, 0, check_trainable(model), ()), {}
+    text = context.text(adapter.name)
+    if text.data.train.position_ids is not None:
+        check_isolation(model)
+    teacher = context.take_float_model() if adapter.objective == "recovery" else None
+    graph = (
+        context.training_graph(model, adapter.range_learning_rate is not None)
+        if context.recipe.workflow == "qwa-lora"
+        else None
+    )
+    report = train_adapter(
+        model,
+        text.data.train,
+        adapter.training_settings(context.recipe.seed, whole_loss=graph is not None),
+        work,
+        context.track,
+        text.evaluation if adapter.evaluation_steps else None,
+        context.path / "logs" / adapter.name,
+        teacher,
+        graph,
+        lambda progress: context.on_training(lambda: {"adapter": adapter.name, **progress()}),
+    )
+    return report, graph.scales() if graph is not None else {}
+
+
+def _save(model: PeftModel, folder: Path, identity: str, scales: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    from qwlora.adapter.adapter_folder import FILE, save_adapter
+    from qwlora.formats import manifest
+
+    save_adapter(model, folder, identity)
+    if scales:
+        save_file(scales, folder / SCALES)
+        manifest.add(folder, FILE, [SCALES])
 
 
 def _initialize(

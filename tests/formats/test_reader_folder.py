@@ -217,7 +217,7 @@ def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
         ),
         (
             lambda t, c: c.update(quantization_config={"quant_method": "hqq"}),
-            "quant_method 'hqq' is not supported; gptq, awq, compressed-tensors, GGUF files and float",
+            "quant_method 'hqq' is not supported; gptq, awq, compressed-tensors, mlx, GGUF files and float",
         ),
         (
             lambda t, c: c.update(quantization_config="gptq"),

@@ -38,13 +38,14 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     _, name, *_ = stage.name.split("/")
     target, adapter, section = TARGETS[name], str(stage.adapter), context.recipe.verify
     parity: LanguageModelParity | WeightsParity
+    of = "simulated"
     if isinstance(target, GraphTarget):
         parity = _verify_graph(context, target, name, adapter)
     else:
         assert isinstance(target, WeightsTarget)
         if missing := target.missing():
             return {"parity": {name: {adapter: {"not_run": missing}}}}
-        parity = _verify_weights(context, target, name, adapter)
+        parity, of = _verify_weights(context, target, name, adapter), "trained"
     limits = Limits(
         perplexity_difference=section.perplexity_difference,
         layer_steps=section.layer_steps,
@@ -59,7 +60,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     }
     results = {"parity": {name: {adapter: measured}}}
     if problems:
-        what = f"export/{name}/{adapter}: the exported files do not compute what they should"
+        what = f"export/{name}/{adapter}: the exported files do not compute what was {of}"
         raise VerificationError(what, problems, results)
     return results
 

@@ -168,6 +168,6 @@ def test_the_sqnr_solver_on_every_weight_of_smollm2(table: Table):
         if i % 3 == 0:
             per_tensor.append(solver_ratio(weight, Scheme(4)))
     note(
-        table, "solver sqnr, every third tensor of SmolLM2-135M, int4 per tensor", per_tensor, 1.02
+        table, "solver sqnr, every third tensor of SmolLM2-135M, int4 per tensor", per_tensor, 1.03
     )
     note(table, "solver sqnr, matrices of SmolLM2-135M, int4 per channel", per_channel, 1.02)

@@ -48,7 +48,7 @@ from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.analysis.perplexity import perplexity
 from qwlora.analysis.token_scores import logits_of
-from qwlora.data import load_documents
+from qwlora.data import concatenated_ids, load_documents
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.second_moments import Moment, Moments
 from qwlora.nn import weight_out_in

@@ -178,7 +178,9 @@ def _run(
                 context = context or new_context(recipe, texts, out, track)
                 context.on_training = status.train
                 seconds = _run_stage(directory, context, stage, follows)
-            stale |= dict.fromkeys(follows, f"reads {stage.name}, which ran again")
+            for name in follows:
+                if not stale.get(name, "").startswith("has not run"):
+                    stale[name] = f"reads {stage.name}, which ran again"
             del stale[stage.name]
             say(f"{stage.name}: done in {seconds:.1f} s")
         return status.end(stale)

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from conftest import tiny_model
 from qwlora import quantize_
 from qwlora.errors import CaptureError
 from qwlora.graph.capture import Captured, capture
@@ -214,6 +215,20 @@ def test_capture_leaves_the_model_as_it_was() -> None:
     with pytest.raises(CaptureError, match="two or more"):
         capture(model, {"input_ids": torch.ones(2, 1, dtype=torch.int64)})
     assert (config._attn_implementation, config._experts_implementation) == before
+
+
+def test_two_captures_of_a_model_have_the_same_nodes() -> None:
+    """Saved encodings are found again by name, and tests share captures (`shared_captures.py`)."""
+
+    def nodes(seed: int) -> list[str]:
+        model = tiny_model("llama", seed, layers=1)
+        quantize_(model, "w4-block32", solver="rtn")
+        config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+        ids = torch.arange(24).view(2, 12)
+        captured = capture(get_peft_model(model, config).eval(), {"input_ids": ids})
+        return [node.format_node() for node in captured.program.graph.nodes]
+
+    assert nodes(0) == nodes(1)
 
 
 def test_attended_positions_of_padded_batches_equal_the_users_model() -> None:

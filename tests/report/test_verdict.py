@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from qwlora.report.checks import Outcome
 from qwlora.report.job import Job
 from qwlora.report.page import render
-from qwlora.report.verdict import Kind, Outcome, remedies, remedy_command, verdict
+from qwlora.report.remedies import remedies, remedy_command
+from qwlora.report.verdict import Kind, verdict
 from qwlora.report.written_numbers import MINUS
 from report.recorded import job_of, results_of, running
 

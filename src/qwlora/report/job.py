@@ -150,6 +150,21 @@ class Job:
         return next((kind for kind in kinds if self.perplexity(kind, adapter)), None)
 
     @property
+    def planned_stages(self) -> list[str]:
+        """Names of all stages of the job, in order; empty if they were not recorded."""
+        plan = self.get("run", "plan")
+        return [str(stage) for stage in plan] if isinstance(plan, list) else []
+
+    @property
+    def finished_stages(self) -> dict[str, dict[str, float]]:
+        """What was recorded of each finished stage, in order."""
+        found = {}
+        for verb in self.section("stages"):
+            found.update(self.section("stages", verb, "parts"))
+        order = {name: n for n, name in enumerate(self.planned_stages)}
+        return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+    @property
     def command(self) -> str:
         """The command that runs the job, from the folder above the job's."""
         command = self.get("run", "command")

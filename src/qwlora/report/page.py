@@ -17,10 +17,11 @@ from markupsafe import Markup
 
 from qwlora.report.comparison import comparison
 from qwlora.report.job import Job, finite, without_folders
+from qwlora.report.remedies import remedies, remedy_command
 from qwlora.report.section import Section, View
 from qwlora.report.sections import SECTIONS
 from qwlora.report.sections.key_figures import tiles
-from qwlora.report.verdict import finished_stages, remedies, remedy_command, verdict
+from qwlora.report.verdict import verdict
 from qwlora.report.written_numbers import count
 
 REFRESH_SECONDS = 15
@@ -147,6 +148,6 @@ def _patience(job: Job) -> float:
     """
     if job.section("run", "training"):
         return max(3 * (job.number("run", "training", "step_seconds") or 0.0), TRAINING_PATIENCE)
-    stages: list[Any] = [part.get("seconds") for part in finished_stages(job).values()]
+    stages: list[Any] = [part.get("seconds") for part in job.finished_stages.values()]
     longest = max((x for x in map(finite, stages) if x is not None), default=0.0)
     return max(3 * longest, STAGE_PATIENCE)

@@ -84,7 +84,7 @@ def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
         height,
         f"{panel.title}: singular values of the adapter update",
         f"Median over {len(panel.values)} layers falls from {significant(middle[0])} to "
-        f"{significant(middle[-1])}; {ENERGY:.0%} of the energy lies in the first {enough} of "
+        f"{significant(middle[-1])}; {ENERGY:.0%} of the energy is in the first {enough} of "
         f"{rank} directions.",
     )
     drawing.text(4, 12, shortened(panel.title, width - 8, 12), "lb2")

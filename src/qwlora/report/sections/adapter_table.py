@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from qwlora.report.checks import identical_adapters
 from qwlora.report.drawing import Drawing, Scale
 from qwlora.report.job import FILES, NOT_MEASURED, Job, code, tagged
 from qwlora.report.report_table import Table
 from qwlora.report.section import Section, View
 from qwlora.report.sections.training_course import course, smoothed
-from qwlora.report.verdict import identical_adapters
 from qwlora.report.written_numbers import (
     count,
     fixed,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from qwlora.report.job import FILES, NOT_MEASURED, Job, code, runtime, tagged, valued
-from qwlora.report.verdict import finished_stages, planned_stages
 from qwlora.report.written_numbers import (
     count,
     fixed,
@@ -265,7 +264,7 @@ def _of_unfinished(job: Job) -> list[Tile]:
     training = job.section("run", "training")
     adapter = str(training.get("adapter") or (job.adapters or [""])[0])
     path = ("run", "elapsed_seconds")
-    time, done, plan = job.number(*path), finished_stages(job), planned_stages(job)
+    time, done, plan = job.number(*path), job.finished_stages, job.planned_stages
     stages = f"{len(done)} of {len(plan)} stages done" if plan else f"{len(done)} stages done"
     step, steps = training.get("step") or 0, training.get("steps") or 0
     per_step = job.number("run", "training", "step_seconds")

@@ -11,7 +11,6 @@ from qwlora.report.job import FILES, NOT_MEASURED, Job, finite, runtime, tagged
 from qwlora.report.report_table import Table
 from qwlora.report.section import Section, View
 from qwlora.report.sections.key_figures import FLOAT_BYTES, float_bytes
-from qwlora.report.verdict import finished_stages, planned_stages
 from qwlora.report.written_numbers import count, fixed, percent, seconds, size
 
 MOST_BARS = 40
@@ -63,14 +62,14 @@ def view(job: Job, adapter: str | None) -> View | None:
 
 
 def _bars(job: Job) -> list[Bar]:
-    done = finished_stages(job)
+    done = job.finished_stages
     if not done:  # a job of an older version recorded only sums
         return [
             Bar(verb, found, "done", ("stages", verb, "seconds"))
             for verb in job.section("stages")
             if (found := job.number("stages", verb, "seconds")) is not None
         ]
-    plan, current = planned_stages(job) or list(done), job.get("run", "stage")
+    plan, current = job.planned_stages or list(done), job.get("run", "stage")
     stopped = (
         "failed" if job.state == "failed" else "running" if job.state == "running" else "waiting"
     )
@@ -139,7 +138,7 @@ def _draw(bars: list[Bar], total: float, width: int) -> Drawing:
 
 
 def _table(job: Job, bars: list[Bar]) -> Table:
-    done = finished_stages(job)
+    done = job.finished_stages
     rows: list[list[str | Markup | None]] = []
     for bar in bars:
         memory = finite(done.get(bar.name, {}).get("peak_rss_bytes"))

@@ -1,5 +1,6 @@
-"""The life of adapters on SmolLM2-135M: two texts from one recipe, a third added later, one imported
-from plain PEFT, one trained again under a new name. Which adapter helps where, and what moved.
+"""The life of adapters on SmolLM2-135M: two texts from one recipe, a third added later, one
+imported from plain PEFT, one trained again under a new name. Which adapter helps where, and what
+moved.
 
     python benchmarks/adapters.py [--steps 40]      writes benchmarks/results/adapters.md
 
@@ -137,7 +138,8 @@ def page(
     lines = [
         "# One base, several adapters: SmolLM2-135M",
         "",
-        f"`python benchmarks/adapters.py`; {steps} steps of 256 tokens each (python-long twice as many), one seed.",
+        f"`python benchmarks/adapters.py`; {steps} steps of 256 tokens each (python-long twice as "
+        "many), one seed.",
         f"Machine: {machine_line()}.",
         "",
         "Perplexity on held-out text. Columns are the texts; the best adapter of each is bold.",

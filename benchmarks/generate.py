@@ -1,14 +1,16 @@
-"""Generating text with SmolLM2-135M: the float model, and a packed base with an adapter, with and without torch's integer kernels. One thread.
+"""Generating text with SmolLM2-135M: the float model, and a packed base with an adapter, with and
+without torch's integer kernels. One thread.
 
-    python benchmarks/generate.py               prints a table and writes benchmarks/results/generate.json
-    python benchmarks/generate.py --rounds 1 --tokens 4 --layers 2     a smoke test on the first layers; writes nothing
+    python benchmarks/generate.py     prints a table and writes benchmarks/results/generate.json
+    python benchmarks/generate.py --rounds 1 --tokens 4 --layers 2    a smoke test; writes nothing
 
-The ways take turns in one process. Seconds are processor seconds of the one thread, so that other programs on the machine count little; a ratio is the
-median of the ratios of the rounds. `first` is the time to the first token, with a prompt of 32 tokens; `token` that of each further one, with the key-value
-cache. The adapter is a LoRA of rank 16 on every projection.
+The ways take turns in one process. Seconds are processor seconds of the one thread, so that other
+programs on the machine count little; a ratio is the median of the ratios of the rounds. `first` is
+the time to the first token, with a prompt of 32 tokens; `token` that of each further one, with the
+key-value cache. The adapter is a LoRA of rank 16 on every projection.
 
-`agreement` is the share of 256 positions of held-out text at which bfloat16 kernels and exact products have the same likeliest token, when the model reads
-one token at a time.
+`agreement` is the share of 256 positions of held-out text at which bfloat16 kernels and exact
+products have the same likeliest token, when the model reads one token at a time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One `torch.export` for all models of a structure: most tests need a captured model, few its capture.
+"""One `torch.export` for all models of a structure: most tests need a captured model, few test
+the capture.
 
 A test file opts in:
 

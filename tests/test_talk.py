@@ -1,4 +1,4 @@
-"""`qwlora generate` and `qwlora chat`: answers are those of transformers' own generate, from every stage."""
+"""`qwlora generate` and `qwlora chat`: every stage answers as transformers' own generate does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KL divergence, token agreement and standard errors: equal to what plain transformers and torch give."""
+"""KL divergence, token agreement and standard errors equal those of plain transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs of one structure are translated once, and the files are those of a translation of their own."""
+"""Graphs of one structure are translated once, and the files are those of separate translations."""
 
 from __future__ import annotations
 

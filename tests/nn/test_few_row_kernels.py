@@ -1,4 +1,4 @@
-"""torch's integer kernels give the product with the packed weight, up to bfloat16, for few rows only."""
+"""torch's integer kernels give the product with the packed weight, up to bfloat16, for few rows."""
 
 from __future__ import annotations
 

@@ -14,17 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwlora import strict_json
+from qwlora.cli.job_argument import Job
 from qwlora.cli.progress_bars import bars
 
 if TYPE_CHECKING:
     from qwlora.pipeline.merge_adapter import Verdict
 
-Job = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False
-    ),
-]
 Name = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
 AsJson = Annotated[
     bool,

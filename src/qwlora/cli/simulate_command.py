@@ -10,24 +10,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwlora import strict_json
+from qwlora.cli.job_argument import Job
 from qwlora.cli.progress_bars import bars
 from qwlora.cli.tables import group_similar, table
 
 if TYPE_CHECKING:
     from qwlora.simulation.placement_log import LoggedValue, PlacementLog
 
-Job = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False
-    ),
-]
 Explain = Annotated[
     bool,
     typer.Option(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwlora import strict_json
+from qwlora.cli.job_argument import Job
 from qwlora.system.stop_signals import number_of
 
 if TYPE_CHECKING:
@@ -29,12 +29,6 @@ if TYPE_CHECKING:
     from qwlora.analysis.generate_text import Answer, Sampling
     from qwlora.pipeline.job_models import JobModels, ModelName
 
-Job = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False
-    ),
-]
 Name = Annotated[
     str | None,
     typer.Option(

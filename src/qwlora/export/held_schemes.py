@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from qwlora.formats.bitwidths import MLX_BITWIDTHS
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
 from qwlora.messages import listed
 
-MLX_BITWIDTHS = (2, 3, 4, 5, 6, 8)
 MLX_GROUPS = (128, 64, 32)
 
 

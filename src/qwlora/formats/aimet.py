@@ -41,16 +41,11 @@ class AimetCheckpoint:
     Args:
         folder: a Hugging Face folder with float weights.
         encodings: the encodings file.
-        keep_float: globs of parameters or layers that stay float, whether or not the file has an
-            entry for them (`"lm_head*"`).
-        block_order: the order of blocks in a 1.0.0 file that does not determine it (see
-            `qwlora.encodings.grids`).
+        keep_float, block_order: see `MatchedEncodings`.
 
     Raises:
         SourceError: see `FloatCheckpoint`.
-        EncodingsFileError: the file cannot be read, an entry matches no parameter, the weight of a
-            Linear layer has no entry, or an entry does not fit its parameter. All problems are
-            listed.
+        EncodingsFileError: see `MatchedEncodings`.
     """
 
     def __init__(

@@ -32,13 +32,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwlora.errors import SourceError
+from qwlora.formats.bitwidths import GPTQ_BITWIDTHS
 from qwlora.formats.huggingface_folder import FolderCheckpoint
 from qwlora.formats.int32_words import blocks, quantized, unpack_words
 from qwlora.formats.qweight_layers import LayerFiles
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 
-BITWIDTHS = (2, 3, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 VERSIONS = {"gptq": 1, "gptq_v2": 2}
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
@@ -75,10 +75,10 @@ class GptqTensors(LayerFiles):
             )
         self.version = VERSIONS[layout]
         self.bitwidth = settings.get("bits")
-        if type(self.bitwidth) is not int or self.bitwidth not in BITWIDTHS:
+        if type(self.bitwidth) is not int or self.bitwidth not in GPTQ_BITWIDTHS:
             raise SourceError(
                 f"{where}: bits is {self.bitwidth!r}, but GPTQ files have "
-                f"{', '.join(map(str, BITWIDTHS))} bits"
+                f"{', '.join(map(str, GPTQ_BITWIDTHS))} bits"
             )
         self.mixed = bool(settings.get("dynamic"))  # some layers have other bitwidths
         self.from_autoround = "autoround" in json.dumps(settings, default=str).lower().replace(
@@ -147,7 +147,7 @@ class GptqTensors(LayerFiles):
         if f"{layer}.g_idx" in self.files:
             in_features = math.prod(self.files.shape(f"{layer}.g_idx"))
             fitting = [
-                bits for bits in BITWIDTHS if qweight[0] == math.ceil(in_features * bits / 32)
+                bits for bits in GPTQ_BITWIDTHS if qweight[0] == math.ceil(in_features * bits / 32)
             ]
             if bitwidth not in fitting and not self.mixed:
                 raise SourceError(

@@ -29,14 +29,13 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import GridError, SourceError
+from qwlora.formats.bitwidths import MLX_BITWIDTHS
 from qwlora.formats.huggingface_folder import FolderCheckpoint
 from qwlora.formats.int32_words import unpack_words
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
-
-BITWIDTHS = (2, 3, 4, 5, 6, 8)
 
 
 class MlxCheckpoint(FolderCheckpoint):
@@ -130,10 +129,11 @@ class MlxTensors:
         own = self.settings.get(module)
         settings = own if isinstance(own, Mapping) else self.settings
         bitwidth, group = settings.get("bits"), settings.get("group_size")
-        if type(bitwidth) is not int or type(group) is not int or bitwidth not in BITWIDTHS:
+        if type(bitwidth) is not int or type(group) is not int or bitwidth not in MLX_BITWIDTHS:
             raise SourceError(
                 f"{self._where}: config.json gives {module!r} bits {bitwidth!r} and group_size "
-                f"{group!r}, but MLX has {', '.join(map(str, BITWIDTHS))} bits and a whole number"
+                f"{group!r}, but MLX has {', '.join(map(str, MLX_BITWIDTHS))} bits and a whole "
+                "number"
             )
         stored = self.files.shape(name)
         scales = self.files.shape(_part(name, "scales"))

@@ -1,0 +1,15 @@
+"""The argument that names a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Job = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False
+    ),
+]

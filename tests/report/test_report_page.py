@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -224,6 +225,21 @@ def test_two_jobs_are_compared() -> None:
     assert numbers
     for path, value, _ in numbers:
         assert value in (_at(one, path), _at(other, path))
+
+
+def test_jobs_of_different_sizes_are_compared_by_size_and_quality() -> None:
+    def job_with(bits: float, ppl: float, name: str) -> Job:
+        results = results_of("finished")
+        results["base"]["bits_per_weight"] = bits
+        results["perplexity"]["simulated"]["first"] = ppl
+        return replace(job_of("finished", results), name=name)
+
+    small, large, beaten = job_with(3.0, 9.0, "a"), job_with(5.0, 8.0, "b"), job_with(6.0, 8.5, "c")
+    html = render_comparison([small, large, beaten])
+    assert "Best at their size: a (9.00 at 3.00 bits) and b (8.00 at 5.00 bits)." in html
+    assert "c: 8.500 at 6.00 bits" in html
+    assert "b (8.00 at 5.00 bits) is both smallest and best." in render_comparison([large, beaten])
+    assert 'id="size-quality"' not in render_comparison([small, small])  # nothing to compare
 
 
 def _at(job: Job, path: list[str]) -> Any:

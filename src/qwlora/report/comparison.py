@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from qwlora.report import size_quality
 from qwlora.report.drawing import Drawing, Scale, figure, shortened, ticks
 from qwlora.report.job import Job, finite, runtime, tagged, without_folders
 from qwlora.report.report_table import Table
@@ -36,6 +37,7 @@ def comparison(jobs: Sequence[Job]) -> dict[str, Any]:
         "answer": _answer(names, jobs),
         "stages": _stage_table(names, jobs),
         "stage_figure": _stage_figure(names, jobs),
+        "size_quality": _size_quality(names, jobs),
         "training": _training_figure(names, jobs),
         "parity": _parity_table(names, jobs),
         "cost": _cost_table(names, jobs),
@@ -76,7 +78,7 @@ def _answer(names: list[str], jobs: Sequence[Job]) -> Markup:
     }
     if len(values) < 2:
         return Markup("<b>Fewer than two of these jobs were evaluated.</b>")
-    if len({_text(job, adapter) for _, job, adapter in _series(names, jobs)}) > 1:
+    if not _one_text(names, jobs):
         return Markup(
             "<b>They were tested on different texts, so their perplexities cannot be compared.</b>"
         )
@@ -84,6 +86,10 @@ def _answer(names: list[str], jobs: Sequence[Job]) -> Markup:
     return Markup("<b>{} has the lowest perplexity, {}; {} has the highest, {}.</b>").format(
         best, perplexity(values[best]), worst, perplexity(values[worst])
     )
+
+
+def _one_text(names: list[str], jobs: Sequence[Job]) -> bool:
+    return len({_text(job, adapter) for _, job, adapter in _series(names, jobs)}) == 1
 
 
 def _text(job: Job, adapter: str) -> str:
@@ -160,6 +166,22 @@ def _draw_stages(
         for kind, value in known:
             drawing.circle(scale(value), y, 5, f"mark {kinds[kind]}", f"{KINDS[kind]}: {value:.3f}")
     return drawing
+
+
+def _size_quality(names: list[str], jobs: Sequence[Job]) -> dict[str, str | Markup] | None:
+    """The plot of jobs with bases of different sizes that were tested on the same text."""
+    points = [
+        size_quality.Point(name, bits, value)
+        for name, job, adapter in _series(names, jobs)
+        if (bits := job.number("base", "bits_per_weight")) is not None
+        and (value := _final(job, adapter)) is not None
+    ]
+    if len({p.bits for p in points}) < 2 or not _one_text(names, jobs):
+        return None
+    return {
+        "answer": size_quality.answer(points),
+        "figure": figure(lambda width: size_quality.draw(points, width)),
+    }
 
 
 def _training_figure(names: list[str], jobs: Sequence[Job]) -> Markup | None:

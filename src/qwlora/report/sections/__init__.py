@@ -11,7 +11,6 @@ from qwlora.report.sections import (
     layer_errors,
     reproduction,
     runtime_parity,
-    size_quality,
     stage_losses,
     task_scores,
     time_and_size,
@@ -23,7 +22,6 @@ SECTIONS: tuple[Section, ...] = tuple(
     for module in (
         adapter_table,
         stage_losses,
-        size_quality,
         training_course,
         layer_errors,
         activation_ranges,

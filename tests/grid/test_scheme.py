@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from qwlora.errors import GridError
 from qwlora.grid.scheme import (
     BITWIDTHS,
+    Lpbq,
     PerBlock,
     PerChannel,
     PerTensor,
     Scheme,
     granularity_of,
     parse_scheme,
+    short_name,
 )
 
 from .strategies import brief
@@ -127,3 +129,18 @@ def test_schemes_read_well():
 def test_schemes_do_not_need_torch():
     script = "import sys, qwlora.grid.scheme; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["w4-block32", "w3-block64-asymmetric", "w8-channel", "w2-tensor-asymmetric", "w4-lpbq64"],
+)
+def test_a_short_name_is_read_back(name: str) -> None:
+    assert short_name(parse_scheme(name)) == name
+
+
+def test_a_scheme_without_a_short_name_is_described() -> None:
+    assert (
+        short_name(Scheme(4, True, Lpbq(32, 6))) == "int4 symmetric per block 32 with int6 scales"
+    )
+    assert "float-offset" in short_name(Scheme(4, False, PerBlock(32), float_offset=True))

@@ -180,12 +180,19 @@ for _verb in VERBS:
 
 @app.command()
 def check(recipe: RecipeFile, changes: Changes = None) -> None:
-    """Validate a recipe and print it with its defaults."""
+    """Validate a recipe and print it with its defaults, and which targets hold its grids."""
+    from qwlora.cli.tables import table
+    from qwlora.pipeline.target_table import target_table
     from qwlora.recipe import load_recipe
     from qwlora.recipe.yaml_core import dump_yaml
 
-    content = load_recipe(recipe, tuple(changes or ())).model_dump(mode="json")
-    print(dump_yaml(content), end="")
+    checked = load_recipe(recipe, tuple(changes or ()))
+    rows, notes = target_table(checked)
+    print(dump_yaml(checked.model_dump(mode="json")), end="")
+    print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
+    print("# (* in export.targets):\n#")
+    for line in (*table(rows), *(["", *notes] if notes else [])):
+        print(f"#   {line}".rstrip())
 
 
 @app.command()

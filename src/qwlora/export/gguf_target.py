@@ -53,6 +53,13 @@ class GgufTarget(WeightsTarget):
 
     extra = "llamacpp"
     packages = ("gguf", "llama_cpp_py_sync")
+    has_float16_scales = True
+
+    def source_problem(self, source: Path) -> str | None:
+        return None if self.keeps(source) else "the model must come from a GGUF file"
+
+    def keeps(self, source: Path) -> bool:
+        return source.suffix == ".gguf"
 
     def problem(self, scheme: Scheme) -> str | None:
         return gguf_problem(scheme)

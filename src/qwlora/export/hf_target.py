@@ -31,6 +31,7 @@ class HfTarget(WeightsTarget):
 
     extra = "hf"
     packages = ("compressed_tensors",)
+    writes_float_embeddings = True
 
     def problem(self, scheme: Scheme) -> str | None:
         return compressed_tensors_problem(scheme)

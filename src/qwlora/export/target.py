@@ -35,10 +35,30 @@ class Target(ABC):
     Attributes:
         extra: the extra of this package that installs `packages`.
         packages: modules that are imported to open the files, and for a graph also to write them.
+        has_float16_scales: whether the files hold scales as float16.
+        writes_float_embeddings: whether embeddings are written as the floats that codes stand for.
     """
 
     extra: str
     packages: tuple[str, ...]
+    has_float16_scales = False
+    writes_float_embeddings = False
+
+    def problem(self, scheme: Scheme) -> str | None:
+        """Why the files cannot hold integers of a scheme, and what they can; None if they can."""
+        return None
+
+    def conflict(self, schemes: Collection[Scheme]) -> str | None:
+        """Why the files cannot hold layers of all these schemes together; None if they can."""
+        return None
+
+    def source_problem(self, source: Path) -> str | None:
+        """Why a model from `source` cannot be written, whatever its grid; None if it can."""
+        return None
+
+    def keeps(self, source: Path) -> bool:
+        """Whether a base with the integers of `source` is written as it is, whatever its grid."""
+        return False
 
     def require_packages(self) -> None:
         """Import `packages`.
@@ -101,14 +121,6 @@ class ExportedBase:
 
 class WeightsTarget(Target):
     """A base folder with the base's integers, and a folder for every adapter."""
-
-    @abstractmethod
-    def problem(self, scheme: Scheme) -> str | None:
-        """Why the files cannot hold integers of a scheme, and what they can; None if they can."""
-
-    def conflict(self, schemes: Collection[Scheme]) -> str | None:
-        """Why the files cannot hold layers of all these schemes together; None if they can."""
-        return None
 
     @abstractmethod
     def write_base(self, base: ExportedBase, folder: Path) -> None:

@@ -211,3 +211,21 @@ def parse_scheme(text: str) -> Scheme:
         blocks[block](int(size)) if block else PerChannel(0) if channel else PerTensor()
     )
     return Scheme(int(bitwidth), symmetric=not asymmetric, granularity=granularity)
+
+
+def short_name(scheme: Scheme) -> str:
+    """Undo `parse_scheme`; the description where a scheme has no short name."""
+    ending = "" if scheme.symmetric else "-asymmetric"
+    match scheme.granularity:
+        case _ if scheme.float_offset:
+            return str(scheme)
+        case PerBlock(size):
+            return f"w{scheme.bitwidth}-block{size}{ending}"
+        case Lpbq(size, 4):
+            return f"w{scheme.bitwidth}-lpbq{size}"
+        case PerChannel(0):
+            return f"w{scheme.bitwidth}-channel{ending}"
+        case PerTensor():
+            return f"w{scheme.bitwidth}-tensor{ending}"
+        case _:
+            return str(scheme)

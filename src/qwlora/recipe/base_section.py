@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from qwlora.export.grid_table import Grid
 from qwlora.grid.scheme import (
     Granularity,
     Lpbq,
@@ -274,6 +275,16 @@ class Base(Section):
         from qwlora.quantize.layer_rules import Rule
 
         return [Rule(rule.match, rule.scheme(self.weights), rule.solver) for rule in self.rules]
+
+    def grids(self) -> dict[Grid, str]:
+        """The grids that are asked for, and for which layers; none with solver keep."""
+        if self.solver == "keep":
+            return {}
+        found: dict[Grid, str] = {Grid(self.weights.scheme(), self.solver): "base.weights"}
+        for rule in self.rules:
+            if (scheme := rule.scheme(self.weights)) is not None:
+                found.setdefault(Grid(scheme, rule.solver or self.solver), rule.match)
+        return found
 
     @model_validator(mode="after")
     def _keep_is_alone(self) -> Base:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from qwlora.export.grid_table import refusal
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget, WeightsTarget
 from qwlora.recipe.adapter_section import Adapter
@@ -182,21 +183,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _runtimes_hold_base_and_adapters(self) -> Recipe:
+    def _runtimes_hold_the_base(self) -> Recipe:
+        targets = {name: TARGETS[name] for name in self.export.targets}
+        if self.base.solver != "keep" and (found := refusal(self.base.grids(), targets)):
+            raise ValueError(
+                f"base.weights, base.rules: {found}; or remove a target from export.targets"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _runtimes_hold_adapters(self) -> Recipe:
         for target in self.export.targets:
             kind = TARGETS[target]
             if not isinstance(kind, WeightsTarget):
                 continue
-            if self.base.solver != "keep":
-                weights = self.base.weights
-                asked = {weights.scheme(), *(r.scheme(weights) for r in self.base.rules)}
-                schemes = [scheme for scheme in asked if scheme is not None]
-                found = [*map(kind.problem, schemes), kind.conflict(schemes)]
-                if problems := [p for p in found if p is not None]:
-                    raise ValueError(
-                        f"base.weights, base.rules: {target} cannot hold {'; '.join(problems)}. "
-                        f"Choose another scheme, or remove {target} from export.targets"
-                    )
             if wrong := [a.name for a in self.adapters if a.dora or a.target_parameters]:
                 raise ValueError(
                     f"adapters {', '.join(wrong)}: {target} holds LoRA factors of linear layers, "

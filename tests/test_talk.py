@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+import pty
+import select
 import shutil
+import subprocess
+import sys
+import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,3 +219,45 @@ def test_exported_files_of_another_adapter_are_not_run(
     code, out, err = call("generate", copied, PROMPT, "--stage", "onnx")
     assert (code, out) == (2, "")
     assert "model.onnx.data has changed" in err
+
+
+@pytest.mark.slow
+def test_control_c_ends_an_answer_and_the_conversation_continues(job: Path) -> None:
+    terminal, inside = pty.openpty()
+    command = [sys.executable, "-c", "from qwlora.cli.main import main; main()", "chat", str(job)]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "5000", "--exact"],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(inside)
+    seen = ""
+
+    def read_until(text: str) -> str:
+        nonlocal seen
+        deadline = time.monotonic() + 120
+        while text not in seen:
+            ready, _, _ = select.select([terminal], [], [], deadline - time.monotonic())
+            assert ready, f"no {text!r} in {seen!r}"
+            seen += os.read(terminal, 4096).decode(errors="replace")
+        before, _, seen = seen.partition(text)
+        return before
+
+    try:
+        read_until("> ")
+        os.write(terminal, b"hello\n")
+        read_until("hello\r\n")
+        while not seen:  # the first piece of the answer
+            seen += os.read(terminal, 4096).decode(errors="replace")
+        os.write(terminal, b"\x03")
+        answer = read_until("> ")
+        assert len(answer) < 4000, "the answer was not ended"
+        os.write(terminal, b"/exit\n")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)

@@ -168,7 +168,7 @@ def test_an_empty_job_has_a_page(results: dict[str, Any]) -> None:
 
 
 def test_what_is_missing_says_how_to_measure_it() -> None:
-    html = render(job_of("finished"))
+    html = render(job_of("finished", without(results_of("finished"), ("kl",))))
     assert "qwlora evaluate --out finished" in html
     without_parity = render(job_of("finished", without(results_of("finished"), ("parity",))))
     assert "qwlora verify --out finished" in without_parity

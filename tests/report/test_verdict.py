@@ -183,7 +183,7 @@ def test_a_recipe_without_targets_is_not_proven() -> None:
 
 
 def test_what_was_not_measured_is_named_and_never_counts_as_passed() -> None:
-    found = verdict(job_of("finished", finished()))
+    found = verdict(job_of("finished", finished(kl={})))
     assert found.sentence.endswith("but KL divergence and task accuracy were not measured.")
     measured = finished(kl={"base": {"mean": 0.1}}, tasks={"float": {"arc": {"value": 0.5}}})
     assert "not measured" not in verdict(job_of("finished", measured)).sentence

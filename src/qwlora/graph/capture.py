@@ -147,7 +147,7 @@ class FlatModel(nn.Module):
         return Structure.of(self.result(*tensors), PRESENT)[1]
 
 
-def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
+def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = False) -> Captured:
     """The graph of `model(**example_inputs)`.
 
     Args:
@@ -156,6 +156,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
             tokens, width] for each layer. At least two tokens, because torch.export makes a size of
             1 a constant; a single row is duplicated. `labels` of transformers models are ignored:
             the graph ends at the logits.
+        static: every size is fixed to that of the example, which may then be 1.
 
     Raises:
         CaptureError: the model is in training mode, `torch.export` cannot capture it, or the
@@ -168,8 +169,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
         )
     refuse_meta(model, CaptureError)
     arguments, tensors = Structure.of(_completed(model, example_inputs), PAST)
-    tensors = _two_rows(tensors)
-    if not arguments.cached and any(_is_ids(t) and t.shape[1] < 2 for t in tensors):
+    tensors = _separate(tensors, rows=1 if static else 2)
+    if not (static or arguments.cached) and any(_is_ids(t) and t.shape[1] < 2 for t in tensors):
         raise CaptureError(
             "example inputs have one token, and torch.export makes a size of 1 constant; give two "
             "or more"
@@ -181,9 +182,9 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any]) -> Captured:
             program = torch.export.export(
                 flat,
                 tensors,
-                dynamic_shapes={
-                    "tensors": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)
-                },
+                dynamic_shapes=None
+                if static
+                else {"tensors": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)},
                 strict=False,
             )
         except CaptureError:
@@ -216,7 +217,7 @@ def rebound(
     Raises:
         CaptureError: its outputs differ from those of `model`.
     """
-    tensors = _two_rows(Structure.of(_completed(model, example_inputs), PAST)[1])
+    tensors = _separate(Structure.of(_completed(model, example_inputs), PAST)[1], rows=2)
     axes = Axes.of(program, captured.arguments.names, tensors)
     with in_float32(model), visible_implementations(model), torch.no_grad():
         check_graph(
@@ -272,14 +273,14 @@ def _parameters(model: nn.Module) -> set[str]:
     }
 
 
-def _two_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Copies with at least two rows. Copies, because export merges inputs that are one tensor."""
+def _separate(tensors: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
+    """Copies, because export merges inputs that are one tensor; a single row becomes `rows`."""
     with_axes = [t for t in tensors if t.ndim]
     if not with_axes:
         raise CaptureError("example inputs hold no tensor with an axis; give at least one")
     one = with_axes[0].shape[0] == 1
     repeated = (
-        t.repeat(2, *[1] * (t.ndim - 1)) if one and t.ndim and t.shape[0] == 1 else t
+        t.repeat(rows, *[1] * (t.ndim - 1)) if one and t.ndim and t.shape[0] == 1 else t
         for t in tensors
     )
     return tuple(widened(t).clone(memory_format=torch.contiguous_format) for t in repeated)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
@@ -109,6 +110,21 @@ def with_graph(program: ExportedProgram, graph: Graph) -> ExportedProgram:
         graph,
         signature,
         program.state_dict,
+        program.range_constraints,
+        program.module_call_graph,
+        program.example_inputs,
+        program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def with_state(program: ExportedProgram, state: dict[str, Tensor]) -> ExportedProgram:
+    """`program` over other parameters and buffers, by their names in `program.state_dict`."""
+    return ExportedProgram(
+        program.graph_module,
+        program.graph,
+        program.graph_signature,
+        state,
         program.range_constraints,
         program.module_call_graph,
         program.example_inputs,

@@ -24,12 +24,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from qwlora.errors import CaptureError
 from qwlora.graph.capture import Captured, capture, rebound
 from qwlora.graph.half_precision import in_float32
-from qwlora.graph.quantized_graph import Kind
+from qwlora.graph.quantized_graph import Kind, with_state
 from qwlora.grid.encoding import Encoding
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.parameter_names import adapter_of, canonical_name
@@ -232,7 +231,7 @@ class _SimulationMaker:
             replacements: by the address of the tensor to replace.
         """
         state = first.program.state_dict
-        program = _with_state(
+        program = with_state(
             first.program,
             {name: replacements.get(t.data_ptr(), t) for name, t in state.items()},
         )
@@ -268,20 +267,6 @@ def _structure(model: PeftModel, adapter: str) -> Hashable:
         if isinstance(module, LoraLayer) and adapter in module.scaling
     }
     return frozenset(shapes), frozenset(layers)
-
-
-def _with_state(program: ExportedProgram, state: dict[str, Tensor]) -> ExportedProgram:
-    return ExportedProgram(
-        program.graph_module,
-        program.graph,
-        program.graph_signature,
-        state,
-        program.range_constraints,
-        program.module_call_graph,
-        program.example_inputs,
-        program.constants,
-        verifiers=program.verifiers,
-    )
 
 
 @contextlib.contextmanager

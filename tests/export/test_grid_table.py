@@ -99,7 +99,7 @@ def test_an_embedding_that_is_written_as_floats_may_have_any_grid() -> None:
 
 
 def test_check_prints_the_table_as_comments_of_the_recipe(recipe_for: Any) -> None:
-    base = {"weights": "w3-block32", "rules": [{"match": "*.mlp.*", "bitwidth": 8}]}
+    base = {"weights": "w3-block32"}
     done = qwlora("check", recipe_for(base=base, export={"targets": ["mlx"]}))
     assert done.returncode == 0
     comments = [line for line in done.stdout.splitlines() if line.startswith("#")]

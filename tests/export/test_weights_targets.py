@@ -38,7 +38,9 @@ def target(name: str) -> WeightsTarget:
     return found
 
 
-def base(scheme: Scheme | str, architecture: str = "llama", **more: Any) -> Any:
+def base(
+    scheme: Scheme | str, architecture: str = "llama", solver: str = "rtn", **more: Any
+) -> Any:
     model = tiny_model(architecture, layers=1)
     if isinstance(scheme, Scheme) and scheme.float_offset:  # solvers make none; GGUF files do
         for name, module in list(model.named_modules()):
@@ -47,7 +49,7 @@ def base(scheme: Scheme | str, architecture: str = "llama", **more: Any) -> Any:
                 codes = encoding.quantize(module.weight.detach())
                 pack_at_(model, f"{name}.weight", QuantizedTensor(codes, encoding))
         return model
-    quantize_(model, scheme, "rtn", **more)
+    quantize_(model, scheme, solver, **more)
     return model
 
 
@@ -122,18 +124,27 @@ def test_every_scheme_is_held_bit_for_bit_or_refused(
 MIXED = [Rule(match="*.mlp.*", scheme=Scheme(8, True, PerChannel()))]
 
 
-@pytest.mark.parametrize("name", ["hf", "mlx"])
+EMBEDDING = [Rule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "scheme", "rules"),
+    ("name", "architecture", "scheme", "rules"),
     [
-        ("llama", "w4-block32", []),
-        ("qwen3", Scheme(4, True, PerBlock(32)), MIXED),
-        ("llama", Scheme(4, False, PerBlock(32)), []),
-        (
-            "llama",
-            "w8-channel",
-            [Rule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))],
+        *(
+            (name, *case)
+            for name in ("hf", "mlx")
+            for case in (
+                ("llama", "w4-block32", []),
+                ("qwen3", Scheme(4, True, PerBlock(32)), MIXED),
+                ("llama", Scheme(4, False, PerBlock(32)), []),
+                ("llama", "w8-channel", EMBEDDING),
+            )
         ),
+        ("gptq", "llama", "w4-block32", []),
+        ("gptq", "qwen3", Scheme(8, False, PerBlock(64)), []),
+        ("gptq", "llama", Scheme(3, False, PerBlock(32)), EMBEDDING),
+        ("awq", "qwen3", "w4-block32", [Rule("*.o_proj", None)]),
+        ("awq", "llama", Scheme(4, False, PerBlock(64)), []),
     ],
 )
 def test_the_runtime_computes_base_and_adapters(
@@ -142,7 +153,8 @@ def test_the_runtime_computes_base_and_adapters(
     kind = target(name)
     if missing := kind.missing():
         pytest.skip(missing)
-    model = base(scheme, architecture, rules=rules)
+    solver = "search" if kind.has_float16_scales else "rtn"
+    model = base(scheme, architecture, solver, rules=rules)
     (tmp_path / "base").mkdir()
     kind.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "base")
     adapted = adapters(model, tmp_path / "trained")

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.held_schemes import gguf_problem
-from qwlora.export.weights_folder import layers_to_write, refuse
+from qwlora.export.weights_folder import as_float16, layers_to_write, refuse
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.float_offset import FloatOffsetEncoding
@@ -182,14 +182,7 @@ def _blocks(layer: PackedLayer, rows: Tensor) -> tuple[str, np.ndarray[Any, Any]
     else:
         assert isinstance(encoding, Encoding)
     per_block = [_in_order(_per_block(layer, number), rows) for number in numbers]
-    halves = [number.half() for number in per_block]
-    for half, number in zip(halves, per_block, strict=True):
-        if inexact := int((half.float() != number).sum()):
-            raise ExportError(
-                f"{inexact:,} of {number.numel():,} scales or offsets are no float16, which GGUF "
-                "needs. Solvers gptq and search round the scales of blocks to float16, rtn and "
-                "base.tuning do not"
-            )
+    halves = [as_float16(number) for number in per_block]
     parts = [half.unsqueeze(-1).view(torch.uint8) for half in halves]
     grouped = codes.unflatten(-1, (-1, BLOCK))
     if scheme.bitwidth == 8:

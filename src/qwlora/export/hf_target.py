@@ -50,26 +50,36 @@ class HfTarget(WeightsTarget):
         write_peft(adapter, folder)
 
     def open(self, folder: Path) -> TransformersRuntime:
-        return TransformersRuntime(folder)
+        return TransformersRuntime(load(folder))
 
 
-class TransformersRuntime:
-    """The folder in transformers, in float32; adapters by PEFT.
+def load(folder: Path, **arguments: Any) -> Any:
+    """The folder in transformers, in float32.
+
+    Args:
+        arguments: passed on to `from_pretrained`.
 
     Raises:
         ExportError: transformers refuses the folder.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    shipped = None  # what is verified is what is shipped
+    with foreign_as(ExportError, f"transformers cannot load {str(folder)!r}"):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments).eval()
 
-    def __init__(self, folder: Path):
-        import torch
-        from transformers import AutoModelForCausalLM
 
-        with foreign_as(ExportError, f"transformers cannot load {str(folder)!r}"):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self._base: Any = model.eval()
-        self._active: Any = self._base
+class TransformersRuntime:
+    """A model in transformers; adapters by PEFT.
+
+    Args:
+        model: the base.
+        shipped: the same with the program's own settings; None if `model` has these.
+    """
+
+    def __init__(self, model: Any, shipped: TransformersRuntime | None = None):
+        self.shipped = shipped
+        self._base = self._active = model
 
     def use(self, adapter: Path | None) -> None:
         """Switch to an adapter's folder, or to none."""
@@ -81,6 +91,8 @@ class TransformersRuntime:
         if adapter is not None:
             with foreign_as(ExportError, f"PEFT cannot load {str(adapter)!r}"):
                 self._active = PeftModel.from_pretrained(self._base, adapter).eval()
+        if self.shipped is not None:
+            self.shipped.use(adapter)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Float32 logits [batch, tokens, vocabulary] of token ids [batch, tokens]."""
@@ -88,4 +100,4 @@ class TransformersRuntime:
 
         with torch.no_grad():
             logits: Tensor = self._active(input_ids=ids).logits
-        return logits
+        return logits.float()

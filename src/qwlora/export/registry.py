@@ -6,6 +6,7 @@ from qwlora.export.gguf_target import GgufTarget
 from qwlora.export.hf_target import HfTarget
 from qwlora.export.mlx_target import MlxTarget
 from qwlora.export.onnx_target import OnnxTarget
+from qwlora.export.qweight_targets import AwqTarget, GptqTarget
 from qwlora.export.target import Target
 
 TARGETS: dict[str, Target] = {
@@ -13,4 +14,6 @@ TARGETS: dict[str, Target] = {
     "hf": HfTarget(),
     "gguf": GgufTarget(),
     "mlx": MlxTarget(),
+    "gptq": GptqTarget(),
+    "awq": AwqTarget(),
 }

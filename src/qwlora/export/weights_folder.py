@@ -42,6 +42,22 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+def as_float16(values: Tensor) -> Tensor:
+    """Scales or offsets as float16.
+
+    Raises:
+        ExportError: a value is not a float16.
+    """
+    half = values.half()
+    if inexact := int((half.float() != values).sum()):
+        raise ExportError(
+            f"{inexact:,} of {values.numel():,} scales or offsets are no float16, which the files "
+            "need. Solvers gptq, search and sqnr round the scales of blocks to float16, rtn and "
+            "coarser grids do not"
+        )
+    return half
+
+
 def refuse(target: str, problems: list[str]) -> None:
     """Raise one error about all layers that a target cannot hold.
 

@@ -1,0 +1,124 @@
+"""The `gptq` and `awq` targets: folders for programs that read these formats, and PEFT directories.
+
+    vLLM           vllm serve base --enable-lora --lora-modules NAME=NAME
+    transformers   AutoModelForCausalLM.from_pretrained("base"), with GPTQModel installed
+
+GPTQModel computes weights in float16. So the folder is run twice: exact, with the weights that
+GPTQModel unpacks in float32, and as shipped. Both use its kernels in PyTorch, since those in C++
+are compiled for minutes when they are first used.
+
+Imports torch and transformers only when it writes or opens files (see `target.py`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.export.held_schemes import awq_problem, gptq_problem, one_layout_conflict
+from qwlora.export.hf_target import TransformersRuntime, load
+from qwlora.export.target import WeightsTarget
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qwlora.export.canonical_adapter import CanonicalAdapter
+    from qwlora.export.target import ExportedBase
+    from qwlora.grid.scheme import Scheme
+
+
+class QweightTarget(WeightsTarget):
+    """What both formats share."""
+
+    extra = "gptq"
+    packages = ("gptqmodel", "optimum")
+    has_float16_scales = True
+    writes_float_embeddings = True
+
+    def conflict(self, schemes: Collection[Scheme]) -> str | None:
+        return one_layout_conflict(schemes)
+
+    def write_adapter(self, adapter: CanonicalAdapter, base: Path, folder: Path) -> None:
+        from qwlora.export.canonical_adapter import write_peft
+
+        write_peft(adapter, folder)
+
+    def open(self, folder: Path) -> TransformersRuntime:
+        exact, shipped = self.load(folder), self.load(folder)
+        self.in_float32_(exact)
+        return TransformersRuntime(exact, TransformersRuntime(shipped))
+
+    @abstractmethod
+    def load(self, folder: Path) -> nn.Module:
+        """The folder in transformers, with GPTQModel's kernels in PyTorch."""
+
+    @abstractmethod
+    def in_float32_(self, model: nn.Module) -> None:
+        """Let a loaded model compute weights in float32."""
+
+
+class GptqTarget(QweightTarget):
+    """`write_gptq` as a target."""
+
+    def problem(self, scheme: Scheme) -> str | None:
+        return gptq_problem(scheme)
+
+    def write_base(self, base: ExportedBase, folder: Path) -> None:
+        from qwlora.export.qweight_folder import write_gptq
+
+        write_gptq(base.model, base.tokenizer, folder)
+
+    def load(self, folder: Path) -> nn.Module:
+        from transformers import GPTQConfig
+
+        return _load(folder, GPTQConfig(bits=4, backend="torch"))  # its bits have no effect
+
+    def in_float32_(self, model: nn.Module) -> None:
+        for module in model.modules():
+            buffers = dict(module.named_buffers(recurse=False))
+            if "qzeros" in buffers:
+                module.register_buffer("scales", buffers["scales"].float())
+
+
+class AwqTarget(QweightTarget):
+    """`write_awq` as a target."""
+
+    def problem(self, scheme: Scheme) -> str | None:
+        return awq_problem(scheme)
+
+    def write_base(self, base: ExportedBase, folder: Path) -> None:
+        from qwlora.export.qweight_folder import write_awq
+
+        write_awq(base.model, base.tokenizer, folder)
+
+    def load(self, folder: Path) -> nn.Module:
+        from transformers import AwqConfig
+        from transformers.utils.quantization_config import AwqBackend
+
+        return _load(folder, AwqConfig(backend=AwqBackend.TORCH_AWQ))
+
+    def in_float32_(self, model: nn.Module) -> None:
+        import torch
+        from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+        for path, module in list(model.named_modules()):
+            buffers = dict(module.named_buffers(recurse=False))
+            if "qzeros" not in buffers:
+                continue
+            words, zeros, scales = (buffers[part] for part in ("qweight", "qzeros", "scales"))
+            group = len(words) // len(scales)
+            weight = dequantize_gemm(words, zeros, scales.float(), 4, group).t().contiguous()
+            layer = torch.nn.Linear(weight.shape[1], weight.shape[0], "bias" in buffers)
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            if "bias" in buffers:
+                layer.bias = torch.nn.Parameter(buffers["bias"].float(), requires_grad=False)
+            model.set_submodule(path, layer)
+
+
+def _load(folder: Path, settings: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers warns that the folder has settings too
+        return load(folder, quantization_config=settings)

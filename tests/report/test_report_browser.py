@@ -184,16 +184,17 @@ def test_the_theme_is_kept_when_the_page_is_loaded_again(
     assert page.evaluate(color) == dark
 
 
-def test_a_job_without_news_may_have_stopped(
-    browser: Any, pages: dict[str, Path], tmp_path: Path
-) -> None:
-    page = Opened(browser, pages["running"]).page
-    assert "Stopped? Last update" in page.locator("#stopped").inner_text()
-    assert page.locator("meta[http-equiv=refresh]").get_attribute("content") == "15"
-    fresh = running()
-    fresh.results["run"]["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-    (tmp_path / "fresh.html").write_text(render(fresh), encoding="utf-8")
-    assert Opened(browser, tmp_path / "fresh.html").page.locator("#stopped").is_hidden()
+def test_a_job_without_news_may_have_stopped(browser: Any, tmp_path: Path) -> None:
+    def opened(seconds_ago: float) -> Any:
+        job, at = running(), time.gmtime(time.time() - seconds_ago)
+        job.results["run"]["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", at)
+        (tmp_path / "running.html").write_text(render(job), encoding="utf-8")
+        return Opened(browser, tmp_path / "running.html").page
+
+    old = opened(7200)
+    assert "Stopped? Last update" in old.locator("#stopped").inner_text()
+    assert old.locator("meta[http-equiv=refresh]").get_attribute("content") == "15"
+    assert opened(0).locator("#stopped").is_hidden()
 
 
 def test_definitions_open_by_keyboard(browser: Any, pages: dict[str, Path]) -> None:

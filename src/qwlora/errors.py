@@ -14,6 +14,7 @@
      ├── EncodingsFileError (ValueError)       an encodings file is not valid in its version
      ├── ConversionError    (ValueError)       converting an encodings file would lose something
      ├── VerificationError  (RuntimeError)     an exported file computes something else
+     ├── UploadError        (RuntimeError)     the hub refused an upload, or cannot be reached
      ├── NonFiniteError     (ArithmeticError)  a result is NaN or infinite
      └── MissingExtraError  (ImportError)      an optional package is not installed
 
@@ -141,6 +142,10 @@ class VerificationError(QwloraError, RuntimeError):
     ):
         self.problems, self.results = tuple(problems), results
         super().__init__("\n  ".join([what, *self.problems]))
+
+
+class UploadError(QwloraError, RuntimeError):
+    """The hub refused an upload, or cannot be reached; nothing was changed there."""
 
 
 class NonFiniteError(QwloraError, ArithmeticError):

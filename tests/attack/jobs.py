@@ -139,11 +139,12 @@ def artifacts(job: Path) -> dict[str, dict[str, str]]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in a folder, by relative path."""
+    """SHA-256 of each file in a folder, by relative path; not of model cards, which follow the
+    results of later stages."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != "README.md"
     }
 
 

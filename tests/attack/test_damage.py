@@ -50,7 +50,7 @@ class Reader:
     jobs: tuple[str, ...] = ("tuned", "qwa", "shared")
 
 
-CARD = {r"README\.md$": "PEFT's model card is for people; no code reads it"}
+CARD = {r"README\.md$": "a model card is for people; the next run writes it again"}
 NOT_LOADED = "inputs of adapters' starts, read by `train`, whose record covers them"
 FOUND_AGAIN = (
     "a change that is still valid is an edit of the recipe, and what depends on it is out of date"
@@ -90,7 +90,10 @@ def _verb(verb: str) -> Callable[[Path, Path, Path], Ended]:
 
 READERS = (
     Reader(
-        "load_base", r"^base/", _load_base, {r"^base/(moments|second_moments|tuning)/": NOT_LOADED}
+        "load_base",
+        r"^base/",
+        _load_base,
+        CARD | {r"^base/(moments|second_moments|tuning)/": NOT_LOADED},
     ),
     Reader("load_adapter", r"^adapters/|/NAME/adapter/", _load_adapter, CARD),
     Reader("load_simulation", r"^simulation/NAME/", _load_simulation, CARD),
@@ -110,19 +113,20 @@ READERS = (
         ),
         CARD | {r"^base/(moments|second_moments|tuning)/": NOT_LOADED},
     ),
-    Reader("train", r"^(base|base_simulation)/", _verb("train"), {}),
+    Reader("train", r"^(base|base_simulation)/", _verb("train"), CARD),
     Reader(
         "evaluate",
         r"^(base|base_simulation|adapters|simulation)/",
         _verb("evaluate"),
-        {},
+        CARD,
         jobs=("qwa", "shared"),
     ),
     Reader(
         "verify",
         "",
         _verb("verify"),
-        {
+        CARD
+        | {
             r"^results\.json$": "written, never read; the next verb writes it again",
             r"^recipe\.yaml$": FOUND_AGAIN,
             r"^\.qwlora/lock$": "its content is never read",

@@ -65,12 +65,12 @@ def job(trained: Path, tmp_path: Path) -> Path:
 
 
 def files(job: Path, *names: str) -> dict[str, str]:
-    """SHA-256 of the files in folders of the job."""
+    """SHA-256 of the files in folders of the job, without model cards, which follow the results."""
     return {
         str(path.relative_to(job)): hashlib.sha256(path.read_bytes()).hexdigest()
         for name in names
         for path in (job / name).rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != "README.md"
     }
 
 

@@ -34,6 +34,7 @@ from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.inspect_command import inspect
 from qwlora.cli.merge_commands import merge, merge_check
 from qwlora.cli.progress_bars import bars
+from qwlora.cli.push_command import push
 from qwlora.cli.report_command import report
 from qwlora.cli.simulate_command import simulate
 from qwlora.cli.talk_commands import chat, generate
@@ -295,6 +296,7 @@ app.command("merge-check")(merge_check)
 app.command("merge")(merge)
 app.command("simulate")(simulate)
 app.command("report")(report)
+app.command("push")(push)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.add_typer(adapters_app, name="adapters")

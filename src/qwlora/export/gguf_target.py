@@ -61,6 +61,10 @@ class GgufTarget(WeightsTarget):
     def keeps(self, source: Path) -> bool:
         return source.suffix == ".gguf"
 
+    def loading(self, base: str, adapter: str | None) -> str:
+        with_adapter = "" if adapter is None else f" --lora {adapter}/adapter.gguf"
+        return f"```shell\nllama-cli -m {base}/base.gguf{with_adapter}\n```"
+
     def problem(self, scheme: Scheme) -> str | None:
         return gguf_problem(scheme)
 

@@ -33,6 +33,21 @@ class HfTarget(WeightsTarget):
     packages = ("compressed_tensors",)
     writes_float_embeddings = True
 
+    def loading(self, base: str, adapter: str | None) -> str:
+        lines = [
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+        ]
+        serve = f"vllm serve {base}"
+        if adapter is not None:
+            lines.insert(1, "from peft import PeftModel")
+            lines.append(f'model = PeftModel.from_pretrained(model, "{adapter}")')
+            serve += f" --enable-lora --lora-modules adapter={adapter}"
+        needs = "Needs `pip install compressed-tensors`. vLLM and SGLang read the same files."
+        return "\n".join([needs, "", *lines, "```", "", "```shell", serve, "```"])
+
     def problem(self, scheme: Scheme) -> str | None:
         return compressed_tensors_problem(scheme)
 

@@ -28,6 +28,10 @@ class MlxTarget(WeightsTarget):
     extra = "mlx"
     packages = ("mlx.core", "mlx_lm")
 
+    def loading(self, base: str, adapter: str | None) -> str:
+        with_adapter = "" if adapter is None else f" --adapter-path {adapter}"
+        return f'```shell\nmlx_lm.generate --model {base}{with_adapter} --prompt "..."\n```'
+
     def problem(self, scheme: Scheme) -> str | None:
         return mlx_problem(scheme)
 

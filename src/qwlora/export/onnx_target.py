@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from qwlora.export.verify import Runtime
     from qwlora.graph.quantized_graph import QuantizedGraph
 
+_LOADING = """\
+Base and adapter are one model, activations on their grids. Pass `session_options.json`: by default
+ONNX Runtime quantizes activations to 8 bits on its own.
+
+```python
+import json, onnxruntime
+
+options = onnxruntime.SessionOptions()
+with open("{adapter}/session_options.json") as file:
+    for key, value in json.load(file).items():
+        options.add_session_config_entry(key, value)
+session = onnxruntime.InferenceSession("{adapter}/model.onnx", options)
+```"""
+
 
 class OnnxTarget(GraphTarget):
     """`export_onnx` and `OnnxModel` as a target."""
@@ -23,6 +37,9 @@ class OnnxTarget(GraphTarget):
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
     activation_bitwidths = (8, 16)  # QuantizeLinear of opset 21
     model_files = "model.onnx*"
+
+    def loading(self, base: str, adapter: str | None) -> str:
+        return "" if adapter is None else _LOADING.format(adapter=adapter)
 
     def write(self, graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str]) -> None:
         from qwlora.export.onnx_bundle import export_onnx

@@ -69,6 +69,15 @@ class Target(ABC):
         for package in self.packages:
             require(package, self.extra)
 
+    def loading(self, base: str, adapter: str | None) -> str:
+        """How a program loads the files, in Markdown; empty if there is nothing to show.
+
+        Args:
+            base: the folder of the base. A graph target has none and ignores it.
+            adapter: the folder of an adapter; None: the base alone.
+        """
+        return ""
+
     def missing(self) -> str | None:
         """Which package is missing, and how to install it; None if all are there."""
         try:

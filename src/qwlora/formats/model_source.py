@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+CARD = "README.md"  # says where a model is from and its license; no part of what it computes
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", CARD)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Location:
     Args:
         pretrained: the folder or hub id, as `from_pretrained` takes it.
         gguf_file: the name of the GGUF file in it, or None.
-        files: the model's local files; empty for a hub id that `fetch` has not downloaded.
+        files: the model's local files, without its card; empty for a hub id that `fetch` has not
+            downloaded.
     """
 
     pretrained: str
@@ -106,7 +108,8 @@ def locate(source: str) -> Location:
                 else "give the folder of a Hugging Face checkpoint, or a .gguf file"
             )
             raise SourceError(f"model folder {source!r} has no config.json; {remedy}")
-        return Location(str(path), None, tuple(sorted(p for p in path.iterdir() if p.is_file())))
+        files = (p for p in path.iterdir() if p.is_file() and p.name != CARD)
+        return Location(str(path), None, tuple(sorted(files)))
     if path.suffix != ".gguf":
         raise SourceError(
             f"model file {source!r} is not a .gguf file. "

@@ -46,6 +46,9 @@ from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
 
 _FULL_BYTES = 64 * 1024
+CARD = "README.md"  # the model card in an artifact: for people, no input of any stage
+CARD_MARK = "<!-- Written by QWLoRA. Delete this line to keep your own changes. -->"
+_PEFT_TEMPLATE = "[More Information Needed]"  # in the card that PEFT writes next to an adapter
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,8 @@ class Directory:
         if folder and not (self.path / folder).exists():
             return f"{folder}/ is missing"
         for file, digest in record.files.items():
+            if Path(file).name == CARD:  # older versions recorded that of PEFT
+                continue
             now = self.digests.content(self.path / file)
             if now is None:
                 is_there = (self.path / file).exists()
@@ -275,7 +280,7 @@ class Directory:
             self.check_replaceable(artifact)
             old, new = self._files_made(artifact), set(files_in(scratch))
             # Listed first, so that the files are known to be the job's if it is killed in between.
-            self._write_owner(artifact, old | new)
+            self._write_owner(artifact, old | new)  # the card of a user is among the old
         for name in (stage, *dependents):
             self.records.pop(name, None)
         self._write_records()
@@ -285,8 +290,10 @@ class Directory:
             files = {
                 str(Path(artifact) / p.relative_to(scratch)): _digest(p) or ""
                 for p in sorted(scratch.rglob("*"))
-                if p.is_file()
+                if p.is_file() and p.name != CARD
             }
+            if is_users_card(target / CARD):
+                shutil.copy2(target / CARD, scratch / CARD)
             if old and target.exists():  # moved, since a deletion may be interrupted halfway
                 target.rename(self._replaced)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -294,7 +301,23 @@ class Directory:
         self.records[stage] = Record(record.key, record.seconds, record.results, files)
         self._write_records()
         if artifact is not None and old - new:
-            self._write_owner(artifact, new)
+            self._write_owner(artifact, new | (old & {CARD}))
+
+    def write_card(self, artifact: str, text: str) -> None:
+        """Write the model card of an artifact, unless it has this text or the user edited it.
+
+        Raises:
+            DirectoryError: it cannot be written.
+        """
+        card = self.path / artifact / CARD
+        if not card.parent.is_dir() or is_users_card(card) or _text_of(card) == text:
+            return
+        with as_directory_errors(self.path):
+            made = self._files_made(artifact)
+            if CARD not in made and os.path.lexists(card):
+                return  # the user's, and empty or unreadable
+            self._write_owner(artifact, made | {CARD})
+            write_text(card, text)
 
     def discard(self, stages: Iterable[Stage]) -> None:
         """Delete the artifacts of `stages`, their records and their unfinished work.
@@ -457,6 +480,19 @@ class Directory:
             lines.append(f"{strict_json.dumps(stage)}: {strict_json.dumps(content)}")
         write_text(self.private / "stages.json", "{\n" + ",\n".join(lines) + "\n}\n")
         self.damaged_records = 0
+
+
+def is_users_card(card: Path) -> bool:
+    """Whether a model card was written or edited by the user."""
+    text = _text_of(card)
+    return bool(text) and CARD_MARK not in text and _PEFT_TEMPLATE not in text
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _parse_record(line: bytes) -> tuple[str, Record] | None:

@@ -33,6 +33,7 @@ from qwlora.pipeline.job_report import write_report
 from qwlora.pipeline.job_status import JobStatus
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.kept_adapters import check_kept, check_none_lost
+from qwlora.pipeline.model_cards import write_cards
 from qwlora.pipeline.output_path import check_outside_data
 from qwlora.pipeline.plan import dependents, make_plan, resolve_compute
 from qwlora.pipeline.results import TIMING, collect_results, merge_results
@@ -464,12 +465,13 @@ def _write_results(
     stale: Collection[str],
     keys: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write results.json and report.html; `keys` are added to the results."""
+    """Write results.json, report.html and the model cards; `keys` are added to the results."""
     results = collect_results(directory, recipe, plan, stale)
     merge_results(results, keys)
     with as_directory_errors(directory.path):
         write_text(directory.path / "results.json", strict_json.dumps(results, indent=1) + "\n")
     write_report(directory.path, results, recipe)
+    write_cards(directory, recipe, results)
     return results
 
 

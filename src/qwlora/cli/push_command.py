@@ -1,0 +1,83 @@
+"""`qwlora push`: upload the base or an adapter of a job to the Hugging Face hub.
+
+qwlora push DIR --to owner/base                          the base
+qwlora push DIR --adapter NAME --to owner/adapter        an adapter
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Job = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The job's directory.", show_default=False)
+]
+Repository = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        metavar="OWNER/NAME",
+        help="The repository on the hub. Created if it does not exist.",
+        show_default=False,
+    ),
+]
+Name = Annotated[
+    str | None,
+    typer.Option("--adapter", help="The adapter to upload. Default: the base.", show_default=False),
+]
+Public = Annotated[
+    bool,
+    typer.Option(
+        "--public", help="Create a public repository, or upload to one. Default: private."
+    ),
+]
+License = Annotated[
+    str | None,
+    typer.Option(
+        "--license",
+        help="License for the model card, as the hub writes it, for example apache-2.0. Default: "
+        "for a base, what the model's files state; otherwise unknown.",
+        show_default=False,
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+def push(
+    job: Job,
+    repository: Repository,
+    adapter: Name = None,
+    public: Public = False,
+    license: License = None,
+    yes: Yes = False,
+) -> None:
+    """Upload the base or an adapter to the Hugging Face hub.
+
+    With its model card and its exported files. Shows what would be uploaded and asks first. Uses
+    the token of `hf auth login` or HF_TOKEN.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+        raise typer.BadParameter(f"{repository!r} is not OWNER/NAME", param_hint="--to")
+    from qwlora.errors import UploadError
+    from qwlora.messages import size
+    from qwlora.pipeline.push import prepared, send
+
+    with prepared(job, repository, adapter, is_private=not public, license=license) as upload:
+        kind = "private" if upload.is_private else "public"
+        print(
+            f"{upload.what}: {len(upload.files)} files, {size(upload.size_bytes)}, to {repository} "
+            f"({kind})"
+        )
+        for name in sorted(upload.files):
+            print(f"  {name}")
+        for note in upload.notes:
+            print(f"note: {note}")
+        if not yes:
+            if not sys.stdin.isatty():
+                raise UploadError("nothing was uploaded; confirm with --yes")
+            typer.confirm("Upload?", abort=True)
+        print(send(upload, job))

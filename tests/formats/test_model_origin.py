@@ -1,0 +1,69 @@
+"""Where a model came from and its license: what its files say, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gguf import GGUFWriter
+
+from qwlora.formats.model_origin import Origin, card_metadata, origin_of
+
+
+def gguf(path: Path, **metadata: str) -> Path:
+    writer = GGUFWriter(path, "llama")
+    for key, value in metadata.items():
+        writer.add_string(f"general.{key.replace('__', '.')}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def folder(path: Path, card: str | None) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    if card is not None:
+        (path / "README.md").write_text(card)
+    return path
+
+
+def test_a_folder_has_the_license_of_its_card(tmp_path: Path) -> None:
+    card = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n# M\n"
+    found = origin_of(str(folder(tmp_path / "m", card)))
+    assert (found.name, found.repository) == ("m", None)
+    assert (found.license, found.license_name, found.license_link) == ("other", "llama3", "LICENSE")
+    assert found.stated_in == "README.md of the model"
+
+
+@pytest.mark.parametrize(
+    "card", [None, "", "# no metadata", "---\nlicense: [a\n---\n", "---\nlicense: unknown\n---\n"]
+)
+def test_a_license_is_not_guessed(tmp_path: Path, card: str | None) -> None:
+    assert origin_of(str(folder(tmp_path / "m", card))).license is None
+
+
+def test_a_folder_in_the_cache_has_the_id_of_the_hub(tmp_path: Path) -> None:
+    place = folder(tmp_path / "models--owner--name" / "snapshots" / "abc", None)
+    assert origin_of(str(place)).repository == "owner/name"
+
+
+def test_a_gguf_file_has_what_its_keys_say(tmp_path: Path) -> None:
+    file = gguf(
+        tmp_path / "a.gguf", license="mit", source__repo_url="https://huggingface.co/owner/name"
+    )
+    found = origin_of(str(file))
+    assert (found.license, found.repository) == ("mit", "owner/name")
+    assert "general.license" in found.stated_in
+    bare = origin_of(str(gguf(tmp_path / "b.gguf", name="B", organization="someone")))
+    assert (bare.license, bare.repository) == (None, None)
+
+
+def test_a_model_that_is_gone_has_a_name(tmp_path: Path) -> None:
+    assert origin_of(str(tmp_path / "gone")) == Origin("gone")
+
+
+def test_metadata_of_a_card_end_at_the_second_line_of_dashes(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\na: 1\n---\nb: 2\n---\n")
+    assert card_metadata(tmp_path / "README.md") == {"a": 1}

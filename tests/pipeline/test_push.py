@@ -1,0 +1,275 @@
+"""`qwlora push` against a hub on this machine, and the model cards that it uploads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, constants, snapshot_download
+
+import qwlora
+from command_line import qwlora as command
+from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
+from qwlora.errors import DirectoryError, UploadError
+from qwlora.pipeline.push import prepared, send
+from qwlora.pipeline.run_job import run
+from qwlora.recipe import load_recipe
+
+CARD = "README.md"
+
+
+@pytest.fixture(scope="module")
+def job(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints: dict[str, Path]
+) -> Path:
+    """Trained and exported for transformers; the model has a license, nothing is captured."""
+    folder = tmp_path_factory.mktemp("job")
+    model = folder / "tiny-model"
+    model.mkdir()
+    for file in checkpoints["llama"].iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    (model / CARD).write_text("---\nlicense: apache-2.0\n---\n\n# A model\n")
+    content = {
+        "name": "tiny",
+        "preset": "fast",
+        "model": {"source": str(model)},
+        "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4},
+        "adapters": [{"name": "first", "rank": 4, "steps": 3, "warmup_steps": 1}],
+        "export": {"targets": ["hf"]},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    recipe = load_recipe(folder / "recipe.yaml")
+    run(recipe, folder / "out", ("quantize", "train", "evaluate", "export"))
+    return folder / "out"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, job: Path) -> Iterator[FakeHub]:
+    with fake_hub() as server:
+        files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+    (job / ".qwlora" / "pushed.json").unlink(missing_ok=True)
+
+
+def push(job: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return command("push", job, *arguments)
+
+
+def card(folder: Path) -> dict[str, Any]:
+    return ModelCard((folder / CARD).read_text()).data.to_dict()
+
+
+def test_cards_have_what_the_hub_reads(job: Path) -> None:
+    results = json.loads((job / "results.json").read_text())
+    base, adapter = card(job / "base"), card(job / "adapters" / "first")
+    assert (base["license"], base["library_name"]) == ("apache-2.0", "qwlora")
+    assert (adapter["license"], adapter["library_name"]) == ("unknown", "peft")
+    assert "base_model" not in base  # a local folder does not say where it is from
+    metrics = {
+        m["name"]: m["value"]
+        for found in (base, adapter)
+        for result in found["model-index"][0]["results"]
+        for m in result["metrics"]
+    }
+    assert metrics["KL divergence from the float model, nats"] == round(
+        results["kl"]["base"]["mean"], 4
+    )
+    perplexity = results["perplexity"]["adapted"]["first"]
+    assert f"| Perplexity | {perplexity:.2f} |" in (job / "adapters/first" / CARD).read_text()
+
+
+def test_cards_say_how_each_runtime_loads_the_files(job: Path) -> None:
+    base, adapter = (job / "base" / CARD).read_text(), (job / "adapters/first" / CARD).read_text()
+    assert 'from_pretrained("export/hf/base")' in base
+    assert 'PeftModel.from_pretrained(model, "export/hf/first")' in adapter
+    assert "--enable-lora" in adapter
+    assert "--enable-lora" not in base
+    assert "have not been run yet" in adapter
+
+
+def test_the_python_of_a_card_loads_the_files(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(job)
+    for folder in ("base", "adapters/first"):
+        text = (job / folder / CARD).read_text()
+        codes = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+        assert len(codes) == 2
+        for code in codes:
+            names: dict[str, Any] = {}
+            exec(compile(code, f"{folder}/{CARD}", "exec"), names)
+            assert names["model"](torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+def test_a_card_is_written_again_unless_the_user_edited_it(job: Path) -> None:
+    file, recipe = job / "base" / CARD, load_recipe(job / "recipe.yaml")
+    written = file.read_text()
+    try:
+        file.write_text(written.replace("apache-2.0", "mit"))
+        assert all("skipped" in line for line in _run(recipe, job))
+        assert file.read_text() == written
+        edited = written.replace("apache-2.0", "mit").replace("<!-- Written by", "<!--")
+        file.write_text(edited)
+        assert all("skipped" in line for line in _run(recipe, job))
+        assert file.read_text() == edited
+        with prepared(job, "me/base", None) as upload:
+            assert upload.files[CARD].read_text() == edited
+    finally:
+        file.write_text(written)
+
+
+def _run(recipe: Any, job: Path) -> list[str]:
+    said: list[str] = []
+    run(recipe, job, ("quantize", "train", "evaluate", "export"), say=said.append)
+    return [line for line in said if line.startswith(("quantize", "train", "export"))]
+
+
+def test_nothing_is_uploaded_without_being_asked(job: Path, hub: FakeHub) -> None:
+    ended = push(job, "--to", "me/base")
+    assert ended.returncode == 2
+    assert "--yes" in ended.stderr
+    assert "base.safetensors" in ended.stdout
+    assert hub.requests == []
+
+
+def test_base_and_adapter_are_uploaded_private_and_load_from_there(
+    job: Path, hub: FakeHub, tmp_path: Path
+) -> None:
+    assert push(job, "--to", "me/base", "--yes").returncode == 0
+    ended = push(job, "--adapter", "first", "--to", "me/first", "--license", "mit", "--yes")
+    assert ended.returncode == 0, ended.stderr
+    assert hub.url in ended.stdout.splitlines()[-1]
+    base, first = hub.repositories["me/base"], hub.repositories["me/first"]
+    assert (base.private, first.private) == (True, True)
+    assert len(base.commits) == len(first.commits) == 1
+    assert {"base.json", "base.safetensors", CARD, "hf/config.json"} <= base.files.keys()
+    assert not any(name.startswith("moments") for name in base.files)
+    assert {"adapter_model.safetensors", "qwlora.json", "hf/adapter_config.json"} <= set(
+        first.files
+    )
+    found = ModelCard(first.files[CARD].decode()).data.to_dict()
+    assert (found["license"], found["base_model"]) == ("mit", "me/base")
+    assert found["base_model_relation"] == "adapter"
+    config = json.loads(first.files["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "me/base"
+    secret = str(job.parent).encode()
+    for repository in (base, first):
+        assert [name for name, data in repository.files.items() if secret in data] == []
+
+    folders = [snapshot_download(name, cache_dir=tmp_path) for name in ("me/base", "me/first")]
+    there = qwlora.load_adapter(qwlora.load_base(folders[0]), folders[1]).eval()
+    here = qwlora.load_adapter(qwlora.load_base(job / "base"), job / "adapters/first").eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(there(ids).logits, here(ids).logits)
+
+
+def test_an_adapter_without_its_base_on_the_hub_says_so(job: Path, hub: FakeHub) -> None:
+    ended = push(job, "--adapter", "first", "--to", "me/first", "--yes")
+    assert ended.returncode == 0
+    assert "note: the base was not uploaded" in ended.stdout
+    config = json.loads(hub.repositories["me/first"].files["adapter_config.json"])
+    assert config["base_model_name_or_path"] is None
+
+
+def test_a_public_repository_needs_public(job: Path, hub: FakeHub) -> None:
+    hub.repositories["me/base"] = Repository(private=False)
+    ended = push(job, "--to", "me/base", "--yes")
+    assert ended.returncode == 2
+    assert "me/base is a public repository" in ended.stderr
+    assert "--public" in ended.stderr
+    assert hub.repositories["me/base"].files == {}
+    assert push(job, "--to", "me/base", "--public", "--yes").returncode == 0
+    assert "base.json" in hub.repositories["me/base"].files
+
+
+def test_another_upload_removes_what_is_out_of_date_and_nothing_else(
+    job: Path, hub: FakeHub
+) -> None:
+    old = {"base-00001-of-00002.safetensors": b"", "gguf/base.gguf": b"", "picture.png": b"mine"}
+    hub.repositories["me/base"] = Repository(private=True, files=dict(old))
+    assert push(job, "--to", "me/base", "--yes").returncode == 0
+    assert old.keys() & hub.repositories["me/base"].files.keys() == {"picture.png"}
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        ("/api/repos/create", 401, ("me/base", "token", "hf auth login")),
+        ("/preupload/", 403, ("me/base", "may not write")),
+        ("/commit/", 400, ("me/base", "nothing was uploaded", "400")),
+    ],
+)
+def test_what_the_hub_refuses_is_one_message(
+    job: Path, hub: FakeHub, path: str, status: int, words: tuple[str, ...]
+) -> None:
+    hub.answers[path] = status
+    ended = push(job, "--to", "me/base", "--yes")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("qwlora: me/base: nothing was uploaded: ")
+    assert "Traceback" not in ended.stderr
+    assert all(word in ended.stderr for word in words)
+    assert not (job / ".qwlora" / "pushed.json").exists()
+
+
+def test_a_hub_that_does_not_answer_is_named(
+    job: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with prepared(job, "me/base", None) as upload, pytest.raises(UploadError, match="HF_ENDPOINT"):
+        send(upload, job)
+
+
+def test_without_a_token_the_remedy_is_named(
+    job: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    ended = push(job, "--to", "me/base", "--yes")
+    assert (ended.returncode, hub.requests) == (2, [])
+    assert "hf auth login" in ended.stderr
+
+
+def test_a_changed_file_and_an_unknown_name_are_refused(job: Path) -> None:
+    with (
+        pytest.raises(DirectoryError, match=r"no adapter 'frist'.*first"),
+        prepared(job, "me/a", "frist"),
+    ):
+        pass
+    file = job / "adapters/first/adapter_model.safetensors"
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with (
+            pytest.raises(DirectoryError, match=r"has changed.*Run first: qwlora train"),
+            prepared(job, "me/a", "first"),
+        ):
+            pass
+    finally:
+        file.write_bytes(content)
+
+
+def test_a_bad_repository_name_is_a_usage_error(job: Path) -> None:
+    ended = push(job, "--to", "base", "--yes")
+    assert (ended.returncode, "OWNER/NAME" in ended.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_the_environment_names_the_hub(job: Path, hub: FakeHub) -> None:
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    words = [sys.executable, "-m", "qwlora", "push", str(job), "--to", "me/base", "--yes"]
+    ended = subprocess.run(
+        words, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "base.json" in hub.repositories["me/base"].files

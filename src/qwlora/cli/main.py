@@ -181,7 +181,10 @@ for _verb in VERBS:
 
 @app.command()
 def check(recipe: RecipeFile, changes: Changes = None) -> None:
-    """Validate a recipe and print it with its defaults, and which targets hold its grids."""
+    """Validate a recipe and print it with its defaults.
+
+    Then which targets hold the grids of its base.
+    """
     from qwlora.cli.tables import table
     from qwlora.pipeline.target_table import target_table
     from qwlora.recipe import load_recipe

@@ -55,10 +55,10 @@ def push(
     license: License = None,
     yes: Yes = False,
 ) -> None:
-    """Upload the base or an adapter to the Hugging Face hub.
+    """Upload the base or an adapter to the hub.
 
-    With its model card and its exported files. Shows what would be uploaded and asks first. Uses
-    the token of `hf auth login` or HF_TOKEN.
+    With its model card and its exported files, to the Hugging Face hub. Shows what would be
+    uploaded and asks first. Uses the token of `hf auth login` or HF_TOKEN.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
         raise typer.BadParameter(f"{repository!r} is not OWNER/NAME", param_hint="--to")

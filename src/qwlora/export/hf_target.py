@@ -34,19 +34,8 @@ class HfTarget(WeightsTarget):
     writes_float_embeddings = True
 
     def loading(self, base: str, adapter: str | None) -> str:
-        lines = [
-            "```python",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained("{base}")',
-        ]
-        serve = f"vllm serve {base}"
-        if adapter is not None:
-            lines.insert(1, "from peft import PeftModel")
-            lines.append(f'model = PeftModel.from_pretrained(model, "{adapter}")')
-            serve += f" --enable-lora --lora-modules adapter={adapter}"
         needs = "Needs `pip install compressed-tensors`. vLLM and SGLang read the same files."
-        return "\n".join([needs, "", *lines, "```", "", "```shell", serve, "```"])
+        return loading_in_transformers(needs, base, adapter)
 
     def problem(self, scheme: Scheme) -> str | None:
         return compressed_tensors_problem(scheme)
@@ -82,6 +71,26 @@ def load(folder: Path, **arguments: Any) -> Any:
 
     with foreign_as(ExportError, f"transformers cannot load {str(folder)!r}"):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments).eval()
+
+
+def loading_in_transformers(needs: str, base: str, adapter: str | None) -> str:
+    """`Target.loading` of a folder that transformers and vLLM read.
+
+    Args:
+        needs: a sentence about what must be installed.
+    """
+    lines = [
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+    ]
+    serve = f"vllm serve {base}"
+    if adapter is not None:
+        lines.insert(1, "from peft import PeftModel")
+        lines.append(f'model = PeftModel.from_pretrained(model, "{adapter}")')
+        serve += f" --enable-lora --lora-modules adapter={adapter}"
+    return "\n".join([needs, "", *lines, "```", "", "```shell", serve, "```"])
 
 
 class TransformersRuntime:

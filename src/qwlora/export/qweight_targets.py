@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.export.held_schemes import awq_problem, gptq_problem, one_layout_conflict
-from qwlora.export.hf_target import TransformersRuntime, load
+from qwlora.export.hf_target import TransformersRuntime, load, loading_in_transformers
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class QweightTarget(WeightsTarget):
     packages = ("gptqmodel", "optimum")
     has_float16_scales = True
     writes_float_embeddings = True
+
+    def loading(self, base: str, adapter: str | None) -> str:
+        needs = "In transformers, needs `pip install gptqmodel optimum`. vLLM reads the same files."
+        return loading_in_transformers(needs, base, adapter)
 
     def conflict(self, schemes: Collection[Scheme]) -> str | None:
         return one_layout_conflict(schemes)

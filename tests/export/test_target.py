@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,8 @@ import pytest
 from qwlora.errors import ExportError, MissingExtraError
 from qwlora.export.onnx_runtime import OnnxModel
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget
+from qwlora.export.target import ExportedGraph, GraphTarget
+from qwlora.formats import manifest
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import export_stage, verify_stage
 from qwlora.recipe.whole_recipe import Export
@@ -28,8 +28,9 @@ class TextTarget(GraphTarget):
     activation_bitwidths = (8,)
     model_files = "*.txt"
 
-    def write(self, graph: Any, folder: Path, metadata: Mapping[str, str]) -> None:
-        (folder / "model.txt").write_text(f"{graph} {metadata['qwlora.adapter']}")
+    def write(self, exported: ExportedGraph, folder: Path) -> None:
+        graph, adapter = exported.simulation.graph(), exported.metadata["qwlora.adapter"]
+        (folder / "model.txt").write_text(f"{graph} {adapter} {exported.sample}")
         (folder / "notes.md").write_text("not part of the model")
 
     def open(self, folder: Path) -> Any:
@@ -44,13 +45,19 @@ def text_target(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def context(tmp_path: Path) -> Any:
     (tmp_path / "simulation" / "first" / "adapter").mkdir(parents=True)
-    held_out = SimpleNamespace(first=lambda count: [])
+    ids = SimpleNamespace(shape=(1, 4))
+    held_out = SimpleNamespace(first=lambda count: [], input_ids=ids)
+    text = SimpleNamespace(data=SimpleNamespace(held_out=held_out))
     return SimpleNamespace(
         path=tmp_path,
         base_fingerprint="f",
         simulation=lambda name: SimpleNamespace(graph=lambda: f"graph of {name}"),
-        recipe=SimpleNamespace(verify=SimpleNamespace(sequences=1, layer_tokens=2)),
-        data=SimpleNamespace(held_out=held_out),
+        sample=lambda name: f"sample of {name}",
+        text=lambda name: text,
+        recipe=SimpleNamespace(
+            verify=SimpleNamespace(sequences=1, layer_tokens=2),
+            export=SimpleNamespace(encodings_version="1.0.0"),
+        ),
         track=None,
     )
 
@@ -63,11 +70,15 @@ def test_the_export_stage_writes_through_the_target_in_its_name(
     scratch.mkdir()
     results = export_stage.run(context, Stage("export/text/first", "", "first"), scratch, tmp_path)
     written = (scratch / "model.txt").read_text()
-    assert written == "graph of first first"
+    assert written == "graph of first first sample of first"
     assert results == {"export": {"text": {"first": {"bytes": len(written)}}}}
     assert (scratch / "adapter").is_dir()
+    assert not manifest.changed_files(scratch, "qwlora.json")
+    (scratch / "notes.md").unlink()
+    assert manifest.changed_files(scratch, "qwlora.json") == ["notes.md (missing)"]
 
 
+@pytest.mark.filterwarnings("ignore:.*is unverified")
 @pytest.mark.usefixtures("text_target")
 def test_the_verify_stage_opens_the_files_with_the_target_in_its_name(
     context: Any, tmp_path: Path

@@ -18,8 +18,8 @@ In 2.x, symmetric means that every offset is at the center. From 0.6.1 or 1.0.0 
 codes become signed; the grid is the same.
 
 Flat lists of block scales (1.0.0) have two orders if the block axis precedes the channel axis (the
-[in, out] weight of a MatMul): as the tensor is stored, or by channel. Only our own files,
-recognized by their producer, imply the order ("tensor"); for others the caller gives it.
+[in, out] weight of a MatMul): as the tensor is stored, or by channel. Only our own files imply the
+order, by their producer (`block_order`, "tensor" if absent); for others the caller gives it.
 
 A field is *lost* if converting back gives another value; that is how losses are found. What a
 target needs and the source does not have (an axis, which names are parameters, the decompressed
@@ -87,8 +87,9 @@ def convert(
         graph: the model's tensors (`read_graph`): their axes, and which are parameters. What the
             graph also says is not lost.
         decompressed_bitwidth: of LPBQ encodings without one (2.x).
-        block_order: of flat block scales in 1.0.0, read or written. Default: "tensor" if we wrote
-            the file, otherwise unknown. Needed only if the two orders differ.
+        block_order: of flat block scales in 1.0.0, read or written. Default: what the
+            producer states if we wrote the file, otherwise unknown. Needed only if the two orders
+            differ.
 
     Raises:
         ConversionError: the version or the order is unknown; something would be lost and `lossy` is
@@ -99,7 +100,8 @@ def convert(
             f"encodings version {printable(version)!r} is not one of {', '.join(VERSIONS)}", (), ()
         )
     if block_order is None and (file.producer or {}).get("package") == _OUR_PACKAGE:
-        block_order = "tensor"
+        stated: Any = (file.producer or {}).get("block_order", "tensor")
+        block_order = stated
     if block_order not in (None, *BLOCK_ORDERS):
         raise ConversionError(
             f"block order {printable(str(block_order))!r} is not one of {', '.join(BLOCK_ORDERS)}",

@@ -267,8 +267,11 @@ def _optional(top: Record, key: str, check: Callable[[Any], Any]) -> Any:
         return None
 
 
+_PRODUCER = {"package", "version", "block_order"}  # the last in our own files only
+
+
 def _producer(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or not value.keys() <= {"package", "version"}:
+    if not isinstance(value, dict) or not value.keys() <= _PRODUCER:
         raise FieldError("must be an object of package and version")
     return {key: text_of(v) for key, v in value.items()}
 

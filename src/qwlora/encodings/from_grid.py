@@ -7,8 +7,9 @@
     Lpbq(size)         LpbqEncoding, block and channel scales      axis, block_size    LPBQ
     a float offset     refused: no version has one
 
-Versions before 2.0 have no axis and list blocks in one flat list, in the order of the tensor. The
-weight of an ONNX MatMul is stored [in, out]; `transposed` says so, and swaps scales and axes.
+Versions before 2.0 have no axis and list blocks in one flat list: in the order of the tensor, or
+channel by channel, as aimet-onnx reads them. The weight of an ONNX MatMul is stored [in, out];
+`transposed` says so, and swaps scales and axes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from qwlora.encodings.model import BlockOrder, IntegerEncoding, LpbqEncoding
 from qwlora.encodings.model import Encoding as Entry
-from qwlora.encodings.model import IntegerEncoding, LpbqEncoding
 from qwlora.encodings.to_grid import Placement, grid_of
 from qwlora.errors import EncodingsFileError
 from qwlora.grid.encoding import Encoding
@@ -33,6 +34,7 @@ def entry_of(
     encoding: Encoding | FloatOffsetEncoding,
     version: str,
     transposed: bool = False,
+    block_order: BlockOrder = "tensor",
 ) -> Entry:
     """The entry that describes `encoding`.
 
@@ -41,6 +43,7 @@ def entry_of(
         encoding: of a tensor [..., out, in].
         version: of the file that will hold the entry.
         transposed: the tensor of that name is stored [in, out].
+        block_order: of flat block scales (before 2.0).
 
     Raises:
         EncodingsFileError: the encoding has float offsets.
@@ -50,6 +53,7 @@ def entry_of(
             name, [f"{encoding.scheme} has float offsets, which no encodings file can hold"]
         )
     scheme, scale = encoding.scheme, encoding.scale.detach().cpu()
+    flip = transposed and (block_order == "tensor" or version >= _AXIS_SINCE)
     match scheme.granularity:
         case PerTensor():
             return _integers(name, encoding, version, None, None, flip=False)
@@ -57,11 +61,11 @@ def entry_of(
             return _integers(name, encoding, version, 1 - axis if transposed else axis, None, False)
         case PerBlock(size):
             axis = 0 if transposed else scale.ndim - 1
-            return _integers(name, encoding, version, axis, size, flip=transposed)
+            return _integers(name, encoding, version, axis, size, flip)
         case Lpbq(size, scale_bitwidth):
             row, integers = split_scales(scale, scheme)
             block_scale, channel_scale = integers.numpy(), row.unsqueeze(-1).double().numpy()
-            if transposed:
+            if flip:
                 block_scale, channel_scale = block_scale.T, channel_scale.T
             has_axis = version >= _AXIS_SINCE
             return LpbqEncoding(

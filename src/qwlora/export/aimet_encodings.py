@@ -1,19 +1,26 @@
-"""The AIMET encodings file of an exported ONNX model, version 1.0.0.
+"""The AIMET encodings file of an exported ONNX model.
 
-Every encoding has the name of its ONNX tensor. Block scales are in the order of that tensor
-([in / block, out] for the weight of a MatMul), as in AIMET's own ONNX export. A weight with float
-offsets has no encoding in any AIMET file; its layer is listed in `excluded_layers`.
+    write_encodings          beside a QDQ model: version 1.0.0, block scales in the order of the
+                             tensor ([in / block, out] for the weight of a MatMul), as in AIMET's
+                             own ONNX export
+    write_float_encodings    beside a float model, for aimet-onnx: 1.0.0 or 2.0.0. In 1.0.0, block
+                             scales are in one list, channel by channel, however the tensor is
+                             stored; the producer says so (`block_order`)
+
+Every encoding has the name of its ONNX tensor. A weight with float offsets has no encoding in any
+AIMET file; its layer is listed in `excluded_layers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from qwlora import encodings as files
 from qwlora.encodings.from_grid import entry_of
+from qwlora.export.float_onnx import TensorEncoding
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import PerTensor
@@ -48,6 +55,31 @@ def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[st
         ),
         quantizer_args=_quantizer_args(graph),
         producer={"package": "qwlora", "version": version("qwlora")},
+    )
+    files.write(file, path)
+
+
+def write_float_encodings(
+    graph: QuantizedGraph, tensors: Mapping[str, TensorEncoding], path: Path, version_: str
+) -> None:
+    """Write the encodings of a float model.
+
+    Args:
+        graph: where the model comes from.
+        tensors: grids by name of the tensor; see `FloatOnnx`.
+        version_: 1.0.0 or 2.0.0.
+    """
+    sections = version_ < "2"
+    file = files.EncodingsFile(
+        version_,
+        tuple(
+            entry_of(name, found.encoding, version_, found.transposed, "channel")
+            for name, found in tensors.items()
+        ),
+        parameters=frozenset(n for n, t in tensors.items() if t.parameter) if sections else None,
+        excluded_layers=() if sections else None,
+        quantizer_args=_quantizer_args(graph) if sections else None,
+        producer={"package": "qwlora", "version": version("qwlora"), "block_order": "channel"},
     )
     files.write(file, path)
 

@@ -13,6 +13,13 @@ GPTQ_BITWIDTHS = (2, 3, 4, 8)
 QWEIGHT_GROUPS = (128, 64, 32)  # of GPTQ and AWQ
 
 
+def encodings_problem(scheme: Scheme) -> str | None:
+    """Why an AIMET encodings file cannot hold a scheme; None if it can."""
+    if scheme.float_offset:
+        return f"{scheme} has a float offset; AIMET encodings and NPUs have integer offsets only"
+    return None
+
+
 def compressed_tensors_problem(scheme: Scheme) -> str | None:
     """Why compressed-tensors cannot hold a scheme; None if it can."""
     if scheme.float_offset:

@@ -110,7 +110,7 @@ class _Rewriter:
         transposed = (
             right_operand
             and bool(transposes)
-            and all(_is_matrix_transpose(user) for user in transposes)
+            and all(is_matrix_transpose(user) for user in transposes)
         )
         inputs, attributes = self._weight_initializers(node.inputs[0], name, encoding, transposed)
         values = ir.node(
@@ -180,7 +180,7 @@ class _Rewriter:
         key = (id(value), transposed)
         if key not in self.initializers:
             turn = (lambda t: t.T) if transposed else (lambda t: t)
-            codes = turn(self._codes(value, encoding))
+            codes = turn(codes_of(value, encoding))
             scale = encoding.scale if encoding.scale.ndim < 2 else turn(encoding.scale)
             kind = _container(encoding)
             shift = encoding.scheme.symmetric_offset if encoding.scheme.symmetric else 0
@@ -200,14 +200,6 @@ class _Rewriter:
                 )
             self.initializers[key] = made
         return self.initializers[key], attributes
-
-    def _codes(self, value: Any, encoding: Encoding | FloatOffsetEncoding) -> torch.Tensor:
-        """Codes of a weight: those of a packed layer, or of an adapter's float weight, rounded."""
-        producer = value.producer()
-        if producer is not None and producer.domain == NAMESPACE and producer.op_type == DEQUANTIZE:
-            packed = torch.from_numpy(np.array(producer.inputs[0].const_value.numpy()))
-            return unpack(packed, encoding.scheme.bitwidth, value.shape[-1])
-        return encoding.quantize(torch.from_numpy(np.array(value.const_value.numpy())))
 
     def _initializer(self, name: str, array: np.ndarray[Any, Any]) -> Any:
         ir = self.ir
@@ -261,7 +253,17 @@ def activation_tensor(name: str, inputs: Collection[str]) -> str:
     return f"{name}.dequantized" if name in inputs else name
 
 
-def _is_matrix_transpose(node: Any) -> bool:
+def codes_of(value: Any, encoding: Encoding | FloatOffsetEncoding) -> torch.Tensor:
+    """Codes of a weight: those of a packed layer, or of an adapter's float weight, rounded."""
+    producer = value.producer()
+    if producer is not None and producer.domain == NAMESPACE and producer.op_type == DEQUANTIZE:
+        packed = torch.from_numpy(np.array(producer.inputs[0].const_value.numpy()))
+        return unpack(packed, encoding.scheme.bitwidth, value.shape[-1])
+    return encoding.quantize(torch.from_numpy(np.array(value.const_value.numpy())))
+
+
+def is_matrix_transpose(node: Any) -> bool:
+    """Whether a node swaps the axes of a matrix."""
     return node.op_type == "Transpose" and list(node.attributes["perm"].value) == [1, 0]
 
 

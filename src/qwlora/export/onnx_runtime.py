@@ -65,7 +65,7 @@ class OnnxModel:
 
     @cached_property
     def _session(self) -> Any:
-        return _open_session(self.folder / MODEL_FILE, read_session_options(self.folder))
+        return open_session(self.folder / MODEL_FILE, read_session_options(self.folder))
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every output by name, given every input by name.
@@ -73,7 +73,7 @@ class OnnxModel:
         Raises:
             ExportError: ONNX Runtime refuses the files, or an input is missing.
         """
-        return _run(self._session, [o.name for o in self._session.get_outputs()], tensors)
+        return run_session(self._session, [o.name for o in self._session.get_outputs()], tensors)
 
     def run_layers(
         self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
@@ -94,12 +94,17 @@ class OnnxModel:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / MODEL_FILE
             _cut_at(self.folder / MODEL_FILE, values, path)
-            session = _open_session(path, read_session_options(self.folder))
-            found = _run(session, [f"{name}.out" for name in values], {**tensors, **given})
+            session = open_session(path, read_session_options(self.folder))
+            found = run_session(session, [f"{name}.out" for name in values], {**tensors, **given})
         return dict(zip(values, found.values(), strict=True))
 
 
-def _open_session(path: Path, session_options: Mapping[str, str]) -> Any:
+def open_session(path: Path, session_options: Mapping[str, str]) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Raises:
+        ExportError: ONNX Runtime refuses the file.
+    """
     runtime = require("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
@@ -112,7 +117,14 @@ def _open_session(path: Path, session_options: Mapping[str, str]) -> Any:
         raise ExportError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error
 
 
-def _run(session: Any, outputs: list[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def run_session(
+    session: Any, outputs: list[str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Outputs by name; `tensors` may hold more than the session's inputs.
+
+    Raises:
+        ExportError: an input is missing.
+    """
     inputs = [i.name for i in session.get_inputs()]
     if missing := [name for name in inputs if name not in tensors]:
         raise ExportError(

@@ -5,15 +5,13 @@ Imports torch and ONNX packages only when it writes or opens files (see `target.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwlora.export.target import GraphTarget
+from qwlora.export.target import ExportedGraph, GraphTarget
 
 if TYPE_CHECKING:
     from qwlora.export.verify import Runtime
-    from qwlora.graph.quantized_graph import QuantizedGraph
 
 _LOADING = """\
 Base and adapter are one model, activations on their grids. Pass `session_options.json`: by default
@@ -41,10 +39,10 @@ class OnnxTarget(GraphTarget):
     def loading(self, base: str, adapter: str | None) -> str:
         return "" if adapter is None else _LOADING.format(adapter=adapter)
 
-    def write(self, graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str]) -> None:
+    def write(self, exported: ExportedGraph, folder: Path) -> None:
         from qwlora.export.onnx_bundle import export_onnx
 
-        export_onnx(graph, folder, metadata)
+        export_onnx(exported.simulation.graph(), folder, exported.metadata)
 
     def open(self, folder: Path) -> Runtime:
         from qwlora.export.onnx_runtime import OnnxModel

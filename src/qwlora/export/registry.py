@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qwlora.export.aimet_target import AimetTarget
 from qwlora.export.gguf_target import GgufTarget
 from qwlora.export.hf_target import HfTarget
 from qwlora.export.mlx_target import MlxTarget
@@ -11,6 +12,7 @@ from qwlora.export.target import Target
 
 TARGETS: dict[str, Target] = {
     "onnx": OnnxTarget(),
+    "aimet": AimetTarget(),
     "hf": HfTarget(),
     "gguf": GgufTarget(),
     "mlx": MlxTarget(),

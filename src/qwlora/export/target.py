@@ -20,12 +20,12 @@ from qwlora.errors import MissingExtraError
 from qwlora.system.optional_packages import require
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.export.canonical_adapter import CanonicalAdapter
-    from qwlora.export.verify import Runtime
+    from qwlora.export.verify import Reference, Runtime
     from qwlora.export.verify_weights import WeightsRuntime
-    from qwlora.graph.quantized_graph import QuantizedGraph
     from qwlora.grid.scheme import Scheme
 
 
@@ -87,20 +87,40 @@ class Target(ABC):
         return None
 
 
+@dataclass(frozen=True)
+class ExportedGraph:
+    """What a graph target writes.
+
+    Args:
+        simulation: where the graph comes from; computes golden outputs.
+        metadata: for the files that have room for it.
+        sample: one batch of the model's inputs by name. Its shapes are those of files with fixed
+            shapes, its values are golden inputs.
+        encodings_version: of AIMET encodings files.
+    """
+
+    simulation: Reference
+    metadata: Mapping[str, str]
+    sample: Mapping[str, Tensor]
+    encodings_version: str = "1.0.0"
+
+
 class GraphTarget(Target):
     """A simulation as a model in one folder.
 
     Attributes:
         activation_bitwidths: bitwidths of activations that the files can express.
         model_files: glob of the files that hold the model; their total size is reported.
+        fixed_shapes: the files take inputs of the sample's shapes only.
     """
 
     activation_bitwidths: tuple[int, ...]
     model_files: str
+    fixed_shapes = False
 
     @abstractmethod
-    def write(self, graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str]) -> None:
-        """Write the files of `graph` into `folder`.
+    def write(self, exported: ExportedGraph, folder: Path) -> None:
+        """Write the files of a simulation into `folder`.
 
         Raises:
             ExportError: the files cannot express the graph.

@@ -258,7 +258,7 @@ def verify_language_model(
     interface = reference.graph().interface
     _refuse_other_tasks(interface)
     data, primary = as_sequences(sequences), interface.primary
-    first = next(data.rows())[0][None, :layer_tokens]
+    first = data.input_ids[:1, :layer_tokens]
     layers = compare_layers(runtime, reference, {"input_ids": first})
     exported, floor = LogitDifference(), LogitDifference()
     nll, simulated_nll, squared_noise = 0.0, 0.0, 0.0

@@ -150,9 +150,12 @@ class MatchedEncodings:
         renumbered = not self._is_parameter(entry.name)
         conv1d = self.is_transposed(name)
         order = self.block_order
-        if order is None and renumbered:
+        producer = file.producer or {}
+        if order is None and producer.get("block_order") == "channel":
+            order = "channel"  # our own files for aimet-onnx
+        elif order is None and renumbered:
             order = "tensor"  # AIMET's ONNX exporter lists blocks in memory order
-        elif order is None and not conv1d and (file.producer or {}).get("package") == "aimet-torch":
+        elif order is None and not conv1d and producer.get("package") == "aimet-torch":
             order = "channel"  # aimet-torch keeps the name only if the tensor is [out, in]
         transposed_conv = isinstance(
             self._modules.get(name.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd

@@ -149,6 +149,11 @@ class JobContext:
         """Arguments of `CalibratedGraph.observe` for an adapter: batches, and when to stop."""
         return self._observation(self.text(adapter).calibration_ids)
 
+    def sample(self, adapter: str) -> dict[str, Tensor]:
+        """A batch of one held-out sequence: golden inputs, and the shapes of fixed graphs."""
+        ids = self.text(adapter).data.held_out.input_ids[:1]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
     def shared_calibration(self) -> dict[str, Any]:
         """Arguments of `observe` for encodings that adapters share: the texts of all of them."""
         texts = [self.prepared(data).calibration_ids for data in self.recipe.texts().values()]

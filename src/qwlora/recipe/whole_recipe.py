@@ -34,6 +34,9 @@ class Export(Section):
     """Step 4: the files to write."""
 
     targets: list[TargetName] = Field(["onnx"], description="runtimes to write files for")
+    encodings_version: Literal["1.0.0", "2.0.0"] = Field(
+        "1.0.0", description="version of the encodings files of targets aimet and qairt"
+    )
 
 
 class Verify(Section):

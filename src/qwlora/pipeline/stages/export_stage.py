@@ -10,8 +10,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwlora.atomic import files_in
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedBase, GraphTarget, WeightsTarget
+from qwlora.export.target import ExportedBase, ExportedGraph, GraphTarget, WeightsTarget
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.artifacts import ADAPTER
 from qwlora.pipeline.stage import PlanBuilder, Stage
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 NAME = "export"
 BASE = "base"
-RECORD = "qwlora.json"  # next to exported weights: the base's fingerprint, and digests of the files
+RECORD = "qwlora.json"  # next to exported files: the base's fingerprint, and digests of the files
 
 
 def add_base(plan: PlanBuilder, target: str) -> None:
@@ -39,7 +40,9 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
         if isinstance(TARGETS[target], GraphTarget)
         else (f"{NAME}/{target}", f"train/{name}")
     )
-    plan.add(stage, [], needs, name, stage)
+    version = plan.recipe.export.encodings_version
+    is_default = version == type(plan.recipe.export)().encodings_version
+    plan.add(stage, [] if is_default else [version], needs, name, stage)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -56,10 +59,20 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 
 def _write_graph(context: JobContext, target: GraphTarget, adapter: str, scratch: Path) -> int:
     """Write a simulation, with its calibrated adapter; returns the size of the model."""
+    from qwlora.formats import manifest
+
     metadata = {"qwlora.base_fingerprint": context.base_fingerprint, "qwlora.adapter": adapter}
-    target.write(context.simulation(adapter).graph(), scratch, metadata)
+    exported = ExportedGraph(
+        context.simulation(adapter),
+        metadata,
+        context.sample(adapter),
+        context.recipe.export.encodings_version,
+    )
+    target.write(exported, scratch)
     size = sum(path.stat().st_size for path in scratch.glob(target.model_files))
     shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
+    record = {"base_fingerprint": context.base_fingerprint, "adapter": adapter}
+    manifest.write(scratch, RECORD, record, files_in(scratch))
     return size
 
 

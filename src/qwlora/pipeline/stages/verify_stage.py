@@ -86,13 +86,16 @@ def _verify_graph(
     context: JobContext, target: GraphTarget, name: str, adapter: str
 ) -> LanguageModelParity:
     from qwlora.export.verify import verify_language_model
+    from qwlora.formats import manifest
 
-    section = context.recipe.verify
+    section, folder = context.recipe.verify, context.path / "export" / name / adapter
+    manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
+    held_out = context.text(adapter).data.held_out
     return verify_language_model(
-        target.open(context.path / "export" / name / adapter),
+        target.open(folder),
         context.simulation(adapter),
-        context.text(adapter).data.held_out.first(section.sequences),
-        section.layer_tokens,
+        held_out.first(section.sequences),
+        held_out.input_ids.shape[1] if target.fixed_shapes else section.layer_tokens,
         context.track,
     )
 

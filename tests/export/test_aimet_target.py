@@ -1,0 +1,207 @@
+"""The `.aimet` folder: what AI Hub and aimet-onnx take, and what its files promise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from conftest import tiny_model
+from qwlora import Simulation, encodings, quantize_, simulate
+from qwlora.errors import ExportError, VerificationError
+from qwlora.export.aimet_folder import open_aimet
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import ExportedGraph, GraphTarget
+from qwlora.export.verify import verify_language_model
+from qwlora.nn.packed_layer import PackedLayer
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
+IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+SAMPLE = {name: tensor[:1] for name, tensor in BATCH.items()}
+
+
+def simulation(scheme: str, architecture: str = "llama") -> Simulation:
+    model = tiny_model(architecture, layers=1)
+    quantize_(model, scheme, solver="rtn")
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
+    made = simulate(get_peft_model(model, config).eval(), BATCH)
+    made.calibrate([BATCH])
+    return made
+
+
+def written(made: Simulation, folder: Path, version: str = "1.0.0") -> Path:
+    target = TARGETS["aimet"]
+    assert isinstance(target, GraphTarget)
+    target.write(ExportedGraph(made, {"qwlora.adapter": "a"}, SAMPLE, version), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lpbq(shared_captures: None) -> Simulation:
+    return simulation("w4-lpbq32")
+
+
+@pytest.fixture(scope="module")
+def folder(lpbq: Simulation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(lpbq, tmp_path_factory.mktemp("aimet") / "a")
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copied"))
+
+
+def test_the_files_compute_what_was_simulated(folder: Path, lpbq: Simulation) -> None:
+    parity = verify_language_model(open_aimet(folder), lpbq, IDS, IDS.shape[1])
+    assert parity.layers > 30
+    assert parity.worst_layer_steps < 1.01
+    assert parity.max_abs_logit_difference <= 2 * parity.perturbed_max_abs_logit_difference
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+@pytest.mark.parametrize("scheme", ["w4-lpbq32", "w4-block32-asymmetric", "w3-channel"])
+def test_stored_weights_give_the_codes_of_the_base_again(
+    scheme: str, version: str, lpbq: Simulation, tmp_path: Path
+) -> None:
+    made = lpbq if scheme == "w4-lpbq32" else simulation(scheme)
+    model = open_aimet(written(made, tmp_path, version))
+    layers = {
+        path.removeprefix("base_model.model.").replace(".base_layer", ""): layer
+        for path, layer in made.origin.model.named_modules()
+        if isinstance(layer, PackedLayer)
+    }
+    assert len(layers) == 7
+    for path, layer in layers.items():
+        assert torch.equal(model.codes(f"{path}.weight"), layer.tensor.codes), path
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+def test_every_entry_names_a_tensor_and_blocks_are_in_aimets_order(
+    version: str, lpbq: Simulation, tmp_path: Path
+) -> None:
+    files = written(lpbq, tmp_path, version) / "model.aimet"
+    document = json.loads((files / "model.encodings").read_text())
+    assert not [
+        f
+        for f in encodings.validate(files / "model.encodings", files / "model.onnx")
+        if f.severity == "error"
+    ]
+    graph = onnx.load(files / "model.onnx", load_external_data=False).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    name, scales = "model.layers.0.mlp.up_proj.weight", 64 // 32
+    layer = dict(lpbq.origin.model.named_modules())["base_model.model.model.layers.0.mlp.up_proj"]
+    scale = layer.tensor.encoding.scale
+    if version == "1.0.0":
+        assert {e["name"] for e in document["param_encodings"]} <= stored
+        assert not {e["name"] for e in document["activation_encodings"]} & stored
+        entry = next(e for e in document["param_encodings"] if e["name"] == name)
+        blocks = np.reshape(entry["per_block_int_scale"], (128, scales))  # [out][block]
+        found = blocks * np.reshape(entry["scale"], (128, 1))
+    else:
+        entry = next(e for e in document["encodings"] if e["name"] == name)
+        assert (entry["axis"], entry["block_size"]) == (0, 32)  # stored [in, out]
+        blocks = np.array(entry["per_block_int_scale"])
+        found = (blocks * np.array(entry["per_channel_float_scale"])).T
+    np.testing.assert_allclose(found, scale.numpy(), rtol=1e-6)
+
+
+def test_the_graph_has_fixed_shapes_and_nothing_of_this_machine(folder: Path) -> None:
+    path = folder / "model.aimet" / "model.onnx"
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        assert all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim), value.name
+    operators = {node.op_type for node in model.graph.node}
+    assert not operators & {"Shape", "Range", "Cos", "Sin", "QuantizeLinear", "DequantizeLinear"}
+    assert b"site-packages" not in path.read_bytes()
+
+
+def test_shorter_sequences_are_padded_and_longer_ones_refused(
+    folder: Path, lpbq: Simulation
+) -> None:
+    model = open_aimet(folder)
+    shorter = {name: tensor[:, :7] for name, tensor in SAMPLE.items()}
+    found, expected = model.run(shorter)["logits"], lpbq.outputs(shorter)["logits"]
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-3)
+    with pytest.raises(ExportError, match=r"24 tokens.*12"):
+        model.run({name: tensor.repeat(1, 2) for name, tensor in SAMPLE.items()})
+
+
+def test_golden_files_hold_the_sample_and_its_simulated_outputs(
+    folder: Path, lpbq: Simulation
+) -> None:
+    record = json.loads((folder / "golden" / "golden.json").read_text())
+    ids = np.load(folder / "golden" / "input_ids.npy")
+    logits = np.load(folder / "golden" / "logits.npy")
+    assert [item["name"] for item in record["inputs"]] == ["input_ids", "attention_mask"]
+    assert np.array_equal(ids, SAMPLE["input_ids"].numpy())
+    assert np.array_equal(logits, lpbq.outputs(SAMPLE)["logits"].numpy())
+
+
+def edit_entry(field: str, change: Callable[[object], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "model.aimet" / "model.encodings"
+        document = json.loads(path.read_text())
+        entry = document["param_encodings"][0]
+        entry[field] = change(entry[field])
+        path.write_text(json.dumps(document))
+
+    return edit
+
+
+def flip_bit(folder: Path) -> None:
+    path = folder / "model.aimet" / "model.data"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "model.aimet" / "model.data").unlink(), r"model\.data is missing"),
+        (lambda f: (f / "model.aimet" / "notes.md").touch(), r"notes\.md does not belong"),
+        (edit_entry("name", lambda name: f"{name}2"), r"model\.encodings: .*2.*not the name"),
+        (edit_entry("scale", lambda s: [x * 1.01 for x in s]), r"model\.onnx.*not on the grid"),  # type: ignore[attr-defined]
+        (flip_bit, r"model\.onnx: .* not on the grid"),
+    ],
+    ids=["file-dropped", "file-added", "tensor-renamed", "scale-changed", "bit-flipped"],
+)
+def test_damaged_files_are_refused_by_name(
+    damage: Callable[[Path], None], said: str, copied: Path
+) -> None:
+    damage(copied)
+    with pytest.raises(VerificationError, match=f"(?s){said}"):
+        open_aimet(copied)
+
+
+def test_a_base_with_float_offsets_is_refused(lpbq: Simulation, tmp_path: Path) -> None:
+    from qwlora.grid.float_offset import FloatOffsetEncoding
+
+    graph = lpbq.graph()
+    name = next(mark.name for mark in graph.marks if mark.kind.value == "base")
+    floats = dict(graph.encodings)
+    floats[name] = object.__new__(FloatOffsetEncoding)
+    from dataclasses import replace
+
+    from qwlora.export.float_onnx import to_float_onnx
+
+    with pytest.raises(ExportError, match=r"float offsets.*gptq"):
+        to_float_onnx(replace(graph, encodings=floats), SAMPLE)
+
+
+def test_ai_hubs_client_takes_the_folder(folder: Path) -> None:
+    client = pytest.importorskip("qai_hub.client")
+    assert client._determine_model_type(folder / "model.aimet").name == "AIMET_ONNX"

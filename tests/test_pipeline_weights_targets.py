@@ -90,7 +90,7 @@ def test_files_that_changed_are_not_verified(job: Path, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"dora": True}, "hf holds LoRA factors .* no DoRA"),
-        ({"name": "base"}, "base is the name of the base's folder in export/hf"),
+        ({"name": "base"}, "base is the name of another folder in export/hf"),
     ],
 )
 def test_adapters_that_a_target_cannot_hold_are_refused_at_once(

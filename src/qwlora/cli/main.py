@@ -123,8 +123,9 @@ _SUMMARY = {
     "train": "Step 2: train the adapters on the frozen base.",
     "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
-    "verify": "Step 5: compare the exported files with the simulation.\n\nRuns every file; never "
-    "skipped, even if nothing changed.",
+    "verify": "Step 5: run the exported files and compare them with what was trained.\n\nRuns "
+    "every file; never skipped, even if nothing changed. With a folder of exported files as "
+    "argument, such as out/export/hf, repeats its proof on any machine.",
     "evaluate": "Measure perplexity: model, base, adapters, simulations.",
 }
 
@@ -176,7 +177,54 @@ def _add_stage(verb: str) -> None:
 
 
 for _verb in VERBS:
-    _add_stage(_verb)
+    if _verb != "verify":
+        _add_stage(_verb)
+
+
+@app.command(help=_SUMMARY["verify"])
+def verify(
+    given: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RECIPE|FOLDER]",
+            help="The recipe, or a folder of exported files. Default: the recipe.yaml in the job's "
+            "directory.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The job's directory. Not for a folder.", show_default=False)
+    ] = None,
+    changes: Changes = None,
+    as_json: AsJson = False,
+    trust_mtime: TrustMtime = False,
+) -> None:
+    """See `_SUMMARY`."""
+    from qwlora.export.bundle import is_bundle
+    from qwlora.pipeline.output_path import check_output
+
+    if given is not None and given.is_dir() and is_bundle(given):
+        _verify_bundle(given, as_json)
+        return
+    if out is None:
+        raise DirectoryError(
+            "verify needs --out, the job's directory, or a folder of exported files (with the "
+            "folders base and proof) as argument"
+        )
+    check_output(out)
+    _run(given or out / "recipe.yaml", out, changes, as_json, ("verify",), trust_mtime, False)
+
+
+def _verify_bundle(folder: Path, as_json: bool) -> None:
+    from qwlora.export.bundle import proof_table, verify_bundle
+    from qwlora.pipeline.run_job import quiet_libraries
+
+    quiet_libraries()
+    found = verify_bundle(folder, bars(quiet=as_json))
+    print(strict_json.dumps(found, indent=1) if as_json else "\n".join(proof_table(found)))
+    if problems := [f"{name}: {p}" for name, proof in found.items() for p in proof["problems"]]:
+        what = f"{str(folder)!r}: the files do not compute what was trained"
+        raise VerificationError(what, problems, {})
 
 
 @app.command()

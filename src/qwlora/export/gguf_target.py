@@ -134,25 +134,48 @@ class LlamaRuntime:
 
     def logits(self, ids: Tensor) -> Tensor:
         """Float32 logits [1, tokens, vocabulary] of token ids [1, tokens]."""
-        import numpy as np
         import torch
 
-        llama, tokens = self._llama, ids[0].tolist()
+        tokens = ids[0].tolist()
         self._make_room(len(tokens))
-        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        self._clear()
+        found = torch.from_numpy(self._decode(tokens, 0))
+        return found.view(1, len(tokens), self._vocabulary)
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        """The `count` likeliest tokens after token ids [1, tokens], one by one, with a cache."""
+        tokens, position, found = ids[0].tolist(), 0, list[int]()
+        self._make_room(len(tokens) + count)
+        self._clear()
+        while len(found) < count:
+            logits = self._decode(tokens, position)[-self._vocabulary :]
+            position += len(tokens)
+            tokens = [int(logits.argmax())]
+            found += tokens
+        return found
+
+    def _clear(self) -> None:
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+
+    def _decode(self, tokens: list[int], position: int) -> Any:
+        """Logits of tokens that follow `position` tokens, float32 [tokens * vocabulary]."""
+        import numpy as np
+
+        llama = self._llama
         batch = llama.llama_batch_init(len(tokens), 0, 1)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position + i, 1
+            batch.logits[i] = 1
             batch.seq_id[i][0] = 0
         batch.n_tokens = len(tokens)
         status = llama.llama_decode(self._context, batch)
         if status:
             raise ExportError(f"llama.cpp cannot decode {len(tokens)} tokens (status {status})")
-        count = len(tokens) * self._vocabulary
-        buffer = self._ffi.buffer(llama.llama_get_logits(self._context), 4 * count)
-        found = torch.from_numpy(np.frombuffer(buffer, dtype=np.float32).copy())
+        size = 4 * len(tokens) * self._vocabulary
+        buffer = self._ffi.buffer(llama.llama_get_logits(self._context), size)
+        found = np.frombuffer(buffer, dtype=np.float32).copy()
         llama.llama_batch_free(batch)
-        return found.view(1, len(tokens), self._vocabulary)
+        return found
 
     def _reason(self) -> str:
         return "; ".join(self._errors[-3:]) or "it gives no reason"

@@ -125,3 +125,16 @@ class TransformersRuntime:
         with torch.no_grad():
             logits: Tensor = self._active(input_ids=ids).logits
         return logits.float()
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        """The `count` likeliest tokens after token ids [1, tokens], one by one, with a cache."""
+        import torch
+
+        found: list[int] = []
+        cache: Any = None
+        with torch.no_grad():
+            while len(found) < count:
+                result = self._active(input_ids=ids, past_key_values=cache, use_cache=True)
+                cache, ids = result.past_key_values, result.logits[:, -1:].argmax(-1)
+                found.append(int(ids))
+        return found

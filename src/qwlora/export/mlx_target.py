@@ -82,3 +82,16 @@ class MlxRuntime:
         self._model.eval()
         found = self._model(mx.array(ids.numpy().astype(np.int32)))
         return torch.from_numpy(np.array(found.astype(mx.float32)))
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        """The `count` likeliest tokens after token ids [1, tokens], one by one, with a cache."""
+        import mlx.core as mx
+        import numpy as np
+        from mlx_lm.models.cache import make_prompt_cache
+
+        cache, tokens = make_prompt_cache(self._model), mx.array(ids.numpy().astype(np.int32))
+        found: list[int] = []
+        while len(found) < count:
+            tokens = mx.argmax(self._model(tokens, cache=cache)[:, -1:], axis=-1)
+            found.append(int(tokens.item()))
+        return found

@@ -45,6 +45,9 @@ class WeightsRuntime(Protocol):
     def logits(self, ids: Tensor) -> Tensor:
         """Float32 logits [batch, tokens, vocabulary] of token ids [batch, tokens]."""
 
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        """The `count` likeliest tokens after token ids [1, tokens], one by one, with a cache."""
+
 
 @dataclass(frozen=True)
 class WeightsParity:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from qwlora.export.bundle import BASE, PROOF
 from qwlora.export.grid_table import refusal
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget, WeightsTarget
@@ -206,10 +207,10 @@ class Recipe(Section):
                     f"but no DoRA and no experts; remove {target} from export.targets, or train "
                     "without dora and target_parameters"
                 )
-            if "base" in (a.name for a in self.adapters):
+            if taken := {BASE, PROOF} & {a.name for a in self.adapters}:
                 raise ValueError(
-                    f"adapters: base is the name of the base's folder in export/{target}; choose "
-                    "another name"
+                    f"adapters: {min(taken)} is the name of another folder in export/{target}; "
+                    "choose another name"
                 )
         return self
 

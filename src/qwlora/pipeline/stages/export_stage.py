@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.atomic import files_in
+from qwlora.export.bundle import BASE, RECORD
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase, ExportedGraph, GraphTarget, WeightsTarget
 from qwlora.formats.model_source import fetch
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 
 NAME = "export"
-BASE = "base"
-RECORD = "qwlora.json"  # next to exported files: the base's fingerprint, and digests of the files
 
 
 def add_base(plan: PlanBuilder, target: str) -> None:
@@ -90,5 +89,5 @@ def _write_weights(context: JobContext, name: str, adapter: str | None, scratch:
     else:
         canonical = read_canonical(context.path / "adapters" / adapter)
         target.write_adapter(canonical, context.path / NAME / name / BASE, scratch)
-    files = [file.name for file in scratch.iterdir()]
-    manifest.write(scratch, RECORD, {"base_fingerprint": context.base_fingerprint}, files)
+    record = {"base_fingerprint": context.base_fingerprint}
+    manifest.write(scratch, RECORD, record, files_in(scratch))

@@ -6,12 +6,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwlora.export.bundle import BASE, PROOF, RECORD
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget, WeightsTarget
 from qwlora.pipeline.stage import PlanBuilder, Stage
-from qwlora.pipeline.stages.export_stage import BASE, RECORD
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qwlora.data.sequences import Sequences
     from qwlora.export.verify import LanguageModelParity, Limits
     from qwlora.export.verify_weights import WeightsParity
     from qwlora.pipeline.context import JobContext
@@ -24,10 +27,12 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
     """Add the stage of one target and adapter."""
     inputs: list[Any] = [plan.recipe.verify.model_dump(), plan.text(name)]
     needs = [f"export/{target}/{name}"]
+    artifact = None
     if isinstance(kind := TARGETS[target], WeightsTarget):
         needs.insert(0, f"export/{target}")
         inputs.append(kind.missing())  # it is verified once its runtime is installed
-    plan.add(f"{NAME}/{target}/{name}", inputs, tuple(needs), name)
+        artifact = f"export/{target}/{PROOF}/{name}"
+    plan.add(f"{NAME}/{target}/{name}", inputs, tuple(needs), name, artifact)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -38,22 +43,25 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     _, name, *_ = stage.name.split("/")
     target, adapter, section = TARGETS[name], str(stage.adapter), context.recipe.verify
     parity: LanguageModelParity | WeightsParity
-    of = "simulated"
+    of, proof = "simulated", dict[str, Any]()
     if isinstance(target, GraphTarget):
         parity = _verify_graph(context, target, name, adapter)
     else:
         assert isinstance(target, WeightsTarget)
-        if missing := target.missing():
-            return {"parity": {name: {adapter: {"not_run": missing}}}}
-        parity, of = _verify_weights(context, target, name, adapter), "trained"
+        model, held_out = context.adapted(adapter), _held_out(context, adapter)
+        proof = _prove(context, name, adapter, model, held_out, scratch)
+        if "not_run" in proof:
+            return {"parity": {name: {adapter: {"not_run": proof["not_run"]}}}}
+        parity, of = _verify_weights(context, target, name, adapter, model, held_out), "trained"
     limits = Limits(
         perplexity_difference=section.perplexity_difference,
         layer_steps=section.layer_steps,
         layer_mean_steps=section.layer_mean_steps,
     )
-    problems = list(parity.broken_limits(limits))
+    problems = [*parity.broken_limits(limits), *proof.get("problems", [])]
     measured = {
         **parity.to_json(),
+        **({"proof": proof["figures"]} if proof else {}),
         "passed": not problems,
         "problems": problems,
         "limits": _limits_of(parity, limits),
@@ -100,19 +108,57 @@ def _verify_graph(
     )
 
 
+def _held_out(context: JobContext, adapter: str) -> Sequences:
+    return context.text(adapter).data.held_out.first(context.recipe.verify.sequences)
+
+
 def _verify_weights(
-    context: JobContext, target: WeightsTarget, name: str, adapter: str
+    context: JobContext,
+    target: WeightsTarget,
+    name: str,
+    adapter: str,
+    model: PeftModel,
+    held_out: Sequences,
 ) -> WeightsParity:
     from qwlora.export.verify_weights import verify_weights
-    from qwlora.formats import manifest
 
     base, own = (context.path / "export" / name / folder for folder in (BASE, adapter))
+    return verify_weights(target.open(base), model, own, held_out, context.track)
+
+
+def _prove(
+    context: JobContext,
+    name: str,
+    adapter: str,
+    model: PeftModel,
+    held_out: Sequences,
+    scratch: Path,
+) -> dict[str, Any]:
+    """Write the proof of an adapter, with which it can be verified elsewhere, and the README."""
+    from qwlora.export.bundle import facts, proofs, proven, record_digest, write_proof, write_readme
+    from qwlora.export.proof import make_reference
+    from qwlora.formats import manifest
+
+    target, bundle = TARGETS[name], context.path / "export" / name
+    assert isinstance(target, WeightsTarget)
+    base, own = bundle / BASE, bundle / adapter
     for folder in (base, own):
         manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
-    return verify_weights(
-        target.open(base),
-        context.adapted(adapter),
-        own,
-        context.text(adapter).data.held_out.first(context.recipe.verify.sequences),
-        context.track,
-    )
+    reference = make_reference(model, held_out)
+    limits = {"perplexity_difference": context.recipe.verify.perplexity_difference}
+    record = {
+        "target": name,
+        "adapter": adapter,
+        **facts(model, context.recipe.model.source),
+        "base_fingerprint": context.base_fingerprint,
+        "of": {"base": record_digest(base), "adapter": record_digest(own)},
+        "limits": limits,
+    }
+    if missing := target.missing():
+        record["not_run"] = missing
+    else:
+        record |= proven(target, bundle, adapter, reference, limits)
+    write_proof(scratch, reference, record)
+    others = {n: r for n, r in proofs(bundle).items() if (bundle / n).is_dir()}
+    write_readme(bundle, {**others, adapter: record})
+    return record

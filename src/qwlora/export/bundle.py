@@ -1,0 +1,228 @@
+"""A bundle: the folder of one target, with everything needed to run and to prove it elsewhere.
+
+    base/                     the base's integers; qwlora.json lists the digests of its files
+    NAME/                     an adapter; the same
+    proof/NAME/               see `proof.py`; proof.json has the digests of both qwlora.json
+    README.md                 what it is, how to run it, what was proven
+
+A changed, missing or additional file is refused, and so is a base or an adapter of another bundle.
+README.md may be edited.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwlora.atomic import files_in, read_tensors, write_tensors, write_text
+from qwlora.errors import FingerprintError, SourceError, reading
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import WeightsTarget
+from qwlora.formats import manifest
+from qwlora.messages import listed, size
+from qwlora.progress import Track, untracked
+
+BASE, PROOF, README = "base", "proof", "README.md"
+RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
+PROOF_RECORD, REFERENCE = "proof.json", "reference.safetensors"
+FORMAT = 1
+
+
+def write_proof(folder: Path, reference: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Write the reference and the record of one adapter into `folder`."""
+    write_tensors(folder / REFERENCE, dict(reference))
+    manifest.write(folder, PROOF_RECORD, {"format": FORMAT, **record}, [REFERENCE])
+
+
+def record_digest(folder: Path) -> str:
+    """SHA-256 of a base's or an adapter's record, which lists the digests of its files."""
+    return hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder has the layout of a bundle."""
+    return (folder / PROOF).is_dir() and (folder / BASE).is_dir()
+
+
+def proofs(bundle: Path) -> dict[str, dict[str, Any]]:
+    """The records of all adapters of a bundle, by name.
+
+    Raises:
+        SourceError: one cannot be read.
+    """
+    found = {}
+    for path in sorted(bundle.glob(f"{PROOF}/*/{PROOF_RECORD}")):
+        try:
+            with reading(path):
+                found[path.parent.name] = dict(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{str(path)!r} cannot be read ({error}); copy it again") from error
+    return found
+
+
+def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Compare base, adapter and proof of a bundle with their digests, and with each other.
+
+    Raises:
+        FingerprintError: a file was changed, added or removed, or base and adapter are not those
+            of the proof.
+    """
+    manifest.check(bundle / PROOF / name, PROOF_RECORD, f"proof of {name}", "verify the job again")
+    for part, folder in ((BASE, bundle / BASE), ("adapter", bundle / name)):
+        what = f"{str(folder)!r}"
+        if not manifest.has_digests(folder, RECORD):
+            raise FingerprintError(f"{what} has no readable {RECORD} with digests; copy it again")
+        manifest.check(folder, RECORD, what, "export it again")
+        if record_digest(folder) != record.get("of", {}).get(part):
+            raise FingerprintError(
+                f"{what} is not the one that the proof in {PROOF}/{name} is of; copy the whole "
+                "bundle again, or verify the job again"
+            )
+        known = json.loads((folder / RECORD).read_text())[manifest.FILES]
+        if added := sorted(set(files_in(folder)) - set(known)):
+            raise FingerprintError(
+                f"{what} holds files that were not exported: {listed(added)}; remove them"
+            )
+
+
+def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str, Any]]:
+    """Prove a bundle again: check its files, run them, and compare with the reference.
+
+    Returns:
+        figures by adapter, as in proof.json.
+
+    Raises:
+        FingerprintError: see `check_files`.
+        MissingExtraError: the target's program is not installed.
+        ExportError: it refuses the files.
+        SourceError: the folder is no bundle of a known target.
+    """
+    found = {}
+    records = proofs(bundle)
+    if not records:
+        raise SourceError(
+            f"{str(bundle)!r} has no {PROOF}/NAME/{PROOF_RECORD}; verify the job that exported it"
+        )
+    for name, record in records.items():
+        check_files(bundle, name, record)
+    for name, record in track(records.items(), "verifying", len(records)):
+        target = TARGETS.get(str(record.get("target")))
+        if not isinstance(target, WeightsTarget):
+            raise SourceError(f"{str(bundle)!r} is of target {record.get('target')!r}: unknown")
+        target.require_packages()
+        reference, _ = read_tensors(bundle / PROOF / name / REFERENCE)
+        found[name] = proven(target, bundle, name, reference, record["limits"])
+    return found
+
+
+def proven(
+    target: WeightsTarget,
+    bundle: Path,
+    name: str,
+    reference: Mapping[str, Any],
+    limits: Mapping[str, float],
+) -> dict[str, Any]:
+    """What running an adapter of a bundle gives: figures, problems, program and machine."""
+    from qwlora.export.proof import broken_limits, client, machine, measure
+
+    figures = measure(target, bundle / BASE, bundle / name, reference)
+    problems = list(broken_limits(figures, reference, limits["perplexity_difference"]))
+    return {
+        "client": client(target),
+        "machine": machine(),
+        "figures": figures,
+        "passed": not problems,
+        "problems": problems,
+    }
+
+
+def facts(model: Any, source: str) -> dict[str, Any]:
+    """What a README says about a packed base that was made from the model `source`."""
+    from qwlora.formats.model_origin import origin_of
+    from qwlora.grid.scheme import short_name
+    from qwlora.nn.pack_at import packed_weights
+
+    origin = origin_of(source)
+    grids = Counter(short_name(layer.scheme) for layer in packed_weights(model).values())
+    return {"model": origin.name, "license": origin.license, "grids": dict(grids)}
+
+
+def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write README.md from the records of all adapters."""
+    names, some = sorted(records), next(iter(records.values()))
+    target = TARGETS[some["target"]]
+    assert isinstance(target, WeightsTarget)
+    sizes = {
+        path: size(sum(f.stat().st_size for f in (bundle / path).rglob("*") if f.is_file()))
+        for path in (BASE, *names)
+    }
+    grids = ", ".join(f"{count} of {grid}" for grid, count in some["grids"].items())
+    parts = [
+        f"# {some['model']} for {some['target']}",
+        f"A quantized base model and {len(names)} LoRA adapters that were trained on exactly these "
+        f"integers. Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
+        "## Run\n\nIn this folder:",
+        target.loading(BASE, names[0]),
+        "| folder | what | size |\n|---|---|---|\n"
+        + "\n".join(
+            f"| `{path}/` | {'base' if path == BASE else 'adapter'} | {n} |"
+            for path, n in sizes.items()
+        ),
+        "## Proof\n\n" + "\n".join(proof_table(records)),
+        "`qwlora verify .` repeats this, on any machine that has the program.",
+        f"## License\n\n{_license(some['license'])}",
+    ]
+    write_text(bundle / README, "\n\n".join(parts) + "\n")
+
+
+def _license(stated: str | None) -> str:
+    if stated is None:
+        return "That of the base model, whose files do not state one."
+    return f"That of the base model: {stated}."
+
+
+def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The figures of all adapters as lines of Markdown."""
+    lines = [
+        "Each file was run in the program and compared with the model as it was trained.",
+        "",
+        "| adapter | settings | perplexity, trained and here | KL | same likeliest token | "
+        "log-probability off by, at most | tokens per second, prompt and new | switch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for name, record in records.items():
+        if "not_run" in record:
+            notes.append(f"{name}: written, not run. {record['not_run']}")
+            continue
+        for settings in ("exact", "shipped"):
+            if (found := record["figures"].get(settings)) is None:
+                continue
+            for state in ("base", "adapter"):
+                of = found[state]
+                is_adapter = state == "adapter"
+                speeds = (
+                    f"{found['prefill_tokens_per_second']:.0f}, "
+                    f"{found['decode_tokens_per_second']:.1f} | "
+                    f"{1000 * found['switch_seconds']:.2g} ms"
+                    if is_adapter
+                    else " | "
+                )
+                lines.append(
+                    f"| {name if is_adapter else 'none'} | {settings} | "
+                    f"{of['reference_perplexity']:.3f}, {of['perplexity']:.3f} | "
+                    f"{of['kl_divergence']:.2g} | {of['top1_agreement']:.2%} | "
+                    f"{of['max_log_prob_difference']:.2g} | {speeds} |"
+                )
+        clients = ", ".join(f"{n} {v}" for n, v in record["client"].items())
+        memory, load = (record["figures"][key] for key in ("peak_memory_bytes", "load_seconds"))
+        verdict = "; ".join(["FAILED", *record["problems"]]) if record["problems"] else "passed"
+        notes.append(
+            f"{name}: {verdict} on {record['machine']}, {clients}; "
+            f"{size(memory)} of memory, loaded in {load:.2g} s."
+        )
+    return [*lines, "", *(f"- {note}" for note in notes)]

@@ -1,0 +1,208 @@
+"""What a bundle of base and adapters is proven with, on any machine, without the training job.
+
+A bundle is the folder export/TARGET: base/, NAME/ for each adapter, proof/NAME/, README.md.
+
+    reference.safetensors    tokens, and what the trained model says about them
+    proof.json               figures, limits, and which base and adapter they are of
+
+The reference holds, without the adapter and with it, for each token the log-probabilities of the
+TOP likeliest next tokens and the loss. The Kullback-Leibler divergence of a runtime from it counts
+all other tokens as one:
+
+    KL = sum_i p_i log(p_i / q_i) + r log(r / s),    r = 1 - sum_i p_i,  s = 1 - sum_i q_i
+
+Log-probabilities may differ by twice LOGIT_DIFFERENCE of the largest logit, since they are a logit
+minus a mean of logits. Speeds are of one run on this machine, one sequence at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from qwlora.data.sequences import Sequences
+from qwlora.export.target import WeightsTarget
+from qwlora.export.verify import token_losses
+from qwlora.export.verify_weights import AGREEMENT, LOGIT_DIFFERENCE, WeightsRuntime
+from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
+
+TOP = 64
+SEQUENCES = 2  # a bundle need not hold more to be proven again
+DECODED = 16  # tokens
+STATES = ("base", "adapter")
+
+
+@torch.no_grad()
+def make_reference(model: PeftModel, sequences: Sequences) -> dict[str, Tensor]:
+    """The reference that the packed base with a trained adapter gives for a few sequences."""
+    few = sequences.first(SEQUENCES)
+    found = {"ids": few.input_ids, "labels": few.labels}
+    for state in STATES:
+        parts: dict[str, list[Tensor]] = {"top": [], "log_probs": [], "losses": [], "largest": []}
+        for ids, labels in zip(few.input_ids, few.labels, strict=True):
+            if state == "base":
+                with model.disable_adapter():
+                    logits = model(input_ids=ids[None]).logits.double()
+            else:
+                logits = model(input_ids=ids[None]).logits.double()
+            values, top = logits[0].log_softmax(-1).topk(min(TOP, logits.shape[-1]))
+            parts["top"].append(top.int())
+            parts["log_probs"].append(values.float())
+            parts["losses"].append(token_losses(logits, labels))
+            parts["largest"].append(logits.abs().max())
+        found |= {f"{state}.{name}": torch.stack(tensors) for name, tensors in parts.items()}
+    return found
+
+
+def measure(
+    target: WeightsTarget, base: Path, adapter: Path, reference: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Run a bundle's base without, with and without an adapter, with exact settings and as shipped.
+
+    Returns:
+        `exact`, and `shipped` where it differs: figures of `base` and `adapter`, whether switching
+        the adapter off gives the bits of before, seconds and tokens per second. Also the seconds to
+        load the base and the growth of this process's memory, of both together, and bytes of files.
+
+    Raises:
+        ExportError: the runtime refuses the files.
+    """
+    reset_peak_rss()
+    before, began = peak_rss_bytes(), time.perf_counter()
+    runtime = target.open(base)
+    found: dict[str, Any] = {"load_seconds": time.perf_counter() - began}
+    found["exact"] = _run(runtime, adapter, reference)
+    if runtime.shipped is not None:
+        found["shipped"] = _run(runtime.shipped, adapter, reference)
+    found["peak_memory_bytes"] = peak_rss_bytes() - before
+    found["bytes"] = {"base": _bytes(base), "adapter": _bytes(adapter)}
+    return found
+
+
+def broken_limits(
+    figures: Mapping[str, Any], reference: Mapping[str, Tensor], perplexity_difference: float
+) -> Iterator[str]:
+    """A sentence for each limit that exact settings exceed, or that switching off does not keep."""
+    for state in STATES:
+        found = figures["exact"][state]
+        what = "with the adapter" if state == "adapter" else "without it"
+        allowed = 2 * LOGIT_DIFFERENCE * float(reference[f"{state}.largest"].max())
+        if not found["max_log_prob_difference"] <= allowed:
+            yield (
+                f"a log-probability {what} is off by {found['max_log_prob_difference']:.3g} "
+                f"(limit {allowed:.3g})"
+            )
+        if not found["top1_agreement"] >= AGREEMENT:
+            yield (
+                f"the likeliest token {what} is the same for {found['top1_agreement']:.2%} of "
+                f"tokens (limit {AGREEMENT:.1%})"
+            )
+        difference = abs(found["perplexity"] / found["reference_perplexity"] - 1)
+        if not difference <= perplexity_difference:
+            yield (
+                f"perplexity {what} differs by {difference:.2%} (limit {perplexity_difference:.2%})"
+            )
+    for settings in ("exact", "shipped"):
+        if settings in figures and not figures[settings]["off_is_equal"]:
+            yield f"after the adapter is switched off, logits differ from those before ({settings})"
+
+
+def client(target: WeightsTarget) -> dict[str, str]:
+    """Versions of the target's packages."""
+    found = {}
+    for package in target.packages:
+        name = package.partition(".")[0].replace("_", "-")
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> str:
+    """The processor and the number of threads."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.processor())}, {torch.get_num_threads()} threads"
+
+
+def _run(runtime: WeightsRuntime, adapter: Path, reference: Mapping[str, Tensor]) -> dict[str, Any]:
+    first = reference["ids"][:1]
+    runtime.use(None)
+    found: dict[str, Any] = {"base": _compare(runtime, reference, "base")}
+    before = runtime.logits(first)
+    runtime.use(adapter)
+    found["adapter"] = _compare(runtime, reference, "adapter")
+    prompt = first[:, : max(1, first.shape[1] - DECODED)]
+    began = time.perf_counter()
+    runtime.logits(prompt)
+    prefill = time.perf_counter() - began
+    began = time.perf_counter()
+    tokens = runtime.decode(prompt, DECODED)
+    decode = max(time.perf_counter() - began - prefill, 1e-9)
+    whole = torch.cat([prompt, torch.tensor([tokens])], dim=1)
+    likeliest = runtime.logits(whole)[0, prompt.shape[1] - 1 : -1].argmax(-1)
+    found["decode_agreement"] = float((likeliest == whole[0, prompt.shape[1] :]).float().mean())
+    found["prefill_tokens_per_second"] = prompt.shape[1] / prefill
+    found["decode_tokens_per_second"] = DECODED / decode
+    began = time.perf_counter()
+    runtime.use(None)
+    off = time.perf_counter() - began
+    found["off_is_equal"] = torch.equal(runtime.logits(first), before)
+    began = time.perf_counter()
+    runtime.use(adapter)  # which has been read by now, where the runtime keeps adapters
+    found["switch_seconds"] = max(off, time.perf_counter() - began)
+    runtime.use(None)
+    return found
+
+
+def _compare(
+    runtime: WeightsRuntime, reference: Mapping[str, Tensor], state: str
+) -> dict[str, float]:
+    largest, same, divergence, nll, tokens, counted = 0.0, 0, 0.0, 0.0, 0, 0
+    for number, (ids, labels) in enumerate(zip(reference["ids"], reference["labels"], strict=True)):
+        logits = runtime.logits(ids[None]).double()
+        found = logits[0].log_softmax(-1)
+        top = reference[f"{state}.top"][number].long()
+        expected = reference[f"{state}.log_probs"][number].double()
+        at = found.gather(-1, top)
+        largest = max(largest, float((at - expected).abs().max()))
+        same += int((found.argmax(-1) == top[:, 0]).sum())
+        divergence += float(_divergence(expected, at).sum())
+        losses = token_losses(logits, labels)
+        nll += float(losses.sum())
+        tokens += len(ids)
+        counted += int((labels[1:] >= 0).sum())
+    expected_nll = float(reference[f"{state}.losses"].sum())
+    return {
+        "max_log_prob_difference": largest,
+        "top1_agreement": same / tokens,
+        "kl_divergence": divergence / tokens,
+        "perplexity": math.exp(nll / counted),
+        "reference_perplexity": math.exp(expected_nll / counted),
+        "tokens": tokens,
+    }
+
+
+def _divergence(expected: Tensor, found: Tensor) -> Tensor:
+    """KL of each row, in nats; see the module."""
+    p, rest = expected.exp(), (1 - expected.exp().sum(-1)).clamp_min(0)
+    other = (1 - found.exp().sum(-1)).clamp_min(torch.finfo(torch.float64).tiny)
+    tail = torch.where(rest > 0, rest * (rest.clamp_min(1e-300).log() - other.log()), 0.0)
+    return (p * (expected - found)).sum(-1) + tail
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

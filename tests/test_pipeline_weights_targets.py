@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from command_line import qwlora
+from conftest import reseal
 from qwlora import load_adapter, load_base
-from qwlora.errors import FingerprintError, RecipeError
+from qwlora.atomic import files_in, read_tensors
+from qwlora.errors import FingerprintError, RecipeError, SourceError
+from qwlora.export.bundle import proofs, record_digest, verify_bundle
 from qwlora.export.registry import TARGETS
 from qwlora.pipeline.run_job import run
 from qwlora.pipeline.stages import VERBS
@@ -42,7 +49,7 @@ def job(recipe_for: Any, finished: Path) -> Path:
 def test_the_base_is_written_once_and_every_adapter_beside_it(job: Path) -> None:
     for name in ("hf", "mlx"):
         folders = {path.name for path in (job / "export" / name).iterdir()}
-        assert folders == {"base", "first", "second"}
+        assert folders == {"base", "first", "second", "proof", "README.md"}
     results = json.loads((job / "results.json").read_text())
     assert results["export"]["hf"].keys() == {"base", "first", "second"}
     for name in ("first", "second"):
@@ -121,3 +128,110 @@ def test_a_grid_that_a_target_cannot_hold_is_refused_at_once(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_for(export={"targets": [target]}, base=base))
+
+
+def bundle(job: Path, folder: Path, target: str = "hf") -> Path:
+    """The bundle alone, somewhere else, without the job that made it."""
+    return Path(shutil.copytree(job / "export" / target, folder / "moved"))
+
+
+def test_a_moved_bundle_is_proven_without_the_job(job: Path, tmp_path: Path) -> None:
+    moved = bundle(job, tmp_path)
+    done = qwlora("verify", moved, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == {"first", "second"}
+    for name, proof in found.items():
+        assert proof["passed"]
+        exact, recorded = proof["figures"]["exact"], proofs(moved)[name]["figures"]["exact"]
+        for state in ("base", "adapter"):
+            assert exact[state]["max_log_prob_difference"] <= 1e-4
+            assert exact[state]["kl_divergence"] < 1e-6
+            assert exact[state]["perplexity"] == pytest.approx(recorded[state]["perplexity"])
+        assert exact["off_is_equal"]
+        assert exact["decode_agreement"] == 1
+        assert min(exact["prefill_tokens_per_second"], exact["decode_tokens_per_second"]) > 0
+        assert proof["client"]["compressed-tensors"]
+        assert proof["figures"]["bytes"]["base"] > proof["figures"]["bytes"]["adapter"] > 0
+    results = json.loads((job / "results.json").read_text())
+    assert results["parity"]["hf"]["first"]["proof"]["exact"]["base"]["top1_agreement"] == 1
+
+
+def test_the_reference_is_what_the_trained_model_says(job: Path) -> None:
+    reference, _ = read_tensors(
+        job / "export" / "hf" / "proof" / "second" / "reference.safetensors"
+    )
+    model = load_adapter(load_base(job / "base"), job / "adapters" / "second").eval()
+    ids = reference["ids"][:1]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    expected = logits.log_softmax(-1)[0].topk(64)
+    torch.testing.assert_close(reference["adapter.log_probs"][0], expected.values)
+    assert torch.equal(reference["adapter.top"][0].long(), expected.indices)
+
+
+def test_one_changed_bit_in_any_file_of_a_bundle_is_refused(job: Path, tmp_path: Path) -> None:
+    moved = bundle(job, tmp_path)
+    files = [path for path in files_in(moved) if path != "README.md"]
+    assert {"base/model.safetensors", "first/adapter_model.safetensors"} <= set(files)
+    for name in files:
+        content = (moved / name).read_bytes()
+        changed = bytearray(content)
+        changed[len(changed) // 2] ^= 1
+        (moved / name).write_bytes(changed)
+        with pytest.raises((FingerprintError, SourceError)):
+            verify_bundle(moved)
+        (moved / name).write_bytes(content)
+    (moved / "base" / "added.json").write_text("{}")
+    with pytest.raises(FingerprintError, match=r"added\.json"):
+        verify_bundle(moved)
+
+
+def test_a_base_or_an_adapter_of_another_bundle_is_refused(job: Path, tmp_path: Path) -> None:
+    moved = bundle(job, tmp_path)
+    (moved / "first").rename(tmp_path / "kept")
+    shutil.copytree(moved / "second", moved / "first")
+    done = qwlora("verify", moved)
+    assert done.returncode == 2
+    assert "first' is not the one that the proof" in done.stderr
+    shutil.rmtree(moved / "first")
+    (tmp_path / "kept").rename(moved / "first")
+    (moved / "base" / "qwlora.json").write_text((moved / "first" / "qwlora.json").read_text())
+    assert qwlora("verify", moved).returncode == 2
+
+
+def test_a_bundle_that_computes_something_else_fails(job: Path, tmp_path: Path) -> None:
+    """Every digest is right, as after an attack or a bug of the exporter."""
+    moved = bundle(job, tmp_path)
+    shutil.copytree(moved / "second", moved / "first", dirs_exist_ok=True)
+    proof = json.loads((moved / "proof" / "first" / "proof.json").read_text())
+    proof["of"]["adapter"] = record_digest(moved / "first")
+    (moved / "proof" / "first" / "proof.json").write_text(json.dumps(proof))
+    reseal(moved / "proof" / "first", "proof.json")
+    done = qwlora("verify", moved)
+    assert done.returncode == 1
+    assert "first: a log-probability with the adapter is off by" in done.stderr
+    assert "| second | exact |" in done.stdout
+
+
+def test_the_readme_of_a_bundle_runs(job: Path, tmp_path: Path) -> None:
+    for target, packages in (("hf", ["compressed_tensors"]), ("mlx", ["mlx_lm"])):
+        moved = bundle(job, tmp_path / target, target)
+        text = (moved / "README.md").read_text()
+        assert "first" in text
+        assert "w4-block32" in text
+        assert "whose files do not state one" in text  # of the tiny model's license
+        if any(importlib.util.find_spec(package) is None for package in packages):
+            assert "written, not run" in text
+            continue
+        assert "| first | exact |" in text
+        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            with contextlib.chdir(moved):
+                exec(code, {})
+
+
+def test_verify_without_a_job_or_a_bundle_says_what_it_needs(tmp_path: Path) -> None:
+    done = qwlora("verify", tmp_path)
+    assert done.returncode == 2
+    assert "--out" in done.stderr
+    assert "base and proof" in done.stderr

@@ -73,7 +73,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
 def test_auto_follows_the_instructions_of_the_processor(
     cpuinfo: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self: cpuinfo)
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: cpuinfo)
     assert auto_compute("cpu") == expected
 
 

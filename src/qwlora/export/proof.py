@@ -18,7 +18,6 @@ minus a mean of logits. Speeds are of one run on this machine, one sequence at a
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +33,7 @@ from qwlora.export.target import WeightsTarget
 from qwlora.export.verify import token_losses
 from qwlora.export.verify_weights import AGREEMENT, LOGIT_DIFFERENCE, WeightsRuntime
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
+from qwlora.system.processor import processor_name
 
 TOP = 64
 SEQUENCES = 2  # a bundle need not hold more to be proven again
@@ -130,12 +130,7 @@ def client(target: WeightsTarget) -> dict[str, str]:
 
 def machine() -> str:
     """The processor and the number of threads."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.processor())}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
 def _run(runtime: WeightsRuntime, adapter: Path, reference: Mapping[str, Tensor]) -> dict[str, Any]:

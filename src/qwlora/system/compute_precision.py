@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from qwlora.errors import QwloraWarning
+from qwlora.system.processor import processor_facts
 
 Compute = Literal["float32", "bfloat16"]
 
@@ -95,15 +96,13 @@ def slow_compute(compute: str, device: str) -> str | None:
 
 
 def _cpu_has_bfloat16() -> bool:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
+    facts = processor_facts()
+    if not facts:  # not Linux
         import torch
 
         found = torch.cpu.get_capabilities()
         return any(found.get(feature, False) for feature in _CPU_FEATURES)
-    named = (line.partition(":") for line in lines)
-    features = next((v for k, _, v in named if k.strip() in ("flags", "Features")), "")
+    features = facts.get("flags") or facts.get("Features", "")
     return not _CPU_FEATURES.isdisjoint(features.split())
 
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON313 ?= python3.13
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-clients test-oldest test-py313 test-aimet test-attack fuzz static check format
+.PHONY: demo docs test test-slow test-clients test-oldest test-py313 test-aimet test-attack fuzz static check format
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -78,15 +78,28 @@ fuzz: .venv/ready
 	$(BIN)/python benchmarks/fuzz_encodings.py 600
 
 static: .venv/ready
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/mypy
 
 check: static test
 
 format: .venv/ready
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks docs
+	$(BIN)/ruff check --fix src tests benchmarks docs
 
 docs/recipe.md: .venv/ready $(wildcard src/qwlora/recipe/*.py)
 	$(BIN)/python -m qwlora.recipe.reference > $@
+
+docs/cli.md: .venv/ready $(wildcard src/qwlora/cli/*.py)
+	$(BIN)/python -m qwlora.cli.reference > $@
+
+docs/errors/index.md: .venv/ready src/qwlora/errors.py tests/docs/error_pages.py
+	cd tests && ../$(BIN)/python -m docs.error_pages ../docs/errors
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: .venv/docs docs/recipe.md docs/cli.md docs/errors/index.md   # the site is in out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -12,7 +12,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TESTED = [name for name in EXTRAS if name not in ("benchmarks", "dev")]
+TESTED = [name for name in EXTRAS if name not in ("benchmarks", "dev", "docs", "notebooks")]
 REQUIREMENTS = [
     Requirement(line)
     for line in [*PROJECT["dependencies"], *(line for name in TESTED for line in EXTRAS[name])]

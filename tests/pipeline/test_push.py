@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 
 import qwlora
 from command_line import qwlora as command
+from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from qwlora.errors import DirectoryError, UploadError
 from qwlora.pipeline.push import prepared, send
@@ -109,6 +110,33 @@ def test_the_python_of_a_card_loads_the_files(job: Path, monkeypatch: pytest.Mon
             names: dict[str, Any] = {}
             exec(compile(code, f"{folder}/{CARD}", "exec"), names)
             assert names["model"](torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("page", "folders"),
+    [
+        ("push.md", {"base": "base", "support": "adapters/first"}),
+        (
+            "runtimes.md",
+            {"out/export/hf/base": "export/hf/base", "out/export/hf/support": "export/hf/first"},
+        ),
+    ],
+)
+def test_the_python_of_a_page_loads_the_files(
+    page: str, folders: dict[str, str], job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, there in folders.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(job / there)
+    monkeypatch.chdir(tmp_path)
+    (code,) = [b.text for b in blocks(ROOT / "docs" / page) if b.language == "python"]
+    names: dict[str, Any] = {}
+    exec(compile(code, page, "exec"), names)
+    adapted = qwlora.load_adapter(qwlora.load_base(job / "base"), job / "adapters/first").eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        found = names["model"].eval()(ids).logits
+    torch.testing.assert_close(found, adapted(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_card_is_written_again_unless_the_user_edited_it(job: Path) -> None:

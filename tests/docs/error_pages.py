@@ -1,0 +1,321 @@
+"""Writes docs/errors: a page for each error class, from its docstring, a message and remedies.
+
+    python -m docs.error_pages FOLDER        (in tests/; `make docs/errors/index.md` runs it)
+
+The message on a page is raised by the package when the page is written, so a changed message
+changes the page, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import chdir
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import nn
+
+from qwlora import errors, strict_json
+from qwlora.adapter.adapter_folder import check_adapter
+from qwlora.adapter.attach import check_trainable
+from qwlora.encodings import convert, read
+from qwlora.errors import QwloraError
+from qwlora.export.canonical_adapter import read_canonical
+from qwlora.export.verify import LayerParity, Limits, check_parity
+from qwlora.formats.model_source import locate
+from qwlora.nn import PackedLinear
+from qwlora.nn.finite import check_finite
+from qwlora.pipeline.push import Upload, send
+from qwlora.pipeline.run_job import job_recipe
+from qwlora.quantize.quantize_model import quantize_
+from qwlora.recipe import parse_recipe
+from qwlora.system.optional_packages import require
+
+HEAD = """\
+Generated from the code: `make docs/errors/index.md`.
+"""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the code cannot say.
+
+    Args:
+        raising: raises a typical error of the class, in an empty current directory.
+        remedies: pairs of a cause and what to do.
+    """
+
+    raising: Callable[[], object]
+    remedies: tuple[tuple[str, str], ...]
+
+
+def _folder(name: str, **files: object) -> Path:
+    folder = Path(name)
+    folder.mkdir(parents=True)
+    for file, content in files.items():
+        (folder / f"{file}.json").write_text(json.dumps(content))
+    return folder
+
+
+def _wrong_recipe() -> None:
+    parse_recipe(
+        {
+            "model": {"source": "model"},
+            "data": {"sourc": "text.jsonl"},
+            "adapters": [{"name": "support", "steps": 3}],
+        },
+        "recipe.yaml",
+    )
+
+
+def _other_base() -> None:
+    folder = _folder("adapters/first", qwlora={"base_fingerprint": "0" * 64}, adapter_config={})
+    (folder / "adapter_model.safetensors").touch()
+    check_adapter(folder, "1" * 64)
+
+
+def _dora() -> None:
+    from safetensors.torch import save_file
+
+    folder = _folder("adapters/first", adapter_config={"use_dora": True})
+    save_file({}, folder / "adapter_model.safetensors")
+    read_canonical(folder)
+
+
+def _merged() -> None:
+    layer = nn.Linear(64, 32, bias=False)
+    model = nn.ModuleDict({"proj": layer})
+    quantize_(model, "w4-block32")  # type: ignore[arg-type]
+    assert isinstance(model["proj"], PackedLinear)
+    model["proj"].weight.data += 1.0
+
+
+def _in_training_mode() -> None:
+    from qwlora.graph.capture import capture
+
+    capture(nn.Linear(2, 2), {"input": torch.ones(1, 2)})
+
+
+def _lossy() -> None:
+    entry = {"bw": 4, "dtype": "INT", "enc_type": "PER_TENSOR", "is_sym": True, "name": "w"}
+    content = {
+        "version": "1.0.0",
+        "activation_encodings": [],
+        "param_encodings": [{**entry, "scale": [0.5], "offset": [-8]}],
+        "excluded_layers": ["norm"],
+    }
+    Path("model.encodings").write_text(json.dumps(content))
+    convert(read("model.encodings"), "2.0.0")
+
+
+def _bad_encodings() -> None:
+    Path("model.encodings").write_text('{"version": "1.0.0", "param_encodings": []}')
+    read("model.encodings")
+
+
+def _missing_package() -> None:
+    with mock.patch.dict(sys.modules, {"onnxruntime": None}):
+        require("onnxruntime", "onnx")
+
+
+def _no_token() -> None:
+    with mock.patch("huggingface_hub.get_token", return_value=None):
+        send(Upload("the base", "you/base", True, {}, ()), Path("out"))
+
+
+def _trainable_base() -> None:
+    check_trainable(nn.ModuleDict({"proj": nn.Linear(8, 8)}))
+
+
+PAGES = {
+    errors.RecipeError: Page(
+        _wrong_recipe,
+        (
+            ("a key is misspelled", "take the name that the message suggests"),
+            ("a key is missing", "`qwlora init --full` lists every key"),
+            ("two settings exclude each other", "change one of the two that are named"),
+        ),
+    ),
+    errors.SourceError: Page(
+        lambda: locate("./models/llama"),
+        (
+            ("the path is wrong", "the message shows the absolute path that was looked for"),
+            ("the model is on the hub", "give `owner/name`, and check the network and the token"),
+            ("a file is damaged", "download or copy it again"),
+        ),
+    ),
+    errors.GridError: Page(
+        lambda: quantize_(nn.ModuleDict({"proj": nn.Linear(50, 8)}), "w4-block32"),  # type: ignore[arg-type]
+        (
+            ("a block size does not divide a layer's inputs", "choose one that does"),
+            ("one layer is special", "give it a grid of its own with `base.rules`"),
+            ("a layer is wrapped or patched", "undo that before you train or save"),
+        ),
+    ),
+    errors.FingerprintError: Page(
+        _other_base,
+        (
+            ("the adapter is of another base", "load its own base, or train it on this one"),
+            ("a file was edited or damaged", "copy it again, or run the stage that writes it"),
+            ("you edited it on purpose", 'delete its entry under `"files"` in the record'),
+        ),
+    ),
+    errors.DirectoryError: Page(
+        lambda: job_recipe(Path("out")),
+        (
+            ("the folder is of another job", "choose another `--out`"),
+            ("it holds files that the job did not write", "move them out"),
+            ("there is no space, or no permission", "free space, or change the permissions"),
+            ("a stage has not run", "run the command that the message shows"),
+        ),
+    ),
+    errors.MergeError: Page(
+        _merged,
+        (
+            ("most of the adapter is smaller than a step", "keep the adapter separate"),
+            ("you need one model", "`qwlora merge DIR NAME --into float --out FOLDER`"),
+        ),
+    ),
+    errors.TrainingError: Page(
+        _trainable_base,
+        (
+            ("float weights of the base are trainable", "set requires_grad to False on them"),
+            ("no layer has the name", "take the name of a module of the model"),
+            ("the loss diverged", "lower `learning_rate`, or raise `warmup_steps`"),
+        ),
+    ),
+    errors.CaptureError: Page(
+        _in_training_mode,
+        (
+            ("the model is in training mode", "call `model.eval()`"),
+            ("the model branches on a value", "choose the branch when the model is built"),
+            ("the model keeps state between calls", "remove the state"),
+            ("another shape is needed", "capture again with an example of that shape"),
+        ),
+    ),
+    errors.CalibrationError: Page(
+        lambda: check_finite("model.norm.weight", torch.tensor([1.0, float("nan")])),
+        (
+            ("a weight is NaN or infinite", "check the checkpoint"),
+            ("a layer saw no data", "give it other text, or keep it float with a rule"),
+            ("the calibration is out of date", "`qwlora calibrate --out DIR`"),
+        ),
+    ),
+    errors.ExportError: Page(
+        _dora,
+        (
+            ("the target cannot hold the grid", "choose another grid; `qwlora check` lists them"),
+            ("the target cannot hold the adapter", "train one without DoRA and experts"),
+            ("a runtime refuses a file", "check its version, then export again"),
+        ),
+    ),
+    errors.EncodingsFileError: Page(
+        _bad_encodings,
+        (
+            ("fields are missing or malformed", "export the file again from its tool"),
+            ("the version is wrong", "`qwlora encodings show FILE` tells which it is"),
+        ),
+    ),
+    errors.ConversionError: Page(
+        _lossy,
+        (
+            ("the other version has no such field", "`--lossy` accepts the loss"),
+            ("the file does not have what is needed", "give the model with `--onnx`"),
+        ),
+    ),
+    errors.VerificationError: Page(
+        lambda: check_parity(
+            LayerParity("layers.3.mlp.down_proj", 7.0, 0.2, 12), Limits(), "export/onnx/first"
+        ),
+        (
+            ("a layer computes something else", "do not ship the files; report the layer"),
+            ("the runtime is another version", "use the versions that the exports were made for"),
+            ("only the perplexity differs, barely", "raise `verify.sequences`"),
+        ),
+    ),
+    errors.UploadError: Page(
+        _no_token,
+        (
+            ("there is no token, or it is not accepted", "`hf auth login`, or set HF_TOKEN"),
+            ("the repository is public", "`--public`, or another `--to`"),
+            ("the hub cannot be reached", "check the network and HF_ENDPOINT"),
+        ),
+    ),
+    errors.NonFiniteError: Page(
+        lambda: strict_json.dumps({"perplexity": {"base": float("nan")}}),
+        (
+            ("a layer overflows in half precision", "set `compute: float32`"),
+            ("the base lost too much", "more bits, smaller blocks, or solver gptq"),
+        ),
+    ),
+    errors.MissingExtraError: Page(
+        _missing_package,
+        (("a package is not installed", "run the command in the message"),),
+    ),
+}
+
+
+def message_of(page: Page) -> tuple[type[QwloraError], str]:
+    """Class and message of the error that a page shows, raised in a folder `/home/you`."""
+    with tempfile.TemporaryDirectory() as place, chdir(place):
+        torch.manual_seed(0)
+        try:
+            page.raising()
+        except QwloraError as error:
+            return type(error), str(error).replace(str(Path.cwd()), "/home/you")
+    raise AssertionError(f"{page} raised nothing")
+
+
+def pages() -> dict[str, str]:
+    """The content of docs/errors by file name."""
+    rows = [
+        "# Error messages\n",
+        HEAD,
+        inspect.cleandoc(INDEX),
+        "",
+        "| class | means |",
+        "|---|---|",
+    ]
+    found = {}
+    for kind, page in PAGES.items():
+        name, meaning = kind.__name__, inspect.cleandoc(kind.__doc__ or "").splitlines()[0]
+        raised, message = message_of(page)
+        assert raised is kind, (kind, raised, message)
+        also = next(c for c in kind.__mro__ if c.__module__ == "builtins")
+        rows.append(f"| [{name}]({name}.md) | {meaning} |")
+        lines = [
+            f"# {name}\n",
+            f"{meaning}\n",
+            f"In Python, `qwlora.errors.{name}`, which is also a `{also.__name__}`.\n",
+            "A message looks like this:\n",
+            "```text",
+            message,
+            "```\n",
+            "| cause | what to do |",
+            "|---|---|",
+            *(f"| {cause} | {remedy} |" for cause, remedy in page.remedies),
+            "",
+            HEAD,
+        ]
+        found[f"{name}.md"] = "\n".join(lines).rstrip() + "\n"
+    return {"index.md": "\n".join(rows).rstrip() + "\n", **found}
+
+
+INDEX = """
+Every error that QWLoRA raises on purpose is a `qwlora.errors.QwloraError`. The command line prints
+one message, on standard error, and ends with exit code 2 (1 if a verification failed). A message
+says what was found, where, and what to do. `--debug` prints the traceback too.
+"""
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (target / name).write_text(text)

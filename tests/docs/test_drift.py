@@ -1,0 +1,182 @@
+"""Pages that are generated equal the code, and every snippet in README.md and docs is true."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import command_line
+import qwlora
+from docs.error_pages import PAGES, pages
+from docs.snippets import (
+    LANGUAGES,
+    ROOT,
+    blocks,
+    commands,
+    documents,
+    problem_of_command,
+    problem_of_recipe,
+)
+from qwlora import errors
+from qwlora.cli import reference
+from qwlora.cli.main import app
+
+# Blocks of Python, and the test that runs them.
+PYTHON = {
+    "README.md": (4, "tests/test_readme.py"),
+    "encodings.md": (1, "tests/docs/test_drift.py"),
+    "push.md": (1, "tests/pipeline/test_push.py"),
+    "runtimes.md": (1, "tests/pipeline/test_push.py"),
+}
+
+
+def test_the_command_line_reference_is_up_to_date() -> None:
+    assert (ROOT / "docs/cli.md").read_text() == reference.command_line_reference(), (
+        "make docs/cli.md"
+    )
+
+
+def test_a_changed_flag_default_or_help_changes_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = reference.command_line_reference()
+    for change in (
+        lambda option: setattr(option, "opts", ["--renamed"]),
+        lambda option: setattr(option, "default", 129),
+        lambda option: setattr(option, "help", "Something else."),
+    ):
+        planted = copy.deepcopy(typer.main.get_command(app))
+        generate: Any = planted.commands["generate"]
+        change(next(p for p in generate.params if p.name == "max_new_tokens"))
+        monkeypatch.setattr(typer.main, "get_command", lambda _, planted=planted: planted)
+        assert reference.command_line_reference() != page
+        monkeypatch.undo()
+
+
+def test_the_error_pages_are_up_to_date() -> None:
+    folder = ROOT / "docs" / "errors"
+    written = {path.name: path.read_text() for path in folder.glob("*.md")}
+    assert written == pages(), "make docs/errors/index.md"
+
+
+def test_a_changed_message_or_docstring_changes_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = pages()["MissingExtraError.md"]
+    monkeypatch.setattr("qwlora.system.optional_packages.MissingExtraError", _Reworded)
+    with pytest.raises(AssertionError):
+        pages()
+    monkeypatch.undo()
+    monkeypatch.setattr(errors.MissingExtraError, "__doc__", "Something else.")
+    assert pages()["MissingExtraError.md"] != page
+
+
+class _Reworded(errors.MissingExtraError):
+    def __init__(self, message: str):
+        super().__init__(f"Reworded: {message}")
+
+
+def test_every_error_class_has_a_page_in_the_navigation() -> None:
+    classes = {
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type) and issubclass(value, errors.QwloraError)
+    }
+    assert classes - {errors.QwloraError} == PAGES.keys()
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    listed = re.findall(r"errors/(\w+)\.md", navigation)
+    assert [name for name in listed if name != "index"] == sorted(k.__name__ for k in PAGES)
+
+
+def test_every_public_name_is_in_the_api_reference() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    listed = re.findall(r"^::: qwlora\.(?!encodings)[\w.]+\.(\w+)$", page, re.MULTILINE)
+    assert sorted(listed) == sorted(qwlora.__all__)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    pages = [str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if page not in navigation] == []
+
+
+def test_every_block_of_code_has_a_language_that_is_checked() -> None:
+    found = [block for path in documents() for block in blocks(path)]
+    assert len(found) > 60
+    assert [block.where for block in found if block.language not in LANGUAGES] == []
+
+
+def test_commands_in_the_documentation_exist_with_their_options() -> None:
+    found = [(where, line) for path in documents() for where, line in commands(path)]
+    assert len(found) > 60
+    problems = {f"{where}: {line}": problem_of_command(line) for where, line in found}
+    assert {command: problem for command, problem in problems.items() if problem} == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("qwlora nun recipe.yaml --out out", "no command nun"),
+        ("qwlora run recipe.yaml --outt out", "no option --outt"),
+        ("qwlora run recipe.yaml", "out"),
+        ("qwlora adapters rename out one", "new"),
+        ("qwlora generate out hello --max-new-tokens many", "integer"),
+        ("notaprogram x", "unknown program"),
+    ],
+)
+def test_a_planted_command_is_found(command: str, problem: str) -> None:
+    found = problem_of_command(command)
+    assert found is not None
+    assert problem in found
+
+
+def test_recipes_in_the_documentation_are_valid(checkpoints: dict[str, Path], corpus: Path) -> None:
+    found = [b for path in documents() for b in blocks(path) if b.language == "yaml"]
+    assert len(found) >= 3
+    problems = {b.where: problem_of_recipe(b.text, checkpoints["llama"], corpus) for b in found}
+    assert {where: problem for where, problem in problems.items() if problem} == {}
+
+
+def test_a_planted_key_is_found(checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", copied)
+    copied.write_text(copied.read_text().replace("activation_bitwidth", "activation_bits", 1))
+    found = [b.text for b in blocks(copied) if b.language == "yaml"]
+    problems = [problem_of_recipe(text, checkpoints["llama"], corpus) for text in found]
+    assert any("activation_bits" in problem for problem in problems if problem)
+
+
+def test_every_python_block_is_run_by_a_test() -> None:
+    found: dict[str, int] = {}
+    for path in documents():
+        count = sum(block.language == "python" for block in blocks(path))
+        found |= {path.name: count} if count else {}
+    assert found == {name: count for name, (count, _) in PYTHON.items()}
+    for name, (_, test) in PYTHON.items():
+        assert name in (ROOT / test).read_text()
+
+
+def test_the_snippets_of_the_encodings_page_work_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ROOT / "tests/encodings/files"
+    shutil.copy(files / "aimet-2.0.0.encodings", tmp_path / "model.encodings")
+    shutil.copy(files / "model.onnx", tmp_path / "model.onnx")
+    monkeypatch.chdir(tmp_path)
+    found = list(blocks(ROOT / "docs/encodings.md"))
+    (code,) = [block.text for block in found if block.language == "python"]
+    exec(compile(code, "encodings.md", "exec"), {})
+    written = (tmp_path / "model-2.encodings").read_bytes()
+    (tmp_path / "model-2.encodings").unlink()
+    (lines,) = [block.text for block in found if block.language == "shell"]
+    codes = [
+        command_line.qwlora(*shlex.split(line, comments=True)[1:]).returncode
+        for line in lines.splitlines()
+    ]
+    assert codes == [0, 0, 0, 0]
+    assert (tmp_path / "model-2.encodings").read_bytes() == written

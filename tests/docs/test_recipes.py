@@ -1,0 +1,97 @@
+"""Every file in recipes/ runs as it is written, on a tiny model and little text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from conftest import VOCABULARY, byte_tokenizer, tiny_model
+from formats.gguf_models import metadata_of, stored_shapes, write_file
+from qwlora.pipeline.run_job import run
+from qwlora.pipeline.stages import VERBS
+from qwlora.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of one layer: a checkpoint folder, and a GGUF file of the types of the demo's."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_model("llama", layers=1).save_pretrained(folder / "llama")
+    byte_tokenizer().save_pretrained(folder / "llama")
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+    kinds = {"token_embd.weight": "Q8_0"}
+    file = write_file(
+        folder / "tiny.gguf",
+        "llama",
+        metadata_of("llama", config, "llama"),
+        stored_shapes("llama", config),
+        lambda name, shape: kinds.get(name, "Q4_1") if len(shape) > 1 else "F32",
+        tokens=VOCABULARY,
+    )
+    return {"folder": folder / "llama", "gguf": file}
+
+
+@pytest.fixture
+def small(models: dict[str, Path], corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A recipe of recipes/, with less of everything and nothing else changed."""
+    monkeypatch.setattr(  # the tiny GGUF file has none
+        "qwlora.pipeline.context.load_tokenizer", lambda *arguments: byte_tokenizer()
+    )
+
+    def read(name: str) -> Recipe:
+        path = ROOT / "recipes" / name
+        keeps = load_recipe(path, (f"model.source={models['gguf']}",)).base.solver == "keep"
+        changes = [
+            f"model.source={models['gguf' if keeps else 'folder']}",
+            f"data.source={corpus}",
+            "data.sequence_tokens=32",
+            "data.evaluation_sequences=2",
+            "data.calibration_sequences=2",
+            "base.calibration_sequences=4",
+            "verify.sequences=2",
+            "verify.layer_tokens=16",
+            "verify.perplexity_difference=0.05",
+        ]
+        for i in range(len(load_recipe(path).adapters)):
+            changes += [f"adapters.{i}.{c}" for c in ("steps=2", "warmup_steps=1", "rank=4")]
+        return load_recipe(path, tuple(changes))
+
+    return read
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_quantized_trained_and_exported(name: str, small: Any, tmp_path: Path) -> None:
+    recipe = small(name)
+    captured = "onnx" in recipe.export.targets  # capturing and exporting: the test below
+    verbs = ("quantize", "train") if captured else ("quantize", "train", "export")
+    results = run(recipe, tmp_path / "out", verbs)
+    assert set(results["train"]) == {adapter.name for adapter in recipe.adapters}
+    assert set(results.get("export", {})) == (set() if captured else set(recipe.export.targets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_to_its_end(name: str, small: Any, tmp_path: Path) -> None:
+    recipe = small(name)
+    results = run(recipe, tmp_path / "out", VERBS)
+    assert results["run"]["state"] == "finished"
+    for target in recipe.export.targets:
+        for adapter in recipe.adapters:
+            parity = results["parity"][target][adapter.name]
+            assert parity.get("passed") or "not_run" in parity

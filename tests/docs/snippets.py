@@ -77,6 +77,7 @@ def problem_of_command(command: str) -> str | None:
     words = shlex.split(command, comments=True)
     if not words:
         return None
+    words[0] = words[0].removeprefix(".venv/bin/")
     if words[0] != "qwlora":
         return None if words[0] in PROGRAMS else f"unknown program {words[0]}"
     context: Any = None

@@ -31,6 +31,7 @@ from qwlora.cli.main import app
 # Blocks of Python, and the test that runs them.
 PYTHON = {
     "README.md": (4, "tests/test_readme.py"),
+    "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),
     "encodings.md": (1, "tests/docs/test_drift.py"),
     "push.md": (1, "tests/pipeline/test_push.py"),
     "runtimes.md": (1, "tests/pipeline/test_push.py"),

@@ -25,6 +25,14 @@ class AimetTarget(GraphTarget):
     model_files = "model.aimet/*"
     fixed_shapes = True
 
+    def loading(self, base: str, adapter: str | None) -> str:
+        if adapter is None:
+            return ""
+        return (
+            f"Base and adapter are one model, `{adapter}/model.aimet`, for AI Hub and aimet-onnx. "
+            f"`{adapter}/README.md` has the commands."
+        )
+
     def problem(self, scheme: Scheme) -> str | None:
         return encodings_problem(scheme)
 

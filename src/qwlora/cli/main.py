@@ -123,7 +123,7 @@ _SUMMARY = {
     "train": "Step 2: train the adapters on the frozen base.",
     "calibrate": "Step 3: calibrate activations and adapters.",
     "export": "Step 4: write the files for the runtimes.",
-    "verify": "Step 5: run the exported files and compare them with what was trained.\n\nRuns "
+    "verify": "Step 5: run the exported files and compare.\n\nWith what was trained. Runs "
     "every file; never skipped, even if nothing changed. With a folder of exported files as "
     "argument, such as out/export/hf, repeats its proof on any machine.",
     "evaluate": "Measure perplexity: model, base, adapters, simulations.",

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from qwlora.export.target import GraphTarget, Target, WeightsTarget
+from qwlora.export.target import GraphTarget, Target, UseCasesTarget, WeightsTarget
+from qwlora.export.verify import Runtime
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -37,14 +38,27 @@ def exported_logits(target: Target, folder: Path, base: Path) -> Logits:
     """
     target.require_packages()
     if isinstance(target, GraphTarget):
-        graph = target.open(folder)
-        return lambda ids: graph.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[
-            "logits"
-        ]
+        return _runtime_logits(target.open(folder))
     assert isinstance(target, WeightsTarget)
     weights = target.open(base)
     weights.use(folder)
     return weights.logits
+
+
+def use_case_logits(target: UseCasesTarget, folder: Path, case: str) -> Logits:
+    """`exported_logits` of one use case.
+
+    Raises:
+        VerificationError, ExportError: see `UseCasesTarget.open`.
+    """
+    target.require_packages()
+    return _runtime_logits(target.open(folder, case))
+
+
+def _runtime_logits(graph: Runtime) -> Logits:
+    return lambda ids: graph.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[
+        "logits"
+    ]
 
 
 class ExportedModel(PreTrainedModel, GenerationMixin):

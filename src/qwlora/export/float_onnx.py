@@ -47,11 +47,13 @@ class TensorEncoding:
     Args:
         transposed: the tensor is stored [in, out]; `encoding` is of [out, in].
         parameter: it is an initializer.
+        carried: the tensor only moves values of another one, and got that one's grid.
     """
 
     encoding: Encoding
     transposed: bool = False
     parameter: bool = False
+    carried: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def to_float_onnx(graph: QuantizedGraph, inputs: Mapping[str, Tensor]) -> FloatO
     rewriter = _FloatRewriter(model, graph)
     rewriter.run()
     _store_gathered(model, rewriter.encodings)
-    _carry(model, rewriter.encodings)
+    carry(model, rewriter.encodings)
     model.producer_name = "qwlora"
     ordered = sorted(rewriter.encodings.items(), key=lambda item: item[1].parameter)
     return FloatOnnx(model, dict(ordered))
@@ -246,7 +248,7 @@ def _store_gathered(model: Any, encodings: dict[str, TensorEncoding]) -> None:
         encodings[table.name] = TensorEncoding(rows.encoding, parameter=True)
 
 
-def _carry(model: Any, encodings: dict[str, TensorEncoding]) -> None:
+def carry(model: Any, encodings: dict[str, TensorEncoding]) -> None:
     """Give what only moves values of one grid (Reshape, Slice, Concat ...) the same grid."""
     for node in model.graph:
         sources = _moved_inputs(node)
@@ -259,7 +261,7 @@ def _carry(model: Any, encodings: dict[str, TensorEncoding]) -> None:
             continue
         for output in node.outputs:
             if output.name not in encodings:
-                encodings[output.name] = TensorEncoding(first.encoding)
+                encodings[output.name] = TensorEncoding(first.encoding, carried=True)
 
 
 def _moved_inputs(node: Any) -> list[Any]:

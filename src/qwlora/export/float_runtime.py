@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from qwlora import encodings as files
@@ -38,10 +39,11 @@ class FloatOnnxModel:
     Args:
         model: the .onnx file.
         encodings: the .encodings file.
+        weights: a safetensors file whose tensors replace initializers of the same names.
     """
 
-    def __init__(self, model: Path, encodings: Path):
-        self.model, self.encodings = model, encodings
+    def __init__(self, model: Path, encodings: Path, weights: Path | None = None):
+        self.model, self.encodings, self.weights = model, encodings, weights
 
     @cached_property
     def file(self) -> EncodingsFile:
@@ -65,7 +67,7 @@ class FloatOnnxModel:
         ]
         if not problems:
             problems = [
-                f"{self.model.name}: {name} is not on the grid of its entry in "
+                f"{self._file_of(name)}: {name} is not on the grid of its entry in "
                 f"{self.encodings.name} ({problem})"
                 for name in self.parameters
                 if (problem := self._off_grid(name)) is not None
@@ -74,6 +76,10 @@ class FloatOnnxModel:
             raise VerificationError(
                 f"{self.model.parent}: the files contradict each other", problems
             )
+
+    def _file_of(self, name: str) -> str:
+        replaced = self.weights is not None and name in load_file(self.weights)
+        return self.weights.name if replaced and self.weights else self.model.name
 
     @property
     def parameters(self) -> list[str]:
@@ -170,9 +176,13 @@ class FloatOnnxModel:
 
     def _load(self, ir: Any) -> Any:
         try:
-            return ir.load(self.model)
+            model = ir.load(self.model)
         except Exception as error:  # protobuf's and the operating system's
             raise ExportError(f"{str(self.model)!r} is not an ONNX model: {error}") from error
+        if self.weights is not None:
+            for name, array in load_file(self.weights).items():
+                model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+        return model
 
     def _with_grids(self, folder: Path, cut: Mapping[str, Tensor] | None = None) -> Path:
         """Write the model with Q/DQ nodes into `folder`.

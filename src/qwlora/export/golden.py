@@ -22,9 +22,10 @@ from qwlora.export.target import ExportedGraph
 FOLDER, RECORD = "golden", "golden.json"
 
 
-def write_golden(exported: ExportedGraph, folder: Path) -> None:
-    """Write the sample and its simulated outputs into `folder / "golden"`."""
-    golden = folder / FOLDER
+def write_golden(exported: ExportedGraph, folder: Path, case: str = "") -> None:
+    """Write the sample and its simulated outputs into `folder / "golden"`, or below it in the
+    folder of a use case."""
+    golden = folder / FOLDER / case
     golden.mkdir(parents=True)
     inputs = exported.simulation.bind(exported.sample)
     outputs = exported.simulation.outputs(exported.sample)

@@ -7,12 +7,14 @@ from qwlora.export.gguf_target import GgufTarget
 from qwlora.export.hf_target import HfTarget
 from qwlora.export.mlx_target import MlxTarget
 from qwlora.export.onnx_target import OnnxTarget
+from qwlora.export.qairt_target import QairtTarget
 from qwlora.export.qweight_targets import AwqTarget, GptqTarget
 from qwlora.export.target import Target
 
 TARGETS: dict[str, Target] = {
     "onnx": OnnxTarget(),
     "aimet": AimetTarget(),
+    "qairt": QairtTarget(),
     "hf": HfTarget(),
     "gguf": GgufTarget(),
     "mlx": MlxTarget(),

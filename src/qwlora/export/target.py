@@ -1,6 +1,7 @@
 """What an export target is: it writes files for one runtime, and opens them there.
 
     GraphTarget      the simulation of one adapter as one model: activations on their grids
+    UseCasesTarget   the same for all adapters and combinations of them, on one base
     WeightsTarget    the base's integers once, and adapters beside it: a runtime switches them
 
 A new target costs a module with one of these and an entry in `registry.py`. None of these modules
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qwlora.export.verify import Reference, Runtime
     from qwlora.export.verify_weights import WeightsRuntime
     from qwlora.grid.scheme import Scheme
+    from qwlora.simulation.shared_encodings import BaseActivations
 
 
 class Target(ABC):
@@ -131,6 +133,48 @@ class GraphTarget(Target):
         """The files in `folder`, opened in the target's runtime.
 
         Raises:
+            ExportError: the runtime refuses them.
+        """
+
+
+@dataclass(frozen=True)
+class ExportedUseCases:
+    """What a use case target writes: one graph per use case, all of one structure.
+
+    Args:
+        base: the zero adapter.
+        cases: by name. Their graphs differ in the adapter's weights and in encodings only.
+        updatable: which encodings change with the use case; see `simulation/shared_encodings.py`.
+    """
+
+    base: ExportedGraph
+    cases: Mapping[str, ExportedGraph]
+    updatable: BaseActivations
+
+
+class UseCasesTarget(Target):
+    """One base and all use cases in one folder: each adapter, several at once, or none.
+
+    Attributes:
+        activation_bitwidths: as of a graph target.
+    """
+
+    activation_bitwidths: tuple[int, ...]
+
+    @abstractmethod
+    def write(self, exported: ExportedUseCases, folder: Path) -> None:
+        """Write all files into `folder`.
+
+        Raises:
+            ExportError: the files cannot express the graphs, or their bases differ.
+        """
+
+    @abstractmethod
+    def open(self, folder: Path, case: str) -> Runtime:
+        """The files of a use case, opened in a runtime, after every check that they allow.
+
+        Raises:
+            VerificationError: the files contradict each other; every problem names its file.
             ExportError: the runtime refuses them.
         """
 

@@ -27,6 +27,21 @@ def branch_nodes(program: ExportedProgram) -> set[str]:
     return _adapter_nodes(program, _OWN)
 
 
+def unaffected_nodes(program: ExportedProgram) -> set[str]:
+    """Names of the nodes whose values are the same with every adapter: no adapter's parameter is
+    among the values that they depend on."""
+    adapters = {
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.PARAMETER and is_adapter_name(str(spec.target))
+    }
+    affected = set[str]()
+    for node in program.graph.nodes:
+        if node.name in adapters or any(i.name in affected for i in node.all_input_nodes):
+            affected.add(node.name)
+    return {node.name for node in program.graph.nodes} - affected
+
+
 def factor_nodes(program: ExportedProgram) -> set[str]:
     """`branch_nodes` without those of `modules_to_save`."""
     return _adapter_nodes(program, _FACTOR)

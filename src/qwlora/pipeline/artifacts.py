@@ -6,3 +6,4 @@ BASE_SIMULATION = "base_simulation"  # encodings of the base without an adapter;
 SHARED = "simulation/_shared"  # encodings that adapters share; not a valid adapter name
 SCALES = "activation_scales.safetensors"  # trained with an adapter, in adapters/NAME/
 ADAPTER = "adapter"  # in simulation/NAME/: the adapter as it was calibrated (equalized)
+USE_CASES = "simulation/_use_cases"  # of export.use_cases; not a valid adapter name

@@ -94,6 +94,7 @@ class JobContext:
         self._prepared: dict[Data, PreparedText] = {}
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
+        self._use_cases: dict[str, Simulation] | None = None
         self._rules_are_checked = False
         # Why the weights cannot be read tensor by tensor; set by `lazy`.
         self.whole_because: str | None = None
@@ -148,6 +149,20 @@ class JobContext:
     def calibration(self, adapter: str) -> dict[str, Any]:
         """Arguments of `CalibratedGraph.observe` for an adapter: batches, and when to stop."""
         return self._observation(self.text(adapter).calibration_ids)
+
+    def calibration_of(self, adapters: Sequence[str]) -> dict[str, Any]:
+        """Arguments of `observe` for several adapters at once: their texts alternate."""
+        texts = dict.fromkeys(self.text(name) for name in adapters)
+        return self._observation(_alternating([text.calibration_ids for text in texts]))
+
+    def use_case_simulations(self) -> dict[str, Simulation]:
+        """The calibrated simulations of `export.use_cases`, and "base"; kept in memory."""
+        if self._use_cases is None:
+            from qwlora.pipeline.use_cases import load_use_cases
+
+            self._simulation = None
+            self._use_cases = load_use_cases(self)
+        return self._use_cases
 
     def sample(self, adapter: str) -> dict[str, Tensor]:
         """A batch of one held-out sequence: golden inputs, and the shapes of fixed graphs."""

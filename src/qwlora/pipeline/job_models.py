@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import WeightsTarget
+from qwlora.export.target import UseCasesTarget, WeightsTarget
 from qwlora.messages import suggestion
 from qwlora.pipeline.run_job import (
     check_current,
@@ -176,12 +176,16 @@ class JobModels:
             is_calibrated(context, adapter)
             simulated: PreTrainedModel = context.simulation(adapter).model()
             return simulated
+        from qwlora.export.exported_model import ExportedModel, exported_logits, use_case_logits
+
         target, exported = TARGETS[name.stage], self.folder / "export" / name.stage
         if isinstance(target, WeightsTarget):
             check_current(context, f"export/{name.stage}")
+        if isinstance(target, UseCasesTarget):
+            check_current(context, f"export/{name.stage}")
+            logits = use_case_logits(target, exported, adapter)
+            return ExportedModel(logits, context.skeleton())
         check_current(context, f"export/{name.stage}/{adapter}")
-        from qwlora.export.exported_model import ExportedModel, exported_logits
-
         logits = exported_logits(target, exported / adapter, exported / "base")
         return ExportedModel(logits, context.skeleton())
 

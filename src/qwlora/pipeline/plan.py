@@ -5,6 +5,8 @@ Imports no torch, so that a run in which nothing changed ends at once.
 
 from __future__ import annotations
 
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import UseCasesTarget
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.job_texts import JobTexts
@@ -46,13 +48,20 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
             evaluate_stage.add(plan, "imported", (), adapter.name)
         train_stage.add(plan, adapter)
     calibrate_stage.add_shared(plan)
+    together = [t for t in recipe.export.targets if isinstance(TARGETS[t], UseCasesTarget)]
     for name in (adapter.name for adapter in recipe.adapters):
         evaluate_stage.add(plan, "adapted", (f"train/{name}",), name)
         calibrate_stage.add(plan, name)
         evaluate_stage.add(plan, "simulated", (f"calibrate/{name}",), name)
         for target in recipe.export.targets:
-            export_stage.add(plan, target, name)
-            verify_stage.add(plan, target, name)
+            if target not in together:
+                export_stage.add(plan, target, name)
+                verify_stage.add(plan, target, name)
+    if together:
+        calibrate_stage.add_use_cases(plan)
+    for target in together:
+        export_stage.add_use_cases(plan, target)
+        verify_stage.add_use_cases(plan, target)
     return plan.stages
 
 

@@ -20,7 +20,7 @@ from qwlora.adapter.train import check_loggers
 from qwlora.data.document_isolation import check_isolation
 from qwlora.errors import GridError, SourceError, TrainingError
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget
+from qwlora.export.target import GraphTarget, UseCasesTarget
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.max_positions import check_positions
 from qwlora.formats.model_source import fetch
@@ -45,7 +45,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     """
     if verbs & {"export", "verify"}:
         for target in (TARGETS[name] for name in context.recipe.export.targets):
-            if isinstance(target, GraphTarget):
+            if isinstance(target, GraphTarget | UseCasesTarget):
                 target.require_packages()
     for line in _slow_computing(context.recipe, verbs):
         say(line)

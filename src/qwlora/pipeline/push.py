@@ -28,7 +28,7 @@ from qwlora.adapter.adapter_folder import CONFIG, FILE
 from qwlora.atomic import files_in, write_text
 from qwlora.errors import DirectoryError, UploadError, described
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import WeightsTarget
+from qwlora.export.target import UseCasesTarget, WeightsTarget
 from qwlora.formats import manifest
 from qwlora.formats.base_folder import RECORD, read_record
 from qwlora.formats.model_origin import origin_of
@@ -187,7 +187,8 @@ def _exports(
     files, notes = dict[str, Path](), list[str]()
     for target in job.targets:
         has_base = isinstance(TARGETS[target], WeightsTarget)
-        if adapter is None and not has_base:
+        is_whole = isinstance(TARGETS[target], UseCasesTarget)  # of no single adapter
+        if is_whole or (adapter is None and not has_base):
             continue
         stage = f"export/{target}" if adapter is None else f"export/{target}/{adapter}"
         folder = directory.path / "export" / target / (adapter or "base")

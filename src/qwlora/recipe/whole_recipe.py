@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from qwlora.export.bundle import BASE, PROOF
 from qwlora.export.grid_table import refusal
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, WeightsTarget
+from qwlora.export.target import GraphTarget, UseCasesTarget, WeightsTarget
 from qwlora.recipe.adapter_section import Adapter
 from qwlora.recipe.base_section import Base, Model
 from qwlora.recipe.data_section import Data
@@ -31,12 +31,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_USE_CASE = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\+[A-Za-z0-9][A-Za-z0-9_-]*)*$"
+
+
 class Export(Section):
     """Step 4: the files to write."""
 
     targets: list[TargetName] = Field(["onnx"], description="runtimes to write files for")
     encodings_version: Literal["1.0.0", "2.0.0"] = Field(
         "1.0.0", description="version of the encodings files of targets aimet and qairt"
+    )
+    use_cases: list[Annotated[str, Field(pattern=_USE_CASE)]] | None = Field(
+        None,
+        description="for target qairt: what the runtime can switch to. An adapter's name, several "
+        "joined by a plus sign for all of them at once, or none for the base. Default: each "
+        "adapter alone, and none",
     )
 
 
@@ -175,7 +184,7 @@ class Recipe(Section):
         }
         for target in self.export.targets:
             kind = TARGETS[target]
-            if not isinstance(kind, GraphTarget):
+            if not isinstance(kind, GraphTarget | UseCasesTarget):
                 continue
             held = kind.activation_bitwidths
             if wrong := [f"{key} {bits}" for key, bits in asked.items() if bits not in held]:
@@ -199,7 +208,7 @@ class Recipe(Section):
     def _runtimes_hold_adapters(self) -> Recipe:
         for target in self.export.targets:
             kind = TARGETS[target]
-            if not isinstance(kind, WeightsTarget):
+            if not isinstance(kind, WeightsTarget | UseCasesTarget):
                 continue
             if wrong := [a.name for a in self.adapters if a.dora or a.target_parameters]:
                 raise ValueError(
@@ -213,6 +222,45 @@ class Recipe(Section):
                     "choose another name"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _use_cases_exist(self) -> Recipe:
+        targets = [t for t in self.export.targets if isinstance(TARGETS[t], UseCasesTarget)]
+        if not targets and self.export.use_cases is not None:
+            raise ValueError("export.use_cases has no effect without target qairt; remove it")
+        names = {a.name for a in self.adapters}
+        if targets and (reserved := names & {"none", "base", "base_v3", "model"}):
+            raise ValueError(
+                f"adapters: {', '.join(sorted(reserved))} is the name of another file of target "
+                f"{targets[0]}; choose another name"
+            )
+        if targets and self.workflow == "qwa-lora":
+            raise ValueError(
+                f"target {targets[0]} calibrates use cases after training, which would replace "
+                "the grids that workflow qwa-lora trained through; use workflow qw-lora"
+            )
+        cases = self.use_cases()
+        for case in cases:
+            parts = [] if case == "none" else case.split("+")
+            if unknown := [part for part in parts if part not in names]:
+                raise ValueError(
+                    f"export.use_cases: {case}: there is no adapter {', '.join(unknown)}; the "
+                    f"recipe has {', '.join(sorted(names))}"
+                )
+            if len(set(parts)) < len(parts):
+                raise ValueError(f"export.use_cases: {case} names an adapter twice")
+        if len(set(cases)) < len(cases) or set(cases) <= {"none"}:
+            raise ValueError(
+                "export.use_cases must hold an adapter, and every use case once; it holds "
+                f"{', '.join(cases) or 'nothing'}"
+            )
+        return self
+
+    def use_cases(self) -> list[str]:
+        """`export.use_cases` with its default."""
+        if self.export.use_cases is not None:
+            return self.export.use_cases
+        return [*(adapter.name for adapter in self.adapters), "none"]
 
     @model_validator(mode="after")
     def _continued_adapters_come_first(self) -> Recipe:

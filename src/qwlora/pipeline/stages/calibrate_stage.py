@@ -2,6 +2,7 @@
 
 calibrate         encodings that adapters share, if simulation.base_activations shares any
 calibrate/NAME    encodings of one adapter
+calibrate/_use_cases    encodings of export.use_cases, for targets that hold all of them
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.grid.range_estimator import Estimator
-from qwlora.pipeline.artifacts import ADAPTER, SHARED
+from qwlora.pipeline.artifacts import ADAPTER, SHARED, USE_CASES
 from qwlora.pipeline.stage import PlanBuilder, Stage
 from qwlora.recipe import Data
 from qwlora.recipe.dropped_keys import dropped_defaults
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 NAME = "calibrate"
+CASES = f"{NAME}/_use_cases"
 SIMULATION_FORMAT = 3  # 2: contains the adapter; 3: lists values that calibration left float
 
 
@@ -53,6 +55,13 @@ def add(plan: PlanBuilder, name: str) -> None:
     plan.add(f"{NAME}/{name}", inputs, needs, name, f"simulation/{name}")
 
 
+def add_use_cases(plan: PlanBuilder) -> None:
+    """Add the stage of the use cases, once."""
+    cases, texts = plan.recipe.use_cases(), plan.recipe.texts().values()
+    needs = tuple(f"{NAME}/{adapter.name}" for adapter in plan.recipe.adapters)
+    plan.add(CASES, [cases, range_inputs(plan, texts)], needs, artifact=USE_CASES)
+
+
 def _shares(plan: PlanBuilder) -> bool:
     return plan.recipe.simulation.base_activations != "all"
 
@@ -66,6 +75,10 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     from qwlora.simulation.shared_encodings import apply_shared_encodings
     from qwlora.simulation.stored_encodings import load_encodings
 
+    if stage.name == CASES:
+        from qwlora.pipeline.use_cases import calibrate_use_cases
+
+        return calibrate_use_cases(context, scratch)
     if stage.adapter is None:
         return _calibrate_shared(context, scratch)
     name, section = stage.adapter, context.recipe.simulation

@@ -1,7 +1,8 @@
 """Stages of step 4: write the files for a runtime.
 
 export/TARGET/NAME    the simulation of an adapter as a model, or, of a weights target, the adapter
-export/TARGET         of a weights target: the base, in the folder export/TARGET/base
+export/TARGET         of a weights target: the base, in the folder export/TARGET/base; of a use
+                      case target: everything
 """
 
 from __future__ import annotations
@@ -13,10 +14,18 @@ from typing import TYPE_CHECKING, Any
 from qwlora.atomic import files_in
 from qwlora.export.bundle import BASE, RECORD
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedBase, ExportedGraph, GraphTarget, WeightsTarget
+from qwlora.export.target import (
+    ExportedBase,
+    ExportedGraph,
+    ExportedUseCases,
+    GraphTarget,
+    UseCasesTarget,
+    WeightsTarget,
+)
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.artifacts import ADAPTER
 from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.pipeline.stages.calibrate_stage import CASES
 
 if TYPE_CHECKING:
     from qwlora.pipeline.context import JobContext
@@ -44,10 +53,18 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
     plan.add(stage, [] if is_default else [version], needs, name, stage)
 
 
+def add_use_cases(plan: PlanBuilder, target: str) -> None:
+    """Add the stage of a use case target."""
+    stage, version = f"{NAME}/{target}", plan.recipe.export.encodings_version
+    plan.add(stage, [version], (CASES,), None, stage)
+
+
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Write the files."""
     _, name, *_ = stage.name.split("/")
     target = TARGETS[name]
+    if isinstance(target, UseCasesTarget):
+        return {"export": {name: _write_use_cases(context, target, scratch)}}
     if isinstance(target, GraphTarget):
         size = _write_graph(context, target, str(stage.adapter), scratch)
     else:
@@ -73,6 +90,36 @@ def _write_graph(context: JobContext, target: GraphTarget, adapter: str, scratch
     record = {"base_fingerprint": context.base_fingerprint, "adapter": adapter}
     manifest.write(scratch, RECORD, record, files_in(scratch))
     return size
+
+
+def _write_use_cases(
+    context: JobContext, target: UseCasesTarget, scratch: Path
+) -> dict[str, dict[str, int]]:
+    """Write all use cases; returns the size of what belongs to each, and of all files."""
+    from qwlora.formats import manifest
+
+    simulations = context.use_case_simulations()
+    sample = context.sample(context.recipe.adapters[0].name)
+    version = context.recipe.export.encodings_version
+    made = {
+        case: ExportedGraph(
+            simulation,
+            {"qwlora.base_fingerprint": context.base_fingerprint, "qwlora.use_case": case},
+            sample,
+            version,
+        )
+        for case, simulation in simulations.items()
+    }
+    base = made.pop(BASE)
+    target.write(ExportedUseCases(base, made, context.recipe.simulation.base_activations), scratch)
+    record = {"base_fingerprint": context.base_fingerprint, "use_cases": list(made)}
+    manifest.write(scratch, RECORD, record, files_in(scratch))
+    sizes = {
+        case: {"bytes": sum(file.stat().st_size for file in scratch.glob(f"{case}.*"))}
+        for case in made
+    }
+    whole = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+    return {BASE: {"bytes": whole - sum(size["bytes"] for size in sizes.values())}, **sizes}
 
 
 def _write_weights(context: JobContext, name: str, adapter: str | None, scratch: Path) -> None:

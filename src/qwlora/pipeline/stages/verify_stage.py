@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.export.bundle import BASE, PROOF, RECORD
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, WeightsTarget
+from qwlora.export.target import GraphTarget, UseCasesTarget, WeightsTarget
 from qwlora.pipeline.stage import PlanBuilder, Stage
 
 if TYPE_CHECKING:
@@ -35,16 +35,26 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
     plan.add(f"{NAME}/{target}/{name}", inputs, tuple(needs), name, artifact)
 
 
+def add_use_cases(plan: PlanBuilder, target: str) -> None:
+    """Add a stage for every use case of a target."""
+    texts = [plan.texts.key(text) for text in plan.recipe.texts().values()]
+    for case in plan.recipe.use_cases():
+        inputs: list[Any] = [plan.recipe.verify.model_dump(), texts]
+        plan.add(f"{NAME}/{target}/{case}", inputs, (f"export/{target}",))
+
+
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Run the exported files on held-out text and compare the result with the recipe's limits."""
     from qwlora.errors import VerificationError
     from qwlora.export.verify import Limits
 
-    _, name, *_ = stage.name.split("/")
+    _, name, case = stage.name.split("/")
     target, adapter, section = TARGETS[name], str(stage.adapter), context.recipe.verify
     parity: LanguageModelParity | WeightsParity
     of, proof = "simulated", dict[str, Any]()
-    if isinstance(target, GraphTarget):
+    if isinstance(target, UseCasesTarget):
+        adapter, parity = case, _verify_use_case(context, target, name, case)
+    elif isinstance(target, GraphTarget):
         parity = _verify_graph(context, target, name, adapter)
     else:
         assert isinstance(target, WeightsTarget)
@@ -110,6 +120,26 @@ def _verify_graph(
 
 def _held_out(context: JobContext, adapter: str) -> Sequences:
     return context.text(adapter).data.held_out.first(context.recipe.verify.sequences)
+
+
+def _verify_use_case(
+    context: JobContext, target: UseCasesTarget, name: str, case: str
+) -> LanguageModelParity:
+    from qwlora.export.use_cases import members
+    from qwlora.export.verify import verify_language_model
+    from qwlora.formats import manifest
+
+    folder = context.path / "export" / name
+    manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
+    names = members(case) or [context.recipe.adapters[0].name]
+    held_out = context.text(names[0]).data.held_out
+    return verify_language_model(
+        target.open(folder, case),
+        context.use_case_simulations()[case],
+        held_out.first(context.recipe.verify.sequences),
+        held_out.input_ids.shape[1],
+        context.track,
+    )
 
 
 def _verify_weights(

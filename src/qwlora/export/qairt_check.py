@@ -1,0 +1,248 @@
+"""Every promise that the files of the `qairt` target make, checked without the simulation.
+
+lists        every file that a YAML file names is there; every name in lora_weight_list.txt is
+             an initializer of model.onnx
+weights      every CASE.safetensors has exactly these names, with the shapes of model.onnx, so
+             ranks are alike
+encodings    every encodings file states its version, names tensors of its graph only, and has
+             the entries of base.encodings; what the mode does not update is equal in all
+grids        every encoded weight lies on its grid, LoRA weights on that of their own use case
+v3           base tensors of every graph are the bytes of model.data, LoRA tensors those of
+             CASE.safetensors; base.onnx is model.onnx without the branches
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from qwlora.encodings.compare import encoding_differences
+from qwlora.encodings.model import EncodingsFile
+from qwlora.errors import EncodingsFileError, ExportError, VerificationError
+from qwlora.export.float_runtime import FloatOnnxModel
+from qwlora.export.qairt_folder import (
+    ADAPTORS_FILE,
+    BASE_ENCODINGS,
+    CONFIG_FILE,
+    DATA_FILE,
+    LIST_FILE,
+    MODEL_FILE,
+    V3_CONFIG_FILE,
+    V3_ENCODINGS,
+    V3_FILE,
+    safetensors_places,
+)
+from qwlora.export.use_cases import NONE
+from qwlora.messages import listed
+from qwlora.system.optional_packages import require
+
+
+def open_qairt(folder: Path, case: str) -> FloatOnnxModel:
+    """A use case in ONNX Runtime, after all checks of the folder.
+
+    Raises:
+        VerificationError: files contradict each other. All problems are listed, each with the name
+            of its file.
+    """
+    if problems := list(find_problems(folder)):
+        raise VerificationError(f"{folder}: the files contradict each other", problems)
+    return _opened(folder, case)
+
+
+def find_problems(folder: Path) -> Iterator[str]:
+    """Problems of the files in `folder`, most basic first; see the module."""
+    found = list(_missing_files(folder))
+    if found:
+        yield from found
+        return
+    cases = [item["name"] for item in _yaml(folder / ADAPTORS_FILE)]
+    names = (folder / LIST_FILE).read_text().splitlines()
+    graph = _load(folder / MODEL_FILE).graph
+    found = [
+        f"{LIST_FILE}: {name} is not an initializer of {MODEL_FILE}"
+        for name in names
+        if name not in graph.initializers
+    ]
+    shapes = {n: tuple(graph.initializers[n].shape) for n in names if n in graph.initializers}
+    for case in cases:
+        found += _weight_problems(folder / f"{case}.safetensors", shapes)
+    found += list(_config_problems(folder, cases))
+    if found:
+        yield from found
+        return
+    base = FloatOnnxModel(folder / MODEL_FILE, folder / BASE_ENCODINGS)
+    models = [base, *(_opened(folder, case) for case in cases)]
+    models.append(FloatOnnxModel(folder / V3_FILE, folder / V3_ENCODINGS))
+    broken = False
+    for model in models:
+        try:
+            model.check()
+        except VerificationError as error:
+            broken = True
+            yield from error.problems
+        except (EncodingsFileError, ExportError) as error:
+            broken = True
+            yield f"{model.encodings.name}: {error}"
+    if not broken:
+        for model in models[1:-1]:
+            yield from _entry_problems(base.file, model.file, model.encodings.name, set(names))
+        yield from _graph_problems(folder, cases, set(names))
+
+
+def _opened(folder: Path, case: str) -> FloatOnnxModel:
+    return FloatOnnxModel(
+        folder / MODEL_FILE, folder / f"{case}.encodings", folder / f"{case}.safetensors"
+    )
+
+
+def _missing_files(folder: Path) -> Iterator[str]:
+    fixed = (MODEL_FILE, DATA_FILE, BASE_ENCODINGS, LIST_FILE, CONFIG_FILE, V3_CONFIG_FILE)
+    for name in (*fixed, ADAPTORS_FILE, V3_FILE, V3_ENCODINGS):
+        if not (folder / name).is_file():
+            yield f"{name} is missing"
+    for name in (CONFIG_FILE, V3_CONFIG_FILE, ADAPTORS_FILE):
+        if (folder / name).is_file():
+            for file in sorted(_files_named(_yaml(folder / name))):
+                if not (folder / file).is_file():
+                    yield f"{file} is missing, but {name} names it"
+
+
+def _files_named(content: Any) -> set[str]:
+    items = content["use_case"] if isinstance(content, dict) else content
+    return {
+        value for item in items for key, value in item.items() if key not in ("name", "output_path")
+    }
+
+
+def _config_problems(folder: Path, cases: list[str]) -> Iterator[str]:
+    for item in _yaml(folder / ADAPTORS_FILE):
+        expected = {
+            "encodings_path": f"{item['name']}.encodings",
+            "safetensor_path": f"{item['name']}.safetensors",
+        }
+        yield from _wrong_values(ADAPTORS_FILE, item, expected)
+    v3 = ["base", *(case for case in cases if case != NONE)]
+    for file, names in ((CONFIG_FILE, cases), (V3_CONFIG_FILE, v3)):
+        items = _yaml(folder / file)["use_case"]
+        if [item["name"] for item in items] != names:
+            yield f"{file}: use cases are not {', '.join(names)}, those of {ADAPTORS_FILE}"
+        for item in items:
+            name, is_v3 = item["name"], file == V3_CONFIG_FILE
+            expected = {
+                "model_name": f"{name}.onnx" if is_v3 else MODEL_FILE,
+                "quant_overrides": V3_ENCODINGS
+                if is_v3 and name == "base"
+                else f"{name}.encodings",
+            }
+            if not (is_v3 and name == "base"):
+                expected["lora_weights"] = f"{name}.safetensors"
+            yield from _wrong_values(file, item, expected)
+
+
+def _wrong_values(file: str, item: dict[str, Any], expected: dict[str, str]) -> Iterator[str]:
+    for key, value in expected.items():
+        if item.get(key) != value:
+            yield f"{file}: {key} of {item['name']} is {item.get(key)}, not {value}"
+
+
+def _weight_problems(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    try:
+        with safe_open(path, "np") as file:
+            names = file.keys()
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (OSError, SafetensorError) as error:
+        yield f"{path.name}: cannot be read ({error})"
+        return
+    if differing := sorted(found.keys() ^ shapes.keys()):
+        yield f"{path.name}: {listed(differing, 3)} only there or only in {LIST_FILE}"
+    for name in sorted(found.keys() & shapes.keys()):
+        if found[name] != shapes[name]:
+            yield (
+                f"{path.name}: {name} has shape {list(found[name])}, but {MODEL_FILE} "
+                f"{list(shapes[name])}; ranks must be padded alike"
+            )
+
+
+def _entry_problems(
+    base: EncodingsFile, own: EncodingsFile, file: str, adapter: set[str]
+) -> Iterator[str]:
+    """What differs from the base's encodings, where it must not."""
+    if base.version != own.version:
+        yield f"{file}: version {own.version}, but {BASE_ENCODINGS} has {base.version}"
+        return
+    if differing := sorted(base.by_name.keys() ^ own.by_name.keys()):
+        yield f"{file}: {listed(differing, 3)} only there or only in {BASE_ENCODINGS}"
+    for name in sorted(base.by_name.keys() & own.by_name.keys()):
+        is_parameter = base.parameters is not None and name in base.parameters
+        if (
+            is_parameter
+            and name not in adapter
+            and encoding_differences(base.by_name[name], own.by_name[name])
+        ):
+            yield f"{file}: the entry of base parameter {name} differs from {BASE_ENCODINGS}"
+
+
+def _graph_problems(folder: Path, cases: list[str], adapter: set[str]) -> Iterator[str]:
+    """v3: where tensors are stored, and whether the base branch is the same in all graphs."""
+    model = _load(folder / MODEL_FILE).graph
+    nodes, places = _nodes(model), _places(model)
+    for case in cases:
+        if case == NONE:
+            continue
+        graph, file = _load(folder / f"{case}.onnx").graph, f"{case}.onnx"
+        own = safetensors_places(folder / f"{case}.safetensors")
+        if _nodes(graph) != nodes:
+            yield f"{file}: its nodes are not those of {MODEL_FILE}"
+        for name, place in _places(graph).items():
+            expected = (f"{case}.safetensors", *own[name]) if name in adapter else places.get(name)
+            if place != expected:
+                yield f"{file}: {name} is stored at {place}, not at {expected}"
+    base = _load(folder / V3_FILE).graph
+    for name, place in _places(base).items():
+        if place != places.get(name):
+            yield f"{V3_FILE}: {name} is stored at {place}, not at {places.get(name)}"
+    operators = {node.outputs[0].name: node.op_type for node in model}
+    for node in base:
+        if operators.get(node.outputs[0].name) != node.op_type:
+            yield f"{V3_FILE}: node of {node.outputs[0].name} is not in {MODEL_FILE}"
+
+
+def _nodes(graph: Any) -> list[Any]:
+    return [
+        (
+            node.op_type,
+            [value.name if value is not None else None for value in node.inputs],
+            [value.name for value in node.outputs],
+            sorted((key, str(attribute.value)) for key, attribute in node.attributes.items()),
+        )
+        for node in graph
+    ]
+
+
+def _places(graph: Any) -> dict[str, Any]:
+    """Where each initializer is stored: (file, first byte, bytes), or its own bytes."""
+    ir = require("onnx_ir", "onnx")
+    return {
+        name: (str(value.const_value.location), value.const_value.offset, value.const_value.length)
+        if isinstance(value.const_value, ir.ExternalTensor)
+        else value.const_value.tobytes()
+        for name, value in graph.initializers.items()
+    }
+
+
+def _load(path: Path) -> Any:
+    try:
+        return require("onnx_ir", "onnx").load(path)
+    except Exception as error:  # protobuf's and the operating system's
+        raise VerificationError(
+            f"{path.parent}: the files contradict each other",
+            [f"{path.name} is not an ONNX model: {error}"],
+        ) from error
+
+
+def _yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())

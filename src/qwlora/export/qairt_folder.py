@@ -1,0 +1,217 @@
+"""What the `qairt` target writes: one base, and weights and encodings of every LoRA use case.
+
+    model.onnx, model.data       float model with LoRA branches, weights on their grids; LoRA
+                                 weights are zeros, so by itself it computes the base
+    base.encodings               its encodings
+    lora_weight_list.txt         names of the updatable initializers, one a line
+    CASE.safetensors             LoRA weights of a use case, by name of the initializer
+    CASE.encodings               encodings of the whole graph for it
+    lora_config.yaml             LoRA v2: use cases on model.onnx, switched one at a time
+    lora_adaptor_list.yaml       the same files by use case
+    v3: base.onnx, base_v3.encodings, CASE.onnx, lora_config_v3.yaml
+                                 N + 1 graphs: the base without LoRA, and one for each use case.
+                                 Base weights are model.data and LoRA weights CASE.safetensors in
+                                 all of them: nothing is stored twice
+    golden/CASE/                 inputs and simulated outputs
+
+`none` is the zero adapter; in v3 it is base.onnx. Ranks are padded to the largest, the scale is
+folded into lora_B (`use_cases.py`), so QAIRT's lora_alpha stays 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+from qwlora.errors import ExportError
+from qwlora.export.aimet_encodings import write_float_encodings
+from qwlora.export.float_onnx import FloatOnnx, TensorEncoding, carry, to_float_onnx
+from qwlora.export.golden import write_golden
+from qwlora.export.target import ExportedGraph, ExportedUseCases
+from qwlora.export.use_cases import NONE
+from qwlora.graph.quantized_graph import Kind
+from qwlora.messages import listed
+from qwlora.system.optional_packages import require
+
+MODEL_FILE, DATA_FILE, BASE_ENCODINGS = "model.onnx", "model.data", "base.encodings"
+LIST_FILE, CONFIG_FILE, ADAPTORS_FILE = (
+    "lora_weight_list.txt",
+    "lora_config.yaml",
+    "lora_adaptor_list.yaml",
+)
+V3_FILE, V3_ENCODINGS, V3_CONFIG_FILE = "base.onnx", "base_v3.encodings", "lora_config_v3.yaml"
+RESERVED = {"model", "base", "base_v3"}  # no use case may have these names
+
+
+def write_qairt(exported: ExportedUseCases, folder: Path) -> None:
+    """Write all files.
+
+    Raises:
+        ExportError: see `to_float_onnx`; a use case has another base; or a part of the adapter
+            cannot be lifted out of the graph.
+        MissingExtraError: the `onnx` extra is not installed.
+    """
+    ir = require("onnx_ir", "onnx")
+    folder.mkdir(parents=True, exist_ok=True)
+    base = _float(exported.base)
+    names = adapter_names(exported.base)
+    digests = _digests(base, names)
+    ir.save(base.model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=64)
+    _write_encodings(exported.base, base.encodings, folder / BASE_ENCODINGS)
+    (folder / LIST_FILE).write_text("".join(f"{name}\n" for name in names))
+    del base
+    for case, own in exported.cases.items():
+        made = _float(own)
+        if differing := sorted(
+            name for name, d in _digests(made, names).items() if digests.get(name) != d
+        ):
+            raise ExportError(
+                f"{case}: base tensors differ from the base's: {listed(differing, 3)}"
+            )
+        weights = {n: np.array(made.model.graph.initializers[n].const_value) for n in names}
+        save_file(weights, folder / f"{case}.safetensors", {"format": "np"})
+        _write_encodings(own, made.encodings, folder / f"{case}.encodings")
+        write_golden(own, folder, case)
+        if case != NONE:
+            _write_v3_case(folder, case, names)
+    _write_v3_base(exported.base, folder, names)
+    _write_lists(folder, list(exported.cases), exported.updatable)
+
+
+def adapter_names(exported: ExportedGraph) -> list[str]:
+    """Names of the LoRA weights, in graph order."""
+    return [m.name for m in exported.simulation.graph().marks if m.kind is Kind.ADAPTER]
+
+
+def without_adapter(made: FloatOnnx, names: Iterable[str]) -> FloatOnnx:
+    """The model without the branches that read the initializers `names`, in place.
+
+    A branch is what those weights compute, up to the Add that joins it to the base; readers of the
+    sum then read the base's operand.
+
+    Raises:
+        ExportError: a branch does not end in such an Add.
+    """
+    ir = require("onnx_ir", "onnx")
+    graph = made.model.graph
+    branch = {graph.initializers[name] for name in names}
+    for node in list(graph):
+        inside = [value for value in node.inputs if value in branch]
+        if not inside:
+            continue
+        if node.op_type == "Add" and len(inside) == 1:
+            (kept,) = (value for value in node.inputs if value not in branch)
+            ir.convenience.replace_all_uses_with(node.outputs[0], kept)
+        else:
+            branch.update(node.outputs)
+    if any(output in branch for output in graph.outputs):
+        raise ExportError("an output of the model is computed by the adapter alone")
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(made.model)
+    left = {o.name for node in graph for o in node.outputs} | set(graph.initializers)
+    left |= {value.name for value in graph.inputs}
+    kept_encodings = {n: e for n, e in made.encodings.items() if n in left and not e.carried}
+    carry(made.model, kept_encodings)
+    return FloatOnnx(made.model, kept_encodings)
+
+
+def _float(exported: ExportedGraph) -> FloatOnnx:
+    made = to_float_onnx(exported.simulation.graph(), exported.simulation.bind(exported.sample))
+    made.model.metadata_props.update(exported.metadata)
+    return made
+
+
+def _write_encodings(
+    exported: ExportedGraph, encodings: Mapping[str, TensorEncoding], path: Path
+) -> None:
+    graph = exported.simulation.graph()
+    write_float_encodings(graph, encodings, path, exported.encodings_version)
+
+
+def _digests(made: FloatOnnx, adapter: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of every initializer of the base."""
+    own = set(adapter)
+    return {
+        name: hashlib.sha256(value.const_value.tobytes()).hexdigest()
+        for name, value in made.model.graph.initializers.items()
+        if name not in own
+    }
+
+
+def _write_v3_base(exported: ExportedGraph, folder: Path, names: Iterable[str]) -> None:
+    ir = require("onnx_ir", "onnx")
+    made = without_adapter(
+        FloatOnnx(ir.load(folder / MODEL_FILE), _float(exported).encodings), names
+    )
+    ir.save(made.model, folder / V3_FILE)  # its weights stay in model.data
+    _write_encodings(exported, made.encodings, folder / V3_ENCODINGS)
+
+
+def _write_v3_case(folder: Path, case: str, names: Iterable[str]) -> None:
+    ir = require("onnx_ir", "onnx")
+    model, file = ir.load(folder / MODEL_FILE), f"{case}.safetensors"
+    places = safetensors_places(folder / file)
+    for name in names:
+        value, (start, length) = model.graph.initializers[name], places[name]
+        value.const_value = ir.ExternalTensor(
+            file, start, length, ir.DataType.FLOAT, shape=value.shape, name=name, base_dir=folder
+        )
+    ir.save(model, folder / f"{case}.onnx")
+
+
+def safetensors_places(path: Path) -> dict[str, tuple[int, int]]:
+    """(first byte in the file, number of bytes) of each tensor."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: (
+            8 + size + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+
+
+def _write_lists(folder: Path, cases: list[str], updatable: str) -> None:
+    def use_case(case: str, model: str, encodings: str) -> dict[str, str]:
+        own = {} if model == V3_FILE else {"lora_weights": f"{case}.safetensors"}
+        return {
+            "name": case,
+            "model_name": model,
+            **own,
+            "quant_overrides": encodings,
+            "output_path": "./output",
+        }
+
+    v2 = [use_case(case, MODEL_FILE, f"{case}.encodings") for case in cases]
+    v3 = [use_case("base", V3_FILE, V3_ENCODINGS)] + [
+        use_case(case, f"{case}.onnx", f"{case}.encodings") for case in cases if case != NONE
+    ]
+    adaptors = [
+        {
+            "name": case,
+            "encodings_path": f"{case}.encodings",
+            "safetensor_path": f"{case}.safetensors",
+        }
+        for case in cases
+    ]
+    for name, content in (
+        (CONFIG_FILE, {"use_case": v2}),
+        (V3_CONFIG_FILE, {"use_case": v3}),
+        (ADAPTORS_FILE, adaptors),
+    ):
+        (folder / name).write_text(yaml.safe_dump(content, sort_keys=False))
+    template = resources.files("qwlora.export") / "qairt_templates" / "README.md.template"
+    (folder / "README.md").write_text(template.read_text().replace("@UPDATABLE@", updatable))

@@ -35,7 +35,7 @@ from qwlora.nn.custom_ops import NAMESPACE
 from qwlora.system.optional_packages import require
 
 _NO_LIMIT = 2**40
-_MOVES = frozenset(
+MOVES = frozenset(
     {"Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
 ) | {"Tile", "Transpose", "Unsqueeze"}
 
@@ -265,7 +265,7 @@ def carry(model: Any, encodings: dict[str, TensorEncoding]) -> None:
 
 
 def _moved_inputs(node: Any) -> list[Any]:
-    if node.domain or node.op_type not in _MOVES:
+    if node.domain or node.op_type not in MOVES:
         return []
     return list(node.inputs) if node.op_type == "Concat" else [node.inputs[0]]
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from qwlora.encodings.compare import encoding_differences
 from qwlora.encodings.model import EncodingsFile
 from qwlora.errors import EncodingsFileError, ExportError, VerificationError
+from qwlora.export.float_onnx import MOVES
 from qwlora.export.float_runtime import FloatOnnxModel
 from qwlora.export.qairt_folder import (
     ADAPTORS_FILE,
@@ -31,9 +32,11 @@ from qwlora.export.qairt_folder import (
     DATA_FILE,
     LIST_FILE,
     MODEL_FILE,
+    UPDATABLE,
     V3_CONFIG_FILE,
     V3_ENCODINGS,
     V3_FILE,
+    branch_values,
     safetensors_places,
 )
 from qwlora.export.use_cases import NONE
@@ -88,8 +91,9 @@ def find_problems(folder: Path) -> Iterator[str]:
             broken = True
             yield f"{model.encodings.name}: {error}"
     if not broken:
+        fixed = _fixed(folder, base.file, names)
         for model in models[1:-1]:
-            yield from _entry_problems(base.file, model.file, model.encodings.name, set(names))
+            yield from _entry_problems(base.file, model.file, model.encodings.name, fixed)
         yield from _graph_problems(folder, cases, set(names))
 
 
@@ -167,8 +171,24 @@ def _weight_problems(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator
             )
 
 
+def _fixed(folder: Path, base: EncodingsFile, names: list[str]) -> set[str]:
+    """Names of the tensors whose encodings no use case changes."""
+    model = _load(folder / MODEL_FILE)
+    mode, graph = model.metadata_props.get(UPDATABLE), model.graph
+    everything = set(base.by_name)
+    if mode == "none":
+        return everything
+    if mode == "all":
+        return everything.intersection(graph.initializers).difference(names)
+    branch, own = branch_values(graph, names)
+    for node in graph:  # what moves a sum has its encoding
+        if node.op_type in MOVES and all(v in own for v in node.inputs[:1]):
+            own.update(node.outputs)
+    return everything - {value.name for value in branch | own}
+
+
 def _entry_problems(
-    base: EncodingsFile, own: EncodingsFile, file: str, adapter: set[str]
+    base: EncodingsFile, own: EncodingsFile, file: str, fixed: set[str]
 ) -> Iterator[str]:
     """What differs from the base's encodings, where it must not."""
     if base.version != own.version:
@@ -176,14 +196,9 @@ def _entry_problems(
         return
     if differing := sorted(base.by_name.keys() ^ own.by_name.keys()):
         yield f"{file}: {listed(differing, 3)} only there or only in {BASE_ENCODINGS}"
-    for name in sorted(base.by_name.keys() & own.by_name.keys()):
-        is_parameter = base.parameters is not None and name in base.parameters
-        if (
-            is_parameter
-            and name not in adapter
-            and encoding_differences(base.by_name[name], own.by_name[name])
-        ):
-            yield f"{file}: the entry of base parameter {name} differs from {BASE_ENCODINGS}"
+    for name in sorted(fixed & own.by_name.keys()):
+        if encoding_differences(base.by_name[name], own.by_name[name]):
+            yield f"{file}: the entry of {name} differs from {BASE_ENCODINGS}"
 
 
 def _graph_problems(folder: Path, cases: list[str], adapter: set[str]) -> Iterator[str]:

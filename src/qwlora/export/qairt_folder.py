@@ -49,7 +49,7 @@ LIST_FILE, CONFIG_FILE, ADAPTORS_FILE = (
     "lora_adaptor_list.yaml",
 )
 V3_FILE, V3_ENCODINGS, V3_CONFIG_FILE = "base.onnx", "base_v3.encodings", "lora_config_v3.yaml"
-RESERVED = {"model", "base", "base_v3"}  # no use case may have these names
+UPDATABLE = "qwlora.quant_updatable_mode"  # in the metadata of model.onnx
 
 
 def write_qairt(exported: ExportedUseCases, folder: Path) -> None:
@@ -65,6 +65,7 @@ def write_qairt(exported: ExportedUseCases, folder: Path) -> None:
     base = _float(exported.base)
     names = adapter_names(exported.base)
     digests = _digests(base, names)
+    base.model.metadata_props[UPDATABLE] = exported.updatable
     ir.save(base.model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=64)
     _write_encodings(exported.base, base.encodings, folder / BASE_ENCODINGS)
     (folder / LIST_FILE).write_text("".join(f"{name}\n" for name in names))
@@ -92,6 +93,18 @@ def adapter_names(exported: ExportedGraph) -> list[str]:
     return [m.name for m in exported.simulation.graph().marks if m.kind is Kind.ADAPTER]
 
 
+def branch_values(graph: Any, names: Iterable[str]) -> tuple[set[Any], set[Any]]:
+    """(values that the initializers `names` compute, sums of them and a value of the base)."""
+    branch, sums = {graph.initializers[name] for name in names}, set[Any]()
+    for node in graph:
+        inside = [value for value in node.inputs if value in branch]
+        if node.op_type == "Add" and len(inside) == 1:
+            sums.update(node.outputs)
+        elif inside:
+            branch.update(node.outputs)
+    return branch, sums
+
+
 def without_adapter(made: FloatOnnx, names: Iterable[str]) -> FloatOnnx:
     """The model without the branches that read the initializers `names`, in place.
 
@@ -103,16 +116,10 @@ def without_adapter(made: FloatOnnx, names: Iterable[str]) -> FloatOnnx:
     """
     ir = require("onnx_ir", "onnx")
     graph = made.model.graph
-    branch = {graph.initializers[name] for name in names}
-    for node in list(graph):
-        inside = [value for value in node.inputs if value in branch]
-        if not inside:
-            continue
-        if node.op_type == "Add" and len(inside) == 1:
-            (kept,) = (value for value in node.inputs if value not in branch)
-            ir.convenience.replace_all_uses_with(node.outputs[0], kept)
-        else:
-            branch.update(node.outputs)
+    branch, sums = branch_values(graph, names)
+    for total in sums:
+        (kept,) = (value for value in total.producer().inputs if value not in branch)
+        ir.convenience.replace_all_uses_with(total, kept)
     if any(output in branch for output in graph.outputs):
         raise ExportError("an output of the model is computed by the adapter alone")
     from onnx_ir.passes.common import RemoveUnusedNodesPass

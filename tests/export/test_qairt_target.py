@@ -1,0 +1,292 @@
+"""The files of QAIRT's LoRA use cases: what they compute, and that damaged ones are refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from conftest import tiny_model
+from qwlora import quantize_
+from qwlora.errors import VerificationError
+from qwlora.export.canonical_adapter import CanonicalAdapter
+from qwlora.export.qairt_check import open_qairt
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import ExportedGraph, ExportedUseCases, UseCasesTarget
+from qwlora.export.use_cases import peft_names, share_unaffected, use_case_model
+from qwlora.export.verify import verify_language_model
+from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
+from qwlora.simulation.shared_encodings import BaseActivations
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
+CASES = ["A", "B", "A+B", "none"]
+Q, OUT, DOWN = (
+    f"model.layers.0.{m}" for m in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+)
+IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+SAMPLE = {name: tensor[:1] for name, tensor in BATCH.items()}
+
+
+def adapter(seed: int, rank: int, modules: dict[str, int]) -> CanonicalAdapter:
+    generator = torch.Generator().manual_seed(seed)
+    return CanonicalAdapter(
+        {
+            module: (
+                torch.randn(rank, inputs, generator=generator) / 8,
+                torch.randn(64, rank, generator=generator) / 4,
+            )
+            for module, inputs in modules.items()
+        },
+        None,
+    )
+
+
+ADAPTERS = {"A": adapter(1, 2, {Q: 64, DOWN: 128}), "B": adapter(2, 3, {Q: 64, OUT: 64})}
+
+
+def simulated(mode: BaseActivations) -> AdapterSimulations:
+    model = tiny_model("llama", layers=1)
+    quantize_(model, "w4-block32", solver="rtn")
+    made = simulate_adapters(use_case_model(model, ADAPTERS, CASES), BATCH, base_activations=mode)
+    made.calibrate([BATCH])
+    share_unaffected(made)
+    return made
+
+
+def written(made: AdapterSimulations, folder: Path, mode: BaseActivations) -> Path:
+    graphs = {
+        case: ExportedGraph(made[name], {}, SAMPLE) for case, name in peft_names(CASES).items()
+    }
+    target = TARGETS["qairt"]
+    assert isinstance(target, UseCasesTarget)
+    target.write(ExportedUseCases(ExportedGraph(made[BASE], {}, SAMPLE), graphs, mode), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def simulations(shared_captures: None) -> AdapterSimulations:
+    return simulated("adapter_only")
+
+
+@pytest.fixture(scope="module")
+def folder(simulations: AdapterSimulations, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(simulations, tmp_path_factory.mktemp("qairt") / "files", "adapter_only")
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_use_case_computes_what_was_simulated(
+    case: str, folder: Path, simulations: AdapterSimulations
+) -> None:
+    simulation = simulations[peft_names(CASES)[case]]
+    parity = verify_language_model(open_qairt(folder, case), simulation, IDS, IDS.shape[1])
+    assert parity.worst_layer_steps < 1.01
+    assert parity.worst_layer_mean_steps < 0.05
+    assert parity.top1_agreement == 1
+
+
+def test_two_adapters_at_once_are_their_sum(folder: Path) -> None:
+    a, b, both = (load_file(folder / f"{case}.safetensors") for case in ("A", "B", "A+B"))
+    product = {
+        name: [
+            weights[f"{name}.lora_A.weight"] @ weights[f"{name}.lora_B.weight"]
+            for weights in (a, b, both)
+        ]
+        for name in (Q, OUT, DOWN)
+    }
+    for name, (of_a, of_b, of_both) in product.items():
+        assert a[f"{name}.lora_A.weight"].shape[1] == 5  # padded to the rank of A+B
+        tolerance = 0.03 * np.abs(of_both).max()  # each on 8-bit grids of its own
+        np.testing.assert_allclose(of_both, of_a + of_b, atol=tolerance)
+    expected = (ADAPTERS["A"].factors[Q][1] @ ADAPTERS["A"].factors[Q][0]).T.numpy()
+    np.testing.assert_allclose(product[Q][0], expected, atol=0.03 * np.abs(expected).max())
+    assert not any(w.any() for w in load_file(folder / "none.safetensors").values())
+
+
+def run(model: Path) -> np.ndarray[Any, Any]:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {n: t.numpy() for n, t in SAMPLE.items()})[0])
+
+
+def test_v3_graphs_run_as_they_are_and_share_the_weights_on_disk(folder: Path) -> None:
+    """Without encodings: the float graphs."""
+    base = run(folder / "base.onnx")
+    np.testing.assert_allclose(run(folder / "model.onnx"), base, atol=1e-4)
+    outputs = [run(folder / f"{case}.onnx") for case in ("A", "B", "A+B")]
+    for output in outputs:
+        assert np.abs(output - base).max() > 0.1
+    assert np.abs(outputs[2] - outputs[0]).max() > 0.1
+    graph = onnx.load(folder / "base.onnx", load_external_data=False).graph
+    assert not [n for n in graph.node if "lora" in "".join((*n.input, *n.output))]
+    assert not [t.name for t in graph.initializer if "lora" in t.name]
+    weights = (folder / "model.data").stat().st_size
+    assert all((folder / f"{case}.onnx").stat().st_size < weights / 4 for case in ("A", "base"))
+
+
+def test_the_lists_name_the_files(folder: Path) -> None:
+    names = (folder / "lora_weight_list.txt").read_text().split()
+    assert names == [f"{m}.lora_{half}.weight" for m in (Q, OUT, DOWN) for half in "AB"]
+    v2 = yaml.safe_load((folder / "lora_config.yaml").read_text())["use_case"]
+    assert [case["name"] for case in v2] == CASES
+    assert v2[2] == {
+        "name": "A+B",
+        "model_name": "model.onnx",
+        "lora_weights": "A+B.safetensors",
+        "quant_overrides": "A+B.encodings",
+        "output_path": "./output",
+    }
+    v3 = yaml.safe_load((folder / "lora_config_v3.yaml").read_text())["use_case"]
+    assert [case["model_name"] for case in v3] == ["base.onnx", "A.onnx", "B.onnx", "A+B.onnx"]
+    assert (folder / "golden" / "A+B" / "logits.npy").exists()
+
+
+def entries(path: Path) -> dict[str, Any]:
+    document = json.loads(path.read_text())
+    return {e["name"]: e for e in document["param_encodings"] + document["activation_encodings"]}
+
+
+@pytest.mark.parametrize("mode", ["all", "adapter_only", "none"])
+def test_only_what_the_mode_updates_differs_between_use_cases(
+    mode: BaseActivations, folder: Path, tmp_path: Path
+) -> None:
+    if mode != "adapter_only":
+        folder = written(simulated(mode), tmp_path, mode)
+        open_qairt(folder, "A")
+    a, b = (entries(folder / f"{case}.encodings") for case in ("A", "B"))
+    assert a.keys() == b.keys()
+    differing = {name for name in a if a[name] != b[name]}
+    lora = {name for name in a if ".lora_" in name}
+    last = {"model.norm.mul", "lm_head.linear"}
+    if mode == "none":
+        assert not differing
+    elif mode == "adapter_only":
+        assert lora & differing
+        assert not last & differing
+    else:
+        assert lora & differing
+        assert last <= differing
+    assert not {n for n in differing if n.endswith(".weight")} - lora
+
+
+def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        document = json.loads((folder / name).read_text())
+        change(document)
+        (folder / name).write_text(json.dumps(document))
+
+    return edit
+
+
+def edit_weights(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        weights = load_file(folder / name)
+        change(weights)
+        save_file(weights, folder / name)
+
+    return edit
+
+
+def swap(first: str, second: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / first).rename(folder / "kept")
+        (folder / second).rename(folder / first)
+        (folder / "kept").rename(folder / second)
+
+    return edit
+
+
+def flip_bit(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) * 3 // 4] ^= 1
+        (folder / name).write_bytes(content)
+
+    return edit
+
+
+def rename(weights: dict[str, Any]) -> None:
+    weights["other"] = weights.pop(f"{Q}.lora_A.weight")
+
+
+def shrink(weights: dict[str, Any]) -> None:
+    weights[f"{Q}.lora_A.weight"] = weights[f"{Q}.lora_A.weight"][:, :4].copy()
+
+
+def move_base(document: dict[str, Any]) -> None:
+    entry = next(e for e in document["activation_encodings"] if e["name"] == "model.norm.mul")
+    entry["offset"] = [entry["offset"][0] + 1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip_bit("B.safetensors"), r"B\.safetensors: .*not on the grid"),
+        (flip_bit("model.data"), r"model\.onnx: .*not on the grid"),
+        (lambda f: (f / "A+B.encodings").unlink(), r"A\+B\.encodings is missing"),
+        (lambda f: (f / "model.data").unlink(), r"model\.data is missing"),
+        (swap("A.encodings", "B.encodings"), r"A\.safetensors: .*not on the grid.*A\.encodings"),
+        (swap("A.safetensors", "B.safetensors"), r"A\.safetensors: .*not on the grid"),
+        (swap("A.onnx", "B.onnx"), r"A\.onnx: .*stored at \('B\.safetensors'"),
+        (edit_weights("A.safetensors", rename), r"A\.safetensors: .*other.* only there"),
+        (edit_weights("A.safetensors", shrink), r"A\.safetensors: .*\[64, 4\].*\[64, 5\].*rank"),
+        (
+            edit_json("B.encodings", lambda d: d["activation_encodings"].pop()),
+            r"B\.encodings: .* only there or only in base\.encodings",
+        ),
+        (
+            edit_json("B.encodings", lambda d: d["param_encodings"][0].update(name="x")),
+            r"B\.encodings: .*x.*not the name of a tensor",
+        ),
+        (edit_json("B.encodings", move_base), r"B\.encodings: the entry of model\.norm\.mul"),
+        (edit_json("B.encodings", lambda d: d.pop("version")), r"B\.encodings: .*version"),
+        (
+            lambda f: (f / "lora_weight_list.txt").write_text("x\n"),
+            r"lora_weight_list\.txt: x is not an initializer",
+        ),
+        (
+            lambda f: (f / "lora_config.yaml").write_text(
+                (f / "lora_config.yaml").read_text().replace(": B.safetensors", ": A.safetensors")
+            ),
+            r"lora_config\.yaml: lora_weights of B is A\.safetensors",
+        ),
+    ],
+    ids=[
+        "bit-of-lora",
+        "bit-of-base",
+        "encodings-dropped",
+        "data-dropped",
+        "encodings-swapped",
+        "weights-swapped",
+        "graphs-swapped",
+        "tensor-renamed",
+        "rank-changed",
+        "entry-dropped",
+        "entry-renamed",
+        "base-entry-changed",
+        "version-dropped",
+        "list-changed",
+        "config-changed",
+    ],
+)
+def test_damaged_files_are_refused_by_name(
+    damage: Callable[[Path], None], said: str, copied: Path
+) -> None:
+    damage(copied)
+    with pytest.raises(VerificationError, match=f"(?s){said}"):
+        open_qairt(copied, "A")

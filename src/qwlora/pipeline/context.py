@@ -94,7 +94,7 @@ class JobContext:
         self._prepared: dict[Data, PreparedText] = {}
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
-        self._use_cases: dict[str, Simulation] | None = None
+        self.use_cases: dict[str, Simulation] | None = None  # see use_cases.py
         self._rules_are_checked = False
         # Why the weights cannot be read tensor by tensor; set by `lazy`.
         self.whole_because: str | None = None
@@ -154,15 +154,6 @@ class JobContext:
         """Arguments of `observe` for several adapters at once: their texts alternate."""
         texts = dict.fromkeys(self.text(name) for name in adapters)
         return self._observation(_alternating([text.calibration_ids for text in texts]))
-
-    def use_case_simulations(self) -> dict[str, Simulation]:
-        """The calibrated simulations of `export.use_cases`, and "base"; kept in memory."""
-        if self._use_cases is None:
-            from qwlora.pipeline.use_cases import load_use_cases
-
-            self._simulation = None
-            self._use_cases = load_use_cases(self)
-        return self._use_cases
 
     def sample(self, adapter: str) -> dict[str, Tensor]:
         """A batch of one held-out sequence: golden inputs, and the shapes of fixed graphs."""

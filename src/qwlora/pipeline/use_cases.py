@@ -47,8 +47,15 @@ def calibrate_use_cases(context: JobContext, scratch: Path) -> dict[str, Any]:
     return {"use_cases": {case: {"adapters": members(case)} for case in cases}}
 
 
-def load_use_cases(context: JobContext) -> dict[str, Simulation]:
-    """The calibrated simulation of every use case by name, and of the zero adapter as "base"."""
+def use_case_simulations(context: JobContext) -> dict[str, Simulation]:
+    """The calibrated simulation of every use case by name, and of the zero adapter as "base"; the
+    context keeps them."""
+    if context.use_cases is None:
+        context.use_cases = _load(context)
+    return context.use_cases
+
+
+def _load(context: JobContext) -> dict[str, Simulation]:
     simulations, names = _simulations(context), peft_names(context.recipe.use_cases())
     for name, simulation in simulations.items():
         folder = context.path / USE_CASES / name

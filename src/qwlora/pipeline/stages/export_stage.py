@@ -95,10 +95,11 @@ def _write_graph(context: JobContext, target: GraphTarget, adapter: str, scratch
 def _write_use_cases(
     context: JobContext, target: UseCasesTarget, scratch: Path
 ) -> dict[str, dict[str, int]]:
-    """Write all use cases; returns the size of what belongs to each, and of all files."""
+    """Write all use cases; returns the size of what belongs to each, and of all other files."""
     from qwlora.formats import manifest
+    from qwlora.pipeline.use_cases import use_case_simulations
 
-    simulations = context.use_case_simulations()
+    simulations = use_case_simulations(context)
     sample = context.sample(context.recipe.adapters[0].name)
     version = context.recipe.export.encodings_version
     made = {

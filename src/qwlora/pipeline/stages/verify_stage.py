@@ -128,6 +128,7 @@ def _verify_use_case(
     from qwlora.export.use_cases import members
     from qwlora.export.verify import verify_language_model
     from qwlora.formats import manifest
+    from qwlora.pipeline.use_cases import use_case_simulations
 
     folder = context.path / "export" / name
     manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
@@ -135,7 +136,7 @@ def _verify_use_case(
     held_out = context.text(names[0]).data.held_out
     return verify_language_model(
         target.open(folder, case),
-        context.use_case_simulations()[case],
+        use_case_simulations(context)[case],
         held_out.first(context.recipe.verify.sequences),
         held_out.input_ids.shape[1],
         context.track,

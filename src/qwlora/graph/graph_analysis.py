@@ -49,13 +49,13 @@ class GraphAnalysis:
             if isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].is_floating_point()
         }
         # embeddings are data, although they are looked up by integers
-        self._integer_origins = _computed_from(program, integers, frozenset({"embedding"}))
+        self._integer_origins = computed_from(program, integers, frozenset({"embedding"}))
         self._masked = _masked(program, self._integer_origins)
         self._angles = _angles(program)
         self._constant_inputs = {n.name for n in _placeholders(program)} - set(
             program.graph_signature.user_inputs
         )
-        self._constants = _computed_from(program, self._constant_inputs)
+        self._constants = computed_from(program, self._constant_inputs)
 
     def traits(self, node: Node) -> frozenset[Trait]:
         """All traits of the floating-point value of `node`."""
@@ -119,7 +119,7 @@ class GraphAnalysis:
         """Names of the nodes between an adapter's weights and a matrix product that uses them as a
         weight, such as W + BA."""
         own = {name for name, parameter in self.parameters.items() if is_adapter_name(parameter)}
-        made_of_adapter = self._constants - _computed_from(
+        made_of_adapter = self._constants - computed_from(
             self.program, self._constant_inputs - own
         )
         found: set[str] = set()
@@ -263,7 +263,7 @@ def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
     return found
 
 
-def _computed_from(
+def computed_from(
     program: ExportedProgram, placeholders: set[str], stop_at: frozenset[str] = frozenset()
 ) -> set[str]:
     """Names of the nodes computed from nothing but `placeholders` (included) and tensor sizes.

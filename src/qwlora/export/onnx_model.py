@@ -46,14 +46,26 @@ def write_onnx(graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str])
             or two tensors have the same name.
         MissingExtraError: the `onnx` extra is not installed.
     """
-    model = to_onnx(graph, OPSET)
+    model, transposed = build_model(graph, metadata)
+    require("onnx_ir", "onnx").save(model, folder / MODEL_FILE, external_data=DATA_FILE)
+    return transposed
+
+
+def build_model(
+    graph: QuantizedGraph, metadata: Mapping[str, str], opset: int = OPSET
+) -> tuple[Any, set[str]]:
+    """The `onnx_ir.Model` that `write_onnx` writes, and the weights that are stored [in, out].
+
+    Raises:
+        ExportError, MissingExtraError: see `write_onnx`.
+    """
+    model = to_onnx(graph, opset)
     rewriter = _Rewriter(model, graph)
     rewriter.run()
     _name_dimensions(model, graph.interface.shapes)
     model.producer_name = "qwlora"
     model.metadata_props.update(metadata)
-    rewriter.ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
-    return rewriter.transposed
+    return model, rewriter.transposed
 
 
 class _Rewriter:

@@ -105,6 +105,44 @@ class GraphAnalysis:
         return found
 
     @cached_property
+    def keys_and_values(self) -> set[str]:
+        """Names of the nodes whose values a key-value cache holds, also where there is no cache.
+
+        They are second factors of products of two activations. A factor is moved before it is
+        multiplied; the node is the first of its moves (or what they move) that nothing else reads:
+
+            linear -> view -> transpose -> matmul       linear
+            linear -> split -> transpose -> matmul      split, as the queries are split off too
+        """
+        second: set[str] = set()
+        for node in reversed(list(self.program.graph.nodes)):
+            if node.users and all(
+                self._is_second_factor(node, user, second) for user in node.users
+            ):
+                second.add(node.name)
+        found = set()
+        for node in _calls(self.program):
+            activations = [f for f in _factors(node) if f.name not in self._constants]
+            for factor in activations[1:]:
+                source: Node | None = factor
+                first = None
+                while source is not None and source.name in second:
+                    first = source if isinstance(source.meta.get("val"), Tensor) else first
+                    source = _moved(source)
+                if first is not None and first.name not in self._adapted_weights:
+                    found.add(first.name)
+        return found
+
+    def _is_second_factor(self, node: Node, user: Node, second: set[str]) -> bool:
+        """Whether `user` reads `node` as a second factor only, at once or after moving it."""
+        if user.op == "output":
+            return True  # the cache of the next call
+        factors = _factors(user)
+        if factors:
+            return node in factors[1:] and node is not factors[0]
+        return user.name in second and (_moved(user) is node or _is_appended(node, user))
+
+    @cached_property
     def _compound(self) -> set[str]:
         """Stack keys of the modules that run a matrix product, a softmax or a dequantize."""
         return {
@@ -119,9 +157,7 @@ class GraphAnalysis:
         """Names of the nodes between an adapter's weights and a matrix product that uses them as a
         weight, such as W + BA."""
         own = {name for name, parameter in self.parameters.items() if is_adapter_name(parameter)}
-        made_of_adapter = self._constants - computed_from(
-            self.program, self._constant_inputs - own
-        )
+        made_of_adapter = self._constants - computed_from(self.program, self._constant_inputs - own)
         found: set[str] = set()
         for node in reversed(_calls(self.program)):
             factors = [made for factor in _factors(node) if (made := origin(factor)) is not None]
@@ -161,6 +197,19 @@ def origin(node: Node) -> Node | None:
         node = sources[0]
     value = node.meta.get("val")
     return node if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
+def _moved(node: Node) -> Node | None:
+    """The node whose values `node` only moves; None if it computes its own."""
+    if node.op != "call_function" or base_name(operator_of(node)) not in MOVES_DATA:
+        return None
+    sources = _nodes(node.args[0])
+    return sources[0] if sources else None
+
+
+def _is_appended(node: Node, user: Node) -> bool:
+    """Whether `user` appends `node` to an input of the model."""
+    return base_name(operator_of(user)) == "cat" and node.name != _nodes(user.args[0])[0].name
 
 
 def _factors(node: Node) -> list[Node]:

@@ -79,9 +79,7 @@ class HostInputs:
         return dict(zip(self.host_interface.outputs, found, strict=True))
 
 
-def lift_host_inputs(
-    program: ExportedProgram, interface: Interface, floor: float
-) -> HostInputs:
+def lift_host_inputs(program: ExportedProgram, interface: Interface, floor: float) -> HostInputs:
     """Split a program with static shapes in two.
 
     Args:
@@ -92,9 +90,7 @@ def lift_host_inputs(
             the message names the operator.
     """
     graph = copy.deepcopy(program.graph)
-    inputs = dict(
-        zip(program.graph_signature.user_inputs, interface.inputs, strict=True)
-    )
+    inputs = dict(zip(program.graph_signature.user_inputs, interface.inputs, strict=True))
     constants, decided = _origins(program, inputs)
     _merge_equal_(graph, constants | decided)
     lifted = [n for n in graph.nodes if n.name in decided and _is_read_elsewhere(n, decided)]
@@ -188,9 +184,7 @@ def _place(node: Node) -> str:
     return f"{canonical_name(module_of(node)[0]) or 'the model'} ({operator_of(node)})"
 
 
-def _names(
-    lifted: Sequence[Node], decided: set[str], inputs: Mapping[str, str]
-) -> dict[Node, str]:
+def _names(lifted: Sequence[Node], decided: set[str], inputs: Mapping[str, str]) -> dict[Node, str]:
     """A name for each lifted node, in order of names: masks, cosines, sines, positions."""
     stems = {node: _stem(node, decided, inputs) for node in lifted}
     order = (MASK, COS, SIN)
@@ -231,28 +225,33 @@ def _host(
     for node in graph.nodes:
         if node.name in names:
             copied[node] = made.node_copy(node, copied.__getitem__)
-    results = [_above(made, copied[node], floor) for node in lifted]
+    results = [_as_input(made, copied[node], floor) for node in lifted]
     made.output(tuple(results))
     made.eliminate_dead_code()
     for node in list(made.nodes):
         if node.op == "placeholder" and not node.users:
             made.erase_node(node)
-    return _program(program, made)
+    return program_over(program, made)
 
 
-def _above(graph: Graph, node: Node, floor: float) -> Node:
-    """`node` with nothing below `floor` where it can be a mask, as it then has the float's end."""
+def _as_input(graph: Graph, node: Node, floor: float) -> Node:
+    """`node` as an accelerator takes it: integers of 32 bits, no number below `floor` in a mask."""
     value = node.meta["val"]
+    if not value.is_floating_point():
+        cast = graph.call_function(torch.ops.aten.to.dtype, (node, torch.int32))
+        cast.meta["val"] = _int32(value)
+        return cast
     ends = {
         float(argument)
         for source in _ancestors(node, {n.name for n in graph.nodes})
         for argument in source.args
         if isinstance(argument, int | float)
     }
-    if value.is_floating_point() and any(end < _MASKED for end in ends):
-        node = graph.call_function(torch.ops.aten.clamp.default, (node, floor))
-        node.meta["val"] = value
-    return node
+    if not any(end < _MASKED for end in ends):
+        return node
+    above = graph.call_function(torch.ops.aten.clamp.default, (node, floor))
+    above.meta["val"] = value
+    return above
 
 
 def _device(
@@ -270,9 +269,7 @@ def _device(
         with graph.inserting_after(last):
             last = given = graph.placeholder(f"lifted_{name}")
         given.meta["val"] = _int32(node.meta["val"])
-        node.replace_all_uses_with(
-            given, delete_user_cb=lambda user: user.name not in decided
-        )
+        node.replace_all_uses_with(given, delete_user_cb=lambda user: user.name not in decided)
         called[given] = name
     for node in list(graph.nodes):
         if node.op == "call_function" and _is_view_of_ids(node):
@@ -290,7 +287,7 @@ def _device(
         last = [n for n in graph.nodes if n.op == "placeholder"][-1]
         if node is not last:
             last.append(node)
-    return _program(program, graph), tuple(called[node] for node in given_order)
+    return program_over(program, graph), tuple(called[node] for node in given_order)
 
 
 def _is_view_of_ids(node: Node) -> bool:
@@ -300,7 +297,8 @@ def _is_view_of_ids(node: Node) -> bool:
         base_name(operator_of(node)) in MOVES_DATA
         and isinstance(value, Tensor)
         and not value.is_floating_point()
-        and value.shape == node.all_input_nodes[0].meta["val"].shape
+        and isinstance(before := node.all_input_nodes[0].meta["val"], Tensor)
+        and value.shape == before.shape
     )
 
 
@@ -308,7 +306,7 @@ def _int32(value: Tensor) -> Tensor:
     return value if value.is_floating_point() else value.to(torch.int32)
 
 
-def _program(source: ExportedProgram, graph: Graph) -> ExportedProgram:
+def program_over(source: ExportedProgram, graph: Graph) -> ExportedProgram:
     """A program of `graph` over the tensors of `source`; other placeholders are its inputs."""
     stored = {
         spec.arg.name: spec

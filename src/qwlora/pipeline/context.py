@@ -283,6 +283,7 @@ class JobContext:
             rules=tuple(section.placement_rules()),
             observer=section.estimator(),
             symmetric_matmul_second_input=section.symmetric_matmul_second_input,
+            key_value_bitwidth=section.key_value_bitwidth,
             unused_rules="allow",  # `check_rules` checks them over all graphs of the job
         )
 

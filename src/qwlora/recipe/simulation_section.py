@@ -114,6 +114,11 @@ class SimulationSection(Section):
         description="give the second operand of an activation-by-activation product a "
         "symmetric grid; Qualcomm HTP needs it at 16 bits",
     )
+    key_value_bitwidth: Literal[8, 16] | None = Field(
+        None,
+        description="bits of the keys and values of attention, on a symmetric grid, as a key-value "
+        "cache on an NPU holds them. Default: those of other activations",
+    )
     adapter_weights: AdapterWeights = Field(
         AdapterWeights(), description="grid of lora_A and lora_B"
     )

@@ -129,6 +129,7 @@ def place(
     symmetric_matmul_second_input: bool = False,
     input_names: Mapping[str, str] | None = None,
     unused_rules: UnusedRules = "refuse",
+    key_value_bitwidth: int | None = None,
 ) -> Placement:
     """Decide about every floating point value of `program`.
 
@@ -144,6 +145,9 @@ def place(
         input_names: names of the model's inputs by placeholder. Default: the placeholder's name.
         unused_rules: refuse user rules without effect, or allow them; see
             `refuse_ineffective_rules`.
+        key_value_bitwidth: quantize the keys and values of attention to this many bits, with a
+            symmetric grid: that of the cache in a graph with a cache, where they are read from.
+            None: like other activations.
 
     Raises:
         CalibrationError: there is no such policy; or rules have no effect (all are named).
@@ -156,12 +160,17 @@ def place(
         )
     analysis = GraphAnalysis(program, chosen.one_operation)
     placement = Placement()
+    cached_values = analysis.keys_and_values if key_value_bitwidth is not None else set()
     candidates = list(_candidates(program, analysis, input_names or {}))
     decider = _Decider(chosen, rules)
     for candidate in candidates:
         decision, reason, ruled = decider.decide(candidate)
         overrides = ruled or Overrides()
         activation = candidate.kind is Kind.ACTIVATION
+        cached = key_value_bitwidth is not None and candidate.node.name in cached_values
+        if cached and ruled is None:
+            decision, reason = Decision.QUANTIZE, "keys or values that a cache holds"
+            overrides = Overrides(bitwidth=key_value_bitwidth, symmetric=True)
         if (
             activation
             and symmetric_matmul_second_input

@@ -27,7 +27,8 @@ class SimulationSchemes:
         policy: `npu`, `matmul-inputs`, `weights-only`, or a `Policy`.
         rules: tried before those of the policy.
         observer: how the range of an activation is chosen, see `Estimator`.
-        quantize_residual_adds, symmetric_matmul_second_input, unused_rules: see `place`.
+        quantize_residual_adds, symmetric_matmul_second_input, unused_rules, key_value_bitwidth:
+            see `place`.
     """
 
     activations: Scheme = Scheme(16, symmetric=False)
@@ -39,6 +40,7 @@ class SimulationSchemes:
     observer: str | Estimator = "min-max"
     symmetric_matmul_second_input: bool = False
     unused_rules: UnusedRules = "refuse"
+    key_value_bitwidth: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -53,4 +55,5 @@ class SimulationSchemes:
             self.symmetric_matmul_second_input,
             input_names,
             self.unused_rules,
+            self.key_value_bitwidth,
         )

@@ -1,0 +1,236 @@
+"""The ONNX form of an `NpuGraph` that Qualcomm's HTP takes whole.
+
+It is the form of `onnx_model.py`, and
+
+    zero points     every DequantizeLinear has one: without it, the HTP computed int4 weights
+                    wrongly (onnxruntime-qnn 2.7: -9 dB)
+    embeddings      what a Gather reads from a quantized table gets the table's grid once more,
+                    or the table would be dequantized whole on the CPU
+    8-bit values    are quantized to 16 bits first: an operator's inputs and output have one width;
+                    the finer grid holds the coarser one: scale / 257, zero point * 257
+    norms           RMSNormalization (opset 23); a product with a norm, or with what is made of one
+                    by slices, has it as its second factor: as the first, the HTP took the other
+                    factor for the norm's weight (-6 dB)
+    biases          int32 on the grid scale(x) * scale(w) in a Gemm; after a MatMul, whose output
+                    gets a grid of its own, added on their own grid
+    adapters        codes of lora_A and lora_B are inputs, not initializers; `lora_alpha` is a
+                    quantized input
+
+So one file serves every adapter: a runtime sets the adapter's codes as inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qwlora.errors import ExportError
+from qwlora.export.onnx_model import build_model
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.parameter_names import is_factor_name
+from qwlora.system.optional_packages import require
+
+OPSET = 23  # the first with RMSNormalization
+CODES = ".codes"
+_FINER = 257  # 65535 / 255
+# what an 8-bit value may come from without an operator of another width between
+_KEEPS_WIDTH = frozenset({"DequantizeLinear", "Concat", "Gather"})
+
+
+def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
+    """The `onnx_ir.Model` of a device graph, and the adapter's codes by input name.
+
+    Raises:
+        ExportError, MissingExtraError: see `write_onnx`.
+    """
+    model, _ = build_model(graph, metadata, OPSET)
+    for node in list(model.graph):
+        if node.op_type == "DequantizeLinear" and len(node.inputs) == 2:
+            _add_zero_point_(model, node)
+    for node in list(model.graph):  # before 8-bit values are looked for
+        if node.op_type == "Gather":
+            _quantize_gathered_(model, node)
+    for node in list(model.graph):
+        if node.op_type == "QuantizeLinear":
+            _widen_(model, node)
+        elif node.op_type == "Mul":
+            _put_norm_second_(node)
+        elif node.op_type == "Gemm":
+            _quantize_bias_(model, node)
+        elif node.op_type == "Add":
+            _quantize_before_bias_(model, node)
+    return model, _adapter_inputs_(model, graph)
+
+
+def _add_zero_point_(model: Any, node: Any) -> None:
+    """Give a DequantizeLinear of a symmetric grid its zero point of zeros."""
+    ir = require("onnx_ir", "onnx")
+    codes, scale = (value.const_value for value in node.inputs)
+    name = f"{node.outputs[0].name}.zero_point"
+    zeros = np.zeros(tuple(scale.shape), codes.numpy().dtype)
+    value = ir.val(name, const_value=ir.tensor(zeros, name=name))
+    model.graph.register_initializer(value)
+    node.resize_inputs(3)
+    node.replace_input_with(2, value)
+
+
+def _quantize_gathered_(model: Any, node: Any) -> None:
+    """Quantize what a Gather reads from a table on one grid, on that grid."""
+    table = node.inputs[0].producer()
+    if table is None or table.op_type != "DequantizeLinear" or table.inputs[1].shape.rank():
+        return
+    gathered = node.outputs[0]
+    users = [user for user, _ in gathered.uses()]
+    name = f"{table.outputs[0].name}.gathered"
+    _insert_quantized_(model, gathered, name, list(table.inputs[1:]), users)
+
+
+def _put_norm_second_(node: Any) -> None:
+    """Swap the factors of a product if the first is a norm, or the second an input."""
+    first, second = node.inputs
+    made = _made_by(first)
+    is_norm = made is not None and made.op_type == "RMSNormalization"
+    if is_norm or (_made_by(second) is None and made is not None):
+        node.replace_input_with(0, second)
+        node.replace_input_with(1, first)
+
+
+def _made_by(value: Any) -> Any:
+    """The node before the quantization of a value; None if that is an input or a constant."""
+    source = value.producer()
+    while source is not None and source.op_type in ("DequantizeLinear", "QuantizeLinear"):
+        source = source.inputs[0].producer()
+    return source
+
+
+def _quantize_bias_(model: Any, node: Any) -> None:
+    """Give the bias of a Gemm with a quantized input and weight their product's grid.
+
+    Raises:
+        ExportError: a code of the bias does not fit into 32 bits.
+    """
+    if len(node.inputs) < 3:
+        return
+    x, weight, bias = (value.producer() for value in node.inputs)
+    if any(each is None or each.op_type != "DequantizeLinear" for each in (x, weight, bias)):
+        return
+    value = _dequantized(bias)
+    scale = (_number(x.inputs[1]) * _number(weight.inputs[1])).astype(np.float32)
+    codes = np.round(value.astype(np.float64) / scale)
+    name = bias.outputs[0].name
+    if np.abs(codes).max(initial=0) > 2**31 - 1:
+        raise ExportError(
+            f"{name}: {value.flat[np.abs(codes).argmax()]:g} is more than 2^31 steps of its "
+            f"layer's input and weight ({scale.min():g}), which Qualcomm's HTP cannot hold. Give "
+            "the layer's weight more bits, or a scale per channel"
+        )
+    grid = {
+        "codes": codes.astype(np.int32),
+        "scale": scale,
+        "zero_point": np.zeros(scale.shape, np.int32),
+    }
+    made = _constants(model, f"{name}.int32", grid)
+    attributes = {"axis": 0} if scale.ndim else {}
+    ir = require("onnx_ir", "onnx")
+    values = ir.node(
+        "DequantizeLinear", made, attributes=attributes, name=f"{name}.int32/dequantize"
+    )
+    values.outputs[0].name = f"{name}.int32"
+    node.replace_input_with(2, values.outputs[0])
+    model.graph.insert_before(node, values)
+
+
+def _quantize_before_bias_(model: Any, node: Any) -> None:
+    """Give the product before an added bias the grid of the sum, widened by the bias."""
+    product, bias = node.inputs
+    if product.producer() is None or product.producer().op_type != "MatMul":
+        product, bias = bias, product
+    source, stored = product.producer(), bias.producer()
+    quantize = next((user for user, _ in node.outputs[0].uses()), None)
+    if (
+        source is None
+        or source.op_type != "MatMul"
+        or stored is None
+        or stored.op_type != "DequantizeLinear"
+        or not stored.inputs[0].is_initializer()
+        or quantize is None
+        or quantize.op_type != "QuantizeLinear"
+    ):
+        return
+    scale, zero_point = (_number(value) for value in quantize.inputs[1:])
+    values = _dequantized(stored)
+    steps = np.iinfo(zero_point.dtype).max
+    low = -float(zero_point) * float(scale) - max(float(values.max()), 0.0)
+    high = (steps - float(zero_point)) * float(scale) - min(float(values.min()), 0.0)
+    wider = np.float32((high - low) / 65535)
+    name = f"{quantize.outputs[0].name.removesuffix(CODES)}.product"
+    grid = {"scale": wider, "zero_point": np.uint16(round(-low / float(wider)))}
+    _insert_quantized_(model, product, name, _constants(model, name, grid), [node])
+
+
+def _dequantized(node: Any) -> Any:
+    """The value of a DequantizeLinear of a constant on one grid."""
+    codes, scale, zero_point = (_number(value) for value in node.inputs)
+    return (codes.astype(np.float64) - zero_point) * scale
+
+
+def _number(value: Any) -> Any:
+    return value.const_value.numpy()
+
+
+def _constants(model: Any, name: str, parts: Mapping[str, Any]) -> list[Any]:
+    """Initializers `name.part`."""
+    ir = require("onnx_ir", "onnx")
+    made = []
+    for part, array in parts.items():
+        each = f"{name}.{part}"
+        made.append(ir.val(each, const_value=ir.tensor(np.asarray(array), name=each)))
+        model.graph.register_initializer(made[-1])
+    return made
+
+
+def _insert_quantized_(
+    model: Any, value: Any, name: str, grid: list[Any], users: list[Any]
+) -> None:
+    """Quantize and dequantize a value between its producer and `users`."""
+    ir = require("onnx_ir", "onnx")
+    codes = ir.node("QuantizeLinear", [value, *grid], name=f"{name}/quantize")
+    values = ir.node("DequantizeLinear", [codes.outputs[0], *grid], name=f"{name}/dequantize")
+    codes.outputs[0].name, values.outputs[0].name = f"{name}{CODES}", name
+    for user in users:
+        for index, given in enumerate(user.inputs):
+            if given is value:
+                user.replace_input_with(index, values.outputs[0])
+    model.graph.insert_after(value.producer(), [codes, values])
+
+
+def _widen_(model: Any, node: Any) -> None:
+    """Quantize to 16 bits before 8 bits what an operator of 16-bit inputs computed."""
+    value, scale, zero_point = node.inputs
+    producer = value.producer()
+    is_eight = zero_point.const_value.numpy().dtype == np.uint8
+    if not is_eight or producer is None or producer.op_type in _KEEPS_WIDTH:
+        return
+    name = f"{node.outputs[0].name.removesuffix(CODES)}.wide"
+    grid = {
+        "scale": _number(scale) / np.float32(_FINER),
+        "zero_point": _number(zero_point).astype(np.uint16) * np.uint16(_FINER),
+    }
+    _insert_quantized_(model, value, name, _constants(model, name, grid), [node])
+
+
+def _adapter_inputs_(model: Any, graph: QuantizedGraph) -> dict[str, Any]:
+    """Make inputs of the codes of adapter weights; returns their values."""
+    ir = require("onnx_ir", "onnx")
+    found = {}
+    for mark in graph.marks:
+        if mark.kind is Kind.ADAPTER and is_factor_name(mark.name):
+            value = model.graph.initializers.pop(f"{mark.name}{CODES}")
+            found[value.name] = value.const_value.numpy()
+            value.type = ir.TensorType(value.const_value.dtype)
+            value.shape = value.const_value.shape
+            value.const_value = None
+            model.graph.inputs.append(value)
+    return found

@@ -1,0 +1,340 @@
+"""A simulation as graphs that a neural processing unit takes whole.
+
+    npu = npu_graph(simulation, CacheSizes(tokens=1, context=1024))
+    npu.device     tokens, cos, sin, mask, cache -> logits, new keys and values; every value has an
+                   encoding, every size is fixed
+    npu.host       positions, mask -> cos, sin, float mask: runs on the CPU before each call
+
+Inputs and outputs are called as in Qualcomm's public recipes:
+
+    input_ids, attention_mask, position_ids_cos, position_ids_sin, past_key_0_in, past_value_0_in
+    logits, past_key_0_out, past_value_0_out      of the new tokens only, and so on for each layer
+
+Keys are [1, heads, tokens, width], like values. past_key_0_in and past_key_0_out have one encoding.
+
+Three values get an encoding that the simulation does not have, as it computes them in float:
+
+    cos, sin, mask      their range over all positions of the context
+    scores + mask       the range of the scores, lowered by the mask
+    norm weights 1 + w  their own range
+
+A masked score is `floor` lower instead of minus infinity. The floor is chosen so that a masked
+score stays `MASKED_BELOW` below every other one: e^-20 of a probability, less than a 16-bit step.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from qwlora.errors import CalibrationError
+from qwlora.graph.aten_ops import MOVES_DATA, base_name
+from qwlora.graph.cached_capture import MASK, CacheSizes, capture_cached
+from qwlora.graph.capture import PAST, PRESENT
+from qwlora.graph.fused_norms import fuse_norms
+from qwlora.graph.graph_analysis import computed_from, module_of, operator_of
+from qwlora.graph.host_inputs import COS, SIN, HostInputs, lift_host_inputs
+from qwlora.graph.quantized_graph import Interface, Kind, Mark, QuantizedGraph, with_state
+from qwlora.graph.scaling_input import ALPHA, lift_scaling
+from qwlora.graph.sliced_parts import slice_parts
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.observers import encoding_from_range, measure
+from qwlora.grid.scheme import Scheme
+from qwlora.messages import listed
+from qwlora.simulation.cached_graph import Encodings, cached_graph
+from qwlora.simulation.simulated_graph import SimulatedGraph
+
+MASKED_BELOW = 20.0
+_PLACES = 64  # in the context, where the range of host inputs is measured
+_ACTIVATION_FUNCTION = r"(?i)GELU|SiLU|Swish|Activation"
+_SIXTEEN_BITS = Scheme(16, symmetric=False)
+_WEIGHT = Scheme(16)
+
+
+@dataclass(frozen=True)
+class NpuGraph:
+    """A graph of fixed size for an NPU, and the graph of what its host computes.
+
+    Args:
+        sizes: tokens and context.
+        floor: of the mask; negative.
+        scaling: alpha / rank of the simulation's adapter, the value of input `lora_alpha`; None
+            without an adapter.
+    """
+
+    sizes: CacheSizes
+    device: QuantizedGraph
+    host: QuantizedGraph
+    floor: float
+    scaling: float | None
+    lifted: HostInputs
+
+    def host_values(self, past: int) -> dict[str, Tensor]:
+        """Inputs of the device graph for a call after `past` tokens, all of them valid."""
+        return self.lifted.run_host(*host_arguments(self.sizes, past, self.sizes.tokens))
+
+
+def host_arguments(sizes: CacheSizes, past: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Mask [1, context] and positions [1, sizes.tokens] for `tokens` new ones after `past` ones.
+
+    Valid tokens are contiguous: those in the cache on its right, new ones on the left of theirs.
+    """
+    mask = torch.zeros(1, sizes.context, dtype=torch.int64)
+    mask[:, sizes.past - min(past, sizes.past) : sizes.past + tokens] = 1
+    positions = torch.arange(past, past + sizes.tokens)[None]
+    return mask, positions
+
+
+def npu_graph(
+    simulation: SimulatedGraph, sizes: CacheSizes, largest_scaling: float | None = None
+) -> NpuGraph:
+    """The graph of a calibrated simulation for a number of new tokens and a context.
+
+    Args:
+        simulation: of a causal language model with `simulation.origin.model`'s active adapter.
+        largest_scaling: alpha / rank of any adapter that the graph will run with. Default: that of
+            the simulation's.
+
+    Raises:
+        CaptureError: the model has no cache that can be captured, or its positions or mask cannot
+            be lifted out.
+        CalibrationError: a value of the device graph would stay float.
+    """
+    captured = capture_cached(simulation.origin.model, sizes, "new")
+    graph = cached_graph(simulation, captured)
+    floor = -(MASKED_BELOW + _widest_scores(graph))
+    lifted = lift_host_inputs(graph.program, graph.interface, floor)
+    program, interface, scaling = lift_scaling(lifted.program, lifted.interface)
+    program = slice_parts(fuse_norms(program))
+    nodes = {node.name for node in program.graph.nodes}
+    marks = {mark.node: mark for mark in graph.marks if mark.node in nodes}
+    encodings: Encodings = {mark.name: graph.encodings[mark.name] for mark in marks.values()}
+    known = _Known(program, marks, encodings)
+    for name, encoding in _host_encodings(lifted, sizes).items():
+        placeholders = zip(program.graph_signature.user_inputs, interface.inputs, strict=True)
+        node = next(node for node, given in placeholders if given == name)
+        known.add(node, name, encoding)
+    if scaling is not None:
+        known.add(ALPHA, ALPHA, _between(0.0, max(scaling, largest_scaling or 0.0)))
+    known.add_masked_scores(lifted)
+    program = known.fold_norm_weights()
+    known.refuse_float_values(program)
+    renamed = _renamed(interface)
+    names = dict(zip(_all(interface), _all(renamed), strict=True))
+    order = {node.name: index for index, node in enumerate(program.graph.nodes)}
+    placed = [
+        replace(mark, name=names.get(mark.name, mark.name))
+        for mark in sorted(known.marks.values(), key=lambda mark: order[mark.node])
+    ]
+    device = QuantizedGraph(
+        program,
+        renamed,
+        tuple(placed),
+        {names.get(name, name): encoding for name, encoding in known.encodings.items()},
+        graph.observer,
+    )
+    host = QuantizedGraph(lifted.host, lifted.host_interface, (), {})
+    return NpuGraph(sizes, device, host, floor, scaling, lifted)
+
+
+class _Known:
+    """Marks and encodings of a device graph, to which those of its own values are added."""
+
+    def __init__(self, program: ExportedProgram, marks: dict[str, Mark], encodings: Encodings):
+        self.program, self.marks, self.encodings = program, marks, encodings
+        self.nodes = {node.name: node for node in program.graph.nodes}
+
+    def add(self, node: str, name: str, encoding: Encoding, kind: Kind = Kind.ACTIVATION) -> None:
+        """Give a value an encoding."""
+        self.marks[node] = Mark(node, name, kind)
+        self.encodings[name] = encoding
+
+    def encoding_before(self, node: Node) -> Encoding | None:
+        """The encoding of a value, or of what it was moved from."""
+        while node.name not in self.marks:
+            if node.op != "call_function" or base_name(operator_of(node)) not in MOVES_DATA:
+                return None
+            node = node.all_input_nodes[0]
+        found = self.encodings[self.marks[node.name].name]
+        return found if isinstance(found, Encoding) else None
+
+    def add_masked_scores(self, lifted: HostInputs) -> None:
+        """The range of scores plus mask, which the simulation leaves float.
+
+        Raises:
+            CalibrationError: the scores have no encoding.
+        """
+        masks = {
+            node
+            for node, name in zip(
+                self.program.graph_signature.user_inputs, lifted.interface.inputs, strict=False
+            )
+            if name.startswith(MASK)
+        }
+        for node in self.program.graph.nodes:
+            if node.name in self.marks or base_name(operator_of(node)) != "add":
+                continue
+            scores = [n for n in node.all_input_nodes if _source(n).name not in masks]
+            if len(scores) == len(node.all_input_nodes):
+                continue
+            encoding = self.encoding_before(scores[0])
+            if encoding is None:
+                raise CalibrationError(
+                    f"the attention scores before {node.name} have no encoding. "
+                    "Set simulation.policy: npu, and remove rules that keep them float"
+                )
+            mask = self.encoding_before(next(n for n in node.all_input_nodes if n not in scores))
+            assert mask is not None
+            low, high = _range(encoding)
+            measured = _between(low + _range(mask)[0], high)
+            self.add(node.name, f"{self.marks[_source(scores[0]).name].name}.masked", measured)
+
+    def fold_norm_weights(self) -> ExportedProgram:
+        """The program in which every norm reads a stored weight, not one computed from it."""
+        state = dict(self.program.state_dict)
+        targets = {
+            spec.arg.name: str(spec.target)
+            for spec in self.program.graph_signature.input_specs
+            if spec.kind is InputKind.PARAMETER
+        }
+        for node in self.program.graph.nodes:
+            if node.op != "call_function" or operator_of(node) != "rms_norm":
+                continue
+            weight = node.args[2]
+            if weight.op == "placeholder":
+                continue
+            source = _leaf(weight)
+            stored = self.marks[source.name]
+            value = self.encodings[stored.name].fake_quantize(state[targets[source.name]].detach())
+            folded = _evaluated(weight, source, value)
+            state[targets[source.name]] = nn.Parameter(folded, requires_grad=False)
+            self.encodings[stored.name] = measure(folded, _WEIGHT)
+            node.update_arg(2, source)
+        self.program.graph.eliminate_dead_code()
+        return with_state(self.program, state)
+
+    def refuse_float_values(self, program: ExportedProgram) -> None:
+        """Refuse values that would be computed in half precision.
+
+        Raises:
+            CalibrationError: there are some, other than inside an activation function.
+        """
+        fixed = {n.name for n in program.graph.nodes if n.op == "placeholder"}
+        constants = computed_from(program, fixed - set(program.graph_signature.user_inputs))
+        found = [
+            f"{module_of(node)[0].removeprefix('model.') or 'the model'} ({operator_of(node)})"
+            for node in program.graph.nodes
+            if node.op == "call_function"
+            and node.name not in self.marks
+            and node.name not in constants
+            and isinstance(value := node.meta.get("val"), Tensor)
+            and value.is_floating_point()
+            and base_name(operator_of(node)) not in MOVES_DATA
+            and not re.search(_ACTIVATION_FUNCTION, module_of(node)[1])
+        ]
+        if found:
+            raise CalibrationError(
+                f"{len(found)} values would stay float on an NPU, which computes those in half "
+                f"precision: {listed(found, 3)}. Set simulation.policy: npu and "
+                "simulation.residual_adds: quantize, and remove rules with keep: float"
+            )
+
+
+def _widest_scores(graph: QuantizedGraph) -> float:
+    """The widest range of what a softmax reads, before the mask; 0 if there is no softmax."""
+    marks = {mark.node: mark.name for mark in graph.marks}
+    widest = 0.0
+    for node in graph.program.graph.nodes:
+        if node.op != "call_function" or base_name(operator_of(node)) != "softmax":
+            continue
+        waiting = [node.all_input_nodes[0]]
+        while waiting:
+            read = waiting.pop()
+            encoding = graph.encodings.get(marks.get(read.name, ""))
+            if isinstance(encoding, Encoding):
+                low, high = _range(encoding)
+                widest = max(widest, high - low)
+            else:
+                waiting += read.all_input_nodes
+    return widest
+
+
+def _host_encodings(lifted: HostInputs, sizes: CacheSizes) -> dict[str, Encoding]:
+    """The encoding of each float input that the host computes."""
+    last = sizes.context - sizes.tokens
+    places = sorted({round(last * i / _PLACES) for i in range(_PLACES + 1)})
+    low: dict[str, float] = {}
+    high: dict[str, float] = {}
+    for past in places:
+        for name, value in lifted.run_host(*host_arguments(sizes, past, sizes.tokens)).items():
+            if value.is_floating_point():
+                low[name] = min(low.get(name, 0.0), float(value.min()))
+                high[name] = max(high.get(name, 0.0), float(value.max()))
+    for name in low:
+        if name.startswith(COS):  # 1 at position 0, times what the model multiplies both with
+            for each in (name, name.replace(COS, SIN)):
+                low[each], high[each] = -high[name], high[name]
+    return {name: _between(low[name], high[name]) for name in low}
+
+
+def _between(low: float, high: float) -> Encoding:
+    return encoding_from_range(torch.tensor(low), torch.tensor(high), _SIXTEEN_BITS)
+
+
+def _range(encoding: Encoding) -> tuple[float, float]:
+    """The ends of a per-tensor grid."""
+    scale, offset = float(encoding.scale), int(encoding.offset)
+    return offset * scale, (offset + encoding.scheme.steps) * scale
+
+
+def _source(node: Node) -> Node:
+    """What data movement moved."""
+    while node.op == "call_function" and base_name(operator_of(node)) in MOVES_DATA:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _leaf(node: Node) -> Node:
+    """The placeholder that a value is computed from."""
+    while node.op != "placeholder":
+        (node,) = node.all_input_nodes
+    return node
+
+
+def _evaluated(node: Node, source: Node, value: Tensor) -> Tensor:
+    """A value computed from `source`, if that is `value`."""
+    if node is source:
+        return value
+    arguments = map_arg(node.args, lambda inner: _evaluated(inner, source, value))
+    found: Tensor = node.target(*arguments, **node.kwargs)  # type: ignore[operator]
+    return found
+
+
+def _renamed(interface: Interface) -> Interface:
+    """The interface with the names of the cache that Qualcomm's recipes use."""
+
+    def renamed(name: str) -> str:
+        direction = {PAST: "in", PRESENT: "out"}.get(name.partition(".")[0])
+        if direction is None:
+            return name
+        _, layer, part = name.split(".")
+        return f"past_{part}_{layer}_{direction}"
+
+    return replace(
+        interface,
+        inputs=tuple(map(renamed, interface.inputs)),
+        outputs=tuple(map(renamed, interface.outputs)),
+        shapes={renamed(name): shape for name, shape in interface.shapes.items()},
+        cached=frozenset(map(renamed, interface.cached)),
+    )
+
+
+def _all(interface: Interface) -> tuple[str, ...]:
+    return (*interface.inputs, *interface.outputs)

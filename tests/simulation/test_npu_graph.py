@@ -1,0 +1,139 @@
+"""Graphs for an NPU: what the host computes, and that prefill and decode are the simulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir
+import onnxruntime
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from qwlora import Rule, Scheme, SimulationSchemes, quantize_, simulate
+from qwlora.errors import CalibrationError, CaptureError
+from qwlora.export.npu_onnx import npu_onnx
+from qwlora.graph.cached_capture import CacheSizes
+from qwlora.grid.sqnr import sqnr_db
+from qwlora.simulation.npu_graph import NpuGraph, npu_graph
+from qwlora.simulation.simulation import Simulation
+from simulation.tiny_architectures import inputs, make
+
+CONTEXT, FIRST, TOKENS = 24, 9, 14
+TEXT = torch.randint(3, 256, (1, TOKENS), generator=torch.Generator().manual_seed(7))
+SCHEMES = SimulationSchemes(
+    quantize_residual_adds=True,
+    symmetric_matmul_second_input=True,
+    key_value_bitwidth=8,
+    adapter_weights=Scheme(8),
+)
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("GPT-2", "Gemma 3", "Phi-3", "Qwen3", "OPT", "GPT-NeoX", "Qwen2")
+]
+
+
+def simulated(name: str, schemes: SimulationSchemes = SCHEMES) -> Simulation:
+    model = make(name)
+    embeddings = {"GPT-2": ["*wte", "*wpe"], "GPT-NeoX": ["*embed_in"], "OPT": ["*embed_*"]}
+    rules = [Rule(n, Scheme(8)) for n in embeddings.get(name, ["*embed_tokens"])]
+    quantize_(model, "w4-channel", solver="rtn", rules=rules)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    simulation = simulate(get_peft_model(model, config).eval(), inputs(name), schemes)
+    simulation.calibrate([{"input_ids": TEXT}])
+    return simulation
+
+
+class OnCpu:
+    """A graph with its adapter in ONNX Runtime, without optimizations."""
+
+    def __init__(self, graph: NpuGraph, folder: Path):
+        model, codes = npu_onnx(graph.device, {})
+        onnx_ir.save(model, folder / "model.onnx")
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.graph, self.fixed = graph, {**codes, "lora_alpha": np.float32([graph.scaling])}
+        self.session = onnxruntime.InferenceSession(
+            folder / "model.onnx", options, providers=["CPUExecutionProvider"]
+        )
+
+    def run(self, past: int, cache: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+        room = self.graph.sizes.past
+        given = {
+            "input_ids": ids.to(torch.int32),
+            **self.graph.host_values(past),
+            **{name: value[:, :, value.shape[2] - room :] for name, value in cache.items()},
+        }
+        names = [output.name for output in self.session.get_outputs()]
+        feed = {name: value.numpy() for name, value in given.items()} | self.fixed
+        taken = {i.name for i in self.session.get_inputs()}
+        found = self.session.run(names, {name: feed[name] for name in taken})
+        return dict(zip(names, map(torch.from_numpy, found), strict=True))
+
+
+@pytest.mark.parametrize("name", ["Llama", *SLOW])
+def test_prefill_then_decode_is_the_simulation(name: str, tmp_path: Path) -> None:
+    simulation = simulated(name)
+    graphs = {}
+    for tokens in (FIRST, 1):
+        (tmp_path / str(tokens)).mkdir()
+        graph = npu_graph(simulation, CacheSizes(tokens, CONTEXT))
+        graphs[tokens] = OnCpu(graph, tmp_path / str(tokens))
+    prefill, decode = (graphs[tokens].graph.device for tokens in (FIRST, 1))
+    shared = prefill.encodings.keys() & decode.encodings.keys()
+    assert shared == prefill.encodings.keys()
+    for each in shared:  # one grid for a tensor in all graphs
+        assert torch.equal(prefill.encodings[each].scale, decode.encodings[each].scale), each
+    for each in decode.interface.cached:
+        assert prefill.encodings[each].scheme == Scheme(8)
+    taken = {i.name: i.type for i in graphs[1].session.get_inputs()}
+    assert {n for n, kind in taken.items() if "float" not in kind} == {
+        *(n for n in taken if n.endswith(("lora_A.weight.codes", "lora_B.weight.codes"))),
+        *(n for n in taken if n in ("input_ids", "position_ids")),
+    }
+
+    expected = simulation.logits(TEXT)
+    shapes = decode.interface.shapes
+    cache = {n: torch.zeros(1, shapes[n][1], CONTEXT, 16) for n in decode.interface.cached}
+    found, first = [], 0
+    for tokens in (FIRST, *[1] * (TOKENS - FIRST)):
+        outputs = graphs[tokens].run(first, cache, TEXT[:, first : first + tokens])
+        found.append(outputs.pop("logits"))
+        for output, new in outputs.items():
+            into = output.replace("_out", "_in")
+            cache[into] = torch.cat([cache[into], new], 2)[:, :, -CONTEXT:]
+        first += tokens
+    logits = torch.cat(found, 1)
+    assert sqnr(logits, expected) > 50, sqnr(logits, expected)
+    assert float((logits.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.9
+
+
+def sqnr(found: Tensor, expected: Tensor) -> float:
+    """Of logits in dB: cosines, sines and masked scores have 16-bit grids in the graph alone."""
+    return sqnr_db(float(expected.square().sum()), float((found - expected).square().sum()))
+
+
+def test_the_simulation_quantizes_keys_and_values_as_the_cache_does() -> None:
+    """The same grid where a model splits keys off a joint projection, without a cache too."""
+    model = make("GPT-2")
+    quantize_(model, "w8-channel", solver="rtn")
+    simulation = simulate(model, inputs("GPT-2"), SimulationSchemes(key_value_bitwidth=8))
+    simulation.calibrate([{"input_ids": TEXT}])
+    eight = [name for name, e in simulation.encodings.items() if e.scheme == Scheme(8)]
+    assert eight == [
+        f"transformer.h.{layer}.attn.split_{part}" for layer in range(2) for part in (1, 2)
+    ]
+
+
+def test_graphs_that_an_npu_does_not_take_are_refused() -> None:
+    usual = simulated("Llama", SimulationSchemes(key_value_bitwidth=8))
+    with pytest.raises(CalibrationError, match=r"layers.0 \(add\).*residual_adds: quantize"):
+        npu_graph(usual, CacheSizes(4, 8))
+    experts = make("Qwen3-MoE")
+    quantize_(experts, "w8-channel", solver="rtn")
+    simulation = simulate(experts, inputs("Qwen3-MoE"), SCHEMES)
+    simulation.calibrate([{"input_ids": TEXT}])
+    with pytest.raises(CaptureError, match=r"layers.0.mlp.gate \(topk\) computes int64"):
+        npu_graph(simulation, CacheSizes(4, 8))

@@ -106,12 +106,13 @@ def test_prefill_then_decode_is_the_simulation(name: str, tmp_path: Path) -> Non
             cache[into] = torch.cat([cache[into], new], 2)[:, :, -CONTEXT:]
         first += tokens
     logits = torch.cat(found, 1)
-    assert sqnr(logits, expected) > 50, sqnr(logits, expected)
+    assert sqnr(logits, expected) > 40, sqnr(logits, expected)
     assert float((logits.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.9
 
 
 def sqnr(found: Tensor, expected: Tensor) -> float:
-    """Of logits in dB: cosines, sines and masked scores have 16-bit grids in the graph alone."""
+    """In dB. Cosines, sines, masked scores and sums with a bias have 16-bit grids in the graph
+    alone, and a rounding of theirs may move a key or value by one of its 255 steps."""
     return sqnr_db(float(expected.square().sum()), float((found - expected).square().sum()))
 
 

@@ -1,4 +1,4 @@
-"""Parts of messages: lists of names, suggestions for misspelled names, sizes."""
+"""Parts of messages: lists of names, suggestions for misspelled names, sizes, durations."""
 
 from __future__ import annotations
 
@@ -51,6 +51,15 @@ def suggestion(name: str, names: Collection[str], count: int = 1) -> str:
 def size(count_bytes: int) -> str:
     """`12.3 MB`; below 0.1 MB `45.6 kB`. Both are decimal."""
     return f"{count_bytes / 1e6:,.1f} MB" if count_bytes >= 1e5 else f"{count_bytes / 1e3:.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `6 min`, `1 h 20 min`: rounded, for estimates."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, rest = divmod(minutes, 60)
+    return f"{minutes} min" if not hours else f"{hours} h {rest} min" if rest else f"{hours} h"
 
 
 def _last_part(name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from qwlora.cli.progress_bars import bars
+from qwlora.cli.progress_bars import ProgressDisplay
 
 app = typer.Typer(name="base", help="Make a base folder without a recipe.", no_args_is_help=True)
 
@@ -56,11 +56,11 @@ def import_(
     """
     from qwlora.pipeline.model_folder import new_folder
 
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, ProgressDisplay() as display:
         from qwlora.pipeline.import_base import import_base
 
         fingerprint, size = import_base(
-            source, folder, encodings, keep_float=keep_float or (), track=bars()
+            source, folder, encodings, keep_float=keep_float or (), track=display.track
         )
     print(
         f"wrote {out}: {size.weights:,} packed weights with {size.bits_per_weight:.2f} bits each, "

@@ -19,6 +19,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -33,7 +34,7 @@ from qwlora.cli.base_commands import app as base_app
 from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.inspect_command import inspect
 from qwlora.cli.merge_commands import merge, merge_check
-from qwlora.cli.progress_bars import bars
+from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.push_command import push
 from qwlora.cli.report_command import report
 from qwlora.cli.simulate_command import simulate
@@ -73,7 +74,6 @@ app = typer.Typer(
     "integers, train adapters on those integers, calibrate activations, export for a runtime, and "
     "verify the exported files.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -98,6 +98,7 @@ Changes = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")
 ]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress; print the results only.")]
 TrustMtime = Annotated[
     bool,
     typer.Option(
@@ -130,11 +131,23 @@ _SUMMARY = {
 }
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"qwlora {version('qwlora')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[
         bool,
         typer.Option("--debug", help="Print the traceback of an error. Works with every command."),
+    ] = False,
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Declares --debug for --help; `main` has removed it from the arguments by now."""
@@ -146,11 +159,12 @@ def run_all(
     out: Out,
     changes: Changes = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     replace: Replace = False,
     trust_mtime: TrustMtime = False,
 ) -> None:
     """Run all stages of a recipe. Stages that are finished and up to date are skipped."""
-    _run(recipe, out, changes, as_json, VERBS, trust_mtime, replace)
+    _run(recipe, out, changes, as_json, quiet, VERBS, trust_mtime, replace)
 
 
 def _add_stage(verb: str) -> None:
@@ -165,13 +179,15 @@ def _add_stage(verb: str) -> None:
         ] = None,
         changes: Changes = None,
         as_json: AsJson = False,
+        quiet: Quiet = False,
         replace: Replace = False,
         trust_mtime: TrustMtime = False,
     ) -> None:
         from qwlora.pipeline.output_path import check_output
 
         check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
-        _run(recipe or out / "recipe.yaml", out, changes, as_json, (verb,), trust_mtime, replace)
+        path = recipe or out / "recipe.yaml"
+        _run(path, out, changes, as_json, quiet, (verb,), trust_mtime, replace)
 
     app.command(verb, help=_SUMMARY[verb])(stage)
 
@@ -266,7 +282,9 @@ def data(
     from qwlora.pipeline.data_preview import format_preview, preview
     from qwlora.recipe import load_recipe
 
-    found = preview(load_recipe(recipe, tuple(changes or ())), sequence, adapter)
+    with ProgressDisplay(as_json) as display:
+        chosen = load_recipe(recipe, tuple(changes or ()))
+        found = preview(chosen, sequence, adapter, display.track)
     print(strict_json.dumps(found, indent=1) if as_json else format_preview(found))
 
 
@@ -299,6 +317,7 @@ def _run(
     out: Path,
     changes: list[str] | None,
     as_json: bool,
+    quiet: bool,
     verbs: Iterable[str],
     trust_mtime: bool,
     replace: bool,
@@ -315,16 +334,18 @@ def _run(
         *(["--trust-mtime"] if trust_mtime else []),
     ]
     try:
-        results = run(
-            recipe,
-            out,
-            tuple(verbs),
-            track=bars(quiet=as_json),
-            say=(lambda line: None) if as_json else lambda line: print(line, flush=True),
-            command=lambda verb: shlex.join(["qwlora", verb, *given]),
-            trust_mtime=trust_mtime,
-            replace=replace,
-        )
+        with ProgressDisplay(quiet or as_json) as display:
+            results = run(
+                recipe,
+                out,
+                tuple(verbs),
+                track=display.track,
+                say=display.say,
+                command=lambda verb: shlex.join(["qwlora", verb, *given]),
+                trust_mtime=trust_mtime,
+                replace=replace,
+                watch=None if quiet or as_json else display.watch,
+            )
     except VerificationError as error:
         _print_results(error.results, as_json)
         raise

@@ -15,7 +15,7 @@ import typer
 
 from qwlora import strict_json
 from qwlora.cli.job_argument import Job
-from qwlora.cli.progress_bars import bars
+from qwlora.cli.progress_bars import ProgressDisplay
 
 if TYPE_CHECKING:
     from qwlora.pipeline.merge_adapter import Verdict
@@ -49,7 +49,8 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
     session, name = open_job(job, name)
     from qwlora.pipeline.merge_adapter import merge_verdict
 
-    verdict = merge_verdict(session, name, bars(as_json))
+    with ProgressDisplay(as_json) as display:
+        verdict = merge_verdict(session, name, display.track)
     print(strict_json.dumps(verdict.to_json(), indent=1) if as_json else "\n".join(_lines(verdict)))
 
 
@@ -69,7 +70,9 @@ def merge(job: Job, name: Name, into: Target, out: Out) -> None:
         check_outside_data(out, session.recipe)
         from qwlora.pipeline.merge_adapter import merge_verdict, write_merged
 
-        print("\n".join(_lines(merge_verdict(session, name, bars()))), flush=True)
+        with ProgressDisplay() as display:
+            verdict = merge_verdict(session, name, display.track)
+        print("\n".join(_lines(verdict)), flush=True)
         write_merged(session, name, into, folder)  # type: ignore[arg-type]
     print(f"wrote {out}")
 

@@ -16,7 +16,7 @@ import typer
 
 from qwlora import strict_json
 from qwlora.cli.job_argument import Job
-from qwlora.cli.progress_bars import bars
+from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.tables import group_similar, table
 
 if TYPE_CHECKING:
@@ -94,12 +94,14 @@ def simulate(
     if costs:
         from qwlora.pipeline.simulation_costs import measure_costs
 
-        account = measure_costs(job, adapter, asked, bars(as_json))
+        with ProgressDisplay(as_json) as display:
+            account = measure_costs(job, adapter, asked, display.track)
         print(strict_json.dumps(account, indent=1) if as_json else "\n".join(_cost_lines(account)))
     elif suggest is not None:
         from qwlora.pipeline.simulation_costs import suggest_bitwidths
 
-        suggestion = suggest_bitwidths(job, adapter, asked, suggest, bars(as_json))
+        with ProgressDisplay(as_json) as display:
+            suggestion = suggest_bitwidths(job, adapter, asked, suggest, display.track)
         print(
             strict_json.dumps(suggestion, indent=1)
             if as_json

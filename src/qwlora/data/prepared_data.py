@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.data.document import Document, Documents
 from qwlora.data.sequence_packing import Counts, cut_into_sequences, joined_ids
 from qwlora.data.tokenization import encode_documents, renders_pairs, start_tokens
+from qwlora.progress import Track, untracked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,12 @@ class Prepared:
         return max(longest, self.held_out.input_ids.shape[1], self.calibration_ids.shape[1])
 
 
-def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cutting: Cutting) -> Prepared:
+def prepare(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    cutting: Cutting,
+    track: Track = untracked,
+) -> Prepared:
     """Tokenize and pack both parts.
 
     Raises:
@@ -87,7 +93,7 @@ def prepare(documents: Documents, tokenizer: PreTrainedTokenizerBase, cutting: C
     padding = next(
         (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
     )
-    how = (cutting.turns, cutting.prompt_format)
+    how = (cutting.turns, cutting.prompt_format, track)
     train = encode_documents(documents.train, tokenizer, *how)
     held_out = encode_documents(documents.held_out, tokenizer, *how)
     train_sequences, train_counts = cut_into_sequences(

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from qwlora.data.chat import common_prefix_length, encode_conversation, split_turns
 from qwlora.data.document import Completion, Conversation, Document, Text, as_conversation
 from qwlora.errors import SourceError
+from qwlora.progress import Track, untracked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ def encode_documents(
     tokenizer: PreTrainedTokenizerBase,
     turns: str = "together",
     prompt_format: str = "auto",
+    track: Track = untracked,
 ) -> list[Tokens]:
     """Tokens of each document, or of each turn if `turns` is `apart`.
 
@@ -67,7 +69,8 @@ def encode_documents(
     """
     encoded: list[Tokens] = []
     start = start_tokens(tokenizer)
-    for number, document in enumerate(documents):
+    tracked = track(documents, "tokenizing", len(documents))
+    for number, document in enumerate(tracked):
         if isinstance(document, str | Text):
             text = document if isinstance(document, str) else document.text
             ids = [*_ids(text, tokenizer), *_end(tokenizer)]

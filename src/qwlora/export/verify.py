@@ -34,7 +34,9 @@ from qwlora.errors import VerificationError
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.quantized_graph import Interface, Kind, QuantizedGraph
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.progress import Track, untracked
+from qwlora.progress import Track, timed, untracked
+
+_LAYER_SECONDS = 0.02  # to cut the graph at a value, open it and compare
 
 
 @runtime_checkable
@@ -259,7 +261,9 @@ def verify_language_model(
     _refuse_other_tasks(interface)
     data, primary = as_sequences(sequences), interface.primary
     first = data.input_ids[:1, :layer_tokens]
-    layers = compare_layers(runtime, reference, {"input_ids": first})
+    count = len(reference.graph().marks)
+    with timed(track, "comparing layers", _LAYER_SECONDS * count):
+        layers = compare_layers(runtime, reference, {"input_ids": first})
     exported, floor = LogitDifference(), LogitDifference()
     nll, simulated_nll, squared_noise = 0.0, 0.0, 0.0
     for ids, labels in track(data.rows(), "verifying", len(data)):

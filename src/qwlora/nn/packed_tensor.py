@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from qwlora.grid.encoding import Encoding, aligned, grouped
 from qwlora.grid.float_offset import FloatOffsetEncoding
@@ -200,6 +201,8 @@ class PackedTensor:
                 unpacked.
         """
         packed = self.parts.packed if index is None else self.parts.packed[index]
+        if isinstance(packed, FakeTensor):  # without values: a run that only counts bytes
+            return packed.new_empty((*packed.shape[:-1], self.count), dtype=dtype)
         if packed.ndim == 1:
             return self._rows(packed.unsqueeze(0), index, dtype).squeeze(0)
         return self._rows(packed, index, dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from itertools import islice, zip_longest
@@ -36,9 +37,10 @@ from qwlora.grid.second_moments import Moments
 from qwlora.parameter_names import parameter_name
 from qwlora.pipeline.artifacts import ADAPTER, BASE_SIMULATION, MOMENTS, SCALES, SOLVER_SCALES
 from qwlora.pipeline.job_texts import JobTexts
+from qwlora.pipeline.machine_speed import MachineSpeed, capture_seconds
 from qwlora.pipeline.prepared_text import PreparedText
 from qwlora.pipeline.unused_rules import refuse_unused_rules
-from qwlora.progress import Track
+from qwlora.progress import Track, timed, untracked
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.simulation.load_simulation import restore
 from qwlora.simulation.simulation import Simulation, simulate
@@ -102,6 +104,26 @@ class JobContext:
         # Called after each training step with a function that describes the progress.
         self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
 
+    @contextmanager
+    def step(self, description: str, seconds: Callable[[MachineSpeed], float]) -> Iterator[None]:
+        """Report the block as one step of a stage.
+
+        Args:
+            seconds: how long it should take, from the speed of this machine.
+        """
+        if self.track is untracked:
+            yield
+            return
+        with timed(self.track, description, seconds(MachineSpeed())):
+            yield
+
+    @contextmanager
+    def capturing(self, *models: nn.Module) -> Iterator[None]:
+        """Report the block as the capture of the graphs of `models`."""
+        count = sum(len(list(model.modules())) for model in models)
+        with self.step("capturing the graph", lambda speed: capture_seconds(speed, count)):
+            yield
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         model = self.recipe.model
@@ -118,7 +140,8 @@ class JobContext:
             if template is not None and template != tokenizer.chat_template:
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.chat_template = template
-            self._prepared[data] = PreparedText(data, self.texts.documents(data), tokenizer)
+            documents = self.texts.documents(data)
+            self._prepared[data] = PreparedText(data, documents, tokenizer, self.track)
         return self._prepared[data]
 
     def text(self, adapter: str | None) -> PreparedText:
@@ -180,7 +203,9 @@ class JobContext:
         """The model before step 1; kept in memory until `take_float_model` or `base`."""
         if self._float_model is None:
             model = self.recipe.model
-            self._float_model = load_model(model.source, model.trust_remote_code)
+            files = sum(file.stat().st_size for file in fetch(model.source).files)
+            with self.step("loading the model", lambda speed: speed.moving(40 * files)):
+                self._float_model = load_model(model.source, model.trust_remote_code)
         return self._float_model
 
     @property
@@ -256,7 +281,9 @@ class JobContext:
 
     def load_base(self, folder: Path) -> PreTrainedModel:
         """The base in `folder`; runs the model's own code only if the recipe trusts it."""
-        return load_base(folder, trust_remote_code=self.recipe.model.trust_remote_code)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        with self.step("loading the base", lambda speed: speed.moving(12 * size)):
+            return load_base(folder, trust_remote_code=self.recipe.model.trust_remote_code)
 
     def imported(self, name: str) -> PeftModel:
         """The float model with the adapter that adapter `name` continues."""
@@ -327,7 +354,9 @@ class JobContext:
             model: the base with the equalized adapter. Default: `equalized(name)`.
         """
         self._simulation = None
-        simulation = simulate(model or self.equalized(name), self.example_inputs, self.schemes)
+        model = model or self.equalized(name)
+        with self.capturing(model):
+            simulation = simulate(model, self.example_inputs, self.schemes)
         self.check_rules(simulation.placement)
         if self.recipe.workflow == "qwa-lora":
             scales = learned_scales(self.path / "adapters" / name)
@@ -368,12 +397,14 @@ class JobContext:
         return attach_existing(base, adapter.continue_from, adapter.unknown_base, seed)
 
     def _placement(self, model: nn.Module) -> Placement:
-        captured = capture(model, self.example_inputs)
+        with self.capturing(model):
+            captured = capture(model, self.example_inputs)
         return self.schemes.placement(captured.program, captured.input_names)
 
     def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
         """Base and adapter as one graph to train through, with calibrated base activations."""
-        simulation = simulate(model.eval(), self.example_inputs, self.schemes)
+        with self.capturing(model):
+            simulation = simulate(model.eval(), self.example_inputs, self.schemes)
         return TrainingGraph(
             simulation, load_activations(self.path / BASE_SIMULATION), learns_ranges
         )

@@ -10,13 +10,18 @@ from qwlora.data.prepared_data import heading
 from qwlora.errors import SourceError
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.run_job import new_context
-from qwlora.progress import untracked
+from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 
 OPEN, CLOSE = "⟦", "⟧"
 
 
-def preview(recipe: Recipe, sequence: int = 0, adapter: str | None = None) -> dict[str, Any]:
+def preview(
+    recipe: Recipe,
+    sequence: int = 0,
+    adapter: str | None = None,
+    track: Track = untracked,
+) -> dict[str, Any]:
     """Counts and one training sequence.
 
     Args:
@@ -34,7 +39,7 @@ def preview(recipe: Recipe, sequence: int = 0, adapter: str | None = None) -> di
     names = [a.name for a in recipe.adapters]
     if adapter is not None and adapter not in names:
         raise SourceError(f"there is no adapter {adapter!r}; the recipe has {', '.join(names)}")
-    context = new_context(recipe, JobTexts(recipe), Path(), untracked)
+    context = new_context(recipe, JobTexts(recipe, track), Path(), track)
     text = context.text(adapter or names[0])
     train = text.data.train
     if not 0 <= sequence < len(train):

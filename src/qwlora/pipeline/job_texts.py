@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from qwlora.data import Documents, load_documents
+from qwlora.formats.user_path import user_path
+from qwlora.progress import Track, timed, untracked
 from qwlora.recipe import Data, Recipe
+
+_BYTES_PER_SECOND = 2e7  # of text or records, parsed and compared with the held-out part
+_LEAST_SECONDS = 2.0
 
 
 class JobTexts:
@@ -15,8 +20,8 @@ class JobTexts:
         SourceError, MissingExtraError: see `load_documents`.
     """
 
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, track: Track = untracked):
+        self.recipe, self._track = recipe, track
         self._loaded: dict[Any, Documents] = {}
         for data in (*recipe.base_texts(), *recipe.texts().values()):
             self.documents(data)
@@ -27,7 +32,8 @@ class JobTexts:
         key = (data.source, data.held_out, data.reading())
         if key not in self._loaded:
             source, held_out, reading = key
-            self._loaded[key] = load_documents(source, held_out, self.recipe.seed, reading)
+            with timed(self._track, f"reading {source}", _reading_seconds(source)):
+                self._loaded[key] = load_documents(source, held_out, self.recipe.seed, reading)
         return self._loaded[key]
 
     def key(self, data: Data) -> list[Any]:
@@ -39,3 +45,21 @@ class JobTexts:
         if documents.kind == "completions" and data.prompt_format != "plain":
             inputs.append(data.prompt_format)
         return inputs
+
+
+class UnreadTexts(JobTexts):
+    """Texts for a plan that is only looked at: nothing is read, and keys say nothing."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def key(self, data: Data) -> list[Any]:
+        return []
+
+
+def _reading_seconds(source: str) -> float:
+    """About how long reading a source takes, from its size."""
+    path = user_path(source)
+    files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return max(_LEAST_SECONDS, size / _BYTES_PER_SECOND)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.data.prepared_data import describe
 from qwlora.data.sequences import Sequences
+from qwlora.progress import Track, untracked
 from qwlora.recipe import Data
 
 if TYPE_CHECKING:
@@ -22,13 +23,20 @@ class PreparedText:
         tokenizer: with the chat template that the section asks for.
     """
 
-    def __init__(self, section: Data, documents: Documents, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        section: Data,
+        documents: Documents,
+        tokenizer: PreTrainedTokenizerBase,
+        track: Track = untracked,
+    ):
         self.section, self._documents, self._tokenizer = section, documents, tokenizer
+        self._track = track
 
     @cached_property
     def data(self) -> Prepared:
         """All sequences."""
-        return prepare(self._documents, self._tokenizer, self.section.cutting())
+        return prepare(self._documents, self._tokenizer, self.section.cutting(), self._track)
 
     @property
     def evaluation(self) -> Sequences:

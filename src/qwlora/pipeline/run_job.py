@@ -6,6 +6,7 @@ trained (`job_status.py`). They list only current results.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from qwlora.pipeline.distributed import (
     is_first_process,
     wait_for_others,
 )
+from qwlora.pipeline.job_progress import JobProgress
 from qwlora.pipeline.job_report import write_report
 from qwlora.pipeline.job_status import JobStatus
 from qwlora.pipeline.job_texts import JobTexts
@@ -43,9 +45,10 @@ from qwlora.pipeline.stale_stages import find_stale, upstream
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import SlowComputeWarning
-from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
+from qwlora.system.memory import peak_rss_bytes, reset_peak_rss, return_freed_memory
 
 Say = Callable[[str], None]
+Watch = Callable[[JobProgress], None]
 
 _COUNTS = ("data.evaluation_sequences", "data.calibration_sequences")
 
@@ -59,6 +62,7 @@ def run(
     command: Callable[[str], str] | None = None,
     trust_mtime: bool = False,
     replace: bool = False,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Run the stages of `recipe` whose verb is in `verbs` in the directory `out`.
 
@@ -70,6 +74,8 @@ def run(
         command: returns the command line that runs a verb of this job, for messages.
         trust_mtime: see `Digests`.
         replace: replace adapters that were trained with other settings.
+        watch: receives the progress of the job before its first stage runs. Without it, nothing
+            is estimated.
 
     Returns:
         The content of `results.json`.
@@ -82,7 +88,7 @@ def run(
     """
     check_outside_data(out, recipe)
     recipe = resolve_compute(recipe)
-    texts = JobTexts(recipe)
+    texts = JobTexts(recipe, track)
     digests = Digests(out / ".qwlora" / "digests.json", trust_mtime=trust_mtime, track=track)
     plan = make_plan(recipe, texts, digests)
     if not is_first_process():
@@ -99,6 +105,7 @@ def run(
             say,
             command or (lambda verb: command_line(verb, out)),
             replace,
+            watch,
         )
     finally:
         digests.save()
@@ -116,6 +123,7 @@ def _run(
     say: Say,
     command: Callable[[str], str],
     replace: bool,
+    watch: Watch | None,
 ) -> dict[str, Any]:
     asked = [stage for stage in plan if stage.verb in verbs]
     always = set() if set(VERBS) <= set(verbs) else {s.name for s in asked if s.verb == "verify"}
@@ -141,6 +149,7 @@ def _run(
         if stage.artifact is not None:
             peek.check_replaceable(stage.artifact)
     context: Any = None
+    progress = JobProgress({}, track)
     if waiting:
         if not peek.is_writable:
             first = waiting[0].name
@@ -151,6 +160,10 @@ def _run(
         context = _start_context(recipe, texts, out, track, say, {s.verb for s in waiting})
         for name, text in (prepared := context.all_texts()).items():
             say(summary(text.describe(), name if len(prepared) > 1 else None))
+        if watch is not None:
+            progress = _estimated(context, waiting, track, say)
+            context.track = progress.track
+            watch(progress)
     with Directory.open(out, recipe) as directory:
         directory.digests = digests
         stale = find_stale(plan, directory)
@@ -160,6 +173,7 @@ def _run(
             plan,
             f"qwlora run {out.absolute().name}/recipe.yaml --out {out.absolute().name}",
             _earlier_results(out),
+            progress,
         )
         for stage in asked:
             if stage.name not in stale and stage.name not in always:
@@ -176,9 +190,10 @@ def _run(
                 stale[stage.name] = "is running"
             with status.failures():
                 status.begin(stage.name)
-                context = context or new_context(recipe, texts, out, track)
+                context = context or new_context(recipe, texts, out, progress.track)
                 context.on_training = status.train
                 seconds = _run_stage(directory, context, stage, follows)
+                progress.end()
             for name in follows:
                 if not stale.get(name, "").startswith("has not run"):
                     stale[name] = f"reads {stage.name}, which ran again"
@@ -214,6 +229,8 @@ def _skipped_line(stage: Stage) -> str:
 
 def _run_stage(directory: Directory, context: Any, stage: Stage, follows: Collection[str]) -> float:
     began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    gc.collect()
+    return_freed_memory()  # of the stages before
     reset_peak_rss()
     with as_directory_errors(directory.path), directory.scratch() as scratch:
         if stage.verb == "train":
@@ -244,6 +261,24 @@ def _start_context(
 
     preflight(context, verbs, say)
     return context
+
+
+def _estimated(context: Any, waiting: Sequence[Stage], track: Track, say: Say) -> JobProgress:
+    """The progress of a job whose stages `waiting` will run; says what they need.
+
+    An estimate is no reason to stop a job: without one, every stage counts as equally long.
+    """
+    from qwlora.pipeline.estimates import estimate, summary_line
+
+    try:
+        estimates = estimate(context.recipe, waiting, context.path, track)
+    except Exception as error:
+        say(f"no estimate of time and memory ({type(error).__name__}: {error})")
+        return JobProgress({stage.name: 60.0 for stage in waiting}, track)
+    say(summary_line(estimates))
+    for problem in estimates.problems:
+        say(f"warning: {problem}")
+    return JobProgress({e.stage: e.seconds for e in estimates.stages}, track)
 
 
 def new_context(recipe: Recipe, texts: JobTexts, out: Path, track: Track) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -30,6 +31,25 @@ def reset_peak_rss() -> None:
     """Reset the peak (Linux only)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def rss_bytes() -> int:
+    """Resident size in bytes now; the peak where the system does not tell it."""
+    with contextlib.suppress(OSError):
+        if match := re.search(r"VmRSS:\s+(\d+) kB", _STATUS.read_text()):
+            return int(match[1]) * 1024
+    return peak_rss_bytes()
+
+
+def memory_limit_bytes() -> int | None:
+    """Memory that this process may use: the machine's, or less in a container; None if unknown."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits) if limits else None
 
 
 def peak_rss_bytes() -> int:

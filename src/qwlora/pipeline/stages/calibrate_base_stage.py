@@ -35,7 +35,9 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     from qwlora.simulation.save_simulation import save_simulation
     from qwlora.simulation.simulation import simulate
 
-    simulation = simulate(context.base(), context.example_inputs, context.schemes)
+    base = context.base()
+    with context.capturing(base):
+        simulation = simulate(base, context.example_inputs, context.schemes)
     context.check_rules(simulation.placement)
     report = simulation.calibrate(
         **context.base_calibration(), allow_unseen=context.recipe.simulation.unseen == "float"

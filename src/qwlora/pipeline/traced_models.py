@@ -1,0 +1,236 @@
+"""The runs of a job's models that memory and time follow from: `traced_run` of the float model, the
+base, base and adapter, a training step, and the graph of a simulation. Reads no weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qwlora.adapter.attach import attach
+from qwlora.adapter.training_step import lean_steps
+from qwlora.formats.meta_model import build_model
+from qwlora.formats.model_source import fetch, load_config
+from qwlora.grid.scheme import Scheme, parse_scheme
+from qwlora.nn.pack_at import place_empty_, tie_weights_
+from qwlora.nn.packed_layer import PackedLayer
+from qwlora.pipeline.traced_run import TracedRun, traced_run
+from qwlora.quantize.quantize_blocks import tensors_by_block
+from qwlora.quantize.quantize_model import plan_layers
+from qwlora.recipe import Adapter, Recipe
+
+_KEPT_SCHEME = "w4-block32"  # of integers that the model's files hold, whose grid is in their data
+
+
+class TracedModels:
+    """Traces the models of a recipe; each run once.
+
+    Raises:
+        SourceError: the model's configuration cannot be read.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self._runs: dict[Any, TracedRun] = {}
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The float model on the meta device."""
+        section = self.recipe.model
+        with init_empty_weights():
+            model = build_model(
+                load_config(section.source, section.trust_remote_code), section.trust_remote_code
+            )
+        model.tie_weights()
+        return model.requires_grad_(False).eval()
+
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of each tensor that the base packs, by its name in the model."""
+        base = self.recipe.base
+        scheme = base.weights.scheme()
+        if base.solver == "keep":
+            scheme, planned = (
+                parse_scheme(_KEPT_SCHEME),
+                plan_layers(self.model, parse_scheme(_KEPT_SCHEME), "rtn"),
+            )
+        else:
+            planned = plan_layers(self.model, scheme, base.solver, base.layer_rules())
+        return {name: todo.scheme for name, todo in planned.items()}
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The packed base on the meta device."""
+        model: PreTrainedModel = copy.deepcopy(self.model)
+        nn.Module.to(model, "meta")
+        for name, scheme in self.schemes.items():
+            path, _, key = name.rpartition(".")
+            place_empty_(model, path if key == "weight" else f"{path}.packed.{key}", scheme)
+        tie_weights_(model)
+        return model.requires_grad_(False).eval()
+
+    @cached_property
+    def values(self) -> int:
+        """Parameters of the float model; tied ones count once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """Bytes of all packed layers: codes, scales and offsets."""
+        return sum(m.own_bytes for m in self.base.modules() if isinstance(m, PackedLayer))
+
+    @cached_property
+    def packed_weights(self) -> int:
+        """Weights of all packed layers."""
+        layers = (m for m in self.base.modules() if isinstance(m, PackedLayer) and not m.is_tied)
+        return sum(math.prod(layer.tensor.shape) for layer in layers)
+
+    @cached_property
+    def scales(self) -> int:
+        """Scales of all packed layers."""
+        layers = (m for m in self.base.modules() if isinstance(m, PackedLayer) and not m.is_tied)
+        return sum(
+            math.prod(layer.scheme.scale_shape(tuple(layer.tensor.shape))) for layer in layers
+        )
+
+    @property
+    def float_values(self) -> int:
+        """Values that stay float in the base."""
+        return sum(p.numel() for p in self.base.parameters())
+
+    @cached_property
+    def blocks(self) -> list[list[tuple[int, int]]]:
+        """(in, out) of every packed matrix product, by block of the model."""
+        return [
+            [shape for name in names if (shape := self._product(name)) is not None]
+            for names in tensors_by_block(self.model, self.schemes).values()
+        ]
+
+    def _product(self, name: str) -> tuple[int, int] | None:
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(module, nn.Linear | Conv1D):
+            return None
+        out, inner = module.weight.shape
+        return (out, inner) if isinstance(module, Conv1D) else (inner, out)
+
+    @property
+    def products(self) -> list[tuple[int, int]]:
+        """(in, out) of every packed matrix product."""
+        return [shape for block in self.blocks for shape in block]
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of a row of logits."""
+        embedding: Any = self.model.get_input_embeddings()
+        head: Any = self.model.get_output_embeddings()
+        return int(embedding.weight.shape[0] if head is None else head.weight.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden state at the head."""
+        embedding: Any = self.model.get_input_embeddings()
+        head: Any = self.model.get_output_embeddings()
+        return int((embedding if head is None else head).weight.shape[-1])
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the model comes from a GGUF file."""
+        return fetch(self.recipe.model.source).gguf_file is not None
+
+    def trained_values(self, adapter: Adapter) -> int:
+        """Trainable parameters of an adapter."""
+        return sum(p.numel() for p in self._attached(adapter).parameters() if p.requires_grad)
+
+    def forward(self, kind: str, tokens: int, adapter: Adapter | None = None) -> TracedRun:
+        """An evaluation of one sequence.
+
+        Args:
+            kind: `float`, `base`, `adapted`, or `graph`, as a graph is captured: with attention
+                as single operators.
+        """
+        key = (kind, tokens, adapter and adapter.name)
+        if key not in self._runs:
+            if kind == "float":
+                model: nn.Module = copy.deepcopy(self.model)
+            else:
+                model = self._attached(adapter) if adapter else copy.deepcopy(self.base)
+            if kind == "graph":
+                body: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+                body.set_attn_implementation("eager")
+            self._runs[key] = _traced(model, tokens, 1, lambda call: call())
+        return self._runs[key]
+
+    def training(self, adapter: Adapter, tokens: int, rows: int) -> TracedRun:
+        """One forward and backward pass, without the output head."""
+        key = ("training", adapter.name, tokens, rows)
+        if key not in self._runs:
+            model = self._attached(adapter)
+            model.train()
+            if adapter.gradient_checkpointing:
+                model.gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs={"use_reentrant": False}
+                )
+            half = adapter.compute == "bfloat16"
+
+            def step(call: Callable[[], Tensor]) -> None:
+                with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    loss = call()[:, -1].float().sum()
+                loss.backward()
+
+            with lean_steps(model, half):
+                self._runs[key] = _traced(model, tokens, rows, step, logits_to_keep=1)
+        return self._runs[key]
+
+    def _attached(self, adapter: Adapter) -> Any:
+        return attach(copy.deepcopy(self.base), adapter.lora_shape(), self.recipe.seed)
+
+
+def _traced(
+    model: nn.Module,
+    tokens: int,
+    rows: int,
+    run: Callable[[Callable[[], Tensor]], Any],
+    **arguments: Any,
+) -> TracedRun:
+    with FakeTensorMode():
+        _without_data_(model)
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        mask = torch.ones_like(ids)
+
+        def call() -> Tensor:
+            logits: Tensor = model(
+                input_ids=ids, attention_mask=mask, use_cache=False, **arguments
+            ).logits
+            return logits
+
+        with torch.no_grad():
+            return traced_run(lambda: run(call))
+
+
+def _without_data_(model: nn.Module) -> None:
+    """Replace all tensors of a model by ones without data, on the CPU as far as torch knows."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[key] = fake(tensor)  # type: ignore[assignment]

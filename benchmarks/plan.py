@@ -43,7 +43,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "gemma3-270m": {"model": {"source": GEMMA}},
     # no second moments of a 1B model on a small machine
-    "llama-1b": {"model": {"source": ""}, "preset": "fast"},
+    "llama-1b": {
+        "model": {"source": ""},
+        "preset": "fast",
+        "data": RECIPE["data"]
+        | {"sequence_tokens": 128, "evaluation_sequences": 2, "calibration_sequences": 2},
+        "verify": {"sequences": 1},
+    },
 }
 
 

@@ -219,6 +219,14 @@ def test_a_running_job_says_how_far_it_is() -> None:
     assert found.progress == pytest.approx(37 / 60)
 
 
+def test_a_running_job_says_how_much_time_is_left() -> None:
+    results = {**running(37).results}
+    assert "left" not in str(verdict(running(37)).below)
+    results["run"] = {**results["run"], "seconds_left": 740.0, "share": 0.4}
+    job = job_of("finished", results)
+    assert str(verdict(job).below).startswith("About 12 min left for the whole job. ")
+
+
 def test_a_recorded_failure_says_what_to_do() -> None:
     job = job_of("failed")
     words = " ".join(map(str, remedies(job)))

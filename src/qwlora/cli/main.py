@@ -34,6 +34,7 @@ from qwlora.cli.base_commands import app as base_app
 from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.inspect_command import inspect
 from qwlora.cli.merge_commands import merge, merge_check
+from qwlora.cli.plan_command import plan
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.push_command import push
 from qwlora.cli.report_command import report
@@ -363,6 +364,7 @@ def _print_results(results: dict[str, Any] | None, as_json: bool) -> None:
         print_summary(results, Console(width=None if sys.stdout.isatty() else 120))
 
 
+app.command("plan")(plan)
 app.command("inspect")(inspect)
 app.command("merge-check")(merge_check)
 app.command("merge")(merge)
@@ -382,7 +384,7 @@ def main() -> None:
     warnings.formatwarning = _format_warning
     arguments, debug = _without_debug(sys.argv[1:])
     try:
-        sys.exit(app(arguments, standalone_mode=False))
+        sys.exit(app(arguments, prog_name="qwlora", standalone_mode=False))
     except Exception as error:
         if debug:
             traceback.print_exception(error)

@@ -4,23 +4,24 @@ need, what this machine has, and what does not fit.
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qwlora.formats.user_path import user_path
 from qwlora.messages import duration, size
 from qwlora.pipeline.digests import Digests
-from qwlora.pipeline.forecast import Forecast, Forecaster
+from qwlora.pipeline.forecast import FLOAT, Forecast, Forecaster
 from qwlora.pipeline.job_texts import UnreadTexts
 from qwlora.pipeline.machine_speed import MachineSpeed
 from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.stage import Stage
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
-from qwlora.system.memory import memory_limit_bytes, rss_bytes
+from qwlora.system.memory import memory_limit_bytes, return_freed_memory, rss_bytes
 
 # What `benchmarks/plan.py` found: measured times are within this factor of the estimates.
 TIME_FACTOR = 1.5
@@ -112,16 +113,29 @@ def plan_job(recipe: Recipe, out: Path, track: Track = untracked) -> Estimates:
 
 
 def estimate(
-    recipe: Recipe, stages: Sequence[Stage], out: Path, track: Track = untracked
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    out: Path,
+    track: Track = untracked,
+    holds_float_model: bool = False,
 ) -> Estimates:
-    """Estimate `stages` of a recipe; see `plan_job`."""
+    """Estimate `stages` of a recipe; see `plan_job`.
+
+    Args:
+        holds_float_model: whether this process has loaded the float model already.
+    """
     speed = MachineSpeed()
-    forecaster = Forecaster(recipe, speed, rss_bytes())
-    found = tuple(
-        forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))
-    )
+    forecaster = Forecaster(recipe, speed)
+    found = [forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))]
     speed.save()
-    return Estimates(found, speed.spread, memory_limit_bytes(), _free_bytes(out))
+    # After the runs without data, which import what real ones do.
+    gc.collect()
+    return_freed_memory()
+    process = rss_bytes() - (FLOAT * forecaster.models.values if holds_float_model else 0)
+    stages_found = tuple(
+        replace(each, memory={"process": float(process), **each.memory}) for each in found
+    )
+    return Estimates(stages_found, speed.spread, memory_limit_bytes(), _free_bytes(out))
 
 
 def summary_line(estimates: Estimates) -> str:

@@ -11,7 +11,7 @@ allocator's unused pages are not counted. Times are of a machine that does nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,12 +80,10 @@ class Forecaster:
 
     Args:
         speed: of this machine.
-        process_bytes: resident memory of a process that has imported torch and transformers.
     """
 
-    def __init__(self, recipe: Recipe, speed: MachineSpeed, process_bytes: float):
+    def __init__(self, recipe: Recipe, speed: MachineSpeed):
         self.recipe, self.speed = recipe, speed
-        self.process_bytes = process_bytes
         self.models = TracedModels(recipe)
         self._by_verb: dict[str, Callable[[Stage], Forecast]] = {
             "evaluate": self._evaluate,
@@ -98,7 +96,7 @@ class Forecaster:
         }
 
     def stage(self, stage: Stage) -> Forecast:
-        """What `stage` will need."""
+        """What `stage` will need, besides the memory of the process itself."""
         return self._by_verb[stage.verb](stage)
 
     # models
@@ -108,6 +106,14 @@ class Forecaster:
         return FLOAT * self.models.values
 
     @property
+    def _float_memory(self) -> dict[str, float]:
+        parts = {"float model": float(self._float_bytes)}
+        if self.models.is_gguf:  # numpy's result and torch's copy
+            largest = max(p.numel() for p in self.models.model.parameters())
+            parts["dequantizing the largest tensor"] = 2.0 * FLOAT * largest
+        return parts
+
+    @property
     def _base_memory(self) -> dict[str, float]:
         rest = self.models.float_values
         # Floats are stored in 16 bits if that is exact, and stay mapped next to their copies.
@@ -115,7 +121,7 @@ class Forecaster:
         return {"packed base": self.models.packed_bytes + FLOAT * rest + stored}
 
     def _load_float(self) -> float:
-        copies = 16 if self.models.is_gguf else 3  # dequantized by numpy, or read and cast
+        copies = 300 if self.models.is_gguf else 3  # dequantized by numpy, or read and cast
         return self.speed.moving(copies * self._float_bytes)
 
     def _load_base(self) -> float:
@@ -153,9 +159,6 @@ class Forecaster:
             text = self.recipe.data_of(stage.adapter)
         return text or self.recipe.data_of(self.recipe.adapters[0].name)
 
-    def _process(self) -> dict[str, float]:
-        return {"process": self.process_bytes}
-
     # stages
 
     def _evaluate(self, stage: Stage) -> Forecast:
@@ -163,9 +166,9 @@ class Forecaster:
         text = self._text(stage)
         tokens, count = text.sequence_tokens, text.evaluation_sequences
         compared = kind != "float" and "/on/" not in stage.name and self._has_float
-        memory, seconds = self._process(), 0.0
+        memory, seconds = dict[str, float](), 0.0
         if kind in ("float", "imported") or compared:
-            memory["float model"] = self._float_bytes
+            memory |= self._float_memory
             seconds += self._load_float() + count * self._forward("float", tokens)
         peak: float = self.models.forward("float", tokens).peak
         if kind in ("base", "adapted", "simulated"):
@@ -209,15 +212,15 @@ class Forecaster:
             seconds += self.speed.moving(FLOAT * passes * models.packed_weights)
             settings = ("a model as safetensors, which is read layer by layer",)
         if models.is_gguf:
-            memory["float model"] = self._float_bytes
+            memory |= self._float_memory
         if base.tuning.steps:
             step = self.models.training(self.recipe.adapters[0], tokens, 1)
-            memory = {"float model": self._float_bytes, **self._base_memory}
+            memory = {**self._float_memory, **self._base_memory}
             memory["activations of tuning"] = step.peak + 6 * self._logits(tokens)
             forward = 3 * self._forward("base", tokens) + self._forward("float", tokens)
             seconds += base.tuning.steps * forward
             settings = ("base.tuning.steps: 0",)
-        return Forecast(stage.name, seconds, self._process() | memory, disk, settings)
+        return Forecast(stage.name, seconds, memory, disk, settings)
 
     def _calibrated_solver(self, tokens: int, count: int, moments: bool) -> dict[str, float]:
         models = self.models
@@ -283,7 +286,7 @@ class Forecaster:
         adapter, models, speed = self._adapter(stage), self.models, self.speed
         tokens = self._text(stage).sequence_tokens
         rows = adapter.batch_sequences
-        memory = self._process() | self._base_memory
+        memory = self._base_memory
         trained = models.trained_values(adapter)
         seconds = 2 * self._load_base()
         disk = FLOAT * trained
@@ -313,12 +316,12 @@ class Forecaster:
                 + (2.0 * models.vocabulary * models.width if half else 0.0),
             }
         if adapter.objective == "recovery":
-            during["float model"] = self._float_bytes
+            during |= self._float_memory
         starting = {}
         if adapter.init != "zero":
             largest = max(max(shape) for shape in models.products)
             starting = {
-                "float model": self._float_bytes,
+                **self._float_memory,
                 "factors of the largest layer": 8.0 * FLOAT * largest**2,
             }
             seconds += self._load_float()
@@ -339,8 +342,14 @@ class Forecaster:
             "quantized copies": FLOAT * self.models.float_values,
         }
         # A quantizer reads and writes its value about eight times.
-        seconds = self._forward("graph", tokens, adapter) + self.speed.moving(8 * run.outputs)
+        seconds = self._forward("graph", tokens, adapter) + self.speed.moving(
+            8 * self._activations(run)
+        )
         return memory, run.peak + self._logits(tokens), seconds
+
+    def _activations(self, run: TracedRun) -> float:
+        """Bytes of all results in a graph, without the unpacked weights."""
+        return run.outputs - FLOAT * self.models.packed_weights
 
     def _graph_run(self, adapter: Adapter) -> TracedRun:
         """The graph at any length, which its operators do not depend on."""
@@ -360,7 +369,7 @@ class Forecaster:
             count = min(count, -(-most // tokens))
         graph, peak, each = self._simulation(adapter, tokens)
         values = self._quantized_values(adapter)
-        memory = self._process() | self._base_memory | graph
+        memory = self._base_memory | graph
         memory["activations"] = peak
         memory["samples of activations"] = FLOAT * VALUES * values
         seconds = self._load_base() + self._capture_seconds(adapter) + count * each
@@ -385,14 +394,14 @@ class Forecaster:
         _, name, *_ = stage.name.split("/")
         if not isinstance(TARGETS[name], GraphTarget):
             size = models.packed_bytes + FLOAT * models.float_values
-            memory = self._process() | self._base_memory | {"files": float(size)}
+            memory = self._base_memory | {"files": float(size)}
             return Forecast(
                 stage.name, self._load_base() + speed.moving(10 * size), memory, float(size)
             )
         adapter = self._adapter(stage)
         run = self._graph_run(adapter)
         graph, _, _ = self._simulation(adapter, self._text(stage).sequence_tokens)
-        memory = self._process() | self._base_memory | graph
+        memory = self._base_memory | graph
         memory["ONNX graph"] = float(_ONNX_NODE_BYTES * run.operators)
         memory["codes, one byte each"] = float(models.packed_weights)
         memory["encodings as text"] = float(_SCALE_BYTES * models.scales)
@@ -407,7 +416,7 @@ class Forecaster:
         text, section = self._text(stage), self.recipe.verify
         adapter, tokens = self._adapter(stage), text.sequence_tokens
         count = min(section.sequences, text.evaluation_sequences)
-        memory = self._process() | self._base_memory
+        memory = self._base_memory
         if not isinstance(TARGETS[name], GraphTarget):
             seconds = self._load_base() + 2 * count * self._forward("adapted", tokens, adapter)
             memory["exported model"] = sum(self._base_memory.values())
@@ -415,7 +424,7 @@ class Forecaster:
             return Forecast(stage.name, seconds, memory, 0)
         graph, peak, each = self._simulation(adapter, tokens)
         run = models.forward("graph", tokens, adapter)
-        layer_bytes = run.outputs * min(1.0, section.layer_tokens / tokens)
+        layer_bytes = self._activations(run) * min(1.0, section.layer_tokens / tokens)
         size = models.packed_bytes + FLOAT * models.float_values + models.packed_weights
         memory |= graph
         by_layer = size + 3 * layer_bytes  # simulated values, given and computed ones
@@ -429,11 +438,3 @@ class Forecaster:
         return Forecast(
             stage.name, seconds, memory, 0, ("verify.layer_tokens", "data.sequence_tokens")
         )
-
-
-def forecasts(
-    recipe: Recipe, stages: Sequence[Stage], speed: MachineSpeed, process_bytes: float
-) -> list[Forecast]:
-    """What each of `stages` will need."""
-    forecaster = Forecaster(recipe, speed, process_bytes)
-    return [forecaster.stage(stage) for stage in stages]

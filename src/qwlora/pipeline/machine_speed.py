@@ -7,8 +7,9 @@
     operators     seconds of an operator that torch traces without data: what capture and export
                   are made of
 
-Each is the median of several runs; `spread` is the largest relative distance of their quartiles
-from the median. The file is `~/.cache/qwlora/speed.json` (or where the system keeps such files),
+Each is the fastest of several runs: what other programs take is not the speed of this machine.
+`spread` is how much slower the median run was, for a typical measurement. The file is
+`~/.cache/qwlora/speed.json` (or where the system keeps such files),
 and may be deleted at any time. It is measured again when the processor, the number of threads or
 torch's version differs.
 """
@@ -40,7 +41,7 @@ FORMAT = 1
 FILE = "speed.json"
 # Precision of products: as evaluation computes, as float32 training, as bfloat16 training.
 EXACT, TRAINING, BFLOAT16 = "exact", "training", "bfloat16"
-_RUNS, _LEAST_SECONDS = 5, 0.02
+_RUNS, _LEAST_SECONDS = 7, 0.01
 # Larger products take time in proportion; the memory of a measurement stays small.
 _MOST_ROWS, _MOST_OUT = 2048, 8192
 
@@ -98,8 +99,8 @@ class MachineSpeed:
 
     @property
     def spread(self) -> float:
-        """Relative error of the measurements used so far, from the spread of their runs."""
-        return max((spread for _, spread in self._known.values()), default=0.0)
+        """How much slower a median run was than the fastest, for a typical measurement."""
+        return statistics.median([spread for _, spread in self._known.values()] or [0.0])
 
     def save(self) -> None:
         """Keep what was measured; does nothing if the folder cannot be written."""
@@ -115,7 +116,7 @@ class MachineSpeed:
 
     def _get(self, key: str, run: Callable[[], Callable[[], float]]) -> float:
         if key not in self._known:
-            self._known[key] = _median(run())
+            self._known[key] = _fastest(run())
             self._is_changed = True
         return self._known[key][0]
 
@@ -149,11 +150,10 @@ def _rounded(rows: int) -> int:
     return 1 << max(0, rows - 1).bit_length()
 
 
-def _median(run: Callable[[], float]) -> tuple[float, float]:
+def _fastest(run: Callable[[], float]) -> tuple[float, float]:
     run()  # the first one allocates
-    times = sorted(run() for _ in range(_RUNS))
-    middle = statistics.median(times)
-    return middle, max(times[-2] - middle, middle - times[1]) / middle
+    times = [run() for _ in range(_RUNS)]
+    return min(times), statistics.median(times) / min(times) - 1
 
 
 def _timed(call: Callable[[], Any], units: float = 1.0) -> Callable[[], float]:

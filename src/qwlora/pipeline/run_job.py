@@ -271,7 +271,9 @@ def _estimated(context: Any, waiting: Sequence[Stage], track: Track, say: Say) -
     from qwlora.pipeline.estimates import estimate, summary_line
 
     try:
-        estimates = estimate(context.recipe, waiting, context.path, track)
+        estimates = estimate(
+            context.recipe, waiting, context.path, track, context.holds_float_model
+        )
     except Exception as error:
         say(f"no estimate of time and memory ({type(error).__name__}: {error})")
         return JobProgress({stage.name: 60.0 for stage in waiting}, track)

@@ -21,6 +21,7 @@ from enum import Enum
 
 from markupsafe import Markup
 
+from qwlora.messages import duration
 from qwlora.report.checks import Check, Outcome, all_checks
 from qwlora.report.job import Job, code, runtime
 from qwlora.report.written_numbers import count, listed, percent
@@ -187,7 +188,9 @@ def _unfinished(job: Job, checks: tuple[Check, ...]) -> Verdict:
         )
     else:
         sentence = f"No verdict yet: stage {stage} is running{', ' if waiting else ''}{waiting}."
-    below = "This page updates itself after every stage and while an adapter is trained."
+    left = job.number("run", "seconds_left")
+    time = f"About {duration(left)} left for the whole job. " if left is not None else ""
+    below = f"{time}This page updates itself after every stage and while an adapter is trained."
     return Verdict(Kind.NONE_YET, sentence, below, shown, step / steps if step and steps else None)
 
 

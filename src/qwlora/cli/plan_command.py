@@ -1,0 +1,107 @@
+"""`qwlora plan RECIPE`: memory, disk and time of each stage, before anything runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qwlora import strict_json
+from qwlora.cli.progress_bars import ProgressDisplay
+from qwlora.messages import duration, size
+
+if TYPE_CHECKING:
+    from qwlora.pipeline.estimates import Estimates
+    from qwlora.pipeline.forecast import Forecast
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe, for example data.sequence_tokens=512. May be repeated.",
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", help="Where the job would be written; its free space is compared with the need."
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the estimates as JSON, and nothing else.")
+]
+
+
+def plan(
+    recipe: RecipeFile, changes: Changes = None, out: Out = Path(), as_json: AsJson = False
+) -> None:
+    """Estimate memory, disk and time of a recipe's stages.
+
+    Reads the model's configuration and headers, no weights. The first call measures the speed of
+    this machine for a few seconds.
+    """
+    from qwlora.recipe import load_recipe
+
+    content = load_recipe(recipe, tuple(changes or ()))
+    from qwlora.pipeline.run_job import quiet_libraries
+
+    quiet_libraries()
+    from qwlora.pipeline.estimates import plan_job
+
+    with ProgressDisplay(as_json) as display:
+        found = plan_job(content, out, display.track)
+    if as_json:
+        print(strict_json.dumps(found.to_json(), indent=1))
+        return
+    _print(found, Console(width=None if sys.stdout.isatty() else 100, highlight=False))
+
+
+def _print(found: Estimates, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage", no_wrap=True, overflow="ellipsis")
+    for column in ("time", "peak memory", "disk"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("most of the memory", overflow="fold")
+    for stage in found.stages:
+        style = "red" if _is_too_large(stage, found) else ""
+        table.add_row(
+            stage.stage,
+            duration(stage.seconds),
+            Text(size(int(stage.peak)), style=style),
+            size(int(stage.disk)) if stage.disk else "",
+            _most(stage),
+        )
+    console.print(table)
+    console.print()
+    low, high = found.seconds_range
+    console.print(
+        f"time    about {duration(found.seconds)}, {duration(low)} to {duration(high)} if nothing "
+        f"else runs; this machine's speed is measured to {found.spread:.0%}"
+    )
+    limit = "" if found.memory_limit is None else f" of {size(found.memory_limit)}"
+    console.print(f"memory  {size(int(found.largest.peak))}{limit}, in {found.largest.stage}")
+    free = "" if found.disk_free is None else f" of {size(found.disk_free)} free"
+    console.print(f"disk    {size(int(found.disk))}{free}")
+    console.print()
+    if not found.problems:
+        console.print("Everything fits.", style="green")
+    for problem in found.problems:
+        console.print(f"Does not fit: {problem}", style="red")
+
+
+def _is_too_large(stage: Forecast, found: Estimates) -> bool:
+    return found.memory_limit is not None and stage.peak > found.memory_limit
+
+
+def _most(stage: Forecast) -> str:
+    """What holds the most, besides the process itself."""
+    parts = {name: count for name, count in stage.memory.items() if name != "process"}
+    name = max(parts, key=lambda part: parts[part])
+    return f"{name}, {size(int(parts[name]))}"

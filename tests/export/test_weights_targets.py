@@ -56,14 +56,21 @@ def base(
 def adapters(model: Any, folder: Path) -> PeftModel:
     """Two adapters, one with rsLoRA and patterns, in folders of their own."""
     torch.manual_seed(0)
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    some = [
+        name
+        for name in ("q_proj", "up_proj", "down_proj", "c_attn", "c_fc", "fc2")
+        if name in names
+    ]
+    wide = next(name for name in ("up_proj", "c_fc", "fc2") if name in names)
     a = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     b = LoraConfig(
         r=6,
         lora_alpha=12,
         use_rslora=True,
-        target_modules=["q_proj", "up_proj", "down_proj"],
-        rank_pattern={"up_proj": 3},
-        alpha_pattern={"up_proj": 5, "down_proj": 1},
+        target_modules=some,
+        rank_pattern={wide: 3},
+        alpha_pattern={wide: 5, some[-1]: 1},
         init_lora_weights=False,
     )
     adapted = get_peft_model(model, a, adapter_name="first")
@@ -140,6 +147,11 @@ EMBEDDING = [Rule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
                 ("llama", "w8-channel", EMBEDDING),
             )
         ),
+        ("genai", "llama", "w4-block32", []),
+        ("genai", "qwen3", Scheme(4, False, PerBlock(32)), MIXED),
+        ("genai", "gpt2", Scheme(3, False, PerBlock(64)), []),
+        ("genai", "opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
+        ("genai", "llama", Scheme(2, True, PerChannel()), EMBEDDING),
         ("gptq", "llama", "w4-block32", []),
         ("gptq", "qwen3", Scheme(8, False, PerBlock(64)), []),
         ("gptq", "llama", Scheme(3, False, PerBlock(32)), EMBEDDING),

@@ -11,6 +11,7 @@ from qwlora.messages import listed
 MLX_GROUPS = (128, 64, 32)
 GPTQ_BITWIDTHS = (2, 3, 4, 8)
 QWEIGHT_GROUPS = (128, 64, 32)  # of GPTQ and AWQ
+NBITS_BLOCKS = (256, 128, 64, 32, 16)  # of ONNX Runtime's MatMulNBits
 
 
 def encodings_problem(scheme: Scheme) -> str | None:
@@ -87,4 +88,16 @@ def _qweight_problem(name: str, scheme: Scheme) -> str | None:
     match scheme.granularity:
         case PerBlock(size) | Lpbq(size) if size % QWEIGHT_GROUPS[-1]:
             return f"{scheme}: {name} has groups of 32, 64 and 128"
+    return None
+
+
+def nbits_problem(scheme: Scheme) -> str | None:
+    """Why ONNX Runtime's MatMulNBits cannot hold a scheme; None if it can."""
+    if scheme.bitwidth > 8:
+        return f"{scheme}: MatMulNBits has 2, 4 and 8 bits"
+    if scheme.float_offset and scheme.bitwidth > 4:
+        return f"{scheme}: MatMulNBits has float offsets for 2 and 4 bits only"
+    match scheme.granularity:
+        case PerBlock(size) | Lpbq(size) if size % NBITS_BLOCKS[-1]:
+            return f"{scheme}: MatMulNBits has blocks of 16, 32, 64, 128 and 256"
     return None

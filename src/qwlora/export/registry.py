@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwlora.export.aimet_target import AimetTarget
+from qwlora.export.genai_target import GenaiTarget
 from qwlora.export.gguf_target import GgufTarget
 from qwlora.export.hf_target import HfTarget
 from qwlora.export.mlx_target import MlxTarget
@@ -15,6 +16,7 @@ TARGETS: dict[str, Target] = {
     "onnx": OnnxTarget(),
     "aimet": AimetTarget(),
     "qairt": QairtTarget(),
+    "genai": GenaiTarget(),
     "hf": HfTarget(),
     "gguf": GgufTarget(),
     "mlx": MlxTarget(),

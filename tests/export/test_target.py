@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,12 @@ def context(tmp_path: Path) -> Any:
     return SimpleNamespace(
         path=tmp_path,
         base_fingerprint="f",
-        simulation=lambda name: SimpleNamespace(graph=lambda: f"graph of {name}"),
+        simulation=lambda name: SimpleNamespace(
+            graph=lambda: f"graph of {name}",
+            program=SimpleNamespace(graph=SimpleNamespace(nodes=[])),
+            marks=[],
+        ),
+        step=lambda words, estimate: contextlib.nullcontext(),
         sample=lambda name: f"sample of {name}",
         text=lambda name: text,
         recipe=SimpleNamespace(

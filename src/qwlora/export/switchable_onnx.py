@@ -48,8 +48,11 @@ EXACT = 1  # MatMulNBits' accuracy level: float32; 4 rounds activations to 8 bit
 _DOMAIN = "com.microsoft"
 
 
-def switchable_model(model: PreTrainedModel) -> Any:
+def switchable_model(model: PreTrainedModel, branches: bool = True) -> Any:
     """The `onnx_ir.Model` of a base, with DequantizeLinear nodes for its integers.
+
+    Args:
+        branches: whether to add the places for adapters.
 
     Raises:
         ExportError: an operator has no translation.
@@ -67,7 +70,8 @@ def switchable_model(model: PreTrainedModel) -> Any:
         {mark.name: known[mark.name] for mark in marks},
     )
     made, _ = build_model(graph, {})
-    _add_branches(made, model)
+    if branches:
+        _add_branches(made, model)
     return made
 
 
@@ -79,7 +83,7 @@ def matmul_nbits(made: Any, model: PreTrainedModel, accuracy_level: int = EXACT)
     """
     ir = require("onnx_ir", "onnx")
     layers, problems = _packed_linears(model), list[str]()
-    for node, path in list(_matrix_products(made, layers)):
+    for node, path in list(matrix_products(made, layers)):
         layer = layers[path]
         if problem := nbits_problem(layer.scheme) or _width_problem(layer):
             problems.append(f"{path}: {problem}")
@@ -164,7 +168,7 @@ def _add_branches(made: Any, model: PreTrainedModel) -> None:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D | PackedLinear)
     }
-    for node, path in list(_matrix_products(made, linears)):
+    for node, path in list(matrix_products(made, linears)):
         rows, columns = _shape(linears[path])
         factors = []
         for half, shape, empty in (
@@ -205,8 +209,8 @@ def _take_place(made: Any, old: Any, new: Any) -> None:
     ir.convenience.replace_all_uses_with(old, new)
 
 
-def _matrix_products(made: Any, modules: Any) -> Iterator[tuple[Any, str]]:
-    """Matrix products with the weight of a module, and the path of the module."""
+def matrix_products(made: Any, modules: Any) -> Iterator[tuple[Any, str]]:
+    """Nodes that multiply with the weight of a module, and the path of the module."""
     for node in made.graph:
         if node.op_type in ("MatMul", "Gemm"):
             value, producer = node.inputs[1], node.inputs[1].producer()

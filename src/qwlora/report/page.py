@@ -92,6 +92,7 @@ def render(job: Job) -> str:
             remedies=remedies(job) if job.state == "failed" else [],
             remedy_command=without_folders(remedy_command(job)),
             message=without_folders(str(job.get("error", "message") or "")),
+            error_page=str(job.get("error", "docs") or ""),
             sections=_sections(job),
             folds=[] if single else _folds(job),
             refresh=REFRESH_SECONDS if job.state == "running" else None,

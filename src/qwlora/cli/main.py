@@ -128,7 +128,9 @@ _SUMMARY = {
     "verify": "Step 5: run the exported files and compare.\n\nWith what was trained. Runs "
     "every file; never skipped, even if nothing changed. With a folder of exported files as "
     "argument, such as out/export/hf, repeats its proof on any machine.",
-    "evaluate": "Measure perplexity: model, base, adapters, simulations.",
+    "evaluate": "Measure perplexity of all models, or score tasks.\n\nOf the float model, base, "
+    "adapters and simulations. With --tasks, scores of lm-eval instead, also of exported files, in "
+    "one table with standard errors; they are added to results.json and report.html.",
 }
 
 
@@ -194,7 +196,7 @@ def _add_stage(verb: str) -> None:
 
 
 for _verb in VERBS:
-    if _verb != "verify":
+    if _verb not in ("verify", "evaluate"):
         _add_stage(_verb)
 
 
@@ -232,6 +234,72 @@ def verify(
     check_output(out)
     path = given or out / "recipe.yaml"
     _run(path, out, changes, as_json, quiet, ("verify",), trust_mtime, False)
+
+
+@app.command(help=_SUMMARY["evaluate"])
+def evaluate(
+    given: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[RECIPE|DIR]",
+            help="The recipe; with --tasks, a job's directory. Default: the recipe.yaml in the "
+            "job's directory.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The job's directory. Not with --tasks.", show_default=False),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,TASK,...",
+            help="Score the models of the job DIR on tasks of lm-eval: names, or YAML files with "
+            "a dataset of your own.",
+            show_default=False,
+        ),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL,MODEL,...",
+            help="With --tasks: which models, for example base,first,simulated/first,onnx/first. "
+            "Default: all that the job has and whose runtime is installed.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --tasks: documents of each task. Default: all.", show_default=False
+        ),
+    ] = None,
+    changes: Changes = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    trust_mtime: TrustMtime = False,
+) -> None:
+    """See `_SUMMARY`."""
+    if tasks is not None:
+        if given is None or out is not None or changes:
+            raise typer.BadParameter(
+                "--tasks needs the job's directory as argument, without --out and --set: "
+                "qwlora evaluate DIR --tasks TASK"
+            )
+        from qwlora.cli.evaluate_command import score_job
+
+        score_job(given, tasks, models, limit, as_json, quiet)
+        return
+    if models is not None or limit is not None:
+        raise typer.BadParameter("--models and --limit need --tasks; add it, or remove them")
+    if out is None:
+        raise DirectoryError("evaluate needs --out, the job's directory, or DIR and --tasks")
+    from qwlora.pipeline.output_path import check_output
+
+    check_output(out)
+    path = given or out / "recipe.yaml"
+    _run(path, out, changes, as_json, quiet, ("evaluate",), trust_mtime, False)
 
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:

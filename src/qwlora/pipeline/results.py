@@ -8,6 +8,7 @@ from typing import Any
 
 from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stored_scores import current_scores
 from qwlora.recipe import Recipe
 
 RESULTS_FORMAT = 1
@@ -33,6 +34,9 @@ def collect_results(
             entry["parts"][stage.name] = {"seconds": record.seconds, **timing}
             if size is not None and stage.artifact is not None:
                 results.setdefault("sizes", {})[stage.artifact] = size
+    keys = {stage.name: stage.key for stage in plan if stage.name not in stale}
+    if tasks := current_scores(directory.private, keys):
+        results["tasks"] = tasks
     return results
 
 

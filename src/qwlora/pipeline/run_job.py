@@ -42,6 +42,7 @@ from qwlora.pipeline.results import TIMING, collect_results, merge_results
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages import RUN, VERBS
 from qwlora.pipeline.stale_stages import find_stale, upstream
+from qwlora.pipeline.stored_scores import keep_scores
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import SlowComputeWarning
@@ -336,6 +337,32 @@ def open_job(
 
     check_adapter(folder / "adapters" / name, context.base_fingerprint)
     return context, name
+
+
+def add_task_scores(
+    folder: Path, scores: Mapping[str, tuple[str, dict[str, Any]]]
+) -> dict[str, Any]:
+    """Add scores of tasks to the results of a job, and rewrite results.json and report.html.
+
+    Args:
+        scores: by model, such as `adapted/NAME`: the stage that made it, and scores by task.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        DirectoryError: the folder is not a job directory, is in use, or cannot be written.
+    """
+    recipe = resolve_compute(job_recipe(folder))
+    with Directory.open(folder, recipe) as directory:
+        plan = make_plan(recipe, JobTexts(recipe), directory.digests)
+        stale = find_stale(plan, directory)
+        keys = {stage.name: stage.key for stage in plan}
+        with as_directory_errors(folder):
+            keep_scores(directory.private, scores, keys)
+        earlier = _earlier_results(folder)
+        kept: dict[str, Any] = {key: earlier[key] for key in ("run", "error") if key in earlier}
+        return _write_results(directory, recipe, plan, stale, kept)
 
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:

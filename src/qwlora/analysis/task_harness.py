@@ -1,0 +1,176 @@
+"""Scores of a causal language model on the tasks of lm-eval, EleutherAI's evaluation harness.
+
+A task is a name that lm-eval knows, or a YAML file in its format. A file with a local dataset
+(`dataset_path: json`, `dataset_kwargs: {data_files: ...}`) needs no network. Such a file may name
+Python functions, which are run.
+
+Models are called as lm-eval's own `HFLM` calls them, one row at a time: exported files and captured
+graphs take no padding. So the scores of a float model are those of
+`lm_eval.simple_evaluate(HFLM(pretrained=model, batch_size=1))`.
+
+Written for lm-eval 0.4.13: besides `evaluate`, `TaskManager` and `HFLM`, it relies on `get_config`,
+`set_config` and `set_fewshot_seed` of tasks, which `simple_evaluate` calls in the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qwlora.errors import SourceError, foreign_as
+from qwlora.messages import suggestion
+from qwlora.progress import Track, untracked
+from qwlora.system.optional_packages import require
+
+EXTRA = "lm-eval"
+_SEED, _RANDOM_SEED = 1234, 0  # lm-eval's defaults
+_BOOTSTRAPS = 1000  # for standard errors of metrics that are not means
+
+
+def load_tasks(names: Sequence[str]) -> dict[str, Any]:
+    """The tasks and groups of `names`, as `lm_eval.evaluate` takes them.
+
+    Raises:
+        MissingExtraError: lm-eval is not installed.
+        SourceError: there is no such task or file, or it or its dataset cannot be read.
+    """
+    require("lm_eval", EXTRA)
+    from lm_eval.tasks import TaskManager
+
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    require("datasets", EXTRA).disable_progress_bars()
+    manager = TaskManager()
+    for name in names:
+        is_file = name.endswith((".yaml", ".yml"))
+        if is_file and not Path(name).is_file():
+            raise SourceError(f"task file {name!r} does not exist. Give its path")
+        if not is_file and name not in manager.all_tasks:
+            raise SourceError(
+                f"lm-eval has no task {name!r}{suggestion(name, manager.all_tasks)} A task of your "
+                "own is a YAML file: give its path"
+            )
+    with foreign_as(SourceError, f"tasks {', '.join(names)} cannot be loaded"):
+        loaded: dict[str, Any] = manager.load(list(names))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=_SEED)
+    return loaded
+
+
+def score_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: dict[str, Any],
+    limit: int | None = None,
+    description: str = "scoring tasks",
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """Scores by task and group.
+
+    Args:
+        tasks: from `load_tasks`.
+        limit: documents of each task; None for all.
+
+    Returns:
+        For each: `value`, `stderr` and `metric` of its first metric, `higher_is_better`, `shots`,
+        `documents`, and `metrics`, all of them with `value` and `stderr`. A standard error is None
+        where lm-eval has none.
+    """
+    from lm_eval import evaluate
+
+    random.seed(_RANDOM_SEED)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+    found = evaluate(
+        lm=_harness(model, tokenizer, description, track),
+        task_dict=tasks,
+        limit=limit,
+        bootstrap_iters=_BOOTSTRAPS,
+        log_samples=False,
+    )
+    return {
+        name: _score(name, scores, found)
+        for name, scores in found["results"].items()
+        if _metrics(scores)
+    }
+
+
+def _harness(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, description: str, track: Track
+) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class Harness(HFLM):
+        """lm-eval's own model with our progress."""
+
+        _steps: Iterator[int] = iter(())
+
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None
+        ) -> Any:
+            self._steps = track(range(len(requests)), description, len(requests))
+            next(self._steps, None)
+            try:
+                return super()._loglikelihood_tokens(requests, True, override_bs)
+            finally:
+                for _ in self._steps:  # requests that shared a forward
+                    pass
+
+        def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+            logits = super()._model_call(*args, **kwargs)
+            next(self._steps, None)
+            return logits
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, True)
+
+    return Harness(pretrained=model, tokenizer=tokenizer, batch_size=1)
+
+
+def _metrics(scores: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Value and standard error of each metric; lm-eval's keys are `acc,none`, `acc_stderr,none`."""
+    found = {}
+    for key, value in scores.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or _finite(value) is None:
+            continue
+        name = metric if filtered == "none" else f"{metric} ({filtered})"
+        stderr = _finite(scores.get(f"{metric}_stderr,{filtered}"))
+        found[name] = {"value": _finite(value), "stderr": stderr}
+    return found
+
+
+def _score(name: str, scores: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    metrics = _metrics(scores)
+    metric, first = next(iter(metrics.items()))
+    better = found.get("higher_is_better", {}).get(name, {})
+    return {
+        **first,
+        "metric": metric,
+        "higher_is_better": better.get(metric.partition(" (")[0]),
+        "shots": found.get("n-shot", {}).get(name),
+        "documents": found.get("n-samples", {}).get(name, {}).get("effective"),
+        "metrics": metrics,
+    }
+
+
+def _finite(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return None  # "N/A"
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,82 @@
+"""The table of `qwlora evaluate DIR --tasks ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qwlora import strict_json
+from qwlora.cli.progress_bars import ProgressDisplay
+
+
+def score_job(
+    folder: Path,
+    tasks: str,
+    models: str | None,
+    limit: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Score a job's models and print the table.
+
+    Args:
+        tasks, models: names, separated by commas.
+    """
+    from qwlora.pipeline.evaluate_tasks import evaluate_tasks
+    from qwlora.pipeline.job_models import JobModels, model_name
+
+    adapters = JobModels(folder).adapters
+    chosen = [model_name(text, adapters) for text in _split(models)] if models else None
+    with ProgressDisplay(quiet or as_json) as display:
+        found = evaluate_tasks(folder, _split(tasks), chosen, limit, display.track, display.say)
+    if as_json:
+        print(strict_json.dumps(found, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("task", "metric", "model"):
+        table.add_column(column, overflow="fold")
+    for column in ("value", "± stderr"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in _rows(found):
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _rows(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """One row for each task, metric and model; repeated words are left out."""
+    by_model = dict(_models(found))
+    tasks = dict.fromkeys(task for scores in by_model.values() for task in scores)
+    for task in tasks:
+        first = next(scores[task] for scores in by_model.values() if task in scores)
+        for metric in first["metrics"]:
+            title = (task, metric)
+            for model, scores in by_model.items():
+                if (score := scores.get(task, {}).get("metrics", {}).get(metric)) is None:
+                    continue
+                stderr = score["stderr"]
+                yield (
+                    *title,
+                    model,
+                    f"{score['value']:.4f}",
+                    "" if stderr is None else f"{stderr:.4f}",
+                )
+                title = ("", "")
+
+
+def _models(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for stage, content in found.items():
+        if stage in ("float", "base"):
+            yield stage, content
+        else:
+            for adapter, scores in content.items():
+                yield f"{stage}/{adapter}", scores

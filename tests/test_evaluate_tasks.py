@@ -1,0 +1,166 @@
+"""`qwlora evaluate DIR --tasks`: scores of lm-eval on a task file, without a network."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from command_line import qwlora
+from conftest import WORDS, byte_tokenizer, tiny_model
+from qwlora.pipeline.stored_scores import current_scores, keep_scores
+from qwlora.report.job import Job
+from qwlora.report.sections import task_scores
+
+TASK = "offline_choice"
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lm_eval")
+
+
+@pytest.fixture(scope="module")
+def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multiple-choice task with a dataset next to it."""
+    folder = tmp_path_factory.mktemp("task")
+    pick = random.Random(0)
+    rows = [
+        {
+            "question": " ".join(pick.choices(WORDS, k=3)),
+            "choices": [" ".join(pick.choices(WORDS, k=count)) for count in (1, 2, 3)],
+            "gold": pick.randrange(3),
+        }
+        for _ in range(12)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    content = {
+        "task": TASK,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{gold}}",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True}
+            for name in ("acc", "acc_norm")
+        ],
+    }
+    (folder / "task.yaml").write_text(yaml.safe_dump(content))
+    return folder / "task.yaml"
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A finished job with an ONNX file; skips without lm-eval."""
+    pytest.importorskip("lm_eval", reason="pip install 'qwlora[lm-eval]'")
+    folder = tmp_path_factory.mktemp("job")
+    tiny_model("llama", layers=1).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    content = {
+        "name": "scored",
+        "preset": "fast",
+        "model": {"source": str(folder / "model")},
+        "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 2},
+        "adapters": [{"name": "first", "steps": 20, "learning_rate": 0.01, "compute": "float32"}],
+        "verify": {"sequences": 1},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    done = qwlora("run", folder / "recipe.yaml", "--out", folder / "out", "--quiet")
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+def plain_scores(job: Path, task_file: Path) -> dict[str, Any]:
+    """What lm-eval itself finds for the float model."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    model = tiny_model("llama", layers=1).eval()
+    harness = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1)
+    found = lm_eval.simple_evaluate(model=harness, tasks=[str(task_file)], log_samples=False)
+    scores: dict[str, Any] = found["results"][TASK]
+    return scores
+
+
+def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(
+    job: Path, task_file: Path
+) -> None:
+    done = qwlora("evaluate", job, "--tasks", task_file, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert list(found) == ["float", "base", "adapted", "simulated", "onnx"]
+    expected = plain_scores(job, task_file)
+    score = found["float"][TASK]
+    for metric in ("acc", "acc_norm"):
+        assert score["metrics"][metric] == {
+            "value": expected[f"{metric},none"],
+            "stderr": expected[f"{metric}_stderr,none"],
+        }
+    assert (score["value"], score["metric"], score["shots"]) == (expected["acc,none"], "acc", 0)
+    assert score["documents"] == 12
+    assert found["onnx"]["first"] == found["simulated"]["first"]  # they compute the same
+    results = json.loads((job / "results.json").read_text())
+    assert results["tasks"] == found
+    assert results["run"]["state"] == "finished"
+    view = task_scores.view(Job(results, {}, "", "job"), "first")
+    assert view is not None
+    assert view["table"].columns[3:] == (
+        "Float",
+        "Packed base",
+        "With adapter",
+        "Simulated",
+        "ONNX Runtime",
+    )
+
+
+def test_scores_are_shown_as_a_table_and_stay_through_the_next_run(
+    job: Path, task_file: Path
+) -> None:
+    done = qwlora("evaluate", job, "--tasks", task_file, "--models", "base,first", "--limit", "4")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows[0] == ["task", "metric", "model", "value", "±", "stderr"]
+    assert ["adapted/first"] in [row[:1] for row in rows]
+    before = json.loads((job / "results.json").read_text())["tasks"]
+    assert qwlora("run", job / "recipe.yaml", "--out", job, "--quiet").returncode == 0
+    assert json.loads((job / "results.json").read_text())["tasks"] == before
+
+
+def test_unknown_tasks_and_missing_files_are_named(job: Path, tmp_path: Path) -> None:
+    done = qwlora("evaluate", job, "--tasks", "hellaswagg", "--models", "base")
+    assert done.returncode == 2
+    assert "hellaswag" in done.stderr.replace("hellaswagg", "")
+    done = qwlora("evaluate", job, "--tasks", tmp_path / "none.yaml", "--models", "base")
+    assert done.returncode == 2
+    assert "none.yaml" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--tasks", "x"), "DIR"),
+        (("--models", "base", "--out", "x"), "--tasks"),
+        ((), "--out"),
+    ],
+)
+def test_a_wrong_call_says_how_to_call(arguments: tuple[str, ...], said: str) -> None:
+    done = qwlora("evaluate", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_scores_count_while_their_model_is_the_same(tmp_path: Path) -> None:
+    keys = {"quantize": "q1", "train/a": "t1"}
+    first, second = {"arc": {"value": 0.5}}, {"piqa": {"value": 0.6}}
+    keep_scores(tmp_path, {"base": ("quantize", first), "adapted/a": ("train/a", first)}, keys)
+    keep_scores(tmp_path, {"base": ("quantize", second)}, keys)
+    assert current_scores(tmp_path, keys) == {"base": first | second, "adapted": {"a": first}}
+    trained_again = keys | {"train/a": "t2"}
+    assert current_scores(tmp_path, trained_again) == {"base": first | second}
+    keep_scores(tmp_path, {"adapted/a": ("train/a", second)}, trained_again)
+    assert current_scores(tmp_path, trained_again)["adapted"] == {"a": second}
+    (tmp_path / "tasks.json").write_text("{")
+    assert current_scores(tmp_path, keys) == {}

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -25,7 +24,7 @@ DIGITS = 6  # significant
 
 
 @torch.no_grad()
-def adapter_updates(model: PeftModel) -> dict[str, dict[str, Any]]:
+def adapter_updates(model: nn.Module) -> dict[str, dict[str, Any]]:
     """`singular_values`, largest first, and `gain` of the active adapter's layers, by name."""
     found = {}
     for name, module in model.named_modules():

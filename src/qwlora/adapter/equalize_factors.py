@@ -46,10 +46,10 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 
+from qwlora.adapter.active_adapters import active_adapter, adapter_names
 from qwlora.errors import CalibrationError, TrainingError
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import Scheme
@@ -80,7 +80,7 @@ class EqualizationReport:
 
 @torch.no_grad()
 def equalize_adapter_(
-    model: PeftModel,
+    model: nn.Module,
     scheme: Scheme,
     method: Equalization = "auto",
     moments: Mapping[str, Moment] | None = None,
@@ -109,11 +109,9 @@ def equalize_adapter_(
         TrainingError: the model has no adapter of this name.
         CalibrationError: a factor contains nan or infinity.
     """
-    adapter = adapter or model.active_adapter
-    if adapter not in model.peft_config:
-        raise TrainingError(
-            f"the model has no adapter {adapter!r}; it has {', '.join(model.peft_config)}"
-        )
+    adapter = adapter or active_adapter(model)
+    if adapter not in (known := adapter_names(model)):
+        raise TrainingError(f"the model has no adapter {adapter!r}; it has {', '.join(known)}")
     pairs = dict(_pairs(model, adapter))
     if method == "none":
         return {}
@@ -259,7 +257,7 @@ def flat_rotation(size: int) -> Float[Tensor, "size size"]:
     return torch.kron(hadamard, (angles.cos() + angles.sin()) / math.sqrt(size))
 
 
-def _pairs(model: PeftModel, adapter: str) -> Iterator[tuple[str, Pair]]:
+def _pairs(model: nn.Module, adapter: str) -> Iterator[tuple[str, Pair]]:
     """(lora_A, lora_B) of each layer to equalize, by canonical path; see the module docstring."""
     found: list[tuple[str, Pair]] = []
     for name, module in model.named_modules():

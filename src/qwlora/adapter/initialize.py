@@ -35,10 +35,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from qwlora.adapter.active_adapters import active_adapter
 from qwlora.errors import TrainingError
 from qwlora.grid.second_moments import Moment
 from qwlora.messages import listed
@@ -72,7 +72,7 @@ class InitReport:
 
 
 def initialize_adapter_(
-    model: PeftModel,
+    model: nn.Module,
     init: Init,
     weights: Callable[[str], Tensor],
     moments: Mapping[str, Moment] | None = None,
@@ -107,7 +107,7 @@ def initialize_adapter_(
         raise TrainingError(
             f"the share of ranks that init {init} corrects with is in (0, 1], not {share:g}"
         )
-    adapter = adapter or model.active_adapter
+    adapter = adapter or active_adapter(model)
     layers = dict(quantized_layers(model, adapter))
     if not layers:
         raise TrainingError(
@@ -265,7 +265,7 @@ def _initialize(
     return InitReport(before / whole, after / whole)
 
 
-def quantized_layers(model: PeftModel, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
+def quantized_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
     """Packed linear layers that have the adapter, by canonical path.
 
     Raises:

@@ -18,11 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qwlora.adapter.active_adapters import active_adapter
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.errors import MergeError
 from qwlora.grid.encoding import Encoding, aligned, grouped
@@ -51,9 +51,9 @@ class RoundingLoss:
 
 
 @torch.no_grad()
-def rounding_losses(model: PeftModel, adapter: str | None = None) -> dict[str, RoundingLoss]:
+def rounding_losses(model: nn.Module, adapter: str | None = None) -> dict[str, RoundingLoss]:
     """What requantizing loses of each packed layer's delta, by canonical path."""
-    adapter = adapter or model.active_adapter
+    adapter = adapter or active_adapter(model)
     found = {}
     for name, module in model.named_modules():
         if not (isinstance(module, LoraLayer) and _has_adapter(module, adapter)):
@@ -66,7 +66,7 @@ def rounding_losses(model: PeftModel, adapter: str | None = None) -> dict[str, R
 
 
 @torch.no_grad()
-def untie_(model: PeftModel, adapter: str | None = None) -> list[list[str]]:
+def untie_(model: nn.Module, adapter: str | None = None) -> list[list[str]]:
     """Give each tied float layer that has the adapter a weight of its own, in place.
 
     The model's configuration then says that nothing is tied.
@@ -77,7 +77,7 @@ def untie_(model: PeftModel, adapter: str | None = None) -> list[list[str]]:
     Raises:
         MergeError: the model class ties such a layer regardless of its configuration.
     """
-    adapter = adapter or model.active_adapter
+    adapter = adapter or active_adapter(model)
     sharing: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         if (weight := module._parameters.get("weight")) is not None:

@@ -124,7 +124,7 @@ def training_steps(
 
 
 @contextlib.contextmanager
-def lean_steps(model: PeftModel, autocast: bool = False) -> Iterator[None]:
+def lean_steps(model: nn.Module, autocast: bool = False) -> Iterator[None]:
     """Training steps in less memory and time, until the context ends (rows 3 to 6).
 
         with lean_steps(model):

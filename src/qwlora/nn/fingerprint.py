@@ -82,8 +82,9 @@ def adapter_fingerprint(model: nn.Module) -> str | None:
         getattr(m, "disable_adapters", False) is True for m in model.modules()
     ):
         return None
-    active = getattr(model, "active_adapters", None)
-    names = set(active() if callable(active) else active or ())
+    # transformers 5.24 has a method of this name that refuses every released PEFT: layers are asked
+    stated = (getattr(module, "active_adapters", None) for module in model.modules())
+    names = {name for found in stated if isinstance(found, list) for name in found}
     digests = {
         canonical_name(path): tensor_digest(canonical_name(path), "", p)
         for path, p in model.named_parameters()

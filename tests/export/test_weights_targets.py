@@ -152,6 +152,10 @@ EMBEDDING = [Rule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
         ("genai", "gpt2", Scheme(3, False, PerBlock(64)), []),
         ("genai", "opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
         ("genai", "llama", Scheme(2, True, PerChannel()), EMBEDDING),
+        ("openvino", "llama", "w4-block32", []),
+        ("openvino", "qwen3", Scheme(4, False, PerBlock(32)), MIXED),
+        ("openvino", "gpt2", Scheme(3, False, PerBlock(64)), []),
+        ("openvino", "opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
         ("gptq", "llama", "w4-block32", []),
         ("gptq", "qwen3", Scheme(8, False, PerBlock(64)), []),
         ("gptq", "llama", Scheme(3, False, PerBlock(32)), EMBEDDING),
@@ -181,6 +185,12 @@ def test_the_runtime_computes_base_and_adapters(
         parity = verify_weights(runtime, adapted, folder, as_sequences(IDS))
         assert list(parity.broken_limits(Limits())) == []
         assert parity.tokens == IDS.numel()
+        runtime.use(folder)
+        tokens = runtime.decode(IDS[:1], 4)  # with a cache
+        whole = torch.cat([IDS[:1], torch.tensor([tokens])], dim=1)
+        with torch.no_grad():
+            likeliest = adapted(input_ids=whole).logits[0, -5:-1].argmax(-1)
+        assert tokens == likeliest.tolist()
     wrong = verify_weights(runtime, adapted, tmp_path / "second", as_sequences(IDS))
     assert any("with the adapter" in problem for problem in wrong.broken_limits(Limits()))
 

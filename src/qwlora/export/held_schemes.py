@@ -101,3 +101,10 @@ def nbits_problem(scheme: Scheme) -> str | None:
         case PerBlock(size) | Lpbq(size) if size % NBITS_BLOCKS[-1]:
             return f"{scheme}: MatMulNBits has blocks of 16, 32, 64, 128 and 256"
     return None
+
+
+def openvino_problem(scheme: Scheme) -> str | None:
+    """Why OpenVINO's IR cannot hold a scheme; None if it can."""
+    if scheme.bitwidth > 8:
+        return f"{scheme}: OpenVINO's constants have up to 8 bits"
+    return None

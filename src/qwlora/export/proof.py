@@ -38,6 +38,7 @@ from qwlora.system.processor import processor_name
 TOP = 64
 SEQUENCES = 2  # a bundle need not hold more to be proven again
 DECODED = 16  # tokens
+DECODE_AGREEMENT = 0.9  # one of 16 may be as likely as another, up to rounding
 STATES = ("base", "adapter")
 
 
@@ -111,6 +112,11 @@ def broken_limits(
             yield (
                 f"perplexity {what} differs by {difference:.2%} (limit {perplexity_difference:.2%})"
             )
+    if not figures["exact"]["decode_agreement"] >= DECODE_AGREEMENT:
+        yield (
+            f"{figures['exact']['decode_agreement']:.0%} of the tokens decoded with a cache are the "
+            f"likeliest without one (limit {DECODE_AGREEMENT:.0%})"
+        )
     for settings in ("exact", "shipped"):
         if settings in figures and not figures[settings]["off_is_equal"]:
             yield f"after the adapter is switched off, logits differ from those before ({settings})"

@@ -8,6 +8,7 @@ from qwlora.export.gguf_target import GgufTarget
 from qwlora.export.hf_target import HfTarget
 from qwlora.export.mlx_target import MlxTarget
 from qwlora.export.onnx_target import OnnxTarget
+from qwlora.export.openvino_target import OpenvinoTarget
 from qwlora.export.qairt_target import QairtTarget
 from qwlora.export.qweight_targets import AwqTarget, GptqTarget
 from qwlora.export.target import Target
@@ -20,6 +21,7 @@ TARGETS: dict[str, Target] = {
     "hf": HfTarget(),
     "gguf": GgufTarget(),
     "mlx": MlxTarget(),
+    "openvino": OpenvinoTarget(),
     "gptq": GptqTarget(),
     "awq": AwqTarget(),
 }

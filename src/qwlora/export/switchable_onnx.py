@@ -163,11 +163,7 @@ def empty_factors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 def _add_branches(made: Any, model: PreTrainedModel) -> None:
     ir = require("onnx_ir", "onnx")
-    linears = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D | PackedLinear)
-    }
+    linears = linear_modules(model)
     for node, path in list(matrix_products(made, linears)):
         rows, columns = _shape(linears[path])
         factors = []
@@ -221,6 +217,15 @@ def matrix_products(made: Any, modules: Any) -> Iterator[tuple[Any, str]]:
                 if str(value.name).endswith(".weight") and name in modules:
                     yield node, name
                     break
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers by path, packed or not."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | PackedLinear)
+    }
 
 
 def _packed_linears(model: nn.Module) -> dict[str, PackedLayer]:

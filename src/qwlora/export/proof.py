@@ -112,10 +112,11 @@ def broken_limits(
             yield (
                 f"perplexity {what} differs by {difference:.2%} (limit {perplexity_difference:.2%})"
             )
-    if not figures["exact"]["decode_agreement"] >= DECODE_AGREEMENT:
+    decoded = figures["exact"]["decode_agreement"]
+    if not decoded >= DECODE_AGREEMENT:
         yield (
-            f"{figures['exact']['decode_agreement']:.0%} of the tokens decoded with a cache are the "
-            f"likeliest without one (limit {DECODE_AGREEMENT:.0%})"
+            f"{decoded:.0%} of the tokens decoded with a cache are the likeliest without one "
+            f"(limit {DECODE_AGREEMENT:.0%})"
         )
     for settings in ("exact", "shipped"):
         if settings in figures and not figures[settings]["off_is_equal"]:

@@ -47,6 +47,8 @@ from qwlora.graph.quantized_graph import Interface
 from qwlora.parameter_names import canonical_name
 
 COS, SIN = f"{POSITIONS}_cos", f"{POSITIONS}_sin"
+# names of the host graph's inputs; its outputs have those that the device graph's inputs have
+HOST_INPUTS = {MASK: "token_mask", POSITIONS: "token_positions"}
 _DECIDING = (MASK, POSITIONS)
 _NOT_CONSTANT = frozenset({"dequantize", "embedding"})  # of weights
 _MASKED = -1e30  # a mask's entries below this mean minus infinity
@@ -58,7 +60,7 @@ class HostInputs:
 
     Args:
         program: takes token ids (int32), the outputs of `host`, and the other inputs.
-        host: takes attention_mask and position_ids, returns inputs of `program`.
+        host: takes token_mask and token_positions, returns inputs of `program`.
     """
 
     program: ExportedProgram
@@ -73,7 +75,7 @@ class HostInputs:
             mask: int64 [1, context], 1 where there is a token.
             positions: int64 [1, tokens].
         """
-        given = {MASK: mask, POSITIONS: positions}
+        given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
         tensors = [given[name] for name in self.host_interface.inputs]
         found = self.host.module(check_guards=False)(*tensors)
         return dict(zip(self.host_interface.outputs, found, strict=True))
@@ -98,10 +100,10 @@ def lift_host_inputs(program: ExportedProgram, interface: Interface, floor: floa
         _refuse_other_types(node, decided)
     names = _names(lifted, decided, inputs)
     host = _host(program, graph, list(names), constants | decided, floor)
-    host_inputs = tuple(inputs[name] for name in host.graph_signature.user_inputs)
+    host_inputs = tuple(HOST_INPUTS[inputs[n]] for n in host.graph_signature.user_inputs)
     device, device_inputs = _device(program, graph, names, decided, inputs)
     _refuse_integers(device)
-    host_shapes = {inputs[n.name]: _shape(n) for n in _user_placeholders(host)}
+    host_shapes = {HOST_INPUTS[inputs[n.name]]: _shape(n) for n in _user_placeholders(host)}
     host_shapes |= {name: _shape(node) for node, name in names.items()}
     shapes = {**interface.shapes, **{name: _shape(node) for node, name in names.items()}}
     return HostInputs(

@@ -31,18 +31,12 @@ def lift_scaling(
     Raises:
         CaptureError: layers of the adapter have different scalings.
     """
+    scaling = scaling_of(program)
+    if scaling is None:
+        return program, interface, None
     graph = copy.deepcopy(program.graph)
     own = factor_nodes(program)
     scaled = [n for n in graph.nodes if n.name in own and _scaling(n) is not None]
-    if not scaled:
-        return program, interface, None
-    found = sorted({value for n in scaled if (value := _scaling(n)) is not None})
-    if len(found) > 1:
-        raise CaptureError(
-            f"layers of the adapter have {len(found)} different scalings ({found[0]:g} to "
-            f"{found[-1]:g}), and a graph has one input for all. Train the adapter without "
-            "rank_pattern and alpha_pattern"
-        )
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):
         alpha = graph.placeholder(ALPHA)
@@ -54,7 +48,25 @@ def lift_scaling(
         inputs=(*interface.inputs, ALPHA),
         shapes={**interface.shapes, ALPHA: (1,)},
     )
-    return program_over(program, graph), named, found[0]
+    return program_over(program, graph), named, scaling
+
+
+def scaling_of(program: ExportedProgram) -> float | None:
+    """alpha / rank of the adapter in a graph; None if there is none.
+
+    Raises:
+        CaptureError: layers of the adapter have different scalings.
+    """
+    own = factor_nodes(program)
+    values = (_scaling(node) for node in program.graph.nodes if node.name in own)
+    found = sorted({value for value in values if value is not None})
+    if len(found) > 1:
+        raise CaptureError(
+            f"layers of the adapter have {len(found)} different scalings ({found[0]:g} to "
+            f"{found[-1]:g}), and a graph has one input for all. Train the adapter without "
+            "rank_pattern and alpha_pattern"
+        )
+    return found[0] if found else None
 
 
 def _scaling(node: Node) -> float | None:

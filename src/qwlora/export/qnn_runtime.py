@@ -13,6 +13,7 @@ again: what is proven is what the compiler makes of these graphs, not the bytes 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from qwlora.system.optional_packages import require
 # Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
 CHIP = {"soc_model": "57", "htp_arch": "75"}
 PROVIDER = "QNNExecutionProvider"
+BASE, RECORD = "base", "qwlora.json"
 GRAPHS, ADAPTER = "graphs.json", "adapter.safetensors"
 
 
@@ -81,14 +83,14 @@ class QnnModel:
     """
 
     def __init__(self, base: Path, adapter: Path, htp: bool, profile: bool = False):
-        self.base, self.htp, self.profile = base, htp, profile
+        self.base, self.htp = base, htp
         with reading(base / GRAPHS):
             self.record: dict[str, Any] = json.loads((base / GRAPHS).read_text())
         graphs = self.record["graphs"]
         self.names = sorted(graphs, key=lambda name: -graphs[name]["tokens"])
         self._sessions: dict[str, Any] = {}
         self._hosts = {n: _session(base / graphs[n]["host"], _options()) for n in self.names}
-        self._scratch = tempfile.TemporaryDirectory()
+        self._profiles = Path(tempfile.mkdtemp()) if profile else None
         self.use(adapter)
 
     def use(self, adapter: Path) -> None:
@@ -194,15 +196,17 @@ class QnnModel:
                 "cpu_nodes": beside + max(0, more),
                 "edge_nodes": sum(n for op, n in on_cpu.items() if op in edges),
             }
+        if self._profiles is not None:
+            shutil.rmtree(self._profiles)
         return found
 
     def _open(self, name: str) -> Any:
         if name not in self._sessions:
             graph = self.record["graphs"][name]
             options = _options()
-            if self.profile:
+            if self._profiles is not None:
                 options.enable_profiling = True
-                options.profile_file_prefix = str(Path(self._scratch.name) / name)
+                options.profile_file_prefix = str(self._profiles / name)
             if self.htp:
                 options.add_provider_for_devices(_devices(), _provider())
             else:
@@ -210,6 +214,15 @@ class QnnModel:
                 options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
             self._sessions[name] = _session(self.base / graph["qdq"], options)
         return self._sessions[name]
+
+
+def require_emulator() -> None:
+    """Import onnxruntime-qnn.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    _devices()
 
 
 @cache

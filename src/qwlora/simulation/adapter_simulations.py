@@ -174,7 +174,7 @@ def simulate_adapters(
     schemes = schemes or SimulationSchemes()
     maker = _SimulationMaker(model, example_inputs, replace(schemes, unused_rules="allow"))
     simulations = {}
-    with _restored_adapters(model), in_float32(model):
+    with restored_adapters(model), in_float32(model):
         for name in names:
             activate_(model, [name])
             simulations[name] = maker.make(_structure(model, name), _weights(model, name))
@@ -276,7 +276,7 @@ def _structure(model: nn.Module, adapter: str) -> Hashable:
 
 
 @contextlib.contextmanager
-def _restored_adapters(model: nn.Module) -> Iterator[None]:
+def restored_adapters(model: nn.Module) -> Iterator[None]:
     """Restore active adapters and trainable parameters on exit."""
     active = active_adapters(model)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -1,7 +1,7 @@
 """The graph with a key-value cache that computes what a simulation computes.
 
     simulation = simulate(model, {"input_ids": ids, "attention_mask": mask})     # calibrated
-    graph = cached_graph(simulation, capture_cached(simulation.origin.model))
+    graph = cached_graph(simulation, capture_with_cache(simulation))
     export_onnx(graph, folder)
 
 Weights are the simulation's. Encodings carry over by name. Past keys and values, and what they
@@ -17,13 +17,15 @@ for all graphs of the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from qwlora.adapter.active_adapters import activate_
 from qwlora.errors import CaptureError
 from qwlora.graph.aten_ops import MOVES_DATA, base_name
-from qwlora.graph.cached_capture import cache_additions
+from qwlora.graph.cached_capture import CacheSizes, cache_additions, capture_cached
 from qwlora.graph.capture import Captured
 from qwlora.graph.graph_analysis import operator_of
 from qwlora.graph.quantized_graph import Kind, Mark, QuantizedGraph, with_state
@@ -31,10 +33,30 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.range_estimator import as_estimator
 from qwlora.messages import listed
-from qwlora.parameter_names import canonical_name
+from qwlora.parameter_names import adapter_of, canonical_name
+from qwlora.simulation.adapter_simulations import restored_adapters
 from qwlora.simulation.simulated_graph import SimulatedGraph
 
 Encodings = dict[str, Encoding | FloatOffsetEncoding]
+
+
+def capture_with_cache(
+    simulation: SimulatedGraph,
+    sizes: CacheSizes | None = None,
+    present: Literal["all", "new"] = "all",
+) -> Captured:
+    """`capture_cached` of the simulation's model, with the simulation's adapter active.
+
+    Raises:
+        CaptureError: see `capture_cached`.
+    """
+    model = simulation.origin.model
+    names = {adapter_of(name) for name in _used(simulation.program)} - {None}
+    if not names:
+        return capture_cached(model, sizes, present)
+    with restored_adapters(model):
+        activate_(model, [str(name) for name in names])
+        return capture_cached(model, sizes, present)
 
 
 def cached_graph(simulation: SimulatedGraph, captured: Captured) -> QuantizedGraph:

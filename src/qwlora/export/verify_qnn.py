@@ -1,0 +1,200 @@
+"""The proof of a `qnn` bundle: its graphs on Qualcomm's HTP emulator and on the CPU.
+
+    files       every file has the digest that was recorded; adapters fit the graphs
+    CPU         logits against the simulation's, in ONNX Runtime without optimizations
+    HTP         the same logits against both, if onnxruntime-qnn is installed; partitions, and
+                nodes that fell back to the CPU
+
+SQNR is in dB (`grid/sqnr.py`). The CPU differs from the simulation by what the graphs alone round:
+cosines, sines, masked scores. `LEAST_SQNR` is below what tiny models and SmolLM2 gave, and above
+what a wrong operator gives (less than 15).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwlora.atomic import files_in, read_tensors
+from qwlora.errors import FingerprintError, MissingExtraError, reading
+from qwlora.export.qnn_bundle import base_digest
+from qwlora.export.qnn_runtime import (
+    ADAPTER,
+    BASE,
+    GRAPHS,
+    RECORD,
+    QnnModel,
+    require_emulator,
+)
+from qwlora.export.verify import token_losses
+from qwlora.formats import manifest
+from qwlora.graph.scaling_input import ALPHA
+from qwlora.grid.sqnr import sqnr_db
+from qwlora.messages import listed
+from qwlora.simulation.simulated_graph import SimulatedGraph
+
+LEAST_SQNR = 30.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Logits of one runtime.
+
+    Args:
+        sqnr: against the simulation.
+        top1_agreement: share of tokens with the simulation's likeliest next token.
+    """
+
+    perplexity: float
+    sqnr: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class QnnParity:
+    """What a bundle with one adapter computes.
+
+    Args:
+        perturbed_sqnr, perturbed_top1_agreement: of a second, equally correct simulation.
+        htp: None if the emulator is not installed; `not_run` then says how to install it.
+        htp_sqnr, htp_top1_agreement: of the HTP against the CPU.
+        placement: by graph, see `QnnModel.placement`.
+    """
+
+    tokens: int
+    simulated_perplexity: float
+    perturbed_sqnr: float
+    perturbed_top1_agreement: float
+    cpu: Run
+    htp: Run | None
+    htp_sqnr: float | None
+    htp_top1_agreement: float | None
+    placement: dict[str, dict[str, Any]]
+    not_run: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def broken_limits(self, perplexity_difference: float) -> Iterator[str]:
+        """A sentence for each limit that is exceeded."""
+        for place, run in (("the CPU", self.cpu), ("the HTP", self.htp)):
+            if run is None:
+                continue
+            if not run.sqnr >= LEAST_SQNR:
+                yield f"logits on {place} have {run.sqnr:.1f} dB (limit {LEAST_SQNR:g} dB)"
+            drift = abs(run.perplexity / self.simulated_perplexity - 1)
+            if not drift <= perplexity_difference:
+                yield (
+                    f"perplexity on {place} is {drift:.2%} from the simulation's "
+                    f"{self.simulated_perplexity:.4f} (limit {perplexity_difference:.2%})"
+                )
+        for name, found in self.placement.items():
+            if found["partitions"] != 1 or found["cpu_nodes"]:
+                yield (
+                    f"graph {name} has {found['partitions']} partitions on the HTP and "
+                    f"{found['cpu_nodes']} nodes on the CPU (limits 1 and 0)"
+                )
+
+
+def check_bundle(folder: Path, name: str) -> None:
+    """Compare the files of the graphs and of adapter `name` with what was recorded.
+
+    Raises:
+        FingerprintError: a file was changed, added or removed, or the adapter does not fit the
+            graphs.
+    """
+    for part in (folder / BASE, folder / name):
+        what = f"{str(part)!r}"
+        if not (part / RECORD).is_file() or not manifest.has_digests(part, RECORD):
+            raise FingerprintError(f"{what} has no readable {RECORD}; copy it again")
+        manifest.check(part, RECORD, what, "export it again")
+        known = json.loads((part / RECORD).read_text())[manifest.FILES]
+        if added := sorted(set(files_in(part)) - set(known)):
+            raise FingerprintError(
+                f"{what} holds files that were not exported: {listed(added)}; remove them"
+            )
+    record = json.loads((folder / name / RECORD).read_text())
+    if record.get("adapter") != name or record.get("base") != base_digest(folder):
+        raise FingerprintError(
+            f"{str(folder / name)!r} holds adapter {record.get('adapter')} of "
+            f"{'these' if record.get('base') == base_digest(folder) else 'other'} graphs; "
+            "copy the whole bundle again"
+        )
+    with reading(folder / BASE / GRAPHS):
+        wanted = json.loads((folder / BASE / GRAPHS).read_text())["adapter_inputs"]
+    tensors, _ = read_tensors(folder / name / ADAPTER)
+    found = {key: list(tensor.shape) for key, tensor in tensors.items() if key != ALPHA}
+    differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    if differing:
+        raise FingerprintError(
+            f"{str(folder / name / ADAPTER)!r} does not fit the graphs: {differing[0]} is "
+            f"{found.get(differing[0])} there and {wanted.get(differing[0])} in {BASE}/{GRAPHS}. "
+            "Export the adapter with this base"
+        )
+
+
+def verify_qnn(
+    folder: Path, name: str, simulation: SimulatedGraph, ids: Tensor, steps: int = 0
+) -> QnnParity:
+    """Run a bundle with one adapter, and compare it with the adapter's simulation.
+
+    Args:
+        name: of the adapter's folder.
+        simulation: of that adapter; of the base for `zero`.
+        ids: one sequence [1, tokens], no longer than the context.
+        steps: how many of its last tokens to run one by one, with the smallest graph.
+
+    Raises:
+        FingerprintError: see `check_bundle`.
+        ExportError: a runtime refuses the files.
+    """
+    check_bundle(folder, name)
+    base, adapter = folder / BASE, folder / name
+    expected, perturbed = simulation.logits(ids), simulation.perturbed_logits(ids)
+    on_cpu = QnnModel(base, adapter, htp=False).logits(ids, steps)
+    on_htp, placement, not_run = None, {}, None
+    try:
+        require_emulator()
+    except MissingExtraError as error:
+        not_run = str(error)
+    else:
+        model = QnnModel(base, adapter, htp=True, profile=True)
+        on_htp = model.logits(ids, steps)
+        placement = model.placement()
+    return QnnParity(
+        tokens=ids.shape[1],
+        simulated_perplexity=_perplexity(expected, ids),
+        perturbed_sqnr=_sqnr(perturbed, expected),
+        perturbed_top1_agreement=_agreement(perturbed, expected),
+        cpu=_run(on_cpu, expected, ids),
+        htp=None if on_htp is None else _run(on_htp, expected, ids),
+        htp_sqnr=None if on_htp is None else _sqnr(on_htp, on_cpu),
+        htp_top1_agreement=None if on_htp is None else _agreement(on_htp, on_cpu),
+        placement=placement,
+        not_run=not_run,
+    )
+
+
+def _run(found: Tensor, expected: Tensor, ids: Tensor) -> Run:
+    return Run(_perplexity(found, ids), _sqnr(found, expected), _agreement(found, expected))
+
+
+def _perplexity(logits: Tensor, ids: Tensor) -> float:
+    return math.exp(float(token_losses(logits, ids[0]).mean()))
+
+
+def _sqnr(found: Tensor, expected: Tensor) -> float:
+    noise = (found.double() - expected.double()).square().sum()
+    return sqnr_db(float(expected.double().square().sum()), float(noise))
+
+
+def _agreement(found: Tensor, expected: Tensor) -> float:
+    same = found.argmax(-1) == expected.argmax(-1)
+    return float(torch.mean(same.float()))

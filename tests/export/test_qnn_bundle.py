@@ -1,0 +1,176 @@
+"""Bundles for Qualcomm's HTP: what they compute on the CPU and on the emulator, and damaged files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from qwlora import Rule, Scheme, SimulationSchemes, quantize_
+from qwlora.errors import ExportError, FingerprintError
+from qwlora.export.htp_limits import input_problem, table_problem, weight_problem
+from qwlora.export.qnn_bundle import export_qnn
+from qwlora.export.qnn_runtime import QnnModel
+from qwlora.export.verify_qnn import check_bundle, verify_qnn
+from qwlora.grid.scheme import PerChannel, parse_scheme
+from qwlora.simulation.adapter_simulations import simulate_adapters
+from qwlora.simulation.simulation import Simulation
+from simulation.tiny_architectures import inputs, make
+
+IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
+EMULATED = importlib.util.find_spec("onnxruntime_qnn") is not None
+SCHEMES = SimulationSchemes(
+    quantize_residual_adds=True,
+    symmetric_matmul_second_input=True,
+    key_value_bitwidth=8,
+    adapter_weights=Scheme(8),
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["w4-channel", "w8-tensor", "w4-block16", "w2-block16", "w16-channel"]
+)
+def test_weights_that_the_htp_computes(name: str) -> None:
+    assert weight_problem(parse_scheme(name)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("w2-channel", "w4-channel"),
+        ("w4-channel-asymmetric", "without asymmetric"),
+        ("w16-block16", "w16-channel"),
+        ("w3-channel", "nearest has 4"),
+    ],
+)
+def test_weights_that_it_refuses_or_computes_wrongly(name: str, nearest: str) -> None:
+    assert nearest in str(weight_problem(parse_scheme(name)))
+
+
+def test_tables_and_inputs_have_one_scale() -> None:
+    assert table_problem(Scheme(8)) is None
+    assert "w8-tensor" in str(table_problem(parse_scheme("w4-channel")))
+    assert input_problem(Scheme(8)) is None
+    assert "granularity: tensor" in str(input_problem(Scheme(8, granularity=PerChannel(0))))
+
+
+def simulated(embeddings: Scheme, schemes: SimulationSchemes = SCHEMES) -> Mapping[str, Simulation]:
+    """Adapters of two ranks and scalings, on one set of encodings."""
+    model = make("Llama")
+    quantize_(model, "w4-channel", solver="rtn", rules=[Rule("*embed_tokens", embeddings)])
+    layers = ["q_proj", "down_proj"]
+    first = LoraConfig(r=2, lora_alpha=4, target_modules=layers, init_lora_weights=False)
+    second = LoraConfig(r=4, lora_alpha=4, target_modules=layers, init_lora_weights=False)
+    adapted = get_peft_model(model, first, adapter_name="first")
+    adapted.add_adapter("second", second)
+    simulations = simulate_adapters(adapted.eval(), inputs("Llama"), schemes, "none")
+    simulations.calibrate([{"input_ids": IDS}])
+    return simulations
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Simulation], Path]:
+    simulations, folder = simulated(Scheme(8)), tmp_path_factory.mktemp("qnn") / "bundle"
+    own = {name: simulations[name] for name in ("first", "second")}
+    export_qnn(own, {"prefill": 8, "decode": 1}, 32, folder)
+    return simulations, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["first", "second", "zero"])
+def test_every_adapter_computes_its_simulation(
+    name: str, bundle: tuple[Mapping[str, Simulation], Path]
+) -> None:
+    simulations, folder = bundle
+    simulation = simulations["base" if name == "zero" else name]
+    parity = verify_qnn(folder, name, simulation, IDS, steps=4)
+    assert list(parity.broken_limits(0.02)) == []
+    assert parity.cpu.sqnr > 45
+    assert parity.cpu.top1_agreement > 0.9
+    others = [simulations[other] for other in simulations if simulations[other] is not simulation]
+    logits = QnnModel(folder / "base", folder / name, htp=False).logits(IDS)
+    for other in others:  # of these it is not the simulation
+        assert float((logits - other.logits(IDS)).abs().mean()) > 10 * float(
+            (logits - simulation.logits(IDS)).abs().mean()
+        )
+    if EMULATED:
+        assert parity.htp is not None
+        assert parity.htp_sqnr is not None
+        assert parity.htp_sqnr > 35
+        assert parity.placement.keys() == {"prefill", "decode"}
+    else:
+        assert "qwlora[qnn]" in str(parity.not_run)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EMULATED, reason="needs onnxruntime-qnn")
+def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
+    bundle: tuple[Mapping[str, Simulation], Path],
+) -> None:
+    _, folder = bundle
+    switched = QnnModel(folder / "base", folder / "first", htp=True)
+    found = {}
+    for name in ("zero", "second", "first"):
+        switched.use(folder / name)
+        found[name] = switched.logits(IDS, steps=4)
+        alone = QnnModel(folder / "base", folder / name, htp=True)
+        assert torch.equal(found[name], alone.logits(IDS, steps=4))
+    assert not torch.equal(found["zero"], found["first"])
+    record = json.loads((folder / "base" / "graphs.json").read_text())
+    assert record["compiler"]["soc_model"] == "57"
+    binaries = list((folder / "base").glob("*.bin"))
+    assert len(binaries) == 1  # both graphs share it
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_or_a_missing_file_is_refused(
+    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
+) -> None:
+    _, folder = bundle
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    for part in ("base", "first"):
+        for path in sorted((copied / part).iterdir()):
+            whole = path.read_bytes()
+            middle = len(whole) // 2
+            path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+            with pytest.raises(FingerprintError, match=path.name.replace(".", r"\.")):
+                check_bundle(copied, "first")
+            path.unlink()
+            with pytest.raises(FingerprintError, match=path.name.replace(".", r"\.")):
+                check_bundle(copied, "first")
+            path.write_bytes(whole)
+    check_bundle(copied, "first")
+    (copied / "base" / "notes").touch()
+    with pytest.raises(FingerprintError, match="not exported: notes"):
+        check_bundle(copied, "first")
+
+
+@pytest.mark.slow
+def test_an_adapter_in_the_place_of_another_is_refused(
+    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
+) -> None:
+    _, folder = bundle
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    shutil.rmtree(copied / "first")
+    shutil.copytree(copied / "second", copied / "first")
+    with pytest.raises(FingerprintError, match="first' holds adapter second of these graphs"):
+        check_bundle(copied, "first")
+
+
+@pytest.mark.slow
+def test_a_base_that_the_htp_does_not_take_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    simulations = simulated(parse_scheme("w4-channel"))
+    own = {"first": simulations["first"]}
+    with pytest.raises(ExportError, match=r"embed_tokens.weight: .*nearest is w8-tensor"):
+        export_qnn(own, {"decode": 1}, 8, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()

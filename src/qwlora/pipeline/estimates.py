@@ -5,12 +5,14 @@ need, what this machine has, and what does not fit.
 from __future__ import annotations
 
 import gc
+import importlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qwlora.export.registry import TARGETS
 from qwlora.formats.user_path import user_path
 from qwlora.messages import duration, size
 from qwlora.pipeline.digests import Digests
@@ -128,10 +130,9 @@ def estimate(
     forecaster = Forecaster(recipe, speed)
     found = [forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))]
     speed.save()
-    # After the runs without data, which import what real ones do.
-    gc.collect()
-    return_freed_memory()
-    process = rss_bytes() - (FLOAT * forecaster.models.values if holds_float_model else 0)
+    process = _process_bytes(recipe)
+    if holds_float_model:
+        process -= FLOAT * forecaster.models.values
     stages_found = tuple(
         replace(each, memory={"process": float(process), **each.memory}) for each in found
     )
@@ -146,6 +147,16 @@ def summary_line(estimates: Estimates) -> str:
         f"estimate: {duration(estimates.seconds)} ({duration(low)} to {duration(high)}), peak "
         f"memory {size(int(largest.peak))} in {largest.stage}, disk {size(int(estimates.disk))}"
     )
+
+
+def _process_bytes(recipe: Recipe) -> int:
+    """Resident memory of this process with what its stages import, after the runs without data."""
+    importlib.import_module("qwlora.pipeline.preflight")  # the Trainer and everything below
+    for target in recipe.export.targets:
+        TARGETS[target].missing()  # imports its packages
+    gc.collect()
+    return_freed_memory()
+    return rss_bytes()
 
 
 def _free_bytes(out: Path) -> int | None:

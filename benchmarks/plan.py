@@ -48,8 +48,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "model": {"source": ""},
         "preset": "fast",
         "data": RECIPE["data"]
-        | {"sequence_tokens": 128, "evaluation_sequences": 2, "calibration_sequences": 2},
-        "verify": {"sequences": 1},
+        | {"sequence_tokens": 64, "evaluation_sequences": 1, "calibration_sequences": 1},
+        "adapters": [{"name": "a", "steps": 1, "warmup_steps": 0}],
+        "export": {"targets": []},
     },
 }
 

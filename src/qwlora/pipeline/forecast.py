@@ -108,9 +108,11 @@ class Forecaster:
     @property
     def _float_memory(self) -> dict[str, float]:
         parts = {"float model": float(self._float_bytes)}
-        if self.models.is_gguf:  # numpy's result and torch's copy
+        if self.models.is_gguf:
+            # Measured, and seen with two models from GGUF files: what loading and running them
+            # leaves in the allocator. Not seen in stages that load them only to read weights.
             largest = max(p.numel() for p in self.models.model.parameters())
-            parts["dequantizing the largest tensor"] = 2.0 * FLOAT * largest
+            parts["copies of the largest tensor"] = 2.0 * FLOAT * largest
         return parts
 
     @property
@@ -147,7 +149,7 @@ class Forecaster:
         logits = self._logits(tokens)
         chunk = min(FLOAT * _SCORED_AT_ONCE, logits)
         arrays = 6 if compared else 2  # rows and log-softmax, of both models; two differences
-        extra = logits if compared else 0.0  # of the model that ran first
+        extra = 2 * logits if compared else logits  # of the other model and the last sequence
         return extra + arrays * chunk, self.speed.moving((16 if compared else 5) * logits)
 
     def _adapter(self, stage: Stage) -> Adapter:
@@ -169,6 +171,8 @@ class Forecaster:
         memory, seconds = dict[str, float](), 0.0
         if kind in ("float", "imported") or compared:
             memory |= self._float_memory
+            if kind == "float" and not compared:  # the checks before the job loaded it
+                memory = {"float model": float(self._float_bytes)}
             seconds += self._load_float() + count * self._forward("float", tokens)
         peak: float = self.models.forward("float", tokens).peak
         if kind in ("base", "adapted", "simulated"):
@@ -321,7 +325,7 @@ class Forecaster:
         if adapter.init != "zero":
             largest = max(max(shape) for shape in models.products)
             starting = {
-                **self._float_memory,
+                "float model": float(self._float_bytes),
                 "factors of the largest layer": 8.0 * FLOAT * largest**2,
             }
             seconds += self._load_float()
@@ -404,6 +408,8 @@ class Forecaster:
         memory = self._base_memory | graph
         memory["ONNX graph"] = float(_ONNX_NODE_BYTES * run.operators)
         memory["codes, one byte each"] = float(models.packed_weights)
+        # as float32 tensors, in the ONNX model, and as bytes to write
+        memory["copies of float values"] = 3.0 * FLOAT * models.float_values
         memory["encodings as text"] = float(_SCALE_BYTES * models.scales)
         seconds = speed.tracing(TRANSLATE * run.operators) + _SCALE_SECONDS * models.scales
         seconds += speed.moving(20 * models.packed_weights)
@@ -428,7 +434,9 @@ class Forecaster:
         size = models.packed_bytes + FLOAT * models.float_values + models.packed_weights
         memory |= graph
         by_layer = size + 3 * layer_bytes  # simulated values, given and computed ones
-        whole = size + peak + 4 * self._logits(tokens)
+        # Three models' logits and their masked copies, two differences, and in float64 the
+        # logits and log-softmax of one; ONNX Runtime packs the weight of the head once more.
+        whole = size + peak + 12 * self._logits(tokens) + FLOAT * models.float_values
         memory["model in ONNX Runtime"] = float(size)
         memory["values of all layers" if by_layer > whole else "logits"] = (
             max(by_layer, whole) - size

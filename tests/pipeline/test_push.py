@@ -129,7 +129,7 @@ def test_the_python_of_a_page_loads_the_files(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(job / there)
     monkeypatch.chdir(tmp_path)
-    (code,) = [b.text for b in blocks(ROOT / "docs" / page) if b.language == "python"]
+    code = next(b.text for b in blocks(ROOT / "docs" / page) if b.language == "python")
     names: dict[str, Any] = {}
     exec(compile(code, page, "exec"), names)
     adapted = qwlora.load_adapter(qwlora.load_base(job / "base"), job / "adapters/first").eval()

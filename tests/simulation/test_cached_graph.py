@@ -81,6 +81,7 @@ def test_prefill_then_decode_in_onnx_runtime_is_the_simulation(name: str, tmp_pa
     assert torch.equal(torch.cat(found, 1).argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.slow
 def test_static_graphs_return_new_keys_and_values_only() -> None:
     """Valid tokens on the right of a static cache: the sequence's logits, windows included."""
     name, context = "Gemma 3", 24  # a layer of it sees 8 tokens only

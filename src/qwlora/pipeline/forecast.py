@@ -18,6 +18,7 @@ from typing import Any
 from qwlora.adapter.chunked_loss import CHUNK_LOGITS
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget
+from qwlora.formats.model_source import fetch
 from qwlora.formats.shard_writer import SHARD_BYTES
 from qwlora.grid.activation_observer import VALUES
 from qwlora.pipeline.machine_speed import (
@@ -113,7 +114,14 @@ class Forecaster:
             # leaves in the allocator. Not seen in stages that load them only to read weights.
             largest = max(p.numel() for p in self.models.model.parameters())
             parts["copies of the largest tensor"] = 2.0 * FLOAT * largest
-        return parts
+        return parts | self._mapped_files
+
+    @property
+    def _mapped_files(self) -> dict[str, float]:
+        """Files in half precision stay mapped while their float32 copies are made."""
+        files = fetch(self.recipe.model.source).files
+        size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
+        return {"mapped files": float(size)} if 0 < size < 0.9 * self._float_bytes else {}
 
     @property
     def _base_memory(self) -> dict[str, float]:
@@ -172,7 +180,7 @@ class Forecaster:
         if kind in ("float", "imported") or compared:
             memory |= self._float_memory
             if kind == "float" and not compared:  # the checks before the job loaded it
-                memory = {"float model": float(self._float_bytes)}
+                memory = {"float model": float(self._float_bytes), **self._mapped_files}
             seconds += self._load_float() + count * self._forward("float", tokens)
         peak: float = self.models.forward("float", tokens).peak
         if kind in ("base", "adapted", "simulated"):

@@ -238,3 +238,23 @@ def test_a_graph_for_an_npu_is_written_with_an_encoding_for_everything_but_norms
         if output.name not in made.encodings
     }
     assert without == {"Pow", "ReduceMean", "Add", "Sqrt", "Reciprocal", "Mul", "Sigmoid"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GPT-2", "Gemma 3", "Phi-3", "Qwen3"])
+def test_other_architectures_compute_what_was_simulated(name: str, tmp_path: Path) -> None:
+    from simulation.tiny_architectures import inputs, make
+
+    model, batch = make(name), inputs(name)
+    quantize_(model, "w4-channel", solver="rtn")
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    made = simulate(get_peft_model(model, config).eval(), batch)
+    made.calibrate([batch])
+    target = TARGETS["aimet"]
+    assert isinstance(target, GraphTarget)
+    sample = {key: tensor[:1] for key, tensor in batch.items()}
+    target.write(ExportedGraph(made, {}, sample), tmp_path)
+    ids = batch["input_ids"]
+    parity = verify_language_model(open_aimet(tmp_path), made, ids, ids.shape[1])
+    assert parity.worst_layer_steps < 1.01
+    assert parity.worst_layer_mean_steps < 0.05

@@ -1,4 +1,4 @@
-"""Every runtime on one base with two adapters, beside each runtime's own 4-bit route.
+"""Every runtime on one base with two adapters.
 
     python benchmarks/runtimes.py OUT [--own]
 
@@ -7,8 +7,7 @@ steps on the first half of the Python reference (`pydoc_data.topics`), rank 8. A
 second half, rank 16, rsLoRA, rank 4 for down_proj. OUT is a job directory; it is resumed. The table
 in docs/runtimes.md is rewritten between its marks, and results go to results/runtimes.json.
 
---own also measures what the runtimes make of the float model themselves, at 4 bits in blocks of 32:
-MLX's quantize, and OpenVINO's int4 by NNCF where that is installed.
+--own also measures what MLX's own quantize makes of the float model, at 4 bits in groups of 32.
 
 Takes about an hour on two cores with nothing else running.
 """

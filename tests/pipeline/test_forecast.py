@@ -10,9 +10,10 @@ import pytest
 import torch
 import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import MixtralConfig
 
 from command_line import qwlora
-from conftest import byte_tokenizer, tiny_model
+from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.pipeline import estimates
 from qwlora.pipeline.machine_speed import EXACT, MachineSpeed
@@ -164,3 +165,21 @@ def test_a_damaged_file_is_measured_again(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "speed.json"
     file.write_text(damage)
     assert MachineSpeed(file).moving(1.0) > 0
+
+
+def test_a_model_that_looks_at_its_data_has_no_estimate(recipe_path: Path, tmp_path: Path) -> None:
+    config = MixtralConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        vocab_size=VOCABULARY,
+    )
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(tmp_path)
+    result = qwlora("plan", recipe_path, "--set", f"model.source={tmp_path}")
+    assert result.returncode == 2
+    assert "MixtralForCausalLM cannot run on tensors without data" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -108,6 +108,7 @@ def plan_job(recipe: Recipe, out: Path, track: Track = untracked) -> Estimates:
         SourceError: the model's configuration cannot be read.
         GridError: the base's grid does not fit the model.
         TrainingError: an adapter does not fit the model.
+        CaptureError: the model does not run without data, as most mixtures of experts.
     """
     recipe = resolve_compute(recipe)
     plan = make_plan(recipe, UnreadTexts(recipe), Digests(trust_mtime=True))

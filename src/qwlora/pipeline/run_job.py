@@ -276,7 +276,7 @@ def _estimated(context: Any, waiting: Sequence[Stage], track: Track, say: Say) -
             context.recipe, waiting, context.path, track, context.holds_float_model
         )
     except Exception as error:
-        say(f"no estimate of time and memory ({type(error).__name__}: {error})")
+        say(f"no estimate of time and memory: {error}")
         return JobProgress({stage.name: 60.0 for stage in waiting}, track)
     say(summary_line(estimates))
     for problem in estimates.problems:

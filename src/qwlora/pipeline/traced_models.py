@@ -4,9 +4,11 @@ base, base and adapter, a training step, and the graph of a simulation. Reads no
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.attach import attach
 from qwlora.adapter.training_step import lean_steps
+from qwlora.errors import CaptureError, QwloraError
 from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config
 from qwlora.grid.scheme import Scheme, parse_scheme
@@ -38,6 +41,7 @@ class TracedModels:
 
     Raises:
         SourceError: the model's configuration cannot be read.
+        CaptureError: the model does not run without data, as most mixtures of experts.
     """
 
     def __init__(self, recipe: Recipe):
@@ -214,8 +218,28 @@ def _traced(
             ).logits
             return logits
 
-        with torch.no_grad():
-            return traced_run(lambda: run(call))
+        try:
+            with torch.no_grad(), _errors_not_logged():
+                return traced_run(lambda: run(call))
+        except QwloraError:
+            raise
+        except Exception as error:  # models raise anything
+            raise CaptureError(
+                f"{type(model).__name__} cannot run on tensors without data, so there is no "
+                f"estimate of its memory and time: {str(error).rstrip('.')}. `qwlora run` works without "
+                "one"
+            ) from error
+
+
+@contextlib.contextmanager
+def _errors_not_logged() -> Iterator[None]:
+    """torch also logs, with a traceback, what it raises on tensors without data."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _without_data_(model: nn.Module) -> None:

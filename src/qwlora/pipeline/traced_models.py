@@ -224,10 +224,10 @@ def _traced(
         except QwloraError:
             raise
         except Exception as error:  # models raise anything
+            why = str(error).rstrip(".")
             raise CaptureError(
                 f"{type(model).__name__} cannot run on tensors without data, so there is no "
-                f"estimate of its memory and time: {str(error).rstrip('.')}. `qwlora run` works without "
-                "one"
+                f"estimate of its memory and time: {why}. `qwlora run` works without one"
             ) from error
 
 
